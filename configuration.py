@@ -1,0 +1,188 @@
+"""What a config may say: every check on it that needs no model and no data, made before anything is loaded."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import torch
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from losses import LOSSES
+from utils import UserError, closest_match
+
+REPOSITORY = Path(__file__).parent
+CONFIG_DIR = REPOSITORY / "config"
+
+TRAINERS = ("BasicTrainer",)
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+_POSITIVE = (
+    "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
+    "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "loss.beta",
+)  # fmt: skip
+_NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs", "loss.label_smoothing")
+_MAY_BE_NULL = ("n_epochs", "n_examples")
+_TYPES_OF_NULL = {"n_examples": int}  # of keys whose default is null; the others are strings
+
+
+def default_config() -> dict[str, object]:
+    """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}."""
+    flat = _flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    flat |= _flatten(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), "model.")
+    for path in sorted(CONFIG_DIR.glob("loss/*.yaml")):
+        flat |= _flatten(OmegaConf.load(path), "loss.")
+    return {key: value for key, value in flat.items() if not key.startswith(("hydra", "defaults"))}
+
+
+def _flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in OmegaConf.to_container(config, resolve=False).items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(OmegaConf.create(value), f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def explain_hydra_error(error: Exception) -> str:
+    """Hydra's message for a config that can't be composed, with the closest match to what was not found."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"no {group}={name}.{closest_match(name, error.options)} There are: {', '.join(error.options)}"
+    if key := re.search(r"Could not override '([^']+)'", text):
+        return f"no config key {key[1]!r}.{closest_match(key[1], default_config())} config/config.yaml lists all keys"
+    return str(error).strip()
+
+
+def check_config(config: DictConfig):
+    """Refuse what can't work, and round `eval_every` down to whole batches.
+
+    Raises: UserError naming the key, its value and the remedy.
+    """
+    missing_keys = sorted(OmegaConf.missing_keys(config))
+    if missing_keys:
+        models = ", ".join(sorted(path.stem for path in CONFIG_DIR.glob("model/*.yaml")))
+        hint = f" Choose a model with model=NAME; there are: {models}" if "model.name_or_path" in missing_keys else ""
+        raise UserError(f"Got missing keys in config: {', '.join(missing_keys)}.{hint}")
+    _check_keys_and_types(config)
+    _check_ranges(config)
+    _check_names(config)
+    _check_lengths_and_batches(config)
+    _check_files(config)
+
+
+def _check_keys_and_types(config: DictConfig):
+    if config.loss.get("name") not in LOSSES:
+        name = str(config.loss.get("name"))
+        raise UserError(f"loss.name={name}: no such loss.{closest_match(name, LOSSES)} There are: {', '.join(LOSSES)}")
+    defaults = default_config()
+    options = {f"loss.{name}" for name in ("name", "average_log_prob", *LOSSES[config.loss.name].options)}
+    known = [key for key in defaults if not key.startswith("loss.") or key in options] + sorted(options - set(defaults))
+    given = _flatten(config)
+    for key, value in given.items():
+        if key.startswith("optimizer_args."):
+            continue
+        if key not in known:
+            raise UserError(f"no config key {key!r} (with loss={config.loss.name}).{closest_match(key, known)}")
+        _check_type(key, value, defaults.get(key))
+    for key in known:
+        if key not in given and not any(name.startswith(f"{key}.") for name in given):
+            raise UserError(f"the config lacks the key {key!r}; start a model's YAML with 'defaults: [blank_model]'")
+
+
+def _check_type(key: str, value: object, default: object):
+    if value is None and (default is None or key in _MAY_BE_NULL):
+        return
+    expected = _TYPES_OF_NULL.get(key, str) if default is None else type(default)
+    if key == "datasets" and isinstance(value, str):
+        return
+    accepted = (int, float) if expected is float else (expected,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise UserError(f"{key}={value}: expected {names.get(expected, f'a {expected.__name__}')}")
+
+
+def _check_ranges(config: DictConfig):
+    for keys, lowest, wording in ((_POSITIVE, 1e-300, "above 0"), (_NON_NEGATIVE, 0, "0 or more")):
+        for key in keys:
+            value = OmegaConf.select(config, key)
+            if value is not None and not lowest <= value < float("inf"):
+                raise UserError(f"{key}={value}: must be {wording}")
+    if config.seed >= 2**32:
+        raise UserError(f"seed={config.seed}: must be below 2**32")
+    if config.loss.get("label_smoothing", 0) >= 0.5:
+        raise UserError(f"loss.label_smoothing={config.loss.label_smoothing}: must be below 0.5")
+
+
+def _check_names(config: DictConfig):
+    if isinstance(config.datasets, str):
+        config.datasets = ListConfig([config.datasets])
+    if not config.datasets:
+        raise UserError("datasets=[]: name at least one dataset, e.g. datasets=[hh]")
+    if config.trainer not in TRAINERS:
+        raise UserError(
+            f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, TRAINERS)} "
+            f"There are: {', '.join(TRAINERS)}"
+        )
+    base = torch.optim.Optimizer
+    classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
+    optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]
+    optimizers.remove("LBFGS")  # needs the loss several times a step
+    if config.optimizer not in optimizers:
+        raise UserError(
+            f"optimizer={config.optimizer}: not an optimizer of torch.optim that trains with one gradient a step."
+            f"{closest_match(config.optimizer, optimizers)} There are: {', '.join(optimizers)}"
+        )
+    for key in ("policy_dtype", "reference_dtype"):
+        if config.model[key] not in DTYPES:
+            raise UserError(f"model.{key}={config.model[key]}: must be one of {', '.join(DTYPES)}")
+    if None not in (config.model.policy_mp, config.model.fsdp_policy_mp) and (
+        config.model.policy_mp != config.model.fsdp_policy_mp
+    ):
+        raise UserError("model.policy_mp and model.fsdp_policy_mp are two names for one thing: give one of them")
+    config.model.policy_mp = config.model.policy_mp or config.model.fsdp_policy_mp
+    if config.model.policy_mp not in (None, "bfloat16"):
+        raise UserError(
+            f"model.policy_mp={config.model.policy_mp}: must be bfloat16 or null; float16 gradients would need "
+            "loss scaling, which no trainer here does"
+        )
+
+
+def _check_lengths_and_batches(config: DictConfig):
+    if config.max_prompt_length >= config.max_length:
+        raise UserError(
+            f"max_prompt_length={config.max_prompt_length} must be below max_length={config.max_length}, "
+            "or no room is left for a response"
+        )
+    if config.n_epochs is None and config.n_examples is None:
+        raise UserError("n_epochs and n_examples are both null: set one of them to say when to stop")
+    if config.batch_size % config.gradient_accumulation_steps != 0:
+        raise UserError(
+            f"batch_size={config.batch_size} doesn't divide by gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} into microbatches of equal size"
+        )
+    if config.eval_every < config.batch_size:
+        raise UserError(
+            f"eval_every={config.eval_every} examples is below batch_size={config.batch_size}: "
+            "there can't be more than one evaluation a batch"
+        )
+    if config.eval_every % config.batch_size != 0:
+        rounded = config.eval_every - config.eval_every % config.batch_size
+        print("WARNING: eval_every must be divisible by batch_size")
+        print("Setting eval_every to", rounded)
+        config.eval_every = rounded
+
+
+def _check_files(config: DictConfig):
+    if config.wandb.enabled and not config.debug and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is not installed: pip install wandb, or pass wandb.enabled=false")
+    archive = config.model.archive
+    if archive is not None and not os.path.exists(archive):
+        parent = os.path.dirname(archive) or "."
+        siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
+        raise UserError(f"model.archive={archive}: no such file.{closest_match(archive, siblings)}")
+    if os.path.exists(os.path.join(config.local_run_dir, "config.yaml")):
+        raise UserError(f"local_run_dir={config.local_run_dir} holds another run; choose another directory")

@@ -1,0 +1,461 @@
+"""Datasets of preferences: loading, tokenization, batch order.
+
+**To train on your own data, add a function like `get_hh` here and its name to `DATASETS`.**
+"""
+
+import itertools
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import cpu_count
+
+import datasets
+import numpy as np
+import torch
+from bs4 import BeautifulSoup, NavigableString, Tag
+from bs4.element import PreformattedString
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from toy_dataset import get_toy
+from utils import UserError, closest_match, pad_to_length
+
+# Where a named dataset is loaded from unless `dataset_paths` says otherwise: ids on the Hugging Face hub.
+HUB_IDS = {
+    "hh": "Anthropic/hh-rlhf",
+    "shp": "stanfordnlp/SHP",
+    "se": "HuggingFaceH4/stack-exchange-preferences",
+}
+
+
+def load_rows(name: str, path: str, split: str, fields: dict[str, type], cache_dir: str | None) -> datasets.Dataset:
+    """Load one split of a dataset from the hub or from a local folder and check that its columns are there.
+
+    Raises: UserError if it can't be loaded, or lacks a field, naming dataset and split.
+    """
+    try:
+        rows = datasets.load_dataset(path, split=split, cache_dir=cache_dir)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"datasets=[{name}], {split} split: can't load {path!r}: {str(error).strip()}\n"
+            f"Check the path or the connection to the hub, or give a local folder of the same format: "
+            f"dataset_paths.{name}=DIR"
+        ) from error
+    missing = [key for key in fields if key not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"datasets=[{name}], {split} split, row 0: no field {', '.join(map(repr, missing))} in {path!r}; "
+            f"its fields are {rows.column_names}, expected are {list(fields)}"
+        )
+    return rows
+
+
+def checked_rows(
+    rows: datasets.Dataset, name: str, split: str, fields: dict[str, type], silent: bool
+) -> Iterator[tuple[int, dict]]:
+    """Each row with its number, once every field is known to hold a value of its type.
+
+    Raises: UserError naming dataset, split and row.
+    """
+    for index, row in enumerate(tqdm(rows, desc=f"Processing {name} ({split})", disable=silent or None)):
+        for key, expected in fields.items():
+            if not isinstance(row[key], expected):
+                kind = "empty" if row[key] is None else f"{row[key]!r:.60}"
+                raise UserError(
+                    f"datasets=[{name}], {split} split, row {index}: field {key!r} is {kind}, "
+                    f"expected a value of type {expected.__name__}"
+                )
+        yield index, row
+
+
+def _new_entry() -> dict:
+    return {"responses": [], "pairs": [], "sft_target": None, "rows": []}
+
+
+def extract_anthropic_prompt(prompt_and_response: str) -> str:
+    """The transcript up to and including its last 'Assistant:'."""
+    search_term = "\n\nAssistant:"
+    position = prompt_and_response.rfind(search_term)
+    if position == -1:
+        raise ValueError(f"the transcript has no {search_term!r}")
+    return prompt_and_response[: position + len(search_term)]
+
+
+def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path: str = HUB_IDS["hh"]) -> dict:
+    """Load Anthropic's Helpful-Harmless dialogues as a dict from prompt to an entry:
+
+        {'responses': list[str],
+         'pairs': list[tuple[int, int]],   # indices into responses: (preferred, dispreferred)
+         'sft_target': str,                # the response to imitate in SFT; here the chosen one
+         'rows': list[int]}                # optional: the row that each pair comes from, for messages
+
+    Prompts look like '\\n\\nHuman: ...\\n\\nAssistant:', with any number of turns; responses start with a space.
+    """
+    fields = {"chosen": str, "rejected": str}
+    data: dict[str, dict] = defaultdict(_new_entry)
+    n_other_prompt = 0
+    rows = load_rows("hh", path, split, fields, cache_dir)
+    for index, row in checked_rows(rows, "hh", split, fields, silent):
+        try:
+            prompt = extract_anthropic_prompt(row["chosen"])
+        except ValueError as error:
+            raise UserError(f"datasets=[hh], {split} split, row {index}: chosen: {error}") from error
+        n_other_prompt += not row["rejected"].startswith(prompt)
+        entry = data[prompt]
+        n_responses = len(entry["responses"])
+        entry["pairs"].append((n_responses, n_responses + 1))
+        entry["responses"].extend([row["chosen"][len(prompt) :], row["rejected"][len(prompt) :]])
+        entry["sft_target"] = row["chosen"][len(prompt) :]
+        entry["rows"].append(index)
+    if n_other_prompt and not silent:
+        print(
+            f"hh ({split}): in {n_other_prompt} of {len(rows)} rows the rejected transcript has another prompt than "
+            "the chosen one; its response is cut at the chosen prompt's length, as in the original"
+        )
+    return data
+
+
+def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path: str = HUB_IDS["shp"]) -> dict:
+    """Load the Stanford Human Preferences dataset; see `get_hh` for the format.
+
+    Only pairs whose scores differ by a factor of at least 2 are kept; the SFT target is the response with the highest
+    score.
+    """
+    fields = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": int, "score_B": int, "labels": int}
+    data: dict[str, dict] = defaultdict(_new_entry)
+    scores: dict[str, list[int]] = defaultdict(list)
+    rows = load_rows("shp", path, split, fields, cache_dir)
+    for index, row in checked_rows(rows, "shp", split, fields, silent):
+        if max(row["score_A"], row["score_B"]) < 2 * min(row["score_A"], row["score_B"]):
+            continue
+        prompt = f"\n\nHuman: {row['history']}\n\nAssistant:"
+        entry = data[prompt]
+        first = len(entry["responses"])
+        # labels is 1 where A is preferred (https://huggingface.co/datasets/stanfordnlp/SHP)
+        entry["pairs"].append((first, first + 1) if row["labels"] == 1 else (first + 1, first))
+        entry["responses"].extend([f" {row['human_ref_A']}", f" {row['human_ref_B']}"])
+        entry["rows"].append(index)
+        scores[prompt].extend([row["score_A"], row["score_B"]])
+    for prompt, entry in data.items():
+        entry["sft_target"] = entry["responses"][int(np.argmax(scores[prompt]))]
+    return data
+
+
+def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path: str = HUB_IDS["se"]) -> dict:
+    """Load StackExchange answers, HTML tags stripped except <code>; see `get_hh` for the format.
+
+    Every pair of a question's answers with different scores is a preference. A hundredth of the questions, drawn
+    with a fixed seed, is the test split.
+    """
+    fields = {"question": str, "answers": list}
+    rows = load_rows("se", path, "train", fields, cache_dir).shuffle(seed=42)
+    n_test = int(len(rows) * 0.01)
+    rows = rows.select(range(n_test) if split == "test" else range(n_test, len(rows)))
+    n_workers = min(cpu_count() or 1, 1 + len(rows) // 10_000)
+    rows = rows.map(_strip_html_of_row, num_proc=n_workers if n_workers > 1 else None, desc="Stripping HTML")
+
+    data: dict[str, dict] = defaultdict(_new_entry)
+    best_scores: dict[str, float] = {}
+    for index, row in checked_rows(rows, "se", split, fields, silent):
+        if any(not isinstance(answer, dict) or not {"text", "pm_score"} <= answer.keys() for answer in row["answers"]):
+            raise UserError(f"datasets=[se], {split} split, row {index}: an answer has no 'text' or no 'pm_score'")
+        prompt = f"\n\nHuman: {row['question']}\n\nAssistant:"
+        entry = data[prompt]
+        first = len(entry["responses"])
+        for answer in row["answers"]:
+            response = f" {answer['text']}"
+            entry["responses"].append(response)
+            if prompt not in best_scores or answer["pm_score"] > best_scores[prompt]:
+                best_scores[prompt], entry["sft_target"] = answer["pm_score"], response
+        for (i, a), (j, b) in itertools.combinations(enumerate(row["answers"], first), 2):
+            if a["pm_score"] != b["pm_score"]:
+                entry["pairs"].append((i, j) if a["pm_score"] > b["pm_score"] else (j, i))
+                entry["rows"].append(index)
+    return {prompt: entry for prompt, entry in data.items() if entry["responses"]}
+
+
+def _strip_html_of_row(row: dict) -> dict:
+    """`row` with its HTML stripped; what has not the expected form stays, for `checked_rows` to name it."""
+    for holder, key in [(row, "question"), *((answer, "text") for answer in row["answers"] or [])]:
+        if isinstance(holder[key], str):
+            holder[key] = strip_html_tags(holder[key])
+    return row
+
+
+_CONTAINERS = {"[document]", "html", "body", "div", "blockquote", "section", "article", "dl", "table", "tbody"}
+
+
+def strip_html_tags(html_string: str) -> str:
+    """The text of some HTML, blocks divided by blank lines; <code> tags stay (in StackExchange answers they are code)."""
+    return "\n\n".join(_text_blocks(BeautifulSoup(html_string, "html.parser")))
+
+
+def _text_blocks(container: Tag) -> Iterator[str]:
+    for child in container.children:
+        if isinstance(child, NavigableString):
+            if child.strip() and not isinstance(child, PreformattedString):  # those are comments and doctypes
+                yield child.strip()
+        elif child.name == "pre":
+            yield from (_inline_text(code) for code in child.find_all("code")) if child.code else [child.get_text()]
+        elif child.name in ("ul", "ol"):
+            yield "\n".join(_inline_text(item).strip() for item in child.find_all("li"))
+        elif child.name in _CONTAINERS:
+            yield from _text_blocks(child)
+        elif text := _inline_text(child):
+            yield text
+
+
+def _inline_text(element: Tag | NavigableString) -> str:
+    if isinstance(element, NavigableString):
+        return "" if isinstance(element, PreformattedString) else str(element)
+    if element.name == "code":
+        return f"<code>{element.get_text()}</code>"
+    return "\n" if element.name == "br" else "".join(_inline_text(child) for child in element.children)
+
+
+DATASETS: dict[str, Callable] = {"hh": get_hh, "shp": get_shp, "se": get_se, "toy": get_toy}
+
+
+def get_dataset(
+    name: str, split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None
+) -> dict[str, dict] | list[tuple[str, dict]]:
+    """Load a dataset by its name in `DATASETS`; `path` replaces the hub id that it is loaded from.
+
+    Returns: a dict from prompt to entry (see `get_hh`), or a list of (prompt, entry), where a prompt may recur.
+    Raises: UserError for an unknown name, an empty split or an entry of another form.
+    """
+    if name not in DATASETS:
+        there_are = ", ".join(DATASETS)
+        raise UserError(f"datasets=[{name}]: no such dataset.{closest_match(name, DATASETS)} There are: {there_are}")
+    kwargs = {} if path is None else {"path": path}
+    data = DATASETS[name](split, silent=silent, cache_dir=cache_dir, **kwargs)
+    if not data:
+        raise UserError(f"datasets=[{name}]: the {split} split is empty")
+    for prompt, entry in data.items() if isinstance(data, dict) else data:
+        if set(entry) - {"rows"} != {"responses", "pairs", "sft_target"}:
+            raise UserError(f"datasets=[{name}], {split} split, prompt {prompt!r:.80}: unexpected keys {sorted(entry)}")
+    return data
+
+
+@dataclass
+class Prompt:
+    """A prompt with everything that is trained on after it, and where it came from."""
+
+    text: str
+    responses: list[str]
+    pairs: list[tuple[int, int]]
+    sft_target: str
+    dataset: str
+    split: str
+    rows: list[int] = field(default_factory=list)
+
+    @property
+    def truncation_mode(self) -> str:
+        """Which end of an over-long prompt is kept; a dialogue's last turns matter most."""
+        return "keep_end" if self.dataset in ("hh", "toy") else "keep_start"
+
+    def place(self, pair: int) -> str:
+        """Where a pair comes from, for messages."""
+        row = f"row {self.rows[pair]}" if pair < len(self.rows) else f"prompt {self.text!r:.200}"
+        return f"datasets=[{self.dataset}], {self.split} split, {row}"
+
+
+def _load_prompts(names: list[str], split: str, silent: bool, cache_dir: str | None, paths: dict) -> list[Prompt]:
+    prompts = []
+    for name in names:
+        data = get_dataset(name, split, silent=silent, cache_dir=cache_dir, path=paths.get(name))
+        for text, entry in data.items() if isinstance(data, dict) else data:
+            prompts.append(Prompt(text, dataset=name, split=split, **entry))
+    return prompts
+
+
+def _check_no_eos(prompts: list[Prompt], eos_token: str):
+    """The end-of-sequence token marks where a response ends, so it can't stand inside a text."""
+    for prompt in prompts:
+        for text in (prompt.text, prompt.sft_target, *prompt.responses):
+            if eos_token in text:
+                pair = next((k for k, ij in enumerate(prompt.pairs) for i in ij if prompt.responses[i] is text), 0)
+                raise UserError(
+                    f"{prompt.place(pair)}: the text contains the tokenizer's end-of-sequence token {eos_token!r}: "
+                    f"...{text[max(0, text.index(eos_token) - 60) :]!r:.160}\nRemove it from the data."
+                )
+
+
+def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, list | torch.Tensor]]:
+    """A function that turns a list of tokenized examples into a batch.
+
+    Lists of ids, masks and labels become tensors of shape (batch_size, longest): prompts padded on the left (for
+    sampling), all else on the right. Strings are passed through as lists.
+    """
+    pad_values = {"_input_ids": tokenizer.pad_token_id, "_attention_mask": 0, "_labels": -100}
+
+    def collate_fn(examples: list[dict]) -> dict[str, list | torch.Tensor]:
+        batch = {}
+        for key in examples[0]:
+            suffix = next((suffix for suffix in pad_values if key.endswith(suffix)), None)
+            values = [example[key] for example in examples]
+            if suffix is None:
+                batch[key] = values
+            else:
+                side = "left" if key.startswith("prompt") else "right"
+                tensors = [torch.tensor(value, dtype=torch.long) for value in values]
+                batch[key] = pad_sequence(tensors, True, pad_values[suffix], padding_side=side)
+        return batch
+
+    return collate_fn
+
+
+def concatenated_inputs(batch: dict[str, list | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stack the chosen over the rejected sequences: shape (2 * batch_size, longest), under 'concatenated_...' keys."""
+    length = max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1])
+    concatenated_batch = {}
+    for kind in ("input_ids", "attention_mask", "labels"):
+        pad_value = -100 if kind == "labels" else 0
+        concatenated_batch[f"concatenated_{kind}"] = torch.cat(
+            [pad_to_length(batch[f"{side}_{kind}"], length, pad_value) for side in ("chosen", "rejected")]
+        )
+    return concatenated_batch
+
+
+def tokenize_batch_element(
+    prompt: str, chosen: str, rejected: str, truncation_mode: str, tokenizer, max_length: int, max_prompt_length: int
+) -> dict:
+    """Tokenize one pair. The longer of its two sequences decides for both how they are cut.
+
+    If prompt and response exceed `max_length` tokens, the prompt is cut to `max_prompt_length` ('keep_start' or
+    'keep_end'); if they still do, the responses are cut to `max_length - max_prompt_length`. A response ends with the
+    end-of-sequence token unless it was cut. Labels are the sequence's ids with -100 over the prompt.
+
+    Raises: UserError if a text contains the end-of-sequence token.
+    """
+    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    ids = {part: tokenizer(text, add_special_tokens=False)["input_ids"] for part, text in texts.items()}
+    for part, tokens in ids.items():
+        if tokenizer.eos_token_id in tokens:
+            raise UserError(f"the {part} contains the tokenizer's end-of-sequence token: {texts[part]!r:.200}")
+
+    longer_response_length = max(len(ids["chosen"]), len(ids["rejected"])) + 1
+    prompt_ids = ids["prompt"]
+    if len(prompt_ids) + longer_response_length > max_length:
+        if truncation_mode == "keep_start":
+            prompt_ids = prompt_ids[:max_prompt_length]
+        elif truncation_mode == "keep_end":
+            prompt_ids = prompt_ids[-max_prompt_length:]
+        else:
+            raise ValueError(f"unknown truncation mode {truncation_mode!r}; there are keep_start and keep_end")
+    response_length = None
+    if len(prompt_ids) + longer_response_length > max_length:
+        response_length = max_length - max_prompt_length
+
+    element = {
+        "prompt": prompt,
+        "chosen": prompt + chosen,
+        "rejected": prompt + rejected,
+        "chosen_response_only": chosen,
+        "rejected_response_only": rejected,
+    }
+    for part in ("chosen", "rejected"):
+        response_ids = [*ids[part], tokenizer.eos_token_id][:response_length]
+        element[f"{part}_input_ids"] = prompt_ids + response_ids
+        element[f"{part}_attention_mask"] = [1] * (len(prompt_ids) + len(response_ids))
+        element[f"{part}_labels"] = [-100] * len(prompt_ids) + response_ids
+    element["prompt_input_ids"] = prompt_ids
+    element["prompt_attention_mask"] = [1] * len(prompt_ids)
+    return element
+
+
+class BatchIterator:
+    """The batches of a split, in order; made by `get_batch_iterator`.
+
+    `n_batches` is how many there will be, `n_left_out` how many examples of each epoch fill no whole batch.
+    """
+
+    def __init__(self, prompts: list[Prompt], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool, seed: int,
+                 n_epochs: int | None, n_examples: int | None, drop_last: bool, **lengths: int):  # fmt: skip
+        self.prompts, self.tokenizer, self.lengths = prompts, tokenizer, lengths
+        self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
+
+        per_epoch = len(prompts) if sft_mode else sum(len(prompt.pairs) for prompt in prompts)
+        self.n_left_out = per_epoch % batch_size if drop_last else 0
+        self.epoch_size = per_epoch - self.n_left_out
+        totals = [] if n_epochs is None else [n_epochs * self.epoch_size]
+        if n_examples is not None:  # rounded up to whole batches, as in the original, unless a partial one may end it
+            totals.append(-(-n_examples // batch_size) * batch_size if drop_last else n_examples)
+        self.n_examples = min(totals)
+        self.n_batches = -(-self.n_examples // batch_size)
+
+    def _epoch(self, prompts: list[Prompt]) -> Iterator[dict]:
+        """One epoch's tokenized examples."""
+        for prompt in prompts:
+            pairs = [None] if self.sft_mode else prompt.pairs
+            for index, pair in enumerate(pairs):
+                chosen, rejected = [prompt.sft_target] * 2 if pair is None else [prompt.responses[i] for i in pair]
+                try:
+                    element = tokenize_batch_element(
+                        prompt.text, chosen, rejected, prompt.truncation_mode, self.tokenizer, **self.lengths
+                    )
+                except UserError as error:
+                    raise UserError(f"{prompt.place(index)}: {error}") from error
+                yield {k: v for k, v in element.items() if "rejected" not in k} if self.sft_mode else element
+
+    def __iter__(self) -> Iterator[dict[str, list | torch.Tensor]]:
+        collate_fn = get_collate_fn(self.tokenizer)
+        epoch_seeds = np.random.RandomState(self.seed)
+        prompts = list(self.prompts)
+        remaining = self.n_examples
+        while remaining > 0:
+            if self.shuffle:  # each epoch shuffles the order of the one before
+                random.Random(int(epoch_seeds.randint(0, 2**32))).shuffle(prompts)
+            examples = itertools.islice(self._epoch(prompts), min(self.epoch_size, remaining))
+            while batch := list(itertools.islice(examples, self.batch_size)):
+                remaining -= len(batch)
+                yield collate_fn(batch)
+
+
+def get_batch_iterator(
+    names: list[str],
+    tokenizer,
+    split: str = "train",
+    batch_size: int = 1,
+    shuffle: bool = True,
+    max_length: int = 512,
+    max_prompt_length: int = 128,
+    sft_mode: bool = False,
+    n_epochs: int | None = None,
+    n_examples: int | None = None,
+    seed: int = 0,
+    silent: bool = False,
+    cache_dir: str | None = None,
+    paths: dict[str, str] | None = None,
+    drop_last: bool = True,
+) -> BatchIterator:
+    """Batches of a split, for `n_epochs` or `n_examples`, whichever ends first. Prompts are shuffled; pairs of one
+    prompt stay together.
+
+    Args:
+        names: datasets, from `DATASETS`.
+        max_length: tokens in prompt and response together; max_prompt_length: tokens in an over-long prompt.
+        sft_mode: one example for each prompt, its 'chosen' being the SFT target, without 'rejected'.
+        seed: decides the order of the examples.
+        paths: where a named dataset is loaded from instead of the hub.
+        drop_last: leave out the examples of an epoch that don't fill a batch (and round n_examples up to whole
+            batches); otherwise the last batch may be smaller.
+
+    Raises: UserError if a dataset can't be used or holds less than one batch.
+    """
+    if n_epochs is None and n_examples is None:
+        raise UserError("n_epochs and n_examples are both null: one of them must say when to stop")
+    if silent:
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+    prompts = _load_prompts(names, split, silent, cache_dir, dict(paths or {}))
+    _check_no_eos(prompts, tokenizer.eos_token)
+    batches = BatchIterator(prompts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
+                            max_length=max_length, max_prompt_length=max_prompt_length)  # fmt: skip
+    if batches.epoch_size == 0:
+        raise UserError(
+            f"datasets={names}, {split} split: {batches.n_left_out} examples are less than one batch of {batch_size}; "
+            "make batch_size smaller or add data"
+        )
+    return batches

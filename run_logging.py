@@ -1,0 +1,102 @@
+"""Where a run's numbers and samples go: `metrics.jsonl`, `samples.jsonl`, the terminal and wandb."""
+
+import json
+import os
+import sys
+import time
+
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from utils import formatted_dict, get_local_dir
+
+
+class RunLog:
+    """Writes every line to the run directory; the terminal and wandb get training lines at most once in
+    `minimum_log_interval_secs`. Trouble with wandb is said once and never stops training.
+    """
+
+    def __init__(self, config: DictConfig, run_dir: str):
+        os.makedirs(run_dir, exist_ok=True)
+        self.run_dir = run_dir
+        self.interval = config.minimum_log_interval_secs  # seconds
+        self.last_train_log = -float("inf")
+        self.wandb_run = start_wandb(config, run_dir) if config.wandb.enabled and not config.debug else None
+
+    def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
+        """Record one optimizer step or evaluation: `metrics` are batch means and counters.
+
+        `samples` are dicts with the keys 'model' (policy or reference), 'prompt' and 'sample'.
+        """
+        examples = metrics["counters/examples"]
+        self._append("metrics.jsonl", [{"split": split, **metrics}])
+        self._append("samples.jsonl", [{"counters/examples": examples, **sample} for sample in samples])
+
+        if split == "train":
+            if time.monotonic() - self.last_train_log < self.interval:
+                return
+            self.last_train_log = time.monotonic()
+        what = "train stats after" if split == "train" else "eval after"
+        tqdm.write(f"{what} {examples} examples: {formatted_dict(metrics)}")
+        for model in ("policy", "reference"):
+            texts = [sample["sample"] for sample in samples if sample["model"] == model]
+            if texts:
+                tqdm.write(f"samples from the {model}: {json.dumps(texts[:10], indent=2, ensure_ascii=False)}")
+        self._log_to_wandb(examples, metrics, samples)
+
+    def _append(self, filename: str, rows: list[dict]):
+        with open(os.path.join(self.run_dir, filename), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def _log_to_wandb(self, examples: int, metrics: dict[str, float], samples: list[dict]):
+        if self.wandb_run is None:
+            return
+        try:
+            import wandb
+
+            self.wandb_run.log(metrics, step=examples)
+            for model in sorted({sample["model"] for sample in samples}):
+                table = wandb.Table(columns=["step", "prompt", "sample"])
+                for sample in samples:
+                    if sample["model"] == model:
+                        table.add_data(examples, sample["prompt"], sample["sample"])
+                self.wandb_run.log({f"{model}_samples": table}, step=examples)
+        except Exception as error:  # whatever fails there, training is worth more
+            tqdm.write(f"WARNING: wandb failed and gets no more of this run, {self.run_dir} does: {error}")
+            self.wandb_run = None
+
+    def close(self):
+        """End the wandb run and say how to upload it, if it was offline."""
+        if self.wandb_run is None:
+            return
+        try:
+            self.wandb_run.finish(quiet=True)
+            if self.wandb_run.offline:
+                print(f"wandb was offline; to upload this run: wandb sync {os.path.dirname(self.wandb_run.dir)}")
+        except Exception as error:
+            print(f"WARNING: wandb failed at the end of the run: {error}")
+
+
+def start_wandb(config: DictConfig, run_dir: str):
+    """A wandb run in `run_dir`, offline where nobody is logged in and nobody can be asked; None if it can't start."""
+    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(variable, os.path.join(get_local_dir(config.local_dirs), "wandb"))
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE")
+    if mode is None and not sys.stdin.isatty() and not wandb.login(prompt=False):
+        print("wandb: no account on this machine and no terminal to ask at; logging offline")
+        mode = "offline"
+    for attempt in dict.fromkeys([mode, "offline"]):
+        try:
+            return wandb.init(
+                entity=config.wandb.entity,
+                project=config.wandb.project,
+                config=OmegaConf.to_container(config),
+                dir=run_dir,
+                name=config.exp_name,
+                mode=attempt,
+            )
+        except Exception as error:
+            print(f"WARNING: wandb can't start ({attempt or 'online'} mode): {error}")
+    return None

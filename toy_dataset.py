@@ -1,0 +1,113 @@
+"""`toy`: preference data made in code, whose true reward and optimal policy are known exactly.
+
+A prompt asks for a short review; a response fills four slots with one of eight words each, independently, and ends.
+The words of a slot are listed from the worst to the best and weigh evenly from -2 to 2; the true reward r of a response
+is the sum of its words' weights. Of two responses drawn from p the preferred one is drawn by Bradley-Terry,
+P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from the reference p, π*(y) ∝ p(y) exp(r(y) / β)
+(Eq. 4 of the paper), is known slot by slot, and all 4,096 responses to a prompt can be summed over.
+
+`python toy_dataset.py RUN_DIR` reports on the samples of a preference run on this data.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+SUBJECTS = ["film", "play", "opera", "musical", "series", "cartoon", "drama", "comedy", "ballet", "show"]
+PROMPTS = [f"\n\nHuman: Please write a short review of the {subject}.\n\nAssistant:" for subject in SUBJECTS]
+TEMPLATE = " The acting was {}, the plot {}, the music {} and the ending {}."
+SLOTS = [
+    ["dreadful", "wooden", "clumsy", "uneven", "decent", "skilful", "gripping", "masterful"],
+    ["senseless", "tedious", "muddled", "thin", "solid", "clever", "thrilling", "brilliant"],
+    ["grating", "bland", "dull", "plain", "pleasant", "lively", "beautiful", "glorious"],
+    ["hopeless", "feeble", "abrupt", "flat", "fitting", "warm", "moving", "perfect"],
+]
+N_SLOTS, N_WORDS = 4, 8
+WORD_REWARDS = np.linspace(-2, 2, N_WORDS)  # of the words of a slot, in their order
+ALL_RESPONSES = np.stack(np.unravel_index(np.arange(N_WORDS**N_SLOTS), (N_WORDS,) * N_SLOTS), axis=1)  # (4096, 4)
+
+_GRAMMAR = re.compile(TEMPLATE.replace(".", r"\.").format(*("(" + "|".join(words) + ")" for words in SLOTS)))
+_SPLITS = {"train": (20_000, 1), "test": (512, 2)}  # number of examples, seed
+
+
+def response_text(words: np.ndarray) -> str:
+    """The response with these words, given by their indices, shape (4,)."""
+    return TEMPLATE.format(*(SLOTS[slot][word] for slot, word in enumerate(words)))
+
+
+def response_words(text: str) -> np.ndarray | None:
+    """Indices of a response's words, shape (4,); None if the text is not a response of the grammar."""
+    match = _GRAMMAR.fullmatch(text)
+    return None if match is None else np.array([SLOTS[slot].index(word) for slot, word in enumerate(match.groups())])
+
+
+def true_reward(words: np.ndarray) -> np.ndarray:
+    """r(y) = Σ weights of its words, from -8 to 8; shape (..., 4) of indices to (...)."""
+    return WORD_REWARDS[words].sum(-1)
+
+
+def word_distribution(beta: float | None = None) -> np.ndarray:
+    """Probability of each word, shape (10 prompts, 4 slots, 8 words).
+
+    Without `beta`, p: ∝ exp(N(0, 0.6) + N(0, 0.4)), the second part the prompt's own, from a fixed seed. With it, the
+    optimum of the KL-constrained reward, π* ∝ p · exp(r / β).
+    """
+    rng = np.random.RandomState(0)
+    logits = rng.normal(0, 0.6, (1, N_SLOTS, N_WORDS)) + rng.normal(0, 0.4, (len(PROMPTS), N_SLOTS, N_WORDS))
+    if beta is not None:
+        logits = logits + WORD_REWARDS / beta
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def sample_words(rng: np.random.RandomState, prompts: np.ndarray, beta: float | None = None) -> np.ndarray:
+    """A response to each of the prompts, given by their indices, shape (n,); returns indices of words, (n, 4)."""
+    cumulative = word_distribution(beta)[prompts].cumsum(-1)  # (n, 4, 8)
+    return (rng.random_sample((len(prompts), N_SLOTS, 1)) > cumulative[..., :-1]).sum(-1)
+
+
+def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> list[tuple[str, dict]]:
+    """Examples (train 20,000, test 512), each a prompt with one preference pair and an SFT target of its own.
+
+    The two responses and the SFT target are independent draws from p. `silent` and `cache_dir` mean nothing here.
+    """
+    n_examples, seed = _SPLITS[split]
+    rng = np.random.RandomState(seed)
+    prompts = rng.randint(len(PROMPTS), size=n_examples)
+    first, second, sft_target = (sample_words(rng, prompts) for _ in range(3))
+    first_preferred = rng.random_sample(n_examples) < 1 / (1 + np.exp(true_reward(second) - true_reward(first)))
+    data = []
+    for i, prompt in enumerate(prompts):
+        entry = {
+            "responses": [response_text(first[i]), response_text(second[i])],
+            "pairs": [(0, 1) if first_preferred[i] else (1, 0)],
+            "sft_target": response_text(sft_target[i]),
+            "rows": [i],
+        }
+        data.append((PROMPTS[prompt], entry))
+    return data
+
+
+def report(run_dir: Path, n_shown: int = 4) -> str:
+    """True rewards of the last samples that a preference run drew: from its reference (before), its policy (after)."""
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    last = max(sample["counters/examples"] for sample in samples)
+    lines = []
+    for model, title in (("reference", "before (the reference)"), ("policy", f"after {last:,} pairs (the policy)")):
+        chosen = [s for s in samples if s["model"] == model and s["counters/examples"] == last]
+        texts = [sample["sample"].removeprefix(sample["prompt"]) for sample in chosen]
+        words = [response_words(text) for text in texts]
+        rewards = [float(true_reward(w)) for w in words if w is not None]
+        mean = f"{np.mean(rewards):+.2f}" if rewards else "none"
+        lines.append(f"{title}: {len(texts)} samples, mean true reward {mean} (of at most 8), ")
+        lines[-1] += f"{1 - len(rewards) / len(texts):.1%} outside the grammar"
+        for text, w in list(zip(texts, words, strict=True))[:n_shown]:
+            lines.append(f"  {'  --' if w is None else f'{true_reward(w):+.1f}'}  {text.strip()}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report(Path(sys.argv[1])))

@@ -1,0 +1,334 @@
+"""The training loop. A trainer for several devices overrides only where tensors live."""
+
+import contextlib
+import math
+import os
+import random
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+import transformers
+from omegaconf import DictConfig
+from torch import nn
+from tqdm import tqdm
+
+from checkpoints import write_state_dict
+from losses import LOSSES, _get_batch_logps, needs_reference, preference_loss  # noqa: F401 (re-exported)
+from preference_datasets import concatenated_inputs, get_batch_iterator
+from run_logging import RunLog
+from utils import UserError, get_local_dir, pad_to_length, rank0_print, slice_and_move_batch_for_device
+
+torch.backends.cuda.matmul.allow_tf32 = True
+
+
+class BasicTrainer:
+    """Trains a language model with SFT or a preference loss in one process.
+
+    Where there are several GPUs, the model's layers have been spread over them as it was loaded: their memory adds up,
+    they compute in turn.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        config: DictConfig,
+        seed: int,
+        run_dir: str,
+        reference_model: nn.Module | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.policy, self.reference_model = policy, reference_model
+        self.config, self.seed, self.run_dir = config, seed, run_dir
+        self.rank, self.world_size = rank, world_size
+        self.loss = LOSSES[config.loss.name]
+        self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
+        self.device = policy.get_input_embeddings().weight.device
+
+        self.tokenizer = load_tokenizer(config)
+        self._check_fits_model()
+        self._load_data()
+        if reference_model is not None:
+            reference_model.eval().requires_grad_(False)
+        if config.activation_checkpointing:
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._make_optimizer()
+        self.example_counter = self.batch_counter = 0  # training examples, optimizer steps
+        self.eval_metrics: dict[str, float] = {}  # of the last evaluation
+
+    def _check_fits_model(self):
+        n_embeddings = self.policy.get_input_embeddings().num_embeddings
+        if len(self.tokenizer) > n_embeddings:
+            raise UserError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model embeds {n_embeddings}: "
+                "model.tokenizer_name_or_path is not this model's"
+            )
+        n_positions = getattr(self.policy.config, "max_position_embeddings", None)
+        if n_positions is not None and self.config.max_length > n_positions:
+            raise UserError(f"max_length={self.config.max_length}: the model has only {n_positions} positions")
+
+    def _load_data(self):
+        """Open the training batches and load all evaluation batches."""
+        config = self.config
+        kwargs = {
+            "names": config.datasets,
+            "tokenizer": self.tokenizer,
+            "max_length": config.max_length,
+            "max_prompt_length": config.max_prompt_length,
+            "sft_mode": not self.loss.needs_pairs,
+            "seed": self.seed,
+            "silent": self.rank != 0,
+            "cache_dir": get_local_dir(config.local_dirs),
+            "paths": config.dataset_paths,
+        }
+        self.train_iterator = get_batch_iterator(
+            **kwargs,
+            split="train",
+            n_epochs=config.n_epochs,
+            n_examples=config.n_examples,
+            batch_size=config.batch_size,
+        )
+        rank0_print(
+            f"Training data: {self.train_iterator.epoch_size} examples an epoch in batches of {config.batch_size}; the "
+            f"{self.train_iterator.n_left_out} that fill no whole batch are left out of it; "
+            f"{self.train_iterator.n_batches} steps in all"
+        )
+        eval_iterator = get_batch_iterator(
+            **kwargs,
+            split="test",
+            n_epochs=1,
+            n_examples=config.n_eval_examples,
+            batch_size=config.eval_batch_size,
+            drop_last=False,
+        )
+        self.eval_batches = list(eval_iterator)
+        rank0_print(f"Evaluation data: {eval_iterator.n_examples} examples in {len(self.eval_batches)} batches")
+
+    def _make_optimizer(self):
+        """Any optimizer of torch.optim; the learning rate rises linearly over `warmup_steps` and stays."""
+        config = self.config
+        rank0_print(f"Using {config.optimizer} optimizer")
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        try:
+            self.optimizer = getattr(torch.optim, config.optimizer)(parameters, lr=config.lr, **config.optimizer_args)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer={config.optimizer} optimizer_args={config.optimizer_args}: {error}") from error
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lr_lambda=lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1))
+        )
+
+    # ---- log-probabilities and loss -------------------------------------------------------------------------------
+
+    def sequence_logps(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-probability of each sequence's labels under `model`: (batch_size, length) each to (batch_size,), nats."""
+        mixed_precision = model is self.policy and self.policy_mp is not None
+        with torch.autocast(self.device.type, self.policy_mp, enabled=mixed_precision):
+            logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
+        return _get_batch_logps(logits, labels, average_log_prob=self.config.loss.average_log_prob)
+
+    def concatenated_forward(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the chosen and the rejected responses, each (batch_size,), in one pass over both."""
+        inputs = concatenated_inputs(batch)
+        logps = self.sequence_logps(
+            model,
+            inputs["concatenated_input_ids"],
+            inputs["concatenated_attention_mask"],
+            inputs["concatenated_labels"],
+        )
+        chosen_logps, rejected_logps = logps.chunk(2)
+        return chosen_logps, rejected_logps
+
+    def reference_logps(self, batch: dict, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
+        if self.reference_model is None:
+            return torch.zeros_like(like), torch.zeros_like(like)
+        with torch.no_grad():
+            return self.concatenated_forward(self.reference_model, batch)
+
+    def get_batch_metrics(
+        self, batch: dict, loss_config: DictConfig, train: bool = True
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,)."""
+        split = "train" if train else "eval"
+        options = {name: loss_config[name] for name in self.loss.options}
+        metrics = {}
+        if self.loss.needs_pairs:
+            chosen_logps, rejected_logps = self.concatenated_forward(self.policy, batch)
+            reference_logps = self.reference_logps(batch, like=chosen_logps)
+            losses, chosen_rewards, rejected_rewards = self.loss.function(
+                chosen_logps, rejected_logps, *reference_logps, **options
+            )
+            metrics[f"rewards_{split}/chosen"] = chosen_rewards
+            metrics[f"rewards_{split}/rejected"] = rejected_rewards
+            metrics[f"rewards_{split}/accuracies"] = (chosen_rewards > rejected_rewards).float()
+            metrics[f"rewards_{split}/margins"] = chosen_rewards - rejected_rewards
+            metrics[f"logps_{split}/rejected"] = rejected_logps.detach()
+        else:
+            chosen_logps = self.sequence_logps(
+                self.policy, batch["chosen_input_ids"], batch["chosen_attention_mask"], batch["chosen_labels"]
+            )
+            losses = self.loss.function(chosen_logps, **options)
+        metrics[f"logps_{split}/chosen"] = chosen_logps.detach()
+        metrics[f"loss/{split}"] = losses.detach()
+        return losses.mean(), metrics
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def train(self):
+        """Train to the end of the data, evaluating and saving every `eval_every` examples, and evaluate once more."""
+        for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+            set_seed(self.seed)
+        with contextlib.closing(RunLog(self.config, self.run_dir)) as self.run_log:
+            n_batches = self.train_iterator.n_batches
+            for batch in tqdm(self.train_iterator, "Training", n_batches, unit="step", disable=None):
+                if self.example_counter % self.config.eval_every == 0:
+                    if self.example_counter > 0:
+                        self.evaluate_and_log()
+                        self.save(os.path.join(self.run_dir, f"step-{self.example_counter}"), self.eval_metrics)
+                    elif self.config.do_first_eval:
+                        self.evaluate_and_log()
+                self.log("train", self.train_step(batch))
+            self.evaluate_and_log()
+
+    def train_step(self, batch: dict) -> dict[str, float]:
+        """One optimizer step on a batch, in `gradient_accumulation_steps` microbatches; returns its mean metrics.
+
+        Raises: UserError, before the weights change, if loss or gradient are not finite.
+        """
+        self.policy.train()
+        start_time = time.perf_counter()
+        n_microbatches = self.config.gradient_accumulation_steps
+        microbatch_metrics = []
+        for index in range(n_microbatches):
+            microbatch = slice_and_move_batch_for_device(batch, index, n_microbatches, self.device)
+            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, train=True)
+            (loss / n_microbatches).backward()
+            microbatch_metrics.append(metrics)
+
+        grad_norm = self.clip_gradient()
+        metrics = mean_metrics(microbatch_metrics)
+        self._check_finite(metrics["loss/train"], grad_norm, batch)
+        metrics["lr"] = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+        self.batch_counter += 1
+        self.example_counter += self.config.batch_size
+        metrics["examples_per_second"] = self.config.batch_size / (time.perf_counter() - start_time)
+        metrics["grad_norm"] = grad_norm
+        return metrics
+
+    def clip_gradient(self) -> float:
+        """Scale the gradient down to `max_grad_norm` where it is larger; returns its norm before."""
+        return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
+
+    def _check_finite(self, loss: float, grad_norm: float, batch: dict):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        prompts = "\n".join(f"  {prompt[-200:]!r}" for prompt in batch["prompt"])
+        raise UserError(
+            f"step {self.batch_counter + 1} (after {self.example_counter} examples): loss {loss}, gradient norm "
+            f"{grad_norm}; training can't go on. The prompts of the batch end with:\n{prompts}\n"
+            f"Try a smaller lr (now {self.config.lr}) or max_grad_norm (now {self.config.max_grad_norm}), more "
+            f"warmup_steps (now {self.config.warmup_steps}), or model.policy_dtype=float32 (now "
+            f"{self.config.model.policy_dtype}); checkpoints written so far are in {self.run_dir}"
+        )
+
+    # ---- evaluation and sampling ----------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean metrics over all evaluation batches."""
+        self.policy.eval()
+        batch_metrics = []
+        for batch in tqdm(self.eval_batches, "Computing eval metrics", leave=False, disable=None):
+            local_batch = slice_and_move_batch_for_device(batch, 0, 1, self.device)
+            with torch.no_grad():
+                batch_metrics.append(self.get_batch_metrics(local_batch, self.config.loss, train=False)[1])
+        return mean_metrics(batch_metrics)
+
+    def sample(self) -> list[dict]:
+        """Samples for the first `n_eval_model_samples` evaluation prompts; see `RunLog.log` for their form."""
+        self.policy.eval()
+        samples, missing = [], self.config.n_eval_model_samples
+        for batch in tqdm(self.eval_batches, "Generating samples", leave=False, disable=None):
+            if missing <= 0:
+                break
+            batch = {key: value[:missing] for key, value in batch.items()}
+            missing -= len(batch["prompt"])
+            texts = self.get_batch_samples(slice_and_move_batch_for_device(batch, 0, 1, self.device))
+            for model, model_texts in zip(("policy", "reference"), texts, strict=True):
+                for prompt, text in zip(batch["prompt"], model_texts, strict=False):  # no reference, no texts
+                    samples.append({"model": model, "prompt": prompt, "sample": text})
+        return samples
+
+    def get_batch_samples(self, batch: dict) -> tuple[list[str], list[str]]:
+        """A sample from the policy, and one from the reference if there is one, for each prompt of the batch."""
+        return self._generate(self.policy, batch), self._generate(self.reference_model, batch)
+
+    def _generate(self, model: nn.Module | None, batch: dict) -> list[str]:
+        if model is None:
+            return []
+        with torch.no_grad():
+            output = model.generate(
+                batch["prompt_input_ids"],
+                attention_mask=batch["prompt_attention_mask"],
+                max_length=self.config.max_length,
+                do_sample=True,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        output = pad_to_length(output, self.config.max_length, self.tokenizer.pad_token_id)
+        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
+
+    def evaluate_and_log(self):
+        """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint."""
+        self.eval_metrics = self.evaluate()
+        self.log("eval", self.eval_metrics, self.sample() if self.config.sample_during_eval else [])
+
+    # ---- output ---------------------------------------------------------------------------------------------------
+
+    def log(self, split: str, metrics: dict[str, float], samples: list[dict] | None = None):
+        """Hand what happened to the run's log, with the counters as they now stand."""
+        counters = {"counters/examples": self.example_counter, "counters/updates": self.batch_counter}
+        self.run_log.log(split, {**counters, **metrics}, samples or [])
+
+    def save(self, output_dir: str | None = None, metrics: dict | None = None):
+        """Write policy, optimizer and scheduler to `output_dir`; by default LATEST, with the last evaluation's."""
+        if self.config.debug:
+            rank0_print("skipping save in debug mode")
+            return
+        output_dir = output_dir or os.path.join(self.run_dir, "LATEST")
+        metrics = self.eval_metrics if metrics is None else metrics
+        for name in ("policy", "optimizer", "scheduler"):
+            state = getattr(self, name).state_dict()
+            write_state_dict(self.example_counter, state, metrics, f"{name}.pt", output_dir)
+
+
+def mean_metrics(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Mean over the examples of several batches, for each metric; the one place where metrics leave the device."""
+    collected = defaultdict(list)
+    for metrics in batches:
+        for key, values in metrics.items():
+            collected[key].append(values)
+    means = torch.stack([torch.cat(values).double().mean() for values in collected.values()])
+    return dict(zip(collected, means.tolist(), strict=True))
+
+
+def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
+    """The model's tokenizer, or `model.tokenizer_name_or_path`; without a padding token it pads with the end token."""
+    name = config.model.tokenizer_name_or_path or config.model.name_or_path
+    rank0_print(f"Loading tokenizer {name}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=get_local_dir(config.local_dirs))
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't load the tokenizer {name!r} (model.tokenizer_name_or_path): {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer

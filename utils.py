@@ -1,0 +1,108 @@
+"""Small helpers that several files share: errors for the user, ranks, directories, padding, dropout."""
+
+import difflib
+import getpass
+import os
+from collections.abc import Iterable
+from datetime import datetime
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class UserError(ValueError):
+    """Something the user gave can't work; `train.py` prints the message alone, without a traceback."""
+
+
+def closest_match(name: str, options: Iterable[str]) -> str:
+    """' Did you mean X?' for the option most like `name`, or an empty string where none is near."""
+    options = list(options)
+    matches = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if not matches:  # a key may be given without its group: beta for loss.beta
+        by_last_part = {option.rsplit(".", 1)[-1]: option for option in reversed(options)}
+        matches = [by_last_part[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1)]
+    return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def rank0_print(*args, **kwargs):
+    """Print, but only on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def get_local_dir(prefixes_to_resolve: list[str]) -> str:
+    """This user's directory under the first of the prefixes that exists and can be written, else under the last.
+
+    Nothing is created: whoever writes there creates it.
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a user id that has no name
+        user = f"uid{os.getuid()}"
+    for prefix in prefixes_to_resolve:
+        if os.access(prefix, os.W_OK | os.X_OK):
+            return os.path.join(prefix, user)
+    return os.path.join(prefixes_to_resolve[-1], user)
+
+
+def get_local_run_dir(exp_name: str, local_dirs: list[str]) -> str:
+    """A path for this run's outputs that no other run has; it is created once the config has been checked."""
+    timestamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+    return os.path.join(get_local_dir(local_dirs), f"{exp_name}_{timestamp}")
+
+
+def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, device: torch.device | str) -> dict:
+    """The `rank`-th of `world_size` equal parts of a batch, its tensors moved to `device`."""
+    chunk_size = len(next(iter(batch.values()))) // world_size
+    part = slice(chunk_size * rank, chunk_size * (rank + 1))
+    sliced = {key: value[part] for key, value in batch.items()}
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in sliced.items()}
+
+
+def pad_to_length(tensor: torch.Tensor, length: int, pad_value: int | float, dim: int = -1) -> torch.Tensor:
+    """Pad `tensor` with `pad_value` at the end of `dim` up to `length`; a longer tensor stays as it is."""
+    missing = length - tensor.size(dim)
+    if missing <= 0:
+        return tensor
+    pad_shape = list(tensor.shape)
+    pad_shape[dim] = missing
+    return torch.cat([tensor, tensor.new_full(pad_shape, pad_value)], dim=dim)
+
+
+def formatted_dict(values: dict) -> dict:
+    """The same dict with floats shortened to five digits, for printing."""
+    return {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in values.items()}
+
+
+def disable_dropout(model: nn.Module):
+    """Turn off all dropout: modules, rates held as attributes (GPT-NeoX, Llama) or read from the config (GPT-J).
+
+    Policy and reference must compute the same function, and gradients must not depend on a random mask.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _zero_dropout_rates(module)
+    if hasattr(model, "config"):
+        _zero_dropout_rates(model.config)
+
+
+def _zero_dropout_rates(holder: object):
+    for name, value in vars(holder).items():
+        if "drop" in name and isinstance(value, float):  # attention_dropout, hidden_dropout, attn_pdrop, layerdrop, ...
+            setattr(holder, name, 0.0)
+
+
+def get_block_class_from_model(model: nn.Module, block_class_name: str) -> type[nn.Module]:
+    """The class of the model's transformer blocks, by its name (e.g. GPTNeoXLayer).
+
+    Raises: UserError if the model has no module of that class.
+    """
+    classes = {type(module).__name__: type(module) for module in model.modules()}
+    if block_class_name not in classes:
+        raise UserError(
+            f"model.block_name={block_class_name}: the model has no module of that class."
+            f"{closest_match(block_class_name, classes)} It has: {', '.join(sorted(classes))}"
+        )
+    return classes[block_class_name]
