@@ -14,7 +14,8 @@ from torch import nn
 from utils import UserError, rank0_print
 
 # Buffers that transformers wrote into state dicts in 2023; today's models compute them, so they are left out.
-_LEGACY_BUFFERS = tuple(f".{m}.{b}" for m in ("attn", "attention") for b in ("bias", "masked_bias")) + (
+_LEGACY_BUFFERS = (
+    *(f".{module}.{buffer}" for module in ("attn", "attention") for buffer in ("bias", "masked_bias")),
     ".rotary_emb.inv_freq",
 )
 

@@ -187,7 +187,7 @@ _CONTAINERS = {"[document]", "html", "body", "div", "blockquote", "section", "ar
 
 
 def strip_html_tags(html_string: str) -> str:
-    """The text of some HTML, blocks divided by blank lines; <code> tags stay (in StackExchange answers they are code)."""
+    """The text of some HTML, blocks divided by blank lines; <code> tags stay (StackExchange keeps code in them)."""
     return "\n\n".join(_text_blocks(BeautifulSoup(html_string, "html.parser")))
 
 
@@ -368,7 +368,8 @@ def tokenize_batch_element(
 class BatchIterator:
     """The batches of a split, in order; made by `get_batch_iterator`.
 
-    `n_batches` is how many there will be, `n_left_out` how many examples of each epoch fill no whole batch.
+    `n_batches` and `n_examples` are how many there will be, `epoch_size` how many examples of them an epoch has,
+    `n_left_out` how many of each epoch fill no whole batch.
     """
 
     def __init__(self, prompts: list[Prompt], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool, seed: int,
@@ -376,11 +377,12 @@ class BatchIterator:
         self.prompts, self.tokenizer, self.lengths = prompts, tokenizer, lengths
         self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
 
-        per_epoch = len(prompts) if sft_mode else sum(len(prompt.pairs) for prompt in prompts)
-        self.n_left_out = per_epoch % batch_size if drop_last else 0
-        self.epoch_size = per_epoch - self.n_left_out
-        totals = [] if n_epochs is None else [n_epochs * self.epoch_size]
-        if n_examples is not None:  # rounded up to whole batches, as in the original, unless a partial one may end it
+        available = len(prompts) if sft_mode else sum(len(prompt.pairs) for prompt in prompts)
+        once = not drop_last and (available < batch_size or (n_examples or 0) <= available)
+        self.n_left_out = 0 if once else available % batch_size
+        self.epoch_size = available - self.n_left_out
+        totals = [n_epochs * self.epoch_size] if n_epochs is not None else [self.epoch_size] if once else []
+        if n_examples is not None:
             totals.append(-(-n_examples // batch_size) * batch_size if drop_last else n_examples)
         self.n_examples = min(totals)
         self.n_batches = -(-self.n_examples // batch_size)
@@ -439,8 +441,9 @@ def get_batch_iterator(
         sft_mode: one example for each prompt, its 'chosen' being the SFT target, without 'rejected'.
         seed: decides the order of the examples.
         paths: where a named dataset is loaded from instead of the hub.
-        drop_last: leave out the examples of an epoch that don't fill a batch (and round n_examples up to whole
-            batches); otherwise the last batch may be smaller.
+        drop_last: leave out the examples of an epoch that don't fill a batch, and round n_examples up to whole
+            batches. Otherwise the last batch may be smaller, and what n_examples asks for beyond one epoch comes from
+            further epochs of whole batches, as in the original.
 
     Raises: UserError if a dataset can't be used or holds less than one batch.
     """

@@ -38,8 +38,8 @@ def load_model(config: DictConfig, dtype: str):
     except (OSError, ValueError) as error:
         raise UserError(
             f"can't load model.name_or_path={name}: {str(error).strip()}\n"
-            "Give the id of a causal language model on the hub (for a gated one, log in with `hf auth login`) or a local "
-            "folder"
+            "Give the id of a causal language model on the hub (for a gated one, log in with `hf auth login`), "
+            "or a local folder"
         ) from error
     disable_dropout(model)
     return model

@@ -98,13 +98,16 @@ class BasicTrainer:
         eval_iterator = get_batch_iterator(
             **kwargs,
             split="test",
-            n_epochs=1,
             n_examples=config.n_eval_examples,
             batch_size=config.eval_batch_size,
             drop_last=False,
         )
         self.eval_batches = list(eval_iterator)
-        rank0_print(f"Evaluation data: {eval_iterator.n_examples} examples in {len(self.eval_batches)} batches")
+        repeats = f", drawn from {eval_iterator.epoch_size} again and again"
+        rank0_print(
+            f"Evaluation data: {eval_iterator.n_examples} examples in {len(self.eval_batches)} batches"
+            f"{repeats if eval_iterator.n_examples > eval_iterator.epoch_size else ''}"
+        )
 
     def _make_optimizer(self):
         """Any optimizer of torch.optim; the learning rate rises linearly over `warmup_steps` and stays."""

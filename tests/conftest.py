@@ -1,0 +1,77 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parent.parent
+ORACLE = Path(__file__).parent / "oracle"
+TIMEOUT = 600  # seconds
+
+
+def figures(name: str):
+    """The recorded figures of `tests/oracle/figures/<name>.json`."""
+    return json.loads((ORACLE / "figures" / f"{name}.json").read_text())
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def hydra_list(value: object) -> str:
+    """A value as it is typed in an override."""
+    return json.dumps(value).replace('"', "").replace(" ", "")
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Run `python train.py` as a user would, in an empty directory, without network, wandb or a terminal."""
+
+    def run_command(*overrides: str, env: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(REPOSITORY / "train.py"), f"local_dirs=[{tmp_path}/cache]", *overrides]
+        if not any(override.startswith("wandb.") for override in overrides):
+            command.append("wandb.enabled=false")
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=TIMEOUT, **kwargs,
+        )  # fmt: skip
+
+    return run_command
+
+
+@pytest.fixture
+def train_ok(train):
+    """The same, for commands that must succeed; returns what they printed."""
+
+    def run_command(*overrides: str, **kwargs) -> str:
+        result = train(*overrides, **kwargs)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        return result.stdout + result.stderr
+
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def sft_archive(tmp_path_factory) -> Path:
+    """The end of the recorded SFT run as the policy.pt that preference runs start from."""
+    path = tmp_path_factory.mktemp("archive") / "policy.pt"
+    state = load_file(ORACLE / "figures" / "sft_weights.safetensors")
+    torch.save({"step_idx": 96, "state": state, "metrics": {}}, path)
+    return path
+
+
+@pytest.fixture
+def oracle_model() -> list[str]:
+    """Overrides that choose the recorded runs' model and data."""
+    return [
+        "model=blank_model",
+        f"model.name_or_path={ORACLE}/model",
+        "model.reference_dtype=float32",
+        f"dataset_paths.hh={ORACLE}/hh",
+        f"dataset_paths.shp={ORACLE}/shp",
+    ]

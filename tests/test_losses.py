@@ -1,0 +1,64 @@
+import math
+
+import pytest
+import torch
+from conftest import figures
+
+from losses import LOSSES, _get_batch_logps, preference_loss
+from trainers import _get_batch_logps as reexported_logps
+from trainers import concatenated_inputs as reexported_inputs
+from trainers import preference_loss as reexported_loss
+
+RECORDED = figures("losses")
+
+
+@pytest.mark.parametrize("entry", RECORDED["preference_loss"], ids=lambda entry: str(entry["kwargs"]))
+def test_preference_loss_equals_the_original(entry):
+    logps = [torch.tensor(values, dtype=torch.float64) for values in entry["logps"]]
+    results = preference_loss(*logps, **entry["kwargs"])
+    for result, key in zip(results, ("losses", "chosen_rewards", "rejected_rewards"), strict=True):
+        expected = torch.tensor(entry[key], dtype=torch.float64)
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_batch_logps_equal_the_original(average):
+    entry = RECORDED["batch_logps"]
+    logits = torch.tensor(entry["logits"], dtype=torch.float64)
+    logps = _get_batch_logps(logits, torch.tensor(entry["labels"]), average_log_prob=average)
+    expected = torch.tensor(entry["mean" if average else "sum"], dtype=torch.float64)
+    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=0)
+
+
+def test_batch_logps_of_uniform_logits_count_the_labels():
+    # four tokens are equally likely; three labels are predicted (the first position predicts nothing before it)
+    logits, labels = torch.zeros(1, 4, 4), torch.tensor([[-100, 1, 2, 3]])
+    assert _get_batch_logps(logits, labels).item() == pytest.approx(-3 * math.log(4))
+    assert _get_batch_logps(logits, labels, average_log_prob=True).item() == pytest.approx(-math.log(4))
+
+
+def test_losses_where_policy_and_reference_agree():
+    logps = [torch.tensor([-3.0]), torch.tensor([-5.0])] * 2
+    assert preference_loss(*logps, beta=0.1)[0].item() == pytest.approx(math.log(2))
+    assert preference_loss(*logps, beta=0.1, label_smoothing=0.3)[0].item() == pytest.approx(math.log(2))
+    assert preference_loss(*logps, beta=0.1, ipo=True)[0].item() == pytest.approx(25)  # (1 / (2 * 0.1))²
+
+
+def test_rewards_carry_no_gradient():
+    logps = [torch.tensor([-3.0], requires_grad=True) for _ in range(4)]
+    losses, chosen_rewards, rejected_rewards = preference_loss(*logps, beta=0.1)
+    assert losses.requires_grad
+    assert not chosen_rewards.requires_grad
+    assert not rejected_rewards.requires_grad
+
+
+def test_each_loss_takes_the_options_of_its_yaml():
+    assert LOSSES["sft"].options == []
+    assert LOSSES["dpo"].options == ["beta", "label_smoothing", "reference_free"]
+    assert LOSSES["ipo"].options == ["beta", "reference_free"]
+
+
+def test_trainers_reexports_what_code_for_the_original_imports():
+    assert reexported_loss is preference_loss
+    assert reexported_logps is _get_batch_logps
+    assert callable(reexported_inputs)

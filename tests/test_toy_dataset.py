@@ -1,0 +1,82 @@
+import json
+
+import numpy as np
+import pytest
+
+from toy_dataset import (
+    ALL_RESPONSES,
+    PROMPTS,
+    get_toy,
+    report,
+    response_text,
+    response_words,
+    sample_words,
+    true_reward,
+    word_distribution,
+)
+
+
+def test_every_response_reads_back_and_nothing_else_does():
+    texts = [response_text(words) for words in ALL_RESPONSES]
+    assert len(set(texts)) == 8**4
+    assert all((response_words(text) == words).all() for text, words in zip(texts, ALL_RESPONSES, strict=True))
+    assert response_words(texts[0] + " ") is None
+    assert response_words(texts[0].replace("dreadful", "hopeless")) is None
+
+
+def test_true_reward_is_the_sum_of_the_words_weights():
+    assert true_reward(np.array([0, 0, 0, 0])) == -8
+    assert true_reward(np.array([7, 7, 7, 7])) == 8
+    assert true_reward(np.array([7, 0, 4, 3])) == pytest.approx(0)  # 2 - 2 + 2/7 - 2/7
+
+
+def test_the_optimum_is_the_reference_times_the_exponential_of_the_reward():
+    # Eq. 4 of the paper over whole responses, against the product of the slots
+    beta = 0.5
+    for reference, optimum in zip(word_distribution(), word_distribution(beta), strict=True):
+        slots = np.arange(4)
+        p = reference[slots, ALL_RESPONSES].prod(-1)
+        expected = p * np.exp(true_reward(ALL_RESPONSES) / beta)
+        expected /= expected.sum()
+        assert p.sum() == pytest.approx(1)
+        np.testing.assert_allclose(optimum[slots, ALL_RESPONSES].prod(-1), expected, rtol=1e-10)
+
+
+def test_samples_follow_the_distribution():
+    words = sample_words(np.random.RandomState(3), np.full(40_000, 2))
+    counts = np.stack([np.bincount(words[:, slot], minlength=8) for slot in range(4)]) / 40_000
+    np.testing.assert_allclose(counts, word_distribution()[2], atol=0.012)  # 5 standard deviations
+
+
+def test_preferences_follow_bradley_terry():
+    margins, preferred = [], []
+    for _, entry in get_toy("train"):
+        first, second = (true_reward(response_words(text)) for text in entry["responses"])
+        margins.append(first - second)
+        preferred.append(entry["pairs"] == [(0, 1)])
+    margins, preferred = np.array(margins), np.array(preferred)
+    for low in (-3, -1, 0, 2):
+        chosen = (margins >= low) & (margins < low + 1)
+        expected = (1 / (1 + np.exp(-margins[chosen]))).mean()
+        assert preferred[chosen].mean() == pytest.approx(expected, abs=5 * 0.5 / np.sqrt(chosen.sum()))
+
+
+def test_data_has_the_hh_format_and_is_the_same_every_time():
+    data = get_toy("test")
+    assert data == get_toy("test")
+    assert {prompt for prompt, _ in data} == set(PROMPTS)
+    assert all(prompt.startswith("\n\nHuman: ") and prompt.endswith("\n\nAssistant:") for prompt in PROMPTS)
+    assert all(response_words(entry["sft_target"]) is not None for _, entry in data)
+
+
+def test_report_gives_mean_reward_and_share_outside_the_grammar_of_the_last_samples(tmp_path):
+    best, worst = response_text([7, 7, 7, 7]), response_text([0, 0, 0, 0])
+    rows = [("policy", 0, worst), ("policy", 8, best), ("policy", 8, " What?"), ("reference", 8, worst)]
+    lines = [
+        {"counters/examples": n, "model": model, "prompt": PROMPTS[0], "sample": PROMPTS[0] + text}
+        for model, n, text in rows
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before, after = report(tmp_path).split("after 8 pairs")
+    assert "1 samples, mean true reward -8.00" in before
+    assert "2 samples, mean true reward +8.00 (of at most 8), 50.0% outside the grammar" in after
