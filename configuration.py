@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import torch
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from losses import LOSSES
@@ -52,6 +52,8 @@ def explain_hydra_error(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"no {group}={name}.{closest_match(name, error.options)} There are: {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"can't read {error.override!r}: {error}"
     if key := re.search(r"Could not override '([^']+)'", text):
         return f"no config key {key[1]!r}.{closest_match(key[1], default_config())} config/config.yaml lists all keys"
     return str(error).strip()

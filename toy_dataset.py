@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from omegaconf import OmegaConf
 
 SUBJECTS = ["film", "play", "opera", "musical", "series", "cartoon", "drama", "comedy", "ballet", "show"]
 PROMPTS = [f"\n\nHuman: Please write a short review of the {subject}.\n\nAssistant:" for subject in SUBJECTS]
@@ -102,10 +103,15 @@ def report(run_dir: Path, n_shown: int = 4) -> str:
         words = [response_words(text) for text in texts]
         rewards = [float(true_reward(w)) for w in words if w is not None]
         mean = f"{np.mean(rewards):+.2f}" if rewards else "none"
-        lines.append(f"{title}: {len(texts)} samples, mean true reward {mean} (of at most 8), ")
-        lines[-1] += f"{1 - len(rewards) / len(texts):.1%} outside the grammar"
+        outside = 1 - len(rewards) / len(texts)
+        lines.append(
+            f"{title}: {len(texts)} samples, mean true reward {mean} (of at most 8), {outside:.1%} outside the grammar"
+        )
         for text, w in list(zip(texts, words, strict=True))[:n_shown]:
             lines.append(f"  {'  --' if w is None else f'{true_reward(w):+.1f}'}  {text.strip()}")
+    beta = OmegaConf.load(run_dir / "config.yaml").loss.beta
+    optimum = (word_distribution(beta) * WORD_REWARDS).sum((1, 2)).mean()
+    lines.append(f"the exact optimum of DPO at beta {beta} (π*): mean true reward {optimum:+.2f}, 0.0% outside")
     return "\n".join(lines)
 
 

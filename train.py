@@ -92,6 +92,8 @@ def main():
     """Run under Hydra. A user's mistake ends with its message alone; HYDRA_FULL_ERROR=1 shows where it was noticed."""
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
+    # the keys of optimizer_args are the optimizer's own, so Hydra has to take them without knowing them
+    sys.argv[1:] = [f"++{word}" if word.startswith("optimizer_args") else word for word in sys.argv[1:]]
     try:
         hydra.main(version_base="1.3", config_path="config", config_name="config")(run)()
     except (UserError, HydraException, OmegaConfBaseException) as error:

@@ -32,7 +32,7 @@ def train(tmp_path):
     """Run `python train.py` as a user would, in an empty directory, without network, wandb or a terminal."""
 
     def run_command(*overrides: str, env: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(REPOSITORY / "train.py"), f"local_dirs=[{tmp_path}/cache]", *overrides]
+        command = [sys.executable, str(REPOSITORY / "train.py"), *overrides, f"local_dirs=[{tmp_path}/cache]"]
         if not any(override.startswith("wandb.") for override in overrides):
             command.append("wandb.enabled=false")
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}

@@ -1,0 +1,284 @@
+"""What a user meets at the command line: errors before training, and what a run leaves behind."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import ORACLE, read_jsonl
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+TOY = ["model=tiny", "datasets=[toy]", "n_eval_examples=16", "n_eval_model_samples=2"]
+SHORT = [*TOY, "n_examples=8", "lr=1e-3"]
+
+
+def assert_refused(result, tmp_path, *parts: str):
+    """The command failed with a message that has these parts, without a traceback, and left no run directory."""
+    assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "Traceback" not in result.stderr + result.stdout
+    message = result.stderr[result.stderr.index("error: ") :]
+    for part in parts:
+        assert part in message, message
+    left = [str(path) for path in tmp_path.rglob("*") if path.name in ("config.yaml", "metrics.jsonl", "LATEST")]
+    assert left == []
+
+
+CONFIG_ERRORS = {
+    "no model": ([], ["missing keys", "model.name_or_path", "model=NAME", "pythia28"]),
+    "unknown model": (["model=pythia2.8"], ["no model=pythia2.8", "Did you mean pythia28?", "gpt2-xl"]),
+    "unknown loss": (["model=tiny", "loss=dbo"], ["no loss=dbo", "Did you mean dpo?", "ipo", "sft"]),
+    "unknown key": (["model=tiny", "batchsize=4"], ["no config key 'batchsize'", "Did you mean batch_size?"]),
+    "key without its group": (
+        ["model=tiny", "loss=dpo", "beta=1"],
+        ["no config key 'beta'", "Did you mean loss.beta?"],
+    ),
+    "key added with a plus": (["model=tiny", "+modle.archive=x"], ["'modle.archive'", "Did you mean model.archive?"]),
+    "option of another loss": (["model=tiny", "loss=sft", "+loss.beta=1"], ["no config key 'loss.beta'", "loss=sft"]),
+    "unreadable override": (["model=tiny", "datasets=[hh"], ["can't read 'datasets=[hh'"]),
+    "unknown trainer": (["model=tiny", "trainer=BasicTrainr"], ["Did you mean BasicTrainer?"]),
+    "unknown optimizer": (["model=tiny", "optimizer=RMSPropp"], ["Did you mean RMSprop?", "AdamW"]),
+    "optimizer that needs a closure": (["model=tiny", "optimizer=LBFGS"], ["optimizer=LBFGS", "one gradient a step"]),
+    "no dataset": (["model=tiny", "datasets=[]"], ["datasets=[]", "at least one"]),
+    "batch that doesn't divide": (
+        ["model=tiny", "batch_size=6", "gradient_accumulation_steps=4"],
+        ["batch_size=6", "gradient_accumulation_steps=4", "equal size"],
+    ),
+    "no room for a response": (
+        ["model=tiny", "max_prompt_length=512"],
+        ["max_prompt_length=512", "below max_length=512"],
+    ),
+    "evaluation within a batch": (["model=tiny", "eval_every=3"], ["eval_every=3", "below batch_size=4"]),
+    "no end": (["model=tiny", "n_epochs=null"], ["n_epochs and n_examples are both null"]),
+    "text for a number": (["model=tiny", "lr=fast"], ["lr=fast: expected a number"]),
+    "fraction for a whole number": (["model=tiny", "batch_size=1.5"], ["batch_size=1.5: expected a whole number"]),
+    "negative": (["model=tiny", "n_examples=-1"], ["n_examples=-1: must be above 0"]),
+    "label smoothing too large": (["model=tiny", "loss=dpo", "loss.label_smoothing=0.5"], ["must be below 0.5"]),
+    "unknown dtype": (["model=tiny", "model.policy_dtype=fp32"], ["model.policy_dtype=fp32", "bfloat16"]),
+    "mixed precision that needs loss scaling": (
+        ["model=tiny", "model.fsdp_policy_mp=float16"],
+        ["bfloat16", "scaling"],
+    ),
+    "no such archive": (
+        ["model=tiny", "model.archive=LATEST/policy.pt"],
+        ["model.archive=LATEST/policy.pt", "no such"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_ERRORS)
+def test_config_error(name, train, tmp_path):
+    overrides, parts = CONFIG_ERRORS[name]
+    assert_refused(train(*overrides), tmp_path, *parts)
+
+
+@pytest.fixture
+def broken_files(tmp_path):
+    """Files that a user might give by mistake."""
+    (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
+    state = load_file(ORACLE / "figures" / "sft_weights.safetensors")
+    torch.save({"step_idx": 0, "state": state, "metrics": {}}, tmp_path / "other_model.pt")
+    torch.save(state, tmp_path / "bare_state.pt")
+    torch.save({"step_idx": 0, "state": {"run": os.system}, "metrics": {}}, tmp_path / "code.pt")
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    for name, bad in (
+        ("no_field", {"chosen": row["chosen"]}),
+        ("no_value", {**row, "rejected": None}),
+        ("eos", {**row, "rejected": row["rejected"] + "<|endoftext|>"}),
+    ):
+        (tmp_path / name).mkdir()
+        rows = [bad] if name == "no_field" else [row, row, bad]
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "model_without_weights").mkdir()
+
+
+LOADING_ERRORS = {  # the model is tiny where none is named
+    "unknown dataset": (["datasets=[hhh]"], ["no such dataset", "Did you mean hh?", "toy"]),
+    "dataset out of reach": (["datasets=[hh]"], ["Anthropic/hh-rlhf", "dataset_paths.hh=DIR"]),
+    "row without a field": (["datasets=[hh]", "dataset_paths.hh=no_field"], ["[hh], train split, row 0", "'rejected'"]),
+    "row with an empty field": (["datasets=[hh]", "dataset_paths.hh=no_value"], ["[hh], train split, row 2", "empty"]),
+    "row with the end token": (["datasets=[hh]", "dataset_paths.hh=eos"], ["train split, row 2", "<|endoftext|>"]),
+    "less than one batch": (["datasets=[toy]", "batch_size=30000", "eval_every=30000"], ["20000 ", "batch_size"]),
+    "unreadable archive": (["datasets=[toy]", "model.archive=garbage.pt"], ["garbage.pt", "can't read it"]),
+    "archive without a state": (["datasets=[toy]", "model.archive=bare_state.pt"], ["bare_state.pt", "can't read it"]),
+    "archive with code": (["datasets=[toy]", "model.archive=code.pt"], ["code.pt", "can't read it"]),
+    "archive of another model": (
+        ["datasets=[toy]", "model.archive=other_model.pt"],
+        ["other_model.pt doesn't fit the model", "shape (512, 64), the model's is (2048, 128)"],
+    ),
+    "model out of reach": (
+        ["datasets=[toy]", "model=blank_model", "model.name_or_path=nobody/nothing"],
+        ["model.name_or_path=nobody/nothing", "local folder"],
+    ),
+    "model folder without weights": (
+        ["datasets=[toy]", "model=blank_model", "model.name_or_path=./model_without_weights"],
+        ["model_without_weights"],
+    ),
+    "tokenizer of another model": (
+        ["datasets=[toy]", "model=blank_model", f"model.name_or_path={ORACLE}/model", "max_length=128",
+         "max_prompt_length=64", "model.tokenizer_name_or_path=${repository:}/models/tiny"],
+        ["2048 tokens", "embeds 512", "model.tokenizer_name_or_path"],
+    ),
+    "longer than the model": (["datasets=[toy]", "max_length=2000"], ["max_length=2000", "1024 positions"]),
+    "wrong optimizer argument": (["datasets=[toy]", "optimizer_args={momentumm:1}"], ["optimizer=RMSprop", "momentumm"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOADING_ERRORS)
+def test_loading_error(name, train, tmp_path, broken_files):
+    overrides, parts = LOADING_ERRORS[name]
+    model = [] if any(override.startswith("model=") for override in overrides) else ["model=tiny"]
+    assert_refused(train(*model, *overrides), tmp_path, *parts)
+
+
+def test_infinite_loss_stops_with_step_and_prompts_and_keeps_the_log(train, tmp_path):
+    result = train(
+        *SHORT, "lr=1e30", "optimizer=SGD", "max_grad_norm=1e30", "warmup_steps=0", f"local_run_dir={tmp_path}/run"
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    message = result.stderr[result.stderr.index("error: ") :]
+    assert "step 2 (after 4 examples): loss" in message
+    assert message.count("Please write a short review") == 4
+    assert "smaller lr" in message
+    assert [line["counters/updates"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1]
+
+
+def test_a_directory_of_another_run_is_refused(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    result = train(*SHORT, f"local_run_dir={tmp_path}/run")
+    assert result.returncode == 1
+    assert "holds another run" in result.stderr
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_a_run_writes_its_files_and_nothing_else(loss, train_ok, tmp_path):
+    output = train_ok(*SHORT, f"loss={loss}", "eval_every=5", "warmup_steps=1")
+    assert "Setting eval_every to 4" in output
+    (run_dir,) = (tmp_path / "cache").glob(f"*/{loss}_tiny_*")
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "LATEST", "config.yaml", "metrics.jsonl", "samples.jsonl", "step-4",
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    for checkpoint in ("LATEST", "step-4"):
+        files = sorted(path.name for path in (run_dir / checkpoint).iterdir())
+        assert files == ["optimizer.pt", "policy.pt", "scheduler.pt"]
+
+    lines = read_jsonl(run_dir / "metrics.jsonl")
+    order = [(line["split"], line["counters/examples"], line["counters/updates"]) for line in lines]
+    assert order == [("eval", 0, 0), ("train", 4, 1), ("eval", 4, 1), ("train", 8, 2), ("eval", 8, 2)]
+    assert [line["lr"] for line in lines if line["split"] == "train"] == pytest.approx([5e-4, 1e-3])
+
+    latest = torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)
+    assert (latest["step_idx"], latest["metrics"]) == (
+        8,
+        {k: v for k, v in lines[-1].items() if "/" in k and "counters" not in k},
+    )
+    assert torch.load(run_dir / "step-4/scheduler.pt", weights_only=True)["state"]["last_epoch"] == 1
+
+    models = ["policy"] if loss == "sft" else ["policy", "reference"]
+    samples = read_jsonl(run_dir / "samples.jsonl")
+    assert len(samples) == 3 * 2 * len(models)
+    assert {sample["model"] for sample in samples} == set(models)
+    assert all(sample["sample"].startswith(sample["prompt"]) for sample in samples)
+
+
+def test_dpo_starts_at_ln_2_and_without_a_reference_it_does_not(train_ok, tmp_path):
+    train_ok(*SHORT, "loss=dpo", f"local_run_dir={tmp_path}/dpo")
+    first = read_jsonl(tmp_path / "dpo/metrics.jsonl")[0]
+    assert first["loss/eval"] == pytest.approx(0.6931471805599453, abs=1e-7)
+    output = train_ok(*SHORT, "loss=dpo", "loss.reference_free=true", f"local_run_dir={tmp_path}/free")
+    assert "building reference model" not in output
+    first = read_jsonl(tmp_path / "free/metrics.jsonl")[0]
+    assert first["rewards_eval/chosen"] == pytest.approx(0.1 * first["logps_eval/chosen"], rel=1e-6)
+
+
+def test_seed_sets_weights_and_order_and_repeats_exactly(train_ok, tmp_path):
+    losses = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_ok(
+            *SHORT,
+            f"seed={seed}",
+            "sample_during_eval=false",
+            "do_first_eval=false",
+            f"local_run_dir={tmp_path}/{name}",
+        )
+        losses[name] = [
+            line["loss/train"] for line in read_jsonl(tmp_path / name / "metrics.jsonl") if line["split"] == "train"
+        ]
+    assert losses["a"] == losses["b"]
+    assert losses["a"] != losses["c"]
+
+
+def test_microbatches_and_activation_checkpointing_give_the_same_numbers(train_ok, tmp_path):
+    lines = {}
+    for name, overrides in {
+        "plain": [],
+        "microbatches": ["gradient_accumulation_steps=4"],
+        "checkpointing": ["activation_checkpointing=true"],
+    }.items():
+        train_ok(*SHORT, "sample_during_eval=false", f"local_run_dir={tmp_path}/{name}", *overrides)
+        lines[name] = read_jsonl(tmp_path / name / "metrics.jsonl")
+    for name in ("microbatches", "checkpointing"):
+        for ours, plain in zip(lines[name], lines["plain"], strict=True):
+            for key in ("loss/train", "loss/eval", "grad_norm"):
+                if key in plain:
+                    assert ours[key] == pytest.approx(plain[key], rel=1e-5)
+
+
+def test_mixed_precision_computes_in_bfloat16_under_either_name(train_ok, tmp_path):
+    losses = {}
+    for name, overrides in {
+        "float32": [],
+        "policy_mp": ["model.policy_mp=bfloat16"],
+        "fsdp_policy_mp": ["model.fsdp_policy_mp=bfloat16"],
+    }.items():
+        train_ok(*SHORT, "sample_during_eval=false", f"local_run_dir={tmp_path}/{name}", *overrides)
+        losses[name] = read_jsonl(tmp_path / name / "metrics.jsonl")[0]["loss/eval"]
+    assert losses["policy_mp"] == losses["fsdp_policy_mp"] != losses["float32"]
+    assert losses["policy_mp"] == pytest.approx(losses["float32"], rel=1e-2)
+    state = torch.load(tmp_path / "policy_mp/LATEST/policy.pt", weights_only=True)["state"]
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_debug_saves_nothing(train_ok, tmp_path):
+    output = train_ok(
+        *SHORT, "debug=true", "wandb.enabled=true", "sample_during_eval=false", f"local_run_dir={tmp_path}/run"
+    )
+    assert "skipping save in debug mode" in output
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+    ]
+
+
+def test_wandb_without_an_account_logs_offline_and_says_how_to_upload(train_ok, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    env = {"HOME": str(home), "WANDB_API_KEY": "", "NETRC": str(home / "netrc")}
+    output = train_ok(*SHORT, "loss=dpo", "wandb.enabled=true", f"local_run_dir={tmp_path}/run", env=env)
+    assert "logging offline" in output
+    (offline_run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert f"wandb sync {offline_run}" in output
+    recorded = b"".join(path.read_bytes() for path in offline_run.glob("*.wandb"))
+    for key in (b"rewards_train/margins", b"policy_samples", b"reference_samples", b"direct-preference-optimization"):
+        assert key in recorded
+
+
+def test_wandb_is_not_needed_when_it_is_off_and_named_when_it_is_on(train, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['wandb'] = sys.modules['peft'] = None\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    assert train(*SHORT, "sample_during_eval=false", env=env).returncode == 0
+    result = train(*SHORT, "wandb.enabled=true", env=env)
+    assert result.returncode == 1
+    assert "wandb.enabled=false" in result.stderr
+
+
+def test_hydra_sweeps_run_one_after_the_other(train_ok, tmp_path):
+    train_ok("-m", *SHORT, "loss=dpo", "loss.beta=0.1,0.5", "sample_during_eval=false", "debug=true")
+    runs = sorted((tmp_path / "cache").glob("*/dpo_tiny_*"))
+    assert len(runs) == 2
+    assert [OmegaConf.load(run / "config.yaml").loss.beta for run in runs] == [0.1, 0.5]
