@@ -99,8 +99,10 @@ def _check_type(key: str, value: object, default: object):
     if value is None and (default is None or key in _MAY_BE_NULL):
         return
     expected = _TYPES_OF_NULL.get(key, str) if default is None else type(default)
-    if key == "datasets" and isinstance(value, str):
+    if (key == "datasets" and isinstance(value, str)) or (key == "shared_prompt" and value in (True, False, "auto")):
         return
+    if key == "shared_prompt":
+        raise UserError(f"shared_prompt={value}: must be auto, true or false")
     accepted = (int, float) if expected is float else (expected,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

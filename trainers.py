@@ -15,9 +15,10 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints import write_state_dict
-from losses import LOSSES, _get_batch_logps, needs_reference, preference_loss  # noqa: F401 (re-exported)
-from preference_datasets import concatenated_inputs, get_batch_iterator
+from losses import LOSSES, _get_batch_logps, preference_loss  # noqa: F401 (re-exported)
+from preference_datasets import concatenated_inputs, get_batch_iterator  # noqa: F401 (re-exported)
 from run_logging import RunLog
+from shared_prompt import choose_rows, microbatches, response_logps, shared_rows
 from utils import UserError, get_local_dir, pad_to_length, rank0_print, slice_and_move_batch_for_device
 
 torch.backends.cuda.matmul.allow_tf32 = True
@@ -50,6 +51,10 @@ class BasicTrainer:
         self.tokenizer = load_tokenizer(config)
         self._check_fits_model()
         self._load_data()
+        self.make_rows, self.whole_logits, why = choose_rows(
+            policy, self.eval_batches[0], config.shared_prompt, config.max_length
+        )
+        rank0_print(f"Shared prompts: {why}")
         if reference_model is not None:
             reference_model.eval().requires_grad_(False)
         if config.activation_checkpointing:
@@ -124,32 +129,22 @@ class BasicTrainer:
 
     # ---- log-probabilities and loss -------------------------------------------------------------------------------
 
-    def sequence_logps(
-        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Log-probability of each sequence's labels under `model`: (batch_size, length) each to (batch_size,), nats."""
+    def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
+        """Log-probability of each of the batch's responses under `model`, chosen before rejected, in nats."""
         mixed_precision = model is self.policy and self.policy_mp is not None
         with torch.autocast(self.device.type, self.policy_mp, enabled=mixed_precision):
-            logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
-        return _get_batch_logps(logits, labels, average_log_prob=self.config.loss.average_log_prob)
+            return response_logps(model, self.make_rows(batch), self.config.loss.average_log_prob, self.whole_logits)
 
     def concatenated_forward(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the chosen and the rejected responses, each (batch_size,), in one pass over both."""
-        inputs = concatenated_inputs(batch)
-        logps = self.sequence_logps(
-            model,
-            inputs["concatenated_input_ids"],
-            inputs["concatenated_attention_mask"],
-            inputs["concatenated_labels"],
-        )
-        chosen_logps, rejected_logps = logps.chunk(2)
+        chosen_logps, rejected_logps = self.response_logps(model, batch).chunk(2)
         return chosen_logps, rejected_logps
 
-    def reference_logps(self, batch: dict, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
         if self.reference_model is None:
-            return torch.zeros_like(like), torch.zeros_like(like)
+            zeros = torch.zeros(len(batch["prompt"]), device=self.device)
+            return zeros, zeros
         with torch.no_grad():
             return self.concatenated_forward(self.reference_model, batch)
 
@@ -162,7 +157,7 @@ class BasicTrainer:
         metrics = {}
         if self.loss.needs_pairs:
             chosen_logps, rejected_logps = self.concatenated_forward(self.policy, batch)
-            reference_logps = self.reference_logps(batch, like=chosen_logps)
+            reference_logps = self.reference_logps(batch)
             losses, chosen_rewards, rejected_rewards = self.loss.function(
                 chosen_logps, rejected_logps, *reference_logps, **options
             )
@@ -172,9 +167,7 @@ class BasicTrainer:
             metrics[f"rewards_{split}/margins"] = chosen_rewards - rejected_rewards
             metrics[f"logps_{split}/rejected"] = rejected_logps.detach()
         else:
-            chosen_logps = self.sequence_logps(
-                self.policy, batch["chosen_input_ids"], batch["chosen_attention_mask"], batch["chosen_labels"]
-            )
+            chosen_logps = self.response_logps(self.policy, batch)
             losses = self.loss.function(chosen_logps, **options)
         metrics[f"logps_{split}/chosen"] = chosen_logps.detach()
         metrics[f"loss/{split}"] = losses.detach()
@@ -199,18 +192,16 @@ class BasicTrainer:
             self.evaluate_and_log()
 
     def train_step(self, batch: dict) -> dict[str, float]:
-        """One optimizer step on a batch, in `gradient_accumulation_steps` microbatches; returns its mean metrics.
+        """One optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches; returns mean metrics.
 
         Raises: UserError, before the weights change, if loss or gradient are not finite.
         """
         self.policy.train()
         start_time = time.perf_counter()
-        n_microbatches = self.config.gradient_accumulation_steps
         microbatch_metrics = []
-        for index in range(n_microbatches):
-            microbatch = slice_and_move_batch_for_device(batch, index, n_microbatches, self.device)
+        for microbatch in self.microbatches(batch, self.config.gradient_accumulation_steps):
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, train=True)
-            (loss / n_microbatches).backward()
+            (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
             microbatch_metrics.append(metrics)
 
         grad_norm = self.clip_gradient()
@@ -226,6 +217,10 @@ class BasicTrainer:
         metrics["examples_per_second"] = self.config.batch_size / (time.perf_counter() - start_time)
         metrics["grad_norm"] = grad_norm
         return metrics
+
+    def microbatches(self, batch: dict, n_least: int) -> list[dict]:
+        """The batch in parts of similar length; see `shared_prompt.microbatches`."""
+        return microbatches(batch, n_least, self.device.type, shared=self.make_rows is shared_rows)
 
     def clip_gradient(self) -> float:
         """Scale the gradient down to `max_grad_norm` where it is larger; returns its norm before."""
@@ -250,9 +245,9 @@ class BasicTrainer:
         self.policy.eval()
         batch_metrics = []
         for batch in tqdm(self.eval_batches, "Computing eval metrics", leave=False, disable=None):
-            local_batch = slice_and_move_batch_for_device(batch, 0, 1, self.device)
-            with torch.no_grad():
-                batch_metrics.append(self.get_batch_metrics(local_batch, self.config.loss, train=False)[1])
+            for microbatch in self.microbatches(batch, n_least=1):
+                with torch.no_grad():
+                    batch_metrics.append(self.get_batch_metrics(microbatch, self.config.loss, train=False)[1])
         return mean_metrics(batch_metrics)
 
     def sample(self) -> list[dict]:

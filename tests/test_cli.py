@@ -120,7 +120,7 @@ LOADING_ERRORS = {  # the model is tiny where none is named
         ["2048 tokens", "embeds 512", "model.tokenizer_name_or_path"],
     ),
     "longer than the model": (["datasets=[toy]", "max_length=2000"], ["max_length=2000", "1024 positions"]),
-    "wrong optimizer argument": (["datasets=[toy]", "optimizer_args={momentumm:1}"], ["optimizer=RMSprop", "momentumm"]),
+    "wrong optimizer argument": (["datasets=[toy]", "optimizer_args={momentumm:1}"], ["RMSprop", "momentumm"]),
 }  # fmt: skip
 
 
