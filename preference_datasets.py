@@ -5,8 +5,9 @@
 
 import itertools
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import cpu_count
 
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from toy_dataset import get_toy
-from utils import UserError, closest_match, pad_to_length
+from utils import UserError, closest_match
 
 # Where a named dataset is loaded from unless `dataset_paths` says otherwise: ids on the Hugging Face hub.
 HUB_IDS = {
@@ -306,44 +307,49 @@ def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, list | torch.T
     return collate_fn
 
 
-def concatenated_inputs(batch: dict[str, list | torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Stack the chosen over the rejected sequences: shape (2 * batch_size, longest), under 'concatenated_...' keys."""
-    length = max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1])
-    concatenated_batch = {}
-    for kind in ("input_ids", "attention_mask", "labels"):
-        pad_value = -100 if kind == "labels" else 0
-        concatenated_batch[f"concatenated_{kind}"] = torch.cat(
-            [pad_to_length(batch[f"{side}_{kind}"], length, pad_value) for side in ("chosen", "rejected")]
-        )
-    return concatenated_batch
+def tokenize_batch(
+    examples: list[tuple[str, str, str, str]], tokenizer, max_length: int, max_prompt_length: int
+) -> list[dict]:
+    """Tokenize several (prompt, chosen, rejected, truncation_mode), all their texts in one call of the tokenizer.
+
+    The longer of an example's two sequences decides for both how they are cut: if prompt and response exceed
+    `max_length` tokens, the prompt is cut to `max_prompt_length` ('keep_start' or 'keep_end' of it); if they still do,
+    the responses are cut to `max_length - max_prompt_length`. A response ends with the end-of-sequence token unless it
+    was cut. Labels are the sequence's ids with -100 over the prompt.
+
+    Raises: UserError if a text contains the end-of-sequence token.
+    """
+    texts = [text for example in examples for text in example[:3]]
+    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return [
+        _element(example, [next(ids) for _ in range(3)], tokenizer.eos_token_id, max_length, max_prompt_length)
+        for example in examples
+    ]
 
 
 def tokenize_batch_element(
     prompt: str, chosen: str, rejected: str, truncation_mode: str, tokenizer, max_length: int, max_prompt_length: int
 ) -> dict:
-    """Tokenize one pair. The longer of its two sequences decides for both how they are cut.
+    """Tokenize a single pair; see `tokenize_batch`."""
+    return tokenize_batch([(prompt, chosen, rejected, truncation_mode)], tokenizer, max_length, max_prompt_length)[0]
 
-    If prompt and response exceed `max_length` tokens, the prompt is cut to `max_prompt_length` ('keep_start' or
-    'keep_end'); if they still do, the responses are cut to `max_length - max_prompt_length`. A response ends with the
-    end-of-sequence token unless it was cut. Labels are the sequence's ids with -100 over the prompt.
 
-    Raises: UserError if a text contains the end-of-sequence token.
-    """
-    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    ids = {part: tokenizer(text, add_special_tokens=False)["input_ids"] for part, text in texts.items()}
-    for part, tokens in ids.items():
-        if tokenizer.eos_token_id in tokens:
-            raise UserError(f"the {part} contains the tokenizer's end-of-sequence token: {texts[part]!r:.200}")
+def _element(
+    example: tuple[str, str, str, str], ids: list[list[int]], eos_token_id: int, max_length: int, max_prompt_length: int
+) -> dict:
+    prompt, chosen, rejected, truncation_mode = example
+    for text, tokens in zip(example, ids, strict=False):
+        if eos_token_id in tokens:
+            raise UserError(f"a text contains the tokenizer's end-of-sequence token: {text!r:.200}")
 
-    longer_response_length = max(len(ids["chosen"]), len(ids["rejected"])) + 1
-    prompt_ids = ids["prompt"]
+    prompt_ids, *response_ids = ids
+    longer_response_length = max(len(tokens) for tokens in response_ids) + 1
     if len(prompt_ids) + longer_response_length > max_length:
-        if truncation_mode == "keep_start":
-            prompt_ids = prompt_ids[:max_prompt_length]
-        elif truncation_mode == "keep_end":
-            prompt_ids = prompt_ids[-max_prompt_length:]
-        else:
+        if truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"unknown truncation mode {truncation_mode!r}; there are keep_start and keep_end")
+        prompt_ids = (
+            prompt_ids[:max_prompt_length] if truncation_mode == "keep_start" else prompt_ids[-max_prompt_length:]
+        )
     response_length = None
     if len(prompt_ids) + longer_response_length > max_length:
         response_length = max_length - max_prompt_length
@@ -355,11 +361,11 @@ def tokenize_batch_element(
         "chosen_response_only": chosen,
         "rejected_response_only": rejected,
     }
-    for part in ("chosen", "rejected"):
-        response_ids = [*ids[part], tokenizer.eos_token_id][:response_length]
-        element[f"{part}_input_ids"] = prompt_ids + response_ids
-        element[f"{part}_attention_mask"] = [1] * (len(prompt_ids) + len(response_ids))
-        element[f"{part}_labels"] = [-100] * len(prompt_ids) + response_ids
+    for side, tokens in zip(("chosen", "rejected"), response_ids, strict=True):
+        tokens = [*tokens, eos_token_id][:response_length]
+        element[f"{side}_input_ids"] = prompt_ids + tokens
+        element[f"{side}_attention_mask"] = [1] * (len(prompt_ids) + len(tokens))
+        element[f"{side}_labels"] = [-100] * len(prompt_ids) + tokens
     element["prompt_input_ids"] = prompt_ids
     element["prompt_attention_mask"] = [1] * len(prompt_ids)
     return element
@@ -387,21 +393,27 @@ class BatchIterator:
         self.n_examples = min(totals)
         self.n_batches = -(-self.n_examples // batch_size)
 
-    def _epoch(self, prompts: list[Prompt]) -> Iterator[dict]:
-        """One epoch's tokenized examples."""
+    def _epoch(self, prompts: list[Prompt]) -> Iterator[tuple[Prompt, int]]:
+        """One epoch's examples: a prompt and which of its pairs; in SFT a prompt has one example."""
         for prompt in prompts:
-            pairs = [None] if self.sft_mode else prompt.pairs
-            for index, pair in enumerate(pairs):
-                chosen, rejected = [prompt.sft_target] * 2 if pair is None else [prompt.responses[i] for i in pair]
-                try:
-                    element = tokenize_batch_element(
-                        prompt.text, chosen, rejected, prompt.truncation_mode, self.tokenizer, **self.lengths
-                    )
-                except UserError as error:
-                    raise UserError(f"{prompt.place(index)}: {error}") from error
-                yield {k: v for k, v in element.items() if "rejected" not in k} if self.sft_mode else element
+            for index in range(1 if self.sft_mode else len(prompt.pairs)):
+                yield prompt, index
 
-    def __iter__(self) -> Iterator[dict[str, list | torch.Tensor]]:
+    def _tokenize(self, examples: list[tuple[Prompt, int]]) -> list[dict]:
+        texts = []
+        for prompt, index in examples:
+            pair = [prompt.sft_target] * 2 if self.sft_mode else [prompt.responses[i] for i in prompt.pairs[index]]
+            texts.append((prompt.text, *pair, prompt.truncation_mode))
+        try:
+            elements = tokenize_batch(texts, self.tokenizer, **self.lengths)
+        except UserError as error:
+            places = "\n".join(f"  {prompt.place(index)}" for prompt, index in examples)
+            raise UserError(f"{error}\nIt is one of:\n{places}") from error
+        if self.sft_mode:
+            elements = [{k: v for k, v in element.items() if "rejected" not in k} for element in elements]
+        return elements
+
+    def _batches(self) -> Iterator[dict[str, list | torch.Tensor]]:
         collate_fn = get_collate_fn(self.tokenizer)
         epoch_seeds = np.random.RandomState(self.seed)
         prompts = list(self.prompts)
@@ -412,7 +424,20 @@ class BatchIterator:
             examples = itertools.islice(self._epoch(prompts), min(self.epoch_size, remaining))
             while batch := list(itertools.islice(examples, self.batch_size)):
                 remaining -= len(batch)
-                yield collate_fn(batch)
+                yield collate_fn(self._tokenize(batch))
+
+    def __iter__(self) -> Iterator[dict[str, list | torch.Tensor]]:
+        return prefetched(self._batches())
+
+
+def prefetched(items: Iterator, n_ahead: int = 4) -> Iterator:
+    """The same items, made by a thread that stays up to `n_ahead` of them ahead."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        ahead = deque(executor.submit(next, items, end) for _ in range(n_ahead))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(executor.submit(next, items, end))
+            yield item
 
 
 def get_batch_iterator(

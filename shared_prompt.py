@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from losses import _get_batch_logps
-from preference_datasets import concatenated_inputs
-from utils import UserError
+from utils import UserError, concatenated_inputs
 
 # The head's logits are made in chunks of this many bytes, which suit a CPU's caches or a GPU's throughput ...
 _CHUNK_BYTES = {"cpu": 2**25}
@@ -292,6 +291,8 @@ def _equal(model: nn.Module, rows: Rows, expected: torch.Tensor, whole_logits: b
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # a forward of another form
         return False
-    n_tokens = torch.bincount(rows.sequences.to(logps.device), minlength=rows.n_sequences)
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.05)  # nats a token
+    n_tokens = torch.bincount(rows.sequences, minlength=rows.n_sequences).to(logps.device)
+    # Nats a token. On a GPU float32 is multiplied as TF32; parts of some models are in float32 even in float64.
+    exact = 1e-4 if logps.device.type == "cpu" else 0.01
+    tolerance = exact if model.dtype in (torch.float32, torch.float64) else 0.1
     return bool(((logps - expected.to(logps)).abs() <= tolerance * n_tokens.clamp(min=1)).all())

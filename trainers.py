@@ -16,10 +16,17 @@ from tqdm import tqdm
 
 from checkpoints import write_state_dict
 from losses import LOSSES, _get_batch_logps, preference_loss  # noqa: F401 (re-exported)
-from preference_datasets import concatenated_inputs, get_batch_iterator  # noqa: F401 (re-exported)
+from preference_datasets import get_batch_iterator
 from run_logging import RunLog
 from shared_prompt import choose_rows, microbatches, response_logps, shared_rows
-from utils import UserError, get_local_dir, pad_to_length, rank0_print, slice_and_move_batch_for_device
+from utils import (
+    UserError,
+    concatenated_inputs,  # noqa: F401 (re-exported)
+    get_local_dir,
+    pad_to_length,
+    rank0_print,
+    slice_and_move_batch_for_device,
+)
 
 torch.backends.cuda.matmul.allow_tf32 = True
 

@@ -70,6 +70,18 @@ def pad_to_length(tensor: torch.Tensor, length: int, pad_value: int | float, dim
     return torch.cat([tensor, tensor.new_full(pad_shape, pad_value)], dim=dim)
 
 
+def concatenated_inputs(batch: dict[str, list | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stack the chosen over the rejected sequences: shape (2 * batch_size, longest), under 'concatenated_...' keys."""
+    length = max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1])
+    concatenated_batch = {}
+    for kind in ("input_ids", "attention_mask", "labels"):
+        pad_value = -100 if kind == "labels" else 0
+        concatenated_batch[f"concatenated_{kind}"] = torch.cat(
+            [pad_to_length(batch[f"{side}_{kind}"], length, pad_value) for side in ("chosen", "rejected")]
+        )
+    return concatenated_batch
+
+
 def formatted_dict(values: dict) -> dict:
     """The same dict with floats shortened to five digits, for printing."""
     return {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in values.items()}

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, REPOSITORY, read_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -54,6 +55,7 @@ CONFIG_ERRORS = {
     "fraction for a whole number": (["model=tiny", "batch_size=1.5"], ["batch_size=1.5: expected a whole number"]),
     "negative": (["model=tiny", "n_examples=-1"], ["n_examples=-1: must be above 0"]),
     "label smoothing too large": (["model=tiny", "loss=dpo", "loss.label_smoothing=0.5"], ["must be below 0.5"]),
+    "shared prompts neither on nor off": (["model=tiny", "shared_prompt=maybe"], ["auto, true or false"]),
     "unknown dtype": (["model=tiny", "model.policy_dtype=fp32"], ["model.policy_dtype=fp32", "bfloat16"]),
     "mixed precision that needs loss scaling": (
         ["model=tiny", "model.fsdp_policy_mp=float16"],
@@ -282,3 +284,18 @@ def test_hydra_sweeps_run_one_after_the_other(train_ok, tmp_path):
     runs = sorted((tmp_path / "cache").glob("*/dpo_tiny_*"))
     assert len(runs) == 2
     assert [OmegaConf.load(run / "config.yaml").loss.beta for run in runs] == [0.1, 0.5]
+
+
+def test_a_model_that_cannot_share_prompts_says_so_and_trains_or_is_refused(train, tmp_path):
+    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 2048}
+    model_dir = tmp_path / "bloom"
+    shutil.copytree(REPOSITORY / "models" / "tiny", model_dir)
+    (model_dir / "config.json").write_text(json.dumps(config))
+    overrides = [*SHORT, "loss=dpo", f"model.name_or_path={model_dir}", "sample_during_eval=false"]
+    refused = train(*overrides, "shared_prompt=true", f"local_run_dir={tmp_path}/refused")
+    assert refused.returncode == 1
+    assert "shared_prompt=true, but the model BloomForCausalLM can't" in refused.stderr
+    assert not (tmp_path / "refused").exists()
+    result = train(*overrides, f"local_run_dir={tmp_path}/run")
+    assert result.returncode == 0
+    assert "BloomForCausalLM can't share them" in result.stdout

@@ -33,10 +33,12 @@ def batch_means(microbatches: list[dict]) -> dict[int, dict[str, float]]:
     return {n: {key: float(np.mean(values)) for key, values in batch.items()} for n, batch in lists.items()}
 
 
+@pytest.mark.parametrize("shared_prompt", ["true", "false"])
 @pytest.mark.parametrize("name", RUNS)
-def test_run_gives_the_numbers_of_the_original(name, train_ok, oracle_model, sft_archive, tmp_path):
+def test_run_gives_the_numbers_of_the_original(name, shared_prompt, train_ok, oracle_model, sft_archive, tmp_path):
     run = figures(f"run_{name}")
     start = [] if name == "sft" else [f"model.archive={sft_archive}"]
+    start.append(f"shared_prompt={shared_prompt}")
     train_ok(*oracle_model, *overrides_of(run), *start, f"local_run_dir={tmp_path}/run")
 
     sft = name.startswith("sft")

@@ -8,14 +8,13 @@ from transformers import AutoTokenizer
 
 from preference_datasets import (
     DATASETS,
-    concatenated_inputs,
     get_batch_iterator,
     get_dataset,
     get_se,
     strip_html_tags,
     tokenize_batch_element,
 )
-from utils import UserError
+from utils import UserError, concatenated_inputs
 
 RECORDED = figures("batches")
 RUNS = [name for name in RECORDED if name != "elements"]

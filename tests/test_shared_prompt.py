@@ -1,0 +1,322 @@
+"""The fast path against the original's computation: two padded sequences a pair, logits at every position."""
+
+import importlib
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+import shared_prompt
+from losses import LOSSES, _get_batch_logps
+from preference_datasets import get_collate_fn, tokenize_batch
+from shared_prompt import choose_rows, microbatches, padded_rows, response_logps, shared_rows, token_logps, tree_mask
+from utils import UserError, concatenated_inputs, disable_dropout
+
+VOCAB = 61
+SMALL = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+LLAMA_LIKE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+GPT2_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+CONFIGS = {
+    "gpt2": transformers.GPT2Config(**SMALL, **GPT2_LIKE),
+    "gptj": transformers.GPTJConfig(**SMALL, **GPT2_LIKE, rotary_dim=4),
+    "gpt_neox": transformers.GPTNeoXConfig(
+        **SMALL,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+    "llama": transformers.LlamaConfig(**SMALL, **LLAMA_LIKE),
+    "qwen3": transformers.Qwen3Config(**SMALL, **LLAMA_LIKE, head_dim=8),
+}
+MAX_LENGTH = 24
+
+
+def make_model(config, dtype=torch.float64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():  # the usual initialization is so small that attention would hardly matter
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    disable_dropout(model)
+    return model
+
+
+class DoubleTorch:
+    """torch for a model's code that computes parts in float32 whatever the model's dtype: in float64 instead."""
+
+    def __getattr__(self, name: str):
+        return torch.float64 if name == "float32" else getattr(torch, name)
+
+
+@pytest.fixture
+def all_in_float64(monkeypatch):
+    """Let GPT-J's attention scores and Llama's norms be computed in float64, so that equality can be seen to 1e-9."""
+    for name in ("gptj", "llama", "qwen3", "granite", "mistral"):
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        monkeypatch.setattr(module, "torch", DoubleTorch())
+
+
+class Tokenizer:
+    """Texts are lists of ids."""
+
+    eos_token_id = pad_token_id = 0
+
+    def __call__(self, texts, add_special_tokens):
+        return {"input_ids": [list(text) for text in texts]}
+
+
+def make_batch(*parts: tuple[int, int, int], max_length: int = MAX_LENGTH, same: bool = False) -> dict:
+    """A batch of pairs with these numbers of tokens in prompt, chosen and rejected (each response gets an end)."""
+    generator = torch.Generator().manual_seed(1)
+    texts = [[tuple(torch.randint(1, VOCAB, (n,), generator=generator).tolist()) for n in lengths] for lengths in parts]
+    if same:
+        texts = [[prompt, chosen, chosen] for prompt, chosen, _ in texts]
+    elements = tokenize_batch([(*pair, "keep_end") for pair in texts], Tokenizer(), max_length, max_length // 2)
+    return get_collate_fn(Tokenizer())(elements)
+
+
+BATCHES = {
+    "ordinary": make_batch((9, 4, 7), (3, 6, 2), (12, 1, 5)),
+    "empty prompts": make_batch((0, 4, 7), (3, 2, 2), (0, 1, 1)),
+    "one-token responses": make_batch((5, 0, 0), (2, 0, 3)),
+    "identical responses": make_batch((5, 6, 6), (9, 3, 3), same=True),
+    "truncated prompt": make_batch((40, 5, 7), (2, 3, 4)),
+    "truncated response": make_batch((40, 50, 7), (6, 30, 60)),
+    "one pair": make_batch((9, 4, 7)),
+}
+
+
+def original_logps(model, batch: dict) -> torch.Tensor:
+    inputs = concatenated_inputs(batch)
+    logits = model(inputs["concatenated_input_ids"], attention_mask=inputs["concatenated_attention_mask"]).logits
+    return _get_batch_logps(logits, inputs["concatenated_labels"])
+
+
+def loss_and_gradients(model, logps: torch.Tensor, loss_name: str) -> dict[str, torch.Tensor]:
+    """Mean loss over the batch and its gradient in every parameter; the reference is arbitrary but fixed."""
+    if loss_name == "sft":
+        loss = LOSSES["sft"].function(logps).mean()
+    else:
+        reference = torch.linspace(-40, -10, len(logps), dtype=logps.dtype).chunk(2)
+        loss = LOSSES[loss_name].function(*logps.chunk(2), *reference, beta=0.1)[0].mean()
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "logps": logps.detach(), **gradients}
+
+
+def assert_same(ours: dict, expected: dict, tolerance: float):
+    assert ours.keys() == expected.keys()
+    largest_gradient = max(value.abs().max() for name, value in expected.items() if name not in ("loss", "logps"))
+    for name, value in expected.items():
+        scale = value.abs().max() if name in ("loss", "logps") else largest_gradient
+        difference = (ours[name] - value).abs().max()
+        assert difference <= tolerance * max(scale, 1), f"{name}: {difference} of {scale}"
+
+
+@pytest.mark.parametrize("loss_name", ["dpo", "ipo"])
+@pytest.mark.parametrize("batch_name", BATCHES)
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.usefixtures("all_in_float64")
+def test_pairs_sharing_a_prompt_give_the_gradients_of_the_original(architecture, batch_name, loss_name):
+    model, batch = make_model(CONFIGS[architecture]), BATCHES[batch_name]
+    expected = loss_and_gradients(model, original_logps(model, batch), loss_name)
+    for rows in (shared_rows(batch), padded_rows(batch)):
+        assert_same(loss_and_gradients(model, response_logps(model, rows), loss_name), expected, 1e-9)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_float32_differs_by_rounding_only(architecture):
+    model, batch = make_model(CONFIGS[architecture], torch.float32), BATCHES["ordinary"]
+    expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
+    assert_same(loss_and_gradients(model, response_logps(model, shared_rows(batch)), "dpo"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("batch_name", BATCHES)
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.usefixtures("all_in_float64")
+def test_sft_with_the_head_on_responses_only_gives_the_gradients_of_the_original(architecture, batch_name):
+    model = make_model(CONFIGS[architecture])
+    batch = {key: value for key, value in BATCHES[batch_name].items() if "rejected" not in key}
+    logits = model(batch["chosen_input_ids"], attention_mask=batch["chosen_attention_mask"]).logits
+    expected = loss_and_gradients(model, _get_batch_logps(logits, batch["chosen_labels"]), "sft")
+    assert_same(loss_and_gradients(model, response_logps(model, padded_rows(batch)), "sft"), expected, 1e-9)
+
+
+@pytest.mark.parametrize("make_rows", [shared_rows, padded_rows])
+def test_average_log_prob_divides_by_the_response_tokens(make_rows):
+    model, batch = make_model(CONFIGS["gpt_neox"]), BATCHES["ordinary"]
+    with torch.no_grad():
+        sums = response_logps(model, make_rows(batch))
+        means = response_logps(model, make_rows(batch), average_log_prob=True)
+    # the responses' tokens and their ends: (4, 6, 1) chosen and (7, 2, 5) rejected
+    torch.testing.assert_close(means, sums / torch.tensor([5, 7, 2, 8, 3, 6]))
+
+
+def test_layout_of_a_shared_row():
+    batch = make_batch((2, 1, 2))
+    rows = shared_rows(batch)
+    (prompt,), (chosen,), (rejected,) = (
+        batch[f"{side}_input_ids"].tolist() for side in ("prompt", "chosen", "rejected")
+    )
+    assert rows.input_ids.tolist() == [prompt + chosen[2:] + rejected[2:]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4]]
+    assert rows.predictors.tolist() == [1, 2, 1, 4, 5]  # the prompt's last token predicts the first of both
+    assert rows.targets.tolist() == [*chosen[2:], *rejected[2:]]
+    assert rows.sequences.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_tree_mask_lets_a_response_see_the_prompt_and_itself():
+    mask = tree_mask(torch.tensor([[0, 1, 1, 2, 2]]), dtype=None)[0, 0].int()
+    assert mask.tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+    added = tree_mask(torch.tensor([[1, 2]]), dtype=torch.float32)[0, 0]
+    assert (added == 0).tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_chunked_logits_give_the_same_gradients_whether_kept_or_made_again(kept_bytes, monkeypatch):
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(10, 8).double(), torch.nn.Linear(8, 5).double(), torch.arange(10) % 5
+    hidden.requires_grad_()
+    expected = head(hidden).log_softmax(-1)[torch.arange(10), targets]
+    expected_gradients = torch.autograd.grad(expected.square().sum(), [hidden, head.weight, head.bias])
+    monkeypatch.setattr(shared_prompt, "_CHUNK_BYTES", {"cpu": 3 * 4 * 5})  # chunks of three tokens
+    monkeypatch.setattr(shared_prompt, "_KEPT_LOGITS_BYTES", kept_bytes)
+    logps = token_logps(hidden, head, targets, vocab_size=5)
+    torch.testing.assert_close(logps, expected)
+    gradients = torch.autograd.grad(logps.square().sum(), [hidden, head.weight, head.bias])
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+# ---- microbatches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("n_least", [1, 2, 4])
+def test_microbatches_hold_every_pair_once_and_are_no_larger_than_asked(n_least, shared):
+    batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
+    batch["prompt"] = list(range(8))
+    parts = microbatches(batch, n_least, "cpu", shared)
+    assert len(parts) >= n_least
+    assert max(len(part["prompt"]) for part in parts) <= 8 // n_least
+    assert sorted(i for part in parts for i in part["prompt"]) == list(range(8))
+    for part in parts:
+        torch.testing.assert_close(part["chosen_input_ids"], batch["chosen_input_ids"][part["prompt"]])
+
+
+@pytest.mark.parametrize("overhead", [0.0, 3.0, 1e9])
+def test_cuts_cost_least_of_all_possible_ones(overhead):
+    lengths, max_size = [30, 29, 12, 11, 11, 3, 2], 4
+
+    def cost(sizes):
+        starts = itertools.accumulate(sizes, initial=0)
+        return sum(size * lengths[start] + overhead for size, start in zip(sizes, starts, strict=False))
+
+    possible = [s for n in range(1, 8) for s in itertools.product(range(1, max_size + 1), repeat=n) if sum(s) == 7]
+    sizes = shared_prompt._cheapest_cuts(lengths, max_size, overhead)
+    assert sum(sizes) == 7
+    assert cost(sizes) == min(map(cost, possible))
+
+
+def test_microbatches_add_up_to_the_gradient_of_the_batch():
+    model = make_model(CONFIGS["gpt_neox"])
+    batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
+    expected = loss_and_gradients(model, original_logps(model, batch), "sft")
+    model.zero_grad()
+    parts = microbatches(batch, 2, "cpu", shared=True)
+    for part in parts:
+        (-response_logps(model, shared_rows(part)).mean() * len(part["prompt"]) / 8).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+# ---- which models can -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_original_models_and_todays_share_prompts(architecture):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(CONFIGS[architecture], torch.float32).to(dtype)
+        make_rows, whole_logits, _ = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH)
+        assert make_rows is shared_rows
+        assert not whole_logits
+
+
+FALLBACKS = {
+    "ALiBi": (transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "position_ids|ALiBi"),
+    "sliding window": (transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=8), "window of 8 tokens"),
+    "recurrent": (
+        transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
+        "position_ids|recurrent",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+@pytest.mark.usefixtures("all_in_float64")
+def test_models_that_cannot_share_prompts_fall_back_and_say_why(name):
+    config, reason = FALLBACKS[name]
+    model, batch = make_model(config), BATCHES["ordinary"]
+    make_rows, whole_logits, why = choose_rows(model, batch, "auto", MAX_LENGTH)
+    assert make_rows is padded_rows
+    with pytest.raises(UserError, match=reason):
+        choose_rows(model, batch, True, MAX_LENGTH)
+    assert type(model).__name__ in why
+    logps = response_logps(model, make_rows(batch), whole_logits=whole_logits)
+    torch.testing.assert_close(logps, original_logps(model, batch), rtol=1e-6, atol=1e-6)
+
+
+def test_a_window_as_long_as_the_sequences_is_none():
+    model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=MAX_LENGTH))
+    assert choose_rows(model, BATCHES["ordinary"], True, MAX_LENGTH)[0] is shared_rows
+
+
+@pytest.mark.usefixtures("all_in_float64")
+def test_a_model_that_does_more_to_its_logits_than_the_head_has_them_taken_whole():
+    config = transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=4.0)
+    model, batch = make_model(config), BATCHES["ordinary"]
+    make_rows, whole_logits, _ = choose_rows(model, batch, "auto", MAX_LENGTH)
+    assert (make_rows, whole_logits) == (shared_rows, True)
+    expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
+    ours = response_logps(model, make_rows(batch), whole_logits=whole_logits)
+    assert_same(loss_and_gradients(model, ours, "dpo"), expected, 1e-9)
+
+
+def test_numbers_that_differ_without_a_known_reason_are_noticed(monkeypatch):
+    def wrong_mask(segments, dtype):
+        return tree_mask(torch.zeros_like(segments), dtype)  # the rejected response sees the chosen one
+
+    monkeypatch.setattr(shared_prompt, "tree_mask", wrong_mask)
+    model = make_model(CONFIGS["llama"], torch.float32)
+    make_rows, _, why = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH)
+    assert make_rows is padded_rows
+    assert "differ" in why
+
+
+def test_false_is_two_sequences_a_pair():
+    model = make_model(CONFIGS["llama"])
+    assert choose_rows(model, BATCHES["ordinary"], False, MAX_LENGTH)[0] is padded_rows
+
+
+def test_dropout_is_off_everywhere():
+    for name, rates in {
+        "gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
+        "gptj": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
+        "gpt_neox": {"attention_dropout": 0.5, "hidden_dropout": 0.5},
+        "llama": {"attention_dropout": 0.5},
+        "qwen3": {"attention_dropout": 0.5},
+    }.items():
+        config = CONFIGS[name].__class__(**{**CONFIGS[name].to_dict(), **rates})
+        model = make_model(config).train()
+        ids = SimpleNamespace(ids=torch.arange(1, 9)[None])
+        first, second = (model(ids.ids).logits for _ in range(2))
+        model.eval()
+        assert torch.equal(first, second), name
+        assert torch.equal(first, model(ids.ids).logits), name
