@@ -9,7 +9,8 @@ import torch
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from losses import LOSSES
+from losses import LOSSES, needs_reference
+from references import choose_reference
 from utils import UserError, closest_match
 
 REPOSITORY = Path(__file__).parent
@@ -73,6 +74,7 @@ def check_config(config: DictConfig):
     _check_ranges(config)
     _check_names(config)
     _check_lengths_and_batches(config)
+    _check_reference(config)
     _check_files(config)
 
 
@@ -85,7 +87,7 @@ def _check_keys_and_types(config: DictConfig):
     known = [key for key in defaults if not key.startswith("loss.") or key in options] + sorted(options - set(defaults))
     given = _flatten(config)
     for key, value in given.items():
-        if key.startswith("optimizer_args."):
+        if key.startswith(("optimizer_args.", "lora.")):
             continue
         if key not in known:
             raise UserError(f"no config key {key!r} (with loss={config.loss.name}).{closest_match(key, known)}")
@@ -101,6 +103,10 @@ def _check_type(key: str, value: object, default: object):
     expected = _TYPES_OF_NULL.get(key, str) if default is None else type(default)
     if (key == "datasets" and isinstance(value, str)) or (key == "shared_prompt" and value in (True, False, "auto")):
         return
+    if key == "lora" and isinstance(value, dict):
+        return
+    if key == "lora":
+        raise UserError(f"lora={value}: expected fields of LoraConfig, e.g. lora={{r:16}}")
     if key == "shared_prompt":
         raise UserError(f"shared_prompt={value}: must be auto, true or false")
     accepted = (int, float) if expected is float else (expected,)
@@ -180,6 +186,29 @@ def _check_lengths_and_batches(config: DictConfig):
         config.eval_every = rounded
 
 
+def _check_reference(config: DictConfig):
+    if config.reference not in ("auto", "model", "adapter_off", "adapter_copy"):
+        raise UserError(f"reference={config.reference}: must be auto, model, adapter_off or adapter_copy")
+    if config.lora is not None and config.model.adapter is not None:
+        raise UserError(
+            "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
+        )
+    if needs_reference(config.loss):
+        choose_reference(config)
+    elif config.reference != "auto" or config.precompute_ref_log_probs:
+        why = "reference_free" if LOSSES[config.loss.name].needs_pairs else f"loss={config.loss.name}"
+        raise UserError(f"{why} uses no reference: leave reference and precompute_ref_log_probs at their defaults")
+    if config.model.load_in_4bit:
+        if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
+        if config.lora is None and config.model.adapter is None:
+            raise UserError("model.load_in_4bit=true: 4-bit weights can't be trained; add lora={} or model.adapter")
+        if config.model.archive is not None or config.model.from_scratch:
+            raise UserError(
+                "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
+            )
+
+
 def _check_files(config: DictConfig):
     if config.wandb.enabled and not config.debug and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or pass wandb.enabled=false")
@@ -188,5 +217,10 @@ def _check_files(config: DictConfig):
         parent = os.path.dirname(archive) or "."
         siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
         raise UserError(f"model.archive={archive}: no such file.{closest_match(archive, siblings)}")
+    adapter = config.model.adapter
+    if adapter is not None and not os.path.exists(os.path.join(adapter, "adapter_config.json")):
+        raise UserError(f"model.adapter={adapter}: no adapter_config.json there; give the directory of a saved adapter")
+    if (adapter is not None or config.lora is not None) and importlib.util.find_spec("peft") is None:
+        raise UserError("lora and model.adapter need PEFT: pip install peft")
     if os.path.exists(os.path.join(config.local_run_dir, "config.yaml")):
         raise UserError(f"local_run_dir={config.local_run_dir} holds another run; choose another directory")

@@ -5,9 +5,8 @@
 
 import itertools
 import random
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import cpu_count
 
@@ -20,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from toy_dataset import get_toy
-from utils import UserError, closest_match
+from utils import UserError, closest_match, prefetched
 
 # Where a named dataset is loaded from unless `dataset_paths` says otherwise: ids on the Hugging Face hub.
 HUB_IDS = {
@@ -375,7 +374,7 @@ class BatchIterator:
     """The batches of a split, in order; made by `get_batch_iterator`.
 
     `n_batches` and `n_examples` are how many there will be, `epoch_size` how many examples of them an epoch has,
-    `n_left_out` how many of each epoch fill no whole batch.
+    `n_left_out` how many of each epoch fill no whole batch, `n_distinct` how many `windows` yields.
     """
 
     def __init__(self, prompts: list[Prompt], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool, seed: int,
@@ -392,6 +391,7 @@ class BatchIterator:
             totals.append(-(-n_examples // batch_size) * batch_size if drop_last else n_examples)
         self.n_examples = min(totals)
         self.n_batches = -(-self.n_examples // batch_size)
+        self.n_distinct = available if self.n_examples >= self.epoch_size else self.n_examples
 
     def _epoch(self, prompts: list[Prompt]) -> Iterator[tuple[Prompt, int]]:
         """One epoch's examples: a prompt and which of its pairs; in SFT a prompt has one example."""
@@ -413,14 +413,28 @@ class BatchIterator:
             elements = [{k: v for k, v in element.items() if "rejected" not in k} for element in elements]
         return elements
 
-    def _batches(self) -> Iterator[dict[str, list | torch.Tensor]]:
-        collate_fn = get_collate_fn(self.tokenizer)
+    def _shuffled(self) -> Iterator[list[Prompt]]:
+        """The prompts in the order of each epoch; each shuffles the order of the one before."""
         epoch_seeds = np.random.RandomState(self.seed)
         prompts = list(self.prompts)
-        remaining = self.n_examples
-        while remaining > 0:
-            if self.shuffle:  # each epoch shuffles the order of the one before
+        while True:
+            if self.shuffle:
                 random.Random(int(epoch_seeds.randint(0, 2**32))).shuffle(prompts)
+            yield prompts
+
+    def windows(self, size: int = 1024) -> Iterator[dict[str, list | torch.Tensor]]:
+        """Every example that the batches draw on, once, in large batches."""
+        collate_fn = get_collate_fn(self.tokenizer)
+        examples = itertools.islice(self._epoch(next(self._shuffled())), self.n_distinct)
+        while window := list(itertools.islice(examples, size)):
+            yield collate_fn(self._tokenize(window))
+
+    def _batches(self) -> Iterator[dict[str, list | torch.Tensor]]:
+        collate_fn = get_collate_fn(self.tokenizer)
+        remaining = self.n_examples
+        for prompts in self._shuffled():
+            if remaining <= 0:
+                return
             examples = itertools.islice(self._epoch(prompts), min(self.epoch_size, remaining))
             while batch := list(itertools.islice(examples, self.batch_size)):
                 remaining -= len(batch)
@@ -428,16 +442,6 @@ class BatchIterator:
 
     def __iter__(self) -> Iterator[dict[str, list | torch.Tensor]]:
         return prefetched(self._batches())
-
-
-def prefetched(items: Iterator, n_ahead: int = 4) -> Iterator:
-    """The same items, made by a thread that stays up to `n_ahead` of them ahead."""
-    end = object()
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        ahead = deque(executor.submit(next, items, end) for _ in range(n_ahead))
-        while (item := ahead.popleft().result()) is not end:
-            ahead.append(executor.submit(next, items, end))
-            yield item
 
 
 def get_batch_iterator(

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from losses import _get_batch_logps
-from utils import UserError, concatenated_inputs
+from utils import UserError, concatenated_inputs, take, without_wrapper
 
 # The head's logits are made in chunks of this many bytes, which suit a CPU's caches or a GPU's throughput ...
 _CHUNK_BYTES = {"cpu": 2**25}
@@ -138,6 +138,7 @@ def response_logps(
     n_tokens = torch.bincount(rows.sequences, minlength=rows.n_sequences)  # (S,)
     device = model.get_input_embeddings().weight.device
     rows = rows.to(device)
+    model = without_wrapper(model)
     kwargs = {}
     if rows.segments is not None:
         additive = model.config._attn_implementation == "eager"  # SDPA takes booleans, under autocast nothing else
@@ -188,7 +189,7 @@ def microbatches(batch: dict, n_least: int, device: str, shared: bool) -> list[d
     order = lengths.argsort(descending=True, stable=True)
     overhead = _MICROBATCH_OVERHEAD.get(device, _GPU_MICROBATCH_OVERHEAD) / (1 if shared else len(parts) - 1)
     sizes = _cheapest_cuts(lengths[order].tolist(), max_size=len(order) // n_least, overhead=overhead)
-    return [_take(batch, indices) for indices in order.split(sizes)]
+    return [take(batch, indices) for indices in order.split(sizes)]
 
 
 def _cheapest_cuts(lengths: list[int], max_size: int, overhead: float) -> list[int]:
@@ -210,14 +211,6 @@ def _cheapest_cuts(lengths: list[int], max_size: int, overhead: float) -> list[i
     return sizes[::-1]
 
 
-def _take(batch: dict, indices: torch.Tensor) -> dict:
-    """The examples of a batch with these indices."""
-    return {
-        key: value[indices] if isinstance(value, torch.Tensor) else [value[i] for i in indices.tolist()]
-        for key, value in batch.items()
-    }
-
-
 # ---- which way a model can take -------------------------------------------------------------------------------------
 
 
@@ -233,7 +226,7 @@ def choose_rows(
     Returns: `shared_rows` or `padded_rows`, whether the logits must be taken whole, and why, to be logged.
     Raises: UserError if `setting` is True and the model can't.
     """
-    batch = _take(batch, torch.arange(min(2, len(batch["prompt"]))))
+    model, batch = without_wrapper(model), take(batch, torch.arange(min(2, len(batch["prompt"]))))
     with torch.no_grad():
         plain = padded_rows(batch)
         expected = _plain_logps(model, batch)

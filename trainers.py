@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from checkpoints import write_state_dict
-from losses import LOSSES, _get_batch_logps, preference_loss  # noqa: F401 (re-exported)
+from checkpoints import write_adapter, write_state_dict
+from losses import LOSSES, _get_batch_logps, needs_reference, preference_loss  # noqa: F401 (re-exported)
 from preference_datasets import get_batch_iterator
+from references import LogpsCache, Reference, choose_reference, make_reference, reference_fingerprint
 from run_logging import RunLog
 from shared_prompt import choose_rows, microbatches, response_logps, shared_rows
 from utils import (
@@ -44,11 +46,11 @@ class BasicTrainer:
         config: DictConfig,
         seed: int,
         run_dir: str,
-        reference_model: nn.Module | None = None,
+        reference_model: nn.Module | Callable[[], nn.Module] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.policy, self.reference_model = policy, reference_model
+        self.policy = policy
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
         self.loss = LOSSES[config.loss.name]
@@ -62,8 +64,10 @@ class BasicTrainer:
             policy, self.eval_batches[0], config.shared_prompt, config.max_length
         )
         rank0_print(f"Shared prompts: {why}")
-        if reference_model is not None:
-            reference_model.eval().requires_grad_(False)
+        self.reference: Reference | None = None
+        self.reference_cache: LogpsCache | None = None
+        if needs_reference(config.loss):
+            self._set_up_reference(reference_model)
         if config.activation_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._make_optimizer()
@@ -107,19 +111,63 @@ class BasicTrainer:
             f"{self.train_iterator.n_left_out} that fill no whole batch are left out of it; "
             f"{self.train_iterator.n_batches} steps in all"
         )
-        eval_iterator = get_batch_iterator(
+        self.eval_iterator = get_batch_iterator(
             **kwargs,
             split="test",
             n_examples=config.n_eval_examples,
             batch_size=config.eval_batch_size,
             drop_last=False,
         )
-        self.eval_batches = list(eval_iterator)
-        repeats = f", drawn from {eval_iterator.epoch_size} again and again"
-        rank0_print(
-            f"Evaluation data: {eval_iterator.n_examples} examples in {len(self.eval_batches)} batches"
-            f"{repeats if eval_iterator.n_examples > eval_iterator.epoch_size else ''}"
-        )
+        self.eval_batches = list(self.eval_iterator)
+        n_examples, available = self.eval_iterator.n_examples, self.eval_iterator.epoch_size
+        repeats = f", drawn from {available} again and again" if n_examples > available else ""
+        rank0_print(f"Evaluation data: {n_examples} examples in {len(self.eval_batches)} batches{repeats}")
+
+    def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module]):
+        """Get the reference ready: a model, the policy under another adapter, or log-probabilities known beforehand."""
+        kind = choose_reference(self.config)
+
+        def load() -> nn.Module:
+            return reference_model if isinstance(reference_model, nn.Module) else reference_model()
+
+        rank0_print(f"Reference: {kind}{', precomputed' if self.config.precompute_ref_log_probs else ''}")
+        if not self.config.precompute_ref_log_probs:
+            self.reference = make_reference(kind, self.policy, load)
+            return
+        self._precompute_reference(kind, load)
+        if kind != "model":  # it costs no memory: keep it for sampling
+            self.reference = make_reference(kind, self.policy, load)
+
+    def _precompute_reference(self, kind: str, load: Callable[[], nn.Module]):
+        """Fill the cache with the reference's log-probabilities of all pairs; it is loaded only if some are missing."""
+        config = self.config
+        details = {"average_log_prob": config.loss.average_log_prob}
+        if kind != "model":
+            details["policy_mp"] = config.model.policy_mp
+        dtype = getattr(torch, config.model.reference_dtype) if kind == "model" else None
+        with_adapter = config.model.adapter is not None and kind != "adapter_off"
+        fingerprint = reference_fingerprint(self.policy, with_adapter, dtype, details)
+        directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps", fingerprint)
+        self.reference_cache = LogpsCache(directory)
+
+        def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.reference is None:
+                self.reference = make_reference(kind, self.policy, load)
+            return self.reference_logps(batch, cached=False)
+
+        def split(batch: dict) -> list[dict]:
+            return self.microbatches(batch, n_least=-(-len(batch["prompt"]) // config.eval_batch_size))
+
+        n_computed = 0
+        for iterator, name in ((self.train_iterator, "training"), (self.eval_iterator, "evaluation")):
+            with tqdm(
+                total=iterator.n_distinct, desc=f"Reference on {name} pairs", unit="pair", disable=None
+            ) as progress:
+                for window in iterator.windows():
+                    n_computed += self.reference_cache.fill(window, compute, split)
+                    progress.update(len(window["prompt"]))
+        rank0_print(f"Reference log-probabilities: {n_computed} computed, the others were in {directory}")
+        self.reference = None  # and out of memory
 
     def _make_optimizer(self):
         """Any optimizer of torch.optim; the learning rate rises linearly over `warmup_steps` and stays."""
@@ -147,13 +195,15 @@ class BasicTrainer:
         chosen_logps, rejected_logps = self.response_logps(model, batch).chunk(2)
         return chosen_logps, rejected_logps
 
-    def reference_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_logps(self, batch: dict, cached: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
-        if self.reference_model is None:
+        if self.reference_cache is not None and cached:
+            return self.reference_cache.lookup(batch, self.device)
+        if self.reference is None:
             zeros = torch.zeros(len(batch["prompt"]), device=self.device)
             return zeros, zeros
-        with torch.no_grad():
-            return self.concatenated_forward(self.reference_model, batch)
+        with self.reference.active() as model:
+            return self.concatenated_forward(model, batch)
 
     def get_batch_metrics(
         self, batch: dict, loss_config: DictConfig, train: bool = True
@@ -274,11 +324,13 @@ class BasicTrainer:
 
     def get_batch_samples(self, batch: dict) -> tuple[list[str], list[str]]:
         """A sample from the policy, and one from the reference if there is one, for each prompt of the batch."""
-        return self._generate(self.policy, batch), self._generate(self.reference_model, batch)
+        policy_samples = self._generate(self.policy, batch)
+        if self.reference is None:
+            return policy_samples, []
+        with self.reference.active() as model:
+            return policy_samples, self._generate(model, batch)
 
-    def _generate(self, model: nn.Module | None, batch: dict) -> list[str]:
-        if model is None:
-            return []
+    def _generate(self, model: nn.Module, batch: dict) -> list[str]:
         with torch.no_grad():
             output = model.generate(
                 batch["prompt_input_ids"],
@@ -309,7 +361,11 @@ class BasicTrainer:
             return
         output_dir = output_dir or os.path.join(self.run_dir, "LATEST")
         metrics = self.eval_metrics if metrics is None else metrics
-        for name in ("policy", "optimizer", "scheduler"):
+        names = ["policy", "optimizer", "scheduler"]
+        if hasattr(self.policy, "peft_config"):
+            write_adapter(self.policy, output_dir)
+            names.remove("policy")
+        for name in names:
             state = getattr(self, name).state_dict()
             write_state_dict(self.example_counter, state, metrics, f"{name}.pt", output_dir)
 

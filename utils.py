@@ -3,7 +3,9 @@
 import difflib
 import getpass
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import torch
@@ -60,6 +62,14 @@ def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, dev
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in sliced.items()}
 
 
+def take(batch: dict, indices: torch.Tensor) -> dict:
+    """The examples of a batch with these indices, in their order."""
+    return {
+        key: value[indices] if isinstance(value, torch.Tensor) else [value[i] for i in indices.tolist()]
+        for key, value in batch.items()
+    }
+
+
 def pad_to_length(tensor: torch.Tensor, length: int, pad_value: int | float, dim: int = -1) -> torch.Tensor:
     """Pad `tensor` with `pad_value` at the end of `dim` up to `length`; a longer tensor stays as it is."""
     missing = length - tensor.size(dim)
@@ -82,9 +92,24 @@ def concatenated_inputs(batch: dict[str, list | torch.Tensor]) -> dict[str, torc
     return concatenated_batch
 
 
+def prefetched(items: Iterator, n_ahead: int = 4) -> Iterator:
+    """The same items, made by a thread that stays up to `n_ahead` of them ahead."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        ahead = deque(executor.submit(next, items, end) for _ in range(n_ahead))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(executor.submit(next, items, end))
+            yield item
+
+
 def formatted_dict(values: dict) -> dict:
     """The same dict with floats shortened to five digits, for printing."""
     return {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in values.items()}
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The transformers model that PEFT has put an adapter's layers into; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def disable_dropout(model: nn.Module):

@@ -1,0 +1,182 @@
+"""Where the reference's log-probabilities come from.
+
+`reference=model` is a second, frozen model; `adapter_off` the policy with its adapter disabled; `adapter_copy` the
+policy with a frozen copy of the starting adapter in place of the trained one. With `precompute_ref_log_probs` any of
+them is asked once for every pair, before training, and the answers are kept on disk (`LogpsCache`).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+
+import torch
+from omegaconf import DictConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from utils import UserError, rank0_print, take
+
+REFERENCE_ADAPTER = "reference"  # the name of the frozen adapter beside the trained one, "default"
+
+
+class Reference:
+    """A frozen model to compare the policy with; `with reference.active() as model` lends it for forward passes."""
+
+    def __init__(
+        self, model: nn.Module, switch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    ):
+        self.model, self.switch = model, switch
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The reference, without gradients; the policy is as it was afterwards, whatever happens inside."""
+        with torch.no_grad(), self.switch():
+            yield self.model
+
+
+def choose_reference(config: DictConfig) -> str:
+    """The kind of reference that `reference=auto` means, or the one that was asked for.
+
+    Raises: UserError if policy and reference can't go together, naming those that can.
+    """
+    kind, has_adapter = config.reference, config.model.adapter is not None
+    possible = ["model"]
+    if config.lora is not None or has_adapter:
+        possible.insert(0, "adapter_off")
+    if has_adapter:
+        possible.insert(0, "adapter_copy")
+    if kind == "auto":
+        return possible[0]
+    if kind not in possible:
+        policy = "a saved adapter" if has_adapter else "a new adapter" if config.lora is not None else "no adapter"
+        raise UserError(f"reference={kind}: the policy has {policy}; possible are: {', '.join(possible)}")
+    return kind
+
+
+def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) -> Reference:
+    """The reference of this kind; `load` loads the second model where one is needed."""
+    if kind == "model":
+        return Reference(load().eval().requires_grad_(False))
+    if kind == "adapter_off":
+        return Reference(policy, policy.disable_adapter)
+    return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
+
+
+@contextlib.contextmanager
+def _adapter_switched(model: nn.Module, name: str) -> Iterator[None]:
+    trained = model.active_adapter
+    model.set_adapter(name, inference_mode=True)  # or it would become trainable
+    try:
+        yield
+    finally:
+        model.set_adapter(trained)
+
+
+# ---- log-probabilities kept on disk ---------------------------------------------------------------------------------
+
+
+def reference_fingerprint(
+    policy: nn.Module, with_adapter: bool, dtype: torch.dtype | None, details: dict[str, object]
+) -> str:
+    """What the reference's numbers depend on besides the pair: its config, its weights as `dtype`, and `details`.
+
+    It is taken from the policy before training, when both have the same weights (cast to `dtype` if one is given),
+    so a reference whose numbers are all known need not be loaded. `with_adapter`: the adapter is part of it.
+    """
+    config = policy.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"):
+        config.pop(key, None)  # these say where the weights come from, not what is computed
+    digest = hashlib.sha256(json.dumps([config, str(dtype), details], sort_keys=True, default=str).encode())
+    tensors = {}
+    for name, tensor in policy.state_dict().items():
+        if "lora_" not in name or (with_adapter and f".{REFERENCE_ADAPTER}." not in name):
+            tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor.detach()
+    for name in tqdm(sorted(tensors), "Hashing the reference's weights", leave=False, disable=None):
+        tensor = tensors[name].to("cpu", dtype if tensors[name].is_floating_point() else None).contiguous()
+        digest.update(name.encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def pair_keys(batch: dict) -> list[bytes]:
+    """A key for each pair of a batch that depends on its token ids alone: prompt, chosen and rejected, as truncated."""
+    keys = []
+    for index in range(len(batch["prompt"])):
+        digest = hashlib.sha256()
+        for side in ("chosen", "rejected"):
+            ids, labels = batch[f"{side}_input_ids"][index], batch[f"{side}_labels"][index]
+            n_tokens = int(batch[f"{side}_attention_mask"][index].sum())
+            n_response = int((labels != -100).sum())
+            digest.update(f"{n_tokens},{n_response};".encode())
+            digest.update(ids[:n_tokens].numpy().tobytes())
+        keys.append(digest.digest())
+    return keys
+
+
+class LogpsCache:
+    """Log-probabilities of pairs, found by `pair_keys`; a directory of files, each whole and never changed.
+
+    Runs that share a directory add files of their own, so they can't disturb each other.
+    """
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self.logps: dict[bytes, tuple[float, float]] = {}
+        os.makedirs(directory, exist_ok=True)
+        for name in sorted(os.listdir(directory)):
+            if name.endswith(".safetensors"):
+                self._read(os.path.join(directory, name))
+
+    def _read(self, path: str):
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys, logps, checksum = (file.get_tensor(name) for name in ("keys", "logps", "checksum"))
+            if not torch.equal(checksum, _checksum(keys, logps)):
+                raise ValueError("its checksum is wrong")
+        except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+            rank0_print(f"WARNING: {path} is damaged ({error}); its log-probabilities are computed again")
+            with contextlib.suppress(OSError):
+                os.remove(path)
+            return
+        for key, (chosen, rejected) in zip(keys, logps.tolist(), strict=True):
+            self.logps[key.numpy().tobytes()] = chosen, rejected
+
+    def add(self, logps: dict[bytes, tuple[float, float]]):
+        """Keep these, on disk too: the file appears under its name once it is whole."""
+        if not logps:
+            return
+        keys = torch.frombuffer(bytearray(b"".join(logps)), dtype=torch.uint8).view(len(logps), -1)  # (N, 32)
+        values = torch.tensor(list(logps.values()), dtype=torch.float64)  # (N, 2)
+        path = os.path.join(self.directory, f"{uuid.uuid4().hex}.safetensors")
+        save_file({"keys": keys, "logps": values, "checksum": _checksum(keys, values)}, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+        self.logps.update(logps)
+
+    def lookup(self, batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of a batch's chosen and rejected responses, each (batch_size,), in float32."""
+        values = torch.tensor([self.logps[key] for key in pair_keys(batch)], dtype=torch.float32, device=device)
+        return values[:, 0], values[:, 1]
+
+    def fill(self, batch: dict, compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]], split: Callable) -> int:
+        """Add what is missing of a batch's pairs, computed in the parts that `split` makes; returns how many that were.
+
+        `compute` gives a part's chosen and rejected log-probabilities, each (batch_size,).
+        """
+        missing = [index for index, key in enumerate(pair_keys(batch)) if key not in self.logps]
+        new = {}
+        for part in split(take(batch, torch.tensor(missing))) if missing else []:
+            chosen_logps, rejected_logps = compute(part)
+            new |= zip(pair_keys(part), zip(chosen_logps.tolist(), rejected_logps.tolist(), strict=True), strict=True)
+        self.add(new)
+        return len(missing)
+
+
+def _checksum(keys: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
+    """SHA-256 of a cache file's contents, (32,)."""
+    digest = hashlib.sha256(keys.numpy().tobytes() + logps.numpy().tobytes()).digest()
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
