@@ -70,6 +70,7 @@ def check_config(config: DictConfig):
         models = ", ".join(sorted(path.stem for path in CONFIG_DIR.glob("model/*.yaml")))
         hint = f" Choose a model with model=NAME; there are: {models}" if "model.name_or_path" in missing_keys else ""
         raise UserError(f"Got missing keys in config: {', '.join(missing_keys)}.{hint}")
+    config.exp_name = str(config.exp_name)  # it may look like a number
     _check_keys_and_types(config)
     _check_ranges(config)
     _check_names(config)

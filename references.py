@@ -157,9 +157,9 @@ class LogpsCache:
         os.replace(f"{path}.partial", path)
         self.logps.update(logps)
 
-    def lookup(self, batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of a batch's chosen and rejected responses, each (batch_size,), in float32."""
-        values = torch.tensor([self.logps[key] for key in pair_keys(batch)], dtype=torch.float32, device=device)
+    def lookup(self, batch: dict, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of a batch's chosen and rejected responses, each (batch_size,)."""
+        values = torch.tensor([self.logps[key] for key in pair_keys(batch)], dtype=torch.float64).to(device, dtype)
         return values[:, 0], values[:, 1]
 
     def fill(self, batch: dict, compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]], split: Callable) -> int:

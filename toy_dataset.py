@@ -9,6 +9,7 @@ P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from the refere
 `python toy_dataset.py RUN_DIR` reports on the samples of a preference run on this data.
 """
 
+import functools
 import json
 import re
 import sys
@@ -70,6 +71,7 @@ def sample_words(rng: np.random.RandomState, prompts: np.ndarray, beta: float | 
     return (rng.random_sample((len(prompts), N_SLOTS, 1)) > cumulative[..., :-1]).sum(-1)
 
 
+@functools.cache
 def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> list[tuple[str, dict]]:
     """Examples (train 20,000, test 512), each a prompt with one preference pair and an SFT target of its own.
 

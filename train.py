@@ -47,13 +47,16 @@ def run(config: DictConfig):
     trainer.save()
 
 
+def with_free_keys(overrides: list[str]) -> list[str]:
+    """The overrides, so marked that Hydra takes keys it doesn't know where they are an optimizer's or PEFT's own."""
+    return [f"++{word}" if word.startswith(("optimizer_args", "lora")) else word for word in overrides]
+
+
 def main():
     """Run under Hydra. A user's mistake ends with its message alone; HYDRA_FULL_ERROR=1 shows where it was noticed."""
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
-    # the keys of these are an optimizer's and PEFT's own, so Hydra has to take them without knowing them
-    free = ("optimizer_args", "lora")
-    sys.argv[1:] = [f"++{word}" if word.startswith(free) else word for word in sys.argv[1:]]
+    sys.argv[1:] = with_free_keys(sys.argv[1:])
     try:
         hydra.main(version_base="1.3", config_path="config", config_name="config")(run)()
     except (UserError, HydraException, OmegaConfBaseException) as error:

@@ -198,7 +198,8 @@ class BasicTrainer:
     def reference_logps(self, batch: dict, cached: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
         if self.reference_cache is not None and cached:
-            return self.reference_cache.lookup(batch, self.device)
+            dtype = torch.promote_types(self.policy.dtype, torch.float32)
+            return self.reference_cache.lookup(batch, dtype, self.device)
         if self.reference is None:
             zeros = torch.zeros(len(batch["prompt"]), device=self.device)
             return zeros, zeros

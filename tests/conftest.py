@@ -1,3 +1,5 @@
+import functools
+import itertools
 import json
 import os
 import subprocess
@@ -6,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
+
+from checkpoints import load_policy, load_reference
+from configuration import CONFIG_DIR, check_config
+from train import with_free_keys
+from trainers import BasicTrainer
+
+# One thread a process: the models are small, and two processes run at a time.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parent.parent
 ORACLE = Path(__file__).parent / "oracle"
@@ -75,3 +88,21 @@ def oracle_model() -> list[str]:
         f"dataset_paths.hh={ORACLE}/hh",
         f"dataset_paths.shp={ORACLE}/shp",
     ]
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A trainer in this process, from overrides as on the command line; its data and caches are under tmp_path."""
+
+    def make(*overrides: str) -> BasicTrainer:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            names = [f"exp_name={next(counter)}", "wandb.enabled=false", f"local_dirs=[{tmp_path}/cache]"]
+            config = compose("config", [*with_free_keys([*names, *overrides])])
+        OmegaConf.resolve(config)
+        check_config(config)
+        policy = load_policy(config)
+        load = functools.partial(load_reference, config, policy)
+        return BasicTrainer(policy, config, config.seed, config.local_run_dir, reference_model=load)
+
+    counter = itertools.count()
+    return make

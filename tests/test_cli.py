@@ -10,7 +10,14 @@ from conftest import ORACLE, REPOSITORY, read_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-TOY = ["model=tiny", "datasets=[toy]", "n_eval_examples=16", "n_eval_model_samples=2"]
+TOY = [
+    "model=tiny",
+    "datasets=[toy]",
+    "n_eval_examples=16",
+    "n_eval_model_samples=2",
+    "max_length=64",
+    "max_prompt_length=32",
+]
 SHORT = [*TOY, "n_examples=8", "lr=1e-3"]
 
 

@@ -1,0 +1,290 @@
+"""Every way to the reference's log-probabilities gives the same training, and the cache knows what it may reuse."""
+
+import re
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from conftest import ORACLE, REPOSITORY, read_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from references import REFERENCE_ADAPTER, LogpsCache
+from train import create_run_dir
+from utils import UserError
+
+TOY = [
+    "model=tiny", "datasets=[toy]", "n_examples=40", "n_eval_examples=8", "eval_batch_size=8", "lr=1e-3",
+    "warmup_steps=0", "sample_during_eval=false", "do_first_eval=false",
+    "model.policy_dtype=float64", "model.reference_dtype=float64", "max_length=64", "max_prompt_length=32",
+]  # fmt: skip
+LORA = ["lora={r:4,lora_alpha:32}"]
+LN_2 = 0.6931471805599453
+
+
+def train_lines(trainer) -> list[dict]:
+    """Train and save; returns the training lines of the run's metrics."""
+    create_run_dir(trainer.config)
+    trainer.train()
+    trainer.save()
+    return [line for line in read_jsonl(trainer_dir(trainer) / "metrics.jsonl") if line["split"] == "train"]
+
+
+def trainer_dir(trainer):
+    return type(REPOSITORY)(trainer.run_dir)
+
+
+@pytest.fixture
+def adapter(make_trainer):
+    """The directory of an adapter that SFT has trained."""
+    trainer = make_trainer(*TOY, *LORA, "loss=sft", "lr=1e-2")
+    train_lines(trainer)
+    return trainer_dir(trainer) / "LATEST"
+
+
+def assert_same_training(lines: list[dict], expected: list[dict]):
+    assert len(lines) == len(expected) == 10
+    for line, other in zip(lines, expected, strict=True):
+        for key in ("loss/train", "grad_norm", "rewards_train/margins", "logps_train/chosen"):
+            assert line[key] == pytest.approx(other[key], rel=1e-6, abs=1e-6), key
+    assert expected[-1]["loss/train"] != pytest.approx(LN_2, abs=1e-3)  # something has been learnt
+
+
+def test_the_base_under_the_adapter_equals_a_second_model(make_trainer):
+    expected = train_lines(make_trainer(*TOY, *LORA, "loss=dpo", "reference=model"))
+    trainer = make_trainer(*TOY, *LORA, "loss=dpo")
+    assert trainer.reference.model is trainer.policy
+    assert_same_training(train_lines(trainer), expected)
+
+
+def test_a_copied_adapter_equals_a_second_model_and_stays_as_it_was(make_trainer, adapter):
+    overrides = [*TOY, "loss=dpo", f"model.adapter={adapter}"]
+    expected = train_lines(make_trainer(*overrides, "reference=model"))
+    trainer = make_trainer(*overrides)
+    before = {n: p.clone() for n, p in trainer.policy.named_parameters()}
+    assert_same_training(train_lines(trainer), expected)
+    for name, parameter in trainer.policy.named_parameters():
+        is_trained = "lora_" in name and f".{REFERENCE_ADAPTER}." not in name
+        assert parameter.requires_grad == is_trained
+        assert torch.equal(parameter, before[name]) != is_trained, name
+    assert expected[0]["loss/train"] == pytest.approx(LN_2, abs=1e-6)
+
+
+def test_the_base_as_reference_of_a_saved_adapter_differs_from_its_copy(make_trainer, adapter):
+    lines = train_lines(make_trainer(*TOY, "loss=dpo", f"model.adapter={adapter}", "reference=adapter_off"))
+    assert lines[0]["loss/train"] != pytest.approx(LN_2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], LORA, [*LORA, "reference=model"]], ids=["model", "adapter_off", "lora, model"]
+)
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_precomputed_equals_online(overrides, loss, make_trainer):
+    expected = train_lines(make_trainer(*TOY, *overrides, f"loss={loss}"))
+    trainer = make_trainer(*TOY, *overrides, f"loss={loss}", "precompute_ref_log_probs=true")
+    assert (trainer.reference is None) == (overrides != LORA)  # a second model is not kept
+    assert_same_training(train_lines(trainer), expected)
+
+
+def test_precomputed_copied_adapter_equals_online(make_trainer, adapter):
+    overrides = [*TOY, "loss=dpo", f"model.adapter={adapter}"]
+    expected = train_lines(make_trainer(*overrides))
+    assert_same_training(train_lines(make_trainer(*overrides, "precompute_ref_log_probs=true")), expected)
+
+
+@pytest.mark.parametrize("overrides", [[], LORA, ["precompute_ref_log_probs=true"]])
+def test_training_starts_at_ln_2_exactly(overrides, make_trainer):
+    trainer = make_trainer(*TOY, "model.policy_dtype=float32", "model.reference_dtype=float32", "loss=dpo", *overrides)
+    _, metrics = trainer.get_batch_metrics(trainer.eval_batches[0], trainer.config.loss)
+    assert metrics["loss/train"].tolist() == [torch.tensor(LN_2).item()] * 8
+
+
+def test_reference_in_another_dtype_is_another_model(make_trainer):
+    trainer = make_trainer(*TOY, "model.reference_dtype=float32", "loss=dpo")
+    assert trainer.reference.model.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in trainer.reference.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["adapter_off", "adapter_copy"])
+def test_the_adapter_is_back_after_an_error_inside_the_reference(kind, make_trainer, adapter):
+    trainer = make_trainer(*TOY, "loss=dpo", f"model.adapter={adapter}", f"reference={kind}")
+    batch = trainer.eval_batches[0]
+    trained = [parameter for parameter in trainer.policy.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        trained[-1].normal_()
+        expected = trainer.response_logps(trainer.policy, batch)
+    with pytest.raises(KeyError), trainer.reference.active() as model:
+        assert not torch.equal(trainer.response_logps(model, batch), expected)
+        assert not any(p.requires_grad for n, p in model.named_parameters() if f".{REFERENCE_ADAPTER}." in n)
+        raise KeyError
+    assert torch.equal(trainer.response_logps(trainer.policy, batch).detach(), expected)
+    assert [p for p in trainer.policy.parameters() if p.requires_grad] == trained
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def n_computed(capsys) -> int:
+    """How many pairs the reference pass just made had to compute."""
+    return int(re.search(r"Reference log-probabilities: (\d+) computed", capsys.readouterr().out)[1])
+
+
+PRECOMPUTED = [*TOY, "loss=dpo", "precompute_ref_log_probs=true"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["lr=1"], ["loss.beta=0.5"], ["loss=ipo"], ["batch_size=8"], ["gradient_accumulation_steps=2"], ["seed=0"],
+     ["eval_batch_size=3"], ["local_run_dir=${local_dirs.0}/elsewhere"], ["optimizer=SGD"], ["shared_prompt=false"],
+     ["n_examples=20"], ["max_length=300"], ["loss.label_smoothing=0.1"]],
+    ids=str,
+)  # fmt: skip
+def test_what_the_numbers_do_not_depend_on_reuses_the_cache(overrides, make_trainer, capsys):
+    make_trainer(*PRECOMPUTED)
+    assert n_computed(capsys) == 48
+    trainer = make_trainer(*PRECOMPUTED, *overrides)
+    assert n_computed(capsys) == 0
+    assert trainer.reference is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "n_expected"),
+    [
+        (["max_length=30", "max_prompt_length=10"], 48),  # 17 + 18 tokens are cut
+        (["loss.average_log_prob=true"], 48),
+        (["model.reference_dtype=float32"], 48),
+        (["seed=1"], 48),  # other random weights
+        (["n_examples=60"], 20),
+    ],
+    ids=str,
+)
+def test_what_the_numbers_depend_on_is_computed_anew(overrides, n_expected, make_trainer, capsys):
+    make_trainer(*PRECOMPUTED)
+    assert n_computed(capsys) == 48
+    make_trainer(*PRECOMPUTED, *overrides)
+    assert n_computed(capsys) == n_expected
+
+
+def test_another_archive_is_computed_anew_and_the_order_of_the_data_is_not(make_trainer, capsys):
+    train_lines(trainer := make_trainer(*TOY, "loss=sft"))
+    all_pairs = [
+        *PRECOMPUTED,
+        "datasets=[hh]",
+        f"dataset_paths.hh={ORACLE}/hh",
+        "n_examples=null",
+        "n_eval_examples=40",
+    ]
+    make_trainer(*all_pairs)
+    assert n_computed(capsys) == 240 + 40
+    other = [*all_pairs, f"model.archive={trainer.run_dir}/LATEST"]
+    make_trainer(*other)
+    assert n_computed(capsys) == 240 + 40
+    make_trainer(*other, "seed=3", "n_epochs=2")
+    assert n_computed(capsys) == 0
+
+
+def test_a_pass_that_is_cut_off_goes_on_where_it_stopped(make_trainer, capsys, monkeypatch):
+    fill, windows = LogpsCache.fill, []
+
+    def fill_and_stop(self, *args):
+        if windows:
+            raise KeyboardInterrupt
+        windows.append(fill(self, *args))
+        return windows[-1]
+
+    monkeypatch.setattr(LogpsCache, "fill", fill_and_stop)
+    overrides = [*PRECOMPUTED, "n_examples=1100"]
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(*overrides)
+    monkeypatch.undo()
+    make_trainer(*overrides)
+    assert windows == [1024]
+    assert n_computed(capsys) == 1100 + 8 - 1024
+
+
+def cache_files(tmp_path):
+    return list((tmp_path / "cache").glob("*/reference_logps/*/*"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "not a cache file", "empty"])
+def test_a_damaged_file_is_noticed_and_computed_again(damage, make_trainer, capsys, tmp_path):
+    make_trainer(*PRECOMPUTED)
+    (path, _) = sorted(cache_files(tmp_path), key=lambda path: -path.stat().st_size)  # of 40 and of 8 pairs
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes({"truncated": data[:-9], "bit flipped": data, "not a cache file": b"x" * 99, "empty": b""}[damage])
+    capsys.readouterr()
+    make_trainer(*PRECOMPUTED)
+    output = capsys.readouterr().out
+    assert f"{path} is damaged" in output
+    assert "Reference log-probabilities: 40 computed" in output
+    make_trainer(*PRECOMPUTED)
+    assert n_computed(capsys) == 0
+
+
+def test_a_half_written_file_is_no_part_of_the_cache(make_trainer, capsys, tmp_path):
+    make_trainer(*PRECOMPUTED)
+    for path in cache_files(tmp_path):
+        path.rename(f"{path}.partial")
+    capsys.readouterr()
+    make_trainer(*PRECOMPUTED)
+    assert n_computed(capsys) == 48
+
+
+def test_two_runs_that_start_together_leave_a_whole_cache(make_trainer, capsys, tmp_path):
+    overrides = [*PRECOMPUTED, "n_examples=400", f"local_dirs=[{tmp_path}/cache]", "debug=true"]
+    commands = [
+        [sys.executable, str(REPOSITORY / "train.py"), *overrides, f"local_run_dir={tmp_path}/{name}"] for name in "ab"
+    ]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) for command in commands]
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert (tmp_path / "a/metrics.jsonl").exists()
+    make_trainer(*PRECOMPUTED, "n_examples=400")
+    assert n_computed(capsys) == 0
+
+
+# ---- adapters on disk -----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(make_trainer, adapter, tmp_path):
+    trainer = make_trainer(*TOY, "loss=sft", f"model.adapter={adapter}")
+    ids = torch.arange(1, 9)[None]
+    expected = trainer.policy(ids).logits
+    assert not torch.allclose(expected, trainer.policy.get_base_model()(ids).logits * 0)
+
+    base = make_trainer(*TOY, "loss=sft").policy
+    assert not torch.allclose(base(ids).logits, expected, atol=1e-3)
+    assert torch.equal(peft.PeftModel.from_pretrained(base, adapter)(ids).logits, expected)
+
+    command = [sys.executable, "-m", "checkpoints", "merge", str(adapter), str(tmp_path / "merged")]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 2048
+
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+    assert "exists already" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reference=adapter_off"], "the policy has no adapter; possible are: model"),
+        ([*LORA, "reference=adapter_copy"], "a new adapter; possible are: adapter_off, model"),
+        (["reference=modle"], "must be auto, model, adapter_off or adapter_copy"),
+        (["loss=sft", "reference=model"], "loss=sft uses no reference"),
+        (["loss.reference_free=true", "precompute_ref_log_probs=true"], "reference_free uses no reference"),
+        (["lora=8"], "lora=8: expected fields of LoraConfig"),
+        (["lora.alpha=8"], "lora.alpha: LoraConfig has no such field. Did you mean lora_alpha"),
+        (["lora={target_modules:[nothing]}"], "lora=.*nothing"),
+        (["model.adapter=/nowhere"], "no adapter_config.json there"),
+        ([*LORA, "model.load_in_4bit=true"], "needs a GPU and bitsandbytes"),
+    ],
+    ids=str,
+)
+def test_what_cannot_go_together_is_an_error_that_says_what_can(overrides, message, make_trainer):
+    with pytest.raises(UserError, match=message):
+        make_trainer(*TOY, "loss=dpo", *overrides)
