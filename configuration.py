@@ -25,7 +25,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs", "loss.label_smoothing")
 _MAY_BE_NULL = ("n_epochs", "n_examples")
-_TYPES_OF_NULL = {"n_examples": int}  # of keys whose default is null; the others are strings
+_TYPES_OF_NULL = {"n_examples": int, "fsdp_port": int}  # of keys whose default is null; the others are strings
 
 
 def default_config() -> dict[str, object]:
@@ -138,6 +138,8 @@ def _check_names(config: DictConfig):
             f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, TRAINERS)} "
             f"There are: {', '.join(TRAINERS)}"
         )
+    if config.fsdp_port is not None:
+        raise UserError(f"fsdp_port={config.fsdp_port}: trainer={config.trainer} opens no port; leave it null")
     base = torch.optim.Optimizer
     classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
     optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]

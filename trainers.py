@@ -24,6 +24,7 @@ from shared_prompt import choose_rows, microbatches, response_logps, shared_rows
 from utils import (
     UserError,
     concatenated_inputs,  # noqa: F401 (re-exported)
+    get_block_class_from_model,
     get_local_dir,
     pad_to_length,
     rank0_print,
@@ -75,6 +76,8 @@ class BasicTrainer:
         self.eval_metrics: dict[str, float] = {}  # of the last evaluation
 
     def _check_fits_model(self):
+        if self.config.model.block_name is not None:
+            get_block_class_from_model(self.policy, self.config.model.block_name)
         n_embeddings = self.policy.get_input_embeddings().num_embeddings
         if len(self.tokenizer) > n_embeddings:
             raise UserError(

@@ -1,9 +1,10 @@
 """Speed, memory and gradients of DPO training, each way in turn on the same pairs in one process.
 
-`python benchmarks/throughput.py` takes minutes on a laptop, `--preset pythia-2.8b` is for a GPU. Tokens and weights are
-random, nothing is downloaded; lengths are those of Anthropic's Helpful-Harmless dialogues (or `--data`, `--tokenizer`).
-TRL is measured where it is installed. All ways start from the same weights and take the same number of steps on the
-same batches, which are collated beforehand; what else a step needs is timed. The columns:
+`python benchmarks/throughput.py` is for a CPU with 16 GB, most of it for the original's way; `--preset pythia-2.8b` is
+for a GPU. Tokens and weights are random, nothing is downloaded; lengths are those of Anthropic's Helpful-Harmless
+dialogues (or `--data`, `--tokenizer`). TRL is measured where it is installed. All ways start from the same weights and
+take the same number of steps on the same batches, which are collated beforehand; what else a step needs is timed, on a
+CPU the kernel's work to provide memory too. The columns:
   pairs/s                      from each step's median time over the rounds
   computed tokens per pair     positions that pass through the policy, padding too, counted at its input embeddings
   peak memory                  during steps, beyond what was in use before the way began: without the weights of policy
@@ -56,7 +57,11 @@ QUANTILES = [0.0, 0.1, 0.5, 0.9, 0.99, 1.0]
 HH_CHARACTERS = [[20, 63, 363, 1101, 2194, 2852], [8, 31, 111, 384, 827, 1075], [8, 34, 145, 462, 1041, 1353]]
 CHARACTERS_PER_TOKEN = 4.45
 
-PRESETS = {"pythia-2.8b": {"hidden": 2560, "layers": 32, "heads": 32, "dtype": "bfloat16", "batch_size": 64}}
+PRESETS = {  # as many pairs at once as on each of the original's four GPUs: 64 / (2 microbatches * 4)
+    "pythia-2.8b": {
+        "hidden": 2560, "layers": 32, "heads": 32, "dtype": "bfloat16", "batch_size": 64, "microbatch": 8,
+    },
+}  # fmt: skip
 
 Pair = tuple[list[int], list[int], list[int]]  # token ids of prompt, chosen and rejected response
 
@@ -451,8 +456,8 @@ def description(pairs: list[Pair], training: Training, args: Namespace) -> str:
         f"{args.hidden}, {args.layers} layers, {args.heads} heads, vocabulary {args.vocab}: {n_parameters / 1e6:.1f} M "
         f"parameters in {args.dtype}, attention: {training.policy.config._attn_implementation}; {len(pairs)} pairs of "
         f"{args.data or 'random tokens'}, mean tokens: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected "
-        f"{rejected:.1f}; batches of {args.batch_sizes or args.batch_size} pairs in at least {args.microbatch} "
-        f"microbatches; {args.repeats} rounds"
+        f"{rejected:.1f}; batches of {args.batch_sizes or args.batch_size} pairs, microbatches at least "
+        f"{args.microbatch}; rounds: {args.repeats}"
     )
 
 
@@ -479,7 +484,7 @@ def print_table(cases: list[Case], pairs: list[Pair], training: Training):
 def parse_args() -> Namespace:
     """The options on the command line; those of a preset are other defaults."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, help="defaults for model, dtype and batch size")
+    parser.add_argument("--preset", choices=PRESETS, help="defaults for model, dtype, batch size and microbatches")
     parser.add_argument("--arch", default="gpt_neox", choices=["gpt_neox", "llama", "gpt2", "gptj", "qwen3"])
     parser.add_argument("--hidden", type=int, default=128, help="hidden size")
     parser.add_argument("--layers", type=int, default=6)

@@ -63,6 +63,7 @@ CONFIG_ERRORS = {
     "negative": (["model=tiny", "n_examples=-1"], ["n_examples=-1: must be above 0"]),
     "label smoothing too large": (["model=tiny", "loss=dpo", "loss.label_smoothing=0.5"], ["must be below 0.5"]),
     "shared prompts neither on nor off": (["model=tiny", "shared_prompt=maybe"], ["auto, true or false"]),
+    "port without FSDP": (["model=tiny", "fsdp_port=1234"], ["fsdp_port=1234", "leave it null"]),
     "unknown dtype": (["model=tiny", "model.policy_dtype=fp32"], ["model.policy_dtype=fp32", "bfloat16"]),
     "mixed precision that needs loss scaling": (
         ["model=tiny", "model.fsdp_policy_mp=float16"],
@@ -128,6 +129,7 @@ LOADING_ERRORS = {  # the model is tiny where none is named
          "max_prompt_length=64", "model.tokenizer_name_or_path=${repository:}/models/tiny"],
         ["2048 tokens", "embeds 512", "model.tokenizer_name_or_path"],
     ),
+    "block of another model": (["datasets=[toy]", "model.block_name=GPTNeoXLayr"], ["Did you mean GPTNeoXLayer?"]),
     "longer than the model": (["datasets=[toy]", "max_length=2000"], ["max_length=2000", "1024 positions"]),
     "wrong optimizer argument": (["datasets=[toy]", "optimizer_args={momentumm:1}"], ["RMSprop", "momentumm"]),
 }  # fmt: skip
