@@ -15,10 +15,12 @@ import os
 import pickle
 import sys
 import tempfile
+import warnings
 
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from torch import nn
 
 from losses import needs_reference
@@ -53,8 +55,9 @@ def load_model(config: DictConfig, dtype: str) -> nn.Module:
         if config.model.from_scratch:
             torch.manual_seed(config.seed)
             model_config = transformers.AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-            model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype))
-            model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = model.to(device, getattr(torch, dtype))  # drawn in one dtype, so that all have the same weights
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
@@ -63,7 +66,7 @@ def load_model(config: DictConfig, dtype: str) -> nn.Module:
                 device_map="balanced",
                 quantization_config=_quantization(config),
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"can't load model.name_or_path={name}: {str(error).strip()}\n"
             "Give the id of a causal language model on the hub (for a gated one, log in with `hf auth login`), "
@@ -92,11 +95,12 @@ def load_policy(config: DictConfig) -> nn.Module:
     rank0_print("building policy")
     policy = load_model(config, config.model.policy_dtype)
     if config.lora is not None:
-        return _add_lora(policy, config)
+        policy = _add_lora(policy, config)
     if config.model.adapter is not None:
         policy = _load_adapter(policy, config, is_trainable=True)
         if needs_reference(config.loss) and choose_reference(config) == "adapter_copy":
             policy.load_adapter(config.model.adapter, REFERENCE_ADAPTER, is_trainable=False)
+    disable_dropout(policy)  # an adapter's too
     return policy
 
 
@@ -110,6 +114,7 @@ def load_reference(config: DictConfig, policy: nn.Module) -> nn.Module:
     reference_model = load_model(config, config.model.reference_dtype)
     if config.model.adapter is not None:
         reference_model = _load_adapter(reference_model, config, is_trainable=False)
+        disable_dropout(reference_model)
     return reference_model
 
 
@@ -121,6 +126,8 @@ def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
     for name in fields:
         if name not in known:
             raise UserError(f"lora.{name}: LoraConfig has no such field.{closest_match(name, known)}")
+    if fields.get("lora_dropout"):
+        raise UserError(f"lora.lora_dropout={fields['lora_dropout']}: all dropout is off here; leave it out")
     try:
         torch.manual_seed(config.seed)
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
@@ -132,8 +139,10 @@ def _load_adapter(model: nn.Module, config: DictConfig, is_trainable: bool) -> n
     import peft
 
     try:
-        return peft.PeftModel.from_pretrained(model, config.model.adapter, is_trainable=is_trainable)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            return peft.PeftModel.from_pretrained(model, config.model.adapter, is_trainable=is_trainable)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UserWarning) as error:
         raise UserError(
             f"model.adapter={config.model.adapter}: can't load it as a PEFT adapter of this model: {str(error)[:500]}"
         ) from error
@@ -163,10 +172,12 @@ def merge(adapter_dir: str, output_dir: str):
         raise UserError(f"{output_dir} exists already")
     config = OmegaConf.load(config_path)
     config.model.adapter, config.model.load_in_4bit = adapter_dir, False
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        config.model.tokenizer_name_or_path or config.model.name_or_path, cache_dir=get_local_dir(config.local_dirs)
+    )
     model = load_model(config, config.model.policy_dtype)
     _load_adapter(model, config, is_trainable=False).merge_and_unload().save_pretrained(output_dir)
-    tokenizer_name = config.model.tokenizer_name_or_path or config.model.name_or_path
-    transformers.AutoTokenizer.from_pretrained(tokenizer_name).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
     print(f"wrote the merged model to {output_dir}")
 
 

@@ -56,6 +56,8 @@ def explain_hydra_error(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return f"can't read {error.override!r}: {error}"
     if key := re.search(r"Could not override '([^']+)'", text):
+        if key[1] in default_config():  # it is an option of another loss
+            return f"{key[1]}: the chosen loss has no such option; losses are chosen by loss=NAME, e.g. loss=dpo"
         return f"no config key {key[1]!r}.{closest_match(key[1], default_config())} config/config.yaml lists all keys"
     return str(error).strip()
 
@@ -90,8 +92,10 @@ def _check_keys_and_types(config: DictConfig):
     for key, value in given.items():
         if key.startswith(("optimizer_args.", "lora.")):
             continue
+        if key not in known and key in defaults:
+            raise UserError(f"{key}={value}: loss={config.loss.name} has no such option; choose another loss=...")
         if key not in known:
-            raise UserError(f"no config key {key!r} (with loss={config.loss.name}).{closest_match(key, known)}")
+            raise UserError(f"no config key {key!r}.{closest_match(key, known)} config/config.yaml lists all keys")
         _check_type(key, value, defaults.get(key))
     for key in known:
         if key not in given and not any(name.startswith(f"{key}.") for name in given):
@@ -107,7 +111,9 @@ def _check_type(key: str, value: object, default: object):
     if key == "lora" and isinstance(value, dict):
         return
     if key == "lora":
-        raise UserError(f"lora={value}: expected fields of LoraConfig, e.g. lora={{r:16}}")
+        raise UserError(
+            f"lora={value}: expected fields of LoraConfig, e.g. lora.r=16 or 'lora={{r:16}}' (quoted for the shell)"
+        )
     if key == "shared_prompt":
         raise UserError(f"shared_prompt={value}: must be auto, true or false")
     accepted = (int, float) if expected is float else (expected,)
@@ -120,8 +126,9 @@ def _check_ranges(config: DictConfig):
     for keys, lowest, wording in ((_POSITIVE, 1e-300, "above 0"), (_NON_NEGATIVE, 0, "0 or more")):
         for key in keys:
             value = OmegaConf.select(config, key)
-            if value is not None and not lowest <= value < float("inf"):
-                raise UserError(f"{key}={value}: must be {wording}")
+            highest = float("inf") if key == "max_grad_norm" else 1e300  # inf: no clipping
+            if value is not None and not lowest <= value <= highest:
+                raise UserError(f"{key}={value}: must be a number {wording}")
     if config.seed >= 2**32:
         raise UserError(f"seed={config.seed}: must be below 2**32")
     if config.loss.get("label_smoothing", 0) >= 0.5:
@@ -131,6 +138,8 @@ def _check_ranges(config: DictConfig):
 def _check_names(config: DictConfig):
     if isinstance(config.datasets, str):
         config.datasets = ListConfig([config.datasets])
+    if not all(isinstance(name, str) for name in config.datasets):
+        raise UserError(f"datasets={list(config.datasets)}: expected names, e.g. datasets=[hh]")
     if not config.datasets:
         raise UserError("datasets=[]: name at least one dataset, e.g. datasets=[hh]")
     if config.trainer not in TRAINERS:
@@ -143,7 +152,8 @@ def _check_names(config: DictConfig):
     base = torch.optim.Optimizer
     classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
     optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]
-    optimizers.remove("LBFGS")  # needs the loss several times a step
+    for name in ("LBFGS", "SparseAdam"):  # the one needs the loss several times a step, the other sparse gradients
+        optimizers.remove(name)
     if config.optimizer not in optimizers:
         raise UserError(
             f"optimizer={config.optimizer}: not an optimizer of torch.optim that trains with one gradient a step."

@@ -66,7 +66,7 @@ def checked_rows(
                     f"datasets=[{name}], {split} split, row {index}: field {key!r} is {kind}, "
                     f"expected a value of type {expected.__name__}"
                 )
-        yield index, row
+        yield row.get("row", index), row
 
 
 def _new_entry() -> dict:
@@ -149,7 +149,8 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path:
     with a fixed seed, is the test split.
     """
     fields = {"question": str, "answers": list}
-    rows = load_rows("se", path, "train", fields, cache_dir).shuffle(seed=42)
+    rows = load_rows("se", path, "train", fields, cache_dir)
+    rows = rows.add_column("row", range(len(rows))).shuffle(seed=42)
     n_test = int(len(rows) * 0.01)
     rows = rows.select(range(n_test) if split == "test" else range(n_test, len(rows)))
     n_workers = min(cpu_count() or 1, 1 + len(rows) // 10_000)
@@ -158,8 +159,9 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path:
     data: dict[str, dict] = defaultdict(_new_entry)
     best_scores: dict[str, float] = {}
     for index, row in checked_rows(rows, "se", split, fields, silent):
-        if any(not isinstance(answer, dict) or not {"text", "pm_score"} <= answer.keys() for answer in row["answers"]):
-            raise UserError(f"datasets=[se], {split} split, row {index}: an answer has no 'text' or no 'pm_score'")
+        for answer in row["answers"]:
+            if not isinstance(answer.get("text"), str) or not isinstance(answer.get("pm_score"), int | float):
+                raise UserError(f"datasets=[se], row {index}: an answer has no 'text' or no number as 'pm_score'")
         prompt = f"\n\nHuman: {row['question']}\n\nAssistant:"
         entry = data[prompt]
         first = len(entry["responses"])
@@ -177,10 +179,11 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path:
 
 def _strip_html_of_row(row: dict) -> dict:
     """`row` with its HTML stripped; what has not the expected form stays, for `checked_rows` to name it."""
-    for holder, key in [(row, "question"), *((answer, "text") for answer in row["answers"] or [])]:
-        if isinstance(holder[key], str):
+    answers = [answer if isinstance(answer, dict) else {"text": None} for answer in row["answers"] or []]
+    for holder, key in [(row, "question"), *((answer, "text") for answer in answers)]:
+        if isinstance(holder.get(key), str):
             holder[key] = strip_html_tags(holder[key])
-    return row
+    return row | {"answers": answers}
 
 
 _CONTAINERS = {"[document]", "html", "body", "div", "blockquote", "section", "article", "dl", "table", "tbody"}

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -45,10 +45,16 @@ def choose_reference(config: DictConfig) -> str:
     Raises: UserError if policy and reference can't go together, naming those that can.
     """
     kind, has_adapter = config.reference, config.model.adapter is not None
+    settings = _adapter_settings(config)
+    # trained biases and some initializations change the base itself, which is then no reference
+    base_is_kept = settings.get("bias", "none") == "none" and settings.get("init_lora_weights", True) in (
+        True,
+        "gaussian",
+    )
     possible = ["model"]
-    if config.lora is not None or has_adapter:
+    if base_is_kept and (config.lora is not None or has_adapter):
         possible.insert(0, "adapter_off")
-    if has_adapter:
+    if base_is_kept and has_adapter:
         possible.insert(0, "adapter_copy")
     if kind == "auto":
         return possible[0]
@@ -58,13 +64,30 @@ def choose_reference(config: DictConfig) -> str:
     return kind
 
 
+def _adapter_settings(config: DictConfig) -> dict:
+    """Fields of LoraConfig of the new or the saved adapter; none without an adapter."""
+    path = os.path.join(config.model.adapter or "", "adapter_config.json")
+    if config.model.adapter is not None and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    return OmegaConf.to_container(config.lora) if config.lora is not None else {}
+
+
 def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) -> Reference:
     """The reference of this kind; `load` loads the second model where one is needed."""
     if kind == "model":
-        return Reference(load().eval().requires_grad_(False))
+        model = load()
+        return Reference(model if model is policy else model.eval().requires_grad_(False))
     if kind == "adapter_off":
         return Reference(policy, policy.disable_adapter)
     return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
+
+
+def adapter_scaling(policy: nn.Module) -> dict[str, str]:
+    """What of an adapter's settings decides, beside its weights, what it computes."""
+    settings = policy.peft_config["default"]
+    names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+    return {name: str(getattr(settings, name, None)) for name in names}
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def start_wandb(config: DictConfig, run_dir: str):
     import wandb
 
     mode = os.environ.get("WANDB_MODE")
-    if mode is None and not sys.stdin.isatty() and not wandb.login(prompt=False):
+    if mode is None and not sys.stdin.isatty() and not _logged_in(wandb):
         print("wandb: no account on this machine and no terminal to ask at; logging offline")
         mode = "offline"
     for attempt in dict.fromkeys([mode, "offline"]):
@@ -100,3 +100,11 @@ def start_wandb(config: DictConfig, run_dir: str):
         except Exception as error:
             print(f"WARNING: wandb can't start ({attempt or 'online'} mode): {error}")
     return None
+
+
+def _logged_in(wandb) -> bool:
+    try:
+        return wandb.login(prompt=False)
+    except Exception as error:  # a key of a wrong form, say
+        print(f"WARNING: wandb: {error}")
+        return False

@@ -19,14 +19,12 @@ from losses import _get_batch_logps
 from utils import UserError, concatenated_inputs, take, without_wrapper
 
 # The head's logits are made in chunks of this many bytes, which suit a CPU's caches or a GPU's throughput ...
-_CHUNK_BYTES = {"cpu": 2**25}
-_GPU_CHUNK_BYTES = 2**28
+_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 # ... and made again in the backward pass where all of them together would take more than this.
 _KEPT_LOGITS_BYTES = 2**30
 
 # What starting one more microbatch costs, in tokens that could be computed in its time.
-_MICROBATCH_OVERHEAD = {"cpu": 64}
-_GPU_MICROBATCH_OVERHEAD = 4096
+_MICROBATCH_OVERHEAD = {"cpu": 64, "cuda": 4096}
 
 
 @dataclass
@@ -161,7 +159,7 @@ def token_logps(hidden_states: torch.Tensor, head: nn.Module, targets: torch.Ten
     """log softmax(head(h))[target] of every token, (N, H) and (N,) to (N,): in float32, without all logits at once."""
     device = hidden_states.device.type
     bytes_per_token = 4 * vocab_size
-    chunk_size = max(1, _CHUNK_BYTES.get(device, _GPU_CHUNK_BYTES) // bytes_per_token)
+    chunk_size = max(1, _CHUNK_BYTES[device] // bytes_per_token)
     recompute = torch.is_grad_enabled() and len(targets) * bytes_per_token > _KEPT_LOGITS_BYTES
 
     def chunk_logps(hidden_chunk: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
@@ -187,7 +185,7 @@ def microbatches(batch: dict, n_least: int, device: str, shared: bool) -> list[d
     parts = _part_lengths(batch)
     lengths = sum(parts) if shared else parts[0] + torch.stack(parts[1:]).amax(0)
     order = lengths.argsort(descending=True, stable=True)
-    overhead = _MICROBATCH_OVERHEAD.get(device, _GPU_MICROBATCH_OVERHEAD) / (1 if shared else len(parts) - 1)
+    overhead = _MICROBATCH_OVERHEAD[device] / (1 if shared else len(parts) - 1)
     sizes = _cheapest_cuts(lengths[order].tolist(), max_size=len(order) // n_least, overhead=overhead)
     return [take(batch, indices) for indices in order.split(sizes)]
 
@@ -255,7 +253,7 @@ def _why_not(model: nn.Module, max_length: int) -> str | None:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no position_ids"
     kinds = getattr(config, "layer_types", None) or []
-    if getattr(model, "_is_stateful", False) or any("attention" not in kind for kind in kinds):
+    if getattr(model, "_is_stateful", False) or any("attention" not in kind or "linear" in kind for kind in kinds):
         return "it has recurrent layers"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
         return "its positions are ALiBi biases"

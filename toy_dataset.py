@@ -97,6 +97,8 @@ def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> l
 def report(run_dir: Path, n_shown: int = 4) -> str:
     """True rewards of the last samples that a preference run drew: from its reference (before), its policy (after)."""
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    if {sample["model"] for sample in samples} != {"policy", "reference"}:
+        return f"{run_dir} has no samples of both policy and reference; train with loss=dpo sample_during_eval=true"
     last = max(sample["counters/examples"] for sample in samples)
     lines = []
     for model, title in (("reference", "before (the reference)"), ("policy", f"after {last:,} pairs (the policy)")):

@@ -18,7 +18,14 @@ from tqdm import tqdm
 from checkpoints import write_adapter, write_state_dict
 from losses import LOSSES, _get_batch_logps, needs_reference, preference_loss  # noqa: F401 (re-exported)
 from preference_datasets import get_batch_iterator
-from references import LogpsCache, Reference, choose_reference, make_reference, reference_fingerprint
+from references import (
+    LogpsCache,
+    Reference,
+    adapter_scaling,
+    choose_reference,
+    make_reference,
+    reference_fingerprint,
+)
 from run_logging import RunLog
 from shared_prompt import choose_rows, microbatches, response_logps, shared_rows
 from utils import (
@@ -125,9 +132,13 @@ class BasicTrainer:
         n_examples, available = self.eval_iterator.n_examples, self.eval_iterator.epoch_size
         repeats = f", drawn from {available} again and again" if n_examples > available else ""
         rank0_print(f"Evaluation data: {n_examples} examples in {len(self.eval_batches)} batches{repeats}")
+        if config.sample_during_eval and config.n_eval_model_samples > n_examples:
+            rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
 
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module]):
         """Get the reference ready: a model, the policy under another adapter, or log-probabilities known beforehand."""
+        if reference_model is None:
+            raise ValueError(f"loss={self.config.loss.name} needs a reference_model")
         kind = choose_reference(self.config)
 
         def load() -> nn.Module:
@@ -140,6 +151,8 @@ class BasicTrainer:
         self._precompute_reference(kind, load)
         if kind != "model":  # it costs no memory: keep it for sampling
             self.reference = make_reference(kind, self.policy, load)
+        elif self.config.sample_during_eval:
+            rank0_print("The reference leaves memory: samples are drawn from the policy alone")
 
     def _precompute_reference(self, kind: str, load: Callable[[], nn.Module]):
         """Fill the cache with the reference's log-probabilities of all pairs; it is loaded only if some are missing."""
@@ -149,13 +162,19 @@ class BasicTrainer:
             details["policy_mp"] = config.model.policy_mp
         dtype = getattr(torch, config.model.reference_dtype) if kind == "model" else None
         with_adapter = config.model.adapter is not None and kind != "adapter_off"
+        if with_adapter:
+            details["adapter"] = adapter_scaling(self.policy)
         fingerprint = reference_fingerprint(self.policy, with_adapter, dtype, details)
         directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps", fingerprint)
         self.reference_cache = LogpsCache(directory)
 
+        # as training has not begun, the policy gives the reference's numbers where it is computed in the same way
+        dtypes = {config.model.policy_mp or config.model.policy_dtype, config.model.reference_dtype}
+        same = kind == "model" and len(dtypes) == 1 and not hasattr(self.policy, "peft_config")
+
         def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
             if self.reference is None:
-                self.reference = make_reference(kind, self.policy, load)
+                self.reference = make_reference(kind, self.policy, (lambda: self.policy) if same else load)
             return self.reference_logps(batch, cached=False)
 
         def split(batch: dict) -> list[dict]:
@@ -335,12 +354,16 @@ class BasicTrainer:
             return policy_samples, self._generate(model, batch)
 
     def _generate(self, model: nn.Module, batch: dict) -> list[str]:
+        prompt_ids = batch["prompt_input_ids"]
         with torch.no_grad():
             output = model.generate(
-                batch["prompt_input_ids"],
+                prompt_ids,
                 attention_mask=batch["prompt_attention_mask"],
-                max_length=self.config.max_length,
+                max_new_tokens=self.config.max_length - prompt_ids.shape[1],
                 do_sample=True,
+                temperature=1.0,  # from the policy itself, whatever its generation config says
+                top_k=0,
+                top_p=1.0,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         output = pad_to_length(output, self.config.max_length, self.tokenizer.pad_token_id)
@@ -349,6 +372,7 @@ class BasicTrainer:
     def evaluate_and_log(self):
         """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint."""
         self.eval_metrics = self.evaluate()
+        self._check_finite(self.eval_metrics["loss/eval"], 0.0, self.eval_batches[0])
         self.log("eval", self.eval_metrics, self.sample() if self.config.sample_during_eval else [])
 
     # ---- output ---------------------------------------------------------------------------------------------------
@@ -390,8 +414,10 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
     rank0_print(f"Loading tokenizer {name}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=get_local_dir(config.local_dirs))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         raise UserError(f"can't load the tokenizer {name!r} (model.tokenizer_name_or_path): {error}") from error
+    if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end")
     if tokenizer.pad_token_id is None:

@@ -42,7 +42,10 @@ CONFIG_ERRORS = {
         ["no config key 'beta'", "Did you mean loss.beta?"],
     ),
     "key added with a plus": (["model=tiny", "+modle.archive=x"], ["'modle.archive'", "Did you mean model.archive?"]),
-    "option of another loss": (["model=tiny", "loss=sft", "+loss.beta=1"], ["no config key 'loss.beta'", "loss=sft"]),
+    "option of another loss": (["model=tiny", "loss.beta=1"], ["loss.beta: the chosen loss has no such", "loss=dpo"]),
+    "option added to another loss": (["model=tiny", "+loss.beta=1"], ["loss=sft has no such option"]),
+    "number for a dataset": (["model=tiny", "datasets=[1]"], ["datasets=[1]: expected names"]),
+    "optimizer for sparse gradients": (["model=tiny", "optimizer=SparseAdam"], ["optimizer=SparseAdam"]),
     "unreadable override": (["model=tiny", "datasets=[hh"], ["can't read 'datasets=[hh'"]),
     "unknown trainer": (["model=tiny", "trainer=BasicTrainr"], ["Did you mean BasicTrainer?"]),
     "unknown optimizer": (["model=tiny", "optimizer=RMSPropp"], ["Did you mean RMSprop?", "AdamW"]),
@@ -100,6 +103,12 @@ def broken_files(tmp_path):
         rows = [bad] if name == "no_field" else [row, row, bad]
         (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "model_without_weights").mkdir()
+    for name in ("model_without_tokenizer", "model_with_pointer"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            if name == "model_with_pointer" or not file.startswith("tokenizer"):
+                shutil.copy(ORACLE / "model" / file, tmp_path / name)
+    (tmp_path / "model_with_pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
 
 
 LOADING_ERRORS = {  # the model is tiny where none is named
@@ -123,6 +132,15 @@ LOADING_ERRORS = {  # the model is tiny where none is named
     "model folder without weights": (
         ["datasets=[toy]", "model=blank_model", "model.name_or_path=./model_without_weights"],
         ["model_without_weights"],
+    ),
+    "model folder without a tokenizer": (
+        ["datasets=[toy]", "model=blank_model", "model.name_or_path=./model_without_tokenizer", "max_length=128",
+         "max_prompt_length=64"],
+        ["model_without_tokenizer", "has no vocabulary"],
+    ),
+    "model folder with a pointer for weights": (
+        ["datasets=[toy]", "model=blank_model", "model.name_or_path=./model_with_pointer"],
+        ["can't load model.name_or_path=./model_with_pointer"],
     ),
     "tokenizer of another model": (
         ["datasets=[toy]", "model=blank_model", f"model.name_or_path={ORACLE}/model", "max_length=128",
@@ -153,6 +171,14 @@ def test_infinite_loss_stops_with_step_and_prompts_and_keeps_the_log(train, tmp_
     assert message.count("Please write a short review") == 4
     assert "smaller lr" in message
     assert [line["counters/updates"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1]
+
+
+def test_weights_that_the_last_step_made_infinite_are_not_saved(train, tmp_path):
+    overrides = ["lr=1e30", "optimizer=SGD", "max_grad_norm=1e30", "warmup_steps=0", "do_first_eval=false"]
+    result = train(*SHORT, "n_examples=4", *overrides, "sample_during_eval=false", f"local_run_dir={tmp_path}/run")
+    assert result.returncode == 1
+    assert "loss nan" in result.stderr
+    assert not (tmp_path / "run/LATEST").exists()
 
 
 def test_a_directory_of_another_run_is_refused(train, tmp_path):

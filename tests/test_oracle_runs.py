@@ -33,13 +33,18 @@ def batch_means(microbatches: list[dict]) -> dict[int, dict[str, float]]:
     return {n: {key: float(np.mean(values)) for key, values in batch.items()} for n, batch in lists.items()}
 
 
-@pytest.mark.parametrize("shared_prompt", ["true", "false"])
-@pytest.mark.parametrize("name", RUNS)
-def test_run_gives_the_numbers_of_the_original(name, shared_prompt, train_ok, oracle_model, sft_archive, tmp_path):
+VARIANTS = [(name, f"shared_prompt={value}") for name in RUNS for value in ("true", "false")]
+VARIANTS += [
+    ("dpo", "precompute_ref_log_probs=true"),
+    ("dpo", "model.reference_dtype=float64"),
+]  # the latter: loaded apart
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_run_gives_the_numbers_of_the_original(name, variant, train_ok, oracle_model, sft_archive, tmp_path):
     run = figures(f"run_{name}")
     start = [] if name == "sft" else [f"model.archive={sft_archive}"]
-    start.append(f"shared_prompt={shared_prompt}")
-    train_ok(*oracle_model, *overrides_of(run), *start, f"local_run_dir={tmp_path}/run")
+    train_ok(*oracle_model, *overrides_of(run), *start, variant, f"local_run_dir={tmp_path}/run")
 
     sft = name.startswith("sft")
     tolerance = 1e-5 if sft else 1e-3

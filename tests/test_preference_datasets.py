@@ -194,6 +194,18 @@ def test_se_pairs_answers_with_different_scores_and_splits_off_a_hundredth(tmp_p
     assert entry["sft_target"] == " high"
 
 
+@pytest.mark.parametrize("answers", [[{"pm_score": 1}], ["a", "b"], [{"text": None, "pm_score": 1}], [{"text": "a"}]])
+def test_an_se_answer_of_another_form_is_an_error_with_its_row(answers, tmp_path):
+    rows = se_rows(20)
+    path = write_rows(tmp_path / "se", [{**row, "answers": answers} for row in rows[:1]])
+    with pytest.raises(UserError, match=r"datasets=\[se\], row 0: an answer has no 'text' or no number as 'pm_score'"):
+        get_se("train", silent=True, cache_dir=str(tmp_path), path=path)
+    bad = [{"text": "<p>x</p>", "pm_score": 1}, {"text": None, "pm_score": 2}]
+    path = write_rows(tmp_path / "se_17", [{**row, "answers": bad} if i == 17 else row for i, row in enumerate(rows)])
+    with pytest.raises(UserError, match=r"datasets=\[se\], row 17: "):
+        get_se("train", silent=True, cache_dir=str(tmp_path), path=path)
+
+
 @pytest.mark.parametrize(
     ("html", "text"),
     [

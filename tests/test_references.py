@@ -1,6 +1,8 @@
 """Every way to the reference's log-probabilities gives the same training, and the cache knows what it may reuse."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import peft
 import pytest
 import torch
 from conftest import ORACLE, REPOSITORY, read_jsonl
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from references import REFERENCE_ADAPTER, LogpsCache
@@ -103,6 +106,8 @@ def test_training_starts_at_ln_2_exactly(overrides, make_trainer):
 def test_reference_in_another_dtype_is_another_model(make_trainer):
     trainer = make_trainer(*TOY, "model.reference_dtype=float32", "loss=dpo")
     assert trainer.reference.model.dtype == torch.float32
+    _, metrics = trainer.get_batch_metrics(trainer.eval_batches[0], trainer.config.loss)
+    assert metrics["loss/train"].tolist() == pytest.approx([LN_2] * 8, abs=1e-4)
     assert not any(parameter.requires_grad for parameter in trainer.reference.model.parameters())
 
 
@@ -120,6 +125,42 @@ def test_the_adapter_is_back_after_an_error_inside_the_reference(kind, make_trai
         raise KeyError
     assert torch.equal(trainer.response_logps(trainer.policy, batch).detach(), expected)
     assert [p for p in trainer.policy.parameters() if p.requires_grad] == trained
+
+
+def test_an_adapter_that_changes_the_base_has_a_second_model_as_reference(make_trainer):
+    trainer = make_trainer(*TOY, "lora={r:4,bias:all}", "loss=dpo")
+    assert trainer.reference.model is not trainer.policy
+    lines = train_lines(trainer)
+    assert lines[0]["loss/train"] == pytest.approx(LN_2, abs=1e-9)
+
+
+@pytest.fixture
+def edited_adapter(adapter, tmp_path):
+    """Copies of the adapter with another adapter_config.json or other names of its weights."""
+
+    def copy(settings: dict, rename: tuple[str, str] = ("", "")) -> str:
+        target = tmp_path / f"adapter_{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(adapter, target)
+        config = json.loads((target / "adapter_config.json").read_text())
+        (target / "adapter_config.json").write_text(json.dumps(config | settings))
+        weights = load_file(target / "adapter_model.safetensors")
+        save_file({k.replace(*rename): v for k, v in weights.items()}, target / "adapter_model.safetensors")
+        return str(target)
+
+    return copy
+
+
+def test_dropout_of_a_saved_adapter_is_off(make_trainer, edited_adapter):
+    trainer = make_trainer(*TOY, "loss=dpo", f"model.adapter={edited_adapter({'lora_dropout': 0.5})}")
+    trainer.policy.train()
+    first, second = (trainer.reference_logps(trainer.eval_batches[0])[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_an_adapter_of_another_model_is_refused(make_trainer, edited_adapter, capsys):
+    renamed = edited_adapter({}, rename=("gpt_neox", "transformer"))
+    with pytest.raises(UserError, match=r"model.adapter=.*missing adapter keys"):
+        make_trainer(*TOY, "loss=dpo", f"model.adapter={renamed}")
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
@@ -164,6 +205,12 @@ def test_what_the_numbers_depend_on_is_computed_anew(overrides, n_expected, make
     assert n_computed(capsys) == 48
     make_trainer(*PRECOMPUTED, *overrides)
     assert n_computed(capsys) == n_expected
+
+
+def test_an_adapter_scaled_otherwise_is_computed_anew(make_trainer, edited_adapter, capsys):
+    for settings in ({}, {"lora_alpha": 64}):
+        make_trainer(*PRECOMPUTED, f"model.adapter={edited_adapter(settings)}")
+        assert n_computed(capsys) == 48
 
 
 def test_another_archive_is_computed_anew_and_the_order_of_the_data_is_not(make_trainer, capsys):
@@ -252,8 +299,6 @@ def test_an_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(mak
     trainer = make_trainer(*TOY, "loss=sft", f"model.adapter={adapter}")
     ids = torch.arange(1, 9)[None]
     expected = trainer.policy(ids).logits
-    assert not torch.allclose(expected, trainer.policy.get_base_model()(ids).logits * 0)
-
     base = make_trainer(*TOY, "loss=sft").policy
     assert not torch.allclose(base(ids).logits, expected, atol=1e-3)
     assert torch.equal(peft.PeftModel.from_pretrained(base, adapter)(ids).logits, expected)
@@ -281,6 +326,9 @@ def test_an_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(mak
         (["lora.alpha=8"], "lora.alpha: LoraConfig has no such field. Did you mean lora_alpha"),
         (["lora={target_modules:[nothing]}"], "lora=.*nothing"),
         (["model.adapter=/nowhere"], "no adapter_config.json there"),
+        (["lora={lora_dropout:0.1}"], "lora_dropout=0.1: all dropout is off"),
+        (["lora={bias:all}", "reference=adapter_off"], "possible are: model"),
+        (["lora={init_lora_weights:pissa}", "reference=adapter_off"], "possible are: model"),
         ([*LORA, "model.load_in_4bit=true"], "needs a GPU and bitsandbytes"),
     ],
     ids=str,

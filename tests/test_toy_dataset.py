@@ -82,3 +82,8 @@ def test_report_gives_mean_reward_and_share_outside_the_grammar_of_the_last_samp
     assert "1 samples, mean true reward -8.00" in before
     assert "2 samples, mean true reward +8.00 (of at most 8), 50.0% outside the grammar" in after
     assert "(π*): mean true reward +8.00" in after
+
+
+def test_report_of_a_run_without_a_reference_says_what_is_missing(tmp_path):
+    (tmp_path / "samples.jsonl").write_text("")
+    assert "no samples of both policy and reference" in report(tmp_path)
