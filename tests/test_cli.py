@@ -63,7 +63,7 @@ CONFIG_ERRORS = {
     "no end": (["model=tiny", "n_epochs=null"], ["n_epochs and n_examples are both null"]),
     "text for a number": (["model=tiny", "lr=fast"], ["lr=fast: expected a number"]),
     "fraction for a whole number": (["model=tiny", "batch_size=1.5"], ["batch_size=1.5: expected a whole number"]),
-    "negative": (["model=tiny", "n_examples=-1"], ["n_examples=-1: must be above 0"]),
+    "negative": (["model=tiny", "n_examples=-1"], ["n_examples=-1: must be a number above 0"]),
     "label smoothing too large": (["model=tiny", "loss=dpo", "loss.label_smoothing=0.5"], ["must be below 0.5"]),
     "shared prompts neither on nor off": (["model=tiny", "shared_prompt=maybe"], ["auto, true or false"]),
     "port without FSDP": (["model=tiny", "fsdp_port=1234"], ["fsdp_port=1234", "leave it null"]),
@@ -326,7 +326,8 @@ def test_a_model_that_cannot_share_prompts_says_so_and_trains_or_is_refused(trai
     model_dir = tmp_path / "bloom"
     shutil.copytree(REPOSITORY / "models" / "tiny", model_dir)
     (model_dir / "config.json").write_text(json.dumps(config))
-    overrides = [*SHORT, "loss=dpo", f"model.name_or_path={model_dir}", "sample_during_eval=false"]
+    overrides = [*SHORT, "loss=dpo", f"model.name_or_path={model_dir}", "model.block_name=null"]
+    overrides.append("sample_during_eval=false")
     refused = train(*overrides, "shared_prompt=true", f"local_run_dir={tmp_path}/refused")
     assert refused.returncode == 1
     assert "shared_prompt=true, but the model BloomForCausalLM can't" in refused.stderr
