@@ -320,8 +320,9 @@ def new_directory(path: str) -> Iterator[str]:
         _put_in_place(partial, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
         raise UserError(
-            f"can't write the checkpoint {path} ({type(error).__name__}: {str(error)[:300]}); earlier checkpoints are "
+            f"can't write the checkpoint {path} ({type(cause).__name__}: {str(cause)[:300]}); earlier checkpoints are "
             "as they were. Make room or choose another local_run_dir; keep_checkpoints=N keeps only the last N, "
             "save_optimizer=false leaves the optimizer out"
         ) from error
