@@ -436,13 +436,13 @@ def damage(directory: str) -> str | None:
     return None
 
 
-def read_tensors(path: str) -> dict:
-    """What `write_tensors` wrote.
+def read_tensors(path: str, mmap: bool = False) -> dict:
+    """What `write_tensors` wrote; with `mmap` the tensors stay in the file until they are used.
 
     Raises: UserError if it can't be read, or holds anything but tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except _UNREADABLE as error:
         raise UserError(f"{path}: can't read it ({type(error).__name__}: {str(error)[:300]})") from error
 
@@ -451,7 +451,7 @@ def load_policy_state(directory: str, policy: nn.Module):
     """Give a policy the weights of a checkpoint, bit for bit."""
     if not hasattr(policy, "peft_config"):
         path = os.path.join(directory, "policy.pt")
-        policy.load_state_dict(_fit_state(read_tensors(path)["state"], policy, path))
+        policy.load_state_dict(_fit_state(read_tensors(path, mmap=True)["state"], policy, path))
         return
     import peft
 

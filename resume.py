@@ -123,19 +123,21 @@ def read_position(checkpoint: str) -> dict:
         return json.load(file)
 
 
+def _examples(checkpoint: str) -> int:
+    """How many examples a checkpoint has behind it; where its state.json is damaged, by its name."""
+    name = os.path.basename(checkpoint)
+    try:
+        return int(read_position(checkpoint)["examples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return int(name[5:]) if name.startswith("step-") else sys.maxsize
+
+
 def _newest_first(run_dir: str) -> list[str]:
     """The checkpoints of a run, whole or damaged; links to others are none of their own."""
-    found = []
-    for name in os.listdir(run_dir) if os.path.isdir(run_dir) else []:
-        path = os.path.join(run_dir, name)
-        if os.path.islink(path) or not (name == "LATEST" or (name.startswith("step-") and name[5:].isdecimal())):
-            continue
-        try:
-            examples = read_position(path)["examples"]
-        except (OSError, ValueError, KeyError, TypeError):
-            examples = int(name[5:]) if name != "LATEST" else sys.maxsize
-        found.append((examples, path))
-    return [path for _, path in sorted(found, reverse=True)]
+    names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
+    names = [name for name in names if name == "LATEST" or (name.startswith("step-") and name[5:].isdecimal())]
+    paths = [os.path.join(run_dir, name) for name in names]
+    return sorted((p for p in paths if not os.path.islink(p)), key=lambda path: (_examples(path), path), reverse=True)
 
 
 def locate_run(config: DictConfig, run_dir_given: bool):
@@ -204,9 +206,8 @@ def _given_checkpoint(config: DictConfig, path: str) -> str:
             f"resume={config.resume} is no whole checkpoint: {reason}. resume={config.local_run_dir} goes on from the "
             f"newest one that is; model.archive={config.resume} starts a new run from weights alone"
         )
-    examples = read_position(path)["examples"]
-    whole = [other for other in _newest_first(config.local_run_dir) if damage(other) is None]
-    later = [other for other in whole if read_position(other)["examples"] > examples]
+    others = _newest_first(config.local_run_dir)
+    later = [other for other in others if _examples(other) > _examples(path) and damage(other) is None]
     if later:
         raise UserError(
             f"resume={config.resume}: the run has got further: {', '.join(later)}. Going on from here would replace "

@@ -226,7 +226,7 @@ def run_dir(finished, tmp_path):
         (["loss.beta=0.5"], ["loss.beta: 0.1 → 0.5"]),
         (["datasets=[hh]"], ["datasets: ['toy'] → ['hh']"]),
         (["model=pythia28"], ["model.name_or_path: ", "→ EleutherAI/pythia-2.8b"]),
-        (["lora={r:4}"], ["lora: None → absent", "lora.r: absent → 4"]),
+        (["lora={r:4}"], ["lora.r: absent → 4"]),
         (["max_length=60", "lr=1"], ["max_length: 64 → 60", "lr: 0.001 → 1"]),
         (["n_examples=8"], ["4 steps behind it", "n_examples=8 ask for 2 in all"]),
         (["local_run_dir=elsewhere"], ["local_run_dir=elsewhere, but resume=", "leave local_run_dir out"]),
