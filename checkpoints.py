@@ -187,7 +187,9 @@ def load_archive(path: str, model: nn.Module):
     if os.path.exists(os.path.join(path, "policy.pt")):
         path = os.path.join(path, "policy.pt")
     try:
-        _check_sum(path)
+        directory, name = os.path.split(path)
+        if os.path.exists(os.path.join(directory, CHECKSUMS)):
+            _check_sum(directory, name, read_checksums(directory).get(name))
         if path.endswith(".safetensors"):
             state, origin = safetensors.torch.load_file(path), ""
         elif os.path.isfile(path):
@@ -414,21 +416,20 @@ def read_checksums(directory: str) -> dict[str, str]:
         return {name: digest for digest, name in (line.rstrip("\n").split("  ", 1) for line in file)}
 
 
-def _check_sum(path: str):
-    """Raises ValueError if a file is part of a checkpoint and not as it was written."""
-    directory, name = os.path.split(path)
-    if os.path.exists(os.path.join(directory, CHECKSUMS)) and _sha256(path) != read_checksums(directory).get(name):
+def _check_sum(directory: str, name: str, digest: str | None):
+    """Raises ValueError if a file of a checkpoint is not as it was written."""
+    if _sha256(os.path.join(directory, name)) != digest:
         raise ValueError(f"{name} is not what {CHECKSUMS} beside it says: the file is damaged")
 
 
 def damage(directory: str) -> str | None:
     """What is wrong with a checkpoint directory, or None if every file is as it was written."""
     try:
-        names = read_checksums(directory)
-        if "state.json" not in names:
+        checksums = read_checksums(directory)
+        if "state.json" not in checksums:
             return f"{CHECKSUMS} doesn't list state.json"
-        for name in names:
-            _check_sum(os.path.join(directory, name))
+        for name, digest in checksums.items():
+            _check_sum(directory, name, digest)
     except FileNotFoundError as error:
         return f"{os.path.basename(error.filename)} is missing"
     except (OSError, ValueError) as error:
