@@ -21,27 +21,29 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
-    "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "loss.beta",
+    "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
+    "loss.beta",
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs", "loss.label_smoothing")
 _MAY_BE_NULL = ("n_epochs", "n_examples")
-_TYPES_OF_NULL = {"n_examples": int, "fsdp_port": int}  # of keys whose default is null; the others are strings
+# of keys whose default is null; the others are strings
+_TYPES_OF_NULL = {"n_examples": int, "fsdp_port": int, "save_every": int, "keep_checkpoints": int}
 
 
 def default_config() -> dict[str, object]:
     """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}."""
-    flat = _flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
-    flat |= _flatten(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), "model.")
+    flat = flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    flat |= flatten(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), "model.")
     for path in sorted(CONFIG_DIR.glob("loss/*.yaml")):
-        flat |= _flatten(OmegaConf.load(path), "loss.")
+        flat |= flatten(OmegaConf.load(path), "loss.")
     return {key: value for key, value in flat.items() if not key.startswith(("hydra", "defaults"))}
 
 
-def _flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
+def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
     flat = {}
     for key, value in OmegaConf.to_container(config, resolve=False).items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(OmegaConf.create(value), f"{prefix}{key}.")
+            flat |= flatten(OmegaConf.create(value), f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -88,7 +90,7 @@ def _check_keys_and_types(config: DictConfig):
     defaults = default_config()
     options = {f"loss.{name}" for name in ("name", "average_log_prob", *LOSSES[config.loss.name].options)}
     known = [key for key in defaults if not key.startswith("loss.") or key in options] + sorted(options - set(defaults))
-    given = _flatten(config)
+    given = flatten(config)
     for key, value in given.items():
         if key.startswith(("optimizer_args.", "lora.")):
             continue
@@ -187,16 +189,19 @@ def _check_lengths_and_batches(config: DictConfig):
             f"batch_size={config.batch_size} doesn't divide by gradient_accumulation_steps="
             f"{config.gradient_accumulation_steps} into microbatches of equal size"
         )
-    if config.eval_every < config.batch_size:
-        raise UserError(
-            f"eval_every={config.eval_every} examples is below batch_size={config.batch_size}: "
-            "there can't be more than one evaluation a batch"
-        )
-    if config.eval_every % config.batch_size != 0:
-        rounded = config.eval_every - config.eval_every % config.batch_size
-        print("WARNING: eval_every must be divisible by batch_size")
-        print("Setting eval_every to", rounded)
-        config.eval_every = rounded
+    for key, what in (("eval_every", "evaluation"), ("save_every", "checkpoint")):
+        if config[key] is None:
+            continue
+        if config[key] < config.batch_size:
+            raise UserError(
+                f"{key}={config[key]} examples is below batch_size={config.batch_size}: "
+                f"there can't be more than one {what} a batch"
+            )
+        if config[key] % config.batch_size != 0:
+            rounded = config[key] - config[key] % config.batch_size
+            print(f"WARNING: {key} must be divisible by batch_size")
+            print(f"Setting {key} to", rounded)
+            config[key] = rounded
 
 
 def _check_reference(config: DictConfig):
@@ -226,7 +231,7 @@ def _check_files(config: DictConfig):
     if config.wandb.enabled and not config.debug and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or pass wandb.enabled=false")
     archive = config.model.archive
-    if archive is not None and not os.path.exists(archive):
+    if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
         parent = os.path.dirname(archive) or "."
         siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
         raise UserError(f"model.archive={archive}: no such file.{closest_match(archive, siblings)}")
@@ -235,5 +240,15 @@ def _check_files(config: DictConfig):
         raise UserError(f"model.adapter={adapter}: no adapter_config.json there; give the directory of a saved adapter")
     if (adapter is not None or config.lora is not None) and importlib.util.find_spec("peft") is None:
         raise UserError("lora and model.adapter need PEFT: pip install peft")
-    if os.path.exists(os.path.join(config.local_run_dir, "config.yaml")):
-        raise UserError(f"local_run_dir={config.local_run_dir} holds another run; choose another directory")
+    if config.resume is None and os.path.exists(os.path.join(config.local_run_dir, "config.yaml")):
+        raise UserError(
+            f"local_run_dir={config.local_run_dir} holds another run; choose another directory, or go on with that run "
+            "by resume=auto"
+        )
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """Whether it has the form of owner/model and not that of a file in a directory that is here."""
+    owner, _, model = name.partition("/")
+    is_file = os.path.exists(owner) or model.endswith((".pt", ".safetensors", ".bin"))
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not is_file

@@ -432,7 +432,7 @@ class BatchIterator:
         while window := list(itertools.islice(examples, size)):
             yield collate_fn(self._tokenize(window))
 
-    def _batches(self) -> Iterator[dict[str, list | torch.Tensor]]:
+    def _batches(self, skip: int) -> Iterator[dict[str, list | torch.Tensor]]:
         collate_fn = get_collate_fn(self.tokenizer)
         remaining = self.n_examples
         for prompts in self._shuffled():
@@ -441,10 +441,17 @@ class BatchIterator:
             examples = itertools.islice(self._epoch(prompts), min(self.epoch_size, remaining))
             while batch := list(itertools.islice(examples, self.batch_size)):
                 remaining -= len(batch)
-                yield collate_fn(self._tokenize(batch))
+                if skip > 0:
+                    skip -= 1
+                else:
+                    yield collate_fn(self._tokenize(batch))
+
+    def batches(self, skip: int = 0) -> Iterator[dict[str, list | torch.Tensor]]:
+        """The batches without the first `skip`, which are not tokenized."""
+        return prefetched(self._batches(skip))
 
     def __iter__(self) -> Iterator[dict[str, list | torch.Tensor]]:
-        return prefetched(self._batches())
+        return self.batches()
 
 
 def get_batch_iterator(

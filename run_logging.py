@@ -1,5 +1,6 @@
 """Where a run's numbers and samples go: `metrics.jsonl`, `samples.jsonl`, the terminal and wandb."""
 
+import contextlib
 import json
 import os
 import sys
@@ -8,7 +9,9 @@ import time
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from utils import formatted_dict, get_local_dir
+from utils import UserError, formatted_dict, get_local_dir, rank0_print
+
+LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunLog:
@@ -16,12 +19,44 @@ class RunLog:
     `minimum_log_interval_secs`. Trouble with wandb is said once and never stops training.
     """
 
-    def __init__(self, config: DictConfig, run_dir: str):
+    def __init__(
+        self,
+        config: DictConfig,
+        run_dir: str,
+        log_bytes: dict[str, int] | None = None,
+        wandb_run_id: str | None = None,
+    ):
+        """A run that goes on gives what `log_bytes` and `wandb_run_id` were when the checkpoint was written."""
         os.makedirs(run_dir, exist_ok=True)
         self.run_dir = run_dir
+        self._truncate(log_bytes or {})
         self.interval = config.minimum_log_interval_secs  # seconds
         self.last_train_log = -float("inf")
-        self.wandb_run = start_wandb(config, run_dir) if config.wandb.enabled and not config.debug else None
+        self.wandb_run = None
+        if config.wandb.enabled and not config.debug:
+            self.wandb_run = start_wandb(config, run_dir, wandb_run_id)
+        self.wandb_run_id = self.wandb_run.id if self.wandb_run is not None else wandb_run_id
+
+    def _truncate(self, log_bytes: dict[str, int]):
+        """Drop what was logged after the checkpoint: it is logged again."""
+        for name in LOG_FILES:
+            path, size = os.path.join(self.run_dir, name), log_bytes.get(name, 0)
+            present = os.path.getsize(path) if os.path.exists(path) else 0
+            if present > size:
+                os.truncate(path, size)
+            elif present < size:
+                rank0_print(
+                    f"WARNING: {path} has {present} bytes, {size} when the checkpoint was written: lines are lost"
+                )
+
+    def log_bytes(self) -> dict[str, int]:
+        """The size of each log file (bytes), all of it being on the disk."""
+        sizes = {}
+        for name in LOG_FILES:
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(self.run_dir, name), "rb") as file:
+                os.fsync(file.fileno())
+                sizes[name] = os.fstat(file.fileno()).st_size
+        return sizes
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
         """Record one optimizer step or evaluation: `metrics` are batch means and counters.
@@ -45,8 +80,12 @@ class RunLog:
         self._log_to_wandb(examples, metrics, samples)
 
     def _append(self, filename: str, rows: list[dict]):
-        with open(os.path.join(self.run_dir, filename), "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = os.path.join(self.run_dir, filename)
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise UserError(f"can't write to {path}: {error}") from error
 
     def _log_to_wandb(self, examples: int, metrics: dict[str, float], samples: list[dict]):
         if self.wandb_run is None:
@@ -77,8 +116,11 @@ class RunLog:
             print(f"WARNING: wandb failed at the end of the run: {error}")
 
 
-def start_wandb(config: DictConfig, run_dir: str):
-    """A wandb run in `run_dir`, offline where nobody is logged in and nobody can be asked; None if it can't start."""
+def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
+    """A wandb run in `run_dir`, offline where nobody is logged in and nobody can be asked; None if it can't start.
+
+    With the id of an earlier run it goes on with that.
+    """
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         os.environ.setdefault(variable, os.path.join(get_local_dir(config.local_dirs), "wandb"))
     import wandb
@@ -96,6 +138,8 @@ def start_wandb(config: DictConfig, run_dir: str):
                 dir=run_dir,
                 name=config.exp_name,
                 mode=attempt,
+                id=run_id,
+                resume="allow" if run_id else None,
             )
         except Exception as error:
             print(f"WARNING: wandb can't start ({attempt or 'online'} mode): {error}")

@@ -1,5 +1,6 @@
 """Train a language model with SFT, DPO or IPO: `python train.py model=tiny datasets=[toy] loss=sft`."""
 
+import contextlib
 import functools
 import os
 import socket
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configuration import REPOSITORY, check_config, explain_hydra_error
+from resume import EXIT_CODE, Stopped, check_same_run, claimed, find_checkpoint, how_to_go_on, locate_run
 from utils import UserError, get_local_run_dir
 
 OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, replace=True)
@@ -19,9 +21,11 @@ OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=T
 
 def create_run_dir(config: DictConfig):
     """Create the run directory with the config in it; nothing before this writes anything but caches."""
+    path = os.path.join(config.local_run_dir, "config.yaml")
     try:
         os.makedirs(config.local_run_dir, exist_ok=True)
-        OmegaConf.save(config, os.path.join(config.local_run_dir, "config.yaml"))
+        OmegaConf.save(config, f"{path}.partial-new")
+        os.replace(f"{path}.partial-new", path)
     except OSError as error:
         raise UserError(f"local_run_dir={config.local_run_dir}: can't write there: {error}") from error
     print("=" * 80)
@@ -31,10 +35,22 @@ def create_run_dir(config: DictConfig):
 
 def run(config: DictConfig):
     """Check the config, load the models, train and save."""
+    run_dir_given = "get_local_run_dir:" not in OmegaConf.to_container(config, resolve=False)["local_run_dir"]
     OmegaConf.resolve(config)
+    locate_run(config, run_dir_given)
     check_config(config)
-    print(OmegaConf.to_yaml(config))
+    with contextlib.ExitStack() as stack:
+        if os.path.isdir(config.local_run_dir):
+            stack.enter_context(claimed(config.local_run_dir))
+        checkpoint = find_checkpoint(config)
+        if config.resume is not None:
+            check_same_run(config, checkpoint)
+        print(OmegaConf.to_yaml(config))
+        train_from(config, checkpoint)
 
+
+def train_from(config: DictConfig, checkpoint: str | None):
+    """Load what the run starts with, then the checkpoint if there is one, and train to the end."""
     import trainers
     from checkpoints import load_policy, load_reference
 
@@ -42,9 +58,19 @@ def run(config: DictConfig):
     reference_model = functools.partial(load_reference, config, policy)  # where one is needed
     trainer_class = getattr(trainers, config.trainer)
     trainer = trainer_class(policy, config, config.seed, config.local_run_dir, reference_model=reference_model)
+    if checkpoint is not None:  # now that the reference has been made of the starting weights
+        trainer.resume(checkpoint)
+    if trainer.is_complete:
+        print(f"This run is complete: {checkpoint}")
+        return
     create_run_dir(config)
-    trainer.train()
-    trainer.save()
+    try:
+        with trainer.stop:
+            trainer.train()
+            trainer.save()
+    except Exception as error:
+        error.add_note(how_to_go_on(config.local_run_dir))
+        raise
 
 
 def with_free_keys(overrides: list[str]) -> list[str]:
@@ -62,7 +88,11 @@ def main():
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if full_error:
             raise
-        sys.exit(f"error: {error if isinstance(error, UserError) else explain_hydra_error(error)}")
+        message = str(error) if isinstance(error, UserError) else explain_hydra_error(error)
+        sys.exit("\n".join([f"error: {message}", *getattr(error, "__notes__", [])]))
+    except Stopped as stopped:
+        print("\n".join([f"stopped by {stopped}", *stopped.__notes__]), file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from checkpoints import write_adapter, write_state_dict
+from checkpoints import delete_oldest, load_policy_state, point_latest, read_tensors, write_checkpoint
 from losses import LOSSES, _get_batch_logps, needs_reference, preference_loss  # noqa: F401 (re-exported)
 from preference_datasets import get_batch_iterator
 from references import (
@@ -25,6 +25,16 @@ from references import (
     choose_reference,
     make_reference,
     reference_fingerprint,
+)
+from resume import (
+    Stopped,
+    StopSignal,
+    config_hash,
+    load_optimizer_state,
+    read_position,
+    rng_states,
+    set_rng_states,
+    versions,
 )
 from run_logging import RunLog
 from shared_prompt import choose_rows, microbatches, response_logps, shared_rows
@@ -81,6 +91,11 @@ class BasicTrainer:
         self._make_optimizer()
         self.example_counter = self.batch_counter = 0  # training examples, optimizer steps
         self.eval_metrics: dict[str, float] = {}  # of the last evaluation
+        self.evaluated_at = self.saved_at = None  # example_counter at the last evaluation and the last step-N
+        self.stop = StopSignal()
+        self.checkpoint: dict | None = None  # what the run goes on from: the contents of its state.json
+        self.is_complete = False
+        self.run_log: RunLog | None = None
 
     def _check_fits_model(self):
         if self.config.model.block_name is not None:
@@ -256,20 +271,41 @@ class BasicTrainer:
     # ---- training -------------------------------------------------------------------------------------------------
 
     def train(self):
-        """Train to the end of the data, evaluating and saving every `eval_every` examples, and evaluate once more."""
+        """Train to the end of the data, evaluating and saving on the way, and evaluate once more.
+
+        Raises: Stopped if a signal asked for it; LATEST is then where training stands.
+        """
+        position = self.checkpoint or {}
         for set_seed in (torch.manual_seed, np.random.seed, random.seed):
             set_seed(self.seed)
-        with contextlib.closing(RunLog(self.config, self.run_dir)) as self.run_log:
-            n_batches = self.train_iterator.n_batches
-            for batch in tqdm(self.train_iterator, "Training", n_batches, unit="step", disable=None):
-                if self.example_counter % self.config.eval_every == 0:
-                    if self.example_counter > 0:
-                        self.evaluate_and_log()
-                        self.save(os.path.join(self.run_dir, f"step-{self.example_counter}"), self.eval_metrics)
-                    elif self.config.do_first_eval:
-                        self.evaluate_and_log()
-                self.log("train", self.train_step(batch))
+        if self.checkpoint is not None:
+            set_rng_states(position["rng_states"])
+        self.run_log = RunLog(self.config, self.run_dir, position.get("log_bytes"), position.get("wandb_run_id"))
+        n_batches, n_done = self.train_iterator.n_batches, self.batch_counter
+        batches = self.train_iterator.batches(skip=n_done)
+        with contextlib.closing(self.run_log):
+            try:
+                for batch in tqdm(batches, "Training", n_batches, initial=n_done, unit="step", disable=None):
+                    self._evaluate_and_save_where_due()
+                    self.log("train", self.train_step(batch))
+                    self.stop.check()
+                if self.evaluated_at != self.example_counter:
+                    self.evaluate_and_log()
+            except Stopped:
+                if self.saved_at != self.example_counter:
+                    self.save()
+                raise
+
+    def _evaluate_and_save_where_due(self):
+        """Evaluate every `eval_every` examples, save every `save_every`; what has been done here is not done again."""
+        examples = self.example_counter
+        evaluates = examples % self.config.eval_every == 0 and (examples > 0 or self.config.do_first_eval)
+        saves = examples % (self.config.save_every or self.config.eval_every) == 0 and examples > 0
+        if evaluates and self.evaluated_at != examples:
             self.evaluate_and_log()
+        if saves and self.saved_at != examples:
+            self._save_step()
+        self.stop.check()
 
     def train_step(self, batch: dict) -> dict[str, float]:
         """One optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches; returns mean metrics.
@@ -325,6 +361,7 @@ class BasicTrainer:
         self.policy.eval()
         batch_metrics = []
         for batch in tqdm(self.eval_batches, "Computing eval metrics", leave=False, disable=None):
+            self.stop.check()
             for microbatch in self.microbatches(batch, n_least=1):
                 with torch.no_grad():
                     batch_metrics.append(self.get_batch_metrics(microbatch, self.config.loss, train=False)[1])
@@ -335,6 +372,7 @@ class BasicTrainer:
         self.policy.eval()
         samples, missing = [], self.config.n_eval_model_samples
         for batch in tqdm(self.eval_batches, "Generating samples", leave=False, disable=None):
+            self.stop.check()
             if missing <= 0:
                 break
             batch = {key: value[:missing] for key, value in batch.items()}
@@ -365,15 +403,29 @@ class BasicTrainer:
                 top_k=0,
                 top_p=1.0,
                 pad_token_id=self.tokenizer.pad_token_id,
+                stopping_criteria=[
+                    lambda ids, _: ids.new_full(ids.shape[:1], self.stop.received is not None, dtype=torch.bool)
+                ],
             )
+        self.stop.check()
         output = pad_to_length(output, self.config.max_length, self.tokenizer.pad_token_id)
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)
 
     def evaluate_and_log(self):
-        """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint."""
-        self.eval_metrics = self.evaluate()
-        self._check_finite(self.eval_metrics["loss/eval"], 0.0, self.eval_batches[0])
-        self.log("eval", self.eval_metrics, self.sample() if self.config.sample_during_eval else [])
+        """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint.
+
+        Raises: Stopped if a signal asked for it, as if the evaluation had not begun.
+        """
+        states = rng_states()
+        try:
+            metrics = self.evaluate()
+            self._check_finite(metrics["loss/eval"], 0.0, self.eval_batches[0])
+            samples = self.sample() if self.config.sample_during_eval else []
+        except Stopped:
+            set_rng_states(states)
+            raise
+        self.eval_metrics, self.evaluated_at = metrics, self.example_counter
+        self.log("eval", metrics, samples)
 
     # ---- output ---------------------------------------------------------------------------------------------------
 
@@ -383,19 +435,68 @@ class BasicTrainer:
         self.run_log.log(split, {**counters, **metrics}, samples or [])
 
     def save(self, output_dir: str | None = None, metrics: dict | None = None):
-        """Write policy, optimizer and scheduler to `output_dir`; by default LATEST, with the last evaluation's."""
+        """Write a checkpoint to `output_dir`, by default LATEST; with the metrics of the last evaluation."""
         if self.config.debug:
             rank0_print("skipping save in debug mode")
             return
-        output_dir = output_dir or os.path.join(self.run_dir, "LATEST")
-        metrics = self.eval_metrics if metrics is None else metrics
-        names = ["policy", "optimizer", "scheduler"]
-        if hasattr(self.policy, "peft_config"):
-            write_adapter(self.policy, output_dir)
-            names.remove("policy")
-        for name in names:
-            state = getattr(self, name).state_dict()
-            write_state_dict(self.example_counter, state, metrics, f"{name}.pt", output_dir)
+        names = ["policy", "optimizer", "scheduler"] if self.config.save_optimizer else ["policy"]
+        write_checkpoint(
+            output_dir or os.path.join(self.run_dir, "LATEST"),
+            self.policy,
+            self.tokenizer,
+            {name: getattr(self, name).state_dict() for name in names},
+            rng_states(),
+            self._position(self.eval_metrics if metrics is None else metrics),
+        )
+
+    def _save_step(self):
+        """Write step-N, make it the LATEST, delete those that `keep_checkpoints` lets go."""
+        self.saved_at = self.example_counter
+        name = f"step-{self.example_counter}"
+        self.save(os.path.join(self.run_dir, name))
+        if not self.config.debug:
+            point_latest(self.run_dir, name)
+            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.example_counter)
+
+    def _position(self, metrics: dict[str, float]) -> dict:
+        """Where training stands, for state.json; `resume` reads it."""
+        return {
+            "examples": self.example_counter,
+            "updates": self.batch_counter,
+            "batches": self.batch_counter,  # of the training data; one update each
+            "evaluated_at": self.evaluated_at,
+            "saved_at": self.saved_at,
+            "complete": self.batch_counter == self.train_iterator.n_batches
+            and self.evaluated_at == self.example_counter,
+            "metrics": metrics,
+            "trainer": type(self).__name__,
+            "optimizer": self.config.optimizer,
+            "config_sha256": config_hash(self.config),
+            "versions": versions(),
+            "wandb_run_id": self.run_log.wandb_run_id if self.run_log else None,
+            "log_bytes": self.run_log.log_bytes() if self.run_log else {},
+        }
+
+    def resume(self, checkpoint: str):
+        """Stand where training stood when this checkpoint was written.
+
+        Raises: UserError if it doesn't fit the model, lies beyond the end of training, or has no optimizer's state.
+        """
+        position = read_position(checkpoint)
+        self.example_counter, self.batch_counter = position["examples"], position["batches"]
+        self.eval_metrics = position["metrics"]
+        self.evaluated_at, self.saved_at = position["evaluated_at"], position["saved_at"]
+        n_batches = self.train_iterator.n_batches
+        if self.batch_counter > n_batches:
+            raise UserError(
+                f"{checkpoint} has {self.batch_counter} steps behind it, n_epochs={self.config.n_epochs} and "
+                f"n_examples={self.config.n_examples} ask for {n_batches} in all"
+            )
+        self.is_complete = position["complete"] and self.batch_counter == n_batches
+        rank0_print(f"Going on from {checkpoint}: {self.example_counter} examples, {self.batch_counter} steps")
+        load_policy_state(checkpoint, self.policy)
+        load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
+        self.checkpoint = {**position, "rng_states": read_tensors(os.path.join(checkpoint, "rng.pt"))}
 
 
 def mean_metrics(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:

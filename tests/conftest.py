@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import itertools
 import json
@@ -67,6 +68,88 @@ def train_ok(train):
         return result.stdout + result.stderr
 
     return run_command
+
+
+_LAUNCHER = """
+import json, os, runpy, sys, traceback
+import datasets, numpy, peft, torch, trainers, transformers.models.gpt_neox.modeling_gpt_neox
+
+def run(job):
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor, to in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, to)
+    os.environ.update(job["env"])
+    sys.argv = [job["path"], *job["overrides"]]
+    try:
+        runpy.run_path(job["path"], run_name="__main__")
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for line in sys.stdin:
+    job = json.loads(line)
+    if (child := os.fork()) == 0:
+        code = run(job)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Launcher:
+    """Runs `train.py` in processes of their own that need not import anything: a process that has is forked.
+
+    `start` starts one, `kill` signals it, `wait` returns its exit code (minus the signal that killed it); `output` is
+    what it has printed. One at a time.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory, self.log = directory, directory / "log"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCHER], cwd=directory, env=environment, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def start(self, *overrides: object, env: dict[str, str] | None = None):
+        words = [str(override) for override in overrides]
+        if not any(word.startswith("wandb.") for word in words):
+            words.append("wandb.enabled=false")
+        words.append(f"local_dirs=[{self.directory}/cache]")
+        job = {"path": str(REPOSITORY / "train.py"), "overrides": words, "log": str(self.log), "env": env or {}}
+        self.log.write_text("")
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        self.child = int(self.server.stdout.readline())
+
+    def kill(self, number: int):
+        with contextlib.suppress(ProcessLookupError):  # `wait` tells
+            os.kill(self.child, number)
+
+    def wait(self) -> int:
+        return int(self.server.stdout.readline())
+
+    def run(self, *overrides: object, **kwargs) -> int:
+        self.start(*overrides, **kwargs)
+        return self.wait()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.server.stdin.close()
+    launcher.server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,10 @@ TOY = [
     "max_length=64",
     "max_prompt_length=32",
 ]
+CHECKPOINT_FILES = [
+    "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "policy.pt", "rng.pt",
+    "scheduler.pt", "state.json", "tokenizer.json", "tokenizer_config.json",
+]  # fmt: skip
 SHORT = [*TOY, "n_examples=8", "lr=1e-3"]
 
 
@@ -60,6 +64,10 @@ CONFIG_ERRORS = {
         ["max_prompt_length=512", "below max_length=512"],
     ),
     "evaluation within a batch": (["model=tiny", "eval_every=3"], ["eval_every=3", "below batch_size=4"]),
+    "checkpoint within a batch": (["model=tiny", "save_every=3"], ["save_every=3", "below batch_size=4"]),
+    "keep no checkpoint": (["model=tiny", "keep_checkpoints=0"], ["keep_checkpoints=0: must be above 0"]),
+    "resume without a directory": (["model=tiny", "resume=auto"], ["resume=auto", "local_run_dir", "give that, too"]),
+    "resume from nowhere": (["model=tiny", "resume=nowhere"], ["resume=nowhere: no such directory"]),
     "no end": (["model=tiny", "n_epochs=null"], ["n_epochs and n_examples are both null"]),
     "text for a number": (["model=tiny", "lr=fast"], ["lr=fast: expected a number"]),
     "fraction for a whole number": (["model=tiny", "batch_size=1.5"], ["batch_size=1.5: expected a whole number"]),
@@ -187,6 +195,7 @@ def test_a_directory_of_another_run_is_refused(train, tmp_path):
     result = train(*SHORT, f"local_run_dir={tmp_path}/run")
     assert result.returncode == 1
     assert "holds another run" in result.stderr
+    assert "resume=auto" in result.stderr
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
 
 
@@ -201,7 +210,7 @@ def test_a_run_writes_its_files_and_nothing_else(loss, train_ok, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     for checkpoint in ("LATEST", "step-4"):
         files = sorted(path.name for path in (run_dir / checkpoint).iterdir())
-        assert files == ["optimizer.pt", "policy.pt", "scheduler.pt"]
+        assert files == CHECKPOINT_FILES
 
     lines = read_jsonl(run_dir / "metrics.jsonl")
     order = [(line["split"], line["counters/examples"], line["counters/updates"]) for line in lines]

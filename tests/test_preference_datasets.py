@@ -111,6 +111,17 @@ def test_number_and_size_of_batches(kwargs, sizes, tokenizer, paths):
     assert (batches.n_batches, batches.n_examples) == (len(sizes), sum(sizes))
 
 
+def test_skipped_batches_are_not_tokenized_and_those_after_them_are_the_same(tokenizer, paths, monkeypatch):
+    batches = iterate(tokenizer, paths, n_epochs=2, batch_size=100)
+    expected = [as_lists(batch) for batch in batches]
+    tokenized, tokenize = [], batches._tokenize
+    monkeypatch.setattr(batches, "_tokenize", lambda examples: tokenized.append(len(examples)) or tokenize(examples))
+    for skip in range(5):
+        tokenized.clear()
+        assert [as_lists(batch) for batch in batches.batches(skip)] == expected[skip:]
+        assert len(tokenized) == 4 - skip
+
+
 def test_an_epoch_in_one_pass_holds_every_example_once(tokenizer, paths):
     batches = list(iterate(tokenizer, paths, n_examples=240, batch_size=7, drop_last=False))
     seen = sorted((c, r) for batch in batches for c, r in zip(batch["chosen"], batch["rejected"], strict=True))

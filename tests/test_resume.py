@@ -1,0 +1,323 @@
+"""The plug may be pulled at any moment: a run that was cut off and resumed ends as one that never stopped."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ORACLE, read_jsonl
+
+from resume import EXIT_CODE, rng_states, set_rng_states
+
+SMALL = [
+    "model=tiny", "max_length=64", "max_prompt_length=32", "n_eval_examples=8", "eval_batch_size=4",
+    "n_eval_model_samples=1", "lr=1e-3", "warmup_steps=10", "eval_every=16", "save_every=8",
+]  # fmt: skip
+TOY = [*SMALL, "datasets=[toy]", "n_examples=80"]
+
+
+@pytest.fixture(scope="module")
+def few_pairs(tmp_path_factory) -> str:
+    """The override that makes hh so small that two epochs are short."""
+    directory = tmp_path_factory.mktemp("hh")
+    for split in ("train", "test"):
+        lines = (ORACLE / "hh" / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (directory / f"{split}.jsonl").write_text("".join(lines[:80]))
+    return f"dataset_paths.hh={directory}"
+
+
+@pytest.fixture(scope="module")
+def adapter(launcher):
+    """The directory of an adapter that SFT has trained."""
+    run_dir = launcher.directory / "adapter"
+    code = launcher.run(*TOY, "lora={r:4}", "n_examples=8", "sample_during_eval=false", f"local_run_dir={run_dir}")
+    assert code == 0, launcher.output
+    return run_dir / "LATEST"
+
+
+def log_lines(run_dir) -> list[dict]:
+    lines = read_jsonl(run_dir / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "examples_per_second"} for line in lines]
+
+
+def assert_same_run(run_dir, expected):
+    """Two run directories hold the same, bit for bit, but for what depends on time, place and how often it stopped."""
+    assert log_lines(run_dir) == log_lines(expected)
+    assert (run_dir / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
+    assert sorted(os.listdir(run_dir)) == sorted(os.listdir(expected))
+    for checkpoint in [path for path in expected.iterdir() if path.is_dir()]:
+        names = sorted(os.listdir(checkpoint))
+        assert sorted(os.listdir(run_dir / checkpoint.name)) == names
+        for name in set(names) - {"state.json", "SHA256SUMS", "adapter_config.json", "README.md"}:
+            same = (run_dir / checkpoint.name / name).read_bytes() == (checkpoint / name).read_bytes()
+            assert same, f"{checkpoint.name}/{name}"
+        states = [json.loads((d / checkpoint.name / "state.json").read_text()) for d in (run_dir, expected)]
+        for state in states:
+            del state["log_bytes"]  # the speeds have other lengths
+        assert states[0] == states[1]
+
+
+def half_saved(run_dir) -> bool:
+    return run_dir.exists() and any(".partial-" in n or n.endswith(".replaced") for n in os.listdir(run_dir))
+
+
+def kill_at_random(launcher, run_dir, moments: random.Random, trained: float, when: str) -> bool:
+    """SIGKILL the running process while it loads, trains or saves; `trained`: how long all of training takes (seconds).
+
+    Returns: whether it died while a checkpoint was being written.
+    """
+    if when == "loading":
+        time.sleep(moments.uniform(0, 0.6))
+    else:
+        wait_for(launcher, "Writing to")
+        time.sleep(moments.uniform(0, trained / 4))
+    deadline = time.monotonic() + 30
+    while when == "saving" and not half_saved(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if when == "saving":
+        time.sleep(moments.uniform(0, 0.03))
+    launcher.kill(signal.SIGKILL)
+    assert launcher.wait() == -signal.SIGKILL, launcher.output
+    return when != "loading" and half_saved(run_dir)
+
+
+def wait_for(launcher, text: str, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while text not in launcher.output and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert text in launcher.output
+
+
+KINDS = {
+    "sft, two epochs": ["loss=sft", "datasets=[hh]", "n_epochs=2", "n_examples=null", "optimizer=AdamW"],
+    "dpo": ["loss=dpo"],
+    "dpo, lora, two epochs": ["loss=dpo", "datasets=[hh]", "n_epochs=2", "n_examples=null", "lora={lora_dropout:0.1}"],
+    "dpo, a saved adapter": ["loss=dpo", "model.adapter={adapter}"],
+    "dpo, precomputed": ["loss=dpo", "precompute_ref_log_probs=true", "datasets=[hh]", "n_epochs=2", "n_examples=null"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launcher, few_pairs, tmp_path, request):
+    overrides = [*TOY, *KINDS[kind], few_pairs]
+    if "model.adapter={adapter}" in overrides:
+        overrides[overrides.index("model.adapter={adapter}")] = f"model.adapter={request.getfixturevalue('adapter')}"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    launcher.start(*overrides, f"local_run_dir={whole}")
+    wait_for(launcher, "Writing to")
+    start = time.monotonic()
+    assert launcher.wait() == 0, launcher.output
+    trained = time.monotonic() - start
+
+    moments, n_in_saves = random.Random(kind), 0
+    for when in ("training", "saving", "loading", "training", "saving", "training"):
+        launcher.start(*overrides, f"local_run_dir={cut}", "resume=auto")
+        n_in_saves += kill_at_random(launcher, cut, moments, trained, when)
+    assert n_in_saves >= 1
+    assert launcher.run(*overrides, f"local_run_dir={cut}", "resume=auto") == 0, launcher.output
+    assert_same_run(cut, whole)
+
+    before = {path: path.stat().st_mtime_ns for path in cut.rglob("*")}
+    assert launcher.run(*overrides, f"local_run_dir={cut}", "resume=auto") == 0
+    assert "This run is complete" in launcher.output
+    assert {path: path.stat().st_mtime_ns for path in cut.rglob("*")} == before
+
+
+SIGNALLED = {  # when the signal comes: overrides, and between which two lines of the log
+    "evaluation": (["n_eval_examples=1000", "n_examples=16"], "Writing to", "eval after 0"),
+    "sampling": (["n_eval_model_samples=16", "n_eval_examples=16", "n_examples=16"], "Writing to", "eval after 0"),
+    "training": (["do_first_eval=false", "n_examples=200", "eval_every=200"], "train stats after", "eval after 200"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [(signal.SIGTERM, "evaluation"), (signal.SIGINT, "sampling"), (signal.SIGUSR1, "training")],
+    ids=str,
+)
+def test_a_signal_saves_and_ends_with_its_own_code_and_nothing_is_lost(number, where, launcher, tmp_path):
+    overrides, after, before = SIGNALLED[where]
+    overrides = [*TOY, "loss=dpo", "save_every=200", *overrides]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    launcher.start(*overrides, f"local_run_dir={whole}")
+    wait_for(launcher, after)
+    start = time.monotonic()
+    wait_for(launcher, before)
+    seconds = time.monotonic() - start
+    assert launcher.wait() == 0, launcher.output
+
+    launcher.start(*overrides, f"local_run_dir={cut}")
+    wait_for(launcher, after)
+    time.sleep(seconds / 2)
+    launcher.kill(number)
+    sent = time.monotonic()
+    assert launcher.wait() == EXIT_CODE == 75, launcher.output
+    assert time.monotonic() - sent < 10
+    last_line = launcher.output.splitlines()[-1]
+    assert f"The last checkpoint is {cut}/LATEST" in last_line
+    assert f"resume={cut}" in last_line
+    assert f"stopped by {number.name}" in launcher.output
+    state = json.loads((cut / "LATEST/state.json").read_text())
+    assert (0 < state["examples"] < 200) if where == "training" else (state["examples"] == 0)
+    assert state["evaluated_at"] is None
+    assert before not in launcher.output
+
+    assert launcher.run(*overrides, f"resume={cut}") == 0, launcher.output
+    assert_same_run(cut, whole)
+
+
+def test_a_second_signal_ends_at_once(launcher, tmp_path):
+    launcher.start(*TOY, "n_eval_model_samples=8", f"local_run_dir={tmp_path}/run")
+    wait_for(launcher, "Writing to")
+    time.sleep(0.2)
+    launcher.kill(signal.SIGSTOP)  # so that it can't finish between the two
+    launcher.kill(signal.SIGTERM)
+    launcher.kill(signal.SIGCONT)
+    wait_for(launcher, "SIGTERM: stopping")
+    with_time = launcher.output
+    launcher.kill(signal.SIGINT)
+    assert launcher.wait() in (-signal.SIGINT, EXIT_CODE), with_time
+
+
+def test_a_crash_names_the_last_checkpoint_and_leaves_it(launcher, tmp_path):
+    overrides = [*TOY, "sample_during_eval=false", "optimizer=SGD", "warmup_steps=0", "max_grad_norm=1e30"]
+    assert launcher.run(*overrides, "n_examples=8", "lr=1e-5", f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    code = launcher.run(*overrides, "n_examples=16", "lr=1e30", f"resume={tmp_path}/run", "resume_anyway=true")
+    assert code == 1
+    assert "training can't go on" in launcher.output
+    last_line = launcher.output.splitlines()[-1]
+    assert f"The last checkpoint is {tmp_path}/run/step-8; to go on from it: python " in last_line
+    assert last_line.endswith(f"resume={tmp_path}/run")
+
+
+def test_random_generators_go_on_where_they_were():
+    set_rng_states(states := rng_states())
+    drawn = torch.rand(3), random.random()
+    torch.rand(100), random.random()
+    set_rng_states(states)
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert random.random() == drawn[1]
+
+
+# ---- which checkpoint, under which config ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(launcher):
+    """A run of 16 examples with the checkpoints step-4, step-8, step-12 and LATEST."""
+    run_dir = launcher.directory / "finished"
+    assert launcher.run(*FINISHED, f"local_run_dir={run_dir}") == 0, launcher.output
+    return run_dir
+
+
+FINISHED = [*TOY, "loss=dpo", "n_examples=16", "save_every=4", "sample_during_eval=false"]
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["seed=1"], ["seed: 0 → 1", "resume_anyway=true"]),
+        (["loss=ipo"], ["loss.name: dpo → ipo"]),
+        (["loss.beta=0.5"], ["loss.beta: 0.1 → 0.5"]),
+        (["datasets=[hh]"], ["datasets: ['toy'] → ['hh']"]),
+        (["model=pythia28"], ["model.name_or_path: ", "→ EleutherAI/pythia-2.8b"]),
+        (["lora={r:4}"], ["lora.r: absent → 4"]),
+        (["max_length=60", "lr=1"], ["max_length: 64 → 60", "lr: 0.001 → 1"]),
+        (["n_examples=8"], ["4 steps behind it", "n_examples=8 ask for 2 in all"]),
+        (["local_run_dir=elsewhere"], ["local_run_dir=elsewhere, but resume=", "leave local_run_dir out"]),
+    ],
+    ids=str,
+)
+def test_a_config_of_another_run_is_refused_and_nothing_is_touched(overrides, parts, launcher, run_dir):
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert launcher.run(*FINISHED, *overrides, f"resume={run_dir}") == 1
+    for part in parts:
+        assert part in launcher.output
+    assert "Traceback" not in launcher.output
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_longer_training_and_other_logging_are_said_and_go_on(launcher, run_dir):
+    overrides = [*FINISHED, "n_examples=24", "eval_every=4", "gradient_accumulation_steps=2"]
+    assert launcher.run(*overrides, f"resume={run_dir}") == 0, launcher.output
+    assert "eval_every: 16 → 4\n  gradient_accumulation_steps: 1 → 2\n  n_examples: 16 → 24" in launcher.output
+    steps = [(line["split"], line["counters/examples"]) for line in log_lines(run_dir)]
+    assert steps[-5:] == [("eval", 16), ("train", 20), ("eval", 20), ("train", 24), ("eval", 24)]
+
+
+def test_resume_anyway_takes_the_new_settings(launcher, run_dir):
+    overrides = [*FINISHED, "n_examples=20", "lr=2e-3", "warmup_steps=0", "resume_anyway=true"]
+    assert launcher.run(*overrides, f"resume={run_dir}") == 0, launcher.output
+    assert log_lines(run_dir)[-2]["lr"] == 2e-3
+
+
+def test_an_earlier_checkpoint_is_not_gone_on_from_while_later_ones_are_there(launcher, run_dir, finished):
+    assert launcher.run(*FINISHED, f"resume={run_dir}/step-8") == 1
+    assert f"the run has got further: {run_dir}/LATEST, {run_dir}/step-12" in launcher.output
+    for name in ("LATEST", "step-12"):
+        shutil.rmtree(run_dir / name)
+    assert launcher.run(*FINISHED, f"resume={run_dir}/step-8") == 0, launcher.output
+    assert_same_run(run_dir, finished)
+
+
+@pytest.mark.parametrize("damaged", ["truncated", "bit flipped", "missing"])
+@pytest.mark.parametrize("name", ["policy.pt", "optimizer.pt", "rng.pt", "state.json", "SHA256SUMS"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(damaged, name, launcher, run_dir, finished):
+    path = run_dir / "LATEST" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damaged == "bit flipped" else content[: len(content) // 2])
+    if damaged == "missing":
+        path.unlink()
+    assert launcher.run(*FINISHED, f"resume={run_dir}/LATEST") == 1
+    assert f"resume={run_dir}/LATEST is no whole checkpoint: " in launcher.output
+    assert launcher.run(*FINISHED, "resume=auto", f"local_run_dir={run_dir}") == 0, launcher.output
+    assert f"WARNING: {run_dir}/LATEST can't be used: " in launcher.output
+    assert f"Going on from {run_dir}/step-12" in launcher.output
+    assert_same_run(run_dir, finished)
+
+
+def test_nothing_to_go_on_from(launcher, run_dir, tmp_path):
+    for name in ("LATEST", "step-4", "step-8", "step-12"):
+        (run_dir / name / "policy.pt").write_bytes(b"")
+    assert launcher.run(*FINISHED, f"resume={run_dir}") == 1
+    assert "none of its checkpoints is whole" in launcher.output
+    assert launcher.run(*FINISHED, "resume=auto") == 1
+    assert "resume=auto goes on with the run in local_run_dir: give that, too" in launcher.output
+    assert launcher.run(*FINISHED, "resume=nowhere") == 1
+    assert "resume=nowhere: no such directory" in launcher.output
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.yaml").write_text("")
+    assert launcher.run(*FINISHED, f"resume={tmp_path}/empty") == 1
+    assert "there is no checkpoint in it yet" in launcher.output
+
+
+def test_two_processes_cannot_run_one_run(launcher, train, run_dir):
+    launcher.start(*FINISHED, "n_examples=4000", f"resume={run_dir}")
+    wait_for(launcher, "Going on from")
+    result = train(*FINISHED, f"resume={run_dir}", f"local_dirs=[{launcher.directory}/cache]")
+    launcher.kill(signal.SIGKILL)
+    launcher.wait()
+    assert result.returncode == 1
+    assert "another process is running this run" in result.stderr
+
+
+def test_the_wandb_run_goes_on_under_its_id(launcher, tmp_path):
+    env = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
+    overrides = [*FINISHED, "wandb.enabled=true"]
+    assert launcher.run(*overrides, f"local_run_dir={tmp_path}/run", env=env) == 0, launcher.output
+    assert launcher.run(*overrides, "n_examples=20", f"resume={tmp_path}/run", env=env) == 0, launcher.output
+    run_id = json.loads((tmp_path / "run/LATEST/state.json").read_text())["wandb_run_id"]
+    runs = list((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert all(path.name.endswith(f"-{run_id}") for path in runs)
