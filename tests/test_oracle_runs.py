@@ -64,6 +64,8 @@ def test_run_gives_the_numbers_of_the_original(name, variant, train_ok, oracle_m
                         value = run["config"]["loss"]["beta"] * expected[key.replace("rewards", "logps")]
                     else:
                         continue
+                if key.endswith("accuracies") and expected[key.replace("accuracies", "margins")] == 0:
+                    continue  # policy and reference are equal: which reward is larger is up to rounding
                 assert line[key] == pytest.approx(value, rel=tolerance, abs=tolerance * 0.1), (examples_before, key)
 
     assert [line["lr"] for line in lines if line["split"] == "train"] == pytest.approx(run["lrs"], rel=1e-12)
