@@ -61,7 +61,8 @@ class StopSignal:
         self.received = signal.Signals(number).name
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        print(f"\n{self.received}: stopping after this step and a save; once more ends the run at once", flush=True)
+        text = f"\n{self.received}: stopping after this step and a save; once more ends the run at once\n"
+        os.write(1, text.encode())  # print could be in the middle of something
 
     def check(self):
         """Raises Stopped if a signal has come."""
