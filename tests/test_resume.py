@@ -95,7 +95,7 @@ def wait_for(launcher, text: str, seconds: float = 60):
 KINDS = {
     "sft, two epochs": ["loss=sft", "datasets=[hh]", "n_epochs=2", "n_examples=null", "optimizer=AdamW"],
     "dpo": ["loss=dpo"],
-    "dpo, lora, two epochs": ["loss=dpo", "datasets=[hh]", "n_epochs=2", "n_examples=null", "lora={lora_dropout:0.1}"],
+    "dpo, lora, two epochs": ["loss=dpo", "datasets=[hh]", "n_epochs=2", "n_examples=null", "lora={}"],
     "dpo, a saved adapter": ["loss=dpo", "model.adapter={adapter}"],
     "dpo, precomputed": ["loss=dpo", "precompute_ref_log_probs=true", "datasets=[hh]", "n_epochs=2", "n_examples=null"],
 }
