@@ -87,6 +87,23 @@ def load_model(config: DictConfig, dtype: str) -> nn.Module:
     return model
 
 
+def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
+    """The model's tokenizer, or `model.tokenizer_name_or_path`; without a padding token it pads with the end token."""
+    name = config.model.tokenizer_name_or_path or config.model.name_or_path
+    rank0_print(f"Loading tokenizer {name}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=get_local_dir(config.local_dirs))
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise UserError(f"can't load the tokenizer {name!r} (model.tokenizer_name_or_path): {error}") from error
+    if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
 def _quantization(config: DictConfig):
     """4-bit weights that compute in bfloat16 (QLoRA, https://arxiv.org/abs/2305.14314), if asked for."""
     if not config.model.load_in_4bit:

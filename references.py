@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from utils import UserError, rank0_print, take
+from utils import UserError, get_local_dir, rank0_print, take
 
 REFERENCE_ADAPTER = "reference"  # the name of the frozen adapter beside the trained one, "default"
 
@@ -83,13 +83,6 @@ def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) 
     return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
 
 
-def adapter_scaling(policy: nn.Module) -> dict[str, str]:
-    """What of an adapter's settings decides, beside its weights, what it computes."""
-    settings = policy.peft_config["default"]
-    names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-    return {name: str(getattr(settings, name, None)) for name in names}
-
-
 @contextlib.contextmanager
 def _adapter_switched(model: nn.Module, name: str) -> Iterator[None]:
     trained = model.active_adapter
@@ -103,7 +96,27 @@ def _adapter_switched(model: nn.Module, name: str) -> Iterator[None]:
 # ---- log-probabilities kept on disk ---------------------------------------------------------------------------------
 
 
-def reference_fingerprint(
+def _adapter_scaling(policy: nn.Module) -> dict[str, str]:
+    """What of an adapter's settings decides, beside its weights, what it computes."""
+    settings = policy.peft_config["default"]
+    names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+    return {name: str(getattr(settings, name, None)) for name in names}
+
+
+def open_cache(policy: nn.Module, kind: str, config: DictConfig) -> "LogpsCache":
+    """The cache of this reference's log-probabilities, in the local dir; `policy` is as training starts."""
+    details = {"average_log_prob": config.loss.average_log_prob}
+    if kind != "model":
+        details["policy_mp"] = config.model.policy_mp
+    with_adapter = config.model.adapter is not None and kind != "adapter_off"
+    if with_adapter:
+        details["adapter"] = _adapter_scaling(policy)
+    dtype = getattr(torch, config.model.reference_dtype) if kind == "model" else None
+    fingerprint = _reference_fingerprint(policy, with_adapter, dtype, details)
+    return LogpsCache(os.path.join(get_local_dir(config.local_dirs), "reference_logps", fingerprint))
+
+
+def _reference_fingerprint(
     policy: nn.Module, with_adapter: bool, dtype: torch.dtype | None, details: dict[str, object]
 ) -> str:
     """What the reference's numbers depend on besides the pair: its config, its weights as `dtype`, and `details`.

@@ -10,21 +10,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import transformers
 from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from checkpoints import delete_oldest, load_policy_state, point_latest, read_tensors, write_checkpoint
+from checkpoints import delete_oldest, load_policy_state, load_tokenizer, point_latest, read_tensors, write_checkpoint
 from losses import LOSSES, _get_batch_logps, needs_reference, preference_loss  # noqa: F401 (re-exported)
 from preference_datasets import get_batch_iterator
 from references import (
     LogpsCache,
     Reference,
-    adapter_scaling,
     choose_reference,
     make_reference,
-    reference_fingerprint,
+    open_cache,
 )
 from resume import (
     Stopped,
@@ -172,16 +170,7 @@ class BasicTrainer:
     def _precompute_reference(self, kind: str, load: Callable[[], nn.Module]):
         """Fill the cache with the reference's log-probabilities of all pairs; it is loaded only if some are missing."""
         config = self.config
-        details = {"average_log_prob": config.loss.average_log_prob}
-        if kind != "model":
-            details["policy_mp"] = config.model.policy_mp
-        dtype = getattr(torch, config.model.reference_dtype) if kind == "model" else None
-        with_adapter = config.model.adapter is not None and kind != "adapter_off"
-        if with_adapter:
-            details["adapter"] = adapter_scaling(self.policy)
-        fingerprint = reference_fingerprint(self.policy, with_adapter, dtype, details)
-        directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps", fingerprint)
-        self.reference_cache = LogpsCache(directory)
+        self.reference_cache = open_cache(self.policy, kind, config)
 
         # as training has not begun, the policy gives the reference's numbers where it is computed in the same way
         dtypes = {config.model.policy_mp or config.model.policy_dtype, config.model.reference_dtype}
@@ -203,7 +192,9 @@ class BasicTrainer:
                 for window in iterator.windows():
                     n_computed += self.reference_cache.fill(window, compute, split)
                     progress.update(len(window["prompt"]))
-        rank0_print(f"Reference log-probabilities: {n_computed} computed, the others were in {directory}")
+        rank0_print(
+            f"Reference log-probabilities: {n_computed} computed, the others were in {self.reference_cache.directory}"
+        )
         self.reference = None  # and out of memory
 
     def _make_optimizer(self):
@@ -507,20 +498,3 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
             collected[key].append(values)
     means = torch.stack([torch.cat(values).double().mean() for values in collected.values()])
     return dict(zip(collected, means.tolist(), strict=True))
-
-
-def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
-    """The model's tokenizer, or `model.tokenizer_name_or_path`; without a padding token it pads with the end token."""
-    name = config.model.tokenizer_name_or_path or config.model.name_or_path
-    rank0_print(f"Loading tokenizer {name}")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=get_local_dir(config.local_dirs))
-    except Exception as error:  # the tokenizers library raises bare ones
-        raise UserError(f"can't load the tokenizer {name!r} (model.tokenizer_name_or_path): {error}") from error
-    if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
-        raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    return tokenizer
