@@ -179,7 +179,8 @@ class BasicTrainer:
         def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
             if self.reference is None:
                 self.reference = make_reference(kind, self.policy, (lambda: self.policy) if same else load)
-            return self.reference_logps(batch, cached=False)
+            with self.reference.active() as model:
+                return self.concatenated_forward(model, batch)
 
         def split(batch: dict) -> list[dict]:
             return self.microbatches(batch, n_least=-(-len(batch["prompt"]) // config.eval_batch_size))
@@ -223,9 +224,9 @@ class BasicTrainer:
         chosen_logps, rejected_logps = self.response_logps(model, batch).chunk(2)
         return chosen_logps, rejected_logps
 
-    def reference_logps(self, batch: dict, cached: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
-        if self.reference_cache is not None and cached:
+        if self.reference_cache is not None:
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
             return self.reference_cache.lookup(batch, dtype, self.device)
         if self.reference is None:
@@ -313,7 +314,8 @@ class BasicTrainer:
 
         grad_norm = self.clip_gradient()
         metrics = mean_metrics(microbatch_metrics)
-        self._check_finite(metrics["loss/train"], grad_norm, batch)
+        where = f"step {self.batch_counter + 1} (after {self.example_counter} examples)"
+        self._check_finite(where, batch["prompt"], loss=metrics["loss/train"], grad_norm=grad_norm)
         metrics["lr"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -333,13 +335,15 @@ class BasicTrainer:
         """Scale the gradient down to `max_grad_norm` where it is larger; returns its norm before."""
         return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
 
-    def _check_finite(self, loss: float, grad_norm: float, batch: dict):
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def _check_finite(self, where: str, prompts: list[str], **numbers: float):
+        """Raises UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite."""
+        if all(math.isfinite(number) for number in numbers.values()):
             return
-        prompts = "\n".join(f"  {prompt[-200:]!r}" for prompt in batch["prompt"])
+        values = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        shown = "\n".join(f"  {prompt[-200:]!r}" for prompt in prompts)
         raise UserError(
-            f"step {self.batch_counter + 1} (after {self.example_counter} examples): loss {loss}, gradient norm "
-            f"{grad_norm}; training can't go on. The prompts of the batch end with:\n{prompts}\n"
+            f"{where}: {values}; training can't go on. "
+            f"The prompts of the batch end with:\n{shown}\n"
             f"Try a smaller lr (now {self.config.lr}) or max_grad_norm (now {self.config.max_grad_norm}), more "
             f"warmup_steps (now {self.config.warmup_steps}), or model.policy_dtype=float32 (now "
             f"{self.config.model.policy_dtype}); checkpoints written so far are in {self.run_dir}"
@@ -348,15 +352,22 @@ class BasicTrainer:
     # ---- evaluation and sampling ----------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """Mean metrics over all evaluation batches."""
+        """Mean metrics over all evaluation batches.
+
+        Raises: UserError if the loss of one isn't finite.
+        """
         self.policy.eval()
-        batch_metrics = []
+        all_metrics = []
         for batch in tqdm(self.eval_batches, "Computing eval metrics", leave=False, disable=None):
             self.stop.check()
+            batch_metrics = []
             for microbatch in self.microbatches(batch, n_least=1):
                 with torch.no_grad():
                     batch_metrics.append(self.get_batch_metrics(microbatch, self.config.loss, train=False)[1])
-        return mean_metrics(batch_metrics)
+            where, means = f"evaluation after {self.example_counter} examples", mean_metrics(batch_metrics)
+            self._check_finite(where, batch["prompt"], loss=means["loss/eval"])
+            all_metrics += batch_metrics
+        return mean_metrics(all_metrics)
 
     def sample(self) -> list[dict]:
         """Samples for the first `n_eval_model_samples` evaluation prompts; see `RunLog.log` for their form."""
@@ -410,7 +421,6 @@ class BasicTrainer:
         states = rng_states()
         try:
             metrics = self.evaluate()
-            self._check_finite(metrics["loss/eval"], 0.0, self.eval_batches[0])
             samples = self.sample() if self.config.sample_during_eval else []
         except Stopped:
             set_rng_states(states)

@@ -185,7 +185,7 @@ def test_weights_that_the_last_step_made_infinite_are_not_saved(train, tmp_path)
     overrides = ["lr=1e30", "optimizer=SGD", "max_grad_norm=1e30", "warmup_steps=0", "do_first_eval=false"]
     result = train(*SHORT, "n_examples=4", *overrides, "sample_during_eval=false", f"local_run_dir={tmp_path}/run")
     assert result.returncode == 1
-    assert "loss nan" in result.stderr
+    assert "evaluation after 4 examples: loss nan" in result.stderr
     assert not (tmp_path / "run/LATEST").exists()
 
 
