@@ -1,0 +1,259 @@
+"""Tensor parallelism: every worker computes each layer's share of all tokens, and holds that share of the weights.
+
+Layers come in pairs. The first is split by its outputs (the query, key and value projections by whole heads), the
+second by its inputs, and the workers' partial sums are added: two all-reduces a block forward, two backward. Between
+the pairs all workers hold the same hidden states, and the same norms. Parameters become DTensors, whose `full_tensor()`
+is the dense model's; each layer computes with its local part, as plain tensors, so that attention, autocast,
+checkpointing and the key-value cache work as ever.
+"""
+
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from transformers.pytorch_utils import Conv1D
+
+from utils import UserError, without_wrapper
+
+_REMEDY = "use trainer=FSDPTrainer, which splits any model"
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Split a transformers causal LM, or the one in a PeftModel, over the workers of a 1-D mesh, in place.
+
+    The parameters are equal on all workers, or all on the meta device: then give each its values afterwards, those of
+    a DTensor by `distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)`.
+
+    Raises: UserError if the model's layers or heads can't be split so.
+    """
+    model = without_wrapper(model)
+    plan = _plan(model)
+    _check_heads(model, mesh.size())
+    styles = {}
+    for name, module in model.named_modules():
+        style = plan.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
+        styles |= _layer_styles(name, module, style, model) if style else {}
+
+    names_of = {}  # of each parameter; tied ones have several
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    parallelize_module(model, mesh, styles, src_data_rank=None)
+    for first, *others in names_of.values():
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
+
+    attribute = _SIZES_IN_ATTENTION.get(model.config.model_type)
+    for module in model.modules() if attribute else ():
+        if hasattr(module, attribute):
+            setattr(module, attribute, getattr(module, attribute) // mesh.size())
+
+
+# ---- how one layer is split -----------------------------------------------------------------------------------------
+
+
+class _ByOutputs(ParallelStyle):
+    """Each worker computes its share of a linear layer's outputs: (..., I) to (..., O / workers), or to all if `gather`.
+
+    With `n_fused` layers in one, one's outputs after the other's, it computes its share of each.
+    """
+
+    def __init__(self, gather: bool = False, n_fused: int = 1):
+        self.gather = gather
+        self.n_fused = n_fused
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        split = Shard if self.n_fused == 1 else partial(_StridedShard, split_factor=self.n_fused)
+        _distribute(module, "weight", mesh, split(1 if isinstance(module, Conv1D) else 0))
+        _distribute(module, "bias", mesh, split(0))
+        module.forward = partial(self._forward, module, mesh)
+        return module
+
+    def _forward(self, module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
+        bias = None if module.bias is None else module.bias.to_local()
+        outputs = F.linear(_with_summed_gradient(inputs, mesh), _local_weight(module), bias)
+        if not self.gather:
+            return outputs
+        size = module.nf if isinstance(module, Conv1D) else module.out_features
+        shape = (*outputs.shape[:-1], size)  # said, as the shares may differ
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(outputs, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride).full_tensor()
+
+
+class _ByInputs(ParallelStyle):
+    """Each worker takes its share of a linear layer's inputs; the outputs are added: (..., I / workers) to (..., O).
+
+    The inputs are that share already, or, with `split_inputs`, all of them.
+    """
+
+    def __init__(self, split_inputs: bool = False):
+        self.split_inputs = split_inputs
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        _distribute(module, "weight", mesh, Shard(0 if isinstance(module, Conv1D) else 1))
+        module.forward = partial(self._forward, module, mesh)
+        return module
+
+    def _forward(self, module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
+        if self.split_inputs:
+            whole = DTensor.from_local(inputs, mesh, [Replicate()], run_check=False)
+            inputs = whole.redistribute(placements=[Shard(-1)]).to_local()
+        outputs = _sum(F.linear(inputs, _local_weight(module)), mesh)
+        return outputs if module.bias is None else outputs + module.bias.to(outputs.dtype)
+
+
+class _ByVocabulary(ParallelStyle):
+    """Each worker holds its share of an embedding's rows and looks those tokens up: (B, T) to (B, T, H) on all.
+
+    torch's RowwiseParallel would take `padding_idx` as a row of each worker's share, and leave that without gradient.
+    """
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        _distribute(module, "weight", mesh, Shard(0))
+        module.forward = partial(self._forward, module, mesh)
+        return module
+
+    def _forward(self, module: nn.Embedding, mesh: DeviceMesh, input_ids: torch.Tensor) -> torch.Tensor:
+        weight = module.weight.to_local()
+        first = _first_token(module.num_embeddings, mesh)
+        is_here = (first <= input_ids) & (input_ids < first + len(weight))
+        padding = None if module.padding_idx is None else module.padding_idx - first
+        padding = padding if padding in range(len(weight)) else None
+        vectors = F.embedding(torch.where(is_here, input_ids - first, 0), weight, padding)
+        return _sum(vectors.masked_fill(~is_here[..., None], 0), mesh)
+
+
+class _InsideHeads(ParallelStyle):
+    """A norm that each worker applies to its own heads: the gradient of its parameters is the sum over the workers."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(partial(self._sum_gradients, mesh))
+        return module
+
+    @staticmethod
+    def _sum_gradients(mesh: DeviceMesh, module: nn.Module, inputs: tuple) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and not hasattr(parameter, "_is_summed"):
+                parameter.register_hook(partial(_sum, mesh=mesh))
+                parameter._is_summed = True
+
+
+def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    """Keep this worker's part of a parameter, if the module has it."""
+    if (parameter := getattr(module, name)) is not None:
+        split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
+
+
+def _local_weight(module: nn.Module) -> torch.Tensor:
+    """This worker's part of a linear layer's weight, as F.linear takes it: (outputs, inputs)."""
+    weight = module.weight.to_local()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _sum(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """The sum over the workers, on all of them; each one's gradient is the sum's."""
+    return DTensor.from_local(tensor, mesh, [Partial()], run_check=False).full_tensor()
+
+
+def _with_summed_gradient(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """The same tensor, equal on all workers, whose gradient is the sum of theirs.
+
+    Kept beside the tensor: layers that read the same one (q, k and v) have their gradients summed in one go.
+    """
+    if not hasattr(tensor, "_with_summed_gradient"):
+        whole = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+        tensor._with_summed_gradient = whole.to_local(grad_placements=[Partial()])
+    return tensor._with_summed_gradient
+
+
+def _first_token(vocab_size: int, mesh: DeviceMesh) -> int:
+    """The first token of this worker's share of the vocabulary, which is cut as torch.chunk does."""
+    return min(-(-vocab_size // mesh.size()) * mesh.get_local_rank(), vocab_size)
+
+
+# ---- which layers are split how -------------------------------------------------------------------------------------
+
+_STYLES = {
+    "colwise": _ByOutputs(),
+    "colwise_gather_output": _ByOutputs(gather=True),
+    "colwise_rep": _ByOutputs(gather=True),
+    "rowwise": _ByInputs(),
+    "rowwise_split_input": _ByInputs(split_inputs=True),
+    "rowwise_rep": _ByInputs(split_inputs=True),
+    "embedding_rowwise": _ByVocabulary(),
+    "replicated_with_grad_allreduce": _InsideHeads(),
+    "fused_qkv": _ByOutputs(n_fused=3),  # ours; the others are transformers'
+}
+
+_PLANS = {  # of the models that transformers has none for
+    "gpt2": {
+        "transformer.h.*.attn.c_attn": "fused_qkv",
+        "transformer.h.*.attn.c_proj": "rowwise",
+        "transformer.h.*.mlp.c_fc": "colwise",
+        "transformer.h.*.mlp.c_proj": "rowwise",
+    },
+    "gptj": {
+        "transformer.h.*.attn.q_proj": "colwise",
+        "transformer.h.*.attn.k_proj": "colwise",
+        "transformer.h.*.attn.v_proj": "colwise",
+        "transformer.h.*.attn.out_proj": "rowwise",
+        "transformer.h.*.mlp.fc_in": "colwise",
+        "transformer.h.*.mlp.fc_out": "rowwise",
+    },
+}
+# What their attention modules say of the size of q, k and v; the other models' take it from the tensors.
+_SIZES_IN_ATTENTION = {"gpt2": "split_size", "gptj": "num_attention_heads"}
+
+
+def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """The style of each layer that is split, by its name in the model with * for the block's number."""
+    blocks = _PLANS.get(model.config.model_type) or model.config.get_text_config().base_model_tp_plan
+    if not blocks:
+        raise UserError(f"{type(model).__name__} has no plan for tensor parallelism; {_REMEDY}")
+    plan = dict(_PLANS.get(model.config.model_type) or model.tp_plan)
+    names = {module: name for name, module in model.named_modules()}
+    plan[names[model.get_input_embeddings()]] = "embedding_rowwise"
+    plan[names[model.get_output_embeddings()]] = "colwise_gather_output"
+    if unknown := sorted(set(plan.values()) - set(_STYLES)):
+        raise UserError(
+            f"tensor parallelism can't split {type(model).__name__}: its plan wants {', '.join(unknown)}; {_REMEDY}"
+        )
+    return {name: _STYLES[style] for name, style in plan.items()}
+
+
+def _check_heads(model: nn.Module, n_workers: int) -> None:
+    """Each worker computes whole attention heads.
+
+    Raises: UserError if they can't be dealt out evenly.
+    """
+    config = model.config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        n_heads = getattr(config, name, None) or config.num_attention_heads
+        if n_heads % n_workers:
+            raise UserError(
+                f"tensor parallelism over {n_workers} workers can't split {type(model).__name__} with {name}={n_heads}: "
+                f"use a number of workers that divides {n_heads}, or {_REMEDY}"
+            )
+
+
+def _layer_styles(name: str, module: nn.Module, style: ParallelStyle, model: nn.Module) -> dict[str, ParallelStyle]:
+    """The style of a layer that is split and of the adapters that PEFT has put around it, by their full names."""
+    if isinstance(style, _InsideHeads) or type(module) in (nn.Linear, Conv1D, nn.Embedding):
+        return {name: style}
+    if hasattr(module, "modules_to_save"):
+        copies = (f"{name}.modules_to_save.{adapter}" for adapter in module.modules_to_save)
+        return dict.fromkeys([f"{name}.original_module", *copies], style)
+    if getattr(module, "lora_A", None) and not module.lora_variant:
+        split, layer = ("lora_B", _ByOutputs) if isinstance(style, _ByOutputs) else ("lora_A", _ByInputs)
+        assert isinstance(style, layer)
+        return {f"{name}.base_layer": style, **{f"{name}.{split}.{a}": style for a in getattr(module, split)}}
+    raise UserError(
+        f"tensor parallelism can't split the layer {name} of {type(model).__name__}, a {type(module).__name__}: {_REMEDY}"
+    )
