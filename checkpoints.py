@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from losses import needs_reference
+from placement import like
 from references import REFERENCE_ADAPTER, choose_reference
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
@@ -50,10 +51,11 @@ _UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def load_model(config: DictConfig, dtype: str) -> nn.Module:
+def load_model(config: DictConfig, dtype: str, device_map: str = "balanced") -> nn.Module:
     """The configured model without dropout, with the weights of `model.archive` if there is one.
 
-    Its own weights are pre-trained, or with `from_scratch` drawn from the seed.
+    Its own weights are pre-trained, or with `from_scratch` drawn from the seed. `device_map`: 'balanced' over the
+    machine's GPUs, or 'cpu'.
 
     Raises: UserError if there is no such model, or none that can be loaded.
     """
@@ -63,14 +65,14 @@ def load_model(config: DictConfig, dtype: str) -> nn.Module:
             torch.manual_seed(config.seed)
             model_config = transformers.AutoConfig.from_pretrained(name, cache_dir=cache_dir)
             model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if torch.cuda.is_available() and device_map != "cpu" else "cpu"
             model = model.to(device, getattr(torch, dtype))  # drawn in one dtype, so that all have the same weights
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 name,
                 cache_dir=cache_dir,
                 dtype=getattr(torch, dtype),
-                device_map="balanced",
+                device_map=device_map,
                 quantization_config=_quantization(config),
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -116,10 +118,10 @@ def _quantization(config: DictConfig):
     )
 
 
-def load_policy(config: DictConfig) -> nn.Module:
+def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
     """The model to train: all of it, a new LoRA adapter on it (`lora`), or a saved one (`model.adapter`)."""
     rank0_print("building policy")
-    policy = load_model(config, config.model.policy_dtype)
+    policy = load_model(config, config.model.policy_dtype, device_map)
     if config.lora is not None:
         policy = _add_lora(policy, config)
     if config.model.adapter is not None:
@@ -130,14 +132,15 @@ def load_policy(config: DictConfig) -> nn.Module:
     return policy
 
 
-def load_reference(config: DictConfig, policy: nn.Module) -> nn.Module:
-    """A second model with the weights that the policy starts from, in `model.reference_dtype`."""
+def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str = "balanced") -> nn.Module:
+    """A second model with the weights that the policy starts from, in `model.reference_dtype`; a copy of `policy` where
+    that is given and has them."""
     rank0_print("building reference model")
     one_device = len(set(getattr(policy, "hf_device_map", {}).values())) <= 1
     plain = config.lora is None and config.model.adapter is None
-    if config.model.reference_dtype == config.model.policy_dtype and plain and one_device:
+    if policy is not None and config.model.reference_dtype == config.model.policy_dtype and plain and one_device:
         return copy.deepcopy(policy)  # in memory, so that the checkpoint is read once
-    reference_model = load_model(config, config.model.reference_dtype)
+    reference_model = load_model(config, config.model.reference_dtype, device_map)
     if config.model.adapter is not None:
         reference_model = _load_adapter(reference_model, config, is_trainable=False)
         disable_dropout(reference_model)
@@ -245,17 +248,17 @@ def _pretrained_state(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fit_state(state: dict, model: nn.Module, path: str) -> dict:
-    """`state` under the names of `model`'s parameters; see `load_archive` for what is raised."""
-    expected = model.state_dict()
+    """`state` under the names of `model`'s parameters, spread as they are; see `load_archive` for what is raised."""
+    expected = model.state_dict(keep_vars=True)
     fitted = {}
     for name, tensor in state.items():
         new_name = "lm_head.weight" if name == "embed_out.weight" and name not in expected else name
         if new_name in expected or not new_name.endswith(_LEGACY_BUFFERS):
             fitted[new_name] = tensor
-    by_memory = {expected[name].data_ptr(): name for name in fitted.keys() & expected.keys()}
-    for name, tensor in expected.items():  # .safetensors hold tied weights once
-        if name not in fitted and tensor.numel() > 0 and tensor.data_ptr() in by_memory:
-            fitted[name] = fitted[by_memory[tensor.data_ptr()]]
+    by_parameter = {id(expected[name]): name for name in fitted.keys() & expected.keys()}
+    for name, parameter in expected.items():  # .safetensors hold tied weights once
+        if name not in fitted and id(parameter) in by_parameter:
+            fitted[name] = fitted[by_parameter[id(parameter)]]
 
     problems = [f"missing: {name}" for name in expected.keys() - fitted.keys()]
     problems += [f"left over: {name}" for name in fitted.keys() - expected.keys()]
@@ -268,7 +271,7 @@ def _fit_state(state: dict, model: nn.Module, path: str) -> dict:
         shown = "\n  ".join(sorted(problems)[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(f"{path} doesn't fit the model; is it of another model=...?\n  {shown}{more}")
-    return fitted
+    return {name: like(expected[name], tensor) for name, tensor in fitted.items()}
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -290,13 +293,15 @@ def write_checkpoint(
     policy: nn.Module,
     tokenizer: transformers.PreTrainedTokenizerBase,
     states: dict[str, dict],
-    rng_states: dict,
+    rng_states: list[dict],
     position: dict,
 ):
     """Write a checkpoint directory, in place of one that may be there.
 
     Args:
-        states: the state dicts of policy, and, unless they are left out, of optimizer and scheduler.
+        states: the state dicts, of whole tensors, of policy, and, unless they are left out, of optimizer and scheduler;
+            of a policy with an adapter at least what is trained.
+        rng_states: of each worker.
         position: what state.json is to hold; of it 'examples' and 'metrics' go into the .pt files, too.
 
     Raises: UserError if it can't be written; what was there before is then as it was.
@@ -309,11 +314,13 @@ def write_checkpoint(
             if name != "policy" or not has_adapter:
                 write_state_dict(position["examples"], state, position["metrics"], f"{name}.pt", partial)
         if has_adapter:
-            policy.save_pretrained(partial, selected_adapters=["default"], save_embedding_layers=False)
+            policy.save_pretrained(
+                partial, selected_adapters=["default"], save_embedding_layers=False, state_dict=states["policy"]
+            )
         else:
             _export_model(policy, states["policy"], partial)
         tokenizer.save_pretrained(partial)
-        write_tensors(rng_states, os.path.join(partial, "rng.pt"))
+        write_tensors({"workers": rng_states}, os.path.join(partial, "rng.pt"))
         with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
             json.dump(position, file, indent=2)
     size = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
@@ -483,13 +490,15 @@ def load_policy_state(directory: str, policy: nn.Module):
         return
     import peft
 
+    targets = peft.get_peft_model_state_dict(policy, adapter_name="default", save_embedding_layers=False)
     try:
         weights = peft.utils.load_peft_weights(directory, device="cpu")
-        result = peft.set_peft_model_state_dict(policy, weights, adapter_name="default")
+        if differing := sorted(weights.keys() ^ targets.keys()):
+            raise ValueError(f"only one of them has {', '.join(differing[:10])}")
+        for name, target in targets.items():
+            target.copy_(like(target, weights[name]))
     except _UNREADABLE as error:
         raise UserError(f"{directory}: its adapter doesn't fit the policy: {str(error)[:500]}") from error
-    if result.unexpected_keys:
-        raise UserError(f"{directory}: its adapter doesn't fit the policy; left over: {result.unexpected_keys[:10]}")
 
 
 if __name__ == "__main__":

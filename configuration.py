@@ -9,6 +9,7 @@ import torch
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+import workers
 from losses import LOSSES, needs_reference
 from references import choose_reference
 from utils import UserError, closest_match
@@ -16,18 +17,18 @@ from utils import UserError, closest_match
 REPOSITORY = Path(__file__).parent
 CONFIG_DIR = REPOSITORY / "config"
 
-TRAINERS = ("BasicTrainer",)
+TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "loss.beta",
+    "loss.beta", "world_size", "fsdp_replicate",
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs", "loss.label_smoothing")
 _MAY_BE_NULL = ("n_epochs", "n_examples")
 # of keys whose default is null; the others are strings
-_TYPES_OF_NULL = {"n_examples": int, "fsdp_port": int, "save_every": int, "keep_checkpoints": int}
+_TYPES_OF_NULL = dict.fromkeys(("n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints"), int)
 
 
 def default_config() -> dict[str, object]:
@@ -79,6 +80,7 @@ def check_config(config: DictConfig):
     _check_ranges(config)
     _check_names(config)
     _check_lengths_and_batches(config)
+    _check_workers(config)
     _check_reference(config)
     _check_files(config)
 
@@ -149,8 +151,6 @@ def _check_names(config: DictConfig):
             f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, TRAINERS)} "
             f"There are: {', '.join(TRAINERS)}"
         )
-    if config.fsdp_port is not None:
-        raise UserError(f"fsdp_port={config.fsdp_port}: trainer={config.trainer} opens no port; leave it null")
     base = torch.optim.Optimizer
     classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
     optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]
@@ -202,6 +202,34 @@ def _check_lengths_and_batches(config: DictConfig):
             print(f"WARNING: {key} must be divisible by batch_size")
             print(f"Setting {key} to", rounded)
             config[key] = rounded
+
+
+def _check_workers(config: DictConfig):
+    trainer, n = config.trainer, workers.n_workers(config)
+    if trainer == "BasicTrainer" and (n > 1 or (config.world_size or 1) > 1):
+        raise UserError(
+            f"trainer=BasicTrainer trains in one process, not in {max(n, config.world_size or 1)}; choose "
+            "trainer=FSDPTrainer or trainer=TensorParallelTrainer"
+        )
+    for key in ("world_size", "fsdp_port"):
+        if config[key] is not None and (trainer == "BasicTrainer" or workers.is_launched()):
+            who = "trainer=BasicTrainer starts no workers" if trainer == "BasicTrainer" else "the launcher decides that"
+            raise UserError(f"{key}={config[key]}: {who}; leave it null")
+    for key, default in (("fsdp_replicate", 1), ("fsdp_cpu_offload", False)):
+        if config[key] != default and trainer != "FSDPTrainer":
+            raise UserError(f"{key}={config[key]}: only trainer=FSDPTrainer has that; leave it {default}")
+    if n % config.fsdp_replicate != 0:
+        raise UserError(f"fsdp_replicate={config.fsdp_replicate} doesn't divide the {n} workers into equal groups")
+    if torch.cuda.is_available() and not workers.is_launched() and n > torch.cuda.device_count():
+        raise UserError(f"world_size={n}: this machine has {torch.cuda.device_count()} GPUs, one for each worker")
+    if config.model.load_in_4bit and trainer != "BasicTrainer":
+        raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use BasicTrainer")
+    n_parts = n * config.gradient_accumulation_steps
+    if trainer == "FSDPTrainer" and config.batch_size % n_parts != 0:
+        raise UserError(
+            f"batch_size={config.batch_size} doesn't divide by gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} × {n} workers into microbatches of equal size"
+        )
 
 
 def _check_reference(config: DictConfig):

@@ -373,16 +373,27 @@ def _element(
     return element
 
 
+def numbers_of_part(n_examples: int, part: tuple[int, int]) -> list[int | None]:
+    """Which of a batch's examples are in part (index, count) of it, equally many in each; None where there are no more
+    and the last one is taken again."""
+    index, count = part
+    size = -(-n_examples // count)
+    return [number if number < n_examples else None for number in range(index * size, (index + 1) * size)]
+
+
 class BatchIterator:
     """The batches of a split, in order; made by `get_batch_iterator`.
 
     `n_batches` and `n_examples` are how many there will be, `epoch_size` how many examples of them an epoch has,
     `n_left_out` how many of each epoch fill no whole batch, `n_distinct` how many `windows` yields.
+
+    With a `part` (index, count) it yields only that one of `count` parts of each batch, and tokenizes no other.
     """
 
     def __init__(self, prompts: list[Prompt], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool, seed: int,
-                 n_epochs: int | None, n_examples: int | None, drop_last: bool, **lengths: int):  # fmt: skip
-        self.prompts, self.tokenizer, self.lengths = prompts, tokenizer, lengths
+                 n_epochs: int | None, n_examples: int | None, drop_last: bool, part: tuple[int, int],
+                 **lengths: int):  # fmt: skip
+        self.prompts, self.tokenizer, self.lengths, self.part = prompts, tokenizer, lengths, part
         self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
 
         available = len(prompts) if sft_mode else sum(len(prompt.pairs) for prompt in prompts)
@@ -425,15 +436,27 @@ class BatchIterator:
                 random.Random(int(epoch_seeds.randint(0, 2**32))).shuffle(prompts)
             yield prompts
 
-    def windows(self, size: int = 1024) -> Iterator[dict[str, list | torch.Tensor]]:
-        """Every example that the batches draw on, once, in large batches."""
-        collate_fn = get_collate_fn(self.tokenizer)
+    def windows(self, size: int = 1024) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
+        """All that the batches draw on, each example once, in large batches: this part of each, and how many it has."""
         examples = itertools.islice(self._epoch(next(self._shuffled())), self.n_distinct)
         while window := list(itertools.islice(examples, size)):
-            yield collate_fn(self._tokenize(window))
+            yield self._collated(window, self.part), len(window)
+
+    def numbers(self, index: int) -> list[int | None]:
+        """The numbers, among all examples, of those in this part of batch `index`; None: see `numbers_of_part`."""
+        start = index * self.batch_size
+        numbers = numbers_of_part(min(self.batch_size, self.n_examples - start), self.part)
+        return [start + number if number is not None else None for number in numbers]
+
+    def first(self, n: int) -> dict[str, list | torch.Tensor]:
+        """The first `n` examples as a batch, whatever the part."""
+        return self._collated(list(itertools.islice(self._epoch(next(self._shuffled())), n)), (0, 1))
+
+    def _collated(self, batch: list[tuple[Prompt, int]], part: tuple[int, int]) -> dict[str, list | torch.Tensor]:
+        own = [batch[number if number is not None else -1] for number in numbers_of_part(len(batch), part)]
+        return get_collate_fn(self.tokenizer)(self._tokenize(own))
 
     def _batches(self, skip: int) -> Iterator[dict[str, list | torch.Tensor]]:
-        collate_fn = get_collate_fn(self.tokenizer)
         remaining = self.n_examples
         for prompts in self._shuffled():
             if remaining <= 0:
@@ -444,7 +467,7 @@ class BatchIterator:
                 if skip > 0:
                     skip -= 1
                 else:
-                    yield collate_fn(self._tokenize(batch))
+                    yield self._collated(batch, self.part)
 
     def batches(self, skip: int = 0) -> Iterator[dict[str, list | torch.Tensor]]:
         """The batches without the first `skip`, which are not tokenized."""
@@ -470,6 +493,7 @@ def get_batch_iterator(
     cache_dir: str | None = None,
     paths: dict[str, str] | None = None,
     drop_last: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> BatchIterator:
     """Batches of a split, for `n_epochs` or `n_examples`, whichever ends first. Prompts are shuffled; pairs of one
     prompt stay together.
@@ -483,6 +507,7 @@ def get_batch_iterator(
         drop_last: leave out the examples of an epoch that don't fill a batch, and round n_examples up to whole
             batches. Otherwise the last batch may be smaller, and what n_examples asks for beyond one epoch comes from
             further epochs of whole batches, as in the original.
+        part: (index, count): only this one of `count` parts of each batch.
 
     Raises: UserError if a dataset can't be used or holds less than one batch.
     """
@@ -494,7 +519,7 @@ def get_batch_iterator(
     prompts = _load_prompts(names, split, silent, cache_dir, dict(paths or {}))
     _check_no_eos(prompts, tokenizer.eos_token)
     batches = BatchIterator(prompts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
-                            max_length=max_length, max_prompt_length=max_prompt_length)  # fmt: skip
+                            part, max_length=max_length, max_prompt_length=max_prompt_length)  # fmt: skip
     if batches.epoch_size == 0:
         raise UserError(
             f"datasets={names}, {split} split: {batches.n_left_out} examples are less than one batch of {batch_size}; "

@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from utils import UserError, get_local_dir, rank0_print, take
+import workers
+from placement import whole
+from utils import UserError, get_local_dir, on_rank0, quiet, rank0_print, take
 
 REFERENCE_ADAPTER = "reference"  # the name of the frozen adapter beside the trained one, "default"
 
@@ -105,7 +107,7 @@ def _adapter_scaling(policy: nn.Module) -> dict[str, str]:
 
 def open_cache(policy: nn.Module, kind: str, config: DictConfig) -> "LogpsCache":
     """The cache of this reference's log-probabilities, in the local dir; `policy` is as training starts."""
-    details = {"average_log_prob": config.loss.average_log_prob}
+    details: dict[str, object] = {"average_log_prob": config.loss.average_log_prob}
     if kind != "model":
         details["policy_mp"] = config.model.policy_mp
     with_adapter = config.model.adapter is not None and kind != "adapter_off"
@@ -132,8 +134,9 @@ def _reference_fingerprint(
     for name, tensor in policy.state_dict().items():
         if "lora_" not in name or (with_adapter and f".{REFERENCE_ADAPTER}." not in name):
             tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor.detach()
-    for name in tqdm(sorted(tensors), "Hashing the reference's weights", leave=False, disable=None):
-        tensor = tensors[name].to("cpu", dtype if tensors[name].is_floating_point() else None).contiguous()
+    for name in tqdm(sorted(tensors), "Hashing the reference's weights", leave=False, disable=quiet()):
+        tensor = whole(tensors[name])
+        tensor = tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         digest.update(name.encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -157,16 +160,19 @@ def pair_keys(batch: dict) -> list[bytes]:
 class LogpsCache:
     """Log-probabilities of pairs, found by `pair_keys`; a directory of files, each whole and never changed.
 
-    Runs that share a directory add files of their own, so they can't disturb each other.
+    Runs that share a directory add files of their own, so they can't disturb each other. Of a run's workers the first
+    reads and writes; all know the same.
     """
 
     def __init__(self, directory: str):
         self.directory = directory
         self.logps: dict[bytes, tuple[float, float]] = {}
-        os.makedirs(directory, exist_ok=True)
-        for name in sorted(os.listdir(directory)):
-            if name.endswith(".safetensors"):
-                self._read(os.path.join(directory, name))
+        if on_rank0():
+            os.makedirs(directory, exist_ok=True)
+            for name in sorted(os.listdir(directory)):
+                if name.endswith(".safetensors"):
+                    self._read(os.path.join(directory, name))
+        self.logps = workers.from_first(self.logps)
 
     def _read(self, path: str):
         try:
@@ -184,14 +190,14 @@ class LogpsCache:
 
     def add(self, logps: dict[bytes, tuple[float, float]]):
         """Keep these, on disk too: the file appears under its name once it is whole."""
-        if not logps:
+        self.logps.update(logps)
+        if not logps or not on_rank0():
             return
         keys = torch.frombuffer(bytearray(b"".join(logps)), dtype=torch.uint8).view(len(logps), -1)  # (N, 32)
         values = torch.tensor(list(logps.values()), dtype=torch.float64)  # (N, 2)
         path = os.path.join(self.directory, f"{uuid.uuid4().hex}.safetensors")
         save_file({"keys": keys, "logps": values, "checksum": _checksum(keys, values)}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
-        self.logps.update(logps)
 
     def lookup(self, batch: dict, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of a batch's chosen and rejected responses, each (batch_size,)."""
@@ -201,15 +207,18 @@ class LogpsCache:
     def fill(self, batch: dict, compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]], split: Callable) -> int:
         """Add what is missing of a batch's pairs, computed in the parts that `split` makes; returns how many that were.
 
-        `compute` gives a part's chosen and rejected log-probabilities, each (batch_size,).
+        `compute` gives a part's chosen and rejected log-probabilities, each (batch_size,). Each worker has a batch of
+        its own, and computes equally many: one that misses fewer computes others again.
         """
         missing = [index for index, key in enumerate(pair_keys(batch)) if key not in self.logps]
+        n_missing = len(missing)
+        missing += [0] * (workers.largest(n_missing) - n_missing)
         new = {}
         for part in split(take(batch, torch.tensor(missing))) if missing else []:
             chosen_logps, rejected_logps = compute(part)
             new |= zip(pair_keys(part), zip(chosen_logps.tolist(), rejected_logps.tolist(), strict=True), strict=True)
-        self.add(new)
-        return len(missing)
+        self.add({key: logps for of_worker in workers.gathered(new) for key, logps in of_worker.items()})
+        return n_missing
 
 
 def _checksum(keys: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
+import workers
 from checkpoints import CHECKSUMS, damage, read_tensors, tidy
 from configuration import flatten
+from placement import like
 from utils import UserError, rank0_print
 
 EXIT_CODE = 75  # of a run that a signal stopped; EX_TEMPFAIL of sysexits.h: try again later
@@ -65,9 +68,9 @@ class StopSignal:
         os.write(1, text.encode())  # print could be in the middle of something
 
     def check(self):
-        """Raises Stopped if a signal has come."""
-        if self.received is not None:
-            raise Stopped(self.received)
+        """Raises Stopped if a signal has come, to any worker; all must call it."""
+        if workers.largest(int(self.received is not None)):
+            raise Stopped(self.received or "a signal to another worker")
 
 
 def resume_command(run_dir: str) -> str:
@@ -87,24 +90,30 @@ def how_to_go_on(run_dir: str) -> str:
 # ---- random generators ----------------------------------------------------------------------------------------------
 
 
+def _gpus() -> list[int]:
+    """The GPUs whose random generators are this worker's."""
+    return [torch.cuda.current_device()] if dist.is_initialized() else list(range(torch.cuda.device_count()))
+
+
 def rng_states() -> dict:
-    """The states of all random generators, as tensors and plain values."""
+    """The states of this worker's random generators, as tensors and plain values."""
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _gpus()] if torch.cuda.is_available() else [],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
     }
 
 
 def set_rng_states(states: dict):
-    """Put all random generators where they were."""
+    """Put this worker's random generators where they were."""
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    else:
-        rank0_print(f"WARNING: {len(states['cuda'])} GPUs then, {torch.cuda.device_count()} now: samples will differ")
+    gpus = _gpus() if torch.cuda.is_available() else []
+    if len(states["cuda"]) != len(gpus):
+        rank0_print(f"WARNING: {len(states['cuda'])} GPUs then, {len(gpus)} now: samples will differ")
+    for gpu, state in zip(gpus, states["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, gpu)
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     random.setstate(states["python"])
@@ -233,7 +242,7 @@ def load_optimizer_state(
             raise ValueError("it was written with save_optimizer=false")
         if position["optimizer"] != config.optimizer:
             raise ValueError(f"it is of {position['optimizer']}")
-        optimizer.load_state_dict(read_tensors(path)["state"])
+        optimizer.load_state_dict(_as_placed(read_tensors(path, mmap=True)["state"], optimizer))
         scheduler.load_state_dict(read_tensors(os.path.join(checkpoint, "scheduler.pt"))["state"])
     except (ValueError, KeyError) as error:
         message = f"{checkpoint} holds no state for optimizer={config.optimizer}: {error}"
@@ -246,6 +255,21 @@ def load_optimizer_state(
         lr = config.lr * scale(scheduler.last_epoch)
         group.update({**config.optimizer_args, "initial_lr": config.lr, "lr": lr})
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def _as_placed(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """An optimizer's state dict with its tensors spread over the workers as the parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(parameters) != sum(len(group["params"]) for group in state["param_groups"]):
+        raise ValueError("it is of another number of parameters")
+    placed = {
+        number: {
+            key: like(parameters[number], value).clone() if isinstance(value, torch.Tensor) else value
+            for key, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": placed}
 
 
 @contextlib.contextmanager

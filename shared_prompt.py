@@ -133,10 +133,16 @@ def response_logps(
         whole_logits: take the logits from the whole model at every position: for models that do more to them than
             apply the output head.
     """
+    model = without_wrapper(model)
+    if hasattr(model, "within_forward"):  # it is sharded
+        return model.within_forward(_response_logps, model, rows, average_log_prob, whole_logits)
+    return _response_logps(model, rows, average_log_prob, whole_logits)
+
+
+def _response_logps(model: nn.Module, rows: Rows, average_log_prob: bool, whole_logits: bool) -> torch.Tensor:
     n_tokens = torch.bincount(rows.sequences, minlength=rows.n_sequences)  # (S,)
     device = model.get_input_embeddings().weight.device
     rows = rows.to(device)
-    model = without_wrapper(model)
     kwargs = {}
     if rows.segments is not None:
         additive = model.config._attn_implementation == "eager"  # SDPA takes booleans, under autocast nothing else
@@ -176,17 +182,23 @@ def token_logps(hidden_states: torch.Tensor, head: nn.Module, targets: torch.Ten
 # ---- cutting a batch into microbatches ------------------------------------------------------------------------------
 
 
-def microbatches(batch: dict, n_least: int, device: str, shared: bool) -> list[dict]:
+def microbatches(
+    batch: dict, n_least: int, device: str, shared: bool, agree: Callable[[int], int] = lambda n: n
+) -> list[dict]:
     """Cut a batch into microbatches, at least `n_least`, none with more than its `n_least`-th part of the examples.
 
     The examples are sorted by length first and cut where padding and the cost of one more microbatch come to least, so
-    a microbatch pads little. Together they hold each example once; weigh each by its number of examples.
+    a microbatch pads little. Together they hold each example once; weigh each by its number of examples. Where several
+    workers must make equally many, `agree` tells each the most that any of them makes.
     """
     parts = _part_lengths(batch)
     lengths = sum(parts) if shared else parts[0] + torch.stack(parts[1:]).amax(0)
     order = lengths.argsort(descending=True, stable=True)
     overhead = _MICROBATCH_OVERHEAD[device] / (1 if shared else len(parts) - 1)
     sizes = _cheapest_cuts(lengths[order].tolist(), max_size=len(order) // n_least, overhead=overhead)
+    for _ in range(agree(len(sizes)) - len(sizes)):
+        largest = sizes.index(max(sizes))
+        sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
     return [take(batch, indices) for indices in order.split(sizes)]
 
 

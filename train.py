@@ -1,19 +1,24 @@
 """Train a language model with SFT, DPO or IPO: `python train.py model=tiny datasets=[toy] loss=sft`."""
 
 import contextlib
-import functools
 import os
 import socket
 import sys
+from collections.abc import Iterator
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
+import workers
 from configuration import REPOSITORY, check_config, explain_hydra_error
 from resume import EXIT_CODE, Stopped, check_same_run, claimed, find_checkpoint, how_to_go_on, locate_run
-from utils import UserError, get_local_run_dir
+from utils import UserError, get_local_run_dir, on_rank0, rank0_print
+
+# asked for by HYDRA_FULL_ERROR=1, which `main` then sets for reasons of its own; workers ask their parent's
+SHOWS_TRACEBACK = os.environ.setdefault("DPO_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
 
 OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, replace=True)
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
@@ -34,18 +39,41 @@ def create_run_dir(config: DictConfig):
 
 
 def run(config: DictConfig):
-    """Check the config, load the models, train and save."""
+    """Check the config, then train: in this process, in several that it starts, or as one of a launcher's."""
     run_dir_given = "get_local_run_dir:" not in OmegaConf.to_container(config, resolve=False)["local_run_dir"]
     OmegaConf.resolve(config)
+    with contextlib.ExitStack() as stack:
+        if workers.is_launched():
+            stack.enter_context(workers.joined())
+        checkpoint = prepare(config, run_dir_given, stack) if on_rank0() else None
+        config, checkpoint = workers.from_first((config, checkpoint))
+        n = workers.n_workers(config)
+        if workers.is_launched() or config.trainer == "BasicTrainer":
+            train_from(config, checkpoint)
+            return
+        try:
+            workers.start(train_joined, n, config.fsdp_port, config, checkpoint)
+        except UserError as error:
+            error.add_note(how_to_go_on(config.local_run_dir))
+            raise
+
+
+def prepare(config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack) -> str | None:
+    """Check the config, claim the run directory for as long as `stack` is entered; returns what to go on from."""
     locate_run(config, run_dir_given)
     check_config(config)
-    with contextlib.ExitStack() as stack:
-        if os.path.isdir(config.local_run_dir):
-            stack.enter_context(claimed(config.local_run_dir))
-        checkpoint = find_checkpoint(config)
-        if config.resume is not None:
-            check_same_run(config, checkpoint)
-        print(OmegaConf.to_yaml(config))
+    if os.path.isdir(config.local_run_dir):
+        stack.enter_context(claimed(config.local_run_dir))
+    checkpoint = find_checkpoint(config)
+    if config.resume is not None:
+        check_same_run(config, checkpoint)
+    print(OmegaConf.to_yaml(config))
+    return checkpoint
+
+
+def train_joined(config: DictConfig, checkpoint: str | None):
+    """`train_from` in a worker that `run` has started."""
+    with explained(), workers.joined():
         train_from(config, checkpoint)
 
 
@@ -54,16 +82,23 @@ def train_from(config: DictConfig, checkpoint: str | None):
     import trainers
     from checkpoints import load_policy, load_reference
 
-    policy = load_policy(config)
-    reference_model = functools.partial(load_reference, config, policy)  # where one is needed
     trainer_class = getattr(trainers, config.trainer)
-    trainer = trainer_class(policy, config, config.seed, config.local_run_dir, reference_model=reference_model)
+    policy = load_policy(config, trainer_class.device_map) if workers.leads_machine() else None
+
+    def reference_model() -> nn.Module | None:  # where one is needed
+        copied = policy if trainer_class is trainers.BasicTrainer else None
+        return load_reference(config, copied, trainer_class.device_map) if workers.leads_machine() else None
+
+    trainer = trainer_class(
+        policy, config, config.seed, config.local_run_dir, reference_model, *workers.rank_and_world_size()
+    )
     if checkpoint is not None:  # now that the reference has been made of the starting weights
         trainer.resume(checkpoint)
     if trainer.is_complete:
-        print(f"This run is complete: {checkpoint}")
+        rank0_print(f"This run is complete: {checkpoint}")
         return
-    create_run_dir(config)
+    if on_rank0():
+        create_run_dir(config)
     try:
         with trainer.stop:
             trainer.train()
@@ -78,23 +113,36 @@ def with_free_keys(overrides: list[str]) -> list[str]:
     return [f"++{word}" if word.startswith(("optimizer_args", "lora")) else word for word in overrides]
 
 
-def main():
-    """Run under Hydra. A user's mistake ends with its message alone; HYDRA_FULL_ERROR=1 shows where it was noticed."""
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
-    sys.argv[1:] = with_free_keys(sys.argv[1:])
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Let a user's mistake, a lost connection or a signal end the process with a message, without a traceback."""
     try:
-        hydra.main(version_base="1.3", config_path="config", config_name="config")(run)()
+        yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        if full_error:
+        workers.hold_back(error)
+        if SHOWS_TRACEBACK:
             raise
         message = str(error) if isinstance(error, UserError) else explain_hydra_error(error)
         sys.exit("\n".join([f"error: {message}", *getattr(error, "__notes__", [])]))
     except Stopped as stopped:
-        print("\n".join([f"stopped by {stopped}", *stopped.__notes__]), file=sys.stderr)
+        rank0_print("\n".join([f"stopped by {stopped}", *stopped.__notes__]), file=sys.stderr)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except Exception as error:
+        workers.hold_back(error)
+        if SHOWS_TRACEBACK or not workers.lost_connection(error):
+            raise
+        message = "error: the connection to another worker broke off; what that worker has printed says why"
+        sys.exit("\n".join([message, *getattr(error, "__notes__", [])]))
+
+
+def main():
+    """Run under Hydra. A user's mistake ends with its message alone; HYDRA_FULL_ERROR=1 shows where it was noticed."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
+    sys.argv[1:] = with_free_keys(sys.argv[1:])
+    with explained():
+        hydra.main(version_base="1.3", config_path="config", config_name="config")(run)()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The training loop. A trainer for several devices overrides only where tensors live."""
+"""The training loop, and its trainers, which differ only in where tensors live."""
 
 import contextlib
 import math
@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
+import workers
 from checkpoints import delete_oldest, load_policy_state, load_tokenizer, point_latest, read_tensors, write_checkpoint
 from losses import LOSSES, _get_batch_logps, needs_reference, preference_loss  # noqa: F401 (re-exported)
+from placement import clip_gradient, fsdp_mesh, place, shard_fully, whole_state
 from preference_datasets import get_batch_iterator
 from references import (
     LogpsCache,
@@ -36,14 +39,17 @@ from resume import (
 )
 from run_logging import RunLog
 from shared_prompt import choose_rows, microbatches, response_logps, shared_rows
+from tensor_parallel import parallelize
 from utils import (
     UserError,
     concatenated_inputs,  # noqa: F401 (re-exported)
     get_block_class_from_model,
     get_local_dir,
     pad_to_length,
+    quiet,
     rank0_print,
     slice_and_move_batch_for_device,
+    take,
 )
 
 torch.backends.cuda.matmul.allow_tf32 = True
@@ -56,28 +62,32 @@ class BasicTrainer:
     they compute in turn.
     """
 
+    device_map = "balanced"  # where models are to be loaded
+
     def __init__(
         self,
-        policy: nn.Module,
+        policy: nn.Module | None,
         config: DictConfig,
         seed: int,
         run_dir: str,
-        reference_model: nn.Module | Callable[[], nn.Module] | None = None,
+        reference_model: nn.Module | Callable[[], nn.Module | None] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.policy = policy
+        """Of a machine's workers the first gives `policy` and `reference_model`, the others None and a function that
+        returns None."""
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
         self.loss = LOSSES[config.loss.name]
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
-        self.device = policy.get_input_embeddings().weight.device
+        self.policy = self.place_model(policy)
+        self.device = self.compute_device()
 
         self.tokenizer = load_tokenizer(config)
         self._check_fits_model()
         self._load_data()
         self.make_rows, self.whole_logits, why = choose_rows(
-            policy, self.eval_batches[0], config.shared_prompt, config.max_length
+            self.policy, self.eval_iterator.first(2), config.shared_prompt, config.max_length
         )
         rank0_print(f"Shared prompts: {why}")
         self.reference: Reference | None = None
@@ -85,7 +95,7 @@ class BasicTrainer:
         if needs_reference(config.loss):
             self._set_up_reference(reference_model)
         if config.activation_checkpointing:
-            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._make_optimizer()
         self.example_counter = self.batch_counter = 0  # training examples, optimizer steps
         self.eval_metrics: dict[str, float] = {}  # of the last evaluation
@@ -94,6 +104,30 @@ class BasicTrainer:
         self.checkpoint: dict | None = None  # what the run goes on from: the contents of its state.json
         self.is_complete = False
         self.run_log: RunLog | None = None
+
+    # ---- what a trainer may override -------------------------------------------------------------------------------
+
+    def place_model(self, model: nn.Module | None) -> nn.Module:
+        """Put a model where this trainer computes it."""
+        return model
+
+    def compute_device(self) -> torch.device:
+        """The device that batches go to."""
+        return self.policy.get_input_embeddings().weight.device
+
+    def data_shard(self) -> tuple[int, int]:
+        """Which part of each batch this worker computes, and of how many."""
+        return 0, 1
+
+    def clip_gradient(self) -> float:
+        """Scale the gradient down to `max_grad_norm` where it is larger; returns its norm before."""
+        return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
+
+    def stops_sampling(self) -> bool:
+        """Whether a signal asks for the end of generation, which is asked at every token."""
+        return self.stop.received is not None
+
+    # ---- setting up -------------------------------------------------------------------------------------------------
 
     def _check_fits_model(self):
         if self.config.model.block_name is not None:
@@ -121,6 +155,7 @@ class BasicTrainer:
             "silent": self.rank != 0,
             "cache_dir": get_local_dir(config.local_dirs),
             "paths": config.dataset_paths,
+            "part": self.data_shard(),
         }
         self.train_iterator = get_batch_iterator(
             **kwargs,
@@ -141,21 +176,23 @@ class BasicTrainer:
             batch_size=config.eval_batch_size,
             drop_last=False,
         )
-        self.eval_batches = list(self.eval_iterator)
+        self.eval_batches = [
+            {**batch, "number": self.eval_iterator.numbers(index)} for index, batch in enumerate(self.eval_iterator)
+        ]
         n_examples, available = self.eval_iterator.n_examples, self.eval_iterator.epoch_size
         repeats = f", drawn from {available} again and again" if n_examples > available else ""
         rank0_print(f"Evaluation data: {n_examples} examples in {len(self.eval_batches)} batches{repeats}")
         if config.sample_during_eval and config.n_eval_model_samples > n_examples:
             rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
 
-    def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module]):
+    def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None]):
         """Get the reference ready: a model, the policy under another adapter, or log-probabilities known beforehand."""
         if reference_model is None:
             raise ValueError(f"loss={self.config.loss.name} needs a reference_model")
         kind = choose_reference(self.config)
 
         def load() -> nn.Module:
-            return reference_model if isinstance(reference_model, nn.Module) else reference_model()
+            return self.place_model(reference_model if isinstance(reference_model, nn.Module) else reference_model())
 
         rank0_print(f"Reference: {kind}{', precomputed' if self.config.precompute_ref_log_probs else ''}")
         if not self.config.precompute_ref_log_probs:
@@ -188,11 +225,12 @@ class BasicTrainer:
         n_computed = 0
         for iterator, name in ((self.train_iterator, "training"), (self.eval_iterator, "evaluation")):
             with tqdm(
-                total=iterator.n_distinct, desc=f"Reference on {name} pairs", unit="pair", disable=None
+                total=iterator.n_distinct, desc=f"Reference on {name} pairs", unit="pair", disable=quiet()
             ) as progress:
-                for window in iterator.windows():
+                for window, n_pairs in iterator.windows():
                     n_computed += self.reference_cache.fill(window, compute, split)
-                    progress.update(len(window["prompt"]))
+                    progress.update(n_pairs)
+        n_computed = sum(workers.gathered(n_computed)) * self.data_shard()[1] // self.world_size
         rank0_print(
             f"Reference log-probabilities: {n_computed} computed, the others were in {self.reference_cache.directory}"
         )
@@ -269,15 +307,15 @@ class BasicTrainer:
         """
         position = self.checkpoint or {}
         for set_seed in (torch.manual_seed, np.random.seed, random.seed):
-            set_seed(self.seed)
-        if self.checkpoint is not None:
-            set_rng_states(position["rng_states"])
-        self.run_log = RunLog(self.config, self.run_dir, position.get("log_bytes"), position.get("wandb_run_id"))
+            set_seed((self.seed + self.data_shard()[0]) % 2**32)  # other samples for other prompts
+        self._set_rng_states(position.get("rng_states", []))
+        if self.rank == 0:
+            self.run_log = RunLog(self.config, self.run_dir, position.get("log_bytes"), position.get("wandb_run_id"))
         n_batches, n_done = self.train_iterator.n_batches, self.batch_counter
         batches = self.train_iterator.batches(skip=n_done)
-        with contextlib.closing(self.run_log):
+        with contextlib.closing(self.run_log) if self.run_log else contextlib.nullcontext():
             try:
-                for batch in tqdm(batches, "Training", n_batches, initial=n_done, unit="step", disable=None):
+                for batch in tqdm(batches, "Training", n_batches, initial=n_done, unit="step", disable=quiet()):
                     self._evaluate_and_save_where_due()
                     self.log("train", self.train_step(batch))
                     self.stop.check()
@@ -287,6 +325,13 @@ class BasicTrainer:
                 if self.saved_at != self.example_counter:
                     self.save()
                 raise
+
+    def _set_rng_states(self, states: list[dict]):
+        """Put the random generators where they were when a checkpoint was written, if there was this worker then."""
+        if states and len(states) != self.world_size:
+            rank0_print(f"WARNING: {len(states)} workers then, {self.world_size} now: samples will differ")
+        if self.rank < len(states):
+            set_rng_states(states[self.rank])
 
     def _evaluate_and_save_where_due(self):
         """Evaluate every `eval_every` examples, save every `save_every`; what has been done here is not done again."""
@@ -309,6 +354,7 @@ class BasicTrainer:
         microbatch_metrics = []
         for microbatch in self.microbatches(batch, self.config.gradient_accumulation_steps):
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, train=True)
+            # several workers' gradients are averaged
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
             microbatch_metrics.append(metrics)
 
@@ -329,18 +375,16 @@ class BasicTrainer:
 
     def microbatches(self, batch: dict, n_least: int) -> list[dict]:
         """The batch in parts of similar length; see `shared_prompt.microbatches`."""
-        return microbatches(batch, n_least, self.device.type, shared=self.make_rows is shared_rows)
-
-    def clip_gradient(self) -> float:
-        """Scale the gradient down to `max_grad_norm` where it is larger; returns its norm before."""
-        return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
+        shared = self.make_rows is shared_rows
+        return microbatches(batch, n_least, self.device.type, shared, agree=workers.largest)
 
     def _check_finite(self, where: str, prompts: list[str], **numbers: float):
         """Raises UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite."""
         if all(math.isfinite(number) for number in numbers.values()):
             return
         values = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        shown = "\n".join(f"  {prompt[-200:]!r}" for prompt in prompts)
+        all_prompts = [prompt for part in workers.gathered(prompts) for prompt in part]
+        shown = "\n".join(f"  {prompt[-200:]!r}" for prompt in dict.fromkeys(all_prompts))
         raise UserError(
             f"{where}: {values}; training can't go on. "
             f"The prompts of the batch end with:\n{shown}\n"
@@ -358,12 +402,14 @@ class BasicTrainer:
         """
         self.policy.eval()
         all_metrics = []
-        for batch in tqdm(self.eval_batches, "Computing eval metrics", leave=False, disable=None):
+        for batch in tqdm(self.eval_batches, "Computing eval metrics", leave=False, disable=quiet()):
             self.stop.check()
             batch_metrics = []
             for microbatch in self.microbatches(batch, n_least=1):
                 with torch.no_grad():
-                    batch_metrics.append(self.get_batch_metrics(microbatch, self.config.loss, train=False)[1])
+                    metrics = self.get_batch_metrics(microbatch, self.config.loss, train=False)[1]
+                counts = torch.tensor([number is not None for number in microbatch["number"]], device=self.device)
+                batch_metrics.append({key: values[counts] for key, values in metrics.items()})
             where, means = f"evaluation after {self.example_counter} examples", mean_metrics(batch_metrics)
             self._check_finite(where, batch["prompt"], loss=means["loss/eval"])
             all_metrics += batch_metrics
@@ -372,17 +418,19 @@ class BasicTrainer:
     def sample(self) -> list[dict]:
         """Samples for the first `n_eval_model_samples` evaluation prompts; see `RunLog.log` for their form."""
         self.policy.eval()
-        samples, missing = [], self.config.n_eval_model_samples
-        for batch in tqdm(self.eval_batches, "Generating samples", leave=False, disable=None):
+        samples, n_samples = [], self.config.n_eval_model_samples
+        n_batches = -(-n_samples // self.config.eval_batch_size)
+        for batch in tqdm(self.eval_batches[:n_batches], "Generating samples", leave=False, disable=quiet()):
             self.stop.check()
-            if missing <= 0:
-                break
-            batch = {key: value[:missing] for key, value in batch.items()}
-            missing -= len(batch["prompt"])
+            asked = [i for i, number in enumerate(batch["number"]) if number is not None and number < n_samples]
+            batch = take(batch, torch.tensor(asked or [0]))  # a worker with none of them keeps the others company
             texts = self.get_batch_samples(slice_and_move_batch_for_device(batch, 0, 1, self.device))
-            for model, model_texts in zip(("policy", "reference"), texts, strict=True):
-                for prompt, text in zip(batch["prompt"], model_texts, strict=False):  # no reference, no texts
-                    samples.append({"model": model, "prompt": prompt, "sample": text})
+            own = [
+                [{"model": model, "prompt": batch["prompt"][i], "sample": text} for i, text in enumerate(of_model)]
+                for model, of_model in zip(("policy", "reference"), texts, strict=True)
+            ]
+            parts = workers.gathered(own if asked else [[], []]) if self.data_shard()[1] > 1 else [own]
+            samples += [sample for of_model in zip(*parts, strict=True) for part in of_model for sample in part]
         return samples
 
     def get_batch_samples(self, batch: dict) -> tuple[list[str], list[str]]:
@@ -405,9 +453,8 @@ class BasicTrainer:
                 top_k=0,
                 top_p=1.0,
                 pad_token_id=self.tokenizer.pad_token_id,
-                stopping_criteria=[
-                    lambda ids, _: ids.new_full(ids.shape[:1], self.stop.received is not None, dtype=torch.bool)
-                ],
+                stopping_criteria=[lambda ids, _: ids.new_full(ids.shape[:1], self.stops_sampling(), dtype=torch.bool)],
+                synced_gpus=self.data_shard()[1] > 1,  # workers that are done go on with those that aren't
             )
         self.stop.check()
         output = pad_to_length(output, self.config.max_length, self.tokenizer.pad_token_id)
@@ -433,29 +480,39 @@ class BasicTrainer:
     def log(self, split: str, metrics: dict[str, float], samples: list[dict] | None = None):
         """Hand what happened to the run's log, with the counters as they now stand."""
         counters = {"counters/examples": self.example_counter, "counters/updates": self.batch_counter}
-        self.run_log.log(split, {**counters, **metrics}, samples or [])
+        if self.run_log is not None:
+            self.run_log.log(split, {**counters, **metrics}, samples or [])
 
     def save(self, output_dir: str | None = None, metrics: dict | None = None):
         """Write a checkpoint to `output_dir`, by default LATEST; with the metrics of the last evaluation."""
         if self.config.debug:
             rank0_print("skipping save in debug mode")
             return
-        names = ["policy", "optimizer", "scheduler"] if self.config.save_optimizer else ["policy"]
-        write_checkpoint(
-            output_dir or os.path.join(self.run_dir, "LATEST"),
-            self.policy,
-            self.tokenizer,
-            {name: getattr(self, name).state_dict() for name in names},
-            rng_states(),
-            self._position(self.eval_metrics if metrics is None else metrics),
-        )
+        policy_state = self.policy.state_dict()
+        if hasattr(self.policy, "peft_config"):
+            trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+            policy_state = {name: policy_state[name] for name in sorted(trained)}
+        states = {"policy": whole_state(policy_state)}
+        if self.config.save_optimizer:
+            states |= {"optimizer": whole_state(self.optimizer.state_dict()), "scheduler": self.scheduler.state_dict()}
+        all_rng_states = workers.gathered(rng_states())
+        if self.rank == 0:
+            write_checkpoint(
+                output_dir or os.path.join(self.run_dir, "LATEST"),
+                self.policy,
+                self.tokenizer,
+                states,
+                all_rng_states,
+                self._position(self.eval_metrics if metrics is None else metrics),
+            )
+        workers.wait()
 
     def _save_step(self):
         """Write step-N, make it the LATEST, delete those that `keep_checkpoints` lets go."""
         self.saved_at = self.example_counter
         name = f"step-{self.example_counter}"
         self.save(os.path.join(self.run_dir, name))
-        if not self.config.debug:
+        if not self.config.debug and self.rank == 0:
             point_latest(self.run_dir, name)
             delete_oldest(self.run_dir, self.config.keep_checkpoints, self.example_counter)
 
@@ -497,14 +554,61 @@ class BasicTrainer:
         rank0_print(f"Going on from {checkpoint}: {self.example_counter} examples, {self.batch_counter} steps")
         load_policy_state(checkpoint, self.policy)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
-        self.checkpoint = {**position, "rng_states": read_tensors(os.path.join(checkpoint, "rng.pt"))}
+        self.checkpoint = {**position, "rng_states": read_tensors(os.path.join(checkpoint, "rng.pt"))["workers"]}
 
 
 def mean_metrics(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Mean over the examples of several batches, for each metric; the one place where metrics leave the device."""
+    """Mean over the examples of several batches, all workers', for each metric; the one place where metrics leave the
+    device."""
     collected = defaultdict(list)
     for metrics in batches:
         for key, values in metrics.items():
             collected[key].append(values)
-    means = torch.stack([torch.cat(values).double().mean() for values in collected.values()])
-    return dict(zip(collected, means.tolist(), strict=True))
+    values = [torch.cat(values).double() for values in collected.values()]
+    sums_and_counts = torch.stack([torch.stack([v.sum(), v.new_tensor(len(v))]) for v in values])  # (metrics, 2)
+    sums, counts = workers.total(sums_and_counts).unbind(1)
+    return dict(zip(collected, (sums / counts).tolist(), strict=True))
+
+
+class FSDPTrainer(BasicTrainer):
+    """Trains in several processes, each of which computes a part of every batch and keeps a part of every tensor."""
+
+    device_map = "cpu"
+
+    def place_model(self, model: nn.Module | None) -> nn.Module:
+        mesh, options = fsdp_mesh(self.config.fsdp_replicate), self.config
+        return place(
+            model,
+            lambda skeleton: shard_fully(
+                skeleton, mesh, options.model.block_name, self.policy_mp, options.fsdp_cpu_offload
+            ),
+            on_cpu=options.fsdp_cpu_offload,
+        )
+
+    def compute_device(self) -> torch.device:
+        return workers.device()
+
+    def data_shard(self) -> tuple[int, int]:
+        return self.rank, self.world_size
+
+    def clip_gradient(self) -> float:
+        return clip_gradient(self.policy.parameters(), self.config.max_grad_norm)
+
+
+class TensorParallelTrainer(BasicTrainer):
+    """Trains in several processes that compute the same batches together, each its part of every layer."""
+
+    device_map = "cpu"
+
+    def place_model(self, model: nn.Module | None) -> nn.Module:
+        mesh = init_device_mesh(workers.device().type, (self.world_size,))
+        return place(model, lambda skeleton: parallelize(skeleton, mesh))
+
+    def compute_device(self) -> torch.device:
+        return workers.device()
+
+    def clip_gradient(self) -> float:
+        return clip_gradient(self.policy.parameters(), self.config.max_grad_norm)
+
+    def stops_sampling(self) -> bool:
+        return bool(workers.largest(int(super().stops_sampling())))  # all stop at the same token

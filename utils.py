@@ -27,10 +27,20 @@ def closest_match(name: str, options: Iterable[str]) -> str:
     return f" Did you mean {matches[0]}?" if matches else ""
 
 
+def on_rank0() -> bool:
+    """Whether this is the worker that writes and prints for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def rank0_print(*args, **kwargs):
     """Print, but only on rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if on_rank0():
         print(*args, **kwargs, flush=True)
+
+
+def quiet() -> bool | None:
+    """What tqdm is to be given as `disable`: on rank 0 a terminal decides, elsewhere no bar is shown."""
+    return None if on_rank0() else True
 
 
 def get_local_dir(prefixes_to_resolve: list[str]) -> str:
