@@ -59,7 +59,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 class _ByOutputs(ParallelStyle):
-    """Each worker computes its share of a linear layer's outputs: (..., I) to (..., O / workers), or to all if `gather`.
+    """Each worker computes its share of a linear layer's outputs: (..., I) to (..., O / workers), to all if `gather`.
 
     With `n_fused` layers in one, one's outputs after the other's, it computes its share of each.
     """
@@ -238,8 +238,8 @@ def _check_heads(model: nn.Module, n_workers: int) -> None:
         n_heads = getattr(config, name, None) or config.num_attention_heads
         if n_heads % n_workers:
             raise UserError(
-                f"tensor parallelism over {n_workers} workers can't split {type(model).__name__} with {name}={n_heads}: "
-                f"use a number of workers that divides {n_heads}, or {_REMEDY}"
+                f"tensor parallelism over {n_workers} workers can't split {type(model).__name__}, which has "
+                f"{name}={n_heads}: use a number of workers that divides {n_heads}, or {_REMEDY}"
             )
 
 
@@ -251,9 +251,9 @@ def _layer_styles(name: str, module: nn.Module, style: ParallelStyle, model: nn.
         copies = (f"{name}.modules_to_save.{adapter}" for adapter in module.modules_to_save)
         return dict.fromkeys([f"{name}.original_module", *copies], style)
     if getattr(module, "lora_A", None) and not module.lora_variant:
-        split, layer = ("lora_B", _ByOutputs) if isinstance(style, _ByOutputs) else ("lora_A", _ByInputs)
-        assert isinstance(style, layer)
-        return {f"{name}.base_layer": style, **{f"{name}.{split}.{a}": style for a in getattr(module, split)}}
+        half = "lora_B" if isinstance(style, _ByOutputs) else "lora_A"  # the other half is whole on every worker
+        return {f"{name}.base_layer": style, **{f"{name}.{half}.{adapter}": style for adapter in module.lora_A}}
     raise UserError(
-        f"tensor parallelism can't split the layer {name} of {type(model).__name__}, a {type(module).__name__}: {_REMEDY}"
+        f"tensor parallelism can't split {type(model).__name__}: its layer {name} is of the class "
+        f"{type(module).__module__}.{type(module).__name__}; {_REMEDY}"
     )
