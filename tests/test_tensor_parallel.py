@@ -3,6 +3,7 @@
 import copy
 import datetime
 import importlib
+import math
 import multiprocessing
 import os
 import re
@@ -21,7 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import profile
 
-from shared_prompt import padded_rows, response_logps, shared_rows
+import shared_prompt
+from shared_prompt import padded_rows, response_logps, shared_rows, token_logps
 from tensor_parallel import parallelize
 from utils import UserError
 
@@ -283,10 +285,48 @@ def check_training(mesh, name: str, optimizer: str):
 
 def check_autocast(mesh, name: str):
     models = both(mesh, name, torch.float32)
+    dtypes = {}, {}  # of what each module computes, in either model
+    for model, ours in zip(models, dtypes, strict=True):
+        for n, module in model.named_modules():
+            module.register_forward_hook(lambda _m, _i, out, n=n, ours=ours: ours.update({n: getattr(out, "dtype", 0)}))
     with torch.autocast("cpu", torch.bfloat16):
         dense, split = (outputs_and_gradients(model, "shared") for model in models)
+    assert {n: dtype for n, dtype in dtypes[0].items() if n in dtypes[1]} == dtypes[1]
+    assert torch.bfloat16 in dtypes[1].values()
     assert all(p.grad.dtype == torch.float32 for p in models[1].parameters())
     assert_same(split, dense, 0.05)
+
+
+def check_chunks(mesh, name: str):
+    """The head's chunks of a few tokens, whose logits are computed again in the backward pass."""
+    sizes = shared_prompt._CHUNK_BYTES["cpu"], shared_prompt._KEPT_LOGITS_BYTES
+    shared_prompt._CHUNK_BYTES["cpu"], shared_prompt._KEPT_LOGITS_BYTES = 4 * 61 * 5, 0
+    try:
+        check_equals_dense(mesh, name)
+    finally:
+        shared_prompt._CHUNK_BYTES["cpu"], shared_prompt._KEPT_LOGITS_BYTES = sizes
+
+
+def check_large_logits(mesh, name: str):
+    """Logits of some thousands, whose exponentials can't be represented, and log-probabilities alike."""
+    models = both(mesh, name)
+    for model in models:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1e3)
+    dense, split = (outputs_and_gradients(model, "padded") for model in models)
+    assert dense["logps"].max() < -1e3
+    assert_same(split, dense, 1e-9)
+
+
+def numbers_sent(mesh, name: str) -> tuple[int, int]:
+    """Tokens, and the size of all tensors that are gathered or summed to get log-probabilities from hidden states."""
+    _, split = both(mesh, name)
+    rows = padded_rows(BATCH)
+    hidden_states, head = torch.randn(len(rows.targets), 32).double(), split.get_output_embeddings()
+    with profile(record_shapes=True) as events, torch.no_grad():
+        token_logps(hidden_states, head, rows.targets, 61)
+    shapes = [e.input_shapes[0] for e in events.events() if e.name.startswith("_c10d_functional::all")]
+    return len(rows.targets), sum(math.prod(shape) for shape in shapes)
 
 
 def count_all_reduces(mesh, name: str) -> tuple[int, int]:
@@ -348,6 +388,22 @@ def test_autocast_equals_the_dense_models(run, name):
     run(check_autocast, name)
 
 
+@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
+def test_heads_chunks_that_are_computed_again_change_nothing(run, name):
+    run(check_chunks, name)
+
+
+@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
+def test_large_logits_do_not_overflow(run, name):
+    run(check_large_logits, name)
+
+
+@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
+def test_log_probabilities_take_three_numbers_a_token(run, name):
+    for n_tokens, n_sent in run(numbers_sent, name):
+        assert n_sent == 3 * n_tokens
+
+
 @pytest.mark.parametrize("run", [2], indirect=True)
 @pytest.mark.parametrize(("name", "n_backward"), [("gpt2", 2), ("gptj", 1), ("llama3", 2)])
 def test_a_block_takes_two_all_reduces_each_way(run, name, n_backward):
@@ -363,7 +419,11 @@ def test_a_block_takes_two_all_reduces_each_way(run, name, n_backward):
         ("six heads", None, "4 workers can't split .*, which has num_attention_heads=6: use .* divides 6, or use"),
         ("two key-value heads", None, "num_key_value_heads=2: use a number of workers that divides 2, or use"),
         ("no plan", None, "OPTForCausalLM has no plan for tensor parallelism; use trainer=FSDPTrainer"),
-        ("experts", None, "MixtralForCausalLM: its plan wants .*moe_tp_experts.*; use trainer=FSDPTrainer"),
+        (
+            "experts",
+            None,
+            r"Mixtral.*: .* wants .*rowwise for model\.layers\.\*\.mlp\.experts\.down_proj, moe_tp_experts for .*; use",
+        ),
         ("llama", {"use_dora": True}, "its layer model.layers.0.self_attn.q_proj is of the class peft.*Linear; "),
         (
             "llama",
