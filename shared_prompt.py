@@ -169,6 +169,8 @@ def token_logps(hidden_states: torch.Tensor, head: nn.Module, targets: torch.Ten
     recompute = torch.is_grad_enabled() and len(targets) * bytes_per_token > _KEPT_LOGITS_BYTES
 
     def chunk_logps(hidden_chunk: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
+        if hasattr(head, "token_logps"):  # split over workers by vocabulary: none needs all logits
+            return head.token_logps(hidden_chunk, target_chunk)
         logits = head(hidden_chunk)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -F.cross_entropy(logits, target_chunk.to(logits.device), reduction="none")

@@ -37,7 +37,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
     _check_heads(model, mesh.size())
     styles = {}
     for name, module in model.named_modules():
-        style = plan.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
+        style = plan.get(_pattern(name))
         styles |= _layer_styles(name, module, style, model) if style else {}
 
     names_of = {}  # of each parameter; tied ones have several
@@ -59,7 +59,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 class _ByOutputs(ParallelStyle):
-    """Each worker computes its share of a linear layer's outputs: (..., I) to (..., O / workers), or to all if `gather`.
+    """Each worker computes its share of a linear layer's outputs: (..., I) to (..., O / workers), to all if `gather`.
 
     With `n_fused` layers in one, one's outputs after the other's, it computes its share of each.
     """
@@ -76,14 +76,41 @@ class _ByOutputs(ParallelStyle):
         return module
 
     def _forward(self, module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
-        bias = None if module.bias is None else module.bias.to_local()
-        outputs = F.linear(_with_summed_gradient(inputs, mesh), _local_weight(module), bias)
+        outputs = self._share(module, mesh, inputs)
         if not self.gather:
             return outputs
         size = module.nf if isinstance(module, Conv1D) else module.out_features
         shape = (*outputs.shape[:-1], size)  # said, as the shares may differ
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(outputs, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride).full_tensor()
+
+    @staticmethod
+    def _share(module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
+        bias = None if module.bias is None else module.bias.to_local()
+        return F.linear(_with_summed_gradient(inputs, mesh), _local_weight(module), bias)
+
+
+class _Head(_ByOutputs):
+    """The output head: each worker computes the logits of its share of the vocabulary; called, it gives all of them.
+
+    Its `token_logps(hidden_states, targets)`, (N, H) and (N,) to (N,), does without: three numbers a token are sent.
+    """
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        module.token_logps = partial(self._token_logps, module, mesh)
+        return super()._apply(module, mesh)
+
+    def _token_logps(self, module: nn.Linear, mesh: DeviceMesh, hidden_states: torch.Tensor, targets: torch.Tensor):
+        logits = self._share(module, mesh, hidden_states)  # (N, V / workers)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        place = targets - _first_token(module.out_features, mesh)
+        is_here = (place >= 0) & (place < logits.shape[1])
+        target_logits = logits.gather(1, torch.where(is_here, place, 0)[:, None])[:, 0].masked_fill(~is_here, 0)
+
+        local = logits.logsumexp(1)  # (N,); the workers' are added without overflow
+        largest = DTensor.from_local(local.detach(), mesh, [Partial("max")], run_check=False).full_tensor()
+        target_logits, normalizers = _sum(torch.stack([target_logits, (local - largest).exp()]), mesh)
+        return target_logits - largest - normalizers.log()
 
 
 class _ByInputs(ParallelStyle):
@@ -183,13 +210,12 @@ def _first_token(vocab_size: int, mesh: DeviceMesh) -> int:
 _STYLES = {
     "colwise": _ByOutputs(),
     "colwise_gather_output": _ByOutputs(gather=True),
-    "colwise_rep": _ByOutputs(gather=True),
     "rowwise": _ByInputs(),
     "rowwise_split_input": _ByInputs(split_inputs=True),
-    "rowwise_rep": _ByInputs(split_inputs=True),
     "embedding_rowwise": _ByVocabulary(),
     "replicated_with_grad_allreduce": _InsideHeads(),
-    "fused_qkv": _ByOutputs(n_fused=3),  # ours; the others are transformers'
+    "fused_qkv": _ByOutputs(n_fused=3),  # these two are ours, the others transformers'
+    "head": _Head(gather=True),
 }
 
 _PLANS = {  # of the models that transformers has none for
@@ -220,12 +246,19 @@ def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
     plan = dict(_PLANS.get(model.config.model_type) or model.tp_plan)
     names = {module: name for name, module in model.named_modules()}
     plan[names[model.get_input_embeddings()]] = "embedding_rowwise"
-    plan[names[model.get_output_embeddings()]] = "colwise_gather_output"
-    if unknown := sorted(set(plan.values()) - set(_STYLES)):
+    plan[names[model.get_output_embeddings()]] = "head"
+    bare = {_pattern(name) for name, _ in model.named_parameters()}  # parameters that the plan splits without a layer
+    unknown = [f"{style} for {name}" for name, style in plan.items() if style not in _STYLES or name in bare]
+    if unknown:
         raise UserError(
             f"tensor parallelism can't split {type(model).__name__}: its plan wants {', '.join(unknown)}; {_REMEDY}"
         )
     return {name: _STYLES[style] for name, style in plan.items()}
+
+
+def _pattern(name: str) -> str:
+    """The name of a module or parameter with * for the block's number."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _check_heads(model: nn.Module, n_workers: int) -> None:
@@ -238,8 +271,8 @@ def _check_heads(model: nn.Module, n_workers: int) -> None:
         n_heads = getattr(config, name, None) or config.num_attention_heads
         if n_heads % n_workers:
             raise UserError(
-                f"tensor parallelism over {n_workers} workers can't split {type(model).__name__} with {name}={n_heads}: "
-                f"use a number of workers that divides {n_heads}, or {_REMEDY}"
+                f"tensor parallelism over {n_workers} workers can't split {type(model).__name__}, which has "
+                f"{name}={n_heads}: use a number of workers that divides {n_heads}, or {_REMEDY}"
             )
 
 
@@ -251,9 +284,9 @@ def _layer_styles(name: str, module: nn.Module, style: ParallelStyle, model: nn.
         copies = (f"{name}.modules_to_save.{adapter}" for adapter in module.modules_to_save)
         return dict.fromkeys([f"{name}.original_module", *copies], style)
     if getattr(module, "lora_A", None) and not module.lora_variant:
-        split, layer = ("lora_B", _ByOutputs) if isinstance(style, _ByOutputs) else ("lora_A", _ByInputs)
-        assert isinstance(style, layer)
-        return {f"{name}.base_layer": style, **{f"{name}.{split}.{a}": style for a in getattr(module, split)}}
+        half = "lora_B" if isinstance(style, _ByOutputs) else "lora_A"  # the other half is whole on every worker
+        return {f"{name}.base_layer": style, **{f"{name}.{half}.{adapter}": style for adapter in module.lora_A}}
     raise UserError(
-        f"tensor parallelism can't split the layer {name} of {type(model).__name__}, a {type(module).__name__}: {_REMEDY}"
+        f"tensor parallelism can't split {type(model).__name__}: its layer {name} is of the class "
+        f"{type(module).__module__}.{type(module).__name__}; {_REMEDY}"
     )

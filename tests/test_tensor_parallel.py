@@ -1,0 +1,437 @@
+"""Models split over workers against the same models whole: real processes, 2 and 4, in float64."""
+
+import copy
+import datetime
+import importlib
+import math
+import multiprocessing
+import os
+import re
+import sys
+import traceback
+from multiprocessing.connection import wait
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from peft import LoraConfig, get_peft_model
+from test_shared_prompt import SMALL, DoubleTorch, assert_same, make_batch, make_model
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.profiler import profile
+
+import shared_prompt
+from shared_prompt import padded_rows, response_logps, shared_rows, token_logps
+from tensor_parallel import parallelize
+from utils import UserError
+
+N_WORKERS = (2, 4)
+TIMEOUT = 60  # seconds
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+ALL_HEADS = {**SIZES, "num_key_value_heads": 8}
+GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 64}
+CONFIGS = {  # the vocabulary of 61 can't be dealt out evenly
+    "gpt2": transformers.GPT2Config(**SMALL, **GPT2_SIZES),
+    "gpt2_untied": transformers.GPT2Config(**SMALL, **GPT2_SIZES, tie_word_embeddings=False),
+    "gptj": transformers.GPTJConfig(**SMALL, **GPT2_SIZES, rotary_dim=4),
+    "gpt_neox": transformers.GPTNeoXConfig(**SMALL, **SIZES),
+    "llama": transformers.LlamaConfig(**SMALL, **ALL_HEADS),
+    "llama3": transformers.LlamaConfig(**{**SMALL, "pad_token_id": 7}, **SIZES),
+    "qwen3": transformers.Qwen3Config(**SMALL, **SIZES, head_dim=8, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SMALL, **SIZES, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**SMALL, **SIZES, sliding_window=None),
+    "phi3": transformers.Phi3Config(**SMALL, **SIZES),
+}
+ODD_CONFIGS = {
+    "six heads": transformers.LlamaConfig(**SMALL, **{**ALL_HEADS, "hidden_size": 24, "num_attention_heads": 6}),
+    "two key-value heads": transformers.LlamaConfig(**SMALL, **{**SIZES, "num_key_value_heads": 2}),
+    "no plan": transformers.OPTConfig(
+        **SMALL, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32
+    ),
+    "experts": transformers.MixtralConfig(**SMALL, **SIZES, num_local_experts=2),
+}
+BATCH = make_batch((9, 4, 7), (3, 6, 2), (12, 1, 5))
+TOLERANCE = 1e-10
+ALL = [(n_workers, name) for n_workers in N_WORKERS for name in CONFIGS]
+MOST = [*((2, name) for name in ("gpt2", "gptj", "gpt_neox", "llama3", "qwen3", "phi3")), (4, "gpt2"), (4, "qwen3")]
+SOME = [(2, "qwen3"), (4, "gpt2")]
+MODEL_MODULES = [  # most compute parts in float32, whatever their dtype
+    f"transformers.models.{name}.modeling_{name}"
+    for name in ("gpt2", "gptj", "gpt_neox", "llama", "qwen3", "qwen2", "mistral", "phi3")
+]
+
+
+# ---- the workers ----------------------------------------------------------------------------------------------------
+
+
+class Workers:
+    """Four processes, of which the first two or all run functions of their mesh."""
+
+    def __init__(self, store: str):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, *MODEL_MODULES])
+        self.pipes, self.processes = [], []
+        for rank in range(max(N_WORKERS)):
+            ours, theirs = context.Pipe()
+            self.processes.append(context.Process(target=work, args=(theirs, rank, store), daemon=True))
+            self.processes[-1].start()
+            self.pipes.append(ours)
+
+    def run(self, n_workers: int, function, *args, **kwargs) -> list:
+        """What `function(mesh, ...)` returns on each worker; it fails here if it does on any."""
+        for pipe in self.pipes[:n_workers]:
+            pipe.send((n_workers, function, args, kwargs))
+        results, missing = {}, self.pipes[:n_workers]
+        while missing:
+            ready = wait(missing, TIMEOUT)
+            assert ready, f"{function.__name__}: no answer in {TIMEOUT} seconds"
+            for pipe in ready:
+                error, results[pipe] = pipe.recv()
+                assert error is None, error
+                missing.remove(pipe)
+        return list(results.values())
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def work(pipe, rank: int, store: str):
+    """Answer each (n_workers, function, args, kwargs) with (error, result)."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    n_processes = max(N_WORKERS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_processes, timeout=timeout)
+    meshes = {n_workers: DeviceMesh("cpu", list(range(n_workers))) for n_workers in N_WORKERS}
+    for name in MODEL_MODULES:
+        importlib.import_module(name).torch = DoubleTorch()
+    while True:
+        n_workers, function, args, kwargs = pipe.recv()
+        try:
+            pipe.send((None, function(meshes[n_workers], *args, **kwargs)))
+        except Exception:
+            pipe.send((traceback.format_exc(), None))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """A list of the workers that run now, if any; where a function failed, some may wait for others and are killed."""
+    pool = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for what the workers are forked from
+        yield pool
+    for workers in pool:
+        workers.stop()
+
+
+@pytest.fixture
+def run(request, pool, tmp_path):
+    """Run a function in a number of processes."""
+
+    def run_in_all(function, *args, **kwargs) -> list:
+        if not pool:
+            pool.append(Workers(f"{tmp_path}/store"))
+        try:
+            return pool[0].run(request.param, function, *args, **kwargs)
+        except BaseException:
+            pool.pop().stop()
+            raise
+
+    return run_in_all
+
+
+# ---- what they compare ----------------------------------------------------------------------------------------------
+
+
+def both(mesh, name: str, dtype=torch.float64) -> tuple[nn.Module, nn.Module]:
+    """The same model whole and split."""
+    models = make_model(CONFIGS[name], dtype), make_model(CONFIGS[name], dtype)
+    parallelize(models[1], mesh)
+    return models
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def outputs_and_gradients(model: nn.Module, rows: str) -> dict[str, torch.Tensor]:
+    """The batch's log-probabilities, or all logits, and the gradient of a random weighting of them."""
+    if rows == "logits":
+        outputs = model(BATCH["chosen_input_ids"], attention_mask=BATCH["chosen_attention_mask"]).logits
+    else:
+        outputs = response_logps(model, {"padded": padded_rows, "shared": shared_rows}[rows](BATCH))
+    model.zero_grad()
+    (outputs * torch.rand(outputs.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    gradients = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return {"logps": outputs.detach(), **gradients}
+
+
+def check_equals_dense(mesh, name: str, checkpointing: bool = False):
+    models = both(mesh, name)
+    for model in models if checkpointing else ():
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for rows in ("logits", "padded", "shared"):
+        dense, split = (outputs_and_gradients(model, rows) for model in models)
+        assert split.keys() == {"logps", *(n for n, _ in models[0].named_parameters())}
+        assert_same(split, dense, TOLERANCE)
+
+
+def check_parameters(mesh, name: str):
+    """From meta tensors to values and back, bit for bit; each worker holds its share alone."""
+    dense = make_model(CONFIGS[name])
+    split = copy.deepcopy(dense)
+    on_meta = {p: nn.Parameter(p.to("meta")) for p in split.parameters()}
+    for module in split.modules():
+        module._parameters.update({n: on_meta[p] for n, p in module._parameters.items() if p is not None})
+    parallelize(split, mesh)
+    values, given = dense.state_dict(), {}
+    for name_of, parameter in split.named_parameters(remove_duplicate=False):
+        assert parameter.is_meta
+        value = values[name_of]
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        owner, _, attribute = name_of.rpartition(".")
+        setattr(split.get_submodule(owner), attribute, given.setdefault(parameter, nn.Parameter(value)))
+
+    tied = dense.get_input_embeddings().weight is dense.get_output_embeddings().weight
+    assert (split.get_input_embeddings().weight is split.get_output_embeddings().weight) == tied
+    assert [n for n, _ in split.named_parameters()] == [n for n, _ in dense.named_parameters()]
+    assert list(split.state_dict()) == list(values)
+    assert all(torch.equal(full(value), values[n]) for n, value in split.state_dict().items())
+
+    for name_of, parameter in split.named_parameters():
+        if isinstance(parameter, DTensor):
+            kept = parameter.to_local().untyped_storage().nbytes() / parameter.itemsize
+            assert kept <= parameter.numel() / mesh.size() * 1.1 or "embed" in name_of
+        else:
+            assert parameter.ndim == 1 or name_of == "transformer.wpe.weight"  # norms and biases after a sum
+    ids = BATCH["chosen_input_ids"]
+    assert torch.allclose(split(ids).logits, dense(ids).logits, rtol=TOLERANCE)
+
+
+def check_generation(mesh, name: str):
+    dense, split = both(mesh, name)
+    prompt = BATCH["chosen_input_ids"][:, :5]
+    for sampling in ({"do_sample": False}, {"do_sample": True, "top_k": 20}):
+        texts = []
+        for model in (dense, split):
+            torch.manual_seed(3)
+            mask = torch.ones_like(prompt)
+            texts.append(model.generate(prompt, attention_mask=mask, max_new_tokens=6, pad_token_id=0, **sampling))
+        assert torch.equal(*texts)
+        assert len(texts[0].unique()) > 4
+    with torch.no_grad():
+        logits = split(prompt).logits
+    everyones = [torch.empty_like(logits) for _ in range(mesh.size())]
+    dist.all_gather(everyones, logits, group=mesh.get_group())
+    assert all(torch.equal(logits, other) for other in everyones)
+
+
+def with_adapters(model: nn.Module, name: str) -> nn.Module:
+    """The model with two adapters in every linear layer of its blocks, none of them zero."""
+    torch.manual_seed(4)
+    config = LoraConfig(r=3, target_modules="all-linear", fan_in_fan_out=name.startswith("gpt2"))
+    model = get_peft_model(model, config)
+    model.add_adapter("reference", config)
+    for n, parameter in model.named_parameters():
+        if "lora_" in n:
+            nn.init.normal_(parameter, 0, 0.3)
+    return model
+
+
+def check_adapters(mesh, name: str):
+    models = [with_adapters(make_model(CONFIGS[name]), name) for _ in range(2)]
+    parallelize(models[1], mesh)
+    n_split = sum(isinstance(p, DTensor) for n, p in models[1].named_parameters() if "lora_" in n)
+    assert 2 * n_split == sum("lora_" in n for n, _ in models[1].named_parameters())
+    outputs = []
+    for adapter in ("default", "reference"):
+        for model in models:
+            model.set_adapter(adapter)
+        dense, split = (outputs_and_gradients(model, "shared") for model in models)
+        assert len(split) > 1
+        assert all(adapter in n for n in split if n != "logps")
+        assert_same(split, dense, TOLERANCE)
+        outputs.append(split["logps"])
+    with models[0].disable_adapter(), models[1].disable_adapter(), torch.no_grad():
+        dense, split = (response_logps(model, padded_rows(BATCH)) for model in models)
+        outputs.append(split)
+        assert torch.allclose(split, dense, rtol=TOLERANCE)
+    assert len({round(float(logps[0]), 3) for logps in outputs}) == 3
+
+
+def check_training(mesh, name: str, optimizer: str):
+    """Three steps, gradients added up over two microbatches."""
+    models = both(mesh, name)
+    for model in models:
+        update = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            for rows_of in (padded_rows, shared_rows):
+                (response_logps(model, rows_of(BATCH)) * torch.linspace(-1, 1, 6)).sum().backward()
+            update.step()
+            update.zero_grad()
+    start = dict(make_model(CONFIGS[name]).named_parameters())
+    dense, split = ({n: full(p).detach() - start[n] for n, p in model.named_parameters()} for model in models)
+    assert all(value.abs().max() > 1e-3 for value in split.values())
+    assert_same(split, dense, 1e-6)  # RMSprop and Adam divide by gradients near zero
+
+
+def check_autocast(mesh, name: str):
+    models = both(mesh, name, torch.float32)
+    dtypes = {}, {}  # of what each module computes, in either model
+    for model, ours in zip(models, dtypes, strict=True):
+        for n, module in model.named_modules():
+            module.register_forward_hook(lambda _m, _i, out, n=n, ours=ours: ours.update({n: getattr(out, "dtype", 0)}))
+    with torch.autocast("cpu", torch.bfloat16):
+        dense, split = (outputs_and_gradients(model, "shared") for model in models)
+    assert {n: dtype for n, dtype in dtypes[0].items() if n in dtypes[1]} == dtypes[1]
+    assert torch.bfloat16 in dtypes[1].values()
+    assert all(p.grad.dtype == torch.float32 for p in models[1].parameters())
+    assert_same(split, dense, 0.05)
+
+
+def check_chunks(mesh, name: str):
+    """The head's chunks of a few tokens, whose logits are computed again in the backward pass."""
+    sizes = shared_prompt._CHUNK_BYTES["cpu"], shared_prompt._KEPT_LOGITS_BYTES
+    shared_prompt._CHUNK_BYTES["cpu"], shared_prompt._KEPT_LOGITS_BYTES = 4 * 61 * 5, 0
+    try:
+        check_equals_dense(mesh, name)
+    finally:
+        shared_prompt._CHUNK_BYTES["cpu"], shared_prompt._KEPT_LOGITS_BYTES = sizes
+
+
+def check_large_logits(mesh, name: str):
+    """Logits of some thousands, whose exponentials can't be represented, and log-probabilities alike."""
+    models = both(mesh, name)
+    for model in models:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1e3)
+    dense, split = (outputs_and_gradients(model, "padded") for model in models)
+    assert dense["logps"].max() < -1e3
+    assert_same(split, dense, 1e-9)
+
+
+def numbers_sent(mesh, name: str) -> tuple[int, int]:
+    """Tokens, and the size of all tensors that are gathered or summed to get log-probabilities from hidden states."""
+    _, split = both(mesh, name)
+    rows = padded_rows(BATCH)
+    hidden_states, head = torch.randn(len(rows.targets), 32).double(), split.get_output_embeddings()
+    with profile(record_shapes=True) as events, torch.no_grad():
+        token_logps(hidden_states, head, rows.targets, 61)
+    shapes = [e.input_shapes[0] for e in events.events() if e.name.startswith("_c10d_functional::all")]
+    return len(rows.targets), sum(math.prod(shape) for shape in shapes)
+
+
+def count_all_reduces(mesh, name: str) -> tuple[int, int]:
+    """Of the model without its head, forward and backward."""
+    _, split = both(mesh, name)
+    with profile() as forward:
+        hidden_states = split.base_model(BATCH["chosen_input_ids"])[0]
+    with profile() as backward:
+        hidden_states.sum().backward()
+    return tuple(sum(e.name == "_c10d_functional::all_reduce" for e in p.events()) for p in (forward, backward))
+
+
+def error_of(mesh, name: str, adapter: dict | None = None) -> str:
+    model = transformers.AutoModelForCausalLM.from_config((CONFIGS | ODD_CONFIGS)[name])
+    if adapter is not None:
+        model = get_peft_model(model, LoraConfig(**adapter))
+    try:
+        parallelize(model, mesh)
+    except UserError as error:
+        return str(error)
+
+
+# ---- the tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("run", "name"), ALL, indirect=["run"])
+def test_outputs_and_gradients_equal_the_dense_models(run, name):
+    run(check_equals_dense, name)
+
+
+@pytest.mark.parametrize(("run", "name"), MOST, indirect=["run"])
+def test_activation_checkpointing_changes_nothing(run, name):
+    run(check_equals_dense, name, checkpointing=True)
+
+
+@pytest.mark.parametrize(("run", "name"), ALL, indirect=["run"])
+def test_parameters_convert_both_ways_and_are_shared_out(run, name):
+    run(check_parameters, name)
+
+
+@pytest.mark.parametrize(("run", "name"), MOST, indirect=["run"])
+def test_generation_equals_the_dense_models(run, name):
+    run(check_generation, name)
+
+
+@pytest.mark.parametrize(("run", "name"), MOST, indirect=["run"])
+def test_adapters_equal_the_dense_models(run, name):
+    run(check_adapters, name)
+
+
+@pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW"])
+@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
+def test_training_equals_the_dense_models(run, name, optimizer):
+    run(check_training, name, optimizer)
+
+
+@pytest.mark.parametrize(("run", "name"), MOST, indirect=["run"])
+def test_autocast_equals_the_dense_models(run, name):
+    run(check_autocast, name)
+
+
+@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
+def test_heads_chunks_that_are_computed_again_change_nothing(run, name):
+    run(check_chunks, name)
+
+
+@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
+def test_large_logits_do_not_overflow(run, name):
+    run(check_large_logits, name)
+
+
+@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
+def test_log_probabilities_take_three_numbers_a_token(run, name):
+    for n_tokens, n_sent in run(numbers_sent, name):
+        assert n_sent == 3 * n_tokens
+
+
+@pytest.mark.parametrize("run", [2], indirect=True)
+@pytest.mark.parametrize(("name", "n_backward"), [("gpt2", 2), ("gptj", 1), ("llama3", 2)])
+def test_a_block_takes_two_all_reduces_each_way(run, name, n_backward):
+    """The embedding takes one more. GPT-J's attention and MLP read the same hidden states."""
+    n_layers = 2
+    assert set(run(count_all_reduces, name)) == {(2 * n_layers + 1, n_backward * n_layers)}
+
+
+@pytest.mark.parametrize("run", [4], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "adapter", "message"),
+    [
+        ("six heads", None, "4 workers can't split .*, which has num_attention_heads=6: use .* divides 6, or use"),
+        ("two key-value heads", None, "num_key_value_heads=2: use a number of workers that divides 2, or use"),
+        ("no plan", None, "OPTForCausalLM has no plan for tensor parallelism; use trainer=FSDPTrainer"),
+        (
+            "experts",
+            None,
+            r"Mixtral.*: .* wants .*rowwise for model\.layers\.\*\.mlp\.experts\.down_proj, moe_tp_experts for .*; use",
+        ),
+        ("llama", {"use_dora": True}, "its layer model.layers.0.self_attn.q_proj is of the class peft.*Linear; "),
+        (
+            "llama",
+            {"target_modules": ["embed_tokens"]},
+            "its layer model.embed_tokens is of the class peft.*Embedding; ",
+        ),
+    ],
+)
+def test_what_cannot_be_split_is_an_error_that_says_what_to_do(run, name, adapter, message):
+    for error in run(error_of, name, adapter):
+        assert re.search(message, error)
