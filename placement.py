@@ -113,7 +113,7 @@ def shard_fully(
         mesh=mesh,
         reshard_after_forward=True,  # the root's too, or it would stay gathered after an evaluation
         mp_policy=MixedPrecisionPolicy(policy_mp, reduce_dtype=torch.promote_types(model.dtype, torch.float32)),
-        offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+        offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     )
     model = without_wrapper(model)  # whose forward is what generation calls, too
     for block in _blocks(model, block_name):
@@ -152,14 +152,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_state(state: dict) -> dict:
-    """A state dict with whole tensors, in the CPU's memory of the first worker; the others get the rest. All must
-    call it."""
+    """A state dict with whole tensors, those that were spread in the CPU's memory of the first worker; the others get
+    the rest. All must call it. What is one tensor under two names stays so."""
+    collected: dict[int, torch.Tensor | None] = {}
 
     def collect(value: object) -> object:
         if not isinstance(value, DTensor):
-            return value
-        full = value.full_tensor()  # one at a time, so that no GPU need hold all
-        return full.cpu() if dist.get_rank() == 0 else None
+            return value.detach() if isinstance(value, torch.Tensor) else value
+        if id(value) not in collected:
+            full = value.detach().full_tensor()  # one at a time, so that no GPU need hold all
+            collected[id(value)] = full.cpu() if dist.get_rank() == 0 else None
+        return collected[id(value)]
 
     return tree_map(collect, state)
 

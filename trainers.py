@@ -488,7 +488,7 @@ class BasicTrainer:
         if self.config.debug:
             rank0_print("skipping save in debug mode")
             return
-        policy_state = self.policy.state_dict()
+        policy_state = dict(self.policy.state_dict(keep_vars=True))
         if hasattr(self.policy, "peft_config"):
             trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
             policy_state = {name: policy_state[name] for name in sorted(trained)}
