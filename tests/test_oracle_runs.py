@@ -56,9 +56,7 @@ TOGETHER += [
 
 
 @pytest.mark.parametrize(("name", "n_workers", "variant"), [*ALONE, *TOGETHER])
-def test_run_gives_the_numbers_of_the_original(
-    name, n_workers, variant, launcher, oracle_model, sft_archive, tmp_path
-):
+def test_run_gives_the_numbers_of_the_original(name, n_workers, variant, launcher, oracle_model, sft_archive, tmp_path):
     run = figures(f"run_{name}")
     start = [] if name == "sft" else [f"model.archive={sft_archive}"]
     overrides = [*oracle_model, *overrides_of(run), *start, *variant.split(), f"local_run_dir={tmp_path}/run"]
