@@ -132,9 +132,7 @@ def explained() -> Iterator[None]:
     except Exception as error:
         is_consequence = workers.lost_connection(error)
         if is_consequence and workers.leads_machine():
-            message = (
-                f"error: another worker is gone ({str(error)[:200]}); what it or its launcher printed says why"
-            )
+            message = f"error: another worker is gone ({str(error)[:200]}); what it or its launcher printed says why"
             print("\n".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         workers.hold_back(error)
         if SHOWS_TRACEBACK or not is_consequence:

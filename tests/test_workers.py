@@ -196,6 +196,11 @@ def test_a_worker_that_waits_in_vain_notices_that_another_is_gone(start, tmp_pat
         (["trainer=TensorParallelTrainer", "fsdp_replicate=2"], 2, "fsdp_replicate=2: only trainer=FSDPTrainer has"),
         (["fsdp_cpu_offload=true"], 1, "fsdp_cpu_offload=True: only trainer=FSDPTrainer has"),
         (["fsdp_port=29500"], 1, "fsdp_port=29500: trainer=BasicTrainer starts no workers"),
+        (
+            ["trainer=FSDPTrainer", "optimizer=Rprop"],
+            2,
+            "optimizer=Rprop: PyTorch's can't train tensors that are spread",
+        ),
         (["trainer=TensorParallelTrainer"], 3, "num_attention_heads=4"),
     ],
     ids=str,
