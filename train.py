@@ -83,11 +83,12 @@ def train_from(config: DictConfig, checkpoint: str | None):
     from checkpoints import load_policy, load_reference
 
     trainer_class = getattr(trainers, config.trainer)
-    policy = load_policy(config, trainer_class.device_map) if workers.leads_machine() else None
+    device_map = trainer_class.placement_class.device_map
+    policy = load_policy(config, device_map) if workers.leads_machine() else None
+    copied = policy if device_map == "balanced" else None  # on its way to several workers the policy is emptied
 
     def reference_model() -> nn.Module | None:  # where one is needed
-        copied = policy if trainer_class is trainers.BasicTrainer else None
-        return load_reference(config, copied, trainer_class.device_map) if workers.leads_machine() else None
+        return load_reference(config, copied, device_map) if workers.leads_machine() else None
 
     trainer = trainer_class(
         policy, config, config.seed, config.local_run_dir, reference_model, *workers.rank_and_world_size()
