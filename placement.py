@@ -9,6 +9,7 @@ import functools
 import io
 import pickle
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ class Placement:
 
     device_map = "balanced"  # where models are to be loaded
     data_shard = 0, 1  # which part of each batch this worker computes, and of how many
+    optimizer_args: ClassVar[dict] = {}  # for optimizers that take them
 
     def __init__(self, config: DictConfig):
         self.config = config
@@ -84,6 +86,8 @@ class FullySharded(_Spread):
 
 class TensorParallel(_Spread):
     """All of every batch and a part of every layer on each worker."""
+
+    optimizer_args: ClassVar[dict] = {"foreach": False}  # some parameters are DTensors, others not: no list holds both
 
     def __init__(self, config: DictConfig):
         super().__init__(config)

@@ -254,7 +254,7 @@ def load_optimizer_state(
     scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
     for group, scale in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         lr = config.lr * scale(scheduler.last_epoch)
-        group.update({**config.optimizer_args, "initial_lr": config.lr, "lr": lr})
+        group.update({**optimizer.defaults, "initial_lr": config.lr, "lr": lr})
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 

@@ -1,6 +1,7 @@
 """The training loop, and its trainers, which differ only in where tensors live."""
 
 import contextlib
+import inspect
 import math
 import os
 import random
@@ -93,7 +94,7 @@ class BasicTrainer:
         if needs_reference(config.loss):
             self._set_up_reference(reference_model)
         if config.activation_checkpointing:
-            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self._make_optimizer()
         self.example_counter = self.batch_counter = 0  # training examples, optimizer steps
         self.eval_metrics: dict[str, float] = {}  # of the last evaluation
@@ -178,8 +179,11 @@ class BasicTrainer:
         config = self.config
         rank0_print(f"Using {config.optimizer} optimizer")
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        optimizer_class = getattr(torch.optim, config.optimizer)
+        accepted = inspect.signature(optimizer_class).parameters
+        args = {name: value for name, value in self.placement.optimizer_args.items() if name in accepted}
         try:
-            self.optimizer = getattr(torch.optim, config.optimizer)(parameters, lr=config.lr, **config.optimizer_args)
+            self.optimizer = optimizer_class(parameters, lr=config.lr, **{**args, **config.optimizer_args})
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer={config.optimizer} optimizer_args={config.optimizer_args}: {error}") from error
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
