@@ -31,6 +31,9 @@ _MAY_BE_NULL = ("n_epochs", "n_examples")
 _TYPES_OF_NULL = dict.fromkeys(("n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints"), int)
 
 
+_WHOLE_TENSORS_ONLY = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
+
+
 def default_config() -> dict[str, object]:
     """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}."""
     flat = flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
@@ -224,6 +227,11 @@ def _check_workers(config: DictConfig):
         raise UserError(f"world_size={n}: this machine has {torch.cuda.device_count()} GPUs, one for each worker")
     if config.model.load_in_4bit and trainer != "BasicTrainer":
         raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use BasicTrainer")
+    if config.optimizer in _WHOLE_TENSORS_ONLY and trainer != "BasicTrainer":
+        raise UserError(
+            f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
+            f"trainer={trainer} does; use BasicTrainer or another optimizer"
+        )
     n_parts = n * config.gradient_accumulation_steps
     if trainer == "FSDPTrainer" and config.batch_size % n_parts != 0:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Models whose tensors are spread over the workers: fully sharded (FSDP2), and what is told of DTensors in general.
+"""Where a trainer's tensors live: in one process, fully sharded over several (FSDP2), or split by layers (DTensor).
 
 A model is read by each machine's first worker alone. The others get its skeleton, a copy without weights; every worker
 splits that, and takes its share of one parameter after another as the first worker sends them. So no machine holds more
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -25,7 +26,75 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._pytree import tree_map
 
 import workers
+from tensor_parallel import parallelize
 from utils import UserError, without_wrapper
+
+# ---- what a trainer leaves to its placement -------------------------------------------------------------------------
+
+
+class Placement:
+    """All in this process; where there are several GPUs, the layers have been spread over them as they were loaded."""
+
+    device_map = "balanced"  # where models are to be loaded
+    data_shard = 0, 1  # which part of each batch this worker computes, and of how many
+
+    def __init__(self, config: DictConfig):
+        self.config = config
+
+    def place(self, model: nn.Module | None) -> nn.Module:
+        """Put a model where it is to be computed."""
+        return model
+
+    def device(self, policy: nn.Module) -> torch.device:
+        """Where batches go."""
+        return policy.get_input_embeddings().weight.device
+
+    def clip_gradient(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+        """Scale the gradient down to `max_norm` where it is larger; returns its norm before."""
+        return nn.utils.clip_grad_norm_(parameters, max_norm).item()
+
+    def stops_sampling(self, asked: bool) -> bool:
+        """Whether generation is to end at this token, as it was `asked` to."""
+        return asked
+
+
+class _Spread(Placement):
+    device_map = "cpu"
+
+    def device(self, policy: nn.Module) -> torch.device:
+        return workers.device()
+
+    def clip_gradient(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+        return clip_gradient(parameters, max_norm)
+
+
+class FullySharded(_Spread):
+    """A part of every batch and of every tensor on each worker."""
+
+    def __init__(self, config: DictConfig):
+        super().__init__(config)
+        self.data_shard = workers.rank_and_world_size()
+        self.mesh = fsdp_mesh(config.fsdp_replicate)
+
+    def place(self, model: nn.Module | None) -> nn.Module:
+        options, offload = self.config.model, self.config.fsdp_cpu_offload
+        policy_mp = getattr(torch, options.policy_mp) if options.policy_mp else None
+        return place(model, lambda m: shard_fully(m, self.mesh, options.block_name, policy_mp, offload), offload)
+
+
+class TensorParallel(_Spread):
+    """All of every batch and a part of every layer on each worker."""
+
+    def __init__(self, config: DictConfig):
+        super().__init__(config)
+        self.mesh = init_device_mesh(workers.device().type, (dist.get_world_size(),))
+
+    def place(self, model: nn.Module | None) -> nn.Module:
+        return place(model, lambda m: parallelize(m, self.mesh))
+
+    def stops_sampling(self, asked: bool) -> bool:
+        return bool(workers.largest(int(asked)))  # all at the same token
+
 
 # ---- spreading a model ----------------------------------------------------------------------------------------------
 
@@ -113,7 +182,7 @@ def shard_fully(
         mesh=mesh,
         reshard_after_forward=True,  # the root's too, or it would stay gathered after an evaluation
         mp_policy=MixedPrecisionPolicy(policy_mp, reduce_dtype=torch.promote_types(model.dtype, torch.float32)),
-        offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+        offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     )
     model = without_wrapper(model)  # whose forward is what generation calls, too
     for block in _blocks(model, block_name):
@@ -152,14 +221,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_state(state: dict) -> dict:
-    """A state dict with whole tensors, in the CPU's memory of the first worker; the others get the rest. All must
-    call it."""
+    """A state dict with whole tensors, those that were spread in the CPU's memory of the first worker; the others get
+    the rest. All must call it. What is one tensor under two names stays so."""
+    collected: dict[int, torch.Tensor | None] = {}
 
     def collect(value: object) -> object:
         if not isinstance(value, DTensor):
-            return value
-        full = value.full_tensor()  # one at a time, so that no GPU need hold all
-        return full.cpu() if dist.get_rank() == 0 else None
+            return value.detach() if isinstance(value, torch.Tensor) else value
+        if id(value) not in collected:
+            full = value.detach().full_tensor()  # one at a time, so that no GPU need hold all
+            collected[id(value)] = full.cpu() if dist.get_rank() == 0 else None
+        return collected[id(value)]
 
     return tree_map(collect, state)
 

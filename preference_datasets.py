@@ -1,4 +1,4 @@
-"""Datasets of preferences: loading, tokenization, batch order.
+"""Datasets of preferences: loading them, and the order of their batches.
 
 **To train on your own data, add a function like `get_hh` here and its name to `DATASETS`.**
 """
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.element import PreformattedString
-from torch.nn.utils.rnn import pad_sequence
+from omegaconf import DictConfig
 from tqdm import tqdm
 
+from tokenization import get_collate_fn, tokenize_batch, tokenize_batch_element  # noqa: F401 (re-exported)
 from toy_dataset import get_toy
-from utils import UserError, closest_match, prefetched
+from utils import UserError, closest_match, get_local_dir, prefetched, rank0_print
 
 # Where a named dataset is loaded from unless `dataset_paths` says otherwise: ids on the Hugging Face hub.
 HUB_IDS = {
@@ -285,94 +286,6 @@ def _check_no_eos(prompts: list[Prompt], eos_token: str):
                 )
 
 
-def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, list | torch.Tensor]]:
-    """A function that turns a list of tokenized examples into a batch.
-
-    Lists of ids, masks and labels become tensors of shape (batch_size, longest): prompts padded on the left (for
-    sampling), all else on the right. Strings are passed through as lists.
-    """
-    pad_values = {"_input_ids": tokenizer.pad_token_id, "_attention_mask": 0, "_labels": -100}
-
-    def collate_fn(examples: list[dict]) -> dict[str, list | torch.Tensor]:
-        batch = {}
-        for key in examples[0]:
-            suffix = next((suffix for suffix in pad_values if key.endswith(suffix)), None)
-            values = [example[key] for example in examples]
-            if suffix is None:
-                batch[key] = values
-            else:
-                side = "left" if key.startswith("prompt") else "right"
-                tensors = [torch.tensor(value, dtype=torch.long) for value in values]
-                batch[key] = pad_sequence(tensors, True, pad_values[suffix], padding_side=side)
-        return batch
-
-    return collate_fn
-
-
-def tokenize_batch(
-    examples: list[tuple[str, str, str, str]], tokenizer, max_length: int, max_prompt_length: int
-) -> list[dict]:
-    """Tokenize several (prompt, chosen, rejected, truncation_mode), all their texts in one call of the tokenizer.
-
-    The longer of an example's two sequences decides for both how they are cut: if prompt and response exceed
-    `max_length` tokens, the prompt is cut to `max_prompt_length` ('keep_start' or 'keep_end' of it); if they still do,
-    the responses are cut to `max_length - max_prompt_length`. A response ends with the end-of-sequence token unless it
-    was cut. Labels are the sequence's ids with -100 over the prompt.
-
-    Raises: UserError if a text contains the end-of-sequence token.
-    """
-    texts = [text for example in examples for text in example[:3]]
-    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return [
-        _element(example, [next(ids) for _ in range(3)], tokenizer.eos_token_id, max_length, max_prompt_length)
-        for example in examples
-    ]
-
-
-def tokenize_batch_element(
-    prompt: str, chosen: str, rejected: str, truncation_mode: str, tokenizer, max_length: int, max_prompt_length: int
-) -> dict:
-    """Tokenize a single pair; see `tokenize_batch`."""
-    return tokenize_batch([(prompt, chosen, rejected, truncation_mode)], tokenizer, max_length, max_prompt_length)[0]
-
-
-def _element(
-    example: tuple[str, str, str, str], ids: list[list[int]], eos_token_id: int, max_length: int, max_prompt_length: int
-) -> dict:
-    prompt, chosen, rejected, truncation_mode = example
-    for text, tokens in zip(example, ids, strict=False):
-        if eos_token_id in tokens:
-            raise UserError(f"a text contains the tokenizer's end-of-sequence token: {text!r:.200}")
-
-    prompt_ids, *response_ids = ids
-    longer_response_length = max(len(tokens) for tokens in response_ids) + 1
-    if len(prompt_ids) + longer_response_length > max_length:
-        if truncation_mode not in ("keep_start", "keep_end"):
-            raise ValueError(f"unknown truncation mode {truncation_mode!r}; there are keep_start and keep_end")
-        prompt_ids = (
-            prompt_ids[:max_prompt_length] if truncation_mode == "keep_start" else prompt_ids[-max_prompt_length:]
-        )
-    response_length = None
-    if len(prompt_ids) + longer_response_length > max_length:
-        response_length = max_length - max_prompt_length
-
-    element = {
-        "prompt": prompt,
-        "chosen": prompt + chosen,
-        "rejected": prompt + rejected,
-        "chosen_response_only": chosen,
-        "rejected_response_only": rejected,
-    }
-    for side, tokens in zip(("chosen", "rejected"), response_ids, strict=True):
-        tokens = [*tokens, eos_token_id][:response_length]
-        element[f"{side}_input_ids"] = prompt_ids + tokens
-        element[f"{side}_attention_mask"] = [1] * (len(prompt_ids) + len(tokens))
-        element[f"{side}_labels"] = [-100] * len(prompt_ids) + tokens
-    element["prompt_input_ids"] = prompt_ids
-    element["prompt_attention_mask"] = [1] * len(prompt_ids)
-    return element
-
-
 def numbers_of_part(n_examples: int, part: tuple[int, int]) -> list[int | None]:
     """Which of a batch's examples are in part (index, count) of it, equally many in each; None where there are no more
     and the last one is taken again."""
@@ -526,3 +439,34 @@ def get_batch_iterator(
             "make batch_size smaller or add data"
         )
     return batches
+
+
+def open_batches(
+    config: DictConfig, tokenizer, sft_mode: bool, seed: int, part: tuple[int, int], silent: bool
+) -> tuple[BatchIterator, BatchIterator]:
+    """The training and the evaluation batches that a config asks for; see `get_batch_iterator`."""
+    kwargs = {
+        "names": config.datasets,
+        "tokenizer": tokenizer,
+        "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length,
+        "sft_mode": sft_mode,
+        "seed": seed,
+        "silent": silent,
+        "cache_dir": get_local_dir(config.local_dirs),
+        "paths": config.dataset_paths,
+        "part": part,
+    }
+    train = get_batch_iterator(
+        **kwargs, split="train", n_epochs=config.n_epochs, n_examples=config.n_examples, batch_size=config.batch_size
+    )
+    rank0_print(
+        f"Training data: {train.epoch_size} examples an epoch in batches of {config.batch_size}; "
+        f"the {train.n_left_out} that fill no whole batch are left out of it; {train.n_batches} steps in all"
+    )
+    test = get_batch_iterator(
+        **kwargs, split="test", n_examples=config.n_eval_examples, batch_size=config.eval_batch_size, drop_last=False
+    )
+    repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
+    rank0_print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}")
+    return train, test

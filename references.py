@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import workers
 from placement import whole
+from preference_datasets import BatchIterator
 from utils import UserError, get_local_dir, on_rank0, quiet, rank0_print, take
 
 REFERENCE_ADAPTER = "reference"  # the name of the frozen adapter beside the trained one, "default"
@@ -204,21 +205,42 @@ class LogpsCache:
         values = torch.tensor([self.logps[key] for key in pair_keys(batch)], dtype=torch.float64).to(device, dtype)
         return values[:, 0], values[:, 1]
 
-    def fill(self, batch: dict, compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]], split: Callable) -> int:
-        """Add what is missing of a batch's pairs, computed in the parts that `split` makes; returns how many that were.
+    def fill(
+        self,
+        iterators: dict[str, BatchIterator],
+        compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]],
+        split: Callable[[dict], list[dict]],
+    ):
+        """Add what is missing of all pairs that the iterators' batches draw on.
 
-        `compute` gives a part's chosen and rejected log-probabilities, each (batch_size,). Each worker has a batch of
-        its own, and computes equally many: one that misses fewer computes others again.
+        Args:
+            iterators: with a name for each.
+            compute: a part's chosen and rejected log-probabilities, each (batch_size,).
+            split: a batch in the parts to compute.
+        """
+        n_computed = 0
+        for name, iterator in iterators.items():
+            with tqdm(
+                total=iterator.n_distinct, desc=f"Reference on {name} pairs", unit="pair", disable=quiet()
+            ) as progress:
+                for window, n_pairs in iterator.windows():
+                    n_computed += self.fill_batch(window, compute, split)
+                    progress.update(n_pairs)
+        rank0_print(f"Reference log-probabilities: {n_computed} computed, the others were in {self.directory}")
+
+    def fill_batch(self, batch: dict, compute: Callable, split: Callable) -> int:
+        """Add what is missing of a batch's pairs; returns how many different ones that were.
+
+        Workers that have parts of a batch compute equally many: one that misses fewer computes others again.
         """
         missing = [index for index, key in enumerate(pair_keys(batch)) if key not in self.logps]
-        n_missing = len(missing)
-        missing += [0] * (workers.largest(n_missing) - n_missing)
-        new = {}
+        missing += [0] * (workers.largest(len(missing)) - len(missing))
+        new, n_before = {}, len(self.logps)
         for part in split(take(batch, torch.tensor(missing))) if missing else []:
             chosen_logps, rejected_logps = compute(part)
             new |= zip(pair_keys(part), zip(chosen_logps.tolist(), rejected_logps.tolist(), strict=True), strict=True)
         self.add({key: logps for of_worker in workers.gathered(new) for key, logps in of_worker.items()})
-        return n_missing
+        return len(self.logps) - n_before
 
 
 def _checksum(keys: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:

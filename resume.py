@@ -76,7 +76,8 @@ class StopSignal:
 def resume_command(run_dir: str) -> str:
     """The command that goes on with this run."""
     words = [word for word in sys.argv[1:] if not word.lstrip("+").startswith(("resume=", "local_run_dir="))]
-    return shlex.join(["python", sys.argv[0], *words, f"resume={run_dir}"])
+    command = shlex.join([sys.argv[0], *words, f"resume={run_dir}"])
+    return f"{'the launcher with' if workers.by_launcher() else 'python'} {command}"
 
 
 def how_to_go_on(run_dir: str) -> str:

@@ -83,11 +83,12 @@ def train_from(config: DictConfig, checkpoint: str | None):
     from checkpoints import load_policy, load_reference
 
     trainer_class = getattr(trainers, config.trainer)
-    policy = load_policy(config, trainer_class.device_map) if workers.leads_machine() else None
+    device_map = trainer_class.placement_class.device_map
+    policy = load_policy(config, device_map) if workers.leads_machine() else None
+    copied = policy if device_map == "balanced" else None  # on its way to several workers the policy is emptied
 
     def reference_model() -> nn.Module | None:  # where one is needed
-        copied = policy if trainer_class is trainers.BasicTrainer else None
-        return load_reference(config, copied, trainer_class.device_map) if workers.leads_machine() else None
+        return load_reference(config, copied, device_map) if workers.leads_machine() else None
 
     trainer = trainer_class(
         policy, config, config.seed, config.local_run_dir, reference_model, *workers.rank_and_world_size()
@@ -130,11 +131,14 @@ def explained() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except Exception as error:
+        is_consequence = workers.lost_connection(error)
+        if is_consequence and workers.leads_machine():
+            message = f"error: another worker is gone ({str(error)[:200]}); what it or its launcher printed says why"
+            print("\n".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         workers.hold_back(error)
-        if SHOWS_TRACEBACK or not workers.lost_connection(error):
+        if SHOWS_TRACEBACK or not is_consequence:
             raise
-        message = "error: the connection to another worker broke off; what that worker has printed says why"
-        sys.exit("\n".join([message, *getattr(error, "__notes__", [])]))
+        sys.exit(1)
 
 
 def main():

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 import workers
 from checkpoints import delete_oldest, load_policy_state, load_tokenizer, point_latest, read_tensors, write_checkpoint
 from losses import LOSSES, _get_batch_logps, needs_reference, preference_loss  # noqa: F401 (re-exported)
-from placement import clip_gradient, fsdp_mesh, place, shard_fully, whole_state
-from preference_datasets import get_batch_iterator
+from placement import FullySharded, Placement, TensorParallel, whole_state
+from preference_datasets import open_batches
 from references import (
     LogpsCache,
     Reference,
@@ -38,14 +37,12 @@ from resume import (
     versions,
 )
 from run_logging import RunLog
+from sampling import generate
 from shared_prompt import choose_rows, microbatches, response_logps, shared_rows
-from tensor_parallel import parallelize
 from utils import (
     UserError,
     concatenated_inputs,  # noqa: F401 (re-exported)
     get_block_class_from_model,
-    get_local_dir,
-    pad_to_length,
     quiet,
     rank0_print,
     slice_and_move_batch_for_device,
@@ -62,7 +59,7 @@ class BasicTrainer:
     they compute in turn.
     """
 
-    device_map = "balanced"  # where models are to be loaded
+    placement_class = Placement
 
     def __init__(
         self,
@@ -80,8 +77,9 @@ class BasicTrainer:
         self.rank, self.world_size = rank, world_size
         self.loss = LOSSES[config.loss.name]
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
-        self.policy = self.place_model(policy)
-        self.device = self.compute_device()
+        self.placement = self.placement_class(config)
+        self.policy = self.placement.place(policy)
+        self.device = self.placement.device(self.policy)
 
         self.tokenizer = load_tokenizer(config)
         self._check_fits_model()
@@ -105,28 +103,6 @@ class BasicTrainer:
         self.is_complete = False
         self.run_log: RunLog | None = None
 
-    # ---- what a trainer may override -------------------------------------------------------------------------------
-
-    def place_model(self, model: nn.Module | None) -> nn.Module:
-        """Put a model where this trainer computes it."""
-        return model
-
-    def compute_device(self) -> torch.device:
-        """The device that batches go to."""
-        return self.policy.get_input_embeddings().weight.device
-
-    def data_shard(self) -> tuple[int, int]:
-        """Which part of each batch this worker computes, and of how many."""
-        return 0, 1
-
-    def clip_gradient(self) -> float:
-        """Scale the gradient down to `max_grad_norm` where it is larger; returns its norm before."""
-        return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm).item()
-
-    def stops_sampling(self) -> bool:
-        """Whether a signal asks for the end of generation, which is asked at every token."""
-        return self.stop.received is not None
-
     # ---- setting up -------------------------------------------------------------------------------------------------
 
     def _check_fits_model(self):
@@ -143,45 +119,15 @@ class BasicTrainer:
             raise UserError(f"max_length={self.config.max_length}: the model has only {n_positions} positions")
 
     def _load_data(self):
-        """Open the training batches and load all evaluation batches."""
-        config = self.config
-        kwargs = {
-            "names": config.datasets,
-            "tokenizer": self.tokenizer,
-            "max_length": config.max_length,
-            "max_prompt_length": config.max_prompt_length,
-            "sft_mode": not self.loss.needs_pairs,
-            "seed": self.seed,
-            "silent": self.rank != 0,
-            "cache_dir": get_local_dir(config.local_dirs),
-            "paths": config.dataset_paths,
-            "part": self.data_shard(),
-        }
-        self.train_iterator = get_batch_iterator(
-            **kwargs,
-            split="train",
-            n_epochs=config.n_epochs,
-            n_examples=config.n_examples,
-            batch_size=config.batch_size,
-        )
-        rank0_print(
-            f"Training data: {self.train_iterator.epoch_size} examples an epoch in batches of {config.batch_size}; the "
-            f"{self.train_iterator.n_left_out} that fill no whole batch are left out of it; "
-            f"{self.train_iterator.n_batches} steps in all"
-        )
-        self.eval_iterator = get_batch_iterator(
-            **kwargs,
-            split="test",
-            n_examples=config.n_eval_examples,
-            batch_size=config.eval_batch_size,
-            drop_last=False,
+        """Open the training batches and load all evaluation batches, of each this worker's part."""
+        config, sft_mode = self.config, not self.loss.needs_pairs
+        self.train_iterator, self.eval_iterator = open_batches(
+            config, self.tokenizer, sft_mode, self.seed, self.placement.data_shard, silent=self.rank != 0
         )
         self.eval_batches = [
             {**batch, "number": self.eval_iterator.numbers(index)} for index, batch in enumerate(self.eval_iterator)
         ]
-        n_examples, available = self.eval_iterator.n_examples, self.eval_iterator.epoch_size
-        repeats = f", drawn from {available} again and again" if n_examples > available else ""
-        rank0_print(f"Evaluation data: {n_examples} examples in {len(self.eval_batches)} batches{repeats}")
+        n_examples = self.eval_iterator.n_examples
         if config.sample_during_eval and config.n_eval_model_samples > n_examples:
             rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
 
@@ -192,7 +138,8 @@ class BasicTrainer:
         kind = choose_reference(self.config)
 
         def load() -> nn.Module:
-            return self.place_model(reference_model if isinstance(reference_model, nn.Module) else reference_model())
+            model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
+            return self.placement.place(model)
 
         rank0_print(f"Reference: {kind}{', precomputed' if self.config.precompute_ref_log_probs else ''}")
         if not self.config.precompute_ref_log_probs:
@@ -222,18 +169,8 @@ class BasicTrainer:
         def split(batch: dict) -> list[dict]:
             return self.microbatches(batch, n_least=-(-len(batch["prompt"]) // config.eval_batch_size))
 
-        n_computed = 0
-        for iterator, name in ((self.train_iterator, "training"), (self.eval_iterator, "evaluation")):
-            with tqdm(
-                total=iterator.n_distinct, desc=f"Reference on {name} pairs", unit="pair", disable=quiet()
-            ) as progress:
-                for window, n_pairs in iterator.windows():
-                    n_computed += self.reference_cache.fill(window, compute, split)
-                    progress.update(n_pairs)
-        n_computed = sum(workers.gathered(n_computed)) * self.data_shard()[1] // self.world_size
-        rank0_print(
-            f"Reference log-probabilities: {n_computed} computed, the others were in {self.reference_cache.directory}"
-        )
+        iterators = {"training": self.train_iterator, "evaluation": self.eval_iterator}
+        self.reference_cache.fill(iterators, compute, split)
         self.reference = None  # and out of memory
 
     def _make_optimizer(self):
@@ -307,7 +244,7 @@ class BasicTrainer:
         """
         position = self.checkpoint or {}
         for set_seed in (torch.manual_seed, np.random.seed, random.seed):
-            set_seed((self.seed + self.data_shard()[0]) % 2**32)  # other samples for other prompts
+            set_seed((self.seed + self.placement.data_shard[0]) % 2**32)  # other samples for other prompts
         self._set_rng_states(position.get("rng_states", []))
         if self.rank == 0:
             self.run_log = RunLog(self.config, self.run_dir, position.get("log_bytes"), position.get("wandb_run_id"))
@@ -358,7 +295,7 @@ class BasicTrainer:
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
             microbatch_metrics.append(metrics)
 
-        grad_norm = self.clip_gradient()
+        grad_norm = self.placement.clip_gradient(self.policy.parameters(), self.config.max_grad_norm)
         metrics = mean_metrics(microbatch_metrics)
         where = f"step {self.batch_counter + 1} (after {self.example_counter} examples)"
         self._check_finite(where, batch["prompt"], loss=metrics["loss/train"], grad_norm=grad_norm)
@@ -429,7 +366,7 @@ class BasicTrainer:
                 [{"model": model, "prompt": batch["prompt"][i], "sample": text} for i, text in enumerate(of_model)]
                 for model, of_model in zip(("policy", "reference"), texts, strict=True)
             ]
-            parts = workers.gathered(own if asked else [[], []]) if self.data_shard()[1] > 1 else [own]
+            parts = workers.gathered(own if asked else [[], []]) if self.placement.data_shard[1] > 1 else [own]
             samples += [sample for of_model in zip(*parts, strict=True) for part in of_model for sample in part]
         return samples
 
@@ -442,23 +379,13 @@ class BasicTrainer:
             return policy_samples, self._generate(model, batch)
 
     def _generate(self, model: nn.Module, batch: dict) -> list[str]:
-        prompt_ids = batch["prompt_input_ids"]
-        with torch.no_grad():
-            output = model.generate(
-                prompt_ids,
-                attention_mask=batch["prompt_attention_mask"],
-                max_new_tokens=self.config.max_length - prompt_ids.shape[1],
-                do_sample=True,
-                temperature=1.0,  # from the policy itself, whatever its generation config says
-                top_k=0,
-                top_p=1.0,
-                pad_token_id=self.tokenizer.pad_token_id,
-                stopping_criteria=[lambda ids, _: ids.new_full(ids.shape[:1], self.stops_sampling(), dtype=torch.bool)],
-                synced_gpus=self.data_shard()[1] > 1,  # workers that are done go on with those that aren't
-            )
+        def stops() -> bool:
+            return self.placement.stops_sampling(self.stop.received is not None)
+
+        in_step = self.placement.data_shard[1] > 1
+        texts = generate(model, self.tokenizer, batch, self.config.max_length, stops, in_step)
         self.stop.check()
-        output = pad_to_length(output, self.config.max_length, self.tokenizer.pad_token_id)
-        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return texts
 
     def evaluate_and_log(self):
         """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint.
@@ -488,7 +415,7 @@ class BasicTrainer:
         if self.config.debug:
             rank0_print("skipping save in debug mode")
             return
-        policy_state = self.policy.state_dict()
+        policy_state = dict(self.policy.state_dict(keep_vars=True))
         if hasattr(self.policy, "peft_config"):
             trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
             policy_state = {name: policy_state[name] for name in sorted(trained)}
@@ -573,42 +500,10 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 class FSDPTrainer(BasicTrainer):
     """Trains in several processes, each of which computes a part of every batch and keeps a part of every tensor."""
 
-    device_map = "cpu"
-
-    def place_model(self, model: nn.Module | None) -> nn.Module:
-        mesh, options = fsdp_mesh(self.config.fsdp_replicate), self.config
-        return place(
-            model,
-            lambda skeleton: shard_fully(
-                skeleton, mesh, options.model.block_name, self.policy_mp, options.fsdp_cpu_offload
-            ),
-            on_cpu=options.fsdp_cpu_offload,
-        )
-
-    def compute_device(self) -> torch.device:
-        return workers.device()
-
-    def data_shard(self) -> tuple[int, int]:
-        return self.rank, self.world_size
-
-    def clip_gradient(self) -> float:
-        return clip_gradient(self.policy.parameters(), self.config.max_grad_norm)
+    placement_class = FullySharded
 
 
 class TensorParallelTrainer(BasicTrainer):
     """Trains in several processes that compute the same batches together, each its part of every layer."""
 
-    device_map = "cpu"
-
-    def place_model(self, model: nn.Module | None) -> nn.Module:
-        mesh = init_device_mesh(workers.device().type, (self.world_size,))
-        return place(model, lambda skeleton: parallelize(skeleton, mesh))
-
-    def compute_device(self) -> torch.device:
-        return workers.device()
-
-    def clip_gradient(self) -> float:
-        return clip_gradient(self.policy.parameters(), self.config.max_grad_norm)
-
-    def stops_sampling(self) -> bool:
-        return bool(workers.largest(int(super().stops_sampling())))  # all stop at the same token
+    placement_class = TensorParallel

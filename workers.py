@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -28,20 +29,20 @@ from utils import UserError
 _TIMEOUT = datetime.timedelta(hours=2)
 # A worker whose error may be the consequence of another's, or the same, holds it back for so long (seconds): whoever
 # started the workers ends them as soon as the first has ended.
-_SAME_ERROR_DELAY, _LOST_CONNECTION_DELAY = 2.0, 5.0
+_SAME_ERROR_DELAY, _LOST_CONNECTION_DELAY = 5.0, 5.0
+_GRACE_PERIOD = 1.0  # seconds that workers get to end by themselves once one has failed
+_SIGN_OF_LIFE_INTERVAL = 5.0  # seconds
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_launched() -> bool:
-    """Whether a launcher has made this process one of several.
+    """Whether a launcher has made this process one of several."""
+    return "RANK" in os.environ
 
-    Raises: UserError if only some of the variables that say so are set.
-    """
-    given = [name for name in _VARIABLES if name in os.environ]
-    if "RANK" in given and len(given) < len(_VARIABLES):
-        missing = ", ".join(name for name in _VARIABLES if name not in given)
-        raise UserError(f"RANK is set, but not {missing}: a launcher sets {', '.join(_VARIABLES)}, or none of them")
-    return "RANK" in given
+
+def by_launcher() -> bool:
+    """Whether it was one that the user has started, not `start`."""
+    return is_launched() and "DPO_STARTED_BY" not in os.environ
 
 
 def n_workers(config: DictConfig) -> int:
@@ -60,7 +61,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 def leads_machine() -> bool:
     """Whether this is the machine's first worker, which does what is to be done once a machine."""
-    return not dist.is_initialized() or int(os.environ["LOCAL_RANK"]) == 0
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def device() -> torch.device:
@@ -80,11 +81,13 @@ def start(work: Callable, n: int, port: int | None, *args):
         UserError if one was killed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
+    # of what killed workers leave, which is cleared away, nobody need read
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     context = mp.start_processes(_worker, (work, n, port or _free_port(), args), nprocs=n, join=False)
     with _passed_on(context.pids()):
         try:
-            while not context.join(grace_period=_SAME_ERROR_DELAY / 2):
+            while not context.join(grace_period=_GRACE_PERIOD):
                 pass
         except ProcessExitedException as error:
             if error.exit_code > 0:
@@ -101,7 +104,7 @@ def _worker(local_rank: int, work: Callable, n: int, port: int, args: tuple):
     os.setpgrp()  # Ctrl-C in a terminal reaches the parent alone, which passes it on
     mp._prctl_pr_set_pdeathsig(signal.SIGKILL)  # whatever ends the parent, nobody trains on unseen
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(n))
-    os.environ.update(RANK=str(local_rank), LOCAL_RANK=str(local_rank))
+    os.environ.update(RANK=str(local_rank), LOCAL_RANK=str(local_rank), DPO_STARTED_BY="train.py")
     work(*args)
 
 
@@ -130,7 +133,14 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """While it is entered, the workers can exchange data: through NCCL between GPUs, through gloo between CPUs."""
+    """While it is entered, the workers can exchange data: through NCCL between GPUs, through gloo between CPUs.
+
+    A worker ends when another is gone, whatever it is doing.
+
+    Raises: UserError if only some of the launcher's variables are set, or there are too few GPUs.
+    """
+    if missing := ", ".join(name for name in _VARIABLES if name not in os.environ):
+        raise UserError(f"RANK is set, but not {missing}: a launcher sets {', '.join(_VARIABLES)}, or none of them")
     _raise_open_file_limit()
     local_rank, has_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if has_gpus:
@@ -141,12 +151,31 @@ def joined() -> Iterator[None]:
             )
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=_TIMEOUT)
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(dist.new_group(backend="gloo", timeout=_TIMEOUT), done), daemon=True)
+    watch.start()
+    yield  # after an exception the others are gone or will be: there is nothing to put in order with them
+    dist.barrier()
+    done.set()
+    watch.join()
+    dist.destroy_process_group()
+
+
+def _watch(group: dist.ProcessGroup, done: threading.Event):
+    """Exchange a sign of life with all workers until all are `done`.
+
+    Through gloo a closed connection is an error at once; a worker that waits for another's GPU would wait for hours.
+    """
+    all_done = torch.tensor(0)
     try:
-        yield
-        dist.barrier()  # nobody leaves while another still needs it
-    finally:
-        with contextlib.suppress(RuntimeError):  # it may be broken already
-            dist.destroy_process_group()
+        while not all_done:
+            done.wait(_SIGN_OF_LIFE_INTERVAL)
+            all_done.fill_(done.is_set())
+            dist.all_reduce(all_done, op=dist.ReduceOp.MIN, group=group)
+    except RuntimeError as error:
+        time.sleep(2 * _LOST_CONNECTION_DELAY)  # the main thread may be about to say more
+        print(f"error: another worker is gone ({str(error)[:200]})", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _raise_open_file_limit():

@@ -3,6 +3,7 @@ import functools
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -74,11 +75,11 @@ _LAUNCHER = """
 import json, os, runpy, sys, traceback
 import datasets, numpy, peft, torch, trainers, transformers.models.gpt_neox.modeling_gpt_neox
 
-def run(job):
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def run(job, env):
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor, to in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
         os.dup2(descriptor, to)
-    os.environ.update(job["env"])
+    os.environ.update(env)
     sys.argv = [job["path"], *job["overrides"]]
     try:
         runpy.run_path(job["path"], run_name="__main__")
@@ -92,13 +93,15 @@ def run(job):
     return 0
 
 for line in sys.stdin:
-    job = json.loads(line)
-    if (child := os.fork()) == 0:
-        code = run(job)
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    job, children = json.loads(line), []
+    for env in job["envs"]:
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = run(job, env)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 
 
@@ -106,7 +109,8 @@ class Launcher:
     """Runs `train.py` in processes of their own that need not import anything: a process that has is forked.
 
     `start` starts one, `kill` signals it, `wait` returns its exit code (minus the signal that killed it); `output` is
-    what it has printed. One at a time.
+    what it has printed. One at a time, or `n_workers` that make up one run, as a launcher starts them; `wait` then
+    returns the first of their exit codes that isn't 0.
     """
 
     def __init__(self, directory: Path):
@@ -117,23 +121,25 @@ class Launcher:
             stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def start(self, *overrides: object, env: dict[str, str] | None = None):
+    def start(self, *overrides: object, env: dict[str, str] | None = None, n_workers: int = 1):
         words = [str(override) for override in overrides]
         if not any(word.startswith("wandb.") for word in words):
             words.append("wandb.enabled=false")
         words.append(f"local_dirs=[{self.directory}/cache]")
-        job = {"path": str(REPOSITORY / "train.py"), "overrides": words, "log": str(self.log), "env": env or {}}
+        envs = [env or {}] if n_workers == 1 else launcher_variables(n_workers)
+        job = {"path": str(REPOSITORY / "train.py"), "overrides": words, "log": str(self.log), "envs": envs}
         self.log.write_text("")
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
-        self.child = int(self.server.stdout.readline())
+        self.children = json.loads(self.server.stdout.readline())
 
     def kill(self, number: int):
-        with contextlib.suppress(ProcessLookupError):  # `wait` tells
-            os.kill(self.child, number)
+        for child in self.children:
+            with contextlib.suppress(ProcessLookupError):  # `wait` tells
+                os.kill(child, number)
 
     def wait(self) -> int:
-        return int(self.server.stdout.readline())
+        return next((code for code in json.loads(self.server.stdout.readline()) if code != 0), 0)
 
     def run(self, *overrides: object, **kwargs) -> int:
         self.start(*overrides, **kwargs)
@@ -142,6 +148,15 @@ class Launcher:
     @property
     def output(self) -> str:
         return self.log.read_text()
+
+
+def launcher_variables(n_workers: int) -> list[dict[str, str]]:
+    """What a launcher sets for each worker of a run on this machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n_workers)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_workers)]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from conftest import figures, hydra_list, read_jsonl
 RUNS = ["sft", "sft_adamw_two_epochs", "dpo", "dpo_conservative", "dpo_clipped", "dpo_reference_free", "ipo"]
 SETTINGS = (
     "seed", "batch_size", "eval_batch_size", "datasets", "do_first_eval", "lr", "gradient_accumulation_steps",
-    "max_grad_norm", "max_length", "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "trainer",
-    "optimizer", "warmup_steps", "eval_every", "activation_checkpointing", "sample_during_eval",
+    "max_grad_norm", "max_length", "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "optimizer",
+    "warmup_steps", "eval_every", "sample_during_eval",
 )  # fmt: skip
 
 
@@ -33,18 +33,34 @@ def batch_means(microbatches: list[dict]) -> dict[int, dict[str, float]]:
     return {n: {key: float(np.mean(values)) for key, values in batch.items()} for n, batch in lists.items()}
 
 
-VARIANTS = [(name, f"shared_prompt={value}") for name in RUNS for value in ("true", "false")]
-VARIANTS += [
-    ("dpo", "precompute_ref_log_probs=true"),
-    ("dpo", "model.reference_dtype=float64"),
-]  # the latter: loaded apart
+ALONE = [(name, 1, f"shared_prompt={value}") for name in RUNS for value in ("true", "false")]
+ALONE += [
+    ("dpo", 1, "precompute_ref_log_probs=true"),
+    ("dpo", 1, "model.reference_dtype=float64"),  # loaded apart
+]
+TOGETHER = [
+    (name, n_workers, f"trainer={trainer} shared_prompt={shared} activation_checkpointing={checkpointing}")
+    for name in ("sft", "dpo", "dpo_clipped", "ipo")
+    for trainer, n_workers, shared, checkpointing in (
+        ("FSDPTrainer", 2, "false", "false"),
+        ("FSDPTrainer", 4, "auto", "true"),
+        ("TensorParallelTrainer", 2, "auto", "true"),
+        ("TensorParallelTrainer", 4, "false", "false"),
+    )
+]
+TOGETHER += [
+    ("dpo", 4, "trainer=FSDPTrainer fsdp_replicate=2 precompute_ref_log_probs=true"),
+    ("dpo", 2, "trainer=FSDPTrainer fsdp_cpu_offload=true"),
+    ("dpo", 2, "trainer=TensorParallelTrainer precompute_ref_log_probs=true"),
+]
 
 
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_run_gives_the_numbers_of_the_original(name, variant, train_ok, oracle_model, sft_archive, tmp_path):
+@pytest.mark.parametrize(("name", "n_workers", "variant"), [*ALONE, *TOGETHER])
+def test_run_gives_the_numbers_of_the_original(name, n_workers, variant, launcher, oracle_model, sft_archive, tmp_path):
     run = figures(f"run_{name}")
     start = [] if name == "sft" else [f"model.archive={sft_archive}"]
-    train_ok(*oracle_model, *overrides_of(run), *start, variant, f"local_run_dir={tmp_path}/run")
+    overrides = [*oracle_model, *overrides_of(run), *start, *variant.split(), f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*overrides, n_workers=n_workers) == 0, launcher.output
 
     sft = name.startswith("sft")
     tolerance = 1e-5 if sft else 1e-3

@@ -122,6 +122,25 @@ def test_skipped_batches_are_not_tokenized_and_those_after_them_are_the_same(tok
         assert len(tokenized) == 4 - skip
 
 
+@pytest.mark.parametrize(("count", "size_of_last"), [(2, 3), (4, 2)])
+def test_the_parts_of_a_batch_make_up_the_batch_and_each_is_all_that_its_worker_tokenizes(
+    count, size_of_last, tokenizer, paths, monkeypatch
+):
+    kwargs = {"n_examples": 21, "batch_size": 8, "drop_last": False}
+    whole = list(iterate(tokenizer, paths, **kwargs))
+    parts = [iterate(tokenizer, paths, **kwargs, part=(index, count)) for index in range(count)]
+    tokenized, tokenize = [], parts[0]._tokenize
+    monkeypatch.setattr(parts[0], "_tokenize", lambda examples: tokenized.append(len(examples)) or tokenize(examples))
+    batches = [list(part) for part in parts]
+    assert tokenized == [8 // count, 8 // count, size_of_last]  # of the last batch's 5, equally many each
+    for index, batch in enumerate(whole):
+        numbers = [number for part in parts for number in part.numbers(index)]
+        responses = [text for of_part in batches for text in of_part[index]["chosen_response_only"]]
+        n = len(batch["prompt"])
+        assert numbers[:n] == list(range(8 * index, 8 * index + n)) and set(numbers[n:]) <= {None}
+        assert responses[:n] == batch["chosen_response_only"] and set(responses[n:]) <= {responses[n - 1]}
+
+
 def test_an_epoch_in_one_pass_holds_every_example_once(tokenizer, paths):
     batches = list(iterate(tokenizer, paths, n_examples=240, batch_size=7, drop_last=False))
     seen = sorted((c, r) for batch in batches for c, r in zip(batch["chosen"], batch["rejected"], strict=True))

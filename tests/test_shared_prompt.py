@@ -211,6 +211,16 @@ def test_microbatches_hold_every_pair_once_and_are_no_larger_than_asked(n_least,
         torch.testing.assert_close(part["chosen_input_ids"], batch["chosen_input_ids"][part["prompt"]])
 
 
+@pytest.mark.parametrize("n_others", [1, 3, 8])
+def test_as_many_microbatches_are_made_as_the_worker_that_makes_most(n_others):
+    batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
+    batch["prompt"] = list(range(8))
+    n_alone = len(microbatches(batch, 1, "cpu", shared=True))
+    parts = microbatches(batch, 1, "cpu", shared=True, agree=lambda n: max(n, n_others))
+    assert len(parts) == max(n_alone, n_others)
+    assert sorted(i for part in parts for i in part["prompt"]) == list(range(8))
+
+
 @pytest.mark.parametrize("overhead", [0.0, 3.0, 1e9])
 def test_cuts_cost_least_of_all_possible_ones(overhead):
     lengths, max_size = [30, 29, 12, 11, 11, 3, 2], 4

@@ -1,0 +1,169 @@
+"""Runs on several workers against the same runs on one: whole `train.py` processes, over gloo."""
+
+import pytest
+import torch
+import transformers
+from conftest import ORACLE, read_jsonl
+from safetensors.torch import load_file
+
+SIZES = {
+    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 256,
+}  # fmt: skip
+GPT2_SIZES = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 256}
+CONFIGS = {  # small ones of the models in config/model
+    "gpt2": transformers.GPT2Config(**GPT2_SIZES),
+    "gptj": transformers.GPTJConfig(**GPT2_SIZES, rotary_dim=4, tie_word_embeddings=False),
+    "pythia": transformers.GPTNeoXConfig(**SIZES),
+    "llama": transformers.LlamaConfig(**{**SIZES, "num_key_value_heads": 8}),
+    "llama3": transformers.LlamaConfig(**SIZES, rope_theta=500000.0),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
+}
+# gradient accumulation, clipping, checkpointing, shared prompts, a last evaluation batch smaller than the others
+RUN = [
+    "model=blank_model", f"dataset_paths.hh={ORACLE}/hh", "model.policy_dtype=float64", "model.reference_dtype=float64",
+    "max_length=128", "max_prompt_length=64", "batch_size=8", "gradient_accumulation_steps=2", "n_examples=16",
+    "n_eval_examples=6", "eval_batch_size=4", "eval_every=16", "lr=1e-3", "warmup_steps=2", "max_grad_norm=0.5",
+    "activation_checkpointing=true", "sample_during_eval=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, str]:
+    """A directory for each of `CONFIGS`, as `save_pretrained` writes it."""
+    directory = tmp_path_factory.mktemp("models")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ORACLE / "model")
+    torch.manual_seed(0)
+    for name, config in CONFIGS.items():
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+    return {name: str(directory / name) for name in CONFIGS}
+
+
+@pytest.fixture
+def run(launcher, tmp_path):
+    """Run `train.py` on a number of workers; returns the run directory."""
+
+    def run_on(n_workers: int, *overrides: str, name: str = "") -> str:
+        run_dir = tmp_path / (name or f"run-{len(list(tmp_path.iterdir()))}")
+        assert launcher.run(*overrides, f"local_run_dir={run_dir}", n_workers=n_workers) == 0, launcher.output
+        return run_dir
+
+    return run_on
+
+
+def assert_same_numbers(run_dir, expected, tolerance: float):
+    """Two run directories hold the same metrics, and checkpoints of the same form."""
+    lines, expected_lines = (read_jsonl(path / "metrics.jsonl") for path in (run_dir, expected))
+    assert len(lines) == len(expected_lines)
+    for line, expected_line in zip(lines, expected_lines, strict=True):
+        assert line.keys() == expected_line.keys() and line["split"] == expected_line["split"]
+        rewards = [expected_line.get(f"rewards_{line['split']}/{side}", 0) for side in ("chosen", "rejected")]
+        at_start = max(map(abs, rewards)) < 1e-6
+        for key in line.keys() - {"split", "examples_per_second"}:
+            if not (key.endswith("accuracies") and at_start):  # which of two equal rewards is larger is up to rounding
+                assert line[key] == pytest.approx(expected_line[key], rel=tolerance, abs=tolerance), (line, key)
+    assert shapes(run_dir) == shapes(expected)
+
+
+def shapes(run_dir) -> dict:
+    """Of each tensor of the last checkpoint."""
+    (path,) = (run_dir / "LATEST").glob("*model.safetensors")
+    return {name: tensor.shape for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo", "ipo"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_trains_on_several_workers_as_on_one(name, loss, run, models):
+    overrides = [*RUN, f"model.name_or_path={models[name]}", f"loss={loss}"]
+    alone = run(1, *overrides)
+    for n_workers in (2, 4) if loss == "dpo" else (2,):
+        for trainer in ("FSDPTrainer", "TensorParallelTrainer"):
+            together = run(n_workers, *overrides, f"trainer={trainer}")
+            assert_same_numbers(together, alone, tolerance=1e-6)
+
+
+LEGS = [("BasicTrainer", 1), ("FSDPTrainer", 2), ("FSDPTrainer", 4), ("TensorParallelTrainer", 2), ("BasicTrainer", 1)]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss=dpo", "optimizer=AdamW"],
+        ["loss=dpo", "lora.r=4", "model.name_or_path={qwen3}"],
+        ["loss=sft", "model.name_or_path={gpt2}"],
+    ],
+    ids=str,
+)
+def test_a_run_that_moves_between_trainers_and_world_sizes_ends_as_one_that_stayed(overrides, run, models):
+    overrides = [*RUN, f"model.name_or_path={models['pythia']}", *(word.format(**models) for word in overrides)]
+    overrides += ["eval_every=8"]
+    stayed = run(1, *overrides, f"n_examples={8 * len(LEGS)}", name="stayed")
+    for leg, (trainer, n_workers) in enumerate(LEGS):
+        moved = run(
+            n_workers, *overrides, f"n_examples={8 * (leg + 1)}", f"trainer={trainer}", "resume=auto", name="moved"
+        )
+    assert_same_numbers(moved, stayed, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("trainer", "n_workers"), [("FSDPTrainer", 2), ("TensorParallelTrainer", 2)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["reference=adapter_off", "lora.r=4", "precompute_ref_log_probs=true"],
+        ["reference=adapter_copy", "model.adapter={adapter}"],
+        ["reference=model", "model.adapter={adapter}", "model.reference_dtype=float32"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_adapters_train_on_several_workers_as_on_one(overrides, trainer, n_workers, run, models, adapter):
+    overrides = [*RUN, f"model.name_or_path={models['llama3']}", *(word.format(adapter=adapter) for word in overrides)]
+    alone = run(1, *overrides, "loss=dpo")
+    together = run(n_workers, *overrides, "loss=dpo", f"trainer={trainer}", f"local_dirs=[{alone}/cache]")
+    assert_same_numbers(together, alone, tolerance=1e-5)
+
+
+@pytest.fixture(scope="module")
+def adapter(launcher, models) -> str:
+    """A LoRA adapter that SFT has trained."""
+    run_dir = launcher.directory / "adapter"
+    overrides = [*RUN, "loss=sft", "lora={r:4}", f"model.name_or_path={models['llama3']}", f"local_run_dir={run_dir}"]
+    assert launcher.run(*overrides) == 0, launcher.output
+    return f"{run_dir}/LATEST"
+
+
+SAMPLING = ["sample_during_eval=true", "n_eval_model_samples=5", "do_first_eval=false", "loss=dpo", "max_length=80"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "n_workers"), [("FSDPTrainer", 2), ("FSDPTrainer", 4), ("TensorParallelTrainer", 2)]
+)
+def test_samples_are_of_the_same_prompts_however_unlike_their_lengths(trainer, n_workers, run, models):
+    overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING]
+    alone, together = run(1, *overrides), run(n_workers, *overrides, f"trainer={trainer}")
+    samples, expected = (read_jsonl(path / "samples.jsonl") for path in (together, alone))
+    assert [s["model"] for s in samples] == [s["model"] for s in expected]
+    assert [s["prompt"] for s in samples] == [s["prompt"] for s in expected]
+    assert all(s["sample"].startswith(s["prompt"][:20]) for s in samples)
+    if trainer == "TensorParallelTrainer":  # one draws for all: the same
+        assert samples == expected
+
+
+def test_a_run_on_two_workers_that_is_resumed_draws_the_same_samples(run, models):
+    overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING, "trainer=FSDPTrainer", "save_every=8"]
+    whole = run(2, *overrides, "n_examples=16", "eval_every=8", name="whole")
+    run(2, *overrides, "n_examples=8", "eval_every=8", name="cut")
+    cut = run(2, *overrides, "n_examples=16", "eval_every=8", "resume=auto", name="cut")
+    assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_half_precision_gathers_and_computes_in_it_and_trains(run, models):
+    overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=sft", "model.policy_dtype=float32"]
+    exact, half = run(1, *overrides), run(2, *overrides, "model.policy_mp=bfloat16", "trainer=FSDPTrainer")
+    losses = [
+        [line["loss/eval"] for line in read_jsonl(p / "metrics.jsonl") if "loss/eval" in line] for p in (exact, half)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] != pytest.approx(losses[0], rel=1e-6)
+    assert load_file(half / "LATEST/model.safetensors")["lm_head.weight"].dtype == torch.float32

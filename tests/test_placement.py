@@ -1,0 +1,199 @@
+"""Models spread over workers: real processes, over gloo."""
+
+import copy
+import multiprocessing
+import os
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from conftest import launcher_variables
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import workers
+from configuration import _WHOLE_TENSORS_ONLY
+from placement import clip_gradient, fsdp_mesh, like, place, shard_fully, whole, whole_state
+from tensor_parallel import parallelize
+from utils import UserError
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+CONFIGS = {
+    "tied": transformers.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
+    "untied": transformers.GPTNeoXConfig(**SIZES),
+    "lora": transformers.LlamaConfig(**SIZES),
+}
+
+
+def answer(pipe, variables: dict[str, str], function, args: tuple):
+    """Send (error, result) of a function that runs in one of several workers."""
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    try:
+        with workers.joined():
+            result = function(*args)
+        pipe.send((None, result))
+    except Exception:
+        pipe.send((traceback.format_exc(), None))
+
+
+@pytest.fixture
+def in_workers(monkeypatch):
+    """Run a function of this module in `n` workers; returns what each of them returned."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+    def run(n: int, function, *args) -> list:
+        pipes, processes = [], []
+        for variables in launcher_variables(n):
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=answer, args=(theirs, variables, function, args), daemon=True))
+            processes[-1].start()
+            pipes.append(ours)
+        try:
+            assert all(pipe.poll(60) for pipe in pipes), f"{function.__name__}: no answer"
+            answers = [pipe.recv() for pipe in pipes]
+        finally:
+            for process in processes:
+                process.kill()
+        for error, _ in answers:
+            assert error is None, error
+        return [result for _, result in answers]
+
+    return run
+
+
+def make_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
+    model.dropout_rates = {"attention_dropout": 0.1}
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")) if name == "lora" else model
+
+
+def split(model: nn.Module, how: str):
+    if how == "tensor parallel":
+        parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    else:
+        shard_fully(model, fsdp_mesh(2 if how == "hybrid" else 1), None, None, offload=False)
+
+
+def placed_is_whole(name: str, how: str) -> dict[str, tuple[int, int]]:
+    """Place a model that the first worker alone has; returns (local, whole) number of elements of each parameter."""
+    expected = make_model(name)
+    given = copy.deepcopy(expected) if dist.get_rank() == 0 else None
+    placed = place(given, lambda model: split(model, how))
+    assert given is None or not any(parameter.numel() for parameter in given.parameters())
+    assert placed.dropout_rates == expected.dropout_rates
+    state, expected_state = whole_state(dict(placed.state_dict(keep_vars=True))), expected.state_dict()
+    assert list(state) == list(expected_state)
+    for key, tensor in state.items():
+        assert (
+            tensor is None
+            if dist.get_rank() > 0 and isinstance(placed.get_parameter(key), DTensor)
+            else torch.equal(tensor, expected_state[key])
+        )
+    for (key, buffer), (expected_key, expected_buffer) in zip(
+        placed.named_buffers(), expected.named_buffers(), strict=True
+    ):
+        assert key == expected_key and torch.equal(buffer, expected_buffer)
+    parameters = dict(placed.named_parameters())
+    assert {key: p.requires_grad for key, p in parameters.items()} == {
+        key: p.requires_grad for key, p in expected.named_parameters()
+    }
+    if name == "tied":
+        assert placed.get_input_embeddings().weight is placed.get_output_embeddings().weight
+    return {
+        key: (p.to_local().numel() if isinstance(p, DTensor) else p.numel(), p.numel()) for key, p in parameters.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("how", "n_workers", "n_shards"), [("fsdp", 2, 2), ("fsdp", 4, 4), ("hybrid", 4, 2), ("tensor parallel", 2, 2)]
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_that_one_worker_has_is_on_all_a_share_on_each(name, how, n_workers, n_shards, in_workers):
+    for sizes in in_workers(n_workers, placed_is_whole, name, how):
+        spread = {key: size for key, size in sizes.items() if how != "tensor parallel" or size[0] < size[1]}
+        local, total = (sum(size[i] for size in spread.values()) for i in (0, 1))
+        assert total >= 0.9 * sum(size[1] for size in sizes.values())
+        assert local == pytest.approx(total / n_shards, rel=0.05)  # 61 tokens don't divide
+
+
+def no_blocks():
+    with pytest.raises(
+        UserError, match=r"GPTNeoXForCausalLM doesn't say what its transformer blocks are; give .*block_name"
+    ):
+        shard_fully(make_model("untied"), fsdp_mesh(1), "Blocks", None, offload=False)
+
+
+def test_a_model_without_known_blocks_is_refused(in_workers):
+    in_workers(1, no_blocks)
+
+
+def clipped(max_norm: float):
+    """Gradients of parameters sharded in two ways, in two meshes, and whole ones, against all of them whole."""
+    torch.manual_seed(0)
+    mesh, other_mesh = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    dense = [nn.Parameter(torch.randn(5, 6, dtype=torch.float64)) for _ in range(4)]
+    spread = [
+        nn.Parameter(distribute_tensor(dense[0].detach(), mesh, [Shard(0)])),
+        nn.Parameter(distribute_tensor(dense[1].detach(), mesh, [Shard(1)])),
+        nn.Parameter(distribute_tensor(dense[2].detach(), other_mesh, [Shard(0), Shard(0)])),
+        nn.Parameter(dense[3].detach().clone()),
+    ]
+    for parameter, placed in zip(dense, spread, strict=True):
+        parameter.grad = torch.randn_like(parameter)
+        placed.grad = like(placed, parameter.grad).clone()
+    expected = nn.utils.clip_grad_norm_(dense, max_norm).item()
+    assert clip_gradient([*spread, nn.Parameter(torch.ones(3))], max_norm) == pytest.approx(expected, rel=1e-12)
+    for parameter, placed in zip(dense, spread, strict=True):
+        torch.testing.assert_close(whole(placed.grad), parameter.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_the_gradient_of_sharded_and_whole_parameters_is_clipped_by_its_whole_norm(max_norm, in_workers):
+    in_workers(2, clipped, max_norm)
+
+
+def optimizers() -> dict[str, type]:
+    base = torch.optim.Optimizer
+    found = {k: v for k, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, base)}
+    return {k: v for k, v in found.items() if k not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")}  # 2-D tensors only
+
+
+def optimized() -> list[str]:
+    """The optimizers that fail on spread parameters; all others must give what they give on whole ones."""
+    mesh, failing = init_device_mesh("cpu", (2,)), []
+    for name, optimizer_class in optimizers().items():
+        torch.manual_seed(0)
+        dense = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((8, 6), (5,), (4, 3))]
+        spread = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in dense[:2]]
+        spread.append(nn.Parameter(dense[2].detach().clone()))
+        optimizer, spread_optimizer = optimizer_class(dense, lr=0.01), optimizer_class(spread, lr=0.01)
+        try:
+            for _ in range(3):
+                for parameter, placed in zip(dense, spread, strict=True):
+                    parameter.grad = torch.randn_like(parameter)
+                    placed.grad = like(placed, parameter.grad)
+                optimizer.step()
+                spread_optimizer.step()
+        except RuntimeError:
+            failing.append(name)
+            continue
+        for parameter, placed in zip(dense, spread, strict=True):
+            torch.testing.assert_close(whole(placed.detach()), parameter.detach(), rtol=1e-12, atol=1e-12)
+    return failing
+
+
+def test_every_optimizer_that_is_not_refused_trains_spread_parameters_as_whole_ones(in_workers):
+    for failing in in_workers(2, optimized):
+        assert sorted(failing) == sorted(_WHOLE_TENSORS_ONLY)
