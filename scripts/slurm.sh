@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# One run on several machines of a Slurm cluster, a task for each GPU. Submit it from the repository's directory:
+#   sbatch scripts/slurm.sh model=pythia28 datasets=[hh] loss=dpo local_run_dir=/shared/run ...
+# local_run_dir is on a file system that all machines see: preempted, or out of time, the job goes on there.
+#
+# A task sees all GPUs of its machine and takes its own (not --gpus-per-task). USR1 goes to every task (not B:USR1), so
+# long before the end that a checkpoint can be written.
+#SBATCH --job-name=dpo
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -uo pipefail
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export MASTER_ADDR MASTER_PORT
+
+# Once a task has ended the others have a minute, then they are ended. Not at once (--kill-on-bad-exit=1): stopped by a
+# signal, tasks end one after the other, and one that is killed at it would hide the exit code 75.
+srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    exec python -u train.py trainer=FSDPTrainer resume=auto "$@"' task "$@"
+status=$?
+
+if [ $status -eq 75 ]; then # stopped by a signal, with a checkpoint
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status
