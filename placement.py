@@ -43,8 +43,8 @@ class Placement:
     def __init__(self, config: DictConfig):
         self.config = config
 
-    def place(self, model: nn.Module | None) -> nn.Module:
-        """Put a model where it is to be computed."""
+    def place(self, model: nn.Module | None, is_policy: bool) -> nn.Module:
+        """Put a model where it is to be computed; the policy alone is computed in `model.policy_mp`."""
         return model
 
     def device(self, policy: nn.Module) -> torch.device:
@@ -78,10 +78,10 @@ class FullySharded(_Spread):
         self.data_shard = workers.rank_and_world_size()
         self.mesh = fsdp_mesh(config.fsdp_replicate)
 
-    def place(self, model: nn.Module | None) -> nn.Module:
+    def place(self, model: nn.Module | None, is_policy: bool) -> nn.Module:
         options, offload = self.config.model, self.config.fsdp_cpu_offload
-        policy_mp = getattr(torch, options.policy_mp) if options.policy_mp else None
-        return place(model, lambda m: shard_fully(m, self.mesh, options.block_name, policy_mp, offload), offload)
+        compute_dtype = getattr(torch, options.policy_mp) if options.policy_mp and is_policy else None
+        return place(model, lambda m: shard_fully(m, self.mesh, options.block_name, compute_dtype, offload), offload)
 
 
 class TensorParallel(_Spread):
@@ -93,7 +93,7 @@ class TensorParallel(_Spread):
         super().__init__(config)
         self.mesh = init_device_mesh(workers.device().type, (dist.get_world_size(),))
 
-    def place(self, model: nn.Module | None) -> nn.Module:
+    def place(self, model: nn.Module | None, is_policy: bool) -> nn.Module:
         return place(model, lambda m: parallelize(m, self.mesh))
 
     def stops_sampling(self, asked: bool) -> bool:
@@ -172,11 +172,11 @@ def fsdp_mesh(n_replicas: int) -> DeviceMesh:
 
 
 def shard_fully(
-    model: nn.Module, mesh: DeviceMesh, block_name: str | None, policy_mp: torch.dtype | None, offload: bool
+    model: nn.Module, mesh: DeviceMesh, block_name: str | None, compute_dtype: torch.dtype | None, offload: bool
 ):
     """Shard a model by FSDP2, each transformer block by itself, the rest together.
 
-    Weights are gathered and computed in `policy_mp`, kept in their own dtype; gradients are added up in float32 or
+    Weights are gathered and computed in `compute_dtype`, kept in their own dtype; gradients are added up in float32 or
     better; buffers stay as they are.
 
     Raises: UserError if neither `block_name` nor the model says what its blocks are.
@@ -185,7 +185,7 @@ def shard_fully(
         fully_shard,
         mesh=mesh,
         reshard_after_forward=True,  # the root's too, or it would stay gathered after an evaluation
-        mp_policy=MixedPrecisionPolicy(policy_mp, reduce_dtype=torch.promote_types(model.dtype, torch.float32)),
+        mp_policy=MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.promote_types(model.dtype, torch.float32)),
         offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     )
     model = without_wrapper(model)  # whose forward is what generation calls, too

@@ -79,7 +79,7 @@ class BasicTrainer:
         self.loss = LOSSES[config.loss.name]
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.placement = self.placement_class(config)
-        self.policy = self.placement.place(policy)
+        self.policy = self.placement.place(policy, is_policy=True)
         self.device = self.placement.device(self.policy)
 
         self.tokenizer = load_tokenizer(config)
@@ -140,7 +140,7 @@ class BasicTrainer:
 
         def load() -> nn.Module:
             model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
-            return self.placement.place(model)
+            return self.placement.place(model, is_policy=False)
 
         rank0_print(f"Reference: {kind}{', precomputed' if self.config.precompute_ref_log_probs else ''}")
         if not self.config.precompute_ref_log_probs:

@@ -158,6 +158,15 @@ def test_a_run_on_two_workers_that_is_resumed_draws_the_same_samples(run, models
     assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
+@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+def test_the_reference_is_computed_in_its_own_precision_whatever_the_policys(trainer, run, models):
+    overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=dpo", "n_examples=8", "eval_every=8"]
+    overrides += ["model.policy_dtype=float32", "model.reference_dtype=float32", "model.policy_mp=bfloat16"]
+    before = read_jsonl(run(2, *overrides, f"trainer={trainer}") / "metrics.jsonl")[0]
+    assert before["counters/examples"] == 0
+    assert 1e-6 < abs(before["rewards_eval/chosen"]) < 0.1  # the policy's rounding
+
+
 def test_half_precision_gathers_and_computes_in_it_and_trains(run, models):
     overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=sft", "model.policy_dtype=float32"]
     exact, half = run(1, *overrides), run(2, *overrides, "model.policy_mp=bfloat16", "trainer=FSDPTrainer")
