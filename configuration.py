@@ -1,49 +1,55 @@
 """What a config may say: every check on it that needs no model and no data, made before anything is loaded."""
 
 import importlib.util
+import json
+import math
 import os
 import re
 from pathlib import Path
 
 import torch
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-import workers
+import preference_datasets
+from distributed import environment
+from distributed.strategies import STRATEGIES
 from losses import LOSSES, needs_reference
-from references import choose_reference
 from utils import UserError, closest_match
 
 REPOSITORY = Path(__file__).parent
 CONFIG_DIR = REPOSITORY / "config"
 
-TRAINERS = ("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer")
+REFERENCES = ("model", "adapter_off", "adapter_copy")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "loss.beta", "world_size", "fsdp_replicate",
+    "world_size", "fsdp_replicate",
 )  # fmt: skip
-_NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs", "loss.label_smoothing")
+_NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
 _MAY_BE_NULL = ("n_epochs", "n_examples")
 # of keys whose default is null; the others are strings
 _TYPES_OF_NULL = dict.fromkeys(("n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints"), int)
 
+# holders of names that are not ours: PEFT's, an optimizer's, those of datasets
+FREE_KEYS = ("lora", "optimizer_args", "dataset_paths")
 
-_WHOLE_TENSORS_ONLY = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
+NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 
 
 def default_config() -> dict[str, object]:
     """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}."""
     flat = flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
     flat |= flatten(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), "model.")
-    for path in sorted(CONFIG_DIR.glob("loss/*.yaml")):
-        flat |= flatten(OmegaConf.load(path), "loss.")
+    for loss in LOSSES.values():
+        flat |= {f"loss.{name}": option.default for name, option in loss.options.items()}
     return {key: value for key, value in flat.items() if not key.startswith(("hydra", "defaults"))}
 
 
 def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
+    """A config with one level of keys: {'loss.beta': 0.1, ...}."""
     flat = {}
     for key, value in OmegaConf.to_container(config, resolve=False).items():
         if isinstance(value, dict) and value:
@@ -69,7 +75,7 @@ def explain_hydra_error(error: Exception) -> str:
 
 
 def check_config(config: DictConfig):
-    """Refuse what can't work, and round `eval_every` down to whole batches.
+    """Refuse what can't work; round `eval_every` down to whole batches, and resolve `reference=auto`.
 
     Raises: UserError naming the key, its value and the remedy.
     """
@@ -79,6 +85,7 @@ def check_config(config: DictConfig):
         hint = f" Choose a model with model=NAME; there are: {models}" if "model.name_or_path" in missing_keys else ""
         raise UserError(f"Got missing keys in config: {', '.join(missing_keys)}.{hint}")
     config.exp_name = str(config.exp_name)  # it may look like a number
+    _check_loss(config)
     _check_keys_and_types(config)
     _check_ranges(config)
     _check_names(config)
@@ -88,41 +95,66 @@ def check_config(config: DictConfig):
     _check_files(config)
 
 
+def _check_loss(config: DictConfig):
+    """The loss's options, as its signature declares them; those that the config leaves out get their defaults."""
+    name = OmegaConf.select(config, "loss.name")
+    if name not in LOSSES:
+        raise UserError(
+            f"loss.name={name}: no such loss.{closest_match(str(name), LOSSES)} There are: {', '.join(LOSSES)}"
+        )
+    options = LOSSES[name].options
+    for key in config.loss:
+        if key != "name" and key not in options:
+            hint = closest_match(key, options) or f" It has: {', '.join(options)}"
+            raise UserError(f"loss.{key}: loss={name} has no such option.{hint}")
+    for key, option in options.items():
+        if key not in config.loss:
+            if option.is_required:
+                raise UserError(f"loss.{key}: loss={name} has no default for it; give it in config/loss/{name}.yaml")
+            with open_dict(config.loss):
+                config.loss[key] = option.default
+        _check_type(f"loss.{key}", config.loss[key], option.type)
+        if option.type in (int, float):
+            value = config.loss[key]
+            violation = option.range.violation(value) if option.range else None
+            if violation or not math.isfinite(value):
+                raise UserError(f"loss.{key}={value}: {violation or 'must be a finite number'}")
+
+
 def _check_keys_and_types(config: DictConfig):
-    if config.loss.get("name") not in LOSSES:
-        name = str(config.loss.get("name"))
-        raise UserError(f"loss.name={name}: no such loss.{closest_match(name, LOSSES)} There are: {', '.join(LOSSES)}")
     defaults = default_config()
-    options = {f"loss.{name}" for name in ("name", "average_log_prob", *LOSSES[config.loss.name].options)}
-    known = [key for key in defaults if not key.startswith("loss.") or key in options] + sorted(options - set(defaults))
+    known = [key for key in defaults if not key.startswith("loss.")]
     given = flatten(config)
     for key, value in given.items():
-        if key.startswith(("optimizer_args.", "lora.")):
+        if key.startswith("loss."):
             continue
-        if key not in known and key in defaults:
-            raise UserError(f"{key}={value}: loss={config.loss.name} has no such option; choose another loss=...")
-        if key not in known:
-            raise UserError(f"no config key {key!r}.{closest_match(key, known)} config/config.yaml lists all keys")
-        _check_type(key, value, defaults.get(key))
+        if key not in known and not key.startswith(tuple(f"{holder}." for holder in FREE_KEYS)):
+            raise UserError(f"no config key {key!r}.{closest_match(key, defaults)} config/config.yaml lists all keys")
+        _check_key_type(key, value, defaults.get(key))
     for key in known:
         if key not in given and not any(name.startswith(f"{key}.") for name in given):
             raise UserError(f"the config lacks the key {key!r}; start a model's YAML with 'defaults: [blank_model]'")
 
 
-def _check_type(key: str, value: object, default: object):
+def _check_key_type(key: str, value: object, default: object):
+    """The type of a key's value is its default's, with the exceptions that stand here."""
     if value is None and (default is None or key in _MAY_BE_NULL):
         return
-    expected = _TYPES_OF_NULL.get(key, str) if default is None else type(default)
-    if (key == "datasets" and isinstance(value, str)) or (key == "shared_prompt" and value in (True, False, "auto")):
+    if key == "datasets" and isinstance(value, str):
         return
-    if key == "lora" and isinstance(value, dict):
-        return
-    if key == "lora":
-        raise UserError(
-            f"lora={value}: expected fields of LoraConfig, e.g. lora.r=16 or 'lora={{r:16}}' (quoted for the shell)"
-        )
     if key == "shared_prompt":
-        raise UserError(f"shared_prompt={value}: must be auto, true or false")
+        if value not in (True, False, "auto"):
+            raise UserError(f"shared_prompt={value}: must be auto, true or false")
+    elif key == "lora":
+        if not isinstance(value, dict):
+            raise UserError(
+                f"lora={value}: expected fields of LoraConfig, e.g. lora.r=16 or 'lora={{r:16}}' (quoted for the shell)"
+            )
+    elif not key.startswith(("lora.", "optimizer_args.")):
+        _check_type(key, value, _TYPES_OF_NULL.get(key, str) if default is None else type(default))
+
+
+def _check_type(key: str, value: object, expected: type):
     accepted = (int, float) if expected is float else (expected,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -138,8 +170,6 @@ def _check_ranges(config: DictConfig):
                 raise UserError(f"{key}={value}: must be a number {wording}")
     if config.seed >= 2**32:
         raise UserError(f"seed={config.seed}: must be below 2**32")
-    if config.loss.get("label_smoothing", 0) >= 0.5:
-        raise UserError(f"loss.label_smoothing={config.loss.label_smoothing}: must be below 0.5")
 
 
 def _check_names(config: DictConfig):
@@ -149,10 +179,11 @@ def _check_names(config: DictConfig):
         raise UserError(f"datasets={list(config.datasets)}: expected names, e.g. datasets=[hh]")
     if not config.datasets:
         raise UserError("datasets=[]: name at least one dataset, e.g. datasets=[hh]")
-    if config.trainer not in TRAINERS:
+    preference_datasets.check_names(config.datasets, config.dataset_paths)
+    if config.trainer not in STRATEGIES:
         raise UserError(
-            f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, TRAINERS)} "
-            f"There are: {', '.join(TRAINERS)}"
+            f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
+            f"There are: {', '.join(STRATEGIES)}"
         )
     base = torch.optim.Optimizer
     classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
@@ -208,50 +239,52 @@ def _check_lengths_and_batches(config: DictConfig):
 
 
 def _check_workers(config: DictConfig):
-    trainer, n = config.trainer, workers.n_workers(config)
-    if trainer == "BasicTrainer" and (n > 1 or (config.world_size or 1) > 1):
-        raise UserError(
-            f"trainer=BasicTrainer trains in one process, not in {max(n, config.world_size or 1)}; choose "
-            "trainer=FSDPTrainer or trainer=TensorParallelTrainer"
-        )
+    trainer, strategy = config.trainer, STRATEGIES[config.trainer]
+    world_size = environment.get_world_size(strategy.starts_workers, config.world_size)
+    for_tensors = ", ".join(name for name, other in STRATEGIES.items() if not other.splits_tensors)
+    if not strategy.starts_workers and (asked := max(world_size, config.world_size or 1)) > 1:
+        others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if other.starts_workers)
+        raise UserError(f"trainer={trainer} trains in one process, not in {asked}; choose {others}")
     for key in ("world_size", "fsdp_port"):
-        if config[key] is not None and (trainer == "BasicTrainer" or workers.is_launched()):
-            who = "trainer=BasicTrainer starts no workers" if trainer == "BasicTrainer" else "the launcher decides that"
+        if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
+            who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
             raise UserError(f"{key}={config[key]}: {who}; leave it null")
-    for key, default in (("fsdp_replicate", 1), ("fsdp_cpu_offload", False)):
-        if config[key] != default and trainer != "FSDPTrainer":
-            raise UserError(f"{key}={config[key]}: only trainer=FSDPTrainer has that; leave it {default}")
-    if n % config.fsdp_replicate != 0:
-        raise UserError(f"fsdp_replicate={config.fsdp_replicate} doesn't divide the {n} workers into equal groups")
-    if torch.cuda.is_available() and not workers.is_launched() and n > torch.cuda.device_count():
-        raise UserError(f"world_size={n}: this machine has {torch.cuda.device_count()} GPUs, one for each worker")
-    if config.model.load_in_4bit and trainer != "BasicTrainer":
-        raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use BasicTrainer")
-    if config.optimizer in _WHOLE_TENSORS_ONLY and trainer != "BasicTrainer":
+    for name, other in STRATEGIES.items():
+        for key, default in other.own_keys.items():
+            if config[key] != default and key not in strategy.own_keys:
+                raise UserError(f"{key}={config[key]}: only trainer={name} has that; leave it {default}")
+    if world_size % config.fsdp_replicate != 0:
+        raise UserError(
+            f"fsdp_replicate={config.fsdp_replicate} doesn't divide the {world_size} workers into equal groups"
+        )
+    n_gpus = torch.cuda.device_count()
+    if n_gpus and not environment.is_launched() and world_size > n_gpus:
+        raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
+    if config.model.load_in_4bit and strategy.splits_tensors:
+        raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {for_tensors}")
+    if config.optimizer in NOT_FOR_DTENSORS and strategy.splits_tensors:
         raise UserError(
             f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
-            f"trainer={trainer} does; use BasicTrainer or another optimizer"
+            f"trainer={trainer} does; use {for_tensors} or another optimizer"
         )
-    n_parts = n * config.gradient_accumulation_steps
-    if trainer == "FSDPTrainer" and config.batch_size % n_parts != 0:
+    if strategy.shards_batches and config.batch_size % (world_size * config.gradient_accumulation_steps) != 0:
         raise UserError(
             f"batch_size={config.batch_size} doesn't divide by gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} × {n} workers into microbatches of equal size"
+            f"{config.gradient_accumulation_steps} × {world_size} workers into microbatches of equal size"
         )
 
 
 def _check_reference(config: DictConfig):
-    if config.reference not in ("auto", "model", "adapter_off", "adapter_copy"):
+    if config.reference not in ("auto", *REFERENCES):
         raise UserError(f"reference={config.reference}: must be auto, model, adapter_off or adapter_copy")
     if config.lora is not None and config.model.adapter is not None:
         raise UserError(
             "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
         )
-    if needs_reference(config.loss):
-        choose_reference(config)
-    elif config.reference != "auto" or config.precompute_ref_log_probs:
-        why = "reference_free" if LOSSES[config.loss.name].needs_pairs else f"loss={config.loss.name}"
+    if not needs_reference(config.loss) and (config.reference != "auto" or config.precompute_ref_log_probs):
+        why = "reference_free" if config.loss.get("reference_free") else f"loss={config.loss.name}"
         raise UserError(f"{why} uses no reference: leave reference and precompute_ref_log_probs at their defaults")
+    config.reference = resolved_reference(config)
     if config.model.load_in_4bit:
         if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
@@ -261,6 +294,41 @@ def _check_reference(config: DictConfig):
             raise UserError(
                 "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
             )
+
+
+def resolved_reference(config: DictConfig) -> str:
+    """The kind of reference that `reference=auto` means, or the one that was asked for; auto if the loss needs none.
+
+    Raises: UserError if policy and reference can't go together, naming those that can.
+    """
+    if not needs_reference(config.loss):
+        return "auto"
+    has_adapter, settings = config.model.adapter is not None, _adapter_settings(config)
+    # trained biases and some initializations change the base itself, which is then no reference
+    base_is_kept = settings.get("bias", "none") == "none" and settings.get("init_lora_weights", True) in (
+        True,
+        "gaussian",
+    )
+    possible = ["model"]
+    if base_is_kept and (config.lora is not None or has_adapter):
+        possible.insert(0, "adapter_off")
+    if base_is_kept and has_adapter:
+        possible.insert(0, "adapter_copy")
+    if config.reference == "auto":
+        return possible[0]
+    if config.reference not in possible:
+        policy = "a saved adapter" if has_adapter else "a new adapter" if config.lora is not None else "no adapter"
+        raise UserError(f"reference={config.reference}: the policy has {policy}; possible are: {', '.join(possible)}")
+    return config.reference
+
+
+def _adapter_settings(config: DictConfig) -> dict:
+    """Fields of LoraConfig of the new or the saved adapter; none without an adapter."""
+    path = os.path.join(config.model.adapter or "", "adapter_config.json")
+    if config.model.adapter is not None and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    return OmegaConf.to_container(config.lora) if config.lora is not None else {}
 
 
 def _check_files(config: DictConfig):

@@ -1,15 +1,40 @@
-"""Preference and SFT losses, and sequence log-probabilities: pure tensor maths.
+"""Preference and SFT losses, and sequence log-probabilities: pure tensor maths, in nats.
 
-All log-probabilities are in nats. A new loss is one function here, one entry in `LOSSES` and one file in `config/loss`.
+A new loss is one function here, one entry in `LOSSES` and one file in `config/loss`. The function's signature says what
+it needs: see `Loss`.
 """
 
 import functools
 import inspect
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may take, given in its annotation: `gamma: Annotated[float, Range(above=0)]`."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+
+    def violation(self, value: float) -> str | None:
+        """What a number must be that this one isn't; None if it is in the range."""
+        if self.above is not None and not value > self.above:
+            return f"must be a number above {self.above}"
+        if self.at_least is not None and not value >= self.at_least:
+            return f"must be a number {self.at_least} or more"
+        if self.below is not None and not value < self.below:
+            return f"must be below {self.below}"
+        return None
+
+
+Positive = Annotated[float, Range(above=0)]
 
 
 def preference_loss(
@@ -17,8 +42,8 @@ def preference_loss(
     policy_rejected_logps: torch.Tensor,
     reference_chosen_logps: torch.Tensor,
     reference_rejected_logps: torch.Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0,
     ipo: bool = False,
     reference_free: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,31 +79,94 @@ def sft_loss(policy_chosen_logps: torch.Tensor) -> torch.Tensor:
     return -policy_chosen_logps
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A loss and what it needs; the function's keyword arguments are the options its YAML may set."""
+# ---- what a loss declares -------------------------------------------------------------------------------------------
 
-    function: Callable
-    needs_pairs: bool = True  # chosen and rejected responses, scored against a reference; else the SFT target alone
+LOGPS = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
+LENGTHS = ("chosen_lengths", "rejected_lengths")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of a loss that the config's `loss` section may hold."""
+
+    type: type
+    default: object = inspect.Parameter.empty  # this: the config must say it
+    range: Range | None = None
 
     @property
-    def options(self) -> list[str]:
-        """Names of the options that a config may set, besides `name` and `average_log_prob`."""
-        parameters = inspect.signature(self.function).parameters.values()
-        keywords = self.function.keywords if isinstance(self.function, functools.partial) else {}
-        return [p.name for p in parameters if not p.name.endswith("_logps") and p.name not in keywords]
+    def is_required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+
+class Loss:
+    """A loss function with what its signature declares.
+
+    Its parameters are, by their names,
+
+    - inputs, tensors of shape (batch_size,): `policy_chosen_logps`, `policy_rejected_logps`, `reference_chosen_logps`,
+      `reference_rejected_logps` (log-probabilities of whole responses, in nats) and `chosen_lengths`,
+      `rejected_lengths` (predicted tokens in the responses). One with `rejected` in its name makes it a loss of pairs;
+      without, it trains on SFT targets. One that starts with `reference` makes it need a reference;
+    - options, all others: `loss.NAME` in the config. Annotation and default give type, range (`Range`) and default. An
+      option `reference_free`, if true, lets the loss do without a reference: it is given zeros.
+
+    A loss that takes no lengths has one more option, `average_log_prob`: it is given mean log-probabilities per token.
+
+    It returns the losses, or a tuple of losses, chosen rewards and rejected rewards; each of shape (batch_size,).
+
+    Raises: TypeError if the signature declares none of this.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        # what functools.partial has set is no option
+        given = function.keywords if isinstance(function, functools.partial) else {}
+        hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in given]
+        self.inputs = tuple(p.name for p in parameters if p.name.endswith("_logps") or p.name in LENGTHS)
+        if unknown := set(self.inputs) - {*LOGPS, *LENGTHS} or not self.inputs:
+            raise TypeError(f"{function}: inputs {unknown or 'missing'}; there are {', '.join((*LOGPS, *LENGTHS))}")
+        self.options = {p.name: _option(p, hints.get(p.name)) for p in parameters if p.name not in self.inputs}
+        if not set(self.inputs) & set(LENGTHS):
+            self.options["average_log_prob"] = Option(bool, False)
+        self.needs_pairs = any("rejected" in name for name in self.inputs)
+        self._compares = any(name.startswith("reference_") for name in self.inputs)
+        if self._compares and not self.needs_pairs:
+            raise TypeError(f"{function}: references are of pairs; take policy_rejected_logps, too")
+
+    def needs_reference(self, loss_config) -> bool:
+        """Whether, under these options, it compares the policy with a reference."""
+        return self._compares and not loss_config.get("reference_free", False)
+
+    def __call__(self, inputs: dict[str, torch.Tensor], loss_config) -> tuple[torch.Tensor, ...]:
+        """Losses, and rewards if there are any, of a batch: `inputs` hold at least what it declares."""
+        arguments = {name: inputs[name] for name in self.inputs}
+        options = {name: loss_config[name] for name in self.options if name != "average_log_prob"}
+        output = self.function(**arguments, **options)
+        return output if isinstance(output, tuple) else (output,)
+
+
+def _option(parameter: inspect.Parameter, hint: object) -> Option:
+    """What a parameter's annotation and default say of an option."""
+    value_range = None
+    if typing.get_origin(hint) is Annotated:
+        hint, *notes = typing.get_args(hint)
+        value_range = next((note for note in notes if isinstance(note, Range)), None)
+    if hint not in (float, int, bool, str):
+        raise TypeError(f"option {parameter.name} of a loss: annotate it with float, int, bool or str, not {hint}")
+    return Option(hint, parameter.default, value_range)
 
 
 LOSSES = {
-    "sft": Loss(sft_loss, needs_pairs=False),
+    "sft": Loss(sft_loss),
     "dpo": Loss(functools.partial(preference_loss, ipo=False)),
     "ipo": Loss(functools.partial(preference_loss, ipo=True, label_smoothing=0.0)),
 }
 
 
 def needs_reference(loss_config) -> bool:
-    """Whether this loss compares the policy with a reference model."""
-    return LOSSES[loss_config.name].needs_pairs and not loss_config.reference_free
+    """Whether the loss of a config's `loss` section compares the policy with a reference model."""
+    return LOSSES[loss_config.name].needs_reference(loss_config)
 
 
 def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_prob: bool = False) -> torch.Tensor:
@@ -99,3 +187,11 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
     ).squeeze(2)  # (B, T-1)
     logps = (per_token_logps * loss_mask).sum(-1)
     return logps / loss_mask.sum(-1) if average_log_prob else logps
+
+
+def response_lengths(labels: torch.Tensor) -> torch.Tensor:
+    """Predicted tokens in each response: (batch_size, sequence_length) labels to (batch_size,).
+
+    A sequence's first token is predicted by nothing, so it doesn't count even where there is no prompt.
+    """
+    return (labels[:, 1:] != -100).sum(-1)

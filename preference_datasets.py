@@ -1,40 +1,44 @@
-"""Datasets of preferences: loading them, and the order of their batches.
+"""The named datasets of preferences, and batches of them.
 
-**To train on your own data, add a function like `get_hh` here and its name to `DATASETS`.**
+**To train on your own data, add a function like `get_hh` here and an entry to `DATASETS`.**
 """
 
+import inspect
 import itertools
-import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing import cpu_count
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
-import torch
 from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.element import PreformattedString
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from tokenization import get_collate_fn, tokenize_batch, tokenize_batch_element  # noqa: F401 (re-exported)
-from toy_dataset import get_toy
-from utils import UserError, closest_match, get_local_dir, prefetched, rank0_print
+from data.batches import BatchIterator, Prompt
+from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
+from data.toy import get_toy
+from utils import UserError, closest_match, get_local_dir, rank0_print
 
-# Where a named dataset is loaded from unless `dataset_paths` says otherwise: ids on the Hugging Face hub.
-HUB_IDS = {
-    "hh": "Anthropic/hh-rlhf",
-    "shp": "stanfordnlp/SHP",
-    "se": "HuggingFaceH4/stack-exchange-preferences",
-}
+if TYPE_CHECKING:
+    import datasets
 
 
-def load_rows(name: str, path: str, split: str, fields: dict[str, type], cache_dir: str | None) -> datasets.Dataset:
+def load_rows(
+    name: str, path: str | None, split: str, fields: dict[str, type], cache_dir: str | None
+) -> "datasets.Dataset":
     """Load one split of a dataset from the hub or from a local folder and check that its columns are there.
+
+    Args:
+        path: hub id or folder; None: the hub id of the dataset's entry in `DATASETS`.
 
     Raises: UserError if it can't be loaded, or lacks a field, naming dataset and split.
     """
+    import datasets  # takes a second: only where rows are read
+
+    path = path or DATASETS[name].hub_id
     try:
         rows = datasets.load_dataset(path, split=split, cache_dir=cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -53,7 +57,7 @@ def load_rows(name: str, path: str, split: str, fields: dict[str, type], cache_d
 
 
 def checked_rows(
-    rows: datasets.Dataset, name: str, split: str, fields: dict[str, type], silent: bool
+    rows: "datasets.Dataset", name: str, split: str, fields: dict[str, type], silent: bool
 ) -> Iterator[tuple[int, dict]]:
     """Each row with its number, once every field is known to hold a value of its type.
 
@@ -83,7 +87,7 @@ def extract_anthropic_prompt(prompt_and_response: str) -> str:
     return prompt_and_response[: position + len(search_term)]
 
 
-def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path: str = HUB_IDS["hh"]) -> dict:
+def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
     """Load Anthropic's Helpful-Harmless dialogues as a dict from prompt to an entry:
 
         {'responses': list[str],
@@ -117,7 +121,7 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
     return data
 
 
-def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path: str = HUB_IDS["shp"]) -> dict:
+def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
     """Load the Stanford Human Preferences dataset; see `get_hh` for the format.
 
     Only pairs whose scores differ by a factor of at least 2 are kept; the SFT target is the response with the highest
@@ -143,7 +147,7 @@ def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path
     return data
 
 
-def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path: str = HUB_IDS["se"]) -> dict:
+def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
     """Load StackExchange answers, HTML tags stripped except <code>; see `get_hh` for the format.
 
     Every pair of a question's answers with different scores is a preference. A hundredth of the questions, drawn
@@ -218,22 +222,50 @@ def _inline_text(element: Tag | NavigableString) -> str:
     return "\n" if element.name == "br" else "".join(_inline_text(child) for child in element.children)
 
 
-DATASETS: dict[str, Callable] = {"hh": get_hh, "shp": get_shp, "se": get_se, "toy": get_toy}
+@dataclass(frozen=True)
+class Dataset:
+    """A named dataset: how it is loaded, and how it is cut."""
+
+    load: Callable  # (split, silent, cache_dir, path) to data as `get_hh` returns it; without `path`: made in code
+    hub_id: str | None = None  # where it is loaded from unless `dataset_paths.NAME` says otherwise
+    truncation_mode: str = "keep_end"  # which end of an over-long prompt is kept: keep_end (dialogues) or keep_start
+
+
+DATASETS = {
+    "hh": Dataset(get_hh, "Anthropic/hh-rlhf", "keep_end"),
+    "shp": Dataset(get_shp, "stanfordnlp/SHP", "keep_start"),
+    "se": Dataset(get_se, "HuggingFaceH4/stack-exchange-preferences", "keep_start"),
+    "toy": Dataset(get_toy),
+}
+
+
+def check_names(names: Iterable[str], paths: dict[str, str]):
+    """Raises UserError if a dataset, or one that `dataset_paths` names, isn't in `DATASETS` or takes no path."""
+    there_are = ", ".join(DATASETS)
+    for name in names:
+        if name not in DATASETS:
+            raise UserError(
+                f"datasets=[{name}]: no such dataset.{closest_match(name, DATASETS)} There are: {there_are}"
+            )
+    for name in paths:
+        if name not in DATASETS:
+            hint = closest_match(name, DATASETS)
+            raise UserError(f"dataset_paths.{name}: no such dataset.{hint} There are: {there_are}")
+        if "path" not in inspect.signature(DATASETS[name].load).parameters:
+            raise UserError(f"dataset_paths.{name}: this dataset is made in code, not loaded from anywhere")
 
 
 def get_dataset(
     name: str, split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None
 ) -> dict[str, dict] | list[tuple[str, dict]]:
-    """Load a dataset by its name in `DATASETS`; `path` replaces the hub id that it is loaded from.
+    """Load a dataset by its name in `DATASETS`; `path` (a folder or hub id) replaces where it is loaded from.
 
     Returns: a dict from prompt to entry (see `get_hh`), or a list of (prompt, entry), where a prompt may recur.
     Raises: UserError for an unknown name, an empty split or an entry of another form.
     """
-    if name not in DATASETS:
-        there_are = ", ".join(DATASETS)
-        raise UserError(f"datasets=[{name}]: no such dataset.{closest_match(name, DATASETS)} There are: {there_are}")
+    check_names([name], {} if path is None else {name: path})
     kwargs = {} if path is None else {"path": path}
-    data = DATASETS[name](split, silent=silent, cache_dir=cache_dir, **kwargs)
+    data = DATASETS[name].load(split, silent=silent, cache_dir=cache_dir, **kwargs)
     if not data:
         raise UserError(f"datasets=[{name}]: the {split} split is empty")
     for prompt, entry in data.items() if isinstance(data, dict) else data:
@@ -242,35 +274,14 @@ def get_dataset(
     return data
 
 
-@dataclass
-class Prompt:
-    """A prompt with everything that is trained on after it, and where it came from."""
-
-    text: str
-    responses: list[str]
-    pairs: list[tuple[int, int]]
-    sft_target: str
-    dataset: str
-    split: str
-    rows: list[int] = field(default_factory=list)
-
-    @property
-    def truncation_mode(self) -> str:
-        """Which end of an over-long prompt is kept; a dialogue's last turns matter most."""
-        return "keep_end" if self.dataset in ("hh", "toy") else "keep_start"
-
-    def place(self, pair: int) -> str:
-        """Where a pair comes from, for messages."""
-        row = f"row {self.rows[pair]}" if pair < len(self.rows) else f"prompt {self.text!r:.200}"
-        return f"datasets=[{self.dataset}], {self.split} split, {row}"
-
-
 def _load_prompts(names: list[str], split: str, silent: bool, cache_dir: str | None, paths: dict) -> list[Prompt]:
     prompts = []
     for name in names:
         data = get_dataset(name, split, silent=silent, cache_dir=cache_dir, path=paths.get(name))
         for text, entry in data.items() if isinstance(data, dict) else data:
-            prompts.append(Prompt(text, dataset=name, split=split, **entry))
+            prompts.append(
+                Prompt(text, dataset=name, split=split, truncation_mode=DATASETS[name].truncation_mode, **entry)
+            )
     return prompts
 
 
@@ -284,110 +295,6 @@ def _check_no_eos(prompts: list[Prompt], eos_token: str):
                     f"{prompt.place(pair)}: the text contains the tokenizer's end-of-sequence token {eos_token!r}: "
                     f"...{text[max(0, text.index(eos_token) - 60) :]!r:.160}\nRemove it from the data."
                 )
-
-
-def numbers_of_part(n_examples: int, part: tuple[int, int]) -> list[int | None]:
-    """Which of a batch's examples are in part (index, count) of it, equally many in each; None where there are no more
-    and the last one is taken again."""
-    index, count = part
-    size = -(-n_examples // count)
-    return [number if number < n_examples else None for number in range(index * size, (index + 1) * size)]
-
-
-class BatchIterator:
-    """The batches of a split, in order; made by `get_batch_iterator`.
-
-    `n_batches` and `n_examples` are how many there will be, `epoch_size` how many examples of them an epoch has,
-    `n_left_out` how many of each epoch fill no whole batch, `n_distinct` how many `windows` yields.
-
-    With a `part` (index, count) it yields only that one of `count` parts of each batch, and tokenizes no other.
-    """
-
-    def __init__(self, prompts: list[Prompt], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool, seed: int,
-                 n_epochs: int | None, n_examples: int | None, drop_last: bool, part: tuple[int, int],
-                 **lengths: int):  # fmt: skip
-        self.prompts, self.tokenizer, self.lengths, self.part = prompts, tokenizer, lengths, part
-        self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
-
-        available = len(prompts) if sft_mode else sum(len(prompt.pairs) for prompt in prompts)
-        once = not drop_last and (available < batch_size or (n_examples or 0) <= available)
-        self.n_left_out = 0 if once else available % batch_size
-        self.epoch_size = available - self.n_left_out
-        totals = [n_epochs * self.epoch_size] if n_epochs is not None else [self.epoch_size] if once else []
-        if n_examples is not None:
-            totals.append(-(-n_examples // batch_size) * batch_size if drop_last else n_examples)
-        self.n_examples = min(totals)
-        self.n_batches = -(-self.n_examples // batch_size)
-        self.n_distinct = available if self.n_examples >= self.epoch_size else self.n_examples
-
-    def _epoch(self, prompts: list[Prompt]) -> Iterator[tuple[Prompt, int]]:
-        """One epoch's examples: a prompt and which of its pairs; in SFT a prompt has one example."""
-        for prompt in prompts:
-            for index in range(1 if self.sft_mode else len(prompt.pairs)):
-                yield prompt, index
-
-    def _tokenize(self, examples: list[tuple[Prompt, int]]) -> list[dict]:
-        texts = []
-        for prompt, index in examples:
-            pair = [prompt.sft_target] * 2 if self.sft_mode else [prompt.responses[i] for i in prompt.pairs[index]]
-            texts.append((prompt.text, *pair, prompt.truncation_mode))
-        try:
-            elements = tokenize_batch(texts, self.tokenizer, **self.lengths)
-        except UserError as error:
-            places = "\n".join(f"  {prompt.place(index)}" for prompt, index in examples)
-            raise UserError(f"{error}\nIt is one of:\n{places}") from error
-        if self.sft_mode:
-            elements = [{k: v for k, v in element.items() if "rejected" not in k} for element in elements]
-        return elements
-
-    def _shuffled(self) -> Iterator[list[Prompt]]:
-        """The prompts in the order of each epoch; each shuffles the order of the one before."""
-        epoch_seeds = np.random.RandomState(self.seed)
-        prompts = list(self.prompts)
-        while True:
-            if self.shuffle:
-                random.Random(int(epoch_seeds.randint(0, 2**32))).shuffle(prompts)
-            yield prompts
-
-    def windows(self, size: int = 1024) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """All that the batches draw on, each example once, in large batches: this part of each, and how many it has."""
-        examples = itertools.islice(self._epoch(next(self._shuffled())), self.n_distinct)
-        while window := list(itertools.islice(examples, size)):
-            yield self._collated(window, self.part), len(window)
-
-    def numbers(self, index: int) -> list[int | None]:
-        """The numbers, among all examples, of those in this part of batch `index`; None: see `numbers_of_part`."""
-        start = index * self.batch_size
-        numbers = numbers_of_part(min(self.batch_size, self.n_examples - start), self.part)
-        return [start + number if number is not None else None for number in numbers]
-
-    def first(self, n: int) -> dict[str, list | torch.Tensor]:
-        """The first `n` examples as a batch, whatever the part."""
-        return self._collated(list(itertools.islice(self._epoch(next(self._shuffled())), n)), (0, 1))
-
-    def _collated(self, batch: list[tuple[Prompt, int]], part: tuple[int, int]) -> dict[str, list | torch.Tensor]:
-        own = [batch[number if number is not None else -1] for number in numbers_of_part(len(batch), part)]
-        return get_collate_fn(self.tokenizer)(self._tokenize(own))
-
-    def _batches(self, skip: int) -> Iterator[dict[str, list | torch.Tensor]]:
-        remaining = self.n_examples
-        for prompts in self._shuffled():
-            if remaining <= 0:
-                return
-            examples = itertools.islice(self._epoch(prompts), min(self.epoch_size, remaining))
-            while batch := list(itertools.islice(examples, self.batch_size)):
-                remaining -= len(batch)
-                if skip > 0:
-                    skip -= 1
-                else:
-                    yield self._collated(batch, self.part)
-
-    def batches(self, skip: int = 0) -> Iterator[dict[str, list | torch.Tensor]]:
-        """The batches without the first `skip`, which are not tokenized."""
-        return prefetched(self._batches(skip))
-
-    def __iter__(self) -> Iterator[dict[str, list | torch.Tensor]]:
-        return self.batches()
 
 
 def get_batch_iterator(
@@ -406,7 +313,7 @@ def get_batch_iterator(
     cache_dir: str | None = None,
     paths: dict[str, str] | None = None,
     drop_last: bool = True,
-    part: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = (0, 1),
 ) -> BatchIterator:
     """Batches of a split, for `n_epochs` or `n_examples`, whichever ends first. Prompts are shuffled; pairs of one
     prompt stay together.
@@ -420,19 +327,21 @@ def get_batch_iterator(
         drop_last: leave out the examples of an epoch that don't fill a batch, and round n_examples up to whole
             batches. Otherwise the last batch may be smaller, and what n_examples asks for beyond one epoch comes from
             further epochs of whole batches, as in the original.
-        part: (index, count): only this one of `count` parts of each batch.
+        shard: (index, count): only this one of `count` shards of each batch.
 
     Raises: UserError if a dataset can't be used or holds less than one batch.
     """
     if n_epochs is None and n_examples is None:
         raise UserError("n_epochs and n_examples are both null: one of them must say when to stop")
     if silent:
+        import datasets
+
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
     prompts = _load_prompts(names, split, silent, cache_dir, dict(paths or {}))
     _check_no_eos(prompts, tokenizer.eos_token)
     batches = BatchIterator(prompts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
-                            part, max_length=max_length, max_prompt_length=max_prompt_length)  # fmt: skip
+                            shard, max_length=max_length, max_prompt_length=max_prompt_length)  # fmt: skip
     if batches.epoch_size == 0:
         raise UserError(
             f"datasets={names}, {split} split: {batches.n_left_out} examples are less than one batch of {batch_size}; "
@@ -442,7 +351,7 @@ def get_batch_iterator(
 
 
 def open_batches(
-    config: DictConfig, tokenizer, sft_mode: bool, seed: int, part: tuple[int, int], silent: bool
+    config: DictConfig, tokenizer, sft_mode: bool, seed: int, shard: tuple[int, int], silent: bool
 ) -> tuple[BatchIterator, BatchIterator]:
     """The training and the evaluation batches that a config asks for; see `get_batch_iterator`."""
     kwargs = {
@@ -455,7 +364,7 @@ def open_batches(
         "silent": silent,
         "cache_dir": get_local_dir(config.local_dirs),
         "paths": config.dataset_paths,
-        "part": part,
+        "shard": shard,
     }
     train = get_batch_iterator(
         **kwargs, split="train", n_epochs=config.n_epochs, n_examples=config.n_examples, batch_size=config.batch_size

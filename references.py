@@ -13,16 +13,16 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-import workers
-from placement import whole
-from preference_datasets import BatchIterator
-from utils import UserError, get_local_dir, on_rank0, quiet, rank0_print, take
+from data.batches import BatchIterator
+from distributed import collectives
+from distributed.dtensor import full_tensor
+from utils import get_local_dir, hides_progress, on_rank0, rank0_print, take
 
 REFERENCE_ADAPTER = "reference"  # the name of the frozen adapter beside the trained one, "default"
 
@@ -42,40 +42,6 @@ class Reference:
             yield self.model
 
 
-def choose_reference(config: DictConfig) -> str:
-    """The kind of reference that `reference=auto` means, or the one that was asked for.
-
-    Raises: UserError if policy and reference can't go together, naming those that can.
-    """
-    kind, has_adapter = config.reference, config.model.adapter is not None
-    settings = _adapter_settings(config)
-    # trained biases and some initializations change the base itself, which is then no reference
-    base_is_kept = settings.get("bias", "none") == "none" and settings.get("init_lora_weights", True) in (
-        True,
-        "gaussian",
-    )
-    possible = ["model"]
-    if base_is_kept and (config.lora is not None or has_adapter):
-        possible.insert(0, "adapter_off")
-    if base_is_kept and has_adapter:
-        possible.insert(0, "adapter_copy")
-    if kind == "auto":
-        return possible[0]
-    if kind not in possible:
-        policy = "a saved adapter" if has_adapter else "a new adapter" if config.lora is not None else "no adapter"
-        raise UserError(f"reference={kind}: the policy has {policy}; possible are: {', '.join(possible)}")
-    return kind
-
-
-def _adapter_settings(config: DictConfig) -> dict:
-    """Fields of LoraConfig of the new or the saved adapter; none without an adapter."""
-    path = os.path.join(config.model.adapter or "", "adapter_config.json")
-    if config.model.adapter is not None and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    return OmegaConf.to_container(config.lora) if config.lora is not None else {}
-
-
 def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) -> Reference:
     """The reference of this kind; `load` loads the second model where one is needed."""
     if kind == "model":
@@ -84,6 +50,15 @@ def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) 
     if kind == "adapter_off":
         return Reference(policy, policy.disable_adapter)
     return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
+
+
+def make_starting_reference(policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]) -> Reference:
+    """The reference before training, when a policy that is computed as a second model would be gives its numbers: then
+    none is loaded."""
+    kind = config.reference
+    dtypes = {config.model.policy_mp or config.model.policy_dtype, config.model.reference_dtype}
+    same = kind == "model" and len(dtypes) == 1 and not hasattr(policy, "peft_config")
+    return make_reference(kind, policy, (lambda: policy) if same else load)
 
 
 @contextlib.contextmanager
@@ -108,7 +83,7 @@ def _adapter_scaling(policy: nn.Module) -> dict[str, str]:
 
 def open_cache(policy: nn.Module, kind: str, config: DictConfig) -> "LogpsCache":
     """The cache of this reference's log-probabilities, in the local dir; `policy` is as training starts."""
-    details: dict[str, object] = {"average_log_prob": config.loss.average_log_prob}
+    details: dict[str, object] = {}
     if kind != "model":
         details["policy_mp"] = config.model.policy_mp
     with_adapter = config.model.adapter is not None and kind != "adapter_off"
@@ -135,8 +110,8 @@ def _reference_fingerprint(
     for name, tensor in policy.state_dict().items():
         if "lora_" not in name or (with_adapter and f".{REFERENCE_ADAPTER}." not in name):
             tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor.detach()
-    for name in tqdm(sorted(tensors), "Hashing the reference's weights", leave=False, disable=quiet()):
-        tensor = whole(tensors[name])
+    for name in tqdm(sorted(tensors), "Hashing the reference's weights", leave=False, disable=hides_progress()):
+        tensor = full_tensor(tensors[name])
         tensor = tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         digest.update(name.encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
@@ -161,8 +136,8 @@ def pair_keys(batch: dict) -> list[bytes]:
 class LogpsCache:
     """Log-probabilities of pairs, found by `pair_keys`; a directory of files, each whole and never changed.
 
-    Runs that share a directory add files of their own, so they can't disturb each other. Of a run's workers the first
-    reads and writes; all know the same.
+    Runs that share a directory add files of their own, so they can't disturb each other. Rank 0 reads and writes; all
+    ranks know the same.
     """
 
     def __init__(self, directory: str):
@@ -173,7 +148,7 @@ class LogpsCache:
             for name in sorted(os.listdir(directory)):
                 if name.endswith(".safetensors"):
                     self._read(os.path.join(directory, name))
-        self.logps = workers.from_first(self.logps)
+        self.logps = collectives.broadcast_object(self.logps)
 
     def _read(self, path: str):
         try:
@@ -211,35 +186,35 @@ class LogpsCache:
         compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]],
         split: Callable[[dict], list[dict]],
     ):
-        """Add what is missing of all pairs that the iterators' batches draw on.
+        """Add what is missing of all pairs that the iterators' batches hold.
 
         Args:
             iterators: with a name for each.
-            compute: a part's chosen and rejected log-probabilities, each (batch_size,).
-            split: a batch in the parts to compute.
+            compute: a microbatch's chosen and rejected log-probabilities, each (batch_size,).
+            split: a batch cut into microbatches.
         """
         n_computed = 0
         for name, iterator in iterators.items():
             with tqdm(
-                total=iterator.n_distinct, desc=f"Reference on {name} pairs", unit="pair", disable=quiet()
+                total=iterator.n_distinct, desc=f"Reference on {name} pairs", unit="pair", disable=hides_progress()
             ) as progress:
-                for window, n_pairs in iterator.windows():
-                    n_computed += self.fill_batch(window, compute, split)
+                for chunk, n_pairs in iterator.distinct_examples():
+                    n_computed += self.fill_batch(chunk, compute, split)
                     progress.update(n_pairs)
         rank0_print(f"Reference log-probabilities: {n_computed} computed, the others were in {self.directory}")
 
     def fill_batch(self, batch: dict, compute: Callable, split: Callable) -> int:
         """Add what is missing of a batch's pairs; returns how many different ones that were.
 
-        Workers that have parts of a batch compute equally many: one that misses fewer computes others again.
+        Workers that have shards of a batch compute equally many: one that misses fewer computes others again.
         """
         missing = [index for index, key in enumerate(pair_keys(batch)) if key not in self.logps]
-        missing += [0] * (workers.largest(len(missing)) - len(missing))
+        missing += [0] * (collectives.all_reduce_max(len(missing)) - len(missing))
         new, n_before = {}, len(self.logps)
-        for part in split(take(batch, torch.tensor(missing))) if missing else []:
-            chosen_logps, rejected_logps = compute(part)
-            new |= zip(pair_keys(part), zip(chosen_logps.tolist(), rejected_logps.tolist(), strict=True), strict=True)
-        self.add({key: logps for of_worker in workers.gathered(new) for key, logps in of_worker.items()})
+        for microbatch in split(take(batch, torch.tensor(missing))) if missing else []:
+            logps = torch.stack(compute(microbatch), dim=1).tolist()  # (batch_size, 2)
+            new |= zip(pair_keys(microbatch), map(tuple, logps), strict=True)
+        self.add({key: logps for of_worker in collectives.all_gather_object(new) for key, logps in of_worker.items()})
         return len(self.logps) - n_before
 
 

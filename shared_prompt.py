@@ -1,9 +1,10 @@
-"""Rows that a model computes, and the log-probabilities of the responses in them.
+"""Prefix sharing: the rows that a model computes, and the log-probabilities of the responses in them.
 
 A batch of pairs can be laid out in two ways. As the original does: 2B rows, [prompt, chosen] and [prompt, rejected],
-padded to the longest. Or with shared prompts: B rows [prompt, chosen, rejected], in which positions start again for the
-rejected response and attention is a tree (each response sees the prompt and itself), so that every prompt is computed
-once. Both give the same log-probabilities. In either, the output head runs only where a response token is predicted.
+padded to the longest. Or with prefix sharing (https://arxiv.org/abs/2410.20305): B rows [prompt, chosen, rejected], in
+which positions start again for the rejected response and attention is a tree (each response sees the prompt and
+itself), so that every prompt is computed once. Both give the same log-probabilities. In either, the output head runs
+only where a response token is predicted.
 """
 
 import inspect
@@ -11,20 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from data.batches import part_lengths
+from distributed.strategies import SingleProcess
 from losses import _get_batch_logps
-from utils import UserError, concatenated_inputs, take, without_wrapper
+from utils import UserError, concatenated_inputs, take, unwrap_adapter
 
 # The head's logits are made in chunks of this many bytes, which suit a CPU's caches or a GPU's throughput ...
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 # ... and made again in the backward pass where all of them together would take more than this.
 _KEPT_LOGITS_BYTES = 2**30
-
-# What starting one more microbatch costs, in tokens that could be computed in its time.
-_MICROBATCH_OVERHEAD = {"cpu": 64, "cuda": 4096}
 
 
 @dataclass
@@ -78,7 +77,7 @@ def padded_rows(batch: dict) -> Rows:
 
 def shared_rows(batch: dict) -> Rows:
     """A batch of B pairs as B rows [prompt, chosen, rejected]. S is 2 B: the chosen responses, then the rejected."""
-    n_prompt, n_chosen, n_rejected = (lengths[:, None] for lengths in _part_lengths(batch))
+    n_prompt, n_chosen, n_rejected = (lengths[:, None] for lengths in part_lengths(batch))
     end_of_chosen = n_prompt + n_chosen
     t = torch.arange(int((end_of_chosen + n_rejected).max())).expand(len(n_prompt), -1)  # (B, T)
     is_chosen = (n_prompt <= t) & (t < end_of_chosen)
@@ -102,13 +101,6 @@ def shared_rows(batch: dict) -> Rows:
     )
 
 
-def _part_lengths(batch: dict) -> list[torch.Tensor]:
-    """Tokens in each example's prompt and in its response or responses, each of shape (batch_size,)."""
-    sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
-    prompts = batch["chosen_attention_mask"].sum(1) - (batch["chosen_labels"] != -100).sum(1)
-    return [prompts, *((batch[f"{side}_labels"] != -100).sum(1) for side in sides)]
-
-
 def tree_mask(segments: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Who may attend to whom: causal, but nobody from a rejected response to a chosen one. (B, T) to (B, 1, T, T).
 
@@ -124,22 +116,20 @@ def tree_mask(segments: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor
 
 
 def response_logps(
-    model: nn.Module, rows: Rows, average_log_prob: bool = False, whole_logits: bool = False
+    model: nn.Module, rows: Rows, whole_logits: bool = False, strategy: type[SingleProcess] = SingleProcess
 ) -> torch.Tensor:
     """Log-probability of each response in `rows` under `model`: (S,), in nats, in float32 or better.
 
     Args:
-        average_log_prob: per token instead of summed.
         whole_logits: take the logits from the whole model at every position: for models that do more to them than
             apply the output head.
+        strategy: where the model's tensors live.
     """
-    model = without_wrapper(model)
-    if hasattr(model, "within_forward"):  # it is sharded
-        return model.within_forward(_response_logps, model, rows, average_log_prob, whole_logits)
-    return _response_logps(model, rows, average_log_prob, whole_logits)
+    model = unwrap_adapter(model)
+    return strategy.run_as_forward(model, _response_logps, model, rows, whole_logits, strategy)
 
 
-def _response_logps(model: nn.Module, rows: Rows, average_log_prob: bool, whole_logits: bool) -> torch.Tensor:
+def _response_logps(model: nn.Module, rows: Rows, whole_logits: bool, strategy: type[SingleProcess]) -> torch.Tensor:
     n_tokens = torch.bincount(rows.sequences, minlength=rows.n_sequences)  # (S,)
     device = model.get_input_embeddings().weight.device
     rows = rows.to(device)
@@ -153,100 +143,56 @@ def _response_logps(model: nn.Module, rows: Rows, average_log_prob: bool, whole_
     else:
         outputs, head = model.base_model(rows.input_ids, use_cache=False, **kwargs)[0], model.get_output_embeddings()
     predicting = outputs.flatten(0, 1).index_select(0, rows.predictors.to(outputs.device))  # (N, H or V)
-    logps = token_logps(predicting, head, rows.targets, model.config.get_text_config().vocab_size).to(device)
+    vocab_size = model.config.get_text_config().vocab_size
+    logps = chunked_token_logps(predicting, head, rows.targets, vocab_size, strategy).to(device)
 
     # summed over a table, as atomic additions on a GPU would come out differently every time
     table = logps.new_zeros(rows.n_sequences, int(n_tokens.max()))
-    sums = table.index_put((rows.sequences, rows.offsets), logps).sum(1)
-    return sums / n_tokens.to(device) if average_log_prob else sums
+    return table.index_put((rows.sequences, rows.offsets), logps).sum(1)
 
 
-def token_logps(hidden_states: torch.Tensor, head: nn.Module, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def chunked_token_logps(
+    hidden_states: torch.Tensor, head: nn.Module, targets: torch.Tensor, vocab_size: int, strategy: type[SingleProcess]
+) -> torch.Tensor:
     """log softmax(head(h))[target] of every token, (N, H) and (N,) to (N,): in float32, without all logits at once."""
     device = hidden_states.device.type
     bytes_per_token = 4 * vocab_size
     chunk_size = max(1, _CHUNK_BYTES[device] // bytes_per_token)
     recompute = torch.is_grad_enabled() and len(targets) * bytes_per_token > _KEPT_LOGITS_BYTES
 
-    def chunk_logps(hidden_chunk: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
-        if hasattr(head, "token_logps"):  # split over workers by vocabulary: none needs all logits
-            return head.token_logps(hidden_chunk, target_chunk)
-        logits = head(hidden_chunk)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return -F.cross_entropy(logits, target_chunk.to(logits.device), reduction="none")
-
     chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
     if recompute:
-        return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
-    return torch.cat([chunk_logps(*chunk) for chunk in chunks])
-
-
-# ---- cutting a batch into microbatches ------------------------------------------------------------------------------
-
-
-def microbatches(
-    batch: dict, n_least: int, device: str, shared: bool, agree: Callable[[int], int] = lambda n: n
-) -> list[dict]:
-    """Cut a batch into microbatches, at least `n_least`, none with more than its `n_least`-th part of the examples.
-
-    The examples are sorted by length first and cut where padding and the cost of one more microbatch come to least, so
-    a microbatch pads little. Together they hold each example once; weigh each by its number of examples. Where several
-    workers must make equally many, `agree` tells each the most that any of them makes.
-    """
-    parts = _part_lengths(batch)
-    lengths = sum(parts) if shared else parts[0] + torch.stack(parts[1:]).amax(0)
-    order = lengths.argsort(descending=True, stable=True)
-    overhead = _MICROBATCH_OVERHEAD[device] / (1 if shared else len(parts) - 1)
-    sizes = _cheapest_cuts(lengths[order].tolist(), max_size=len(order) // n_least, overhead=overhead)
-    for _ in range(agree(len(sizes)) - len(sizes)):
-        largest = sizes.index(max(sizes))
-        sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
-    return [take(batch, indices) for indices in order.split(sizes)]
-
-
-def _cheapest_cuts(lengths: list[int], max_size: int, overhead: float) -> list[int]:
-    """Sizes of the consecutive groups, at most `max_size` each, that cost least in all; `lengths` fall.
-
-    A group costs its rows times its longest, plus `overhead`.
-    """
-    best = [0.0] + [float("inf")] * len(lengths)  # cost of the first n rows
-    last = [0] * (len(lengths) + 1)  # size of their last group
-    for end in range(1, len(lengths) + 1):
-        for size in range(1, min(max_size, end) + 1):
-            cost = best[end - size] + size * lengths[end - size] + overhead
-            if cost < best[end]:
-                best[end], last[end] = cost, size
-    sizes, end = [], len(lengths)
-    while end > 0:
-        sizes.append(last[end])
-        end -= last[end]
-    return sizes[::-1]
+        kept = [checkpoint(strategy.token_logps, head, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        kept = [strategy.token_logps(head, *chunk) for chunk in chunks]
+    return torch.cat(kept)
 
 
 # ---- which way a model can take -------------------------------------------------------------------------------------
 
 
 def choose_rows(
-    model: nn.Module, batch: dict, setting: bool | str, max_length: int
+    model: nn.Module, batch: dict, setting: bool | str, max_length: int, strategy: type[SingleProcess] = SingleProcess
 ) -> tuple[Callable[[dict], Rows], bool, str]:
     """Find out, on a few examples, how a model may be computed.
 
     Args:
         setting: the config's `shared_prompt`: 'auto', True (an error if the model can't) or False.
         max_length: of a sequence, in tokens.
+        strategy: where the model's tensors live.
 
     Returns: `shared_rows` or `padded_rows`, whether the logits must be taken whole, and why, to be logged.
     Raises: UserError if `setting` is True and the model can't.
     """
-    model, batch = without_wrapper(model), take(batch, torch.arange(min(2, len(batch["prompt"]))))
+    model, batch = unwrap_adapter(model), take(batch, torch.arange(min(2, len(batch["prompt"]))))
     with torch.no_grad():
         plain = padded_rows(batch)
         expected = _plain_logps(model, batch)
-        whole_logits = not _equal(model, plain, expected, whole_logits=False)
+        whole_logits = not _equal(model, plain, expected, False, strategy)
         if setting is False or "rejected_labels" not in batch:
             return padded_rows, whole_logits, "one sequence a row"
         reason = _why_not(model, max_length)
-        if reason is None and not _equal(model, shared_rows(batch), expected, whole_logits):
+        if reason is None and not _equal(model, shared_rows(batch), expected, whole_logits, strategy):
             reason = "its log-probabilities differ when the two responses share a row"
     if reason is None:
         return shared_rows, whole_logits, "each prompt is computed once a pair"
@@ -288,10 +234,12 @@ def _plain_logps(model: nn.Module, batch: dict) -> torch.Tensor:
     return _get_batch_logps(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
-def _equal(model: nn.Module, rows: Rows, expected: torch.Tensor, whole_logits: bool) -> bool:
+def _equal(
+    model: nn.Module, rows: Rows, expected: torch.Tensor, whole_logits: bool, strategy: type[SingleProcess]
+) -> bool:
     """Whether the log-probabilities of `rows` are as expected, to the rounding of the model's dtype."""
     try:
-        logps = response_logps(model, rows, whole_logits=whole_logits)
+        logps = response_logps(model, rows, whole_logits, strategy)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # a forward of another form

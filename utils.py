@@ -3,13 +3,10 @@
 import difflib
 import getpass
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from datetime import datetime
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 
@@ -28,8 +25,8 @@ def closest_match(name: str, options: Iterable[str]) -> str:
 
 
 def on_rank0() -> bool:
-    """Whether this is the worker that writes and prints for all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Whether this is the process that writes and prints for all: by RANK, which launchers set."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def rank0_print(*args, **kwargs):
@@ -38,7 +35,7 @@ def rank0_print(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
-def quiet() -> bool | None:
+def hides_progress() -> bool | None:
     """What tqdm is to be given as `disable`: on rank 0 a terminal decides, elsewhere no bar is shown."""
     return None if on_rank0() else True
 
@@ -102,22 +99,12 @@ def concatenated_inputs(batch: dict[str, list | torch.Tensor]) -> dict[str, torc
     return concatenated_batch
 
 
-def prefetched(items: Iterator, n_ahead: int = 4) -> Iterator:
-    """The same items, made by a thread that stays up to `n_ahead` of them ahead."""
-    end = object()
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        ahead = deque(executor.submit(next, items, end) for _ in range(n_ahead))
-        while (item := ahead.popleft().result()) is not end:
-            ahead.append(executor.submit(next, items, end))
-            yield item
-
-
 def formatted_dict(values: dict) -> dict:
     """The same dict with floats shortened to five digits, for printing."""
     return {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in values.items()}
 
 
-def without_wrapper(model: nn.Module) -> nn.Module:
+def unwrap_adapter(model: nn.Module) -> nn.Module:
     """The transformers model that PEFT has put an adapter's layers into; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 import trainers
-import workers
 from configuration import REPOSITORY, check_config
+from distributed import launch
+from distributed.collectives import all_gather_object, barrier
 
 RUNS = [  # trainer, workers, fsdp_replicate
     ("BasicTrainer", 1, 1), ("FSDPTrainer", 2, 1), ("FSDPTrainer", 4, 1), ("FSDPTrainer", 4, 2),
@@ -122,15 +123,15 @@ def counted_step(trainer: trainers.BasicTrainer, step: Callable, path: str, batc
 
     tokens_hook = trainer.policy.get_input_embeddings().register_forward_pre_hook(note_tokens)
     memory_hook = trainer.optimizer.register_step_post_hook(note_memory)
-    workers.wait()
+    barrier()
     before = sent_over_loopback()
-    workers.wait()
+    barrier()
     with tokens_hook, memory_hook, Collectives() as collectives:
         metrics = step(trainer, batch)
-    workers.wait()
+    barrier()
     kernel = (sent_over_loopback() - before) / trainer.world_size
     counts |= {"tokens": sum(n_tokens), "microbatches": len(n_tokens)}
-    of_all = workers.gathered({"counts": counts, "held": held, "collectives": collectives.n_bytes, "kernel": kernel})
+    of_all = all_gather_object({"counts": counts, "held": held, "collectives": collectives.n_bytes, "kernel": kernel})
     if trainer.rank == 0:
         Path(path).write_text(json.dumps(of_all))
     return metrics
@@ -139,7 +140,7 @@ def counted_step(trainer: trainers.BasicTrainer, step: Callable, path: str, batc
 def work(config: DictConfig, path: str):
     """Train as train.py does, but count every step."""
     trainers.BasicTrainer.train_step = functools.partialmethod(counted_step, trainers.BasicTrainer.train_step, path)
-    joined = workers.joined() if config.trainer != "BasicTrainer" else contextlib.nullcontext()
+    joined = launch.process_group() if config.trainer != "BasicTrainer" else contextlib.nullcontext()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), joined:
         train.train_from(config, None)
 
@@ -163,7 +164,7 @@ def run(trainer: str, n: int, n_replicas: int, directory: str, batch_size: int) 
     if trainer == "BasicTrainer":
         work(config, path)
     else:
-        workers.start(work, n, None, config, path)
+        launch.run_workers(work, n, None, config, path)
     return json.loads(Path(path).read_text())
 
 
@@ -203,7 +204,7 @@ def main():
     in_own_network()
     with tempfile.TemporaryDirectory() as directory:
         model = f"{directory}/model"
-        shutil.copytree(REPOSITORY / "models" / "tiny", model)
+        shutil.copytree(REPOSITORY / "assets" / "tiny", model)
         sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "intermediate_size": 4 * args.hidden}
         transformers.AutoConfig.from_pretrained(model, **sizes).save_pretrained(model)
         kinds = ["collectives", "kernel", "held of each, theory", "weights", "gradients", "RMSprop", "reference"]

@@ -30,7 +30,7 @@ RUNS = {
 
 def make_model(directory: Path, hidden_size: int, n_layers: int) -> int:
     """Write the config of a GPT-NeoX with the tiny model's tokenizer; returns the bytes of its float32 weights."""
-    shutil.copytree(REPOSITORY / "models" / "tiny", directory)
+    shutil.copytree(REPOSITORY / "assets" / "tiny", directory)
     config = transformers.AutoConfig.from_pretrained(
         directory, hidden_size=hidden_size, num_hidden_layers=n_layers, intermediate_size=4 * hidden_size
     )

@@ -1,245 +1,20 @@
-"""Datasets of preferences: loading them, and the order of their batches.
-
-**To train on your own data, add a function like `get_hh` here and its name to `DATASETS`.**
-"""
+"""Batches: the order of examples, epochs, the shards that workers compute, and microbatches."""
 
 import itertools
 import random
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import cpu_count
 
-import datasets
 import numpy as np
 import torch
-from bs4 import BeautifulSoup, NavigableString, Tag
-from bs4.element import PreformattedString
-from omegaconf import DictConfig
-from tqdm import tqdm
 
-from tokenization import get_collate_fn, tokenize_batch, tokenize_batch_element  # noqa: F401 (re-exported)
-from toy_dataset import get_toy
-from utils import UserError, closest_match, get_local_dir, prefetched, rank0_print
+from data.tokenization import get_collate_fn, tokenize_batch
+from utils import UserError, take
 
-# Where a named dataset is loaded from unless `dataset_paths` says otherwise: ids on the Hugging Face hub.
-HUB_IDS = {
-    "hh": "Anthropic/hh-rlhf",
-    "shp": "stanfordnlp/SHP",
-    "se": "HuggingFaceH4/stack-exchange-preferences",
-}
-
-
-def load_rows(name: str, path: str, split: str, fields: dict[str, type], cache_dir: str | None) -> datasets.Dataset:
-    """Load one split of a dataset from the hub or from a local folder and check that its columns are there.
-
-    Raises: UserError if it can't be loaded, or lacks a field, naming dataset and split.
-    """
-    try:
-        rows = datasets.load_dataset(path, split=split, cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"datasets=[{name}], {split} split: can't load {path!r}: {str(error).strip()}\n"
-            f"Check the path or the connection to the hub, or give a local folder of the same format: "
-            f"dataset_paths.{name}=DIR"
-        ) from error
-    missing = [key for key in fields if key not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"datasets=[{name}], {split} split, row 0: no field {', '.join(map(repr, missing))} in {path!r}; "
-            f"its fields are {rows.column_names}, expected are {list(fields)}"
-        )
-    return rows
-
-
-def checked_rows(
-    rows: datasets.Dataset, name: str, split: str, fields: dict[str, type], silent: bool
-) -> Iterator[tuple[int, dict]]:
-    """Each row with its number, once every field is known to hold a value of its type.
-
-    Raises: UserError naming dataset, split and row.
-    """
-    for index, row in enumerate(tqdm(rows, desc=f"Processing {name} ({split})", disable=silent or None)):
-        for key, expected in fields.items():
-            if not isinstance(row[key], expected):
-                kind = "empty" if row[key] is None else f"{row[key]!r:.60}"
-                raise UserError(
-                    f"datasets=[{name}], {split} split, row {index}: field {key!r} is {kind}, "
-                    f"expected a value of type {expected.__name__}"
-                )
-        yield row.get("row", index), row
-
-
-def _new_entry() -> dict:
-    return {"responses": [], "pairs": [], "sft_target": None, "rows": []}
-
-
-def extract_anthropic_prompt(prompt_and_response: str) -> str:
-    """The transcript up to and including its last 'Assistant:'."""
-    search_term = "\n\nAssistant:"
-    position = prompt_and_response.rfind(search_term)
-    if position == -1:
-        raise ValueError(f"the transcript has no {search_term!r}")
-    return prompt_and_response[: position + len(search_term)]
-
-
-def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path: str = HUB_IDS["hh"]) -> dict:
-    """Load Anthropic's Helpful-Harmless dialogues as a dict from prompt to an entry:
-
-        {'responses': list[str],
-         'pairs': list[tuple[int, int]],   # indices into responses: (preferred, dispreferred)
-         'sft_target': str,                # the response to imitate in SFT; here the chosen one
-         'rows': list[int]}                # optional: the row that each pair comes from, for messages
-
-    Prompts look like '\\n\\nHuman: ...\\n\\nAssistant:', with any number of turns; responses start with a space.
-    """
-    fields = {"chosen": str, "rejected": str}
-    data: dict[str, dict] = defaultdict(_new_entry)
-    n_other_prompt = 0
-    rows = load_rows("hh", path, split, fields, cache_dir)
-    for index, row in checked_rows(rows, "hh", split, fields, silent):
-        try:
-            prompt = extract_anthropic_prompt(row["chosen"])
-        except ValueError as error:
-            raise UserError(f"datasets=[hh], {split} split, row {index}: chosen: {error}") from error
-        n_other_prompt += not row["rejected"].startswith(prompt)
-        entry = data[prompt]
-        n_responses = len(entry["responses"])
-        entry["pairs"].append((n_responses, n_responses + 1))
-        entry["responses"].extend([row["chosen"][len(prompt) :], row["rejected"][len(prompt) :]])
-        entry["sft_target"] = row["chosen"][len(prompt) :]
-        entry["rows"].append(index)
-    if n_other_prompt and not silent:
-        print(
-            f"hh ({split}): in {n_other_prompt} of {len(rows)} rows the rejected transcript has another prompt than "
-            "the chosen one; its response is cut at the chosen prompt's length, as in the original"
-        )
-    return data
-
-
-def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path: str = HUB_IDS["shp"]) -> dict:
-    """Load the Stanford Human Preferences dataset; see `get_hh` for the format.
-
-    Only pairs whose scores differ by a factor of at least 2 are kept; the SFT target is the response with the highest
-    score.
-    """
-    fields = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": int, "score_B": int, "labels": int}
-    data: dict[str, dict] = defaultdict(_new_entry)
-    scores: dict[str, list[int]] = defaultdict(list)
-    rows = load_rows("shp", path, split, fields, cache_dir)
-    for index, row in checked_rows(rows, "shp", split, fields, silent):
-        if max(row["score_A"], row["score_B"]) < 2 * min(row["score_A"], row["score_B"]):
-            continue
-        prompt = f"\n\nHuman: {row['history']}\n\nAssistant:"
-        entry = data[prompt]
-        first = len(entry["responses"])
-        # labels is 1 where A is preferred (https://huggingface.co/datasets/stanfordnlp/SHP)
-        entry["pairs"].append((first, first + 1) if row["labels"] == 1 else (first + 1, first))
-        entry["responses"].extend([f" {row['human_ref_A']}", f" {row['human_ref_B']}"])
-        entry["rows"].append(index)
-        scores[prompt].extend([row["score_A"], row["score_B"]])
-    for prompt, entry in data.items():
-        entry["sft_target"] = entry["responses"][int(np.argmax(scores[prompt]))]
-    return data
-
-
-def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path: str = HUB_IDS["se"]) -> dict:
-    """Load StackExchange answers, HTML tags stripped except <code>; see `get_hh` for the format.
-
-    Every pair of a question's answers with different scores is a preference. A hundredth of the questions, drawn
-    with a fixed seed, is the test split.
-    """
-    fields = {"question": str, "answers": list}
-    rows = load_rows("se", path, "train", fields, cache_dir)
-    rows = rows.add_column("row", range(len(rows))).shuffle(seed=42)
-    n_test = int(len(rows) * 0.01)
-    rows = rows.select(range(n_test) if split == "test" else range(n_test, len(rows)))
-    n_workers = min(cpu_count() or 1, 1 + len(rows) // 10_000)
-    rows = rows.map(_strip_html_of_row, num_proc=n_workers if n_workers > 1 else None, desc="Stripping HTML")
-
-    data: dict[str, dict] = defaultdict(_new_entry)
-    best_scores: dict[str, float] = {}
-    for index, row in checked_rows(rows, "se", split, fields, silent):
-        for answer in row["answers"]:
-            if not isinstance(answer.get("text"), str) or not isinstance(answer.get("pm_score"), int | float):
-                raise UserError(f"datasets=[se], row {index}: an answer has no 'text' or no number as 'pm_score'")
-        prompt = f"\n\nHuman: {row['question']}\n\nAssistant:"
-        entry = data[prompt]
-        first = len(entry["responses"])
-        for answer in row["answers"]:
-            response = f" {answer['text']}"
-            entry["responses"].append(response)
-            if prompt not in best_scores or answer["pm_score"] > best_scores[prompt]:
-                best_scores[prompt], entry["sft_target"] = answer["pm_score"], response
-        for (i, a), (j, b) in itertools.combinations(enumerate(row["answers"], first), 2):
-            if a["pm_score"] != b["pm_score"]:
-                entry["pairs"].append((i, j) if a["pm_score"] > b["pm_score"] else (j, i))
-                entry["rows"].append(index)
-    return {prompt: entry for prompt, entry in data.items() if entry["responses"]}
-
-
-def _strip_html_of_row(row: dict) -> dict:
-    """`row` with its HTML stripped; what has not the expected form stays, for `checked_rows` to name it."""
-    answers = [answer if isinstance(answer, dict) else {"text": None} for answer in row["answers"] or []]
-    for holder, key in [(row, "question"), *((answer, "text") for answer in answers)]:
-        if isinstance(holder.get(key), str):
-            holder[key] = strip_html_tags(holder[key])
-    return row | {"answers": answers}
-
-
-_CONTAINERS = {"[document]", "html", "body", "div", "blockquote", "section", "article", "dl", "table", "tbody"}
-
-
-def strip_html_tags(html_string: str) -> str:
-    """The text of some HTML, blocks divided by blank lines; <code> tags stay (StackExchange keeps code in them)."""
-    return "\n\n".join(_text_blocks(BeautifulSoup(html_string, "html.parser")))
-
-
-def _text_blocks(container: Tag) -> Iterator[str]:
-    for child in container.children:
-        if isinstance(child, NavigableString):
-            if child.strip() and not isinstance(child, PreformattedString):  # those are comments and doctypes
-                yield child.strip()
-        elif child.name == "pre":
-            yield from (_inline_text(code) for code in child.find_all("code")) if child.code else [child.get_text()]
-        elif child.name in ("ul", "ol"):
-            yield "\n".join(_inline_text(item).strip() for item in child.find_all("li"))
-        elif child.name in _CONTAINERS:
-            yield from _text_blocks(child)
-        elif text := _inline_text(child):
-            yield text
-
-
-def _inline_text(element: Tag | NavigableString) -> str:
-    if isinstance(element, NavigableString):
-        return "" if isinstance(element, PreformattedString) else str(element)
-    if element.name == "code":
-        return f"<code>{element.get_text()}</code>"
-    return "\n" if element.name == "br" else "".join(_inline_text(child) for child in element.children)
-
-
-DATASETS: dict[str, Callable] = {"hh": get_hh, "shp": get_shp, "se": get_se, "toy": get_toy}
-
-
-def get_dataset(
-    name: str, split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None
-) -> dict[str, dict] | list[tuple[str, dict]]:
-    """Load a dataset by its name in `DATASETS`; `path` replaces the hub id that it is loaded from.
-
-    Returns: a dict from prompt to entry (see `get_hh`), or a list of (prompt, entry), where a prompt may recur.
-    Raises: UserError for an unknown name, an empty split or an entry of another form.
-    """
-    if name not in DATASETS:
-        there_are = ", ".join(DATASETS)
-        raise UserError(f"datasets=[{name}]: no such dataset.{closest_match(name, DATASETS)} There are: {there_are}")
-    kwargs = {} if path is None else {"path": path}
-    data = DATASETS[name](split, silent=silent, cache_dir=cache_dir, **kwargs)
-    if not data:
-        raise UserError(f"datasets=[{name}]: the {split} split is empty")
-    for prompt, entry in data.items() if isinstance(data, dict) else data:
-        if set(entry) - {"rows"} != {"responses", "pairs", "sft_target"}:
-            raise UserError(f"datasets=[{name}], {split} split, prompt {prompt!r:.80}: unexpected keys {sorted(entry)}")
-    return data
+# What starting one more microbatch costs, in tokens that could be computed in its time.
+_MICROBATCH_OVERHEAD = {"cpu": 64, "cuda": 4096}
 
 
 @dataclass
@@ -252,12 +27,8 @@ class Prompt:
     sft_target: str
     dataset: str
     split: str
+    truncation_mode: str  # which end of an over-long prompt is kept: keep_end or keep_start
     rows: list[int] = field(default_factory=list)
-
-    @property
-    def truncation_mode(self) -> str:
-        """Which end of an over-long prompt is kept; a dialogue's last turns matter most."""
-        return "keep_end" if self.dataset in ("hh", "toy") else "keep_start"
 
     def place(self, pair: int) -> str:
         """Where a pair comes from, for messages."""
@@ -265,48 +36,27 @@ class Prompt:
         return f"datasets=[{self.dataset}], {self.split} split, {row}"
 
 
-def _load_prompts(names: list[str], split: str, silent: bool, cache_dir: str | None, paths: dict) -> list[Prompt]:
-    prompts = []
-    for name in names:
-        data = get_dataset(name, split, silent=silent, cache_dir=cache_dir, path=paths.get(name))
-        for text, entry in data.items() if isinstance(data, dict) else data:
-            prompts.append(Prompt(text, dataset=name, split=split, **entry))
-    return prompts
-
-
-def _check_no_eos(prompts: list[Prompt], eos_token: str):
-    """The end-of-sequence token marks where a response ends, so it can't stand inside a text."""
-    for prompt in prompts:
-        for text in (prompt.text, prompt.sft_target, *prompt.responses):
-            if eos_token in text:
-                pair = next((k for k, ij in enumerate(prompt.pairs) for i in ij if prompt.responses[i] is text), 0)
-                raise UserError(
-                    f"{prompt.place(pair)}: the text contains the tokenizer's end-of-sequence token {eos_token!r}: "
-                    f"...{text[max(0, text.index(eos_token) - 60) :]!r:.160}\nRemove it from the data."
-                )
-
-
-def numbers_of_part(n_examples: int, part: tuple[int, int]) -> list[int | None]:
-    """Which of a batch's examples are in part (index, count) of it, equally many in each; None where there are no more
-    and the last one is taken again."""
-    index, count = part
+def shard_indices(n_examples: int, shard: tuple[int, int]) -> list[int | None]:
+    """Which of a batch's examples belong to a shard (index, count) of it. All shards have equally many: None stands
+    where there are no more, and the last example is taken again."""
+    index, count = shard
     size = -(-n_examples // count)
-    return [number if number < n_examples else None for number in range(index * size, (index + 1) * size)]
+    return [i if i < n_examples else None for i in range(index * size, (index + 1) * size)]
 
 
 class BatchIterator:
-    """The batches of a split, in order; made by `get_batch_iterator`.
+    """The batches of a split, in order; made by `preference_datasets.get_batch_iterator`.
 
     `n_batches` and `n_examples` are how many there will be, `epoch_size` how many examples of them an epoch has,
-    `n_left_out` how many of each epoch fill no whole batch, `n_distinct` how many `windows` yields.
+    `n_left_out` how many of each epoch fill no whole batch, `n_distinct` how many different ones there are in all.
 
-    With a `part` (index, count) it yields only that one of `count` parts of each batch, and tokenizes no other.
+    With a `shard` (index, count) it yields only that one of `count` shards of each batch, and tokenizes no other.
     """
 
     def __init__(self, prompts: list[Prompt], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool, seed: int,
-                 n_epochs: int | None, n_examples: int | None, drop_last: bool, part: tuple[int, int],
+                 n_epochs: int | None, n_examples: int | None, drop_last: bool, shard: tuple[int, int],
                  **lengths: int):  # fmt: skip
-        self.prompts, self.tokenizer, self.lengths, self.part = prompts, tokenizer, lengths, part
+        self.prompts, self.tokenizer, self.lengths, self.shard = prompts, tokenizer, lengths, shard
         self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
 
         available = len(prompts) if sft_mode else sum(len(prompt.pairs) for prompt in prompts)
@@ -349,24 +99,24 @@ class BatchIterator:
                 random.Random(int(epoch_seeds.randint(0, 2**32))).shuffle(prompts)
             yield prompts
 
-    def windows(self, size: int = 1024) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """All that the batches draw on, each example once, in large batches: this part of each, and how many it has."""
+    def distinct_examples(self, chunk_size: int = 1024) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
+        """Each example that a batch holds, once, in chunks: this shard of a chunk, and how many all shards have."""
         examples = itertools.islice(self._epoch(next(self._shuffled())), self.n_distinct)
-        while window := list(itertools.islice(examples, size)):
-            yield self._collated(window, self.part), len(window)
+        while chunk := list(itertools.islice(examples, chunk_size)):
+            yield self._collated(chunk, self.shard), len(chunk)
 
-    def numbers(self, index: int) -> list[int | None]:
-        """The numbers, among all examples, of those in this part of batch `index`; None: see `numbers_of_part`."""
-        start = index * self.batch_size
-        numbers = numbers_of_part(min(self.batch_size, self.n_examples - start), self.part)
-        return [start + number if number is not None else None for number in numbers]
+    def indices(self, batch_index: int) -> list[int | None]:
+        """Which of all examples, counted from 0, this shard of a batch holds; None: see `shard_indices`."""
+        start = batch_index * self.batch_size
+        indices = shard_indices(min(self.batch_size, self.n_examples - start), self.shard)
+        return [start + i if i is not None else None for i in indices]
 
     def first(self, n: int) -> dict[str, list | torch.Tensor]:
-        """The first `n` examples as a batch, whatever the part."""
+        """The first `n` examples as a batch, whatever the shard."""
         return self._collated(list(itertools.islice(self._epoch(next(self._shuffled())), n)), (0, 1))
 
-    def _collated(self, batch: list[tuple[Prompt, int]], part: tuple[int, int]) -> dict[str, list | torch.Tensor]:
-        own = [batch[number if number is not None else -1] for number in numbers_of_part(len(batch), part)]
+    def _collated(self, batch: list[tuple[Prompt, int]], shard: tuple[int, int]) -> dict[str, list | torch.Tensor]:
+        own = [batch[i if i is not None else -1] for i in shard_indices(len(batch), shard)]
         return get_collate_fn(self.tokenizer)(self._tokenize(own))
 
     def _batches(self, skip: int) -> Iterator[dict[str, list | torch.Tensor]]:
@@ -380,7 +130,7 @@ class BatchIterator:
                 if skip > 0:
                     skip -= 1
                 else:
-                    yield self._collated(batch, self.part)
+                    yield self._collated(batch, self.shard)
 
     def batches(self, skip: int = 0) -> Iterator[dict[str, list | torch.Tensor]]:
         """The batches without the first `skip`, which are not tokenized."""
@@ -390,83 +140,60 @@ class BatchIterator:
         return self.batches()
 
 
-def get_batch_iterator(
-    names: list[str],
-    tokenizer,
-    split: str = "train",
-    batch_size: int = 1,
-    shuffle: bool = True,
-    max_length: int = 512,
-    max_prompt_length: int = 128,
-    sft_mode: bool = False,
-    n_epochs: int | None = None,
-    n_examples: int | None = None,
-    seed: int = 0,
-    silent: bool = False,
-    cache_dir: str | None = None,
-    paths: dict[str, str] | None = None,
-    drop_last: bool = True,
-    part: tuple[int, int] = (0, 1),
-) -> BatchIterator:
-    """Batches of a split, for `n_epochs` or `n_examples`, whichever ends first. Prompts are shuffled; pairs of one
-    prompt stay together.
+def prefetched(items: Iterator, n_ahead: int = 4) -> Iterator:
+    """The same items, made by a thread that stays up to `n_ahead` of them ahead."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        ahead = deque(executor.submit(next, items, end) for _ in range(n_ahead))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(executor.submit(next, items, end))
+            yield item
 
-    Args:
-        names: datasets, from `DATASETS`.
-        max_length: tokens in prompt and response together; max_prompt_length: tokens in an over-long prompt.
-        sft_mode: one example for each prompt, its 'chosen' being the SFT target, without 'rejected'.
-        seed: decides the order of the examples.
-        paths: where a named dataset is loaded from instead of the hub.
-        drop_last: leave out the examples of an epoch that don't fill a batch, and round n_examples up to whole
-            batches. Otherwise the last batch may be smaller, and what n_examples asks for beyond one epoch comes from
-            further epochs of whole batches, as in the original.
-        part: (index, count): only this one of `count` parts of each batch.
 
-    Raises: UserError if a dataset can't be used or holds less than one batch.
+# ---- microbatches ---------------------------------------------------------------------------------------------------
+
+
+def part_lengths(batch: dict) -> list[torch.Tensor]:
+    """Tokens in each example's prompt and in its response or responses, each of shape (batch_size,)."""
+    sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
+    prompts = batch["chosen_attention_mask"].sum(1) - (batch["chosen_labels"] != -100).sum(1)
+    return [prompts, *((batch[f"{side}_labels"] != -100).sum(1) for side in sides)]
+
+
+def microbatches(
+    batch: dict, n_least: int, device: str, shared: bool, agree: Callable[[int], int] = lambda n: n
+) -> list[dict]:
+    """Cut a batch into microbatches, at least `n_least`, none with more than its `n_least`-th part of the examples.
+
+    The examples are sorted by length first and cut where padding and the cost of one more microbatch come to least, so
+    a microbatch pads little. Together they hold each example once; weigh each by its number of examples. Where several
+    workers must make equally many, `agree` tells each the most that any of them makes.
     """
-    if n_epochs is None and n_examples is None:
-        raise UserError("n_epochs and n_examples are both null: one of them must say when to stop")
-    if silent:
-        datasets.logging.set_verbosity_error()
-        datasets.disable_progress_bars()
-    prompts = _load_prompts(names, split, silent, cache_dir, dict(paths or {}))
-    _check_no_eos(prompts, tokenizer.eos_token)
-    batches = BatchIterator(prompts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
-                            part, max_length=max_length, max_prompt_length=max_prompt_length)  # fmt: skip
-    if batches.epoch_size == 0:
-        raise UserError(
-            f"datasets={names}, {split} split: {batches.n_left_out} examples are less than one batch of {batch_size}; "
-            "make batch_size smaller or add data"
-        )
-    return batches
+    parts = part_lengths(batch)
+    lengths = sum(parts) if shared else parts[0] + torch.stack(parts[1:]).amax(0)
+    order = lengths.argsort(descending=True, stable=True)
+    overhead = _MICROBATCH_OVERHEAD[device] / (1 if shared else len(parts) - 1)
+    sizes = _cheapest_cuts(lengths[order].tolist(), max_size=len(order) // n_least, overhead=overhead)
+    for _ in range(agree(len(sizes)) - len(sizes)):
+        largest = sizes.index(max(sizes))
+        sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
+    return [take(batch, indices) for indices in order.split(sizes)]
 
 
-def open_batches(
-    config: DictConfig, tokenizer, sft_mode: bool, seed: int, part: tuple[int, int], silent: bool
-) -> tuple[BatchIterator, BatchIterator]:
-    """The training and the evaluation batches that a config asks for; see `get_batch_iterator`."""
-    kwargs = {
-        "names": config.datasets,
-        "tokenizer": tokenizer,
-        "max_length": config.max_length,
-        "max_prompt_length": config.max_prompt_length,
-        "sft_mode": sft_mode,
-        "seed": seed,
-        "silent": silent,
-        "cache_dir": get_local_dir(config.local_dirs),
-        "paths": config.dataset_paths,
-        "part": part,
-    }
-    train = get_batch_iterator(
-        **kwargs, split="train", n_epochs=config.n_epochs, n_examples=config.n_examples, batch_size=config.batch_size
-    )
-    rank0_print(
-        f"Training data: {train.epoch_size} examples an epoch in batches of {config.batch_size}; "
-        f"the {train.n_left_out} that fill no whole batch are left out of it; {train.n_batches} steps in all"
-    )
-    test = get_batch_iterator(
-        **kwargs, split="test", n_examples=config.n_eval_examples, batch_size=config.eval_batch_size, drop_last=False
-    )
-    repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
-    rank0_print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}")
-    return train, test
+def _cheapest_cuts(lengths: list[int], max_size: int, overhead: float) -> list[int]:
+    """Sizes of the consecutive groups, at most `max_size` each, that cost least in all; `lengths` fall.
+
+    A group costs its rows times its longest, plus `overhead`.
+    """
+    best = [0.0] + [float("inf")] * len(lengths)  # cost of the first n rows
+    last = [0] * (len(lengths) + 1)  # size of their last group
+    for end in range(1, len(lengths) + 1):
+        for size in range(1, min(max_size, end) + 1):
+            cost = best[end - size] + size * lengths[end - size] + overhead
+            if cost < best[end]:
+                best[end], last[end] = cost, size
+    sizes, end = [], len(lengths)
+    while end > 0:
+        sizes.append(last[end])
+        end -= last[end]
+    return sizes[::-1]

@@ -6,7 +6,7 @@ is the sum of its words' weights. Of two responses drawn from p the preferred on
 P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from the reference p, π*(y) ∝ p(y) exp(r(y) / β)
 (Eq. 4 of the paper), is known slot by slot, and all 4,096 responses to a prompt can be summed over.
 
-`python toy_dataset.py RUN_DIR` reports on the samples of a preference run on this data.
+`python -m data.toy RUN_DIR` reports on the samples of a preference run on this data.
 """
 
 import functools

@@ -1,8 +1,9 @@
-"""Tensor parallelism: every worker computes each layer's share of all tokens, and holds that share of the weights.
+"""Tensor parallelism: every worker holds a shard of each layer's weights, and computes that shard for all tokens.
 
-Layers come in pairs. The first is split by its outputs (the query, key and value projections by whole heads), the
-second by its inputs, and the workers' partial sums are added: two all-reduces a block forward, two backward. Between
-the pairs all workers hold the same hidden states, and the same norms. Parameters become DTensors, whose `full_tensor()`
+Layers come in pairs (https://arxiv.org/abs/1909.08053). The first is column-parallel, split by its outputs (the query,
+key and value projections by whole heads), the second row-parallel, split by its inputs, and the workers' partial sums
+are added: two all-reduces a block forward, two backward. Between the pairs all workers hold the same hidden states, and
+the same norms. Parameters become DTensors, whose `full_tensor()`
 is the dense model's; each layer computes with its local part, as plain tensors, so that attention, autocast,
 checkpointing and the key-value cache work as ever.
 """
@@ -19,7 +20,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from transformers.pytorch_utils import Conv1D
 
-from utils import UserError, without_wrapper
+from utils import UserError, unwrap_adapter
 
 _REMEDY = "use trainer=FSDPTrainer, which splits any model"
 
@@ -32,7 +33,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Raises: UserError if the model's layers or heads can't be split so.
     """
-    model = without_wrapper(model)
+    model = unwrap_adapter(model)
     plan = _plan(model)
     _check_heads(model, mesh.size())
     styles = {}
@@ -58,10 +59,10 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
 # ---- how one layer is split -----------------------------------------------------------------------------------------
 
 
-class _ByOutputs(ParallelStyle):
-    """Each worker computes its share of a linear layer's outputs: (..., I) to (..., O / workers), to all if `gather`.
+class _ColumnParallel(ParallelStyle):
+    """Each worker computes its shard of a linear layer's outputs: (..., I) to (..., O / workers), to all if `gather`.
 
-    With `n_fused` layers in one, one's outputs after the other's, it computes its share of each.
+    With `n_fused` layers in one, one's outputs after the other's, it computes its shard of each.
     """
 
     def __init__(self, gather: bool = False, n_fused: int = 1):
@@ -76,51 +77,23 @@ class _ByOutputs(ParallelStyle):
         return module
 
     def _forward(self, module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
-        outputs = self._share(module, mesh, inputs)
+        outputs = _local_outputs(module, mesh, inputs)
         if not self.gather:
             return outputs
         size = module.nf if isinstance(module, Conv1D) else module.out_features
-        shape = (*outputs.shape[:-1], size)  # said, as the shares may differ
+        shape = (*outputs.shape[:-1], size)  # said, as the shards may differ
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(outputs, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride).full_tensor()
 
-    @staticmethod
-    def _share(module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
-        bias = None if module.bias is None else module.bias.to_local()
-        return F.linear(_with_summed_gradient(inputs, mesh), _local_weight(module), bias)
 
+class _RowParallel(ParallelStyle):
+    """Each worker takes its shard of a linear layer's inputs; the outputs are added: (..., I / workers) to (..., O).
 
-class _Head(_ByOutputs):
-    """The output head: each worker computes the logits of its share of the vocabulary; called, it gives all of them.
-
-    Its `token_logps(hidden_states, targets)`, (N, H) and (N,) to (N,), does without: three numbers a token are sent.
+    The inputs are that shard already, or, with `shard_inputs`, all of them.
     """
 
-    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        module.token_logps = partial(self._token_logps, module, mesh)
-        return super()._apply(module, mesh)
-
-    def _token_logps(self, module: nn.Linear, mesh: DeviceMesh, hidden_states: torch.Tensor, targets: torch.Tensor):
-        logits = self._share(module, mesh, hidden_states)  # (N, V / workers)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        place = targets - _first_token(module.out_features, mesh)
-        is_here = (place >= 0) & (place < logits.shape[1])
-        target_logits = logits.gather(1, torch.where(is_here, place, 0)[:, None])[:, 0].masked_fill(~is_here, 0)
-
-        local = logits.logsumexp(1)  # (N,); the workers' are added without overflow
-        largest = DTensor.from_local(local.detach(), mesh, [Partial("max")], run_check=False).full_tensor()
-        target_logits, normalizers = _sum(torch.stack([target_logits, (local - largest).exp()]), mesh)
-        return target_logits - largest - normalizers.log()
-
-
-class _ByInputs(ParallelStyle):
-    """Each worker takes its share of a linear layer's inputs; the outputs are added: (..., I / workers) to (..., O).
-
-    The inputs are that share already, or, with `split_inputs`, all of them.
-    """
-
-    def __init__(self, split_inputs: bool = False):
-        self.split_inputs = split_inputs
+    def __init__(self, shard_inputs: bool = False):
+        self.shard_inputs = shard_inputs
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         _distribute(module, "weight", mesh, Shard(0 if isinstance(module, Conv1D) else 1))
@@ -128,17 +101,17 @@ class _ByInputs(ParallelStyle):
         return module
 
     def _forward(self, module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
-        if self.split_inputs:
-            whole = DTensor.from_local(inputs, mesh, [Replicate()], run_check=False)
-            inputs = whole.redistribute(placements=[Shard(-1)]).to_local()
+        if self.shard_inputs:
+            replicated = DTensor.from_local(inputs, mesh, [Replicate()], run_check=False)
+            inputs = replicated.redistribute(placements=[Shard(-1)]).to_local()
         outputs = _sum(F.linear(inputs, _local_weight(module)), mesh)
         return outputs if module.bias is None else outputs + module.bias.to(outputs.dtype)
 
 
-class _ByVocabulary(ParallelStyle):
-    """Each worker holds its share of an embedding's rows and looks those tokens up: (B, T) to (B, T, H) on all.
+class _VocabularyParallelEmbedding(ParallelStyle):
+    """Each worker holds its shard of an embedding's rows and looks those tokens up: (B, T) to (B, T, H) on all.
 
-    torch's RowwiseParallel would take `padding_idx` as a row of each worker's share, and leave that without gradient.
+    torch's RowwiseParallel would take `padding_idx` as a row of each worker's shard, and leave that without gradient.
     """
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -156,7 +129,7 @@ class _ByVocabulary(ParallelStyle):
         return _sum(vectors.masked_fill(~is_here[..., None], 0), mesh)
 
 
-class _InsideHeads(ParallelStyle):
+class _ReplicatedWithSummedGradient(ParallelStyle):
     """A norm that each worker applies to its own heads: the gradient of its parameters is the sum over the workers."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -184,6 +157,12 @@ def _local_weight(module: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def _local_outputs(module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
+    """This worker's shard of a column-parallel layer's outputs: (..., I) to (..., O / workers)."""
+    bias = None if module.bias is None else module.bias.to_local()
+    return F.linear(_with_summed_gradient(inputs, mesh), _local_weight(module), bias)
+
+
 def _sum(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """The sum over the workers, on all of them; each one's gradient is the sum's."""
     return DTensor.from_local(tensor, mesh, [Partial()], run_check=False).full_tensor()
@@ -195,27 +174,49 @@ def _with_summed_gradient(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tenso
     Kept beside the tensor: layers that read the same one (q, k and v) have their gradients summed in one go.
     """
     if not hasattr(tensor, "_with_summed_gradient"):
-        whole = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
-        tensor._with_summed_gradient = whole.to_local(grad_placements=[Partial()])
+        replicated = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+        tensor._with_summed_gradient = replicated.to_local(grad_placements=[Partial()])
     return tensor._with_summed_gradient
 
 
 def _first_token(vocab_size: int, mesh: DeviceMesh) -> int:
-    """The first token of this worker's share of the vocabulary, which is cut as torch.chunk does."""
+    """The first token of this worker's shard of the vocabulary, which is cut as torch.chunk does."""
     return min(-(-vocab_size // mesh.size()) * mesh.get_local_rank(), vocab_size)
+
+
+def is_vocabulary_parallel(head: nn.Module) -> bool:
+    """Whether each worker holds the rows of some tokens of this output head, and no adapter wraps it."""
+    return type(head) is nn.Linear and isinstance(head.weight, DTensor)
+
+
+def vocabulary_parallel_logps(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(head(h))[target], (N, H) and (N,) to (N,), where each worker has the logits of some tokens only.
+
+    Three numbers a token are exchanged instead of all logits.
+    """
+    mesh = head.weight.device_mesh
+    logits = _local_outputs(head, mesh, hidden_states)  # (N, V / workers)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    local_targets = targets - _first_token(head.out_features, mesh)
+    is_here = (local_targets >= 0) & (local_targets < logits.shape[1])
+    target_logits = logits.gather(1, torch.where(is_here, local_targets, 0)[:, None])[:, 0].masked_fill(~is_here, 0)
+
+    local = logits.logsumexp(1)  # (N,); the workers' are added without overflow
+    largest = DTensor.from_local(local.detach(), mesh, [Partial("max")], run_check=False).full_tensor()
+    target_logits, normalizers = _sum(torch.stack([target_logits, (local - largest).exp()]), mesh)
+    return target_logits - largest - normalizers.log()
 
 
 # ---- which layers are split how -------------------------------------------------------------------------------------
 
 _STYLES = {
-    "colwise": _ByOutputs(),
-    "colwise_gather_output": _ByOutputs(gather=True),
-    "rowwise": _ByInputs(),
-    "rowwise_split_input": _ByInputs(split_inputs=True),
-    "embedding_rowwise": _ByVocabulary(),
-    "replicated_with_grad_allreduce": _InsideHeads(),
-    "fused_qkv": _ByOutputs(n_fused=3),  # these two are ours, the others transformers'
-    "head": _Head(gather=True),
+    "colwise": _ColumnParallel(),
+    "colwise_gather_output": _ColumnParallel(gather=True),
+    "rowwise": _RowParallel(),
+    "rowwise_split_input": _RowParallel(shard_inputs=True),
+    "embedding_rowwise": _VocabularyParallelEmbedding(),
+    "replicated_with_grad_allreduce": _ReplicatedWithSummedGradient(),
+    "fused_qkv": _ColumnParallel(n_fused=3),  # ours; the other names are transformers'
 }
 
 _PLANS = {  # of the models that transformers has none for
@@ -246,7 +247,7 @@ def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
     plan = dict(_PLANS.get(model.config.model_type) or model.tp_plan)
     names = {module: name for name, module in model.named_modules()}
     plan[names[model.get_input_embeddings()]] = "embedding_rowwise"
-    plan[names[model.get_output_embeddings()]] = "head"
+    plan[names[model.get_output_embeddings()]] = "colwise_gather_output"
     bare = {_pattern(name) for name, _ in model.named_parameters()}  # parameters that the plan splits without a layer
     unknown = [f"{style} for {name}" for name, style in plan.items() if style not in _STYLES or name in bare]
     if unknown:
@@ -261,7 +262,7 @@ def _pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def _check_heads(model: nn.Module, n_workers: int) -> None:
+def _check_heads(model: nn.Module, world_size: int) -> None:
     """Each worker computes whole attention heads.
 
     Raises: UserError if they can't be dealt out evenly.
@@ -269,22 +270,22 @@ def _check_heads(model: nn.Module, n_workers: int) -> None:
     config = model.config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
         n_heads = getattr(config, name, None) or config.num_attention_heads
-        if n_heads % n_workers:
+        if n_heads % world_size:
             raise UserError(
-                f"tensor parallelism over {n_workers} workers can't split {type(model).__name__}, which has "
+                f"tensor parallelism over {world_size} workers can't split {type(model).__name__}, which has "
                 f"{name}={n_heads}: use a number of workers that divides {n_heads}, or {_REMEDY}"
             )
 
 
 def _layer_styles(name: str, module: nn.Module, style: ParallelStyle, model: nn.Module) -> dict[str, ParallelStyle]:
     """The style of a layer that is split and of the adapters that PEFT has put around it, by their full names."""
-    if isinstance(style, _InsideHeads) or type(module) in (nn.Linear, Conv1D, nn.Embedding):
+    if isinstance(style, _ReplicatedWithSummedGradient) or type(module) in (nn.Linear, Conv1D, nn.Embedding):
         return {name: style}
     if hasattr(module, "modules_to_save"):
         copies = (f"{name}.modules_to_save.{adapter}" for adapter in module.modules_to_save)
         return dict.fromkeys([f"{name}.original_module", *copies], style)
     if getattr(module, "lora_A", None) and not module.lora_variant:
-        half = "lora_B" if isinstance(style, _ByOutputs) else "lora_A"  # the other half is whole on every worker
+        half = "lora_B" if isinstance(style, _ColumnParallel) else "lora_A"  # the other half is whole on every worker
         return {f"{name}.base_layer": style, **{f"{name}.{half}.{adapter}": style for adapter in module.lora_A}}
     raise UserError(
         f"tensor parallelism can't split {type(model).__name__}: its layer {name} is of the class "

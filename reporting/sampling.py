@@ -9,14 +9,14 @@ from utils import pad_to_length
 
 
 def generate(
-    model: nn.Module, tokenizer, batch: dict, max_length: int, stops: Callable[[], bool], in_step: bool
+    model: nn.Module, tokenizer, batch: dict, max_length: int, stops: Callable[[], bool], synced: bool
 ) -> list[str]:
     """A sample for each of the batch's prompts, prompt and response, from the model itself.
 
     Args:
         max_length: of prompt and response, in tokens.
         stops: asked at every token; if True the samples end there.
-        in_step: several workers gather the model for each token; those that are done go on with those that aren't.
+        synced: several workers gather the model for each token; those that are done go on with those that aren't.
     """
     prompt_ids = batch["prompt_input_ids"]  # (batch_size, longest prompt)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def generate(
             top_p=1.0,
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=[lambda ids, _: ids.new_full(ids.shape[:1], stops(), dtype=torch.bool)],
-            synced_gpus=in_step,
+            synced_gpus=synced,
         )
     output = pad_to_length(output, max_length, tokenizer.pad_token_id)
     return tokenizer.batch_decode(output, skip_special_tokens=True)

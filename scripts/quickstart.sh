@@ -19,5 +19,5 @@ python train.py "${common[@]}" loss=dpo loss.beta=0.5 local_run_dir="$dir/dpo" m
     do_first_eval=false n_eval_model_samples=256
 
 echo "== What DPO changed"
-python toy_dataset.py "$dir/dpo"
+python -m data.toy "$dir/dpo"
 echo "Metrics, samples and checkpoints of both runs: $dir"

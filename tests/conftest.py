@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from checkpoints import load_policy, load_reference
 from configuration import CONFIG_DIR, check_config
+from models import load_policy, load_reference
 from train import with_free_keys
 from trainers import BasicTrainer
 
@@ -190,7 +190,8 @@ def oracle_model() -> list[str]:
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """A trainer in this process, from overrides as on the command line; its data and caches are under tmp_path."""
+    """A trainer in this process, from overrides as on the command line; all that its
+    reference is to precompute is computed; data and caches are under tmp_path."""
 
     def make(*overrides: str) -> BasicTrainer:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -200,7 +201,9 @@ def make_trainer(tmp_path):
         check_config(config)
         policy = load_policy(config)
         load = functools.partial(load_reference, config, policy)
-        return BasicTrainer(policy, config, config.seed, config.local_run_dir, reference_model=load)
+        trainer = BasicTrainer(policy, config, config.seed, config.local_run_dir, reference_model=load)
+        trainer.precompute_reference()
+        return trainer
 
     counter = itertools.count()
     return make

@@ -12,7 +12,9 @@ import transformers
 from conftest import ORACLE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import damage, delete_oldest, load_archive, new_directory, point_latest, tidy
+from checkpointing.archives import load_archive
+from checkpointing.checkpoints import delete_oldest, point_latest
+from checkpointing.integrity import atomic_directory, find_corruption, recover_interrupted_saves
 from train import create_run_dir
 from utils import UserError, disable_dropout
 
@@ -57,7 +59,7 @@ def test_every_checkpoint_opens_with_from_pretrained_and_writes_text(make_traine
 @pytest.fixture
 def gpt2_dir(tmp_path):
     """A small GPT-2, whose output head is its embedding, with dropout, and the tiny tokenizer."""
-    shutil.copytree(ORACLE.parent.parent / "models" / "tiny", tmp_path / "gpt2")
+    shutil.copytree(ORACLE.parent.parent / "assets" / "tiny", tmp_path / "gpt2")
     config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=128, vocab_size=2048, bos_token_id=0,
                                      eos_token_id=0)  # fmt: skip
     config.save_pretrained(tmp_path / "gpt2")
@@ -114,7 +116,7 @@ def test_saving_apart_from_evaluating_and_keeping_the_last_two(make_trainer):
         "LATEST", "config.yaml", "metrics.jsonl", "samples.jsonl", "step-16", "step-20",
     ]  # fmt: skip
     assert "optimizer.pt" not in os.listdir(run_dir / "step-20")
-    assert damage(run_dir / "step-20") is None
+    assert find_corruption(run_dir / "step-20") is None
     with pytest.raises(UserError, match="save_optimizer=false; resume_anyway=true begins with a new one"):
         trainer.resume(str(run_dir / "LATEST"))
 
@@ -127,7 +129,7 @@ def test_latest_is_the_newest_whole_checkpoint_at_any_time(make_trainer, monkeyp
 
     def look_and_step(batch):
         if latest.exists():
-            assert damage(latest) is None
+            assert find_corruption(latest) is None
             seen.append(os.readlink(latest))
         return step(batch)
 
@@ -143,7 +145,7 @@ def test_latest_is_the_newest_whole_checkpoint_at_any_time(make_trainer, monkeyp
 
 
 def write(path, text: str):
-    with new_directory(str(path)) as partial, open(os.path.join(partial, "file"), "w") as file:
+    with atomic_directory(str(path)) as partial, open(os.path.join(partial, "file"), "w") as file:
         file.write(text)
 
 
@@ -151,9 +153,9 @@ def test_a_directory_is_replaced_by_a_whole_one_or_stays(tmp_path):
     write(tmp_path / "LATEST", "old")
     write(tmp_path / "LATEST", "new")
     with pytest.raises(UserError, match=r"can't write the checkpoint .*No space left.*keep_checkpoints=N"):  # noqa: SIM117
-        with new_directory(str(tmp_path / "LATEST")):
+        with atomic_directory(str(tmp_path / "LATEST")):
             raise OSError(28, "No space left on device")
-    with pytest.raises(KeyboardInterrupt), new_directory(str(tmp_path / "LATEST")):
+    with pytest.raises(KeyboardInterrupt), atomic_directory(str(tmp_path / "LATEST")):
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["LATEST"]
     assert (tmp_path / "LATEST/file").read_text() == "new"
@@ -184,7 +186,7 @@ def test_a_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, 
         write(tmp_path / "LATEST", "new")
     monkeypatch.undo()
     assert len(os.listdir(tmp_path)) == 2
-    tidy(str(tmp_path))
+    recover_interrupted_saves(str(tmp_path))
     assert os.listdir(tmp_path) == ["LATEST"]
     assert (tmp_path / "LATEST/file").read_text() == ("new" if n_renames == 2 else "old")
 
@@ -216,7 +218,7 @@ def test_files_that_may_not_grow_leave_the_checkpoint_before_and_say_so(launcher
     assert "Traceback" not in launcher.output
     assert f"The last checkpoint is {tmp_path}/run/LATEST; to go on from it: " in launcher.output.splitlines()[-1]
     assert not any(".partial-" in name for name in os.listdir(tmp_path / "run"))
-    assert damage(tmp_path / "run/LATEST") is None
+    assert find_corruption(tmp_path / "run/LATEST") is None
     assert launcher.run(*overrides) == 0, launcher.output
 
 
@@ -247,7 +249,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(megabytes, launche
     assert os.readlink(disk / "run/LATEST") == "step-4"
     subprocess.run(["mount", "-o", "remount,size=40000000", str(disk)], check=True)
     assert launcher.run(*TOY, f"resume={disk}/run") == 0, launcher.output
-    assert damage(disk / "run/LATEST") is None
+    assert find_corruption(disk / "run/LATEST") is None
 
 
 def test_a_run_directory_that_cannot_be_written_is_named(launcher, mounted, tmp_path):

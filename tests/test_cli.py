@@ -152,7 +152,7 @@ LOADING_ERRORS = {  # the model is tiny where none is named
     ),
     "tokenizer of another model": (
         ["datasets=[toy]", "model=blank_model", f"model.name_or_path={ORACLE}/model", "max_length=128",
-         "max_prompt_length=64", "model.tokenizer_name_or_path=${repository:}/models/tiny"],
+         "max_prompt_length=64", "model.tokenizer_name_or_path=${repository:}/assets/tiny"],
         ["2048 tokens", "embeds 512", "model.tokenizer_name_or_path"],
     ),
     "block of another model": (["datasets=[toy]", "model.block_name=GPTNeoXLayr"], ["Did you mean GPTNeoXLayer?"]),
@@ -333,7 +333,7 @@ def test_hydra_sweeps_run_one_after_the_other(train_ok, tmp_path):
 def test_a_model_that_cannot_share_prompts_says_so_and_trains_or_is_refused(train, tmp_path):
     config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 2048}
     model_dir = tmp_path / "bloom"
-    shutil.copytree(REPOSITORY / "models" / "tiny", model_dir)
+    shutil.copytree(REPOSITORY / "assets" / "tiny", model_dir)
     (model_dir / "config.json").write_text(json.dumps(config))
     overrides = [*SHORT, "loss=dpo", f"model.name_or_path={model_dir}", "model.block_name=null"]
     overrides.append("sample_during_eval=false")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import REPOSITORY, launcher_variables, read_jsonl
 
-from resume import EXIT_CODE
+from checkpointing.preemption import EXIT_CODE
 
 RUN = [
     "model=tiny", "datasets=[toy]", "loss=dpo", "max_length=64", "max_prompt_length=32", "batch_size=8",
@@ -162,8 +162,8 @@ def test_two_machines_train_together_end_together_and_go_on(start, tmp_path):
 
 BUSY = """
 import os, signal, sys, time
-import workers
-with workers.joined():
+from distributed import launch
+with launch.process_group():
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)  # waits for a GPU that waits for the other worker's

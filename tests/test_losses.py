@@ -1,10 +1,13 @@
 import math
+import re
 
 import pytest
 import torch
-from conftest import figures
+from conftest import REPOSITORY, figures
+from omegaconf import OmegaConf
 
-from losses import LOSSES, _get_batch_logps, preference_loss
+from configuration import CONFIG_DIR
+from losses import LOSSES, Loss, _get_batch_logps, preference_loss
 from trainers import _get_batch_logps as reexported_logps
 from trainers import concatenated_inputs as reexported_inputs
 from trainers import preference_loss as reexported_loss
@@ -52,10 +55,57 @@ def test_rewards_carry_no_gradient():
     assert not rejected_rewards.requires_grad
 
 
-def test_each_loss_takes_the_options_of_its_yaml():
-    assert LOSSES["sft"].options == []
-    assert LOSSES["dpo"].options == ["beta", "label_smoothing", "reference_free"]
-    assert LOSSES["ipo"].options == ["beta", "reference_free"]
+def test_what_a_loss_takes_is_what_its_signature_names():
+    assert LOSSES["sft"].inputs == ("policy_chosen_logps",)
+    assert list(LOSSES["sft"].options) == ["average_log_prob"]
+    assert list(LOSSES["dpo"].options) == ["beta", "label_smoothing", "reference_free", "average_log_prob"]
+    assert list(LOSSES["ipo"].options) == ["beta", "reference_free", "average_log_prob"]
+    assert [LOSSES[name].needs_pairs for name in ("sft", "dpo", "ipo")] == [False, True, True]
+    assert [LOSSES[name].needs_reference({}) for name in ("sft", "dpo", "ipo")] == [False, True, True]
+    assert not LOSSES["dpo"].needs_reference({"reference_free": True})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_yaml_holds_the_options_that_the_signature_declares_with_their_defaults(name):
+    yaml = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "loss" / f"{name}.yaml"))
+    assert yaml == {"name": name, **{key: option.default for key, option in LOSSES[name].options.items()}}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_readme_has_a_row_for_each_loss_with_its_options(name):
+    (row,) = re.findall(rf"^\| `loss={name}` .*", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    for key, option in LOSSES[name].options.items():
+        assert f"`{key}` {str(option.default).lower()}" in row or key == "average_log_prob"
+
+
+def bad_input(policy_chosen_logp, policy_rejected_logps):
+    return policy_rejected_logps
+
+
+def other_input(policy_chosen_logps, critic_chosen_logps):
+    return -policy_chosen_logps
+
+
+def no_input(beta: float):
+    return beta
+
+
+def reference_of_one(policy_chosen_logps, reference_chosen_logps):
+    return reference_chosen_logps - policy_chosen_logps
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (bad_input, "option policy_chosen_logp .* annotate it"),
+        (other_input, "critic_chosen_logps"),
+        (no_input, "missing"),
+        (reference_of_one, "policy_rejected_logps"),
+    ],
+)
+def test_a_signature_that_declares_what_there_is_not_is_an_error(function, message):
+    with pytest.raises(TypeError, match=message):
+        Loss(function)
 
 
 def test_trainers_reexports_what_code_for_the_original_imports():

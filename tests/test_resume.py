@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ORACLE, read_jsonl
 
-from resume import EXIT_CODE, rng_states, set_rng_states
+from checkpointing.preemption import EXIT_CODE
+from checkpointing.train_state import get_rng_state, set_rng_state
 
 SMALL = [
     "model=tiny", "max_length=64", "max_prompt_length=32", "n_eval_examples=8", "eval_batch_size=4",
@@ -195,10 +196,10 @@ def test_a_crash_names_the_last_checkpoint_and_leaves_it(launcher, tmp_path):
 
 
 def test_random_generators_go_on_where_they_were():
-    set_rng_states(states := rng_states())
+    set_rng_state(states := get_rng_state())
     drawn = torch.rand(3), random.random()
     torch.rand(100), random.random()
-    set_rng_states(states)
+    set_rng_state(states)
     assert torch.equal(torch.rand(3), drawn[0])
     assert random.random() == drawn[1]
 

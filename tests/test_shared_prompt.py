@@ -9,9 +9,12 @@ import torch
 import transformers
 
 import shared_prompt
+from data import batches
+from data.batches import microbatches
+from data.tokenization import get_collate_fn, tokenize_batch
+from distributed.strategies import SingleProcess
 from losses import LOSSES, _get_batch_logps
-from preference_datasets import get_collate_fn, tokenize_batch
-from shared_prompt import choose_rows, microbatches, padded_rows, response_logps, shared_rows, token_logps, tree_mask
+from shared_prompt import choose_rows, chunked_token_logps, padded_rows, response_logps, shared_rows, tree_mask
 from utils import UserError, concatenated_inputs, disable_dropout
 
 VOCAB = 61
@@ -150,16 +153,6 @@ def test_sft_with_the_head_on_responses_only_gives_the_gradients_of_the_original
     assert_same(loss_and_gradients(model, response_logps(model, padded_rows(batch)), "sft"), expected, 1e-9)
 
 
-@pytest.mark.parametrize("make_rows", [shared_rows, padded_rows])
-def test_average_log_prob_divides_by_the_response_tokens(make_rows):
-    model, batch = make_model(CONFIGS["gpt_neox"]), BATCHES["ordinary"]
-    with torch.no_grad():
-        sums = response_logps(model, make_rows(batch))
-        means = response_logps(model, make_rows(batch), average_log_prob=True)
-    # the responses' tokens and their ends: (4, 6, 1) chosen and (7, 2, 5) rejected
-    torch.testing.assert_close(means, sums / torch.tensor([5, 7, 2, 8, 3, 6]))
-
-
 def test_layout_of_a_shared_row():
     batch = make_batch((2, 1, 2))
     rows = shared_rows(batch)
@@ -189,7 +182,7 @@ def test_chunked_logits_give_the_same_gradients_whether_kept_or_made_again(kept_
     expected_gradients = torch.autograd.grad(expected.square().sum(), [hidden, head.weight, head.bias])
     monkeypatch.setattr(shared_prompt, "_CHUNK_BYTES", {"cpu": 3 * 4 * 5})  # chunks of three tokens
     monkeypatch.setattr(shared_prompt, "_KEPT_LOGITS_BYTES", kept_bytes)
-    logps = token_logps(hidden, head, targets, vocab_size=5)
+    logps = chunked_token_logps(hidden, head, targets, vocab_size=5, strategy=SingleProcess)
     torch.testing.assert_close(logps, expected)
     gradients = torch.autograd.grad(logps.square().sum(), [hidden, head.weight, head.bias])
     torch.testing.assert_close(gradients, expected_gradients)
@@ -230,7 +223,7 @@ def test_cuts_cost_least_of_all_possible_ones(overhead):
         return sum(size * lengths[start] + overhead for size, start in zip(sizes, starts, strict=False))
 
     possible = [s for n in range(1, 8) for s in itertools.product(range(1, max_size + 1), repeat=n) if sum(s) == 7]
-    sizes = shared_prompt._cheapest_cuts(lengths, max_size, overhead)
+    sizes = batches._cheapest_cuts(lengths, max_size, overhead)
     assert sum(sizes) == 7
     assert cost(sizes) == min(map(cost, possible))
 

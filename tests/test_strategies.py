@@ -16,10 +16,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import workers
-from configuration import _WHOLE_TENSORS_ONLY
-from placement import clip_gradient, fsdp_mesh, like, place, shard_fully, whole, whole_state
-from tensor_parallel import parallelize
+from configuration import NOT_FOR_DTENSORS
+from distributed import launch
+from distributed.dtensor import clip_grad_norm, distribute_like, distribute_model, full_state_dict, full_tensor
+from distributed.fsdp import fsdp_mesh, shard_model
+from distributed.tensor_parallel import parallelize
 from utils import UserError
 
 SIZES = {
@@ -38,7 +39,7 @@ def answer(pipe, variables: dict[str, str], function, args: tuple):
     os.environ.update(variables)
     torch.set_num_threads(1)
     try:
-        with workers.joined():
+        with launch.process_group():
             result = function(*args)
         pipe.send((None, result))
     except Exception:
@@ -75,7 +76,6 @@ def in_workers(monkeypatch):
 def make_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
-    model.dropout_rates = {"attention_dropout": 0.1}
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")) if name == "lora" else model
 
 
@@ -83,17 +83,16 @@ def split(model: nn.Module, how: str):
     if how == "tensor parallel":
         parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     else:
-        shard_fully(model, fsdp_mesh(2 if how == "hybrid" else 1), None, None, offload=False)
+        shard_model(model, fsdp_mesh(2 if how == "hybrid" else 1), None, None, offload=False)
 
 
 def placed_is_whole(name: str, how: str) -> dict[str, tuple[int, int]]:
     """Place a model that the first worker alone has; returns (local, whole) number of elements of each parameter."""
     expected = make_model(name)
     given = copy.deepcopy(expected) if dist.get_rank() == 0 else None
-    placed = place(given, lambda model: split(model, how))
+    placed = distribute_model(given, lambda model: split(model, how))
     assert given is None or not any(parameter.numel() for parameter in given.parameters())
-    assert placed.dropout_rates == expected.dropout_rates
-    state, expected_state = whole_state(dict(placed.state_dict(keep_vars=True))), expected.state_dict()
+    state, expected_state = full_state_dict(dict(placed.state_dict(keep_vars=True))), expected.state_dict()
     assert list(state) == list(expected_state)
     for key, tensor in state.items():
         assert (
@@ -132,7 +131,7 @@ def no_blocks():
     with pytest.raises(
         UserError, match=r"GPTNeoXForCausalLM doesn't say what its transformer blocks are; give .*block_name"
     ):
-        shard_fully(make_model("untied"), fsdp_mesh(1), "Blocks", None, offload=False)
+        shard_model(make_model("untied"), fsdp_mesh(1), "Blocks", None, offload=False)
 
 
 def test_a_model_without_known_blocks_is_refused(in_workers):
@@ -152,11 +151,11 @@ def clipped(max_norm: float):
     ]
     for parameter, placed in zip(dense, spread, strict=True):
         parameter.grad = torch.randn_like(parameter)
-        placed.grad = like(placed, parameter.grad).clone()
+        placed.grad = distribute_like(placed, parameter.grad).clone()
     expected = nn.utils.clip_grad_norm_(dense, max_norm).item()
-    assert clip_gradient([*spread, nn.Parameter(torch.ones(3))], max_norm) == pytest.approx(expected, rel=1e-12)
+    assert clip_grad_norm([*spread, nn.Parameter(torch.ones(3))], max_norm) == pytest.approx(expected, rel=1e-12)
     for parameter, placed in zip(dense, spread, strict=True):
-        torch.testing.assert_close(whole(placed.grad), parameter.grad, rtol=1e-12, atol=0)
+        torch.testing.assert_close(full_tensor(placed.grad), parameter.grad, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
@@ -183,17 +182,17 @@ def optimized() -> list[str]:
             for _ in range(3):
                 for parameter, placed in zip(dense, spread, strict=True):
                     parameter.grad = torch.randn_like(parameter)
-                    placed.grad = like(placed, parameter.grad)
+                    placed.grad = distribute_like(placed, parameter.grad)
                 optimizer.step()
                 spread_optimizer.step()
         except RuntimeError:
             failing.append(name)
             continue
         for parameter, placed in zip(dense, spread, strict=True):
-            torch.testing.assert_close(whole(placed.detach()), parameter.detach(), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(full_tensor(placed.detach()), parameter.detach(), rtol=1e-12, atol=1e-12)
     return failing
 
 
 def test_every_optimizer_that_is_not_refused_trains_spread_parameters_as_whole_ones(in_workers):
     for failing in in_workers(2, optimized):
-        assert sorted(failing) == sorted(_WHOLE_TENSORS_ONLY)
+        assert sorted(failing) == sorted(NOT_FOR_DTENSORS)

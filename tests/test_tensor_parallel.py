@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 import importlib
 import math
 import multiprocessing
@@ -23,9 +24,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import profile
 
 import shared_prompt
-from shared_prompt import padded_rows, response_logps, shared_rows, token_logps
-from tensor_parallel import parallelize
+from distributed.strategies import TensorParallel
+from distributed.tensor_parallel import parallelize
+from shared_prompt import chunked_token_logps, padded_rows, shared_rows
 from utils import UserError
+
+response_logps = functools.partial(shared_prompt.response_logps, strategy=TensorParallel)
 
 N_WORKERS = (2, 4)
 TIMEOUT = 60  # seconds
@@ -324,7 +328,7 @@ def numbers_sent(mesh, name: str) -> tuple[int, int]:
     rows = padded_rows(BATCH)
     hidden_states, head = torch.randn(len(rows.targets), 32).double(), split.get_output_embeddings()
     with profile(record_shapes=True) as events, torch.no_grad():
-        token_logps(hidden_states, head, rows.targets, 61)
+        chunked_token_logps(hidden_states, head, rows.targets, 61, TensorParallel)
     shapes = [e.input_shapes[0] for e in events.events() if e.name.startswith("_c10d_functional::all")]
     return len(rows.targets), sum(math.prod(shape) for shape in shapes)
 

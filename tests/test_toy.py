@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from toy_dataset import (
+from data.toy import (
     ALL_RESPONSES,
     PROMPTS,
     get_toy,
