@@ -141,7 +141,9 @@ class Loss:
     def __call__(self, inputs: dict[str, torch.Tensor], loss_config) -> tuple[torch.Tensor, ...]:
         """Losses, and rewards if there are any, of a batch: `inputs` hold at least what it declares."""
         arguments = {name: inputs[name] for name in self.inputs}
-        options = {name: loss_config[name] for name in self.options if name != "average_log_prob"}
+        options = {
+            name: loss_config[name] for name in self.options if name in loss_config and name != "average_log_prob"
+        }
         output = self.function(**arguments, **options)
         return output if isinstance(output, tuple) else (output,)
 

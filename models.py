@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from checkpointing.archives import load_archive
-from losses import needs_reference
+from configuration import resolved_reference
 from references import REFERENCE_ADAPTER
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
@@ -96,7 +96,7 @@ def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
         policy = _add_lora(policy, config)
     if config.model.adapter is not None:
         policy = load_adapter(policy, config, is_trainable=True)
-        if needs_reference(config.loss) and config.reference == "adapter_copy":
+        if resolved_reference(config) == "adapter_copy":
             policy.load_adapter(config.model.adapter, REFERENCE_ADAPTER, is_trainable=False)
     disable_dropout(policy)  # an adapter's too
     return policy

@@ -52,10 +52,11 @@ def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) 
     return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
 
 
-def make_starting_reference(policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]) -> Reference:
+def make_starting_reference(
+    kind: str, policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]
+) -> Reference:
     """The reference before training, when a policy that is computed as a second model would be gives its numbers: then
     none is loaded."""
-    kind = config.reference
     dtypes = {config.model.policy_mp or config.model.policy_dtype, config.model.reference_dtype}
     same = kind == "model" and len(dtypes) == 1 and not hasattr(policy, "peft_config")
     return make_reference(kind, policy, (lambda: policy) if same else load)

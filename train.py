@@ -14,7 +14,7 @@ from torch import nn
 
 from checkpointing.preemption import EXIT_CODE, Stopped
 from checkpointing.resume import check_same_run, find_checkpoint, locate_run, locked, resume_hint
-from configuration import FREE_KEYS, REPOSITORY, check_config, explain_hydra_error
+from configuration import CONFIG_DIR, FREE_KEYS, REPOSITORY, check_config, explain_hydra_error
 from distributed import collectives, environment, launch
 from distributed.strategies import STRATEGIES
 from utils import UserError, get_local_run_dir, on_rank0, rank0_print
@@ -156,7 +156,7 @@ def main():
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
     sys.argv[1:] = with_free_keys(sys.argv[1:])
     with errors_reported():
-        hydra.main(version_base="1.3", config_path="config", config_name="config")(run)()
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(run)()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from checkpointing.train_state import (
     seed_generators,
     set_rng_state,
 )
+from configuration import resolved_reference
 from data.batches import microbatches
 from distributed import collectives
 from distributed.dtensor import full_state_dict
@@ -140,10 +141,11 @@ class BasicTrainer:
             model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
             return self.strategy.distribute(model, is_policy=False)
 
-        rank0_print(f"Reference: {config.reference}{', precomputed' if config.precompute_ref_log_probs else ''}")
+        kind = resolved_reference(config)
+        rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
         self._load_reference = load
         if not config.precompute_ref_log_probs:
-            self.reference = make_reference(config.reference, self.policy, load)
+            self.reference = make_reference(kind, self.policy, load)
 
     def precompute_reference(self):
         """With `precompute_ref_log_probs`, fill the cache with the reference's log-probabilities of all pairs, once.
@@ -153,12 +155,13 @@ class BasicTrainer:
 
         Raises: Stopped if a signal asked for it; what had been computed by then is in the cache, to 1,024 pairs.
         """
-        config, kind = self.config, self.config.reference
+        config = self.config
         to_do = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
         if not to_do or self.reference_cache is not None:
             return
+        kind = resolved_reference(config)
         cache = open_cache(self.policy, kind, config)
-        reference = functools.cache(lambda: make_starting_reference(self.policy, config, self._load_reference))
+        reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
 
         def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
             self.stop.check()

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from omegaconf import DictConfig, OmegaConf
 
 from checkpointing.integrity import CHECKSUMS, find_corruption, recover_interrupted_saves
-from checkpointing.train_state import read_state_json, versions
-from configuration import REPOSITORY, default_config, flatten, resolved_reference
+from checkpointing.train_state import read_state_json, training_settings, versions
+from configuration import REPOSITORY, default_config, resolved_reference
 from distributed import environment
 from utils import UserError, rank0_print
 
@@ -19,11 +19,10 @@ from utils import UserError, rank0_print
 _MAY_CHANGE = (
     "activation_checkpointing", "debug", "do_first_eval", "eval_batch_size", "eval_every", "exp_name",
     "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate", "gradient_accumulation_steps", "keep_checkpoints", "local_dirs",
-    "minimum_log_interval_secs", "n_epochs", "n_eval_examples", "n_eval_model_samples", "n_examples",
-    "precompute_ref_log_probs", "sample_during_eval", "save_every", "save_optimizer", "shared_prompt", "trainer",
-    "wandb.enabled", "wandb.entity", "wandb.project", "world_size",
+    "minimum_log_interval_secs", "model.block_name", "n_epochs", "n_eval_examples", "n_eval_model_samples",
+    "n_examples", "precompute_ref_log_probs", "sample_during_eval", "save_every", "save_optimizer", "shared_prompt",
+    "trainer", "wandb.enabled", "wandb.entity", "wandb.project", "world_size",
 )  # fmt: skip
-_NOT_COMPARED = ("local_run_dir", "resume", "resume_anyway", "model.block_name")  # they say nothing of the training
 
 
 # ---- which checkpoint -----------------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, obje
     try:
         former = OmegaConf.load(path)
         former.reference = resolved_reference(former)
-        former = flatten(former)
+        former = training_settings(former)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: can't read the config that the run began with: {error}") from error
     if str(former["model.name_or_path"]).endswith("/models/tiny"):  # where model=tiny was before 0.2
@@ -186,12 +185,12 @@ def check_same_run(config: DictConfig, checkpoint: str | None):
     former = _former_config(config, checkpoint)
     if former is None:
         return
-    now, defaults = flatten(config), default_config()
+    now, defaults = training_settings(config), default_config()
     former = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **former}  # keys added since then
     changes = {
         key: f"{key}: {former.get(key, 'absent')} → {now.get(key, 'absent')}"
         for key in sorted(former.keys() | now.keys())
-        if key not in _NOT_COMPARED and former.get(key) != now.get(key)
+        if former.get(key) != now.get(key)
     }
     if changes:
         rank0_print("Changed since the run began:\n  " + "\n  ".join(changes.values()))

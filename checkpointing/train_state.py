@@ -43,7 +43,7 @@ class TrainState:
         origin = {
             "trainer": config.trainer,
             "optimizer": config.optimizer,
-            "config": flatten(config),
+            "config": training_settings(config),
             "versions": versions(),
         }
         write_tensors({"workers": self.rng_states}, os.path.join(directory, "rng.pt"))
@@ -76,6 +76,12 @@ def read_state_json(checkpoint: str) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't read it ({type(error).__name__}: {error})") from error
     return state
+
+
+def training_settings(config: DictConfig) -> dict[str, object]:
+    """The config, flat, without what says only where the run is and how it was started."""
+    where = ("local_run_dir", "resume", "resume_anyway")
+    return {key: value for key, value in flatten(config).items() if key not in where}
 
 
 def versions() -> dict[str, str]:

@@ -178,7 +178,7 @@ PRECOMPUTED = [*TOY, "loss=dpo", "precompute_ref_log_probs=true"]
     "overrides",
     [["lr=1"], ["loss.beta=0.5"], ["loss=ipo"], ["batch_size=8"], ["gradient_accumulation_steps=2"], ["seed=0"],
      ["eval_batch_size=3"], ["local_run_dir=${local_dirs.0}/elsewhere"], ["optimizer=SGD"], ["shared_prompt=false"],
-     ["n_examples=20"], ["max_length=300"], ["loss.label_smoothing=0.1"]],
+     ["n_examples=20"], ["max_length=300"], ["loss.label_smoothing=0.1"], ["loss.average_log_prob=true"]],
     ids=str,
 )  # fmt: skip
 def test_what_the_numbers_do_not_depend_on_reuses_the_cache(overrides, make_trainer, capsys):
@@ -193,7 +193,6 @@ def test_what_the_numbers_do_not_depend_on_reuses_the_cache(overrides, make_trai
     ("overrides", "n_expected"),
     [
         (["max_length=30", "max_prompt_length=10"], 48),  # 17 + 18 tokens are cut
-        (["loss.average_log_prob=true"], 48),
         (["model.reference_dtype=float32"], 48),
         (["seed=1"], 48),  # other random weights
         (["n_examples=60"], 20),

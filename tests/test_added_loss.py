@@ -1,0 +1,117 @@
+"""A loss that is added from outside the repository's files: one function, one entry, one YAML."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, read_jsonl
+from omegaconf import OmegaConf
+
+SCRIPT = '''
+import torch.nn.functional as F
+import losses
+import train
+
+def simpo_loss(
+    policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,
+    beta: losses.Positive = 2.0, gamma: float = 1.0,
+):
+    """Eq. 6 of https://arxiv.org/abs/2405.14734."""
+    chosen_rewards = beta * policy_chosen_logps / chosen_lengths
+    rejected_rewards = beta * policy_rejected_logps / rejected_lengths
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards - gamma)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+losses.LOSSES["simpo"] = losses.Loss(simpo_loss)
+
+if __name__ == "__main__":
+    train.main()
+'''
+RUN = [
+    "loss=simpo", "model=tiny", "datasets=[toy]", "n_examples=96", "batch_size=16", "n_eval_examples=64",
+    "eval_every=48", "eval_batch_size=16", "max_length=64", "max_prompt_length=32", "sample_during_eval=false",
+    "wandb.enabled=false", "lr=1e-3", "warmup_steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Run the script with a config folder of its own that holds loss/simpo.yaml."""
+    (tmp_path / "train_simpo.py").write_text(SCRIPT)
+    (tmp_path / "conf/loss").mkdir(parents=True)
+    (tmp_path / "conf/loss/simpo.yaml").write_text("name: simpo\nbeta: 2.0\ngamma: 1.0\n")
+
+    def run_script(*overrides: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "train_simpo.py", "--config-dir", "conf", *RUN, "local_dirs=[cache]", *overrides]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )  # fmt: skip
+
+    return run_script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [[], ["trainer=FSDPTrainer", "world_size=2"]], ids=["alone", "two workers"])
+def test_simpo_trains_without_a_reference_and_its_numbers_are_its_own(parallel, start, tmp_path):
+    result = start("local_run_dir=run", "loss.gamma=0.5", *parallel)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "building reference model" not in result.stdout
+    config = OmegaConf.load(tmp_path / "run/config.yaml")
+    assert dict(config.loss) == {"name": "simpo", "beta": 2.0, "gamma": 0.5}
+
+    lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"]
+    first, last = lines[0], lines[-1]
+    assert last["rewards_eval/margins"] > first["rewards_eval/margins"] + 0.1
+    # every toy response has as many tokens, so the mean reward is beta times the mean log-probability over that
+    n_tokens = 2.0 * first["logps_eval/chosen"] / first["rewards_eval/chosen"]
+    assert n_tokens == pytest.approx(18, abs=0.01)
+    # the untrained model tells the two responses hardly apart: -log σ(margin - γ) at a margin of about 0
+    assert first["loss/eval"] == pytest.approx(math.log(1 + math.exp(0.5)), abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["loss.beta=0"], ["loss.beta=0: must be a number above 0"]),
+        (["loss.gamma=high"], ["loss.gamma=high: expected a number"]),
+        (["+loss.label_smoothing=0.1"], ["loss.label_smoothing: loss=simpo has no such option", "beta, gamma"]),
+        (["+loss.average_log_prob=true"], ["loss.average_log_prob: loss=simpo has no such option"]),
+        (["precompute_ref_log_probs=true"], ["loss=simpo uses no reference"]),
+    ],
+    ids=str,
+)
+def test_its_options_are_checked_like_any_others(overrides, parts, start, tmp_path):
+    result = start(*overrides, "local_run_dir=run")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_its_value_is_that_of_the_papers_formula():
+    namespace = {"__name__": "simpo"}
+    exec(SCRIPT.replace('losses.LOSSES["simpo"] = ', "SIMPO = "), namespace)
+    loss = namespace["SIMPO"]
+    inputs = {
+        "policy_chosen_logps": torch.tensor([-6.0]),
+        "policy_rejected_logps": torch.tensor([-8.0]),
+        "chosen_lengths": torch.tensor([3]),
+        "rejected_lengths": torch.tensor([2]),
+    }
+    values, chosen_rewards, rejected_rewards = loss(inputs, {"beta": 2.0, "gamma": 1.0})
+    # rewards 2 · -6/3 = -4 and 2 · -8/2 = -8; -log σ(-4 + 8 - 1) = log(1 + e⁻³)
+    assert (chosen_rewards.item(), rejected_rewards.item()) == (-4, -8)
+    assert values.item() == pytest.approx(math.log(1 + math.exp(-3)), rel=1e-6)
+    assert loss.needs_pairs and not loss.needs_reference({})

@@ -1,0 +1,93 @@
+"""What a run resumes from: a state of before, the keys that may change, and a reference pass that a signal stops."""
+
+import hashlib
+import json
+import shutil
+import signal
+import time
+
+import pytest
+from omegaconf import OmegaConf
+from test_resume import FINISHED, TOY, log_lines
+
+from checkpointing.preemption import EXIT_CODE
+from checkpointing.resume import _MAY_CHANGE
+from configuration import default_config
+
+
+@pytest.fixture(scope="module")
+def finished(launcher):
+    """A DPO run of 16 examples, and one of 8 that is to become that."""
+    for name, overrides in (("whole", []), ("half", ["n_examples=8"])):
+        code = launcher.run(*FINISHED, *overrides, f"local_run_dir={launcher.directory}/{name}")
+        assert code == 0, launcher.output
+    return launcher.directory / "whole", launcher.directory / "half"
+
+
+def test_a_checkpoint_from_before_the_train_state_goes_on(launcher, finished, tmp_path):
+    whole, run_dir = finished[0], tmp_path / "run"
+    shutil.copytree(finished[1], run_dir)
+    config = OmegaConf.load(run_dir / "config.yaml")
+    config.reference = "auto"
+    config.model.name_or_path = "/old/place/models/tiny"
+    OmegaConf.save(config, run_dir / "config.yaml")
+    for checkpoint in ("step-4", "LATEST"):
+        path = run_dir / checkpoint / "state.json"
+        state = json.loads(path.read_text())
+        del state["config"]
+        path.write_text(json.dumps({**state, "config_sha256": "0" * 64}))
+        sums = [line for line in (run_dir / checkpoint / "SHA256SUMS").read_text().splitlines() if "state" not in line]
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        (run_dir / checkpoint / "SHA256SUMS").write_text("\n".join([*sums, f"{digest}  state.json"]) + "\n")
+    assert launcher.run(*FINISHED, "loss.beta=0.3", f"resume={run_dir}") == 1
+    assert "loss.beta: 0.1 → 0.3" in launcher.output
+    assert launcher.run(*FINISHED, f"resume={run_dir}") == 0, launcher.output
+    trained, expected = ([line for line in log_lines(d) if line["split"] == "train"] for d in (run_dir, whole))
+    assert trained == expected
+    for name in ("model.safetensors", "optimizer.pt"):
+        assert (run_dir / "LATEST" / name).read_bytes() == (whole / "LATEST" / name).read_bytes()
+
+
+def test_every_key_decides_but_those_that_may_change():
+    keys = set(default_config())
+    assert {key for key in _MAY_CHANGE if not any(key == k or k.startswith(f"{key}.") for k in keys)} == set()
+    deciding = keys - set(_MAY_CHANGE)
+    for key in ("seed", "lr", "reference", "datasets", "model.policy_mp", "loss.beta", "optimizer_args", "max_length"):
+        assert key in deciding
+
+
+def test_the_reference_that_auto_means_is_recorded(finished, make_trainer):
+    assert OmegaConf.load(finished[0] / "config.yaml").reference == "model"
+    assert json.loads((finished[0] / "LATEST/state.json").read_text())["config"]["reference"] == "model"
+    assert make_trainer(*TOY, "loss=dpo", "lora={r:4}").config.reference == "adapter_off"
+    assert make_trainer(*TOY, "loss=sft").config.reference == "auto"
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_a_signal_while_the_reference_is_precomputed_ends_with_75_and_what_was_computed_stays(
+    n_workers, launcher, tmp_path
+):
+    overrides = [
+        *TOY,
+        "loss=dpo",
+        "precompute_ref_log_probs=true",
+        "n_eval_examples=4",
+        f"local_run_dir={tmp_path}/run",
+    ]
+    overrides += ["sample_during_eval=false", "resume=auto"]
+    overrides += ["trainer=FSDPTrainer"] if n_workers > 1 else []
+    cache = launcher.directory / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    launcher.start(*overrides, "n_examples=20000", n_workers=n_workers)
+    deadline = time.monotonic() + 120
+    while not list(cache.glob("*/reference_logps/*/*.safetensors")):
+        assert time.monotonic() < deadline, launcher.output
+        time.sleep(0.05)
+    launcher.kill(signal.SIGUSR1)
+    assert launcher.wait() == EXIT_CODE, launcher.output
+    assert "stopped by SIGUSR1" in launcher.output
+    assert f"There is no checkpoint in {tmp_path}/run yet" in launcher.output
+    assert not (tmp_path / "run").exists()
+
+    assert launcher.run(*overrides, "n_examples=16", n_workers=n_workers) == 0, launcher.output
+    assert "Reference log-probabilities: 4 computed" in launcher.output  # those of the evaluation
