@@ -124,8 +124,10 @@ class Loss:
         hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in given]
         self.inputs = tuple(p.name for p in parameters if p.name.endswith("_logps") or p.name in LENGTHS)
-        if unknown := set(self.inputs) - {*LOGPS, *LENGTHS} or not self.inputs:
-            raise TypeError(f"{function}: inputs {unknown or 'missing'}; there are {', '.join((*LOGPS, *LENGTHS))}")
+        unknown = set(self.inputs) - {*LOGPS, *LENGTHS}
+        if unknown or not self.inputs:
+            there_are = ", ".join((*LOGPS, *LENGTHS))
+            raise TypeError(f"{function}: unknown inputs {sorted(unknown)}, or none; there are {there_are}")
         self.options = {p.name: _option(p, hints.get(p.name)) for p in parameters if p.name not in self.inputs}
         if not set(self.inputs) & set(LENGTHS):
             self.options["average_log_prob"] = Option(bool, False)

@@ -99,7 +99,7 @@ def reference_of_one(policy_chosen_logps, reference_chosen_logps):
     [
         (bad_input, "option policy_chosen_logp .* annotate it"),
         (other_input, "critic_chosen_logps"),
-        (no_input, "missing"),
+        (no_input, "or none; there are policy_chosen_logps"),
         (reference_of_one, "policy_rejected_logps"),
     ],
 )

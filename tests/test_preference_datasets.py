@@ -8,8 +8,10 @@ from transformers import AutoTokenizer
 
 from preference_datasets import (
     DATASETS,
+    Dataset,
     get_batch_iterator,
     get_dataset,
+    get_hh,
     get_se,
     strip_html_tags,
     tokenize_batch_element,
@@ -123,21 +125,21 @@ def test_skipped_batches_are_not_tokenized_and_those_after_them_are_the_same(tok
 
 
 @pytest.mark.parametrize(("count", "size_of_last"), [(2, 3), (4, 2)])
-def test_the_parts_of_a_batch_make_up_the_batch_and_each_is_all_that_its_worker_tokenizes(
+def test_the_shards_of_a_batch_make_up_the_batch_and_each_is_all_that_its_worker_tokenizes(
     count, size_of_last, tokenizer, paths, monkeypatch
 ):
     kwargs = {"n_examples": 21, "batch_size": 8, "drop_last": False}
-    whole = list(iterate(tokenizer, paths, **kwargs))
-    parts = [iterate(tokenizer, paths, **kwargs, part=(index, count)) for index in range(count)]
-    tokenized, tokenize = [], parts[0]._tokenize
-    monkeypatch.setattr(parts[0], "_tokenize", lambda examples: tokenized.append(len(examples)) or tokenize(examples))
-    batches = [list(part) for part in parts]
+    full = list(iterate(tokenizer, paths, **kwargs))
+    shards = [iterate(tokenizer, paths, **kwargs, shard=(index, count)) for index in range(count)]
+    tokenized, tokenize = [], shards[0]._tokenize
+    monkeypatch.setattr(shards[0], "_tokenize", lambda examples: tokenized.append(len(examples)) or tokenize(examples))
+    batches = [list(shard) for shard in shards]
     assert tokenized == [8 // count, 8 // count, size_of_last]  # of the last batch's 5, equally many each
-    for index, batch in enumerate(whole):
-        numbers = [number for part in parts for number in part.numbers(index)]
-        responses = [text for of_part in batches for text in of_part[index]["chosen_response_only"]]
+    for number, batch in enumerate(full):
+        indices = [index for shard in shards for index in shard.indices(number)]
+        responses = [text for of_shard in batches for text in of_shard[number]["chosen_response_only"]]
         n = len(batch["prompt"])
-        assert numbers[:n] == list(range(8 * index, 8 * index + n)) and set(numbers[n:]) <= {None}
+        assert indices[:n] == list(range(8 * number, 8 * number + n)) and set(indices[n:]) <= {None}
         assert responses[:n] == batch["chosen_response_only"] and set(responses[n:]) <= {responses[n - 1]}
 
 
@@ -180,15 +182,51 @@ def test_a_dataset_that_is_not_there_is_an_error_that_says_how_to_give_a_folder(
         get_dataset("hh", "train", path=str(tmp_path / "nowhere"))
 
 
-def test_a_new_dataset_is_a_function_and_a_name(monkeypatch, tokenizer):
+def test_a_new_dataset_is_a_function_and_an_entry(monkeypatch, tokenizer):
     def get_xyz(split, silent=False, cache_dir=None):
         return {"Q:": {"responses": [" a", " b", " c"], "pairs": [(0, 1), (2, 1)], "sft_target": " d"}}
 
-    monkeypatch.setitem(DATASETS, "xyz", get_xyz)
+    monkeypatch.setitem(DATASETS, "xyz", Dataset(get_xyz))
     (batch,) = get_batch_iterator(["xyz"], tokenizer, batch_size=2, n_epochs=1, silent=True)
     assert batch["chosen"] == ["Q: a", "Q: c"]
     (batch,) = get_batch_iterator(["xyz"], tokenizer, batch_size=1, n_epochs=1, sft_mode=True, silent=True)
     assert batch["chosen_response_only"] == [" d"]
+
+
+@pytest.mark.parametrize("mode", ["keep_end", "keep_start"])
+def test_an_entry_says_which_end_of_a_long_prompt_is_kept_and_where_it_is_read(mode, monkeypatch, tokenizer, tmp_path):
+    def get_xyz(split, silent=False, cache_dir=None, path=None):
+        prompt = (tmp_path / path / "prompt.txt").read_text()
+        return {prompt: {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}}
+
+    (tmp_path / "prompt.txt").write_text("first " * 30 + "last " * 30)
+    entry = Dataset(get_xyz) if mode == "keep_end" else Dataset(get_xyz, truncation_mode=mode)  # dialogues, by default
+    monkeypatch.setitem(DATASETS, "xyz", entry)
+    (batch,) = get_batch_iterator(
+        ["xyz"], tokenizer, n_epochs=1, silent=True, paths={"xyz": str(tmp_path)}, max_length=20, max_prompt_length=10
+    )
+    kept = tokenizer.decode(batch["prompt_input_ids"][0])
+    assert batch["prompt_input_ids"].shape == (1, 10)
+    assert ("last" in kept, "first" in kept) == (mode == "keep_end", mode == "keep_start")
+
+
+def test_a_path_for_an_added_dataset_is_taken_from_the_command_line(make_trainer, monkeypatch, tmp_path):
+    path = write_rows(tmp_path / "own", [{"chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: y"}] * 8)
+    monkeypatch.setitem(DATASETS, "own", Dataset(get_hh))
+    (tmp_path / "own/test.jsonl").write_text((tmp_path / "own/train.jsonl").read_text())
+    overrides = [
+        "model=tiny",
+        "datasets=[own]",
+        "max_length=64",
+        "max_prompt_length=32",
+        "batch_size=1",
+        "eval_every=1",
+    ]
+    assert make_trainer(*overrides, f"dataset_paths.own={path}").train_iterator.epoch_size == 1
+    with pytest.raises(UserError, match=r"dataset_paths.onw: no such dataset. Did you mean own\?"):
+        make_trainer(*overrides, f"dataset_paths.onw={path}")
+    with pytest.raises(UserError, match=r"dataset_paths.toy: this dataset is made in code"):
+        make_trainer(*overrides, f"dataset_paths.toy={path}")
 
 
 def shp_row(**changes) -> dict:
