@@ -129,7 +129,8 @@ class Loss:
             there_are = ", ".join((*LOGPS, *LENGTHS))
             raise TypeError(f"{function}: unknown inputs {sorted(unknown)}, or none; there are {there_are}")
         self.options = {p.name: _option(p, hints.get(p.name)) for p in parameters if p.name not in self.inputs}
-        if not set(self.inputs) & set(LENGTHS):
+        self.takes_lengths = any(name in LENGTHS for name in self.inputs)
+        if not self.takes_lengths:
             self.options["average_log_prob"] = Option(bool, False)
         self.needs_pairs = any("rejected" in name for name in self.inputs)
         self._compares = any(name.startswith("reference_") for name in self.inputs)

@@ -4,10 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -33,6 +31,7 @@ from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_le
 from models import configured_dropout_rates, load_tokenizer
 from preference_datasets import open_batches
 from references import LogpsCache, Reference, make_reference, make_starting_reference, open_cache
+from reporting.metrics import check_finite, mean_metrics
 from reporting.run_log import RunLog
 from reporting.sampling import generate
 from shared_prompt import choose_rows, response_logps, shared_rows
@@ -224,13 +223,15 @@ class BasicTrainer:
             logps = (*self.concatenated_forward(self.policy, batch), *self.reference_logps(batch))
         else:
             logps = (self.response_logps(self.policy, batch),)
-        inputs = dict(zip(LOGPS if self.loss.needs_pairs else LOGPS[:1], logps, strict=True))
-        labels = {"chosen": batch["chosen_labels"], "rejected": batch.get("rejected_labels")}
-        lengths = {side: response_lengths(of_side) for side, of_side in labels.items() if of_side is not None}
-        if loss_config.get("average_log_prob"):
-            inputs = {name: logps / lengths[name.split("_")[1]].to(self.device) for name, logps in inputs.items()}
-        takes_lengths = {f"{side}_lengths": length for side, length in lengths.items()}.items()
-        return inputs | {name: length.to(self.device) for name, length in takes_lengths if name in self.loss.inputs}
+        inputs = dict(zip(LOGPS[: len(logps)], logps, strict=True))
+        averages = loss_config.get("average_log_prob", False)
+        if averages or self.loss.takes_lengths:
+            sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
+            lengths = {side: response_lengths(batch[f"{side}_labels"]).to(self.device) for side in sides}
+            if averages:
+                inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
+            inputs |= {f"{side}_lengths": length for side, length in lengths.items()}
+        return inputs
 
     def get_batch_metrics(
         self, batch: dict, loss_config: DictConfig, train: bool = True
@@ -315,7 +316,7 @@ class BasicTrainer:
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
         metrics = mean_metrics(microbatch_metrics)
         where = f"step {self.state.updates + 1} (after {self.state.examples} examples)"
-        self._check_finite(where, batch["prompt"], loss=metrics["loss/train"], grad_norm=grad_norm)
+        check_finite(where, batch["prompt"], self.config, loss=metrics["loss/train"], grad_norm=grad_norm)
         metrics["lr"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -332,21 +333,6 @@ class BasicTrainer:
         """The batch cut into microbatches of similar length; see `data.batches.microbatches`."""
         shared = self.make_rows is shared_rows
         return microbatches(batch, n_least, self.device.type, shared, agree=collectives.all_reduce_max)
-
-    def _check_finite(self, where: str, prompts: list[str], **numbers: float):
-        """Raises UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite."""
-        if all(math.isfinite(number) for number in numbers.values()):
-            return
-        values = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        all_prompts = [prompt for part in collectives.all_gather_object(prompts) for prompt in part]
-        shown = "\n".join(f"  {prompt[-200:]!r}" for prompt in dict.fromkeys(all_prompts))
-        raise UserError(
-            f"{where}: {values}; training can't go on. "
-            f"The prompts of the batch end with:\n{shown}\n"
-            f"Try a smaller lr (now {self.config.lr}) or max_grad_norm (now {self.config.max_grad_norm}), more "
-            f"warmup_steps (now {self.config.warmup_steps}), or model.policy_dtype=float32 (now "
-            f"{self.config.model.policy_dtype}); checkpoints written so far are in {self.run_dir}"
-        )
 
     # ---- evaluation and sampling ----------------------------------------------------------------------------------
 
@@ -366,7 +352,7 @@ class BasicTrainer:
                 counts = torch.tensor([index is not None for index in microbatch["index"]], device=self.device)
                 batch_metrics.append({key: values[counts] for key, values in metrics.items()})
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
-            self._check_finite(where, batch["prompt"], loss=means["loss/eval"])
+            check_finite(where, batch["prompt"], self.config, loss=means["loss/eval"])
             all_metrics += batch_metrics
         return mean_metrics(all_metrics)
 
@@ -499,26 +485,13 @@ class BasicTrainer:
         self.state = state
 
 
-def mean_metrics(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Mean over the examples of several batches, all workers', for each metric; the one place where metrics leave the
-    device."""
-    collected = defaultdict(list)
-    for metrics in batches:
-        for key, values in metrics.items():
-            collected[key].append(values)
-    values = [torch.cat(values).double() for values in collected.values()]
-    sums_and_counts = torch.stack([torch.stack([v.sum(), v.new_tensor(len(v))]) for v in values])  # (metrics, 2)
-    sums, counts = collectives.all_reduce_sum(sums_and_counts).unbind(1)
-    return dict(zip(collected, (sums / counts).tolist(), strict=True))
-
-
 class FSDPTrainer(BasicTrainer):
-    """Trains in several processes, each of which computes a part of every batch and keeps a part of every tensor."""
+    """Trains in several processes, each of which computes a shard of every batch and keeps a shard of every tensor."""
 
     strategy_class = STRATEGIES["FSDPTrainer"]
 
 
 class TensorParallelTrainer(BasicTrainer):
-    """Trains in several processes that compute the same batches together, each its part of every layer."""
+    """Trains in several processes that compute the same batches together, each its shard of every layer."""
 
     strategy_class = STRATEGIES["TensorParallelTrainer"]
