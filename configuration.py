@@ -39,11 +39,11 @@ FREE_KEYS = ("lora", "optimizer_args", "dataset_paths")
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 
 
-def default_config() -> dict[str, object]:
-    """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}."""
+def default_config(loss_name: str | None = None) -> dict[str, object]:
+    """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}; those of one loss, or all."""
     flat = flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
     flat |= flatten(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), "model.")
-    for loss in LOSSES.values():
+    for loss in [LOSSES[loss_name]] if loss_name is not None else LOSSES.values():
         flat |= {f"loss.{name}": option.default for name, option in loss.options.items()}
     return {key: value for key, value in flat.items() if not key.startswith(("hydra", "defaults"))}
 

@@ -1,6 +1,6 @@
 """Speed, memory and gradients of DPO training, each way in turn on the same pairs in one process.
 
-`python benchmarks/throughput.py` is for a CPU with 16 GB, most of it for the original's way; `--preset pythia-2.8b` is
+`python benchmarks/throughput.py` is for a CPU with 24 GB, most of it for the original's way; `--preset pythia-2.8b` is
 for a GPU. Tokens and weights are random, nothing is downloaded; lengths are those of Anthropic's Helpful-Harmless
 dialogues (or `--data`, `--tokenizer`). TRL is measured where it is installed. All ways start from the same weights and
 take the same number of steps on the same batches, which are collated beforehand; what else a step needs is timed, on a
@@ -103,7 +103,7 @@ def hh_pairs(n: int, args: Namespace) -> list[Pair]:
 
 
 def truncated(prompt: list[int], chosen: list[int], rejected: list[int], eos: int, args: Namespace) -> Pair:
-    """A pair as training cuts it; `preference_datasets.tokenize_batch` does it too, but imports more than torch."""
+    """A pair as training cuts it; `data.tokenization.tokenize_batch` does it too, but imports more than torch."""
     longer = max(len(chosen), len(rejected)) + 1
     if len(prompt) + longer > args.max_length:
         prompt = prompt[-args.max_prompt_length :]
@@ -112,7 +112,7 @@ def truncated(prompt: list[int], chosen: list[int], rejected: list[int], eos: in
 
 
 def collate(pairs: list[Pair]) -> dict:
-    """A batch as `preference_datasets.get_collate_fn` makes it, less what only sampling needs."""
+    """A batch as `data.tokenization.get_collate_fn` makes it, less what only sampling needs."""
     batch = {"prompt": [""] * len(pairs), "pair": pairs}
     for side, index in (("chosen", 1), ("rejected", 2)):
         ids = [torch.tensor(pair[0] + pair[index]) for pair in pairs]

@@ -185,7 +185,7 @@ def check_same_run(config: DictConfig, checkpoint: str | None):
     former = _former_config(config, checkpoint)
     if former is None:
         return
-    now, defaults = training_settings(config), default_config()
+    now, defaults = training_settings(config), default_config(config.loss.name)
     former = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **former}  # keys added since then
     changes = {
         key: f"{key}: {former.get(key, 'absent')} → {now.get(key, 'absent')}"
