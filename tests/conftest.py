@@ -3,7 +3,6 @@ import functools
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from process_pool import ProcessPool, launcher_variables
 from safetensors.torch import load_file
 
 from configuration import CONFIG_DIR, check_config
@@ -150,21 +150,25 @@ class Launcher:
         return self.log.read_text()
 
 
-def launcher_variables(n_workers: int) -> list[dict[str, str]]:
-    """What a launcher sets for each worker of a run on this machine."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n_workers)}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_workers)]
-
-
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory):
     launcher = Launcher(tmp_path_factory.mktemp("launcher"))
     yield launcher
     launcher.server.stdin.close()
     launcher.server.wait()
+
+
+@pytest.fixture(scope="module")
+def in_workers(request):
+    """Run a function of the test's module in `n` processes: see `ProcessPool.run`.
+
+    They live as long as the module's tests; its `prepare_worker`, if it has one, is called at the start of each.
+    """
+    pool = ProcessPool(getattr(request.module, "prepare_worker", None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the process that they are forked from
+        yield pool.run
+    pool.stop()
 
 
 @pytest.fixture(scope="session")

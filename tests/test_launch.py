@@ -9,7 +9,8 @@ import time
 
 import psutil
 import pytest
-from conftest import REPOSITORY, launcher_variables, read_jsonl
+from conftest import REPOSITORY, read_jsonl
+from process_pool import launcher_variables
 
 from checkpointing.preemption import EXIT_CODE
 
