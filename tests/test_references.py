@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -13,6 +11,7 @@ from conftest import ORACLE, REPOSITORY, read_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoints import merge
 from references import REFERENCE_ADAPTER, LogpsCache
 from train import create_run_dir
 from utils import UserError
@@ -80,7 +79,9 @@ def test_the_base_as_reference_of_a_saved_adapter_differs_from_its_copy(make_tra
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], LORA, [*LORA, "reference=model"]], ids=["model", "adapter_off", "lora, model"]
+    "overrides",
+    [[], ["loss.average_log_prob=true", "loss.beta=10"], LORA, [*LORA, "reference=model"]],
+    ids=["model", "model, averages", "adapter_off", "lora, model"],
 )
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
 def test_precomputed_equals_online(overrides, loss, make_trainer):
@@ -280,16 +281,12 @@ def test_a_half_written_file_is_no_part_of_the_cache(make_trainer, capsys, tmp_p
     assert n_computed(capsys) == 48
 
 
-def test_two_runs_that_start_together_leave_a_whole_cache(make_trainer, capsys, tmp_path):
-    overrides = [*PRECOMPUTED, "n_examples=400", f"local_dirs=[{tmp_path}/cache]", "debug=true"]
-    commands = [
-        [sys.executable, str(REPOSITORY / "train.py"), *overrides, f"local_run_dir={tmp_path}/{name}"] for name in "ab"
-    ]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) for command in commands]
-    outputs = [run.communicate(timeout=300)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
+def test_two_runs_that_start_together_leave_a_whole_cache(launcher, make_trainer, capsys, tmp_path):
+    overrides = [*PRECOMPUTED, "n_examples=200", "debug=true"]
+    runs = [launcher.start(*overrides, f"local_run_dir={tmp_path}/{name}", directory=tmp_path) for name in "ab"]
+    assert [run.wait() for run in runs] == [0, 0], [run.output for run in runs]
     assert (tmp_path / "a/metrics.jsonl").exists()
-    make_trainer(*PRECOMPUTED, "n_examples=400")
+    make_trainer(*PRECOMPUTED, "n_examples=200")
     assert n_computed(capsys) == 0
 
 
@@ -304,13 +301,15 @@ def test_an_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(mak
     assert not torch.allclose(base(ids).logits, expected, atol=1e-3)
     assert torch.equal(peft.PeftModel.from_pretrained(base, adapter)(ids).logits, expected)
 
-    command = [sys.executable, "-m", "checkpoints", "merge", str(adapter), str(tmp_path / "merged")]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
+    merge(str(adapter), str(tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 2048
 
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+def test_the_merge_command_tells_a_mistake(run_python, adapter, tmp_path):
+    (tmp_path / "merged").mkdir()
+    result = run_python("-m", "checkpoints", "merge", adapter, tmp_path / "merged", directory=REPOSITORY)
     assert (result.returncode, "Traceback" in result.stderr) == (1, False)
     assert "exists already" in result.stderr
 
