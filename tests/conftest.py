@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher
+from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, start_server
 from omegaconf import OmegaConf
 from process_pool import ProcessPool
 from safetensors.torch import load_file
@@ -51,9 +51,17 @@ def hydra_list(value: object) -> str:
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def fork_server():
+    server = start_server()
+    yield server
+    server.stdin.close()
+    server.wait()
+
+
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+def launcher(fork_server, tmp_path_factory):
+    launcher = Launcher(fork_server, tmp_path_factory.mktemp("launcher"))
     yield launcher
     launcher.stop()
 

@@ -1,10 +1,11 @@
-"""`train.py` in processes of their own that need not import anything: they are forked from one that has.
+"""`train.py`, and scripts like it, in processes that need not import anything: they are forked from one that has.
 
 As a script, this is that process.
 """
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +28,19 @@ TIMEOUT = 600  # seconds
 PRELOADED = ("datasets", "peft", "trainers", "transformers.models.gpt_neox.modeling_gpt_neox")
 
 
+def start_server() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, __file__], env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
 class Run:
     """A run of `train.py` that a `Launcher` has started: one process, or several workers."""
 
     def __init__(self, launcher: "Launcher", children: list[int], stdout: Path, stderr: Path):
         self.launcher, self.children, self.stdout, self.stderr = launcher, children, stdout, stderr
+        self.code: int | None = None
 
     @property
     def output(self) -> str:
@@ -44,24 +54,22 @@ class Run:
                 os.kill(child, number)
 
     def wait(self) -> int:
-        """Its exit code, or minus the signal that killed it. As soon as one of several workers fails the others are
-        killed, as launchers do, and it is that one's."""
-        return self.launcher.ask("wait", self.children, or_else=lambda: self.kill(signal.SIGKILL))
+        """Its exit code, or minus the signal that killed it. Where one of several workers fails, the others are ended,
+        as launchers do, and it is that one's."""
+        if self.code is None:
+            self.code = self.launcher.ask("wait", self.children, or_else=lambda: self.kill(signal.SIGKILL))
+        return self.code
 
 
 class Launcher:
     """Starts runs in a directory, where their cache is, too; `kill`, `wait` and `output` are those of the last one."""
 
-    def __init__(self, directory: Path):
-        self.directory, self.runs = directory, []
-        self.server = subprocess.Popen(
-            [sys.executable, __file__], cwd=directory, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
+    def __init__(self, server: subprocess.Popen, directory: Path):
+        self.server, self.directory, self.runs = server, directory, []
 
-    def ask(self, function: str, argument: object, or_else: Callable = lambda: None):
-        """What a function of the server returns; `or_else` is called if it takes too long."""
-        self.server.stdin.write(json.dumps([function, argument]) + "\n")
+    def ask(self, method: str, argument: object, or_else: Callable = lambda: None):
+        """What a method of the `Server` returns; `or_else` is called if it takes too long."""
+        self.server.stdin.write(json.dumps([method, argument]) + "\n")
         self.server.stdin.flush()
         in_time = select.select([self.server.stdout], [], [], TIMEOUT)[0]
         if not in_time:
@@ -76,6 +84,7 @@ class Launcher:
         env: dict[str, str] | None = None,
         n_workers: int = 1,
         directory: Path | None = None,
+        script: Path = REPOSITORY / "train.py",
     ) -> Run:
         """Start a run, without wandb unless it is asked for; `n_workers` as a launcher starts them."""
         directory = directory or self.directory
@@ -86,7 +95,7 @@ class Launcher:
         for path in (stdout, stderr):
             path.touch()
         job = {
-            "arguments": [*words, f"local_dirs=[{directory}/cache]"], "directory": str(directory),
+            "command": [str(script), *words, f"local_dirs=[{directory}/cache]"], "directory": str(directory),
             "stdout": str(stdout), "stderr": str(stderr),
             "envs": [env or {}] if n_workers == 1 else launcher_variables(n_workers),
         }  # fmt: skip
@@ -108,8 +117,11 @@ class Launcher:
         return self.runs[-1].output
 
     def stop(self):
-        self.server.stdin.close()
-        self.server.wait()
+        """Kill what a failed test has left running."""
+        for run in self.runs:
+            if run.code is None:
+                run.kill(signal.SIGKILL)
+                run.wait()
 
 
 # ---- the process that is forked -------------------------------------------------------------------------------------
@@ -125,11 +137,10 @@ class Server:
     def serve(self):
         for name in PRELOADED:
             importlib.import_module(name)
+        gc.freeze()  # or garbage collection would let each child copy all of it
         for line in sys.stdin:
             method, argument = json.loads(line)
             print(json.dumps({"start": self.start, "wait": self.wait}[method](argument)), flush=True)
-        for child in self.running:
-            os.kill(child, signal.SIGKILL)
         os._exit(0)  # to take all apart that was imported would take a second
 
     def start(self, job: dict) -> list[int]:
@@ -138,7 +149,7 @@ class Server:
         for env in job["envs"]:
             child = os.fork()
             if child == 0:
-                code = train(job, env)
+                code = run_script(job, env)
                 atexit._run_exitfuncs()
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
@@ -149,24 +160,37 @@ class Server:
 
     def wait(self, children: list[int]) -> int:
         """The exit code of the first that fails."""
-        while left := self.running.intersection(children):
+        while self.running.intersection(children):
             if any(self.codes.get(child) for child in children):
-                for child in left:
-                    os.kill(child, signal.SIGKILL)
-            child, status = os.wait()
-            self.running.remove(child)
-            self.codes[child] = os.waitstatus_to_exitcode(status)
+                self.end(children)
+            else:
+                self.reap()
         return next((code for child, code in self.codes.items() if child in children and code != 0), 0)
 
+    def end(self, children: list[int]):
+        """Wait a second for those that still run, then kill them."""
+        deadline = time.monotonic() + 1
+        while left := self.running.intersection(children):
+            for child in left if time.monotonic() > deadline else ():
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+            self.reap(os.WNOHANG)
 
-def train(job: dict, env: dict[str, str]) -> int:
-    """Be `python train.py`; returns the exit code."""
+    def reap(self, options: int = 0):
+        child, status = os.waitpid(-1, options)
+        if child:
+            self.running.remove(child)
+            self.codes[child] = os.waitstatus_to_exitcode(status)
+
+
+def run_script(job: dict, env: dict[str, str]) -> int:
+    """Be the script; returns the exit code."""
     os.chdir(job["directory"])
     append = os.O_WRONLY | os.O_APPEND
     for to, (path, flags) in enumerate(((os.devnull, os.O_RDONLY), (job["stdout"], append), (job["stderr"], append))):
         os.dup2(os.open(path, flags), to)
     os.environ.update(env)
-    sys.argv = [str(REPOSITORY / "train.py"), *job["arguments"]]
+    sys.argv = job["command"]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
