@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,14 +143,13 @@ def oracle_model() -> list[str]:
     ]
 
 
-@pytest.fixture
-def make_trainer(tmp_path):
-    """A trainer in this process, from overrides as on the command line; all that its
-    reference is to precompute is computed; data and caches are under tmp_path."""
+def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
+    """A function that makes a trainer in this process, from overrides as on the command line; all that its reference
+    is to precompute is computed; its data, caches and runs are in the directory."""
 
     def make(*overrides: str) -> BasicTrainer:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            names = [f"exp_name={next(counter)}", "wandb.enabled=false", f"local_dirs=[{tmp_path}/cache]"]
+            names = [f"exp_name={next(counter)}", "wandb.enabled=false", f"local_dirs=[{directory}/cache]"]
             config = compose("config", [*with_free_keys([*names, *overrides])])
         OmegaConf.resolve(config)
         check_config(config)
@@ -161,3 +161,8 @@ def make_trainer(tmp_path):
 
     counter = itertools.count()
     return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    return trainers_in(tmp_path)
