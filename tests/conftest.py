@@ -1,17 +1,18 @@
-import contextlib
 import functools
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, start_server
 from omegaconf import OmegaConf
+from process_pool import ProcessPool
 from safetensors.torch import load_file
 
 from configuration import CONFIG_DIR, check_config
@@ -19,13 +20,19 @@ from models import load_policy, load_reference
 from train import with_free_keys
 from trainers import BasicTrainer
 
-# One thread a process: the models are small, and two processes run at a time.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"]  # for what tests start
 torch.set_num_threads(1)
 
-REPOSITORY = Path(__file__).parent.parent
-ORACLE = Path(__file__).parent / "oracle"
-TIMEOUT = 600  # seconds
+ORACLE = REPOSITORY / "tests" / "oracle"
+
+
+SLOW_FIXTURES = {"launcher", "run_python", "start", "in_workers"}  # they start processes
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES.intersection(item.fixturenames):
+            item.add_marker("slow")
 
 
 def figures(name: str):
@@ -42,19 +49,32 @@ def hydra_list(value: object) -> str:
     return json.dumps(value).replace('"', "").replace(" ", "")
 
 
-@pytest.fixture
-def train(tmp_path):
-    """Run `python train.py` as a user would, in an empty directory, without network, wandb or a terminal."""
+# ---- processes ------------------------------------------------------------------------------------------------------
 
-    def run_command(*overrides: str, env: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(REPOSITORY / "train.py"), *overrides, f"local_dirs=[{tmp_path}/cache]"]
-        if not any(override.startswith("wandb.") for override in overrides):
-            command.append("wandb.enabled=false")
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=TIMEOUT, **kwargs,
-        )  # fmt: skip
+
+@pytest.fixture(scope="session")
+def fork_server():
+    server = start_server()
+    yield server
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def launcher(fork_server, tmp_path_factory):
+    launcher = Launcher(fork_server, tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.stop()
+
+
+@pytest.fixture
+def train(launcher, tmp_path):
+    """Run `train.py` as a user would, in an empty directory, without network, wandb or a terminal."""
+
+    def run_command(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        run = launcher.start(*overrides, env=env, directory=tmp_path)
+        code = run.wait()
+        return subprocess.CompletedProcess(overrides, code, run.stdout.read_text(), run.stderr.read_text())
 
     return run_command
 
@@ -71,100 +91,35 @@ def train_ok(train):
     return run_command
 
 
-_LAUNCHER = """
-import json, os, runpy, sys, traceback
-import datasets, numpy, peft, torch, trainers, transformers.models.gpt_neox.modeling_gpt_neox
+@pytest.fixture
+def run_python(tmp_path):
+    """Run a command in a Python of its own, as a user would, in an empty directory or `directory`."""
 
-def run(job, env):
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor, to in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
-        os.dup2(descriptor, to)
-    os.environ.update(env)
-    sys.argv = [job["path"], *job["overrides"]]
-    try:
-        runpy.run_path(job["path"], run_name="__main__")
-    except SystemExit as error:
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-for line in sys.stdin:
-    job, children = json.loads(line), []
-    for env in job["envs"]:
-        children.append(os.fork())
-        if children[-1] == 0:
-            code = run(job, env)
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-    print(json.dumps(children), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
-"""
-
-
-class Launcher:
-    """Runs `train.py` in processes of their own that need not import anything: a process that has is forked.
-
-    `start` starts one, `kill` signals it, `wait` returns its exit code (minus the signal that killed it); `output` is
-    what it has printed. One at a time, or `n_workers` that make up one run, as a launcher starts them; `wait` then
-    returns the first of their exit codes that isn't 0.
-    """
-
-    def __init__(self, directory: Path):
-        self.directory, self.log = directory, directory / "log"
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCHER], cwd=directory, env=environment, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+    def run_command(
+        *words: str, directory: Path = tmp_path, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *words], cwd=directory, env={**os.environ, **ENVIRONMENT, **(env or {})},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT,
         )  # fmt: skip
 
-    def start(self, *overrides: object, env: dict[str, str] | None = None, n_workers: int = 1):
-        words = [str(override) for override in overrides]
-        if not any(word.startswith("wandb.") for word in words):
-            words.append("wandb.enabled=false")
-        words.append(f"local_dirs=[{self.directory}/cache]")
-        envs = [env or {}] if n_workers == 1 else launcher_variables(n_workers)
-        job = {"path": str(REPOSITORY / "train.py"), "overrides": words, "log": str(self.log), "envs": envs}
-        self.log.write_text("")
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        self.children = json.loads(self.server.stdout.readline())
-
-    def kill(self, number: int):
-        for child in self.children:
-            with contextlib.suppress(ProcessLookupError):  # `wait` tells
-                os.kill(child, number)
-
-    def wait(self) -> int:
-        return next((code for code in json.loads(self.server.stdout.readline()) if code != 0), 0)
-
-    def run(self, *overrides: object, **kwargs) -> int:
-        self.start(*overrides, **kwargs)
-        return self.wait()
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
-
-
-def launcher_variables(n_workers: int) -> list[dict[str, str]]:
-    """What a launcher sets for each worker of a run on this machine."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n_workers)}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_workers)]
+    return run_command
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
-    yield launcher
-    launcher.server.stdin.close()
-    launcher.server.wait()
+def in_workers(request):
+    """Run a function of the test's module in `n` processes: see `ProcessPool.run`.
+
+    They live as long as the module's tests; its `prepare_worker`, if it has one, is called at the start of each.
+    """
+    pool = ProcessPool(getattr(request.module, "prepare_worker", None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the process that they are forked from
+        yield pool.run
+    pool.stop()
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -188,14 +143,13 @@ def oracle_model() -> list[str]:
     ]
 
 
-@pytest.fixture
-def make_trainer(tmp_path):
-    """A trainer in this process, from overrides as on the command line; all that its
-    reference is to precompute is computed; data and caches are under tmp_path."""
+def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
+    """A function that makes a trainer in this process, from overrides as on the command line; all that its reference
+    is to precompute is computed; its data, caches and runs are in the directory."""
 
     def make(*overrides: str) -> BasicTrainer:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            names = [f"exp_name={next(counter)}", "wandb.enabled=false", f"local_dirs=[{tmp_path}/cache]"]
+            names = [f"exp_name={next(counter)}", "wandb.enabled=false", f"local_dirs=[{directory}/cache]"]
             config = compose("config", [*with_free_keys([*names, *overrides])])
         OmegaConf.resolve(config)
         check_config(config)
@@ -207,3 +161,8 @@ def make_trainer(tmp_path):
 
     counter = itertools.count()
     return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    return trainers_in(tmp_path)

@@ -1,13 +1,10 @@
 """A loss that is added from outside the repository's files: one function, one entry, one YAML."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, read_jsonl
+from conftest import read_jsonl
 from omegaconf import OmegaConf
 
 SCRIPT = '''
@@ -38,34 +35,23 @@ RUN = [
 
 
 @pytest.fixture
-def start(tmp_path):
+def train_simpo(launcher, tmp_path):
     """Run the script with a config folder of its own that holds loss/simpo.yaml."""
     (tmp_path / "train_simpo.py").write_text(SCRIPT)
     (tmp_path / "conf/loss").mkdir(parents=True)
     (tmp_path / "conf/loss/simpo.yaml").write_text("name: simpo\nbeta: 2.0\ngamma: 1.0\n")
 
-    def run_script(*overrides: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "train_simpo.py", "--config-dir", "conf", *RUN, "local_dirs=[cache]", *overrides]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )  # fmt: skip
+    def run_script(*overrides: str) -> int:
+        words = ["--config-dir", "conf", *RUN, "local_run_dir=run", *overrides]
+        return launcher.run(*words, directory=tmp_path, script=tmp_path / "train_simpo.py")
 
     return run_script
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [[], ["trainer=FSDPTrainer", "world_size=2"]], ids=["alone", "two workers"])
-def test_simpo_trains_without_a_reference_and_its_numbers_are_its_own(parallel, start, tmp_path):
-    result = start("local_run_dir=run", "loss.gamma=0.5", *parallel)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "building reference model" not in result.stdout
+def test_simpo_trains_without_a_reference_and_its_numbers_are_its_own(parallel, train_simpo, launcher, tmp_path):
+    assert train_simpo("loss.gamma=0.5", *parallel) == 0, launcher.output
+    assert "building reference model" not in launcher.output
     config = OmegaConf.load(tmp_path / "run/config.yaml")
     assert dict(config.loss) == {"name": "simpo", "beta": 2.0, "gamma": 0.5}
 
@@ -79,7 +65,6 @@ def test_simpo_trains_without_a_reference_and_its_numbers_are_its_own(parallel, 
     assert first["loss/eval"] == pytest.approx(math.log(1 + math.exp(0.5)), abs=0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -91,12 +76,11 @@ def test_simpo_trains_without_a_reference_and_its_numbers_are_its_own(parallel, 
     ],
     ids=str,
 )
-def test_its_options_are_checked_like_any_others(overrides, parts, start, tmp_path):
-    result = start(*overrides, "local_run_dir=run")
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
+def test_its_options_are_checked_like_any_others(overrides, parts, train_simpo, launcher, tmp_path):
+    assert train_simpo(*overrides) == 1
+    assert "Traceback" not in launcher.output
     for part in parts:
-        assert part in result.stderr
+        assert part in launcher.output
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 import transformers
-from conftest import ORACLE
+from conftest import ORACLE, trainers_in
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing.archives import load_archive
@@ -38,11 +38,23 @@ def trained(make_trainer, *overrides: str):
     return trainer, type(ORACLE)(trainer.run_dir)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that is over, for tests that only read: its trainer and its directory."""
+    return trained(trainers_in(tmp_path_factory.mktemp("finished")))
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """The same run's directory, to be changed."""
+    return shutil.copytree(finished[1], tmp_path / "run", symlinks=True)
+
+
 # ---- a checkpoint opens everywhere ----------------------------------------------------------------------------------
 
 
-def test_every_checkpoint_opens_with_from_pretrained_and_writes_text(make_trainer):
-    trainer, run_dir = trained(make_trainer)
+def test_every_checkpoint_opens_with_from_pretrained_and_writes_text(finished):
+    trainer, run_dir = finished
     for name in ("step-4", "LATEST"):
         assert sorted(os.listdir(run_dir / name)) == FILES
         model = AutoModelForCausalLM.from_pretrained(run_dir / name).eval()
@@ -280,8 +292,8 @@ class Intruder:
 
 
 @pytest.mark.parametrize("name", ["policy.pt", "optimizer.pt", "scheduler.pt", "rng.pt"])
-def test_a_pickle_that_would_run_code_does_not(name, make_trainer, tmp_path):
-    trainer, run_dir = trained(make_trainer)
+def test_a_pickle_that_would_run_code_does_not(name, make_trainer, run_dir, tmp_path):
+    trainer = make_trainer(*TOY)
     bad = {"step_idx": 4, "state": {"x": Intruder(tmp_path / "trace")}, "metrics": {}}
     torch.save(bad, run_dir / "step-4" / name)
     (run_dir / "step-4/SHA256SUMS").unlink()
@@ -295,22 +307,22 @@ def test_a_pickle_that_would_run_code_does_not(name, make_trainer, tmp_path):
 
 @pytest.mark.parametrize("damaged", ["truncated", "bit flipped", "empty"])
 @pytest.mark.parametrize("name", ["policy.pt", "model.safetensors"])
-def test_a_damaged_archive_is_refused(name, damaged, make_trainer):
-    trainer, run_dir = trained(make_trainer)
+def test_a_damaged_archive_is_refused(name, damaged, finished, run_dir):
+    policy = finished[0].policy
     path = run_dir / "LATEST" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes({"truncated": content[:-1000], "bit flipped": content, "empty": b""}[damaged])
     with pytest.raises(UserError, match=f"{name} is not what SHA256SUMS beside it says: the file is damaged"):
-        load_archive(str(path), trainer.policy)
+        load_archive(str(path), policy)
     if damaged != "bit flipped":
         (run_dir / "LATEST/SHA256SUMS").unlink()
         with pytest.raises(UserError, match=f"{name}: can't read it as a checkpoint"):
-            load_archive(str(path), trainer.policy)
+            load_archive(str(path), policy)
 
 
 def test_a_checkpoint_of_another_model_lists_what_does_not_fit(make_trainer, gpt2_dir):
-    trainer, _ = trained(make_trainer)
+    trainer = make_trainer(*TOY)
     _, run_dir = trained(make_trainer, f"model.name_or_path={gpt2_dir}")
     with pytest.raises(UserError, match=r"policy.pt doesn't fit the model.*\n  left over: .*\n(.*\n)*  and \d+ more"):
         trainer.resume(str(run_dir / "LATEST"))

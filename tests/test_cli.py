@@ -93,6 +93,16 @@ def test_config_error(name, train, tmp_path):
     assert_refused(train(*overrides), tmp_path, *parts)
 
 
+def test_the_command_itself_trains_or_tells_a_mistake(run_python, tmp_path):
+    command = [REPOSITORY / "train.py", *SHORT, "sample_during_eval=false", "wandb.enabled=false"]
+    assert_refused(run_python(*command, "batchsize=4"), tmp_path, "Did you mean batch_size?")
+    result = run_python(*command, f"local_run_dir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    assert "train stats after 4 examples: " in result.stdout
+    assert sorted(path.name for path in (tmp_path / "run/LATEST").iterdir()) == CHECKPOINT_FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.fixture
 def broken_files(tmp_path):
     """Files that a user might give by mistake."""
@@ -307,6 +317,7 @@ def test_wandb_without_an_account_logs_offline_and_says_how_to_upload(train_ok, 
     env = {"HOME": str(home), "WANDB_API_KEY": "", "NETRC": str(home / "netrc")}
     output = train_ok(*SHORT, "loss=dpo", "wandb.enabled=true", f"local_run_dir={tmp_path}/run", env=env)
     assert "logging offline" in output
+    assert "WARNING" not in output
     (offline_run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert f"wandb sync {offline_run}" in output
     recorded = b"".join(path.read_bytes() for path in offline_run.glob("*.wandb"))
@@ -314,11 +325,12 @@ def test_wandb_without_an_account_logs_offline_and_says_how_to_upload(train_ok, 
         assert key in recorded
 
 
-def test_wandb_is_not_needed_when_it_is_off_and_named_when_it_is_on(train, tmp_path):
+def test_wandb_is_not_needed_when_it_is_off_and_named_when_it_is_on(run_python, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['wandb'] = sys.modules['peft'] = None\n")
+    command = [REPOSITORY / "train.py", *SHORT, "sample_during_eval=false"]
     env = {"PYTHONPATH": str(tmp_path)}
-    assert train(*SHORT, "sample_during_eval=false", env=env).returncode == 0
-    result = train(*SHORT, "wandb.enabled=true", env=env)
+    assert run_python(*command, "wandb.enabled=false", env=env).returncode == 0
+    result = run_python(*command, "wandb.enabled=true", env=env)
     assert result.returncode == 1
     assert "wandb.enabled=false" in result.stderr
 

@@ -6,19 +6,95 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import psutil
 import pytest
-from conftest import REPOSITORY, launcher_variables, read_jsonl
+from conftest import REPOSITORY, read_jsonl
+from launcher import ENVIRONMENT
+from process_pool import launcher_variables
 
 from checkpointing.preemption import EXIT_CODE
 
 RUN = [
     "model=tiny", "datasets=[toy]", "loss=dpo", "max_length=64", "max_prompt_length=32", "batch_size=8",
     "n_eval_examples=8", "eval_batch_size=4", "sample_during_eval=false", "lr=1e-3", "warmup_steps=2", "eval_every=400",
-    "save_every=16", "keep_checkpoints=2", "wandb.enabled=false",
+    "save_every=16", "keep_checkpoints=2",
 ]  # fmt: skip
 LIMIT = 30  # seconds that a run may take to end once a worker has died
+
+
+def wait_for(output: Callable[[], str], pattern: str, seconds: float = 90):
+    """Until the output matches."""
+    deadline = time.monotonic() + seconds
+    while not re.search(pattern, text := output()):
+        assert time.monotonic() < deadline, text[-3000:]
+        time.sleep(0.05)
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    """A process's workers, in their order."""
+    children = psutil.Process(pid).children()
+    return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+def updates(run_dir) -> list[int]:
+    """Which optimizer steps the run's log holds."""
+    return [line["counters/updates"] for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "train"]
+
+
+@pytest.fixture
+def start_run(launcher, tmp_path):
+    """Start `train.py` with two workers of its own."""
+
+    def start_train(*overrides: str):
+        return launcher.start(
+            *RUN, "trainer=FSDPTrainer", "world_size=2", f"local_run_dir={tmp_path}/run", *overrides, directory=tmp_path
+        )
+
+    return start_train
+
+
+def test_a_run_starts_its_workers_and_a_killed_one_ends_it_and_resume_goes_on(start_run, tmp_path):
+    run = start_run("n_examples=4000")
+    wait_for(lambda: run.output, r"wrote .*/step-32 ")
+    workers = children_of(*run.children)
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    start_time = time.monotonic()
+    assert run.wait() == 1
+    assert time.monotonic() - start_time < LIMIT
+    assert not any(worker.is_running() for worker in workers)
+    assert f"error: worker 1 of 2 (process {workers[1].pid}) was killed by SIGKILL" in run.output
+    assert re.search(r"The last checkpoint is .*/step-\d+; to go on from it: python .*train.py .* resume=", run.output)
+    assert "Traceback" not in run.output
+
+    n_examples = int(updates(tmp_path / "run")[-1]) * 8 + 32
+    run = start_run(f"n_examples={n_examples}", "resume=auto")
+    assert run.wait() == 0, run.output
+    assert updates(tmp_path / "run") == list(range(1, n_examples // 8 + 1))
+
+
+def test_a_signal_to_the_parent_saves_and_ends_with_its_own_code(start_run, tmp_path):
+    run = start_run("n_examples=4000", "save_every=4000", "eval_every=4000")
+    wait_for(lambda: run.output, "train stats after")
+    run.kill(signal.SIGTERM)
+    assert run.wait() == EXIT_CODE
+    assert "stopped by SIGTERM" in run.output
+    assert run.output.count("to go on from it: python ") == 1
+    position = (tmp_path / "run/LATEST/state.json").read_text()
+    assert f'"updates": {updates(tmp_path / "run")[-1]},' in position
+
+
+def test_a_users_mistake_in_a_worker_is_told_once(start_run, tmp_path):
+    run = start_run("max_length=100000", "n_examples=16")
+    assert run.wait() == 1
+    assert run.output.count("error: max_length=100000: the model has only") == 1
+    assert "Traceback" not in run.output
+    assert not (tmp_path / "run").exists()
+
+
+# ---- processes that a launcher starts -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -26,8 +102,8 @@ def start(tmp_path):
     """Start a command in a directory of its own; what still runs at the end of the test is killed."""
     processes = []
 
-    def start_command(*command: str, log: str = "log", env: dict[str, str] | None = None) -> subprocess.Popen:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    def start_command(*command: str, log: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+        environment = {**os.environ, **ENVIRONMENT, **(env or {})}
         with open(tmp_path / log, "w") as file:
             processes.append(
                 subprocess.Popen(
@@ -47,82 +123,6 @@ def start(tmp_path):
         process.wait()
 
 
-@pytest.fixture
-def start_run(start, tmp_path):
-    """Start `train.py` with two workers of its own."""
-
-    def start_train(*overrides: str) -> subprocess.Popen:
-        return start(
-            str(REPOSITORY / "train.py"), *RUN, "trainer=FSDPTrainer", "world_size=2", f"local_run_dir={tmp_path}/run",
-            f"local_dirs=[{tmp_path}/cache]", *overrides,
-        )  # fmt: skip
-
-    return start_train
-
-
-def wait_for(path, pattern: str, seconds: float = 90) -> str:
-    """The text of a file once it matches."""
-    deadline = time.monotonic() + seconds
-    while not re.search(pattern, text := path.read_text()):
-        assert time.monotonic() < deadline, text[-3000:]
-        time.sleep(0.05)
-    return text
-
-
-def children_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """Its workers, in their order."""
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
-
-
-def ended(process: subprocess.Popen, seconds: float = 90) -> int:
-    return process.wait(timeout=seconds)
-
-
-def updates(run_dir) -> list[int]:
-    """Which optimizer steps the run's log holds."""
-    return [line["counters/updates"] for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "train"]
-
-
-def test_a_run_starts_its_workers_and_a_killed_one_ends_it_and_resume_goes_on(start_run, tmp_path):
-    run = start_run("n_examples=4000")
-    wait_for(tmp_path / "log", r"wrote .*/step-32 ")
-    workers = children_of(run)
-    assert len(workers) == 2
-    workers[1].send_signal(signal.SIGKILL)
-    assert ended(run, LIMIT) == 1
-    assert not any(worker.is_running() for worker in workers)
-    log = (tmp_path / "log").read_text()
-    assert f"error: worker 1 of 2 (process {workers[1].pid}) was killed by SIGKILL" in log
-    assert re.search(r"The last checkpoint is .*/step-\d+; to go on from it: python .*train.py .* resume=", log)
-    assert "Traceback" not in log
-
-    n_examples = int(updates(tmp_path / "run")[-1]) * 8 + 32
-    assert ended(start_run(f"n_examples={n_examples}", "resume=auto")) == 0, (tmp_path / "log").read_text()
-    assert updates(tmp_path / "run") == list(range(1, n_examples // 8 + 1))
-
-
-def test_a_signal_to_the_parent_saves_and_ends_with_its_own_code(start_run, tmp_path):
-    run = start_run("n_examples=4000", "save_every=4000", "eval_every=4000")
-    wait_for(tmp_path / "log", "train stats after")
-    run.send_signal(signal.SIGTERM)
-    assert ended(run) == EXIT_CODE
-    log = (tmp_path / "log").read_text()
-    assert "stopped by SIGTERM" in log
-    assert log.count("to go on from it: python ") == 1
-    position = (tmp_path / "run/LATEST/state.json").read_text()
-    assert f'"updates": {updates(tmp_path / "run")[-1]},' in position
-
-
-def test_a_users_mistake_in_a_worker_is_told_once(start_run, tmp_path):
-    run = start_run("max_length=100000", "n_examples=16")
-    assert ended(run) == 1
-    log = (tmp_path / "log").read_text()
-    assert log.count("error: max_length=100000: the model has only") == 1
-    assert "Traceback" not in log
-    assert not (tmp_path / "run").exists()
-
-
 def agents(start, tmp_path, port: str, *overrides: str) -> list[subprocess.Popen]:
     """Two machines' torchrun, each with one worker, of one run."""
     return [
@@ -130,7 +130,7 @@ def agents(start, tmp_path, port: str, *overrides: str) -> list[subprocess.Popen
             "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1",
             "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf=is_host={int(node == 0)}",
             str(REPOSITORY / "train.py"), *RUN, "trainer=FSDPTrainer", f"local_run_dir={tmp_path}/run",
-            f"local_dirs=[{tmp_path}/cache]", "resume=auto", *overrides, log=f"log-{node}",
+            f"local_dirs=[{tmp_path}/cache]", "resume=auto", "wandb.enabled=false", *overrides, log=f"log-{node}",
         )
         for node in (0, 1)
     ]  # fmt: skip
@@ -139,11 +139,11 @@ def agents(start, tmp_path, port: str, *overrides: str) -> list[subprocess.Popen
 def test_two_machines_train_together_end_together_and_go_on(start, tmp_path):
     port = launcher_variables(2)[0]["MASTER_PORT"]
     machines = agents(start, tmp_path, port, "n_examples=4000")
-    wait_for(tmp_path / "log-0", r"wrote .*/step-32 ")
-    (worker,) = children_of(machines[1])
+    wait_for((tmp_path / "log-0").read_text, r"wrote .*/step-32 ")
+    (worker,) = children_of(machines[1].pid)
     worker.send_signal(signal.SIGKILL)
     start_time = time.monotonic()
-    assert [ended(machine, LIMIT) != 0 for machine in machines] == [True, True]
+    assert [machine.wait(LIMIT) != 0 for machine in machines] == [True, True]
     assert time.monotonic() - start_time < LIMIT
     logs = [(tmp_path / f"log-{node}").read_text() for node in (0, 1)]
     assert f"Signal 9 (SIGKILL) received by PID {worker.pid}" in logs[1]
@@ -152,7 +152,7 @@ def test_two_machines_train_together_end_together_and_go_on(start, tmp_path):
 
     n_examples = updates(tmp_path / "run")[-1] * 8 + 32
     machines = agents(start, tmp_path, port, f"n_examples={n_examples}")
-    assert [ended(machine) for machine in machines] == [0, 0], (tmp_path / "log-0").read_text()[-3000:]
+    assert [machine.wait(90) for machine in machines] == [0, 0], (tmp_path / "log-0").read_text()[-3000:]
     assert updates(tmp_path / "run") == list(range(1, n_examples // 8 + 1))
     assert [len(re.findall("train stats", (tmp_path / f"log-{node}").read_text())) > 0 for node in (0, 1)] == [
         True,
@@ -163,6 +163,7 @@ def test_two_machines_train_together_end_together_and_go_on(start, tmp_path):
 BUSY = """
 import os, signal, sys, time
 from distributed import launch
+launch._HEARTBEAT_INTERVAL, launch._LOST_CONNECTION_DELAY = 0.5, 0.5
 with launch.process_group():
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -175,8 +176,8 @@ def test_a_worker_that_waits_in_vain_notices_that_another_is_gone(start, tmp_pat
         start("-c", BUSY, log=f"log-{variables['RANK']}", env={**variables, "PYTHONPATH": str(REPOSITORY)})
         for variables in launcher_variables(2)
     ]
-    assert ended(workers[1]) == -signal.SIGKILL
-    assert ended(workers[0], LIMIT) == 1
+    assert workers[1].wait(90) == -signal.SIGKILL
+    assert workers[0].wait(LIMIT) == 1
     assert "error: another worker is gone" in (tmp_path / "log-0").read_text()
 
 

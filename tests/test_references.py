@@ -3,22 +3,22 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import peft
 import pytest
 import torch
-from conftest import ORACLE, REPOSITORY, read_jsonl
+from conftest import ORACLE, REPOSITORY, read_jsonl, trainers_in
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoints import merge
+from data.batches import BatchIterator
 from references import REFERENCE_ADAPTER, LogpsCache
 from train import create_run_dir
 from utils import UserError
 
 TOY = [
-    "model=tiny", "datasets=[toy]", "n_examples=40", "n_eval_examples=8", "eval_batch_size=8", "lr=1e-3",
+    "model=tiny", "datasets=[toy]", "n_examples=24", "n_eval_examples=8", "eval_batch_size=8", "lr=1e-3",
     "warmup_steps=0", "sample_during_eval=false", "do_first_eval=false",
     "model.policy_dtype=float64", "model.reference_dtype=float64", "max_length=64", "max_prompt_length=32",
 ]  # fmt: skip
@@ -38,16 +38,16 @@ def trainer_dir(trainer):
     return type(REPOSITORY)(trainer.run_dir)
 
 
-@pytest.fixture
-def adapter(make_trainer):
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
     """The directory of an adapter that SFT has trained."""
-    trainer = make_trainer(*TOY, *LORA, "loss=sft", "lr=1e-2")
+    trainer = trainers_in(tmp_path_factory.mktemp("adapter"))(*TOY, *LORA, "loss=sft", "lr=1e-2")
     train_lines(trainer)
     return trainer_dir(trainer) / "LATEST"
 
 
 def assert_same_training(lines: list[dict], expected: list[dict]):
-    assert len(lines) == len(expected) == 10
+    assert len(lines) == len(expected) == 6
     for line, other in zip(lines, expected, strict=True):
         for key in ("loss/train", "grad_norm", "rewards_train/margins", "logps_train/chosen"):
             assert line[key] == pytest.approx(other[key], rel=1e-6, abs=1e-6), key
@@ -80,7 +80,9 @@ def test_the_base_as_reference_of_a_saved_adapter_differs_from_its_copy(make_tra
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], LORA, [*LORA, "reference=model"]], ids=["model", "adapter_off", "lora, model"]
+    "overrides",
+    [[], ["loss.average_log_prob=true", "loss.beta=10"], LORA, [*LORA, "reference=model"]],
+    ids=["model", "model, averages", "adapter_off", "lora, model"],
 )
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
 def test_precomputed_equals_online(overrides, loss, make_trainer):
@@ -174,16 +176,28 @@ def n_computed(capsys) -> int:
 PRECOMPUTED = [*TOY, "loss=dpo", "precompute_ref_log_probs=true"]
 
 
+@pytest.fixture(scope="module")
+def filled_cache(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("filled")
+    assert len(trainers_in(directory)(*PRECOMPUTED).reference_cache.logps) == 32
+    return directory / "cache"
+
+
+@pytest.fixture
+def cached(filled_cache, tmp_path):
+    """All that `PRECOMPUTED` asks for is in the cache."""
+    shutil.copytree(filled_cache, tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [["lr=1"], ["loss.beta=0.5"], ["loss=ipo"], ["batch_size=8"], ["gradient_accumulation_steps=2"], ["seed=0"],
      ["eval_batch_size=3"], ["local_run_dir=${local_dirs.0}/elsewhere"], ["optimizer=SGD"], ["shared_prompt=false"],
-     ["n_examples=20"], ["max_length=300"], ["loss.label_smoothing=0.1"], ["loss.average_log_prob=true"]],
+     ["n_examples=12"], ["max_length=300"], ["loss.label_smoothing=0.1"], ["loss.average_log_prob=true"]],
     ids=str,
 )  # fmt: skip
+@pytest.mark.usefixtures("cached")
 def test_what_the_numbers_do_not_depend_on_reuses_the_cache(overrides, make_trainer, capsys):
-    make_trainer(*PRECOMPUTED)
-    assert n_computed(capsys) == 48
     trainer = make_trainer(*PRECOMPUTED, *overrides)
     assert n_computed(capsys) == 0
     assert trainer.reference is None
@@ -192,16 +206,15 @@ def test_what_the_numbers_do_not_depend_on_reuses_the_cache(overrides, make_trai
 @pytest.mark.parametrize(
     ("overrides", "n_expected"),
     [
-        (["max_length=30", "max_prompt_length=10"], 48),  # 17 + 18 tokens are cut
-        (["model.reference_dtype=float32"], 48),
-        (["seed=1"], 48),  # other random weights
-        (["n_examples=60"], 20),
+        (["max_length=30", "max_prompt_length=10"], 32),  # 17 + 18 tokens are cut
+        (["model.reference_dtype=float32"], 32),
+        (["seed=1"], 32),  # other random weights
+        (["n_examples=44"], 20),
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("cached")
 def test_what_the_numbers_depend_on_is_computed_anew(overrides, n_expected, make_trainer, capsys):
-    make_trainer(*PRECOMPUTED)
-    assert n_computed(capsys) == 48
     make_trainer(*PRECOMPUTED, *overrides)
     assert n_computed(capsys) == n_expected
 
@@ -209,28 +222,26 @@ def test_what_the_numbers_depend_on_is_computed_anew(overrides, n_expected, make
 def test_an_adapter_scaled_otherwise_is_computed_anew(make_trainer, edited_adapter, capsys):
     for settings in ({}, {"lora_alpha": 64}):
         make_trainer(*PRECOMPUTED, f"model.adapter={edited_adapter(settings)}")
-        assert n_computed(capsys) == 48
+        assert n_computed(capsys) == 32
 
 
-def test_another_archive_is_computed_anew_and_the_order_of_the_data_is_not(make_trainer, capsys):
+def test_another_archive_is_computed_anew_and_the_order_of_the_data_is_not(make_trainer, capsys, tmp_path):
+    (tmp_path / "hh").mkdir()
+    for split, n_pairs in (("train", 24), ("test", 8)):
+        lines = (ORACLE / "hh" / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "hh" / f"{split}.jsonl").write_text("".join(lines[:n_pairs]))
     train_lines(trainer := make_trainer(*TOY, "loss=sft"))
-    all_pairs = [
-        *PRECOMPUTED,
-        "datasets=[hh]",
-        f"dataset_paths.hh={ORACLE}/hh",
-        "n_examples=null",
-        "n_eval_examples=40",
-    ]
+    all_pairs = [*PRECOMPUTED, "datasets=[hh]", f"dataset_paths.hh={tmp_path}/hh", "n_examples=null"]
     make_trainer(*all_pairs)
-    assert n_computed(capsys) == 240 + 40
+    assert n_computed(capsys) == 24 + 8
     other = [*all_pairs, f"model.archive={trainer.run_dir}/LATEST"]
     make_trainer(*other)
-    assert n_computed(capsys) == 240 + 40
+    assert n_computed(capsys) == 24 + 8
     make_trainer(*other, "seed=3", "n_epochs=2")
     assert n_computed(capsys) == 0
 
 
-def test_a_pass_that_is_cut_off_goes_on_where_it_stopped(make_trainer, capsys, monkeypatch, tmp_path):
+def test_a_pass_that_is_cut_off_goes_on_where_it_stopped(make_trainer, capsys, monkeypatch):
     fill_batch, windows = LogpsCache.fill_batch, []
 
     def fill_and_stop(self, *args):
@@ -239,16 +250,14 @@ def test_a_pass_that_is_cut_off_goes_on_where_it_stopped(make_trainer, capsys, m
         windows.append(fill_batch(self, *args))
         return windows[-1]
 
-    overrides = [*PRECOMPUTED, "n_examples=1100"]
-    make_trainer(*overrides, f"local_dirs=[{tmp_path}/another]")
-    n_in_all = n_computed(capsys)
-    monkeypatch.setattr(LogpsCache, "fill_batch", fill_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(*overrides)
-    monkeypatch.undo()
-    make_trainer(*overrides)
-    assert 900 < windows[0] <= 1024  # of the first 1024, some twice
-    assert windows[0] + n_computed(capsys) == n_in_all
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchIterator.distinct_examples, "__defaults__", (16,))
+        patch.setattr(LogpsCache, "fill_batch", fill_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(*PRECOMPUTED)
+    make_trainer(*PRECOMPUTED)
+    assert windows == [16]
+    assert n_computed(capsys) == 32 - 16
 
 
 def cache_files(tmp_path):
@@ -256,40 +265,34 @@ def cache_files(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "not a cache file", "empty"])
+@pytest.mark.usefixtures("cached")
 def test_a_damaged_file_is_noticed_and_computed_again(damage, make_trainer, capsys, tmp_path):
-    make_trainer(*PRECOMPUTED)
-    (path, _) = sorted(cache_files(tmp_path), key=lambda path: -path.stat().st_size)  # of 40 and of 8 pairs
+    (path, _) = sorted(cache_files(tmp_path), key=lambda path: -path.stat().st_size)  # of 24 and of 8 pairs
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes({"truncated": data[:-9], "bit flipped": data, "not a cache file": b"x" * 99, "empty": b""}[damage])
-    capsys.readouterr()
     make_trainer(*PRECOMPUTED)
     output = capsys.readouterr().out
     assert f"{path} is damaged" in output
-    assert "Reference log-probabilities: 40 computed" in output
+    assert "Reference log-probabilities: 24 computed" in output
     make_trainer(*PRECOMPUTED)
     assert n_computed(capsys) == 0
 
 
+@pytest.mark.usefixtures("cached")
 def test_a_half_written_file_is_no_part_of_the_cache(make_trainer, capsys, tmp_path):
-    make_trainer(*PRECOMPUTED)
     for path in cache_files(tmp_path):
         path.rename(f"{path}.partial")
-    capsys.readouterr()
     make_trainer(*PRECOMPUTED)
-    assert n_computed(capsys) == 48
+    assert n_computed(capsys) == 32
 
 
-def test_two_runs_that_start_together_leave_a_whole_cache(make_trainer, capsys, tmp_path):
-    overrides = [*PRECOMPUTED, "n_examples=400", f"local_dirs=[{tmp_path}/cache]", "debug=true"]
-    commands = [
-        [sys.executable, str(REPOSITORY / "train.py"), *overrides, f"local_run_dir={tmp_path}/{name}"] for name in "ab"
-    ]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) for command in commands]
-    outputs = [run.communicate(timeout=300)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
+def test_two_runs_that_start_together_leave_a_whole_cache(launcher, make_trainer, capsys, tmp_path):
+    overrides = [*PRECOMPUTED, "n_examples=200", "debug=true"]
+    runs = [launcher.start(*overrides, f"local_run_dir={tmp_path}/{name}", directory=tmp_path) for name in "ab"]
+    assert [run.wait() for run in runs] == [0, 0], [run.output for run in runs]
     assert (tmp_path / "a/metrics.jsonl").exists()
-    make_trainer(*PRECOMPUTED, "n_examples=400")
+    make_trainer(*PRECOMPUTED, "n_examples=200")
     assert n_computed(capsys) == 0
 
 
@@ -304,13 +307,15 @@ def test_an_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(mak
     assert not torch.allclose(base(ids).logits, expected, atol=1e-3)
     assert torch.equal(peft.PeftModel.from_pretrained(base, adapter)(ids).logits, expected)
 
-    command = [sys.executable, "-m", "checkpoints", "merge", str(adapter), str(tmp_path / "merged")]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
+    merge(str(adapter), str(tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 2048
 
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+def test_the_merge_command_tells_a_mistake(run_python, adapter, tmp_path):
+    (tmp_path / "merged").mkdir()
+    result = run_python("-m", "checkpoints", "merge", adapter, tmp_path / "merged", directory=REPOSITORY)
     assert (result.returncode, "Traceback" in result.stderr) == (1, False)
     assert "exists already" in result.stderr
 

@@ -86,11 +86,11 @@ def kill_at_random(launcher, run_dir, moments: random.Random, trained: float, wh
     return when != "loading" and half_saved(run_dir)
 
 
-def wait_for(launcher, text: str, seconds: float = 60):
+def wait_for(run, text: str, seconds: float = 60):
     deadline = time.monotonic() + seconds
-    while text not in launcher.output and time.monotonic() < deadline:
+    while text not in run.output and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert text in launcher.output
+    assert text in run.output
 
 
 KINDS = {
@@ -303,14 +303,14 @@ def test_nothing_to_go_on_from(launcher, run_dir, tmp_path):
     assert "there is no checkpoint in it yet" in launcher.output
 
 
-def test_two_processes_cannot_run_one_run(launcher, train, run_dir):
-    launcher.start(*FINISHED, "n_examples=4000", f"resume={run_dir}")
-    wait_for(launcher, "Going on from")
-    result = train(*FINISHED, f"resume={run_dir}", f"local_dirs=[{launcher.directory}/cache]")
-    launcher.kill(signal.SIGKILL)
-    launcher.wait()
-    assert result.returncode == 1
-    assert "another process is running this run" in result.stderr
+def test_two_processes_cannot_run_one_run(launcher, run_dir):
+    first = launcher.start(*FINISHED, "n_examples=4000", f"resume={run_dir}")
+    wait_for(first, "Going on from")
+    second = launcher.start(*FINISHED, f"resume={run_dir}")
+    assert second.wait() == 1
+    first.kill(signal.SIGKILL)
+    first.wait()
+    assert "another process is running this run" in second.output
 
 
 def test_the_wandb_run_goes_on_under_its_id(launcher, tmp_path):

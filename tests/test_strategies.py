@@ -1,23 +1,17 @@
 """Models spread over workers: real processes, over gloo."""
 
 import copy
-import multiprocessing
-import os
-import sys
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import launcher_variables
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from configuration import NOT_FOR_DTENSORS
-from distributed import launch
 from distributed.dtensor import clip_grad_norm, distribute_like, distribute_model, full_state_dict, full_tensor
 from distributed.fsdp import fsdp_mesh, shard_model
 from distributed.tensor_parallel import parallelize
@@ -32,45 +26,6 @@ CONFIGS = {
     "untied": transformers.GPTNeoXConfig(**SIZES),
     "lora": transformers.LlamaConfig(**SIZES),
 }
-
-
-def answer(pipe, variables: dict[str, str], function, args: tuple):
-    """Send (error, result) of a function that runs in one of several workers."""
-    os.environ.update(variables)
-    torch.set_num_threads(1)
-    try:
-        with launch.process_group():
-            result = function(*args)
-        pipe.send((None, result))
-    except Exception:
-        pipe.send((traceback.format_exc(), None))
-
-
-@pytest.fixture
-def in_workers(monkeypatch):
-    """Run a function of this module in `n` workers; returns what each of them returned."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-
-    def run(n: int, function, *args) -> list:
-        pipes, processes = [], []
-        for variables in launcher_variables(n):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=answer, args=(theirs, variables, function, args), daemon=True))
-            processes[-1].start()
-            pipes.append(ours)
-        try:
-            assert all(pipe.poll(60) for pipe in pipes), f"{function.__name__}: no answer"
-            answers = [pipe.recv() for pipe in pipes]
-        finally:
-            for process in processes:
-                process.kill()
-        for error, _ in answers:
-            assert error is None, error
-        return [result for _, result in answers]
-
-    return run
 
 
 def make_model(name: str) -> nn.Module:

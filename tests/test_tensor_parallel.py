@@ -1,16 +1,10 @@
 """Models split over workers against the same models whole: real processes, 2 and 4, in float64."""
 
 import copy
-import datetime
 import functools
 import importlib
 import math
-import multiprocessing
-import os
 import re
-import sys
-import traceback
-from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -19,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from test_shared_prompt import SMALL, DoubleTorch, assert_same, make_batch, make_model
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import profile
 
@@ -31,8 +25,6 @@ from utils import UserError
 
 response_logps = functools.partial(shared_prompt.response_logps, strategy=TensorParallel)
 
-N_WORKERS = (2, 4)
-TIMEOUT = 60  # seconds
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "max_position_embeddings": 64,
@@ -61,7 +53,7 @@ ODD_CONFIGS = {
 }
 BATCH = make_batch((9, 4, 7), (3, 6, 2), (12, 1, 5))
 TOLERANCE = 1e-10
-ALL = [(n_workers, name) for n_workers in N_WORKERS for name in CONFIGS]
+ALL = [(n_workers, name) for n_workers in (2, 4) for name in CONFIGS]
 MOST = [*((2, name) for name in ("gpt2", "gptj", "gpt_neox", "llama3", "qwen3", "phi3")), (4, "gpt2"), (4, "qwen3")]
 SOME = [(2, "qwen3"), (4, "gpt2")]
 MODEL_MODULES = [  # most compute parts in float32, whatever their dtype
@@ -70,93 +62,23 @@ MODEL_MODULES = [  # most compute parts in float32, whatever their dtype
 ]
 
 
-# ---- the workers ----------------------------------------------------------------------------------------------------
-
-
-class Workers:
-    """Four processes, of which the first two or all run functions of their mesh."""
-
-    def __init__(self, store: str):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, *MODEL_MODULES])
-        self.pipes, self.processes = [], []
-        for rank in range(max(N_WORKERS)):
-            ours, theirs = context.Pipe()
-            self.processes.append(context.Process(target=work, args=(theirs, rank, store), daemon=True))
-            self.processes[-1].start()
-            self.pipes.append(ours)
-
-    def run(self, n_workers: int, function, *args, **kwargs) -> list:
-        """What `function(mesh, ...)` returns on each worker; it fails here if it does on any."""
-        for pipe in self.pipes[:n_workers]:
-            pipe.send((n_workers, function, args, kwargs))
-        results, missing = {}, self.pipes[:n_workers]
-        while missing:
-            ready = wait(missing, TIMEOUT)
-            assert ready, f"{function.__name__}: no answer in {TIMEOUT} seconds"
-            for pipe in ready:
-                error, results[pipe] = pipe.recv()
-                assert error is None, error
-                missing.remove(pipe)
-        return list(results.values())
-
-    def stop(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
-def work(pipe, rank: int, store: str):
-    """Answer each (n_workers, function, args, kwargs) with (error, result)."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=TIMEOUT)
-    n_processes = max(N_WORKERS)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_processes, timeout=timeout)
-    meshes = {n_workers: DeviceMesh("cpu", list(range(n_workers))) for n_workers in N_WORKERS}
+def prepare_worker():
+    """Let all that the models compute be in float64."""
     for name in MODEL_MODULES:
         importlib.import_module(name).torch = DoubleTorch()
-    while True:
-        n_workers, function, args, kwargs = pipe.recv()
-        try:
-            pipe.send((None, function(meshes[n_workers], *args, **kwargs)))
-        except Exception:
-            pipe.send((traceback.format_exc(), None))
-
-
-@pytest.fixture(scope="module")
-def pool():
-    """A list of the workers that run now, if any; where a function failed, some may wait for others and are killed."""
-    pool = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for what the workers are forked from
-        yield pool
-    for workers in pool:
-        workers.stop()
-
-
-@pytest.fixture
-def run(request, pool, tmp_path):
-    """Run a function in a number of processes."""
-
-    def run_in_all(function, *args, **kwargs) -> list:
-        if not pool:
-            pool.append(Workers(f"{tmp_path}/store"))
-        try:
-            return pool[0].run(request.param, function, *args, **kwargs)
-        except BaseException:
-            pool.pop().stop()
-            raise
-
-    return run_in_all
 
 
 # ---- what they compare ----------------------------------------------------------------------------------------------
 
 
-def both(mesh, name: str, dtype=torch.float64) -> tuple[nn.Module, nn.Module]:
+def mesh_of_all() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def both(name: str, dtype=torch.float64) -> tuple[nn.Module, nn.Module]:
     """The same model whole and split."""
     models = make_model(CONFIGS[name], dtype), make_model(CONFIGS[name], dtype)
-    parallelize(models[1], mesh)
+    parallelize(models[1], mesh_of_all())
     return models
 
 
@@ -176,8 +98,8 @@ def outputs_and_gradients(model: nn.Module, rows: str) -> dict[str, torch.Tensor
     return {"logps": outputs.detach(), **gradients}
 
 
-def check_equals_dense(mesh, name: str, checkpointing: bool = False):
-    models = both(mesh, name)
+def check_equals_dense(name: str, checkpointing: bool = False):
+    models = both(name)
     for model in models if checkpointing else ():
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -187,14 +109,14 @@ def check_equals_dense(mesh, name: str, checkpointing: bool = False):
         assert_same(split, dense, TOLERANCE)
 
 
-def check_parameters(mesh, name: str):
+def check_parameters(name: str):
     """From meta tensors to values and back, bit for bit; each worker holds its share alone."""
     dense = make_model(CONFIGS[name])
     split = copy.deepcopy(dense)
     on_meta = {p: nn.Parameter(p.to("meta")) for p in split.parameters()}
     for module in split.modules():
         module._parameters.update({n: on_meta[p] for n, p in module._parameters.items() if p is not None})
-    parallelize(split, mesh)
+    parallelize(split, mesh_of_all())
     values, given = dense.state_dict(), {}
     for name_of, parameter in split.named_parameters(remove_duplicate=False):
         assert parameter.is_meta
@@ -213,15 +135,15 @@ def check_parameters(mesh, name: str):
     for name_of, parameter in split.named_parameters():
         if isinstance(parameter, DTensor):
             kept = parameter.to_local().untyped_storage().nbytes() / parameter.itemsize
-            assert kept <= parameter.numel() / mesh.size() * 1.1 or "embed" in name_of
+            assert kept <= parameter.numel() / dist.get_world_size() * 1.1 or "embed" in name_of
         else:
             assert parameter.ndim == 1 or name_of == "transformer.wpe.weight"  # norms and biases after a sum
     ids = BATCH["chosen_input_ids"]
     assert torch.allclose(split(ids).logits, dense(ids).logits, rtol=TOLERANCE)
 
 
-def check_generation(mesh, name: str):
-    dense, split = both(mesh, name)
+def check_generation(name: str):
+    dense, split = both(name)
     prompt = BATCH["chosen_input_ids"][:, :5]
     for sampling in ({"do_sample": False}, {"do_sample": True, "top_k": 20}):
         texts = []
@@ -233,8 +155,8 @@ def check_generation(mesh, name: str):
         assert len(texts[0].unique()) > 4
     with torch.no_grad():
         logits = split(prompt).logits
-    everyones = [torch.empty_like(logits) for _ in range(mesh.size())]
-    dist.all_gather(everyones, logits, group=mesh.get_group())
+    everyones = [torch.empty_like(logits) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, logits)
     assert all(torch.equal(logits, other) for other in everyones)
 
 
@@ -250,9 +172,9 @@ def with_adapters(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def check_adapters(mesh, name: str):
+def check_adapters(name: str):
     models = [with_adapters(make_model(CONFIGS[name]), name) for _ in range(2)]
-    parallelize(models[1], mesh)
+    parallelize(models[1], mesh_of_all())
     n_split = sum(isinstance(p, DTensor) for n, p in models[1].named_parameters() if "lora_" in n)
     assert 2 * n_split == sum("lora_" in n for n, _ in models[1].named_parameters())
     outputs = []
@@ -271,9 +193,9 @@ def check_adapters(mesh, name: str):
     assert len({round(float(logps[0]), 3) for logps in outputs}) == 3
 
 
-def check_training(mesh, name: str, optimizer: str):
+def check_training(name: str, optimizer: str):
     """Three steps, gradients added up over two microbatches."""
-    models = both(mesh, name)
+    models = both(name)
     for model in models:
         update = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3)
         for _ in range(3):
@@ -287,8 +209,8 @@ def check_training(mesh, name: str, optimizer: str):
     assert_same(split, dense, 1e-6)  # RMSprop and Adam divide by gradients near zero
 
 
-def check_autocast(mesh, name: str):
-    models = both(mesh, name, torch.float32)
+def check_autocast(name: str):
+    models = both(name, torch.float32)
     dtypes = {}, {}  # of what each module computes, in either model
     for model, ours in zip(models, dtypes, strict=True):
         for n, module in model.named_modules():
@@ -301,19 +223,19 @@ def check_autocast(mesh, name: str):
     assert_same(split, dense, 0.05)
 
 
-def check_chunks(mesh, name: str):
+def check_chunks(name: str):
     """The head's chunks of a few tokens, whose logits are computed again in the backward pass."""
     sizes = shared_prompt._CHUNK_BYTES["cpu"], shared_prompt._KEPT_LOGITS_BYTES
     shared_prompt._CHUNK_BYTES["cpu"], shared_prompt._KEPT_LOGITS_BYTES = 4 * 61 * 5, 0
     try:
-        check_equals_dense(mesh, name)
+        check_equals_dense(name)
     finally:
         shared_prompt._CHUNK_BYTES["cpu"], shared_prompt._KEPT_LOGITS_BYTES = sizes
 
 
-def check_large_logits(mesh, name: str):
+def check_large_logits(name: str):
     """Logits of some thousands, whose exponentials can't be represented, and log-probabilities alike."""
-    models = both(mesh, name)
+    models = both(name)
     for model in models:
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(1e3)
@@ -322,9 +244,9 @@ def check_large_logits(mesh, name: str):
     assert_same(split, dense, 1e-9)
 
 
-def numbers_sent(mesh, name: str) -> tuple[int, int]:
+def numbers_sent(name: str) -> tuple[int, int]:
     """Tokens, and the size of all tensors that are gathered or summed to get log-probabilities from hidden states."""
-    _, split = both(mesh, name)
+    _, split = both(name)
     rows = padded_rows(BATCH)
     hidden_states, head = torch.randn(len(rows.targets), 32).double(), split.get_output_embeddings()
     with profile(record_shapes=True) as events, torch.no_grad():
@@ -333,9 +255,9 @@ def numbers_sent(mesh, name: str) -> tuple[int, int]:
     return len(rows.targets), sum(math.prod(shape) for shape in shapes)
 
 
-def count_all_reduces(mesh, name: str) -> tuple[int, int]:
+def count_all_reduces(name: str) -> tuple[int, int]:
     """Of the model without its head, forward and backward."""
-    _, split = both(mesh, name)
+    _, split = both(name)
     with profile() as forward:
         hidden_states = split.base_model(BATCH["chosen_input_ids"])[0]
     with profile() as backward:
@@ -343,12 +265,12 @@ def count_all_reduces(mesh, name: str) -> tuple[int, int]:
     return tuple(sum(e.name == "_c10d_functional::all_reduce" for e in p.events()) for p in (forward, backward))
 
 
-def error_of(mesh, name: str, adapter: dict | None = None) -> str:
+def error_of(name: str, adapter: dict | None = None) -> str:
     model = transformers.AutoModelForCausalLM.from_config((CONFIGS | ODD_CONFIGS)[name])
     if adapter is not None:
         model = get_peft_model(model, LoraConfig(**adapter))
     try:
-        parallelize(model, mesh)
+        parallelize(model, mesh_of_all())
     except UserError as error:
         return str(error)
 
@@ -356,67 +278,65 @@ def error_of(mesh, name: str, adapter: dict | None = None) -> str:
 # ---- the tests ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("run", "name"), ALL, indirect=["run"])
-def test_outputs_and_gradients_equal_the_dense_models(run, name):
-    run(check_equals_dense, name)
+@pytest.mark.parametrize(("n_workers", "name"), ALL)
+def test_outputs_and_gradients_equal_the_dense_models(n_workers, name, in_workers):
+    in_workers(n_workers, check_equals_dense, name)
 
 
-@pytest.mark.parametrize(("run", "name"), MOST, indirect=["run"])
-def test_activation_checkpointing_changes_nothing(run, name):
-    run(check_equals_dense, name, checkpointing=True)
+@pytest.mark.parametrize(("n_workers", "name"), MOST)
+def test_activation_checkpointing_changes_nothing(n_workers, name, in_workers):
+    in_workers(n_workers, check_equals_dense, name, checkpointing=True)
 
 
-@pytest.mark.parametrize(("run", "name"), ALL, indirect=["run"])
-def test_parameters_convert_both_ways_and_are_shared_out(run, name):
-    run(check_parameters, name)
+@pytest.mark.parametrize(("n_workers", "name"), ALL)
+def test_parameters_convert_both_ways_and_are_shared_out(n_workers, name, in_workers):
+    in_workers(n_workers, check_parameters, name)
 
 
-@pytest.mark.parametrize(("run", "name"), MOST, indirect=["run"])
-def test_generation_equals_the_dense_models(run, name):
-    run(check_generation, name)
+@pytest.mark.parametrize(("n_workers", "name"), MOST)
+def test_generation_equals_the_dense_models(n_workers, name, in_workers):
+    in_workers(n_workers, check_generation, name)
 
 
-@pytest.mark.parametrize(("run", "name"), MOST, indirect=["run"])
-def test_adapters_equal_the_dense_models(run, name):
-    run(check_adapters, name)
+@pytest.mark.parametrize(("n_workers", "name"), MOST)
+def test_adapters_equal_the_dense_models(n_workers, name, in_workers):
+    in_workers(n_workers, check_adapters, name)
 
 
 @pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW"])
-@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
-def test_training_equals_the_dense_models(run, name, optimizer):
-    run(check_training, name, optimizer)
+@pytest.mark.parametrize(("n_workers", "name"), SOME)
+def test_training_equals_the_dense_models(n_workers, name, optimizer, in_workers):
+    in_workers(n_workers, check_training, name, optimizer)
 
 
-@pytest.mark.parametrize(("run", "name"), MOST, indirect=["run"])
-def test_autocast_equals_the_dense_models(run, name):
-    run(check_autocast, name)
+@pytest.mark.parametrize(("n_workers", "name"), MOST)
+def test_autocast_equals_the_dense_models(n_workers, name, in_workers):
+    in_workers(n_workers, check_autocast, name)
 
 
-@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
-def test_heads_chunks_that_are_computed_again_change_nothing(run, name):
-    run(check_chunks, name)
+@pytest.mark.parametrize(("n_workers", "name"), SOME)
+def test_heads_chunks_that_are_computed_again_change_nothing(n_workers, name, in_workers):
+    in_workers(n_workers, check_chunks, name)
 
 
-@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
-def test_large_logits_do_not_overflow(run, name):
-    run(check_large_logits, name)
+@pytest.mark.parametrize(("n_workers", "name"), SOME)
+def test_large_logits_do_not_overflow(n_workers, name, in_workers):
+    in_workers(n_workers, check_large_logits, name)
 
 
-@pytest.mark.parametrize(("run", "name"), SOME, indirect=["run"])
-def test_log_probabilities_take_three_numbers_a_token(run, name):
-    for n_tokens, n_sent in run(numbers_sent, name):
+@pytest.mark.parametrize(("n_workers", "name"), SOME)
+def test_log_probabilities_take_three_numbers_a_token(n_workers, name, in_workers):
+    for n_tokens, n_sent in in_workers(n_workers, numbers_sent, name):
         assert n_sent == 3 * n_tokens
 
 
-@pytest.mark.parametrize("run", [2], indirect=True)
 @pytest.mark.parametrize(("name", "n_backward"), [("gpt2", 2), ("gptj", 1), ("llama3", 2)])
-def test_a_block_takes_two_all_reduces_each_way(run, name, n_backward):
+def test_a_block_takes_two_all_reduces_each_way(name, n_backward, in_workers):
     """The embedding takes one more. GPT-J's attention and MLP read the same hidden states."""
     n_layers = 2
-    assert set(run(count_all_reduces, name)) == {(2 * n_layers + 1, n_backward * n_layers)}
+    assert set(in_workers(2, count_all_reduces, name)) == {(2 * n_layers + 1, n_backward * n_layers)}
 
 
-@pytest.mark.parametrize("run", [4], indirect=True)
 @pytest.mark.parametrize(
     ("name", "adapter", "message"),
     [
@@ -436,6 +356,6 @@ def test_a_block_takes_two_all_reduces_each_way(run, name, n_backward):
         ),
     ],
 )
-def test_what_cannot_be_split_is_an_error_that_says_what_to_do(run, name, adapter, message):
-    for error in run(error_of, name, adapter):
+def test_what_cannot_be_split_is_an_error_that_says_what_to_do(name, adapter, message, in_workers):
+    for error in in_workers(4, error_of, name, adapter):
         assert re.search(message, error)

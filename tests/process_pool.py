@@ -1,0 +1,93 @@
+"""Functions of a test module in several processes, connected as a run's workers are."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+
+import torch
+
+from distributed import launch
+
+TIMEOUT = 60  # seconds
+
+
+def launcher_variables(n_workers: int) -> list[dict[str, str]]:
+    """What a launcher sets for each worker of a run on this machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n_workers)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_workers)]
+
+
+class Workers:
+    """Processes that run one function after another, each time all of them the same one."""
+
+    def __init__(self, n_workers: int, prepare: Callable | None):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["conftest", "peft"])
+        self.pipes, self.processes = [], []
+        for variables in launcher_variables(n_workers):
+            ours, theirs = context.Pipe()
+            self.processes.append(context.Process(target=work, args=(theirs, variables, prepare), daemon=True))
+            self.processes[-1].start()
+            self.pipes.append(ours)
+
+    def run(self, function: Callable, *args, **kwargs) -> list:
+        for pipe in self.pipes:
+            pipe.send((function, args, kwargs))
+        results, missing = {}, list(self.pipes)
+        while missing:
+            ready = wait(missing, TIMEOUT)
+            assert ready, f"{function.__name__}: no answer in {TIMEOUT} seconds"
+            for pipe in ready:
+                error, results[pipe] = pipe.recv()
+                assert error is None, error
+                missing.remove(pipe)
+        return [results[pipe] for pipe in self.pipes]
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def work(pipe, variables: dict[str, str], prepare: Callable | None):
+    """In a worker: answer each (function, args, kwargs) with (error, result)."""
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    with launch.process_group():
+        while True:
+            function, args, kwargs = pipe.recv()
+            try:
+                pipe.send((None, function(*args, **kwargs)))
+            except Exception:
+                pipe.send((traceback.format_exc(), None))
+
+
+class ProcessPool:
+    """Workers for each world size that was asked for. Where a function fails, some may wait for others: all of that
+    size are killed, and new ones are started when they are asked for."""
+
+    def __init__(self, prepare: Callable | None = None):
+        self.prepare = prepare
+        self.workers: dict[int, Workers] = {}
+
+    def run(self, n_workers: int, function: Callable, *args, **kwargs) -> list:
+        """What the function returns on each of `n_workers`, in their order; it fails here if it does on any."""
+        if n_workers not in self.workers:
+            self.workers[n_workers] = Workers(n_workers, self.prepare)
+        try:
+            return self.workers[n_workers].run(function, *args, **kwargs)
+        except BaseException:
+            self.workers.pop(n_workers).stop()
+            raise
+
+    def stop(self):
+        for workers in self.workers.values():
+            workers.stop()
