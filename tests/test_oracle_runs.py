@@ -45,7 +45,7 @@ TOGETHER = [
         ("FSDPTrainer", 2, "false", "false"),
         ("FSDPTrainer", 4, "auto", "true"),
         ("TensorParallelTrainer", 2, "auto", "true"),
-        ("TensorParallelTrainer", 4, "false", "false"),
+        ("TensorParallelTrainer", 4 if name == "dpo" else 2, "false", "false"),  # 4 take four times as long as 2
     )
 ]
 TOGETHER += [
