@@ -1,0 +1,94 @@
+"""How the code is laid out, read from its source: who imports whom, and who knows a trainer's name."""
+
+import ast
+import graphlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+from conftest import REPOSITORY
+
+from distributed.strategies import STRATEGIES
+
+LEVELS = [  # modules and folders; each imports from those below it alone, a folder's modules one another, too
+    {"train", "evaluate", "checkpoints"},
+    {"trainers"},
+    {"models"},
+    {"checkpointing"},
+    {"configuration"},
+    {"references", "preference_datasets"},
+    {"shared_prompt"},
+    {"data", "reporting"},
+    {"distributed"},
+    {"losses", "utils"},
+]
+FOLDERS = [path.parent for path in REPOSITORY.glob("*/__init__.py")]
+MODULES = {  # their syntax trees by their names
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+    for path in [*REPOSITORY.glob("*.py"), *(path for folder in FOLDERS for path in folder.glob("**/*.py"))]
+}
+
+
+def imported(node: ast.AST, in_functions: bool) -> Iterator[str]:
+    """What a module imports, as `a.b` for `from a import b`; with `in_functions` also where a function does."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif in_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imported(child, in_functions)
+
+
+def modules_imported(module: str, in_functions: bool = True) -> set[str]:
+    """Those of the repository, folders of modules among them."""
+    names = [name.split(".") for name in imported(MODULES[module], in_functions)]
+    return {".".join(parts[:n]) for parts in names for n in range(1, len(parts) + 1)} & MODULES.keys() - {module}
+
+
+def level(module: str) -> int:
+    """Counted from the top."""
+    (number,) = (n for n, names in enumerate(LEVELS) if module.split(".")[0] in names)
+    return number
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_lies_below_it(module):
+    folder = module.split(".")[0]
+    for name in modules_imported(module):
+        assert level(name) > level(module) or name.split(".")[0] == folder, name
+
+
+def test_no_imports_run_in_a_circle():
+    graphlib.TopologicalSorter({module: modules_imported(module) for module in MODULES}).prepare()
+
+
+def test_losses_need_torch_alone():
+    packages = {name.split(".")[0] for name in imported(MODULES["losses"], in_functions=True)}
+    assert packages - sys.stdlib_module_names == {"torch"}
+
+
+def test_a_config_is_checked_without_torch_distributed():
+    reached, ahead = set(), ["configuration"]
+    while ahead:
+        reached.add(module := ahead.pop())
+        ahead += modules_imported(module, in_functions=False) - reached
+    assert "distributed.strategies" in reached
+    for module in reached:
+        names = list(imported(MODULES[module], in_functions=False))
+        assert not [name for name in names if name.startswith("torch.distributed")], module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_few_runs_need_is_imported_by_functions(module):
+    parts = {part for name in imported(MODULES[module], in_functions=False) for part in name.split(".")}
+    assert not parts & {"wandb", "peft", "matplotlib", "tensorboard"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "distributed.strategies"])
+def test_only_strategies_compare_with_a_trainers_name(module):
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Compare | ast.pattern):
+            constants = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            assert not constants & STRATEGIES.keys(), f"line {node.lineno}"
