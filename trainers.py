@@ -13,7 +13,13 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from checkpointing.checkpoints import delete_oldest, load_policy_state, point_latest, write_checkpoint
+from checkpointing.checkpoints import (
+    delete_oldest,
+    load_model_state,
+    load_policy_state,
+    point_latest,
+    write_checkpoint,
+)
 from checkpointing.preemption import Stopped, StopSignal
 from checkpointing.train_state import (
     TrainState,
@@ -30,7 +36,7 @@ from distributed.strategies import STRATEGIES
 from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_lengths  # noqa: F401 (re-exported)
 from models import configured_dropout_rates, load_tokenizer
 from preference_datasets import open_batches
-from references import LogpsCache, Reference, make_reference, make_starting_reference, open_cache
+from references import LogpsCache, Reference, make_reference, make_starting_reference, move_reference, open_cache
 from reporting.metrics import check_finite, mean_metrics
 from reporting.run_log import RunLog
 from reporting.sampling import generate
@@ -323,6 +329,8 @@ class BasicTrainer:
         self.optimizer.zero_grad()
 
         self.state.updates += 1
+        if self._moves_reference and self.state.updates % self.config.reference_update_every == 0:
+            move_reference(self.reference, self.policy, self.config.reference_update_alpha)
         self.state.batches += 1
         self.state.examples += self.config.batch_size
         metrics["examples_per_second"] = self.config.batch_size / (time.perf_counter() - start_time)
@@ -373,6 +381,10 @@ class BasicTrainer:
             parts = collectives.all_gather_object(own if asked else [[], []]) if self._is_sharded else [own]
             samples += [sample for of_model in zip(*parts, strict=True) for part in of_model for sample in part]
         return samples
+
+    @property
+    def _moves_reference(self) -> bool:
+        return self.config.reference_update_every is not None
 
     @property
     def _is_sharded(self) -> bool:
@@ -431,6 +443,8 @@ class BasicTrainer:
         if self.config.save_optimizer:
             state_dicts["optimizer"] = full_state_dict(self.optimizer.state_dict())
             state_dicts["scheduler"] = self.scheduler.state_dict()
+        if self._moves_reference:
+            state_dicts["reference"] = full_state_dict(dict(self.reference.model.state_dict(keep_vars=True)))
         state = self._current_state()
         if metrics is not None:
             state = dataclasses.replace(state, metrics=metrics)
@@ -481,6 +495,8 @@ class BasicTrainer:
         state.complete = state.complete and state.batches == n_batches
         rank0_print(f"Going on from {checkpoint}: {state.examples} examples, {state.updates} steps")
         load_policy_state(checkpoint, self.policy)
+        if self._moves_reference:
+            load_model_state(os.path.join(checkpoint, "reference.pt"), self.reference.model)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
         self.state = state
 
