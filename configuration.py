@@ -288,6 +288,8 @@ def _check_reference(config: DictConfig):
         raise UserError(f"{why} uses no reference: leave reference and precompute_ref_log_probs at their defaults")
     config.reference = resolved_reference(config)
     _check_moving_reference(config)
+    if LOSSES[config.loss.name].takes_kl_estimate:
+        _check_kl_estimate(config)
     if config.model.load_in_4bit:
         if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
@@ -297,6 +299,21 @@ def _check_reference(config: DictConfig):
             raise UserError(
                 "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
             )
+
+
+def _check_kl_estimate(config: DictConfig):
+    """The divergence is estimated from prompts with other prompts' responses, which differ in every batch."""
+    loss = f"loss={config.loss.name}"
+    if config.precompute_ref_log_probs:
+        raise UserError(f"precompute_ref_log_probs=true: {loss} needs the reference on other texts in every batch")
+    for key in ("batch_size", "eval_batch_size"):
+        if config[key] < 2:
+            raise UserError(f"{key}={config[key]}: {loss} needs two or more prompts a batch")
+    if config.n_eval_examples % config.eval_batch_size == 1:
+        raise UserError(
+            f"n_eval_examples={config.n_eval_examples} leaves a last batch of one at eval_batch_size="
+            f"{config.eval_batch_size}; {loss} needs two or more prompts a batch"
+        )
 
 
 def _check_moving_reference(config: DictConfig):

@@ -225,6 +225,29 @@ def chi_po_loss(
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
+def kto_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    kl_estimate: torch.Tensor,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
+) -> Outputs:
+    """KTO (https://arxiv.org/abs/2402.01306): chosen responses are desirable, rejected ones undesirable.
+
+    Eq. 8: λ_D (1 - σ(β (r - z₀))) for a desirable, λ_U (1 - σ(β (z₀ - r))) for an undesirable response, where r is the
+    log-ratio of policy and reference and z₀, `kl_estimate`, the batch's estimate of their KL divergence (nats, 0 or
+    more, without gradient). A pair's loss is the mean of its two.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    desirable = desirable_weight * (1 - torch.sigmoid(beta * (chosen_logratios - kl_estimate)))
+    undesirable = undesirable_weight * (1 - torch.sigmoid(beta * (kl_estimate - rejected_logratios)))
+    return (desirable + undesirable) / 2, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
 # ---- losses of pairs without a reference ----------------------------------------------------------------------------
 
 
@@ -293,6 +316,7 @@ def cpo_loss(
 
 LOGPS = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
 LENGTHS = ("chosen_lengths", "rejected_lengths")
+KL_ESTIMATE = "kl_estimate"
 
 
 @dataclass(frozen=True)
@@ -315,8 +339,10 @@ class Loss:
 
     - inputs, tensors of shape (batch_size,): `policy_chosen_logps`, `policy_rejected_logps`, `reference_chosen_logps`,
       `reference_rejected_logps` (log-probabilities of whole responses, in nats) and `chosen_lengths`,
-      `rejected_lengths` (predicted tokens in the responses). One with `rejected` in its name makes it a loss of pairs;
-      without, it trains on SFT targets. One that starts with `reference` makes it need a reference;
+      `rejected_lengths` (predicted tokens in the responses); and `kl_estimate`, of shape (): how far the policy is from
+      the reference (nats, at least 0), from prompts of the whole batch with other prompts' responses. One with
+      `rejected` in its name makes it a loss of pairs; without, it trains on SFT targets. One that starts with
+      `reference` makes it need a reference;
     - options, all others: `loss.NAME` in the config. Annotation and default give type, range (`Range`) and default. An
       option `reference_free`, if true, lets the loss do without a reference: it is given zeros.
 
@@ -333,14 +359,16 @@ class Loss:
         given = function.keywords if isinstance(function, functools.partial) else {}
         hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in given]
-        self.inputs = tuple(p.name for p in parameters if p.name.endswith("_logps") or p.name in LENGTHS)
-        unknown = set(self.inputs) - {*LOGPS, *LENGTHS}
+        known = (*LOGPS, *LENGTHS, KL_ESTIMATE)
+        self.inputs = tuple(p.name for p in parameters if p.name.endswith("_logps") or p.name in known)
+        unknown = set(self.inputs) - set(known)
         if unknown or not self.inputs:
-            there_are = ", ".join((*LOGPS, *LENGTHS))
+            there_are = ", ".join(known)
             raise TypeError(f"{function}: unknown inputs {sorted(unknown)}, or none; there are {there_are}")
         self.options = {p.name: _option(p, hints.get(p.name)) for p in parameters if p.name not in self.inputs}
+        self.takes_kl_estimate = KL_ESTIMATE in self.inputs
         self.takes_lengths = any(name in LENGTHS for name in self.inputs)
-        if not self.takes_lengths:
+        if not self.takes_lengths and not self.takes_kl_estimate:
             self.options["average_log_prob"] = Option(bool, False)
         self.needs_pairs = any("rejected" in name for name in self.inputs)
         self._compares = any(name.startswith("reference_") for name in self.inputs)
@@ -383,6 +411,7 @@ LOSSES = {
     "length_dpo": Loss(length_dpo_loss),
     "exo": Loss(exo_loss),
     "chi_po": Loss(chi_po_loss),
+    "kto": Loss(kto_loss),
     "simpo": Loss(simpo_loss),
     "orpo": Loss(orpo_loss),
     "cpo": Loss(cpo_loss),

@@ -22,6 +22,7 @@ INPUTS = {
     "reference_rejected_logps": REFERENCE_REJECTED,
     "chosen_lengths": CHOSEN_LENGTHS,
     "rejected_lengths": REJECTED_LENGTHS,
+    "kl_estimate": np.array(0.7),
 }
 RATIO_CHOSEN, RATIO_REJECTED = POLICY_CHOSEN - REFERENCE_CHOSEN, POLICY_REJECTED - REFERENCE_REJECTED
 H = RATIO_CHOSEN - RATIO_REJECTED
@@ -62,6 +63,9 @@ EXPECTED = {  # loss, options: the losses by the paper's formula
     ("chi_po", (("beta", 0.2), ("max_reward", 2.0))): nll(
         np.clip(0.2 * (phi(RATIO_CHOSEN) - phi(RATIO_REJECTED)), -4, 4)
     ),
+    ("kto", (("beta", 0.2), ("desirable_weight", 1.5), ("undesirable_weight", 0.5))): 0.75
+    * (1 - sigmoid(0.2 * (RATIO_CHOSEN - 0.7)))
+    + 0.25 * (1 - sigmoid(0.2 * (0.7 - RATIO_REJECTED))),
     ("simpo", (("beta", 2.0), ("gamma", 0.7))): nll(2 * MEAN_CHOSEN - 2 * MEAN_REJECTED - 0.7),
     ("orpo", (("beta", 0.2),)): -MEAN_CHOSEN + 0.2 * nll(np.log(odds(MEAN_CHOSEN)) - np.log(odds(MEAN_REJECTED))),
     ("cpo", (("beta", 0.2), ("nll_weight", 0.5))): nll(0.2 * (POLICY_CHOSEN - POLICY_REJECTED)) - 0.5 * POLICY_CHOSEN,
@@ -75,7 +79,7 @@ REWARDS = {  # of the chosen responses, where they aren't beta times the log-rat
 
 
 def tensors(dtype=torch.float64) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(v, dtype=dtype if "logps" in name else torch.long) for name, v in INPUTS.items()}
+    return {name: torch.tensor(v, dtype=torch.long if "lengths" in name else dtype) for name, v in INPUTS.items()}
 
 
 def test_every_loss_is_held_against_its_formula():
@@ -111,6 +115,7 @@ def test_extreme_log_probabilities_give_finite_losses_and_gradients(name):
     extreme = torch.tensor([0.0, -1e-9, -1e4, -1e4, -1.0])
     inputs = {key: extreme.roll(shift) for shift, key in enumerate(INPUTS) if "logps" in key}
     inputs |= {key: torch.tensor([1, 2, 500, 500, 1]) for key in INPUTS if "lengths" in key}
+    inputs["kl_estimate"] = torch.tensor(1e3)
     for key in inputs:
         if key.startswith("policy"):
             inputs[key].requires_grad_()
