@@ -26,12 +26,14 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "world_size", "fsdp_replicate",
+    "world_size", "fsdp_replicate", "reference_update_every", "reference_update_alpha",
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
 _MAY_BE_NULL = ("n_epochs", "n_examples")
 # of keys whose default is null; the others are strings
-_TYPES_OF_NULL = dict.fromkeys(("n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints"), int)
+_TYPES_OF_NULL = dict.fromkeys(
+    ("n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every"), int
+)
 
 # holders of names that are not ours: PEFT's, an optimizer's, those of datasets
 FREE_KEYS = ("lora", "optimizer_args", "dataset_paths")
@@ -285,6 +287,9 @@ def _check_reference(config: DictConfig):
         why = "reference_free" if config.loss.get("reference_free") else f"loss={config.loss.name}"
         raise UserError(f"{why} uses no reference: leave reference and precompute_ref_log_probs at their defaults")
     config.reference = resolved_reference(config)
+    _check_moving_reference(config)
+    if LOSSES[config.loss.name].takes_kl_estimate:
+        _check_kl_estimate(config)
     if config.model.load_in_4bit:
         if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
@@ -294,6 +299,37 @@ def _check_reference(config: DictConfig):
             raise UserError(
                 "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
             )
+
+
+def _check_kl_estimate(config: DictConfig):
+    """The divergence is estimated from prompts with other prompts' responses, which differ in every batch."""
+    loss = f"loss={config.loss.name}"
+    if config.precompute_ref_log_probs:
+        raise UserError(f"precompute_ref_log_probs=true: {loss} needs the reference on other texts in every batch")
+    for key in ("batch_size", "eval_batch_size"):
+        if config[key] < 2:
+            raise UserError(f"{key}={config[key]}: {loss} needs two or more prompts a batch")
+    if config.n_eval_examples % config.eval_batch_size == 1:
+        raise UserError(
+            f"n_eval_examples={config.n_eval_examples} leaves a last batch of one at eval_batch_size="
+            f"{config.eval_batch_size}; {loss} needs two or more prompts a batch"
+        )
+
+
+def _check_moving_reference(config: DictConfig):
+    every, alpha = config.reference_update_every, config.reference_update_alpha
+    if alpha > 1:
+        raise UserError(f"reference_update_alpha={alpha}: must be at most 1, the policy's own weights")
+    if every is None:
+        return
+    if not needs_reference(config.loss):
+        raise UserError(f"reference_update_every={every}: loss={config.loss.name} has no reference to move")
+    if config.precompute_ref_log_probs:
+        raise UserError(
+            f"reference_update_every={every}: precompute_ref_log_probs would keep numbers of a reference that has moved"
+        )
+    if config.reference != "model" or config.lora is not None or config.model.adapter is not None:
+        raise UserError(f"reference_update_every={every}: an adapter's reference can't follow it; train all weights")
 
 
 def resolved_reference(config: DictConfig) -> str:

@@ -314,6 +314,7 @@ def get_batch_iterator(
     paths: dict[str, str] | None = None,
     drop_last: bool = True,
     shard: tuple[int, int] = (0, 1),
+    mismatched: bool = False,
 ) -> BatchIterator:
     """Batches of a split, for `n_epochs` or `n_examples`, whichever ends first. Prompts are shuffled; pairs of one
     prompt stay together.
@@ -328,6 +329,7 @@ def get_batch_iterator(
             batches. Otherwise the last batch may be smaller, and what n_examples asks for beyond one epoch comes from
             further epochs of whole batches, as in the original.
         shard: (index, count): only this one of `count` shards of each batch.
+        mismatched: also each prompt with another prompt's responses, under keys 'mismatched_...'.
 
     Raises: UserError if a dataset can't be used or holds less than one batch.
     """
@@ -341,7 +343,7 @@ def get_batch_iterator(
     prompts = _load_prompts(names, split, silent, cache_dir, dict(paths or {}))
     _check_no_eos(prompts, tokenizer.eos_token)
     batches = BatchIterator(prompts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
-                            shard, max_length=max_length, max_prompt_length=max_prompt_length)  # fmt: skip
+                            shard, mismatched, max_length=max_length, max_prompt_length=max_prompt_length)  # fmt: skip
     if batches.epoch_size == 0:
         raise UserError(
             f"datasets={names}, {split} split: {batches.n_left_out} examples are less than one batch of {batch_size}; "
@@ -351,7 +353,13 @@ def get_batch_iterator(
 
 
 def open_batches(
-    config: DictConfig, tokenizer, sft_mode: bool, seed: int, shard: tuple[int, int], silent: bool
+    config: DictConfig,
+    tokenizer,
+    sft_mode: bool,
+    seed: int,
+    shard: tuple[int, int],
+    silent: bool,
+    mismatched: bool = False,
 ) -> tuple[BatchIterator, BatchIterator]:
     """The training and the evaluation batches that a config asks for; see `get_batch_iterator`."""
     kwargs = {
@@ -365,6 +373,7 @@ def open_batches(
         "cache_dir": get_local_dir(config.local_dirs),
         "paths": config.dataset_paths,
         "shard": shard,
+        "mismatched": mismatched,
     }
     train = get_batch_iterator(
         **kwargs, split="train", n_epochs=config.n_epochs, n_examples=config.n_examples, batch_size=config.batch_size

@@ -42,6 +42,16 @@ class Reference:
             yield self.model
 
 
+def move_reference(reference: Reference, policy: nn.Module, alpha: float):
+    """Let a second model follow the policy (TR-DPO, https://arxiv.org/abs/2404.09656).
+
+    Its weights become `alpha` times the policy's plus 1 - `alpha` times its own, in its own dtype.
+    """
+    with torch.no_grad():
+        for moved, towards in zip(reference.model.parameters(), policy.parameters(), strict=True):
+            moved.lerp_(towards.to(moved.device, moved.dtype), alpha)
+
+
 def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) -> Reference:
     """The reference of this kind; `load` loads the second model where one is needed."""
     if kind == "model":

@@ -13,7 +13,13 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from checkpointing.checkpoints import delete_oldest, load_policy_state, point_latest, write_checkpoint
+from checkpointing.checkpoints import (
+    delete_oldest,
+    load_model_state,
+    load_policy_state,
+    point_latest,
+    write_checkpoint,
+)
 from checkpointing.preemption import Stopped, StopSignal
 from checkpointing.train_state import (
     TrainState,
@@ -23,14 +29,14 @@ from checkpointing.train_state import (
     set_rng_state,
 )
 from configuration import resolved_reference
-from data.batches import microbatches
+from data.batches import microbatches, mismatch
 from distributed import collectives
 from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
 from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_lengths  # noqa: F401 (re-exported)
 from models import configured_dropout_rates, load_tokenizer
 from preference_datasets import open_batches
-from references import LogpsCache, Reference, make_reference, make_starting_reference, open_cache
+from references import LogpsCache, Reference, make_reference, make_starting_reference, move_reference, open_cache
 from reporting.metrics import check_finite, mean_metrics
 from reporting.run_log import RunLog
 from reporting.sampling import generate
@@ -116,7 +122,13 @@ class BasicTrainer:
         """Open the training batches and load all evaluation batches, of each this worker's shard."""
         config, sft_mode = self.config, not self.loss.needs_pairs
         self.train_iterator, self.eval_iterator = open_batches(
-            config, self.tokenizer, sft_mode, self.seed, self.strategy.batch_shard, silent=self.rank != 0
+            config,
+            self.tokenizer,
+            sft_mode,
+            self.seed,
+            self.strategy.batch_shard,
+            silent=self.rank != 0,
+            mismatched=self.loss.takes_kl_estimate,
         )
         self.eval_batches = [
             {**batch, "index": self.eval_iterator.indices(number)} for number, batch in enumerate(self.eval_iterator)
@@ -217,8 +229,25 @@ class BasicTrainer:
         with self.reference.active() as model:
             return self.concatenated_forward(model, batch)
 
+    def estimate_kl(self, batch: dict) -> torch.Tensor:
+        """KL divergence of the policy from the reference (nats), as KTO estimates it for a whole batch of all workers.
+
+        It is the mean log-ratio of responses to other prompts of the batch, or 0 if that is negative; shape (), without
+        gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
+        """
+        sum_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for microbatch in self.microbatches(mismatch(batch), n_least=1):
+            with torch.no_grad():
+                policy_logps = torch.stack(self.concatenated_forward(self.policy, microbatch))  # (2, B)
+            logratios = (policy_logps - torch.stack(self.reference_logps(microbatch)))[:, self._counted(microbatch)]
+            sum_and_count += torch.stack([logratios.sum(), logratios.new_tensor(logratios.numel())]).double()
+        if self._is_sharded:
+            sum_and_count = collectives.all_reduce_sum(sum_and_count)
+        kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
+        return kl_estimate.to(torch.promote_types(self.policy.dtype, torch.float32))
+
     def loss_inputs(self, batch: dict, loss_config: DictConfig) -> dict[str, torch.Tensor]:
-        """What losses take (see `losses.Loss`), for each example: tensors of shape (batch_size,)."""
+        """What losses take (see `losses.Loss`) of each example: tensors of shape (batch_size,)."""
         if self.loss.needs_pairs:
             logps = (*self.concatenated_forward(self.policy, batch), *self.reference_logps(batch))
         else:
@@ -234,11 +263,16 @@ class BasicTrainer:
         return inputs
 
     def get_batch_metrics(
-        self, batch: dict, loss_config: DictConfig, train: bool = True
+        self, batch: dict, loss_config: DictConfig, train: bool = True, kl_estimate: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,)."""
+        """Mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
+
+        `kl_estimate`: of the batch that this is a microbatch of, where the loss takes one; None: of this one.
+        """
         split = "train" if train else "eval"
         inputs = self.loss_inputs(batch, loss_config)
+        if self.loss.takes_kl_estimate:
+            inputs["kl_estimate"] = self.estimate_kl(batch) if kl_estimate is None else kl_estimate
         losses, *rewards = self.loss(inputs, loss_config)
         metrics = {}
         if rewards:
@@ -306,9 +340,10 @@ class BasicTrainer:
         """
         self.policy.train()
         start_time = time.perf_counter()
+        kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
         microbatch_metrics = []
         for microbatch in self.microbatches(batch, self.config.gradient_accumulation_steps):
-            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, train=True)
+            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
             # several workers' gradients are averaged
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
             microbatch_metrics.append(metrics)
@@ -323,6 +358,8 @@ class BasicTrainer:
         self.optimizer.zero_grad()
 
         self.state.updates += 1
+        if self._moves_reference and self.state.updates % self.config.reference_update_every == 0:
+            move_reference(self.reference, self.policy, self.config.reference_update_alpha)
         self.state.batches += 1
         self.state.examples += self.config.batch_size
         metrics["examples_per_second"] = self.config.batch_size / (time.perf_counter() - start_time)
@@ -346,11 +383,12 @@ class BasicTrainer:
         for batch in tqdm(self.eval_batches, "Computing eval metrics", leave=False, disable=hides_progress()):
             self.stop.check()
             batch_metrics = []
+            kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
             for microbatch in self.microbatches(batch, n_least=1):
                 with torch.no_grad():
-                    metrics = self.get_batch_metrics(microbatch, self.config.loss, train=False)[1]
-                counts = torch.tensor([index is not None for index in microbatch["index"]], device=self.device)
-                batch_metrics.append({key: values[counts] for key, values in metrics.items()})
+                    metrics = self.get_batch_metrics(microbatch, self.config.loss, False, kl_estimate)[1]
+                counted = self._counted(microbatch)
+                batch_metrics.append({key: values[counted] for key, values in metrics.items()})
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
             check_finite(where, batch["prompt"], self.config, loss=means["loss/eval"])
             all_metrics += batch_metrics
@@ -373,6 +411,15 @@ class BasicTrainer:
             parts = collectives.all_gather_object(own if asked else [[], []]) if self._is_sharded else [own]
             samples += [sample for of_model in zip(*parts, strict=True) for part in of_model for sample in part]
         return samples
+
+    @property
+    def _moves_reference(self) -> bool:
+        return self.config.reference_update_every is not None
+
+    def _counted(self, batch: dict) -> torch.Tensor:
+        """Which examples count, (batch_size,): not those that fill up an evaluation batch for all workers."""
+        index = batch.get("index", range(len(batch["prompt"])))
+        return torch.tensor([i is not None for i in index], device=self.device)
 
     @property
     def _is_sharded(self) -> bool:
@@ -431,6 +478,8 @@ class BasicTrainer:
         if self.config.save_optimizer:
             state_dicts["optimizer"] = full_state_dict(self.optimizer.state_dict())
             state_dicts["scheduler"] = self.scheduler.state_dict()
+        if self._moves_reference:
+            state_dicts["reference"] = full_state_dict(dict(self.reference.model.state_dict(keep_vars=True)))
         state = self._current_state()
         if metrics is not None:
             state = dataclasses.replace(state, metrics=metrics)
@@ -481,6 +530,8 @@ class BasicTrainer:
         state.complete = state.complete and state.batches == n_batches
         rank0_print(f"Going on from {checkpoint}: {state.examples} examples, {state.updates} steps")
         load_policy_state(checkpoint, self.policy)
+        if self._moves_reference:
+            load_model_state(os.path.join(checkpoint, "reference.pt"), self.reference.model)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
         self.state = state
 

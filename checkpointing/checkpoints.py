@@ -77,11 +77,18 @@ def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates:
         json.dump(config, file, indent=2)
 
 
+def load_model_state(path: str, model: nn.Module):
+    """Give a model the weights of one file of a checkpoint, bit for bit.
+
+    Raises: UserError if it isn't there or doesn't fit.
+    """
+    model.load_state_dict(fit_state(read_tensors(path, mmap=True)["state"], model, path))
+
+
 def load_policy_state(directory: str, policy: nn.Module):
     """Give a policy the weights of a checkpoint, bit for bit."""
     if not hasattr(policy, "peft_config"):
-        path = os.path.join(directory, "policy.pt")
-        policy.load_state_dict(fit_state(read_tensors(path, mmap=True)["state"], policy, path))
+        load_model_state(os.path.join(directory, "policy.pt"), policy)
         return
     import peft
 

@@ -51,13 +51,15 @@ class BatchIterator:
     `n_left_out` how many of each epoch fill no whole batch, `n_distinct` how many different ones there are in all.
 
     With a `shard` (index, count) it yields only that one of `count` shards of each batch, and tokenizes no other.
+    With `mismatched` an example has its prompt with another's responses, too, under keys that begin so; see `mismatch`.
     """
 
     def __init__(self, prompts: list[Prompt], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool, seed: int,
                  n_epochs: int | None, n_examples: int | None, drop_last: bool, shard: tuple[int, int],
-                 **lengths: int):  # fmt: skip
+                 mismatched: bool, **lengths: int):  # fmt: skip
         self.prompts, self.tokenizer, self.lengths, self.shard = prompts, tokenizer, lengths, shard
         self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
+        self.mismatched = mismatched
 
         available = len(prompts) if sft_mode else sum(len(prompt.pairs) for prompt in prompts)
         once = not drop_last and (available < batch_size or (n_examples or 0) <= available)
@@ -76,11 +78,17 @@ class BatchIterator:
             for index in range(1 if self.sft_mode else len(prompt.pairs)):
                 yield prompt, index
 
-    def _tokenize(self, examples: list[tuple[Prompt, int]]) -> list[dict]:
-        texts = []
-        for prompt, index in examples:
-            pair = [prompt.sft_target] * 2 if self.sft_mode else [prompt.responses[i] for i in prompt.pairs[index]]
-            texts.append((prompt.text, *pair, prompt.truncation_mode))
+    def _responses(self, prompt: Prompt, index: int) -> list[str]:
+        return [prompt.sft_target] * 2 if self.sft_mode else [prompt.responses[i] for i in prompt.pairs[index]]
+
+    def _tokenize(
+        self, examples: list[tuple[Prompt, int]], partners: list[tuple[Prompt, int]] | None = None
+    ) -> list[dict]:
+        """Tokenize the prompt of each example with its own responses, or with its partner's."""
+        texts = [
+            (prompt.text, *self._responses(*partner), prompt.truncation_mode)
+            for (prompt, _), partner in zip(examples, partners or examples, strict=True)
+        ]
         try:
             elements = tokenize_batch(texts, self.tokenizer, **self.lengths)
         except UserError as error:
@@ -116,8 +124,14 @@ class BatchIterator:
         return self._collated(list(itertools.islice(self._epoch(next(self._shuffled())), n)), (0, 1))
 
     def _collated(self, batch: list[tuple[Prompt, int]], shard: tuple[int, int]) -> dict[str, list | torch.Tensor]:
-        own = [batch[i if i is not None else -1] for i in shard_indices(len(batch), shard)]
-        return get_collate_fn(self.tokenizer)(self._tokenize(own))
+        own = [i if i is not None else -1 for i in shard_indices(len(batch), shard)]
+        examples = [batch[i] for i in own]
+        elements = self._tokenize(examples)
+        if self.mismatched:
+            others = self._tokenize(examples, [batch[i] for i in (partner_of(batch, i) for i in own)])
+            for element, other in zip(elements, others, strict=True):
+                element |= {f"mismatched_{key}": value for key, value in other.items()}
+        return get_collate_fn(self.tokenizer)(elements)
 
     def _batches(self, skip: int) -> Iterator[dict[str, list | torch.Tensor]]:
         remaining = self.n_examples
@@ -138,6 +152,22 @@ class BatchIterator:
 
     def __iter__(self) -> Iterator[dict[str, list | torch.Tensor]]:
         return self.batches()
+
+
+def partner_of(batch: list[tuple[Prompt, int]], index: int) -> int:
+    """The next example of a batch that has another prompt, the first one being next to the last; if none, the next."""
+    after = [(index + step) % len(batch) for step in range(1, len(batch) + 1)]
+    return next((i for i in after if batch[i][0].text != batch[index][0].text), after[0])
+
+
+def mismatch(batch: dict) -> dict:
+    """The batch of prompts with other prompts' responses that a batch holds beside its own, where `mismatched`.
+
+    Which of all examples they are ('index') is kept.
+    """
+    prefix = "mismatched_"
+    others = {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)}
+    return others | {key: batch[key] for key in ("index",) if key in batch}
 
 
 def prefetched(items: Iterator, n_ahead: int = 4) -> Iterator:

@@ -1,0 +1,97 @@
+"""A reference that follows the policy (TR-DPO): how far it moves, on one worker and several, and across a resume."""
+
+import math
+
+import pytest
+import torch
+from conftest import read_jsonl
+
+from train import create_run_dir
+from utils import UserError
+
+TOY = [
+    "model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=24", "n_eval_examples=4", "lr=1e-3", "warmup_steps=0",
+    "sample_during_eval=false", "do_first_eval=false", "max_length=64", "max_prompt_length=32", "save_every=4",
+]  # fmt: skip
+
+
+def losses(run_dir) -> list[float]:
+    return [line["loss/train"] for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "train"]
+
+
+def states(run_dir, name: str) -> list[dict[str, torch.Tensor]]:
+    """Of the checkpoints in their order, a file's state dict."""
+    paths = sorted(run_dir.glob("step-*"), key=lambda path: int(path.name[5:]))
+    return [torch.load(path / f"{name}.pt", weights_only=True)["state"] for path in [*paths, run_dir / "LATEST"]]
+
+
+def train(make_trainer, *overrides: str):
+    trainer = make_trainer(*TOY, *overrides)
+    create_run_dir(trainer.config)
+    trainer.train()
+    trainer.save()
+    return trainer
+
+
+def test_a_reference_that_is_the_policy_at_every_step_leaves_the_loss_at_ln_2(make_trainer, tmp_path):
+    train(make_trainer, "reference_update_every=1", f"local_run_dir={tmp_path}/run")
+    assert losses(tmp_path / "run") == pytest.approx([math.log(2)] * 6, abs=1e-6)
+
+
+def test_it_moves_every_so_many_steps_to_a_mixture_of_both(make_trainer, tmp_path):
+    overrides = ["reference_update_every=2", "reference_update_alpha=0.6", f"local_run_dir={tmp_path}/run"]
+    trainer = make_trainer(*TOY, *overrides)
+    reference = {key: tensor.clone() for key, tensor in trainer.policy.state_dict().items()}
+    train(make_trainer, *overrides)
+    policies, references = states(tmp_path / "run", "policy"), states(tmp_path / "run", "reference")
+    assert len(policies) == 6
+    for step, (policy, saved) in enumerate(zip(policies, references, strict=True), start=1):
+        if step % 2 == 0:
+            reference = {key: 0.6 * policy[key] + 0.4 * reference[key] for key in reference}
+        assert saved.keys() == reference.keys()
+        for key, expected in reference.items():
+            torch.testing.assert_close(saved[key], expected, rtol=1e-5, atol=1e-7)
+    assert losses(tmp_path / "run")[1] != pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"])
+def test_a_resumed_run_goes_on_with_the_reference_where_it_was(trainer, launcher, tmp_path):
+    overrides = [*TOY, "reference_update_every=2", "reference_update_alpha=0.5", "eval_every=24"]
+    overrides += ["model.policy_dtype=float64", "model.reference_dtype=float64"]  # rounding hides nothing
+    assert launcher.run(*overrides, f"local_run_dir={tmp_path}/one") == 0, launcher.output
+    n_workers = 1 if trainer == "BasicTrainer" else 2
+    for n_examples in (12, 24):
+        cut = [f"n_examples={n_examples}", f"trainer={trainer}", f"local_run_dir={tmp_path}/cut", "resume=auto"]
+        assert launcher.run(*overrides, *cut, n_workers=n_workers) == 0, launcher.output
+    tolerance = 0 if trainer == "BasicTrainer" else 1e-6
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "one"), rel=tolerance, abs=tolerance)
+    for file in ("policy", "reference"):
+        cut, expected = (states(tmp_path / name, file)[-1] for name in ("cut", "one"))
+        torch.testing.assert_close(cut, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss=sft"], "loss=sft has no reference to move"),
+        (["loss.reference_free=true"], "has no reference to move"),
+        (["precompute_ref_log_probs=true"], "numbers of a reference that has moved"),
+        (["lora={r:4}"], "an adapter's reference can't follow it"),
+        (["reference_update_alpha=1.5"], "must be at most 1"),
+        (["reference_update_alpha=0"], "must be a number above 0"),
+        (["reference_update_every=0"], "must be a number above 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_go_together_is_refused(overrides, message, make_trainer):
+    with pytest.raises(UserError, match=message):
+        make_trainer(*TOY, "reference_update_every=2", *overrides)
+
+
+def test_a_checkpoint_without_the_moved_reference_is_refused(make_trainer, tmp_path):
+    trainer = train(make_trainer, f"local_run_dir={tmp_path}/run")
+    assert not (tmp_path / "run/LATEST/reference.pt").exists()
+    trainer.config.reference_update_every = 2
+    with pytest.raises(UserError, match=r"reference\.pt: can't read it"):
+        trainer.resume(str(tmp_path / "run/LATEST"))
