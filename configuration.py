@@ -26,7 +26,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "world_size", "fsdp_replicate",
+    "world_size", "fsdp_replicate", "worker_timeout",
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
 _MAY_BE_NULL = ("n_epochs", "n_examples")
@@ -249,6 +249,8 @@ def _check_workers(config: DictConfig):
         if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
             who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
             raise UserError(f"{key}={config[key]}: {who}; leave it null")
+    if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
+        raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
     for name, other in STRATEGIES.items():
         for key, default in other.own_keys.items():
             if config[key] != default and key not in strategy.own_keys:

@@ -46,7 +46,7 @@ def run(config: DictConfig):
     OmegaConf.resolve(config)
     with contextlib.ExitStack() as stack:
         if environment.is_launched():
-            stack.enter_context(launch.process_group())
+            stack.enter_context(launch.process_group(config.worker_timeout))
         checkpoint = prepare(config, run_dir_given, stack) if on_rank0() else None
         config, checkpoint = collectives.broadcast_object((config, checkpoint))
         starts_workers = STRATEGIES[config.trainer].starts_workers
@@ -73,7 +73,7 @@ def prepare(config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack
 
 def train_as_worker(config: DictConfig, checkpoint: str | None):
     """`train_from` in a worker that `run` has started."""
-    with errors_reported(), launch.process_group():
+    with errors_reported(), launch.process_group(config.worker_timeout):
         train_from(config, checkpoint)
 
 

@@ -21,7 +21,7 @@ _MAY_CHANGE = (
     "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate", "gradient_accumulation_steps", "keep_checkpoints", "local_dirs",
     "minimum_log_interval_secs", "model.block_name", "n_epochs", "n_eval_examples", "n_eval_model_samples",
     "n_examples", "precompute_ref_log_probs", "sample_during_eval", "save_every", "save_optimizer", "shared_prompt",
-    "trainer", "wandb.enabled", "wandb.entity", "wandb.project", "world_size",
+    "trainer", "wandb.enabled", "wandb.entity", "wandb.project", "worker_timeout", "world_size",
 )  # fmt: skip
 
 
