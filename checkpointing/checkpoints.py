@@ -16,7 +16,7 @@ import transformers
 from omegaconf import DictConfig
 from torch import nn
 
-from checkpointing.archives import UNREADABLE, fit_state, read_tensors, write_tensors
+from checkpointing.archives import UNREADABLE, fit_state, read_state_dict, write_tensors
 from checkpointing.integrity import atomic_directory, replace_path
 from checkpointing.train_state import TrainState
 from distributed.dtensor import distribute_like
@@ -81,7 +81,7 @@ def load_policy_state(directory: str, policy: nn.Module):
     """Give a policy the weights of a checkpoint, bit for bit."""
     if not hasattr(policy, "peft_config"):
         path = os.path.join(directory, "policy.pt")
-        policy.load_state_dict(fit_state(read_tensors(path, mmap=True)["state"], policy, path))
+        policy.load_state_dict(fit_state(read_state_dict(path, mmap=True), policy, path))
         return
     import peft
 
