@@ -145,6 +145,9 @@ def _check_key_type(key: str, value: object, default: object):
     if key == "shared_prompt":
         if value not in (True, False, "auto"):
             raise UserError(f"shared_prompt={value}: must be auto, true or false")
+    elif key == "resume":
+        if not isinstance(value, str):
+            raise UserError(f"resume={value}: must be auto, a run directory or a checkpoint in one")
     elif key == "lora":
         if not isinstance(value, dict):
             raise UserError(
@@ -346,11 +349,6 @@ def _check_files(config: DictConfig):
         raise UserError(f"model.adapter={adapter}: no adapter_config.json there; give the directory of a saved adapter")
     if (adapter is not None or config.lora is not None) and importlib.util.find_spec("peft") is None:
         raise UserError("lora and model.adapter need PEFT: pip install peft")
-    if config.resume is None and os.path.exists(os.path.join(config.local_run_dir, "config.yaml")):
-        raise UserError(
-            f"local_run_dir={config.local_run_dir} holds another run; choose another directory, or go on with that run "
-            "by resume=auto"
-        )
 
 
 def _may_be_hub_id(name: str) -> bool:
