@@ -26,7 +26,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "world_size", "fsdp_replicate", "reference_update_every", "reference_update_alpha",
+    "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
 _MAY_BE_NULL = ("n_epochs", "n_examples")
@@ -147,6 +147,9 @@ def _check_key_type(key: str, value: object, default: object):
     if key == "shared_prompt":
         if value not in (True, False, "auto"):
             raise UserError(f"shared_prompt={value}: must be auto, true or false")
+    elif key == "resume":
+        if not isinstance(value, str):
+            raise UserError(f"resume={value}: must be auto, a run directory or a checkpoint in one")
     elif key == "lora":
         if not isinstance(value, dict):
             raise UserError(
@@ -251,6 +254,8 @@ def _check_workers(config: DictConfig):
         if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
             who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
             raise UserError(f"{key}={config[key]}: {who}; leave it null")
+    if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
+        raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
     for name, other in STRATEGIES.items():
         for key, default in other.own_keys.items():
             if config[key] != default and key not in strategy.own_keys:
@@ -380,11 +385,6 @@ def _check_files(config: DictConfig):
         raise UserError(f"model.adapter={adapter}: no adapter_config.json there; give the directory of a saved adapter")
     if (adapter is not None or config.lora is not None) and importlib.util.find_spec("peft") is None:
         raise UserError("lora and model.adapter need PEFT: pip install peft")
-    if config.resume is None and os.path.exists(os.path.join(config.local_run_dir, "config.yaml")):
-        raise UserError(
-            f"local_run_dir={config.local_run_dir} holds another run; choose another directory, or go on with that run "
-            "by resume=auto"
-        )
 
 
 def _may_be_hub_id(name: str) -> bool:

@@ -12,8 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from checkpointing import fingerprints
+from checkpointing.lock import claimed
 from checkpointing.preemption import EXIT_CODE, Stopped
-from checkpointing.resume import check_same_run, find_checkpoint, locate_run, locked, resume_hint
+from checkpointing.resume import (
+    changed_inputs,
+    check_same_run,
+    find_checkpoint,
+    locate_run,
+    refuse_changed_inputs,
+    resume_hint,
+)
 from configuration import CONFIG_DIR, FREE_KEYS, REPOSITORY, check_config, explain_hydra_error
 from distributed import collectives, environment, launch
 from distributed.strategies import STRATEGIES
@@ -26,12 +35,17 @@ OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, replace=
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 
 
-def create_run_dir(config: DictConfig):
-    """Create the run directory with the config in it; nothing before this writes anything but caches."""
+def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
+    """Create the run directory with the config in it; nothing before this writes anything but caches and a lock.
+
+    Args:
+        inputs: fingerprints of what the run starts from.
+    """
     path = os.path.join(config.local_run_dir, "config.yaml")
     try:
         os.makedirs(config.local_run_dir, exist_ok=True)
-        OmegaConf.save(config, f"{path}.partial-new")
+        with open(f"{path}.partial-new", "w", encoding="utf-8") as file:
+            file.write(fingerprints.header(inputs or {}) + OmegaConf.to_yaml(config))
         os.replace(f"{path}.partial-new", path)
     except OSError as error:
         raise UserError(f"local_run_dir={config.local_run_dir}: can't write there: {error}") from error
@@ -46,38 +60,40 @@ def run(config: DictConfig):
     OmegaConf.resolve(config)
     with contextlib.ExitStack() as stack:
         if environment.is_launched():
-            stack.enter_context(launch.process_group())
-        checkpoint = prepare(config, run_dir_given, stack) if on_rank0() else None
-        config, checkpoint = collectives.broadcast_object((config, checkpoint))
+            stack.enter_context(launch.process_group(config.worker_timeout))
+        prepared = (config, *prepare(config, run_dir_given, stack)) if on_rank0() else None
+        config, checkpoint, files = collectives.broadcast_object(prepared)
         starts_workers = STRATEGIES[config.trainer].starts_workers
         if environment.is_launched() or not starts_workers:
-            train_from(config, checkpoint)
+            train_from(config, checkpoint, files)
             return
         world_size = environment.get_world_size(starts_workers, config.world_size)
         with resume_hinted(config.local_run_dir, UserError):
-            launch.run_workers(train_as_worker, world_size, config.fsdp_port, config, checkpoint)
+            launch.run_workers(train_as_worker, world_size, config.fsdp_port, config, checkpoint, files)
 
 
-def prepare(config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack) -> str | None:
-    """Check the config, lock the run directory for as long as `stack` is entered; returns what to go on from."""
-    locate_run(config, run_dir_given)
+def prepare(config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack) -> tuple[str | None, dict[str, str]]:
+    """Check the config, claim the run directory for as long as `stack` is entered.
+
+    Returns: the checkpoint to go on from, and fingerprints of the files that the run starts from.
+    """
     check_config(config)
-    if os.path.isdir(config.local_run_dir):
-        stack.enter_context(locked(config.local_run_dir))
-    checkpoint = find_checkpoint(config)
+    locate_run(config, run_dir_given)
+    stack.enter_context(claimed(config.local_run_dir))
+    checkpoint, files = find_checkpoint(config), fingerprints.file_fingerprints(config)
     if config.resume is not None:
-        check_same_run(config, checkpoint)
+        check_same_run(config, checkpoint, files)
     print(OmegaConf.to_yaml(config))
-    return checkpoint
+    return checkpoint, files
 
 
-def train_as_worker(config: DictConfig, checkpoint: str | None):
+def train_as_worker(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
     """`train_from` in a worker that `run` has started."""
-    with errors_reported(), launch.process_group():
-        train_from(config, checkpoint)
+    with errors_reported(), launch.process_group(config.worker_timeout):
+        train_from(config, checkpoint, files)
 
 
-def train_from(config: DictConfig, checkpoint: str | None):
+def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
     """Load what the run starts with, then the checkpoint if there is one, and train to the end."""
     import trainers
     from models import load_policy, load_reference
@@ -93,6 +109,7 @@ def train_from(config: DictConfig, checkpoint: str | None):
     trainer = trainer_class(
         policy, config, config.seed, config.local_run_dir, reference_model, *collectives.rank_and_world_size()
     )
+    trainer.state.inputs = {**files, **check_loaded(config, checkpoint, trainer)}
     run_dir = config.local_run_dir
     with trainer.stop:
         with resume_hinted(run_dir, Stopped):
@@ -103,10 +120,24 @@ def train_from(config: DictConfig, checkpoint: str | None):
             rank0_print(f"This run is complete: {checkpoint}")
             return
         if on_rank0():
-            create_run_dir(config)
+            create_run_dir(config, trainer.state.inputs)
         with resume_hinted(run_dir, Exception):
             trainer.train()
             trainer.save()
+
+
+def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[str, str]:
+    """Refuse to go on with a run on other data than it began with; rank 0 decides for all.
+
+    Returns: fingerprints of the data, and of what has been loaded from the hub.
+    """
+    loaded, changed = {}, []
+    if on_rank0():
+        loaded = {**fingerprints.hub_revisions(config), **trainer.data_fingerprints()}
+        changed = changed_inputs(config, checkpoint, loaded)
+    loaded, changed = collectives.broadcast_object((loaded, changed))
+    refuse_changed_inputs(config, changed)
+    return loaded
 
 
 @contextlib.contextmanager

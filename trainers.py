@@ -137,6 +137,10 @@ class BasicTrainer:
         if config.sample_during_eval and config.n_eval_model_samples > n_examples:
             rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
 
+    def data_fingerprints(self) -> dict[str, str]:
+        """A SHA-256 of each dataset's examples in each split; see `BatchIterator.fingerprints`."""
+        return {**self.train_iterator.fingerprints(), **self.eval_iterator.fingerprints()}
+
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
         """Get the reference ready: a model, or the policy under another adapter. One that is to be precomputed is left
         to `precompute_reference`."""
@@ -533,7 +537,7 @@ class BasicTrainer:
         if self._moves_reference:
             load_model_state(os.path.join(checkpoint, "reference.pt"), self.reference.model)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
-        self.state = state
+        self.state = dataclasses.replace(state, inputs=self.state.inputs)
 
 
 class FSDPTrainer(BasicTrainer):

@@ -40,6 +40,17 @@ def read_tensors(path: str, mmap: bool = False) -> dict:
         raise UserError(f"{path}: can't read it ({type(error).__name__}: {str(error)[:300]})") from error
 
 
+def read_state_dict(path: str, mmap: bool = False) -> dict:
+    """The state dict in one of a checkpoint's .pt files.
+
+    Raises: UserError if it can't be read, or holds none.
+    """
+    saved = read_tensors(path, mmap)
+    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+        raise UserError(f"{path}: can't read it: it holds no state dict")
+    return saved["state"]
+
+
 def load_archive(path: str, model: nn.Module):
     """Replace a model's weights by those of an archive.
 
@@ -88,6 +99,8 @@ def fit_state(state: dict, model: nn.Module, path: str) -> dict:
     """`state` under the names of `model`'s parameters, sharded as they are; see `load_archive` for what is raised."""
     expected = model.state_dict(keep_vars=True)
     fitted = {}
+    if strange := sorted(str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)):
+        raise UserError(f"{path} holds more than tensors: {', '.join(strange[:10])}")
     for name, tensor in state.items():
         new_name = "lm_head.weight" if name == "embed_out.weight" and name not in expected else name
         if new_name in expected or not new_name.endswith(_LEGACY_BUFFERS):

@@ -16,7 +16,7 @@ import transformers
 from omegaconf import DictConfig
 from torch import nn
 
-from checkpointing.archives import UNREADABLE, fit_state, read_tensors, write_tensors
+from checkpointing.archives import UNREADABLE, fit_state, read_state_dict, write_tensors
 from checkpointing.integrity import atomic_directory, replace_path
 from checkpointing.train_state import TrainState
 from distributed.dtensor import distribute_like
@@ -82,7 +82,7 @@ def load_model_state(path: str, model: nn.Module):
 
     Raises: UserError if it isn't there or doesn't fit.
     """
-    model.load_state_dict(fit_state(read_tensors(path, mmap=True)["state"], model, path))
+    model.load_state_dict(fit_state(read_state_dict(path, mmap=True), model, path))
 
 
 def load_policy_state(directory: str, policy: nn.Module):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from safetensors import SafetensorError
 from utils import UserError
 
 CHECKSUMS = "SHA256SUMS"  # `sha256sum -c` reads it
+_CHECKPOINT = r"(?:step-[0-9]+|LATEST)"  # the names of a run's checkpoints
+_INTERRUPTED = re.compile(  # and those that they, or config.yaml, have while they are written, replaced or deleted
+    rf"{_CHECKPOINT}\.partial-[0-9a-f]{{8}}|step-[0-9]+\.partial-deleted|config\.yaml\.partial-new"
+)
 
 
 # ---- written whole or not at all ------------------------------------------------------------------------------------
@@ -73,19 +78,34 @@ def replace_path(new: str, path: str):
 
 
 def _remove(path: str):
-    if os.path.islink(path):
+    if os.path.islink(path) or os.path.isfile(path):
         os.remove(path)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a run gives its checkpoints such names."""
+    return re.fullmatch(_CHECKPOINT, name) is not None
+
+
+def is_run(directory: str) -> bool:
+    """Whether a directory is one that a run writes to: with its config.yaml, or one of its checkpoints."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    checkpoints = [name for name in names if is_checkpoint_name(name.removesuffix(".replaced"))]
+    return "config.yaml" in names or any(os.path.exists(os.path.join(directory, c, CHECKSUMS)) for c in checkpoints)
+
+
 def recover_interrupted_saves(run_dir: str):
-    """Put right what a crash within a save left: remove what is not whole, put back what had stepped aside."""
-    for name in os.listdir(run_dir):
+    """Put right what a crash within a save left: remove what is not whole, put back what had stepped aside.
+
+    Nothing else is touched, and nothing in a directory that isn't a run's.
+    """
+    for name in os.listdir(run_dir) if is_run(run_dir) else []:
         path = os.path.join(run_dir, name)
-        if ".partial-" in name:
+        if _INTERRUPTED.fullmatch(name):
             _remove(path)
-        elif name.endswith(".replaced"):
+        elif name.endswith(".replaced") and is_checkpoint_name(name.removesuffix(".replaced")):
             kept = path.removesuffix(".replaced")
             if os.path.lexists(kept):
                 _remove(path)
@@ -108,9 +128,16 @@ def _write_checksums(directory: str):
 
 
 def read_checksums(directory: str) -> dict[str, str]:
-    """The SHA-256 of each file of a checkpoint, in hexadecimal, as they were when it was written."""
+    """The SHA-256 of each file of a checkpoint, in hexadecimal, as they were when it was written.
+
+    Raises: OSError; ValueError if a line isn't what `sha256sum` writes.
+    """
     with open(os.path.join(directory, CHECKSUMS), encoding="utf-8") as file:
-        return {name: digest for digest, name in (line.rstrip("\n").split("  ", 1) for line in file)}
+        lines = file.read().splitlines()
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ([^/\0]+)", line) for line in lines]
+    if None in matches:
+        raise ValueError(f"line {matches.index(None) + 1} of {CHECKSUMS} is not a SHA-256 and a file's name")
+    return {match[2]: match[1] for match in matches}
 
 
 def verify_checksum(directory: str, name: str, digest: str | None):

@@ -1,17 +1,24 @@
 """Going on with a run: from which checkpoint, and whether it is still the same run under today's config."""
 
-import contextlib
-import fcntl
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from checkpointing.integrity import CHECKSUMS, find_corruption, recover_interrupted_saves
+from checkpointing import fingerprints
+from checkpointing.integrity import (
+    CHECKSUMS,
+    find_corruption,
+    is_checkpoint_name,
+    is_run,
+    recover_interrupted_saves,
+)
 from checkpointing.train_state import read_state_json, training_settings, versions
 from configuration import REPOSITORY, default_config, resolved_reference
+from data.batches import split_name
 from distributed import environment
 from utils import UserError, rank0_print
 
@@ -21,7 +28,7 @@ _MAY_CHANGE = (
     "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate", "gradient_accumulation_steps", "keep_checkpoints", "local_dirs",
     "minimum_log_interval_secs", "model.block_name", "n_epochs", "n_eval_examples", "n_eval_model_samples",
     "n_examples", "precompute_ref_log_probs", "sample_during_eval", "save_every", "save_optimizer", "shared_prompt",
-    "trainer", "wandb.enabled", "wandb.entity", "wandb.project", "world_size",
+    "trainer", "wandb.enabled", "wandb.entity", "wandb.project", "worker_timeout", "world_size",
 )  # fmt: skip
 
 
@@ -33,15 +40,14 @@ def _examples(checkpoint: str) -> int:
     name = os.path.basename(checkpoint)
     try:
         return int(read_state_json(checkpoint)["examples"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return int(name[5:]) if name.startswith("step-") else sys.maxsize
 
 
 def _newest_first(run_dir: str) -> list[str]:
     """The checkpoints of a run, whole or damaged; links to others are none of their own."""
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
-    names = [name for name in names if name == "LATEST" or (name.startswith("step-") and name[5:].isdecimal())]
-    paths = [os.path.join(run_dir, name) for name in names]
+    paths = [os.path.join(run_dir, name) for name in names if is_checkpoint_name(name)]
     return sorted((p for p in paths if not os.path.islink(p)), key=lambda path: (_examples(path), path), reverse=True)
 
 
@@ -59,8 +65,16 @@ def locate_run(config: DictConfig, run_dir_given: bool):
     path = os.path.abspath(config.resume)
     if not os.path.isdir(path):
         raise UserError(f"resume={config.resume}: no such directory; give a run directory, a checkpoint in it, or auto")
-    is_run = os.path.exists(os.path.join(path, "config.yaml"))
-    run_dir = path if is_run else os.path.dirname(os.path.realpath(path))
+    try:
+        run_dir = path if is_run(path) else os.path.dirname(os.path.realpath(path))
+    except OSError as error:
+        raise UserError(f"resume={config.resume}: can't read it: {error}") from error
+    is_checkpoint = is_checkpoint_name(os.path.basename(os.path.realpath(path)))
+    if run_dir != path and not is_checkpoint and not os.path.exists(os.path.join(path, CHECKSUMS)):
+        raise UserError(
+            f"resume={config.resume}: neither a run directory, as there is no config.yaml in it, nor a checkpoint, as "
+            f"there is no {CHECKSUMS}"
+        )
     if run_dir_given and os.path.realpath(config.local_run_dir) != os.path.realpath(run_dir):
         raise UserError(
             f"local_run_dir={config.local_run_dir}, but resume={config.resume} goes on in {run_dir}: leave "
@@ -73,9 +87,15 @@ def find_checkpoint(config: DictConfig) -> str | None:
     """The checkpoint that `resume` means, known to be whole. None: begin at the beginning, as `resume` is null, or
     auto with nothing to go on from.
 
-    Raises: UserError if there is none, if it is damaged, or if the run has got further than it.
+    Raises: UserError if there is none, if it is damaged, if the run has got further than it, or if `resume` is null and
+        there has been a run.
     """
     run_dir = config.local_run_dir
+    if config.resume is None and os.path.exists(os.path.join(run_dir, "config.yaml")):
+        raise UserError(
+            f"local_run_dir={run_dir} holds another run; choose another directory, or go on with that run by "
+            "resume=auto"
+        )
     if config.resume is None or not os.path.isdir(run_dir):
         return None
     recover_interrupted_saves(run_dir)
@@ -136,25 +156,10 @@ def resume_hint(run_dir: str) -> str:
     return f"There is no checkpoint in {run_dir} yet."
 
 
-@contextlib.contextmanager
-def locked(run_dir: str) -> Iterator[None]:
-    """Hold the lock of a run directory; a process that dies lets go of it.
-
-    Raises: UserError if another process holds it.
-    """
-    descriptor = os.open(run_dir, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"local_run_dir={run_dir}: another process is running this run") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
 # ---- under which config ---------------------------------------------------------------------------------------------
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException)
 
 
 def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, object] | None:
@@ -170,19 +175,37 @@ def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, obje
         former = OmegaConf.load(path)
         former.reference = resolved_reference(former)
         former = training_settings(former)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: can't read the config that the run began with: {error}") from error
-    if str(former["model.name_or_path"]).endswith("/models/tiny"):  # where model=tiny was before 0.2
-        former["model.name_or_path"] = str(REPOSITORY / "assets/tiny")
+        if former["model.name_or_path"].endswith("/models/tiny"):  # where model=tiny was before 0.2
+            former["model.name_or_path"] = str(REPOSITORY / "assets/tiny")
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path}: can't read the config that the run began with ({type(error).__name__}: {str(error)[:300]}). Put "
+            "it back as it was, or move it away to begin anew"
+        ) from error
     return former
 
 
-def check_same_run(config: DictConfig, checkpoint: str | None):
+def _former_inputs(config: DictConfig, checkpoint: str | None) -> dict[str, str]:
+    """The fingerprints of what a checkpoint's run, or one that has none yet, has started from; nothing where an
+    earlier version wrote it."""
+    if checkpoint is not None:
+        return read_state_json(checkpoint).get("inputs", {})
+    path = os.path.join(config.local_run_dir, "config.yaml")
+    try:
+        return fingerprints.read_header(path) if os.path.exists(path) else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't read its first line: {error}. Move it away to begin anew") from error
+
+
+def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
     """Say what of the config has changed since the checkpoint was written.
+
+    Args:
+        files: today's `file_fingerprints`: what has only moved is the same, and what is no longer the same is refused.
 
     Raises: UserError if it makes another run of it, unless `resume_anyway` is true.
     """
-    former = _former_config(config, checkpoint)
+    former, former_inputs = _former_config(config, checkpoint), _former_inputs(config, checkpoint)
     if former is None:
         return
     now, defaults = training_settings(config), default_config(config.loss.name)
@@ -194,13 +217,39 @@ def check_same_run(config: DictConfig, checkpoint: str | None):
     }
     if changes:
         rank0_print("Changed since the run began:\n  " + "\n  ".join(changes.values()))
-    refused = [change for key, change in changes.items() if key not in _MAY_CHANGE]
+    compared = {key for key, digest in files.items() if former_inputs.get(key) == digest}
+    # of data the content is compared, once it is loaded
+    compared |= {f"dataset_paths.{name}" for name in config.datasets if split_name(name, "train") in former_inputs}
+    refused = [change for key, change in changes.items() if key not in _MAY_CHANGE and key not in compared]
     if refused and not config.resume_anyway:
         raise UserError(
             f"resume={config.resume}: under this config it would be another run:\n  " + "\n  ".join(refused) + "\n"
             "Give these keys their former values, start a new run (model.archive takes the weights along), or go on "
             "nevertheless with resume_anyway=true"
         )
+    refuse_changed_inputs(config, changed_inputs(config, checkpoint, files))
     former_versions = read_state_json(checkpoint).get("versions") if checkpoint else versions()
     if former_versions != versions():
         rank0_print(f"WARNING: begun with {former_versions}, now {versions()}: the numbers may differ a little")
+
+
+def changed_inputs(config: DictConfig, checkpoint: str | None, inputs: dict[str, str]) -> list[str]:
+    """Which of these fingerprints, by what they are of, are not those with which the run began."""
+    if config.resume is None:
+        return []
+    former = _former_inputs(config, checkpoint)
+    changed = sorted(name for name, digest in inputs.items() if former.get(name, digest) != digest)
+    return [f"{name}={OmegaConf.select(config, name)}" if name.startswith("model.") else name for name in changed]
+
+
+def refuse_changed_inputs(config: DictConfig, changed: list[str]):
+    """Raises UserError if there are `changed_inputs`, unless `resume_anyway` is true: then it is said."""
+    if not changed:
+        return
+    message = "what is there is not what the run began with:\n  " + "\n  ".join(changed)
+    if not config.resume_anyway:
+        raise UserError(
+            f"resume={config.resume}: {message}\nPut back what was there, start a new run, or go on nevertheless with "
+            "resume_anyway=true"
+        )
+    rank0_print(f"WARNING: {message}")

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import random
+import typing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import transformers
 from omegaconf import DictConfig
 
-from checkpointing.archives import read_tensors, write_tensors
+from checkpointing.archives import read_state_dict, read_tensors, write_tensors
 from configuration import flatten
 from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
@@ -35,6 +36,7 @@ class TrainState:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file
+    inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of what the run started from
     rng_states: list[dict] = field(default_factory=list)  # of each worker, see `get_rng_state`
 
     def save(self, directory: str, config: DictConfig):
@@ -52,20 +54,31 @@ class TrainState:
 
     @classmethod
     def load(cls, checkpoint: str) -> "TrainState":
-        """Raises: UserError if the files can't be read, or lack something."""
-        saved = read_state_json(checkpoint)
+        """Raises: UserError if the files can't be read, lack something, or hold anything else."""
+        saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "rng.pt")
         names = [f.name for f in dataclasses.fields(cls) if f.name != "rng_states"]
         try:
-            rng_states = read_tensors(os.path.join(checkpoint, "rng.pt"))["workers"]
-            return cls(**{name: saved[name] for name in names}, rng_states=rng_states)
+            state = cls(**{name: saved.get(name, {}) if name == "inputs" else saved[name] for name in names})
         except KeyError as error:
             raise UserError(f"{checkpoint}: its train state lacks {error}: another program wrote it") from error
+        try:
+            state.rng_states = read_tensors(path)["workers"]
+            _check_rng_states(state.rng_states)
+        except _MISUSED as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: it doesn't hold the states of random generators: {str(error)[:300]}") from error
+        return state
+
+
+# what comes of content that has another form than it should
+_MISUSED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
 def read_state_json(checkpoint: str) -> dict:
     """A checkpoint's state.json: the fields of `TrainState` and what it was written under.
 
-    Raises: UserError if it can't be read.
+    Raises: UserError if it can't be read, or a field is not of its type.
     """
     path = os.path.join(checkpoint, "state.json")
     try:
@@ -73,9 +86,23 @@ def read_state_json(checkpoint: str) -> dict:
             state = json.load(file)
         if not isinstance(state, dict):
             raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
+        kinds = {f.name: f.type for f in dataclasses.fields(TrainState)} | {"config": dict[str, object]}
+        for name in state.keys() & kinds.keys() - {"rng_states"}:
+            if not _is_of_type(state[name], kinds[name]):
+                raise ValueError(f"{name} is {str(state[name])[:100]!r}")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: can't read it ({type(error).__name__}: {error})") from error
     return state
+
+
+def _is_of_type(value: object, kind: object) -> bool:
+    """Whether a value read from JSON is of a field's type; counts and sizes are 0 or more."""
+    if typing.get_origin(kind) is dict:
+        of_values = typing.get_args(kind)[1]
+        return isinstance(value, dict) and all(_is_of_type(v, of_values) for v in value.values())
+    if kind in (int, int | None) and isinstance(value, int):
+        return not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def training_settings(config: DictConfig) -> dict[str, object]:
@@ -116,15 +143,31 @@ def get_rng_state() -> dict:
 
 def set_rng_state(state: dict):
     """Put this worker's random generators where they were."""
-    torch.set_rng_state(state["torch"])
+    _set_cpu_rng_state(state)
     gpus = _gpus() if torch.cuda.is_available() else []
     if len(state["cuda"]) != len(gpus):
         rank0_print(f"WARNING: {len(state['cuda'])} GPUs then, {len(gpus)} now: samples will differ")
     for gpu, gpu_state in zip(gpus, state["cuda"], strict=False):
         torch.cuda.set_rng_state(gpu_state, gpu)
+
+
+def _set_cpu_rng_state(state: dict):
+    torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
+
+
+def _check_rng_states(states: list[dict]):
+    """Raises an error of any kind if these are not states that `get_rng_state` has returned."""
+    former = get_rng_state()
+    try:
+        for state in states:
+            _set_cpu_rng_state(state)
+            if not all(gpu_state.dtype == torch.uint8 for gpu_state in state["cuda"]):
+                raise ValueError("a GPU's state is not made of bytes")
+    finally:
+        _set_cpu_rng_state(former)
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------------
@@ -146,9 +189,12 @@ def load_optimizer_state(
             raise ValueError("it was written with save_optimizer=false")
         if saved["optimizer"] != config.optimizer:
             raise ValueError(f"it is of {saved['optimizer']}")
-        optimizer.load_state_dict(_sharded(read_tensors(path, mmap=True)["state"], optimizer))
-        scheduler.load_state_dict(read_tensors(os.path.join(checkpoint, "scheduler.pt"))["state"])
-    except (ValueError, KeyError) as error:
+        scheduler_state = read_state_dict(os.path.join(checkpoint, "scheduler.pt"))
+        if not all(isinstance(scheduler_state[name], int) for name in ("last_epoch", "_step_count")):
+            raise ValueError("its scheduler.pt counts no steps")
+        optimizer.load_state_dict(_sharded(read_state_dict(path, mmap=True), optimizer))
+        scheduler.load_state_dict(scheduler_state)
+    except _MISUSED as error:
         message = f"{checkpoint} holds no state for optimizer={config.optimizer}: {error}"
         if not config.resume_anyway:
             raise UserError(f"{message}; resume_anyway=true begins with a new one") from error
@@ -166,6 +212,11 @@ def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(parameters) != sum(len(group["params"]) for group in state["param_groups"]):
         raise ValueError("it is of another number of parameters")
+    for number, values in state["state"].items():
+        shape = parameters[number].shape
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and not _fits(value.shape, shape):
+                raise ValueError(f"{key} of parameter {number} has the shape {tuple(value.shape)}, not {tuple(shape)}")
     sharded = {
         number: {
             key: distribute_like(parameters[number], value).clone() if isinstance(value, torch.Tensor) else value
@@ -174,3 +225,9 @@ def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
         for number, values in state["state"].items()
     }
     return {**state, "state": sharded}
+
+
+def _fits(shape: torch.Size, parameter_shape: torch.Size) -> bool:
+    """Whether an optimizer may keep a tensor of that shape: one number, or one for each weight, row or column."""
+    same_rank = len(shape) == len(parameter_shape)
+    return len(shape) == 0 or (same_rank and all(n in (1, m) for n, m in zip(shape, parameter_shape, strict=True)))

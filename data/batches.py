@@ -1,6 +1,8 @@
 """Batches: the order of examples, epochs, the shards that workers compute, and microbatches."""
 
+import hashlib
 import itertools
+import json
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,6 +17,11 @@ from utils import UserError, take
 
 # What starting one more microbatch costs, in tokens that could be computed in its time.
 _MICROBATCH_OVERHEAD = {"cpu": 64, "cuda": 4096}
+
+
+def split_name(dataset: str, split: str) -> str:
+    """A dataset's split, for messages."""
+    return f"datasets=[{dataset}], {split} split"
 
 
 @dataclass
@@ -33,7 +40,7 @@ class Prompt:
     def place(self, pair: int) -> str:
         """Where a pair comes from, for messages."""
         row = f"row {self.rows[pair]}" if pair < len(self.rows) else f"prompt {self.text!r:.200}"
-        return f"datasets=[{self.dataset}], {self.split} split, {row}"
+        return f"{split_name(self.dataset, self.split)}, {row}"
 
 
 def shard_indices(n_examples: int, shard: tuple[int, int]) -> list[int | None]:
@@ -71,6 +78,15 @@ class BatchIterator:
         self.n_examples = min(totals)
         self.n_batches = -(-self.n_examples // batch_size)
         self.n_distinct = available if self.n_examples >= self.epoch_size else self.n_examples
+
+    def fingerprints(self) -> dict[str, str]:
+        """A SHA-256, in hexadecimal, of all texts and pairs of each dataset in their order, by `split_name`."""
+        digests = {}
+        for prompt in self.prompts:
+            digest = digests.setdefault(split_name(prompt.dataset, prompt.split), hashlib.sha256())
+            entry = [prompt.text, prompt.responses, prompt.pairs, prompt.sft_target]
+            digest.update(json.dumps(entry, default=int).encode())  # a dataset's function may give numpy's integers
+        return {name: digest.hexdigest() for name, digest in digests.items()}
 
     def _epoch(self, prompts: list[Prompt]) -> Iterator[tuple[Prompt, int]]:
         """One epoch's examples: a prompt and which of its pairs; in SFT a prompt has one example."""

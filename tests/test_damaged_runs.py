@@ -1,0 +1,192 @@
+"""A run directory whose files aren't what the run wrote is told about, by a message that names the file."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from checkpointing.lock import claimed
+from utils import UserError
+
+pytestmark = pytest.mark.slow
+
+RUN = [
+    "model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=8", "n_eval_examples=4", "eval_batch_size=4", "lr=1e-3",
+    "max_length=64", "max_prompt_length=32", "sample_during_eval=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(launcher):
+    run_dir = launcher.directory / "finished"
+    assert launcher.run(*RUN, f"local_run_dir={run_dir}") == 0, launcher.output
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def write_sums(checkpoint):
+    """Make a checkpoint's SHA256SUMS those of its files: whoever changed them did that, too."""
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(checkpoint.iterdir())
+        if path.name != "SHA256SUMS"
+    ]
+    (checkpoint / "SHA256SUMS").write_text("".join(lines))
+
+
+def assert_told(launcher, run_dir, *parts: str, overrides=("n_examples=12",)):
+    assert launcher.run(*RUN, *overrides, f"local_run_dir={run_dir}", "resume=auto") == 1, launcher.output
+    assert "Traceback" not in launcher.output
+    message = launcher.output[launcher.output.rindex("error: ") :]
+    for part in parts:
+        assert part in message, message
+
+
+STATES = {
+    "truncated": lambda state: json.dumps(state)[:300].encode(),
+    "empty": lambda state: b"",
+    "binary": lambda state: bytes(range(256)),
+    "a list": lambda state: b"[1, 2]",
+    "nothing in it": lambda state: b"{}",
+    "deeply nested": lambda state: b"[" * 100_000,
+    "a text for a number": lambda state: json.dumps({**state, "examples": "eight"}).encode(),
+    "a negative number": lambda state: json.dumps({**state, "batches": -1}).encode(),
+    "an infinite number": lambda state: json.dumps({**state, "examples": float("inf")}).encode(),
+    "a list for an object": lambda state: json.dumps({**state, "config": [1]}).encode(),
+    "a text for a size": lambda state: json.dumps({**state, "log_bytes": {"metrics.jsonl": "x"}}).encode(),
+    "a list for the metrics": lambda state: json.dumps({**state, "metrics": [1]}).encode(),
+    "a number for a digest": lambda state: json.dumps({**state, "inputs": {"model.name_or_path": 5}}).encode(),
+    "other keys": lambda state: json.dumps({"examples": 8, "config": state["config"]}).encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_json_that_is_not_one_is_named(kind, launcher, run_dir):
+    path = run_dir / "LATEST/state.json"
+    path.write_bytes(STATES[kind](json.loads(path.read_text())))
+    write_sums(run_dir / "LATEST")
+    assert_told(launcher, run_dir, f"{run_dir}/LATEST")
+
+
+CONFIGS = {
+    "truncated": lambda text: text[: text.index("loss:") + 8],
+    "empty": lambda text: "",
+    "binary": lambda text: bytes(range(256)).decode("latin-1"),
+    "a list": lambda text: "- 1\n- 2\n",
+    "a number": lambda text: "5\n",
+    "no loss": lambda text: "seed: 0\n",
+    "no model": lambda text: "seed: 0\nloss: {name: dpo}\n",
+    "a number for an object": lambda text: text.replace("model:\n", "model: 5\nother:\n"),
+    "no YAML": lambda text: "a: [b\n\t- }",
+    "a first line of ours, cut": lambda text: text[:100] + "\n" + text,
+    "a first line of another type": lambda text: text.splitlines()[0].split(": {")[0] + ": [1]\n" + text,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_yaml_that_is_not_one_is_named(kind, launcher, run_dir):
+    path = run_dir / "config.yaml"
+    path.write_text(CONFIGS[kind](path.read_text()))
+    shutil.rmtree(run_dir / "LATEST")  # its state.json has the config, too
+    assert_told(launcher, run_dir, f"{path}: can't read")
+
+
+def test_other_values_in_a_config_yaml_are_changes_as_any(launcher, run_dir):
+    path = run_dir / "config.yaml"
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: [fast]").replace("seed: 0\n", ""))
+    shutil.rmtree(run_dir / "LATEST")
+    assert_told(launcher, run_dir, "lr: ['fast'] → 0.001")
+
+
+@pytest.mark.parametrize("content", ["garbage", "x" * 64 + "  state.json\n", "", "0" * 64 + "  ../config.yaml\n", "\0"])
+def test_malformed_checksums_are_named(content, launcher, run_dir):
+    (run_dir / "LATEST/SHA256SUMS").write_text(content)
+    assert_told(launcher, run_dir, "none of its checkpoints is whole")
+    assert "SHA256SUMS" in launcher.output
+    (run_dir / "LATEST/SHA256SUMS").write_bytes(b"\xff\xfe")
+    assert_told(launcher, run_dir, "none of its checkpoints is whole")
+
+
+CONTENTS = {
+    "a list": [1, 2, 3],
+    "a tensor": torch.zeros(3),
+    "other keys": {"x": 1},
+    "numbers": {"state": 5, "workers": 5},
+    "an empty state": {"state": {}, "workers": [{}]},
+    "texts in it": {
+        "state": {"state": "x", "param_groups": "y", "last_epoch": "z", "_step_count": "z"},
+        "workers": ["x"],
+    },
+    "other values in it": {
+        "state": {"a": 1},
+        "workers": [{"torch": torch.zeros(3), "cuda": [], "numpy": [1], "python": 2}],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+@pytest.mark.parametrize("name", ["rng.pt", "scheduler.pt", "optimizer.pt", "policy.pt"])
+def test_tensors_of_other_content_are_named(name, kind, launcher, run_dir):
+    torch.save(CONTENTS[kind], run_dir / "LATEST" / name)
+    write_sums(run_dir / "LATEST")
+    config = (run_dir / "config.yaml").read_bytes()
+    assert_told(launcher, run_dir, f"{run_dir}/LATEST")
+    assert (run_dir / "config.yaml").read_bytes() == config
+
+
+def test_an_optimizer_state_of_other_shapes_is_named(launcher, run_dir):
+    path = run_dir / "LATEST/optimizer.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["state"]["state"][0]["square_avg"] = torch.zeros(5, 7)
+    torch.save(saved, path)
+    write_sums(run_dir / "LATEST")
+    assert_told(launcher, run_dir, "square_avg of parameter 0 has the shape (5, 7), not (2048, 128)")
+    code = launcher.run(*RUN, "n_examples=12", f"local_run_dir={run_dir}", "resume=auto", "resume_anyway=true")
+    assert code == 0, launcher.output
+
+
+@pytest.mark.parametrize("value", ["true", "5", "[a]", "1.5"])
+def test_resume_takes_a_path_or_auto(value, launcher, tmp_path):
+    assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run", f"resume={value}") == 1
+    assert "error: resume=" in launcher.output
+    assert "must be auto, a run directory or a checkpoint in one" in launcher.output
+    assert "Traceback" not in launcher.output
+
+
+@pytest.mark.parametrize("resume", [[], ["resume=auto"]], ids=str)
+def test_a_run_directory_that_is_no_directory_is_named(resume, launcher, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    for run_dir in (tmp_path / "run", tmp_path / "run/below"):
+        assert launcher.run(*RUN, *resume, f"local_run_dir={run_dir}") == 1
+        assert f"error: local_run_dir={run_dir}: can't write there: " in launcher.output
+        assert "Traceback" not in launcher.output
+    assert (tmp_path / "run").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("mode", [0o300, 0o500, 0o000])
+def test_a_run_directory_without_permission_is_named(mode, tmp_path, monkeypatch):
+    if os.getuid() != 0:
+        pytest.skip("needs to become another user")
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("run")
+    os.chown("run", 65534, -1)
+    os.chmod("run", mode)
+    os.seteuid(65534)  # root may do anything
+    try:
+        for run_dir in ("run", "run/below"):
+            if (mode, run_dir) != (0o300, "run/below"):
+                with pytest.raises(UserError, match=rf"local_run_dir={run_dir}: can't write there: \[Errno 13\]"):  # noqa: SIM117
+                    with claimed(run_dir):
+                        pass
+    finally:
+        os.seteuid(0)
+    assert os.listdir("run") == []

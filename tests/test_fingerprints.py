@@ -1,0 +1,226 @@
+"""A run goes on only from what it started from: the same weights, the same data, wherever they lie by then."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ORACLE
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from checkpointing.fingerprints import file_fingerprints, hub_revisions
+from data.batches import BatchIterator, Prompt
+
+pytestmark = pytest.mark.slow
+
+SHORT = [
+    "loss=dpo", "max_length=128", "max_prompt_length=64", "n_examples=8", "n_eval_examples=4", "eval_batch_size=4",
+    "sample_during_eval=false", "lr=1e-3", "model=blank_model", "model.reference_dtype=float32", "datasets=[hh]",
+]  # fmt: skip
+
+
+@pytest.fixture
+def inputs(tmp_path, sft_archive):
+    """A model's folder, an archive and an adapter of it, and data, all of this test's own."""
+    shutil.copytree(ORACLE / "model", tmp_path / "model")
+    shutil.copytree(ORACLE / "hh", tmp_path / "hh")
+    shutil.copy(sft_archive, tmp_path / "policy.pt")
+    return [*SHORT, f"model.name_or_path={tmp_path}/model", f"dataset_paths.hh={tmp_path}/hh"]
+
+
+def change_weights(path):
+    """Add a little to every weight of a file."""
+    if path.suffix == ".pt":
+        archive = torch.load(path, weights_only=True)
+        archive["state"] = {name: tensor + 0.01 for name, tensor in archive["state"].items()}
+        torch.save(archive, path)
+    else:
+        save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
+def change_data(path):
+    """Change the last character of the last row's text."""
+    text = path.read_text()
+    assert text.endswith('."}\n')
+    path.write_text(text.removesuffix('."}\n') + '!"}\n')
+
+
+def run_dir_and_adapter(launcher, tmp_path, inputs, name):
+    """What a run with this changed input is to be started with, and where it lies."""
+    if name == "adapter":
+        adapter_run = [*inputs, "loss=sft", "lora={r:4}", f"local_run_dir={tmp_path}/sft"]
+        assert launcher.run(*adapter_run) == 0, launcher.output
+        shutil.copytree(tmp_path / "sft/LATEST", tmp_path / "adapter")
+        return [f"model.adapter={tmp_path}/adapter"], "adapter/adapter_model.safetensors"
+    if name == "archive":
+        return [f"model.archive={tmp_path}/policy.pt"], "policy.pt"
+    return [], {"model": "model/model.safetensors", "train": "hh/train.jsonl", "test": "hh/test.jsonl"}[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("archive", "model.archive={}/policy.pt"),
+        ("adapter", "model.adapter={}/adapter"),
+        ("model", "model.name_or_path={}/model"),
+        ("train", "datasets=[hh], train split"),
+        ("test", "datasets=[hh], test split"),
+    ],
+)
+def test_what_was_overwritten_since_the_start_is_named_and_refused(name, named, launcher, inputs, tmp_path):
+    overrides, path = run_dir_and_adapter(launcher, tmp_path, inputs, name)
+    run = [*inputs, *overrides, f"local_run_dir={tmp_path}/run", "resume=auto"]
+    assert launcher.run(*run) == 0, launcher.output
+    (change_data if path.endswith("jsonl") else change_weights)(tmp_path / path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert launcher.run(*run, "n_examples=12") == 1, launcher.output
+    changed = re.search(r"what is there is not what the run began with:\n((?:  .*\n)+)", launcher.output)
+    assert changed[1] == f"  {named.format(tmp_path)}\n"
+    assert "Traceback" not in launcher.output
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert launcher.run(*run, "n_examples=12", "resume_anyway=true") == 0, launcher.output
+    assert f"WARNING: what is there is not what the run began with:\n  {named.format(tmp_path)}\n" in launcher.output
+    assert launcher.run(*run, "n_examples=16") == 0, launcher.output  # its last checkpoint knows the new
+
+
+def test_what_has_only_moved_is_the_same(launcher, inputs, tmp_path):
+    run = [*inputs, f"model.archive={tmp_path}/policy.pt"]
+    assert launcher.run(*run, f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("model", "hh", "policy.pt"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere/policy.pt").rename(tmp_path / "elsewhere/start.pt")
+    moved = [
+        *SHORT,
+        f"model.name_or_path={tmp_path}/elsewhere/model",
+        f"dataset_paths.hh={tmp_path}/elsewhere/hh",
+        f"model.archive={tmp_path}/elsewhere/start.pt",
+    ]
+    assert launcher.run(*moved, "n_examples=12", f"resume={tmp_path}/run") == 0, launcher.output
+    assert f"model.archive: {tmp_path}/policy.pt → {tmp_path}/elsewhere/start.pt" in launcher.output
+
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "changed")
+    for change, name, message in (
+        (change_data, "hh/train.jsonl", "is not what the run began with:\n  datasets=[hh], train split\n"),
+        (change_weights, "start.pt", f"it would be another run:\n  model.archive: {tmp_path}/elsewhere/start.pt → "),
+    ):
+        change(tmp_path / "changed" / name)
+        changed = [override.replace("/elsewhere/", "/changed/") for override in moved]
+        assert launcher.run(*changed, "n_examples=16", f"resume={tmp_path}/run") == 1
+        assert message in launcher.output
+
+
+def test_a_run_that_was_cut_off_before_its_first_checkpoint_knows_too(launcher, inputs, tmp_path):
+    run = [*inputs, f"local_run_dir={tmp_path}/run", "resume=auto"]
+    launcher.start(*run, "n_examples=4000", "save_every=4000", "eval_every=4000")
+    deadline = time.monotonic() + 60
+    while "train stats after" not in launcher.output and time.monotonic() < deadline:
+        time.sleep(0.01)
+    launcher.kill(signal.SIGKILL)
+    launcher.wait()
+    assert not (tmp_path / "run/LATEST").exists()
+    change_data(tmp_path / "hh/train.jsonl")
+    assert launcher.run(*run) == 1
+    assert "not what the run began with:\n  datasets=[hh], train split\n" in launcher.output
+    assert OmegaConf.load(tmp_path / "run/config.yaml").datasets == ["hh"]
+
+
+def test_checkpoints_of_before_go_on(launcher, inputs, tmp_path):
+    run = [*inputs, f"local_run_dir={tmp_path}/run", "resume=auto"]
+    assert launcher.run(*run) == 0, launcher.output
+    config = tmp_path / "run/config.yaml"
+    config.write_text("".join(config.read_text().splitlines(keepends=True)[1:]))
+    path = tmp_path / "run/LATEST/state.json"
+    state = json.loads(path.read_text())
+    assert state.pop("inputs").keys() == {
+        "model.name_or_path",
+        "datasets=[hh], train split",
+        "datasets=[hh], test split",
+    }
+    path.write_text(json.dumps(state))
+    (tmp_path / "run/LATEST/SHA256SUMS").write_text(f"{sha256(path)}  state.json\n")
+    change_data(tmp_path / "hh/train.jsonl")
+    assert launcher.run(*run, "n_examples=12") == 0, launcher.output
+    assert "inputs" in json.loads(path.read_text())
+
+
+def sha256(path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_workers_agree_and_it_is_said_once(launcher, inputs, tmp_path):
+    run = [*inputs, "trainer=FSDPTrainer", f"local_run_dir={tmp_path}/run", "resume=auto"]
+    assert launcher.run(*run, n_workers=2) == 0, launcher.output
+    change_data(tmp_path / "hh/test.jsonl")
+    assert launcher.run(*run, "n_examples=16", "world_size=2") == 1
+    assert launcher.output.count("not what the run began with:\n  datasets=[hh], test split\n") == 1
+    assert "Traceback" not in launcher.output
+    assert launcher.run(*run, "n_examples=16", "resume_anyway=true", n_workers=2) == 0, launcher.output
+
+
+# ---- what a fingerprint notices -------------------------------------------------------------------------------------
+
+
+def archive_fingerprint(path) -> str:
+    keys = {"name_or_path": "nobody/nothing", "tokenizer_name_or_path": None, "archive": str(path), "adapter": None}
+    return file_fingerprints(OmegaConf.create({"model": {**keys, "from_scratch": False}}))["model.archive"]
+
+
+@pytest.mark.parametrize("megabytes", [0.5, 63.5, 64, 100])
+def test_a_file_is_noticed_to_change_at_its_ends_its_middle_and_in_size(megabytes, tmp_path):
+    size, path = int(megabytes * 2**20), tmp_path / "weights.pt"
+    block = os.urandom(2**20)
+    path.write_bytes((block * 101)[:size])
+    before = archive_fingerprint(path)
+    assert archive_fingerprint(path) == before
+    for place in (0, size // 63 * 30, size - 1):
+        with open(path, "r+b") as file:
+            file.seek(place)
+            former = file.read(1)
+            file.seek(place)
+            file.write(bytes([former[0] ^ 1]))
+        assert archive_fingerprint(path) != before
+        with open(path, "r+b") as file:
+            file.seek(place)
+            file.write(former)
+    assert archive_fingerprint(path) == before
+    os.truncate(path, size - 1)
+    assert archive_fingerprint(path) != before
+
+
+def test_all_texts_and_pairs_of_a_split_count():
+    def fingerprints(**changed):
+        entry = {"text": "a", "responses": ["b", "c"], "pairs": [(0, 1)], "sft_target": "b", **changed}
+        prompts = [Prompt(**entry, dataset=name, split="train", truncation_mode="keep_end") for name in ("hh", "shp")]
+        return BatchIterator(prompts, None, 1, True, False, 0, 1, None, True, (0, 1)).fingerprints()
+
+    first = fingerprints()
+    assert first.keys() == {"datasets=[hh], train split", "datasets=[shp], train split"}
+    assert fingerprints() == first
+    for changed in ({"text": "A"}, {"responses": ["b", "d"]}, {"pairs": [(1, 0)]}, {"sft_target": "c"}):
+        assert fingerprints(**changed)["datasets=[hh], train split"] != first["datasets=[hh], train split"]
+
+
+def test_of_a_model_from_the_hub_the_commit_counts(launcher, tmp_path):
+    cache = launcher.directory / "cache"  # the layout of the hub's cache
+    user = next(iter(cache.glob("*")), None)
+    if user is None:
+        pytest.skip("no local dir yet")
+    folder = user / "models--somebody--tiny"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(ORACLE / "model", folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("a" * 40)
+    config = OmegaConf.create({"local_dirs": [str(cache)], "model": {"name_or_path": "somebody/tiny"}})
+    assert hub_revisions(config) == {"model.name_or_path": "a" * 40}
+    run = ["model.name_or_path=somebody/tiny", f"dataset_paths.hh={ORACLE}/hh", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*SHORT, *run) == 0, launcher.output
+    (folder / "refs/main").write_text("b" * 40)
+    assert launcher.run(*SHORT, *run, "n_examples=12", "resume=auto") == 1
+    assert "not what the run began with:\n  model.name_or_path=somebody/tiny\n" in launcher.output

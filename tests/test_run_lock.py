@@ -1,0 +1,199 @@
+"""A run directory belongs to one process at a time, and what isn't the run's stays as it is."""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import REPOSITORY, read_jsonl
+
+from checkpointing.integrity import recover_interrupted_saves
+from checkpointing.lock import claimed
+from utils import UserError
+
+RUN = [
+    "model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=4000", "batch_size=4", "n_eval_examples=4",
+    "eval_batch_size=4", "max_length=64", "max_prompt_length=32", "sample_during_eval=false", "wandb.enabled=false",
+    "save_every=40", "minimum_log_interval_secs=0", "resume=auto",
+]  # fmt: skip
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start the same run's command; what still runs at the end of the test is killed."""
+    processes = []
+
+    def start_command(*overrides: str) -> tuple[psutil.Popen, object]:
+        log = tmp_path / f"log-{len(processes)}"
+        words = [*RUN, f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]", *overrides]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with open(log, "w") as file:
+            process = psutil.Popen(
+                [sys.executable, str(REPOSITORY / "train.py"), *words], cwd=tmp_path, env=environment,
+                stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            )  # fmt: skip
+        processes.append(process)
+        return process, log
+
+    yield start_command
+    for process in processes:
+        for running in [*process.children(recursive=True), process] if process.is_running() else []:
+            running.kill()
+        process.wait()
+
+
+def wait_until(holds, seconds: float = 90):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["at once", "while it trains"])
+def test_of_two_runs_in_a_new_directory_one_trains(when, start, tmp_path):
+    runs = [start()]
+    if when == "while it trains":
+        wait_until(lambda: "train stats after" in runs[0][1].read_text())
+    runs.append(start())
+    wait_until(lambda: any(process.poll() is not None for process, _ in runs))
+    refused, trains = sorted(runs, key=lambda run: run[0].poll() is None)
+    assert refused[0].poll() == 1, refused[1].read_text()
+    message = refused[1].read_text()
+    assert f"error: local_run_dir={tmp_path}/run: another process is running this run: process" in message
+    assert f"process {trains[0].pid} on {socket.gethostname()}" in message
+    assert "Traceback" not in message
+    wait_until(lambda: "wrote" in trains[1].read_text())
+    trains[0].send_signal(signal.SIGTERM)
+    assert trains[0].wait(60) == 75
+    steps = [
+        line["counters/updates"] for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "train"
+    ]
+    assert steps == list(range(1, len(steps) + 1))
+    assert ".lock" not in os.listdir(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["starting", "training"])
+def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
+    process, log = start("trainer=FSDPTrainer", "world_size=2")
+    wait_until(lambda: len(process.children()) == 3)  # one of them tracks resources
+    if when == "training":
+        wait_until(lambda: "train stats after" in log.read_text())
+    children = process.children()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with claimed(str(tmp_path / "run")):
+        pass
+    wait_until(lambda: not any(child.is_running() for child in children), seconds=45)
+    assert (tmp_path / "run/config.yaml").exists() == (when == "training")
+
+
+def test_a_claimed_directory_is_gone_again_unless_something_was_written(tmp_path):
+    with claimed(str(tmp_path / "new/run")):
+        assert os.listdir(tmp_path / "new/run") == [".lock"]
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "there").mkdir()
+    with claimed(str(tmp_path / "there")), claimed(str(tmp_path / "new/run")):
+        (tmp_path / "new/run/config.yaml").write_text("")
+    assert sorted(os.listdir(tmp_path)) == ["new", "there"]
+    assert os.listdir(tmp_path / "new/run") == ["config.yaml"]
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    script = f"""
+import os, signal, sys, time
+from checkpointing.lock import claimed
+with claimed({str(tmp_path / "run")!r}):
+    child = os.fork()
+    if child == 0:
+        print("forked", flush=True)
+        time.sleep(60)
+    time.sleep(0.5)
+    print(child, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    result = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    result.wait()
+    child = int([result.stdout.readline(), result.stdout.readline()][1])
+    assert psutil.Process(child).is_running()
+    with claimed(str(tmp_path / "run")):
+        os.kill(child, signal.SIGKILL)
+
+
+def test_many_that_come_and_go_never_hold_it_together(tmp_path):
+    script = f"""
+import os, sys
+from checkpointing.lock import claimed
+from utils import UserError
+n = 0
+while n < 150:
+    try:
+        with claimed({str(tmp_path / "run")!r}):
+            os.close(os.open({str(tmp_path / "held")!r}, os.O_CREAT | os.O_EXCL))
+            os.remove({str(tmp_path / "held")!r})
+            n += 1
+    except UserError as error:
+        assert "another process is running this run" in str(error), error
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+    assert set(tmp_path.rglob("*")) <= {tmp_path / "run"}
+
+
+def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with claimed(str(tmp_path / "run")):
+        assert "WARNING: local_run_dir=" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_its_place_is_named(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match=f"local_run_dir={tmp_path}/run: can't write there: .*File exists"):  # noqa: SIM117
+        with claimed(str(tmp_path / "run")):
+            pass
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+# ---- what isn't the run's -------------------------------------------------------------------------------------------
+
+FOREIGN = ["data.partial-1", "notes.replaced", "step-4.partial-old", "LATEST.partial-DEADBEEF", "x-LATEST.replaced"]
+OWN = ["step-4.partial-0123abcd", "LATEST.partial-deadbeef", "step-8.partial-deleted", "step-12.replaced"]
+
+
+def fill(directory, names):
+    for name in names:
+        (directory / name).mkdir()
+        (directory / name / "file").write_text(name)
+
+
+def test_recovering_removes_only_what_a_run_has_made(tmp_path):
+    fill(tmp_path, [*FOREIGN, *OWN])
+    before = sorted(os.listdir(tmp_path))
+    recover_interrupted_saves(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == before  # it isn't known to be a run's
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "config.yaml.partial-new").write_text("")
+    recover_interrupted_saves(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted([*FOREIGN, "config.yaml", "step-12"])
+
+
+@pytest.mark.slow
+def test_a_directory_that_is_no_run_is_left_alone(launcher, tmp_path):
+    fill(tmp_path, [*FOREIGN, *OWN, "empty"])
+    before = sorted(os.listdir(tmp_path))
+    assert launcher.run(*RUN, f"resume={tmp_path}/empty") == 1
+    assert "empty: neither a run directory, as there is no config.yaml in it, nor a checkpoint" in launcher.output
+    assert sorted(os.listdir(tmp_path)) == before
+    assert launcher.run(*RUN, "n_examples=4", f"local_run_dir={tmp_path}") == 0, launcher.output
+    assert set(before) <= set(os.listdir(tmp_path))

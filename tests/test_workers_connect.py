@@ -1,0 +1,224 @@
+"""Workers that can't find each other end soon and say why; one that falls silent ends the run, a slow one doesn't."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import REPOSITORY, launcher_variables
+
+pytestmark = pytest.mark.slow
+
+RUN = [
+    "model=tiny", "datasets=[toy]", "loss=dpo", "max_length=64", "max_prompt_length=32", "batch_size=8",
+    "n_eval_examples=8", "eval_batch_size=4", "sample_during_eval=false", "minimum_log_interval_secs=0",
+    "save_every=400", "n_examples=8000", "trainer=FSDPTrainer", "wandb.enabled=false",
+]  # fmt: skip
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start Python with some arguments; what still runs at the end of the test is killed."""
+    processes = []
+
+    def start_python(*arguments: str, env: dict[str, str] | None = None, log: str = "log") -> psutil.Popen:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+        with open(tmp_path / log, "w") as file:
+            processes.append(
+                psutil.Popen(
+                    [sys.executable, *arguments], cwd=tmp_path, env={**environment, **(env or {})},
+                    stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                )
+            )  # fmt: skip
+        return processes[-1]
+
+    yield start_python
+    for process in processes:
+        for running in [*process.children(recursive=True), process] if process.is_running() else []:
+            running.kill()
+        process.wait()
+
+
+def wait_for(path, pattern: str, seconds: float = 120) -> str:
+    deadline = time.monotonic() + seconds
+    while not re.search(pattern, text := path.read_text()):
+        assert time.monotonic() < deadline, text[-3000:]
+        time.sleep(0.05)
+    return text
+
+
+# ---- finding each other ---------------------------------------------------------------------------------------------
+
+CONNECT = """
+import time
+from distributed import launch
+from utils import UserError
+start = time.monotonic()
+try:
+    with launch.process_group():
+        print("connected")
+except UserError as error:
+    print(f"after {time.monotonic() - start} s: {error}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc, set by the launcher: must be a whole number"),
+        ({"RANK": "x"}, "RANK=x, set by the launcher: must be a whole number"),
+        ({"RANK": "-1"}, "RANK=-1, set by the launcher: must be a whole number"),
+        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2, set by the launcher: ranks begin at 0 and stay below"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0, WORLD_SIZE=0, set by the launcher"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1, set by the launcher: must be a whole number"),
+        ({"LOCAL_RANK": "5"}, "LOCAL_RANK=5, RANK=0, set by the launcher"),
+        ({"LOCAL_RANK": ""}, "RANK is set, but not LOCAL_RANK"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000, set by the launcher: must be a port"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, set by the launcher: must be a whole number"),
+        ({"MASTER_ADDR": ""}, "RANK is set, but not MASTER_ADDR"),
+    ],
+    ids=str,
+)
+def test_variables_that_cannot_be_are_named(variables, message, launcher, tmp_path):
+    env = {**launcher_variables(2)[0], **variables}
+    assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run", env=env) == 1
+    assert f"error: {message}" in launcher.output, launcher.output
+    assert "Traceback" not in launcher.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("port", "message"),
+    [
+        ("-1", "fsdp_port=-1: must be a port, 1 to 65535, or null"),
+        ("70000", "fsdp_port=70000: must be a port"),
+        ("0", "fsdp_port=0: must be a port"),
+        ("x", "fsdp_port=x: expected a whole number"),
+        (None, "fsdp_port={}: the workers don't find each other (.*address already in use): give a port that is free"),
+    ],
+)
+def test_a_port_that_cannot_be_is_named(port, message, launcher, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        port = port or str(listener.getsockname()[1])
+        start = time.monotonic()
+        assert launcher.run(*RUN, "world_size=2", f"fsdp_port={port}", f"local_run_dir={tmp_path}/run") == 1
+    assert time.monotonic() - start < 60
+    pattern = "error: " + message.format(port).replace("(", r"\(").replace(")", r"\)")
+    assert len(re.findall(pattern, launcher.output)) == 1, launcher.output
+    assert "Traceback" not in launcher.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start, tmp_path):
+    ports = [variables["MASTER_PORT"] for _ in range(4) for variables in launcher_variables(1)]
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        cases = {
+            "nobody listens": {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0]},
+            "no such host": {"RANK": "1", "MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": ports[1]},
+            "too few": {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[2]},
+            "no answer": {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])},
+        }
+        processes = {}
+        for name, variables in cases.items():
+            env = {**variables, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+            processes[name] = start("-c", CONNECT, env=env, log=f"log-{name}")
+        for name, process in processes.items():
+            assert process.wait(150) == 0
+            log = (tmp_path / f"log-{name}").read_text()
+            address, port = cases[name]["MASTER_ADDR"], cases[name]["MASTER_PORT"]
+            told = re.search(r"after (\S+) s: (MASTER_ADDR=(\S+) MASTER_PORT=(\S+), set by the launcher: .*)", log)
+            assert told, log
+            assert 55 < float(told[1]) < 80
+            assert (told[3], told[4]) == (address, port)
+            assert "all WORLD_SIZE=2 workers must start within 60 seconds" in told[2]
+            assert "Traceback" not in log
+            assert "frame #0" not in log  # nor PyTorch's own
+
+
+def test_ranks_that_alternate_between_machines_are_refused(start, tmp_path):
+    common = launcher_variables(1)[0]
+    workers = [
+        start("-c", CONNECT, env={**common, "WORLD_SIZE": "4", "RANK": str(rank), "LOCAL_RANK": str(rank // 2)},
+              log=f"log-{rank}")
+        for rank in range(4)
+    ]  # fmt: skip
+    for rank, worker in enumerate(workers):
+        worker.wait(120)
+        assert (
+            "LOCAL_RANK=1 at RANK=3, after LOCAL_RANK=1, set by the launcher" in (tmp_path / f"log-{rank}").read_text()
+        )
+
+
+# ---- falling silent -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_worker_that_falls_silent_is_named_and_ends_the_run(silent, start, tmp_path):
+    overrides = ["world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]"]
+    run = start(str(REPOSITORY / "train.py"), *RUN, *overrides)
+    wait_for(tmp_path / "log", "train stats after")
+    workers = [child for child in run.children() if "resource_tracker" not in " ".join(child.cmdline())]
+    workers[silent].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert run.wait(60) == 1
+    assert 3 < time.monotonic() - stopped < 30
+    log = (tmp_path / "log").read_text()
+    assert re.findall("error: .*", log) == [
+        f"error: worker {silent} (process {workers[silent].pid} on {socket.gethostname()}) has given no sign of life "
+        "for 8 seconds (worker_timeout): the run ends. resume=auto goes on with it"
+    ]
+    assert not any(worker.is_running() for worker in workers)
+    assert ".lock" not in os.listdir(tmp_path / "run")
+
+
+SLOW = """
+import hashlib, os, sys, time
+from distributed import collectives, launch
+with launch.process_group(worker_timeout=4):
+    if os.environ["RANK"] == sys.argv[1]:
+        time.sleep(12)
+        end = time.monotonic() + 8
+        while time.monotonic() < end:  # Python at work
+            hashlib.sha256(b"x" * 10_000_000)
+    collectives.barrier()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("slow", ["0", "1"])
+def test_a_worker_that_is_slow_is_waited_for(slow, start, tmp_path):
+    workers = [
+        start("-c", SLOW, slow, log=f"log-{variables['RANK']}", env=variables) for variables in launcher_variables(3)
+    ]
+    assert [worker.wait(120) for worker in workers] == [0] * 3, (tmp_path / "log-0").read_text()
+
+
+def test_workers_that_are_suspended_together_go_on(start, tmp_path):
+    workers = [
+        start("-c", SLOW, "0", log=f"log-{variables['RANK']}", env=variables) for variables in launcher_variables(3)
+    ]
+    time.sleep(12)
+    for worker in workers:
+        worker.send_signal(signal.SIGSTOP)
+    time.sleep(10)
+    for worker in workers:
+        worker.send_signal(signal.SIGCONT)
+    assert [worker.wait(120) for worker in workers] == [0] * 3, (tmp_path / "log-0").read_text()
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "soon", "null", "true"])
+def test_a_timeout_that_cannot_be_is_named(value, launcher, tmp_path):
+    for n_workers in (1, 2):
+        overrides = [f"worker_timeout={value}", f"local_run_dir={tmp_path}/run"]
+        assert launcher.run(*RUN, *overrides, n_workers=n_workers) == 1
+        assert re.search("error: worker_timeout=.*: (must be|expected) a (whole )?number", launcher.output)
+        assert "Traceback" not in launcher.output
