@@ -72,16 +72,32 @@ def sample_words(rng: np.random.RandomState, prompts: np.ndarray, beta: float | 
 
 
 @functools.cache
-def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> list[tuple[str, dict]]:
+def get_toy(
+    split: str,
+    silent: bool = False,
+    cache_dir: str | None = None,
+    flipped: float = 0.0,
+    n_train: int | None = None,
+    imitates_preferred: bool = False,
+) -> list[tuple[str, dict]]:
     """Examples (train 20,000, test 512), each a prompt with one preference pair and an SFT target of its own.
 
-    The two responses and the SFT target are independent draws from p. `silent` and `cache_dir` mean nothing here.
+    The two responses and the SFT target are independent draws from p. `silent` and `cache_dir` mean nothing here. The
+    other arguments make variants, e.g. `Dataset(functools.partial(get_toy, flipped=0.2))`.
+
+    Args:
+        flipped: the probability that a label is turned round; of whatever reward.
+        n_train: only the first so many training examples.
+        imitates_preferred: the SFT target is the pair's preferred response.
     """
     n_examples, seed = _SPLITS[split]
     rng = np.random.RandomState(seed)
     prompts = rng.randint(len(PROMPTS), size=n_examples)
     first, second, sft_target = (sample_words(rng, prompts) for _ in range(3))
     first_preferred = rng.random_sample(n_examples) < 1 / (1 + np.exp(true_reward(second) - true_reward(first)))
+    first_preferred ^= rng.random_sample(n_examples) < flipped
+    if imitates_preferred:
+        sft_target = np.where(first_preferred[:, None], first, second)
     data = []
     for i, prompt in enumerate(prompts):
         entry = {
@@ -91,7 +107,7 @@ def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> l
             "rows": [i],
         }
         data.append((PROMPTS[prompt], entry))
-    return data
+    return data[: n_train if split == "train" else None]
 
 
 def report(run_dir: Path, n_shown: int = 4) -> str:
