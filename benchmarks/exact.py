@@ -68,7 +68,7 @@ class ResponseTree:
                     subtree += [child for child in children[member] if children[child]]
                 rows.append([member for member in path + subtree if member != 0])
             else:
-                stack += [(child, path + [node]) for child in inner]
+                stack += [(child, [*path, node]) for child in inner]
         return sorted(rows, key=len)
 
     def row_mask(self, row: list[int]) -> np.ndarray:

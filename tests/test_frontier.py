@@ -1,6 +1,5 @@
 """Exact figures of a policy against plain sums and samples, and the frontier against what is known of it."""
 
-import functools
 import sys
 
 import numpy as np
@@ -10,9 +9,8 @@ import transformers
 from conftest import REPOSITORY
 
 from data import toy
-from data.batches import BatchIterator
 from reporting.sampling import generate
-from utils import disable_dropout
+from utils import disable_dropout, take
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -139,3 +137,31 @@ def test_beyond_the_frontier_s_end_its_end_counts():
     assert frontier.reward_at(0.0) == pytest.approx(0.5, abs=1e-3)
     # preferring the better of two with probability 1 is ln 2 from the reference
     assert frontier.at(1e3)[1] == pytest.approx(np.log(2))
+
+
+@pytest.mark.slow
+def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokenizer, all_responses):
+    trainer = make_trainer(
+        "model=tiny", "datasets=[toy]", "loss=sft", "max_length=64", "max_prompt_length=32", "batch_size=32",
+        "n_examples=3200", "n_eval_examples=32", "optimizer=AdamW", "lr=3e-3", "warmup_steps=10",
+        "sample_during_eval=false", "debug=true",
+    )  # fmt: skip
+    trainer.train()
+    prompts = token_ids(tokenizer, toy.PROMPTS, end=False)
+    logps = response_logps(trainer.policy, ResponseTree(all_responses), prompts)
+    figures = Frontier(logps, REWARDS, np.full(4096, 18)).figures(logps)
+    assert 0.02 < figures.outside < 0.9  # or there would be nothing to compare
+
+    ids = torch.tensor(prompts)  # all of one length
+    batch = {"prompt_input_ids": ids, "prompt_attention_mask": torch.ones_like(ids)}
+    torch.manual_seed(0)
+    texts = generate(
+        trainer.policy, trainer.tokenizer, take(batch, torch.arange(10).repeat(120)), 64, lambda: False, False
+    )
+    words = [toy.response_words(text.split("Assistant:", 1)[1]) for text in texts]
+    inside = np.array([w is not None for w in words])
+    assert 1 - inside.mean() == pytest.approx(figures.outside, abs=4 * np.sqrt(figures.outside / len(texts)))
+    # the figures give each prompt the same weight, however much of its mass is of the grammar
+    of_prompt = [[toy.true_reward(w) for w in words[p::10] if w is not None] for p in range(10)]
+    error = np.sqrt(sum(np.var(r) / len(r) for r in of_prompt)) / 10
+    assert np.mean([np.mean(r) for r in of_prompt]) == pytest.approx(figures.reward, abs=4 * error)

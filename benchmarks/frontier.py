@@ -1,0 +1,359 @@
+"""Every objective's reward against KL, beside the best that any policy can reach: `python benchmarks/frontier.py`.
+
+The paper's controlled-sentiment experiment (Figure 2, left, of https://arxiv.org/abs/2305.18290) on `toy`, whose true
+reward and optimum are known: SFT once; then each loss of `losses.LOSSES` at five strengths, from 10,000 pairs, by
+`train.run`, as `python train.py` would; then the same with a fifth of the labels flipped, and with 300 pairs only.
+Nothing is sampled: see `exact.py`.
+
+The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer (`--model tiny`: that itself, at
+three times the cost). All takes an hour on two CPU cores, `--quick` (DPO and IPO alone) three minutes. Each run leaves a JSON
+file under `--out`, and what is there is not done again; then the tables are printed, and the picture is drawn.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from exact import Frontier, ResponseTree, Task, response_logps
+from hydra import compose, initialize_config_dir
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from configuration import CONFIG_DIR, REPOSITORY
+from data import toy
+from losses import LOGPS, LOSSES
+from preference_datasets import DATASETS, Dataset
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
+COMMON = [
+    "model=tiny", "max_length=64", "max_prompt_length=32", "n_epochs=null", "n_eval_examples=64", "eval_batch_size=64",
+    "do_first_eval=false", "sample_during_eval=false", "wandb.enabled=false", "exp_name=frontier", "resume=auto",
+    "resume_anyway=true", "eval_every=1000000",
+]  # fmt: skip
+
+DATASETS |= {
+    "toy_flipped": Dataset(functools.partial(toy.get_toy, flipped=0.2)),
+    "toy_scarce": Dataset(functools.partial(toy.get_toy, n_train=300)),
+    "toy_preferred": Dataset(functools.partial(toy.get_toy, imitates_preferred=True)),
+}
+
+# ---- what is run ----------------------------------------------------------------------------------------------------
+
+# (examples, part of the learning rate): a run goes on with a smaller learning rate once
+LEGS = ((7040, 1.0), (10016, 0.15))
+SFT_LEGS = ((24960, 4e-3), (49920, 1.5e-3), (69888, 3e-4), (79872, 5e-5))  # batches of 64; AdamW's learning rates
+
+BETAS = (2.0, 1.5, 1.0, 0.7, 0.5)
+STRENGTHS = {  # an option of the loss and five values of it, from the closest to the reference to the farthest
+    "ipo": ("beta", (0.26, 0.2, 0.13, 0.09, 0.065)),  # 1/τ scales a probability of winning, not a reward
+    "simpo": ("beta", (40.0, 20.0, 10.0, 5.0, 2.0)),  # of a mean over 18 tokens
+    "orpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
+    "cpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
+}
+FIXED = {"cdpo": ("loss.label_smoothing=0.1",)}  # besides their defaults
+STEP_SIZES = (0.02, 0.06)  # what is tried for each objective, see `learning_rate`
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run from the SFT model: its name and what the command line says."""
+
+    objective: str
+    strength: float | None
+    data: str = "toy"
+    step_size: float = STEP_SIZES[0]
+    optimizer: tuple[str, ...] = ("optimizer=SGD",)
+    legs: tuple[tuple[int, float], ...] = LEGS
+    every: int = 3520  # examples after which it is evaluated, besides the ends of its legs
+    extra: tuple[str, ...] = field(default=())
+
+    @property
+    def loss(self) -> str:
+        return "dpo" if self.objective == "cdpo" else self.objective
+
+    @property
+    def name(self) -> str:
+        words = [self.data, self.objective, self.strength, f"step{self.step_size}"]
+        words += [word.split("=", 1)[1] for word in self.optimizer if word != "optimizer=SGD"] + list(self.extra)
+        return "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in str(word)) for word in words)
+
+    def overrides(self) -> list[str]:
+        words = [f"loss={self.loss}", f"datasets=[{self.data}]", *FIXED.get(self.objective, ()), *self.optimizer]
+        if self.strength is not None:
+            words.append(f"loss.{strength_option(self.objective)}={self.strength}")
+        if LOSSES[self.loss].needs_reference({}):
+            words.append("precompute_ref_log_probs=true")
+        return [*words, "batch_size=32", "warmup_steps=10", f"save_every={self.every}", *self.extra]
+
+
+def strength_option(objective: str) -> str:
+    return STRENGTHS.get(objective, ("beta", BETAS))[0]
+
+
+def strengths(objective: str) -> tuple[float, ...]:
+    return STRENGTHS.get(objective, ("beta", BETAS))[1]
+
+
+def objectives() -> list[str]:
+    """All losses of pairs, and conservative DPO."""
+    names = [name for name, loss in LOSSES.items() if loss.needs_pairs]
+    return [*names[:1], "cdpo", *names[1:]]
+
+
+def learning_rate(run: Run, n_tokens: int) -> float:
+    """step_size / |∂ loss / ∂ log π(preferred)| where policy and reference agree on two responses of a likelihood.
+
+    So an objective's scale, and its strength, don't matter: 2 · step_size / β for DPO. SGD alone needs this.
+    """
+    if not any(word == "optimizer=SGD" for word in run.optimizer):
+        return run.step_size
+    loss = LOSSES[run.loss]
+    inputs = {name: torch.tensor([-8.0], requires_grad=name == LOGPS[0]) for name in LOGPS}
+    inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
+    options = {name: option.default for name, option in loss.options.items()}
+    if run.strength is not None:
+        options[strength_option(run.objective)] = run.strength
+    options |= {w.split(".")[1].split("=")[0]: float(w.split("=")[1]) for w in FIXED.get(run.objective, ())}
+    loss(inputs, options)[0].mean().backward()
+    return run.step_size / abs(inputs[LOGPS[0]].grad.item())
+
+
+# ---- running it -----------------------------------------------------------------------------------------------------
+
+
+def toy_task() -> Task:
+    texts = [toy.response_text(words) for words in toy.ALL_RESPONSES]
+    return Task(toy.PROMPTS, texts, toy.true_reward(toy.ALL_RESPONSES))
+
+
+class Bench:
+    """A directory of results with the model and the SFT run that all others start from."""
+
+    def __init__(self, out: Path, model: str):
+        self.out, self.results = out, out / "results"
+        self.results.mkdir(parents=True, exist_ok=True)
+        self.model = REPOSITORY / "assets/tiny"
+        if model == "small":
+            self.model = out / "model"
+            if not (self.model / "config.json").exists():
+                shutil.copytree(REPOSITORY / "assets/tiny", self.model, dirs_exist_ok=True)
+                transformers.AutoConfig.from_pretrained(self.model, **SMALL).save_pretrained(self.model)
+
+    @functools.cached_property
+    def tree(self) -> ResponseTree:
+        tokens = self._tokenize(toy_task().responses)
+        return ResponseTree([[*ids, self._tokenizer.eos_token_id] for ids in tokens])
+
+    @functools.cached_property
+    def _tokenizer(self):
+        return transformers.AutoTokenizer.from_pretrained(self.model)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def logps(self, checkpoint: Path) -> np.ndarray:
+        """log π of all responses to all prompts under a checkpoint's policy, (P, N)."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+        return response_logps(model, self.tree, self._tokenize(toy_task().prompts))
+
+    @functools.cached_property
+    def frontier(self) -> Frontier:
+        """That of the SFT model, of which all policies begin."""
+        path = self.out / "sft/reference.npy"
+        if not path.exists():
+            np.save(path, self.logps(path.parent / "LATEST"))
+        return Frontier(np.load(path), toy_task().rewards, self.tree.lengths)
+
+    def train(self, directory: Path, *overrides: str):
+        """`python train.py ...` in this process; what it prints goes to the directory's log."""
+        places = [f"model.name_or_path={self.model}", f"local_dirs=[{self.out}]", f"local_run_dir={directory}"]
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = compose("config", train.with_free_keys([*COMMON, *places, *overrides]))
+        with open(f"{directory}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            train.run(config)
+
+    def sft(self):
+        """The SFT run: AdamW, 80,000 reviews of 20,000, with a falling learning rate."""
+        state = self.out / "sft/LATEST/state.json"
+        for n_examples, lr in SFT_LEGS:
+            if state.exists() and json.loads(state.read_text())["examples"] >= n_examples:
+                continue
+            settings = ["loss=sft", "datasets=[toy]", "optimizer=AdamW", "batch_size=64", "warmup_steps=20"]
+            self.train(self.out / "sft", *settings, f"lr={lr}", f"n_examples={n_examples}")
+
+    def execute(self, run: Run) -> str:
+        """Do a run and write its figures; its checkpoints are not kept."""
+        path = self.results / f"{run.name}.json"
+        if path.exists():
+            return run.name
+        directory, start, checkpoints = self.out / "runs" / run.name, time.perf_counter(), []
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.parent.mkdir(exist_ok=True)
+        lr = learning_rate(run, int(self.tree.lengths.mean()))
+        archive, error = f"model.archive={self.out}/sft/LATEST/policy.pt", None
+        try:
+            for n_examples, part in run.legs:
+                self.train(directory, *run.overrides(), archive, f"lr={lr * part}", f"n_examples={n_examples}")
+                checkpoints += self.evaluate(directory, n_examples, [done["examples"] for done in checkpoints])
+        except train.UserError as user_error:  # a loss that is no longer finite
+            error = str(user_error).split("\n")[0]
+        result = {"run": asdict(run), "lr": lr, "checkpoints": checkpoints, "error": error}
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        path.with_suffix(".partial").write_text(json.dumps(result, indent=1))
+        os.replace(path.with_suffix(".partial"), path)
+        shutil.rmtree(directory, ignore_errors=True)
+        return run.name
+
+    def evaluate(self, directory: Path, n_examples: int, done: list[int]) -> list[dict]:
+        """Figures of the step-N checkpoints that a leg has left, and of its end."""
+        steps = {int(path.name[5:]): path for path in directory.glob("step-*")} | {n_examples: directory / "LATEST"}
+        checkpoints = []
+        for examples in sorted(steps.keys() - set(done)):
+            figures = self.frontier.figures(self.logps(steps[examples]))
+            fraction = self.frontier.fraction(figures)
+            checkpoints.append({"examples": examples, "fraction": fraction, **asdict(figures)})
+        return checkpoints
+
+    def result(self, run: Run) -> dict | None:
+        path = self.results / f"{run.name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+# ---- what belongs together ------------------------------------------------------------------------------------------
+
+
+def tuning_runs(objective: str) -> list[Run]:
+    """The search for an objective's step size, the same for each: the middle strength with both."""
+    return [Run(objective, strengths(objective)[2], step_size=step) for step in STEP_SIZES]
+
+
+def tuned(bench: Bench, objective: str) -> float:
+    """The step size that came closer to the frontier, less its leak; the larger where one stood still."""
+    ends = {}
+    for run in tuning_runs(objective):
+        result = bench.result(run)
+        if result and not result["error"]:
+            ends[run.step_size] = result["checkpoints"][-1]
+    moved = {step: end for step, end in ends.items() if end["kl"] > 0.3} or dict(list(ends.items())[-1:])
+    return max(moved, key=lambda step: moved[step]["fraction"] - moved[step]["outside"], default=STEP_SIZES[0])
+
+
+def sweep(bench: Bench, objective: str, data: str = "toy", which: tuple[int, ...] = (0, 1, 2, 3, 4)) -> list[Run]:
+    step, every = tuned(bench, objective), 1760 if data == "toy_scarce" else 3520
+    return [Run(objective, strengths(objective)[index], data, step, every=every) for index in which]
+
+
+def preferred_sft() -> Run:
+    """SFT on the preferred responses: the baseline that no temperature can take further than ln 2 nats."""
+    return Run("sft", None, "toy_preferred", step_size=0.1)
+
+
+def optimizer_runs() -> list[Run]:
+    """DPO at β = 0.5 under other optimizers, at constant learning rates as the trainer has them."""
+    constant = ((10016, 1.0),)
+    runs = []
+    for optimizer, settings, rates in (
+        ("RMSprop", "", (1e-4, 3e-4)),
+        ("AdamW", "", (1e-4, 3e-4)),
+        ("RMSprop", "eps:1e-3", (1e-3, 3e-3)),
+        ("AdamW", "eps:1e-3", (1e-3, 3e-3)),
+    ):
+        words = (f"optimizer={optimizer}", *([f"optimizer_args={{{settings}}}"] if settings else []))
+        runs += [Run("dpo", 0.5, step_size=rate, optimizer=words, legs=constant) for rate in rates]
+    default = ("optimizer=RMSprop",)
+    runs += [Run("dpo_nll", 0.5, step_size=rate, optimizer=default, legs=constant) for rate in (1e-4, 3e-4)]
+    return runs
+
+
+def stages(bench: Bench, quick: bool):
+    """Lists of runs; each stage may ask for results of those before it."""
+    every = [name for name in objectives() if name != "length_dpo"]  # on responses of one length that is DPO
+    if quick:
+        yield [Run("dpo", beta) for beta in BETAS[::2]] + [Run("ipo", 0.13)]
+        return
+    core, others = every[:3], every[3:]
+    yield [run for name in core for run in tuning_runs(name)]
+    yield [run for name in core for run in sweep(bench, name)]
+    yield [preferred_sft()] + [run for name in others for run in tuning_runs(name)]
+    yield [run for name in others for run in sweep(bench, name, which=(0, 4))]
+    yield [run for data in ("toy_flipped", "toy_scarce") for name in every for run in sweep(bench, name, data, (2,))]
+    yield optimizer_runs()
+    yield [run for name in others for run in sweep(bench, name, which=(1, 3))]
+    yield [run for data in ("toy_flipped", "toy_scarce") for name in every for run in sweep(bench, name, data, (0, 4))]
+
+
+_BENCH: Bench | None = None
+
+
+def _start_worker(out: Path, model: str):
+    global _BENCH
+    torch.set_num_threads(1)  # as many processes as there are cores
+    transformers.utils.logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"
+    _BENCH = Bench(out, model)
+
+
+def _execute(run: Run) -> str:
+    return _BENCH.execute(run)
+
+
+def _sft():
+    if not (_BENCH.out / "sft/reference.npy").exists():
+        _BENCH.sft()
+    _BENCH.frontier  # noqa: B018 (computed and kept)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=REPOSITORY / ".cache/frontier", help="results; resumed from there")
+    parser.add_argument("--model", choices=["small", "tiny"], default="small")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="DPO and IPO alone")
+    parser.add_argument("--report", action="store_true", help="print and draw what there is, run nothing")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    bench = Bench(out, args.model)
+    if not args.report:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.processes, context, _start_worker, (out, args.model)) as pool:
+            pool.submit(_sft).result()
+            for runs in stages(bench, args.quick):
+                todo = {pool.submit(_execute, run): run for run in runs if bench.result(run) is None}
+                for future in as_completed(todo):
+                    print(summary(bench, todo[future]) if future.exception() is None else failure(future), flush=True)
+    from frontier_report import write_report
+
+    print(write_report(bench, {name: (strength_option(name), tuned(bench, name)) for name in objectives()}))
+
+
+def failure(future) -> str:
+    return "".join(traceback.format_exception(future.exception()))
+
+
+def summary(bench: Bench, run: Run) -> str:
+    result = bench.result(run)
+    if not result["checkpoints"]:
+        return f"{run.name}: {result['error']}"
+    end = result["checkpoints"][-1]
+    return (
+        f"{run.name}: {end['fraction']:.1%} of the optimum's gain at {end['kl']:.2f} nats, "
+        f"{end['outside']:.2%} outside, {result['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
