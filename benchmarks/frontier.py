@@ -2,12 +2,12 @@
 
 The paper's controlled-sentiment experiment (Figure 2, left, of https://arxiv.org/abs/2305.18290) on `toy`, whose true
 reward and optimum are known: SFT once; then each loss of `losses.LOSSES` at five strengths, from 10,000 pairs, by
-`train.run`, as `python train.py` would; then the same with a fifth of the labels flipped, and with 300 pairs only.
-Nothing is sampled: see `exact.py`.
+`train.run`, as `python train.py` would; then the same with a fifth of the labels flipped, with 300 pairs only, and on
+`toy_length`, whose labels are taken in by length. Nothing is sampled: see `exact.py`.
 
 The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer (`--model tiny`: that itself, at
-three times the cost). All takes an hour on two CPU cores, `--quick` (DPO and IPO alone) three minutes. Each run leaves a JSON
-file under `--out`, and what is there is not done again; then the tables are printed, and the picture is drawn.
+three times the cost). All takes an hour on two CPU cores, `--quick` (DPO and IPO alone) three minutes. Each run leaves
+a JSON file under `--out`, and what is there is not done again; then tables are printed, and a picture is drawn.
 """
 
 import argparse
@@ -48,6 +48,7 @@ COMMON = [
 DATASETS |= {
     "toy_flipped": Dataset(functools.partial(toy.get_toy, flipped=0.2)),
     "toy_scarce": Dataset(functools.partial(toy.get_toy, n_train=300)),
+    "toy_length": Dataset(toy.get_toy_length),
     "toy_preferred": Dataset(functools.partial(toy.get_toy, imitates_preferred=True)),
 }
 
@@ -135,13 +136,60 @@ def learning_rate(run: Run, n_tokens: int) -> float:
 # ---- running it -----------------------------------------------------------------------------------------------------
 
 
-def toy_task() -> Task:
+def tasks() -> dict[str, Task]:
+    """The two tasks, by the name of the dataset that SFT learns."""
+    words, clauses = toy.all_long_responses()
+    long_texts = [toy.long_response_text(w, n) for w, n in zip(words, clauses, strict=True)]
     texts = [toy.response_text(words) for words in toy.ALL_RESPONSES]
-    return Task(toy.PROMPTS, texts, toy.true_reward(toy.ALL_RESPONSES))
+    return {
+        "toy": Task(toy.PROMPTS, texts, toy.true_reward(toy.ALL_RESPONSES)),
+        "toy_length": Task(toy.PROMPTS, long_texts, toy.true_reward(words)),
+    }
+
+
+class Start:
+    """The SFT model of a task, from which all runs on it begin, with its exact figures."""
+
+    def __init__(self, name: str, task: Task, bench: "Bench"):
+        self.name, self.task, self.bench = name, task, bench
+        self.directory = bench.out / f"sft_{name}"
+
+    @functools.cached_property
+    def tree(self) -> ResponseTree:
+        tokenizer = self.bench.tokenizer
+        tokens = tokenizer(self.task.responses, add_special_tokens=False)["input_ids"]
+        return ResponseTree([[*ids, tokenizer.eos_token_id] for ids in tokens])
+
+    def logps(self, checkpoint: Path) -> np.ndarray:
+        """log π of all responses to all prompts under a checkpoint's policy, (P, N)."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+        prompts = self.bench.tokenizer(self.task.prompts, add_special_tokens=False)["input_ids"]
+        return response_logps(model, self.tree, prompts)
+
+    @functools.cached_property
+    def reference_logps(self) -> np.ndarray:
+        path = self.directory / "reference.npy"
+        if not path.exists():
+            np.save(path, self.logps(self.directory / "LATEST"))
+        return np.load(path)
+
+    @functools.cached_property
+    def frontier(self) -> Frontier:
+        """That of the SFT model."""
+        return Frontier(self.reference_logps, self.task.rewards, self.tree.lengths)
+
+    def train(self):
+        """The SFT run: AdamW, 80,000 examples of 20,000, with a falling learning rate."""
+        state = self.directory / "LATEST/state.json"
+        for n_examples, lr in SFT_LEGS:
+            if state.exists() and json.loads(state.read_text())["examples"] >= n_examples:
+                continue
+            settings = ["loss=sft", f"datasets=[{self.name}]", "optimizer=AdamW", "batch_size=64", "warmup_steps=20"]
+            self.bench.train(self.directory, *settings, f"lr={lr}", f"n_examples={n_examples}")
 
 
 class Bench:
-    """A directory of results with the model and the SFT run that all others start from."""
+    """A directory of results, with the model, and the SFT runs that all others start from."""
 
     def __init__(self, out: Path, model: str):
         self.out, self.results = out, out / "results"
@@ -152,31 +200,15 @@ class Bench:
             if not (self.model / "config.json").exists():
                 shutil.copytree(REPOSITORY / "assets/tiny", self.model, dirs_exist_ok=True)
                 transformers.AutoConfig.from_pretrained(self.model, **SMALL).save_pretrained(self.model)
+        self.starts = {name: Start(name, task, self) for name, task in tasks().items()}
 
     @functools.cached_property
-    def tree(self) -> ResponseTree:
-        tokens = self._tokenize(toy_task().responses)
-        return ResponseTree([[*ids, self._tokenizer.eos_token_id] for ids in tokens])
-
-    @functools.cached_property
-    def _tokenizer(self):
+    def tokenizer(self):
         return transformers.AutoTokenizer.from_pretrained(self.model)
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-    def logps(self, checkpoint: Path) -> np.ndarray:
-        """log π of all responses to all prompts under a checkpoint's policy, (P, N)."""
-        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-        return response_logps(model, self.tree, self._tokenize(toy_task().prompts))
-
-    @functools.cached_property
-    def frontier(self) -> Frontier:
-        """That of the SFT model, of which all policies begin."""
-        path = self.out / "sft/reference.npy"
-        if not path.exists():
-            np.save(path, self.logps(path.parent / "LATEST"))
-        return Frontier(np.load(path), toy_task().rewards, self.tree.lengths)
+    def start(self, data: str) -> Start:
+        """What a run on this dataset starts from."""
+        return self.starts["toy_length" if data == "toy_length" else "toy"]
 
     def train(self, directory: Path, *overrides: str):
         """`python train.py ...` in this process; what it prints goes to the directory's log."""
@@ -186,45 +218,38 @@ class Bench:
         with open(f"{directory}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             train.run(config)
 
-    def sft(self):
-        """The SFT run: AdamW, 80,000 reviews of 20,000, with a falling learning rate."""
-        state = self.out / "sft/LATEST/state.json"
-        for n_examples, lr in SFT_LEGS:
-            if state.exists() and json.loads(state.read_text())["examples"] >= n_examples:
-                continue
-            settings = ["loss=sft", "datasets=[toy]", "optimizer=AdamW", "batch_size=64", "warmup_steps=20"]
-            self.train(self.out / "sft", *settings, f"lr={lr}", f"n_examples={n_examples}")
-
     def execute(self, run: Run) -> str:
         """Do a run and write its figures; its checkpoints are not kept."""
         path = self.results / f"{run.name}.json"
         if path.exists():
             return run.name
-        directory, start, checkpoints = self.out / "runs" / run.name, time.perf_counter(), []
+        directory, began, checkpoints = self.out / "runs" / run.name, time.perf_counter(), []
         shutil.rmtree(directory, ignore_errors=True)
         directory.parent.mkdir(exist_ok=True)
-        lr = learning_rate(run, int(self.tree.lengths.mean()))
-        archive, error = f"model.archive={self.out}/sft/LATEST/policy.pt", None
+        start = self.start(run.data)
+        lr = learning_rate(run, int(start.tree.lengths.mean()))
+        archive, error = f"model.archive={start.directory}/LATEST/policy.pt", None
         try:
             for n_examples, part in run.legs:
                 self.train(directory, *run.overrides(), archive, f"lr={lr * part}", f"n_examples={n_examples}")
-                checkpoints += self.evaluate(directory, n_examples, [done["examples"] for done in checkpoints])
+                done = [checkpoint["examples"] for checkpoint in checkpoints]
+                checkpoints += self.evaluate(start, directory, n_examples, done)
         except train.UserError as user_error:  # a loss that is no longer finite
             error = str(user_error).split("\n")[0]
         result = {"run": asdict(run), "lr": lr, "checkpoints": checkpoints, "error": error}
-        result["seconds"] = round(time.perf_counter() - start, 1)
+        result["seconds"] = round(time.perf_counter() - began, 1)
         path.with_suffix(".partial").write_text(json.dumps(result, indent=1))
         os.replace(path.with_suffix(".partial"), path)
         shutil.rmtree(directory, ignore_errors=True)
         return run.name
 
-    def evaluate(self, directory: Path, n_examples: int, done: list[int]) -> list[dict]:
+    def evaluate(self, start: Start, directory: Path, n_examples: int, done: list[int]) -> list[dict]:
         """Figures of the step-N checkpoints that a leg has left, and of its end."""
         steps = {int(path.name[5:]): path for path in directory.glob("step-*")} | {n_examples: directory / "LATEST"}
         checkpoints = []
         for examples in sorted(steps.keys() - set(done)):
-            figures = self.frontier.figures(self.logps(steps[examples]))
-            fraction = self.frontier.fraction(figures)
+            figures = start.frontier.figures(start.logps(steps[examples]))
+            fraction = start.frontier.fraction(figures)
             checkpoints.append({"examples": examples, "fraction": fraction, **asdict(figures)})
         return checkpoints
 
@@ -279,6 +304,15 @@ def optimizer_runs() -> list[Run]:
     return runs
 
 
+def length_runs(bench: Bench) -> list[Run]:
+    """On `toy_length`: each objective at its middle strength, and what is meant for length."""
+    runs = [run for name in objectives() if name != "length_dpo" for run in sweep(bench, name, "toy_length", (2,))]
+    step = tuned(bench, "dpo")
+    penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and what a token of the bias amounts to
+    runs += [Run("length_dpo", 1.0, "toy_length", step, extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
+    return [*runs, Run("dpo", 18.0, "toy_length", step, extra=("loss.average_log_prob=true",))]
+
+
 def stages(bench: Bench, quick: bool):
     """Lists of runs; each stage may ask for results of those before it."""
     every = [name for name in objectives() if name != "length_dpo"]  # on responses of one length that is DPO
@@ -291,6 +325,7 @@ def stages(bench: Bench, quick: bool):
     yield [preferred_sft()] + [run for name in others for run in tuning_runs(name)]
     yield [run for name in others for run in sweep(bench, name, which=(0, 4))]
     yield [run for data in ("toy_flipped", "toy_scarce") for name in every for run in sweep(bench, name, data, (2,))]
+    yield length_runs(bench)
     yield optimizer_runs()
     yield [run for name in others for run in sweep(bench, name, which=(1, 3))]
     yield [run for data in ("toy_flipped", "toy_scarce") for name in every for run in sweep(bench, name, data, (0, 4))]
@@ -311,10 +346,10 @@ def _execute(run: Run) -> str:
     return _BENCH.execute(run)
 
 
-def _sft():
-    if not (_BENCH.out / "sft/reference.npy").exists():
-        _BENCH.sft()
-    _BENCH.frontier  # noqa: B018 (computed and kept)
+def _sft(name: str):
+    start = _BENCH.starts[name]
+    start.train()
+    start.frontier  # noqa: B018 (computed and kept)
 
 
 def main():
@@ -330,7 +365,7 @@ def main():
     if not args.report:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.processes, context, _start_worker, (out, args.model)) as pool:
-            pool.submit(_sft).result()
+            list(pool.map(_sft, ["toy"] if args.quick else bench.starts))
             for runs in stages(bench, args.quick):
                 todo = {pool.submit(_execute, run): run for run in runs if bench.result(run) is None}
                 for future in as_completed(todo):

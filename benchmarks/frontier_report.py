@@ -36,9 +36,9 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def sweep_table(bench, results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
+def sweep_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
     lines = [
-        "| objective | step size | option | finished policies: part of the optimum's gain at their KL (nats) | leaked |",
+        "| objective | step size | option | part of the optimum's gain at the policy's KL (nats) | leaked |",
         "|---|---|---|---|---|",
     ]
     for name, (option, step) in objectives.items():
@@ -89,17 +89,34 @@ def optimizer_table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def length_table(bench, results: list[dict]) -> str:
+    """What becomes of length on `toy_length`, at the ends of the runs."""
+    start = bench.starts["toy_length"]
+    reference = start.frontier.figures(start.reference_logps)
+    lines = [
+        "| objective | option | part of the optimum's gain | KL | leaked | mean length |",
+        "|---|---|---|---|---|---|",
+        f"| the reference | | | 0 | {percent(reference.outside)} | {reference.length:.1f} |",
+    ]
+    for result in select(results, data="toy_length"):
+        run, end = result["run"], (result["checkpoints"] or [None])[-1]
+        if end:
+            options = " ".join(f"`{word}`" for word in (f"strength {run['strength']:g}", *run["extra"]))
+            figures = f"{percent(end['fraction'])} | {end['kl']:.2f} | {percent(end['outside'])} | {end['length']:.1f}"
+            lines.append(f"| {run['objective']} | {options} | {figures} |")
+    return "\n".join(lines)
+
+
 MARKERS = "osD^vP*Xph<>dH8"
 
 
-def draw(bench, results: list[dict], objectives: dict[str, tuple[str, float]], path: Path):
+def draw(frontier, results: list[dict], objectives: dict[str, tuple[str, float]], path: Path):
     """Reward against KL, and the part of the optimum's gain against KL, of the ends of all sweeps: 1,200 pixels."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    frontier = bench.frontier
     curve = np.array([frontier.at(t) for t in np.linspace(0, 3, 200)])  # (200, 2) reward, KL
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), dpi=100, width_ratios=(1, 1))
     left.plot(curve[:, 1], curve[:, 0], color="black", linewidth=2, label="the best that is possible", zorder=1)
@@ -131,16 +148,19 @@ def draw(bench, results: list[dict], objectives: dict[str, tuple[str, float]], p
 def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
     """Draw the picture into the results' directory; returns the tables."""
     results = load(bench.results)
-    draw(bench, results, objectives, bench.out / "frontier.png")
-    reference = bench.frontier.figures(np.load(bench.out / "sft/reference.npy"))
+    start = bench.starts["toy"]
+    draw(start.frontier, results, objectives, bench.out / "frontier.png")
+    reference = start.frontier.figures(start.reference_logps)
     return "\n\n".join(
         [
             f"The reference: E[r] = {reference.reward:+.2f}, {percent(reference.outside)} outside of the grammar.",
-            sweep_table(bench, results, objectives),
+            sweep_table(results, objectives),
             "Best part of the optimum's gain at its KL; leaked; mean length (tokens):",
             conditions_table(results, objectives),
             "DPO at β = 0.5 under other optimizers, at a constant learning rate:",
             optimizer_table(results),
+            "On `toy_length`:",
+            length_table(bench, results),
             f"Picture: {bench.out / 'frontier.png'}",
         ]
     )

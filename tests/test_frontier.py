@@ -9,12 +9,16 @@ import transformers
 from conftest import REPOSITORY
 
 from data import toy
+from losses import LOSSES
 from reporting.sampling import generate
 from utils import disable_dropout, take
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+import frontier
 from exact import Frontier, ResponseTree, conditioned, response_logps
+from frontier import STEP_SIZES, Bench, Run, learning_rate, objectives
+from frontier_report import draw, length_table, load
 
 TINY = REPOSITORY / "assets/tiny"
 REWARDS = toy.true_reward(toy.ALL_RESPONSES)
@@ -107,36 +111,36 @@ def toy_frontier() -> Frontier:
 
 @pytest.mark.parametrize("beta", [4.0, 1.0, 0.5, 0.2])
 def test_the_optimum_has_all_of_its_own_gain_and_the_task_knows_it_too(beta):
-    frontier = toy_frontier()
-    optimum = frontier.optimum(1 / beta)
+    best = toy_frontier()
+    optimum = best.optimum(1 / beta)
     slots = np.arange(4)
     known = np.log(toy.word_distribution(beta))[:, slots, toy.ALL_RESPONSES].sum(-1)
     np.testing.assert_allclose(optimum, known, atol=1e-9)
-    figures = frontier.figures(optimum)
-    assert frontier.fraction(figures) == pytest.approx(1, abs=1e-9)
+    figures = best.figures(optimum)
+    assert best.fraction(figures) == pytest.approx(1, abs=1e-9)
     assert figures.outside == pytest.approx(0, abs=1e-12)
-    assert frontier.at(1 / beta) == pytest.approx((figures.reward, figures.kl))
+    assert best.at(1 / beta) == pytest.approx((figures.reward, figures.kl))
 
 
 def test_the_reference_has_none_of_the_gain_and_no_policy_has_more_than_all():
-    frontier = toy_frontier()
-    figures = frontier.figures(frontier.reference)
+    best = toy_frontier()
+    figures = best.figures(best.reference)
     assert figures.kl == pytest.approx(0, abs=1e-12)
-    assert frontier.fraction(figures) == 0
+    assert best.fraction(figures) == 0
     rng = np.random.RandomState(2)
     for scale in (0.3, 1, 3):
         for gain in (-1, 0, 1):
-            logits = frontier.reference + gain * REWARDS + rng.normal(0, scale, frontier.reference.shape)
-            fraction = frontier.fraction(frontier.figures(conditioned(logits)))
+            logits = best.reference + gain * REWARDS + rng.normal(0, scale, best.reference.shape)
+            fraction = best.fraction(best.figures(conditioned(logits)))
             assert (0.2 < fraction < 1) if gain == 1 else fraction < 0.5
 
 
 def test_beyond_the_frontier_s_end_its_end_counts():
-    frontier = Frontier(np.log([[0.5, 0.5]]), np.array([0.0, 1.0]), np.ones(2))
-    assert frontier.reward_at(5.0) == pytest.approx(1)
-    assert frontier.reward_at(0.0) == pytest.approx(0.5, abs=1e-3)
+    best = Frontier(np.log([[0.5, 0.5]]), np.array([0.0, 1.0]), np.ones(2))
+    assert best.reward_at(5.0) == pytest.approx(1)
+    assert best.reward_at(0.0) == pytest.approx(0.5, abs=1e-3)
     # preferring the better of two with probability 1 is ln 2 from the reference
-    assert frontier.at(1e3)[1] == pytest.approx(np.log(2))
+    assert best.at(1e3)[1] == pytest.approx(np.log(2))
 
 
 @pytest.mark.slow
@@ -165,3 +169,46 @@ def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokeni
     of_prompt = [[toy.true_reward(w) for w in words[p::10] if w is not None] for p in range(10)]
     error = np.sqrt(sum(np.var(r) / len(r) for r in of_prompt)) / 10
     assert np.mean([np.mean(r) for r in of_prompt]) == pytest.approx(figures.reward, abs=4 * error)
+
+
+# ---- the benchmark itself -------------------------------------------------------------------------------------------
+
+
+def test_step_sizes_are_of_the_first_step_whatever_the_loss_s_scale():
+    assert learning_rate(Run("dpo", 0.5), 18) == pytest.approx(2 * STEP_SIZES[0] / 0.5)  # |∂/∂ log π| is β / 2
+    assert learning_rate(Run("ipo", 0.1), 18) == pytest.approx(STEP_SIZES[0] * 0.1)  # 2 · 1 / (2 τ)
+    assert learning_rate(Run("cdpo", 1.0), 18) == pytest.approx(STEP_SIZES[0] / (0.9 / 2 - 0.1 / 2))
+    assert learning_rate(Run("dpo", 0.5, step_size=1e-4, optimizer=("optimizer=AdamW",)), 18) == 1e-4
+
+
+def test_every_loss_of_pairs_has_runs_that_its_options_allow():
+    for name in objectives():
+        loss = LOSSES["dpo" if name == "cdpo" else name]
+        assert frontier.strength_option(name) in loss.options
+        assert len(frontier.strengths(name)) == 5
+    assert {*objectives(), "sft"} == {*LOSSES, "cdpo"}
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_evaluates_reports_and_does_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "SFT_LEGS", ((64, 1e-3), (128, 1e-4)))
+    bench = Bench(tmp_path, "small")
+    start = bench.starts["toy_length"]
+    start.train()
+    run = Run("dpo", 1.0, "toy_length", legs=((128, 1.0), (192, 0.1)), every=64)
+    bench.execute(run)
+    result = bench.result(run)
+    assert [checkpoint["examples"] for checkpoint in result["checkpoints"]] == [64, 128, 192]
+    assert result["error"] is None
+    assert start.frontier.figures(start.reference_logps).kl == pytest.approx(0, abs=1e-9)
+    assert 0 < result["checkpoints"][-1]["kl"] < 1  # six steps away from its reference
+    assert not list((tmp_path / "runs").glob("*/step-*"))
+
+    log = next((tmp_path / "runs").glob("*.log"))
+    before = log.stat().st_mtime_ns
+    bench.execute(run)
+    assert log.stat().st_mtime_ns == before
+    assert "| dpo | `strength 1` |" in length_table(bench, load(bench.results))
+    draw(start.frontier, load(bench.results), {"dpo": ("beta", 0.02)}, tmp_path / "frontier.png")
+    header = (tmp_path / "frontier.png").read_bytes()[16:20]
+    assert int.from_bytes(header, "big") == 1200  # its width
