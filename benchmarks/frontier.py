@@ -13,13 +13,13 @@ a JSON file under `--out`, and what is there is not done again; then tables are 
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import sys
 import time
-import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ import torch
 import transformers
 from exact import Frontier, ResponseTree, Task, response_logps
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -56,7 +57,7 @@ DATASETS |= {
 
 # (examples, part of the learning rate): a run goes on with a smaller learning rate once
 LEGS = ((7040, 1.0), (10016, 0.15))
-SFT_LEGS = ((24960, 4e-3), (49920, 1.5e-3), (69888, 3e-4), (79872, 5e-5))  # batches of 64; AdamW's learning rates
+SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # batches of 64; AdamW's learning rates
 
 BETAS = (2.0, 1.5, 1.0, 0.7, 0.5)
 STRENGTHS = {  # an option of the loss and five values of it, from the closest to the reference to the farthest
@@ -66,7 +67,7 @@ STRENGTHS = {  # an option of the loss and five values of it, from the closest t
     "cpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
 }
 FIXED = {"cdpo": ("loss.label_smoothing=0.1",)}  # besides their defaults
-STEP_SIZES = (0.02, 0.06)  # what is tried for each objective, see `learning_rate`
+STEP_SIZE = 0.02  # of every objective, see `learning_rate`: for DPO a learning rate of 0.04 / β
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Run:
     objective: str
     strength: float | None
     data: str = "toy"
-    step_size: float = STEP_SIZES[0]
+    step_size: float = STEP_SIZE
     optimizer: tuple[str, ...] = ("optimizer=SGD",)
     legs: tuple[tuple[int, float], ...] = LEGS
     every: int = 3520  # examples after which it is evaluated, besides the ends of its legs
@@ -123,14 +124,13 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     if not any(word == "optimizer=SGD" for word in run.optimizer):
         return run.step_size
     loss = LOSSES[run.loss]
+    given = OmegaConf.from_dotlist([word for word in run.overrides() if word.startswith("loss.")]).get("loss", {})
+    options = {name: option.default for name, option in loss.options.items()} | dict(given)
     inputs = {name: torch.tensor([-8.0], requires_grad=name == LOGPS[0]) for name in LOGPS}
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
-    options = {name: option.default for name, option in loss.options.items()}
-    if run.strength is not None:
-        options[strength_option(run.objective)] = run.strength
-    options |= {w.split(".")[1].split("=")[0]: float(w.split("=")[1]) for w in FIXED.get(run.objective, ())}
     loss(inputs, options)[0].mean().backward()
-    return run.step_size / abs(inputs[LOGPS[0]].grad.item())
+    of_mean = n_tokens if options.get("average_log_prob") else 1
+    return run.step_size / abs(inputs[LOGPS[0]].grad.item()) * of_mean
 
 
 # ---- running it -----------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Start:
         return Frontier(self.reference_logps, self.task.rewards, self.tree.lengths)
 
     def train(self):
-        """The SFT run: AdamW, 80,000 examples of 20,000, with a falling learning rate."""
+        """The SFT run: AdamW, 90,000 examples of 20,000, with a falling learning rate."""
         state = self.directory / "LATEST/state.json"
         for n_examples, lr in SFT_LEGS:
             if state.exists() and json.loads(state.read_text())["examples"] >= n_examples:
@@ -220,9 +220,9 @@ class Bench:
 
     def execute(self, run: Run) -> str:
         """Do a run and write its figures; its checkpoints are not kept."""
-        path = self.results / f"{run.name}.json"
-        if path.exists():
+        if self.result(run) is not None:
             return run.name
+        path = self.results / f"{run.name}.json"
         directory, began, checkpoints = self.out / "runs" / run.name, time.perf_counter(), []
         shutil.rmtree(directory, ignore_errors=True)
         directory.parent.mkdir(exist_ok=True)
@@ -254,37 +254,24 @@ class Bench:
         return checkpoints
 
     def result(self, run: Run) -> dict | None:
+        """A run's figures, if it has been done with these settings."""
         path = self.results / f"{run.name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        result = json.loads(path.read_text()) if path.exists() else {"run": None}
+        return result if result["run"] == json.loads(json.dumps(asdict(run))) else None
 
 
 # ---- what belongs together ------------------------------------------------------------------------------------------
 
 
-def tuning_runs(objective: str) -> list[Run]:
-    """The search for an objective's step size, the same for each: the middle strength with both."""
-    return [Run(objective, strengths(objective)[2], step_size=step) for step in STEP_SIZES]
-
-
-def tuned(bench: Bench, objective: str) -> float:
-    """The step size that came closer to the frontier, less its leak; the larger where one stood still."""
-    ends = {}
-    for run in tuning_runs(objective):
-        result = bench.result(run)
-        if result and not result["error"]:
-            ends[run.step_size] = result["checkpoints"][-1]
-    moved = {step: end for step, end in ends.items() if end["kl"] > 0.3} or dict(list(ends.items())[-1:])
-    return max(moved, key=lambda step: moved[step]["fraction"] - moved[step]["outside"], default=STEP_SIZES[0])
-
-
-def sweep(bench: Bench, objective: str, data: str = "toy", which: tuple[int, ...] = (0, 1, 2, 3, 4)) -> list[Run]:
-    step, every = tuned(bench, objective), 1760 if data == "toy_scarce" else 3520
-    return [Run(objective, strengths(objective)[index], data, step, every=every) for index in which]
+def sweep(objective: str, data: str = "toy", which: tuple[int, ...] = (0, 1, 2, 3, 4)) -> list[Run]:
+    """An objective at some of its five strengths."""
+    every = 1760 if data == "toy_scarce" else 3520
+    return [Run(objective, strengths(objective)[index], data, every=every) for index in which]
 
 
 def preferred_sft() -> Run:
     """SFT on the preferred responses: the baseline that no temperature can take further than ln 2 nats."""
-    return Run("sft", None, "toy_preferred", step_size=0.1)
+    return Run("sft", None, "toy_preferred", step_size=0.05)
 
 
 def optimizer_runs() -> list[Run]:
@@ -304,31 +291,30 @@ def optimizer_runs() -> list[Run]:
     return runs
 
 
-def length_runs(bench: Bench) -> list[Run]:
+def length_runs() -> list[Run]:
     """On `toy_length`: each objective at its middle strength, and what is meant for length."""
-    runs = [run for name in objectives() if name != "length_dpo" for run in sweep(bench, name, "toy_length", (2,))]
-    step = tuned(bench, "dpo")
+    runs = [run for name in objectives() if name != "length_dpo" for run in sweep(name, "toy_length", (2,))]
     penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and what a token of the bias amounts to
-    runs += [Run("length_dpo", 1.0, "toy_length", step, extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
-    return [*runs, Run("dpo", 18.0, "toy_length", step, extra=("loss.average_log_prob=true",))]
+    runs += [Run("length_dpo", 1.0, "toy_length", extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
+    return [*runs, Run("dpo", 18.0, "toy_length", extra=("loss.average_log_prob=true",))]
 
 
-def stages(bench: Bench, quick: bool):
-    """Lists of runs; each stage may ask for results of those before it."""
+def stages(quick: bool) -> dict[str, list[Run]]:
+    """What there is to do on each task, what says most first."""
     every = [name for name in objectives() if name != "length_dpo"]  # on responses of one length that is DPO
     if quick:
-        yield [Run("dpo", beta) for beta in BETAS[::2]] + [Run("ipo", 0.13)]
-        return
-    core, others = every[:3], every[3:]
-    yield [run for name in core for run in tuning_runs(name)]
-    yield [run for name in core for run in sweep(bench, name)]
-    yield [preferred_sft()] + [run for name in others for run in tuning_runs(name)]
-    yield [run for name in others for run in sweep(bench, name, which=(0, 4))]
-    yield [run for data in ("toy_flipped", "toy_scarce") for name in every for run in sweep(bench, name, data, (2,))]
-    yield length_runs(bench)
-    yield optimizer_runs()
-    yield [run for name in others for run in sweep(bench, name, which=(1, 3))]
-    yield [run for data in ("toy_flipped", "toy_scarce") for name in every for run in sweep(bench, name, data, (0, 4))]
+        return {"toy": [*sweep("dpo", which=(0, 2, 4)), *sweep("ipo", which=(2,))]}
+    changed = [sweep(name, data, (2,)) for name in every for data in ("toy_flipped", "toy_scarce")]
+    toy_runs = [
+        *sweep("dpo"),
+        preferred_sft(),
+        *(run for name in every for run in sweep(name, which=(2,))),
+        *itertools.chain(*changed),
+        *(run for name in every for run in sweep(name, which=(0, 4))),
+        *optimizer_runs(),
+        *(run for name in every for run in sweep(name, which=(1, 3))),
+    ]
+    return {"toy": toy_runs, "toy_length": length_runs()}
 
 
 _BENCH: Bench | None = None
@@ -360,23 +346,19 @@ def main():
     parser.add_argument("--quick", action="store_true", help="DPO and IPO alone")
     parser.add_argument("--report", action="store_true", help="print and draw what there is, run nothing")
     args = parser.parse_args()
-    out = args.out.resolve()
+    out = args.out.resolve() / args.model
     bench = Bench(out, args.model)
     if not args.report:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.processes, context, _start_worker, (out, args.model)) as pool:
-            list(pool.map(_sft, ["toy"] if args.quick else bench.starts))
-            for runs in stages(bench, args.quick):
-                todo = {pool.submit(_execute, run): run for run in runs if bench.result(run) is None}
-                for future in as_completed(todo):
-                    print(summary(bench, todo[future]) if future.exception() is None else failure(future), flush=True)
+            list(pool.map(_sft, stages(args.quick)))
+            for runs in stages(args.quick).values():
+                todo = {run.name: run for run in runs if bench.result(run) is None}
+                for future in as_completed([pool.submit(_execute, run) for run in todo.values()]):
+                    print(summary(bench, todo[future.result()]), flush=True)
     from frontier_report import write_report
 
-    print(write_report(bench, {name: (strength_option(name), tuned(bench, name)) for name in objectives()}))
-
-
-def failure(future) -> str:
-    return "".join(traceback.format_exception(future.exception()))
+    print(write_report(bench, {name: strength_option(name) for name in objectives()}))
 
 
 def summary(bench: Bench, run: Run) -> str:

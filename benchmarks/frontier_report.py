@@ -23,9 +23,9 @@ def best_checkpoint(results: list[dict]) -> dict | None:
     return max(moved, key=lambda c: c["fraction"], default=None)
 
 
-def ends(results: list[dict], objective: str, step: float, data: str = "toy") -> list[dict]:
+def ends(results: list[dict], objective: str, data: str = "toy") -> list[dict]:
     """The ends of an objective's sweep over its strength, from the closest to the reference to the farthest."""
-    chosen = select(results, objective=objective, data=data, step_size=step, optimizer=["optimizer=SGD"], extra=[])
+    chosen = select(results, objective=objective, data=data, optimizer=["optimizer=SGD"], extra=[])
     chosen = [r for r in chosen if r["checkpoints"] and not r["error"]]
     return sorted(
         ({"strength": r["run"]["strength"], **r["checkpoints"][-1]} for r in chosen), key=lambda end: end["kl"]
@@ -36,38 +36,38 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def sweep_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
+def sweep_table(results: list[dict], objectives: dict[str, str]) -> str:
     lines = [
-        "| objective | step size | option | part of the optimum's gain at the policy's KL (nats) | leaked |",
-        "|---|---|---|---|---|",
+        "| objective | option | part of the optimum's gain at the policy's KL (nats) | leaked |",
+        "|---|---|---|---|",
     ]
-    for name, (option, step) in objectives.items():
-        row = ends(results, name, step)
+    for name, option in objectives.items():
+        row = ends(results, name)
         if row:
             strengths = ", ".join(f"{end['strength']:g}" for end in row)
             fractions = ", ".join(f"{percent(end['fraction'])} at {end['kl']:.2f}" for end in row)
             leaked = f"{percent(min(e['outside'] for e in row))} to {percent(max(e['outside'] for e in row))}"
-            lines.append(f"| {name} | {step:g} | `{option}` {strengths} | {fractions} | {leaked} |")
+            lines.append(f"| {name} | `{option}` {strengths} | {fractions} | {leaked} |")
     for result in select(results, objective="sft"):
         end = result["checkpoints"][-1]
         fraction = f"{percent(end['fraction'])} at {end['kl']:.2f}"
-        lines.append(f"| sft on the preferred | | | {fraction} | {percent(end['outside'])} |")
+        lines.append(f"| sft on the preferred | | {fraction} | {percent(end['outside'])} |")
     return "\n".join(lines)
 
 
 CONDITIONS = {"toy": "10,000 pairs", "toy_flipped": "20 % flipped", "toy_scarce": "300 pairs"}
 
 
-def conditions_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
+def conditions_table(results: list[dict], objectives: dict[str, str]) -> str:
     """Best part of the optimum's gain @ its KL, leaked mass and mean length under each condition."""
     lines = [
         f"| objective | {' | '.join(CONDITIONS.values())} |",
         f"|---|{'---|' * len(CONDITIONS)}",
     ]
-    for name, (_, step) in objectives.items():
+    for name in objectives:
         cells = []
         for data in CONDITIONS:
-            chosen = select(results, objective=name, data=data, step_size=step, optimizer=["optimizer=SGD"])
+            chosen = select(results, objective=name, data=data, optimizer=["optimizer=SGD"])
             best = best_checkpoint(chosen)
             cells.append(
                 f"{percent(best['fraction'])} at {best['kl']:.2f}; {percent(best['outside'])}; {best['length']:.1f}"
@@ -110,7 +110,7 @@ def length_table(bench, results: list[dict]) -> str:
 MARKERS = "osD^vP*Xph<>dH8"
 
 
-def draw(frontier, results: list[dict], objectives: dict[str, tuple[str, float]], path: Path):
+def draw(frontier, results: list[dict], objectives: dict[str, str], path: Path):
     """Reward against KL, and the part of the optimum's gain against KL, of the ends of all sweeps: 1,200 pixels."""
     import matplotlib
 
@@ -122,8 +122,8 @@ def draw(frontier, results: list[dict], objectives: dict[str, tuple[str, float]]
     left.plot(curve[:, 1], curve[:, 0], color="black", linewidth=2, label="the best that is possible", zorder=1)
     right.axhline(100, color="black", linewidth=2)
     colours = plt.get_cmap("tab20")
-    for number, (name, (_, step)) in enumerate(objectives.items()):
-        row = ends(results, name, step)
+    for number, name in enumerate(objectives):
+        row = ends(results, name)
         style = {"color": colours(number), "marker": MARKERS[number % len(MARKERS)], "markersize": 6, "linewidth": 1.2}
         left.plot([e["kl"] for e in row], [e["reward"] for e in row], linestyle="none", label=name, **style)
         right.plot([e["kl"] for e in row], [100 * e["fraction"] for e in row], label=name, **style)
@@ -145,7 +145,7 @@ def draw(frontier, results: list[dict], objectives: dict[str, tuple[str, float]]
     plt.close(figure)
 
 
-def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
+def write_report(bench, objectives: dict[str, str]) -> str:
     """Draw the picture into the results' directory; returns the tables."""
     results = load(bench.results)
     start = bench.starts["toy"]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import frontier
 from exact import Frontier, ResponseTree, conditioned, response_logps
-from frontier import STEP_SIZES, Bench, Run, learning_rate, objectives
+from frontier import STEP_SIZE, Bench, Run, learning_rate, objectives
 from frontier_report import draw, length_table, load
 
 TINY = REPOSITORY / "assets/tiny"
@@ -175,10 +175,12 @@ def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokeni
 
 
 def test_step_sizes_are_of_the_first_step_whatever_the_loss_s_scale():
-    assert learning_rate(Run("dpo", 0.5), 18) == pytest.approx(2 * STEP_SIZES[0] / 0.5)  # |∂/∂ log π| is β / 2
-    assert learning_rate(Run("ipo", 0.1), 18) == pytest.approx(STEP_SIZES[0] * 0.1)  # 2 · 1 / (2 τ)
-    assert learning_rate(Run("cdpo", 1.0), 18) == pytest.approx(STEP_SIZES[0] / (0.9 / 2 - 0.1 / 2))
+    assert learning_rate(Run("dpo", 0.5), 18) == pytest.approx(2 * STEP_SIZE / 0.5)  # |∂/∂ log π| is β / 2
+    assert learning_rate(Run("ipo", 0.1), 18) == pytest.approx(STEP_SIZE * 0.1)  # 2 · 1 / (2 τ)
+    assert learning_rate(Run("cdpo", 1.0), 18) == pytest.approx(STEP_SIZE / (0.9 / 2 - 0.1 / 2))
     assert learning_rate(Run("dpo", 0.5, step_size=1e-4, optimizer=("optimizer=AdamW",)), 18) == 1e-4
+    of_means = Run("dpo", 18.0, extra=("loss.average_log_prob=true",))
+    assert learning_rate(of_means, 18) == pytest.approx(learning_rate(Run("dpo", 1.0), 18))
 
 
 def test_every_loss_of_pairs_has_runs_that_its_options_allow():
@@ -209,6 +211,6 @@ def test_the_benchmark_trains_evaluates_reports_and_does_nothing_twice(tmp_path,
     bench.execute(run)
     assert log.stat().st_mtime_ns == before
     assert "| dpo | `strength 1` |" in length_table(bench, load(bench.results))
-    draw(start.frontier, load(bench.results), {"dpo": ("beta", 0.02)}, tmp_path / "frontier.png")
+    draw(start.frontier, load(bench.results), {"dpo": "beta"}, tmp_path / "frontier.png")
     header = (tmp_path / "frontier.png").read_bytes()[16:20]
     assert int.from_bytes(header, "big") == 1200  # its width
