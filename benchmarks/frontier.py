@@ -13,7 +13,6 @@ a JSON file under `--out`, and what is there is not done again; then tables are 
 import argparse
 import contextlib
 import functools
-import itertools
 import json
 import multiprocessing
 import os
@@ -299,22 +298,22 @@ def length_runs() -> list[Run]:
     return [*runs, Run("dpo", 18.0, "toy_length", extra=("loss.average_log_prob=true",))]
 
 
-def stages(quick: bool) -> dict[str, list[Run]]:
-    """What there is to do on each task, what says most first."""
+def all_runs(quick: bool) -> list[Run]:
+    """What there is to do, what says most first."""
     every = [name for name in objectives() if name != "length_dpo"]  # on responses of one length that is DPO
     if quick:
-        return {"toy": [*sweep("dpo", which=(0, 2, 4)), *sweep("ipo", which=(2,))]}
-    changed = [sweep(name, data, (2,)) for name in every for data in ("toy_flipped", "toy_scarce")]
-    toy_runs = [
+        return [*sweep("dpo", which=(0, 2, 4)), *sweep("ipo", which=(2,))]
+    return [
         *sweep("dpo"),
         preferred_sft(),
         *(run for name in every for run in sweep(name, which=(2,))),
-        *itertools.chain(*changed),
-        *(run for name in every for run in sweep(name, which=(0, 4))),
+        *(run for name in ("cdpo", "ipo") for run in sweep(name, which=(0, 4))),
+        *(run for name in every for data in ("toy_flipped", "toy_scarce") for run in sweep(name, data, (2,))),
+        *length_runs(),
         *optimizer_runs(),
+        *(run for name in every for run in sweep(name, which=(0, 4))),
         *(run for name in every for run in sweep(name, which=(1, 3))),
     ]
-    return {"toy": toy_runs, "toy_length": length_runs()}
 
 
 _BENCH: Bench | None = None
@@ -351,11 +350,10 @@ def main():
     if not args.report:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.processes, context, _start_worker, (out, args.model)) as pool:
-            list(pool.map(_sft, stages(args.quick)))
-            for runs in stages(args.quick).values():
-                todo = {run.name: run for run in runs if bench.result(run) is None}
-                for future in as_completed([pool.submit(_execute, run) for run in todo.values()]):
-                    print(summary(bench, todo[future.result()]), flush=True)
+            list(pool.map(_sft, ["toy"] if args.quick else bench.starts))
+            todo = {run.name: run for run in all_runs(args.quick) if bench.result(run) is None}
+            for future in as_completed([pool.submit(_execute, run) for run in todo.values()]):
+                print(summary(bench, todo[future.result()]), flush=True)
     from frontier_report import write_report
 
     print(write_report(bench, {name: strength_option(name) for name in objectives()}))
