@@ -116,16 +116,17 @@ def objectives() -> list[str]:
 
 
 def learning_rate(run: Run, n_tokens: int) -> float:
-    """step_size / |∂ loss / ∂ log π(preferred)| where policy and reference agree on two responses of a likelihood.
+    """step_size / |∂ loss / ∂ log π(preferred)| at the reference, for two responses of a likelihood.
 
-    So an objective's scale, and its strength, don't matter: 2 · step_size / β for DPO. SGD alone needs this.
+    So an objective's scale, and its strength, don't matter: 2 · step_size / β for DPO. SGD alone needs this. Where the
+    two sides differ (DPOP), that counts on which the preferred response has become less likely, the steeper one.
     """
     if not any(word == "optimizer=SGD" for word in run.optimizer):
         return run.step_size
     loss = LOSSES[run.loss]
     given = OmegaConf.from_dotlist([word for word in run.overrides() if word.startswith("loss.")]).get("loss", {})
     options = {name: option.default for name, option in loss.options.items()} | dict(given)
-    inputs = {name: torch.tensor([-8.0], requires_grad=name == LOGPS[0]) for name in LOGPS}
+    inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | {LOGPS[0]: torch.tensor([-8.0001], requires_grad=True)}
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
     loss(inputs, options)[0].mean().backward()
     of_mean = n_tokens if options.get("average_log_prob") else 1
