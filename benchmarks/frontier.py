@@ -357,7 +357,7 @@ def main():
                 print(summary(bench, todo[future.result()]), flush=True)
     from frontier_report import write_report
 
-    print(write_report(bench, {name: strength_option(name) for name in objectives()}))
+    print(write_report(bench, {name: (strength_option(name), strengths(name)[2]) for name in objectives()}))
 
 
 def summary(bench: Bench, run: Run) -> str:

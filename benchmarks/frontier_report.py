@@ -36,12 +36,12 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def sweep_table(results: list[dict], objectives: dict[str, str]) -> str:
+def sweep_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
     lines = [
         "| objective | option | part of the optimum's gain at the policy's KL (nats) | leaked |",
         "|---|---|---|---|",
     ]
-    for name, option in objectives.items():
+    for name, (option, _) in objectives.items():
         row = ends(results, name)
         if row:
             strengths = ", ".join(f"{end['strength']:g}" for end in row)
@@ -58,16 +58,16 @@ def sweep_table(results: list[dict], objectives: dict[str, str]) -> str:
 CONDITIONS = {"toy": "10,000 pairs", "toy_flipped": "20 % flipped", "toy_scarce": "300 pairs"}
 
 
-def conditions_table(results: list[dict], objectives: dict[str, str]) -> str:
-    """Best part of the optimum's gain @ its KL, leaked mass and mean length under each condition."""
+def conditions_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
+    """The best checkpoint at the middle strength under each condition."""
     lines = [
         f"| objective | {' | '.join(CONDITIONS.values())} |",
         f"|---|{'---|' * len(CONDITIONS)}",
     ]
-    for name in objectives:
+    for name, (_, middle) in objectives.items():
         cells = []
         for data in CONDITIONS:
-            chosen = select(results, objective=name, data=data, optimizer=["optimizer=SGD"])
+            chosen = select(results, objective=name, data=data, strength=middle, optimizer=["optimizer=SGD"])
             best = best_checkpoint(chosen)
             cells.append(
                 f"{percent(best['fraction'])} at {best['kl']:.2f}; {percent(best['outside'])}; {best['length']:.1f}"
@@ -110,20 +110,22 @@ def length_table(bench, results: list[dict]) -> str:
 MARKERS = "osD^vP*Xph<>dH8"
 
 
-def draw(frontier, results: list[dict], objectives: dict[str, str], path: Path):
+def draw(frontier, results: list[dict], objectives: dict[str, tuple[str, float]], path: Path):
     """Reward against KL, and the part of the optimum's gain against KL, of the ends of all sweeps: 1,200 pixels."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curve = np.array([frontier.at(t) for t in np.linspace(0, 3, 200)])  # (200, 2) reward, KL
+    curve = np.array([frontier.at(t) for t in np.geomspace(1e-3, 20, 300)])  # (300, 2) reward, KL
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), dpi=100, width_ratios=(1, 1))
     left.plot(curve[:, 1], curve[:, 0], color="black", linewidth=2, label="the best that is possible", zorder=1)
     right.axhline(100, color="black", linewidth=2)
     colours = plt.get_cmap("tab20")
     for number, name in enumerate(objectives):
         row = ends(results, name)
+        if not row:
+            continue
         style = {"color": colours(number), "marker": MARKERS[number % len(MARKERS)], "markersize": 6, "linewidth": 1.2}
         left.plot([e["kl"] for e in row], [e["reward"] for e in row], linestyle="none", label=name, **style)
         right.plot([e["kl"] for e in row], [100 * e["fraction"] for e in row], label=name, **style)
@@ -133,19 +135,19 @@ def draw(frontier, results: list[dict], objectives: dict[str, str], path: Path):
         left.plot(trail[-1]["kl"], trail[-1]["reward"], label="SFT on the preferred", **style)
         right.plot(trail[-1]["kl"], 100 * trail[-1]["fraction"], **style)
     for axes, title in ((left, "true reward"), (right, "% of the largest gain in reward at this KL")):
-        axes.set_xlim(0, 7)
+        axes.set_xlim(0, 8)
         axes.set_xlabel("KL(policy || reference), nats")
         axes.set_title(title)
         axes.grid(alpha=0.3)
     left.set_ylim(frontier.reference_reward - 0.3, 8)
-    right.set_ylim(50, 101.5)
+    right.set_ylim(80, 100.8)
     left.legend(fontsize=8, ncols=2, loc="lower right")
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 
 
-def write_report(bench, objectives: dict[str, str]) -> str:
+def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
     """Draw the picture into the results' directory; returns the tables."""
     results = load(bench.results)
     start = bench.starts["toy"]

@@ -212,6 +212,6 @@ def test_the_benchmark_trains_evaluates_reports_and_does_nothing_twice(tmp_path,
     bench.execute(run)
     assert log.stat().st_mtime_ns == before
     assert "| dpo | `strength 1` |" in length_table(bench, load(bench.results))
-    draw(start.frontier, load(bench.results), {"dpo": "beta"}, tmp_path / "frontier.png")
+    draw(start.frontier, load(bench.results), {"dpo": ("beta", 1.0)}, tmp_path / "frontier.png")
     header = (tmp_path / "frontier.png").read_bytes()[16:20]
     assert int.from_bytes(header, "big") == 1200  # its width
