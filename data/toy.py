@@ -72,16 +72,32 @@ def sample_words(rng: np.random.RandomState, prompts: np.ndarray, beta: float | 
 
 
 @functools.cache
-def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> list[tuple[str, dict]]:
+def get_toy(
+    split: str,
+    silent: bool = False,
+    cache_dir: str | None = None,
+    flipped: float = 0.0,
+    n_train: int | None = None,
+    imitates_preferred: bool = False,
+) -> list[tuple[str, dict]]:
     """Examples (train 20,000, test 512), each a prompt with one preference pair and an SFT target of its own.
 
-    The two responses and the SFT target are independent draws from p. `silent` and `cache_dir` mean nothing here.
+    The two responses and the SFT target are independent draws from p. `silent` and `cache_dir` mean nothing here. The
+    other arguments make variants, e.g. `Dataset(functools.partial(get_toy, flipped=0.2))`.
+
+    Args:
+        flipped: the probability that a label is turned round; of whatever reward.
+        n_train: only the first so many training examples.
+        imitates_preferred: the SFT target is the pair's preferred response.
     """
     n_examples, seed = _SPLITS[split]
     rng = np.random.RandomState(seed)
     prompts = rng.randint(len(PROMPTS), size=n_examples)
     first, second, sft_target = (sample_words(rng, prompts) for _ in range(3))
     first_preferred = rng.random_sample(n_examples) < 1 / (1 + np.exp(true_reward(second) - true_reward(first)))
+    first_preferred ^= rng.random_sample(n_examples) < flipped
+    if imitates_preferred:
+        sft_target = np.where(first_preferred[:, None], first, second)
     data = []
     for i, prompt in enumerate(prompts):
         entry = {
@@ -90,6 +106,54 @@ def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> l
             "sft_target": response_text(sft_target[i]),
             "rows": [i],
         }
+        data.append((PROMPTS[prompt], entry))
+    return data[: n_train if split == "train" else None]
+
+
+# ---- a second task, where length can be exploited -------------------------------------------------------------------
+
+SHORT_TEMPLATE = " The plot was {} and the music {}."  # slots 1 and 2 above
+CLAUSES = [
+    " It began at eight.",
+    " The hall was small.",
+    " It was a Tuesday.",
+]  # the tiny tokenizer makes 8 tokens of each
+CLAUSE_COUNTS = [0.4, 0.3, 0.2, 0.1]  # the probability of a response with the first 0, 1, 2 or 3 of them
+LENGTH_BIAS = 0.8  # by so much, in nats, a clause more raises the chance of being preferred
+
+
+def long_response_text(words: np.ndarray, n_clauses: int) -> str:
+    """The response of `toy_length` with these words, given by their indices, shape (2,)."""
+    return SHORT_TEMPLATE.format(*(SLOTS[slot][word] for slot, word in zip((1, 2), words, strict=True))) + "".join(
+        CLAUSES[:n_clauses]
+    )
+
+
+def all_long_responses() -> tuple[np.ndarray, np.ndarray]:
+    """All 256 responses of `toy_length`: their words, (256, 2), and how many clauses they have, (256,)."""
+    grid = np.stack(np.unravel_index(np.arange(N_WORDS**2 * 4), (N_WORDS, N_WORDS, 4)), axis=1)
+    return grid[:, :2], grid[:, 2]
+
+
+@functools.cache
+def get_toy_length(split: str, silent: bool = False, cache_dir: str | None = None) -> list[tuple[str, dict]]:
+    """As `get_toy`, of responses that differ in length: two words, and up to three clauses that say nothing.
+
+    Whoever prefers is taken in by length: P(a over b) = σ(r(a) - r(b) + LENGTH_BIAS · (clauses of a - clauses of b)).
+    The true reward r, the sum of the words' weights, knows nothing of length.
+    """
+    n_examples, seed = _SPLITS[split]
+    rng = np.random.RandomState(seed)
+    prompts = rng.randint(len(PROMPTS), size=n_examples)
+    words = [sample_words(rng, prompts)[:, 1:3] for _ in range(3)]  # of both responses and the SFT target
+    clauses = [rng.choice(4, size=n_examples, p=CLAUSE_COUNTS) for _ in range(3)]
+    margins = true_reward(words[0]) - true_reward(words[1]) + LENGTH_BIAS * (clauses[0] - clauses[1])
+    first_preferred = rng.random_sample(n_examples) < 1 / (1 + np.exp(-margins))
+    data = []
+    for i, prompt in enumerate(prompts):
+        first, second, sft_target = (long_response_text(w[i], n[i]) for w, n in zip(words, clauses, strict=True))
+        pairs = [(0, 1) if first_preferred[i] else (1, 0)]
+        entry = {"responses": [first, second], "pairs": pairs, "sft_target": sft_target, "rows": [i]}
         data.append((PROMPTS[prompt], entry))
     return data
 

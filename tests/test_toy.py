@@ -5,8 +5,12 @@ import pytest
 
 from data.toy import (
     ALL_RESPONSES,
+    CLAUSE_COUNTS,
     PROMPTS,
+    all_long_responses,
     get_toy,
+    get_toy_length,
+    long_response_text,
     report,
     response_text,
     response_words,
@@ -67,6 +71,36 @@ def test_data_has_the_hh_format_and_is_the_same_every_time():
     assert {prompt for prompt, _ in data} == set(PROMPTS)
     assert all(prompt.startswith("\n\nHuman: ") and prompt.endswith("\n\nAssistant:") for prompt in PROMPTS)
     assert all(response_words(entry["sft_target"]) is not None for _, entry in data)
+
+
+def test_variants_flip_labels_keep_the_first_examples_and_imitate_the_preferred_response():
+    plain, flipped = get_toy("train"), get_toy("train", flipped=0.2)
+    differ = np.mean([a["pairs"] != b["pairs"] for (_, a), (_, b) in zip(plain, flipped, strict=True)])
+    assert differ == pytest.approx(0.2, abs=5 * 0.4 / np.sqrt(20_000))
+    assert [{**a, "pairs": 0} for _, a in plain] == [{**b, "pairs": 0} for _, b in flipped]
+    assert get_toy("train", n_train=300) == plain[:300]
+    assert get_toy("test", n_train=300) == get_toy("test")
+    for _, entry in get_toy("train", flipped=0.2, imitates_preferred=True):
+        assert entry["sft_target"] == entry["responses"][entry["pairs"][0][0]]
+
+
+def test_the_second_task_s_labels_know_reward_and_length_and_its_reward_knows_no_length():
+    words, clauses = all_long_responses()
+    of_text = {long_response_text(w, n): (true_reward(w), n) for w, n in zip(words, clauses, strict=True)}
+    assert len(of_text) == 256
+    margins, longer, preferred, counts = [], [], [], np.zeros(4)
+    for _, entry in get_toy_length("train"):
+        (r_first, n_first), (r_second, n_second) = (of_text[text] for text in entry["responses"])
+        margins.append(r_first - r_second)
+        longer.append(n_first - n_second)
+        preferred.append(entry["pairs"] == [(0, 1)])
+        counts[of_text[entry["sft_target"]][1]] += 1
+    np.testing.assert_allclose(counts / 20_000, CLAUSE_COUNTS, atol=0.017)
+    margins, longer, preferred = np.array(margins), np.array(longer), np.array(preferred)
+    for n in (-2, 0, 1):
+        chosen = longer == n
+        expected = (1 / (1 + np.exp(-margins[chosen] - 0.8 * n))).mean()
+        assert preferred[chosen].mean() == pytest.approx(expected, abs=5 * 0.5 / np.sqrt(chosen.sum()))
 
 
 def test_report_gives_mean_reward_and_share_outside_the_grammar_of_the_last_samples(tmp_path):

@@ -1,0 +1,224 @@
+"""A policy's exact figures on a task whose responses can all be listed, and the best that any policy can reach.
+
+Nothing is sampled: the log-probability of every response is computed, each token that responses share once (a row is
+[prompt, path, subtree] of the tree of all responses, and attends along the tree's paths, as training's shared prompts
+do). So reward and KL have no error but float32's, and can be held against the frontier of the KL-constrained reward,
+π*(y) ∝ π_ref(y) exp(r(y) / β) (Eq. 4 of https://arxiv.org/abs/2305.18290), of the same reference.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts, all responses that the grammar has (to each prompt the same) and their true rewards."""
+
+    prompts: list[str]
+    responses: list[str]  # N
+    rewards: np.ndarray  # (N,)
+
+
+# ---- log-probabilities of all responses -----------------------------------------------------------------------------
+
+
+class ResponseTree:
+    """The prefix tree of token sequences, packed into rows that a model computes."""
+
+    def __init__(self, sequences: list[list[int]], max_row: int = 192):
+        """`sequences`: token ids, each with the end-of-sequence token. `max_row`: about how many tokens a row may have.
+
+        Node 0 is the end of the prompt. `tokens` and `parents` describe nodes, a parent before its children; `paths`,
+        (N, longest), holds the nodes of each sequence, padded with node 0.
+        """
+        self.tokens, self.parents, children = [-1], [-1], [{}]
+        paths = []
+        for sequence in sequences:
+            path, node = [], 0
+            for token in sequence:
+                if token not in children[node]:
+                    children[node][token] = len(self.tokens)
+                    self.tokens.append(token)
+                    self.parents.append(node)
+                    children.append({})
+                node = children[node][token]
+                path.append(node)
+            paths.append(path)
+        self.lengths = np.array([len(path) for path in paths])
+        self.paths = np.zeros((len(paths), self.lengths.max()), dtype=np.int64)
+        for row, path in zip(self.paths, paths, strict=True):
+            row[: len(path)] = path
+        self.rows = self._packed([list(of_node.values()) for of_node in children], max_row)
+
+    def _packed(self, children: list[list[int]], max_row: int) -> list[list[int]]:
+        """Inner nodes by rows: a path from the prompt, then the whole subtree at its end, parents before children."""
+        sizes = [int(bool(own)) for own in children]  # inner nodes in the subtree; leaves predict nothing
+        for node in range(len(children) - 1, 0, -1):
+            sizes[self.parents[node]] += sizes[node]
+        rows, stack = [], [(0, [])]
+        while stack:
+            node, path = stack.pop()
+            inner = [child for child in children[node] if children[child]]
+            if len(path) + sizes[node] <= max_row or not inner:
+                subtree = [node]
+                for member in subtree:  # grows as it goes
+                    subtree += [child for child in children[member] if children[child]]
+                rows.append([member for member in path + subtree if member != 0])
+            else:
+                stack += [(child, [*path, node]) for child in inner]
+        return sorted(rows, key=len)
+
+    def row_mask(self, row: list[int]) -> np.ndarray:
+        """Which tokens of a row each may attend to, (T, T): those on its path, and itself."""
+        place = {node: index for index, node in enumerate(row)}
+        mask = np.eye(len(row), dtype=bool)
+        for index, node in enumerate(row):
+            if self.parents[node] != 0:
+                mask[index] |= mask[place[self.parents[node]]]
+        return mask
+
+
+@torch.no_grad()
+def response_logps(
+    model: nn.Module, tree: ResponseTree, prompts: list[list[int]], tokens_per_batch: int = 3000
+) -> np.ndarray:
+    """log π(y|x) of each of the tree's N sequences after each of P prompts (token ids): (P, N), in nats, float64."""
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    children = _children(tree)
+    logps = np.zeros((len(prompts), len(tree.paths)))
+    batches, longest = [], 0
+    for row in tree.rows:
+        if not batches or (len(batches[-1]) + 1) * max(longest, len(row)) > tokens_per_batch:
+            batches.append([])
+        batches[-1].append(row)
+        longest = max(len(row) for row in batches[-1])
+    prepared = [_prepare(tree, children, rows) for rows in batches]
+    for number, prompt in enumerate(prompts):
+        node_logps = np.zeros(len(tree.tokens))
+        for tokens, depths, masks, predictors, nodes in prepared:
+            values = _child_logps(model, prompt, tokens, depths, masks, predictors, nodes, tree, device)
+            node_logps[nodes] = values
+        node_logps[0] = 0.0  # padding of paths
+        logps[number] = node_logps[tree.paths].sum(1)
+    return logps
+
+
+def _children(tree: ResponseTree) -> list[list[int]]:
+    children: list[list[int]] = [[] for _ in tree.tokens]
+    for node, parent in enumerate(tree.parents[1:], 1):
+        children[parent].append(node)
+    return children
+
+
+def _prepare(tree: ResponseTree, children: list[list[int]], rows: list[list[int]]):
+    """Rows of a batch, padded: tokens and depths (B, T), masks (B, T, T), and for each of M children of a row's nodes
+    the flat place of its parent in [end of prompt, row] and itself."""
+    length = max(map(len, rows))
+    tokens, depths = (np.zeros((len(rows), length), dtype=np.int64) for _ in range(2))
+    masks = np.zeros((len(rows), length, length), dtype=bool)
+    masks[:, np.arange(length), np.arange(length)] = True
+    predictors, nodes = [], []
+    for index, row in enumerate(rows):
+        mask = tree.row_mask(row)
+        tokens[index, : len(row)] = [tree.tokens[node] for node in row]
+        masks[index, : len(row), : len(row)] = mask
+        depths[index, : len(row)] = mask.sum(1) - 1
+        for place, node in enumerate([0, *row]):
+            predictors += [index * (length + 1) + place] * len(children[node])
+            nodes += children[node]
+    return tokens, depths, masks, np.array(predictors), np.array(nodes)
+
+
+def _child_logps(model, prompt, tokens, depths, masks, predictors, nodes, tree, device) -> np.ndarray:
+    """log π(node | its path) of each of `nodes`, (M,), float64; arguments as `_prepare` returns them."""
+    n_rows, length = tokens.shape
+    n_prompt = len(prompt)
+    ids = torch.cat([torch.tensor(prompt).expand(n_rows, -1), torch.from_numpy(tokens)], dim=1).to(device)
+    positions = torch.cat([torch.arange(n_prompt).expand(n_rows, -1), n_prompt + torch.from_numpy(depths)], dim=1).to(
+        device
+    )
+    mask = torch.zeros(n_rows, n_prompt + length, n_prompt + length, dtype=torch.bool)
+    mask[:, :n_prompt, :n_prompt] = torch.ones(n_prompt, n_prompt, dtype=torch.bool).tril()
+    mask[:, n_prompt:, :n_prompt] = True
+    mask[:, n_prompt:, n_prompt:] = torch.from_numpy(masks)
+    mask = mask[:, None].to(device)
+    if model.config._attn_implementation == "eager":  # SDPA takes booleans
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=device).masked_fill(
+            ~mask, torch.finfo(model.dtype).min
+        )
+    output = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+    hidden = output[:, n_prompt - 1 :].flatten(0, 1)  # (B * (1 + T), H)
+    places, inverse = np.unique(predictors, return_inverse=True)
+    logits = model.get_output_embeddings()(hidden[torch.from_numpy(places).to(device)])  # (places, V)
+    normalizers = logits.logsumexp(-1).double()
+    targets = torch.tensor([tree.tokens[node] for node in nodes], device=device)
+    inverse = torch.from_numpy(inverse).to(device)
+    return (logits[inverse, targets].double() - normalizers[inverse]).cpu().numpy()
+
+
+# ---- figures of a policy, and the frontier --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is known of a policy; expectations are under its distribution given that a response is of the grammar."""
+
+    reward: float  # E[r], averaged over prompts
+    kl: float  # KL(policy || reference), nats, averaged over prompts
+    outside: float  # the probability of all that is not of the grammar, averaged over prompts
+    length: float  # mean number of tokens of a response, its end included
+
+
+def conditioned(logps: np.ndarray) -> np.ndarray:
+    """log-probabilities given that a response is of the grammar: (P, N) to (P, N)."""
+    top = logps.max(1, keepdims=True)
+    return logps - top - np.log(np.exp(logps - top).sum(1, keepdims=True))
+
+
+class Frontier:
+    """The rewards that π*(y) ∝ π_ref(y) exp(r(y) / β) reaches, one β for all prompts, against its KL."""
+
+    def __init__(self, reference_logps: np.ndarray, rewards: np.ndarray, lengths: np.ndarray):
+        """`reference_logps`: (P, N); `rewards`, `lengths` of the responses: (N,)."""
+        self.reference, self.rewards, self.lengths = conditioned(reference_logps), rewards, lengths
+        self.reference_reward = self.at(0.0)[0]
+
+    def optimum(self, inverse_beta: float) -> np.ndarray:
+        """log π* at 1 / β: (P, N)."""
+        return conditioned(self.reference + inverse_beta * self.rewards)
+
+    def at(self, inverse_beta: float) -> tuple[float, float]:
+        """E[r] and KL of π* at 1 / β."""
+        optimum = self.optimum(inverse_beta)
+        p = np.exp(optimum)
+        return float((p @ self.rewards).mean()), float((p * (optimum - self.reference)).sum(1).mean())
+
+    def reward_at(self, kl: float) -> float:
+        """The largest E[r] of any policy with this KL or less."""
+        low, high = 0.0, 1.0
+        while self.at(high)[1] < kl and high < 1e4:
+            low, high = high, 2 * high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.at(middle)[1] < kl else (low, middle)
+        return self.at(high)[0]
+
+    def figures(self, policy_logps: np.ndarray) -> Figures:
+        """Of a policy with these log-probabilities, (P, N)."""
+        policy = conditioned(policy_logps)
+        p = np.exp(policy)
+        return Figures(
+            reward=float((p @ self.rewards).mean()),
+            kl=float((p * (policy - self.reference)).sum(1).mean()),
+            outside=float(1 - np.exp(policy_logps).sum(1).mean()),
+            length=float((p @ self.lengths).mean()),
+        )
+
+    def fraction(self, figures: Figures) -> float:
+        """The policy's gain in reward over the reference, as a part of the largest gain possible at its KL."""
+        best = self.reward_at(figures.kl) - self.reference_reward
+        return (figures.reward - self.reference_reward) / best if best > 1e-9 else 0.0

@@ -1,0 +1,375 @@
+"""Every objective's reward against KL, beside the best that any policy can reach: `python benchmarks/frontier.py`.
+
+The paper's controlled-sentiment experiment (Figure 2, left, of https://arxiv.org/abs/2305.18290) on `toy`, whose true
+reward and optimum are known: SFT once; then each loss of `losses.LOSSES` at five strengths, from 10,000 pairs, by
+`train.run`, as `python train.py` would; then the same with a fifth of the labels flipped, with 300 pairs only, and on
+`toy_length`, whose labels are taken in by length. Nothing is sampled: see `exact.py`.
+
+The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer (`--model tiny`: that itself, at
+three times the cost). All takes an hour on two CPU cores, `--quick` (DPO and IPO alone) three minutes. Each run leaves
+a JSON file under `--out`, and what is there is not done again; then tables are printed, and a picture is drawn.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from exact import Frontier, ResponseTree, Task, response_logps
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from configuration import CONFIG_DIR, REPOSITORY
+from data import toy
+from losses import LOGPS, LOSSES
+from preference_datasets import DATASETS, Dataset
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
+COMMON = [
+    "model=tiny", "max_length=64", "max_prompt_length=32", "n_epochs=null", "n_eval_examples=64", "eval_batch_size=64",
+    "do_first_eval=false", "sample_during_eval=false", "wandb.enabled=false", "exp_name=frontier", "resume=auto",
+    "resume_anyway=true", "eval_every=1000000",
+]  # fmt: skip
+
+DATASETS |= {
+    "toy_flipped": Dataset(functools.partial(toy.get_toy, flipped=0.2)),
+    "toy_scarce": Dataset(functools.partial(toy.get_toy, n_train=300)),
+    "toy_length": Dataset(toy.get_toy_length),
+    "toy_preferred": Dataset(functools.partial(toy.get_toy, imitates_preferred=True)),
+}
+
+# ---- what is run ----------------------------------------------------------------------------------------------------
+
+# (examples, part of the learning rate): a run goes on with a smaller learning rate once
+LEGS = ((7040, 1.0), (10016, 0.15))
+SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # batches of 64; AdamW's learning rates
+
+BETAS = (2.0, 1.5, 1.0, 0.7, 0.5)
+STRENGTHS = {  # an option of the loss and five values of it, from the closest to the reference to the farthest
+    "ipo": ("beta", (0.26, 0.2, 0.13, 0.09, 0.065)),  # 1/τ scales a probability of winning, not a reward
+    "simpo": ("beta", (40.0, 20.0, 10.0, 5.0, 2.0)),  # of a mean over 18 tokens
+    "orpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
+    "cpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
+}
+FIXED = {"cdpo": ("loss.label_smoothing=0.1",)}  # besides their defaults
+STEP_SIZE = 0.02  # of every objective, see `learning_rate`: for DPO a learning rate of 0.04 / β
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run from the SFT model: its name and what the command line says."""
+
+    objective: str
+    strength: float | None
+    data: str = "toy"
+    step_size: float = STEP_SIZE
+    optimizer: tuple[str, ...] = ("optimizer=SGD",)
+    legs: tuple[tuple[int, float], ...] = LEGS
+    every: int = 3520  # examples after which it is evaluated, besides the ends of its legs
+    extra: tuple[str, ...] = field(default=())
+
+    @property
+    def loss(self) -> str:
+        return "dpo" if self.objective == "cdpo" else self.objective
+
+    @property
+    def name(self) -> str:
+        words = [self.data, self.objective, self.strength, f"step{self.step_size}"]
+        words += [word.split("=", 1)[1] for word in self.optimizer if word != "optimizer=SGD"] + list(self.extra)
+        return "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in str(word)) for word in words)
+
+    def overrides(self) -> list[str]:
+        words = [f"loss={self.loss}", f"datasets=[{self.data}]", *FIXED.get(self.objective, ()), *self.optimizer]
+        if self.strength is not None:
+            words.append(f"loss.{strength_option(self.objective)}={self.strength}")
+        if LOSSES[self.loss].needs_reference({}):
+            words.append("precompute_ref_log_probs=true")
+        return [*words, "batch_size=32", "warmup_steps=10", f"save_every={self.every}", *self.extra]
+
+
+def strength_option(objective: str) -> str:
+    return STRENGTHS.get(objective, ("beta", BETAS))[0]
+
+
+def strengths(objective: str) -> tuple[float, ...]:
+    return STRENGTHS.get(objective, ("beta", BETAS))[1]
+
+
+def objectives() -> list[str]:
+    """All losses of pairs, and conservative DPO."""
+    names = [name for name, loss in LOSSES.items() if loss.needs_pairs]
+    return [*names[:1], "cdpo", *names[1:]]
+
+
+def learning_rate(run: Run, n_tokens: int) -> float:
+    """step_size / |∂ loss / ∂ log π(preferred)| at the reference, for two responses of a likelihood.
+
+    So an objective's scale, and its strength, don't matter: 2 · step_size / β for DPO. SGD alone needs this. Where the
+    two sides differ (DPOP), that counts on which the preferred response has become less likely, the steeper one.
+    """
+    if not any(word == "optimizer=SGD" for word in run.optimizer):
+        return run.step_size
+    loss = LOSSES[run.loss]
+    given = OmegaConf.from_dotlist([word for word in run.overrides() if word.startswith("loss.")]).get("loss", {})
+    options = {name: option.default for name, option in loss.options.items()} | dict(given)
+    inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | {LOGPS[0]: torch.tensor([-8.0001], requires_grad=True)}
+    inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
+    loss(inputs, options)[0].mean().backward()
+    of_mean = n_tokens if options.get("average_log_prob") else 1
+    return run.step_size / abs(inputs[LOGPS[0]].grad.item()) * of_mean
+
+
+# ---- running it -----------------------------------------------------------------------------------------------------
+
+
+def tasks() -> dict[str, Task]:
+    """The two tasks, by the name of the dataset that SFT learns."""
+    words, clauses = toy.all_long_responses()
+    long_texts = [toy.long_response_text(w, n) for w, n in zip(words, clauses, strict=True)]
+    texts = [toy.response_text(words) for words in toy.ALL_RESPONSES]
+    return {
+        "toy": Task(toy.PROMPTS, texts, toy.true_reward(toy.ALL_RESPONSES)),
+        "toy_length": Task(toy.PROMPTS, long_texts, toy.true_reward(words)),
+    }
+
+
+class Start:
+    """The SFT model of a task, from which all runs on it begin, with its exact figures."""
+
+    def __init__(self, name: str, task: Task, bench: "Bench"):
+        self.name, self.task, self.bench = name, task, bench
+        self.directory = bench.out / f"sft_{name}"
+
+    @functools.cached_property
+    def tree(self) -> ResponseTree:
+        tokenizer = self.bench.tokenizer
+        tokens = tokenizer(self.task.responses, add_special_tokens=False)["input_ids"]
+        return ResponseTree([[*ids, tokenizer.eos_token_id] for ids in tokens])
+
+    def logps(self, checkpoint: Path) -> np.ndarray:
+        """log π of all responses to all prompts under a checkpoint's policy, (P, N)."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+        prompts = self.bench.tokenizer(self.task.prompts, add_special_tokens=False)["input_ids"]
+        return response_logps(model, self.tree, prompts)
+
+    @functools.cached_property
+    def reference_logps(self) -> np.ndarray:
+        path = self.directory / "reference.npy"
+        if not path.exists():
+            np.save(path, self.logps(self.directory / "LATEST"))
+        return np.load(path)
+
+    @functools.cached_property
+    def frontier(self) -> Frontier:
+        """That of the SFT model."""
+        return Frontier(self.reference_logps, self.task.rewards, self.tree.lengths)
+
+    def train(self):
+        """The SFT run: AdamW, 90,000 examples of 20,000, with a falling learning rate."""
+        state = self.directory / "LATEST/state.json"
+        for n_examples, lr in SFT_LEGS:
+            if state.exists() and json.loads(state.read_text())["examples"] >= n_examples:
+                continue
+            settings = ["loss=sft", f"datasets=[{self.name}]", "optimizer=AdamW", "batch_size=64", "warmup_steps=20"]
+            self.bench.train(self.directory, *settings, f"lr={lr}", f"n_examples={n_examples}")
+
+
+class Bench:
+    """A directory of results, with the model, and the SFT runs that all others start from."""
+
+    def __init__(self, out: Path, model: str):
+        self.out, self.results = out, out / "results"
+        self.results.mkdir(parents=True, exist_ok=True)
+        self.model = REPOSITORY / "assets/tiny"
+        if model == "small":
+            self.model = out / "model"
+            if not (self.model / "config.json").exists():
+                shutil.copytree(REPOSITORY / "assets/tiny", self.model, dirs_exist_ok=True)
+                transformers.AutoConfig.from_pretrained(self.model, **SMALL).save_pretrained(self.model)
+        self.starts = {name: Start(name, task, self) for name, task in tasks().items()}
+
+    @functools.cached_property
+    def tokenizer(self):
+        return transformers.AutoTokenizer.from_pretrained(self.model)
+
+    def start(self, data: str) -> Start:
+        """What a run on this dataset starts from."""
+        return self.starts["toy_length" if data == "toy_length" else "toy"]
+
+    def train(self, directory: Path, *overrides: str):
+        """`python train.py ...` in this process; what it prints goes to the directory's log."""
+        places = [f"model.name_or_path={self.model}", f"local_dirs=[{self.out}]", f"local_run_dir={directory}"]
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = compose("config", train.with_free_keys([*COMMON, *places, *overrides]))
+        with open(f"{directory}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            train.run(config)
+
+    def execute(self, run: Run) -> str:
+        """Do a run and write its figures; its checkpoints are not kept."""
+        if self.result(run) is not None:
+            return run.name
+        path = self.results / f"{run.name}.json"
+        directory, began, checkpoints = self.out / "runs" / run.name, time.perf_counter(), []
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.parent.mkdir(exist_ok=True)
+        start = self.start(run.data)
+        lr = learning_rate(run, int(start.tree.lengths.mean()))
+        archive, error = f"model.archive={start.directory}/LATEST/policy.pt", None
+        try:
+            for n_examples, part in run.legs:
+                self.train(directory, *run.overrides(), archive, f"lr={lr * part}", f"n_examples={n_examples}")
+                done = [checkpoint["examples"] for checkpoint in checkpoints]
+                checkpoints += self.evaluate(start, directory, n_examples, done)
+        except train.UserError as user_error:  # a loss that is no longer finite
+            error = str(user_error).split("\n")[0]
+        result = {"run": asdict(run), "lr": lr, "checkpoints": checkpoints, "error": error}
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        path.with_suffix(".partial").write_text(json.dumps(result, indent=1))
+        os.replace(path.with_suffix(".partial"), path)
+        shutil.rmtree(directory, ignore_errors=True)
+        return run.name
+
+    def evaluate(self, start: Start, directory: Path, n_examples: int, done: list[int]) -> list[dict]:
+        """Figures of the step-N checkpoints that a leg has left, and of its end."""
+        steps = {int(path.name[5:]): path for path in directory.glob("step-*")} | {n_examples: directory / "LATEST"}
+        checkpoints = []
+        for examples in sorted(steps.keys() - set(done)):
+            figures = start.frontier.figures(start.logps(steps[examples]))
+            fraction = start.frontier.fraction(figures)
+            checkpoints.append({"examples": examples, "fraction": fraction, **asdict(figures)})
+        return checkpoints
+
+    def result(self, run: Run) -> dict | None:
+        """A run's figures, if it has been done with these settings."""
+        path = self.results / f"{run.name}.json"
+        result = json.loads(path.read_text()) if path.exists() else {"run": None}
+        return result if result["run"] == json.loads(json.dumps(asdict(run))) else None
+
+
+# ---- what belongs together ------------------------------------------------------------------------------------------
+
+
+def sweep(objective: str, data: str = "toy", which: tuple[int, ...] = (0, 1, 2, 3, 4)) -> list[Run]:
+    """An objective at some of its five strengths."""
+    every = 1760 if data == "toy_scarce" else 3520
+    return [Run(objective, strengths(objective)[index], data, every=every) for index in which]
+
+
+def preferred_sft() -> Run:
+    """SFT on the preferred responses: the baseline that no temperature can take further than ln 2 nats."""
+    return Run("sft", None, "toy_preferred", step_size=0.05)
+
+
+def optimizer_runs(rate: int) -> list[Run]:
+    """DPO at β = 0.5 under other optimizers, at the first or second of two constant learning rates, as the trainer has
+    them; and what may help."""
+    runs = []
+    for objective, optimizer, settings, rates in (
+        ("dpo", "RMSprop", (), (1e-4, 3e-4)),
+        ("dpo", "AdamW", (), (1e-4, 3e-4)),
+        ("dpo", "RMSprop", ("optimizer_args={eps:1e-3}",), (3e-4, 1e-3)),
+        ("dpo", "AdamW", ("optimizer_args={eps:1e-3}",), (3e-4, 1e-3)),
+        ("dpo_nll", "RMSprop", (), (1e-4, 3e-4)),
+    ):
+        words = (f"optimizer={optimizer}", *settings)
+        runs.append(Run(objective, 0.5, step_size=rates[rate], optimizer=words, legs=((10016, 1.0),)))
+    return runs
+
+
+def length_runs() -> list[Run]:
+    """On `toy_length`: each objective at its middle strength, and what is meant for length."""
+    runs = [run for name in objectives() if name != "length_dpo" for run in sweep(name, "toy_length", (2,))]
+    penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and what a token of the bias amounts to
+    runs += [Run("length_dpo", 1.0, "toy_length", extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
+    return [*runs, Run("dpo", 18.0, "toy_length", extra=("loss.average_log_prob=true",))]
+
+
+def all_runs(quick: bool) -> list[Run]:
+    """What there is to do, what says most first."""
+    every = [name for name in objectives() if name != "length_dpo"]  # on responses of one length that is DPO
+    if quick:
+        return [*sweep("dpo", which=(0, 2, 4)), *sweep("ipo", which=(2,))]
+    return [
+        *sweep("dpo"),
+        preferred_sft(),
+        *(run for name in every for run in sweep(name, which=(2,))),
+        *(run for name in ("cdpo", "ipo") for run in sweep(name, which=(0, 4))),
+        *optimizer_runs(0),
+        *(run for name in every for data in ("toy_flipped", "toy_scarce") for run in sweep(name, data, (2,))),
+        *length_runs(),
+        *optimizer_runs(1),
+        *(run for name in every for run in sweep(name, which=(0, 4))),
+        *(run for name in every for run in sweep(name, which=(1, 3))),
+    ]
+
+
+_BENCH: Bench | None = None
+
+
+def _start_worker(out: Path, model: str):
+    global _BENCH
+    torch.set_num_threads(1)  # as many processes as there are cores
+    transformers.utils.logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"
+    _BENCH = Bench(out, model)
+
+
+def _execute(run: Run) -> str:
+    return _BENCH.execute(run)
+
+
+def _sft(name: str):
+    start = _BENCH.starts[name]
+    start.train()
+    start.frontier  # noqa: B018 (computed and kept)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=REPOSITORY / ".cache/frontier", help="results; resumed from there")
+    parser.add_argument("--model", choices=["small", "tiny"], default="small")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="DPO and IPO alone")
+    parser.add_argument("--report", action="store_true", help="print and draw what there is, run nothing")
+    args = parser.parse_args()
+    out = args.out.resolve() / args.model
+    bench = Bench(out, args.model)
+    if not args.report:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.processes, context, _start_worker, (out, args.model)) as pool:
+            list(pool.map(_sft, ["toy"] if args.quick else bench.starts))
+            todo = {run.name: run for run in all_runs(args.quick) if bench.result(run) is None}
+            for future in as_completed([pool.submit(_execute, run) for run in todo.values()]):
+                print(summary(bench, todo[future.result()]), flush=True)
+    from frontier_report import write_report
+
+    print(write_report(bench, {name: (strength_option(name), strengths(name)[2]) for name in objectives()}))
+
+
+def summary(bench: Bench, run: Run) -> str:
+    result = bench.result(run)
+    if not result["checkpoints"]:
+        return f"{run.name}: {result['error']}"
+    end = result["checkpoints"][-1]
+    return (
+        f"{run.name}: {end['fraction']:.1%} of the optimum's gain at {end['kl']:.2f} nats, "
+        f"{end['outside']:.2%} outside, {result['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Exact figures of a policy against plain sums and samples, and the frontier against what is known of it."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import REPOSITORY
+
+from data import toy
+from losses import LOSSES
+from reporting.sampling import generate
+from utils import disable_dropout, take
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import frontier
+from exact import Frontier, ResponseTree, conditioned, response_logps
+from frontier import STEP_SIZE, Bench, Run, learning_rate, objectives
+from frontier_report import draw, length_table, load
+
+TINY = REPOSITORY / "assets/tiny"
+REWARDS = toy.true_reward(toy.ALL_RESPONSES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(TINY)
+
+
+def token_ids(tokenizer, texts: list[str], end: bool) -> list[list[int]]:
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [tokens + [tokenizer.eos_token_id] * end for tokens in ids]
+
+
+@pytest.fixture(scope="module")
+def all_responses(tokenizer) -> list[list[int]]:
+    return token_ids(tokenizer, [toy.response_text(words) for words in toy.ALL_RESPONSES], end=True)
+
+
+def make_model(dtype: torch.dtype, **settings) -> torch.nn.Module:
+    """A small GPT-NeoX with the tiny model's vocabulary and weights so large that context matters."""
+    config = transformers.AutoConfig.from_pretrained(
+        TINY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **settings
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    disable_dropout(model)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def plain_logps(model, prompt: list[int], responses: list[list[int]]) -> np.ndarray:
+    """Each response in a forward pass of its own row: (N,)."""
+    logps = []
+    for response in responses:
+        ids = torch.tensor([prompt + response])
+        predicted = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logps.append(predicted.gather(1, torch.tensor(response)[:, None]).sum().item())
+    return np.array(logps)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logps_of_the_whole_grammar_equal_plain_forwards(attention, tokenizer, all_responses):
+    model = make_model(torch.float64, attn_implementation=attention)
+    prompts = token_ids(tokenizer, [toy.PROMPTS[0], toy.PROMPTS[7]], end=False)
+    logps = response_logps(model, ResponseTree(all_responses), prompts)
+    assert logps.shape == (2, 4096)
+    some = np.random.RandomState(0).choice(4096, 60, replace=False)
+    for row, prompt in zip(logps, prompts, strict=True):
+        # GPT-NeoX computes its rotations in float32, whatever its dtype
+        np.testing.assert_allclose(row[some], plain_logps(model, prompt, [all_responses[i] for i in some]), rtol=1e-6)
+    single = response_logps(make_model(torch.float32), ResponseTree(all_responses), prompts)
+    np.testing.assert_allclose(single, logps, atol=2e-3)
+
+
+@pytest.mark.parametrize("max_row", [1, 5, 1000])
+def test_responses_of_different_lengths_and_rows_of_any_size(max_row):
+    # one is the beginning of others, one shares nothing, one is the end alone
+    responses = [[5, 6, 0], [5, 0], [5, 6, 7, 8, 9, 0], [11, 12, 0], [0], [5, 6, 7, 8, 10, 0], [5, 6, 7, 0]]
+    model = make_model(torch.float64)
+    tree = ResponseTree(responses, max_row)
+    assert tree.lengths.tolist() == [3, 2, 6, 3, 1, 6, 4]
+    for tokens_per_batch in (1, 10_000):
+        (logps,) = response_logps(model, tree, [[3, 1, 4]], tokens_per_batch)
+        np.testing.assert_allclose(logps, plain_logps(model, [3, 1, 4], responses), rtol=1e-6)
+
+
+def test_figures_equal_sums_over_all_responses(tokenizer, all_responses):
+    rng = np.random.RandomState(1)
+    reference, policy = (np.log(rng.dirichlet(np.full(40, 0.5), 3)) + shift for shift in (-0.1, -0.3))
+    rewards, lengths = rng.normal(size=40), rng.randint(1, 9, 40)
+    figures = Frontier(reference, rewards, lengths).figures(policy)
+    p, q = (np.exp(logps) / np.exp(logps).sum(1, keepdims=True) for logps in (policy, reference))
+    assert figures.outside == pytest.approx(1 - np.exp(-0.3))
+    assert figures.kl == pytest.approx(np.mean([(a * np.log(a / b)).sum() for a, b in zip(p, q, strict=True)]))
+    assert figures.reward == pytest.approx((p * rewards).sum() / 3)
+    assert figures.length == pytest.approx((p * lengths).sum() / 3)
+
+
+def toy_frontier() -> Frontier:
+    """Of the toy task's own p as the reference."""
+    slots = np.arange(4)
+    logps = np.log(toy.word_distribution())[:, slots, toy.ALL_RESPONSES].sum(-1)
+    return Frontier(logps, REWARDS, np.full(4096, 18))
+
+
+@pytest.mark.parametrize("beta", [4.0, 1.0, 0.5, 0.2])
+def test_the_optimum_has_all_of_its_own_gain_and_the_task_knows_it_too(beta):
+    best = toy_frontier()
+    optimum = best.optimum(1 / beta)
+    slots = np.arange(4)
+    known = np.log(toy.word_distribution(beta))[:, slots, toy.ALL_RESPONSES].sum(-1)
+    np.testing.assert_allclose(optimum, known, atol=1e-9)
+    figures = best.figures(optimum)
+    assert best.fraction(figures) == pytest.approx(1, abs=1e-9)
+    assert figures.outside == pytest.approx(0, abs=1e-12)
+    assert best.at(1 / beta) == pytest.approx((figures.reward, figures.kl))
+
+
+def test_the_reference_has_none_of_the_gain_and_no_policy_has_more_than_all():
+    best = toy_frontier()
+    figures = best.figures(best.reference)
+    assert figures.kl == pytest.approx(0, abs=1e-12)
+    assert best.fraction(figures) == 0
+    rng = np.random.RandomState(2)
+    for scale in (0.3, 1, 3):
+        for gain in (-1, 0, 1):
+            logits = best.reference + gain * REWARDS + rng.normal(0, scale, best.reference.shape)
+            fraction = best.fraction(best.figures(conditioned(logits)))
+            assert (0.2 < fraction < 1) if gain == 1 else fraction < 0.5
+
+
+def test_beyond_the_frontier_s_end_its_end_counts():
+    best = Frontier(np.log([[0.5, 0.5]]), np.array([0.0, 1.0]), np.ones(2))
+    assert best.reward_at(5.0) == pytest.approx(1)
+    assert best.reward_at(0.0) == pytest.approx(0.5, abs=1e-3)
+    # preferring the better of two with probability 1 is ln 2 from the reference
+    assert best.at(1e3)[1] == pytest.approx(np.log(2))
+
+
+@pytest.mark.slow
+def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokenizer, all_responses):
+    trainer = make_trainer(
+        "model=tiny", "datasets=[toy]", "loss=sft", "max_length=64", "max_prompt_length=32", "batch_size=32",
+        "n_examples=3200", "n_eval_examples=32", "optimizer=AdamW", "lr=3e-3", "warmup_steps=10",
+        "sample_during_eval=false", "debug=true",
+    )  # fmt: skip
+    trainer.train()
+    prompts = token_ids(tokenizer, toy.PROMPTS, end=False)
+    logps = response_logps(trainer.policy, ResponseTree(all_responses), prompts)
+    figures = Frontier(logps, REWARDS, np.full(4096, 18)).figures(logps)
+    assert 0.02 < figures.outside < 0.9  # or there would be nothing to compare
+
+    ids = torch.tensor(prompts)  # all of one length
+    batch = {"prompt_input_ids": ids, "prompt_attention_mask": torch.ones_like(ids)}
+    torch.manual_seed(0)
+    texts = generate(
+        trainer.policy, trainer.tokenizer, take(batch, torch.arange(10).repeat(120)), 64, lambda: False, False
+    )
+    words = [toy.response_words(text.split("Assistant:", 1)[1]) for text in texts]
+    inside = np.array([w is not None for w in words])
+    assert 1 - inside.mean() == pytest.approx(figures.outside, abs=4 * np.sqrt(figures.outside / len(texts)))
+    # the figures give each prompt the same weight, however much of its mass is of the grammar
+    of_prompt = [[toy.true_reward(w) for w in words[p::10] if w is not None] for p in range(10)]
+    error = np.sqrt(sum(np.var(r) / len(r) for r in of_prompt)) / 10
+    assert np.mean([np.mean(r) for r in of_prompt]) == pytest.approx(figures.reward, abs=4 * error)
+
+
+# ---- the benchmark itself -------------------------------------------------------------------------------------------
+
+
+def test_step_sizes_are_of_the_first_step_whatever_the_loss_s_scale():
+    assert learning_rate(Run("dpo", 0.5), 18) == pytest.approx(2 * STEP_SIZE / 0.5, rel=1e-3)  # |∂/∂ log π| is β / 2
+    assert learning_rate(Run("ipo", 0.1), 18) == pytest.approx(STEP_SIZE * 0.1, rel=1e-3)  # 2 · 1 / (2 τ)
+    assert learning_rate(Run("cdpo", 1.0), 18) == pytest.approx(STEP_SIZE / (0.9 / 2 - 0.1 / 2), rel=2e-3)
+    assert learning_rate(Run("dpop", 1.0), 18) == pytest.approx(2 * STEP_SIZE / 51, rel=0.03)  # 1 + the default penalty
+    assert learning_rate(Run("dpo", 0.5, step_size=1e-4, optimizer=("optimizer=AdamW",)), 18) == 1e-4
+    of_means = Run("dpo", 18.0, extra=("loss.average_log_prob=true",))
+    assert learning_rate(of_means, 18) == pytest.approx(learning_rate(Run("dpo", 1.0), 18), rel=1e-2)
+
+
+def test_every_loss_of_pairs_has_runs_that_its_options_allow():
+    for name in objectives():
+        loss = LOSSES["dpo" if name == "cdpo" else name]
+        assert frontier.strength_option(name) in loss.options
+        assert len(frontier.strengths(name)) == 5
+    assert {*objectives(), "sft"} == {*LOSSES, "cdpo"}
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_evaluates_reports_and_does_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "SFT_LEGS", ((64, 1e-3), (128, 1e-4)))
+    bench = Bench(tmp_path, "small")
+    start = bench.starts["toy_length"]
+    start.train()
+    run = Run("dpo", 1.0, "toy_length", legs=((128, 1.0), (192, 0.1)), every=64)
+    bench.execute(run)
+    result = bench.result(run)
+    assert [checkpoint["examples"] for checkpoint in result["checkpoints"]] == [64, 128, 192]
+    assert result["error"] is None
+    assert start.frontier.figures(start.reference_logps).kl == pytest.approx(0, abs=1e-9)
+    assert 0 < result["checkpoints"][-1]["kl"] < 1  # six steps away from its reference
+    assert not list((tmp_path / "runs").glob("*/step-*"))
+
+    log = next((tmp_path / "runs").glob("*.log"))
+    before = log.stat().st_mtime_ns
+    bench.execute(run)
+    assert log.stat().st_mtime_ns == before
+    assert "| dpo | `strength 1` |" in length_table(bench, load(bench.results))
+    draw(start.frontier, load(bench.results), {"dpo": ("beta", 1.0)}, tmp_path / "frontier.png")
+    header = (tmp_path / "frontier.png").read_bytes()[16:20]
+    assert int.from_bytes(header, "big") == 1200  # its width
