@@ -71,6 +71,8 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
         raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end")
+    if config.add_bos and tokenizer.bos_token_id is None:
+        raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; leave it false")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
