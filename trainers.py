@@ -267,7 +267,7 @@ class BasicTrainer:
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
         batches = self.train_iterator.batches(skip=n_done)
         progress = tqdm(batches, "Training", n_batches, initial=n_done, unit="step", disable=hides_progress())
-        with contextlib.closing(self.run_log) if self.run_log else contextlib.nullcontext():
+        with self.run_log or contextlib.nullcontext():
             try:
                 for batch in progress:
                     self._evaluate_and_save_where_due()
