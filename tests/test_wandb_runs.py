@@ -116,7 +116,7 @@ def test_a_sweeps_jobs_are_runs_of_their_own(train_ok, tmp_path, no_account):
         assert run.config["loss"]["beta"] == beta
         assert run.run.display_name == f"dpo_tiny loss.beta={beta}"
         assert run.exit_code == 0
-        assert_recorded(run, tmp_path / f"sweep/loss.beta={beta}")
+        assert_recorded(run, tmp_path / f"sweep/loss.beta-{beta}")
 
 
 def test_at_a_terminal_without_an_account_nobody_is_asked(tmp_path, no_account):
