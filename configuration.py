@@ -1,21 +1,26 @@
 """What a config may say: every check on it that needs no model and no data, made before anything is loaded."""
 
+import dataclasses
+import errno
 import importlib.util
+import inspect
 import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 import preference_datasets
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from losses import LOSSES, needs_reference
-from utils import UserError, closest_match
+from utils import UserError, closest_match, get_local_dir
 
 REPOSITORY = Path(__file__).parent
 CONFIG_DIR = REPOSITORY / "config"
@@ -26,9 +31,15 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
+    "world_size", "fsdp_replicate", "fsdp_port", "worker_timeout", "reference_update_every", "reference_update_alpha",
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
+_HIGHEST = {
+    "max_grad_norm": math.inf,  # no clipping
+    "lr": 1e38,  # of float32
+    "n_eval_examples": 10**7,  # all are kept in memory
+    "fsdp_port": 2**16 - 1,
+}
 _MAY_BE_NULL = ("n_epochs", "n_examples")
 # of keys whose default is null; the others are strings
 _TYPES_OF_NULL = dict.fromkeys(
@@ -37,6 +48,37 @@ _TYPES_OF_NULL = dict.fromkeys(
 
 # holders of names that are not ours: PEFT's, an optimizer's, those of datasets
 FREE_KEYS = ("lora", "optimizer_args", "dataset_paths")
+
+# What other libraries call what is here: theirs, ours.
+_SAME = {
+    "learning_rate": "lr", "rank": "lora.r", "lora_rank": "lora.r", "lora_r": "lora.r",
+    "per_device_eval_batch_size": "eval_batch_size", "num_train_epochs": "n_epochs", "epochs": "n_epochs",
+    "output_dir": "local_run_dir", "gradient_clipping": "max_grad_norm", "grad_clip": "max_grad_norm",
+    "model_name_or_path": "model.name_or_path", "model_name": "model.name_or_path", "dataset_name": "datasets",
+    "torch_dtype": "model.policy_dtype", "load_in_4bit": "model.load_in_4bit", "num_warmup_steps": "warmup_steps",
+    "eval_steps": "eval_every", "save_steps": "save_every", "save_total_limit": "keep_checkpoints",
+    "resume_from_checkpoint": "resume", "optim": "optimizer", "optim_args": "optimizer_args",
+    "gradient_checkpointing": "activation_checkpointing", "run_name": "exp_name", "loss_type": "loss",
+    "tau": "loss.beta", "logging_steps": "minimum_log_interval_secs", "num_processes": "world_size",
+}  # fmt: skip
+_ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME.items()} | {
+    "per_device_train_batch_size": "batch_size is that of all devices and microbatches together",
+    "bf16": "bf16=true is model.policy_mp=bfloat16 here, or model.policy_dtype=bfloat16 for the weights, too",
+    "fp16": "float16 would need loss scaling, which no trainer here does: take model.policy_mp=bfloat16",
+    "max_steps": "training ends after n_examples, batch_size for each step, or n_epochs",
+    "warmup_ratio": "warmup_steps is the number of optimizer steps",
+    "lr_scheduler_type": "the learning rate is constant after warmup_steps",
+    "weight_decay": "an optimizer's arguments are in optimizer_args, e.g. optimizer_args.weight_decay=0.1",
+    "max_completion_length": "a response may take what max_length leaves after the prompt",
+    "use_peft": "lora={} trains an adapter",
+    "report_to": "wandb.enabled=true or false",
+    "deepspeed": "trainer=FSDPTrainer divides weights, gradients and optimizer among GPUs",
+}
+_NO_LOSS = "it is not here; a loss is a function in losses.py and a file in config/loss"
+_OTHER_LOSSES = dict.fromkeys(("simpo", "kto", "orpo", "cpo", "hinge", "bco", "ppo", "grpo"), _NO_LOSS) | {
+    "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
+    "sigmoid": "it is loss=dpo",
+}
 
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 
@@ -61,19 +103,69 @@ def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def _check_lora(config: DictConfig):
+    import peft
+
+    known = [field.name for field in dataclasses.fields(peft.LoraConfig)]
+    for name in config.lora:
+        if name not in known:
+            hint = f" {_ELSEWHERE[name]}" if name in _ELSEWHERE else closest_match(name, known)
+            raise UserError(f"lora.{name}: LoraConfig has no such field.{hint}")
+    if config.lora.get("lora_dropout"):
+        raise UserError(f"lora.lora_dropout={config.lora.lora_dropout}: all dropout is off here; leave it out")
+
+
+def _names_in(group: str) -> list[str]:
+    """What `GROUP=NAME` takes."""
+    return sorted(path.stem for path in CONFIG_DIR.glob(f"{group}/*.yaml"))
+
+
 def explain_hydra_error(error: Exception) -> str:
-    """Hydra's message for a config that can't be composed, with the closest match to what was not found."""
-    text = f"{error}\n{error.__cause__ or ''}"
+    """The message for a config that can't be composed: Hydra's, with the closest match to what was not found."""
+    lines = f"{error}\n{error.__cause__ or ''}".strip().splitlines()
+    text = "\n".join(line for line in lines if not line.strip().startswith(("object_type=", "reference_type=")))
+    if (raised := "UserError raised while resolving interpolation: ") in text:
+        return text.partition(raised)[2].partition("\n    full_key")[0]
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == "loss" and name.lower() in _OTHER_LOSSES:
+            return f"no loss={name}: {_OTHER_LOSSES[name.lower()]}. There are: {', '.join(error.options)}"
         return f"no {group}={name}.{closest_match(name, error.options)} There are: {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        return f"can't read {error.override!r}: {error}"
-    if key := re.search(r"Could not override '([^']+)'", text):
-        if key[1] in default_config():  # it is an option of another loss
-            return f"{key[1]}: the chosen loss has no such option; losses are chosen by loss=NAME, e.g. loss=dpo"
-        return f"no config key {key[1]!r}.{closest_match(key[1], default_config())} config/config.yaml lists all keys"
-    return str(error).strip()
+        hint = "Quote values with special characters, and once more for the shell: exp_name=\"'a = é'\""
+        return f"can't read {error.override!r}: {error}\n{hint}"
+    if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
+        inner = re.search(r"full_key: (\S+)", text)  # where a whole section was given
+        key = inner[1] if inner and inner[1].startswith(key[1]) else key[1]
+        if key in default_config():  # it is an option of another loss
+            return f"{key}: the chosen loss has no such option; losses are chosen by loss=NAME, e.g. loss=dpo"
+        return unknown_key(key)
+    groups = [word for word in sys.argv[1:] if word.startswith(("loss=", "model="))]
+    if groups and isinstance(error, ValueError | TypeError):  # Hydra's are of numbers, null and lists of them
+        there_are = "; ".join(f"{group}=NAME with {', '.join(_names_in(group))}" for group in ("loss", "model"))
+        return f"{' '.join(groups)}: these take the name of a file: {there_are}"
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return f"Hydra can't do that: {type(error).__name__}: {error}"
+    return text
+
+
+def explain_flags(words: list[str]) -> str:
+    """What to say after Hydra has refused options of the command line."""
+    names = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("-")]
+    hints = [f"{_ELSEWHERE[name]}. " for name in names if name in _ELSEWHERE]
+    return (
+        f"{''.join(hints)}Settings are given without dashes, as key=value, e.g. lr=1e-6; options like -m or --cfg job "
+        "stand before or after all of them"
+    )
+
+
+def unknown_key(key: str) -> str:
+    """The message about a key that no config has, or that is no key but a section of them."""
+    if inside := [name for name in default_config() if name.startswith(f"{key}.")]:
+        return f"{key} is a section of the config, set its keys: {', '.join(inside)}"
+    hint = _ELSEWHERE.get(key.rsplit(".", 1)[-1].removeprefix("--"))
+    hint = f" {hint}." if hint else closest_match(key, default_config())
+    return f"no config key {key!r}.{hint} config/config.yaml lists all keys"
 
 
 def check_config(config: DictConfig):
@@ -83,10 +175,11 @@ def check_config(config: DictConfig):
     """
     missing_keys = sorted(OmegaConf.missing_keys(config))
     if missing_keys:
-        models = ", ".join(sorted(path.stem for path in CONFIG_DIR.glob("model/*.yaml")))
+        models = ", ".join(_names_in("model"))
         hint = f" Choose a model with model=NAME; there are: {models}" if "model.name_or_path" in missing_keys else ""
         raise UserError(f"Got missing keys in config: {', '.join(missing_keys)}.{hint}")
-    config.exp_name = str(config.exp_name)  # it may look like a number
+    if isinstance(config.exp_name, int | float) and not isinstance(config.exp_name, bool):
+        config.exp_name = str(config.exp_name)
     _check_loss(config)
     _check_keys_and_types(config)
     _check_ranges(config)
@@ -131,21 +224,25 @@ def _check_keys_and_types(config: DictConfig):
         if key.startswith("loss."):
             continue
         if key not in known and not key.startswith(tuple(f"{holder}." for holder in FREE_KEYS)):
-            raise UserError(f"no config key {key!r}.{closest_match(key, defaults)} config/config.yaml lists all keys")
+            raise UserError(unknown_key(key))
         _check_key_type(key, value, defaults.get(key))
     for key in known:
         if key not in given and not any(name.startswith(f"{key}.") for name in given):
-            raise UserError(f"the config lacks the key {key!r}; start a model's YAML with 'defaults: [blank_model]'")
+            hint = "; choose a model with model=NAME, and start its YAML with 'defaults: [blank_model]'"
+            raise UserError(f"the config lacks the key {key!r}{hint if key.startswith('model.') else ''}")
 
 
 def _check_key_type(key: str, value: object, default: object):
     """The type of a key's value is its default's, with the exceptions that stand here."""
     if value is None and (default is None or key in _MAY_BE_NULL):
         return
+    if isinstance(value, str) and not value.strip():
+        remedy = "null" if default is None else "something"
+        raise UserError(f"{key}={value!r} is empty: give {remedy}, or leave it out")
     if key == "datasets" and isinstance(value, str):
         return
     if key == "shared_prompt":
-        if value not in (True, False, "auto"):
+        if not isinstance(value, bool) and value != "auto":
             raise UserError(f"shared_prompt={value}: must be auto, true or false")
     elif key == "resume":
         if not isinstance(value, str):
@@ -170,9 +267,10 @@ def _check_ranges(config: DictConfig):
     for keys, lowest, wording in ((_POSITIVE, 1e-300, "above 0"), (_NON_NEGATIVE, 0, "0 or more")):
         for key in keys:
             value = OmegaConf.select(config, key)
-            highest = float("inf") if key == "max_grad_norm" else 1e300  # inf: no clipping
+            highest = _HIGHEST.get(key, 2**53 if isinstance(value, int) else 1e300)
             if value is not None and not lowest <= value <= highest:
-                raise UserError(f"{key}={value}: must be a number {wording}")
+                bound = f" and at most {highest:g}" if highest < value < math.inf else ""
+                raise UserError(f"{key}={value}: must be a number {wording}{bound}")
     if config.seed >= 2**32:
         raise UserError(f"seed={config.seed}: must be below 2**32")
 
@@ -190,16 +288,7 @@ def _check_names(config: DictConfig):
             f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
             f"There are: {', '.join(STRATEGIES)}"
         )
-    base = torch.optim.Optimizer
-    classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
-    optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]
-    for name in ("LBFGS", "SparseAdam"):  # the one needs the loss several times a step, the other sparse gradients
-        optimizers.remove(name)
-    if config.optimizer not in optimizers:
-        raise UserError(
-            f"optimizer={config.optimizer}: not an optimizer of torch.optim that trains with one gradient a step."
-            f"{closest_match(config.optimizer, optimizers)} There are: {', '.join(optimizers)}"
-        )
+    _check_optimizer(config)
     for key in ("policy_dtype", "reference_dtype"):
         if config.model[key] not in DTYPES:
             raise UserError(f"model.{key}={config.model[key]}: must be one of {', '.join(DTYPES)}")
@@ -213,6 +302,32 @@ def _check_names(config: DictConfig):
             f"model.policy_mp={config.model.policy_mp}: must be bfloat16 or null; float16 gradients would need "
             "loss scaling, which no trainer here does"
         )
+    if config.model.policy_mp is not None and config.model.policy_dtype == "float16":
+        raise UserError(
+            "model.policy_mp=bfloat16 model.policy_dtype=float16: such weights lose bfloat16's range; use float32"
+        )
+
+
+def _check_optimizer(config: DictConfig):
+    base = torch.optim.Optimizer
+    classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
+    optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]
+    for name in ("LBFGS", "SparseAdam"):  # the one needs the loss several times a step, the other sparse gradients
+        optimizers.remove(name)
+    if config.optimizer not in optimizers:
+        raise UserError(
+            f"optimizer={config.optimizer}: not an optimizer of torch.optim that trains with one gradient a step."
+            f"{closest_match(config.optimizer, optimizers)} There are: {', '.join(optimizers)}"
+        )
+    accepted = dict(inspect.signature(classes[config.optimizer]).parameters)
+    for name in ("params", "lr"):
+        accepted.pop(name)
+    for name, value in config.optimizer_args.items():
+        if name not in accepted:
+            hint = " Its learning rate is the key lr." if name == "lr" else closest_match(name, accepted)
+            raise UserError(f"optimizer_args.{name}: {config.optimizer} takes no such argument.{hint}")
+        if "bool" in str(accepted[name].annotation) and not isinstance(value, bool | None):  # it would count as true
+            raise UserError(f"optimizer_args.{name}={value}: expected true or false")
 
 
 def _check_lengths_and_batches(config: DictConfig):
@@ -375,6 +490,10 @@ def _adapter_settings(config: DictConfig) -> dict:
 def _check_files(config: DictConfig):
     if config.wandb.enabled and not config.debug and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or pass wandb.enabled=false")
+    for key in ("name_or_path", "tokenizer_name_or_path"):
+        _check_source(f"model.{key}", config.model[key])
+    for name in config.datasets:
+        _check_source(f"dataset_paths.{name}", config.dataset_paths.get(name))
     archive = config.model.archive
     if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
         parent = os.path.dirname(archive) or "."
@@ -385,6 +504,36 @@ def _check_files(config: DictConfig):
         raise UserError(f"model.adapter={adapter}: no adapter_config.json there; give the directory of a saved adapter")
     if (adapter is not None or config.lora is not None) and importlib.util.find_spec("peft") is None:
         raise UserError("lora and model.adapter need PEFT: pip install peft")
+    if config.lora is not None:
+        _check_lora(config)
+    _check_writable(f"local_run_dir={config.local_run_dir}", config.local_run_dir)
+    if config.precompute_ref_log_probs:
+        directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
+        _check_writable(f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs)", directory)
+
+
+def _check_writable(what: str, directory: str):
+    """Refuse a directory that can't be written, or made where it isn't there yet."""
+    there = os.path.abspath(directory)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        number = errno.ENOTDIR
+    elif os.statvfs(there).f_flag & os.ST_RDONLY:
+        number = errno.EROFS
+    elif not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    else:
+        return
+    raise UserError(f"{what}: can't write there: {OSError(number, os.strerror(number), there)}")
+
+
+def _check_source(key: str, name: str | None):
+    """Refuse what is neither here nor of the form of a hub id, which is all that can be told without asking the hub."""
+    if name is not None and not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None:
+        parent = os.path.dirname(name.rstrip("/")) or "."
+        siblings = [os.path.join(parent, other) for other in os.listdir(parent)] if os.path.isdir(parent) else []
+        raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_match(name, siblings)}")
 
 
 def _may_be_hub_id(name: str) -> bool:

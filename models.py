@@ -1,7 +1,6 @@
 """The models of a run: policy, reference, LoRA adapters, and the tokenizer."""
 
 import copy
-import dataclasses
 import warnings
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from checkpointing.archives import load_archive
 from configuration import resolved_reference
 from references import REFERENCE_ADAPTER
-from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
+from utils import UserError, disable_dropout, get_local_dir, rank0_print
 
 
 def load_model(config: DictConfig, dtype: str, device_map: str = "balanced") -> nn.Module:
@@ -71,6 +70,8 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
         raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end")
+    if config.add_bos and tokenizer.bos_token_id is None:
+        raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; leave it false")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
@@ -121,16 +122,12 @@ def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
     import peft
 
     fields = {"target_modules": "all-linear", **OmegaConf.to_container(config.lora)}
-    known = [field.name for field in dataclasses.fields(peft.LoraConfig)]
-    for name in fields:
-        if name not in known:
-            raise UserError(f"lora.{name}: LoraConfig has no such field.{closest_match(name, known)}")
-    if fields.get("lora_dropout"):
-        raise UserError(f"lora.lora_dropout={fields['lora_dropout']}: all dropout is off here; leave it out")
     try:
         torch.manual_seed(config.seed)
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
-    except (TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever PEFT refuses them with, or lacks
         raise UserError(f"lora={config.lora}: {error}") from error
 
 

@@ -315,6 +315,7 @@ def get_batch_iterator(
     drop_last: bool = True,
     shard: tuple[int, int] = (0, 1),
     mismatched: bool = False,
+    add_bos: bool = False,
 ) -> BatchIterator:
     """Batches of a split, for `n_epochs` or `n_examples`, whichever ends first. Prompts are shuffled; pairs of one
     prompt stay together.
@@ -330,6 +331,7 @@ def get_batch_iterator(
             further epochs of whole batches, as in the original.
         shard: (index, count): only this one of `count` shards of each batch.
         mismatched: also each prompt with another prompt's responses, under keys 'mismatched_...'.
+        add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
 
     Raises: UserError if a dataset can't be used or holds less than one batch.
     """
@@ -343,7 +345,8 @@ def get_batch_iterator(
     prompts = _load_prompts(names, split, silent, cache_dir, dict(paths or {}))
     _check_no_eos(prompts, tokenizer.eos_token)
     batches = BatchIterator(prompts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
-                            shard, mismatched, max_length=max_length, max_prompt_length=max_prompt_length)  # fmt: skip
+                            shard, mismatched, max_length=max_length, max_prompt_length=max_prompt_length,
+                            add_bos=add_bos)  # fmt: skip
     if batches.epoch_size == 0:
         raise UserError(
             f"datasets={names}, {split} split: {batches.n_left_out} examples are less than one batch of {batch_size}; "
@@ -367,6 +370,7 @@ def open_batches(
         "tokenizer": tokenizer,
         "max_length": config.max_length,
         "max_prompt_length": config.max_prompt_length,
+        "add_bos": config.add_bos,
         "sft_mode": sft_mode,
         "seed": seed,
         "silent": silent,
@@ -387,4 +391,9 @@ def open_batches(
     )
     repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
     rank0_print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}")
+    if not config.add_bos and (n_empty := sum(not p.text for p in (*train.prompts, *test.prompts))):
+        rank0_print(
+            f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, which is left "
+            "out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
+        )
     return train, test

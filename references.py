@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.batches import BatchIterator
 from distributed import collectives
 from distributed.dtensor import full_tensor
-from utils import get_local_dir, hides_progress, on_rank0, rank0_print, take
+from utils import UserError, get_local_dir, hides_progress, on_rank0, rank0_print, take
 
 REFERENCE_ADAPTER = "reference"  # the name of the frozen adapter beside the trained one, "default"
 
@@ -149,17 +149,30 @@ class LogpsCache:
 
     Runs that share a directory add files of their own, so they can't disturb each other. Rank 0 reads and writes; all
     ranks know the same.
+
+    Raises: UserError if it can't be read or written there.
     """
 
     def __init__(self, directory: str):
         self.directory = directory
         self.logps: dict[bytes, tuple[float, float]] = {}
         if on_rank0():
-            os.makedirs(directory, exist_ok=True)
-            for name in sorted(os.listdir(directory)):
-                if name.endswith(".safetensors"):
-                    self._read(os.path.join(directory, name))
+            with self._errors_explained():
+                os.makedirs(directory, exist_ok=True)
+                for name in sorted(os.listdir(directory)):
+                    if name.endswith(".safetensors"):
+                        self._read(os.path.join(directory, name))
         self.logps = collectives.broadcast_object(self.logps)
+
+    @contextlib.contextmanager
+    def _errors_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"can't keep the reference's log-probabilities in {self.directory}: {error}\n"
+                "Make room, or choose another place by local_dirs=[DIR]; precompute_ref_log_probs=false keeps none"
+            ) from error
 
     def _read(self, path: str):
         try:
@@ -183,8 +196,14 @@ class LogpsCache:
         keys = torch.frombuffer(bytearray(b"".join(logps)), dtype=torch.uint8).view(len(logps), -1)  # (N, 32)
         values = torch.tensor(list(logps.values()), dtype=torch.float64)  # (N, 2)
         path = os.path.join(self.directory, f"{uuid.uuid4().hex}.safetensors")
-        save_file({"keys": keys, "logps": values, "checksum": _checksum(keys, values)}, f"{path}.partial")
-        os.replace(f"{path}.partial", path)
+        with self._errors_explained():
+            try:
+                save_file({"keys": keys, "logps": values, "checksum": _checksum(keys, values)}, f"{path}.partial")
+                os.replace(f"{path}.partial", path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.remove(f"{path}.partial")
+                raise
 
     def lookup(self, batch: dict, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of a batch's chosen and rejected responses, each (batch_size,)."""

@@ -1,12 +1,18 @@
 """Train a language model with SFT, DPO or IPO: `python train.py model=tiny datasets=[toy] loss=sft`."""
 
 import contextlib
+import gc
+import multiprocessing
 import os
+import signal
 import socket
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,24 +20,37 @@ from torch import nn
 
 from checkpointing import fingerprints
 from checkpointing.lock import claimed
-from checkpointing.preemption import EXIT_CODE, Stopped
+from checkpointing.preemption import EXIT_CODE, SIGNALS, Stopped
 from checkpointing.resume import (
+    SWEEP_DIR,
     changed_inputs,
     check_same_run,
     find_checkpoint,
+    is_complete,
     locate_run,
     refuse_changed_inputs,
+    resume_command,
     resume_hint,
 )
-from configuration import CONFIG_DIR, FREE_KEYS, REPOSITORY, check_config, explain_hydra_error
+from configuration import CONFIG_DIR, FREE_KEYS, REPOSITORY, check_config, explain_flags, explain_hydra_error
 from distributed import collectives, environment, launch
 from distributed.strategies import STRATEGIES
-from utils import UserError, get_local_run_dir, on_rank0, rank0_print
+from reporting.output import keep_output_going
+from reporting.sweeps import SweepLog, in_sweep, job_name, job_overrides
+from utils import UserError, get_local_dir, get_local_run_dir, on_rank0, rank0_print
 
 # asked for by HYDRA_FULL_ERROR=1, which `main` then sets for reasons of its own; workers ask their parent's
 SHOWS_TRACEBACK = os.environ.setdefault("DPO_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
 
-OmegaConf.register_new_resolver("get_local_run_dir", get_local_run_dir, replace=True)
+
+def default_run_dir(exp_name: str, local_dirs: list[str]) -> str:
+    """The default of `local_run_dir`: a new path, or the directory of a sweep's job."""
+    return HydraConfig.get().runtime.output_dir if in_sweep() else get_local_run_dir(exp_name, local_dirs)
+
+
+OmegaConf.register_new_resolver("get_local_run_dir", default_run_dir, replace=True)
+OmegaConf.register_new_resolver("get_local_dir", get_local_dir, replace=True)
+OmegaConf.register_new_resolver("sweep_job", job_name, replace=True)
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 
 
@@ -56,13 +75,19 @@ def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
 
 def run(config: DictConfig):
     """Check the config, then train: in this process, in several that it starts, or as one of a launcher's."""
-    run_dir_given = "get_local_run_dir:" not in OmegaConf.to_container(config, resolve=False)["local_run_dir"]
+    run_dir_given = is_run_dir_given(config)
+    OmegaConf.to_container(config, resolve=True)  # where an interpolation fails this names the key, `resolve` doesn't
     OmegaConf.resolve(config)
+    if in_sweep() and "exp_name" not in (varied := job_overrides()):  # wandb tells jobs apart by their names
+        config.exp_name = " ".join([str(config.exp_name), *(f"{key}={value}" for key, value in varied.items())])
     with contextlib.ExitStack() as stack:
         if environment.is_launched():
             stack.enter_context(launch.process_group(config.worker_timeout))
         prepared = (config, *prepare(config, run_dir_given, stack)) if on_rank0() else None
-        config, checkpoint, files = collectives.broadcast_object(prepared)
+        config, checkpoint, complete, files = collectives.broadcast_object(prepared)
+        if complete:
+            rank0_print(f"This run is complete: {checkpoint}")
+            return
         starts_workers = STRATEGIES[config.trainer].starts_workers
         if environment.is_launched() or not starts_workers:
             train_from(config, checkpoint, files)
@@ -72,10 +97,20 @@ def run(config: DictConfig):
             launch.run_workers(train_as_worker, world_size, config.fsdp_port, config, checkpoint, files)
 
 
-def prepare(config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack) -> tuple[str | None, dict[str, str]]:
+def is_run_dir_given(config: DictConfig) -> bool:
+    """Whether `local_run_dir` is one that will be the same the next time."""
+    if "get_local_run_dir:" not in str(OmegaConf.to_container(config, resolve=False)["local_run_dir"]):
+        return True
+    return in_sweep() and any(word.startswith("hydra.sweep.dir=") for word in HydraConfig.get().overrides.hydra)
+
+
+def prepare(
+    config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack
+) -> tuple[str | None, bool, dict[str, str]]:
     """Check the config, claim the run directory for as long as `stack` is entered.
 
-    Returns: the checkpoint to go on from, and fingerprints of the files that the run starts from.
+    Returns: the checkpoint to go on from, whether there is nothing left to do, and fingerprints of the files that the
+        run starts from.
     """
     check_config(config)
     locate_run(config, run_dir_given)
@@ -84,11 +119,12 @@ def prepare(config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack
     if config.resume is not None:
         check_same_run(config, checkpoint, files)
     print(OmegaConf.to_yaml(config))
-    return checkpoint, files
+    return checkpoint, checkpoint is not None and is_complete(config, checkpoint), files
 
 
 def train_as_worker(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
     """`train_from` in a worker that `run` has started."""
+    keep_output_going()
     with errors_reported(), launch.process_group(config.worker_timeout):
         train_from(config, checkpoint, files)
 
@@ -157,7 +193,10 @@ def with_free_keys(overrides: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def errors_reported() -> Iterator[None]:
-    """Let a user's mistake, a lost connection or a signal end the process with a message, without a traceback."""
+    """Let errors end the process (SystemExit) once they have been printed, a bug's with its traceback.
+
+    A user's mistake, a lost connection and a signal are told in a message alone.
+    """
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -177,17 +216,131 @@ def errors_reported() -> Iterator[None]:
             message = f"error: another worker is gone ({str(error)[:200]}); what it or its launcher printed says why"
             print("\n".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         launch.wait_for_root_cause(error)
-        if SHOWS_TRACEBACK or not is_consequence:
+        if SHOWS_TRACEBACK:
             raise
+        if not is_consequence:
+            traceback.print_exc()
         sys.exit(1)
+
+
+class Sweep:
+    """The jobs of a sweep (`-m`), one after the other: one that fails doesn't stop the others, a signal stops all."""
+
+    def __init__(self):
+        self.log: SweepLog | None = None
+        self.run_dirs: set[str] = set()
+        self.complete = True
+        self.stack = contextlib.ExitStack()
+
+    def start(self):
+        """Begin with the first job: only now the directory is known."""
+        self.directory = os.path.abspath(HydraConfig.get().sweep.dir)
+        os.environ[SWEEP_DIR] = self.directory
+        self.log = SweepLog(self.directory)
+        self.stack.enter_context(_exit_on_signal())
+
+    def run_job(self, config: DictConfig):
+        """Run a job and record how it ended; its errors are printed here.
+
+        Raises: SystemExit if a signal asked for it.
+        """
+        if self.log is None:
+            self.start()
+        overrides, start = " ".join(f"{key}={value}" for key, value in job_overrides().items()), time.monotonic()
+        rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
+        run_dir, status = HydraConfig.get().runtime.output_dir, "failed"
+        try:
+            with errors_reported():
+                run_dir = self._claimed_dir(config)
+                run(config)
+            status = "complete"
+        except SystemExit as error:
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr, flush=True)
+            status = "stopped" if error.code == EXIT_CODE else "failed"
+            if status == "stopped" or environment.is_launched():  # whose other workers could not follow
+                raise
+        finally:
+            self.complete &= status == "complete"
+            if on_rank0():
+                self.log.add(run_dir, overrides, status, time.monotonic() - start)
+            gc.collect()  # a trainer is full of cycles, and its memory is the next one's
+
+    def _claimed_dir(self, config: DictConfig) -> str:
+        """The directory of a job, which no other job has had."""
+        if config.resume not in (None, "auto"):
+            raise UserError(
+                f"resume={config.resume}: a sweep goes on with all its jobs by resume=auto and hydra.sweep.dir=DIR"
+            )
+        if environment.is_launched_by_user() and not is_run_dir_given(config):
+            raise UserError("a sweep under a launcher needs hydra.sweep.dir=DIR, the same for all workers")
+        run_dir = os.path.abspath(config.local_run_dir)
+        if run_dir in self.run_dirs:
+            raise UserError(
+                f"local_run_dir={run_dir}: an earlier job of this sweep wrote there; leave local_run_dir out, or let "
+                "it depend on what the sweep varies"
+            )
+        self.run_dirs.add(run_dir)
+        return run_dir
+
+    def report(self):
+        """Print the table of jobs and, if some are not complete, how to go on."""
+        self.stack.close()
+        if self.log is None:
+            return
+        rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}")
+        if not self.complete:
+            command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
+            rank0_print(f"To go on with what is not complete: {command}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _exit_on_signal() -> Iterator[None]:
+    """Let a signal that comes while a job of a sweep loads end the sweep as one that comes while it trains."""
+
+    def end(_number: int, _frame):
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.exit(EXIT_CODE)
+
+    former = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def main():
     """Run under Hydra. A user's mistake ends with its message alone; HYDRA_FULL_ERROR=1 shows where it was noticed."""
+    keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
     sys.argv[1:] = with_free_keys(sys.argv[1:])
-    with errors_reported():
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(run)()
+    sweep = Sweep()
+
+    def job(config: DictConfig):
+        if in_sweep():
+            sweep.run_job(config)
+            return
+        with errors_reported():  # above errors that reach Hydra it prints a line of its own
+            run(config)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except SystemExit as error:
+        if error.code == 2:  # of Hydra's parser of options
+            print(explain_flags(sys.argv[1:]), file=sys.stderr)
+        raise
+    except Exception as error:  # of Hydra composing what was typed, as jobs report their own
+        if SHOWS_TRACEBACK:
+            raise
+        sys.exit(f"error: {explain_hydra_error(error)}")
+    finally:
+        sweep.report()
+    if not sweep.complete:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

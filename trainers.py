@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
@@ -198,13 +198,20 @@ class BasicTrainer:
         config = self.config
         rank0_print(f"Using {config.optimizer} optimizer")
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise UserError(f"lora={config.lora} model.adapter={config.model.adapter}: nothing of the model is trained")
         optimizer_class = getattr(torch.optim, config.optimizer)
         accepted = inspect.signature(optimizer_class).parameters
         args = {name: value for name, value in self.strategy.optimizer_args.items() if name in accepted}
+        args |= OmegaConf.to_container(config.optimizer_args)
         try:
-            self.optimizer = optimizer_class(parameters, lr=config.lr, **{**args, **config.optimizer_args})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer={config.optimizer} optimizer_args={config.optimizer_args}: {error}") from error
+            probe = nn.Parameter(torch.ones(2, 2, dtype=parameters[0].dtype, device=self.device))
+            probe.grad = torch.ones_like(probe)
+            optimizer_class([probe], lr=config.lr, **args).step()  # some settings are refused only here
+            self.optimizer = optimizer_class(parameters, lr=config.lr, **args)
+        except Exception as error:  # whatever the optimizer refuses them with
+            settings = f"optimizer={config.optimizer} lr={config.lr} optimizer_args={config.optimizer_args}"
+            raise UserError(f"{settings}: {error}") from error
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lr_lambda=lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1))
         )
@@ -306,7 +313,7 @@ class BasicTrainer:
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
         batches = self.train_iterator.batches(skip=n_done)
         progress = tqdm(batches, "Training", n_batches, initial=n_done, unit="step", disable=hides_progress())
-        with contextlib.closing(self.run_log) if self.run_log else contextlib.nullcontext():
+        with self.run_log or contextlib.nullcontext():
             try:
                 for batch in progress:
                     self._evaluate_and_save_where_due()

@@ -17,6 +17,8 @@ class UserError(ValueError):
 def closest_match(name: str, options: Iterable[str]) -> str:
     """' Did you mean X?' for the option most like `name`, or an empty string where none is near."""
     options = list(options)
+    if same := [option for option in options if option.lower() == name.lower()]:
+        return f" Did you mean {same[0]}?"
     matches = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     if not matches:  # a key may be given without its group: beta for loss.beta
         by_last_part = {option.rsplit(".", 1)[-1]: option for option in reversed(options)}
@@ -44,7 +46,12 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
     """This user's directory under the first of the prefixes that exists and can be written, else under the last.
 
     Nothing is created: whoever writes there creates it.
+
+    Raises: UserError if they are not a list of directories.
     """
+    names = [prefixes_to_resolve] if isinstance(prefixes_to_resolve, str) else list(prefixes_to_resolve or [])
+    if isinstance(prefixes_to_resolve, str) or not names or not all(isinstance(n, str) and n for n in names):
+        raise UserError(f"local_dirs={prefixes_to_resolve}: expected a list of directories, e.g. local_dirs=[.cache]")
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container may run under a user id that has no name

@@ -1,5 +1,6 @@
 """Stopping on a signal so that the run can go on later."""
 
+import contextlib
 import os
 import signal
 
@@ -32,7 +33,8 @@ class StopSignal:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         text = f"\n{self.received}: stopping after this step and a save; once more ends the run at once\n"
-        os.write(1, text.encode())  # print could be in the middle of something
+        with contextlib.suppress(OSError):  # whoever read it may be gone
+            os.write(1, text.encode())  # print could be in the middle of something
 
     def check(self):
         """Raises Stopped if a signal has come, to any worker; all must call it."""

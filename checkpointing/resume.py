@@ -1,6 +1,7 @@
 """Going on with a run: from which checkpoint, and whether it is still the same run under today's config."""
 
 import os
+import re
 import shlex
 import sys
 
@@ -21,6 +22,8 @@ from configuration import REPOSITORY, default_config, resolved_reference
 from data.batches import split_name
 from distributed import environment
 from utils import UserError, rank0_print
+
+SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory, in all processes of its jobs
 
 # These may change while a run goes on; under another value of any other key it would be another run.
 _MAY_CHANGE = (
@@ -141,19 +144,34 @@ def _given_checkpoint(config: DictConfig, path: str) -> str:
     return path
 
 
-def resume_command(run_dir: str) -> str:
-    """The command that goes on with this run."""
-    words = [word for word in sys.argv[1:] if not word.lstrip("+").startswith(("resume=", "local_run_dir="))]
-    command = shlex.join([sys.argv[0], *words, f"resume={run_dir}"])
+def resume_command(keys: dict[str, str | None]) -> str:
+    """The command that this process was started with, but with these values of keys; without those that are None."""
+    words = [word for word in sys.argv[1:] if word.lstrip("+").split("=")[0] not in keys]
+    words += [f"{key}={_quoted(value)}" for key, value in keys.items() if value is not None]
+    command = shlex.join([sys.argv[0], *words])
     return f"{'the launcher with' if environment.is_launched_by_user() else 'python'} {command}"
+
+
+def _quoted(path: str) -> str:
+    """A path as Hydra reads it in an override."""
+    return path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def resume_hint(run_dir: str) -> str:
     """The last line of a run that ended early: which checkpoint it leaves, and the command to go on from there."""
     for path in _newest_first(run_dir):
         if os.path.exists(os.path.join(path, CHECKSUMS)):
-            return f"The last checkpoint is {path}; to go on from it: {resume_command(run_dir)}"
+            if SWEEP_DIR in os.environ:  # the sweep says how to go on with all its jobs
+                return f"The last checkpoint is {path}"
+            command = resume_command({"local_run_dir": None, "resume": run_dir})
+            return f"The last checkpoint is {path}; to go on from it: {command}"
     return f"There is no checkpoint in {run_dir} yet."
+
+
+def is_complete(config: DictConfig, checkpoint: str) -> bool:
+    """Whether training under this very config has ended with this checkpoint, so that nothing need be loaded."""
+    saved = read_state_json(checkpoint)
+    return saved.get("complete") is True and saved.get("config") == training_settings(config)
 
 
 # ---- under which config ---------------------------------------------------------------------------------------------

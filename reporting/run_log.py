@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 import time
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +16,8 @@ LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 class RunLog:
     """Writes every line to the run directory; the terminal and wandb get training lines at most once in
     `minimum_log_interval_secs`. Trouble with wandb is said once and never stops training.
+
+    Leaving `with` ends the wandb run, as a failed one after an exception.
     """
 
     def __init__(
@@ -104,12 +105,18 @@ class RunLog:
             tqdm.write(f"WARNING: wandb failed and gets no more of this run, {self.run_dir} does: {error}")
             self.wandb_run = None
 
-    def close(self):
-        """End the wandb run and say how to upload it, if it was offline."""
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, error_class: type[BaseException] | None, *_):
+        self.close(exit_code=0 if error_class is None else 1)
+
+    def close(self, exit_code: int = 0):
+        """End the wandb run and say how to upload it, if it was offline; it failed if `exit_code` isn't 0."""
         if self.wandb_run is None:
             return
         try:
-            self.wandb_run.finish(quiet=True)
+            self.wandb_run.finish(exit_code=exit_code)
             if self.wandb_run.offline:
                 print(f"wandb was offline; to upload this run: wandb sync {os.path.dirname(self.wandb_run.dir)}")
         except Exception as error:
@@ -117,7 +124,9 @@ class RunLog:
 
 
 def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
-    """A wandb run in `run_dir`, offline where nobody is logged in and nobody can be asked; None if it can't start.
+    """A wandb run of its own in `run_dir`, offline where nobody is logged in: training never waits for an answer.
+
+    None if it can't start.
 
     With the id of an earlier run it goes on with that.
     """
@@ -126,8 +135,11 @@ def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
     import wandb
 
     mode = os.environ.get("WANDB_MODE")
-    if mode is None and not sys.stdin.isatty() and not _logged_in(wandb):
-        print("wandb: no account on this machine and no terminal to ask at; logging offline")
+    if mode in (None, "online") and not _logged_in(wandb):
+        print(
+            "wandb: nobody is logged in on this machine; logging offline, to be uploaded with `wandb sync` later. "
+            "To log in: `wandb login`, or set WANDB_API_KEY"
+        )
         mode = "offline"
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
@@ -140,6 +152,7 @@ def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
                 mode=attempt,
                 id=run_id,
                 resume="allow" if run_id else None,
+                reinit="create_new",  # the next job of a sweep is another run
             )
         except Exception as error:
             print(f"WARNING: wandb can't start ({attempt or 'online'} mode): {error}")

@@ -1,11 +1,13 @@
 """Sampling responses from a model."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
-from utils import pad_to_length
+from utils import pad_to_length, unwrap_adapter
 
 
 def generate(
@@ -13,24 +15,54 @@ def generate(
 ) -> list[str]:
     """A sample for each of the batch's prompts, prompt and response, from the model itself.
 
+    An empty prompt has no token to predict the first one from, so its sample is empty, too.
+
     Args:
         max_length: of prompt and response, in tokens.
         stops: asked at every token; if True the samples end there.
         synced: several workers gather the model for each token; those that are done go on with those that aren't.
     """
-    prompt_ids = batch["prompt_input_ids"]  # (batch_size, longest prompt)
-    with torch.no_grad():
+    prompt_ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]  # (batch_size, longest prompt)
+    is_empty = mask.sum(1) == 0
+    if is_empty.any():  # something to compute with, as all workers must
+        prompt_ids = pad_to_length(prompt_ids, 1, tokenizer.pad_token_id)
+        last = torch.arange(prompt_ids.shape[1], device=mask.device) == prompt_ids.shape[1] - 1
+        mask = pad_to_length(mask, 1, 0) | (is_empty[:, None] & last)
+    with torch.no_grad(), _unaltered_distribution(model, tokenizer):
         output = model.generate(
             prompt_ids,
-            attention_mask=batch["prompt_attention_mask"],
+            attention_mask=mask,
             max_new_tokens=max_length - prompt_ids.shape[1],
-            do_sample=True,
-            temperature=1.0,  # whatever its generation config says
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=[lambda ids, _: ids.new_full(ids.shape[:1], stops(), dtype=torch.bool)],
             synced_gpus=synced,
         )
     output = pad_to_length(output, max_length, tokenizer.pad_token_id)
-    return tokenizer.batch_decode(output, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    return ["" if empty else text for text, empty in zip(texts, is_empty.tolist(), strict=True)]
+
+
+@contextlib.contextmanager
+def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
+    """Inside, `model.generate` draws from the model's softmax: of its generation config only the token ids are left.
+
+    The config itself must be replaced, as `generate` takes from it whatever it isn't given.
+    """
+    former = model.generation_config
+    ends = former.eos_token_id if isinstance(former.eos_token_id, list) else [former.eos_token_id]
+    unaltered = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        bos_token_id=former.bos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, *ends} - {None}),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    holders = {id(holder): holder for holder in (model, unwrap_adapter(model))}.values()
+    for holder in holders:
+        holder.generation_config = unaltered
+    try:
+        yield
+    finally:
+        for holder in holders:
+            holder.generation_config = former

@@ -337,7 +337,7 @@ def test_wandb_is_not_needed_when_it_is_off_and_named_when_it_is_on(run_python, 
 
 def test_hydra_sweeps_run_one_after_the_other(train_ok, tmp_path):
     train_ok("-m", *SHORT, "loss=dpo", "loss.beta=0.1,0.5", "sample_during_eval=false", "debug=true")
-    runs = sorted((tmp_path / "cache").glob("*/dpo_tiny_*"))
+    runs = sorted((tmp_path / "cache").glob("*/sweep_*/loss.beta-*"))
     assert len(runs) == 2
     assert [OmegaConf.load(run / "config.yaml").loss.beta for run in runs] == [0.1, 0.5]
 

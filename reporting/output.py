@@ -1,0 +1,44 @@
+"""Standard output and error that never end a run, whatever becomes of their readers."""
+
+import contextlib
+import io
+import os
+import sys
+
+
+class _UnneededOutput(io.FileIO):
+    """A file descriptor that is written to as long as that works, and then silently not any more."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:  # the reader of a pipe has ended, a terminal is gone, a disk is full
+            with contextlib.suppress(OSError):  # that the other stream is read isn't sure either
+                text = f"WARNING: nothing more is printed ({error}); the run goes on, and its files are written\n"
+                os.write({1: 2, 2: 1}[self.fileno()], text.encode())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # for all that write there otherwise: libraries, signal handlers, workers
+            os.close(nowhere)
+            return len(memoryview(data))
+
+
+def keep_output_going():
+    """Let neither a character that the terminal can't show nor a reader that is gone (`| head`) raise in `print`."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+        elif stream.fileno() == descriptor:
+            stream.flush()
+            raw = _UnneededOutput(descriptor, "w", closefd=False)
+            setattr(
+                sys,
+                name,
+                io.TextIOWrapper(
+                    io.BufferedWriter(raw),
+                    stream.encoding,
+                    "backslashreplace",
+                    line_buffering=stream.line_buffering,
+                    write_through=stream.write_through,
+                ),
+            )

@@ -1,0 +1,150 @@
+"""Runs whose output cannot be shown, or that nobody reads, and caches that cannot be written."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, TIMEOUT, read_jsonl
+from test_checkpoints import mounted  # noqa: F401 (a fixture)
+from test_cli import CHECKPOINT_FILES, SHORT, TOY
+
+pytestmark = pytest.mark.slow
+
+LOCAL_ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def assert_complete(run_dir: Path, n_examples: int = 8):
+    assert sorted(os.listdir(run_dir / "LATEST")) == CHECKPOINT_FILES
+    trained = [line["counters/examples"] for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "train"]
+    assert trained == list(range(4, n_examples + 1, 4))
+
+
+def shell(command: str, directory: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run a bash command in which $TRAIN is the command line's beginning; the exit code is that of the pipe's first."""
+    environment = {**os.environ, **LOCAL_ENV, "TRAIN": f"{sys.executable} {REPOSITORY}/train.py", **env}
+    return subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=directory, env=environment, capture_output=True,
+        stdin=subprocess.DEVNULL, timeout=TIMEOUT,
+    )  # fmt: skip
+
+
+def words(*overrides: str) -> str:
+    return " ".join([*SHORT, "wandb.enabled=false", "local_dirs=[cache]", "local_run_dir=run", *overrides])
+
+
+ASCII = {"variable": {"PYTHONIOENCODING": "ascii"}, "locale": {"LC_ALL": "C", "PYTHONUTF8": "0"}}
+
+
+@pytest.mark.parametrize("how", ASCII)
+def test_a_terminal_that_shows_only_ascii(how, train, tmp_path):
+    env = {"PYTHONCOERCECLOCALE": "0", **ASCII[how]}
+    overrides = ["exp_name='β → é'", "loss=dpo", "n_eval_model_samples=16", f"local_run_dir={tmp_path}/run"]
+    result = train(*SHORT, *overrides, env=env)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.isascii()
+    if how == "variable":  # else the words typed are no letters either
+        assert "exp_name: \\u03b2 \\u2192 \\xe9" in result.stdout
+    assert_complete(tmp_path / "run")
+    result = train(
+        *SHORT, "batch_size=6", "gradient_accumulation_steps=2", "trainer=FSDPTrainer", "world_size=2", env=env
+    )
+    assert result.returncode == 1
+    assert "gradient_accumulation_steps=2 \\xd7 2 workers" in result.stderr
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_pipe_whose_reader_has_ended(both, tmp_path):
+    result = shell(f"$TRAIN {words()} {'2>&1' if both else ''} | head -n 5", tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(result.stdout.splitlines()) == 5
+    for text in (b"Traceback", b"Exception", b"BrokenPipe"):
+        assert text not in result.stderr + result.stdout
+    if not both:
+        assert b"WARNING: nothing more is printed" in result.stderr
+    assert_complete(tmp_path / "run")
+
+
+@pytest.mark.parametrize("streams", [">/dev/full", ">/dev/full 2>/dev/full", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_full_disk_under_the_log_and_streams_that_are_closed(streams, tmp_path):
+    result = shell(f"$TRAIN {words()} {streams}", tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert b"Traceback" not in result.stderr
+    assert_complete(tmp_path / "run")
+
+
+def test_workers_train_on_when_nobody_reads(tmp_path):
+    overrides = words("trainer=FSDPTrainer", "world_size=2", "minimum_log_interval_secs=1e-9")
+    result = shell(f"$TRAIN {overrides} 2>&1 | head -n 5", tmp_path)
+    assert result.returncode == 0
+    assert_complete(tmp_path / "run")
+
+
+def test_a_signal_to_a_run_that_nobody_reads_still_writes_a_checkpoint(tmp_path):
+    reading, writing = os.pipe()
+    command = [sys.executable, str(REPOSITORY / "train.py"), *words("n_examples=4000", "lr=1e-4").split()]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, **LOCAL_ENV}, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing
+    )
+    os.close(writing)
+    os.close(reading)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT / 4
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=TIMEOUT) == 75
+    assert_complete(tmp_path / "run", read_jsonl(metrics)[-1]["counters/examples"])
+
+
+# ---- the reference's cache ------------------------------------------------------------------------------------------
+
+PRECOMPUTED = [*TOY, "n_examples=8", "loss=dpo", "precompute_ref_log_probs=true", "sample_during_eval=false"]
+
+
+def precompute(tmp_path: Path, local: Path) -> subprocess.CompletedProcess:
+    overrides = [*PRECOMPUTED, "wandb.enabled=false", f"local_run_dir={tmp_path}/run", f"local_dirs=[{local}]"]
+    return shell(f"$TRAIN {' '.join(overrides)}", tmp_path)
+
+
+def assert_refused(result: subprocess.CompletedProcess, *parts: str):
+    output = result.stdout.decode() + result.stderr.decode()
+    assert result.returncode == 1, output
+    assert "Traceback" not in output
+    message = output[output.rindex("error: ") :]
+    for part in parts:
+        assert part in message
+
+
+def test_a_file_in_the_place_of_any_directory_of_the_cache(tmp_path):
+    local = tmp_path / "local"
+    assert precompute(tmp_path, local).returncode == 0
+    (fingerprint,) = local.glob("*/reference_logps/*")
+    for path in (local, fingerprint.parent.parent, fingerprint.parent, fingerprint):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        path.rename(tmp_path / "aside")
+        path.write_text("")
+        result = precompute(tmp_path, local)
+        assert_refused(result, str(path), "local_dirs")
+        # the others are noticed before
+        assert (b"building policy" in result.stdout) == (path == fingerprint)
+        assert not (tmp_path / "run").exists()
+        path.unlink()
+        (tmp_path / "aside").rename(path)
+
+
+def test_a_cache_on_a_full_and_on_a_read_only_disk(mounted, tmp_path):  # noqa: F811
+    disk = mounted(4096 * 4)
+    (disk / "full").write_bytes(b"0" * 4096 * 4)
+    assert_refused(precompute(tmp_path, disk), f"log-probabilities in {disk}/", "No space left", "local_dirs=[DIR]")
+    assert list(disk.rglob("*.safetensors*")) == []
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    result = precompute(tmp_path, disk)
+    assert_refused(result, "precompute_ref_log_probs=true", "local_dirs", "Read-only file system")
+    assert b"building policy" not in result.stdout

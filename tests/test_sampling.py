@@ -1,0 +1,124 @@
+"""Samples come from the model itself, whatever its generation config asks for."""
+
+import pytest
+import torch
+from conftest import ORACLE
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from reporting.sampling import generate
+
+N_SAMPLES, N_TOKENS = 4096, 8
+
+BENT = {  # what a model's own generation config may say
+    "nothing": {},
+    "temperature": {"do_sample": True, "temperature": 0.2, "top_k": 3, "top_p": 0.5},
+    "repetition_penalty": {"repetition_penalty": 100.0},
+    "min_p": {"min_p": 0.5},
+    "typical_p": {"typical_p": 0.1},
+    "cutoffs": {"epsilon_cutoff": 0.3, "eta_cutoff": 0.3},
+    "suppress_tokens": {"suppress_tokens": [5, 6], "begin_suppress_tokens": [7]},
+    "bad words": {"bad_words_ids": [[5], [6]]},
+    "n-grams": {"no_repeat_ngram_size": 1},
+    "beams": {"num_beams": 3},
+    "forced": {"forced_eos_token_id": 9, "min_new_tokens": 5, "max_length": 300},
+    "several": {"num_return_sequences": 2, "do_sample": True},
+    "contrast": {"penalty_alpha": 0.6, "top_k": 4},
+    "guidance": {"guidance_scale": 3.0},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(ORACLE / "model")
+    tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def small_model():
+    """A model whose softmax over 512 tokens leaves about eight of them likely, 5, 6, 7 and 9 among them."""
+    model = AutoModelForCausalLM.from_pretrained(ORACLE / "model").eval()
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.full((512,), -20.0))
+    head.bias.data[torch.tensor([5, 6, 7, 9, 11, 12, 13, 14])] = torch.linspace(0, 2, N_TOKENS)
+    return model
+
+
+def one_token_prompts(n: int) -> dict:
+    ids = torch.tensor([[5]]).repeat(n, 1)
+    return {"prompt_input_ids": ids, "prompt_attention_mask": torch.ones_like(ids)}
+
+
+class Ids:
+    """The tokenizer's special tokens, with ids in place of texts."""
+
+    eos_token_id = pad_token_id = 0
+
+    @staticmethod
+    def batch_decode(output: torch.Tensor, skip_special_tokens: bool) -> list[list[int]]:
+        return output.tolist()
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+@pytest.mark.parametrize("name", BENT)
+def test_first_tokens_are_distributed_as_the_softmax(name, has_adapter):
+    model = small_model()
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, **BENT[name])
+    if has_adapter:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).eval()
+    former = model.generation_config
+    batch = one_token_prompts(N_SAMPLES)
+    with torch.no_grad():
+        expected = model(batch["prompt_input_ids"][:1]).logits[0, -1].double().softmax(-1)
+    torch.manual_seed(0)
+    rows = generate(model, Ids, batch, max_length=2, stops=lambda: False, synced=False)
+    assert len(rows) == N_SAMPLES
+    counts = torch.bincount(torch.tensor([row[1] for row in rows]), minlength=512).double()
+    likely = expected * N_SAMPLES > 5
+    assert int(likely.sum()) == N_TOKENS
+    assert counts[~likely].sum() <= 3
+    chi_square = ((counts - N_SAMPLES * expected)[likely] ** 2 / (N_SAMPLES * expected[likely])).sum()
+    assert chi_square < 24.3  # 99.9 % of chi-square with 7 degrees of freedom
+    assert model.generation_config is former
+
+
+@pytest.mark.parametrize("own", [None, 9, [9, 11]])
+def test_a_sample_ends_with_the_tokenizers_end_token_and_with_the_models(own):
+    model = small_model()
+    model.generation_config = GenerationConfig(eos_token_id=own)
+    model.get_output_embeddings().bias.data[0] = 1.0
+    rows = generate(model, Ids, one_token_prompts(64), max_length=20, stops=lambda: False, synced=False)
+    ends = {0, *(own if isinstance(own, list) else [own] if own else [])}
+    seen = set()
+    for row in rows:
+        first = next((place for place, token in enumerate(row) if token in ends), None)
+        if first is not None:
+            seen.add(row[first])
+            assert set(row[first + 1 :]) <= {0}
+    assert seen == ends
+
+
+def test_empty_prompts_have_empty_samples_beside_others_and_alone(tokenizer):
+    model = small_model()
+    ids = torch.tensor([[0, 0], [5, 6], [0, 7]])
+    mixed = {"prompt_input_ids": ids, "prompt_attention_mask": torch.tensor([[0, 0], [1, 1], [0, 1]])}
+    texts = generate(model, tokenizer, mixed, max_length=8, stops=lambda: False, synced=False)
+    assert texts[0] == ""
+    assert texts[1].startswith(tokenizer.decode([5, 6]))
+    assert texts[2].startswith(tokenizer.decode([7]))
+    empty = torch.zeros((2, 0), dtype=torch.long)
+    alone = {"prompt_input_ids": empty, "prompt_attention_mask": empty}
+    assert generate(model, tokenizer, alone, max_length=8, stops=lambda: False, synced=False) == ["", ""]
+
+
+def test_prompts_beside_an_empty_one_are_sampled_as_without_it():
+    """Greedy here: the most likely token gets all the weight."""
+    model = small_model()
+    model.get_output_embeddings().weight.data *= 1000
+    ids = torch.tensor([[0, 0, 0], [5, 6, 7]])
+    mask = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    both = generate(model, Ids, {"prompt_input_ids": ids, "prompt_attention_mask": mask}, 12, lambda: False, False)
+    one = generate(
+        model, Ids, {"prompt_input_ids": ids[1:], "prompt_attention_mask": mask[1:]}, 12, lambda: False, False
+    )
+    assert both[1] == one[0]

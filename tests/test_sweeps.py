@@ -1,0 +1,230 @@
+"""Sweeps (`-m`) under Hydra's own sweeper and launcher: their directory, their table, failures, signals, going on."""
+
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, TIMEOUT, read_jsonl
+from test_cli import TOY
+
+from checkpointing.preemption import EXIT_CODE
+
+SHORT = [*TOY, "n_examples=8", "sample_during_eval=false", "lr=1e-3", "loss=dpo"]
+
+pytestmark = pytest.mark.slow
+
+
+def table(output: str) -> list[list[str]]:
+    """The cells of the table at a sweep's end; overrides with a space in them are cells of their own."""
+    lines = output[output.rindex("== The sweep in ") :].splitlines()[1:]
+    return [line.split() for line in itertools.takewhile(lambda line: line and "To go on" not in line, lines)]
+
+
+def printed_command(output: str) -> list[str]:
+    """The words of the command that is printed last."""
+    return shlex.split(output.strip().splitlines()[-1].split("not complete: ")[1])
+
+
+def run_printed(output: str, directory: Path) -> subprocess.CompletedProcess:
+    """Run the printed command as it is, in a shell's place."""
+    command = printed_command(output)
+    assert command[0] == "python"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *command[1:]], cwd=directory, env=env, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+
+
+def wait_for(condition, launcher):
+    deadline = time.monotonic() + TIMEOUT / 4
+    while not condition():
+        assert time.monotonic() < deadline, launcher.output
+        time.sleep(0.02)
+
+
+def files(directory: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def test_one_directory_a_sweep_named_jobs_and_a_table_of_them(launcher, tmp_path):
+    code = launcher.run("-m", *SHORT, "loss.beta=0.1,0.5", "optimizer=SGD", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert code == 0, launcher.output
+    assert sorted(os.listdir(tmp_path / "sweep")) == ["loss.beta-0.1", "loss.beta-0.5", "multirun.yaml", "sweep.jsonl"]
+    header, *rows = table(launcher.output)
+    assert header == ["job", "overrides", "status", "loss/eval", "rewards_eval/accuracies", "time"]
+    recorded = read_jsonl(tmp_path / "sweep/sweep.jsonl")
+    for row, record, beta in zip(rows, recorded, (0.1, 0.5), strict=True):
+        last = read_jsonl(tmp_path / f"sweep/loss.beta-{beta}/metrics.jsonl")[-1]
+        expected = [f"loss.beta-{beta}", f"loss.beta={beta}", "complete"]
+        assert row[:3] == expected
+        assert row[3:5] == [f"{last['loss/eval']:.4f}", f"{last['rewards_eval/accuracies']:.4f}"]
+        assert [record["job"], record["overrides"], record["status"]] == expected
+        assert record["loss/eval"] == last["loss/eval"]
+        assert record["seconds"] > 0
+    assert len({line.index(" complete ") for line in launcher.output.splitlines() if " complete " in line}) == 1
+
+    before = files(tmp_path / "sweep/loss.beta-0.1")
+    overrides = ["optimizer=SGD", f"hydra.sweep.dir={tmp_path}/sweep", "resume=auto"]
+    assert launcher.run("-m", *SHORT, "loss.beta=0.1,0.5,0.2", *overrides) == 0, launcher.output
+    assert files(tmp_path / "sweep/loss.beta-0.1") == before
+    assert launcher.output.count("This run is complete") == 2
+    assert launcher.output.count("building policy") == 1  # nothing is loaded for the others
+    assert [row[2] for row in table(launcher.output)[1:]] == ["complete"] * 3
+
+
+def test_a_job_that_fails_is_told_where_it_happens_and_the_others_run(launcher, tmp_path):
+    sweep = ["max_length=64,32,4096,48", f"hydra.sweep.dir={tmp_path}/sweep"]  # 32: no room for a response; 4096: loads
+    assert launcher.run("-m", *[word for word in SHORT if "max_length" not in word], *sweep) == 1
+    output = launcher.output
+    assert "Traceback" not in output
+    assert "Error executing job" not in output
+    places = [output.index(text) for text in (
+        "== Job 1 ", "error: max_prompt_length=32 must be below max_length=32", "== Job 2 ",
+        "error: max_length=4096: the model has only 1024 positions", "== Job 3 ", "== The sweep in ",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    assert [row[2] for row in table(output)[1:]] == ["complete", "failed", "failed", "complete"]
+    again = run_printed(output, tmp_path)
+    assert again.returncode == 1
+    assert again.stdout.count("This run is complete") == 2
+    assert [row[2] for row in table(again.stdout)[1:]] == ["complete", "failed", "failed", "complete"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_sweep_and_the_printed_command_goes_on_with_it(number, launcher, tmp_path):
+    overrides = [*SHORT, "n_examples=400", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
+    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
+    second = tmp_path / "sweep/loss.beta-0.2/metrics.jsonl"
+    wait_for(lambda: second.exists() and len(read_jsonl(second)) > 5, launcher)
+    launcher.kill(number)
+    assert launcher.wait() == EXIT_CODE, launcher.output
+    output = launcher.output
+    assert f"stopped by {number.name}" in output
+    assert "Traceback" not in output
+    assert "Error executing job" not in output
+    assert not (tmp_path / "sweep/loss.beta-0.3").exists()
+    assert [row[2] for row in table(output)[1:]] == ["complete", "stopped"]
+    n_lines = len(read_jsonl(second))
+    assert 5 < n_lines < 100
+
+    before = files(tmp_path / "sweep/loss.beta-0.1")
+    again = run_printed(output, tmp_path)
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    assert files(tmp_path / "sweep/loss.beta-0.1") == before
+    assert "This run is complete" in again.stdout
+    assert f"Going on from {tmp_path}/sweep/loss.beta-0.2/LATEST: {4 * n_lines} examples" in again.stdout
+    assert [row[2] for row in table(again.stdout)[1:]] == ["complete"] * 3
+    for beta in (0.1, 0.2, 0.3):
+        lines = read_jsonl(tmp_path / f"sweep/loss.beta-{beta}/metrics.jsonl")
+        trained = [line["counters/examples"] for line in lines if line["split"] == "train"]
+        assert trained == list(range(4, 404, 4))
+
+
+def test_a_signal_while_a_job_loads_ends_the_sweep_too(launcher, tmp_path):
+    overrides = [*SHORT, "loss.beta=0.1,0.2", "n_eval_examples=512", f"hydra.sweep.dir={tmp_path}/sweep"]
+    launcher.start("-m", *overrides)
+    wait_for(lambda: "== Job 1 " in launcher.output, launcher)
+    launcher.kill(signal.SIGTERM)
+    assert launcher.wait() == EXIT_CODE, launcher.output
+    assert [row[2] for row in table(launcher.output)[1:]] == ["complete", "stopped"]
+    assert run_printed(launcher.output, tmp_path).returncode == 0
+
+
+def test_a_signal_ends_a_sweep_whose_jobs_start_workers(launcher, tmp_path):
+    overrides = [*SHORT, "n_examples=400", "seed=1,2", "trainer=FSDPTrainer", "world_size=2"]
+    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
+    first = tmp_path / "sweep/seed-1/metrics.jsonl"
+    wait_for(lambda: first.exists() and len(read_jsonl(first)) > 3, launcher)
+    launcher.kill(signal.SIGTERM)
+    assert launcher.wait() == EXIT_CODE, launcher.output
+    assert not (tmp_path / "sweep/seed-2").exists()
+    words = printed_command(launcher.output)
+    assert words[-2:] == [f"hydra.sweep.dir={tmp_path}/sweep", "resume=auto"]
+
+
+def test_jobs_in_one_directory_are_refused_unless_it_is_their_own(launcher, tmp_path):
+    sweep = [*SHORT, "debug=true", "n_epochs=1,2", f"hydra.sweep.dir={tmp_path}/sweep"]
+    assert launcher.run("-m", *sweep, f"local_run_dir={tmp_path}/one") == 1
+    assert f"error: local_run_dir={tmp_path}/one: an earlier job of this sweep wrote there" in launcher.output
+    assert [row[2] for row in table(launcher.output)[1:]] == ["complete", "failed"]
+    assert launcher.run("-m", *sweep, f"local_run_dir='{tmp_path}/epochs_${{n_epochs}}'") == 0, launcher.output
+    assert {"epochs_1", "epochs_2"} < set(os.listdir(tmp_path))
+
+
+NAMES = {  # overrides of a sweep: the directories of its jobs
+    "adapters": (["lora.r=4,8"], ["lora.r-4", "lora.r-8"]),
+    "lists and dicts": (["optimizer_args={momentum:0.1},{}"], ["optimizer_args-_", "optimizer_args-_momentum_0.1_"]),
+    "choices": (["loss=dpo", "loss.beta=choice(0.1,0.2)"], ["loss.beta-0.1", "loss.beta-0.2"]),
+    "groups": (["loss=dpo,ipo"], ["loss-dpo", "loss-ipo"]),
+    "nothing varied": ([], ["job_0"]),
+    "long values": ([f"model.archive={'x' * 200},{'y' * 200}"], None),
+    "slashes, spaces and letters": (["model.archive='a b/c','é'"], ["model.archive-_a_b_c_", "model.archive-_é_"]),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_directories_of_jobs_have_names_that_can_be_typed(name, launcher, tmp_path):
+    overrides, expected = NAMES[name]
+    # so that no job is run
+    assert launcher.run("-m", *TOY, "batch_size=0", *overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    names = [row["job"] for row in read_jsonl(tmp_path / "sweep/sweep.jsonl")]
+    if expected is None:
+        assert [len(name) for name in names] == [159, 159]
+        assert len(set(names)) == 2
+    else:
+        assert sorted(names) == sorted(expected)
+
+
+def test_a_sweep_that_a_config_asks_for_names_its_jobs_too(launcher, tmp_path):
+    (tmp_path / "conf/own").mkdir(parents=True)
+    text = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 1,2\n"
+    (tmp_path / "conf/own/seeds.yaml").write_text(text)
+    options = ["-m", f"--config-dir={tmp_path}/conf"]
+    assert launcher.run(*options, *TOY, "+own=seeds", "batch_size=0", f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    assert [row["job"] for row in read_jsonl(tmp_path / "sweep/sweep.jsonl")] == ["seed-1", "seed-2"], launcher.output
+
+
+def test_resume_of_one_run_is_refused_in_a_sweep(launcher, tmp_path):
+    assert launcher.run("-m", *SHORT, "seed=1,2", f"resume={tmp_path}", f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    assert "a sweep goes on with all its jobs by resume=auto and hydra.sweep.dir=DIR" in launcher.output
+
+
+def test_the_resume_command_of_a_run_quotes_its_directory_for_hydra(launcher, tmp_path):
+    run_dir = tmp_path / "it's a=b"
+    typed = str(run_dir).replace("'", "\\'")
+    overrides = [word for word in SHORT if not word.startswith("n_examples")]
+    launcher.start(*overrides, "n_examples=4000", "do_first_eval=false", f"local_run_dir='{typed}'")
+    wait_for(lambda: (run_dir / "metrics.jsonl").exists() and read_jsonl(run_dir / "metrics.jsonl"), launcher)
+    launcher.kill(signal.SIGTERM)
+    assert launcher.wait() == EXIT_CODE, launcher.output
+    command = shlex.split(launcher.output.strip().splitlines()[-1].split("go on from it: ")[1])
+    examples = json.loads((run_dir / "LATEST/state.json").read_text())["examples"]
+    assert launcher.run(*command[2:], f"n_examples={examples + 4}") == 0, launcher.output
+    assert f"Going on from {run_dir}/LATEST: {examples} examples" in launcher.output
+
+
+def test_help_and_shown_configs_are_hydras(train_ok):
+    assert "== Config ==" in train_ok("--help")
+    shown = train_ok("--cfg", "job", "model=tiny", "loss=dpo")
+    assert "beta: 0.1" in shown
+    assert "${get_local_run_dir:" in shown
+    assert "dir: ${get_local_dir:${local_dirs}}/sweep_" in train_ok("--cfg", "hydra")
+    assert "/sft_tiny_20" in train_ok("--cfg", "job", "--resolve", "model=tiny")
+    train_ok("--cfg", "all", "--resolve", "model=tiny")
+    assert "hydra_bash_completion" in train_ok("--shell-completion", "install=bash")
+
+
+def test_tab_completion_knows_keys_and_groups(tmp_path):
+    env = {**os.environ, "COMP_LINE": "python train.py loss=", "COMP_POINT": "21", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(REPOSITORY / "train.py"), "-sc", "query=bash"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 0
+    assert {"loss=dpo", "loss=ipo", "loss=sft"} <= set(result.stdout.split())
