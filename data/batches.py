@@ -16,7 +16,8 @@ from data.tokenization import get_collate_fn, tokenize_batch
 from utils import UserError, take
 
 # What starting one more microbatch costs, in tokens that could be computed in its time.
-_MICROBATCH_OVERHEAD = {"cpu": 64, "cuda": 4096}
+_MICROBATCH_OVERHEAD = {"cpu": 64}
+_ACCELERATOR_MICROBATCH_OVERHEAD = 4096
 
 
 def split_name(dataset: str, split: str) -> str:
@@ -218,7 +219,7 @@ def microbatches(
     parts = part_lengths(batch)
     lengths = sum(parts) if shared else parts[0] + torch.stack(parts[1:]).amax(0)
     order = lengths.argsort(descending=True, stable=True)
-    overhead = _MICROBATCH_OVERHEAD[device] / (1 if shared else len(parts) - 1)
+    overhead = _MICROBATCH_OVERHEAD.get(device, _ACCELERATOR_MICROBATCH_OVERHEAD) / (1 if shared else len(parts) - 1)
     sizes = _cheapest_cuts(lengths[order].tolist(), max_size=len(order) // n_least, overhead=overhead)
     for _ in range(agree(len(sizes)) - len(sizes)):
         largest = sizes.index(max(sizes))

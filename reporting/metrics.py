@@ -17,7 +17,8 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     for metrics in batches:
         for key, values in metrics.items():
             collected[key].append(values)
-    values = [torch.cat(values).double() for values in collected.values()]
+    values = [torch.cat(values) for values in collected.values()]
+    values = [v.to(torch.float32 if v.is_mps else torch.float64) for v in values]  # Apple's GPUs have no float64
     sums_and_counts = torch.stack([torch.stack([v.sum(), v.new_tensor(len(v))]) for v in values])  # (metrics, 2)
     sums, counts = collectives.all_reduce_sum(sums_and_counts).unbind(1)
     return dict(zip(collected, (sums / counts).tolist(), strict=True))

@@ -276,14 +276,6 @@ def test_models_that_cannot_share_prompts_fall_back_and_say_why(name):
     torch.testing.assert_close(logps.double(), original_logps(model, batch).double(), rtol=1e-6, atol=1e-6)
 
 
-def test_linear_attention_is_recurrent():
-    config = transformers.LlamaConfig(**SMALL, **LLAMA_LIKE)
-    model = make_model(config)
-    model.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(UserError, match="recurrent"):
-        choose_rows(model, BATCHES["ordinary"], True, MAX_LENGTH)
-
-
 def test_a_window_as_long_as_the_sequences_is_none():
     model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=MAX_LENGTH))
     assert choose_rows(model, BATCHES["ordinary"], True, MAX_LENGTH)[0] is shared_rows

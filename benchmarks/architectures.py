@@ -1,0 +1,279 @@
+"""Which causal language models share prompts: `python benchmarks/architectures.py` tries every type of transformers.
+
+Each is built at a tiny size with random weights, checked as training does at its start (`shared_prompt.choose_rows`),
+and computed as the check decided; the log-probabilities are held against those of the model's own forward with a
+padding mask. Windows are as long as the config's defaults. Writes docs/architectures.md, or with names of types prints
+their rows alone.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+from shared_prompt import (  # noqa: E402
+    CHOSEN_WITHIN,
+    REFUSED_BEYOND,
+    OwnForward,
+    choose_rows,
+    shared_rows,
+    synthetic_pair,
+    token_logps,
+)
+from utils import UserError, concatenated_inputs, disable_dropout  # noqa: E402
+
+OUTPUT = REPOSITORY / "docs" / "architectures.md"
+MAX_LENGTH = 192  # tokens
+MAX_PARAMETERS = 10_000_000
+VOCAB = 97
+N_LAYERS = 4
+DTYPES = ("float64", "float32", "bfloat16")
+LENGTHS = ((40, 120, 152), (3, 60, 189), (100, 92, 1))  # tokens in prompt, chosen and rejected response
+
+# What the fields of configs are called, and what they are to be: they are set where a config has them.
+_FIELDS = {
+    VOCAB: "vocab_size vocab_size_per_layer_input padded_vocab_size",
+    32: "hidden_size n_embd d_model dim embedding_size emb_dim word_embed_proj_dim lru_width embed_dim width "
+    "vision_hidden_size audio_hidden_size output_dim projection_dim image_size",
+    48: "intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dim_ff d_ff d_inner "
+    "block_ff_dim feed_forward_size shared_intermediate_size dense_intermediate_size",
+    24: "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size "
+    "expert_ffn_hidden_size",
+    N_LAYERS: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
+    "num_decoder_layers num_blocks depth num_attention_heads n_head n_heads num_heads encoder_attention_heads "
+    "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads num_experts num_local_experts "
+    "n_routed_experts moe_num_experts num_routed_experts linear_num_value_heads rotary_dim",
+    2: "num_key_value_heads num_experts_per_tok moe_topk moe_k top_k_experts moe_top_k linear_num_key_heads",
+    8: "head_dim d_kv attention_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim mamba_d_head mamba_head_dim "
+    "global_head_dim index_head_dim linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input "
+    "mamba_n_heads mamba_num_heads mamba_d_state ssm_state_size state_size patch_size",
+    16: "q_lora_rank kv_lora_rank dt_rank time_step_rank index_topk",
+    1: "n_group topk_group n_shared_experts mamba_n_groups n_groups eos_token_id",
+    2 * MAX_LENGTH + 64: "max_position_embeddings n_positions max_seq_len max_target_positions max_source_positions "
+    "max_sequence_length",
+    0: "pad_token_id bos_token_id num_kv_shared_layers",
+}
+_SIZES = {name: value for value, names in _FIELDS.items() for name in names.split()}
+_OF_TYPE = {
+    "gpt_neo": {"attention_types": [[["global", "local"], N_LAYERS // 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (N_LAYERS // 2)},
+    "mamba2": {"num_heads": 8},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+}
+
+
+# ---- tiny models ----------------------------------------------------------------------------------------------------
+
+
+def tiny_sizes(config_class: type) -> dict:
+    """Arguments that make a config of this class, and those within it, tiny."""
+    default, sizes = config_class(), {}
+    for name, value in _SIZES.items():
+        if name in vars(default) or name in config_class.attribute_map:
+            sizes[name] = value
+    for name in config_class.sub_configs:
+        if getattr(default, name, None) is not None:
+            sizes[name] = tiny_sizes(type(getattr(default, name)))
+    if "kv_lora_rank" in sizes:  # multi-head latent attention has as many
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    return sizes | _OF_TYPE.get(config_class.model_type, {})
+
+
+def tiny_model(model_type: str, **overrides) -> nn.Module:
+    """A tiny causal language model of that type in float32; its weights are so large that attention matters.
+
+    Raises: RuntimeError if it stays large.
+    """
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    config = config_class(**{**tiny_sizes(config_class), **overrides})
+    with torch.device("meta"):
+        n_parameters = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+    if n_parameters > MAX_PARAMETERS:
+        raise RuntimeError(f"it stays at {n_parameters} parameters")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+            else:  # of norms, biases, decays: around what they are initialized to
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    disable_dropout(model)
+    return model.eval()
+
+
+def batch_of(lengths: tuple[tuple[int, int, int], ...] = LENGTHS) -> dict:
+    """A batch of pairs with so many tokens in prompt, chosen and rejected response."""
+    ids = torch.randint(2, VOCAB, (1, 512), generator=torch.Generator().manual_seed(1))
+    source = {"chosen_input_ids": ids, "chosen_attention_mask": torch.ones_like(ids)}
+    pairs = [synthetic_pair(source, *of_pair) for of_pair in lengths]
+    batch = {"prompt": [""] * len(pairs)}
+    for key in pairs[0]:
+        if key != "prompt":
+            rows, pad = [pair[key][0] for pair in pairs], -100 if key.endswith("labels") else 0
+            batch[key] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    return batch
+
+
+# ---- one model ------------------------------------------------------------------------------------------------------
+
+
+def own_logps(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Log-probability of each response token by the model's own forward, logits at every position: (N,)."""
+    inputs = concatenated_inputs(batch)
+    labels = inputs["concatenated_labels"][:, 1:]
+    logits = model(
+        inputs["concatenated_input_ids"], attention_mask=inputs["concatenated_attention_mask"], use_cache=False
+    ).logits[:, :-1]
+    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return logps.gather(2, labels.clamp(min=0)[..., None])[..., 0][labels != -100]
+
+
+def try_model(model: nn.Module) -> dict:
+    """How the check at the start of training decides on a model, and what comes of it."""
+    batch = batch_of()
+    try:
+        make_rows, whole_logits, why = choose_rows(model, batch_of(((9, 4, 7), (3, 6, 2))), "auto", MAX_LENGTH)
+    except UserError as error:
+        return {"decision": "refused", "why": str(error)}
+    with torch.no_grad():
+        expected = own_logps(model, batch)
+        differences = (token_logps(model, make_rows(batch), whole_logits) - expected).abs()
+        differences = differences.masked_fill(~expected.isfinite(), 0)  # windows full of padding, in float64
+        own = OwnForward(model, batch, whole_logits)
+    shares = make_rows is shared_rows
+    decision = ("shared" if shares else "padded") + (", whole logits" if whole_logits else "")
+    return {
+        "decision": decision,
+        "why": why,
+        "difference": float(differences.max()),
+        "rounding": float(own.rounding.max()),
+        "right": own.within_rounding(differences.sort().values, CHOSEN_WITHIN if shares else REFUSED_BEYOND),
+    }
+
+
+def try_type(model_type: str, results: multiprocessing.SimpleQueue):
+    """Put (dtype, result) for float64, or float32 where the model can't, and for bfloat16; or (None, why not)."""
+    torch.set_num_threads(1)
+    try:
+        model = tiny_model(model_type)
+        own_logps(model, batch_of())
+    except Exception as error:
+        results.put((None, f"{type(error).__name__}: {str(error).strip()}"))
+        return
+    results.put(("class", type(model).__name__))
+    exact = try_model(model.to(torch.float64))
+    if "its own forward fails" in exact["why"] and exact["decision"] == "refused":
+        results.put(("float32", try_model(model.to(torch.float32))))
+    else:
+        results.put(("float64", exact))
+    results.put(("bfloat16", try_model(model.to(torch.bfloat16))))
+
+
+def try_in_process(model_type: str, time_limit: float) -> dict:
+    """The results of `try_type` in a process of its own: {'class': ..., dtype: result, ...}, {None: why not}."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    process = context.Process(target=try_type, args=(model_type, results))
+    process.start()
+    process.join(time_limit)
+    late = process.is_alive()
+    if late:
+        process.kill()
+        process.join()
+    collected = {}
+    while not results.empty():
+        key, value = results.get()
+        collected[key] = value
+    if late and "bfloat16" not in collected:
+        collected[None] = f"not done in {time_limit:.0f} seconds"
+    elif process.exitcode and not late:
+        collected[None] = f"its process ended with {process.exitcode}"
+    return collected
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def cell(result: dict) -> str:
+    if result["decision"] == "refused":
+        return "refused"
+    off = "" if result["right"] else " **off**"
+    return f"{result['decision']}: {result['difference']:.0e} ({result['rounding']:.0e}){off}"
+
+
+def row_of(model_type: str, results: dict) -> str:
+    dtypes = [dtype for dtype in DTYPES if dtype in results]
+    cells = [cell(results[dtype]) for dtype in dtypes]
+    if "float32" in dtypes:
+        cells[0] += " in float32"
+    notes = [results[None]] if None in results else [note(results[dtype]["why"]) for dtype in dtypes]
+    if len(dtypes) == 2 and len({results[dtype]["decision"] for dtype in dtypes}) == 1:
+        notes = notes[:1]
+    reason = "; bfloat16: ".join(notes)
+    cells += [""] * (2 - len(cells))
+    return f"| {model_type} | {results.get('class', '')} | {' | '.join(cells)} | {reason} |"
+
+
+def note(why: str) -> str:
+    """Why a model isn't computed the fastest way, for a table's cell."""
+    if why == "each prompt is computed once a pair":
+        return ""
+    return " ".join(why.split(" can't share them: ")[-1].split()).replace("|", "\\|")[:300]
+
+
+HEADER = """# Which models share prompts
+
+Made by `python benchmarks/architectures.py` with transformers {transformers} and torch {torch} on a CPU: every type of
+causal language model, built at a tiny size with random weights, max_length={max_length}, windows as the config has
+them by default. *shared*: prefix sharing, one row a pair; *padded*: two rows a pair; *whole logits*: the logits are the
+whole model's at every position, otherwise the output head is applied where a response token is predicted. Behind the
+decision stands the largest difference of a token's log-probability from that of the model's own forward with a padding
+mask, in nats, and in brackets the largest that rounding alone makes. *refused*: training doesn't start.
+
+{summary}
+
+| type | class | float64 | bfloat16 | why |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("types", nargs="*", help="model types, e.g. gemma2; all if none is given")
+    parser.add_argument("--time-limit", type=float, default=300, help="seconds for one model")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    rows, counts, wrong = [], Counter(), []
+    for model_type in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        results = try_in_process(model_type, args.time_limit)
+        tried = [results[dtype] for dtype in DTYPES if dtype in results]
+        wrong += [model_type] if not all(result.get("right", True) for result in tried) else []
+        counts[tried[0]["decision"] if tried else "not built"] += 1
+        rows.append(row_of(model_type, results))
+        print(rows[-1], flush=True)
+    if not args.types:
+        summary = f"{len(rows)} types: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()) + "."
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        text = HEADER.format(**versions, max_length=MAX_LENGTH, summary=summary) + "\n".join(rows) + "\n"
+        OUTPUT.parent.mkdir(exist_ok=True)
+        OUTPUT.write_text(text)
+    sys.exit(f"off by more than rounding: {', '.join(wrong)}" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

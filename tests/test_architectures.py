@@ -1,0 +1,63 @@
+"""Architectures that tell ways of computing apart: what is decided on each, and that it gives the model's own numbers.
+
+benchmarks/architectures.py does the same for every type; docs/architectures.md is what comes of it.
+"""
+
+import pytest
+import torch
+
+from benchmarks.architectures import batch_of, own_logps, tiny_model
+from shared_prompt import choose_rows, padded_rows, shared_rows, token_logps
+from utils import UserError
+
+MAX_LENGTH = 192
+SHORT = batch_of(((9, 4, 7), (3, 6, 2)))
+IN_FLOAT32 = ("mixtral", "gpt_oss", "granitemoehybrid", "qwen3_next", "deepseek_v3")  # experts have no float64
+
+SHARED, PADDED = (shared_rows, False), (padded_rows, False)
+SHARED_WHOLE, PADDED_WHOLE = (shared_rows, True), (padded_rows, True)
+DECISIONS = {
+    "a cap on logits": ("gemma2", {}, SHARED_WHOLE),
+    "two rotary embeddings": ("gemma3_text", {}, SHARED),
+    "windows shorter than sequences": ("gemma3_text", {"sliding_window": 32}, PADDED),
+    "windows by place in the row": ("gpt_neo", {}, PADDED),
+    "logits times a factor": ("cohere", {"logit_scale": 0.25}, SHARED_WHOLE),
+    "logits divided": ("granite", {"logits_scaling": 8.0}, SHARED_WHOLE),
+    "parallel residuals": ("gpt_neox", {}, SHARED),
+    "grouped queries": ("llama", {}, SHARED),
+    "norms of queries and keys": ("qwen3", {}, SHARED),
+    "ALiBi": ("bloom", {}, PADDED),
+    "a state-space model": ("mamba", {}, PADDED),
+    "state-space and attention layers": ("granitemoehybrid", {"layer_types": ["mamba", "attention"] * 2}, PADDED),
+    "attention layers alone of such a model": ("granitemoehybrid", {"layer_types": ["attention"] * 4}, SHARED),
+    "linear attention": ("qwen3_next", {}, PADDED),
+    "experts": ("mixtral", {}, SHARED),
+    "experts, windows and sinks": ("gpt_oss", {}, PADDED),
+    "latent attention": ("deepseek_v3", {}, SHARED),
+    "a decoder of an encoder-decoder": ("bart", {}, PADDED_WHOLE),
+    "an encoder used as a decoder": ("bert", {"is_decoder": True}, None),
+    "an encoder": ("bert", {}, UserError),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "bfloat16"])
+@pytest.mark.parametrize("name", DECISIONS)
+def test_decision_and_log_probabilities(name, exact):
+    model_type, overrides, decision = DECISIONS[name]
+    model = tiny_model(model_type, **overrides)
+    model.to(torch.bfloat16 if not exact else torch.float32 if model_type in IN_FLOAT32 else torch.float64)
+    if decision is UserError:
+        with pytest.raises(UserError):
+            choose_rows(model, SHORT, "auto", MAX_LENGTH)
+        return
+    make_rows, whole_logits, why = choose_rows(model, SHORT, "auto", MAX_LENGTH)
+    assert decision is None or make_rows is decision[0], why
+    # a base may put out float32, which the head takes in 16 bits
+    assert decision is None or whole_logits is decision[1] or (not exact and whole_logits), why
+    with torch.no_grad():
+        logps, expected = token_logps(model, make_rows(batch_of()), whole_logits), own_logps(model, batch_of())
+    if exact:
+        torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
+    else:  # most tokens; a rounding may send some to other experts
+        assert (logps - expected).abs().quantile(0.9) < 0.1
