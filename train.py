@@ -17,6 +17,7 @@ from checkpointing.resume import check_same_run, find_checkpoint, locate_run, lo
 from configuration import CONFIG_DIR, FREE_KEYS, REPOSITORY, check_config, explain_hydra_error
 from distributed import collectives, environment, launch
 from distributed.strategies import STRATEGIES
+from preference_datasets import DATASETS
 from utils import UserError, get_local_run_dir, on_rank0, rank0_print
 
 # asked for by HYDRA_FULL_ERROR=1, which `main` then sets for reasons of its own; workers ask their parent's
@@ -80,8 +81,10 @@ def train_as_worker(config: DictConfig, checkpoint: str | None):
 def train_from(config: DictConfig, checkpoint: str | None):
     """Load what the run starts with, then the checkpoint if there is one, and train to the end."""
     import trainers
+    from data import hub
     from models import load_policy, load_reference
 
+    hub.use_cache_if_unreachable(hub_names(config))
     trainer_class = getattr(trainers, config.trainer)
     device_map = trainer_class.strategy_class.device_map
     policy = load_policy(config, device_map) if environment.is_local_rank0() else None
@@ -107,6 +110,14 @@ def train_from(config: DictConfig, checkpoint: str | None):
         with resume_hinted(run_dir, Exception):
             trainer.train()
             trainer.save()
+
+
+def hub_names(config: DictConfig) -> list[str]:
+    """What a run loads by name: ids on the hub or, as they may be, local folders."""
+    model = config.model
+    names = [model.name_or_path, model.tokenizer_name_or_path, model.archive]
+    names += [config.dataset_paths.get(name) or DATASETS[name].hub_id for name in config.datasets]
+    return [name for name in names if name is not None]
 
 
 @contextlib.contextmanager

@@ -31,17 +31,21 @@ def use_cache_if_unreachable(names: list[str]):
         os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported later, and for workers
 
 
-def why_not(repo_id: str, repo_type: str) -> tuple[str, str] | None:
+def why_not(failure: Exception, repo_id: str, repo_type: str) -> tuple[str, str] | None:
     """Why the hub doesn't give this user a repository, and what to do; None if it does, or it is no hub id.
 
     Args:
+        failure: what a library raised as it loaded from there.
         repo_type: model or dataset.
     """
-    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HFValidationError
 
     if os.path.exists(repo_id):
         return None
+    if constants.is_offline_mode():
+        remedy = "If that is missing in the cache, start once where the hub can be reached, with HF_HUB_OFFLINE unset"
+        return " ".join(str(failure).split())[:300], remedy
     try:
         info = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=_TIMEOUT)
         files = [sibling.rfilename for sibling in info.siblings or []]
@@ -62,16 +66,12 @@ def _explained(error: Exception, repo_id: str, repo_type: str) -> tuple[str, str
     if isinstance(error, errors.GatedRepoError):
         if error.response.status_code == 401:
             return "it is gated, and you are not logged in", f"Ask for access on {page}, then {login}"
-        return "it is gated, and your account has no access to it", f"Ask for access on {page}, or {login} of another"
+        remedy = f"Ask for access on {page}, or log in as a user who has it (`hf auth login` or HF_TOKEN)"
+        return "it is gated, and your account has no access to it", remedy
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"there is no such folder, and the hub has no {repo_type} of this id, or a private one that is not yours",
             f"Check the spelling of {repo_id}; for a private one, {login}",
-        )
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return (
-            "it is not, or not all of it, in the cache, and the hub is not asked (HF_HUB_OFFLINE)",
-            "Start once where the hub can be reached, with HF_HUB_OFFLINE unset",
         )
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code

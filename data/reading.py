@@ -216,7 +216,7 @@ def _cause_and_remedy(error: Exception, name: str, path: str, split: str, files:
     if fault is not None and (is_local or files):
         copy = "" if is_local else f"; its copy in the cache is {fault.path}: delete that to have it loaded again"
         return f"{fault.place}: {fault.reason}", f"{fault.remedy}{copy}"
-    if not is_local and (explanation := hub.why_not(path, "dataset")):
+    if not is_local and (explanation := hub.why_not(error, path, "dataset")):
         cause, remedy = explanation
         return (
             f"can't load {path!r}: {cause}",
