@@ -11,6 +11,7 @@ from torch import nn
 
 from checkpointing.archives import load_archive
 from configuration import resolved_reference
+from data import hub
 from references import REFERENCE_ADAPTER
 from utils import UserError, disable_dropout, get_local_dir, rank0_print
 
@@ -39,12 +40,12 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced") -> 
                 device_map=device_map,
                 quantization_config=_quantization(config),
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"can't load model.name_or_path={name}: {str(error).strip()}\n"
-            "Give the id of a causal language model on the hub (for a gated one, log in with `hf auth login`), "
-            "or a local folder"
-        ) from error
+    except Exception as error:  # among them those of the hub's HTTP library, which are no OSErrors
+        cause, remedy = hub.why_not(error, name, "model") or (
+            str(error).strip(),
+            "Give the id of a causal language model on the hub (for a gated one, log in with `hf auth login`)",
+        )
+        raise UserError(f"can't load model.name_or_path={name}: {cause}\n{remedy}, or give a local folder") from error
     disable_dropout(model)
     if config.model.archive is not None:
         load_archive(config.model.archive, model)
@@ -65,7 +66,9 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=get_local_dir(config.local_dirs))
     except Exception as error:  # the tokenizers library raises bare ones
-        raise UserError(f"can't load the tokenizer {name!r} (model.tokenizer_name_or_path): {error}") from error
+        cause, remedy = hub.why_not(error, name, "model") or (error, "Name a model that has one")
+        message = f"can't load the tokenizer {name!r} (model.tokenizer_name_or_path): {cause}\n{remedy}"
+        raise UserError(message) from error
     if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
         raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")
     if tokenizer.eos_token_id is None:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from data.batches import BatchIterator, Prompt
+from data.reading import check_path, read_split, row_place
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
 from utils import UserError, closest_match, get_local_dir, rank0_print
@@ -26,8 +27,16 @@ if TYPE_CHECKING:
     import datasets
 
 
+class RowError(UserError):
+    """A row of a split can't be used; `get_dataset` adds the file and line."""
+
+    def __init__(self, message: str, split: str, row: int):
+        super().__init__(message)
+        self.split, self.row = split, row
+
+
 def load_rows(
-    name: str, path: str | None, split: str, fields: dict[str, type], cache_dir: str | None
+    name: str, path: str | None, split: str, fields: dict[str, type], cache_dir: str | None, silent: bool = False
 ) -> "datasets.Dataset":
     """Load one split of a dataset from the hub or from a local folder and check that its columns are there.
 
@@ -36,22 +45,15 @@ def load_rows(
 
     Raises: UserError if it can't be loaded, or lacks a field, naming dataset and split.
     """
-    import datasets  # takes a second: only where rows are read
-
     path = path or DATASETS[name].hub_id
-    try:
-        rows = datasets.load_dataset(path, split=split, cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"datasets=[{name}], {split} split: can't load {path!r}: {str(error).strip()}\n"
-            f"Check the path or the connection to the hub, or give a local folder of the same format: "
-            f"dataset_paths.{name}=DIR"
-        ) from error
+    rows = read_split(name, path, split, cache_dir, silent)
     missing = [key for key in fields if key not in rows.column_names]
     if missing:
-        raise UserError(
+        raise RowError(
             f"datasets=[{name}], {split} split, row 0: no field {', '.join(map(repr, missing))} in {path!r}; "
-            f"its fields are {rows.column_names}, expected are {list(fields)}"
+            f"its fields are {rows.column_names}, expected are {list(fields)}",
+            split,
+            row=0,
         )
     return rows
 
@@ -59,19 +61,22 @@ def load_rows(
 def checked_rows(
     rows: "datasets.Dataset", name: str, split: str, fields: dict[str, type], silent: bool
 ) -> Iterator[tuple[int, dict]]:
-    """Each row with its number, once every field is known to hold a value of its type.
+    """Each row with its number (its field 'row' if it has one), once each field is known to hold a value of its type.
 
-    Raises: UserError naming dataset, split and row.
+    Raises: RowError naming dataset, split and row.
     """
     for index, row in enumerate(tqdm(rows, desc=f"Processing {name} ({split})", disable=silent or None)):
+        index = row.get("row", index)
         for key, expected in fields.items():
             if not isinstance(row[key], expected):
                 kind = "empty" if row[key] is None else f"{row[key]!r:.60}"
-                raise UserError(
+                raise RowError(
                     f"datasets=[{name}], {split} split, row {index}: field {key!r} is {kind}, "
-                    f"expected a value of type {expected.__name__}"
+                    f"expected a value of type {expected.__name__}",
+                    str(rows.split),
+                    index,
                 )
-        yield row.get("row", index), row
+        yield index, row
 
 
 def _new_entry() -> dict:
@@ -100,12 +105,12 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
     fields = {"chosen": str, "rejected": str}
     data: dict[str, dict] = defaultdict(_new_entry)
     n_other_prompt = 0
-    rows = load_rows("hh", path, split, fields, cache_dir)
+    rows = load_rows("hh", path, split, fields, cache_dir, silent)
     for index, row in checked_rows(rows, "hh", split, fields, silent):
         try:
             prompt = extract_anthropic_prompt(row["chosen"])
         except ValueError as error:
-            raise UserError(f"datasets=[hh], {split} split, row {index}: chosen: {error}") from error
+            raise RowError(f"datasets=[hh], {split} split, row {index}: chosen: {error}", split, index) from error
         n_other_prompt += not row["rejected"].startswith(prompt)
         entry = data[prompt]
         n_responses = len(entry["responses"])
@@ -130,7 +135,7 @@ def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path
     fields = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": int, "score_B": int, "labels": int}
     data: dict[str, dict] = defaultdict(_new_entry)
     scores: dict[str, list[int]] = defaultdict(list)
-    rows = load_rows("shp", path, split, fields, cache_dir)
+    rows = load_rows("shp", path, split, fields, cache_dir, silent)
     for index, row in checked_rows(rows, "shp", split, fields, silent):
         if max(row["score_A"], row["score_B"]) < 2 * min(row["score_A"], row["score_B"]):
             continue
@@ -154,7 +159,7 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path:
     with a fixed seed, is the test split.
     """
     fields = {"question": str, "answers": list}
-    rows = load_rows("se", path, "train", fields, cache_dir)
+    rows = load_rows("se", path, "train", fields, cache_dir, silent)
     rows = rows.add_column("row", range(len(rows))).shuffle(seed=42)
     n_test = int(len(rows) * 0.01)
     rows = rows.select(range(n_test) if split == "test" else range(n_test, len(rows)))
@@ -166,7 +171,8 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path:
     for index, row in checked_rows(rows, "se", split, fields, silent):
         for answer in row["answers"]:
             if not isinstance(answer.get("text"), str) or not isinstance(answer.get("pm_score"), int | float):
-                raise UserError(f"datasets=[se], row {index}: an answer has no 'text' or no number as 'pm_score'")
+                reason = "an answer has no 'text' or no number as 'pm_score'"
+                raise RowError(f"datasets=[se], row {index}: {reason}", "train", index)
         prompt = f"\n\nHuman: {row['question']}\n\nAssistant:"
         entry = data[prompt]
         first = len(entry["responses"])
@@ -184,7 +190,9 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path:
 
 def _strip_html_of_row(row: dict) -> dict:
     """`row` with its HTML stripped; what has not the expected form stays, for `checked_rows` to name it."""
-    answers = [answer if isinstance(answer, dict) else {"text": None} for answer in row["answers"] or []]
+    if not isinstance(row["answers"], list):
+        return row
+    answers = [answer if isinstance(answer, dict) else {"text": None} for answer in row["answers"]]
     for holder, key in [(row, "question"), *((answer, "text") for answer in answers)]:
         if isinstance(holder.get(key), str):
             holder[key] = strip_html_tags(holder[key])
@@ -240,13 +248,19 @@ DATASETS = {
 
 
 def check_names(names: Iterable[str], paths: dict[str, str]):
-    """Raises UserError if a dataset, or one that `dataset_paths` names, isn't in `DATASETS` or takes no path."""
+    """Raises UserError if a dataset, or one that `dataset_paths` names, isn't in `DATASETS` or takes no path, or if the
+    path of one that is used is no folder and no hub id."""
     there_are = ", ".join(DATASETS)
     for name in names:
         if name not in DATASETS:
             raise UserError(
                 f"datasets=[{name}]: no such dataset.{closest_match(name, DATASETS)} There are: {there_are}"
             )
+        path = paths.get(name)
+        if path == "":
+            raise UserError(f"dataset_paths.{name} is empty: give a folder, or leave the key out")
+        if path is not None and DATASETS[name].hub_id is not None:
+            check_path(name, path)
     for name in paths:
         if name not in DATASETS:
             hint = closest_match(name, DATASETS)
@@ -265,7 +279,11 @@ def get_dataset(
     """
     check_names([name], {} if path is None else {name: path})
     kwargs = {} if path is None else {"path": path}
-    data = DATASETS[name].load(split, silent=silent, cache_dir=cache_dir, **kwargs)
+    try:
+        data = DATASETS[name].load(split, silent=silent, cache_dir=cache_dir, **kwargs)
+    except RowError as error:
+        place = row_place(path or DATASETS[name].hub_id, error.split, error.row, cache_dir)
+        raise UserError(f"{error}{place}\nCorrect the data there") from error
     if not data:
         raise UserError(f"datasets=[{name}]: the {split} split is empty")
     for prompt, entry in data.items() if isinstance(data, dict) else data:

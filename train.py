@@ -35,6 +35,7 @@ from checkpointing.resume import (
 from configuration import CONFIG_DIR, FREE_KEYS, REPOSITORY, check_config, explain_flags, explain_hydra_error
 from distributed import collectives, environment, launch
 from distributed.strategies import STRATEGIES
+from preference_datasets import DATASETS
 from reporting.output import keep_output_going
 from reporting.sweeps import SweepLog, in_sweep, job_name, job_overrides
 from utils import UserError, get_local_dir, get_local_run_dir, on_rank0, rank0_print
@@ -132,8 +133,10 @@ def train_as_worker(config: DictConfig, checkpoint: str | None, files: dict[str,
 def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
     """Load what the run starts with, then the checkpoint if there is one, and train to the end."""
     import trainers
+    from data import hub
     from models import load_policy, load_reference
 
+    hub.use_cache_if_unreachable(hub_names(config))
     trainer_class = getattr(trainers, config.trainer)
     device_map = trainer_class.strategy_class.device_map
     policy = load_policy(config, device_map) if environment.is_local_rank0() else None
@@ -160,6 +163,9 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
         with resume_hinted(run_dir, Exception):
             trainer.train()
             trainer.save()
+
+
+from preference_datasets import DATASETS
 
 
 def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[str, str]:

@@ -85,6 +85,10 @@ class BasicTrainer:
         self.loss = LOSSES[config.loss.name]
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
+        if (
+            policy is not None and config.model.block_name is not None
+        ):  # now: sharded blocks have classes of other names
+            get_block_class_from_model(policy, config.model.block_name)
         self.policy = self.strategy.distribute(policy, is_policy=True)
         self.device = self.strategy.device(self.policy)
         self.state = TrainState()
@@ -92,6 +96,8 @@ class BasicTrainer:
         self.run_log: RunLog | None = None
 
         self.tokenizer = load_tokenizer(config)
+        # for checkpoints; asked for now, as the hub may be out of reach by then
+        self.dropout_rates = configured_dropout_rates(config) if rank == 0 else {}
         self._check_fits_model()
         self._load_data()
         self.make_rows, self.whole_logits, why = choose_rows(
@@ -106,8 +112,6 @@ class BasicTrainer:
     # ---- setting up -------------------------------------------------------------------------------------------------
 
     def _check_fits_model(self):
-        if self.config.model.block_name is not None:
-            get_block_class_from_model(self.policy, self.config.model.block_name)
         n_embeddings = self.policy.get_input_embeddings().num_embeddings
         if len(self.tokenizer) > n_embeddings:
             raise UserError(
@@ -502,7 +506,7 @@ class BasicTrainer:
                 state_dicts,
                 state,
                 self.config,
-                configured_dropout_rates(self.config),
+                self.dropout_rates,
             )
         collectives.barrier()
 

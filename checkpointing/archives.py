@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from checkpointing.integrity import CHECKSUMS, read_checksums, verify_checksum
+from data import hub
 from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 
@@ -79,6 +80,8 @@ def load_archive(path: str, model: nn.Module):
         if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
             raise ValueError("its state holds more than tensors")
     except (*UNREADABLE, AttributeError) as error:
+        if explanation := hub.why_not(error, path, "model"):
+            raise UserError(f"model.archive={path}: {explanation[0]}\n{explanation[1]}") from error
         raise UserError(
             f"model.archive={path}: can't read it as a checkpoint ({type(error).__name__}: {str(error)[:300]}). "
             "Expected is a policy.pt as training writes it, a .safetensors file, or what from_pretrained takes"

@@ -1,0 +1,234 @@
+"""The rows of a dataset, read by the `datasets` library: from which files, and what is to be done where it fails.
+
+What is wrong in the files themselves is found out by `data.diagnosis`, what is wrong with the hub by `data.hub`, both
+only once the library has failed.
+"""
+
+import errno
+import glob
+import logging
+import os
+import re
+from typing import TYPE_CHECKING
+
+from data import diagnosis, hub
+from utils import UserError, closest_match, rank0_print
+
+if TYPE_CHECKING:
+    import datasets
+
+FORMATS = "JSON Lines, JSON, CSV, Parquet or Arrow, also compressed"
+_SUFFIXES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".zip"]
+_SHOWN_FILES = 4
+
+
+def check_path(name: str, path: str):
+    """Raises UserError if `path`, where the dataset `name` is to be read, is neither a folder nor a hub id."""
+    key = f"dataset_paths.{name}={path}"
+    folder = os.path.expanduser(path)
+    if os.path.isfile(folder):
+        raise UserError(
+            f"{key} is a file\nGive the folder that holds it, and each split's name to its files, e.g. "
+            f"{os.path.join(os.path.dirname(path) or '.', 'train.jsonl')}"
+        )
+    if not os.path.isdir(folder) and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", path):
+        parent = os.path.dirname(folder.rstrip("/")) or "."
+        siblings = [os.path.join(parent, entry) for entry in os.listdir(parent)] if os.path.isdir(parent) else []
+        raise UserError(
+            f"{key}: there is no such folder.{closest_match(folder, siblings)}\n"
+            f"Give a local folder that exists or the id of a dataset on the hub: dataset_paths.{name}=DIR"
+        )
+
+
+def read_split(name: str, path: str, split: str, cache_dir: str | None, silent: bool = False) -> "datasets.Dataset":
+    """One split of the dataset `name`, from the hub id or folder `path`; says once which files that are.
+
+    Raises: UserError with the file and line that can't be read, or why the hub doesn't give it, and the remedy.
+    """
+    import datasets  # takes a second: only where rows are read
+
+    # what it logs of a file that it can't read is in its exception, too
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    check_path(name, path)
+    path = os.path.expanduser(path)
+    where, files = f"datasets=[{name}], {split} split", None
+    try:
+        files = _local_files(name, path, split) if os.path.isdir(path) else None
+        data_files = None if files is None else {split: [glob.escape(file) for file in files]}
+        builder = datasets.load_dataset_builder(path, data_files=data_files, cache_dir=cache_dir)
+        files = list((builder.config.data_files or {}).get(split, []))
+        if not silent:
+            rank0_print(f"{name} ({split}): reading {_listed(files, path) if files else f'{path} from the cache'}")
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
+        rows.data.table.validate(full=True)  # the library doesn't look whether texts are UTF-8
+        return rows
+    except UserError:
+        raise
+    except Exception as error:  # the library raises whatever the reader of a format, or the connection, raised
+        cause, remedy = _cause_and_remedy(error, name, path, split, files or [])
+        raise UserError(f"{where}: {cause}\n{remedy}") from error
+
+
+def row_place(path: str, split: str, row: int, cache_dir: str | None) -> str:
+    """' (FILE, line N)' for a row of a split, counted from 0; an empty string where that can't be told."""
+    import datasets
+
+    path = os.path.expanduser(path)
+    try:
+        files = _local_files("", path, split) if os.path.isdir(path) else None
+        if files is None:
+            files = (datasets.load_dataset_builder(path, cache_dir=cache_dir).config.data_files or {}).get(split, [])
+        place = diagnosis.locate(_local_copies(files), row)
+    except Exception:  # this makes a message better, and must not replace it
+        return ""
+    return f" ({place})" if place else ""
+
+
+# ---- which files ----------------------------------------------------------------------------------------------------
+
+
+def _local_files(name: str, folder: str, split: str) -> list[str] | None:
+    """The files of a folder that make up a split, by the name patterns that the library has for folders on the hub, in
+    its order, each once, without those of caches and runs; None if the folder's card says which they are.
+
+    Raises: UserError if there are none.
+    """
+    from datasets.data_files import _get_data_files_patterns, resolve_pattern
+
+    if _card_names_files(folder):
+        return None
+    folder = os.path.abspath(folder)
+    left_out = tuple(f"{directory}/" for directory in _caches_and_runs(folder))
+
+    def resolve(pattern: str) -> list[str]:
+        files = resolve_pattern(pattern, glob.escape(folder), allowed_extensions=_SUFFIXES)
+        kept = [file for file in files if not file.startswith(left_out)]
+        kept = [file for file in kept if not re.match(r"cache-\w+\.arrow", os.path.basename(file))]  # by Dataset.map
+        if not kept:
+            raise FileNotFoundError(pattern)
+        return kept
+
+    try:
+        patterns = _get_data_files_patterns(resolve)
+    except FileNotFoundError:
+        patterns = {}
+    files = []
+    for pattern in patterns.get(split, []):
+        try:
+            files += resolve(pattern)
+        except FileNotFoundError:
+            continue
+    files = list(dict.fromkeys(files))
+    if reason := _why_not_these(files) if files else _why_no_files(folder, split, sorted(map(str, patterns))):
+        raise UserError(f"datasets=[{name}], {split} split: {reason}")
+    return files
+
+
+def _why_not_these(files: list[str]) -> str | None:
+    """Cause and remedy where the files of a split can't be meant as they are."""
+    formats: dict[str, str] = {}
+    for file in files:
+        if os.path.getsize(file) == 0:
+            return f"{file}: the file is empty\nFill it, or remove it"
+        suffix = next(s for s in reversed(file.split(".")) if f".{s}" in _SUFFIXES)
+        formats.setdefault("json" if suffix in ("jsonl", "ndjson") else suffix, file)
+        if (plain := os.path.splitext(file)[0]) in files:
+            return f"{file} and {plain} are the same rows twice\nRemove one of them"
+    if len(formats) > 1:
+        return (
+            f"{' and '.join(formats.values())} have different formats\nRemove those that aren't meant, or convert them"
+        )
+    return None
+
+
+def _why_no_files(folder: str, split: str, other_splits: list[str]) -> str:
+    """Cause and remedy where a folder has no files for a split."""
+    entries = sorted(os.listdir(folder))
+    remedy = f"Give the split's name to a file or folder there, e.g. {split}.jsonl; formats: {FORMATS}"
+    if scripts := [entry for entry in entries if entry.endswith(".py")]:
+        return (
+            f"{folder} holds no data files but a loading script ({scripts[0]}), and scripts are not run\n"
+            f"Write the rows that it yields to {os.path.join(folder, split)}.jsonl; formats: {FORMATS}"
+        )
+    if not entries:
+        return f"{folder} is empty\n{remedy}"
+    if other_splits:
+        return f"{folder} has files for {', '.join(other_splits)} and none for {split}\n{remedy}"
+    return f"{folder} has no data files, but {', '.join(entries[:_SHOWN_FILES])}\n{remedy}"
+
+
+def _card_names_files(folder: str) -> bool:
+    """Whether the dataset card (https://huggingface.co/docs/hub/datasets-manual-configuration) lists the data files."""
+    for name in ("README.md", ".huggingface.yaml"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                if re.search(r"^configs:", file.read(), re.MULTILINE):
+                    return True
+    return False
+
+
+def _caches_and_runs(folder: str) -> list[str]:
+    """Directories under `folder` that hold what programs wrote: Arrow caches, models from the hub, runs."""
+    found = []
+    for directory, subdirectories, files in os.walk(folder, followlinks=True):
+        subdirectories[:] = [name for name in subdirectories if not name.startswith((".", "__"))]
+        is_run = "config.yaml" in files and ("metrics.jsonl" in files or "LATEST" in subdirectories)
+        is_arrow_cache = (
+            "dataset_info.json" in files and "state.json" not in files and any(f.endswith(".arrow") for f in files)
+        )
+        is_hub_cache = "snapshots" in subdirectories and {"blobs", "refs"} & set(subdirectories)
+        if directory != folder and (is_run or is_arrow_cache or is_hub_cache or directory.endswith(".incomplete")):
+            found.append(directory)
+            subdirectories.clear()
+    return found
+
+
+def _listed(files: list[str], path: str) -> str:
+    """The first few of these files, how many more, and where they are."""
+    shown = [hub.split_url(f)[2] if hub.is_url(f) else os.path.relpath(f, os.path.abspath(path)) for f in files]
+    more = f" and {len(shown) - _SHOWN_FILES} more" if len(shown) > _SHOWN_FILES else ""
+    origin = f"{path} at commit {hub.split_url(files[0])[1][:7]}" if hub.is_url(files[0]) else path
+    return f"{', '.join(shown[:_SHOWN_FILES])}{more} of {origin}"
+
+
+def _local_copies(files: list[str]) -> list[tuple[str, str]]:
+    """Name, as messages show it, and local path of each file that has a local copy."""
+    copies = [(file, hub.cached_copy(file) if hub.is_url(file) else file) for file in files]
+    return [(name, path) for name, path in copies if path is not None]
+
+
+# ---- what went wrong ------------------------------------------------------------------------------------------------
+
+
+def _cause_and_remedy(error: Exception, name: str, path: str, split: str, files: list[str]) -> tuple[str, str]:
+    """What made the library fail, in one line, and what to do about it, in another."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    no_room = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    for link in chain:
+        if isinstance(link, OSError) and link.errno in no_room:
+            return f"can't read {path}: {_one_line(link)}", "Make room or set rights there, or choose other local_dirs"
+    is_local = os.path.isdir(path)
+    fault = diagnosis.first_fault(_local_copies(files))
+    if fault is not None and (is_local or files):
+        copy = "" if is_local else f"; its copy in the cache is {fault.path}: delete that to have it loaded again"
+        return f"{fault.place}: {fault.reason}", f"{fault.remedy}{copy}"
+    if not is_local and (explanation := hub.why_not(error, path, "dataset")):
+        cause, remedy = explanation
+        return (
+            f"can't load {path!r}: {cause}",
+            f"{remedy}; or give a local folder of its format: dataset_paths.{name}=DIR",
+        )
+    told = [link for link in chain if str(link) != "An error occurred while generating the dataset"]
+    return (
+        f"can't load {path!r}: {_one_line((told or chain)[0])}",
+        "Check the path or the connection to the hub, or give a local folder of the same format: "
+        f"dataset_paths.{name}=DIR",
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:400]

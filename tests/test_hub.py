@@ -1,0 +1,334 @@
+"""`python train.py` with models and datasets by their ids, from a hub on loopback (see hub_server.py)."""
+
+import gzip
+import io
+import json
+import shutil
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+from conftest import ORACLE, read_jsonl
+from hub_server import TOKEN, Hub
+from test_cli import assert_refused
+
+pytestmark = pytest.mark.slow
+
+PYTHIA, HH, SHP, SE = (
+    "EleutherAI/pythia-2.8b", "Anthropic/hh-rlhf", "stanfordnlp/SHP", "HuggingFaceH4/stack-exchange-preferences"
+)  # fmt: skip
+SHORT = [
+    "max_length=128", "max_prompt_length=64", "n_examples=4", "n_eval_examples=4", "eval_batch_size=4",
+    "sample_during_eval=false", "do_first_eval=false",
+]  # fmt: skip
+DPO = ["loss=dpo", "model=pythia28", *SHORT]
+CARD = b"---\nlicense: mit\ntags:\n- human-feedback\n---\n# A dataset\n"
+
+
+def model_files() -> dict[str, bytes]:
+    """A small GPT-NeoX and its tokenizer, as a repository on the hub holds them."""
+    return {path.name: path.read_bytes() for path in (ORACLE / "model").iterdir()}
+
+
+def jsonl(rows: list) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def hh_files() -> dict[str, bytes]:
+    """Folders and files as in Anthropic/hh-rlhf: compressed JSON Lines, two splits in each of four folders, and red
+    team attempts of another format, which belong to no split."""
+    files = {
+        "README.md": CARD,
+        ".gitattributes": b"",
+        "red-team-attempts/red_team_attempts.jsonl.gz": gzip.compress(b"[]"),
+    }
+    for split in ("train", "test"):
+        rows = read_jsonl(ORACLE / f"hh/{split}.jsonl")
+        for i, folder in enumerate(("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")):
+            files[f"{folder}/{split}.jsonl.gz"] = gzip.compress(jsonl(rows[i::4]))
+    return files
+
+
+def hh_viewer_info() -> dict:
+    """What the dataset viewer knows of it, whom the library asks for columns and numbers of rows."""
+    text = {"dtype": "string", "_type": "Value"}
+    counts = {split: len(read_jsonl(ORACLE / f"hh/{split}.jsonl")) for split in ("train", "test")}
+    splits = {split: {"name": split, "num_bytes": 1, "num_examples": n} for split, n in counts.items()}
+    return {"default": {"features": {"chosen": text, "rejected": text}, "splits": splits, "builder_name": "json"}}
+
+
+def shp_files() -> dict[str, bytes]:
+    """As in stanfordnlp/SHP: a folder for each subreddit, three splits of JSON Lines in it."""
+    files, rows = {"README.md": CARD}, read_jsonl(ORACLE / "shp/train.jsonl")
+    for i, subreddit in enumerate(("askacademia", "askbaking")):
+        of_subreddit = rows[i::2]
+        parts = {"test": of_subreddit[:5], "validation": of_subreddit[5:10], "train": of_subreddit[10:]}
+        files |= {f"{subreddit}/{split}.json": jsonl(part) for split, part in parts.items()}
+    return files
+
+
+def se_files() -> dict[str, bytes]:
+    """As in HuggingFaceH4/stack-exchange-preferences: Parquet in data/, one split, answers as a list of structs."""
+    files = {"README.md": CARD}
+    for site in ("ai", "cooking"):
+        rows = []
+        for i in range(150):
+            answer = {"author": "a", "author_id": 1, "author_profile": "", "selected": False}
+            texts = [f"<p>{site} {i} <code>{j}</code></p>" for j in range(3)]
+            answers = [{"answer_id": j, "pm_score": j, "text": text, **answer} for j, text in enumerate(texts)]
+            row = {"qid": i, "question": f"<p>{site} {i}?</p>", "answers": answers}
+            rows.append({**row, "date": "2013/1/1", "metadata": [""]})
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+        files[f"data/{site}.stackexchange.com.parquet"] = buffer.getvalue()
+    return files
+
+
+@pytest.fixture(scope="module")
+def bodies():
+    return {"model": model_files(), "hh": hh_files(), "shp": shp_files(), "se": se_files()}
+
+
+@pytest.fixture
+def hub(bodies):
+    """A hub that holds pythia-2.8b and hh."""
+    with Hub() as hub:
+        hub.repository("models", PYTHIA).commit(bodies["model"])
+        hub.repository("datasets", HH, viewer_info=hh_viewer_info()).commit(bodies["hh"])
+        yield hub
+
+
+@pytest.fixture
+def online(train, hub, tmp_path):
+    """Run the command line with this hub."""
+
+    def run(*overrides: str, env: dict[str, str] | None = None):
+        return train(*overrides, env={**hub.environment(tmp_path / "home"), **(env or {})})
+
+    return run
+
+
+@pytest.fixture
+def online_ok(online):
+    def run(*overrides: str, **kwargs) -> str:
+        result = online(*overrides, **kwargs)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        return result.stdout
+
+    return run
+
+
+def final_weights(tmp_path) -> dict[str, torch.Tensor]:
+    return torch.load(tmp_path / "run/LATEST/policy.pt", weights_only=True)["state"]
+
+
+@pytest.mark.parametrize(("name", "repo_id", "n_pairs"), [("hh", HH, 240), ("shp", SHP, None), ("se", SE, 297 * 3)])
+def test_dpo_on_a_dataset_by_id_as_typed(name, repo_id, n_pairs, online_ok, hub, bodies):
+    if name != "hh":
+        hub.repository("datasets", repo_id).commit(bodies[name])
+    output = online_ok(*DPO, f"datasets=[{name}]")
+    commit = hub.repository("datasets", repo_id).refs["main"][:7]
+    assert f"of {repo_id} at commit {commit}\n" in output
+    if n_pairs is not None:
+        assert f"Training data: {n_pairs - n_pairs % 4} examples an epoch" in output
+    assert "train stats after 4 examples" in output
+    downloads = hub.downloads()
+    assert set(downloads.values()) == {1}
+    read = {file for file in bodies[name] if file.endswith((".gz", ".json", ".parquet")) and "red-team" not in file}
+    assert read | {"model.safetensors", "tokenizer.json", "config.json"} <= set(downloads)
+    assert not any("red-team" in file for file in downloads)
+
+
+def test_what_a_hub_gives_trains_as_the_same_in_a_folder(online_ok, hub, bodies, tmp_path):
+    path = tmp_path / "hh"
+    for name, content in bodies["hh"].items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    losses = []
+    for run, override in (("a", f"dataset_paths.hh={HH}"), ("b", f"dataset_paths.hh={path}")):
+        online_ok(*DPO, override, f"local_run_dir={tmp_path}/{run}")
+        losses.append(
+            [line["logps_train/chosen"] for line in read_jsonl(tmp_path / run / "metrics.jsonl") if "lr" in line]
+        )
+    assert losses[0] == losses[1]
+
+
+def sharded(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
+    """The model's weights in several files with an index."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(ORACLE / "model")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "sharded").glob("model*")}
+    return {name: content for name, content in files.items() if name != "model.safetensors"} | shards
+
+
+def pickled(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
+    """The model's weights in pytorch_model.bin alone, as older repositories have them."""
+    model, buffer = transformers.AutoModelForCausalLM.from_pretrained(ORACLE / "model"), io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return {name: content for name, content in files.items() if name != "model.safetensors"} | {
+        "pytorch_model.bin": buffer.getvalue()
+    }
+
+
+@pytest.mark.parametrize("form", [sharded, pickled])
+def test_other_forms_of_weights_train_the_same(form, online_ok, hub, bodies, tmp_path):
+    online_ok(*DPO, f"local_run_dir={tmp_path}/run")
+    expected = final_weights(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    hub.repository("models", PYTHIA).commit(form(bodies["model"], tmp_path))
+    online_ok(*DPO, f"local_run_dir={tmp_path}/run")
+    ours = final_weights(tmp_path)
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_a_second_run_downloads_nothing_and_a_third_needs_no_hub(online_ok, hub):
+    output = online_ok(*DPO)
+    assert hub.downloads().total() > 10
+    hub.requests.clear()
+    online_ok(*DPO)
+    assert hub.downloads() == {}
+    hub.stop()
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        offline = online_ok(*DPO, env=env)
+        assert f"hh (train): reading {HH} from the cache" in offline
+        assert ("can't be reached" in offline) == (env == {})
+        stats = [text[text.index("train stats") :].split("examples_per_second")[0] for text in (output, offline)]
+        assert stats[0] == stats[1]
+
+
+@pytest.mark.parametrize("env", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_without_hub_and_cache_the_message_says_what_is_missing(env, online, hub, tmp_path):
+    hub.stop()
+    assert_refused(
+        online(*DPO, env=env), tmp_path, f"model.name_or_path={PYTHIA}: We couldn't connect", "HF_HUB_OFFLINE unset"
+    )
+    local = f"model.name_or_path={ORACLE}/model"
+    refused = online(*DPO, local, env=env)
+    assert_refused(
+        refused, tmp_path, f"[hh], train split: can't load '{HH}'", "HF_HUB_OFFLINE unset", "dataset_paths.hh=DIR"
+    )
+
+
+LOGIN = ["hf auth login", "HF_TOKEN"]
+UNKNOWN = ["there is no such folder, and the hub has no", *LOGIN]
+NOT_LOGGED_IN = ["it is gated, and you are not logged in", "Ask for access on https://huggingface.co/", *LOGIN]
+NO_ACCESS = ["it is gated, and your account has no access", "Ask for access on https://huggingface.co/", *LOGIN]
+LLAMA = "meta-llama/Llama-3.1-8B"
+REFUSALS = {  # what is asked for, the user's token, and the message
+    "gated model, no token": (["model=llama3-8b"], "", [f"model.name_or_path={LLAMA}: ", *NOT_LOGGED_IN]),
+    "gated model, another's token": (["model=llama3-8b"], "hf_other", [f"model.name_or_path={LLAMA}: ", *NO_ACCESS]),
+    "no such model": (["model=gptj"], "", ["model.name_or_path=EleutherAI/gpt-j-6b: ", *UNKNOWN]),
+    "no such model for this token": (["model=gptj"], "hf_other", ["spelling of EleutherAI/gpt-j-6b", *UNKNOWN]),
+    "gated tokenizer": ([f"model.tokenizer_name_or_path={LLAMA}"], "", [f"tokenizer '{LLAMA}'", *NOT_LOGGED_IN]),
+    "no such tokenizer": (["model.tokenizer_name_or_path=a/b"], "", ["tokenizer 'a/b'", *UNKNOWN]),
+    "gated archive": ([f"model.archive={LLAMA}"], "", [f"model.archive={LLAMA}: ", *NOT_LOGGED_IN]),
+    "no such archive": (["model.archive=a/b"], "", ["model.archive=a/b: ", *UNKNOWN]),
+    "gated dataset": (["dataset_paths.hh=a/gated"], "", ["can't load 'a/gated'", "hh=DIR", *NOT_LOGGED_IN]),
+    "gated dataset, another's token": (["dataset_paths.hh=a/gated"], "hf_other", ["datasets/a/gated", *NO_ACCESS]),
+    "no such dataset": (["dataset_paths.hh=a/none"], "", ["can't load 'a/none'", "dataset_paths.hh=DIR", *UNKNOWN]),
+    "no such dataset for this token": (["dataset_paths.hh=a/none"], "hf_other", ["can't load 'a/none'", *UNKNOWN]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_the_hub_does_not_give_is_named_with_the_remedy(case, online, hub, bodies, tmp_path):
+    overrides, token, parts = REFUSALS[case]
+    hub.repository("models", LLAMA, gated=True).commit(bodies["model"])
+    hub.repository("datasets", "a/gated", gated=True).commit(bodies["hh"])
+    refused = online("loss=dpo", "model=pythia28", *SHORT, *overrides, env={"HF_TOKEN": token})
+    assert_refused(refused, tmp_path, *parts)
+    message = refused.stderr[refused.stderr.index("error: ") :]
+    assert message.count("\n") == 2  # cause and remedy
+
+
+def test_a_gated_model_trains_for_who_has_access(online_ok, hub, bodies):
+    hub.repository("models", LLAMA, gated=True).commit(bodies["model"])
+    online_ok("loss=dpo", "model=llama3-8b", "model.block_name=null", *SHORT, env={"HF_TOKEN": TOKEN})
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("model.safetensors", f"model.name_or_path={PYTHIA}: the hub is busy or out of order (500 for "),
+        ("tokenizer.json", f"the tokenizer '{PYTHIA}' (model.tokenizer_name_or_path): the hub is busy"),
+        ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub is busy or out of order (500 for "),
+    ],
+)
+def test_a_server_error_is_no_missing_file(word, part, online, hub, tmp_path):
+    hub.status[word] = 500
+    assert_refused(online(*DPO), tmp_path, part, f"/{word})", "Start again later; what has come down is kept")
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(online_ok, hub, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(ORACLE / "model", hidden_size=384, intermediate_size=2048)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "large")
+    files = model_files() | {path.name: path.read_bytes() for path in (tmp_path / "large").iterdir()}
+    assert len(files["model.safetensors"]) > 15 << 20
+    hub.repository("models", PYTHIA).commit(files)
+    hub.cut_off["model.safetensors"] = 14 << 20
+    online_ok(*DPO)
+    assert ("GET", f"{PYTHIA}#model.safetensors", f"bytes={10 << 20}-") in hub.requests  # it is written 10 MB at a time
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("model-00002-of-00003.safetensors", f"model.name_or_path={PYTHIA}: the hub ("),
+        ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub ("),
+    ],
+)
+def test_after_a_hub_that_went_away_the_next_start_downloads_only_what_is_missing(file, part, train, bodies, tmp_path):
+    files = sharded(bodies["model"], tmp_path)
+    assert "model-00003-of-00003.safetensors" in files
+
+    def open_hub() -> Hub:
+        hub = Hub()
+        hub.repository("models", PYTHIA).commit(files)
+        hub.repository("datasets", HH).commit(bodies["hh"])
+        return hub
+
+    with open_hub() as first:
+        first.cut_off[file] = 1000
+        first.on_cut_off = first.stop
+        refused = train(*DPO, env=first.environment(tmp_path / "home"))
+    assert_refused(refused, tmp_path, part, "can't be reached", "start again; what has come down is kept")
+    with open_hub() as second:
+        result = train(*DPO, env=second.environment(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr[-2000:]
+    before, after = first.downloads(), second.downloads()
+    assert before.keys() & after.keys() == {file} and len(before) > 2
+    assert set(before.values()) == set(after.values()) == {1} or before[file] > 1
+
+
+def test_of_several_workers_only_one_downloads_each_file(online_ok, hub):
+    online_ok(*DPO, "trainer=FSDPTrainer", "world_size=2")
+    assert set(hub.downloads().values()) == {1}
+    assert {"model.safetensors", "tokenizer.json", "helpful-base/train.jsonl.gz"} <= set(hub.downloads())
+
+
+def test_a_file_from_the_hub_that_is_damaged_is_named_with_its_copy(online, hub, bodies, tmp_path):
+    files = bodies["hh"] | {"helpful-base/train.jsonl.gz": bodies["hh"]["helpful-base/train.jsonl.gz"][:-20]}
+    commit = hub.repository("datasets", HH).commit(files)
+    name = f"hf://datasets/{HH}@{commit}/helpful-base/train.jsonl.gz"
+    refused = online(*DPO)
+    assert_refused(
+        refused,
+        tmp_path,
+        f"{name}, line ",
+        "the compressed data breaks off here",
+        "delete that to have it loaded again",
+    )
+    assert f"snapshots/{commit}/helpful-base/train.jsonl.gz" in refused.stderr
+
+
+def test_saving_asks_the_hub_for_nothing(online_ok, hub):
+    online_ok(*DPO)
+    asked = []
+    for save_every in (16, 4):
+        hub.requests.clear()
+        online_ok(*DPO, "n_examples=16", f"save_every={save_every}")
+        asked.append(len(hub.requests))
+    assert asked[0] == asked[1]
