@@ -61,12 +61,13 @@ def run(config: DictConfig):
 def prepare(config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack) -> str | None:
     """Check the config, lock the run directory for as long as `stack` is entered; returns what to go on from."""
     locate_run(config, run_dir_given)
+    reference_dtype_given = OmegaConf.select(config, "model.reference_dtype") is not None
     check_config(config)
     if os.path.isdir(config.local_run_dir):
         stack.enter_context(locked(config.local_run_dir))
     checkpoint = find_checkpoint(config)
     if config.resume is not None:
-        check_same_run(config, checkpoint)
+        check_same_run(config, checkpoint, reference_dtype_given)
     print(OmegaConf.to_yaml(config))
     return checkpoint
 

@@ -24,13 +24,13 @@ from checkpointing.train_state import (
     seed_generators,
     set_rng_state,
 )
-from configuration import resolved_reference
+from configuration import reference_source, resolved_reference
 from data.batches import microbatches
 from distributed import collectives
 from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
 from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_lengths  # noqa: F401 (re-exported)
-from models import configured_dropout_rates, load_tokenizer
+from models import check_reference_fits, configured_dropout_rates, load_tokenizer
 from preference_datasets import open_batches
 from references import LogpsCache, Reference, make_reference, make_starting_reference, open_cache
 from reporting.run_log import RunLog
@@ -80,6 +80,8 @@ class BasicTrainer:
         self.loss = LOSSES[config.loss.name]
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
+        if policy is not None and config.model.block_name is not None:  # while its classes have their own names
+            get_block_class_from_model(policy, config.model.block_name)
         self.policy = self.strategy.distribute(policy, is_policy=True)
         self.device = self.strategy.device(self.policy)
         self.state = TrainState()
@@ -89,10 +91,7 @@ class BasicTrainer:
         self.tokenizer = load_tokenizer(config)
         self._check_fits_model()
         self._load_data()
-        self.make_rows, self.whole_logits, why = choose_rows(
-            self.policy, self.eval_iterator.first(2), config.shared_prompt, config.max_length, self.strategy
-        )
-        rank0_print(f"Shared prompts: {why}")
+        self.make_rows, self.whole_logits = self.reference_rows = self._choose_rows(self.policy)
         self._set_up_reference(reference_model)
         if config.activation_checkpointing:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -101,8 +100,6 @@ class BasicTrainer:
     # ---- setting up -------------------------------------------------------------------------------------------------
 
     def _check_fits_model(self):
-        if self.config.model.block_name is not None:
-            get_block_class_from_model(self.policy, self.config.model.block_name)
         n_embeddings = self.policy.get_input_embeddings().num_embeddings
         if len(self.tokenizer) > n_embeddings:
             raise UserError(
@@ -126,6 +123,15 @@ class BasicTrainer:
         if config.sample_during_eval and config.n_eval_model_samples > n_examples:
             rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
 
+    def _choose_rows(self, model: nn.Module) -> tuple[Callable, bool]:
+        """How this model is computed; see `shared_prompt.choose_rows`."""
+        config = self.config
+        make_rows, whole_logits, why = choose_rows(
+            model, self.eval_iterator.first(2), config.shared_prompt, config.max_length, self.strategy
+        )
+        rank0_print(f"Shared prompts: {why}")
+        return make_rows, whole_logits
+
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
         """Get the reference ready: a model, or the policy under another adapter. One that is to be precomputed is left
         to `precompute_reference`."""
@@ -139,7 +145,11 @@ class BasicTrainer:
 
         def load() -> nn.Module:
             model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
-            return self.strategy.distribute(model, is_policy=False)
+            model = self.strategy.distribute(model, is_policy=False)
+            if reference_source(config).given:
+                check_reference_fits(model, self.policy, self.tokenizer, config)
+                self.reference_rows = self._choose_rows(model)
+            return model
 
         kind = resolved_reference(config)
         rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
@@ -160,8 +170,8 @@ class BasicTrainer:
         if not to_do or self.reference_cache is not None:
             return
         kind = resolved_reference(config)
-        cache = open_cache(self.policy, kind, config)
         reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
+        cache = open_cache(self.policy, kind, config, reference)
 
         def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
             self.stop.check()
@@ -188,7 +198,7 @@ class BasicTrainer:
         args = {name: value for name, value in self.strategy.optimizer_args.items() if name in accepted}
         try:
             self.optimizer = optimizer_class(parameters, lr=config.lr, **{**args, **config.optimizer_args})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"optimizer={config.optimizer} optimizer_args={config.optimizer_args}: {error}") from error
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lr_lambda=lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1))
@@ -199,8 +209,9 @@ class BasicTrainer:
     def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
         """Log-probability of each of the batch's responses under `model`, chosen before rejected, in nats."""
         mixed_precision = model is self.policy and self.policy_mp is not None
+        make_rows, whole_logits = (self.make_rows, self.whole_logits) if model is self.policy else self.reference_rows
         with torch.autocast(self.device.type, self.policy_mp, enabled=mixed_precision):
-            return response_logps(model, self.make_rows(batch), self.whole_logits, self.strategy)
+            return response_logps(model, make_rows(batch), whole_logits, self.strategy)
 
     def concatenated_forward(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the chosen and the rejected responses, each (batch_size,), in one pass over both."""

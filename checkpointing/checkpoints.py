@@ -16,7 +16,7 @@ import transformers
 from omegaconf import DictConfig
 from torch import nn
 
-from checkpointing.archives import UNREADABLE, fit_state, read_tensors, write_tensors
+from checkpointing.archives import UNREADABLE, describe, fit_state, read_tensors, write_tensors
 from checkpointing.integrity import atomic_directory, replace_path
 from checkpointing.train_state import TrainState
 from distributed.dtensor import distribute_like
@@ -93,7 +93,7 @@ def load_policy_state(directory: str, policy: nn.Module):
         for name, target in targets.items():
             target.copy_(distribute_like(target, weights[name]))
     except UNREADABLE as error:
-        raise UserError(f"{directory}: its adapter doesn't fit the policy: {str(error)[:500]}") from error
+        raise UserError(f"{directory}: its adapter doesn't fit the policy: {describe(error)}") from error
 
 
 def point_latest(run_dir: str, name: str):

@@ -19,9 +19,10 @@ from utils import UserError, rank0_print
 _MAY_CHANGE = (
     "activation_checkpointing", "debug", "do_first_eval", "eval_batch_size", "eval_every", "exp_name",
     "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate", "gradient_accumulation_steps", "keep_checkpoints", "local_dirs",
-    "minimum_log_interval_secs", "model.block_name", "n_epochs", "n_eval_examples", "n_eval_model_samples",
-    "n_examples", "precompute_ref_log_probs", "sample_during_eval", "save_every", "save_optimizer", "shared_prompt",
-    "trainer", "wandb.enabled", "wandb.entity", "wandb.project", "world_size",
+    "minimum_log_interval_secs", "model.attn_implementation", "model.block_name", "model.trust_remote_code", "n_epochs",
+    "n_eval_examples", "n_eval_model_samples", "n_examples", "precompute_ref_log_probs", "sample_during_eval",
+    "save_every", "save_optimizer", "shared_prompt", "trainer", "wandb.enabled", "wandb.entity", "wandb.project",
+    "world_size",
 )  # fmt: skip
 
 
@@ -177,14 +178,19 @@ def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, obje
     return former
 
 
-def check_same_run(config: DictConfig, checkpoint: str | None):
+def check_same_run(config: DictConfig, checkpoint: str | None, reference_dtype_given: bool = True):
     """Say what of the config has changed since the checkpoint was written.
+
+    Args:
+        reference_dtype_given: by the user; otherwise it stays what the run began with, whatever it would be here.
 
     Raises: UserError if it makes another run of it, unless `resume_anyway` is true.
     """
     former = _former_config(config, checkpoint)
     if former is None:
         return
+    if not reference_dtype_given and former.get("model.reference_dtype") is not None:
+        config.model.reference_dtype = former["model.reference_dtype"]
     now, defaults = training_settings(config), default_config()
     former = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **former}  # keys added since then
     changes = {
