@@ -25,7 +25,10 @@ CONFIG_DIR = REPOSITORY / "config"
 REFERENCES = ("model", "adapter_off", "adapter_copy")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
-_FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+# what they need on a GPU; on a CPU, torch's compiler ends the process under flex_attention
+_GPU_ATTENTION = {
+    "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
+}  # fmt: skip
 
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
@@ -271,12 +274,12 @@ def _check_attention(model: DictConfig):
             f"model.attn_implementation={name}: no such implementation.{closest_match(name, ATTENTION)} There are: "
             f"{', '.join(ATTENTION)}; null lets transformers choose"
         )
-    if (package := _FLASH_PACKAGES.get(name)) is None:
+    if (package := _GPU_ATTENTION.get(name)) is None:
         return
     if not torch.cuda.is_available() or importlib.util.find_spec(package) is None:
         raise UserError(f"model.attn_implementation={name} needs a GPU and the package {package}; sdpa needs neither")
     for key in ("reference_dtype", "policy_dtype" if model.policy_mp is None else "policy_mp"):
-        if model[key] not in ("float16", "bfloat16"):
+        if name.startswith("flash") and model[key] not in ("float16", "bfloat16"):
             raise UserError(
                 f"model.attn_implementation={name} computes in bfloat16 or float16, not model.{key}={model[key]}"
             )

@@ -25,7 +25,9 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     Raises: UserError if there is no such model, none that can be loaded, or one that lacks weights or has others.
     """
     source = source or policy_source(config)
-    key, name, options = source.key("name_or_path"), source.name_or_path, _hub_options(config, source)
+    name, options = source.name_or_path, _hub_options(config, source)
+    origin = f"{source.key('name_or_path')}={name}"
+    origin += f" model.revision={options['revision']}" if "revision" in options else ""
     attention = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
     try:
         _say_what_runs(name, options)
@@ -41,7 +43,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
         else:
             model = load_pretrained(
                 name,
-                f"{key}={name}",
+                origin,
                 dtype=getattr(torch, dtype),
                 device_map=device_map,
                 quantization_config=_quantization(config),
@@ -52,7 +54,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
         raise
     except Exception as error:  # what a damaged config.json or file of weights raises may be of any kind
         raise UserError(
-            f"can't load {key}={name}: {describe(error, 2000)}\n"
+            f"can't load {origin}: {describe(error, 2000)}\n"
             f"Give the id of a causal language model on the hub, or a local folder{access_hint(error)}"
             f"{_code_hint(error)}"
         ) from error
@@ -60,7 +62,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     if source.archive is not None:
         load_archive(source.archive, model, source.key("archive"), options["trust_remote_code"])
     else:
-        check_finite(model, f"{key}={name}")
+        check_finite(model, origin)
     return model
 
 
@@ -72,12 +74,16 @@ def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
     return options
 
 
+def allow_own_code(config: DictConfig):
+    """With `model.trust_remote_code`, let this process find the classes of a model that another one sends it."""
+    if config.model.trust_remote_code:
+        transformers.dynamic_module_utils.init_hf_modules()
+
+
 def _say_what_runs(name: str, options: dict):
     """Print which code of its own a model brings, if it is allowed to run."""
     if not options["trust_remote_code"]:
         return
-    # so that other processes, too, find the classes of a model that they are sent
-    transformers.dynamic_module_utils.init_hf_modules()
     revision = {key: value for key, value in options.items() if key != "trust_remote_code"}
     classes = transformers.PreTrainedConfig.get_config_dict(name, **revision)[0].get("auto_map") or {}
     if classes:

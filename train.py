@@ -81,8 +81,9 @@ def train_as_worker(config: DictConfig, checkpoint: str | None):
 def train_from(config: DictConfig, checkpoint: str | None):
     """Load what the run starts with, then the checkpoint if there is one, and train to the end."""
     import trainers
-    from models import load_policy, load_reference
+    from models import allow_own_code, load_policy, load_reference
 
+    allow_own_code(config)
     trainer_class = getattr(trainers, config.trainer)
     device_map = trainer_class.strategy_class.device_map
     policy = load_policy(config, device_map) if environment.is_local_rank0() else None

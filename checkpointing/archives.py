@@ -131,12 +131,14 @@ def load_pretrained(name: str, origin: str, **options) -> nn.Module:
         )
     buffers = {key for key, _ in model.named_buffers() if key.endswith(_COMPUTED_BUFFERS)}
     left_over = {key for key in info["unexpected_keys"] if not key.endswith(_COMPUTED_BUFFERS)}
-    aside = sorted(key for key in left_over if not _is_in_a_part_of(model, key))
+    missing = set(info["missing_keys"]) - buffers
+    shapes = [(key, tuple(found), tuple(own)) for key, found, own in info["mismatched_keys"]]
+    is_whole = not missing and not shapes
+    aside = sorted(key for key in left_over if is_whole and not _is_in_a_part_of(model, key))
+    _refuse_misfits(origin, missing, left_over - set(aside), shapes)
     if aside:
         shown = ", ".join(aside[:5]) + (f" and {len(aside) - 5} more" if len(aside) > 5 else "")
         rank0_print(f"{origin}: left aside, as {type(model).__name__} has no such part: {shown}")
-    shapes = [(key, tuple(found), tuple(own)) for key, found, own in info["mismatched_keys"]]
-    _refuse_misfits(origin, set(info["missing_keys"]) - buffers, left_over - set(aside), shapes)
     return model
 
 
@@ -164,7 +166,11 @@ def _without_report() -> Iterator[None]:
 
 def access_hint(error: Exception) -> str:
     """What to do where the hub may have refused access (401, 403)."""
-    if not re.search(r"40[13] Client Error|gated|private repository", str(error)):
+    texts, cause = [], error
+    while cause is not None:  # transformers calls some of them a lost connection
+        texts.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    if not re.search(r"\b40[13] |gated|private repository", "\n".join(texts)):
         return ""
     return (
         "\nIf it is gated, accept its conditions on its page on the hub; a gated or private one needs a token, in the "

@@ -67,8 +67,12 @@ def write_checkpoint(
 
 
 def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates: dict[str, float]):
-    """Write the policy for `from_pretrained`."""
-    policy.save_pretrained(directory, state_dict=dict(state))
+    """Write the policy for `from_pretrained`, with the code that it may have brought."""
+    # FSDP gives it a class of its own making, which no code of the model's has
+    model_class = next(base for base in type(policy).__mro__ if not base.__module__.startswith("torch."))
+    model = model_class.__new__(model_class)
+    model.__dict__ = policy.__dict__
+    model.save_pretrained(directory, state_dict=dict(state))
     path = os.path.join(directory, "config.json")
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
