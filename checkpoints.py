@@ -7,11 +7,12 @@ import argparse
 import os
 import sys
 
-import transformers
 from omegaconf import OmegaConf
 
-from models import load_adapter, load_model
-from utils import UserError, get_local_dir
+from checkpointing.integrity import atomic_directory
+from configuration import CONFIG_DIR, policy_source
+from models import load_adapter, load_model, read_tokenizer
+from utils import UserError
 
 
 def merge(adapter_dir: str, output_dir: str):
@@ -19,21 +20,27 @@ def merge(adapter_dir: str, output_dir: str):
 
     The base is loaded as the run's config.yaml, beside the checkpoint directory, says.
 
-    Raises: UserError if there is no such run or adapter, or if `output_dir` exists.
+    Raises: UserError if there is no such run or adapter, if `output_dir` exists or can't be written; then nothing
+        remains of it.
     """
     config_path = os.path.join(os.path.abspath(adapter_dir), os.pardir, "config.yaml")
     if not os.path.exists(config_path) or not os.path.exists(os.path.join(adapter_dir, "adapter_config.json")):
         raise UserError(f"{adapter_dir} is not a checkpoint with an adapter inside a run directory")
     if os.path.exists(output_dir):
         raise UserError(f"{output_dir} exists already")
-    config = OmegaConf.load(config_path)
-    config.model.adapter, config.model.load_in_4bit = adapter_dir, False
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        config.model.tokenizer_name_or_path or config.model.name_or_path, cache_dir=get_local_dir(config.local_dirs)
-    )
-    model = load_model(config, config.model.policy_dtype)
-    load_adapter(model, config, is_trainable=False).merge_and_unload().save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    try:
+        config = OmegaConf.load(config_path)
+        # keys that are newer than the run
+        config.model = OmegaConf.merge(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), config.model)
+        config.model.load_in_4bit, config.model.adapter = False, adapter_dir
+        source = policy_source(config)
+    except Exception as error:  # YAML's and OmegaConf's are of many kinds
+        raise UserError(f"{config_path}: can't read it as a run's config: {error}") from error
+    tokenizer = read_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config)
+    model = load_adapter(load_model(config, config.model.policy_dtype), source, is_trainable=False)
+    with atomic_directory(output_dir, "make room, or choose another directory") as partial:
+        model.merge_and_unload().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     print(f"wrote the merged model to {output_dir}")
 
 

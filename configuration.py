@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,11 @@ CONFIG_DIR = REPOSITORY / "config"
 
 REFERENCES = ("model", "adapter_off", "adapter_copy")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
+# what they need on a GPU; on a CPU, torch's compiler ends the process under flex_attention
+_GPU_ATTENTION = {
+    "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
+}  # fmt: skip
 
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
@@ -169,7 +175,8 @@ def unknown_key(key: str) -> str:
 
 
 def check_config(config: DictConfig):
-    """Refuse what can't work; round `eval_every` down to whole batches, and resolve `reference=auto`.
+    """Refuse what can't work; round `eval_every` down to whole batches, resolve `reference=auto` and the reference's
+    dtype.
 
     Raises: UserError naming the key, its value and the remedy.
     """
@@ -184,6 +191,8 @@ def check_config(config: DictConfig):
     _check_keys_and_types(config)
     _check_ranges(config)
     _check_names(config)
+    _check_optimizer(config)
+    _check_model(config)
     _check_lengths_and_batches(config)
     _check_workers(config)
     _check_reference(config)
@@ -288,24 +297,6 @@ def _check_names(config: DictConfig):
             f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
             f"There are: {', '.join(STRATEGIES)}"
         )
-    _check_optimizer(config)
-    for key in ("policy_dtype", "reference_dtype"):
-        if config.model[key] not in DTYPES:
-            raise UserError(f"model.{key}={config.model[key]}: must be one of {', '.join(DTYPES)}")
-    if None not in (config.model.policy_mp, config.model.fsdp_policy_mp) and (
-        config.model.policy_mp != config.model.fsdp_policy_mp
-    ):
-        raise UserError("model.policy_mp and model.fsdp_policy_mp are two names for one thing: give one of them")
-    config.model.policy_mp = config.model.policy_mp or config.model.fsdp_policy_mp
-    if config.model.policy_mp not in (None, "bfloat16"):
-        raise UserError(
-            f"model.policy_mp={config.model.policy_mp}: must be bfloat16 or null; float16 gradients would need "
-            "loss scaling, which no trainer here does"
-        )
-    if config.model.policy_mp is not None and config.model.policy_dtype == "float16":
-        raise UserError(
-            "model.policy_mp=bfloat16 model.policy_dtype=float16: such weights lose bfloat16's range; use float32"
-        )
 
 
 def _check_optimizer(config: DictConfig):
@@ -322,12 +313,82 @@ def _check_optimizer(config: DictConfig):
     accepted = dict(inspect.signature(classes[config.optimizer]).parameters)
     for name in ("params", "lr"):
         accepted.pop(name)
-    for name, value in config.optimizer_args.items():
+    for name, value in OmegaConf.to_container(config.optimizer_args).items():
         if name not in accepted:
             hint = " Its learning rate is the key lr." if name == "lr" else closest_match(name, accepted)
             raise UserError(f"optimizer_args.{name}: {config.optimizer} takes no such argument.{hint}")
-        if "bool" in str(accepted[name].annotation) and not isinstance(value, bool | None):  # it would count as true
-            raise UserError(f"optimizer_args.{name}={value}: expected true or false")
+        _check_optimizer_argument(f"optimizer_args.{name}", value, accepted[name])
+
+
+def _check_optimizer_argument(key: str, value: object, parameter: inspect.Parameter):
+    """Refuse a text for a number, a number for true or false, and the like, as the optimizer's signature tells."""
+    default, annotation = parameter.default, str(parameter.annotation)
+    if value is None and default is None:
+        return
+    if isinstance(default, tuple):
+        numbers = value if isinstance(value, list) and len(value) == len(default) else [""]
+        if any(number is not None and _is_no_number(number) for number in numbers):
+            raise UserError(f"{key}={value}: expected {len(default)} numbers, e.g. {list(default)}")
+    elif isinstance(default, bool) or (default is None and "bool" in annotation):
+        if not isinstance(value, bool):
+            raise UserError(f"{key}={value}: expected true or false")
+    elif (isinstance(default, int | float) or "float" in annotation) and _is_no_number(value):
+        raise UserError(f"{key}={value}: expected a number")
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int | float)
+
+
+def _check_model(config: DictConfig):
+    """Where the model comes from and what it computes in; settles the reference's dtype."""
+    model = config.model
+    for key in ("policy_dtype", "reference_dtype"):
+        if model[key] not in DTYPES and (key, model[key]) != ("reference_dtype", None):
+            raise UserError(f"model.{key}={model[key]}: must be one of {', '.join(DTYPES)}")
+    if model.policy_dtype == "float16":
+        raise UserError(
+            "model.policy_dtype=float16: float16 gradients need loss scaling, which no trainer here does; use "
+            "bfloat16, or model.policy_mp=bfloat16 with float32 weights"
+        )
+    if None not in (config.model.policy_mp, config.model.fsdp_policy_mp) and (
+        config.model.policy_mp != config.model.fsdp_policy_mp
+    ):
+        raise UserError("model.policy_mp and model.fsdp_policy_mp are two names for one thing: give one of them")
+    config.model.policy_mp = config.model.policy_mp or config.model.fsdp_policy_mp
+    if config.model.policy_mp not in (None, "bfloat16"):
+        raise UserError(
+            f"model.policy_mp={config.model.policy_mp}: must be bfloat16 or null; float16 gradients would need "
+            "loss scaling, which no trainer here does"
+        )
+    if model.reference_dtype is None:  # on a CPU, float16 is the slowest of all
+        model.reference_dtype = "float16" if torch.cuda.is_available() else model.policy_dtype
+    if model.revision is not None and os.path.isdir(model.name_or_path):
+        raise UserError(
+            f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is a local folder, which has no "
+            "revisions; leave it null"
+        )
+    _check_attention(model)
+
+
+def _check_attention(model: DictConfig):
+    name = model.attn_implementation
+    if name is None:
+        return
+    if name not in ATTENTION:
+        raise UserError(
+            f"model.attn_implementation={name}: no such implementation.{closest_match(name, ATTENTION)} There are: "
+            f"{', '.join(ATTENTION)}; null lets transformers choose"
+        )
+    if (package := _GPU_ATTENTION.get(name)) is None:
+        return
+    if not torch.cuda.is_available() or importlib.util.find_spec(package) is None:
+        raise UserError(f"model.attn_implementation={name} needs a GPU and the package {package}; sdpa needs neither")
+    for key in ("reference_dtype", "policy_dtype" if model.policy_mp is None else "policy_mp"):
+        if name.startswith("flash") and model[key] not in ("float16", "bfloat16"):
+            raise UserError(
+                f"model.attn_implementation={name} computes in bfloat16 or float16, not model.{key}={model[key]}"
+            )
 
 
 def _check_lengths_and_batches(config: DictConfig):
@@ -403,9 +464,12 @@ def _check_reference(config: DictConfig):
         raise UserError(
             "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
         )
-    if not needs_reference(config.loss) and (config.reference != "auto" or config.precompute_ref_log_probs):
+    asked = config.reference != "auto" or config.precompute_ref_log_probs or reference_source(config).given
+    if not needs_reference(config.loss) and asked:
         why = "reference_free" if config.loss.get("reference_free") else f"loss={config.loss.name}"
-        raise UserError(f"{why} uses no reference: leave reference and precompute_ref_log_probs at their defaults")
+        raise UserError(
+            f"{why} uses no reference: leave reference, reference_model and precompute_ref_log_probs at their defaults"
+        )
     config.reference = resolved_reference(config)
     _check_moving_reference(config)
     if LOSSES[config.loss.name].takes_kl_estimate:
@@ -415,7 +479,7 @@ def _check_reference(config: DictConfig):
             raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
         if config.lora is None and config.model.adapter is None:
             raise UserError("model.load_in_4bit=true: 4-bit weights can't be trained; add lora={} or model.adapter")
-        if config.model.archive is not None or config.model.from_scratch:
+        if any(source.archive is not None or source.from_scratch for source in _sources(config)):
             raise UserError(
                 "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
             )
@@ -452,6 +516,46 @@ def _check_moving_reference(config: DictConfig):
         raise UserError(f"reference_update_every={every}: an adapter's reference can't follow it; train all weights")
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a model's weights come from: those of `name_or_path` (or random ones, `from_scratch`), replaced by those of
+    `archive`, with `adapter` on them."""
+
+    name_or_path: str
+    archive: str | None = None
+    adapter: str | None = None
+    from_scratch: bool = False
+    given: frozenset[str] = frozenset()  # which of these the section `reference_model` of the config gives
+
+    def key(self, name: str) -> str:
+        """The config's key for one of these."""
+        return f"{'reference_model' if name in self.given else 'model'}.{name}"
+
+
+def policy_source(config: DictConfig) -> Source:
+    """What the policy starts from."""
+    return Source(config.model.name_or_path, config.model.archive, config.model.adapter, config.model.from_scratch)
+
+
+def reference_source(config: DictConfig) -> Source:
+    """What a second model as reference is loaded from: what `reference_model` gives, upon what the policy has below it;
+    what the policy has above it is left out, as it belongs to another model. Without any of it, the policy's."""
+    policy, names = policy_source(config), ("name_or_path", "archive", "adapter")
+    values = {name: OmegaConf.select(config, f"reference_model.{name}") for name in names}
+    given = frozenset(name for name in names if values[name] is not None)
+    if not given:
+        return policy
+    for name in names:
+        if name in given:
+            break
+        values[name] = getattr(policy, name)
+    return Source(**values, from_scratch=policy.from_scratch and "name_or_path" not in given, given=given)
+
+
+def _sources(config: DictConfig) -> list[Source]:
+    return list(dict.fromkeys((policy_source(config), reference_source(config))))
+
+
 def resolved_reference(config: DictConfig) -> str:
     """The kind of reference that `reference=auto` means, or the one that was asked for; auto if the loss needs none.
 
@@ -459,6 +563,12 @@ def resolved_reference(config: DictConfig) -> str:
     """
     if not needs_reference(config.loss):
         return "auto"
+    if own := sorted(reference_source(config).given):
+        if config.reference not in ("auto", "model"):
+            raise UserError(
+                f"reference={config.reference}: reference_model.{own[0]} makes it a model of its own; leave it auto"
+            )
+        return "model"
     has_adapter, settings = config.model.adapter is not None, _adapter_settings(config)
     # trained biases and some initializations change the base itself, which is then no reference
     base_is_kept = settings.get("bias", "none") == "none" and settings.get("init_lora_weights", True) in (
@@ -480,30 +590,46 @@ def resolved_reference(config: DictConfig) -> str:
 
 def _adapter_settings(config: DictConfig) -> dict:
     """Fields of LoraConfig of the new or the saved adapter; none without an adapter."""
-    path = os.path.join(config.model.adapter or "", "adapter_config.json")
-    if config.model.adapter is not None and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+    adapter = config.model.adapter
+    if adapter is not None and os.path.exists(os.path.join(adapter, "adapter_config.json")):
+        return _saved_settings("model.adapter", adapter)
     return OmegaConf.to_container(config.lora) if config.lora is not None else {}
+
+
+def _saved_settings(key: str, adapter: str) -> dict:
+    """What adapter_config.json says of a saved adapter."""
+    path = os.path.join(adapter, "adapter_config.json")
+    if not os.path.exists(path):
+        raise UserError(f"{key}={adapter}: no adapter_config.json there; give the directory of a saved adapter")
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}={adapter}: can't read its adapter_config.json: {error}") from error
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise UserError(f"{key}={adapter}: its adapter_config.json is not a LoRA adapter's (peft_type: LORA)")
+    return settings
 
 
 def _check_files(config: DictConfig):
     if config.wandb.enabled and not config.debug and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or pass wandb.enabled=false")
-    for key in ("name_or_path", "tokenizer_name_or_path"):
-        _check_source(f"model.{key}", config.model[key])
+    _check_source("model.tokenizer_name_or_path", config.model.tokenizer_name_or_path)
+    for source in _sources(config):
+        _check_source(source.key("name_or_path"), source.name_or_path)
     for name in config.datasets:
         _check_source(f"dataset_paths.{name}", config.dataset_paths.get(name))
-    archive = config.model.archive
-    if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
-        parent = os.path.dirname(archive) or "."
-        siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
-        raise UserError(f"model.archive={archive}: no such file.{closest_match(archive, siblings)}")
-    adapter = config.model.adapter
-    if adapter is not None and not os.path.exists(os.path.join(adapter, "adapter_config.json")):
-        raise UserError(f"model.adapter={adapter}: no adapter_config.json there; give the directory of a saved adapter")
-    if (adapter is not None or config.lora is not None) and importlib.util.find_spec("peft") is None:
-        raise UserError("lora and model.adapter need PEFT: pip install peft")
+    for source in _sources(config):
+        archive = source.archive
+        if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
+            parent = os.path.dirname(archive) or "."
+            siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
+            raise UserError(f"{source.key('archive')}={archive}: no such file.{closest_match(archive, siblings)}")
+        if source.adapter is not None:
+            _saved_settings(source.key("adapter"), source.adapter)
+    has_adapter = config.lora is not None or any(source.adapter is not None for source in _sources(config))
+    if has_adapter and importlib.util.find_spec("peft") is None:
+        raise UserError("lora and adapters need PEFT: pip install peft")
     if config.lora is not None:
         _check_lora(config)
     _check_writable(f"local_run_dir={config.local_run_dir}", config.local_run_dir)

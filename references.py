@@ -65,11 +65,23 @@ def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) 
 def make_starting_reference(
     kind: str, policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]
 ) -> Reference:
-    """The reference before training, when a policy that is computed as a second model would be gives its numbers: then
-    none is loaded."""
-    dtypes = {config.model.policy_mp or config.model.policy_dtype, config.model.reference_dtype}
-    same = kind == "model" and len(dtypes) == 1 and not hasattr(policy, "peft_config")
-    return make_reference(kind, policy, (lambda: policy) if same else load)
+    """The reference before training. Where the policy is then the same function, bit for bit, it plays the reference's
+    part: none is loaded."""
+    same_dtype = config.model.reference_dtype == config.model.policy_dtype and config.model.policy_mp is None
+    if kind == "model" and same_dtype and _has_the_weights(policy, config):
+        return Reference(policy.eval())
+    return make_reference(kind, policy, load)
+
+
+def _has_the_weights(policy: nn.Module, config: DictConfig) -> bool:
+    """Whether the policy before training, cast to the reference's dtype, has the weights of a second model.
+
+    Not if it has an adapter, which is kept in a dtype of its own and may change the base, nor if its dtype is narrower:
+    rounded twice isn't rounded once.
+    """
+    dtypes = [getattr(torch, config.model[key]) for key in ("policy_dtype", "reference_dtype")]
+    is_another = any(value is not None for value in config.reference_model.values())
+    return not is_another and not hasattr(policy, "peft_config") and torch.promote_types(*dtypes) == dtypes[0]
 
 
 @contextlib.contextmanager
@@ -85,46 +97,52 @@ def _adapter_switched(model: nn.Module, name: str) -> Iterator[None]:
 # ---- log-probabilities kept on disk ---------------------------------------------------------------------------------
 
 
-def _adapter_scaling(policy: nn.Module) -> dict[str, str]:
+def _adapter_scaling(model: nn.Module) -> dict[str, str]:
     """What of an adapter's settings decides, beside its weights, what it computes."""
-    settings = policy.peft_config["default"]
+    settings = model.peft_config["default"]
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     return {name: str(getattr(settings, name, None)) for name in names}
 
 
-def open_cache(policy: nn.Module, kind: str, config: DictConfig) -> "LogpsCache":
-    """The cache of this reference's log-probabilities, in the local dir; `policy` is as training starts."""
+def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Callable[[], Reference]) -> "LogpsCache":
+    """The cache of this reference's log-probabilities, in the local dir; `policy` is as training starts.
+
+    `reference` is asked for only where the policy doesn't tell its weights: one whose numbers are all known need not be
+    loaded.
+    """
     details: dict[str, object] = {}
-    if kind != "model":
-        details["policy_mp"] = config.model.policy_mp
-    with_adapter = config.model.adapter is not None and kind != "adapter_off"
-    if with_adapter:
-        details["adapter"] = _adapter_scaling(policy)
-    dtype = getattr(torch, config.model.reference_dtype) if kind == "model" else None
-    fingerprint = _reference_fingerprint(policy, with_adapter, dtype, details)
+    if kind != "model":  # then it is computed as the policy is, which under mixed precision is the trainer's way
+        details["policy_mp"] = config.model.policy_mp and [config.model.policy_mp, config.trainer]
+    with_adapter = kind == "model" or (config.model.adapter is not None and kind != "adapter_off")
+    if kind == "model" and not _has_the_weights(policy, config):
+        model, cast_to = reference().model, None
+    else:
+        model, cast_to = policy, getattr(torch, config.model.reference_dtype) if kind == "model" else None
+    if with_adapter and hasattr(model, "peft_config"):
+        details["adapter"] = _adapter_scaling(model)
+    fingerprint = _fingerprint(model, with_adapter, cast_to, details)
     return LogpsCache(os.path.join(get_local_dir(config.local_dirs), "reference_logps", fingerprint))
 
 
-def _reference_fingerprint(
-    policy: nn.Module, with_adapter: bool, dtype: torch.dtype | None, details: dict[str, object]
-) -> str:
-    """What the reference's numbers depend on besides the pair: its config, its weights as `dtype`, and `details`.
+def _fingerprint(model: nn.Module, with_adapter: bool, cast_to: torch.dtype | None, details: dict[str, object]) -> str:
+    """What a reference's numbers depend on besides the pair: its config, its weights, and `details`.
 
-    It is taken from the policy before training, when both have the same weights (cast to `dtype` if one is given),
-    so a reference whose numbers are all known need not be loaded. `with_adapter`: the adapter is part of it.
+    Args:
+        with_adapter: the adapter is part of it.
+        cast_to: the dtype that the reference has these weights in, if it is another.
     """
-    config = policy.config.to_dict()
+    config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"):
         config.pop(key, None)  # these say where the weights come from, not what is computed
-    digest = hashlib.sha256(json.dumps([config, str(dtype), details], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([config, details], sort_keys=True, default=str).encode())
     tensors = {}
-    for name, tensor in policy.state_dict().items():
+    for name, tensor in model.state_dict().items():
         if "lora_" not in name or (with_adapter and f".{REFERENCE_ADAPTER}." not in name):
             tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor.detach()
     for name in tqdm(sorted(tensors), "Hashing the reference's weights", leave=False, disable=hides_progress()):
         tensor = full_tensor(tensors[name])
-        tensor = tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        digest.update(name.encode())
+        tensor = tensor.to("cpu", cast_to if tensor.is_floating_point() else None).contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

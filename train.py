@@ -113,12 +113,13 @@ def prepare(
     Returns: the checkpoint to go on from, whether there is nothing left to do, and fingerprints of the files that the
         run starts from.
     """
+    reference_dtype_given = OmegaConf.select(config, "model.reference_dtype") is not None
     check_config(config)
     locate_run(config, run_dir_given)
     stack.enter_context(claimed(config.local_run_dir))
     checkpoint, files = find_checkpoint(config), fingerprints.file_fingerprints(config)
     if config.resume is not None:
-        check_same_run(config, checkpoint, files)
+        check_same_run(config, checkpoint, files, reference_dtype_given)
     print(OmegaConf.to_yaml(config))
     return checkpoint, checkpoint is not None and is_complete(config, checkpoint), files
 
@@ -134,9 +135,10 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
     """Load what the run starts with, then the checkpoint if there is one, and train to the end."""
     import trainers
     from data import hub
-    from models import load_policy, load_reference
+    from models import allow_own_code, load_policy, load_reference
 
     hub.use_cache_if_unreachable(hub_names(config))
+    allow_own_code(config)
     trainer_class = getattr(trainers, config.trainer)
     device_map = trainer_class.strategy_class.device_map
     policy = load_policy(config, device_map) if environment.is_local_rank0() else None
@@ -165,7 +167,12 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
             trainer.save()
 
 
-from preference_datasets import DATASETS
+def hub_names(config: DictConfig) -> list[str]:
+    """What a run loads by name: ids on the hub or, as they may be, local folders."""
+    model, reference = config.model, config.reference_model
+    names = [model.name_or_path, model.tokenizer_name_or_path, model.archive, reference.name_or_path, reference.archive]
+    names += [config.dataset_paths.get(name) or DATASETS[name].hub_id for name in config.datasets]
+    return [name for name in names if name is not None]
 
 
 def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[str, str]:

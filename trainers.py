@@ -28,13 +28,13 @@ from checkpointing.train_state import (
     seed_generators,
     set_rng_state,
 )
-from configuration import resolved_reference
+from configuration import reference_source, resolved_reference
 from data.batches import microbatches, mismatch
 from distributed import collectives
 from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
 from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_lengths  # noqa: F401 (re-exported)
-from models import configured_dropout_rates, load_tokenizer
+from models import check_reference_fits, configured_dropout_rates, load_tokenizer
 from preference_datasets import open_batches
 from references import LogpsCache, Reference, make_reference, make_starting_reference, move_reference, open_cache
 from reporting.metrics import check_finite, mean_metrics
@@ -85,9 +85,7 @@ class BasicTrainer:
         self.loss = LOSSES[config.loss.name]
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
-        if (
-            policy is not None and config.model.block_name is not None
-        ):  # now: sharded blocks have classes of other names
+        if policy is not None and config.model.block_name is not None:  # sharded blocks have classes of other names
             get_block_class_from_model(policy, config.model.block_name)
         self.policy = self.strategy.distribute(policy, is_policy=True)
         self.device = self.strategy.device(self.policy)
@@ -100,10 +98,7 @@ class BasicTrainer:
         self.dropout_rates = configured_dropout_rates(config) if rank == 0 else {}
         self._check_fits_model()
         self._load_data()
-        self.make_rows, self.whole_logits, why = choose_rows(
-            self.policy, self.eval_iterator.first(2), config.shared_prompt, config.max_length, self.strategy
-        )
-        rank0_print(f"Shared prompts: {why}")
+        self.make_rows, self.whole_logits = self.reference_rows = self._choose_rows(self.policy)
         self._set_up_reference(reference_model)
         if config.activation_checkpointing:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -145,6 +140,15 @@ class BasicTrainer:
         """A SHA-256 of each dataset's examples in each split; see `BatchIterator.fingerprints`."""
         return {**self.train_iterator.fingerprints(), **self.eval_iterator.fingerprints()}
 
+    def _choose_rows(self, model: nn.Module) -> tuple[Callable, bool]:
+        """How this model is computed; see `shared_prompt.choose_rows`."""
+        config = self.config
+        make_rows, whole_logits, why = choose_rows(
+            model, self.eval_iterator.first(2), config.shared_prompt, config.max_length, self.strategy
+        )
+        rank0_print(f"Shared prompts: {why}")
+        return make_rows, whole_logits
+
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
         """Get the reference ready: a model, or the policy under another adapter. One that is to be precomputed is left
         to `precompute_reference`."""
@@ -158,7 +162,11 @@ class BasicTrainer:
 
         def load() -> nn.Module:
             model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
-            return self.strategy.distribute(model, is_policy=False)
+            model = self.strategy.distribute(model, is_policy=False)
+            if reference_source(config).given:
+                check_reference_fits(model, self.policy, self.tokenizer, config)
+                self.reference_rows = self._choose_rows(model)
+            return model
 
         kind = resolved_reference(config)
         rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
@@ -179,8 +187,8 @@ class BasicTrainer:
         if not to_do or self.reference_cache is not None:
             return
         kind = resolved_reference(config)
-        cache = open_cache(self.policy, kind, config)
         reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
+        cache = open_cache(self.policy, kind, config, reference)
 
         def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
             self.stop.check()
@@ -225,8 +233,9 @@ class BasicTrainer:
     def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
         """Log-probability of each of the batch's responses under `model`, chosen before rejected, in nats."""
         mixed_precision = model is self.policy and self.policy_mp is not None
+        make_rows, whole_logits = (self.make_rows, self.whole_logits) if model is self.policy else self.reference_rows
         with torch.autocast(self.device.type, self.policy_mp, enabled=mixed_precision):
-            return response_logps(model, self.make_rows(batch), self.whole_logits, self.strategy)
+            return response_logps(model, make_rows(batch), whole_logits, self.strategy)
 
     def concatenated_forward(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the chosen and the rejected responses, each (batch_size,), in one pass over both."""

@@ -1,8 +1,12 @@
 """Files of tensors: weights that a run starts from, of today and of 2023, and what checkpoints hold."""
 
+import contextlib
 import json
+import logging
 import os
 import pickle
+import re
+from collections.abc import Iterable, Iterator
 
 import safetensors.torch
 import torch
@@ -16,7 +20,7 @@ from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 
 # Buffers that transformers wrote into state dicts in 2023; today's models compute them, so they are left out.
-_LEGACY_BUFFERS = (
+_COMPUTED_BUFFERS = (
     *(f".{module}.{buffer}" for module in ("attn", "attention") for buffer in ("bias", "masked_bias")),
     ".rotary_emb.inv_freq",
 )
@@ -38,7 +42,7 @@ def read_tensors(path: str, mmap: bool = False) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UNREADABLE as error:
-        raise UserError(f"{path}: can't read it ({type(error).__name__}: {str(error)[:300]})") from error
+        raise UserError(f"{path}: can't read it ({describe(error)})") from error
 
 
 def read_state_dict(path: str, mmap: bool = False) -> dict:
@@ -52,17 +56,36 @@ def read_state_dict(path: str, mmap: bool = False) -> dict:
     return saved["state"]
 
 
-def load_archive(path: str, model: nn.Module):
+def describe(error: Exception, n_characters: int = 300) -> str:
+    """What is wrong with a file that can't be read.
+
+    Of what torch says of pickles only the reason is kept, not the advice to load them with `weights_only=False`, which
+    would run the code in them.
+    """
+    text = str(error).strip()
+    if "weights_only" in text:
+        reason = re.search(r"WeightsUnpickler error: (.*?)(?:\. Please use|\n|$)", text)
+        text = reason[1] if reason else "it is no file of tensors"
+    return f"{type(error).__name__}: {text[:n_characters]}"
+
+
+def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_remote_code: bool = False):
     """Replace a model's weights by those of an archive.
 
     It is a `policy.pt` (one that the original wrote under transformers 4.29, too), a .safetensors file, a checkpoint
     directory, a directory that `save_pretrained` wrote, or a model on the hub.
 
+    Args:
+        key: of the config, for messages.
+        trust_remote_code: see `model.trust_remote_code` in the config.
+
     Raises: UserError if it can't be read or doesn't fit, with the weights that are missing, left over or of another
-        shape.
+        shape, or not finite.
     """
     if os.path.exists(os.path.join(path, "adapter_config.json")):
-        raise UserError(f"model.archive={path} holds a LoRA adapter, not a model: give it as model.adapter={path}")
+        raise UserError(
+            f"{key}={path} holds a LoRA adapter, not a model: give it as {key.replace('archive', 'adapter')}={path}"
+        )
     if os.path.exists(os.path.join(path, "policy.pt")):
         path = os.path.join(path, "policy.pt")
     try:
@@ -76,26 +99,111 @@ def load_archive(path: str, model: nn.Module):
             state = archive["state"]
             origin = f" at step {archive['step_idx']} with metrics {json.dumps(archive['metrics'], indent=2)}"
         else:
-            state, origin = _pretrained_state(path, model), ""
-        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise ValueError("its state holds more than tensors")
-    except (*UNREADABLE, AttributeError) as error:
+            options = {"dtype": model.dtype, "trust_remote_code": trust_remote_code}
+            state, origin = load_pretrained(path, f"{key}={path}", **options).state_dict(), ""
+        _check_tensors(state)
+    except UserError:
+        raise
+    except Exception as error:  # a file that holds something else raises errors of any kind
         if explanation := hub.why_not(error, path, "model"):
-            raise UserError(f"model.archive={path}: {explanation[0]}\n{explanation[1]}") from error
+            raise UserError(f"{key}={path}: {explanation[0]}\n{explanation[1]}") from error
         raise UserError(
-            f"model.archive={path}: can't read it as a checkpoint ({type(error).__name__}: {str(error)[:300]}). "
-            "Expected is a policy.pt as training writes it, a .safetensors file, or what from_pretrained takes"
+            f"{key}={path}: can't read it as a checkpoint ({describe(error)}). "
+            f"Expected is a policy.pt as training writes it, a .safetensors file, or what from_pretrained takes"
+            f"{access_hint(error)}"
         ) from error
     rank0_print(f"loading pre-trained weights from {path}{origin}")
-    model.load_state_dict(fit_state(state, model, path))
+    model.load_state_dict(fit_state(state, model, f"{key}={path}"))
+    check_finite(model, f"{key}={path}")
     rank0_print("loaded pre-trained weights")
 
 
-def _pretrained_state(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that `from_pretrained` finds under `name`, under the names of its own architecture."""
-    other, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype, output_loading_info=True)
-    missing = set(info["missing_keys"])  # these were drawn at random
-    return {key: tensor for key, tensor in other.state_dict().items() if key not in missing}
+def _check_tensors(state: dict):
+    """Raises ValueError unless it holds named tensors that have values, all of them."""
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"its state holds more than named tensors: {name!r} is a {type(tensor).__name__}")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            kind = "without values (on the meta device)" if tensor.is_meta else f"of the layout {tensor.layout}"
+            raise ValueError(f"{name} is a tensor {kind}")
+
+
+def load_pretrained(name: str, origin: str, **options) -> nn.Module:
+    """`AutoModelForCausalLM.from_pretrained(name, **options)`, with every weight read from its files.
+
+    What belongs to a part that the model lacks altogether (a reward head) is left aside, which is said; so are buffers
+    that models compute.
+
+    Args:
+        origin: where it comes from, for messages.
+
+    Raises: UserError with the weights that are missing, left over or of another shape.
+    """
+    with _without_report():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    buffers = {key for key, _ in model.named_buffers() if key.endswith(_COMPUTED_BUFFERS)}
+    left_over = {key for key in info["unexpected_keys"] if not key.endswith(_COMPUTED_BUFFERS)}
+    missing = set(info["missing_keys"]) - buffers
+    shapes = [(key, tuple(found), tuple(own)) for key, found, own in info["mismatched_keys"]]
+    is_whole = not missing and not shapes
+    aside = sorted(key for key in left_over if is_whole and not _is_in_a_part_of(model, key))
+    _refuse_misfits(origin, missing, left_over - set(aside), shapes)
+    if aside:
+        shown = ", ".join(aside[:5]) + (f" and {len(aside) - 5} more" if len(aside) > 5 else "")
+        rank0_print(f"{origin}: left aside, as {type(model).__name__} has no such part: {shown}")
+    return model
+
+
+def _is_in_a_part_of(model: nn.Module, key: str) -> bool:
+    """Whether a weight of this name would be in one of the model's own parts: its embeddings, blocks, norms or head."""
+    parts = {name for module in (model, model.base_model) for name, _ in module.named_children()}
+    first = key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
+    return first in parts
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Let transformers not log its table of weights that don't fit; the error says it."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def access_hint(error: Exception) -> str:
+    """What to do where the hub may have refused access (401, 403)."""
+    texts, cause = [], error
+    while cause is not None:  # transformers calls some of them a lost connection
+        texts.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    if not re.search(r"\b40[13] |gated|private repository", "\n".join(texts)):
+        return ""
+    return (
+        "\nIf it is gated, accept its conditions on its page on the hub; a gated or private one needs a token, in the "
+        "variable HF_TOKEN or by `hf auth login`"
+    )
+
+
+def check_finite(model: nn.Module, origin: str):
+    """Raises UserError with the weights that hold NaN or infinity; `origin`: where they come from."""
+    bad = [name for name, parameter in model.named_parameters() if not _is_finite(parameter.detach())]
+    if bad:
+        shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise UserError(f"{origin}: weights that are NaN or infinite in {str(model.dtype)[6:]}: {shown}")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0 or not tensor.is_floating_point():  # 4-bit weights are integers
+        return True
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # needs no memory of the tensor's size
 
 
 def fit_state(state: dict, model: nn.Module, path: str) -> dict:
@@ -106,22 +214,47 @@ def fit_state(state: dict, model: nn.Module, path: str) -> dict:
         raise UserError(f"{path} holds more than tensors: {', '.join(strange[:10])}")
     for name, tensor in state.items():
         new_name = "lm_head.weight" if name == "embed_out.weight" and name not in expected else name
-        if new_name in expected or not new_name.endswith(_LEGACY_BUFFERS):
+        if new_name in expected or not new_name.endswith(_COMPUTED_BUFFERS):
             fitted[new_name] = tensor
     by_parameter = {id(expected[name]): name for name in fitted.keys() & expected.keys()}
     for name, parameter in expected.items():  # .safetensors hold tied weights once
         if name not in fitted and id(parameter) in by_parameter:
             fitted[name] = fitted[by_parameter[id(parameter)]]
 
-    problems = [f"missing: {name}" for name in expected.keys() - fitted.keys()]
-    problems += [f"left over: {name}" for name in fitted.keys() - expected.keys()]
-    problems += [
-        f"{name}: shape {tuple(fitted[name].shape)}, the model's is {tuple(expected[name].shape)}"
-        for name in expected.keys() & fitted.keys()
-        if fitted[name].shape != expected[name].shape
+    untied = [
+        f"{name}: is not equal to {by_parameter[id(expected[name])]}, which the model ties it to"
+        for name in fitted.keys() & expected.keys()
+        if not _is_same(fitted[name], fitted[by_parameter[id(expected[name])]])
     ]
+    both = sorted(expected.keys() & fitted.keys())
+    shapes = [(name, tuple(fitted[name].shape), tuple(expected[name].shape)) for name in both]
+    kinds = [
+        f"{name}: {str(fitted[name].dtype)[6:]}, the model's is {str(expected[name].dtype)[6:]}"
+        for name in both
+        if expected[name].is_floating_point() and not fitted[name].is_floating_point()
+    ]
+    left_over = fitted.keys() - expected.keys()
+    _refuse_misfits(path, expected.keys() - fitted.keys(), left_over, shapes, kinds + untied)
+    return {name: distribute_like(expected[name], tensor) for name, tensor in fitted.items()}
+
+
+def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor is other or torch.equal(tensor, other)
+
+
+def _refuse_misfits(
+    origin: str,
+    missing: Iterable[str],
+    left_over: Iterable[str],
+    shapes: Iterable[tuple[str, tuple, tuple]],
+    others: Iterable[str] = (),
+):
+    """Raises UserError if there are any; `shapes`: names with the shape found and the model's."""
+    problems = [f"missing: {name}" for name in missing]
+    problems += [f"left over: {name}" for name in left_over]
+    problems += [f"{name}: shape {found}, the model's is {own}" for name, found, own in shapes if found != own]
+    problems += others
     if problems:
         shown = "\n  ".join(sorted(problems)[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{path} doesn't fit the model; is it of another model=...?\n  {shown}{more}")
-    return {name: distribute_like(expected[name], tensor) for name, tensor in fitted.items()}
+        raise UserError(f"{origin} doesn't fit the model; is it of another model=...?\n  {shown}{more}")

@@ -16,7 +16,7 @@ import transformers
 from omegaconf import DictConfig
 from torch import nn
 
-from checkpointing.archives import UNREADABLE, fit_state, read_state_dict, write_tensors
+from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
 from checkpointing.integrity import atomic_directory, replace_path
 from checkpointing.train_state import TrainState
 from distributed.dtensor import distribute_like
@@ -67,8 +67,12 @@ def write_checkpoint(
 
 
 def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates: dict[str, float]):
-    """Write the policy for `from_pretrained`."""
-    policy.save_pretrained(directory, state_dict=dict(state))
+    """Write the policy for `from_pretrained`, with the code that it may have brought."""
+    # FSDP gives it a class of its own making, which no code of the model's has
+    model_class = next(base for base in type(policy).__mro__ if not base.__module__.startswith("torch."))
+    model = model_class.__new__(model_class)
+    model.__dict__ = policy.__dict__
+    model.save_pretrained(directory, state_dict=dict(state))
     path = os.path.join(directory, "config.json")
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
@@ -100,7 +104,7 @@ def load_policy_state(directory: str, policy: nn.Module):
         for name, target in targets.items():
             target.copy_(distribute_like(target, weights[name]))
     except UNREADABLE as error:
-        raise UserError(f"{directory}: its adapter doesn't fit the policy: {str(error)[:500]}") from error
+        raise UserError(f"{directory}: its adapter doesn't fit the policy: {describe(error)}") from error
 
 
 def point_latest(run_dir: str, name: str):

@@ -22,9 +22,17 @@ _INTERRUPTED = re.compile(  # and those that they, or config.yaml, have while th
 # ---- written whole or not at all ------------------------------------------------------------------------------------
 
 
+_REMEDY = (
+    "earlier checkpoints are as they were. Make room or choose another local_run_dir; keep_checkpoints=N keeps only "
+    "the last N, save_optimizer=false leaves the optimizer out"
+)
+
+
 @contextlib.contextmanager
-def atomic_directory(path: str) -> Iterator[str]:
+def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
     """Lend an empty directory to be filled; then it appears as `path`, whole and on the disk, instead of an older one.
+
+    `remedy`: what an error tells the user to do.
 
     Raises: UserError if that can't be; nothing of it remains then, and an older one is as it was.
     """
@@ -42,9 +50,7 @@ def atomic_directory(path: str) -> Iterator[str]:
         shutil.rmtree(partial, ignore_errors=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
         raise UserError(
-            f"can't write the checkpoint {path} ({type(cause).__name__}: {str(cause)[:300]}); earlier checkpoints are "
-            "as they were. Make room or choose another local_run_dir; keep_checkpoints=N keeps only the last N, "
-            "save_optimizer=false leaves the optimizer out"
+            f"can't write the checkpoint {path} ({type(cause).__name__}: {str(cause)[:300]}); {remedy}"
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

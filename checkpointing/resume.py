@@ -29,9 +29,10 @@ SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory
 _MAY_CHANGE = (
     "activation_checkpointing", "debug", "do_first_eval", "eval_batch_size", "eval_every", "exp_name",
     "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate", "gradient_accumulation_steps", "keep_checkpoints", "local_dirs",
-    "minimum_log_interval_secs", "model.block_name", "n_epochs", "n_eval_examples", "n_eval_model_samples",
-    "n_examples", "precompute_ref_log_probs", "sample_during_eval", "save_every", "save_optimizer", "shared_prompt",
-    "trainer", "wandb.enabled", "wandb.entity", "wandb.project", "worker_timeout", "world_size",
+    "minimum_log_interval_secs", "model.attn_implementation", "model.block_name", "model.trust_remote_code", "n_epochs",
+    "n_eval_examples", "n_eval_model_samples", "n_examples", "precompute_ref_log_probs", "sample_during_eval",
+    "save_every", "save_optimizer", "shared_prompt", "trainer", "wandb.enabled", "wandb.entity", "wandb.project",
+    "worker_timeout", "world_size",
 )  # fmt: skip
 
 
@@ -215,17 +216,22 @@ def _former_inputs(config: DictConfig, checkpoint: str | None) -> dict[str, str]
         raise UserError(f"{path}: can't read its first line: {error}. Move it away to begin anew") from error
 
 
-def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
+def check_same_run(
+    config: DictConfig, checkpoint: str | None, files: dict[str, str], reference_dtype_given: bool = True
+):
     """Say what of the config has changed since the checkpoint was written.
 
     Args:
         files: today's `file_fingerprints`: what has only moved is the same, and what is no longer the same is refused.
+        reference_dtype_given: by the user; otherwise it stays what the run began with, whatever it would be here.
 
     Raises: UserError if it makes another run of it, unless `resume_anyway` is true.
     """
     former, former_inputs = _former_config(config, checkpoint), _former_inputs(config, checkpoint)
     if former is None:
         return
+    if not reference_dtype_given and former.get("model.reference_dtype") is not None:
+        config.model.reference_dtype = former["model.reference_dtype"]
     now, defaults = training_settings(config), default_config(config.loss.name)
     former = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **former}  # keys added since then
     changes = {

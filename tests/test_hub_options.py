@@ -1,0 +1,209 @@
+"""`model.revision`, `model.attn_implementation`, `model.trust_remote_code`, and what is said where the hub refuses."""
+
+import contextlib
+import http.server
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+from conftest import ORACLE
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from utils import UserError, get_local_dir
+
+TOY = [
+    "model=blank_model", "datasets=[toy]", "n_examples=4", "n_eval_examples=4", "max_length=64", "max_prompt_length=32",
+    "sample_during_eval=false", "warmup_steps=0", "lr=1e-3", "loss=dpo",
+]  # fmt: skip
+LAST = "gpt_neox.final_layer_norm.weight"
+
+
+# ---- revision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_model(tmp_path, monkeypatch) -> str:
+    """The id of a model in the cache of this machine, whose tag v1 has other weights than its main branch."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    root = type(tmp_path)(get_local_dir([f"{tmp_path}/cache"])) / "models--someone--small"
+    for number, (revision, scale) in enumerate((("main", 1.0), ("v1", 2.0))):
+        commit = str(number) * 40
+        snapshot = shutil.copytree(ORACLE / "model", root / "snapshots" / commit)
+        state = load_file(snapshot / "model.safetensors")
+        save_file({**state, LAST: state[LAST] * scale}, snapshot / "model.safetensors", metadata={"format": "pt"})
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / revision).write_text(commit)
+    # so that it is seen which one the tokenizer is read from
+    path = root / "snapshots" / ("1" * 40) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
+    return "someone/small"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_revision_is_of_policy_reference_and_tokenizer(dtype, make_trainer, hub_model):
+    overrides = [*TOY, f"model.name_or_path={hub_model}", f"model.reference_dtype={dtype}"]
+    newest, tagged = make_trainer(*overrides), make_trainer(*overrides, "model.revision=v1")
+    for model in ("policy", "reference"):
+        weights = []
+        for trainer in (newest, tagged):
+            module = trainer.policy if model == "policy" else trainer.reference.model
+            weights.append(module.get_parameter(LAST))
+        assert torch.equal(weights[0] * 2, weights[1])
+    assert [trainer.tokenizer.model_max_length == 77 for trainer in (newest, tagged)] == [False, True]
+    assert tagged.config.model.revision == "v1"
+    with pytest.raises(UserError, match=r"can't load model\.name_or_path=someone/small.*v2"):
+        make_trainer(*overrides, "model.revision=v2")
+
+
+def test_a_revision_is_of_no_other_model(make_trainer, hub_model):
+    with pytest.raises(UserError, match=r"model\.revision=v1: model\.name_or_path=.* is a local folder"):
+        make_trainer(*TOY, f"model.name_or_path={ORACLE}/model", "model.revision=v1")
+    overrides = [f"model.name_or_path={hub_model}", "model.revision=v1", f"reference_model.name_or_path={ORACLE}/model",
+                 f"model.tokenizer_name_or_path={ORACLE}/model"]  # fmt: skip
+    trainer = make_trainer(*TOY, *overrides)
+    assert torch.equal(trainer.reference.model.get_parameter(LAST) * 2, trainer.policy.get_parameter(LAST))
+    assert trainer.tokenizer.model_max_length != 77
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", ["float32", "bfloat16"])
+def test_attention_is_computed_as_asked_with_the_same_numbers(reference, make_trainer):
+    losses = {}
+    for name in ("eager", "sdpa"):
+        overrides = [f"model.name_or_path={ORACLE}/model", f"model.attn_implementation={name}"]
+        trainer = make_trainer(*TOY, *overrides, f"model.reference_dtype={reference}")
+        assert trainer.policy.config._attn_implementation == name
+        assert trainer.reference.model.config._attn_implementation == name
+        losses[name] = trainer.get_batch_metrics(trainer.eval_batches[0], trainer.config.loss)[1]["logps_train/chosen"]
+    torch.testing.assert_close(losses["eager"], losses["sdpa"], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["flash_attn_2"], r"model\.attn_implementation=flash_attn_2: .*Did you mean flash_attention_2\?"),
+        (["spda"], r"Did you mean sdpa\? There are: eager, sdpa, .*null lets transformers choose"),
+        (["1"], r"model\.attn_implementation=1: expected a text"),
+        (["flash_attention_2"], r"flash_attention_2 needs a GPU and the package flash_attn; sdpa needs neither"),
+        (["flex_attention"], r"flex_attention needs a GPU"),
+        (["flash_attention_3"], r"flash_attention_3 needs a GPU and the package flash_attn_interface"),
+    ],
+    ids=str,
+)
+def test_an_attention_that_cannot_be_is_refused(overrides, message, make_trainer):
+    if torch.cuda.is_available() and "needs a GPU" in message:
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=message):
+        make_trainer(*TOY, f"model.name_or_path={ORACLE}/model", f"model.attn_implementation={overrides[0]}")
+
+
+# ---- code of its own ------------------------------------------------------------------------------------------------
+
+CONFIGURATION = """
+from transformers import GPTNeoXConfig
+
+class OwnConfig(GPTNeoXConfig):
+    model_type = "own_model"
+"""
+MODELING = """
+from transformers import GPTNeoXForCausalLM
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(GPTNeoXForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path) -> str:
+    """A model folder that brings code."""
+    directory = shutil.copytree(ORACLE / "model", tmp_path / "own_model")
+    (directory / "configuration_own.py").write_text(CONFIGURATION)
+    (directory / "modeling_own.py").write_text(MODELING)
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads((directory / "config.json").read_text())
+    # the head is renamed as it is read only for the model types that transformers knows
+    state = load_file(directory / "model.safetensors")
+    state["lm_head.weight"] = state.pop("embed_out.weight")
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    config |= {"model_type": "own_model", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
+def test_code_that_a_model_brings_runs_where_that_is_allowed_and_is_said(trainer, own_code, train, tmp_path):
+    env = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    overrides = [*TOY, f"model.name_or_path={own_code}", f"trainer={trainer}", f"local_run_dir={tmp_path}/run"]
+    overrides += ["world_size=2"] if trainer == "FSDPTrainer" else []
+    result = train(*overrides, env=env)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "model.trust_remote_code=true runs the code that it brings" in result.stderr
+    assert not list(tmp_path.rglob("modules/**/modeling_own.py"))
+
+    result = train(*overrides, "model.trust_remote_code=true", env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    says = f"model.trust_remote_code=true: running code of {own_code}: configuration_own.OwnConfig, modeling_own.OwnFor"
+    assert result.stdout.count(says) == (1 if trainer == "BasicTrainer" else 2)  # the reference is a copy, or loaded
+    assert "trust_remote_code: true" in (tmp_path / "run/config.yaml").read_text()
+    latest = tmp_path / "run/LATEST"
+    assert (latest / "modeling_own.py").exists()
+    model = AutoModelForCausalLM.from_pretrained(latest, trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM"
+
+    result = train(*overrides[:-1], f"local_run_dir={tmp_path}/next", f"model.archive={latest}", env=env)
+    assert result.returncode == 1
+    again = [*TOY, f"model.name_or_path={own_code}", "model.trust_remote_code=true", f"local_run_dir={tmp_path}/next"]
+    result = train(*again, f"model.archive={latest}", env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+# ---- refused by the hub ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def refusing_hub(status: int, code: str):
+    """A hub on this machine that refuses everything; lends its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("status", "code"), [(401, "GatedRepo"), (403, "GatedRepo"), (401, "RepoNotFound"), (403, "")])
+@pytest.mark.parametrize("key", ["model.name_or_path", "model.archive", "model.tokenizer_name_or_path"])
+def test_a_model_that_the_hub_refuses_names_the_token(status, code, key, train, tmp_path):
+    model = [] if key == "model.name_or_path" else [f"model.name_or_path={ORACLE}/model"]
+    with refusing_hub(status, code) as address:
+        env = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
+        result = train(*TOY, *model, f"{key}=meta/private-model", env=env)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    message = result.stderr[result.stderr.index("error: ") :]
+    assert key in message
+    assert "meta/private-model" in message
+    assert "accept its conditions on its page" in message
+    assert "HF_TOKEN" in message

@@ -1,0 +1,463 @@
+"""What a run starts from is what its files say: weights that are missing, left over, damaged or of another kind, and
+adapters that don't fit, are errors that name them."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ORACLE, REPOSITORY
+from safetensors.torch import load_file, save_file
+from test_checkpoints import CONFIGS, LAYER_BUFFERS
+from transformers import AutoModelForCausalLM
+
+from checkpointing.archives import describe, load_pretrained
+from utils import UserError
+
+RUN = ["datasets=[toy]", "n_examples=8", "n_eval_examples=8", "max_length=64", "max_prompt_length=32",
+       "sample_during_eval=false"]  # fmt: skip
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    """The recorded runs' model: a folder of 4 files, to be damaged."""
+    return shutil.copytree(ORACLE / "model", tmp_path / "model")
+
+
+@pytest.fixture
+def make_oracle(make_trainer, model_dir):
+    def make(*overrides: str):
+        return make_trainer("model=blank_model", f"model.name_or_path={model_dir}", *RUN, *overrides)
+
+    return make
+
+
+def edit_weights(path, edit):
+    state = load_file(path)
+    save_file(edit(state), path, metadata={"format": "pt"})
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# ---- the base model -------------------------------------------------------------------------------------------------
+
+FIRST, LAST = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight", "gpt_neox.final_layer_norm.weight"
+MISFITS = {  # what is done to weights and config.json, and what the error says
+    "tensors removed": (lambda s: {k: v for k, v in s.items() if k not in (FIRST, LAST)}, {},
+                        f"missing: {LAST}\n  missing: {FIRST}"),
+    "a key renamed": (lambda s: {k.replace(LAST, "gpt_neox.final_norm.weight"): v for k, v in s.items()}, {},
+                      f"missing: {LAST}"),
+    "all keys renamed": (lambda s: {f"policy.{k}": v for k, v in s.items()}, {}, "missing: .*\n(.*\n)*  and .* more"),
+    "a layer more in config.json": (None, {"num_hidden_layers": 3}, r"missing: gpt_neox\.layers\.2\..*\n  and 2 more"),
+    "a layer less in config.json": (None, {"num_hidden_layers": 1}, "left over: gpt_neox.layers.1.*\n  and 2 more"),
+    "another shape": (lambda s: {**s, LAST: torch.ones(3)}, {}, re.escape(f"{LAST}: shape (3,), the model's is (64,)")),
+    "another width in config.json": (None, {"hidden_size": 128}, r"embed_in.weight: shape \(512, 64\), .*512, 128"),
+    "another architecture": (None, {"model_type": "gpt2"}, "missing: transformer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_base_model_whose_weights_do_not_fit_is_refused(name, make_oracle, model_dir):
+    edit, settings, message = MISFITS[name]
+    if edit is not None:
+        edit_weights(model_dir / "model.safetensors", edit)
+    edit_json(model_dir / "config.json", **settings)
+    pattern = rf"(?s)model\.name_or_path={model_dir} doesn't fit the model.*{message}"
+    with pytest.raises(UserError, match=pattern) as caught:
+        make_oracle()
+    assert str(caught.value).count("\n") <= 11
+
+
+def test_an_archive_that_is_a_model_folder_is_held_to_the_same(make_oracle, model_dir, tmp_path):
+    archive = shutil.copytree(model_dir, tmp_path / "archive")
+    edit_json(archive / "config.json", num_hidden_layers=1)
+    with pytest.raises(UserError, match=rf"model\.archive={archive} doesn't fit the model.*\n  left over: gpt_neox"):
+        make_oracle(f"model.archive={archive}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
+    config = CONFIGS[name]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+
+    def as_then(state):
+        if config.model_type == "gpt_neox":
+            state["embed_out.weight"] = state.pop("embed_out.weight", state.pop("lm_head.weight", None))
+        for layer in range(config.num_hidden_layers):
+            for buffer in LAYER_BUFFERS[config.model_type]:
+                state[buffer.format(layer)] = torch.ones(1, 1, 4, 4)
+        # GPT-2's on the hub are those of the model without its head
+        return {k.removeprefix("transformer.") if config.model_type == "gpt2" else k: v for k, v in state.items()}
+
+    edit_weights(tmp_path / "model.safetensors", as_then)
+    loaded = load_pretrained(str(tmp_path), "x", dtype=torch.float32)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    assert "left aside" not in capsys.readouterr().out
+
+
+def test_a_head_that_the_model_lacks_is_left_aside_and_said(model_dir, capsys):
+    edit_weights(model_dir / "model.safetensors", lambda s: {**s, "v_head.summary.weight": torch.ones(1, 64)})
+    load_pretrained(str(model_dir), "model.name_or_path=x", dtype=torch.float32)
+    assert "model.name_or_path=x: left aside, as GPTNeoXForCausalLM has no such part: v_head.summary.weight" in (
+        capsys.readouterr().out
+    )
+
+
+def test_tied_weights_are_in_the_files_once(tmp_path):
+    model = AutoModelForCausalLM.from_config(CONFIGS["gpt2-large"])
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    load_pretrained(str(tmp_path), "x", dtype=torch.float32)
+    edit_weights(tmp_path / "model.safetensors", lambda s: {k: v for k, v in s.items() if "wte" not in k})
+    with pytest.raises(UserError, match=r"missing: lm_head\.weight\n  missing: transformer\.wte\.weight"):
+        load_pretrained(str(tmp_path), "x", dtype=torch.float32)
+
+
+BROKEN_MODELS = {  # a file of the model's folder, and what it holds instead
+    "config.json: no JSON": ("config.json", "{"),
+    "config.json: empty": ("config.json", ""),
+    "config.json: a list": ("config.json", "[1]"),
+    "config.json: null": ("config.json", "null"),
+    "config.json: a text for a number": ("config.json", '{"model_type": "gpt_neox", "hidden_size": "wide"}'),
+    "config.json: a negative number": ("config.json", '{"model_type": "gpt_neox", "hidden_size": -64}'),
+    "config.json: unknown architecture": ("config.json", '{"model_type": "gpt_nex"}'),
+    "config.json: no architecture": ("config.json", "{}"),
+    "config.json: an image model": ("config.json", '{"model_type": "vit"}'),
+    "model.safetensors: empty": ("model.safetensors", ""),
+    "model.safetensors: text": ("model.safetensors", "hello" * 99),
+    "tokenizer.json: no JSON": ("tokenizer.json", "{"),
+    "tokenizer.json: empty": ("tokenizer.json", ""),
+    "tokenizer.json: a list": ("tokenizer.json", "[]"),
+    "tokenizer.json: another object": ("tokenizer.json", '{"model": 1}'),
+    "tokenizer_config.json: no JSON": ("tokenizer_config.json", "{"),
+    "tokenizer_config.json: a list": ("tokenizer_config.json", "[]"),
+    "tokenizer_config.json: a number for a token": ("tokenizer_config.json", '{"eos_token": 7}'),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_MODELS)
+def test_a_malformed_model_folder_is_an_error_that_names_it(name, make_oracle, model_dir):
+    file, text = BROKEN_MODELS[name]
+    (model_dir / file).write_text(text)
+    key = "the tokenizer" if file.startswith("tokenizer") else "model.name_or_path="
+    with pytest.raises(UserError, match=rf"{key}.*{model_dir}"):
+        make_oracle()
+
+
+def test_a_pickled_model_that_is_something_else_is_refused_without_advice_to_run_it(make_oracle, model_dir):
+    (model_dir / "model.safetensors").unlink()
+    for value in (print, [1], {"x": print}, {"gpt_neox.embed_in.weight": 3}):
+        torch.save(value, model_dir / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"model\.name_or_path=") as caught:
+            make_oracle()
+        assert "weights_only" not in str(caught.value)
+    (model_dir / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model\.name_or_path="):
+        make_oracle()
+
+
+def test_base_weights_that_are_not_finite_are_named(make_oracle, model_dir):
+    edit_weights(model_dir / "model.safetensors", lambda s: {**s, LAST: s[LAST] / 0 * 0})
+    with pytest.raises(UserError, match=f"model.name_or_path={model_dir}: weights that are NaN .* in float32: {LAST}"):
+        make_oracle()
+
+
+def test_weights_that_the_references_dtype_cannot_hold_are_named(make_oracle, model_dir):
+    edit_weights(model_dir / "model.safetensors", lambda s: {**s, LAST: torch.full_like(s[LAST], 1e5)})
+    make_oracle("loss=dpo")
+    with pytest.raises(UserError, match=f"weights that are NaN or infinite in float16: {LAST}"):
+        make_oracle("loss=dpo", "model.reference_dtype=float16")
+
+
+# ---- archives -------------------------------------------------------------------------------------------------------
+
+
+def with_one(tensor):
+    """A whole state dict in which one tensor is another."""
+    return lambda state: {**state, LAST: tensor(state[LAST])}
+
+
+BAD_STATES = {
+    "NaN": (with_one(lambda t: t * float("nan")), f"NaN or infinite in float32: {LAST}"),
+    "infinity": (with_one(lambda t: torch.full_like(t, float("inf"))), f"NaN or infinite in float32: {LAST}"),
+    "integers": (with_one(lambda t: t.long()), f"{LAST}: int64, the model's is float32"),
+    "booleans": (with_one(lambda t: t > 0), f"{LAST}: bool, the model's is float32"),
+    "complex": (with_one(lambda t: t.cfloat()), f"{LAST}: complex64, the model's is float32"),
+    "meta": (with_one(lambda t: t.to("meta")), f"{LAST} is a tensor without values"),
+    "sparse": (with_one(lambda t: t.to_sparse()), f"{LAST} is a tensor of the layout torch.sparse_coo"),
+    "no tensor": (with_one(lambda t: t.tolist()), f"more than named tensors: '{LAST}' is a list"),
+    "integer keys": (lambda s: dict(enumerate(s.values())), "more than named tensors: 0 is a Tensor"),
+    "a list": (lambda s: list(s.values()), "can't read it as a checkpoint"),
+    "a tensor": (lambda s: s[LAST], "can't read it as a checkpoint"),
+    "nothing": (lambda s: {}, "missing: .*\n(.*\n)*  and .* more"),
+}
+
+
+@pytest.fixture
+def state(model_dir):
+    state = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
+    return {key: tensor.clone() for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_an_archive_of_another_kind_is_an_error_that_names_what_is_wrong(name, make_oracle, state, tmp_path):
+    edit, message = BAD_STATES[name]
+    torch.save({"step_idx": 1, "state": edit(state), "metrics": {}}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=rf"(?s)model\.archive={tmp_path}/bad\.pt.*{message}"):
+        make_oracle(f"model.archive={tmp_path}/bad.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        print,
+        {"step_idx": 1, "state": {"x": print}, "metrics": {}},
+        3,
+        [],
+        {},
+        {"state": {}},
+        {1: 2},
+        None,
+        b"",
+        b"junk",
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_archive_is_refused_without_advice_to_run_it(content, make_oracle, tmp_path):
+    if isinstance(content, bytes):
+        (tmp_path / "bad.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=rf"model\.archive={tmp_path}/bad\.pt: can't read it as a checkpoint") as caught:
+        make_oracle(f"model.archive={tmp_path}/bad.pt")
+    assert "weights_only" not in str(caught.value)
+    assert "trust" not in str(caught.value)
+
+
+def test_an_archive_in_another_floating_dtype_loads(make_oracle, state, tmp_path):
+    half = {key: tensor.half() for key, tensor in state.items()}
+    torch.save({"step_idx": 1, "state": half, "metrics": {}}, tmp_path / "half.pt")
+    policy = make_oracle(f"model.archive={tmp_path}/half.pt").policy
+    assert torch.equal(policy.state_dict()[FIRST], half[FIRST].float())
+
+
+def test_an_untied_archive_of_a_tied_model_is_refused(make_trainer, tmp_path):
+    shutil.copytree(REPOSITORY / "assets" / "tiny", tmp_path / "gpt2")
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=64, vocab_size=2048, bos_token_id=0,
+                                     eos_token_id=0)  # fmt: skip
+    config.save_pretrained(tmp_path / "gpt2")
+    state = {key: tensor.clone() for key, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    state["lm_head.weight"] += 1
+    torch.save({"step_idx": 1, "state": state, "metrics": {}}, tmp_path / "bad.pt")
+    overrides = ["model=tiny", f"model.name_or_path={tmp_path}/gpt2", f"model.archive={tmp_path}/bad.pt", *RUN]
+    with pytest.raises(UserError, match=r"is not equal to .*, which the model ties it to"):
+        make_trainer(*overrides)
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(make_oracle, tmp_path):
+    """A new adapter's directory."""
+    policy = make_oracle("lora={r:2}", "loss=sft").policy
+    policy.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+BROKEN_ADAPTERS = {
+    "config: no JSON": ("adapter_config.json", "{"),
+    "config: empty": ("adapter_config.json", ""),
+    "config: a list": ("adapter_config.json", "[]"),
+    "config: another method": ("adapter_config.json", '{"peft_type": "IA3"}'),
+    "config: no method": ("adapter_config.json", "{}"),
+    "config: rank 0": ("adapter_config.json", '{"peft_type": "LORA", "r": 0, "target_modules": ["dense"]}'),
+    "config: a text as rank": ("adapter_config.json", '{"peft_type": "LORA", "r": "x", "target_modules": ["dense"]}'),
+    "config: no targets": ("adapter_config.json", '{"peft_type": "LORA", "target_modules": 5}'),
+    "weights: empty": ("adapter_model.safetensors", ""),
+    "weights: text": ("adapter_model.safetensors", "hello" * 99),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_a_malformed_adapter_is_an_error_that_names_it(name, loss, make_oracle, adapter):
+    file, text = BROKEN_ADAPTERS[name]
+    (adapter / file).write_text(text)
+    with pytest.raises(UserError, match=rf"model\.adapter={adapter}: "):
+        make_oracle(f"model.adapter={adapter}", f"loss={loss}")
+
+
+def test_adapter_weights_that_are_something_else_are_refused_without_advice_to_run_them(make_oracle, adapter):
+    (adapter / "adapter_model.safetensors").unlink()
+    for value in (print, {"x": print}, [1], {"x": 1}, {1: torch.ones(1)}):
+        torch.save(value, adapter / "adapter_model.bin")
+        with pytest.raises(UserError, match=rf"model\.adapter={adapter}: can't load it") as caught:
+            make_oracle(f"model.adapter={adapter}")
+        assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: {k.replace("layers.1", "layers.2"): v for k, v in s.items()}, "missing adapter keys"),
+        (
+            lambda s: {**s, **{k.replace("layers.1", "layers.2"): v + 1 for k, v in s.items()}},
+            "no place for .*layers.2",
+        ),
+        (lambda s: {k: v * float("nan") for k, v in s.items()}, "weights that are NaN"),
+        (lambda s: {k: v[:1] for k, v in s.items()}, "size mismatch"),
+    ],
+    ids=["missing", "left over", "NaN", "shapes"],
+)
+def test_an_adapter_that_does_not_fit_is_refused(edit, message, make_oracle, adapter):
+    edit_weights(adapter / "adapter_model.safetensors", edit)
+    with pytest.raises(UserError, match=rf"(?s)model\.adapter={adapter}: .*{message}"):
+        make_oracle(f"model.adapter={adapter}")
+
+
+BAD_LORA = {
+    "lora={r:0}": r"lora\.r=0: the rank is a whole number above 0",
+    "lora={r:-1}": r"lora\.r=-1",
+    "lora={r:abc}": r"lora\.r=abc",
+    "lora={r:1.5}": r"lora\.r=1\.5",
+    "lora={lora_alpha:abc}": r"lora\.lora_alpha=abc: expected a number",
+    "lora={lora_alpha:[1]}": r"lora\.lora_alpha=\[1\]: expected a number",
+    "lora={lora_alpha:nan}": r"lora\.lora_alpha=nan: expected a number",
+    "lora={lora_dropout:abc}": r"lora\.lora_dropout=abc: expected a number",
+    "lora={use_rslora:abc}": r"lora\.use_rslora=abc: expected true or false",
+    "lora={target_modules:5}": r"lora\.target_modules=5: expected a list of names",
+    "lora={target_modules:[5]}": r"lora\.target_modules=\[5\]: expected a list of names",
+    "lora={target_modules:{a:1}}": r"lora\.target_modules=.*: expected a list of names",
+    "lora={target_modules:'('}": r"lora=",
+    "lora={target_modules:[dens]}": r"the model has no 'dens'\. Did you mean dense\? It has: .*query_key_value",
+    "lora={target_modules:[dense,foo]}": r"the model has no 'foo'\. It has: .*query_key_value",
+    "lora={exclude_modules:[foo]}": r"the model has no 'foo'\. It has: .*query_key_value",
+    "lora={exclude_modules:foo.*}": r"no modules were excluded",
+    "lora={modules_to_save:[foo]}": r"modules_to_save.*the model has no 'foo'\. It has: .*query_key_value",
+    "lora={modules_to_save:embed_in}": r"lora\.modules_to_save=embed_in: expected a list of names",
+    "lora={target_parameters:[foo]}": r"target_parameters.*no 'foo'\. It has: .*dense\.weight",
+    "lora={rank_pattern:{foo:4}}": r"lora=.*rank_pattern",
+    "lora={layers_to_transform:[99]}": r"lora=",
+    "lora={init_lora_weights:abc}": r"lora=",
+    "lora={bias:abc}": r"lora=",
+    "lora={task_type:abc}": r"lora=",
+}
+
+
+@pytest.mark.parametrize("override", BAD_LORA)
+def test_a_value_that_lora_cannot_have_is_an_error_that_names_it(override, make_oracle):
+    with pytest.raises(UserError, match=rf"(?s)lora.*{BAD_LORA[override]}|^{BAD_LORA[override]}"):
+        make_oracle(override)
+
+
+def test_names_that_exist_are_taken(make_oracle):
+    overrides = ["lora={r:2,target_modules:[dense],modules_to_save:[embed_in],exclude_modules:[layers.1.mlp.dense]}"]
+    with pytest.raises(UserError, match=r"no 'layers\.1\.mlp\.dense'"):
+        make_oracle(*overrides)
+    trained = dict(make_oracle(overrides[0].replace("mlp.dense", "attention.dense")).policy.named_parameters())
+    names = [name for name, parameter in trained.items() if parameter.requires_grad]
+    assert any("embed_in" in name for name in names)
+    assert {name.split(".layers.")[1][0] for name in names if "lora_A" in name} == {"0"}
+
+
+# ---- optimizer and dtype --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer_args={foreach:abc}"], r"optimizer_args\.foreach=abc: expected true or false"),
+        (["optimizer_args={foreach:1}"], r"optimizer_args\.foreach=1: expected true or false"),
+        (["optimizer_args={centered:abc}"], r"optimizer_args\.centered=abc: expected true or false"),
+        (["optimizer_args={momentum:abc}"], r"optimizer_args\.momentum=abc: expected a number"),
+        (["optimizer_args={momentum:true}"], r"optimizer_args\.momentum=True: expected a number"),
+        (["optimizer_args={eps:null}"], r"optimizer_args\.eps=None: expected a number"),
+        (["optimizer=Adam", "optimizer_args={betas:0.9}"], r"optimizer_args\.betas=0.9: expected 2 numbers"),
+        (["optimizer=Adam", "optimizer_args={betas:[0.9]}"], r"optimizer_args\.betas=\[0.9\]: expected 2 numbers"),
+        (["optimizer=Adam", "optimizer_args={betas:[0.9,a]}"], r"betas=\[0.9, 'a'\]: expected 2 numbers"),
+        (["optimizer=Adam", "optimizer_args={fused:true,foreach:true}"], r"optimizer=Adam optimizer_args="),
+        (["model.policy_dtype=float16"], r"model\.policy_dtype=float16: .*loss scaling.*bfloat16"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_optimizer_arguments_and_dtypes_that_cannot_work(overrides, message, make_trainer):
+    with pytest.raises(UserError, match=message):
+        make_trainer("model=tiny", *RUN, *overrides)
+
+
+def test_optimizer_arguments_that_can(make_trainer):
+    for overrides in (
+        ["optimizer_args={foreach:false,momentum:1,centered:true}"],
+        ["optimizer=Adam", "optimizer_args={betas:[0.9,0.95],foreach:null}"],
+        ["optimizer=Adafactor", "optimizer_args={eps:[null,0.01]}"],
+    ):
+        make_trainer("model=tiny", *RUN, *overrides)
+
+
+# ---- merging --------------------------------------------------------------------------------------------------------
+
+
+def merge(*arguments, umask=0o022, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "checkpoints", "merge", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, umask=umask, **kwargs)
+
+
+@pytest.fixture
+def lora_run(make_oracle, tmp_path):
+    """A checkpoint with an adapter in a run directory of an earlier version, whose config lacks today's keys."""
+    policy = make_oracle("lora={r:2}").policy
+    policy.save_pretrained(tmp_path / "run" / "LATEST")
+    (tmp_path / "run/config.yaml").write_text(
+        f"model: {{name_or_path: {tmp_path}/model, tokenizer_name_or_path: null, archive: null, policy_dtype: float32,"
+        f" from_scratch: false, adapter: null}}\nlocal_dirs: [{tmp_path}]\n"
+    )
+    return tmp_path / "run" / "LATEST"
+
+
+@pytest.mark.slow
+def test_a_merged_model_has_the_umasks_permissions(lora_run, tmp_path):
+    result = merge(lora_run, tmp_path / "merged", umask=0o027)
+    assert result.returncode == 0, result.stderr
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "merged").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {"0o640"}
+
+
+@pytest.mark.slow
+def test_a_failed_merge_leaves_nothing_and_says_why(lora_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for output, edit, message in (
+        (tmp_path / "file/merged", None, r"can't write .*file/merged"),
+        (tmp_path / "merged", lambda: (tmp_path / "model/tokenizer.json").write_text("{"), r"can't load the tokenizer"),
+        (
+            tmp_path / "merged",
+            lambda: (lora_run.parent / "config.yaml").write_text("a: ["),
+            r"config\.yaml: can't read",
+        ),
+        (tmp_path / "merged", lambda: (lora_run.parent / "config.yaml").write_text("1"), r"config\.yaml: can't read"),
+    ):
+        if edit:
+            edit()
+        result = merge(lora_run, output)
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        assert re.search(rf"error: .*{message}", result.stderr), result.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_torch_says_of_pickles_is_shortened_to_the_reason(tmp_path):
+    torch.save(print, tmp_path / "x.pt")
+    with pytest.raises(Exception) as caught:
+        torch.load(tmp_path / "x.pt", weights_only=True)
+    assert "weights_only" in str(caught.value)
+    assert re.fullmatch(r"UnpicklingError: Unsupported global: GLOBAL .*print.* default", describe(caught.value))

@@ -1,0 +1,97 @@
+"""A key of the cache of reference log-probabilities means one number, whoever computes it."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+TOY = [
+    "model=tiny", "datasets=[toy]", "n_examples=16", "n_eval_examples=8", "eval_batch_size=8", "max_length=64",
+    "max_prompt_length=32", "sample_during_eval=false", "loss=dpo", "model.reference_dtype=float32",
+]  # fmt: skip
+PRECOMPUTED = [*TOY, "precompute_ref_log_probs=true"]
+
+
+@pytest.fixture
+def archives(make_trainer, tmp_path) -> dict[str, str]:
+    """Weights in float32, and the same rounded to bfloat16."""
+    make_trainer(*TOY).policy.save_pretrained(tmp_path / "exact")
+    path = tmp_path / "exact/model.safetensors"
+    rounded = {name: tensor.bfloat16().float() for name, tensor in load_file(path).items()}
+    save_file(rounded, tmp_path / "rounded.safetensors", metadata={"format": "pt"})
+    return {"exact": f"model.archive={path}", "rounded": f"model.archive={tmp_path}/rounded.safetensors"}
+
+
+@pytest.fixture
+def precompute(make_trainer, capsys):
+    """Run the reference pass; returns its trainer, how many pairs were computed, and whether a model was loaded."""
+
+    def run(*overrides: str):
+        capsys.readouterr()
+        trainer = make_trainer(*PRECOMPUTED, *overrides)
+        output = capsys.readouterr().out
+        return trainer, int(re.search(r"(\d+) computed", output)[1]), "building reference model" in output
+
+    return run
+
+
+def logps(trainer) -> torch.Tensor:
+    return torch.stack(trainer.reference_logps(trainer.eval_batches[0])).double()
+
+
+@pytest.mark.parametrize("policy", ["model.policy_mp=bfloat16", "model.policy_dtype=bfloat16"])
+def test_precomputed_in_bfloat16_is_what_a_bfloat16_model_says(policy, precompute, make_trainer):
+    overrides = ["model.reference_dtype=bfloat16", policy]
+    online = logps(make_trainer(*TOY, *overrides))
+    trainer, n_computed, _ = precompute(*overrides)
+    assert n_computed == 24
+    assert torch.equal(logps(trainer), online)
+
+
+def test_a_policy_under_autocast_does_not_play_the_references_part(precompute):
+    assert precompute("model.reference_dtype=bfloat16", "model.policy_mp=bfloat16")[2]
+    assert not precompute("model.reference_dtype=bfloat16", "model.policy_dtype=bfloat16")[2]  # nor is that needed
+
+
+def test_weights_that_round_to_the_same_are_not_the_same(precompute, archives, make_trainer):
+    """A bfloat16 policy can't tell the two archives apart; a float32 reference can."""
+    overrides = ["model.policy_dtype=bfloat16"]
+    exact, n_computed, _ = precompute(*overrides, archives["exact"])
+    assert n_computed == 24
+    rounded, n_computed, _ = precompute(*overrides, archives["rounded"])
+    assert n_computed == 24
+    for trainer, archive in ((exact, "exact"), (rounded, "rounded")):
+        assert torch.equal(logps(trainer), logps(make_trainer(*TOY, *overrides, archives[archive])))
+    assert not torch.equal(logps(exact), logps(rounded))
+
+
+def test_the_policys_own_dtype_and_adapter_do_not_matter(precompute, archives):
+    """Whether the weights are hashed from the policy, or from the reference, which is loaded for it."""
+    expected, n_computed, was_loaded = precompute(archives["exact"])
+    assert (n_computed, was_loaded) == (24, False)
+    for overrides, is_loaded in (
+        (["model.policy_dtype=bfloat16"], True),
+        (["model.policy_dtype=float64"], False),
+        (["model.policy_mp=bfloat16"], False),
+        (["lora={r:4}", "reference=model"], True),
+        (["lora={r:4,init_lora_weights:pissa}"], True),  # which changes the policy's base
+    ):
+        trainer, n_computed, was_loaded = precompute(archives["exact"], *overrides)
+        assert (n_computed, was_loaded) == (0, is_loaded), overrides
+        torch.testing.assert_close(logps(trainer), logps(expected), rtol=0, atol=0)
+
+
+def test_a_reference_in_float16_is_not_loaded_where_all_is_known(precompute):
+    assert precompute("model.reference_dtype=float16")[1:] == (24, True)
+    assert precompute("model.reference_dtype=float16")[1:] == (0, False)
+
+
+@pytest.mark.slow
+def test_mixed_precision_of_another_trainer_is_another_number(precompute, launcher):
+    """FSDP computes all in bfloat16, autocast some."""
+    overrides = [*PRECOMPUTED, "lora={r:4}", "model.policy_mp=bfloat16", "debug=true"]
+    for trainer in ("BasicTrainer", "FSDPTrainer"):
+        run = [f"trainer={trainer}", "local_run_dir=" + str(launcher.directory / trainer)]
+        assert launcher.run(*overrides, *run, n_workers=1 if trainer == "BasicTrainer" else 2) == 0, launcher.output
+        assert "Reference log-probabilities: 24 computed" in launcher.output
