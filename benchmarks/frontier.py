@@ -6,8 +6,9 @@ reward and optimum are known: SFT once; then each loss of `losses.LOSSES` at fiv
 `toy_length`, whose labels are taken in by length. Nothing is sampled: see `exact.py`.
 
 The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer (`--model tiny`: that itself, at
-three times the cost). All takes an hour on two CPU cores, `--quick` (DPO and IPO alone) three minutes. Each run leaves
-a JSON file under `--out`, and what is there is not done again; then tables are printed, and a picture is drawn.
+three times the cost). All 110 runs are about an hour of CPU time, for two processes; `--quick` (DPO and IPO alone)
+a few minutes. Each run leaves a JSON file under `--out`, and what is there is not done again; then tables are printed,
+and a picture is drawn.
 """
 
 import argparse
