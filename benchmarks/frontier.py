@@ -6,8 +6,9 @@ reward and optimum are known: SFT once; then each loss of `losses.LOSSES` at fiv
 `toy_length`, whose labels are taken in by length. Nothing is sampled: see `exact.py`.
 
 The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer (`--model tiny`: that itself, at
-three times the cost). All takes an hour on two CPU cores, `--quick` (DPO and IPO alone) three minutes. Each run leaves
-a JSON file under `--out`, and what is there is not done again; then tables are printed, and a picture is drawn.
+three times the cost). All 110 runs are about an hour of CPU time, for two processes; `--quick` (DPO and IPO alone)
+a few minutes. Each run leaves a JSON file under `--out`, and what is there is not done again; then tables are printed,
+and a picture is drawn.
 """
 
 import argparse
@@ -66,6 +67,7 @@ STRENGTHS = {  # an option of the loss and five values of it, from the closest t
     "cpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
 }
 FIXED = {"cdpo": ("loss.label_smoothing=0.1",)}  # besides their defaults
+CORE = ("dpo", "cdpo", "ipo", "robust_dpo")
 STEP_SIZE = 0.02  # of every objective, see `learning_rate`: for DPO a learning rate of 0.04 / β
 
 
@@ -290,12 +292,14 @@ def optimizer_runs(rate: int) -> list[Run]:
     return runs
 
 
-def length_runs() -> list[Run]:
-    """On `toy_length`: each objective at its middle strength, and what is meant for length."""
-    runs = [run for name in objectives() if name != "length_dpo" for run in sweep(name, "toy_length", (2,))]
-    penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and what a token of the bias amounts to
-    runs += [Run("length_dpo", 1.0, "toy_length", extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
-    return [*runs, Run("dpo", 18.0, "toy_length", extra=("loss.average_log_prob=true",))]
+def length_runs(names: list[str]) -> list[Run]:
+    """On `toy_length`: objectives at their middle strength; of DPO also what is meant for length."""
+    runs = [run for name in names for run in sweep(name, "toy_length", (2,))]
+    if "dpo" in names:
+        penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and what a token of the bias amounts to
+        runs += [Run("length_dpo", 1.0, "toy_length", extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
+        runs.append(Run("dpo", 18.0, "toy_length", extra=("loss.average_log_prob=true",)))
+    return runs
 
 
 def all_runs(quick: bool) -> list[Run]:
@@ -307,10 +311,12 @@ def all_runs(quick: bool) -> list[Run]:
         *sweep("dpo"),
         preferred_sft(),
         *(run for name in every for run in sweep(name, which=(2,))),
-        *(run for name in ("cdpo", "ipo") for run in sweep(name, which=(0, 4))),
+        *(run for name in CORE for run in sweep(name, which=(0, 4))),
         *optimizer_runs(0),
+        *(run for name in CORE for data in ("toy_flipped", "toy_scarce") for run in sweep(name, data, (2,))),
+        *length_runs(["dpo", "ipo", "simpo"]),
         *(run for name in every for data in ("toy_flipped", "toy_scarce") for run in sweep(name, data, (2,))),
-        *length_runs(),
+        *length_runs(every),
         *optimizer_runs(1),
         *(run for name in every for run in sweep(name, which=(0, 4))),
         *(run for name in every for run in sweep(name, which=(1, 3))),

@@ -17,9 +17,9 @@ def select(results: list[dict], **settings: object) -> list[dict]:
 
 
 def best_checkpoint(results: list[dict]) -> dict | None:
-    """The checkpoint with the largest part of the optimum's gain, of those beyond 0.3 nats and with little leaked."""
+    """The checkpoint with the largest part of the optimum's gain, of those beyond 0.1 nats and with little leaked."""
     checkpoints = [c for r in results for c in r["checkpoints"]]
-    moved = [c for c in checkpoints if c["kl"] > 0.3 and c["outside"] < 0.05] or checkpoints
+    moved = [c for c in checkpoints if c["kl"] > 0.1 and c["outside"] < 0.05] or checkpoints
     return max(moved, key=lambda c: c["fraction"], default=None)
 
 
@@ -65,6 +65,8 @@ def conditions_table(results: list[dict], objectives: dict[str, tuple[str, float
         f"|---|{'---|' * len(CONDITIONS)}",
     ]
     for name, (_, middle) in objectives.items():
+        if not select(results, objective=name):
+            continue
         cells = []
         for data in CONDITIONS:
             chosen = select(results, objective=name, data=data, strength=middle, optimizer=["optimizer=SGD"])
