@@ -22,13 +22,13 @@ def simpo_loss(
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards - gamma)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
-losses.LOSSES["simpo"] = losses.Loss(simpo_loss)
+losses.LOSSES["own_simpo"] = losses.Loss(simpo_loss)
 
 if __name__ == "__main__":
     train.main()
 '''
 RUN = [
-    "loss=simpo", "model=tiny", "datasets=[toy]", "n_examples=96", "batch_size=16", "n_eval_examples=64",
+    "loss=own_simpo", "model=tiny", "datasets=[toy]", "n_examples=96", "batch_size=16", "n_eval_examples=64",
     "eval_every=48", "eval_batch_size=16", "max_length=64", "max_prompt_length=32", "sample_during_eval=false",
     "wandb.enabled=false", "lr=1e-3", "warmup_steps=2",
 ]  # fmt: skip
@@ -36,10 +36,10 @@ RUN = [
 
 @pytest.fixture
 def train_simpo(launcher, tmp_path):
-    """Run the script with a config folder of its own that holds loss/simpo.yaml."""
+    """Run the script with a config folder of its own that holds loss/own_simpo.yaml."""
     (tmp_path / "train_simpo.py").write_text(SCRIPT)
     (tmp_path / "conf/loss").mkdir(parents=True)
-    (tmp_path / "conf/loss/simpo.yaml").write_text("name: simpo\nbeta: 2.0\ngamma: 1.0\n")
+    (tmp_path / "conf/loss/own_simpo.yaml").write_text("name: own_simpo\nbeta: 2.0\ngamma: 1.0\n")
 
     def run_script(*overrides: str) -> int:
         words = ["--config-dir", "conf", *RUN, "local_run_dir=run", *overrides]
@@ -53,7 +53,7 @@ def test_simpo_trains_without_a_reference_and_its_numbers_are_its_own(parallel, 
     assert train_simpo("loss.gamma=0.5", *parallel) == 0, launcher.output
     assert "building reference model" not in launcher.output
     config = OmegaConf.load(tmp_path / "run/config.yaml")
-    assert dict(config.loss) == {"name": "simpo", "beta": 2.0, "gamma": 0.5}
+    assert dict(config.loss) == {"name": "own_simpo", "beta": 2.0, "gamma": 0.5}
 
     lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"]
     first, last = lines[0], lines[-1]
@@ -70,9 +70,9 @@ def test_simpo_trains_without_a_reference_and_its_numbers_are_its_own(parallel, 
     [
         (["loss.beta=0"], ["loss.beta=0: must be a number above 0"]),
         (["loss.gamma=high"], ["loss.gamma=high: expected a number"]),
-        (["+loss.label_smoothing=0.1"], ["loss.label_smoothing: loss=simpo has no such option", "beta, gamma"]),
-        (["+loss.average_log_prob=true"], ["loss.average_log_prob: loss=simpo has no such option"]),
-        (["precompute_ref_log_probs=true"], ["loss=simpo uses no reference"]),
+        (["+loss.label_smoothing=0.1"], ["loss.label_smoothing: loss=own_simpo has no such option", "beta, gamma"]),
+        (["+loss.average_log_prob=true"], ["loss.average_log_prob: loss=own_simpo has no such option"]),
+        (["precompute_ref_log_probs=true"], ["loss=own_simpo uses no reference"]),
     ],
     ids=str,
 )
@@ -86,7 +86,7 @@ def test_its_options_are_checked_like_any_others(overrides, parts, train_simpo, 
 
 def test_its_value_is_that_of_the_papers_formula():
     namespace = {"__name__": "simpo"}
-    exec(SCRIPT.replace('losses.LOSSES["simpo"] = ', "SIMPO = "), namespace)
+    exec(SCRIPT.replace('losses.LOSSES["own_simpo"] = ', "SIMPO = "), namespace)
     loss = namespace["SIMPO"]
     inputs = {
         "policy_chosen_logps": torch.tensor([-6.0]),
