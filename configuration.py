@@ -146,10 +146,11 @@ def explain_hydra_error(error: Exception) -> str:
         if key in default_config():  # it is an option of another loss
             return f"{key}: the chosen loss has no such option; losses are chosen by loss=NAME, e.g. loss=dpo"
         return unknown_key(key)
-    groups = [word for word in sys.argv[1:] if word.startswith(("loss=", "model="))]
-    if groups and isinstance(error, ValueError | TypeError):  # Hydra's are of numbers, null and lists of them
+    no_name = r"(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{].*)?"  # of which Hydra makes no text
+    groups = [word for word in sys.argv[1:] if re.fullmatch(no_name, word, re.IGNORECASE)]
+    if groups and isinstance(error, ValueError | TypeError):
         there_are = "; ".join(f"{group}=NAME with {', '.join(_names_in(group))}" for group in ("loss", "model"))
-        return f"{' '.join(groups)}: these take the name of a file: {there_are}"
+        return f"{' '.join(groups)}: expected the name of a file: {there_are}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return f"Hydra can't do that: {type(error).__name__}: {error}"
     return text
@@ -656,7 +657,11 @@ def _check_writable(what: str, directory: str):
 
 def _check_source(key: str, name: str | None):
     """Refuse what is neither here nor of the form of a hub id, which is all that can be told without asking the hub."""
-    if name is not None and not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None:
+    if (
+        name is not None
+        and not os.path.exists(name)
+        and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is None
+    ):
         parent = os.path.dirname(name.rstrip("/")) or "."
         siblings = [os.path.join(parent, other) for other in os.listdir(parent)] if os.path.isdir(parent) else []
         raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_match(name, siblings)}")

@@ -3,7 +3,7 @@
 import difflib
 import getpass
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 import torch
@@ -49,8 +49,8 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
 
     Raises: UserError if they are not a list of directories.
     """
-    names = [prefixes_to_resolve] if isinstance(prefixes_to_resolve, str) else list(prefixes_to_resolve or [])
-    if isinstance(prefixes_to_resolve, str) or not names or not all(isinstance(n, str) and n for n in names):
+    is_list = isinstance(prefixes_to_resolve, Sequence) and not isinstance(prefixes_to_resolve, str)
+    if not is_list or not prefixes_to_resolve or not all(isinstance(p, str) and p for p in prefixes_to_resolve):
         raise UserError(f"local_dirs={prefixes_to_resolve}: expected a list of directories, e.g. local_dirs=[.cache]")
     try:
         user = getpass.getuser()

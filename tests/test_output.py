@@ -114,10 +114,10 @@ def precompute(tmp_path: Path, local: Path) -> subprocess.CompletedProcess:
 
 
 def assert_refused(result: subprocess.CompletedProcess, *parts: str):
-    output = result.stdout.decode() + result.stderr.decode()
-    assert result.returncode == 1, output
-    assert "Traceback" not in output
-    message = output[output.rindex("error: ") :]
+    errors = result.stderr.decode()
+    assert result.returncode == 1, errors
+    assert "Traceback" not in errors
+    message = errors[errors.index("error: ") :]
     for part in parts:
         assert part in message
 

@@ -1,0 +1,195 @@
+"""Whatever is typed for a key works or is refused by a message that names it; nothing is a traceback or ignored."""
+
+import copy
+import math
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configuration import CONFIG_DIR, check_config, default_config
+from losses import LOSSES
+from train import with_free_keys
+from utils import UserError
+
+NUMBERS = [-1, 0, 0.5, 1, 3, 1000, 1e300, 1e-320, 2**80, math.nan, math.inf, -math.inf, -0.0]
+TEXTS = ["", " ", "x", "a b", "é", "1", "null"]
+VALUES = [None, True, False, *NUMBERS, *TEXTS, [], [1], ["x"], [None], {}, {"a": 1}]
+
+# What check_config lets pass; for the others, of their default's type, that is nothing but what stands below.
+POSITIVE_WHOLE = [1, 3, 1000]
+ACCEPTED = {
+    "seed": [0, 1, 3, 1000],
+    "exp_name": [*NUMBERS, *TEXTS[2:]],
+    "batch_size": POSITIVE_WHOLE,
+    "eval_batch_size": POSITIVE_WHOLE,
+    "world_size": [None],
+    "fsdp_port": [None],
+    "fsdp_replicate": [1],
+    "fsdp_cpu_offload": [False],
+    "datasets": [],
+    "wandb.entity": [None, *TEXTS[2:]],
+    "wandb.project": TEXTS[2:],
+    "local_dirs": [["x"]],
+    "n_eval_model_samples": [0, 1, 3, 1000],
+    "local_run_dir": TEXTS[2:],
+    "lr": [0.5, 1, 3, 1000, 2**80],
+    "gradient_accumulation_steps": [1],
+    "max_grad_norm": [0.5, 1, 3, 1000, 1e300, 2**80, math.inf],
+    "max_length": [1000],
+    "max_prompt_length": [1, 3],
+    "n_epochs": POSITIVE_WHOLE,
+    "n_examples": [None, *POSITIVE_WHOLE],
+    "n_eval_examples": POSITIVE_WHOLE,
+    "trainer": [],
+    "optimizer": [],
+    "optimizer_args": [{}],
+    "warmup_steps": [0, 1, 3, 1000],
+    "shared_prompt": [True, False],
+    "reference": [],
+    "precompute_ref_log_probs": [False],  # loss=sft has no reference
+    "lora": [None, {}],
+    "eval_every": [1000],
+    "save_every": [None, 1000],
+    "keep_checkpoints": [None, *POSITIVE_WHOLE],
+    "resume": [None, *TEXTS[2:]],  # it is looked at before
+    "minimum_log_interval_secs": [-0.0, 0, 0.5, 1, 3, 1000, 1e300, 1e-320],
+    "model.name_or_path": ["x", "1", "null"],  # which may be on the hub
+    "model.tokenizer_name_or_path": [None, "x", "1", "null"],
+    "model.archive": [None],
+    "model.adapter": [None],
+    "model.load_in_4bit": [False],
+    "model.block_name": [None, *TEXTS[2:]],
+    "model.policy_dtype": [],
+    "model.policy_mp": [None],
+    "model.fsdp_policy_mp": [None],
+    "model.reference_dtype": [],
+    "loss.beta": [0.5, 1, 3, 1000, 1e300, 1e-320, 2**80],
+    "loss.label_smoothing": [-0.0, 0, 1e-320],
+}
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory):
+    """The config of model=tiny with a loss, as composed."""
+    local = tmp_path_factory.mktemp("local")
+
+    def compose_with(*overrides: str):
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            words = ["model=tiny", "datasets=[toy]", "wandb.enabled=false", f"local_dirs=[{local}]", "exp_name=x"]
+            return compose("config", with_free_keys([*words, *overrides]))
+
+    configs = {loss: compose_with(f"loss={loss}") for loss in LOSSES}
+    return lambda loss: copy.deepcopy(configs[loss])
+
+
+def same(value: object, other: object) -> bool:
+    return type(value) is type(other) and repr(value) == repr(other)
+
+
+@pytest.mark.parametrize("key", default_config())
+def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, composed):
+    default = default_config()[key]
+    option = key.partition(".")[2] if key.startswith("loss.") else None
+    loss = next(name for name in LOSSES if option in LOSSES[name].options) if option else "sft"
+    accepted = ACCEPTED.get(key, [True, False] if isinstance(default, bool) else None)
+    if key.startswith("dataset_paths."):
+        accepted = TEXTS[2:]  # of datasets that are not asked for
+    for value in VALUES:
+        config = composed(loss)
+        passes = any(same(value, other) for other in accepted or [])
+        try:
+            OmegaConf.update(config, key, value, merge=False)
+            OmegaConf.resolve(config)
+            check_config(config)
+        except (UserError, OmegaConfBaseException) as error:
+            assert not passes, f"{key}={value!r} is refused: {error}"
+            names = (key, key.split(".")[0], "trains in one process")  # the last is what world_size is told
+            assert any(name in str(error) for name in names), f"{key}={value!r}: {error}"
+        else:
+            assert passes or accepted is None, f"{key}={value!r} is accepted as {OmegaConf.select(config, key)!r}"
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+REFUSED = {  # what is typed: parts of the message
+    "loss=null": ["loss=null", "expected the name of a file", "dpo"],
+    "model=null": ["model=null", "expected the name of a file", "pythia28"],
+    "loss=1": ["loss=1", "expected the name of a file"],
+    "loss=[null]": ["loss=[null]", "expected the name of a file"],
+    "~loss": ["loss.name=None", "dpo, ipo"],
+    "~model": ["model.name_or_path", "model=NAME"],
+    "~lr": ["the config lacks the key 'lr'"],
+    "datasets={a:1}": ["datasets={a:1}", "Cannot merge DictConfig with ListConfig"],
+    "wandb=null": ["wandb is a section", "wandb.enabled"],
+    "wandb={foo:1}": ["no config key 'wandb.foo'"],
+    "local_dirs=[]": ["local_dirs=[]: expected a list of directories"],
+    "local_dirs=[null]": ["local_dirs=[None]: expected a list of directories"],
+    "local_dirs=null": ["local_dirs=None: expected a list of directories"],
+    "lr=${x}": ["Interpolation key 'x' not found", "lr"],
+    "exp_name=é": ["can't read 'exp_name=é'", "Quote values"],
+    "model.archive=/x/a=b": ["can't read 'model.archive=/x/a=b'", "Quote values"],
+    "lr=1e300": ["lr=1e+300: must be a number above 0 and at most 1e+38"],
+    "n_eval_examples=1000000000000": ["n_eval_examples=1000000000000", "at most 1e+07"],
+    "exp_name=null": ["exp_name=None: expected a text"],
+    "optimizer_args={maximize:x}": ["optimizer_args.maximize=x: expected true or false"],
+    "optimizer_args={lr:1}": ["optimizer_args.lr: RMSprop takes no such argument", "key lr"],
+    "hydra.run.dir=/proc/nope": ["/proc/nope"],
+    "hydra.mode=NOPE": ["hydra.mode=NOPE", "RUN, MULTIRUN"],
+    "hydra.job.env_copy=[NOPE_]": ["NOPE_"],
+    "hydra.verbose=[1]": ["A logger name must be a string"],
+    "hydra.job.env_set={A:1}": ["hydra.job.env_set", "+hydra.job.env_set={A:1}"],
+    "hydra=null": ["Hydra can't do that"],
+    "dataset_paths.hh=./nowhere datasets=[hh]": ["dataset_paths.hh=./nowhere: no such folder, and no id on the hub"],
+    "model.name_or_path=/no/where": ["model.name_or_path=/no/where: no such folder, and no id on the hub"],
+    "model.tokenizer_name_or_path=a/b/c": ["model.tokenizer_name_or_path=a/b/c: no such folder"],
+    "model.policy_mp=bfloat16 model.policy_dtype=float16": ["model.policy_dtype=float16"],
+    # names that others have for it
+    "learning_rate=1": ["'learning_rate'", "learning_rate is called lr here"],
+    "lora.rank=8": ["lora.rank: LoraConfig has no such field", "rank is called lora.r here"],
+    "optimizer=adamw": ["Did you mean AdamW?"],
+    "optimizer=rmsprop": ["Did you mean RMSprop?"],
+    "loss=DPO": ["no loss=DPO", "Did you mean dpo?"],
+    "loss=ppo": ["no loss=ppo: it is not here", "There are: dpo"],
+    "loss=cdpo": ["loss=dpo with loss.label_smoothing above 0"],
+    "per_device_train_batch_size=4": ["batch_size is that of all devices"],
+    "num_train_epochs=1": ["num_train_epochs is called n_epochs here"],
+    "output_dir=x": ["output_dir is called local_run_dir here"],
+    "beta=1 loss=dpo": ["Did you mean loss.beta?"],
+    "gradient_clipping=1": ["gradient_clipping is called max_grad_norm here"],
+    "bf16=true": ["model.policy_mp=bfloat16"],
+    "fp16=true": ["loss scaling", "model.policy_mp=bfloat16"],
+    "model_name_or_path=x": ["model_name_or_path is called model.name_or_path here"],
+    "dataset_name=x": ["dataset_name is called datasets here"],
+    "warmup_ratio=0.1": ["warmup_steps is the number of optimizer steps"],
+    "Seed=1": ["Did you mean seed?"],
+}
+LATE = {  # only once the model is there
+    "optimizer=Adam optimizer_args={capturable:true}": ["optimizer=Adam", "capturable"],
+    "optimizer=AdamW lr=1e38": ["lr=1e+38", "overflow"],
+    "lora={bias:nope}": ["lora={'bias': 'nope'}"],
+    "lora={rank_pattern:x}": ["lora={'rank_pattern': 'x'}"],
+    "lora={inference_mode:true}": ["nothing of the model is trained"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", {**REFUSED, **LATE})
+def test_what_is_typed_is_refused_by_one_message(typed, launcher, tmp_path):
+    assert launcher.run("model=tiny", "datasets=[toy]", f"local_run_dir={tmp_path}/run", *typed.split()) == 1
+    output = launcher.output
+    assert "Traceback" not in output
+    assert "Error executing job" not in output
+    message = output[output.index("error: ") :]
+    for part in {**REFUSED, **LATE}[typed]:
+        assert part in message
+    assert ("building policy" in output) == (typed in LATE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_options_with_dashes_are_told_to_be_settings(launcher):
+    assert launcher.run("model=tiny", "--learning_rate=1") == 2
+    assert "unrecognized arguments: --learning_rate=1" in launcher.output
+    assert "learning_rate is called lr here. Settings are given without dashes, as key=value" in launcher.output
