@@ -127,9 +127,13 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **_hub_options(config, Source(name)))
         n_tokens = len(tokenizer("Hello", add_special_tokens=False)["input_ids"])
     except Exception as error:  # the tokenizers library raises bare ones
-        cause, remedy = hub.why_not(error, name, "model") or (describe(error, 2000), "Name a model that has one")
-        message = f"can't load the tokenizer {name!r} (model.tokenizer_name_or_path): {cause}\n{remedy}"
-        raise UserError(f"{message}{access_hint(error)}{_code_hint(error)}") from error
+        cause, remedy = hub.why_not(error, name, "model") or (
+            describe(error, 2000),
+            f"Name a model that has one{access_hint(error)}{_code_hint(error)}",
+        )
+        raise UserError(
+            f"can't load the tokenizer {name!r} (model.tokenizer_name_or_path): {cause}\n{remedy}"
+        ) from error
     if n_tokens == 0:
         raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")
     return tokenizer

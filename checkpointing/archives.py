@@ -250,11 +250,17 @@ def _refuse_misfits(
     others: Iterable[str] = (),
 ):
     """Raises UserError if there are any; `shapes`: names with the shape found and the model's."""
-    problems = [f"missing: {name}" for name in missing]
-    problems += [f"left over: {name}" for name in left_over]
-    problems += [f"{name}: shape {found}, the model's is {own}" for name, found, own in shapes if found != own]
-    problems += others
-    if problems:
-        shown = "\n  ".join(sorted(problems)[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+    by_kind = [
+        [f"missing: {name}" for name in missing],
+        [f"left over: {name}" for name in left_over],
+        [f"{name}: shape {found}, the model's is {own}" for name, found, own in shapes if found != own],
+        list(others),
+    ]
+    by_kind = [sorted(problems) for problems in by_kind if problems]
+    if by_kind:
+        n_shown = 10 if len(by_kind) == 1 else 5
+        first = sorted(problem for problems in by_kind for problem in problems[:n_shown])
+        n_more = sum(map(len, by_kind)) - len(first)
+        shown = "\n  ".join(first)
+        more = f"\n  and {n_more} more" if n_more else ""
         raise UserError(f"{origin} doesn't fit the model; is it of another model=...?\n  {shown}{more}")

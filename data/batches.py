@@ -64,7 +64,7 @@ class BatchIterator:
 
     def __init__(self, prompts: list[Prompt], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool, seed: int,
                  n_epochs: int | None, n_examples: int | None, drop_last: bool, shard: tuple[int, int],
-                 mismatched: bool, **lengths: int):  # fmt: skip
+                 mismatched: bool = False, **lengths: int):  # fmt: skip
         self.prompts, self.tokenizer, self.lengths, self.shard = prompts, tokenizer, lengths, shard
         self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
         self.mismatched = mismatched

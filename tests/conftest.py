@@ -106,6 +106,19 @@ def run_python(tmp_path):
     return run_command
 
 
+@pytest.fixture
+def train_alone(run_python, tmp_path):
+    """As `train`, in a Python of its own: for variables that are read when libraries are imported."""
+
+    def run_command(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        words = [*overrides, f"local_dirs=[{tmp_path}/cache]"]
+        if not any(word.startswith("wandb.") for word in overrides):
+            words.append("wandb.enabled=false")
+        return run_python(str(REPOSITORY / "train.py"), *words, env=env)
+
+    return run_command
+
+
 @pytest.fixture(scope="module")
 def in_workers(request):
     """Run a function of the test's module in `n` processes: see `ProcessPool.run`.

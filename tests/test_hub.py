@@ -86,6 +86,12 @@ def se_files() -> dict[str, bytes]:
     return files
 
 
+@pytest.fixture
+def train(train_alone):
+    """The hub's and the terminal's variables are read at imports."""
+    return train_alone
+
+
 @pytest.fixture(scope="module")
 def bodies():
     return {"model": model_files(), "hh": hh_files(), "shp": shp_files(), "se": se_files()}

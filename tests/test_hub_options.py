@@ -25,6 +25,12 @@ LAST = "gpt_neox.final_layer_norm.weight"
 
 
 @pytest.fixture
+def train(train_alone):
+    """The hub's and the terminal's variables are read at imports."""
+    return train_alone
+
+
+@pytest.fixture
 def hub_model(tmp_path, monkeypatch) -> str:
     """The id of a model in the cache of this machine, whose tag v1 has other weights than its main branch."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -18,6 +18,12 @@ pytestmark = pytest.mark.slow
 LOCAL_ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.fixture
+def train(train_alone):
+    """The hub's and the terminal's variables are read at imports."""
+    return train_alone
+
+
 def assert_complete(run_dir: Path, n_examples: int = 8):
     assert sorted(os.listdir(run_dir / "LATEST")) == CHECKPOINT_FILES
     trained = [line["counters/examples"] for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "train"]
