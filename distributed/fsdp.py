@@ -51,9 +51,7 @@ def shard_model(
 
 
 def _blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
-    of_class = {type(module).__name__ for module in model.modules()}
-    # a reference may be of another architecture than the policy, which `block_name` is of
-    names = [block_name] if block_name in of_class else list(model._no_split_modules or [])
+    names = [block_name] if block_name is not None else list(model._no_split_modules or [])
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
         raise UserError(

@@ -90,10 +90,11 @@ class FullySharded(_SeveralProcesses):
 
         options, offload = self.config.model, self.config.fsdp_cpu_offload
         compute_dtype = getattr(torch, options.policy_mp) if options.policy_mp and is_policy else None
+        is_another = not is_policy and self.config.reference_model.name_or_path is not None  # with blocks of its own
         split = partial(
             fsdp.shard_model,
             mesh=self.mesh,
-            block_name=options.block_name,
+            block_name=None if is_another else options.block_name,
             compute_dtype=compute_dtype,
             offload=offload,
         )
