@@ -76,6 +76,8 @@ def _explained(error: Exception, repo_id: str, repo_type: str) -> tuple[str, str
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         reason = "is busy or out of order" if status >= 500 or status == 429 else "refuses"
+        if status in (401, 403):
+            return f"the hub {reason} ({status} for {error.response.url})", f"If it is not for everyone, {login}"
         return f"the hub {reason} ({status} for {error.response.url})", "Start again later; what has come down is kept"
     return (
         f"the hub ({constants.ENDPOINT}) can't be reached ({type(error).__name__}: {str(error)[:200]})",

@@ -45,7 +45,7 @@ class Run:
     @property
     def output(self) -> str:
         """What it has printed so far."""
-        return self.stdout.read_text() + self.stderr.read_text()
+        return "".join(path.read_text() for path in dict.fromkeys((self.stdout, self.stderr)))
 
     def kill(self, number: int):
         """Send a signal to each of its processes."""
@@ -85,13 +85,18 @@ class Launcher:
         n_workers: int = 1,
         directory: Path | None = None,
         script: Path = REPOSITORY / "train.py",
+        in_order: bool = False,
     ) -> Run:
-        """Start a run, without wandb unless it is asked for; `n_workers` as a launcher starts them."""
+        """Start a run, without wandb unless it is asked for; `n_workers` as a launcher starts them.
+
+        `in_order`: stdout and stderr are one, as on a terminal.
+        """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
         if not any(word.startswith("wandb.") for word in words):
             words.append("wandb.enabled=false")
         stdout, stderr = (self.directory / f"{name}-{len(self.runs)}" for name in ("stdout", "stderr"))
+        stderr = stdout if in_order else stderr
         for path in (stdout, stderr):
             path.touch()
         job = {

@@ -114,7 +114,9 @@ def test_an_adapter_as_archive_names_the_key_for_it(make_trainer):
 
 def test_a_hub_id_out_of_reach_is_an_error_that_names_it(make_trainer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"(?s)model\.archive=nobody/nothing: .*start once where the hub can be reached"):
+    with pytest.raises(
+        UserError, match=r"(?s)model\.archive=nobody/nothing: .*start once where the hub can be reached"
+    ):
         make_trainer(*TOY, "model.archive=nobody/nothing")
 
 

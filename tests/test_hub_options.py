@@ -211,5 +211,5 @@ def test_a_model_that_the_hub_refuses_names_the_token(status, code, key, train, 
     message = result.stderr[result.stderr.index("error: ") :]
     assert key in message
     assert "meta/private-model" in message
-    assert "accept its conditions on its page" in message
+    assert "`hf auth login`" in message
     assert "HF_TOKEN" in message

@@ -263,7 +263,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("value", "parts"),
     [
-        ("", ["dataset_paths.hh is empty", "give a folder"]),
+        ("", ["dataset_paths.hh='' is empty"]),
         ("hh/train.jsonl", ["dataset_paths.hh=hh/train.jsonl is a file", "Give the folder that holds it"]),
         ("./hj", ["dataset_paths.hh=./hj: there is no such folder. Did you mean ./hh?"]),
         ("hh", ["/hh/test.jsonl, line 2: breaks off in the middle", "\nWrite, copy or download"]),

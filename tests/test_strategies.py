@@ -83,12 +83,10 @@ def test_a_model_that_one_worker_has_is_on_all_a_share_on_each(name, how, n_work
 
 
 def no_blocks():
-    model = make_model("untied")
-    model._no_split_modules = None
     with pytest.raises(
         UserError, match=r"GPTNeoXForCausalLM doesn't say what its transformer blocks are; give .*block_name"
     ):
-        shard_model(model, fsdp_mesh(1), "Blocks", None, offload=False)
+        shard_model(make_model("untied"), fsdp_mesh(1), "Blocks", None, offload=False)
 
 
 def test_a_model_without_known_blocks_is_refused(in_workers):

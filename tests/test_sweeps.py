@@ -82,7 +82,7 @@ def test_one_directory_a_sweep_named_jobs_and_a_table_of_them(launcher, tmp_path
 
 def test_a_job_that_fails_is_told_where_it_happens_and_the_others_run(launcher, tmp_path):
     sweep = ["max_length=64,32,4096,48", f"hydra.sweep.dir={tmp_path}/sweep"]  # 32: no room for a response; 4096: loads
-    assert launcher.run("-m", *[word for word in SHORT if "max_length" not in word], *sweep) == 1
+    assert launcher.run("-m", *[word for word in SHORT if "max_length" not in word], *sweep, in_order=True) == 1
     output = launcher.output
     assert "Traceback" not in output
     assert "Error executing job" not in output
@@ -152,7 +152,7 @@ def test_a_signal_ends_a_sweep_whose_jobs_start_workers(launcher, tmp_path):
 
 def test_jobs_in_one_directory_are_refused_unless_it_is_their_own(launcher, tmp_path):
     sweep = [*SHORT, "debug=true", "n_epochs=1,2", f"hydra.sweep.dir={tmp_path}/sweep"]
-    assert launcher.run("-m", *sweep, f"local_run_dir={tmp_path}/one") == 1
+    assert launcher.run("-m", *sweep, f"local_run_dir={tmp_path}/one", in_order=True) == 1
     assert f"error: local_run_dir={tmp_path}/one: an earlier job of this sweep wrote there" in launcher.output
     assert [row[2] for row in table(launcher.output)[1:]] == ["complete", "failed"]
     assert launcher.run("-m", *sweep, f"local_run_dir='{tmp_path}/epochs_${{n_epochs}}'") == 0, launcher.output
