@@ -143,6 +143,8 @@ def explain_hydra_error(error: Exception) -> str:
     if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
         inner = re.search(r"full_key: (\S+)", text)  # where a whole section was given
         key = inner[1] if inner and inner[1].startswith(key[1]) else key[1]
+        if key in default_config() and not key.startswith("loss."):
+            return f"{key} can't be set, as {key.partition('.')[0]} is given as something else: it is a section of keys"
         if key in default_config():  # it is an option of another loss
             return f"{key}: the chosen loss has no such option; losses are chosen by loss=NAME, e.g. loss=dpo"
         return unknown_key(key)

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from configuration import CONFIG_DIR, check_config, default_config
 from losses import LOSSES
 from train import with_free_keys
-from utils import UserError
+from utils import UserError, get_local_dir
 
 NUMBERS = [-1, 0, 0.5, 1, 3, 1000, 1e300, 1e-320, 2**80, math.nan, math.inf, -math.inf, -0.0]
 TEXTS = ["", " ", "x", "a b", "é", "1", "null"]
@@ -64,7 +64,7 @@ ACCEPTED = {
     "model.policy_dtype": [],
     "model.policy_mp": [None],
     "model.fsdp_policy_mp": [None],
-    "model.reference_dtype": [],
+    "model.reference_dtype": [None],
     "loss.beta": [0.5, 1, 3, 1000, 1e300, 1e-320, 2**80],
     "loss.label_smoothing": [-0.0, 0, 1e-320],
 }
@@ -122,10 +122,8 @@ REFUSED = {  # what is typed: parts of the message
     "~model": ["model.name_or_path", "model=NAME"],
     "~lr": ["the config lacks the key 'lr'"],
     "datasets={a:1}": ["datasets={a:1}", "Cannot merge DictConfig with ListConfig"],
-    "wandb=null": ["wandb is a section", "wandb.enabled"],
+    "wandb=null": ["wandb.enabled can't be set", "it is a section of keys"],
     "wandb={foo:1}": ["no config key 'wandb.foo'"],
-    "local_dirs=[]": ["local_dirs=[]: expected a list of directories"],
-    "local_dirs=[null]": ["local_dirs=[None]: expected a list of directories"],
     "local_dirs=null": ["local_dirs=None: expected a list of directories"],
     "lr=${x}": ["Interpolation key 'x' not found", "lr"],
     "exp_name=é": ["can't read 'exp_name=é'", "Quote values"],
@@ -193,3 +191,9 @@ def test_options_with_dashes_are_told_to_be_settings(launcher):
     assert launcher.run("model=tiny", "--learning_rate=1") == 2
     assert "unrecognized arguments: --learning_rate=1" in launcher.output
     assert "learning_rate is called lr here. Settings are given without dashes, as key=value" in launcher.output
+
+
+@pytest.mark.parametrize("directories", [[], [None], [""], "cache", None])
+def test_local_dirs_are_a_list_of_directories(directories):
+    with pytest.raises(UserError, match=r"local_dirs=.*: expected a list of directories"):
+        get_local_dir(directories)

@@ -10,7 +10,8 @@ import time
 
 import psutil
 import pytest
-from conftest import REPOSITORY, launcher_variables
+from conftest import REPOSITORY
+from process_pool import launcher_variables
 
 pytestmark = pytest.mark.slow
 
