@@ -37,14 +37,13 @@ _GPU_ATTENTION = {
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "world_size", "fsdp_replicate", "fsdp_port", "worker_timeout", "reference_update_every", "reference_update_alpha",
+    "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
 _HIGHEST = {
     "max_grad_norm": math.inf,  # no clipping
     "lr": 1e38,  # of float32
     "n_eval_examples": 10**7,  # all are kept in memory
-    "fsdp_port": 2**16 - 1,
 }
 _MAY_BE_NULL = ("n_epochs", "n_examples")
 # of keys whose default is null; the others are strings

@@ -124,7 +124,6 @@ REFUSED = {  # what is typed: parts of the message
     "datasets={a:1}": ["datasets={a:1}", "Cannot merge DictConfig with ListConfig"],
     "wandb=null": ["wandb.enabled can't be set", "it is a section of keys"],
     "wandb={foo:1}": ["no config key 'wandb.foo'"],
-    "local_dirs=null": ["local_dirs=None: expected a list of directories"],
     "lr=${x}": ["Interpolation key 'x' not found", "lr"],
     "exp_name=é": ["can't read 'exp_name=é'", "Quote values"],
     "model.archive=/x/a=b": ["can't read 'model.archive=/x/a=b'", "Quote values"],
