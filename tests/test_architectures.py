@@ -1,6 +1,6 @@
 """Architectures that tell ways of computing apart: what is decided on each, and that it gives the model's own numbers.
 
-benchmarks/architectures.py does the same for every type; docs/architectures.md is what comes of it.
+benchmarks/architectures.py does the same for every type.
 """
 
 import pytest
