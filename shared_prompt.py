@@ -184,8 +184,8 @@ def chunked_token_logps(
 
 # How far a way of computing may be from the model's own forward, as a multiple of what rounding does to that forward
 # (`OwnForward`), if it is to be chosen, and if there is no other and training would be refused. Over the architectures
-# of benchmarks/architectures.py, right ways differ by at most 0.5 times that (one by 2.8 times), wrong ones by 1.7 times and
-# more; those of models that must be refused, by 10 times and more. In float32, all wrong ones differ 2,000 times ...
+# of benchmarks/architectures.py right ways differ by at most 0.5 times that (one by 2.8), wrong ones by 1.7 times
+# or more; those of models that must be refused, by 10 or more. In float32, all wrong ones differ 2,000 times ...
 CHOSEN_WITHIN, REFUSED_BEYOND = 1, 5
 # ... save, in 16 bits, in this share of the tokens: a single rounding may send a token to another expert.
 _FREE_SHARE = 0.01
