@@ -65,8 +65,9 @@ def _open_locked(run_dir: str) -> int:
     """A descriptor of the lock's file, locked; see `claimed` for what is raised."""
     path = os.path.join(run_dir, LOCK)
     while True:
-        os.makedirs(run_dir, exist_ok=True)
         try:
+            with contextlib.suppress(FileExistsError):  # gone again, or a file, which opening tells
+                os.makedirs(run_dir, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # another run has just been refused, and has removed the directory
             continue

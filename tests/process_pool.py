@@ -66,7 +66,7 @@ def work(pipe, variables: dict[str, str], prepare: Callable | None):
             function, args, kwargs = pipe.recv()
             try:
                 pipe.send((None, function(*args, **kwargs)))
-            except Exception:
+            except BaseException:  # what pytest.raises raises is no Exception
                 pipe.send((traceback.format_exc(), None))
 
 
