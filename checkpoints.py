@@ -10,7 +10,8 @@ import sys
 from omegaconf import OmegaConf
 
 from checkpointing.integrity import atomic_directory
-from configuration import CONFIG_DIR, policy_source
+from configuration.schema import CONFIG_DIR
+from configuration.sources import policy_source
 from models import load_adapter, load_model, read_tokenizer
 from utils import UserError
 

@@ -32,7 +32,9 @@ from checkpointing.resume import (
     resume_command,
     resume_hint,
 )
-from configuration import CONFIG_DIR, FREE_KEYS, REPOSITORY, check_config, explain_flags, explain_hydra_error
+from configuration.checks import check_config
+from configuration.explanations import explain_flags, explain_hydra_error
+from configuration.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY
 from distributed import collectives, environment, launch
 from distributed.strategies import STRATEGIES
 from preference_datasets import DATASETS

@@ -28,7 +28,7 @@ from checkpointing.train_state import (
     seed_generators,
     set_rng_state,
 )
-from configuration import reference_source, resolved_reference
+from configuration.sources import reference_source, resolved_reference
 from data.batches import microbatches, mismatch
 from distributed import collectives
 from distributed.dtensor import full_state_dict

@@ -18,7 +18,8 @@ from checkpointing.integrity import (
     recover_interrupted_saves,
 )
 from checkpointing.train_state import read_state_json, training_settings, versions
-from configuration import REPOSITORY, default_config, resolved_reference
+from configuration.schema import REPOSITORY, default_config
+from configuration.sources import resolved_reference
 from data.batches import split_name
 from distributed import environment
 from utils import UserError, rank0_print

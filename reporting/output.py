@@ -38,7 +38,7 @@ def keep_output_going():
                     io.BufferedWriter(raw),
                     stream.encoding,
                     "backslashreplace",
-                    line_buffering=stream.line_buffering,
+                    line_buffering=True,  # a job's log file is read while it is written
                     write_through=stream.write_through,
                 ),
             )

@@ -4,36 +4,28 @@ import dataclasses
 import errno
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 import preference_datasets
+from configuration.explanations import ELSEWHERE, unknown_key
+from configuration.schema import FREE_KEYS, default_config, flatten, names_in
+from configuration.sources import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from losses import LOSSES, needs_reference
 from utils import UserError, closest_match, get_local_dir
 
-REPOSITORY = Path(__file__).parent
-CONFIG_DIR = REPOSITORY / "config"
-
-REFERENCES = ("model", "adapter_off", "adapter_copy")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
 # what they need on a GPU; on a CPU, torch's compiler ends the process under flex_attention
 _GPU_ATTENTION = {
     "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
 }  # fmt: skip
-
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
@@ -50,62 +42,7 @@ _MAY_BE_NULL = ("n_epochs", "n_examples")
 _TYPES_OF_NULL = dict.fromkeys(
     ("n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every"), int
 )
-
-# holders of names that are not ours: PEFT's, an optimizer's, those of datasets
-FREE_KEYS = ("lora", "optimizer_args", "dataset_paths")
-
-# What other libraries call what is here: theirs, ours.
-_SAME = {
-    "learning_rate": "lr", "rank": "lora.r", "lora_rank": "lora.r", "lora_r": "lora.r",
-    "per_device_eval_batch_size": "eval_batch_size", "num_train_epochs": "n_epochs", "epochs": "n_epochs",
-    "output_dir": "local_run_dir", "gradient_clipping": "max_grad_norm", "grad_clip": "max_grad_norm",
-    "model_name_or_path": "model.name_or_path", "model_name": "model.name_or_path", "dataset_name": "datasets",
-    "torch_dtype": "model.policy_dtype", "load_in_4bit": "model.load_in_4bit", "num_warmup_steps": "warmup_steps",
-    "eval_steps": "eval_every", "save_steps": "save_every", "save_total_limit": "keep_checkpoints",
-    "resume_from_checkpoint": "resume", "optim": "optimizer", "optim_args": "optimizer_args",
-    "gradient_checkpointing": "activation_checkpointing", "run_name": "exp_name", "loss_type": "loss",
-    "tau": "loss.beta", "logging_steps": "minimum_log_interval_secs", "num_processes": "world_size",
-}  # fmt: skip
-_ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME.items()} | {
-    "per_device_train_batch_size": "batch_size is that of all devices and microbatches together",
-    "bf16": "bf16=true is model.policy_mp=bfloat16 here, or model.policy_dtype=bfloat16 for the weights, too",
-    "fp16": "float16 would need loss scaling, which no trainer here does: take model.policy_mp=bfloat16",
-    "max_steps": "training ends after n_examples, batch_size for each step, or n_epochs",
-    "warmup_ratio": "warmup_steps is the number of optimizer steps",
-    "lr_scheduler_type": "the learning rate is constant after warmup_steps",
-    "weight_decay": "an optimizer's arguments are in optimizer_args, e.g. optimizer_args.weight_decay=0.1",
-    "max_completion_length": "a response may take what max_length leaves after the prompt",
-    "use_peft": "lora={} trains an adapter",
-    "report_to": "wandb.enabled=true or false",
-    "deepspeed": "trainer=FSDPTrainer divides weights, gradients and optimizer among GPUs",
-}
-_NO_LOSS = "it is not here; a loss is a function in losses.py and a file in config/loss"
-_OTHER_LOSSES = dict.fromkeys(("simpo", "kto", "orpo", "cpo", "hinge", "bco", "ppo", "grpo"), _NO_LOSS) | {
-    "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
-    "sigmoid": "it is loss=dpo",
-}
-
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
-
-
-def default_config(loss_name: str | None = None) -> dict[str, object]:
-    """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}; those of one loss, or all."""
-    flat = flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
-    flat |= flatten(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), "model.")
-    for loss in [LOSSES[loss_name]] if loss_name is not None else LOSSES.values():
-        flat |= {f"loss.{name}": option.default for name, option in loss.options.items()}
-    return {key: value for key, value in flat.items() if not key.startswith(("hydra", "defaults"))}
-
-
-def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
-    """A config with one level of keys: {'loss.beta': 0.1, ...}."""
-    flat = {}
-    for key, value in OmegaConf.to_container(config, resolve=False).items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(OmegaConf.create(value), f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _check_lora(config: DictConfig):
@@ -114,66 +51,10 @@ def _check_lora(config: DictConfig):
     known = [field.name for field in dataclasses.fields(peft.LoraConfig)]
     for name in config.lora:
         if name not in known:
-            hint = f" {_ELSEWHERE[name]}" if name in _ELSEWHERE else closest_match(name, known)
+            hint = f" {ELSEWHERE[name]}" if name in ELSEWHERE else closest_match(name, known)
             raise UserError(f"lora.{name}: LoraConfig has no such field.{hint}")
     if config.lora.get("lora_dropout"):
         raise UserError(f"lora.lora_dropout={config.lora.lora_dropout}: all dropout is off here; leave it out")
-
-
-def _names_in(group: str) -> list[str]:
-    """What `GROUP=NAME` takes."""
-    return sorted(path.stem for path in CONFIG_DIR.glob(f"{group}/*.yaml"))
-
-
-def explain_hydra_error(error: Exception) -> str:
-    """The message for a config that can't be composed: Hydra's, with the closest match to what was not found."""
-    lines = f"{error}\n{error.__cause__ or ''}".strip().splitlines()
-    text = "\n".join(line for line in lines if not line.strip().startswith(("object_type=", "reference_type=")))
-    if (raised := "UserError raised while resolving interpolation: ") in text:
-        return text.partition(raised)[2].partition("\n    full_key")[0]
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group == "loss" and name.lower() in _OTHER_LOSSES:
-            return f"no loss={name}: {_OTHER_LOSSES[name.lower()]}. There are: {', '.join(error.options)}"
-        return f"no {group}={name}.{closest_match(name, error.options)} There are: {', '.join(error.options)}"
-    if isinstance(error, OverrideParseException):
-        hint = "Quote values with special characters, and once more for the shell: exp_name=\"'a = é'\""
-        return f"can't read {error.override!r}: {error}\n{hint}"
-    if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
-        inner = re.search(r"full_key: (\S+)", text)  # where a whole section was given
-        key = inner[1] if inner and inner[1].startswith(key[1]) else key[1]
-        if key in default_config() and not key.startswith("loss."):
-            return f"{key} can't be set, as {key.partition('.')[0]} is given as something else: it is a section of keys"
-        if key in default_config():  # it is an option of another loss
-            return f"{key}: the chosen loss has no such option; losses are chosen by loss=NAME, e.g. loss=dpo"
-        return unknown_key(key)
-    no_name = r"(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{].*)?"  # of which Hydra makes no text
-    groups = [word for word in sys.argv[1:] if re.fullmatch(no_name, word, re.IGNORECASE)]
-    if groups and isinstance(error, ValueError | TypeError):
-        there_are = "; ".join(f"{group}=NAME with {', '.join(_names_in(group))}" for group in ("loss", "model"))
-        return f"{' '.join(groups)}: expected the name of a file: {there_are}"
-    if not isinstance(error, HydraException | OmegaConfBaseException):
-        return f"Hydra can't do that: {type(error).__name__}: {error}"
-    return text
-
-
-def explain_flags(words: list[str]) -> str:
-    """What to say after Hydra has refused options of the command line."""
-    names = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("-")]
-    hints = [f"{_ELSEWHERE[name]}. " for name in names if name in _ELSEWHERE]
-    return (
-        f"{''.join(hints)}Settings are given without dashes, as key=value, e.g. lr=1e-6; options like -m or --cfg job "
-        "stand before or after all of them"
-    )
-
-
-def unknown_key(key: str) -> str:
-    """The message about a key that no config has, or that is no key but a section of them."""
-    if inside := [name for name in default_config() if name.startswith(f"{key}.")]:
-        return f"{key} is a section of the config, set its keys: {', '.join(inside)}"
-    hint = _ELSEWHERE.get(key.rsplit(".", 1)[-1].removeprefix("--"))
-    hint = f" {hint}." if hint else closest_match(key, default_config())
-    return f"no config key {key!r}.{hint} config/config.yaml lists all keys"
 
 
 def check_config(config: DictConfig):
@@ -184,7 +65,7 @@ def check_config(config: DictConfig):
     """
     missing_keys = sorted(OmegaConf.missing_keys(config))
     if missing_keys:
-        models = ", ".join(_names_in("model"))
+        models = ", ".join(names_in("model"))
         hint = f" Choose a model with model=NAME; there are: {models}" if "model.name_or_path" in missing_keys else ""
         raise UserError(f"Got missing keys in config: {', '.join(missing_keys)}.{hint}")
     if isinstance(config.exp_name, int | float) and not isinstance(config.exp_name, bool):
@@ -481,7 +362,7 @@ def _check_reference(config: DictConfig):
             raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
         if config.lora is None and config.model.adapter is None:
             raise UserError("model.load_in_4bit=true: 4-bit weights can't be trained; add lora={} or model.adapter")
-        if any(source.archive is not None or source.from_scratch for source in _sources(config)):
+        if any(source.archive is not None or source.from_scratch for source in sources(config)):
             raise UserError(
                 "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
             )
@@ -518,118 +399,23 @@ def _check_moving_reference(config: DictConfig):
         raise UserError(f"reference_update_every={every}: an adapter's reference can't follow it; train all weights")
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a model's weights come from: those of `name_or_path` (or random ones, `from_scratch`), replaced by those of
-    `archive`, with `adapter` on them."""
-
-    name_or_path: str
-    archive: str | None = None
-    adapter: str | None = None
-    from_scratch: bool = False
-    given: frozenset[str] = frozenset()  # which of these the section `reference_model` of the config gives
-
-    def key(self, name: str) -> str:
-        """The config's key for one of these."""
-        return f"{'reference_model' if name in self.given else 'model'}.{name}"
-
-
-def policy_source(config: DictConfig) -> Source:
-    """What the policy starts from."""
-    return Source(config.model.name_or_path, config.model.archive, config.model.adapter, config.model.from_scratch)
-
-
-def reference_source(config: DictConfig) -> Source:
-    """What a second model as reference is loaded from: what `reference_model` gives, upon what the policy has below it;
-    what the policy has above it is left out, as it belongs to another model. Without any of it, the policy's."""
-    policy, names = policy_source(config), ("name_or_path", "archive", "adapter")
-    values = {name: OmegaConf.select(config, f"reference_model.{name}") for name in names}
-    given = frozenset(name for name in names if values[name] is not None)
-    if not given:
-        return policy
-    for name in names:
-        if name in given:
-            break
-        values[name] = getattr(policy, name)
-    return Source(**values, from_scratch=policy.from_scratch and "name_or_path" not in given, given=given)
-
-
-def _sources(config: DictConfig) -> list[Source]:
-    return list(dict.fromkeys((policy_source(config), reference_source(config))))
-
-
-def resolved_reference(config: DictConfig) -> str:
-    """The kind of reference that `reference=auto` means, or the one that was asked for; auto if the loss needs none.
-
-    Raises: UserError if policy and reference can't go together, naming those that can.
-    """
-    if not needs_reference(config.loss):
-        return "auto"
-    if own := sorted(reference_source(config).given):
-        if config.reference not in ("auto", "model"):
-            raise UserError(
-                f"reference={config.reference}: reference_model.{own[0]} makes it a model of its own; leave it auto"
-            )
-        return "model"
-    has_adapter, settings = config.model.adapter is not None, _adapter_settings(config)
-    # trained biases and some initializations change the base itself, which is then no reference
-    base_is_kept = settings.get("bias", "none") == "none" and settings.get("init_lora_weights", True) in (
-        True,
-        "gaussian",
-    )
-    possible = ["model"]
-    if base_is_kept and (config.lora is not None or has_adapter):
-        possible.insert(0, "adapter_off")
-    if base_is_kept and has_adapter:
-        possible.insert(0, "adapter_copy")
-    if config.reference == "auto":
-        return possible[0]
-    if config.reference not in possible:
-        policy = "a saved adapter" if has_adapter else "a new adapter" if config.lora is not None else "no adapter"
-        raise UserError(f"reference={config.reference}: the policy has {policy}; possible are: {', '.join(possible)}")
-    return config.reference
-
-
-def _adapter_settings(config: DictConfig) -> dict:
-    """Fields of LoraConfig of the new or the saved adapter; none without an adapter."""
-    adapter = config.model.adapter
-    if adapter is not None and os.path.exists(os.path.join(adapter, "adapter_config.json")):
-        return _saved_settings("model.adapter", adapter)
-    return OmegaConf.to_container(config.lora) if config.lora is not None else {}
-
-
-def _saved_settings(key: str, adapter: str) -> dict:
-    """What adapter_config.json says of a saved adapter."""
-    path = os.path.join(adapter, "adapter_config.json")
-    if not os.path.exists(path):
-        raise UserError(f"{key}={adapter}: no adapter_config.json there; give the directory of a saved adapter")
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}={adapter}: can't read its adapter_config.json: {error}") from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise UserError(f"{key}={adapter}: its adapter_config.json is not a LoRA adapter's (peft_type: LORA)")
-    return settings
-
-
 def _check_files(config: DictConfig):
     if config.wandb.enabled and not config.debug and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or pass wandb.enabled=false")
     _check_source("model.tokenizer_name_or_path", config.model.tokenizer_name_or_path)
-    for source in _sources(config):
+    for source in sources(config):
         _check_source(source.key("name_or_path"), source.name_or_path)
     for name in config.datasets:
         _check_source(f"dataset_paths.{name}", config.dataset_paths.get(name))
-    for source in _sources(config):
+    for source in sources(config):
         archive = source.archive
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
             parent = os.path.dirname(archive) or "."
             siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
             raise UserError(f"{source.key('archive')}={archive}: no such file.{closest_match(archive, siblings)}")
         if source.adapter is not None:
-            _saved_settings(source.key("adapter"), source.adapter)
-    has_adapter = config.lora is not None or any(source.adapter is not None for source in _sources(config))
+            saved_settings(source.key("adapter"), source.adapter)
+    has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))
     if has_adapter and importlib.util.find_spec("peft") is None:
         raise UserError("lora and adapters need PEFT: pip install peft")
     if config.lora is not None:

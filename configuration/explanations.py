@@ -1,0 +1,92 @@
+"""What to say of a command line or a config that says what there isn't."""
+
+import re
+import sys
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from configuration.schema import default_config, names_in
+from utils import closest_match
+
+# What other libraries call what is here: theirs, ours.
+_SAME = {
+    "learning_rate": "lr", "rank": "lora.r", "lora_rank": "lora.r", "lora_r": "lora.r",
+    "per_device_eval_batch_size": "eval_batch_size", "num_train_epochs": "n_epochs", "epochs": "n_epochs",
+    "output_dir": "local_run_dir", "gradient_clipping": "max_grad_norm", "grad_clip": "max_grad_norm",
+    "model_name_or_path": "model.name_or_path", "model_name": "model.name_or_path", "dataset_name": "datasets",
+    "torch_dtype": "model.policy_dtype", "load_in_4bit": "model.load_in_4bit", "num_warmup_steps": "warmup_steps",
+    "eval_steps": "eval_every", "save_steps": "save_every", "save_total_limit": "keep_checkpoints",
+    "resume_from_checkpoint": "resume", "optim": "optimizer", "optim_args": "optimizer_args",
+    "gradient_checkpointing": "activation_checkpointing", "run_name": "exp_name", "loss_type": "loss",
+    "tau": "loss.beta", "logging_steps": "minimum_log_interval_secs", "num_processes": "world_size",
+}  # fmt: skip
+ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME.items()} | {
+    "per_device_train_batch_size": "batch_size is that of all devices and microbatches together",
+    "bf16": "bf16=true is model.policy_mp=bfloat16 here, or model.policy_dtype=bfloat16 for the weights, too",
+    "fp16": "float16 would need loss scaling, which no trainer here does: take model.policy_mp=bfloat16",
+    "max_steps": "training ends after n_examples, batch_size for each step, or n_epochs",
+    "warmup_ratio": "warmup_steps is the number of optimizer steps",
+    "lr_scheduler_type": "the learning rate is constant after warmup_steps",
+    "weight_decay": "an optimizer's arguments are in optimizer_args, e.g. optimizer_args.weight_decay=0.1",
+    "max_completion_length": "a response may take what max_length leaves after the prompt",
+    "use_peft": "lora={} trains an adapter",
+    "report_to": "wandb.enabled=true or false",
+    "deepspeed": "trainer=FSDPTrainer divides weights, gradients and optimizer among GPUs",
+}
+_NO_LOSS = "it is not here; a loss is a function in losses.py and a file in config/loss"
+_OTHER_LOSSES = dict.fromkeys(("simpo", "kto", "orpo", "cpo", "hinge", "bco", "ppo", "grpo"), _NO_LOSS) | {
+    "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
+    "sigmoid": "it is loss=dpo",
+}
+
+
+def explain_hydra_error(error: Exception) -> str:
+    """The message for a config that can't be composed: Hydra's, with the closest match to what was not found."""
+    lines = f"{error}\n{error.__cause__ or ''}".strip().splitlines()
+    text = "\n".join(line for line in lines if not line.strip().startswith(("object_type=", "reference_type=")))
+    if (raised := "UserError raised while resolving interpolation: ") in text:
+        return text.partition(raised)[2].partition("\n    full_key")[0]
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == "loss" and name.lower() in _OTHER_LOSSES:
+            return f"no loss={name}: {_OTHER_LOSSES[name.lower()]}. There are: {', '.join(error.options)}"
+        return f"no {group}={name}.{closest_match(name, error.options)} There are: {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        hint = "Quote values with special characters, and once more for the shell: exp_name=\"'a = é'\""
+        return f"can't read {error.override!r}: {error}\n{hint}"
+    if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
+        inner = re.search(r"full_key: (\S+)", text)  # where a whole section was given
+        key = inner[1] if inner and inner[1].startswith(key[1]) else key[1]
+        if key in default_config() and not key.startswith("loss."):
+            return f"{key} can't be set, as {key.partition('.')[0]} is given as something else: it is a section of keys"
+        if key in default_config():  # it is an option of another loss
+            return f"{key}: the chosen loss has no such option; losses are chosen by loss=NAME, e.g. loss=dpo"
+        return unknown_key(key)
+    no_name = r"(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{].*)?"  # of which Hydra makes no text
+    groups = [word for word in sys.argv[1:] if re.fullmatch(no_name, word, re.IGNORECASE)]
+    if groups and isinstance(error, ValueError | TypeError):
+        there_are = "; ".join(f"{group}=NAME with {', '.join(names_in(group))}" for group in ("loss", "model"))
+        return f"{' '.join(groups)}: expected the name of a file: {there_are}"
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return f"Hydra can't do that: {type(error).__name__}: {error}"
+    return text
+
+
+def explain_flags(words: list[str]) -> str:
+    """What to say after Hydra has refused options of the command line."""
+    names = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("-")]
+    hints = [f"{ELSEWHERE[name]}. " for name in names if name in ELSEWHERE]
+    return (
+        f"{''.join(hints)}Settings are given without dashes, as key=value, e.g. lr=1e-6; options like -m or --cfg job "
+        "stand before or after all of them"
+    )
+
+
+def unknown_key(key: str) -> str:
+    """The message about a key that no config has, or that is no key but a section of them."""
+    if inside := [name for name in default_config() if name.startswith(f"{key}.")]:
+        return f"{key} is a section of the config, set its keys: {', '.join(inside)}"
+    hint = ELSEWHERE.get(key.rsplit(".", 1)[-1].removeprefix("--"))
+    hint = f" {hint}." if hint else closest_match(key, default_config())
+    return f"no config key {key!r}.{hint} config/config.yaml lists all keys"

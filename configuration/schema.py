@@ -1,0 +1,37 @@
+"""The keys that a config may have, with their defaults."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from losses import LOSSES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG_DIR = REPOSITORY / "config"
+# holders of names that are not ours: PEFT's, an optimizer's, those of datasets
+FREE_KEYS = ("lora", "optimizer_args", "dataset_paths")
+
+
+def default_config(loss_name: str | None = None) -> dict[str, object]:
+    """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}; those of one loss, or all."""
+    flat = flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    flat |= flatten(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), "model.")
+    for loss in [LOSSES[loss_name]] if loss_name is not None else LOSSES.values():
+        flat |= {f"loss.{name}": option.default for name, option in loss.options.items()}
+    return {key: value for key, value in flat.items() if not key.startswith(("hydra", "defaults"))}
+
+
+def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
+    """A config with one level of keys: {'loss.beta': 0.1, ...}."""
+    flat = {}
+    for key, value in OmegaConf.to_container(config, resolve=False).items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(OmegaConf.create(value), f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def names_in(group: str) -> list[str]:
+    """What `GROUP=NAME` takes."""
+    return sorted(path.stem for path in CONFIG_DIR.glob(f"{group}/*.yaml"))
