@@ -1,13 +1,14 @@
-"""The named datasets of preferences, and batches of them.
+"""The named datasets of preferences, and batches of them and of other data.
 
-**To train on your own data, add a function like `get_hh` here and an entry to `DATASETS`.**
+Files and hub datasets in a known format need no code (docs/data.md). For others, add a function like `get_hh` here and
+an entry to `DATASETS`.
 """
 
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing import cpu_count
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,14 @@ from bs4.element import PreformattedString
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from data.batches import BatchIterator, Prompt
+from data import report
+from data.batches import BatchIterator, Prompt, example_counts, split_name
+from data.locations import is_location, locate
+from data.prepared import PreparedPrompts, Settings, prepare
 from data.reading import check_path, read_split, row_place
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
-from utils import UserError, closest_match, get_local_dir, rank0_print
+from utils import UserError, closest_match, get_local_dir, on_rank0, rank0_print
 
 if TYPE_CHECKING:
     import datasets
@@ -247,15 +251,118 @@ DATASETS = {
 }
 
 
+ROWS: dict[str, list[dict]] = {}  # rows given in Python, by a name that `datasets` then knows; see docs/data.md
+
+TRUNCATIONS = ("keep_end", "keep_start", "drop", "error")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An entry of `datasets`: a name, or a mapping with a name and what differs for this dataset from the config's."""
+
+    name: str
+    weight: float = 1.0
+    n_examples: int | None = None
+    truncation: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    fields: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a function of `DATASETS` reads it."""
+        return self.name in DATASETS
+
+    @property
+    def truncation_mode(self) -> str:
+        """Which end of an over-long prompt is kept."""
+        if self.truncation in ("keep_end", "keep_start"):
+            return self.truncation
+        return DATASETS[self.name].truncation_mode if self.is_named else "keep_end"
+
+
+def chosen_datasets(config: DictConfig) -> list[Choice]:
+    """The entries of `datasets`, each with the config's settings where it has none of its own.
+
+    Raises: UserError if an entry isn't one.
+    """
+    common = {key: config[key] for key in ("truncation", "train_split", "test_split")} | {"fields": dict(config.fields)}
+    choices = []
+    for entry in config.datasets:
+        given = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+        _check_entry(given)
+        is_named = given["name"] in DATASETS
+        inherited = {"truncation": common["truncation"]} if is_named else common
+        choices.append(
+            Choice(**(inherited | given | {"fields": dict(given.get("fields", inherited.get("fields", {})))}))
+        )
+    names = [choice.name for choice in choices]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"datasets: {twice} stands there twice; give it a weight: {{name: {twice}, weight: 2}}")
+    return choices
+
+
+def _check_entry(given: dict):
+    known = [one.name for one in fields(Choice)]
+    shown = f"datasets=[{given}]"
+    for key in given:
+        if key not in known:
+            hint = closest_match(str(key), known)
+            raise UserError(f"{shown}: no setting {key!r}.{hint} There are: {', '.join(known)}")
+    if not isinstance(given.get("name"), str) or not given["name"].strip():
+        raise UserError(f"{shown}: expected a name, a file, or an id on the hub, e.g. datasets=[hh]")
+    number = given.get("weight", 1)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1000:
+        raise UserError(f"{shown}: weight={number}: must be a number above 0, at most 1000")
+    number = given.get("n_examples")
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+        raise UserError(f"{shown}: n_examples={number}: must be a whole number above 0")
+    if given.get("truncation") not in (None, *TRUNCATIONS):
+        raise UserError(f"{shown}: truncation={given['truncation']}: must be one of {', '.join(TRUNCATIONS)}")
+    for key in ("train_split", "test_split"):
+        if not isinstance(given.get(key), str | None):
+            raise UserError(f"{shown}: {key}={given[key]}: expected the name of a split")
+    check_fields(given.get("fields", {}), shown)
+
+
+def check_fields(given: object, shown: str):
+    """Raises UserError unless it maps texts to texts."""
+    if not isinstance(given, Mapping) or not all(isinstance(x, str) for item in given.items() for x in item):
+        raise UserError(f"{shown}: fields={given}: expected a format's names and the data's, e.g. {{prompt: question}}")
+
+
+def check_datasets(choices: list[Choice], paths: dict[str, str]):
+    """Raises UserError if a dataset isn't there, or a setting isn't for it, as far as it can be told without reading;
+    see `check_names`."""
+    check_names([choice.name for choice in choices if choice.is_named], paths)
+    for choice in choices:
+        if choice.is_named:
+            for key in ("train_split", "test_split", "fields"):
+                if getattr(choice, key):
+                    raise UserError(
+                        f"{key}={getattr(choice, key)}: datasets=[{choice.name}] has its own function that reads it; "
+                        f"that is for files and hub ids: datasets=[{{name: FILE, {key}: ...}}]"
+                    )
+        elif choice.name not in ROWS:
+            if not is_location(choice.name):
+                _unknown_name(choice.name)
+            locate(choice.name)
+
+
+def _unknown_name(name: str):
+    raise UserError(
+        f"datasets=[{name}]: no such dataset.{closest_match(name, DATASETS)} There are: {', '.join(DATASETS)}; or give "
+        "a file, a folder, or an id on the hub, OWNER/NAME"
+    )
+
+
 def check_names(names: Iterable[str], paths: dict[str, str]):
     """Raises UserError if a dataset, or one that `dataset_paths` names, isn't in `DATASETS` or takes no path, or if the
     path of one that is used is no folder and no hub id."""
     there_are = ", ".join(DATASETS)
     for name in names:
         if name not in DATASETS:
-            raise UserError(
-                f"datasets=[{name}]: no such dataset.{closest_match(name, DATASETS)} There are: {there_are}"
-            )
+            _unknown_name(name)
         path = paths.get(name)
         if path == "":
             raise UserError(f"dataset_paths.{name} is empty: give a folder, or leave the key out")
@@ -292,15 +399,13 @@ def get_dataset(
     return data
 
 
-def _load_prompts(names: list[str], split: str, silent: bool, cache_dir: str | None, paths: dict) -> list[Prompt]:
-    prompts = []
-    for name in names:
-        data = get_dataset(name, split, silent=silent, cache_dir=cache_dir, path=paths.get(name))
-        for text, entry in data.items() if isinstance(data, dict) else data:
-            prompts.append(
-                Prompt(text, dataset=name, split=split, truncation_mode=DATASETS[name].truncation_mode, **entry)
-            )
-    return prompts
+def _load_prompts(choice: Choice, split: str, silent: bool, cache_dir: str | None, path: str | None) -> list[Prompt]:
+    """The prompts of a named dataset."""
+    data = get_dataset(choice.name, split, silent=silent, cache_dir=cache_dir, path=path)
+    return [
+        Prompt(text, dataset=choice.name, split=split, truncation_mode=choice.truncation_mode, **entry)
+        for text, entry in (data.items() if isinstance(data, dict) else data)
+    ]
 
 
 def _check_no_eos(prompts: list[Prompt], eos_token: str):
@@ -316,7 +421,7 @@ def _check_no_eos(prompts: list[Prompt], eos_token: str):
 
 
 def get_batch_iterator(
-    names: list[str],
+    names: Sequence[str | Choice],
     tokenizer,
     split: str = "train",
     batch_size: int = 1,
@@ -334,12 +439,13 @@ def get_batch_iterator(
     shard: tuple[int, int] = (0, 1),
     mismatched: bool = False,
     add_bos: bool = False,
+    settings: Settings = Settings(),  # noqa: B008 (it can't be changed)
 ) -> BatchIterator:
     """Batches of a split, for `n_epochs` or `n_examples`, whichever ends first. Prompts are shuffled; pairs of one
     prompt stay together.
 
     Args:
-        names: datasets, from `DATASETS`.
+        names: datasets: of `DATASETS`, files, folders, patterns of files or hub ids; or `Choice`s.
         max_length: tokens in prompt and response together; max_prompt_length: tokens in an over-long prompt.
         sft_mode: one example for each prompt, its 'chosen' being the SFT target, without 'rejected'.
         seed: decides the order of the examples.
@@ -348,8 +454,10 @@ def get_batch_iterator(
             batches. Otherwise the last batch may be smaller, and what n_examples asks for beyond one epoch comes from
             further epochs of whole batches, as in the original.
         shard: (index, count): only this one of `count` shards of each batch.
-        mismatched: also each prompt with another prompt's responses, under keys 'mismatched_...'.
+        mismatched: also each prompt with another prompt's responses, under keys 'mismatched_...'; such losses take
+            unpaired data, too.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
+        settings: how data that isn't a named dataset is read.
 
     Raises: UserError if a dataset can't be used or holds less than one batch.
     """
@@ -360,17 +468,113 @@ def get_batch_iterator(
 
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
-    prompts = _load_prompts(names, split, silent, cache_dir, dict(paths or {}))
-    _check_no_eos(prompts, tokenizer.eos_token)
-    batches = BatchIterator(prompts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
-                            shard, mismatched, max_length=max_length, max_prompt_length=max_prompt_length,
-                            add_bos=add_bos)  # fmt: skip
+    choices = [name if isinstance(name, Choice) else Choice(name) for name in names]
+    loss_takes = ("targets",) if sft_mode else ("pairs", "unpaired") if mismatched else ("pairs",)
+    lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
+    parts: list[Sequence[Prompt]] = []
+    for choice in choices:
+        if choice.is_named:
+            part = _load_prompts(choice, split, silent, cache_dir, (paths or {}).get(choice.name))
+            _check_no_eos(part, tokenizer.eos_token)
+        else:
+            part = _prepared(choice, split, settings, tokenizer, loss_takes, cache_dir, silent)
+        parts.append(_without_overlong(part, choice, sft_mode, tokenizer, split, **lengths))
+    order = _order(parts, choices, seed, sft_mode) if split == "train" else None
+    batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
+                            shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
+        shown = [choice.name for choice in choices]
         raise UserError(
-            f"datasets={names}, {split} split: {batches.n_left_out} examples are less than one batch of {batch_size}; "
+            f"datasets={shown}, {split} split: {batches.n_left_out} examples are less than one batch of {batch_size}; "
             "make batch_size smaller or add data"
         )
     return batches
+
+
+def _prepared(
+    choice: Choice,
+    split: str,
+    settings: Settings,
+    tokenizer,
+    loss_takes: Sequence[str],
+    cache_dir: str | None,
+    silent: bool,
+) -> PreparedPrompts:
+    """The prompts of a dataset that isn't a named one."""
+    source = ROWS[choice.name] if choice.name in ROWS else locate(choice.name)
+    own = {key: getattr(choice, key) for key in ("train_split", "test_split", "fields") if getattr(choice, key)}
+    silent = silent or split != "train"  # both splits are made, and said, together
+    both = prepare(choice.name, source, replace(settings, **own), tokenizer, choice.truncation_mode, loss_takes,
+                   cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
+    prompts = both[0 if split == "train" else 1]
+    if len(prompts) == 0:
+        raise UserError(f"{split_name(choice.name, split)}: no row is left for it; add data")
+    return prompts
+
+
+def _without_overlong(
+    part: Sequence[Prompt], choice: Choice, sft_mode: bool, tokenizer, split: str, **lengths: int
+) -> Sequence[Prompt]:
+    """With `truncation=drop`, the prompts without examples longer than `max_length`; with `error` there may be none."""
+    if choice.truncation not in ("drop", "error"):
+        return part
+    prompts, responses, numbers = report.lengths(part, sft_mode, tokenizer)
+    too_long = prompts + responses + int(lengths["add_bos"]) > lengths["max_length"]
+    if too_long.any() and choice.truncation == "error":
+        places = "\n".join(f"  {part[int(n)].place(0)}" for n in numbers[too_long][:10])
+        raise UserError(
+            f"truncation=error: {too_long.sum()} examples are longer than max_length={lengths['max_length']} tokens:\n"
+            f"{places}\nShorten them, raise max_length, or choose truncation=drop, keep_end or keep_start"
+        )
+    rank0_print(f"{choice.name} ({split}): {too_long.sum()} examples longer than max_length are dropped")
+    if isinstance(part, PreparedPrompts):
+        part.leave_out(too_long, sft_mode)
+        return part
+    dropped = set(_counted(numbers, too_long))
+    kept = []
+    for number, prompt in enumerate(part):
+        pairs = [pair for index, pair in enumerate(prompt.pairs) if (number, index) not in dropped]
+        if pairs or (sft_mode and (number, 0) not in dropped):
+            kept.append(replace(prompt, pairs=pairs))
+    return kept
+
+
+def _counted(numbers: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, int]]:
+    """The number of the prompt and the index within it of each masked example."""
+    seen: dict[int, int] = defaultdict(int)
+    for number, is_wanted in zip(numbers.tolist(), mask.tolist(), strict=True):
+        if is_wanted:
+            yield number, seen[number]
+        seen[number] += 1
+
+
+def _order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int, sft_mode: bool) -> np.ndarray | None:
+    """Which prompts an epoch takes, counted through all datasets, as weights and numbers of examples say."""
+    if all(choice.weight == 1 and choice.n_examples is None for choice in choices):
+        return None
+    order, start = [], 0
+    for part, choice in zip(parts, choices, strict=True):
+        numbers, counts = np.arange(len(part)), np.ones(len(part), dtype=int) if sft_mode else example_counts(part)
+        drawn = np.random.RandomState(seed).permutation(len(part))
+        if choice.n_examples is not None:
+            if choice.n_examples > counts.sum():
+                rank0_print(f"{choice.name}: n_examples={choice.n_examples}, but there are only {counts.sum()}")
+            needed = int(np.searchsorted(counts[drawn].cumsum(), choice.n_examples)) + 1
+            numbers = np.sort(drawn[:needed])
+        whole, rest = divmod(choice.weight, 1)
+        part_of_it = np.sort(np.random.RandomState(seed + 1).permutation(numbers)[: round(rest * len(numbers))])
+        order += [start + numbers] * int(whole) + [start + part_of_it]
+        start += len(part)
+    return np.concatenate(order)
+
+
+def reading_settings(config: DictConfig) -> Settings:
+    """How the config wants data to be read that isn't a named dataset."""
+    return Settings(
+        test_fraction=config.test_fraction,
+        skips_bad=config.on_bad_example == "skip",
+        chat_template=config.chat_template,
+    )
 
 
 def open_batches(
@@ -382,9 +586,11 @@ def open_batches(
     silent: bool,
     mismatched: bool = False,
 ) -> tuple[BatchIterator, BatchIterator]:
-    """The training and the evaluation batches that a config asks for; see `get_batch_iterator`."""
+    """The training and the evaluation batches that a config asks for; see `get_batch_iterator`. What they hold is
+    reported."""
+    choices = chosen_datasets(config)
     kwargs = {
-        "names": config.datasets,
+        "names": choices,
         "tokenizer": tokenizer,
         "max_length": config.max_length,
         "max_prompt_length": config.max_prompt_length,
@@ -396,22 +602,22 @@ def open_batches(
         "paths": config.dataset_paths,
         "shard": shard,
         "mismatched": mismatched,
+        "settings": reading_settings(config),
     }
     train = get_batch_iterator(
         **kwargs, split="train", n_epochs=config.n_epochs, n_examples=config.n_examples, batch_size=config.batch_size
     )
+    test = get_batch_iterator(
+        **kwargs, split="test", n_examples=config.n_eval_examples, batch_size=config.eval_batch_size, drop_last=False
+    )
+    if on_rank0():
+        for split, batches in (("train", train), ("test", test)):
+            print("\n".join(report.lines(batches, tokenizer, split)))
+        print(report.example(train, tokenizer), flush=True)
     rank0_print(
         f"Training data: {train.epoch_size} examples an epoch in batches of {config.batch_size}; "
         f"the {train.n_left_out} that fill no whole batch are left out of it; {train.n_batches} steps in all"
     )
-    test = get_batch_iterator(
-        **kwargs, split="test", n_examples=config.n_eval_examples, batch_size=config.eval_batch_size, drop_last=False
-    )
     repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
     rank0_print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}")
-    if not config.add_bos and (n_empty := sum(not p.text for p in (*train.prompts, *test.prompts))):
-        rank0_print(
-            f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, which is left "
-            "out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
-        )
     return train, test

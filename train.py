@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from glob import has_magic
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -37,7 +38,8 @@ from configuration.explanations import explain_flags, explain_hydra_error
 from configuration.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY
 from distributed import collectives, environment, launch
 from distributed.strategies import STRATEGIES
-from preference_datasets import DATASETS
+from losses import LOSSES
+from preference_datasets import DATASETS, ROWS, chosen_datasets, open_batches
 from reporting.output import keep_output_going
 from reporting.sweeps import SweepLog, in_sweep, job_name, job_overrides
 from utils import UserError, get_local_dir, get_local_run_dir, on_rank0, rank0_print
@@ -91,6 +93,10 @@ def run(config: DictConfig):
         if complete:
             rank0_print(f"This run is complete: {checkpoint}")
             return
+        if config.data_only:
+            if on_rank0():
+                report_data(config)
+            return
         starts_workers = STRATEGIES[config.trainer].starts_workers
         if environment.is_launched() or not starts_workers:
             train_from(config, checkpoint, files)
@@ -126,6 +132,26 @@ def prepare(
     return checkpoint, checkpoint is not None and is_complete(config, checkpoint), files
 
 
+def report_data(config: DictConfig):
+    """Read and check all data, and say what there is; no model is loaded."""
+    from data import hub
+    from models import allow_own_code, load_tokenizer
+
+    hub.use_cache_if_unreachable(hub_names(config))
+    allow_own_code(config)
+    loss = LOSSES[config.loss.name]
+    open_batches(
+        config,
+        load_tokenizer(config),
+        not loss.needs_pairs,
+        config.seed,
+        (0, 1),
+        False,
+        mismatched=loss.takes_kl_estimate,
+    )
+    print("data_only=true: nothing is trained")
+
+
 def train_as_worker(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
     """`train_from` in a worker that `run` has started."""
     keep_output_going()
@@ -143,11 +169,17 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
     allow_own_code(config)
     trainer_class = getattr(trainers, config.trainer)
     device_map = trainer_class.strategy_class.device_map
-    policy = load_policy(config, device_map) if environment.is_local_rank0() else None
-    copied = policy if device_map == "balanced" else None  # on its way to several workers the policy is emptied
+    # on its way to several workers the policy is emptied, and there is nothing to copy
+    copied: list[nn.Module] = []
+
+    def policy() -> nn.Module | None:
+        model = load_policy(config, device_map) if environment.is_local_rank0() else None
+        copied.extend([model] if device_map == "balanced" and model is not None else [])
+        return model
 
     def reference_model() -> nn.Module | None:  # where one is needed
-        return load_reference(config, copied, device_map) if environment.is_local_rank0() else None
+        first = copied[0] if copied else None
+        return load_reference(config, first, device_map) if environment.is_local_rank0() else None
 
     trainer = trainer_class(
         policy, config, config.seed, config.local_run_dir, reference_model, *collectives.rank_and_world_size()
@@ -173,7 +205,12 @@ def hub_names(config: DictConfig) -> list[str]:
     """What a run loads by name: ids on the hub or, as they may be, local folders."""
     model, reference = config.model, config.reference_model
     names = [model.name_or_path, model.tokenizer_name_or_path, model.archive, reference.name_or_path, reference.archive]
-    names += [config.dataset_paths.get(name) or DATASETS[name].hub_id for name in config.datasets]
+    for choice in chosen_datasets(config):
+        is_local = choice.name in ROWS or os.path.exists(os.path.expanduser(choice.name)) or has_magic(choice.name)
+        if choice.is_named:
+            names.append(config.dataset_paths.get(choice.name) or DATASETS[choice.name].hub_id)
+        elif not is_local:
+            names.append(choice.name.partition(":")[0])
     return [name for name in names if name is not None]
 
 

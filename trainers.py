@@ -65,7 +65,7 @@ class BasicTrainer:
 
     def __init__(
         self,
-        policy: nn.Module | None,
+        policy: nn.Module | Callable[[], nn.Module | None] | None,
         config: DictConfig,
         seed: int,
         run_dir: str,
@@ -77,6 +77,7 @@ class BasicTrainer:
         returns None.
 
         Args:
+            policy: or a function that loads it, once the data are known to be good.
             config: one that `check_config` has checked.
             reference_model: where the loss needs one; or a function that loads it, which isn't called without need.
         """
@@ -85,6 +86,10 @@ class BasicTrainer:
         self.loss = LOSSES[config.loss.name]
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
+        self.tokenizer = load_tokenizer(config)
+        self._load_data()
+        if not (policy is None or isinstance(policy, nn.Module)):
+            policy = policy()
         if policy is not None and config.model.block_name is not None:  # sharded blocks have classes of other names
             get_block_class_from_model(policy, config.model.block_name)
         self.policy = self.strategy.distribute(policy, is_policy=True)
@@ -93,11 +98,9 @@ class BasicTrainer:
         self.stop = StopSignal()
         self.run_log: RunLog | None = None
 
-        self.tokenizer = load_tokenizer(config)
         # for checkpoints; asked for now, as the hub may be out of reach by then
         self.dropout_rates = configured_dropout_rates(config) if rank == 0 else {}
         self._check_fits_model()
-        self._load_data()
         self.make_rows, self.whole_logits = self.reference_rows = self._choose_rows(self.policy)
         self._set_up_reference(reference_model)
         if config.activation_checkpointing:
@@ -142,9 +145,13 @@ class BasicTrainer:
 
     def _choose_rows(self, model: nn.Module) -> tuple[Callable, bool]:
         """How this model is computed; see `shared_prompt.choose_rows`."""
-        config = self.config
+        config, shared_prompt = self.config, self.config.shared_prompt
+        if self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired:
+            if shared_prompt is True:
+                raise UserError("shared_prompt=true: the two responses of unpaired data have prompts of their own")
+            shared_prompt = False
         make_rows, whole_logits, why = choose_rows(
-            model, self.eval_iterator.first(2), config.shared_prompt, config.max_length, self.strategy
+            model, self.eval_iterator.first(2), shared_prompt, config.max_length, self.strategy
         )
         rank0_print(f"Shared prompts: {why}")
         return make_rows, whole_logits

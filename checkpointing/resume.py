@@ -28,7 +28,7 @@ SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory
 
 # These may change while a run goes on; under another value of any other key it would be another run.
 _MAY_CHANGE = (
-    "activation_checkpointing", "debug", "do_first_eval", "eval_batch_size", "eval_every", "exp_name",
+    "activation_checkpointing", "data_only", "debug", "do_first_eval", "eval_batch_size", "eval_every", "exp_name",
     "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate", "gradient_accumulation_steps", "keep_checkpoints", "local_dirs",
     "minimum_log_interval_secs", "model.attn_implementation", "model.block_name", "model.trust_remote_code", "n_epochs",
     "n_eval_examples", "n_eval_model_samples", "n_examples", "precompute_ref_log_probs", "sample_during_eval",
@@ -244,7 +244,7 @@ def check_same_run(
         rank0_print("Changed since the run began:\n  " + "\n  ".join(changes.values()))
     compared = {key for key, digest in files.items() if former_inputs.get(key) == digest}
     # of data the content is compared, once it is loaded
-    compared |= {f"dataset_paths.{name}" for name in config.datasets if split_name(name, "train") in former_inputs}
+    compared |= {f"dataset_paths.{name}" for name in config.dataset_paths if split_name(name, "train") in former_inputs}
     refused = [change for key, change in changes.items() if key not in _MAY_CHANGE and key not in compared]
     if refused and not config.resume_anyway:
         raise UserError(

@@ -170,16 +170,39 @@ def _check_ranges(config: DictConfig):
 def _check_names(config: DictConfig):
     if isinstance(config.datasets, str):
         config.datasets = ListConfig([config.datasets])
-    if not all(isinstance(name, str) for name in config.datasets):
-        raise UserError(f"datasets={list(config.datasets)}: expected names, e.g. datasets=[hh]")
+    if not isinstance(config.datasets, ListConfig):
+        raise UserError(f"datasets={config.datasets}: expected a list, e.g. datasets=[hh]")
     if not config.datasets:
         raise UserError("datasets=[]: name at least one dataset, e.g. datasets=[hh]")
-    preference_datasets.check_names(config.datasets, config.dataset_paths)
+    _check_data(config)
     if config.trainer not in STRATEGIES:
         raise UserError(
             f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
             f"There are: {', '.join(STRATEGIES)}"
         )
+
+
+def _check_data(config: DictConfig):
+    """Which data, as far as it can be told without reading them."""
+    for key, values in (
+        ("truncation", (*preference_datasets.TRUNCATIONS, None)),
+        ("on_bad_example", ("error", "skip")),
+    ):
+        if config[key] not in values:
+            there_are = ", ".join("null" if value is None else value for value in values)
+            raise UserError(f"{key}={config[key]}: must be one of {there_are}")
+    if not 0 < config.test_fraction < 1:
+        raise UserError(f"test_fraction={config.test_fraction}: must be above 0 and below 1")
+    preference_datasets.check_fields(config.fields, "config")
+    choices = preference_datasets.chosen_datasets(config)
+    of_rows = [key for key in ("train_split", "test_split", "fields") if config[key]]
+    if of_rows and all(choice.is_named for choice in choices):
+        raise UserError(
+            f"{of_rows[0]}={config[of_rows[0]]}: that is for files and hub ids; named datasets have their own"
+        )
+    preference_datasets.check_datasets(choices, config.dataset_paths)
+    if config.chat_template is not None and not os.path.isfile(config.chat_template):
+        raise UserError(f"chat_template={config.chat_template}: no such file, seen from {os.getcwd()}")
 
 
 def _check_optimizer(config: DictConfig):
@@ -405,8 +428,9 @@ def _check_files(config: DictConfig):
     _check_source("model.tokenizer_name_or_path", config.model.tokenizer_name_or_path)
     for source in sources(config):
         _check_source(source.key("name_or_path"), source.name_or_path)
-    for name in config.datasets:
-        _check_source(f"dataset_paths.{name}", config.dataset_paths.get(name))
+    for choice in preference_datasets.chosen_datasets(config):
+        if choice.is_named:
+            _check_source(f"dataset_paths.{choice.name}", config.dataset_paths.get(choice.name))
     for source in sources(config):
         archive = source.archive
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):

@@ -340,3 +340,47 @@ def _row_places(path: str, name: str) -> Iterator[str]:
     if _format(name) in (".jsonl", ".json", ".ndjson"):
         return (f"line {line}" for line, _ in _json_rows(path, name))
     raise ValueError(name)
+
+
+# ---- all that can be read -------------------------------------------------------------------------------------------
+
+
+def are_json_lines(files: list[tuple[str, str]]) -> bool:
+    """Whether these files, given by name and local path, can be read line by line where some lines are faulty."""
+    for name, path in files:
+        if _format(name) not in (".jsonl", ".json", ".ndjson"):
+            return False
+        try:
+            head = b"".join(itertools.islice(_lines(path, name), 1))
+        except (_Found, OSError):
+            return False
+        if not _is_line_by_line(head.decode("utf-8", errors="replace")):
+            return False
+    return True
+
+
+def readable_rows(files: list[tuple[str, str]]) -> Iterator[tuple[str, dict | Fault]]:
+    """The place of each line of JSON Lines, and its object or what is wrong with it; see `are_json_lines`."""
+    for name, path in files:
+        try:
+            for number, line in enumerate(_lines(path, name), 1):
+                if line.strip():
+                    yield f"{name}, line {number}", _row_or_fault(line, number)
+        except _Found as found:  # nothing can be read behind that
+            yield f"{name}, line {found.fault.line}", found.fault
+
+
+def _row_or_fault(line: bytes, number: int) -> dict | Fault:
+    try:
+        if b"\0" in line:
+            return Fault("NUL bytes", _COPY_AGAIN, number)
+        row = _parsed(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"), number)
+    except UnicodeDecodeError as error:
+        return Fault(f"no valid UTF-8: byte 0x{line[error.start]:02x} ({error.reason})", _COPY_AGAIN, number)
+    except _Found as found:
+        return found.fault
+    if not isinstance(row, dict):
+        return Fault(f"a {_kind(row)} instead of an object: {row!r:.60}", _ONE_OBJECT, number)
+    if half := _half_character(row):
+        return Fault(f"half a character ({half!r}, a lone surrogate)", "Remove it", number)
+    return row

@@ -4,6 +4,7 @@ What is wrong in the files themselves is found out by `data.diagnosis`, what is 
 only once the library has failed.
 """
 
+import contextlib
 import errno
 import glob
 import logging
@@ -12,14 +13,34 @@ import re
 from typing import TYPE_CHECKING
 
 from data import diagnosis, hub
-from utils import UserError, closest_match, rank0_print
+from utils import UserError, closest_match, hides_progress, rank0_print
 
 if TYPE_CHECKING:
     import datasets
 
 FORMATS = "JSON Lines, JSON, CSV, Parquet or Arrow, also compressed"
 _SUFFIXES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".zip"]
+_MODULES: dict[str, tuple[str, dict]] = {  # the library's readers and what they need to know
+    ".jsonl": ("json", {}), ".json": ("json", {}), ".ndjson": ("json", {}), ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}), ".parquet": ("parquet", {}), ".arrow": ("arrow", {}),
+}  # fmt: skip
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SHOWN_FILES = 4
+
+
+class UnreadableRows(UserError):
+    """A file can't be read as rows."""
+
+
+def _suffix(file: str) -> str:
+    """.jsonl of x.jsonl.gz."""
+    stem, suffix = os.path.splitext(file.lower())
+    return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
+
+
+def has_data_suffix(file: str) -> bool:
+    """Whether a file's name is that of a file of rows."""
+    return _suffix(file) in _SUFFIXES
 
 
 def check_path(name: str, path: str):
@@ -41,7 +62,35 @@ def check_path(name: str, path: str):
 
 
 def read_split(name: str, path: str, split: str, cache_dir: str | None, silent: bool = False) -> "datasets.Dataset":
-    """One split of the dataset `name`, from the hub id or folder `path`; says once which files that are.
+    """One split of the named dataset `name`, from the hub id or folder `path`; says once which files that are.
+
+    Raises: UserError with the file and line that can't be read, or why the hub doesn't give it, and the remedy.
+    """
+    check_path(name, path)
+    path, where = os.path.expanduser(path), f"datasets=[{name}], {split} split"
+    files = _split_files(where, path, split) if os.path.isdir(path) else None
+    remedy = f"give a local folder of its format: dataset_paths.{name}=DIR"
+    return read_rows(where, path, split, files, cache_dir, remedy, silent=silent, label=f"{name} ({split})")
+
+
+def read_rows(
+    where: str,
+    path: str,
+    split: str,
+    files: list[str] | None,
+    cache_dir: str | None,
+    remedy: str,
+    config: str | None = None,
+    silent: bool = False,
+    label: str = "",
+) -> "datasets.Dataset":
+    """The rows of a split, memory-mapped.
+
+    Args:
+        where: what is read, for messages; label: for the line that says which files that are.
+        path: a hub id, or the local folder or file; files: of the split, where the library need not find them.
+        remedy: what else can be done if it can't be read.
+        config: of a dataset on the hub that has several.
 
     Raises: UserError with the file and line that can't be read, or why the hub doesn't give it, and the remedy.
     """
@@ -49,16 +98,19 @@ def read_split(name: str, path: str, split: str, cache_dir: str | None, silent: 
 
     # what it logs of a file that it can't read is in its exception, too
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    check_path(name, path)
-    path = os.path.expanduser(path)
-    where, files = f"datasets=[{name}], {split} split", None
+    if hides_progress():
+        datasets.disable_progress_bars()
     try:
-        files = _local_files(name, path, split) if os.path.isdir(path) else None
-        data_files = None if files is None else {split: [glob.escape(file) for file in files]}
-        builder = datasets.load_dataset_builder(path, data_files=data_files, cache_dir=cache_dir)
-        files = list((builder.config.data_files or {}).get(split, []))
+        module, kwargs = path, {}
+        if files is not None:
+            kwargs = {"data_files": {split: [glob.escape(file) for file in files]}}
+            if not os.path.isdir(path):
+                module, options = _MODULES[_suffix(files[0])]
+                kwargs |= options
+        builder = datasets.load_dataset_builder(module, name=config, cache_dir=cache_dir, **kwargs)
+        files = list((builder.config.data_files or {}).get(split.partition("[")[0], []))
         if not silent:
-            rank0_print(f"{name} ({split}): reading {_listed(files, path) if files else f'{path} from the cache'}")
+            rank0_print(f"{label}: reading {_listed(files, path) if files else f'{path} from the cache'}")
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
         rows.data.table.validate(full=True)  # the library doesn't look whether texts are UTF-8
@@ -66,17 +118,32 @@ def read_split(name: str, path: str, split: str, cache_dir: str | None, silent: 
     except UserError:
         raise
     except Exception as error:  # the library raises whatever the reader of a format, or the connection, raised
-        cause, remedy = _cause_and_remedy(error, name, path, split, files or [])
-        raise UserError(f"{where}: {cause}\n{remedy}") from error
+        cause, what_to_do = _cause_and_remedy(error, path, files or [], remedy)
+        raise UnreadableRows(f"{where}: {cause}\n{what_to_do}") from error
 
 
-def row_place(path: str, split: str, row: int, cache_dir: str | None) -> str:
+def split_names(where: str, path: str, config: str | None, cache_dir: str | None, remedy: str) -> list[str]:
+    """The splits of a dataset on the hub, or of a folder whose card lists its files.
+
+    Raises: UserError if it can't be told, with cause and remedy.
+    """
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(path, name=config, cache_dir=cache_dir)
+        return list(builder.config.data_files or builder.info.splits or {})
+    except Exception as error:
+        cause, what_to_do = _cause_and_remedy(error, path, [], remedy)
+        raise UserError(f"{where}: {cause}\n{what_to_do}") from error
+
+
+def row_place(path: str, split: str, row: int, cache_dir: str | None, files: list[str] | None = None) -> str:
     """' (FILE, line N)' for a row of a split, counted from 0; an empty string where that can't be told."""
     import datasets
 
     path = os.path.expanduser(path)
     try:
-        files = _local_files("", path, split) if os.path.isdir(path) else None
+        files = files or (_split_files("", path, split) if os.path.isdir(path) else None)
         if files is None:
             files = (datasets.load_dataset_builder(path, cache_dir=cache_dir).config.data_files or {}).get(split, [])
         place = diagnosis.locate(_local_copies(files), row)
@@ -88,9 +155,9 @@ def row_place(path: str, split: str, row: int, cache_dir: str | None) -> str:
 # ---- which files ----------------------------------------------------------------------------------------------------
 
 
-def _local_files(name: str, folder: str, split: str) -> list[str] | None:
-    """The files of a folder that make up a split, by the name patterns that the library has for folders on the hub, in
-    its order, each once, without those of caches and runs; None if the folder's card says which they are.
+def folder_files(folder: str, where: str) -> dict[str, list[str]] | None:
+    """The files of a folder by their splits, by the name patterns that the library has for folders on the hub, in its
+    order, each once, without those of caches and runs; None if the folder's card says which they are.
 
     Raises: UserError if there are none.
     """
@@ -112,27 +179,36 @@ def _local_files(name: str, folder: str, split: str) -> list[str] | None:
     try:
         patterns = _get_data_files_patterns(resolve)
     except FileNotFoundError:
-        patterns = {}
-    files = []
-    for pattern in patterns.get(split, []):
-        try:
-            files += resolve(pattern)
-        except FileNotFoundError:
-            continue
-    files = list(dict.fromkeys(files))
-    if reason := _why_not_these(files) if files else _why_no_files(folder, split, sorted(map(str, patterns))):
-        raise UserError(f"datasets=[{name}], {split} split: {reason}")
+        raise UserError(f"{where}: {_why_no_files(folder, 'train', [])}") from None
+    splits: dict[str, list[str]] = {}
+    for split, of_split in patterns.items():
+        for pattern in of_split:
+            with contextlib.suppress(FileNotFoundError):
+                splits.setdefault(str(split), []).extend(resolve(pattern))
+    return {split: list(dict.fromkeys(files)) for split, files in splits.items()}
+
+
+def _split_files(where: str, folder: str, split: str) -> list[str] | None:
+    """The files of a folder that make up a split; None if the folder's card says which they are.
+
+    Raises: UserError if there are none, or if they can't be meant as they are.
+    """
+    splits = folder_files(folder, where)
+    if splits is None:
+        return None
+    files = splits.get(split, [])
+    if reason := why_not_these(files) if files else _why_no_files(folder, split, sorted(splits)):
+        raise UserError(f"{where}: {reason}")
     return files
 
 
-def _why_not_these(files: list[str]) -> str | None:
+def why_not_these(files: list[str]) -> str | None:
     """Cause and remedy where the files of a split can't be meant as they are."""
     formats: dict[str, str] = {}
     for file in files:
         if os.path.getsize(file) == 0:
             return f"{file}: the file is empty\nFill it, or remove it"
-        suffix = next(s for s in reversed(file.split(".")) if f".{s}" in _SUFFIXES)
-        formats.setdefault("json" if suffix in ("jsonl", "ndjson") else suffix, file)
+        formats.setdefault(_MODULES[_suffix(file)][0] if _suffix(file) in _MODULES else _suffix(file), file)
         if (plain := os.path.splitext(file)[0]) in files:
             return f"{file} and {plain} are the same rows twice\nRemove one of them"
     if len(formats) > 1:
@@ -187,9 +263,10 @@ def _caches_and_runs(folder: str) -> list[str]:
 
 def _listed(files: list[str], path: str) -> str:
     """The first few of these files, how many more, and where they are."""
-    shown = [hub.split_url(f)[2] if hub.is_url(f) else os.path.relpath(f, os.path.abspath(path)) for f in files]
+    folder = os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path))
+    shown = [hub.split_url(f)[2] if hub.is_url(f) else os.path.relpath(f, folder) for f in files]
     more = f" and {len(shown) - _SHOWN_FILES} more" if len(shown) > _SHOWN_FILES else ""
-    origin = f"{path} at commit {hub.split_url(files[0])[1][:7]}" if hub.is_url(files[0]) else path
+    origin = f"{path} at commit {hub.split_url(files[0])[1][:7]}" if hub.is_url(files[0]) else folder
     return f"{', '.join(shown[:_SHOWN_FILES])}{more} of {origin}"
 
 
@@ -202,7 +279,7 @@ def _local_copies(files: list[str]) -> list[tuple[str, str]]:
 # ---- what went wrong ------------------------------------------------------------------------------------------------
 
 
-def _cause_and_remedy(error: Exception, name: str, path: str, split: str, files: list[str]) -> tuple[str, str]:
+def _cause_and_remedy(error: Exception, path: str, files: list[str], instead: str) -> tuple[str, str]:
     """What made the library fail, in one line, and what to do about it, in another."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -218,15 +295,11 @@ def _cause_and_remedy(error: Exception, name: str, path: str, split: str, files:
         return f"{fault.place}: {fault.reason}", f"{fault.remedy}{copy}"
     if not is_local and (explanation := hub.why_not(error, path, "dataset")):
         cause, remedy = explanation
-        return (
-            f"can't load {path!r}: {cause}",
-            f"{remedy}; or give a local folder of its format: dataset_paths.{name}=DIR",
-        )
+        return f"can't load {path!r}: {cause}", f"{remedy}; or {instead}"
     told = [link for link in chain if str(link) != "An error occurred while generating the dataset"]
     return (
         f"can't load {path!r}: {_one_line((told or chain)[0])}",
-        "Check the path or the connection to the hub, or give a local folder of the same format: "
-        f"dataset_paths.{name}=DIR",
+        f"Check the path or the connection to the hub, or {instead}",
     )
 
 

@@ -51,11 +51,21 @@ def tokenize_batch(
     """
     texts = [text for example in examples for text in example[:3]]
     ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    bos_ids = [tokenizer.bos_token_id] if add_bos else []
-    return [
-        _element(example, [next(ids) for _ in range(3)], bos_ids, tokenizer.eos_token_id, max_length, max_prompt_length)
-        for example in examples
-    ]
+    elements = []
+    for *texts, truncation_mode in examples:
+        prompt_ids, *response_ids = [_without_end(next(ids), text, tokenizer) for text in texts]
+        if add_bos:
+            prompt_ids = [tokenizer.bos_token_id, *prompt_ids]
+        response_ids = [[*tokens, tokenizer.eos_token_id] for tokens in response_ids]
+        lengths = max_length, max_prompt_length, int(add_bos)
+        elements.append(make_element(texts, prompt_ids, response_ids, truncation_mode, *lengths))
+    return elements
+
+
+def _without_end(ids: list[int], text: str, tokenizer) -> list[int]:
+    if tokenizer.eos_token_id in ids:
+        raise UserError(f"a text contains the tokenizer's end-of-sequence token: {text!r:.200}")
+    return ids
 
 
 def tokenize_batch_element(
@@ -73,32 +83,34 @@ def tokenize_batch_element(
     return tokenize_batch([example], tokenizer, max_length, max_prompt_length, add_bos)[0]
 
 
-def _element(
-    example: tuple[str, str, str, str],
-    ids: list[list[int]],
-    bos_ids: list[int],
-    eos_token_id: int,
+def make_element(
+    texts: list[str],
+    prompt_ids: list[int],
+    response_ids: list[list[int]],
+    truncation_mode: str,
     max_length: int,
     max_prompt_length: int,
+    n_kept: int = 0,
 ) -> dict:
-    prompt, chosen, rejected, truncation_mode = example
-    for text, tokens in zip(example, ids, strict=False):
-        if eos_token_id in tokens:
-            raise UserError(f"a text contains the tokenizer's end-of-sequence token: {text!r:.200}")
+    """A tokenized pair, cut to length and labelled; see `tokenize_batch`.
 
-    prompt_ids, *response_ids = ids
-    longer_response_length = max(len(tokens) for tokens in response_ids) + 1
-    if len(bos_ids) + len(prompt_ids) + longer_response_length > max_length:
+    Args:
+        texts: prompt, chosen, rejected.
+        response_ids: of both responses, each with its end.
+        n_kept: so many tokens at the beginning of the prompt stay, however it is cut.
+    """
+    longest = max(map(len, response_ids))
+    if len(prompt_ids) + longest > max_length:
         if truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"unknown truncation mode {truncation_mode!r}; there are keep_start and keep_end")
-        n_dropped = max(0, len(bos_ids) + len(prompt_ids) - max_prompt_length)
-        n_kept = len(prompt_ids) - n_dropped
-        prompt_ids = prompt_ids[:n_kept] if truncation_mode == "keep_start" else prompt_ids[n_dropped:]
-    prompt_ids = bos_ids + prompt_ids
+        n_dropped = max(0, len(prompt_ids) - max_prompt_length)
+        start = n_kept if truncation_mode == "keep_end" else len(prompt_ids) - n_dropped
+        prompt_ids = prompt_ids[:start] + prompt_ids[start + n_dropped :]
     response_length = None
-    if len(prompt_ids) + longer_response_length > max_length:
+    if len(prompt_ids) + longest > max_length:
         response_length = max_length - max_prompt_length
 
+    prompt, chosen, rejected = texts
     element = {
         "prompt": prompt,
         "chosen": prompt + chosen,
@@ -107,7 +119,7 @@ def _element(
         "rejected_response_only": rejected,
     }
     for side, tokens in zip(("chosen", "rejected"), response_ids, strict=True):
-        tokens = [*tokens, eos_token_id][:response_length]
+        tokens = tokens[:response_length]
         element[f"{side}_input_ids"] = prompt_ids + tokens
         element[f"{side}_attention_mask"] = [1] * (len(prompt_ids) + len(tokens))
         element[f"{side}_labels"] = [-100] * len(prompt_ids) + tokens

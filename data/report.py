@@ -1,0 +1,131 @@
+"""What there is to say of data before it is trained on: how long it is, what is cut, and what the model will see."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from data import chat
+from data.batches import BatchIterator, Prompt, chosen_and_rejected
+
+_MEASURED = 10_000  # examples of a dataset whose tokens aren't kept
+_SHOWN_TOKENS = 200  # of prompt and response each
+_QUANTILES = (0.1, 0.5, 0.9, 1.0)
+
+
+def lengths(
+    part: Sequence[Prompt], sft_mode: bool, tokenizer, step: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens in each example's prompt, in the longer of its responses with its end, and its prompt's number.
+
+    Of those whose tokens aren't kept only the prompts of every `step`-th number are taken. (n_examples,) each.
+    """
+    if hasattr(part, "lengths"):
+        return part.lengths(sft_mode)
+    texts, numbers = [], []
+    for number in range(0, len(part), step):
+        prompt = part[number]
+        for index in range(1 if sft_mode else len(prompt.pairs)):
+            texts += [prompt.text, *chosen_and_rejected(prompt, index, sft_mode)[0]]
+            numbers.append(number)
+    counts = np.array([len(ids) for ids in chat.token_ids(texts, tokenizer)], dtype=np.int64).reshape(-1, 3)
+    return counts[:, 0], counts[:, 1:].max(1, initial=0) + 1, np.array(numbers, dtype=np.int64)
+
+
+def lines(batches: BatchIterator, tokenizer, split: str) -> list[str]:
+    """What a split holds: rows read and left out, lengths, and what will be cut."""
+    found = [line for part in batches.prompts.parts for line in _read_lines(part, split)]
+    prompts, responses, note = _all_lengths(batches, tokenizer)
+    prompts = prompts + int(batches.lengths["add_bos"])
+    quantiles = "/".join(f"{q:.0%}" for q in _QUANTILES[:-1])
+    of_prompts, of_responses = (
+        "/".join(str(int(n)) for n in np.quantile(values, _QUANTILES, method="higher"))
+        for values in (prompts, responses)
+    )
+    found.append(
+        f"Tokens ({split}, {quantiles}/longest{note}): prompt {of_prompts}, longer response {of_responses}; "
+        f"{_cut_line(prompts, responses, **batches.lengths)}"
+    )
+    if not batches.lengths["add_bos"] and (n_empty := int((prompts == 0).sum())):
+        found.append(
+            f"WARNING: {n_empty} prompts are empty ({split}{note}): nothing predicts the first token of their "
+            "responses, which is left out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
+        )
+    return found
+
+
+def _read_lines(part: Sequence[Prompt], split: str) -> list[str]:
+    """How many rows of a file were read, and what became of them."""
+    if not hasattr(part, "info"):
+        return []
+    rows = part.info.get(f"{split}_rows")
+    if rows is None:
+        share = f"{len(part):,} prompts held out of the others"
+        return [f"{part.dataset} ({split}): {share}, the same ones whenever it is read"]
+    bad = ", ".join(f"{count:,} {kind}" for kind, count in rows["bad"].items())
+    left_out = f"; left out: {bad}" if bad else ""
+    without = int((part.n_pairs == 0).sum())
+    undecided = f"; {without:,} prompts without a preference" if without and part.n_pairs.any() else ""
+    return [
+        f"{part.dataset} ({split}): {part.info['format']}; {rows['n_read']:,} rows read, {len(part):,} prompts with "
+        f"{int(part.n_pairs.sum()):,} pairs for it{left_out}{undecided}"
+    ]
+
+
+def _all_lengths(batches: BatchIterator, tokenizer) -> tuple[np.ndarray, np.ndarray, str]:
+    """Lengths of the prompts and of the longer responses of all datasets, and how they were measured."""
+    measured, note = [], ""
+    for part in batches.prompts.parts:
+        step = 1 if hasattr(part, "lengths") else -(-len(part) // _MEASURED)
+        note = note or (f", of every {step}th prompt" if step > 1 else "")
+        measured.append(lengths(part, batches.sft_mode, tokenizer, step)[:2])
+    return *(np.concatenate(values) for values in zip(*measured, strict=True)), note
+
+
+def _cut_line(prompts: np.ndarray, responses: np.ndarray, max_length: int, max_prompt_length: int, **_) -> str:
+    too_long = prompts + responses > max_length
+    if not too_long.any():
+        return f"none is longer than max_length={max_length}"
+    cut_prompts = too_long & (prompts > max_prompt_length)
+    cut_responses = np.minimum(prompts, max_prompt_length) + responses > max_length
+    return (
+        f"{int(too_long.sum()):,} of {len(prompts):,} ({too_long.mean():.1%}) are longer than max_length={max_length}: "
+        f"{int(cut_prompts.sum()):,} prompts are cut to max_prompt_length={max_prompt_length}, "
+        f"{int((too_long & cut_responses).sum()):,} have responses cut"
+    )
+
+
+def example(batches: BatchIterator, tokenizer) -> str:
+    """One example as the model sees it, the tokens that are trained on coloured on a terminal, or else in brackets."""
+    batch = batches.first(1)
+    parts = []
+    for side in ("chosen", "rejected"):
+        if f"{side}_labels" not in batch:
+            continue
+        mask = batch[f"{side}_attention_mask"][0].bool()
+        ids, labels = batch[f"{side}_input_ids"][0][mask], batch[f"{side}_labels"][0][mask]
+        start = int((labels != -100).int().argmax())
+        parts.append((side, ids[:start].tolist(), ids[start:].tolist()))
+    shown = [f"An example of {len(parts[0][1])} prompt tokens, and what is trained on:"]
+    before = None
+    for side, prompt, response in parts:
+        if prompt != before:
+            shown.append(_shortened(prompt, tokenizer))
+        before = prompt
+        shown.append(f"  {side}: {_marked(_shortened(response, tokenizer))}")
+    return "\n".join(shown)
+
+
+def _shortened(ids: list[int], tokenizer) -> str:
+    if len(ids) <= _SHOWN_TOKENS:
+        return tokenizer.decode(ids)
+    half = _SHOWN_TOKENS // 2
+    start, end = tokenizer.decode(ids[:half]), tokenizer.decode(ids[-half:])
+    return f"{start} [... {len(ids) - 2 * half} tokens ...] {end}"
+
+
+def _marked(text: str) -> str:
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return f"\x1b[32m{text}\x1b[0m"
+    return f"⟦{text}⟧"
