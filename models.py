@@ -131,8 +131,9 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
             describe(error, 2000),
             f"Name a model that has one{access_hint(error)}{_code_hint(error)}",
         )
+        key = "model.tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "model.name_or_path"
         raise UserError(
-            f"can't load the tokenizer {name!r} (model.tokenizer_name_or_path): {cause}\n{remedy}"
+            f"can't load the tokenizer of {key}={name}: {cause}\n{remedy}; or give a local folder that has one"
         ) from error
     if n_tokens == 0:
         raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")

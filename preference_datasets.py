@@ -290,7 +290,7 @@ def chosen_datasets(config: DictConfig) -> list[Choice]:
     choices = []
     for entry in config.datasets:
         given = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
-        _check_entry(given)
+        _check_entry(given, f"datasets=[{entry}]")
         is_named = given["name"] in DATASETS
         inherited = {"truncation": common["truncation"]} if is_named else common
         choices.append(
@@ -302,15 +302,14 @@ def chosen_datasets(config: DictConfig) -> list[Choice]:
     return choices
 
 
-def _check_entry(given: dict):
+def _check_entry(given: dict, shown: str):
     known = [one.name for one in fields(Choice)]
-    shown = f"datasets=[{given}]"
     for key in given:
         if key not in known:
             hint = closest_match(str(key), known)
             raise UserError(f"{shown}: no setting {key!r}.{hint} There are: {', '.join(known)}")
     if not isinstance(given.get("name"), str) or not given["name"].strip():
-        raise UserError(f"{shown}: expected a name, a file, or an id on the hub, e.g. datasets=[hh]")
+        raise UserError(f"{shown}: expected names, files or ids on the hub, e.g. datasets=[hh]")
     number = given.get("weight", 1)
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1000:
         raise UserError(f"{shown}: weight={number}: must be a number above 0, at most 1000")
@@ -620,4 +619,9 @@ def open_batches(
     )
     repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
     rank0_print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}")
+    if not config.add_bos and (n_empty := sum(map(report.count_empty_prompts, (train, test)))):
+        rank0_print(
+            f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, which is left "
+            "out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
+        )
     return train, test

@@ -468,6 +468,10 @@ class PreparedPrompts(Sequence):
         both = of_response[first_response[number][:, None] + self._all_pairs]
         return of_prompt[number], both.max(1, initial=0), number
 
+    def count_empty(self) -> int:
+        """How many prompts have no token."""
+        return int((self._list_lengths("prompt_ids")[self.numbers] == 0).sum())
+
     def leave_out(self, too_long: np.ndarray, sft_mode: bool):
         """Leave these examples out, a mask as `lengths` counts them."""
         if sft_mode or self.others is not None:

@@ -197,7 +197,8 @@ def _split_files(where: str, folder: str, split: str) -> list[str] | None:
     if splits is None:
         return None
     files = splits.get(split, [])
-    if reason := why_not_these(files) if files else _why_no_files(folder, split, sorted(splits)):
+    shown = os.path.abspath(folder)
+    if reason := why_not_these(files) if files else _why_no_files(shown, split, sorted(splits)):
         raise UserError(f"{where}: {reason}")
     return files
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from data import chat
 from data.batches import BatchIterator, Prompt, chosen_and_rejected
+from data.prepared import PreparedPrompts
 
 _MEASURED = 10_000  # examples of a dataset whose tokens aren't kept
 _SHOWN_TOKENS = 200  # of prompt and response each
@@ -21,7 +22,7 @@ def lengths(
 
     Of those whose tokens aren't kept only the prompts of every `step`-th number are taken. (n_examples,) each.
     """
-    if hasattr(part, "lengths"):
+    if isinstance(part, PreparedPrompts):
         return part.lengths(sft_mode)
     texts, numbers = [], []
     for number in range(0, len(part), step):
@@ -47,17 +48,20 @@ def lines(batches: BatchIterator, tokenizer, split: str) -> list[str]:
         f"Tokens ({split}, {quantiles}/longest{note}): prompt {of_prompts}, longer response {of_responses}; "
         f"{_cut_line(prompts, responses, **batches.lengths)}"
     )
-    if not batches.lengths["add_bos"] and (n_empty := int((prompts == 0).sum())):
-        found.append(
-            f"WARNING: {n_empty} prompts are empty ({split}{note}): nothing predicts the first token of their "
-            "responses, which is left out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
-        )
     return found
+
+
+def count_empty_prompts(batches: BatchIterator) -> int:
+    """How many prompts have no token."""
+    return sum(
+        part.count_empty() if isinstance(part, PreparedPrompts) else sum(not prompt.text for prompt in part)
+        for part in batches.prompts.parts
+    )
 
 
 def _read_lines(part: Sequence[Prompt], split: str) -> list[str]:
     """How many rows of a file were read, and what became of them."""
-    if not hasattr(part, "info"):
+    if not isinstance(part, PreparedPrompts):
         return []
     rows = part.info.get(f"{split}_rows")
     if rows is None:
@@ -77,7 +81,7 @@ def _all_lengths(batches: BatchIterator, tokenizer) -> tuple[np.ndarray, np.ndar
     """Lengths of the prompts and of the longer responses of all datasets, and how they were measured."""
     measured, note = [], ""
     for part in batches.prompts.parts:
-        step = 1 if hasattr(part, "lengths") else -(-len(part) // _MEASURED)
+        step = 1 if isinstance(part, PreparedPrompts) else -(-len(part) // _MEASURED)
         note = note or (f", of every {step}th prompt" if step > 1 else "")
         measured.append(lengths(part, batches.sft_mode, tokenizer, step)[:2])
     return *(np.concatenate(values) for values in zip(*measured, strict=True)), note
