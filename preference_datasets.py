@@ -507,7 +507,7 @@ def _prepared(
                    cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
     prompts = both[0 if split == "train" else 1]
     if len(prompts) == 0:
-        raise UserError(f"{split_name(choice.name, split)}: no row is left for it; add data")
+        raise UserError(f"{split_name(choice.name, split)}: no row is left for it; add data, or set test_fraction")
     return prompts
 
 

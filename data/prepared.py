@@ -193,9 +193,10 @@ class _Bad:
         )
 
 
-def _prompt_key(prompt: str | list[dict]) -> bytes:
-    """What tells prompts apart, whatever the tokenizer."""
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()[:8]
+def _prompt_key(example: Example) -> bytes:
+    """What tells prompts apart, whatever the tokenizer; texts without a prompt are told apart by themselves."""
+    told_by = example.prompt or example.responses
+    return hashlib.sha256(json.dumps(told_by, sort_keys=True).encode()).digest()[:8]
 
 
 def _number(key: bytes) -> float:
@@ -228,7 +229,7 @@ def _records(chunk: list, read: Format, tokenizer, template: str | None, bad: _B
             "prompt_ids": prompt_ids,
             "response_ids": response_ids,
         }
-        records.append((_prompt_key(example.prompt), record))
+        records.append((_prompt_key(example), record))
     return records
 
 
@@ -391,7 +392,7 @@ class PreparedPrompts(Sequence):
         if min(len(desirable), len(undesirable)) == 0:
             raise UserError(
                 f"{split_name(self.dataset, self.split)}: all {len(labels)} responses have the same label; "
-                "loss=kto needs both kinds"
+                "loss=kto needs both kinds; add data, or have more held out by test_fraction"
             )
         n = max(len(desirable), len(undesirable))
         self.numbers, self.others = np.resize(desirable, n), np.resize(np.roll(undesirable, -1), n)

@@ -10,6 +10,7 @@ import glob
 import logging
 import os
 import re
+import sys
 from typing import TYPE_CHECKING
 
 from data import diagnosis, hub
@@ -98,7 +99,7 @@ def read_rows(
 
     # what it logs of a file that it can't read is in its exception, too
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    if hides_progress():
+    if hides_progress() or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         module, kwargs = path, {}

@@ -71,9 +71,10 @@ def _read_lines(part: Sequence[Prompt], split: str) -> list[str]:
     left_out = f"; left out: {bad}" if bad else ""
     without = int((part.n_pairs == 0).sum())
     undecided = f"; {without:,} prompts without a preference" if without and part.n_pairs.any() else ""
+    pairs = f" with {int(part.n_pairs.sum()):,} pairs" if part.n_pairs.any() else ""
     return [
-        f"{part.dataset} ({split}): {part.info['format']}; {rows['n_read']:,} rows read, {len(part):,} prompts with "
-        f"{int(part.n_pairs.sum()):,} pairs for it{left_out}{undecided}"
+        f"{part.dataset} ({split}): {part.info['format']}; {rows['n_read']:,} rows read, {len(part):,} prompts{pairs} "
+        f"for it{left_out}{undecided}"
     ]
 
 
@@ -82,7 +83,7 @@ def _all_lengths(batches: BatchIterator, tokenizer) -> tuple[np.ndarray, np.ndar
     measured, note = [], ""
     for part in batches.prompts.parts:
         step = 1 if isinstance(part, PreparedPrompts) else -(-len(part) // _MEASURED)
-        note = note or (f", of every {step}th prompt" if step > 1 else "")
+        note = note or (f", of one prompt in {step}" if step > 1 else "")
         measured.append(lengths(part, batches.sft_mode, tokenizer, step)[:2])
     return *(np.concatenate(values) for values in zip(*measured, strict=True)), note
 
