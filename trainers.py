@@ -3,13 +3,12 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import os
 import time
 from collections.abc import Callable
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
@@ -29,18 +28,20 @@ from checkpointing.train_state import (
     set_rng_state,
 )
 from configuration.sources import reference_source, resolved_reference
-from data.batches import microbatches, mismatch
+from data.batches import microbatches, mismatch, part_lengths
 from distributed import collectives
 from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
 from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_lengths  # noqa: F401 (re-exported)
 from models import check_reference_fits, configured_dropout_rates, load_tokenizer
+from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
 from references import LogpsCache, Reference, make_reference, make_starting_reference, move_reference, open_cache
-from reporting.metrics import check_finite, mean_metrics
+from reporting.metrics import TIE, check_finite, kl_metrics, mean_metrics, response_metrics
 from reporting.run_log import RunLog
-from reporting.sampling import generate
-from shared_prompt import choose_rows, response_logps, shared_rows
+from reporting.sampling import generate_scorable
+from reporting.usage import Throughput
+from shared_prompt import choose_rows, padded_rows, response_logps, shared_rows
 from utils import (
     UserError,
     concatenated_inputs,  # noqa: F401 (re-exported)
@@ -105,7 +106,9 @@ class BasicTrainer:
         self._set_up_reference(reference_model)
         if config.activation_checkpointing:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        self._make_optimizer()
+        self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
+        self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
+        self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
     # ---- setting up -------------------------------------------------------------------------------------------------
 
@@ -212,35 +215,13 @@ class BasicTrainer:
         elif config.sample_during_eval:
             rank0_print("The reference leaves memory: samples are drawn from the policy alone")
 
-    def _make_optimizer(self):
-        """Any optimizer of torch.optim; the learning rate rises linearly over `warmup_steps` and stays."""
-        config = self.config
-        rank0_print(f"Using {config.optimizer} optimizer")
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        if not parameters:
-            raise UserError(f"lora={config.lora} model.adapter={config.model.adapter}: nothing of the model is trained")
-        optimizer_class = getattr(torch.optim, config.optimizer)
-        accepted = inspect.signature(optimizer_class).parameters
-        args = {name: value for name, value in self.strategy.optimizer_args.items() if name in accepted}
-        args |= OmegaConf.to_container(config.optimizer_args)
-        try:
-            probe = nn.Parameter(torch.ones(2, 2, dtype=parameters[0].dtype, device=self.device))
-            probe.grad = torch.ones_like(probe)
-            optimizer_class([probe], lr=config.lr, **args).step()  # some settings are refused only here
-            self.optimizer = optimizer_class(parameters, lr=config.lr, **args)
-        except Exception as error:  # whatever the optimizer refuses them with
-            settings = f"optimizer={config.optimizer} lr={config.lr} optimizer_args={config.optimizer_args}"
-            raise UserError(f"{settings}: {error}") from error
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lr_lambda=lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1))
-        )
-
     # ---- log-probabilities and loss -------------------------------------------------------------------------------
 
     def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
         """Log-probability of each of the batch's responses under `model`, chosen before rejected, in nats."""
         mixed_precision = model is self.policy and self.policy_mp is not None
         make_rows, whole_logits = (self.make_rows, self.whole_logits) if model is self.policy else self.reference_rows
+        make_rows = make_rows if "rejected_labels" in batch else padded_rows
         with torch.autocast(self.device.type, self.policy_mp, enabled=mixed_precision):
             return response_logps(model, make_rows(batch), whole_logits, self.strategy)
 
@@ -284,14 +265,12 @@ class BasicTrainer:
         else:
             logps = (self.response_logps(self.policy, batch),)
         inputs = dict(zip(LOGPS[: len(logps)], logps, strict=True))
-        averages = loss_config.get("average_log_prob", False)
-        if averages or self.loss.takes_lengths:
-            sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-            lengths = {side: response_lengths(batch[f"{side}_labels"]).to(self.device) for side in sides}
-            if averages:
-                inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
-            inputs |= {f"{side}_lengths": length for side, length in lengths.items()}
-        return inputs
+        sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
+        lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides]).to(self.device)
+        lengths = dict(zip(sides, lengths, strict=True))
+        if loss_config.get("average_log_prob", False):
+            inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
+        return inputs | {f"{side}_lengths": length for side, length in lengths.items()}
 
     def get_batch_metrics(
         self, batch: dict, loss_config: DictConfig, train: bool = True, kl_estimate: torch.Tensor | None = None
@@ -312,11 +291,13 @@ class BasicTrainer:
             metrics[f"rewards_{split}/rejected"] = rejected_rewards
             metrics[f"rewards_{split}/accuracies"] = (chosen_rewards > rejected_rewards).float()
             metrics[f"rewards_{split}/margins"] = chosen_rewards - rejected_rewards
+            metrics[f"rewards_{split}/ties"] = ((chosen_rewards - rejected_rewards).abs() < TIE).float()
         for side in ("rejected", "chosen"):
             if f"policy_{side}_logps" in inputs:
                 metrics[f"logps_{split}/{side}"] = inputs[f"policy_{side}_logps"].detach()
         metrics[f"loss/{split}"] = losses.detach()
-        return losses.mean(), metrics
+        compares, averaged = self.loss.needs_reference(loss_config), loss_config.get("average_log_prob", False)
+        return losses.mean(), metrics | response_metrics(split, inputs, compares, averaged)
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -377,10 +358,11 @@ class BasicTrainer:
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
             # several workers' gradients are averaged
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
-            microbatch_metrics.append(metrics)
+            microbatch_metrics.append(metrics | {"tokens": self._computed_tokens(microbatch)})
 
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
         metrics = mean_metrics(microbatch_metrics)
+        n_tokens = round(metrics.pop("tokens") * self.config.batch_size)
         where = f"step {self.state.updates + 1} (after {self.state.examples} examples)"
         check_finite(where, batch["prompt"], self.config, loss=metrics["loss/train"], grad_norm=grad_norm)
         metrics["lr"] = self.scheduler.get_last_lr()[0]
@@ -393,14 +375,22 @@ class BasicTrainer:
             move_reference(self.reference, self.policy, self.config.reference_update_alpha)
         self.state.batches += 1
         self.state.examples += self.config.batch_size
-        metrics["examples_per_second"] = self.config.batch_size / (time.perf_counter() - start_time)
-        metrics["grad_norm"] = grad_norm
-        return metrics
+        seconds = time.perf_counter() - start_time
+        return {**metrics, **self.throughput.metrics(self.config.batch_size, n_tokens, seconds), "grad_norm": grad_norm}
 
     def microbatches(self, batch: dict, n_least: int) -> list[dict]:
         """The batch cut into microbatches of similar length; see `data.batches.microbatches`."""
-        shared = self.make_rows is shared_rows
-        return microbatches(batch, n_least, self.device.type, shared, agree=collectives.all_reduce_max)
+        agree = collectives.all_reduce_max
+        return microbatches(batch, n_least, self.device.type, self._shares_prompts, agree=agree)
+
+    @property
+    def _shares_prompts(self) -> bool:
+        return self.make_rows is shared_rows
+
+    def _computed_tokens(self, batch: dict) -> torch.Tensor:
+        """Tokens of each example, (batch_size,), without padding; a prompt counts as often as it is computed."""
+        n_prompt, *n_responses = part_lengths(batch)
+        return (n_prompt * (1 if self._shares_prompts else len(n_responses)) + sum(n_responses)).to(self.device)
 
     # ---- evaluation and sampling ----------------------------------------------------------------------------------
 
@@ -423,25 +413,29 @@ class BasicTrainer:
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
             check_finite(where, batch["prompt"], self.config, loss=means["loss/eval"])
             all_metrics += batch_metrics
-        return mean_metrics(all_metrics)
+        return mean_metrics(all_metrics, with_errors=True)
 
-    def sample(self) -> list[dict]:
-        """Samples for the first `n_eval_model_samples` evaluation prompts; see `RunLog.log` for their form."""
+    def sample(self) -> tuple[list[dict], dict[str, float]]:
+        """Samples for the first `n_eval_model_samples` evaluation prompts, see `RunLog.log` for their form; and what
+        they tell of the policy's distance from the reference, if that is there."""
         self.policy.eval()
-        samples, n_samples = [], self.config.n_eval_model_samples
+        samples, logratios, n_samples = [], [], self.config.n_eval_model_samples
         n_batches = -(-n_samples // self.config.eval_batch_size)
         for batch in tqdm(self.eval_batches[:n_batches], "Generating samples", leave=False, disable=hides_progress()):
             self.stop.check()
             asked = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
             batch = take(batch, torch.tensor(asked or [0]))  # a worker with none of them keeps the others company
-            texts = self.get_batch_samples(slice_and_move_batch_for_device(batch, 0, 1, self.device))
+            *texts, scores = self._sample(slice_and_move_batch_for_device(batch, 0, 1, self.device))
             own = [
                 [{"model": model, "prompt": batch["prompt"][i], "sample": text} for i, text in enumerate(of_model)]
                 for model, of_model in zip(("policy", "reference"), texts, strict=True)
             ]
-            parts = collectives.all_gather_object(own if asked else [[], []]) if self._is_sharded else [own]
-            samples += [sample for of_model in zip(*parts, strict=True) for part in of_model for sample in part]
-        return samples
+            own = [*own, scores] if asked else [[], [], []]
+            parts = collectives.all_gather_object(own) if self._is_sharded else [own]
+            *of_models, of_scores = zip(*parts, strict=True)
+            samples += [sample for of_model in of_models for part in of_model for sample in part]
+            logratios += [score for part in of_scores for score in part]
+        return samples, kl_metrics(logratios)
 
     @property
     def _moves_reference(self) -> bool:
@@ -459,19 +453,32 @@ class BasicTrainer:
 
     def get_batch_samples(self, batch: dict) -> tuple[list[str], list[str]]:
         """A sample from the policy, and one from the reference if there is one, for each prompt of the batch."""
-        policy_samples = self._generate(self.policy, batch)
-        if self.reference is None:
-            return policy_samples, []
-        with self.reference.active() as model:
-            return policy_samples, self._generate(model, batch)
+        return self._sample(batch)[:2]
 
-    def _generate(self, model: nn.Module, batch: dict) -> list[str]:
+    def _sample(self, batch: dict) -> tuple[list[str], list[str], list[tuple[float, int]]]:
+        """The samples, and of each of the policy's its log-ratio to the reference (nats) and its length (tokens)."""
+        policy_texts, targets, is_whole = self._generate(self.policy, batch)
+        if self.reference is None:
+            return policy_texts, [], []
+        with self.reference.active() as model:
+            reference_texts = self._generate(model, batch)[0]
+            with torch.no_grad():
+                reference_logps = self.response_logps(model, targets)
+        with torch.no_grad():
+            logratios = self.response_logps(self.policy, targets) - reference_logps.to(self.device)
+        lengths = response_lengths(targets["chosen_labels"])
+        scores = zip(logratios[is_whole].tolist(), lengths[is_whole].tolist(), strict=True)
+        return policy_texts, reference_texts, list(scores)
+
+    def _generate(self, model: nn.Module, batch: dict) -> tuple[list[str], dict, torch.Tensor]:
         def stops() -> bool:
             return self.strategy.stops_sampling(self.stop.received is not None)
 
-        texts = generate(model, self.tokenizer, batch, self.config.max_length, stops, synced=self._is_sharded)
+        samples = generate_scorable(
+            model, self.tokenizer, batch, self.config.max_length, stops, synced=self._is_sharded
+        )
         self.stop.check()
-        return texts
+        return samples
 
     def evaluate_and_log(self):
         """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint.
@@ -480,8 +487,10 @@ class BasicTrainer:
         """
         rng_state = get_rng_state()
         try:
-            metrics = self.evaluate()
-            samples = self.sample() if self.config.sample_during_eval else []
+            metrics, samples = self.evaluate(), []
+            if self.config.sample_during_eval:
+                samples, kl = self.sample()
+                metrics |= kl
         except Stopped:
             set_rng_state(rng_state)
             raise

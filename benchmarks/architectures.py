@@ -223,7 +223,9 @@ def row_of(model_type: str, results: dict) -> str:
     cells = [cell(results[dtype]) for dtype in dtypes]
     if "float32" in dtypes:
         cells[0] += " in float32"
-    notes = [" ".join(results[None].split())[:160]] if None in results else [note(results[dtype]["why"]) for dtype in dtypes]
+    notes = [note(results[dtype]["why"]) for dtype in dtypes]
+    if None in results:
+        notes = [" ".join(results[None].split())[:160]]
     if len(dtypes) == 2 and len({results[dtype]["decision"] for dtype in dtypes}) == 1:
         notes = notes[:1]
     reason = "; bfloat16: ".join(notes)

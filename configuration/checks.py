@@ -18,6 +18,7 @@ from configuration.sources import REFERENCES, reference_source, resolved_referen
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from losses import LOSSES, needs_reference
+from optimization import check_schedule
 from utils import UserError, closest_match, get_local_dir
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -75,6 +76,7 @@ def check_config(config: DictConfig):
     _check_ranges(config)
     _check_names(config)
     _check_optimizer(config)
+    check_schedule(config.lr_scheduler, OmegaConf.to_container(config.lr_scheduler_args))
     _check_model(config)
     _check_lengths_and_batches(config)
     _check_workers(config)
@@ -144,7 +146,7 @@ def _check_key_type(key: str, value: object, default: object):
             raise UserError(
                 f"lora={value}: expected fields of LoraConfig, e.g. lora.r=16 or 'lora={{r:16}}' (quoted for the shell)"
             )
-    elif not key.startswith(("lora.", "optimizer_args.")):
+    elif not key.startswith(("lora.", "optimizer_args.", "lr_scheduler_args.")):
         _check_type(key, value, _TYPES_OF_NULL.get(key, str) if default is None else type(default))
 
 

@@ -8,8 +8,8 @@ from losses import LOSSES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
-# holders of names that are not ours: PEFT's, an optimizer's, those of datasets
-FREE_KEYS = ("lora", "optimizer_args", "dataset_paths", "fields")
+# holders of names that are not ours: PEFT's, an optimizer's, a schedule's, those of datasets
+FREE_KEYS = ("lora", "optimizer_args", "lr_scheduler_args", "dataset_paths", "fields")
 
 
 def default_config(loss_name: str | None = None) -> dict[str, object]:

@@ -10,18 +10,78 @@ from distributed import collectives
 from utils import UserError
 
 
-def mean_metrics(batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+# of an evaluation's metrics, those whose means are given with standard errors
+WITH_ERRORS = (
+    "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "logratios_eval/chosen",
+)  # fmt: skip
+TIE = 1e-5  # rewards that differ by less are equal: by so much rounding moves them
+
+
+def mean_metrics(batches: list[dict[str, torch.Tensor]], with_errors: bool = False) -> dict[str, float]:
     """Mean over the examples of several batches, all workers', for each metric; the one place where metrics leave the
-    device."""
+    device.
+
+    `with_errors`: with the standard errors of the means of those `WITH_ERRORS`, under the same name and `_se`.
+    """
     collected = defaultdict(list)
     for metrics in batches:
         for key, values in metrics.items():
             collected[key].append(values)
     values = [torch.cat(values) for values in collected.values()]
     values = [v.to(torch.float32 if v.is_mps else torch.float64) for v in values]  # Apple's GPUs have no float64
-    sums_and_counts = torch.stack([torch.stack([v.sum(), v.new_tensor(len(v))]) for v in values])  # (metrics, 2)
-    sums, counts = collectives.all_reduce_sum(sums_and_counts).unbind(1)
-    return dict(zip(collected, (sums / counts).tolist(), strict=True))
+    moments = [torch.stack([v.sum(), v.new_tensor(len(v)), v.square().sum()]) for v in values]
+    sums, counts, squares = collectives.all_reduce_sum(torch.stack(moments)).unbind(1)  # (metrics,) each
+    means = sums / counts
+    errors = ((squares / counts - means.square()).clamp(min=0) / (counts - 1).clamp(min=1)).sqrt()
+    names, (means, errors) = list(collected), torch.stack([means, errors]).tolist()
+    metrics = dict(zip(names, means, strict=True))
+    if with_errors:
+        metrics |= {f"{name}_se": e for name, e in zip(names, errors, strict=True) if name in WITH_ERRORS}
+    return metrics
+
+
+def response_metrics(
+    split: str, inputs: dict[str, torch.Tensor], compares: bool, averaged: bool
+) -> dict[str, torch.Tensor]:
+    """What can be compared across losses and settings, of each example: tensors of shape (batch_size,).
+
+    `nll_*`: negative log-likelihood of a response per token; `lengths_*`: its tokens; `logratios_*`: log-probability
+    under the policy less that under the reference, of the whole response (nats).
+
+    Args:
+        inputs: of a loss, with log-probabilities and lengths.
+        compares: whether there are a reference's log-probabilities among them.
+        averaged: whether log-probabilities are means per token.
+    """
+    metrics = {}
+    for side in ("chosen", "rejected"):
+        if f"policy_{side}_logps" not in inputs:
+            continue
+        logps, lengths = inputs[f"policy_{side}_logps"].detach(), inputs[f"{side}_lengths"].clamp(min=1)
+        metrics[f"nll_{split}/{side}"] = -logps if averaged else -logps / lengths
+        if compares:
+            logratios = logps - inputs[f"reference_{side}_logps"].detach()
+            metrics[f"logratios_{split}/{side}"] = logratios * lengths if averaged else logratios
+        metrics[f"lengths_{split}/{side}"] = inputs[f"{side}_lengths"]
+    return metrics
+
+
+def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
+    """KL divergence of the policy from the reference (nats), estimated from samples of the policy's.
+
+    Args:
+        samples: of each its log-probability under the policy less that under the reference, and its tokens.
+    """
+    if not samples:
+        return {}
+    logratios, lengths = zip(*samples, strict=True)
+    n, mean = len(logratios), sum(logratios) / len(logratios)
+    variance = sum((logratio - mean) ** 2 for logratio in logratios) / max(n - 1, 1)
+    return {
+        "kl_eval/per_response": mean,
+        "kl_eval/per_response_se": math.sqrt(variance / n),
+        "kl_eval/per_token": sum(logratios) / max(sum(lengths), 1),
+    }
 
 
 def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: float):

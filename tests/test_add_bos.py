@@ -102,7 +102,7 @@ def test_runs_begin_every_prompt_and_sample_with_it(loss, make_trainer):
         assert (batch["prompt_input_ids"].gather(1, firsts) == bos).all()
     metrics = trainer.train_step(next(iter(trainer.train_iterator)))
     assert metrics["loss/train"] > 0
-    (sample, *_) = trainer.sample()
+    (sample, *_), _ = trainer.sample()
     assert sample["sample"].startswith(sample["prompt"])
 
 

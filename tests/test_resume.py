@@ -42,7 +42,7 @@ def adapter(launcher):
 
 def log_lines(run_dir) -> list[dict]:
     lines = read_jsonl(run_dir / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key != "examples_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if not key.endswith("_per_second")} for line in lines]
 
 
 def assert_same_run(run_dir, expected):

@@ -1,0 +1,104 @@
+"""The optimizer, any of torch.optim, and the schedule of its learning rate, any of Transformers that goes by steps."""
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from utils import UserError, closest_match, rank0_print
+
+DEFAULT_SCHEDULE = "constant_with_warmup"
+_SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+
+
+def make_optimizer(policy: nn.Module, config: DictConfig, device: torch.device, args: dict) -> torch.optim.Optimizer:
+    """The optimizer of the policy's trained weights; of `args` it gets those that it takes, below `optimizer_args`.
+
+    Raises: UserError if nothing is trained, or the optimizer refuses its settings.
+    """
+    rank0_print(f"Using {config.optimizer} optimizer")
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise UserError(f"lora={config.lora} model.adapter={config.model.adapter}: nothing of the model is trained")
+    optimizer_class = getattr(torch.optim, config.optimizer)
+    accepted = inspect.signature(optimizer_class).parameters
+    args = {name: value for name, value in args.items() if name in accepted}
+    args |= OmegaConf.to_container(config.optimizer_args)
+    try:
+        probe = nn.Parameter(torch.ones(2, 2, dtype=parameters[0].dtype, device=device))
+        probe.grad = torch.ones_like(probe)
+        optimizer_class([probe], lr=config.lr, **args).step()  # some settings are refused only here
+        return optimizer_class(parameters, lr=config.lr, **args)
+    except Exception as error:  # whatever the optimizer refuses them with
+        settings = f"optimizer={config.optimizer} lr={config.lr} optimizer_args={config.optimizer_args}"
+        raise UserError(f"{settings}: {error}") from error
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: DictConfig, n_steps: int):
+    """A LambdaLR: what `lr` is multiplied by is a function of the step alone.
+
+    Raises: UserError if that function gives no learning rate at one of the `n_steps` steps.
+    """
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=_multiplier(optimizer, config, n_steps))
+
+
+def _multiplier(optimizer: torch.optim.Optimizer, config: DictConfig, n_steps: int) -> Callable[[int], float]:
+    warmup_steps = config.warmup_steps
+    if config.lr_scheduler == DEFAULT_SCHEDULE:
+        return lambda step: min(1.0, (step + 1) / (warmup_steps + 1))  # the original's
+    probe = type(optimizer)([nn.Parameter(torch.zeros(1))], lr=config.lr)  # schedules set rates where they are made
+    args = OmegaConf.to_container(config.lr_scheduler_args)
+    settings = f"lr_scheduler={config.lr_scheduler} lr_scheduler_args={args} warmup_steps={warmup_steps}"
+    try:
+        multiplier = _transformers_multiplier(probe, config.lr_scheduler, args, warmup_steps + 1, n_steps + 1)
+        checked = {step: multiplier(step + 1) for step in (0, warmup_steps, n_steps // 2, n_steps - 1)}
+    except Exception as error:  # whatever the schedule refuses them with
+        raise UserError(f"{settings}: {error}") from error
+    for step, value in checked.items():
+        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+            raise UserError(f"{settings}: the learning rate would be {config.lr} × {value} at step {step + 1}")
+    # counted from 1, as in the original, lest the first step, and the last of a decay to 0, change nothing
+    return lambda step: multiplier(step + 1)
+
+
+def _transformers_multiplier(
+    optimizer: torch.optim.Optimizer, name: str, args: dict, warmup_steps: int, n_steps: int
+) -> Callable[[int], float]:
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    make = TYPE_TO_SCHEDULER_FUNCTION[name]
+    given = {"num_warmup_steps": warmup_steps, "num_training_steps": n_steps}
+    accepted = inspect.signature(make).parameters
+    scheduler = make(optimizer, **{key: value for key, value in given.items() if key in accepted}, **args)
+    return scheduler.lr_lambdas[0]
+
+
+def schedules() -> dict[str, list[str]]:
+    """The names that `lr_scheduler` takes, and of each the arguments that `lr_scheduler_args` may hold."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    arguments = {}
+    for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items():
+        parameters = inspect.signature(function).parameters
+        if "kwargs" not in parameters:  # those go by a metric, not by steps
+            arguments[kind.value] = [name for name in parameters if name not in _SET_BY_US]
+    return arguments
+
+
+def check_schedule(name: str, args: dict):
+    """Raises: UserError if there is no such schedule, or it takes no such arguments."""
+    if name == DEFAULT_SCHEDULE and not args:
+        return  # without Transformers, which takes seconds to import
+    known = schedules()
+    if name not in known:
+        raise UserError(
+            f"lr_scheduler={name}: no such schedule.{closest_match(name, known)} There are: {', '.join(known)}"
+        )
+    for key in args:
+        if key not in known[name]:
+            hint = " Its warmup is the key warmup_steps." if "warmup_steps" in key else closest_match(key, known[name])
+            takes = ", ".join(known[name]) or "none"
+            raise UserError(f"lr_scheduler_args.{key}: {name} takes no such argument.{hint} It takes: {takes}")

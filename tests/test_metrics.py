@@ -1,0 +1,115 @@
+"""What metrics are measured beside the original's, and that they are what their names say."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_jsonl
+from test_cli import SHORT, TOY
+
+from losses import response_lengths
+from reporting.metrics import kl_metrics, mean_metrics
+
+DPO = [*SHORT, "loss=dpo", "sample_during_eval=false"]
+
+
+@pytest.fixture
+def trainer(make_trainer):
+    """A policy that has left its reference, so that nothing is 0."""
+    trainer = make_trainer(*DPO, "batch_size=8")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return trainer
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_each_is_what_its_name_says(averaged, trainer):
+    trainer.config.loss.average_log_prob = averaged
+    trainer.policy.eval()
+    (batch, *_) = trainer.eval_batches
+    metrics = trainer.get_batch_metrics(batch, trainer.config.loss, train=False)[1]
+    with torch.no_grad():
+        policy, reference = trainer.concatenated_forward(trainer.policy, batch), trainer.reference_logps(batch)
+    for side, logps, reference_logps in zip(("chosen", "rejected"), policy, reference, strict=True):
+        n_tokens = response_lengths(batch[f"{side}_labels"])
+        assert metrics[f"lengths_eval/{side}"].tolist() == n_tokens.tolist()
+        torch.testing.assert_close(metrics[f"nll_eval/{side}"], -logps / n_tokens)
+        torch.testing.assert_close(metrics[f"logratios_eval/{side}"], logps - reference_logps, rtol=1e-4, atol=1e-4)
+    assert not metrics["rewards_eval/ties"].any()
+
+
+def test_what_has_no_reference_or_no_pairs_lacks_its_metrics(make_trainer):
+    for overrides, sides in ((["loss=sft"], ("chosen",)), (["loss=simpo"], ("chosen", "rejected"))):
+        metrics = make_trainer(*SHORT, *overrides).evaluate()
+        assert [key for key in metrics if key.startswith("nll")] == [
+            f"nll_eval/{side}{suffix}" for suffix in ("", "_se") for side in sides[: 1 if suffix else 2]
+        ]
+        assert not [key for key in metrics if key.startswith(("logratios", "kl"))]
+
+
+def test_at_the_start_all_are_ties_and_accuracy_alone_would_call_them_lost(make_trainer):
+    metrics = make_trainer(*DPO).evaluate()
+    assert (metrics["rewards_eval/ties"], metrics["loss/eval"]) == (1.0, pytest.approx(math.log(2), abs=1e-6))
+
+
+def test_standard_errors_are_those_of_the_mean(trainer):
+    metrics, every = trainer.evaluate(), []
+    for batch in trainer.eval_batches:
+        with torch.no_grad():
+            every.append(trainer.get_batch_metrics(batch, trainer.config.loss, train=False)[1])
+    for name in ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen"):
+        values = torch.cat([metrics[name] for metrics in every]).double().numpy()
+        assert metrics[f"{name}_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)), rel=1e-4)
+    assert "rewards_eval/chosen_se" not in metrics
+    assert mean_metrics([{"loss/eval": torch.tensor([2.0])}], with_errors=True)["loss/eval_se"] == 0
+
+
+@pytest.mark.parametrize("overrides", [[], ["shared_prompt=false", "precompute_ref_log_probs=true", "lora={r:4}"]])
+def test_divergence_from_the_reference_is_measured_on_the_policys_own_samples(overrides, make_trainer):
+    """Against the whole models, on the texts' tokens as they were drawn."""
+    trainer = make_trainer(*TOY, "loss=dpo", "n_eval_model_samples=6", "n_examples=8", *overrides)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    drawn = []
+    generate = trainer._generate
+    trainer._generate = lambda model, batch: drawn.append(generate(model, batch)) or drawn[-1]
+    samples, kl = trainer.sample()
+    logratios, n_tokens = [], 0
+    targets = drawn[0][1]
+    assert [sample["sample"] for sample in samples if sample["model"] == "policy"] == drawn[0][0]
+    for ids, mask, labels in zip(*targets.values(), strict=True):
+        ids, labels = ids[mask.bool()][None], labels[mask.bool()][1:]
+        with torch.no_grad():
+            policy_logits = trainer.policy(input_ids=ids).logits
+            with trainer.reference.active() as model:
+                difference = policy_logits.log_softmax(-1) - model(input_ids=ids).logits.log_softmax(-1)
+        of_tokens = difference[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        logratios.append(of_tokens[labels != -100].sum().item())
+        n_tokens += int((labels != -100).sum())
+        response = trainer.tokenizer.decode(labels[labels != -100], skip_special_tokens=True)
+        assert response and response in drawn[0][0][len(logratios) - 1]
+    assert kl["kl_eval/per_response"] == pytest.approx(np.mean(logratios), rel=1e-3, abs=1e-4)
+    assert kl["kl_eval/per_token"] == pytest.approx(sum(logratios) / n_tokens, rel=1e-3, abs=1e-5)
+    assert kl["kl_eval/per_response_se"] == pytest.approx(np.std(logratios, ddof=1) / math.sqrt(6), rel=1e-2)
+    assert kl_metrics([]) == {}
+
+
+def test_a_run_records_them_and_tokens_a_second(train_ok, tmp_path):
+    train_ok(*SHORT, "loss=dpo", f"local_run_dir={tmp_path}/run")
+    lines = read_jsonl(tmp_path / "run/metrics.jsonl")
+    for line in lines:
+        split = line["split"]
+        names = [f"{name}_{split}" for name in ("nll", "lengths", "logratios")]
+        assert {f"{name}/{side}" for name in names for side in ("chosen", "rejected")} <= line.keys()
+        assert ("tokens_per_second" in line) == (split == "train")
+        assert ("kl_eval/per_token" in line) == ("loss/eval_se" in line) == (split == "eval")
+    assert (lines[0]["rewards_eval/ties"], lines[0]["kl_eval/per_response"]) == (1.0, pytest.approx(0, abs=1e-3))
+    train = lines[1]
+    n_prompt_and_responses = train["tokens_per_second"] / train["examples_per_second"]
+    assert n_prompt_and_responses > train["lengths_train/chosen"] + train["lengths_train/rejected"]
