@@ -413,7 +413,7 @@ class BasicTrainer:
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
             check_finite(where, batch["prompt"], self.config, loss=means["loss/eval"])
             all_metrics += batch_metrics
-        return mean_metrics(all_metrics, with_errors=True)
+        return mean_metrics(all_metrics, with_errors=True, n_copies=self.world_size // self.strategy.batch_shard[1])
 
     def sample(self) -> tuple[list[dict], dict[str, float]]:
         """Samples for the first `n_eval_model_samples` evaluation prompts, see `RunLog.log` for their form; and what
