@@ -502,7 +502,6 @@ def _prepared(
     """The prompts of a dataset that isn't a named one."""
     source = ROWS[choice.name] if choice.name in ROWS else locate(choice.name)
     own = {key: getattr(choice, key) for key in ("train_split", "test_split", "fields") if getattr(choice, key)}
-    silent = silent or split != "train"  # both splits are made, and said, together
     both = prepare(choice.name, source, replace(settings, **own), tokenizer, choice.truncation_mode, loss_takes,
                    cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
     prompts = both[0 if split == "train" else 1]
@@ -584,9 +583,10 @@ def open_batches(
     shard: tuple[int, int],
     silent: bool,
     mismatched: bool = False,
+    trains: bool = True,
 ) -> tuple[BatchIterator, BatchIterator]:
     """The training and the evaluation batches that a config asks for; see `get_batch_iterator`. What they hold is
-    reported."""
+    reported. Without `trains` the evaluation batches stand for both."""
     choices = chosen_datasets(config)
     kwargs = {
         "names": choices,
@@ -603,25 +603,33 @@ def open_batches(
         "mismatched": mismatched,
         "settings": reading_settings(config),
     }
-    train = get_batch_iterator(
-        **kwargs, split="train", n_epochs=config.n_epochs, n_examples=config.n_examples, batch_size=config.batch_size
-    )
     test = get_batch_iterator(
-        **kwargs, split="test", n_examples=config.n_eval_examples, batch_size=config.eval_batch_size, drop_last=False
+        **kwargs, split="test", batch_size=config.eval_batch_size, drop_last=False, **_how_many(config.n_eval_examples)
     )
+    train = test
+    if trains:
+        counts = {"n_epochs": config.n_epochs, "n_examples": config.n_examples}
+        train = get_batch_iterator(**kwargs, split="train", batch_size=config.batch_size, **counts)
+    opened = {"train": train, "test": test} if trains else {"test": test}
     if on_rank0():
-        for split, batches in (("train", train), ("test", test)):
+        for split, batches in opened.items():
             print("\n".join(report.lines(batches, tokenizer, split)))
         print(report.example(train, tokenizer), flush=True)
-    rank0_print(
-        f"Training data: {train.epoch_size} examples an epoch in batches of {config.batch_size}; "
-        f"the {train.n_left_out} that fill no whole batch are left out of it; {train.n_batches} steps in all"
-    )
+    if trains:
+        rank0_print(
+            f"Training data: {train.epoch_size} examples an epoch in batches of {config.batch_size}; "
+            f"the {train.n_left_out} that fill no whole batch are left out of it; {train.n_batches} steps in all"
+        )
     repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
     rank0_print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}")
-    if not config.add_bos and (n_empty := sum(map(report.count_empty_prompts, (train, test)))):
+    if not config.add_bos and (n_empty := sum(map(report.count_empty_prompts, opened.values()))):
         rank0_print(
             f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, which is left "
             "out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
         )
     return train, test
+
+
+def _how_many(n_eval_examples: int | None) -> dict[str, int]:
+    """All of a split once, or so many of its examples."""
+    return {"n_epochs": 1} if n_eval_examples is None else {"n_examples": n_eval_examples}

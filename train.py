@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from glob import has_magic
 
 import hydra
@@ -86,8 +86,7 @@ def run(config: DictConfig):
     if in_sweep() and "exp_name" not in (varied := job_overrides()):  # wandb tells jobs apart by their names
         config.exp_name = " ".join([str(config.exp_name), *(f"{key}={value}" for key, value in varied.items())])
     with contextlib.ExitStack() as stack:
-        if environment.is_launched():
-            stack.enter_context(launch.process_group(config.worker_timeout))
+        enter_process_group(config, stack)
         prepared = (config, *prepare(config, run_dir_given, stack)) if on_rank0() else None
         config, checkpoint, complete, files = collectives.broadcast_object(prepared)
         if complete:
@@ -97,13 +96,31 @@ def run(config: DictConfig):
             if on_rank0():
                 report_data(config)
             return
-        starts_workers = STRATEGIES[config.trainer].starts_workers
-        if environment.is_launched() or not starts_workers:
-            train_from(config, checkpoint, files)
-            return
-        world_size = environment.get_world_size(starts_workers, config.world_size)
         with resume_hinted(config.local_run_dir, UserError):
-            launch.run_workers(train_as_worker, world_size, config.fsdp_port, config, checkpoint, files)
+            start_workers_or(train_from, config, checkpoint, files)
+
+
+def enter_process_group(config: DictConfig, stack: contextlib.ExitStack):
+    """Connect this process with the others, if a launcher has started it, for as long as `stack` is entered."""
+    if environment.is_launched():
+        stack.enter_context(launch.process_group(config.worker_timeout))
+
+
+def start_workers_or(work: Callable, config: DictConfig, *args):
+    """`work(config, *args)` in the workers that the trainer needs, or here if a launcher has started them or there is
+    one process alone."""
+    starts_workers = STRATEGIES[config.trainer].starts_workers
+    if environment.is_launched() or not starts_workers:
+        work(config, *args)
+        return
+    world_size = environment.get_world_size(starts_workers, config.world_size)
+    launch.run_workers(_as_worker, world_size, config.fsdp_port, work, config, *args)
+
+
+def _as_worker(work: Callable, config: DictConfig, *args):
+    keep_output_going()
+    with errors_reported(), launch.process_group(config.worker_timeout):
+        work(config, *args)
 
 
 def is_run_dir_given(config: DictConfig) -> bool:
@@ -152,15 +169,8 @@ def report_data(config: DictConfig):
     print("data_only=true: nothing is trained")
 
 
-def train_as_worker(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
-    """`train_from` in a worker that `run` has started."""
-    keep_output_going()
-    with errors_reported(), launch.process_group(config.worker_timeout):
-        train_from(config, checkpoint, files)
-
-
-def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
-    """Load what the run starts with, then the checkpoint if there is one, and train to the end."""
+def make_trainer(config: DictConfig, trains: bool = True):
+    """Load all that the config names: tokenizer, data, policy and reference; without `trains` no training data."""
     import trainers
     from data import hub
     from models import allow_own_code, load_policy, load_reference
@@ -181,9 +191,14 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
         first = copied[0] if copied else None
         return load_reference(config, first, device_map) if environment.is_local_rank0() else None
 
-    trainer = trainer_class(
-        policy, config, config.seed, config.local_run_dir, reference_model, *collectives.rank_and_world_size()
+    return trainer_class(
+        policy, config, config.seed, config.local_run_dir, reference_model, *collectives.rank_and_world_size(), trains
     )
+
+
+def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
+    """Load what the run starts with, then the checkpoint if there is one, and train to the end."""
+    trainer = make_trainer(config)
     trainer.state.inputs = {**files, **check_loaded(config, checkpoint, trainer)}
     run_dir = config.local_run_dir
     with trainer.stop:
@@ -363,8 +378,9 @@ def _exit_on_signal() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def main():
-    """Run under Hydra. A user's mistake ends with its message alone; HYDRA_FULL_ERROR=1 shows where it was noticed."""
+def main(function: Callable[[DictConfig], None] = run, config_name: str = "config"):
+    """Call a function with the config, under Hydra. A user's mistake ends with its message alone; HYDRA_FULL_ERROR=1
+    shows where it was noticed."""
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
     sys.argv[1:] = with_free_keys(sys.argv[1:])
@@ -372,13 +388,15 @@ def main():
 
     def job(config: DictConfig):
         if in_sweep():
+            if function is not run:
+                sys.exit("error: -m sweeps over train.py alone")
             sweep.run_job(config)
             return
         with errors_reported():  # above errors that reach Hydra it prints a line of its own
-            run(config)
+            function(config)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(job)()
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except SystemExit as error:

@@ -73,6 +73,7 @@ class BasicTrainer:
         reference_model: nn.Module | Callable[[], nn.Module | None] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        trains: bool = True,
     ):
         """Of a machine's workers the first gives `policy` and `reference_model`, the others None and a function that
         returns None.
@@ -81,6 +82,7 @@ class BasicTrainer:
             policy: or a function that loads it, once the data are known to be good.
             config: one that `check_config` has checked.
             reference_model: where the loss needs one; or a function that loads it, which isn't called without need.
+            trains: without it no training data are loaded, for evaluation alone.
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
@@ -88,7 +90,7 @@ class BasicTrainer:
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
         self.tokenizer = load_tokenizer(config)
-        self._load_data()
+        self._load_data(trains)
         if not (policy is None or isinstance(policy, nn.Module)):
             policy = policy()
         if policy is not None and config.model.block_name is not None:  # sharded blocks have classes of other names
@@ -123,7 +125,7 @@ class BasicTrainer:
         if n_positions is not None and self.config.max_length > n_positions:
             raise UserError(f"max_length={self.config.max_length}: the model has only {n_positions} positions")
 
-    def _load_data(self):
+    def _load_data(self, trains: bool):
         """Open the training batches and load all evaluation batches, of each this worker's shard."""
         config, sft_mode = self.config, not self.loss.needs_pairs
         self.train_iterator, self.eval_iterator = open_batches(
@@ -134,6 +136,7 @@ class BasicTrainer:
             self.strategy.batch_shard,
             silent=self.rank != 0,
             mismatched=self.loss.takes_kl_estimate,
+            trains=trains,
         )
         self.eval_batches = [
             {**batch, "index": self.eval_iterator.indices(number)} for number, batch in enumerate(self.eval_iterator)
@@ -253,7 +256,7 @@ class BasicTrainer:
                 policy_logps = torch.stack(self.concatenated_forward(self.policy, microbatch))  # (2, B)
             logratios = (policy_logps - torch.stack(self.reference_logps(microbatch)))[:, self._counted(microbatch)]
             sum_and_count += torch.stack([logratios.sum(), logratios.new_tensor(logratios.numel())]).double()
-        if self._is_sharded:
+        if self.is_sharded:
             sum_and_count = collectives.all_reduce_sum(sum_and_count)
         kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
         return kl_estimate.to(torch.promote_types(self.policy.dtype, torch.float32))
@@ -399,8 +402,19 @@ class BasicTrainer:
 
         Raises: UserError if the loss of one isn't finite.
         """
+        return self.mean_metrics(self.evaluate_examples()[0])
+
+    def mean_metrics(self, all_metrics: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Means of what `evaluate_examples` returns, over all workers."""
+        return mean_metrics(all_metrics, with_errors=True, n_copies=self.world_size // self.strategy.batch_shard[1])
+
+    def evaluate_examples(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+        """Metrics of each evaluation example of this worker, in microbatches, and the numbers of these examples.
+
+        Raises: UserError if the loss of a batch isn't finite.
+        """
         self.policy.eval()
-        all_metrics = []
+        all_metrics, indices = [], []
         for batch in tqdm(self.eval_batches, "Computing eval metrics", leave=False, disable=hides_progress()):
             self.stop.check()
             batch_metrics = []
@@ -410,10 +424,11 @@ class BasicTrainer:
                     metrics = self.get_batch_metrics(microbatch, self.config.loss, False, kl_estimate)[1]
                 counted = self._counted(microbatch)
                 batch_metrics.append({key: values[counted] for key, values in metrics.items()})
+                indices += [index for index in microbatch["index"] if index is not None]
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
             check_finite(where, batch["prompt"], self.config, loss=means["loss/eval"])
             all_metrics += batch_metrics
-        return mean_metrics(all_metrics, with_errors=True, n_copies=self.world_size // self.strategy.batch_shard[1])
+        return all_metrics, indices
 
     def sample(self) -> tuple[list[dict], dict[str, float]]:
         """Samples for the first `n_eval_model_samples` evaluation prompts, see `RunLog.log` for their form; and what
@@ -431,7 +446,7 @@ class BasicTrainer:
                 for model, of_model in zip(("policy", "reference"), texts, strict=True)
             ]
             own = [*own, scores] if asked else [[], [], []]
-            parts = collectives.all_gather_object(own) if self._is_sharded else [own]
+            parts = collectives.all_gather_object(own) if self.is_sharded else [own]
             *of_models, of_scores = zip(*parts, strict=True)
             samples += [sample for of_model in of_models for part in of_model for sample in part]
             logratios += [score for part in of_scores for score in part]
@@ -447,7 +462,7 @@ class BasicTrainer:
         return torch.tensor([i is not None for i in index], device=self.device)
 
     @property
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether other workers compute other shards of each batch."""
         return self.strategy.batch_shard[1] > 1
 
@@ -474,9 +489,7 @@ class BasicTrainer:
         def stops() -> bool:
             return self.strategy.stops_sampling(self.stop.received is not None)
 
-        samples = generate_scorable(
-            model, self.tokenizer, batch, self.config.max_length, stops, synced=self._is_sharded
-        )
+        samples = generate_scorable(model, self.tokenizer, batch, self.config.max_length, stops, synced=self.is_sharded)
         self.stop.check()
         return samples
 
@@ -569,11 +582,16 @@ class BasicTrainer:
             )
         state.complete = state.complete and state.batches == n_batches
         rank0_print(f"Going on from {checkpoint}: {state.examples} examples, {state.updates} steps")
+        self.load_weights(checkpoint)
+        load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
+        self.state = dataclasses.replace(state, inputs=self.state.inputs)
+
+    def load_weights(self, checkpoint: str):
+        """Give the policy, and a reference that moves, the weights of a checkpoint of this run, and its counters."""
         load_policy_state(checkpoint, self.policy)
         if self._moves_reference:
             load_model_state(os.path.join(checkpoint, "reference.pt"), self.reference.model)
-        load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
-        self.state = dataclasses.replace(state, inputs=self.state.inputs)
+        self.state = dataclasses.replace(TrainState.load(checkpoint), inputs=self.state.inputs)
 
 
 class FSDPTrainer(BasicTrainer):

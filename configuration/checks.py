@@ -38,7 +38,7 @@ _HIGHEST = {
     "lr": 1e38,  # of float32
     "n_eval_examples": 10**7,  # all are kept in memory
 }
-_MAY_BE_NULL = ("n_epochs", "n_examples")
+_MAY_BE_NULL = ("n_epochs", "n_examples", "n_eval_examples")
 # of keys whose default is null; the others are strings
 _TYPES_OF_NULL = dict.fromkeys(
     ("n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every"), int
@@ -401,7 +401,7 @@ def _check_kl_estimate(config: DictConfig):
     for key in ("batch_size", "eval_batch_size"):
         if config[key] < 2:
             raise UserError(f"{key}={config[key]}: {loss} needs two or more prompts a batch")
-    if config.n_eval_examples % config.eval_batch_size == 1:
+    if config.n_eval_examples is not None and config.n_eval_examples % config.eval_batch_size == 1:
         raise UserError(
             f"n_eval_examples={config.n_eval_examples} leaves a last batch of one at eval_batch_size="
             f"{config.eval_batch_size}; {loss} needs two or more prompts a batch"

@@ -199,6 +199,15 @@ class BatchIterator:
         indices = shard_indices(min(self.batch_size, self.n_examples - start), self.shard)
         return [start + i if i is not None else None for i in indices]
 
+    def places(self) -> list[tuple[Prompt, int]]:
+        """Of each example that a batch may hold, by `indices`, its prompt and which of its pairs it is."""
+        examples = itertools.islice(self._repeated(), self.n_examples)
+        return [(self.prompts[number], index) for number, index in examples]
+
+    def _repeated(self) -> Iterator[tuple[int, int]]:
+        for order in self._shuffled():
+            yield from itertools.islice(self._epoch(order), self.epoch_size)
+
     def first(self, n: int) -> dict[str, list | torch.Tensor]:
         """The first `n` examples as a batch, whatever the shard."""
         return self._collated(list(itertools.islice(self._epoch(next(self._shuffled())), n)), (0, 1))

@@ -1,0 +1,303 @@
+"""Evaluate a run's checkpoints, or any model: `python evaluate.py run=RUN`, with the keys of train.py."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+import train
+from checkpointing.integrity import find_corruption
+from checkpointing.train_state import read_state_json
+from configuration.checks import check_config
+from distributed import collectives
+from utils import UserError, closest_match, on_rank0, rank0_print
+
+OWN_KEYS = ("run", "checkpoint", "rows", "output")
+_Z = 1.959964  # of a normal distribution's central 95 %
+_IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
+_N_BUCKETS = 4
+
+
+@dataclasses.dataclass
+class Options:
+    """What `evaluate.py` has beside the keys of training."""
+
+    run: str | None
+    checkpoints: list[str | None]  # directories; None: the policy as it is loaded
+    rows: str | None
+    output: str | None
+
+
+def run(config: DictConfig):
+    """Check what is asked for, then evaluate: in this process, in several that it starts, or as one of a launcher's."""
+    own = {key: OmegaConf.select(config, key) for key in OWN_KEYS}
+    with open_dict(config):
+        for key in OWN_KEYS:
+            del config[key]
+    if own["run"] is not None:
+        config = config_of_run(config, str(own["run"]))
+    else:
+        OmegaConf.to_container(config, resolve=True)
+        OmegaConf.resolve(config)
+    for key, value in {"resume": None, "save_optimizer": False, "wandb.enabled": False, "debug": False}.items():
+        OmegaConf.update(config, key, value)
+    with contextlib.ExitStack() as stack:
+        train.enter_process_group(config, stack)
+        prepared = _prepared(config, own) if on_rank0() else None
+        config, options = collectives.broadcast_object(prepared)
+        train.start_workers_or(evaluate_checkpoints, config, options)
+
+
+def _prepared(config: DictConfig, own: dict) -> tuple[DictConfig, Options]:
+    check_config(config)
+    return config, make_options(own)
+
+
+def config_of_run(config: DictConfig, run_dir: str) -> DictConfig:
+    """The config of a run, with what the command line gives in place of what is there.
+
+    Args:
+        config: composed from the command line and the defaults.
+
+    Raises: UserError if there is no such run, or its config can't be read.
+    """
+    path = os.path.join(run_dir, "config.yaml")
+    if not os.path.isfile(path):
+        parent = os.path.dirname(run_dir.rstrip("/")) or "."
+        siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
+        raise UserError(f"run={run_dir}: no run there, as it has no config.yaml.{closest_match(run_dir, siblings)}")
+    try:
+        former = OmegaConf.load(path)
+        if not isinstance(former, DictConfig):
+            raise ValueError("it holds no keys")
+    except Exception as error:  # of the YAML library, whatever it is
+        raise UserError(f"{path}: can't read it: {' '.join(str(error).split())[:300]}") from error
+    parser = OverridesParser.create()
+    given = [parser.parse_override(word).key_or_group for word in HydraConfig.get().overrides.task]
+    result = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # keys that are newer than the run
+    with open_dict(result):
+        for key, value in OmegaConf.to_container(former, resolve=False).items():
+            result[key] = value
+        for key in given:
+            if key not in OWN_KEYS:
+                OmegaConf.update(result, key, OmegaConf.select(config, key, throw_on_missing=True), merge=False)
+        result.local_run_dir = run_dir
+    OmegaConf.resolve(result)
+    return result
+
+
+def make_options(own: dict) -> Options:
+    """Raises: UserError if a checkpoint isn't there or is damaged, or a file can't be written."""
+    run_dir, asked = own["run"], own["checkpoint"]
+    names = list(asked) if OmegaConf.is_list(asked) or isinstance(asked, list) else [asked]
+    checkpoints: list[str | None] = [None]
+    if run_dir is None:
+        if asked != "LATEST":
+            raise UserError(f"checkpoint={asked}: of which run? Give run=DIR, or the weights by model.archive")
+    else:
+        there = [name for name in os.listdir(run_dir) if name == "LATEST" or name.startswith(("step-", "BEST"))]
+        there = [name for name in there if os.path.exists(os.path.join(run_dir, name, "state.json"))]
+        if names == ["all"]:
+            names = [name for name in there if not os.path.islink(os.path.join(run_dir, name))]
+            names.sort(key=lambda name: read_state_json(os.path.join(run_dir, name))["examples"])
+        checkpoints = [_checked_checkpoint(str(run_dir), str(name), sorted(there)) for name in names]
+        if not checkpoints:
+            raise UserError(f"run={run_dir}: it has no checkpoint yet")
+    if own["rows"] is not None and len(checkpoints) > 1:
+        raise UserError(f"rows={own['rows']}: give one checkpoint at a time")
+    output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
+    for key, path in (("rows", own["rows"]), ("output", output)):
+        if path is not None and not os.access(os.path.dirname(os.path.abspath(str(path))), os.W_OK):
+            raise UserError(f"{key}={path}: can't write there; give a file in a directory that can be written")
+    return Options(run_dir and str(run_dir), checkpoints, own["rows"] and str(own["rows"]), output and str(output))
+
+
+def _checked_checkpoint(run_dir: str, name: str, there: list[str]) -> str:
+    path = os.path.join(run_dir, name)
+    if name not in there:
+        listed = f"; there are {', '.join(there)}" if there else "; there is none yet"
+        raise UserError(f"checkpoint={name}: {run_dir} has no such checkpoint{listed}")
+    if (reason := find_corruption(os.path.realpath(path))) is not None:
+        raise UserError(f"{path} can't be used: {reason}")
+    return path
+
+
+# ---- evaluating -----------------------------------------------------------------------------------------------------
+
+
+def evaluate_checkpoints(config: DictConfig, options: Options):
+    """Evaluate one checkpoint after the other, print what comes out, and write it."""
+    trainer = train.make_trainer(config, trains=False)
+    done = _former(options.output) if on_rank0() else {}
+    with trainer.stop:
+        trainer.precompute_reference()
+        for checkpoint in options.checkpoints:
+            if checkpoint is not None:
+                trainer.load_weights(checkpoint)
+            key = _key(config, checkpoint, trainer)
+            result = collectives.broadcast_object(done.get(key))
+            if result is None or options.rows is not None:
+                result = _evaluate(trainer, key, checkpoint, options)
+            else:
+                rank0_print(f"{checkpoint}: evaluated before, in {options.output}")
+            rank0_print(table(result))
+
+
+def _key(config: DictConfig, checkpoint: str | None, trainer) -> str:
+    """What decides an evaluation's figures."""
+    settings = ("datasets", "dataset_paths", "loss", "max_length", "max_prompt_length", "n_eval_examples", "seed",
+                "reference", "reference_model", "add_bos", "trainer", "truncation", "fields")  # fmt: skip
+    given = {name: OmegaConf.to_container(config)[name] for name in settings}
+    return json.dumps([checkpoint, trainer.state.examples, trainer.state.updates, given], sort_keys=True)
+
+
+def _former(output: str | None) -> dict[str, dict]:
+    """Evaluations that have been written before, by their keys."""
+    found = {}
+    if output is not None and os.path.exists(output):
+        with open(output, encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
+                    result = json.loads(line)
+                    found[result["key"]] = result
+    return found
+
+
+def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> dict:
+    all_metrics, indices = trainer.evaluate_examples()
+    metrics = trainer.mean_metrics(all_metrics)
+    rows = _gathered(trainer, all_metrics, indices)
+    if not on_rank0():
+        return {}
+    places = trainer.eval_iterator.places()
+    groups = {f"dataset {name}": [i for i in rows if places[i][0].dataset == name] for name in
+              dict.fromkeys(prompt.dataset for prompt, _ in places)}  # fmt: skip
+    groups |= _length_buckets(rows)
+    result = {
+        "key": key,
+        "checkpoint": checkpoint,
+        "examples": trainer.state.examples,
+        "updates": trainer.state.updates,
+        "n_eval_examples": len(rows),
+        "metrics": {**metrics, **{f"{name}_ci95": _interval([row[name] for row in rows.values()])
+                                  for name in next(iter(rows.values()))}},
+        "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
+    }  # fmt: skip
+    if options.rows is not None:
+        _write_rows(options.rows, rows, places)
+    if options.output is not None:
+        _append(options.output, result)
+    return result
+
+
+def _gathered(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int, dict[str, float]]:
+    """All workers' metrics of each example, by its number."""
+    rows, start = {}, 0
+    for metrics in all_metrics:
+        columns = {name: values.double().tolist() for name, values in metrics.items()}
+        count = len(next(iter(columns.values())))
+        for offset in range(count):
+            rows[indices[start + offset]] = {name: values[offset] for name, values in columns.items()}
+        start += count
+    for part in collectives.all_gather_object(rows) if trainer.is_sharded else []:
+        rows |= part
+    return dict(sorted(rows.items()))
+
+
+def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
+    """Examples by the tokens of their chosen response, in quarters."""
+    lengths = {i: row["lengths_eval/chosen"] for i, row in rows.items()}
+    edges = np.quantile(list(lengths.values()), np.linspace(0, 1, _N_BUCKETS + 1), method="higher")
+    buckets: dict[str, list[int]] = {}
+    for low, high in itertools.pairwise(edges):
+        is_last = high == edges[-1]
+        members = [i for i, n in lengths.items() if low <= n and (n < high or (is_last and n <= high))]
+        buckets[f"chosen of {int(low)} to {int(high) if is_last else int(high) - 1} tokens"] = members
+    return buckets
+
+
+def _standard_error(values: list[float]) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _interval(values: list[float]) -> list[float]:
+    """95 % confidence interval of the mean: Wilson's where values are 0 or 1, else by the normal approximation."""
+    mean, error, n = float(np.mean(values)), _standard_error(values), len(values)
+    if set(values) <= {0.0, 1.0}:
+        center, width = mean + _Z**2 / (2 * n), _Z * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
+        return [(center + sign * width) / (1 + _Z**2 / n) for sign in (-1, 1)]
+    return [mean - _Z * error, mean + _Z * error]
+
+
+def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
+    figures: dict[str, object] = {"n": len(rows)}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        figures |= {name: float(np.mean(values)), f"{name}_se": _standard_error(values)}
+    return figures
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def table(result: dict) -> str:
+    """Means and 95 % intervals of all examples, and means of groups of them."""
+    if not result:
+        return ""
+    names = [name for name in _IN_TABLE if name in result["metrics"]]
+    where = result["checkpoint"] or "the model as it is loaded"
+    lines = [f"\n{where}, after {result['examples']} examples; {result['n_eval_examples']} evaluation examples"]
+    for name in names:
+        low, high = result["metrics"][f"{name}_ci95"]
+        lines.append(f"  {name:<26}{result['metrics'][name]:>10.4f}   95 % {low:.4f} to {high:.4f}")
+    width = max(map(len, result["groups"]))
+    lines.append(
+        f"  {'':<{width}}{'n':>7}"
+        + "".join(
+            f"{name.replace('rewards_eval/', '').replace('_eval', '').replace('/eval', ''):>14}" for name in names
+        )
+    )
+    for group, figures in result["groups"].items():
+        cells = "".join(f"{figures[name]:>14.4f}" for name in names)
+        lines.append(f"  {group:<{width}}{figures['n']:>7}{cells}")
+    return "\n".join(lines)
+
+
+def _append(path: str, result: dict):
+    """Add a line to a file; one that a crash has cut off is closed first."""
+    with open(path, "a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(result).encode() + b"\n")
+    rank0_print(f"Written to {path}")
+
+
+def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list):
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        for index, metrics in rows.items():
+            prompt, pair = places[index]
+            texts = {"prompt": prompt.text}
+            if prompt.pairs:
+                texts |= dict(
+                    zip(("chosen", "rejected"), (prompt.responses[i] for i in prompt.pairs[pair]), strict=True)
+                )
+            else:
+                texts["chosen"] = prompt.sft_target
+            row = prompt.rows[pair] if pair < len(prompt.rows) else None
+            line = {"index": index, "dataset": prompt.dataset, "row": row, **texts, **metrics}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(f"{path}.partial", path)
+    rank0_print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    train.main(run, "evaluate")

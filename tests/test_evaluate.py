@@ -1,0 +1,162 @@
+"""`evaluate.py`: the figures of training's own evaluation, of any checkpoint, and more about them."""
+
+import json
+import math
+import os
+
+import pytest
+from conftest import REPOSITORY, read_jsonl
+from test_resume import SMALL
+
+EVALUATE = REPOSITORY / "evaluate.py"
+RUN = [*SMALL, "datasets=[toy]", "n_examples=16", "loss=dpo", "sample_during_eval=false", "n_eval_examples=12"]
+KINDS = {
+    "dpo": [],
+    "lora": ["lora={r:4}"],
+    "precomputed": ["precompute_ref_log_probs=true"],
+    "a moving reference": ["reference_update_every=2", "reference_update_alpha=0.5"],
+    "kto": ["loss=kto"],
+    "sft": ["loss=sft"],
+    "FSDP": ["trainer=FSDPTrainer"],
+    "TP": ["trainer=TensorParallelTrainer"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(launcher, tmp_path_factory):
+    """A function that trains a run of a kind, once, and returns its directory."""
+    directories = {}
+
+    def train(kind: str):
+        if kind not in directories:
+            run_dir = tmp_path_factory.mktemp("runs") / kind.replace(" ", "_")
+            n_workers = 2 if "trainer" in str(KINDS[kind]) else 1
+            code = launcher.run(*RUN, *KINDS[kind], f"local_run_dir={run_dir}", n_workers=n_workers)
+            assert code == 0, launcher.output
+            directories[kind] = run_dir
+        return directories[kind]
+
+    return train
+
+
+def evaluate(launcher, *overrides, n_workers: int = 1) -> str:
+    code = launcher.run(*overrides, script=EVALUATE, n_workers=n_workers)
+    assert code == 0, launcher.output
+    return launcher.output
+
+
+def figures(line: dict) -> dict:
+    return {key: value for key, value in line.items() if "eval" in key and not key.endswith("_ci95")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_figures_of_the_last_checkpoint_are_those_of_the_last_evaluation(kind, launcher, trained):
+    run_dir = trained(kind)
+    output = evaluate(launcher, f"run={run_dir}", n_workers=2 if "trainer" in str(KINDS[kind]) else 1)
+    last = [line for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "eval"][-1]
+    result = read_jsonl(run_dir / "evaluations.jsonl")[-1]
+    assert figures(result["metrics"]) == figures(last)
+    assert (result["examples"], result["updates"]) == (16, 4)
+    assert f"{last['loss/eval']:.4f}" in output
+
+
+def test_workers_give_one_process_s_figures(launcher, trained):
+    run_dir = trained("dpo")
+    expected = [line for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "eval"][-1]
+    for trainer in ("FSDPTrainer", "TensorParallelTrainer"):
+        output = run_dir / f"{trainer}.jsonl"
+        evaluate(launcher, f"run={run_dir}", f"trainer={trainer}", f"output={output}", n_workers=2)
+        (result,) = read_jsonl(output)
+        for key, value in figures(expected).items():
+            assert result["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+        assert result["n_eval_examples"] == 12
+
+
+def test_rows_and_groups_add_up_to_the_means(launcher, trained):
+    run_dir = trained("dpo")
+    evaluate(launcher, f"run={run_dir}", f"rows={run_dir}/rows.jsonl", f"output={run_dir}/o", "n_eval_examples=40")
+    rows, result = read_jsonl(run_dir / "rows.jsonl"), read_jsonl(run_dir / "o")[-1]
+    assert [row["index"] for row in rows] == list(range(40))
+    assert all(row["dataset"] == "toy" and row["prompt"].endswith("Assistant:") for row in rows)
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+    losses = [row["loss/eval"] for row in rows]
+    mean = sum(losses) / 40
+    assert result["metrics"]["loss/eval"] == pytest.approx(mean, rel=1e-6)
+    error = math.sqrt(sum((x - mean) ** 2 for x in losses) / 39 / 40)
+    low, high = result["metrics"]["loss/eval_ci95"]
+    assert (low, high) == pytest.approx((mean - 1.959964 * error, mean + 1.959964 * error))
+    assert result["metrics"]["loss/eval_se"] == pytest.approx(error, rel=1e-4)
+    # -log σ(margin), the margin being β times the log-ratios' difference
+    for row in rows:
+        assert row["loss/eval"] == pytest.approx(math.log1p(math.exp(-row["rewards_eval/margins"])), rel=1e-4)
+    buckets = [group for name, group in result["groups"].items() if "tokens" in name]
+    assert sum(group["n"] for group in buckets) == 40
+    assert result["groups"]["dataset toy"]["loss/eval"] == pytest.approx(mean)
+
+
+def test_the_interval_of_an_accuracy_is_wilson_s():
+    from evaluate import _interval
+
+    # 8 of 10; worked out from the formula (0.8 + z²/20 ± z √(0.016 + z²/400)) / (1 + z²/10)
+    assert _interval([1.0] * 8 + [0.0] * 2) == pytest.approx([0.490162, 0.943318], abs=1e-5)
+    low, high = _interval([1.0] * 10)
+    assert 0.7 < low < high == pytest.approx(1.0)
+
+
+def test_all_checkpoints_make_a_curve_and_none_is_done_twice(launcher, trained):
+    run_dir = trained("lora")
+    output = run_dir / "curve.jsonl"
+    evaluate(launcher, f"run={run_dir}", "checkpoint=[step-8]", f"output={output}")
+    assert "evaluated before" in evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}")
+    assert [result["examples"] for result in read_jsonl(output)] == [8, 16]
+    evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}", "n_eval_examples=null")
+    assert [result["n_eval_examples"] for result in read_jsonl(output)] == [12, 12, 512, 512]
+
+
+def test_a_model_without_a_run(launcher, trained, tmp_path):
+    run_dir = trained("dpo")
+    evaluate(launcher, *RUN, f"model.archive={run_dir}/LATEST",              f"reference_model.archive={run_dir}/step-8", f"output={tmp_path}/o")  # fmt: skip
+    (result,) = read_jsonl(tmp_path / "o")
+    assert result["checkpoint"] is None
+    assert result["metrics"]["rewards_eval/margins"] != 0
+
+
+def test_other_data_that_is_too_small_to_train_on(launcher, trained, tmp_path):
+    rows = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(3)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = evaluate(launcher, f"run={trained('dpo')}", f"datasets=[{tmp_path}/mine.jsonl]", "n_eval_examples=null")
+    assert "1 evaluation examples" in output
+
+
+BAD = {
+    "no run": (["run=nowhere"], "run=nowhere: no run there"),
+    "no checkpoint": (["run={run}", "checkpoint=step-7"], "has no such checkpoint; there are LATEST"),
+    "a checkpoint of nothing": (["checkpoint=step-8", *RUN], "checkpoint=step-8: of which run?"),
+    "rows of several": (["run={run}", "checkpoint=[step-8,LATEST]", "rows=r"], "give one checkpoint at a time"),
+    "nowhere to write": (["run={run}", "output=/nowhere/o"], "output=/nowhere/o: can't write there"),
+    "an unknown key": (["run={run}", "beta=1"], "no config key 'beta'"),
+    "a sweep": (["-m", "run={run}", "seed=1,2"], "-m sweeps over train.py alone"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_can_t_be_evaluated_is_told_before_a_model_is_loaded(name, launcher, trained):
+    overrides, message = BAD[name]
+    run_dir = trained("dpo")
+    before = sorted(os.listdir(run_dir))
+    code = launcher.run(*(word.replace("{run}", str(run_dir)) for word in overrides), script=EVALUATE)
+    assert code == 1, launcher.output
+    assert message in launcher.output
+    assert "Traceback" not in launcher.output
+    assert "building policy" not in launcher.output
+    assert sorted(os.listdir(run_dir)) == before
+
+
+def test_a_damaged_checkpoint_is_refused(launcher, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained("sft"), tmp_path / "run")
+    with open(tmp_path / "run/LATEST/policy.pt", "r+b") as file:
+        file.truncate(1000)
+    assert launcher.run(f"run={tmp_path}/run", script=EVALUATE) == 1
+    assert "LATEST can't be used" in launcher.output
