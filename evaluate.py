@@ -37,17 +37,8 @@ class Options:
 
 def run(config: DictConfig):
     """Check what is asked for, then evaluate: in this process, in several that it starts, or as one of a launcher's."""
-    own = {key: OmegaConf.select(config, key) for key in OWN_KEYS}
-    with open_dict(config):
-        for key in OWN_KEYS:
-            del config[key]
-    if own["run"] is not None:
-        config = config_of_run(config, str(own["run"]))
-    else:
-        OmegaConf.to_container(config, resolve=True)
-        OmegaConf.resolve(config)
-    for key, value in {"resume": None, "save_optimizer": False, "wandb.enabled": False, "debug": False}.items():
-        OmegaConf.update(config, key, value)
+    own = {key: OmegaConf.to_container(config)[key] for key in OWN_KEYS}
+    config = config_without(config, own)
     with contextlib.ExitStack() as stack:
         train.enter_process_group(config, stack)
         prepared = _prepared(config, own) if on_rank0() else None
@@ -60,7 +51,25 @@ def _prepared(config: DictConfig, own: dict) -> tuple[DictConfig, Options]:
     return config, make_options(own)
 
 
-def config_of_run(config: DictConfig, run_dir: str) -> DictConfig:
+def config_without(config: DictConfig, own: dict) -> DictConfig:
+    """The config of training beneath one that has keys of its own, the run's where `run` is among them.
+
+    Raises: UserError if there is no such run, or its config can't be read.
+    """
+    with open_dict(config):
+        for key in own:
+            del config[key]
+    if own["run"] is not None:
+        config = _config_of_run(config, str(own["run"]), own)
+    else:
+        OmegaConf.to_container(config, resolve=True)
+        OmegaConf.resolve(config)
+    for key, value in {"resume": None, "save_optimizer": False, "wandb.enabled": False, "debug": False}.items():
+        OmegaConf.update(config, key, value)
+    return config
+
+
+def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
     """The config of a run, with what the command line gives in place of what is there.
 
     Args:
@@ -86,7 +95,7 @@ def config_of_run(config: DictConfig, run_dir: str) -> DictConfig:
         for key, value in OmegaConf.to_container(former, resolve=False).items():
             result[key] = value
         for key in given:
-            if key not in OWN_KEYS:
+            if key not in own:
                 OmegaConf.update(result, key, OmegaConf.select(config, key, throw_on_missing=True), merge=False)
         result.local_run_dir = run_dir
     OmegaConf.resolve(result)
@@ -95,28 +104,41 @@ def config_of_run(config: DictConfig, run_dir: str) -> DictConfig:
 
 def make_options(own: dict) -> Options:
     """Raises: UserError if a checkpoint isn't there or is damaged, or a file can't be written."""
-    run_dir, asked = own["run"], own["checkpoint"]
-    names = list(asked) if OmegaConf.is_list(asked) or isinstance(asked, list) else [asked]
-    checkpoints: list[str | None] = [None]
-    if run_dir is None:
-        if asked != "LATEST":
-            raise UserError(f"checkpoint={asked}: of which run? Give run=DIR, or the weights by model.archive")
-    else:
-        there = [name for name in os.listdir(run_dir) if name == "LATEST" or name.startswith(("step-", "BEST"))]
-        there = [name for name in there if os.path.exists(os.path.join(run_dir, name, "state.json"))]
-        if names == ["all"]:
-            names = [name for name in there if not os.path.islink(os.path.join(run_dir, name))]
-            names.sort(key=lambda name: read_state_json(os.path.join(run_dir, name))["examples"])
-        checkpoints = [_checked_checkpoint(str(run_dir), str(name), sorted(there)) for name in names]
-        if not checkpoints:
-            raise UserError(f"run={run_dir}: it has no checkpoint yet")
+    run_dir, checkpoints = own["run"], find_checkpoints(own["run"], own["checkpoint"])
     if own["rows"] is not None and len(checkpoints) > 1:
         raise UserError(f"rows={own['rows']}: give one checkpoint at a time")
     output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
     for key, path in (("rows", own["rows"]), ("output", output)):
-        if path is not None and not os.access(os.path.dirname(os.path.abspath(str(path))), os.W_OK):
-            raise UserError(f"{key}={path}: can't write there; give a file in a directory that can be written")
+        check_can_be_written(key, path)
     return Options(run_dir and str(run_dir), checkpoints, own["rows"] and str(own["rows"]), output and str(output))
+
+
+def check_can_be_written(key: str, path: str | None):
+    """Raises: UserError if a file can't be written, in what the key gives."""
+    if path is not None and not os.access(os.path.dirname(os.path.abspath(str(path))), os.W_OK):
+        raise UserError(f"{key}={path}: can't write there; give a file in a directory that can be written")
+    if path is not None and os.path.isdir(str(path)):
+        raise UserError(f"{key}={path} is a directory; give a file")
+
+
+def find_checkpoints(run_dir: str | None, asked: str | list[str]) -> list[str | None]:
+    """The directories of a run's checkpoints that were asked for, by name or all; without a run, None alone.
+
+    Raises: UserError if one isn't there or is damaged.
+    """
+    if run_dir is None:
+        if asked != "LATEST":
+            raise UserError(f"checkpoint={asked}: of which run? Give run=DIR, or the weights by model.archive")
+        return [None]
+    names = [str(name) for name in (asked if isinstance(asked, list) else [asked])]
+    there = [name for name in os.listdir(run_dir) if name in ("LATEST", "BEST") or name.startswith("step-")]
+    there = [name for name in there if os.path.exists(os.path.join(run_dir, name, "state.json"))]
+    if names == ["all"]:
+        names = [name for name in there if not os.path.islink(os.path.join(run_dir, name))]
+        names.sort(key=lambda name: read_state_json(os.path.join(run_dir, name))["examples"])
+    if not names:
+        raise UserError(f"run={run_dir}: it has no checkpoint yet")
+    return [_checked_checkpoint(str(run_dir), name, sorted(there)) for name in names]
 
 
 def _checked_checkpoint(run_dir: str, name: str, there: list[str]) -> str:

@@ -39,7 +39,7 @@ from preference_datasets import open_batches
 from references import LogpsCache, Reference, make_reference, make_starting_reference, move_reference, open_cache
 from reporting.metrics import TIE, check_finite, kl_metrics, mean_metrics, response_metrics
 from reporting.run_log import RunLog
-from reporting.sampling import generate_scorable
+from reporting.sampling import end_tokens, generate_scorable
 from reporting.usage import Throughput
 from shared_prompt import choose_rows, padded_rows, response_logps, shared_rows
 from utils import (
@@ -460,6 +460,11 @@ class BasicTrainer:
         """Which examples count, (batch_size,): not those that fill up an evaluation batch for all workers."""
         index = batch.get("index", range(len(batch["prompt"])))
         return torch.tensor([i is not None for i in index], device=self.device)
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The ids that end a sample."""
+        return end_tokens(self.policy, self.tokenizer)
 
     @property
     def is_sharded(self) -> bool:

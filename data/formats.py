@@ -335,6 +335,22 @@ def _single(row: dict, prompt_field: str, completion: str) -> Example:
     return Example(_text(row, prompt_field, may_be_empty=True), [_text(row, completion)])
 
 
+def prompt_of(row: dict) -> Text:
+    """The prompt in a row of prompts: of a prompt's field, or messages.
+
+    Raises: BadExample if it has none.
+    """
+    name = next((name for name in (*_PROMPT, "messages") if row.get(name) is not None), None)
+    if name is None:
+        raise BadExample("missing field", f"it has no field {', '.join(_PROMPT)} or messages")
+    if isinstance(row[name], list):
+        messages = _message_list(row[name], name)
+        if messages[-1]["role"] == "assistant":
+            raise BadExample("no prompt", "its last turn is the assistant's; leave it out")
+        return messages
+    return _text(row, name)
+
+
 def _as_turn(text: str, role: str) -> list[dict]:
     return [{"role": role, "content": text}]
 

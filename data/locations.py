@@ -31,12 +31,15 @@ def is_location(name: str) -> bool:
     return bool(re.search(r"[/*?.~]", name)) or os.path.exists(name)
 
 
-def locate(given: str) -> Location:
+def locate(given: str, key: str = "datasets") -> Location:
     """Which files or which hub id a name means; nothing is read.
+
+    Args:
+        key: of the config that gives it, for messages.
 
     Raises: UserError if it is none of these, naming what is near it.
     """
-    path, where = os.path.expanduser(given), f"datasets=[{given}]"
+    path, where = os.path.expanduser(given), f"datasets=[{given}]" if key == "datasets" else f"{key}={given}"
     if os.path.isdir(path):
         return Location(given, path, files=reading.folder_files(path, where))
     if os.path.isfile(path):

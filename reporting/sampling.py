@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from utils import pad_to_length, unwrap_adapter
 
@@ -18,7 +18,13 @@ def generate(
 
 
 def generate_scorable(
-    model: nn.Module, tokenizer, batch: dict, max_length: int, stops: Callable[[], bool], synced: bool
+    model: nn.Module,
+    tokenizer,
+    batch: dict,
+    max_length: int,
+    stops: Callable[[], bool],
+    synced: bool,
+    processors: LogitsProcessorList | None = None,
 ) -> tuple[list[str], dict, torch.Tensor]:
     """A sample for each of the batch's prompts, prompt and response, from the model itself.
 
@@ -31,6 +37,7 @@ def generate_scorable(
         max_length: of prompt and response, in tokens.
         stops: asked at every token; if True the samples end there.
         synced: several workers gather the model for each token; those that are done go on with those that aren't.
+        processors: change the logits, of which the largest is taken then; None: tokens are drawn.
     """
     prompt_ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]  # (batch_size, longest prompt)
     is_empty = mask.sum(1) == 0
@@ -45,6 +52,8 @@ def generate_scorable(
             max_new_tokens=max_length - prompt_ids.shape[1],
             stopping_criteria=[lambda ids, _: ids.new_full(ids.shape[:1], stops(), dtype=torch.bool)],
             synced_gpus=synced,
+            do_sample=processors is None,
+            logits_processor=processors,
         )
     output = pad_to_length(output, max_length, tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)

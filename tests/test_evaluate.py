@@ -115,7 +115,8 @@ def test_all_checkpoints_make_a_curve_and_none_is_done_twice(launcher, trained):
 
 def test_a_model_without_a_run(launcher, trained, tmp_path):
     run_dir = trained("dpo")
-    evaluate(launcher, *RUN, f"model.archive={run_dir}/LATEST",              f"reference_model.archive={run_dir}/step-8", f"output={tmp_path}/o")  # fmt: skip
+    weights = [f"model.archive={run_dir}/LATEST", f"reference_model.archive={run_dir}/step-8"]
+    evaluate(launcher, *RUN, *weights, f"output={tmp_path}/o")
     (result,) = read_jsonl(tmp_path / "o")
     assert result["checkpoint"] is None
     assert result["metrics"]["rewards_eval/margins"] != 0

@@ -11,6 +11,7 @@ from conftest import REPOSITORY
 from distributed.strategies import STRATEGIES
 
 LEVELS = [  # modules and folders; each imports from those below it alone, a folder's modules one another, too
+    {"sample"},
     {"evaluate"},
     {"train", "checkpoints"},
     {"trainers"},

@@ -1,0 +1,161 @@
+"""`sample.py`: the same texts whatever is computed beside them, and nothing drawn twice or lost."""
+
+import json
+import signal
+
+import pytest
+import torch
+from conftest import REPOSITORY, read_jsonl
+from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
+from test_resume import wait_for
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sample import SeededDraws
+
+SAMPLE = REPOSITORY / "sample.py"
+PROMPTS = [f"\n\nHuman: say {'very ' * (n % 4)}much {n}\n\nAssistant:" for n in range(9)]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    return f"prompts={path}"
+
+
+def draw(launcher, *overrides, n_workers: int = 1) -> str:
+    code = launcher.run("max_new_tokens=8", *overrides, script=SAMPLE, n_workers=n_workers)
+    assert code == 0, launcher.output
+    return launcher.output
+
+
+def texts(path) -> list[tuple]:
+    return [(line["prompt_index"], line["sample"], line["response"]) for line in read_jsonl(path)]
+
+
+def test_draws_follow_the_softmax_and_depend_on_their_seed_alone():
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
+    n = 20_000
+    drawn = SeededDraws(list(range(n)))(None, logits.expand(n, 4)).argmax(1)
+    frequencies = drawn.bincount(minlength=4) / n
+    assert torch.allclose(frequencies, logits.softmax(0), atol=0.015)  # four standard errors
+    assert SeededDraws([7])(None, logits[None]).argmax(1) == drawn[7]
+
+
+def test_batch_size_and_workers_don_t_change_a_text(launcher, trained, prompts, tmp_path):  # noqa: F811
+    run_dir = trained("dpo")
+    ways = {
+        "one": (["eval_batch_size=1"], 1),
+        "four": (["eval_batch_size=4"], 1),
+        "FSDP": (["trainer=FSDPTrainer"], 2),
+        "TP": (["trainer=TensorParallelTrainer"], 2),
+    }
+    for name, (overrides, n_workers) in ways.items():
+        output = f"output={tmp_path}/{name}"
+        draw(launcher, f"run={run_dir}", prompts, "n=2", output, *overrides, n_workers=n_workers)
+    drawn = {name: read_jsonl(tmp_path / name) for name in ways}
+    assert {(line["prompt_index"], line["sample"]) for line in drawn["one"]} == {
+        (i, k) for i in range(9) for k in (0, 1)
+    }
+    assert len({line["response"] for line in drawn["one"]}) > 9
+    for name, lines in drawn.items():
+        assert texts(tmp_path / name) == texts(tmp_path / "one"), name
+        for line, expected in zip(lines, drawn["one"], strict=True):
+            for key in ("policy_logps", "reference_logps"):
+                assert line[key] == pytest.approx(expected[key], abs=1e-3), (name, key)
+
+
+def test_log_probabilities_are_those_of_the_model(launcher, trained, prompts, tmp_path):  # noqa: F811
+    run_dir = trained("dpo")
+    draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/o", "temperature=0.7", "top_k=50", "top_p=0.9")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "LATEST")
+    for line in read_jsonl(tmp_path / "o"):
+        prompt = tokenizer(line["prompt"], add_special_tokens=False)["input_ids"]
+        response = tokenizer(line["response"], add_special_tokens=False)["input_ids"]
+        if len(response) != line["n_tokens"] or tokenizer.decode(response) != line["response"]:
+            continue  # such a text has other tokens when it is read
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt + response])).logits[0, :-1].log_softmax(-1)
+        logps = logps[len(prompt) - 1 :].gather(1, torch.tensor(response)[:, None]).sum()
+        assert line["policy_logps"] == pytest.approx(logps.item(), abs=1e-3)
+
+
+def test_temperature_0_takes_the_likeliest_token(launcher, trained, prompts, tmp_path):  # noqa: F811
+    run_dir = trained("dpo")
+    draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/o", "temperature=0")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "LATEST")
+    line = next(line for line in read_jsonl(tmp_path / "o") if line["prompt_index"] == 4)
+    ids = tokenizer(PROMPTS[4], add_special_tokens=False, return_tensors="pt")["input_ids"]
+    for _ in range(8):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        if ids[0, -1] == tokenizer.eos_token_id:
+            break
+    n_prompt = len(tokenizer(PROMPTS[4], add_special_tokens=False)["input_ids"])
+    assert line["response"] == tokenizer.decode(ids[0, n_prompt:], skip_special_tokens=True)
+
+
+def test_what_was_interrupted_ends_as_the_same_file(launcher, trained, prompts, tmp_path):  # noqa: F811
+    run = [f"run={trained('dpo')}", prompts, "n=4", "max_new_tokens=24", "eval_batch_size=2"]
+    draw(launcher, *run, f"output={tmp_path}/whole")
+    launcher.start(*run, f"output={tmp_path}/cut", script=SAMPLE)
+    wait_for(launcher, "building policy")
+    while not (tmp_path / "cut").exists() or (tmp_path / "cut").stat().st_size < 600:
+        pass
+    launcher.kill(signal.SIGKILL)
+    launcher.wait()
+    with open(tmp_path / "cut", "a") as file:
+        file.write('{"settings": "cut o')
+    n_before = len((tmp_path / "cut").read_text().splitlines()) - 1
+    assert 0 < n_before < 36
+    assert f"{36 - n_before} samples drawn, {n_before} were there" in draw(launcher, *run, f"output={tmp_path}/cut")
+    assert texts(tmp_path / "cut") == texts(tmp_path / "whole")
+    assert "0 samples drawn, 36 were there" in draw(launcher, *run, f"output={tmp_path}/cut")
+    code = launcher.run(*run, "temperature=0.5", f"output={tmp_path}/cut", script=SAMPLE)
+    assert code == 1
+    assert "samples drawn under other settings" in launcher.output
+
+
+def test_messages_several_checkpoints_and_alpaca_eval(launcher, trained, tmp_path):  # noqa: F811
+    rows = [{"messages": [{"role": "user", "content": f"say {n}"}]} for n in range(2)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_dir = trained("lora")
+    template = f"chat_template={REPOSITORY}/assets/human_assistant.jinja"
+    draw(launcher, f"run={run_dir}", f"prompts={tmp_path}/m.jsonl", template, "checkpoint=all")
+    drawn = {name: read_jsonl(run_dir / f"samples_{name}.jsonl") for name in ("step-8", "LATEST")}
+    assert [line["prompt"] for line in drawn["LATEST"]] == [row["messages"] for row in rows]
+    assert drawn["step-8"] != drawn["LATEST"]
+    draw(launcher, f"run={run_dir}", f"prompts={tmp_path}/m.jsonl", template, f"alpaca_eval={tmp_path}/a.json")
+    entries = json.loads((tmp_path / "a.json").read_text())
+    assert [set(entry) for entry in entries] == [{"instruction", "output", "generator"}] * 2
+    assert [entry["output"] for entry in entries] == [line["response"] for line in drawn["LATEST"]]
+
+
+BAD = {
+    "no prompts": (["run={run}", "prompts=nowhere.jsonl"], "prompts=nowhere.jsonl: there is no such file"),
+    "a negative temperature": (["run={run}", "temperature=-1"], "temperature=-1: must be 0 to 1e+06"),
+    "a top_p of nothing": (["run={run}", "top_p=0"], "top_p=0: must be"),
+    "half a sample": (["run={run}", "n=0.5"], "n=0.5: expected a whole number"),
+    "nowhere to write": (RUN, "output: name the file"),
+    "one file for several": (["run={run}", "checkpoint=all", "output=o"], "give one checkpoint at a time"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_can_t_be_drawn_is_told_before_a_model_is_loaded(name, launcher, trained):  # noqa: F811
+    overrides, message = BAD[name]
+    run_dir = trained("dpo")
+    code = launcher.run(*(word.replace("{run}", str(run_dir)) for word in overrides), script=SAMPLE)
+    assert code == 1, launcher.output
+    assert message in launcher.output
+    assert "Traceback" not in launcher.output
+    assert "building policy" not in launcher.output
+
+
+def test_rows_without_a_prompt_are_named(launcher, trained, tmp_path):  # noqa: F811
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    code = launcher.run(f"run={trained('dpo')}", f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o", script=SAMPLE)
+    assert code == 1
+    assert "row 1: field 'prompt' is an empty text" in launcher.output
