@@ -4,6 +4,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -307,6 +308,7 @@ class Sweep:
         if self.log is None:
             return
         rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}")
+        rank0_print(f"\nTo compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
         if not self.complete:
             command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
             rank0_print(f"To go on with what is not complete: {command}", file=sys.stderr)

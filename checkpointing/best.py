@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from checkpointing.checkpoints import point_to
 from checkpointing.train_state import TrainState
-from reporting.metric_names import larger_is_better
+from reporting.runs import larger_is_better
 from utils import UserError, rank0_print
 
 LINK = "BEST"  # beside LATEST

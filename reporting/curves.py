@@ -37,8 +37,8 @@ def smoothed(values: list[float], window: int) -> list[float]:
 
 
 def window_of(n: int) -> int:
-    """Over how many steps `n` values are smoothed: a fortieth of them."""
-    return max(1, n // 40)
+    """Over how many steps `n` values are smoothed: a 25th of them."""
+    return max(1, n // 25)
 
 
 def draw(runs: list[Run], path: str):
@@ -103,7 +103,14 @@ def _draw_panel(axis, panel: tuple, runs: list[Run]):
                 x, y = zip(*points, strict=True)
                 if key != "lr":
                     axis.plot(x, y, style, color=color, alpha=0.2, linewidth=0.7)
-                axis.plot(x, smoothed(y, 1 if key == "lr" else window_of(len(y))), style, color=color, linewidth=1.1)
+                axis.plot(
+                    x,
+                    smoothed(y, 1 if key == "lr" else window_of(len(y))),
+                    style,
+                    color=color,
+                    alpha=0.7,
+                    linewidth=1.1,
+                )
             if points := _series(run, key, "eval"):
                 x, y = zip(*points, strict=True)
                 errors = {line["counters/examples"]: 2 * line.get(f"{key.format('eval')}_se", 0) for line in run.eval}

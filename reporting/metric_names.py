@@ -1,4 +1,4 @@
-"""The names of what an evaluation measures, and in which direction each is better."""
+"""The names of what an evaluation measures."""
 
 from omegaconf import DictConfig
 
@@ -18,9 +18,3 @@ def evaluation_metrics(loss: Loss, config: DictConfig) -> list[str]:
         if config.sample_during_eval and config.n_eval_model_samples > 0:
             names += ["kl_eval/per_response", "kl_eval/per_token"]
     return names + [f"{name}/{side}" for name in of_sides for side in sides]
-
-
-def larger_is_better(metric: str) -> bool:
-    """Whether a metric should rise: accuracies, margins and what is of chosen responses; not losses, likelihoods per
-    token, divergences, ties, lengths, and what is of rejected ones."""
-    return not metric.startswith(("loss/", "nll_", "kl_", "lengths_")) and not metric.endswith(("/rejected", "/ties"))

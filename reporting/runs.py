@@ -105,3 +105,9 @@ def shown(value: object) -> str:
     """A config's value as it is typed; of a long path only its end."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 40 else f"…{text[-39:]}"
+
+
+def larger_is_better(metric: str) -> bool:
+    """Whether a metric should rise: accuracies, margins and what is of chosen responses; not losses, likelihoods per
+    token, divergences, ties, lengths, and what is of rejected ones."""
+    return not metric.startswith(("loss/", "nll_", "kl_", "lengths_")) and not metric.endswith(("/rejected", "/ties"))
