@@ -44,9 +44,9 @@ def warning(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """At most 6 characters, 7 with a minus sign: 0.6931, 12.346, 1234.6, 1.2e+07, 3e-05."""
+    """At most 6 characters, 7 with a minus sign: 0.6931, 12.346, 1234.6, 1e+07, 3e-05."""
     if value != 0 and (abs(value) < 5e-4 or abs(value) >= 1e6):
-        return f"{value:.0e}" if abs(value) < 1 else f"{value:.1e}"
+        return f"{value:.0e}"
     n_digits = len(str(int(abs(value))))
     return f"{value:.{min(max(5 - n_digits, 0), 4)}f}"
 
