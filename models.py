@@ -182,6 +182,19 @@ def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str
     return reference_model
 
 
+def check_tokenizer_fits(policy: nn.Module, tokenizer, config: DictConfig):
+    """Raises UserError if the tokenizer has more tokens than the model, or `max_length` is more than its positions."""
+    n_embeddings = policy.get_input_embeddings().num_embeddings
+    if len(tokenizer) > n_embeddings:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {n_embeddings}: "
+            "model.tokenizer_name_or_path is not this model's"
+        )
+    n_positions = getattr(policy.config, "max_position_embeddings", None)
+    if n_positions is not None and config.max_length > n_positions:
+        raise UserError(f"max_length={config.max_length}: the model has only {n_positions} positions")
+
+
 def check_reference_fits(
     reference_model: nn.Module, policy: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, config: DictConfig
 ):

@@ -4,9 +4,11 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,12 +37,12 @@ from checkpointing.resume import (
 )
 from configuration.checks import check_config
 from configuration.explanations import explain_flags, explain_hydra_error
-from configuration.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY
+from configuration.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, changed_keys
 from distributed import collectives, environment, launch
 from distributed.strategies import STRATEGIES
 from losses import LOSSES
 from preference_datasets import DATASETS, ROWS, chosen_datasets, open_batches
-from reporting.output import keep_output_going
+from reporting.output import keep_output_going, quiet_libraries
 from reporting.sweeps import SweepLog, in_sweep, job_name, job_overrides
 from utils import UserError, get_local_dir, get_local_run_dir, on_rank0, rank0_print
 
@@ -145,7 +147,8 @@ def prepare(
     checkpoint, files = find_checkpoint(config), fingerprints.file_fingerprints(config)
     if config.resume is not None:
         check_same_run(config, checkpoint, files, reference_dtype_given)
-    print(OmegaConf.to_yaml(config))
+    changed = OmegaConf.to_yaml(OmegaConf.create(changed_keys(config)))
+    print(f"Config, where it isn't the default (all of it will be in config.yaml):\n{textwrap.indent(changed, '  ')}")
     return checkpoint, checkpoint is not None and is_complete(config, checkpoint), files
 
 
@@ -175,6 +178,7 @@ def make_trainer(config: DictConfig, trains: bool = True):
     from data import hub
     from models import allow_own_code, load_policy, load_reference
 
+    quiet_libraries()
     hub.use_cache_if_unreachable(hub_names(config))
     allow_own_code(config)
     trainer_class = getattr(trainers, config.trainer)
@@ -356,6 +360,7 @@ class Sweep:
         if self.log is None:
             return
         rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}")
+        rank0_print(f"\nTo compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
         if not self.complete:
             command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
             rank0_print(f"To go on with what is not complete: {command}", file=sys.stderr)

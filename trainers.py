@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from tqdm import tqdm
 
+from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
     load_model_state,
@@ -24,6 +24,7 @@ from checkpointing.train_state import (
     TrainState,
     get_rng_state,
     load_optimizer_state,
+    restore_rng_state,
     seed_generators,
     set_rng_state,
 )
@@ -33,20 +34,20 @@ from distributed import collectives
 from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
 from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_lengths  # noqa: F401 (re-exported)
-from models import check_reference_fits, configured_dropout_rates, load_tokenizer
+from models import check_reference_fits, check_tokenizer_fits, configured_dropout_rates, load_tokenizer
 from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
 from references import LogpsCache, Reference, make_reference, make_starting_reference, move_reference, open_cache
 from reporting.metrics import TIE, check_finite, kl_metrics, mean_metrics, response_metrics
 from reporting.run_log import RunLog
 from reporting.sampling import end_tokens, generate_scorable
-from reporting.usage import Throughput
+from reporting.terminal import RunTable, passing_bar, progress_bar
+from reporting.usage import Throughput, n_parameters, parameters_in_words
 from shared_prompt import choose_rows, padded_rows, response_logps, shared_rows
 from utils import (
     UserError,
     concatenated_inputs,  # noqa: F401 (re-exported)
     get_block_class_from_model,
-    hides_progress,
     rank0_print,
     slice_and_move_batch_for_device,
     take,
@@ -103,27 +104,17 @@ class BasicTrainer:
 
         # for checkpoints; asked for now, as the hub may be out of reach by then
         self.dropout_rates = configured_dropout_rates(config) if rank == 0 else {}
-        self._check_fits_model()
+        check_tokenizer_fits(self.policy, self.tokenizer, config)
         self.make_rows, self.whole_logits = self.reference_rows = self._choose_rows(self.policy)
         self._set_up_reference(reference_model)
         if config.activation_checkpointing:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
         self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
+        rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
     # ---- setting up -------------------------------------------------------------------------------------------------
-
-    def _check_fits_model(self):
-        n_embeddings = self.policy.get_input_embeddings().num_embeddings
-        if len(self.tokenizer) > n_embeddings:
-            raise UserError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model embeds {n_embeddings}: "
-                "model.tokenizer_name_or_path is not this model's"
-            )
-        n_positions = getattr(self.policy.config, "max_position_embeddings", None)
-        if n_positions is not None and self.config.max_length > n_positions:
-            raise UserError(f"max_length={self.config.max_length}: the model has only {n_positions} positions")
 
     def _load_data(self, trains: bool):
         """Open the training batches and load all evaluation batches, of each this worker's shard."""
@@ -311,31 +302,31 @@ class BasicTrainer:
         """
         self.precompute_reference()
         seed_generators(self.seed + self.strategy.batch_shard[0])  # other samples for other prompts
-        self._set_rng_state(self.state.rng_states)
+        restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
-            self.run_log = RunLog(self.config, self.run_dir, self.state.log_bytes, self.state.wandb_run_id)
+            n_examples, epoch_size = self.train_iterator.n_examples, self.train_iterator.epoch_size
+            table = RunTable(n_examples, epoch_size, self.state.examples, self.state.metrics)
+            self.run_log = RunLog(self.config, self.run_dir, table, self.state.log_bytes, self.state.wandb_run_id)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
-        batches = self.train_iterator.batches(skip=n_done)
-        progress = tqdm(batches, "Training", n_batches, initial=n_done, unit="step", disable=hides_progress())
-        with self.run_log or contextlib.nullcontext():
+        bar = progress_bar(self.train_iterator.batches(skip=n_done), n_batches, n_done)
+        with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
             try:
-                for batch in progress:
+                for batch in bar:
                     self._evaluate_and_save_where_due()
+                    if best.is_over(self.state, self.config):
+                        best.say_why(self.state)
+                        break
                     self.log("train", self.train_step(batch))
+                    bar.set_postfix_str(self.run_log.recent if self.run_log else "", refresh=False)
                     self.stop.check()
                 if self.state.evaluated_at != self.state.examples:
                     self.evaluate_and_log()
+                    if best.is_here(self.state, self.config):
+                        self._save_step()
             except Stopped:
                 if self.state.saved_at != self.state.examples:
                     self.save()
                 raise
-
-    def _set_rng_state(self, states: list[dict]):
-        """Put the random generators where they were when a checkpoint was written, if there was this worker then."""
-        if states and len(states) != self.world_size:
-            rank0_print(f"WARNING: {len(states)} workers then, {self.world_size} now: samples will differ")
-        if self.rank < len(states):
-            set_rng_state(states[self.rank])
 
     def _evaluate_and_save_where_due(self):
         """Evaluate every `eval_every` examples, save every `save_every`; what has been done here is not done again."""
@@ -344,7 +335,7 @@ class BasicTrainer:
         saves = examples % (self.config.save_every or self.config.eval_every) == 0 and examples > 0
         if evaluates and self.state.evaluated_at != examples:
             self.evaluate_and_log()
-        if saves and self.state.saved_at != examples:
+        if (saves or best.is_here(self.state, self.config)) and self.state.saved_at != examples:
             self._save_step()
         self.stop.check()
 
@@ -406,7 +397,7 @@ class BasicTrainer:
 
     def mean_metrics(self, all_metrics: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Means of what `evaluate_examples` returns, over all workers."""
-        return mean_metrics(all_metrics, with_errors=True, n_copies=self.world_size // self.strategy.batch_shard[1])
+        return mean_metrics(all_metrics, self.eval_iterator.n_examples)
 
     def evaluate_examples(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """Metrics of each evaluation example of this worker, in microbatches, and the numbers of these examples.
@@ -415,7 +406,7 @@ class BasicTrainer:
         """
         self.policy.eval()
         all_metrics, indices = [], []
-        for batch in tqdm(self.eval_batches, "Computing eval metrics", leave=False, disable=hides_progress()):
+        for batch in passing_bar(self.eval_batches, "Evaluating"):
             self.stop.check()
             batch_metrics = []
             kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
@@ -436,7 +427,7 @@ class BasicTrainer:
         self.policy.eval()
         samples, logratios, n_samples = [], [], self.config.n_eval_model_samples
         n_batches = -(-n_samples // self.config.eval_batch_size)
-        for batch in tqdm(self.eval_batches[:n_batches], "Generating samples", leave=False, disable=hides_progress()):
+        for batch in passing_bar(self.eval_batches[:n_batches], "Sampling"):
             self.stop.check()
             asked = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
             batch = take(batch, torch.tensor(asked or [0]))  # a worker with none of them keeps the others company
@@ -513,6 +504,7 @@ class BasicTrainer:
             set_rng_state(rng_state)
             raise
         self.state.metrics, self.state.evaluated_at = metrics, self.state.examples
+        best.judge(self.state, self.config)
         self.log("eval", metrics, samples)
 
     # ---- output ---------------------------------------------------------------------------------------------------
@@ -555,14 +547,16 @@ class BasicTrainer:
 
     def _current_state(self) -> TrainState:
         """The train state with what others know of it: generators of all workers, logs, whether all is done."""
-        is_over = self.state.batches == self.train_iterator.n_batches
         return dataclasses.replace(
             self.state,
-            complete=is_over and self.state.evaluated_at == self.state.examples,
+            complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
             rng_states=collectives.all_gather_object(get_rng_state()),
             wandb_run_id=self.run_log.wandb_run_id if self.run_log else None,
             log_bytes=self.run_log.log_bytes() if self.run_log else {},
         )
+
+    def _is_over(self, state: TrainState) -> bool:
+        return state.batches == self.train_iterator.n_batches or best.is_over(state, self.config)
 
     def _save_step(self):
         """Write step-N, make it the LATEST, delete those that `keep_checkpoints` lets go."""
@@ -571,7 +565,8 @@ class BasicTrainer:
         self.save(os.path.join(self.run_dir, name))
         if not self.config.debug and self.rank == 0:
             point_latest(self.run_dir, name)
-            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples)
+            best_name = best.point_best(self.run_dir, self.state, self.config)
+            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples, best_name)
 
     def resume(self, checkpoint: str):
         """Stand where training stood when this checkpoint was written.
@@ -585,7 +580,7 @@ class BasicTrainer:
                 f"{checkpoint} has {state.batches} steps behind it, n_epochs={self.config.n_epochs} and "
                 f"n_examples={self.config.n_examples} ask for {n_batches} in all"
             )
-        state.complete = state.complete and state.batches == n_batches
+        state.complete = state.complete and self._is_over(state)
         rank0_print(f"Going on from {checkpoint}: {state.examples} examples, {state.updates} steps")
         self.load_weights(checkpoint)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)

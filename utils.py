@@ -8,6 +8,7 @@ from datetime import datetime
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -32,9 +33,10 @@ def on_rank0() -> bool:
 
 
 def rank0_print(*args, **kwargs):
-    """Print, but only on rank 0."""
+    """Print, but only on rank 0; a progress bar makes room."""
     if on_rank0():
-        print(*args, **kwargs, flush=True)
+        with tqdm.external_write_mode(kwargs.get("file")):
+            print(*args, **kwargs, flush=True)
 
 
 def hides_progress() -> bool | None:
@@ -104,11 +106,6 @@ def concatenated_inputs(batch: dict[str, list | torch.Tensor]) -> dict[str, torc
             [pad_to_length(batch[f"{side}_{kind}"], length, pad_value) for side in ("chosen", "rejected")]
         )
     return concatenated_batch
-
-
-def formatted_dict(values: dict) -> dict:
-    """The same dict with floats shortened to five digits, for printing."""
-    return {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in values.items()}
 
 
 def unwrap_adapter(model: nn.Module) -> nn.Module:

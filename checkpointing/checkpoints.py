@@ -109,18 +109,26 @@ def load_policy_state(directory: str, policy: nn.Module):
 
 def point_latest(run_dir: str, name: str):
     """Make LATEST a link to the checkpoint `name`."""
-    link = os.path.join(run_dir, f"LATEST.partial-{uuid.uuid4().hex[:8]}")
+    point_to(run_dir, "LATEST", name)
+
+
+def point_to(run_dir: str, link: str, name: str):
+    """Make `link` one to the checkpoint `name`."""
+    partial = os.path.join(run_dir, f"{link}.partial-{uuid.uuid4().hex[:8]}")
     try:
-        os.symlink(name, link)
-        replace_path(link, os.path.join(run_dir, "LATEST"))
+        os.symlink(name, partial)
+        replace_path(partial, os.path.join(run_dir, link))
     except OSError as error:
-        raise UserError(f"can't make {run_dir}/LATEST a link to {name}, which is whole: {error}") from error
+        raise UserError(f"can't make {run_dir}/{link} a link to {name}, which is whole: {error}") from error
 
 
-def delete_oldest(run_dir: str, n_kept: int | None, examples: int):
-    """Of the step-N checkpoints with N up to `examples`, delete all but the last `n_kept`; null keeps all."""
+def delete_oldest(run_dir: str, n_kept: int | None, examples: int, best: str | None = None):
+    """Of the step-N checkpoints with N up to `examples`, delete all but the last `n_kept` and `best`; null
+    keeps all."""
     steps = [int(name[5:]) for name in os.listdir(run_dir) if name.startswith("step-") and name[5:].isdecimal()]
     for step in sorted(step for step in steps if step <= examples)[: -n_kept if n_kept else 0]:
+        if f"step-{step}" == best:
+            continue
         doomed = os.path.join(run_dir, f"step-{step}")
         os.rename(doomed, f"{doomed}.partial-deleted")  # it goes all at once, too
         shutil.rmtree(f"{doomed}.partial-deleted", ignore_errors=True)

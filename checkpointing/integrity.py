@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from utils import UserError
 
 CHECKSUMS = "SHA256SUMS"  # `sha256sum -c` reads it
-_CHECKPOINT = r"(?:step-[0-9]+|LATEST)"  # the names of a run's checkpoints
+_CHECKPOINT = r"(?:step-[0-9]+|LATEST|BEST)"  # the names of a run's checkpoints
 _INTERRUPTED = re.compile(  # and those that they, or config.yaml, have while they are written, replaced or deleted
     rf"{_CHECKPOINT}\.partial-[0-9a-f]{{8}}|step-[0-9]+\.partial-deleted|config\.yaml\.partial-new"
 )

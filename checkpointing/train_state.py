@@ -33,6 +33,9 @@ class TrainState:
     evaluated_at: int | None = None  # `examples` at the last evaluation
     saved_at: int | None = None  # `examples` at the last step-N
     complete: bool = False  # trained to the end, and evaluated there
+    best: dict[str, float] = field(default_factory=dict)  # the best value so far of the metric that `keep_best` names
+    best_at: int | None = None  # `examples` there
+    worse: int = 0  # evaluations since
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file
@@ -58,7 +61,7 @@ class TrainState:
         saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "rng.pt")
         names = [f.name for f in dataclasses.fields(cls) if f.name != "rng_states"]
         try:
-            state = cls(**{name: saved.get(name, {}) if name == "inputs" else saved[name] for name in names})
+            state = cls(**{name: saved[name] for name in names if name in saved or name not in _ADDED})
         except KeyError as error:
             raise UserError(f"{checkpoint}: its train state lacks {error}: another program wrote it") from error
         try:
@@ -71,6 +74,7 @@ class TrainState:
         return state
 
 
+_ADDED = ("inputs", "best", "best_at", "worse")  # fields that earlier versions didn't write
 # what comes of content that has another form than it should
 _MISUSED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 
@@ -139,6 +143,17 @@ def get_rng_state() -> dict:
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
     }
+
+
+def restore_rng_state(states: list[dict], rank: int, world_size: int):
+    """Put this worker's random generators where they were when a checkpoint was written, if there was this worker then.
+
+    `states`: of each worker of then.
+    """
+    if states and len(states) != world_size:
+        rank0_print(f"WARNING: {len(states)} workers then, {world_size} now: samples will differ")
+    if rank < len(states):
+        set_rng_state(states[rank])
 
 
 def set_rng_state(state: dict):

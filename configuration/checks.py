@@ -19,6 +19,7 @@ from distributed import environment
 from distributed.strategies import STRATEGIES
 from losses import LOSSES, needs_reference
 from optimization import check_schedule
+from reporting.metric_names import evaluation_metrics
 from utils import UserError, closest_match, get_local_dir
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -31,6 +32,7 @@ _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
     "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
+    "stop_when_worse",
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
 _HIGHEST = {
@@ -41,8 +43,12 @@ _HIGHEST = {
 _MAY_BE_NULL = ("n_epochs", "n_examples", "n_eval_examples")
 # of keys whose default is null; the others are strings
 _TYPES_OF_NULL = dict.fromkeys(
-    ("n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every"), int
-)
+    (
+        "n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every",
+        "stop_when_worse",
+    ),
+    int,
+)  # fmt: skip
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 
 
@@ -81,6 +87,7 @@ def check_config(config: DictConfig):
     _check_lengths_and_batches(config)
     _check_workers(config)
     _check_reference(config)
+    _check_best(config)
     _check_files(config)
 
 
@@ -424,7 +431,18 @@ def _check_moving_reference(config: DictConfig):
         raise UserError(f"reference_update_every={every}: an adapter's reference can't follow it; train all weights")
 
 
+def _check_best(config: DictConfig):
+    known = evaluation_metrics(LOSSES[config.loss.name], config)
+    if config.keep_best is not None and config.keep_best not in known:
+        raise UserError(
+            f"keep_best={config.keep_best}: no metric of these evaluations.{closest_match(config.keep_best, known)} "
+            f"There are: {', '.join(known)}"
+        )
+
+
 def _check_files(config: DictConfig):
+    if config.tensorboard.enabled and not config.debug and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard is not installed: pip install tensorboard, or pass tensorboard.enabled=false")
     if config.wandb.enabled and not config.debug and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or pass wandb.enabled=false")
     _check_source("model.tokenizer_name_or_path", config.model.tokenizer_name_or_path)

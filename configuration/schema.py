@@ -21,6 +21,17 @@ def default_config(loss_name: str | None = None) -> dict[str, object]:
     return {key: value for key, value in flat.items() if not key.startswith(("hydra", "defaults"))}
 
 
+def changed_keys(config: DictConfig) -> dict[str, object]:
+    """The keys whose values are not the defaults, without where the run is: {'lr': 1e-5, 'loss.beta': 0.5, ...}."""
+    defaults = default_config(config.loss.name)
+    flat = flatten(config)
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in ("local_run_dir", "local_dirs") and (key not in defaults or value != defaults[key])
+    }
+
+
 def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
     """A config with one level of keys: {'loss.beta': 0.1, ...}."""
     flat = {}

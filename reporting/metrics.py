@@ -16,15 +16,12 @@ WITH_ERRORS = (
 TIE = 1e-5  # rewards that differ by less are equal: by so much rounding moves them
 
 
-def mean_metrics(
-    batches: list[dict[str, torch.Tensor]], with_errors: bool = False, n_copies: int = 1
-) -> dict[str, float]:
+def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None = None) -> dict[str, float]:
     """Mean over the examples of several batches, all workers', for each metric; the one place where metrics leave the
     device.
 
-    Args:
-        with_errors: with the standard errors of the means of those `WITH_ERRORS`, under the same name and `_se`.
-        n_copies: how many workers have the same examples.
+    `n_examples`: how many there are of all workers, where several may have computed the same ones; then with the
+    standard errors of the means of those `WITH_ERRORS`, under the same name and `_se`.
     """
     collected = defaultdict(list)
     for metrics in batches:
@@ -34,11 +31,11 @@ def mean_metrics(
     values = [v.to(torch.float32 if v.is_mps else torch.float64) for v in values]  # Apple's GPUs have no float64
     moments = [torch.stack([v.sum(), v.new_tensor(len(v)), v.square().sum()]) for v in values]
     sums, counts, squares = collectives.all_reduce_sum(torch.stack(moments)).unbind(1)  # (metrics,) each
-    means, counts = sums / counts, counts / n_copies
-    errors = ((squares / n_copies / counts - means.square()).clamp(min=0) / (counts - 1).clamp(min=1)).sqrt()
+    means = sums / counts
+    errors = ((squares / counts - means.square()).clamp(min=0) / max((n_examples or 1) - 1, 1)).sqrt()
     names, (means, errors) = list(collected), torch.stack([means, errors]).tolist()
     metrics = dict(zip(names, means, strict=True))
-    if with_errors:
+    if n_examples is not None:
         metrics |= {f"{name}_se": e for name, e in zip(names, errors, strict=True) if name in WITH_ERRORS}
     return metrics
 

@@ -42,3 +42,15 @@ def keep_output_going():
                     write_through=stream.write_through,
                 ),
             )
+
+
+def quiet_libraries():
+    """No bars of libraries among what a run prints; of downloads, which may take long, none without a terminal."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()

@@ -1,42 +1,55 @@
-"""Where a run's numbers and samples go: `metrics.jsonl`, `samples.jsonl`, the terminal and wandb."""
+"""Where a run's numbers and samples go: `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
 
 import contextlib
 import json
 import os
 import time
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from utils import UserError, formatted_dict, get_local_dir, rank0_print
+from reporting.drawing import CurvesDrawer
+from reporting.symptoms import Symptoms
+from reporting.terminal import RunTable, duration, number, percent, samples_side_by_side, warning, wrapped
+from reporting.trackers import Trackers
+from reporting.usage import peak_memory
+from utils import UserError, rank0_print
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunLog:
-    """Writes every line to the run directory; the terminal and wandb get training lines at most once in
-    `minimum_log_interval_secs`. Trouble with wandb is said once and never stops training.
+    """Writes every step and evaluation to the run directory. The terminal gets training lines at most once in
+    `minimum_log_interval_secs`, with means over the steps between; so do trackers, with the last step's numbers.
 
-    Leaving `with` ends the wandb run, as a failed one after an exception.
+    Leaving `with` ends the trackers' runs, as failed ones after an exception.
     """
 
     def __init__(
         self,
         config: DictConfig,
         run_dir: str,
+        table: RunTable,
         log_bytes: dict[str, int] | None = None,
         wandb_run_id: str | None = None,
     ):
         """A run that goes on gives what `log_bytes` and `wandb_run_id` were when the checkpoint was written."""
         os.makedirs(run_dir, exist_ok=True)
-        self.run_dir = run_dir
+        self.run_dir, self.table, self.batch_size = run_dir, table, config.batch_size
         self._truncate(log_bytes or {})
         self.interval = config.minimum_log_interval_secs  # seconds
         self.last_train_log = -float("inf")
-        self.wandb_run = None
-        if config.wandb.enabled and not config.debug:
-            self.wandb_run = start_wandb(config, run_dir, wandb_run_id)
-        self.wandb_run_id = self.wandb_run.id if self.wandb_run is not None else wandb_run_id
+        self.unprinted: list[dict[str, float]] = []  # steps since the last line
+        self.recent = ""  # loss and accuracy of the last line, for a bar
+        self.n_steps, self.n_tokens, self.seconds = 0, 0.0, 0.0  # of this process
+        self.symptoms = Symptoms(config)
+        self.trackers = Trackers(config, run_dir, wandb_run_id, table.n_done)
+        self.curves = CurvesDrawer(run_dir) if config.curves else None
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """By which a run that goes on finds its wandb run again."""
+        return self.trackers.wandb_run_id
 
     def _truncate(self, log_bytes: dict[str, int]):
         """Drop what was logged after the checkpoint: it is logged again."""
@@ -67,18 +80,54 @@ class RunLog:
         examples = metrics["counters/examples"]
         self._append("metrics.jsonl", [{"split": split, **metrics}])
         self._append("samples.jsonl", [{"counters/examples": examples, **sample} for sample in samples])
-
         if split == "train":
-            if time.monotonic() - self.last_train_log < self.interval:
-                return
-            self.last_train_log = time.monotonic()
-        what = "train stats after" if split == "train" else "eval after"
-        tqdm.write(f"{what} {examples} examples: {formatted_dict(metrics)}")
-        for model in ("policy", "reference"):
-            texts = [sample["sample"] for sample in samples if sample["model"] == model]
-            if texts:
-                tqdm.write(f"samples from the {model}: {json.dumps(texts[:10], indent=2, ensure_ascii=False)}")
-        self._log_to_wandb(examples, metrics, samples)
+            lines = self._training_lines(metrics)
+        else:
+            lines = [*self._interval_lines(), *self._evaluation_lines(metrics, samples)]
+        lines += [warning(text) for text in self.symptoms.notice(split, metrics)]
+        if lines:
+            tqdm.write("\n".join(lines))
+        if split == "eval" or not self.unprinted:
+            self.trackers.log(examples, metrics, samples)
+        if self.curves is not None:
+            self.curves.notice(is_evaluation=split == "eval")
+
+    def _training_lines(self, metrics: dict[str, float]) -> list[str]:
+        """What is printed of a step: within the interval nothing, but for the first one."""
+        seconds = self.batch_size / metrics["examples_per_second"]
+        n_tokens = metrics["tokens_per_second"] * seconds
+        self.n_steps, self.n_tokens, self.seconds = self.n_steps + 1, self.n_tokens + n_tokens, self.seconds + seconds
+        lines = []
+        if self.n_steps == 1:
+            lines.append(f"First step: {round(n_tokens):,} tokens; memory at its peak: {peak_memory()}")
+        self.unprinted.append(metrics)
+        if time.monotonic() - self.last_train_log < self.interval:
+            return lines
+        self.last_train_log = time.monotonic()
+        return lines + self._interval_lines()
+
+    def _interval_lines(self) -> list[str]:
+        """The line for the steps since the last one, if there have been any."""
+        if not self.unprinted:
+            return []
+        means = interval_means(self.unprinted)
+        self.unprinted = []
+        self.recent = f"loss {number(means['loss/train'])}"
+        if "rewards_train/accuracies" in means:
+            self.recent += f", acc. {percent(means['rewards_train/accuracies'])}"
+        return self.table.train(means)
+
+    def _evaluation_lines(self, metrics: dict[str, float], samples: list[dict]) -> list[str]:
+        lines = [*self.table.evaluation(metrics), *samples_side_by_side(samples)]
+        if "kl_eval/per_response" in metrics:
+            kl, error, per_token = (
+                metrics[f"kl_eval/{name}"] for name in ("per_response", "per_response_se", "per_token")
+            )
+            lines.append(
+                f"KL of the policy from the reference, on the samples: {number(kl)} ± {number(error)} nats a response, "
+                f"{number(per_token)} a token"
+            )
+        return lines
 
     def _append(self, filename: str, rows: list[dict]):
         path = os.path.join(self.run_dir, filename)
@@ -88,23 +137,6 @@ class RunLog:
         except OSError as error:
             raise UserError(f"can't write to {path}: {error}") from error
 
-    def _log_to_wandb(self, examples: int, metrics: dict[str, float], samples: list[dict]):
-        if self.wandb_run is None:
-            return
-        try:
-            import wandb
-
-            self.wandb_run.log(metrics, step=examples)
-            for model in sorted({sample["model"] for sample in samples}):
-                table = wandb.Table(columns=["step", "prompt", "sample"])
-                for sample in samples:
-                    if sample["model"] == model:
-                        table.add_data(examples, sample["prompt"], sample["sample"])
-                self.wandb_run.log({f"{model}_samples": table}, step=examples)
-        except Exception as error:  # whatever fails there, training is worth more
-            tqdm.write(f"WARNING: wandb failed and gets no more of this run, {self.run_dir} does: {error}")
-            self.wandb_run = None
-
     def __enter__(self) -> "RunLog":
         return self
 
@@ -112,56 +144,29 @@ class RunLog:
         self.close(exit_code=0 if error_class is None else 1)
 
     def close(self, exit_code: int = 0):
-        """End the wandb run and say how to upload it, if it was offline; it failed if `exit_code` isn't 0."""
-        if self.wandb_run is None:
-            return
-        try:
-            self.wandb_run.finish(exit_code=exit_code)
-            if self.wandb_run.offline:
-                print(f"wandb was offline; to upload this run: wandb sync {os.path.dirname(self.wandb_run.dir)}")
-        except Exception as error:
-            print(f"WARNING: wandb failed at the end of the run: {error}")
-
-
-def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
-    """A wandb run of its own in `run_dir`, offline where nobody is logged in: training never waits for an answer.
-
-    None if it can't start.
-
-    With the id of an earlier run it goes on with that.
-    """
-    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        os.environ.setdefault(variable, os.path.join(get_local_dir(config.local_dirs), "wandb"))
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE")
-    if mode in (None, "online") and not _logged_in(wandb):
-        print(
-            "wandb: nobody is logged in on this machine; logging offline, to be uploaded with `wandb sync` later. "
-            "To log in: `wandb login`, or set WANDB_API_KEY"
-        )
-        mode = "offline"
-    for attempt in dict.fromkeys([mode, "offline"]):
-        try:
-            return wandb.init(
-                entity=config.wandb.entity,
-                project=config.wandb.project,
-                config=OmegaConf.to_container(config),
-                dir=run_dir,
-                name=config.exp_name,
-                mode=attempt,
-                id=run_id,
-                resume="allow" if run_id else None,
-                reinit="create_new",  # the next job of a sweep is another run
+        """End the trackers' runs, which failed if `exit_code` isn't 0, draw the last curves, say what it took."""
+        self.trackers.close(exit_code)
+        n_examples = self.n_steps * self.batch_size
+        if self.n_steps and exit_code == 0:
+            text = (
+                f"Trained on {n_examples:,} examples in {duration(self.seconds)} of steps: "
+                f"{number(n_examples / self.seconds)} a second, {self.n_tokens / self.n_steps:,.0f} tokens a step; "
+                f"memory at its peak: {peak_memory()}"
             )
-        except Exception as error:
-            print(f"WARNING: wandb can't start ({attempt or 'online'} mode): {error}")
-    return None
+            print(wrapped(text), flush=True)
+        if self.curves is not None:
+            self.curves.finish()
 
 
-def _logged_in(wandb) -> bool:
-    try:
-        return wandb.login(prompt=False)
-    except Exception as error:  # a key of a wrong form, say
-        print(f"WARNING: wandb: {error}")
-        return False
+def interval_means(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Means over steps of equal size; of counters and the learning rate the last, of rates the whole interval's."""
+    means = {}
+    for name, last in steps[-1].items():
+        values = [step[name] for step in steps]
+        if name.startswith("counters/") or name == "lr":
+            means[name] = last
+        elif name.endswith("_per_second"):
+            means[name] = len(values) / sum(1 / value for value in values)
+        else:
+            means[name] = sum(values) / len(values)
+    return means

@@ -113,8 +113,9 @@ def train_alone(run_python, tmp_path):
 
     def run_command(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         words = [*overrides, f"local_dirs=[{tmp_path}/cache]"]
-        if not any(word.startswith("wandb.") for word in overrides):
-            words.append("wandb.enabled=false")
+        for key, word in (("wandb.", "wandb.enabled=false"), ("curves=", "curves=false")):
+            if not any(given.startswith(key) for given in overrides):
+                words.append(word)
         return run_python(str(REPOSITORY / "train.py"), *words, env=env)
 
     return run_command
@@ -163,7 +164,12 @@ def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
 
     def make(*overrides: str) -> BasicTrainer:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            names = [f"exp_name={next(counter)}", "wandb.enabled=false", f"local_dirs=[{directory}/cache]"]
+            names = [
+                f"exp_name={next(counter)}",
+                "wandb.enabled=false",
+                "curves=false",
+                f"local_dirs=[{directory}/cache]",
+            ]
             config = compose("config", [*with_free_keys([*names, *overrides])])
         OmegaConf.resolve(config)
         check_config(config)

@@ -87,14 +87,15 @@ class Launcher:
         script: Path = REPOSITORY / "train.py",
         in_order: bool = False,
     ) -> Run:
-        """Start a run, without wandb unless it is asked for; `n_workers` as a launcher starts them.
+        """Start a run, without wandb and curves unless they are asked for; `n_workers` as a launcher starts them.
 
         `in_order`: stdout and stderr are one, as on a terminal.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
-        if not any(word.startswith("wandb.") for word in words):
-            words.append("wandb.enabled=false")
+        for key, word in (("wandb.", "wandb.enabled=false"), ("curves=", "curves=false")):
+            if not any(given.startswith(key) for given in words):
+                words.append(word)
         stdout, stderr = (self.directory / f"{name}-{len(self.runs)}" for name in ("stdout", "stderr"))
         stderr = stdout if in_order else stderr
         for path in (stdout, stderr):

@@ -120,7 +120,7 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_knows_too(launcher, 
     run = [*inputs, f"local_run_dir={tmp_path}/run", "resume=auto"]
     launcher.start(*run, "n_examples=4000", "save_every=4000", "eval_every=4000")
     deadline = time.monotonic() + 60
-    while "train stats after" not in launcher.output and time.monotonic() < deadline:
+    while "First step: " not in launcher.output and time.monotonic() < deadline:
         time.sleep(0.01)
     launcher.kill(signal.SIGKILL)
     launcher.wait()

@@ -77,7 +77,7 @@ def test_a_run_starts_its_workers_and_a_killed_one_ends_it_and_resume_goes_on(st
 
 def test_a_signal_to_the_parent_saves_and_ends_with_its_own_code(start_run, tmp_path):
     run = start_run("n_examples=4000", "save_every=4000", "eval_every=4000")
-    wait_for(lambda: run.output, "train stats after")
+    wait_for(lambda: run.output, "First step: ")
     run.kill(signal.SIGTERM)
     assert run.wait() == EXIT_CODE
     assert "stopped by SIGTERM" in run.output

@@ -64,7 +64,7 @@ def test_standard_errors_are_those_of_the_mean(trainer):
         values = torch.cat([metrics[name] for metrics in every]).double().numpy()
         assert metrics[f"{name}_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)), rel=1e-4)
     assert "rewards_eval/chosen_se" not in metrics
-    assert mean_metrics([{"loss/eval": torch.tensor([2.0])}], with_errors=True)["loss/eval_se"] == 0
+    assert mean_metrics([{"loss/eval": torch.tensor([2.0])}], n_examples=1)["loss/eval_se"] == 0
 
 
 @pytest.mark.parametrize("overrides", [[], ["shared_prompt=false", "precompute_ref_log_probs=true", "lora={r:4}"]])

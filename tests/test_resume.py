@@ -129,9 +129,9 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, lau
 
 
 SIGNALLED = {  # when the signal comes: overrides, and between which two lines of the log
-    "evaluation": (["n_eval_examples=200", "n_examples=16"], "Writing to", "eval after 0"),
-    "sampling": (["n_eval_model_samples=16", "n_eval_examples=16", "n_examples=16"], "Writing to", "eval after 0"),
-    "training": (["do_first_eval=false", "n_examples=1600", "eval_every=1600"], "train stats after", "eval after 1600"),
+    "evaluation": (["n_eval_examples=200", "n_examples=16"], "Writing to", "eval 0 "),
+    "sampling": (["n_eval_model_samples=16", "n_eval_examples=16", "n_examples=16"], "Writing to", "eval 0 "),
+    "training": (["do_first_eval=false", "n_examples=1600", "eval_every=1600"], "First step: ", "eval 1600 "),
 }  # fmt: skip
 
 

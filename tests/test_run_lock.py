@@ -60,7 +60,7 @@ def wait_until(holds, seconds: float = 90):
 def test_of_two_runs_in_a_new_directory_one_trains(when, start, tmp_path):
     runs = [start()]
     if when == "while it trains":
-        wait_until(lambda: "train stats after" in runs[0][1].read_text())
+        wait_until(lambda: "First step: " in runs[0][1].read_text())
     runs.append(start())
     wait_until(lambda: any(process.poll() is not None for process, _ in runs))
     refused, trains = sorted(runs, key=lambda run: run[0].poll() is None)
@@ -85,7 +85,7 @@ def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     process, log = start("trainer=FSDPTrainer", "world_size=2")
     wait_until(lambda: len(process.children()) == 3)  # one of them tracks resources
     if when == "training":
-        wait_until(lambda: "train stats after" in log.read_text())
+        wait_until(lambda: "First step: " in log.read_text())
     children = process.children()
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -166,7 +166,7 @@ def test_ranks_that_alternate_between_machines_are_refused(start, tmp_path):
 def test_a_worker_that_falls_silent_is_named_and_ends_the_run(silent, start, tmp_path):
     overrides = ["world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]"]
     run = start(str(REPOSITORY / "train.py"), *RUN, *overrides)
-    wait_for(tmp_path / "log", "train stats after")
+    wait_for(tmp_path / "log", "First step: ")
     workers = [child for child in run.children() if "resource_tracker" not in " ".join(child.cmdline())]
     workers[silent].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()

@@ -1,0 +1,204 @@
+"""Runs side by side: `python -m reporting.compare RUN [RUN ...]`, of run directories, sweeps' directories or patterns.
+
+A row for each run: the keys in which the runs differ, its last evaluation, and its best one by the metric that the rows
+are sorted by; means over the evaluation examples ± their standard errors. What is marked * can't be compared between
+these runs.
+"""
+
+import argparse
+import csv
+import io
+import os
+import sys
+from dataclasses import dataclass
+
+from reporting.curves import COLORS
+from reporting.runs import NoRuns, Run, differing_keys, find_runs, larger_is_better, shown
+
+ACCURACY, LOSS, KL = "rewards_eval/accuracies", "loss/eval", "kl_eval/per_token"
+METRICS = (ACCURACY, LOSS, "rewards_eval/margins", "nll_eval/chosen", "logratios_eval/chosen", KL)  # as far as measured
+_SHORT = {ACCURACY: "accuracy", LOSS: "loss", "rewards_eval/margins": "margin", "nll_eval/chosen": "nll/token",
+          "logratios_eval/chosen": "chosen log-ratio", KL: "KL/token"}  # fmt: skip
+# what is on the loss's own scale: DPO's margins grow with β, and losses of different names measure different things
+_SCALED = ("loss/", "rewards_eval/margins", "rewards_eval/chosen", "rewards_eval/rejected")
+_OF_EVALUATIONS = ("datasets", "dataset_paths.", "n_eval_examples", "max_length", "max_prompt_length", "add_bos")
+FORMATS = ("text", "csv", "markdown")
+
+
+@dataclass
+class Comparison:
+    """The runs in the order of their rows, the keys in which they differ, and what is shown of them."""
+
+    runs: list[Run]
+    keys: list[str]
+    metrics: list[str]
+    sorted_by: str
+
+    def incomparable(self, metric: str) -> bool:
+        """Whether a metric means something else in each of these runs."""
+        if any(key.startswith(_OF_EVALUATIONS) for key in self.keys):
+            return True
+        return metric.startswith(_SCALED) and any(key.startswith("loss.") for key in self.keys)
+
+    def best(self, run: Run) -> dict[str, float]:
+        """A run's best evaluation by the metric that the rows are sorted by; not that of the weights it began with."""
+        trained = [line for line in run.eval if line["counters/examples"] > 0 and self.sorted_by in line]
+        pick = max if larger_is_better(self.sorted_by) else min
+        return pick(trained, key=lambda line: line[self.sorted_by], default={})
+
+    def notes(self) -> list[str]:
+        """What must be known to read the table."""
+        notes = []
+        if any(key.startswith(_OF_EVALUATIONS) for key in self.keys):
+            notes.append("* the runs were evaluated on different examples: no metric of theirs can be compared")
+        elif any(map(self.incomparable, self.metrics)):
+            notes.append(
+                "* on the scale of each run's own loss (DPO's margins grow with loss.beta): not to be compared between "
+                "these runs;\n  accuracy, nll, log-ratios and KL can be"
+            )
+        return notes
+
+
+def compare(runs: list[Run], sort: str | None = None) -> Comparison:
+    """Sort the runs that have been evaluated after training by their best evaluation.
+
+    Raises: NoRuns if there are none, or none has the metric `sort`.
+    """
+    runs = [run for run in runs if any(line["counters/examples"] > 0 for line in run.eval)]
+    if not runs:
+        raise NoRuns("none of these runs has been evaluated since it began to train")
+    measured = dict.fromkeys(name for run in runs for name in run.eval[-1] if "/" in name)
+    sort = sort or (ACCURACY if ACCURACY in measured else LOSS)
+    if sort not in measured:
+        raise NoRuns(f"--sort {sort}: no such metric. There are: {', '.join(measured)}")
+    metrics = [name for name in dict.fromkeys((*METRICS, sort)) if name in measured]
+    comparison = Comparison(runs, differing_keys(runs), metrics, sort)
+    sign = -1 if larger_is_better(sort) else 1
+    runs.sort(key=lambda run: sign * comparison.best(run).get(sort, sign * float("inf")))
+    return comparison
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def cells(comparison: Comparison) -> list[list[str]]:
+    """The table's rows, the header first, for people."""
+    mark = {name: f"{_SHORT.get(name, name)}{'*' * comparison.incomparable(name)}" for name in comparison.metrics}
+    sort = comparison.sorted_by
+    header = ["run", *comparison.keys, "examples", *mark.values(), f"best {mark[sort]}", "at"]
+    rows = [header]
+    for run in comparison.runs:
+        last, best = run.eval[-1], comparison.best(run)
+        row = [os.path.basename(os.path.abspath(run.directory))]
+        row += [shown(run.config.get(key)) for key in comparison.keys]
+        row += [str(last["counters/examples"]), *(_mean_and_error(last, name) for name in comparison.metrics)]
+        rows.append([*row, _mean_and_error(best, sort), str(best.get("counters/examples", "-"))])
+    return rows
+
+
+def _mean_and_error(line: dict[str, float], name: str) -> str:
+    if name not in line:
+        return "-"
+    value, error = line[name], line.get(f"{name}_se")
+    n_digits = 4 if abs(value) < 10 else 2
+    return f"{value:.{n_digits}f}" + (f" ± {error:.{n_digits}f}" if error is not None else "")
+
+
+def as_text(comparison: Comparison) -> str:
+    """The table in aligned columns."""
+    rows = cells(comparison)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, *comparison.notes()])
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The table in Markdown."""
+    header, *rows = ([cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in cells(comparison))
+    lines = [header, ["---"] * len(header), *rows]
+    notes = [f"\n{note.replace('*', chr(92) + '*', 1)}" for note in comparison.notes()]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *notes])
+
+
+def as_csv(comparison: Comparison) -> str:
+    """The table's numbers in full, under the names of metrics.jsonl: `final/...` and `best/...`."""
+    file = io.StringIO()
+    measured = list(dict.fromkeys(name for run in comparison.runs for name in run.eval[-1] if "/" in name))
+    columns = ["run", *comparison.keys, *(f"{which}/{name}" for which in ("final", "best") for name in measured)]
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    for run in comparison.runs:
+        row = {"run": run.directory, **{key: run.config.get(key) for key in comparison.keys}}
+        for which, line in (("final", run.eval[-1]), ("best", comparison.best(run))):
+            row |= {f"{which}/{name}": line[name] for name in measured if name in line}
+        writer.writerow(row)
+    return file.getvalue().rstrip("\n")
+
+
+# ---- the picture ----------------------------------------------------------------------------------------------------
+
+
+def draw(comparison: Comparison, path: str):
+    """Final and best evaluations of each run; and, where it was measured, what each has paid in divergence.
+
+    Raises: ImportError without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sort, runs = comparison.sorted_by, comparison.runs
+    with_kl = sort != KL and any(KL in line for run in runs for line in run.eval)
+    height = max(2.6, 1.2 + 0.32 * len(runs))
+    figure, axes = pyplot.subplots(1, 1 + with_kl, figsize=(12, height), squeeze=False, layout="constrained")
+    (axis, *others), places = axes[0], range(len(runs))
+    for place, run in zip(places, runs, strict=True):
+        color = COLORS[place % len(COLORS)]
+        last, best = run.eval[-1], comparison.best(run)
+        if sort in last:
+            axis.errorbar(last[sort], place, xerr=2 * last.get(f"{sort}_se", 0), fmt="o", color=color)
+        if sort in best:
+            axis.plot(best[sort], place, "o", markersize=10, markerfacecolor="none", color=color)
+        trained = [line for line in run.eval if line["counters/examples"] > 0 and KL in line and sort in line]
+        if with_kl and trained:
+            x, y = [line[KL] for line in trained], [line[sort] for line in trained]
+            others[0].plot(x, y, "-", color=color, linewidth=1, alpha=0.5)
+            others[0].plot(x[-1], y[-1], "o", color=color, label=run.label)
+    axis.set_yticks(places, [run.label for run in runs])
+    axis.set_ylim(len(runs) - 0.5, -0.5)
+    axis.set_xlabel(f"{_SHORT.get(sort, sort)}: last evaluation ± 2 standard errors; ring: the best")
+    if with_kl:
+        others[0].set_xlabel("KL from the reference (nats a token); dot: the last evaluation")
+        others[0].set_ylabel(_SHORT.get(sort, sort))
+    for each in axes[0]:
+        each.grid(alpha=0.3)
+    figure.savefig(path, dpi=100, format="png")
+    pyplot.close(figure)
+
+
+def main(words: list[str]) -> str | None:
+    """The command; returns what is wrong, if anything."""
+    parser = argparse.ArgumentParser(
+        prog="python -m reporting.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--sort", metavar="METRIC", help=f"default: {ACCURACY}, or {LOSS} where there is none")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument("--picture", metavar="FILE", help="also write a picture (PNG)")
+    args = parser.parse_args(words)
+    try:
+        comparison = compare(find_runs(args.runs), args.sort)
+        print({"text": as_text, "csv": as_csv, "markdown": as_markdown}[args.format](comparison))
+        if args.picture is not None:
+            draw(comparison, args.picture)
+            print(args.picture, file=sys.stderr)
+    except (NoRuns, OSError) as error:
+        return f"error: {error}"
+    except ImportError as error:
+        return f"error: pictures need matplotlib (pip install matplotlib): {error}"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,187 @@
+"""Curves of a run, or of several over each other: `python -m reporting.curves RUN [RUN ...] [--output FILE]`.
+
+RUN is a run directory, a sweep's, or a pattern of some. Of one run the picture is its `curves.png`, of several
+`curves.png` in the current directory.
+"""
+
+import argparse
+import os
+import sys
+
+from reporting.runs import NoRuns, Run, find_runs
+
+# Okabe and Ito's colours, which the colour-blind can tell apart too
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+_WIDTH, _HEIGHT, _DPI = 12, 6.6, 100  # inches: 1200 pixels
+# what a panel shows: its title, and its lines with their styles and names where a panel has several
+_PANELS = (
+    ("loss", [("loss/{}", "-", "")]),
+    ("accuracy: chosen has the larger reward", [("rewards_{}/accuracies", "-", "")]),
+    ("margin of the rewards", [("rewards_{}/margins", "-", "")]),
+    (
+        "log-probability of responses (nats)",
+        [("logps_{}/chosen", "-", "chosen"), ("logps_{}/rejected", "--", "rejected")],
+    ),
+    ("gradient norm, before clipping", [("grad_norm", "-", "")]),
+    ("learning rate", [("lr", "-", "")]),
+)
+
+
+def smoothed(values: list[float], window: int) -> list[float]:
+    """The mean of each value and up to `window` - 1 before it."""
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0)
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def window_of(n: int) -> int:
+    """Over how many steps `n` values are smoothed: a 25th of them."""
+    return max(1, n // 25)
+
+
+def draw(runs: list[Run], path: str):
+    """Write the picture, whole or not at all.
+
+    Raises: NoRuns if no run has logged anything; ImportError without matplotlib.
+    """
+    runs = [run for run in runs if run.train or run.eval]
+    if not runs:
+        raise NoRuns("nothing has been logged yet")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [panel for panel in _PANELS if any(_series(run, key, split) for run in runs for key, _, _ in panel[1]
+                                                for split in ("train", "eval"))]  # fmt: skip
+    n_columns = 3 if len(panels) > 4 else 2
+    n_rows = -(-len(panels) // n_columns)
+    below = 0.35 + 0.2 * len(runs)
+    with pyplot.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}):
+        figure, axes = pyplot.subplots(
+            n_rows, n_columns, figsize=(_WIDTH, _HEIGHT * n_rows / 2 + below), squeeze=False, layout="constrained"
+        )
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            _draw_panel(axis, panel, runs)
+        for axis in list(axes.flat)[len(panels) :]:
+            axis.set_axis_off()
+        _draw_legend(figure, runs)
+        partial = f"{path}.partial-{os.getpid()}"
+        try:
+            figure.savefig(partial, dpi=_DPI, format="png")
+            os.replace(partial, path)
+        finally:
+            pyplot.close(figure)
+            if os.path.exists(partial):
+                os.remove(partial)
+
+
+def _series(run: Run, key: str, split: str) -> list[tuple[float, float]]:
+    """(training examples, value) of a metric."""
+    name = key.format(split)
+    if split == "eval" and name == key:  # of training alone
+        return []
+    lines = [line for line in getattr(run, split) if name in line]
+    if "accuracies" in key:  # of ties, none is won and none is lost
+        lines = [line for line in lines if line.get(f"rewards_{split}/ties", 0) < 0.5]
+    return [(line["counters/examples"], line[name]) for line in lines]
+
+
+def _draw_panel(axis, panel: tuple, runs: list[Run]):
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    title, lines = panel
+    limits = _limits(runs)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel("training examples")
+    for run, color in zip(runs, _colors(len(runs)), strict=True):
+        for key, style, _ in lines:
+            if points := _series(run, key, "train"):
+                x, y = zip(*points, strict=True)
+                if key != "lr":
+                    axis.plot(x, y, style, color=color, alpha=0.2, linewidth=0.7)
+                axis.plot(
+                    x,
+                    smoothed(y, 1 if key == "lr" else window_of(len(y))),
+                    style,
+                    color=color,
+                    alpha=0.7,
+                    linewidth=1.1,
+                )
+            if points := _series(run, key, "eval"):
+                x, y = zip(*points, strict=True)
+                errors = {line["counters/examples"]: 2 * line.get(f"{key.format('eval')}_se", 0) for line in run.eval}
+                bars = [errors[examples] for examples in x]
+                axis.errorbar(
+                    x, y, bars, fmt=style, marker="o", markersize=4, color=color, linewidth=1.6, elinewidth=0.8
+                )
+    if len(lines) > 1:
+        handles = [Line2D([], [], color="gray", linestyle=style, label=name) for _, style, name in lines]
+        axis.legend(handles=handles, frameon=False)
+    if "accuracies" in lines[0][0]:
+        axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    if lines[0][0] == "lr":
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.set_xlim(*limits)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if lines[0][0] == "grad_norm":
+        for limit in {run.config.get("max_grad_norm") for run in runs} - {None}:
+            if isinstance(limit, int | float) and limit < axis.get_ylim()[1]:
+                axis.axhline(limit, color="gray", linewidth=0.8, linestyle=":", label="max_grad_norm")
+
+
+def _limits(runs: list[Run]) -> tuple[float, float]:
+    """Of the training examples that all panels show."""
+    last = max(line["counters/examples"] for run in runs for line in (*run.train[-1:], *run.eval[-1:]))
+    return -0.02 * max(last, 1), 1.02 * max(last, 1)
+
+
+def _colors(n: int) -> list:
+    if n <= len(COLORS):
+        return list(COLORS[:n])
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](i / (n - 1) * 0.9) for i in range(n)]
+
+
+def _draw_legend(figure, runs: list[Run]):
+    from matplotlib.lines import Line2D
+
+    how = [
+        Line2D([], [], color="gray", alpha=0.3, linewidth=0.8, label="training, each step"),
+        Line2D([], [], color="gray", linewidth=1.1, label="training, smoothed"),
+        Line2D([], [], color="gray", marker="o", markersize=4, linewidth=1.6, label="evaluation ± 2 standard errors"),
+    ]
+    colors = _colors(len(runs))
+    which = [Line2D([], [], color=c, linewidth=3, label=run.label) for run, c in zip(runs, colors, strict=True)]
+    figure.legend(handles=which, loc="outside upper left", ncols=1, frameon=False, fontsize=10)
+    figure.legend(handles=how, loc="outside upper right", ncols=3 if len(runs) == 1 else 1, frameon=False)
+
+
+def main(words: list[str]) -> str | None:
+    """The command; returns what is wrong, if anything."""
+    parser = argparse.ArgumentParser(
+        prog="python -m reporting.curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--output", metavar="FILE", help="where to write the picture (PNG)")
+    args = parser.parse_args(words)
+    try:
+        runs = find_runs(args.runs)
+        path = args.output or (os.path.join(runs[0].directory, "curves.png") if len(runs) == 1 else "curves.png")
+        draw(runs, path)
+    except (NoRuns, OSError) as error:
+        return f"error: {error}"
+    except ImportError as error:
+        return f"error: curves need matplotlib (pip install matplotlib): {error}"
+    print(path)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

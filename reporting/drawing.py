@@ -1,0 +1,86 @@
+"""`curves.png` in the run directory while training goes on, drawn by a process of its own: training never waits."""
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from reporting.terminal import warning
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_SHARE = 0.02  # of the run's time that drawing may take
+_LONGEST = 60  # seconds that the last picture is waited for
+
+
+class CurvesDrawer:
+    """Draws after evaluations, as often as that takes less than 2 % of the time, and at the end."""
+
+    def __init__(self, run_dir: str):
+        self.run_dir, self.start = os.path.abspath(run_dir), time.monotonic()
+        self.process: subprocess.Popen | None = None
+        self.started, self.spent, self.last = 0.0, 0.0, 2.0  # seconds; `last`: what one picture takes, at first a guess
+        self.is_due, self.works = False, importlib.util.find_spec("matplotlib") is not None
+        if not self.works:
+            tqdm.write("No curves.png, as matplotlib is not installed: pip install matplotlib, or pass curves=false")
+
+    def notice(self, is_evaluation: bool):
+        """Look after the process that draws, and start one where it is time to; at no cost."""
+        self.is_due |= is_evaluation
+        if self.process is not None and self.process.poll() is not None:
+            self._reap()
+        if self.is_due and self.process is None:
+            elapsed = time.monotonic() - self.start
+            if self.spent + self.last <= _SHARE * elapsed:
+                self._draw()
+
+    def finish(self):
+        """Draw all there is, and wait until it is there."""
+        if self.process is not None:
+            self._wait()
+        if self.works:
+            self._draw()
+            self._wait()
+
+    def _draw(self):
+        self.is_due = False
+        if not self.works:
+            return
+        self.started = time.monotonic()
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_REPOSITORY)}
+        command = [sys.executable, "-m", "reporting.curves", self.run_dir]
+        try:
+            self.process = subprocess.Popen(
+                command, cwd=_REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            self._give_up(str(error))
+            return
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, 10)  # what trains goes first
+
+    def _wait(self):
+        try:
+            self.process.wait(timeout=_LONGEST)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reap()
+
+    def _reap(self):
+        self.last = time.monotonic() - self.started
+        self.spent += self.last
+        message = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+        if self.process.returncode != 0:
+            self._give_up(message[-1] if message else f"exit code {self.process.returncode}")
+        self.process.stderr.close()
+        self.process = None
+
+    def _give_up(self, why: str):
+        self.works = False
+        tqdm.write(warning(f"curves.png can't be drawn, and won't be in this run: {why[:300]}"))

@@ -1,0 +1,106 @@
+"""What a run's numbers tell of it while it trains: each symptom is said once, in one line, with what to try."""
+
+import math
+
+import torch
+from omegaconf import DictConfig
+
+from losses import KL_ESTIMATE, LENGTHS, LOGPS, LOSSES
+from reporting.terminal import number, percent
+
+N_EVALUATIONS = 3  # in a row that show a symptom
+N_CLIPPED = 50  # steps in a row whose gradient was clipped
+_DOCS = "see docs/metrics.md#{}"
+
+
+def loss_at_reference(loss_config: DictConfig) -> float | None:
+    """What a loss is for any pair where the policy is its reference: ln 2 for DPO; None where that depends on the pair,
+    or there is no reference."""
+    loss = LOSSES[loss_config.name]
+    if not loss.needs_reference(loss_config):
+        return None
+    values = []
+    for chosen, rejected, n_chosen, n_rejected in ((-10.0, -100.0, 5.0, 40.0), (-90.0, -20.0, 30.0, 7.0)):
+        of_sides = {"chosen": (chosen, n_chosen), "rejected": (rejected, n_rejected)}
+        inputs = {name: torch.tensor([of_sides[name.split("_")[1]][0]]) for name in LOGPS}
+        inputs |= {name: torch.tensor([of_sides[name.split("_")[0]][1]]) for name in LENGTHS}
+        inputs[KL_ESTIMATE] = torch.tensor(0.0)
+        values.append(loss(inputs, loss_config)[0].item())
+    return values[0] if math.isclose(*values, rel_tol=1e-4) else None
+
+
+class Symptoms:
+    """Watches the steps and evaluations of this process."""
+
+    def __init__(self, config: DictConfig):
+        self.max_grad_norm, self.warmup_steps = config.max_grad_norm, config.warmup_steps
+        self.loss_at_reference = loss_at_reference(config.loss)
+        self.counts: dict[str, int] = {}  # how often in a row each has shown
+        self.said: set[str] = set()
+
+    def notice(self, split: str, metrics: dict[str, float]) -> list[str]:
+        """What is to be said after this step or evaluation; nothing that has been said before."""
+        if split == "train":
+            shown, n_needed = self._of_step(metrics), N_CLIPPED
+        else:
+            shown, n_needed = self._of_evaluation(metrics), N_EVALUATIONS
+        texts = []
+        for name, text in shown.items():
+            self.counts[name] = self.counts.get(name, 0) + 1 if text else 0
+            if self.counts[name] >= n_needed and name not in self.said:
+                self.said.add(name)
+                texts.append(f"{text}; {_DOCS.format(name)}")
+        return texts
+
+    def _of_step(self, metrics: dict[str, float]) -> dict[str, str]:
+        norm, n_updates = metrics["grad_norm"], metrics["counters/updates"]
+        is_clipped = norm > self.max_grad_norm and n_updates > self.warmup_steps
+        text = (
+            f"the gradient's norm ({number(norm)} now) has been above max_grad_norm={self.max_grad_norm:g} for "
+            f"{N_CLIPPED} steps: the clipping sets the size of the steps. Try a smaller lr, or a larger max_grad_norm"
+        )
+        return {"always-clipped": text if is_clipped else ""}
+
+    def _of_evaluation(self, metrics: dict[str, float]) -> dict[str, str]:
+        if metrics["counters/examples"] == 0:  # policy and reference are still the same
+            return {}
+        return {
+            "overfitting": self._overfitting(metrics),
+            "accuracy-at-chance": self._at_chance(metrics),
+            "falling-together": self._falling_together(metrics),
+        }
+
+    def _overfitting(self, metrics: dict[str, float]) -> str:
+        loss, start = metrics["loss/eval"], self.loss_at_reference
+        if start is None or loss <= start:
+            return ""
+        return (
+            f"the evaluation loss ({number(loss)} now) has been above {number(start)}, where a policy that is its "
+            f"reference stands, for {N_EVALUATIONS} evaluations: what is learned doesn't hold for other pairs. Try a "
+            "smaller lr, fewer epochs or a larger loss.beta; keep_best=loss/eval keeps the best checkpoint"
+        )
+
+    @staticmethod
+    def _at_chance(metrics: dict[str, float]) -> str:
+        accuracy, error = metrics.get("rewards_eval/accuracies"), metrics.get("rewards_eval/accuracies_se")
+        if accuracy is None or abs(accuracy - 0.5) > 2 * error:
+            return ""
+        return (
+            f"the evaluation accuracy ({percent(accuracy)} ± {percent(error)} now) has been that of guessing for "
+            f"{N_EVALUATIONS} evaluations. Try a larger lr, look whether chosen and rejected can be told apart in the "
+            "data, and start from a model that has seen such responses (SFT)"
+        )
+
+    @staticmethod
+    def _falling_together(metrics: dict[str, float]) -> str:
+        if "logratios_eval/chosen" not in metrics:
+            return ""
+        chosen, rejected = metrics["logratios_eval/chosen"], metrics["logratios_eval/rejected"]
+        fall, gain = -chosen, chosen - rejected
+        if fall <= 2 * max(gain, 0) or fall / metrics["lengths_eval/chosen"] < 0.1:
+            return ""
+        return (
+            f"chosen responses have lost {number(fall)} nats, to gain {number(gain)} on the rejected: both "
+            "fall, and what takes their place is in neither. Try a smaller lr, a larger loss.beta, SFT on the chosen "
+            "responses first, or loss=dpo_nll or loss=dpop"
+        )

@@ -1,0 +1,140 @@
+"""wandb and TensorBoard, which show many runs. Trouble there is said once and never stops training."""
+
+import os
+
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from reporting.terminal import warning
+from utils import get_local_dir
+
+
+class Trackers:
+    """Those that the config asks for and that can be started; `wandb_run_id` is None without wandb."""
+
+    def __init__(self, config: DictConfig, run_dir: str, wandb_run_id: str | None, n_examples: int):
+        """
+        Args:
+            wandb_run_id: of the run that goes on.
+            n_examples: trained on so far: what TensorBoard has of later is replaced.
+        """
+        self.run_dir, self.wandb_run_id = run_dir, wandb_run_id
+        self.active: dict[str, WandbTracker | TensorBoardTracker] = {}
+        if config.wandb.enabled and not config.debug:
+            run = start_wandb(config, run_dir, wandb_run_id)
+            if run is not None:
+                self.active["wandb"], self.wandb_run_id = WandbTracker(run), run.id
+        if config.tensorboard.enabled and not config.debug:
+            try:
+                self.active["TensorBoard"] = TensorBoardTracker(run_dir, n_examples)
+            except Exception as error:  # its libraries may not fit each other
+                print(warning(f"TensorBoard can't start: {error}"))
+
+    def log(self, examples: int, metrics: dict[str, float], samples: list[dict]):
+        """Give metrics and samples to all, at the step `examples`."""
+        for name, tracker in list(self.active.items()):
+            try:
+                tracker.log(examples, metrics, samples)
+            except Exception as error:  # whatever fails there, training is worth more
+                tqdm.write(warning(f"{name} failed and gets no more of this run, {self.run_dir} does: {error}"))
+                del self.active[name]
+
+    def close(self, exit_code: int):
+        """End them; the run failed if `exit_code` isn't 0."""
+        for name, tracker in self.active.items():
+            try:
+                tracker.close(exit_code)
+            except Exception as error:
+                print(warning(f"{name} failed at the end of the run: {error}"))
+
+
+class WandbTracker:
+    """A wandb run: metrics, and a table of samples of each model."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def log(self, examples: int, metrics: dict[str, float], samples: list[dict]):
+        """See `Trackers.log`."""
+        import wandb
+
+        self.run.log(metrics, step=examples)
+        for model in sorted({sample["model"] for sample in samples}):
+            table = wandb.Table(columns=["step", "prompt", "sample"])
+            for sample in samples:
+                if sample["model"] == model:
+                    table.add_data(examples, sample["prompt"], sample["sample"])
+            self.run.log({f"{model}_samples": table}, step=examples)
+
+    def close(self, exit_code: int):
+        """End the run and say how to upload it, if it was offline."""
+        self.run.finish(exit_code=exit_code)
+        if self.run.offline:
+            print(f"wandb was offline; to upload this run: wandb sync {os.path.dirname(self.run.dir)}")
+
+
+class TensorBoardTracker:
+    """Event files in `run_dir`/tensorboard: metrics as scalars, samples as texts."""
+
+    def __init__(self, run_dir: str, n_examples: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(os.path.join(run_dir, "tensorboard"), purge_step=n_examples + 1)
+
+    def log(self, examples: int, metrics: dict[str, float], samples: list[dict]):
+        """See `Trackers.log`."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, examples)
+        for model in sorted({sample["model"] for sample in samples}):
+            texts = [sample["sample"] for sample in samples if sample["model"] == model]
+            indented = "\n\n---\n\n".join("    " + text.replace("\n", "\n    ") for text in texts)  # as they are
+            self.writer.add_text(f"samples/{model}", indented, examples)
+        self.writer.flush()
+
+    def close(self, _exit_code: int):
+        """Write what is left."""
+        self.writer.close()
+
+
+def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
+    """A wandb run of its own in `run_dir`, offline where nobody is logged in: training never waits for an answer.
+
+    None if it can't start.
+
+    With the id of an earlier run it goes on with that.
+    """
+    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(variable, os.path.join(get_local_dir(config.local_dirs), "wandb"))
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE")
+    if mode in (None, "online") and not _logged_in(wandb):
+        print(
+            "wandb: nobody is logged in on this machine; logging offline, to be uploaded with `wandb sync` later. "
+            "To log in: `wandb login`, or set WANDB_API_KEY"
+        )
+        mode = "offline"
+    for attempt in dict.fromkeys([mode, "offline"]):
+        try:
+            return wandb.init(
+                entity=config.wandb.entity,
+                project=config.wandb.project,
+                config=OmegaConf.to_container(config),
+                dir=run_dir,
+                name=config.exp_name,
+                mode=attempt,
+                id=run_id,
+                resume="allow" if run_id else None,
+                reinit="create_new",  # the next job of a sweep is another run
+            )
+        except Exception as error:
+            print(warning(f"wandb can't start ({attempt or 'online'} mode): {error}"))
+    return None
+
+
+def _logged_in(wandb) -> bool:
+    try:
+        return wandb.login(prompt=False)
+    except Exception as error:  # a key of a wrong form, say
+        print(warning(f"wandb: {error}"))
+        return False

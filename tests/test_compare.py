@@ -1,0 +1,132 @@
+"""Runs side by side: the table, its formats, what can be compared, and a sweep from its beginning to its table."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import read_jsonl
+from test_cli import TOY
+from test_curves import png_size
+
+from reporting.compare import as_csv, as_markdown, as_text, compare, draw, main
+from reporting.runs import NoRuns, find_runs
+
+
+def write_run(directory: Path, accuracies: list[float], kl: bool = True, **config) -> str:
+    """A run with an evaluation before training, which has the best numbers, and others after it."""
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump({"local_run_dir": str(directory), **config}))
+    lines = []
+    for i, accuracy in enumerate([0.99, *accuracies]):
+        line = {"split": "eval", "counters/examples": 100 * i, "loss/eval": 1 - accuracy, "loss/eval_se": 0.01}
+        line |= {"rewards_eval/accuracies": accuracy, "rewards_eval/accuracies_se": 0.05, "rewards_eval/margins": 2.0}
+        lines.append(line | ({"kl_eval/per_token": 0.1 * i} if kl else {}))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(directory)
+
+
+@pytest.fixture
+def sweep(tmp_path) -> str:
+    write_run(tmp_path / "sweep/a", [0.6, 0.8, 0.7], loss={"name": "dpo", "beta": 0.1}, lr=1e-5)
+    write_run(tmp_path / "sweep/b", [0.65, 0.9], loss={"name": "dpo", "beta": 0.5}, lr=1e-5)
+    write_run(tmp_path / "sweep/c", [0.7], loss={"name": "dpo", "beta": 0.9}, lr=1e-5)
+    (tmp_path / "sweep/d").mkdir()  # one that failed
+    return str(tmp_path / "sweep")
+
+
+def test_rows_are_sorted_by_the_best_evaluation_and_show_it_beside_the_last(sweep):
+    header, *rows = [line.split("  ") for line in as_text(compare(find_runs([sweep]))).splitlines()[:4]]
+    rows = [[cell.strip() for cell in row if cell] for row in rows]
+    assert [cell.strip() for cell in header if cell] == [
+        "run", "loss.beta", "examples", "accuracy", "loss*", "margin*", "KL/token", "best accuracy", "at",
+    ]  # fmt: skip
+    assert rows[0] == [
+        "b", "0.5", "200", "0.9000 ± 0.0500", "0.1000 ± 0.0100", "2.0000", "0.2000", "0.9000 ± 0.0500", "200",
+    ]  # fmt: skip
+    assert rows[1][:4] == ["a", "0.1", "300", "0.7000 ± 0.0500"]
+    assert rows[1][-2:] == ["0.8000 ± 0.0500", "200"]
+    assert rows[2][0] == "c"
+    by_loss = compare(find_runs([sweep]), "loss/eval")
+    assert [Path(run.directory).name for run in by_loss.runs] == ["b", "a", "c"]
+
+
+def test_what_the_scale_of_the_loss_is_in_is_marked_only_where_it_differs(sweep, tmp_path):
+    text = as_text(compare(find_runs([sweep])))
+    assert "loss*" in text and "margin*" in text and "accuracy*" not in text and "KL/token*" not in text
+    assert "not to be compared" in text
+    for lr in (1, 2):
+        write_run(tmp_path / f"rates/{lr}", [0.6], loss={"name": "dpo", "beta": 0.1}, lr=lr)
+    assert "*" not in as_text(compare(find_runs([f"{tmp_path}/rates"])))
+    for n in (64, 128):
+        write_run(tmp_path / f"data/{n}", [0.6], n_eval_examples=n)
+    text = as_text(compare(find_runs([f"{tmp_path}/data"])))
+    assert "accuracy*" in text and "different examples" in text
+
+
+def test_csv_has_every_number_in_full_and_markdown_every_cell(sweep):
+    comparison = compare(find_runs([sweep]))
+    rows = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    assert [Path(row["run"]).name for row in rows] == ["b", "a", "c"]
+    assert float(rows[1]["final/rewards_eval/accuracies"]) == 0.7
+    assert float(rows[1]["best/rewards_eval/accuracies"]) == 0.8
+    assert float(rows[1]["final/loss/eval"]) == 1 - 0.7
+    lines = as_markdown(comparison).splitlines()
+    assert {line.count(" | ") for line in lines[:5]} == {8}
+    assert lines[0].startswith("| run | loss.beta |") and "loss\\*" in lines[0]
+
+
+def test_what_cannot_be_compared_is_said(sweep, tmp_path, capsys):
+    assert main([sweep, "--sort", "nothing/eval"]).startswith("error: --sort nothing/eval: no such metric. There are: ")
+    write_run(tmp_path / "untrained/a", [])
+    assert "none of these runs has been evaluated" in main([f"{tmp_path}/untrained"])
+    assert main([f"{tmp_path}/nowhere"]).startswith("error: ")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(NoRuns):
+        compare([])
+
+
+def test_the_picture_has_a_row_for_each_run(sweep, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    read = {}
+    savefig = Figure.savefig
+
+    def look(figure, *args, **kwargs):
+        first, second = figure.axes
+        read["labels"] = [label.get_text() for label in first.get_yticklabels()]
+        read["points"] = sorted(float(line.get_xdata()[0]) for line in first.get_lines() if line.get_marker() == "o")
+        read["kl"] = [list(line.get_xdata()) for line in second.get_lines() if len(line.get_xdata()) > 1]
+        return savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    draw(compare(find_runs([sweep])), str(tmp_path / "picture.png"))
+    assert read["labels"] == ["loss.beta=0.5", "loss.beta=0.1", "loss.beta=0.9"]
+    assert read["points"] == [0.7, 0.7, 0.7, 0.8, 0.9, 0.9]  # last and best of each
+    assert read["kl"] == [pytest.approx([0.1, 0.2]), pytest.approx([0.1, 0.2, 0.3])]
+    assert png_size(tmp_path / "picture.png")[0] == 1200
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_job_that_fails_from_its_start_to_the_comparison(launcher, tmp_path, capsys):
+    """One directory, named jobs, one pass of the reference, and the table at its end."""
+    run = [*TOY, "loss=dpo", "lora={r:4}", "n_examples=16", "eval_every=8", "lr=1e-2", "precompute_ref_log_probs=true"]
+    sweep = ["loss.beta=0.05,0.1,0.5,-1", f"hydra.sweep.dir={tmp_path}/sweep"]
+    assert launcher.run("-m", *run, *sweep) == 1
+    output = launcher.output
+    names = [path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
+    assert sorted(names) == ["loss.beta--1", "loss.beta-0.05", "loss.beta-0.1", "loss.beta-0.5"]
+    computed = [line.split()[2] for line in output.splitlines() if line.startswith("Reference log-probabilities:")]
+    assert int(computed[0]) > 0 and computed[1:] == ["0", "0"]
+    assert "error: loss.beta=-1: must be" in output
+    assert f"python -m reporting.compare {tmp_path}/sweep" in output
+    assert main([f"{tmp_path}/sweep", "--format", "csv"]) is None
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {float(row["loss.beta"]) for row in rows} == {0.05, 0.1, 0.5}
+    for row in rows:
+        last = read_jsonl(Path(row["run"]) / "metrics.jsonl")[-1]
+        assert float(row["final/loss/eval"]) == last["loss/eval"]
+        assert math.isfinite(float(row["final/kl_eval/per_token"]))

@@ -1,0 +1,187 @@
+"""Pictures of runs: that a run draws its own without waiting for it, and that they show the run's numbers."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, read_jsonl
+from test_cli import SHORT
+
+from reporting import curves, drawing
+from reporting.drawing import CurvesDrawer
+from reporting.runs import NoRuns, find_runs, read_run
+
+
+def write_run(directory: Path, n: int = 40, loss=None, **config) -> Path:
+    """A run directory as training leaves it, with made-up numbers."""
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("# inputs\n" + yaml.safe_dump({"max_grad_norm": 10.0, **config}))
+    lines = []
+    for i in range(n + 1):
+        for split in ("train",) * (i > 0) + ("eval",) * (i % 10 == 0):
+            line = {"split": split, "counters/examples": 4 * i, "counters/updates": i, f"loss/{split}": 1 / (i + 1)}
+            line |= {f"rewards_{split}/accuracies": 0.5 + i / 100, f"rewards_{split}/margins": i / 10}
+            line |= {f"logps_{split}/chosen": -10.0 - i, f"logps_{split}/rejected": -20.0 - i}
+            line |= {"grad_norm": 3.0 + i, "lr": 1e-5} if split == "train" else {"loss/eval_se": 0.1}
+            lines.append(line)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "tr')
+    return directory
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    return struct.unpack(">II", data[16:24])
+
+
+def drawn_lines(runs, monkeypatch, tmp_path) -> dict[str, list]:
+    """By the panels' titles, the data of all lines with any, as matplotlib has them when the picture is saved."""
+    from matplotlib.figure import Figure
+
+    panels = {}
+
+    def read(figure, *args, **kwargs):
+        for axis in figure.axes:
+            data = [(line.get_xdata(), line.get_ydata()) for line in axis.get_lines()]
+            panels[axis.get_title(loc="left")] = [(list(x), [float(v) for v in y]) for x, y in data]
+        return savefig(figure, *args, **kwargs)
+
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", read)
+    curves.draw(runs, str(tmp_path / "picture.png"))
+    return panels
+
+
+def test_the_picture_holds_the_runs_numbers(monkeypatch, tmp_path):
+    run = read_run(str(write_run(tmp_path / "run")))
+    panels = drawn_lines([run], monkeypatch, tmp_path)
+    assert len(panels) == 6
+    for title, name in (("loss", "loss"), ("margin of the rewards", "rewards_{}/margins")):
+        for split in ("train", "eval"):
+            key = name.format(split) if "{}" in name else f"{name}/{split}"
+            x = [line["counters/examples"] for line in getattr(run, split)]
+            assert (x, [line[key] for line in getattr(run, split)]) in panels[title], (title, split)
+    ((x, y),) = [line for line in panels["learning rate"]]
+    assert (x[0], x[-1], set(y)) == (4, 160, {1e-5})
+    assert len(panels["log-probability of responses (nats)"]) == 2 * 3  # raw, smoothed and evaluations of either
+    assert [0.0, 1.0] in [list(x) for x, y in panels["gradient norm, before clipping"]]  # where it is clipped
+    assert png_size(tmp_path / "picture.png")[0] == 1200
+    assert sorted(os.listdir(tmp_path)) == ["picture.png", "run"]
+
+
+def test_smoothing_is_a_mean_over_the_last_values():
+    assert curves.smoothed([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
+    assert curves.smoothed([1.0, 2.0], 1) == [1.0, 2.0]
+
+
+def test_runs_are_labelled_by_what_sets_them_apart(tmp_path):
+    for beta in (0.1, 0.5):
+        write_run(tmp_path / f"sweep/b{beta}", loss={"name": "dpo"}, exp_name=str(beta))
+        path = tmp_path / f"sweep/b{beta}/config.yaml"
+        path.write_text(yaml.safe_dump({"loss": {"name": "dpo", "beta": beta}, "exp_name": str(beta), "lr": 1e-5}))
+    labels = ["loss.beta=0.1", "loss.beta=0.5"]
+    for given in ([f"{tmp_path}/sweep"], [f"{tmp_path}/sw*/b*"], [f"{tmp_path}/sweep/b0.1", f"{tmp_path}/sweep/b0.5/"]):
+        assert [run.label for run in find_runs(given)] == labels
+    assert len(find_runs([f"{tmp_path}/sweep", f"{tmp_path}/sweep/b0.1"])) == 2
+    assert [run.label for run in find_runs([f"{tmp_path}/sweep/b0.1"])] == ["b0.1"]
+    (tmp_path / "empty").mkdir()
+    for nothing in ("nowhere", "empty", "no*"):
+        with pytest.raises(NoRuns, match="no run directory"):
+            find_runs([str(tmp_path / nothing)])
+
+
+@pytest.mark.slow
+def test_the_command_draws_one_run_or_several(run_python, tmp_path):
+    for name, lr in (("a", 1e-5), ("b", 2e-5)):
+        write_run(tmp_path / name, lr=lr)
+    env = {"PYTHONPATH": str(REPOSITORY)}
+    result = run_python("-m", "reporting.curves", "a", env=env)
+    assert (result.returncode, result.stdout) == (0, "a/curves.png\n"), result.stderr
+    result = run_python("-m", "reporting.curves", "a", "b", env=env)
+    assert (result.returncode, result.stdout) == (0, "curves.png\n"), result.stderr
+    assert png_size(tmp_path / "a/curves.png")[0] == png_size(tmp_path / "curves.png")[0] == 1200
+    result = run_python("-m", "reporting.curves", "nowhere", env=env)
+    assert result.returncode == 1 and result.stderr.startswith("error: nowhere: no run directory")
+
+
+@pytest.mark.slow
+def test_a_run_draws_its_picture(launcher, tmp_path):
+    run = [*SHORT, "loss=dpo", "sample_during_eval=false", "curves=true"]
+    assert launcher.run(*run, f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    assert png_size(tmp_path / "run/curves.png")[0] == 1200
+    assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
+    assert "WARNING" not in launcher.output
+
+
+@pytest.mark.slow
+def test_without_matplotlib_a_run_says_so_once(run_python, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nf = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else f(name, *rest)\n"
+    )
+    words = [*SHORT, "wandb.enabled=false", "sample_during_eval=false", "eval_every=4", f"local_run_dir={tmp_path}/run"]
+    result = run_python(str(REPOSITORY / "train.py"), *words, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count("No curves.png, as matplotlib is not installed") == 1
+    assert "LATEST" in os.listdir(tmp_path / "run") and "curves.png" not in os.listdir(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_drawing_is_told_once_and_nothing_more(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    (tmp_path / "run/curves.png").mkdir()  # can't be replaced
+    drawer = CurvesDrawer(str(tmp_path / "run"))
+    drawer.finish()
+    drawer.finish()
+    assert capsys.readouterr().out.count("WARNING: curves.png can't be drawn") == 1
+    assert drawer.process is None
+
+
+@pytest.mark.slow
+def test_training_never_waits_and_drawing_takes_its_share_alone(tmp_path, monkeypatch):
+    """Against a process that takes half a second: the drawer returns at once, and draws at most 2 % of the time."""
+    write_run(tmp_path / "run")
+    started = []
+    popen = subprocess.Popen
+
+    def slow(_command, **options):
+        started.append(time.monotonic())
+        return popen([sys.executable, "-c", "import time; time.sleep(0.5)"], **options)
+
+    monkeypatch.setattr(drawing.subprocess, "Popen", slow)
+    drawer = CurvesDrawer(str(tmp_path / "run"))
+    drawer.notice(is_evaluation=True)
+    assert not started  # a picture is believed to take 2 seconds, so 100 have to go by
+    drawer.start -= 100
+    before = time.monotonic()
+    for _ in range(100):
+        drawer.notice(is_evaluation=True)
+    assert len(started) == 1 and time.monotonic() - before < 0.4
+    deadline = time.monotonic() + 30
+    while drawer.process is not None and time.monotonic() < deadline:
+        drawer.notice(is_evaluation=False)
+        time.sleep(0.05)
+    assert drawer.process is None or len(started) == 2
+    assert drawer.spent <= drawing._SHARE * (time.monotonic() - drawer.start) + drawer.last
+    drawer.finish()
+    assert drawer.process is None
+
+
+@pytest.mark.slow
+def test_curves_need_no_torch(run_python, tmp_path):
+    script = "import sys, reporting.curves, reporting.compare; print('torch' in sys.modules)"
+    assert run_python("-c", script, env={"PYTHONPATH": str(REPOSITORY)}).stdout == "False\n"
+
+
+def test_a_run_that_has_logged_nothing_yet(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    with pytest.raises(NoRuns, match="nothing has been logged"):
+        curves.draw(find_runs([str(tmp_path / "run")]), str(tmp_path / "x.png"))
+    assert read_jsonl(tmp_path / "run/metrics.jsonl") == []

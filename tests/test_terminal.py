@@ -1,0 +1,185 @@
+"""What a run shows on terminals of 80 and 120 columns, and in a log file."""
+
+import json
+import os
+import re
+
+import pytest
+from conftest import read_jsonl
+from terminals import run_on_terminal
+from test_cli import TOY
+
+from reporting import terminal
+from reporting.run_log import interval_means
+from reporting.terminal import RunTable, duration, number, samples_side_by_side
+
+RUN = [*TOY, "loss=dpo", "n_examples=64", "eval_every=32", "lr=1e-3", "curves=false", "wandb.enabled=false",
+       "minimum_log_interval_secs=1e-9"]  # fmt: skip
+ESCAPE = re.compile(rb"\033\[[0-9;]*m")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 120])
+def test_lines_on_a_terminal_are_aligned_whole_and_mixed_with_nothing(columns, tmp_path):
+    screen = run_on_terminal([*RUN, f"local_run_dir={tmp_path}/run"], tmp_path, columns)
+    assert screen.code == 0, "\n".join(screen.lines)
+    (header,) = [line for line in screen.lines if line.split()[:1] == ["examples"]]
+    names = header.split()
+    assert names[0] == "examples" and {"loss", "acc.", "margin", "chosen", "rejected", "grad", "left"} <= set(names)
+    assert ("epoch" in names) == ("lr" in names) == (columns == 120)
+    ends = {match.end() for match in re.finditer(r"\S+", header)}
+    rows = [line for line in screen.lines if re.match(r" *(\d+/64|eval \d+|change) ", line)]
+    assert [row.split()[0] for row in rows].count("eval") == 3
+    for row in rows:  # every cell ends where its column's name does
+        cells = {match.end() for match in re.finditer(r"(eval )?\S+", row)}
+        assert cells <= ends, (header, row)
+        assert len(row) < columns
+    lines = {line["counters/examples"]: line for line in read_jsonl(tmp_path / "run/metrics.jsonl")}
+    for row in screen.rows(*(f"{n}/64 " for n in range(4, 65, 4))):
+        shown, line = dict(zip(names, row, strict=True)), lines.get(int(row[0].split("/")[0]))
+        if line["split"] == "train" and shown["acc."] != "ties":
+            assert float(shown["loss"]) == pytest.approx(line["loss/train"], abs=1e-3)
+            assert shown["acc."] == f"{line['rewards_train/accuracies']:.1%}"
+    # bars are overwritten, and only the last one of training is left
+    bars = [line for line in screen.lines if "|" in line and "steps, " in line]
+    assert len(bars) == 1 and re.match(r"Training 100% \|█+\| 16/16 steps, .*, loss [\d.]+, acc\. [\d.]+%$", bars[0])
+    text = "\n".join(screen.lines)
+    for word in ("Writing model shards", "Loading weights", "it/s", "UserWarning", "FutureWarning"):
+        assert word not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_evaluations_stand_out_unless_colours_are_not_wanted(env, tmp_path):
+    overrides = [*RUN, "n_examples=8", "eval_every=8", "sample_during_eval=false", f"local_run_dir={tmp_path}/run"]
+    screen = run_on_terminal(overrides, tmp_path, 120, env)
+    assert screen.code == 0
+    assert bool(ESCAPE.search(screen.sent)) == (env == {})
+    if env == {}:
+        (line,) = [line for line in screen.sent.splitlines() if b"eval 8" in line]
+        assert b"\033[1m" in line  # bold: it is read on light and on dark
+    assert {line.split()[0] for line in screen.lines if "eval" in line.split()[:1]} == {"eval"}
+
+
+@pytest.mark.slow
+def test_a_log_file_has_the_same_lines_and_nothing_of_a_terminal(launcher, tmp_path):
+    launcher.start(*RUN, f"local_run_dir={tmp_path}/run", in_order=True)
+    assert launcher.wait() == 0, launcher.output
+    output = launcher.output
+    assert "\033" not in output and "\r" not in output and "█" not in output
+    rows = re.findall(r"^ *(\d+)/64 .* (\S+)$", output, re.MULTILINE)
+    assert [int(n) for n, _ in rows] == list(range(4, 65, 4))
+    assert all(re.fullmatch(r"\d+s|\d+m\d\ds", left) for _, left in rows)
+    assert rows[-1][1] == "0s"
+    assert max(map(len, output.split("Each line gives")[1].splitlines()[:60])) <= 120
+    assert re.search(r"^First step: [\d,]+ tokens; memory at its peak: [\d.]+ GB of the host's$", output, re.MULTILINE)
+    assert re.search(r"^1\.12 M parameters, all of them trained$", output, re.MULTILINE)
+    assert re.search(r"^Trained on 64 examples in \d+s of steps: .* tokens a step", output, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_config_is_printed_where_it_is_not_the_default(launcher, tmp_path):
+    run = ["n_examples=4", "sample_during_eval=false", "loss.beta=0.3", "do_first_eval=false"]
+    assert launcher.run(*TOY, "loss=dpo", *run, "lora={r:4}", f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    printed = launcher.output.split("building policy")[0]
+    for line in ("loss.beta: 0.3", "lora.r: 4", "n_examples: 4", "do_first_eval: false", "exp_name: dpo_tiny"):
+        assert f"  {line}\n" in printed
+    for key in ("max_grad_norm", "optimizer", "save_every", "label_smoothing", "warmup_steps"):
+        assert key not in printed
+        assert key in (tmp_path / "run/config.yaml").read_text()
+    assert re.search(r"parameters, [\d.]+ k of them trained \([\d.]+%\)", launcher.output)
+
+
+def test_a_line_gives_means_over_its_steps():
+    """Of equally large steps; a rate is that of all of them together, as half the speed takes twice the time."""
+    steps = [
+        {"counters/examples": 4, "loss/train": 1.0, "lr": 0.1, "examples_per_second": 10.0},
+        {"counters/examples": 8, "loss/train": 2.0, "lr": 0.2, "examples_per_second": 30.0},
+    ]
+    means = interval_means(steps)
+    expected = {"counters/examples": 8, "loss/train": 1.5, "lr": 0.2, "examples_per_second": 15.0}
+    assert means == pytest.approx(expected)
+
+
+def metrics(examples: int, loss: float, accuracy: float, ties: float = 0.0) -> dict[str, float]:
+    rewards = {"accuracies": accuracy, "margins": 0.5, "ties": ties}
+    return {
+        "counters/examples": examples, "loss/eval": loss, **{f"rewards_eval/{k}": v for k, v in rewards.items()},
+        "logps_eval/chosen": -10.0, "logps_eval/rejected": -20.0,
+    }  # fmt: skip
+
+
+def test_an_evaluation_shows_what_has_changed_since_the_last_and_ties_as_ties():
+    table = RunTable(160_000, 160_000)
+    first = table.evaluation(metrics(0, 0.6931, 0.0, ties=1.0))
+    assert first[-1].split()[:5] == ["eval", "0", "0.00", "0.6931", "ties"]
+    second, change = table.evaluation(metrics(20_000, 0.5, 0.75))
+    assert second.split()[:5] == ["eval", "20000", "0.12", "0.5000", "75.0%"]
+    assert change.split()[:3] == ["change", "-0.1931", "+0.0000"]  # none for the accuracy, which there was none of
+    assert table.evaluation(metrics(40_000, 0.6, 0.70))[1].split()[:3] == ["change", "+0.1000", "-5.0"]
+    goes_on = RunTable(160_000, 160_000, 40_000, metrics(40_000, 0.6, 0.70))
+    assert goes_on.evaluation(metrics(60_000, 0.4, 0.70))[-1].split()[:3] == ["change", "-0.2000", "+0.0"]
+
+
+def test_a_header_comes_now_and_then():
+    table = RunTable(1000, 1000)
+    printed = [line for i in range(60) for line in table.evaluation(metrics(i, 0.5, 0.75))]
+    assert 2 <= sum(line.split()[0] == "examples" for line in printed) <= 4
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+@pytest.mark.parametrize("n_examples", [8, 160_800, 10**9])
+def test_a_line_fits_whatever_the_numbers(columns, n_examples, monkeypatch):
+    monkeypatch.setattr(terminal, "width", lambda: columns - 1)
+    for value in (-1e9, -12345.6, -0.00001, 0.0, 1e-12, 0.5, 99999.0, 1e9):
+        table = RunTable(n_examples, n_examples)
+        step = {"counters/examples": n_examples, "grad_norm": abs(value), "lr": 5e-7, "examples_per_second": 12345.6}
+        names = ("loss/train", "rewards_train/margins", "logps_train/chosen", "logps_train/rejected")
+        step |= dict.fromkeys(names, value) | {"rewards_train/accuracies": 1.0}
+        lines = table.train(step)
+        assert max(map(len, lines[-2:])) < columns, lines[-1]
+
+
+def test_numbers_are_short():
+    for value in (0, 1, 0.6931, 12.3456, 999.99, 1234.5, 99999.4, 123456.7, 5.3e7, 1e6, 1e300, 4e-4, 1e-300):
+        assert len(number(value)) <= 7, value
+        assert float(number(value)) == pytest.approx(value, rel=0.3, abs=1e-4)
+    assert [duration(s) for s in (0, 59.4, 61, 3599, 3600, 86399, 90000)] == [
+        "0s", "59s", "1m01s", "59m59s", "1h00m", "23h59m", "1d01h",
+    ]  # fmt: skip
+
+
+def samples(prompt: str, **of_models: str) -> list[dict]:
+    return [{"model": model, "prompt": prompt, "sample": prompt + text} for model, text in of_models.items()]
+
+
+def test_samples_stand_side_by_side_their_prompt_once(monkeypatch):
+    monkeypatch.setattr(terminal, "width", lambda: 79)
+    prompt = "\n\nHuman: " + "word " * 100 + "last?\n\nAssistant:"
+    lines = samples_side_by_side(
+        samples(prompt, policy=" Yes, " + "of course " * 50, reference=" No.\033[2J\n\nHuman: x")
+    )
+    text = "\n".join(lines)
+    assert text.count("last?") == 1 and lines[1].startswith("… ")  # of a long prompt the end
+    assert max(map(len, lines)) <= 79
+    (names,) = [line for line in lines if "policy" in line]
+    at = names.index("reference")
+    assert any(line[at:].startswith("No. [2J Human: x") and "Yes, of course" in line for line in lines)
+    assert [line[: at - 2].rstrip() for line in lines if "…" in line][-1].endswith("…")
+    assert "\033" not in text and not re.search(r"\bcour\b|\bcours\b", text)
+    wide = samples_side_by_side(samples("问", policy="很好" * 100))
+    assert max(sum(2 if ord(c) > 0x2000 else 1 for c in line) for line in wide) <= 79
+    assert samples_side_by_side([]) == []
+
+
+@pytest.mark.slow
+def test_without_a_terminal_samples_and_their_divergence_are_told_once(launcher, tmp_path):
+    assert launcher.run(*RUN, "n_examples=4", "eval_every=4", f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    output = launcher.output
+    assert output.count("Samples: 2 of 2, shortened") == 2
+    lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"]
+    shown = re.findall(r"on the samples: (\S+) ± (\S+) nats a response, (\S+) a token", output)
+    assert len(shown) == len(lines) == 2
+    assert float(shown[-1][0]) == pytest.approx(lines[-1]["kl_eval/per_response"], abs=1e-3)
+    prompt = " ".join(json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])["prompt"].split())
+    assert output.count(prompt) == 2 and os.path.exists(tmp_path / "run/LATEST")
