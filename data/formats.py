@@ -22,6 +22,7 @@ _COMPLETIONS = ("completions", "responses", "answers")
 _TEXT_OF = ("content", "text", "response", "completion")
 _SCORES = ("scores", "score", "overall_score", "pm_score", "rating")
 _RANKS = ("ranks", "rank")
+_LABELS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # as texts: in CSV
 
 
 class BadExample(Exception):
@@ -332,11 +333,16 @@ def _score(completion: object, name: str) -> float:
 
 def _unpaired(row: dict, prompt: str) -> Example:
     label = _value(row, "label")
-    if not isinstance(label, bool) and label not in (0, 1):
+    is_desirable = _LABELS.get(label.lower() if isinstance(label, str) else label if _is_number(label) else None)
+    if is_desirable is None:
         raise BadExample("wrong type", f"field 'label' is {label!r:.60}, expected true or false")
     example = _single(row, prompt, "completion")
-    example.label = bool(label)
+    example.label = is_desirable
     return example
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)  # true and false are numbers, too
 
 
 def _single(row: dict, prompt_field: str, completion: str) -> Example:

@@ -109,8 +109,9 @@ def open_rows(location: Location, split: str, cache_dir: str | None, reads_damag
         raise UserError(f"{where}: {reason}")
     try:
         rows = reading.read_rows(
-            where, location.path, split, files, cache_dir, "give local files", location.config, silent, label
-        )
+            where, location.path, split, files, cache_dir, "give local files", location.config, silent, label,
+            csv_as_texts=True,
+        )  # fmt: skip
     except reading.UnreadableRows as error:
         named = [(file, file) for file in files or []]
         if not (reads_damaged and named and diagnosis.are_json_lines(named)):
