@@ -95,11 +95,8 @@ def _row_dicts(rows: list[dict] | pa.Table | dict[str, list]) -> list[dict]:
     return rows
 
 
-def open_rows(location: Location, split: str, cache_dir: str | None, reads_damaged: bool, silent: bool) -> Rows:
-    """The rows of a split.
-
-    Args:
-        reads_damaged: JSON Lines that the library can't read are read line by line.
+def open_rows(location: Location, split: str, cache_dir: str | None, silent: bool) -> Rows:
+    """The rows of a split. JSON Lines that the library can't read are read line by line.
 
     Raises: UserError if they can't be read, naming the file, the line and the remedy.
     """
@@ -114,7 +111,7 @@ def open_rows(location: Location, split: str, cache_dir: str | None, reads_damag
         )  # fmt: skip
     except reading.UnreadableRows as error:
         named = [(file, file) for file in files or []]
-        if not (reads_damaged and named and diagnosis.are_json_lines(named)):
+        if "[" in split or not (named and diagnosis.are_json_lines(named)):
             raise
         rank0_print(f"{label}: read line by line, as the library can't: {str(error).splitlines()[0]}")
         return Rows(where, label, split, _of_files(files), None, lines=named)
@@ -315,9 +312,7 @@ def prepare(
         )  # fmt: skip
         train, test = choose_splits(there, settings.train_split, settings.test_split, source.where)
         splits = {"train": train} | ({"test": test} if test is not None else {})
-        sources = {
-            role: open_rows(source, split, cache_dir, True, silent) for role, split in splits.items()
-        }  # fmt: skip
+        sources = {role: open_rows(source, split, cache_dir, silent) for role, split in splits.items()}
     read = _recognized(name, sources["train"], settings, loss_takes)
     key = json.dumps(
         [VERSION, {role: [rows.fingerprint, rows.split, rows.n_rows] for role, rows in sources.items()},

@@ -106,7 +106,7 @@ def read_rows(
     try:
         module, kwargs = path, {}
         if files is not None:
-            kwargs = {"data_files": {split: [glob.escape(file) for file in files]}}
+            kwargs = {"data_files": {split.partition("[")[0]: [glob.escape(file) for file in files]}}
             if not os.path.isdir(path):
                 module, options = _MODULES[_suffix(files[0])]
                 kwargs |= options
