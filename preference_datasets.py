@@ -335,6 +335,8 @@ def check_datasets(choices: list[Choice], paths: dict[str, str]):
     see `check_names`."""
     check_names([choice.name for choice in choices if choice.is_named], paths)
     for choice in choices:
+        if choice.is_named and choice.name in ROWS:
+            raise UserError(f"datasets=[{choice.name}]: a named dataset is called so; give your rows another name")
         if choice.is_named:
             for key in ("train_split", "test_split", "fields"):
                 if getattr(choice, key):
@@ -531,9 +533,15 @@ def _without_overlong(
     dropped = set(_counted(numbers, too_long))
     kept = []
     for number, prompt in enumerate(part):
-        pairs = [pair for index, pair in enumerate(prompt.pairs) if (number, index) not in dropped]
-        if pairs or (sft_mode and (number, 0) not in dropped):
-            kept.append(replace(prompt, pairs=pairs))
+        indices = [index for index in range(len(prompt.pairs)) if sft_mode or (number, index) not in dropped]
+        if (number, 0) not in dropped if sft_mode else indices:
+            rows = [prompt.rows[index] for index in indices] if prompt.rows else []
+            kept.append(replace(prompt, pairs=[prompt.pairs[index] for index in indices], rows=rows))
+    if not kept:
+        raise UserError(
+            f"{split_name(choice.name, split)}: truncation=drop leaves nothing; raise "
+            f"max_length={lengths['max_length']}"
+        )
     return kept
 
 

@@ -7,6 +7,7 @@ each, like Anthropic's. Where texts stand there may be messages: lists of {"role
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ _COMPLETIONS = ("completions", "responses", "answers")
 _TEXT_OF = ("content", "text", "response", "completion")
 _SCORES = ("scores", "score", "overall_score", "pm_score", "rating")
 _RANKS = ("ranks", "rank")
+_LABELS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # as texts: in CSV
 
 
 class BadExample(Exception):
@@ -68,11 +70,12 @@ def recognize(rows: Iterable[dict], fields: dict[str, str], where: str) -> Forma
 
     Raises: UserError if it is none that can be trained on, with the fields and the remedy.
     """
-    kinds: dict[str, str] = {}
+    counts: dict[str, Counter] = {}
     for row in rows:
         for name, value in row.items():
-            if kinds.get(name, "nothing") == "nothing":
-                kinds[name] = _kind(value)
+            counts.setdefault(name, Counter())[_kind(value)] += value is not None and value != []
+    # what most rows hold: a bad one must not decide for the others
+    kinds = {name: of_field.most_common(1)[0][0] for name, of_field in counts.items()}
     for ours, theirs in fields.items():
         if theirs not in kinds:
             raise UserError(
@@ -171,10 +174,10 @@ def _text(row: dict, name: str, may_be_empty: bool = False) -> str:
 
 
 def _message_list(value: object, name: str) -> list[dict]:
-    """Messages without the keys that have no value; a library that reads columns has filled these in."""
+    """Messages without keys that have no value, at any depth; a library that reads columns has filled these in."""
     if not is_messages(value):
         raise BadExample("wrong type", f"field {name!r} is {value!r:.60}, expected messages with 'role' and 'content'")
-    messages = [{key: item for key, item in message.items() if item is not None} for message in value]
+    messages = _without_none(value)
     for number, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -229,12 +232,25 @@ def _transcripts(row: dict) -> Example:
         border = turn + len(TURN)
     elif TURN in chosen and TURN in rejected:
         raise BadExample("no shared prompt", f"chosen and rejected differ before the first {TURN!r}")
-    else:  # between words, as they are tokens with the space before them
-        border = len(shared) - 1 if shared.endswith(" ") else len(shared)
+    else:
+        border = _word_border(shared, chosen, rejected)
     responses = [chosen[border:], rejected[border:]]
     if not all(response.strip() for response in responses):
         raise BadExample("empty response", "one of chosen and rejected is the beginning of the other")
     return Example(chosen[:border], responses, [(0, 1)])
+
+
+def _word_border(shared: str, *texts: str) -> int:
+    """Where the shared start of texts ends between words, which are tokens with the space before them."""
+    border = len(shared)
+    if any(_is_of_word(text[border : border + 1]) for text in texts):
+        while border > 0 and _is_of_word(shared[border - 1]):
+            border -= 1
+    return border - 1 if shared[:border].endswith(" ") else border
+
+
+def _is_of_word(character: str) -> bool:
+    return character.isalnum() and character < "\u2e80"  # from there on scripts put no spaces between words
 
 
 def _messages(row: dict, prompt: str | None) -> Example:
@@ -317,11 +333,16 @@ def _score(completion: object, name: str) -> float:
 
 def _unpaired(row: dict, prompt: str) -> Example:
     label = _value(row, "label")
-    if not isinstance(label, bool) and label not in (0, 1):
+    is_desirable = _LABELS.get(label.lower() if isinstance(label, str) else label if _is_number(label) else None)
+    if is_desirable is None:
         raise BadExample("wrong type", f"field 'label' is {label!r:.60}, expected true or false")
     example = _single(row, prompt, "completion")
-    example.label = bool(label)
+    example.label = is_desirable
     return example
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)  # true and false are numbers, too
 
 
 def _single(row: dict, prompt_field: str, completion: str) -> Example:

@@ -87,8 +87,9 @@ def choose_splits(
         raise UserError(f"{where}: no split 'train'{listed}\nChoose with train_split=NAME and test_split=NAME")
     train = train_split or ("train" if "train" in there else there[0])
     for key, asked in (("train_split", train_split), ("test_split", test_split)):
-        if asked is not None and re.split(r"\[", asked)[0] not in there:
+        if asked is not None and asked.partition("[")[0] not in there:
             raise UserError(f"{where}: {key}={asked}: it has no such split{listed}")
     if test_split is not None:
         return train, test_split
-    return train, next((name for name in TEST_SPLITS if name in there and name != train), None)
+    used = train.partition("[")[0]  # a slice of a split leaves the rest of it to nobody
+    return train, next((name for name in TEST_SPLITS if name in there and name != used), None)

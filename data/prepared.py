@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -67,7 +66,7 @@ class Rows:
     split: str
     fingerprint: str
     n_rows: int | None
-    dataset: object = None  # of the datasets library
+    dataset: object = None  # of the datasets library; or a list
     place: object = None  # number of a row -> where it is, in words
     lines: list[tuple[str, str]] = field(default_factory=list)  # files, read line by line
 
@@ -75,7 +74,7 @@ class Rows:
         """Number, place (or an empty text) and row, or what is wrong with it."""
         if self.dataset is not None:
             for start in range(0, self.n_rows, size):
-                rows = self.dataset[start : start + size].to_pylist()
+                rows = _row_dicts(self.dataset[start : start + size])
                 yield [(start + number, "", row) for number, row in enumerate(rows)]
             return
         chunk = []
@@ -88,11 +87,16 @@ class Rows:
             yield chunk
 
 
-def open_rows(location: Location, split: str, cache_dir: str | None, reads_damaged: bool, silent: bool) -> Rows:
-    """The rows of a split.
+def _row_dicts(rows: list[dict] | pa.Table | dict[str, list]) -> list[dict]:
+    if isinstance(rows, pa.Table):
+        return rows.to_pylist()
+    if isinstance(rows, dict):
+        return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    return rows
 
-    Args:
-        reads_damaged: JSON Lines that the library can't read are read line by line.
+
+def open_rows(location: Location, split: str, cache_dir: str | None, silent: bool) -> Rows:
+    """The rows of a split. JSON Lines that the library can't read are read line by line.
 
     Raises: UserError if they can't be read, naming the file, the line and the remedy.
     """
@@ -102,11 +106,12 @@ def open_rows(location: Location, split: str, cache_dir: str | None, reads_damag
         raise UserError(f"{where}: {reason}")
     try:
         rows = reading.read_rows(
-            where, location.path, split, files, cache_dir, "give local files", location.config, silent, label
-        )
+            where, location.path, split, files, cache_dir, "give local files", location.config, silent, label,
+            csv_as_texts=True,
+        )  # fmt: skip
     except reading.UnreadableRows as error:
         named = [(file, file) for file in files or []]
-        if not (reads_damaged and named and diagnosis.are_json_lines(named)):
+        if "[" in split or not (named and diagnosis.are_json_lines(named)):
             raise
         rank0_print(f"{label}: read line by line, as the library can't: {str(error).splitlines()[0]}")
         return Rows(where, label, split, _of_files(files), None, lines=named)
@@ -115,7 +120,10 @@ def open_rows(location: Location, split: str, cache_dir: str | None, reads_damag
     def place(row: int) -> str:
         return reading.row_place(location.path, split, row, cache_dir, files)
 
-    return Rows(where, label, split, _of_files(made_of), len(rows), rows.with_format("arrow"), place)
+    # objects whose fields differ from row to row are kept as JSON, which the library has to decode
+    holds_json = "Json(" in str(rows.features)
+    dataset = rows if holds_json else rows.with_format("arrow")
+    return Rows(where, label, split, _of_files(made_of), len(rows), dataset, place)
 
 
 def rows_of_list(name: str, rows: list[dict]) -> Rows:
@@ -123,18 +131,15 @@ def rows_of_list(name: str, rows: list[dict]) -> Rows:
 
     Raises: UserError if they are no rows.
     """
-    import datasets
-
     where = f"datasets=[{name}]"
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{where}, row {number}: {row!r:.60} is no dict of fields")
     try:
         digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-        dataset = datasets.Dataset.from_list(rows).with_format("arrow")
-    except Exception as error:  # pyarrow's, or json's
-        raise UserError(f"{where}: these rows can't be one table: {error}") from error
-    return Rows(where, name, "train", digest, len(rows), dataset, lambda row: "")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: expected rows of texts, numbers, lists and dicts: {error}") from error
+    return Rows(where, name, "train", digest, len(rows), rows)
 
 
 def _of_files(files: Iterable[str]) -> str:
@@ -203,7 +208,7 @@ def _number(key: bytes) -> float:
     return int.from_bytes(key, "big") / 2**64
 
 
-def _records(chunk: list, read: Format, tokenizer, template: str | None, bad: _Bad) -> list[tuple[bytes, dict]]:
+def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: _Bad) -> list[tuple[bytes, dict]]:
     """The rows of a chunk that can be used, with the keys of their prompts."""
     usable: list[tuple[int, Example, chat.Rendered]] = []
     for number, place, row in chunk:
@@ -211,13 +216,13 @@ def _records(chunk: list, read: Format, tokenizer, template: str | None, bad: _B
             if isinstance(row, diagnosis.Fault):
                 raise BadExample("broken row", row.reason)
             example = read.read(row)
-            usable.append((number, example, chat.render(example, tokenizer, template)))
+            usable.append((number, example, renderer.render(example)))
         except BadExample as error:
             bad.add(number, place, error.kind, str(error))
-    tokenized = chat.tokenize([rendered for *_, rendered in usable], tokenizer)
+    tokenized = renderer.tokenize([rendered for *_, rendered in usable])
     records = []
     for (number, example, rendered), (prompt_ids, response_ids) in zip(usable, tokenized, strict=True):
-        has_bos = rendered.is_templated and prompt_ids[:1] == [tokenizer.bos_token_id]
+        has_bos = rendered.is_templated and prompt_ids[:1] == [renderer.tokenizer.bos_token_id]
         record = {
             "row": number,
             "prompt": rendered.prompt,
@@ -233,21 +238,21 @@ def _records(chunk: list, read: Format, tokenizer, template: str | None, bad: _B
     return records
 
 
-def _make(directory: str, sources: dict[str, Rows], settings: Settings, template: str | None, tokenizer, read: Format):
+def _make(directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, read: Format):
     """Write the files of both splits, and what there is to say of them, into a directory.
 
     Without a source for 'test' it holds a part of the other's prompts: those with the smallest hashes.
     """
     limit = 0.0 if "test" in sources else settings.test_fraction
-    info = _make_once(directory, sources, settings, template, tokenizer, read, limit)
+    info = _make_once(directory, sources, settings, renderer, read, limit)
     if "test" not in sources and info["test"]["n_prompts"] == 0 and info["smallest"] is not None:
         # few prompts, and none fell into the part: hold out one
-        info = _make_once(directory, sources, settings, template, tokenizer, read, info["smallest"])
+        info = _make_once(directory, sources, settings, renderer, read, info["smallest"])
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
         json.dump(info | {"format": read.description}, file)
 
 
-def _make_once(directory, sources, settings, template, tokenizer, read, limit) -> dict:
+def _make_once(directory, sources, settings, renderer, read, limit) -> dict:
     writers = {role: _Writer(os.path.join(directory, f"{role}.arrow")) for role in ("train", "test")}
     info, smallest = {}, None
     for role, rows in sources.items():
@@ -255,7 +260,7 @@ def _make_once(directory, sources, settings, template, tokenizer, read, limit) -
         with tqdm(total=rows.n_rows, desc=f"Tokenizing {rows.label}", unit="row", disable=hides_progress()) as progress:
             for chunk in rows.chunks(_CHUNK):
                 n_read += len(chunk)
-                records = _records(chunk, read, tokenizer, template, bad)
+                records = _records(chunk, read, renderer, bad)
                 held_out = []
                 if "test" not in sources:
                     smallest = min([_number(key) for key, _ in records] + ([smallest] if smallest is not None else []),
@@ -298,7 +303,7 @@ def prepare(
 
     Raises: UserError if rows can't be used, or are none of these, naming the place and the remedy.
     """
-    template = chat.load_template(tokenizer, settings.chat_template)
+    renderer = chat.Renderer(tokenizer, settings.chat_template)
     if isinstance(source, list):
         sources = {"train": rows_of_list(name, source)}
     else:
@@ -307,23 +312,22 @@ def prepare(
         )  # fmt: skip
         train, test = choose_splits(there, settings.train_split, settings.test_split, source.where)
         splits = {"train": train} | ({"test": test} if test is not None else {})
-        sources = {
-            role: open_rows(source, split, cache_dir, True, silent) for role, split in splits.items()
-        }  # fmt: skip
+        sources = {role: open_rows(source, split, cache_dir, silent) for role, split in splits.items()}
     read = _recognized(name, sources["train"], settings, loss_takes)
     key = json.dumps(
         [VERSION, {role: [rows.fingerprint, rows.split, rows.n_rows] for role, rows in sources.items()},
-         asdict(settings), template, _tokenizer_fingerprint(tokenizer), read.description], sort_keys=True,
+         asdict(settings), renderer.template, _tokenizer_fingerprint(tokenizer), read.description], sort_keys=True,
     )  # fmt: skip
     directory = os.path.join(cache_dir, "prepared", hashlib.sha256(key.encode()).hexdigest()[:32])
     try:
         os.makedirs(os.path.dirname(directory), exist_ok=True)
         with FileLock(f"{directory}.lock"):
             if not os.path.exists(directory):
-                partial = f"{directory}.partial-{uuid.uuid4().hex[:8]}"
+                partial = f"{directory}.partial"
+                shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
                 os.makedirs(partial)
                 try:
-                    _make(partial, sources, settings, template, tokenizer, read)
+                    _make(partial, sources, settings, renderer, read)
                     os.rename(partial, directory)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -448,10 +452,7 @@ class PreparedPrompts(Sequence):
     # ---- lengths ----------------------------------------------------------------------------------------------------
 
     def lengths(self, sft_mode: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens in each example's prompt, in its longest response, and the number of its prompt: (n_examples,) each.
-
-        All pairs count, also those that have been left out.
-        """
+        """Tokens in each example's prompt, in its longest response, and its prompt's number: (n_examples,) each."""
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])
         inner = [batch.column("response_ids").flatten().value_lengths().to_numpy() for batch in self.batches]
@@ -466,7 +467,9 @@ class PreparedPrompts(Sequence):
             return prompts, np.maximum(*(of_response[first_response[side]] for side in sides)), np.arange(len(self))
         counts = np.diff(self._first_pair)
         number = np.repeat(np.arange(len(counts)), counts)
-        both = of_response[first_response[number][:, None] + self._all_pairs]
+        kept = slice(None) if self.kept is None else self.kept
+        number, pairs = number[kept], self._all_pairs[kept]
+        both = of_response[first_response[number][:, None] + pairs]
         return of_prompt[number], both.max(1, initial=0), number
 
     def count_empty(self) -> int:
@@ -474,7 +477,7 @@ class PreparedPrompts(Sequence):
         return int((self._list_lengths("prompt_ids")[self.numbers] == 0).sum())
 
     def leave_out(self, too_long: np.ndarray, sft_mode: bool):
-        """Leave these examples out, a mask as `lengths` counts them."""
+        """Leave these examples out, a mask as `lengths` counts them; once."""
         if sft_mode or self.others is not None:
             self.numbers = self.numbers[~too_long]
             self.others = self.others[~too_long] if self.others is not None else None

@@ -84,6 +84,7 @@ def read_rows(
     config: str | None = None,
     silent: bool = False,
     label: str = "",
+    csv_as_texts: bool = False,
 ) -> "datasets.Dataset":
     """The rows of a split, memory-mapped.
 
@@ -92,6 +93,7 @@ def read_rows(
         path: a hub id, or the local folder or file; files: of the split, where the library need not find them.
         remedy: what else can be done if it can't be read.
         config: of a dataset on the hub that has several.
+        csv_as_texts: what stands in CSV files is text, also where it looks like a number or like nothing (NA, None).
 
     Raises: UserError with the file and line that can't be read, or why the hub doesn't give it, and the remedy.
     """
@@ -104,10 +106,12 @@ def read_rows(
     try:
         module, kwargs = path, {}
         if files is not None:
-            kwargs = {"data_files": {split: [glob.escape(file) for file in files]}}
+            kwargs = {"data_files": {split.partition("[")[0]: [glob.escape(file) for file in files]}}
             if not os.path.isdir(path):
                 module, options = _MODULES[_suffix(files[0])]
                 kwargs |= options
+            if csv_as_texts and _suffix(files[0]) in (".csv", ".tsv"):
+                kwargs |= {"features": _text_columns(files[0]), "keep_default_na": False}
         builder = datasets.load_dataset_builder(module, name=config, cache_dir=cache_dir, **kwargs)
         files = list((builder.config.data_files or {}).get(split.partition("[")[0], []))
         if not silent:
@@ -121,6 +125,15 @@ def read_rows(
     except Exception as error:  # the library raises whatever the reader of a format, or the connection, raised
         cause, what_to_do = _cause_and_remedy(error, path, files or [], remedy)
         raise UnreadableRows(f"{where}: {cause}\n{what_to_do}") from error
+
+
+def _text_columns(file: str) -> "datasets.Features":
+    """The columns of a CSV file, each of texts."""
+    import datasets
+    import pandas
+
+    options = _MODULES[_suffix(file)][1]
+    return datasets.Features(dict.fromkeys(pandas.read_csv(file, nrows=0, **options), datasets.Value("string")))
 
 
 def split_names(where: str, path: str, config: str | None, cache_dir: str | None, remedy: str) -> list[str]:
@@ -257,7 +270,9 @@ def _caches_and_runs(folder: str) -> list[str]:
             "dataset_info.json" in files and "state.json" not in files and any(f.endswith(".arrow") for f in files)
         )
         is_hub_cache = "snapshots" in subdirectories and {"blobs", "refs"} & set(subdirectories)
-        if directory != folder and (is_run or is_arrow_cache or is_hub_cache or directory.endswith(".incomplete")):
+        is_prepared = {"info.json", "train.arrow", "test.arrow"} <= set(files)  # by data.prepared
+        is_unfinished = directory.endswith((".incomplete", ".partial"))
+        if directory != folder and (is_run or is_arrow_cache or is_hub_cache or is_prepared or is_unfinished):
             found.append(directory)
             subdirectories.clear()
     return found

@@ -1,0 +1,501 @@
+"""Training on files, folders and hub ids: which rows are trained and evaluated on, in which order, how they are cut."""
+
+import json
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ORACLE, REPOSITORY, read_jsonl
+from hub_server import Hub
+from test_cli import assert_refused
+from test_formats import jsonl, parquet
+from transformers import AutoTokenizer
+
+from data.batches import mismatch
+from data.prepared import Settings
+from preference_datasets import Choice, get_batch_iterator
+from utils import UserError
+
+RUN = [
+    "model=blank_model", f"model.name_or_path={ORACLE}/model", "model.reference_dtype=float32", "loss=dpo",
+    "batch_size=4", "n_eval_examples=4", "eval_batch_size=4", "max_length=64", "max_prompt_length=32", "lr=1e-3",
+    "warmup_steps=0", "sample_during_eval=false", "eval_every=4",
+]  # fmt: skip
+
+
+def pairs(*names: str, n_words: int = 1) -> list[dict]:
+    return [{"prompt": f"{name}?", "chosen": f" {name} yes" * n_words, "rejected": " no" * n_words} for name in names]
+
+
+def numbered(n: int, start: int = 0) -> list[dict]:
+    return pairs(*(f"Question {i}" for i in range(start, start + n)))
+
+
+def write(path, rows: list[dict]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jsonl(rows))
+    return str(path)
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(ORACLE / "model")
+    tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+@pytest.fixture
+def read(tokenizer, tmp_path):
+    """The prompts of a split's batches, in their order; or of an epoch's."""
+
+    def prompts(*datasets: str | Choice, split: str = "train", settings: dict | None = None, **kwargs) -> list[str]:
+        kwargs = {"n_epochs": 1, "drop_last": False, "silent": True, "cache_dir": str(tmp_path / "cache")} | kwargs
+        tokenizer_ = kwargs.pop("tokenizer", tokenizer)
+        batches = get_batch_iterator(datasets, tokenizer_, split, settings=Settings(**(settings or {})), **kwargs)
+        return [prompt for batch in batches for prompt in batch["prompt"]]
+
+    return prompts
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_held_out_prompt_is_never_trained_on_and_a_grown_file_keeps_its_split(read, tmp_path):
+    rows = numbered(400) + [row | {"chosen": "another"} for row in numbered(400)]  # each prompt twice
+    random.Random(0).shuffle(rows)
+    path = write(tmp_path / "rows.jsonl", rows)
+    train, test = read(path), read(path, split="test")
+    assert set(train) | set(test) == {row["prompt"] for row in rows} and not set(train) & set(test)
+    assert len(train) + len(test) == 800
+    assert 20 <= len(test) <= 60  # 40 expected, with a standard deviation of 9
+    assert len(read(path, split="test", settings={"test_fraction": 0.5})) > 300
+
+    write(tmp_path / "rows.jsonl", numbered(400, start=400) + rows[::-1])
+    grown_train, grown_test = read(path), read(path, split="test")
+    assert set(train) <= set(grown_train) and set(test) <= set(grown_test)
+    other = AutoTokenizer.from_pretrained(REPOSITORY / "assets" / "tiny")
+    other.pad_token_id = other.eos_token_id
+    assert set(read(path, split="test", tokenizer=other)) == set(grown_test)
+
+
+def test_of_few_prompts_one_is_held_out(read, tmp_path):
+    for n in (2, 3, 5):
+        path = write(tmp_path / f"{n}.jsonl", numbered(n))
+        train, test = read(path), read(path, split="test")
+        assert len(test) == 1 and len(train) == n - 1
+    path = write(tmp_path / "one.jsonl", numbered(1) * 3)
+    with pytest.raises(UserError, match="train split: no row is left for it; add data"):
+        read(path)
+
+
+SPLITS = {  # files; settings of the config; prompts to train on, and to evaluate on (None: some are held out)
+    "folder": (["train.jsonl", "test.jsonl"], {}, "train", "test"),
+    "folders in it": (["data/train/0.jsonl", "data/train/1.jsonl", "data/validation/0.jsonl"], {}, "train", "valid"),
+    "test before validation": (["train.jsonl", "validation.jsonl", "test.jsonl"], {}, "train", "test.jsonl"),
+    "chosen": (["train.jsonl", "validation.jsonl", "test.jsonl"], {"test_split": "validation"}, "train", "valid"),
+    "shards": (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "dev.jsonl"], {}, "train", "dev"),
+    "no split in any name": (["a.jsonl", "b.jsonl"], {}, "", None),
+    "another name for train": (["train.jsonl", "test.jsonl"], {"train_split": "test", "test_split": "train"}, "test",
+                               "train"),
+    "part of a split": (["train.jsonl", "test.jsonl"], {"train_split": "train[:50%]"}, "half", "test"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_splits_of_a_folder(name, read, tmp_path):
+    files, settings, train, test = SPLITS[name]
+    for file in files:
+        write(tmp_path / "data" / file, pairs(*(f"{file} {i}" for i in range(20))))
+    found = {split: read(str(tmp_path / "data"), split=split, settings=settings) for split in ("train", "test")}
+    if train == "half":
+        assert sorted(found["train"]) == sorted(f"train.jsonl {i}?" for i in range(10))
+    else:
+        assert {file for file in files if any(p.startswith(file) for p in found["train"])} == {
+            file for file in files if train in file
+        }
+    if test is not None:
+        assert len(found["test"]) == 20 and all(test in prompt for prompt in found["test"])
+    else:
+        assert sorted(found["train"] + found["test"]) == sorted(f"{file} {i}?" for file in files for i in range(20))
+
+
+def test_a_part_of_the_test_split_is_not_evaluated_on_what_it_trains_on(read, tmp_path):
+    write(tmp_path / "data" / "test.jsonl", numbered(40))
+    settings = {"train_split": "test[:50%]"}
+    train, test = (read(str(tmp_path / "data"), split=split, settings=settings) for split in ("train", "test"))
+    assert sorted(train + test) == sorted(row["prompt"] for row in numbered(20))
+
+
+def test_a_pattern_of_files(read, tmp_path):
+    for name in ("a/train.jsonl", "a/more.jsonl", "a/test.jsonl", "b/train.jsonl", "contest.jsonl"):
+        write(tmp_path / name, pairs(f"{name} 0", f"{name} 1"))
+    found = {split: read(f"{tmp_path}/**/*.jsonl", split=split) for split in ("train", "test")}
+    assert {prompt.split()[0] for prompt in found["train"]} == {
+        "a/train.jsonl", "a/more.jsonl", "b/train.jsonl", "contest.jsonl"
+    }  # fmt: skip
+    assert {prompt.split()[0] for prompt in found["test"]} == {"a/test.jsonl"}
+    write(tmp_path / "[x]*.jsonl", numbered(2))  # a name is not a pattern
+    assert len(read(f"{tmp_path}/[x]*.jsonl")) == 1
+
+
+def test_a_folder_with_caches_and_runs_is_its_data_alone(launcher, tmp_path):
+    """Its own caches, those of what was tokenized, and the runs that a first run has left in it."""
+    folder = tmp_path / "data"
+    write(folder / "train.jsonl", numbered(8))
+    write(folder / "test.jsonl", numbered(4, start=100))
+    run = [*RUN, f"datasets=[{folder}]", f"local_dirs=[{folder}/cache]", "n_epochs=1"]
+    for number in range(3):
+        assert launcher.run(*run, f"local_run_dir={folder}/run-{number}", directory=folder) == 0, launcher.output
+        for split, n_rows in (("train", 8), ("test", 4)):
+            assert f"({split}): preferences (prompt, chosen, rejected); {n_rows} rows read" in launcher.output
+    metrics = [read_jsonl(folder / f"run-{number}" / "metrics.jsonl") for number in range(3)]
+    assert [len(lines) for lines in metrics] == [len(metrics[0])] * 3
+    assert list(folder.rglob("prepared/*/train.arrow"))  # what it must not have read
+
+
+# ---- which examples, in which order ---------------------------------------------------------------------------------
+
+
+def test_weights_and_numbers_of_examples(read, tmp_path):
+    one, other = (write(tmp_path / name / "train.jsonl", pairs(*(f"{name}{i}" for i in range(20)))) for name in "ab")
+    for path in (one, other):
+        write(tmp_path / path.removesuffix("train.jsonl") / "test.jsonl", pairs("test"))
+    one, other = (path.removesuffix("/train.jsonl") for path in (one, other))
+
+    def counts(*datasets: Choice | str, **kwargs) -> dict[str, int]:
+        found = read(*datasets, **kwargs)
+        return {name: sum(prompt.startswith(name) for prompt in found) for name in "ab"}
+
+    assert counts(one, other) == {"a": 20, "b": 20}
+    assert counts(Choice(one, weight=2.0), Choice(other, weight=0.5)) == {"a": 40, "b": 10}
+    assert counts(one, Choice(other, n_examples=7)) == {"a": 20, "b": 7}
+    assert counts(one, Choice(other, weight=1.5, n_examples=8)) == {"a": 20, "b": 12}
+    chosen = read(Choice(other, n_examples=7), n_epochs=3)
+    assert len(set(chosen)) == 7 and len(chosen) == 21  # always the same
+    assert set(read(Choice(other, n_examples=7), seed=1)) != set(chosen)
+    assert len(read(Choice(other, weight=0.5), split="test")) == 1  # evaluation is whole
+
+
+def test_the_order_is_the_seeded_one_and_shards_are_parts_of_it(read, tmp_path):
+    path = write(tmp_path / "rows.jsonl", numbered(40))
+    whole = read(path, batch_size=8)
+    assert whole == read(path, batch_size=8) != read(path, batch_size=8, seed=1)
+    prompts = [row["prompt"] for row in numbered(40) if row["prompt"] in whole]
+    # the order in which the original shuffles prompts
+    expected = prompts[:]
+    random.Random(int(np.random.RandomState(0).randint(0, 2**32))).shuffle(expected)
+    assert whole == expected
+    shards = [read(path, batch_size=8, shard=(k, 2), drop_last=True) for k in range(2)]
+    mixed = [p for start in range(0, len(shards[0]), 4) for shard in shards for p in shard[start : start + 4]]
+    assert mixed == whole[: len(mixed)] and len(mixed) == len(whole) // 8 * 8
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one(launcher, tmp_path):
+    own = write(tmp_path / "rows.jsonl", numbered(24))
+    scored = write(tmp_path / "scored.jsonl", [
+        {"prompt": f"Scored {i}", "responses": [" a", f" b{i}", " c c"], "scores": [i % 3, 1, 2]} for i in range(8)
+    ])  # fmt: skip
+    datasets = f"datasets=[{{name: {own}, weight: 1.5}},{scored}]"
+    lines = []
+    for name, n_workers, overrides in (("one", 1, []), ("two", 2, ["trainer=FSDPTrainer"])):
+        code = launcher.run(
+            *RUN, *overrides, datasets, "n_examples=24", f"local_run_dir={tmp_path}/{name}", n_workers=n_workers
+        )
+        assert code == 0, launcher.output
+        lines.append(read_jsonl(tmp_path / name / "metrics.jsonl"))
+    assert len(lines[0]) == len(lines[1]) > 6
+    for one, two in zip(*lines, strict=True):
+        for key in one.keys() - {"examples_per_second"}:
+            expected = one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=1e-3, abs=1e-5)
+            assert two[key] == expected, key
+
+
+@pytest.mark.slow
+def test_a_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, tmp_path):
+    path = write(tmp_path / "rows.jsonl", numbered(40))
+    run = [*RUN, f"datasets=[{path}]"]
+    assert launcher.run(*run, "n_examples=24", f"local_run_dir={tmp_path}/whole") == 0, launcher.output
+    for n_examples in (12, 24):
+        parts = [f"n_examples={n_examples}", f"local_run_dir={tmp_path}/parts", "resume=auto"]
+        assert launcher.run(*run, *parts) == 0, launcher.output
+    states = [
+        torch.load(tmp_path / name / "LATEST/policy.pt", weights_only=True)["state"] for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+    write(tmp_path / "rows.jsonl", [*numbered(39), *pairs("Another question")])
+    more = [*run, "n_examples=32", f"local_run_dir={tmp_path}/parts", "resume=auto"]
+    assert launcher.run(*more) == 1
+    assert "is not what the run began with:\n" in launcher.output
+    assert f"  datasets=[{path}], train split\n" in launcher.output
+    assert "Traceback" not in launcher.output
+    write(tmp_path / "rows.jsonl", numbered(40))  # as it was: written at another time
+    assert launcher.run(*more) == 0, launcher.output
+
+
+# ---- truncation -----------------------------------------------------------------------------------------------------
+
+
+def lengths_of(batches) -> list[int]:
+    return [int(n) for batch in batches for n in batch["chosen_attention_mask"].sum(1)]
+
+
+@pytest.mark.parametrize("is_named", [False, True], ids=["file", "hh"])
+def test_truncation(is_named, tokenizer, tmp_path, capsys):
+    long = "start " * 20 + "end"
+    texts = ["short", long]
+    if is_named:
+        rows = [{side: f"\n\nHuman: {t}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for t in texts]
+        name, paths = "hh", {"hh": str(tmp_path / "data")}
+    else:
+        rows = [{"prompt": t, "chosen": " chosen", "rejected": " rejected"} for t in texts]
+        name, paths = str(tmp_path / "data"), None
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", rows)
+
+    def read(truncation: str | None) -> dict[str, str]:
+        batches = get_batch_iterator(
+            [Choice(name, truncation=truncation)], tokenizer, n_epochs=1, drop_last=False, paths=paths,
+            max_length=24, max_prompt_length=8, cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+        found = {}
+        for batch in batches:
+            assert batch["chosen_input_ids"].shape[1] <= 24
+            found["short" if "short" in batch["prompt"][0] else "long"] = tokenizer.decode(batch["prompt_input_ids"][0])
+        return found
+
+    whole_short = "\n\nHuman: short\n\nAssistant:" if is_named else "short"
+    start, end = read("keep_start")["long"], read("keep_end")["long"]
+    assert start.startswith("\n\nHuman: start" if is_named else "start") and "end" not in start
+    assert end.endswith("\n\nAssistant:" if is_named else "end")
+    assert read(None) == {"short": whole_short, "long": end}
+    capsys.readouterr()
+    assert read("drop") == {"short": whole_short}
+    assert f"{name} (train): 1 examples longer than max_length are dropped" in capsys.readouterr().out
+    with pytest.raises(UserError) as error:
+        read("error")
+    assert "truncation=error: 1 examples are longer than max_length=24 tokens:\n" in str(error.value)
+    assert f"  datasets=[{name}], train split, row 1\n" in str(error.value)
+
+
+def test_a_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
+    rows = pairs("a") * 3 + pairs("b", "c", n_words=60) + [{"prompt": "d", "chosen": "same", "rejected": "same"}]
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", rows)
+    run = [*RUN, f"datasets=[{tmp_path}/data]", "on_bad_example=skip", "batch_size=1", "eval_every=1"]
+    make_trainer(*run)
+    output = capsys.readouterr().out
+    assert "6 rows read, 5 prompts with 5 pairs for it; left out: 1 identical responses" in output
+    assert "2 of 5 (40.0%) are longer than max_length=64: 0 prompts are cut to max_prompt_length=32, 2 have " in output
+    make_trainer(*run, "truncation=drop")
+    output = capsys.readouterr().out
+    assert "2 examples longer than max_length are dropped" in output
+    assert "none is longer than max_length=64" in output and "Training data: 3 examples an epoch" in output
+
+
+@pytest.mark.parametrize("datasets", ["[toy]", "[toy,{}]"])
+def test_a_dataset_of_which_truncation_leaves_nothing_is_told(datasets, make_trainer, tmp_path):
+    path = write(tmp_path / "rows.jsonl", pairs(*"abcdefgh"))
+    overrides = [*RUN, f"datasets={datasets.format(path)}", "truncation=drop", "max_length=9", "max_prompt_length=1"]
+    with pytest.raises(UserError, match=r"datasets=\[toy\], train split: truncation=drop leaves nothing"):
+        make_trainer(*overrides)
+
+
+# ---- data_only ------------------------------------------------------------------------------------------------------
+
+
+def test_data_only_needs_no_weights_and_leaves_no_run(train_ok, tmp_path):
+    shutil.copytree(ORACLE / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    path = write(tmp_path / "rows.jsonl", numbered(40))
+    output = train_ok(*RUN, f"model.name_or_path={tmp_path}/model", f"datasets=[{path}]", "data_only=true",
+                      f"local_run_dir={tmp_path}/run")  # fmt: skip
+    assert f"{path} (train): preferences (prompt, chosen, rejected); 40 rows read" in output
+    assert "prompts held out of the others" in output
+    assert re.search(r"chosen: ⟦ Question \d+ yes<\|endoftext\|>⟧", output)
+    assert "data_only=true: nothing is trained" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_used_is_told_at_the_command_line(train, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*numbered(3), {"prompt": "x", "chosen": "y", "rejected": 3}])
+    result = train(*RUN, f"datasets=[{path}]")
+    assert_refused(result, tmp_path, f"datasets=[{path}], train split: rows that can't be used:\n", f"{path}, line 4",
+                   "field 'rejected' is 3, expected a text", "on_bad_example=skip")  # fmt: skip
+    result = train(*RUN, f"datasets=[{path}]", "on_bad_example=skip", "n_examples=null", "batch_size=1", "eval_every=1")
+    assert result.returncode == 0, result.stderr
+    assert "4 rows read, 2 prompts with 2 pairs for it; left out: 1 wrong type" in result.stdout
+
+
+# ---- the hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_dataset_on_the_hub_by_its_id_config_and_splits(train_alone, tmp_path):
+    card = """---
+configs:
+- config_name: helpful
+  data_files:
+  - split: train_prefs
+    path: helpful/train.parquet
+  - split: test_prefs
+    path: helpful/test.parquet
+- config_name: honest
+  data_files: honest/rows.parquet
+---
+"""
+    files = {
+        "README.md": card.encode(),
+        "helpful/train.parquet": parquet(pairs(*(f"helpful {i}" for i in range(12)))),
+        "helpful/test.parquet": parquet(pairs(*(f"test {i}" for i in range(5)))),
+        "honest/rows.parquet": parquet(pairs(*(f"honest {i}" for i in range(10)))),
+    }
+    with Hub() as hub:
+        hub.repository("datasets", "lab/prefs").commit(files)
+
+        def run(dataset: str, *overrides: str):
+            return train_alone(*RUN, f"datasets=['{dataset}']", *overrides, env=hub.environment(tmp_path / "home"))
+
+        splits = ["train_split=train_prefs", "test_split=test_prefs"]
+        result = run("lab/prefs:helpful", *splits)
+        assert result.returncode == 0, result.stdout + result.stderr
+        for said in ("12 rows read, 12 prompts", "5 rows read, 5 prompts", "Training data: 12 examples"):
+            assert said in result.stdout
+        result = run("lab/prefs:honest", "data_only=true")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "10 rows read" in result.stdout and "held out of the others" in result.stdout
+        assert_refused(
+            run("lab/prefs:helpful"), tmp_path / "none", "no split 'train'; its splits are train_prefs, test"
+        )
+        assert_refused(
+            run("lab/prefs:helpful", "train_split=x"), tmp_path / "none", "train_split=x: it has no such split"
+        )
+        assert_refused(run("lab/prefs:other", *splits), tmp_path / "none", "lab/prefs", "other")
+        assert_refused(run("lab/prefs"), tmp_path / "none", "lab/prefs", "helpful", "honest")
+
+
+# ---- unpaired and ranked --------------------------------------------------------------------------------------------
+
+UNPAIRED = [
+    {"prompt": f"Question {i}", "completion": f" answer {i % 4}", "label": i % 3 > 0} for i in range(12)
+]  # fmt: skip
+
+
+def test_kto_on_unpaired_data_is_what_its_equation_says(make_trainer, tmp_path):
+    """Eq. 8 of https://arxiv.org/abs/2402.01306 with log-probabilities of each single response, computed one by one."""
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", UNPAIRED)
+    trainer = make_trainer(*RUN, "loss=kto", f"datasets=[{tmp_path}/data]", "loss.beta=0.3",
+                           "loss.undesirable_weight=2", "model.policy_dtype=float64",
+                           "model.reference_dtype=float64")  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
+
+    def logp(weights: dict, prompt: str, response: str) -> torch.Tensor:
+        trainer.policy.load_state_dict(weights)
+        tokenizer = trainer.tokenizer
+        prompt_ids, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response))
+        whole = torch.tensor([[*prompt_ids, *ids, tokenizer.eos_token_id]])
+        logps = trainer.policy(whole).logits[0, :-1].log_softmax(-1)
+        return logps.gather(1, whole[0, 1:, None])[len(prompt_ids) - 1 :].sum()
+
+    with torch.no_grad():
+        after = {name: tensor * (1.05 if tensor.is_floating_point() else 1) for name, tensor in before.items()}
+
+        def ratio(prompt: str, response: str) -> torch.Tensor:
+            return logp(after, prompt, response) - logp(before, prompt, response)
+
+        batch = next(iter(trainer.train_iterator))
+        labels = {(row["prompt"], row["completion"]): row["label"] for row in UNPAIRED}
+        singles, others = [], []
+        for source, found in ((batch, singles), (mismatch(batch), others)):
+            for side in ("chosen", "rejected"):
+                for ids, mask, y in zip(source[f"{side}_input_ids"], source[f"{side}_attention_mask"],
+                                        source[f"{side}_labels"], strict=True):  # fmt: skip
+                    start = int((y != -100).int().argmax())
+                    texts = [trainer.tokenizer.decode(part) for part in (ids[:start], ids[start : int(mask.sum())])]
+                    found.append((texts[0], texts[1].removesuffix("<|endoftext|>"), side))
+        assert all(labels[prompt, response] == (side == "chosen") for prompt, response, side in singles)
+        assert not any((prompt, response) in [single[:2] for single in singles] for prompt, response, _ in others)
+        kl = max(0.0, float(sum(ratio(p, r) for p, r, _ in others)) / len(others))
+        losses = []
+        for prompt, response, side in singles:
+            r = float(ratio(prompt, response))
+            sigmoid = torch.tensor(0.3 * (r - kl) if side == "chosen" else 0.3 * (kl - r)).sigmoid().item()
+            losses.append((1 if side == "chosen" else 2) * (1 - sigmoid))
+        trainer.policy.load_state_dict(after)
+    loss, _ = trainer.get_batch_metrics(batch, trainer.config.loss)
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_every_single_response_is_trained_on_and_the_rarer_kind_again(make_trainer, tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", UNPAIRED)
+    trainer = make_trainer(*RUN, "loss=kto", f"datasets=[{tmp_path}/data]")
+    prompts = trainer.train_iterator.prompts
+    desirable = [row["prompt"] for row in UNPAIRED if row["label"]]
+    undesirable = [row["prompt"] for row in UNPAIRED if not row["label"]]
+    assert sorted(p.text for p in prompts) == sorted(desirable)
+    others = [p.other.text for p in prompts]
+    assert {p: others.count(p) for p in undesirable} == dict.fromkeys(undesirable, 2)
+
+
+@pytest.mark.parametrize("kind", ["ranked", "unpaired"])
+def test_precomputed_references_of_ranked_and_unpaired_data(kind, make_trainer, tmp_path):
+    rows = UNPAIRED
+    if kind == "ranked":
+        rows = [{"prompt": f"Q {i}", "responses": [" a", f" b{i}", " c c"], "ranks": [2, 1, 2]} for i in range(8)]
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", rows)
+    run = [*RUN, f"datasets=[{tmp_path}/data]"]
+    if kind == "unpaired":
+        with pytest.raises(UserError, match="loss=kto needs the reference on other texts in every batch"):
+            make_trainer(*run, "loss=kto", "precompute_ref_log_probs=true")
+        return
+    online, precomputed = (make_trainer(*run, f"precompute_ref_log_probs={value}") for value in ("false", "true"))
+    assert precomputed.reference is None
+    for batch in online.train_iterator:
+        expected = torch.stack(online.reference_logps(batch))
+        assert torch.allclose(torch.stack(precomputed.reference_logps(batch)), expected, rtol=1e-5)
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "no file": (["datasets=[rowz.jsonl]"], "no such file or folder, seen from .* Did you mean rows.jsonl?"),
+    "no file for a pattern": (["datasets=['*.csv']"], "no file fits this pattern"),
+    "not a file of rows": (["datasets=[notes.txt]"], "notes.txt is no file of rows by its name"),
+    "unknown name": (["datasets=[hhh]"], "no such dataset. Did you mean hh?"),
+    "unknown setting": (["datasets=[{name: rows.jsonl, wieght: 2}]"], "no setting 'wieght'. Did you mean weight?"),
+    "weight": (["datasets=[{name: rows.jsonl, weight: 0}]"], "weight=0: must be a number above 0"),
+    "n_examples": (["datasets=[{name: rows.jsonl, n_examples: 1.5}]"], "n_examples=1.5: must be a whole number"),
+    "twice": (["datasets=[rows.jsonl,rows.jsonl]"], "stands there twice; give it a weight"),
+    "truncation": (["datasets=[rows.jsonl]", "truncation=keep"], "truncation=keep: must be one of"),
+    "fraction": (["datasets=[rows.jsonl]", "test_fraction=1"], "test_fraction=1: must be above 0 and below 1"),
+    "on_bad_example": (["datasets=[rows.jsonl]", "on_bad_example=drop"], "on_bad_example=drop: must be one of"),
+    "template": (["datasets=[rows.jsonl]", "chat_template=none.jinja"], "chat_template=none.jinja: no such file"),
+    "a split of a named one": (["datasets=[toy]", "train_split=x"], "train_split=x: that is for files and hub ids"),
+    "a split that isn't there": (["datasets=[rows.jsonl]", "test_split=x"], "test_split=x: it has no such split"),
+    "fields": (["datasets=[rows.jsonl]", "fields={chosen: good}"], "fields.chosen=good: it has no field 'good'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_setting_that_cannot_be_meant_is_refused(name, make_trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", numbered(8))
+    (tmp_path / "notes.txt").write_text("x")
+    overrides, message = REFUSED[name]
+    with pytest.raises(UserError) as error:
+        make_trainer(*RUN, *overrides)
+    assert re.search(message, str(error.value), re.DOTALL), error.value
+
+
+def test_a_tokenizers_own_truncation_does_not_cut(tokenizer, read, tmp_path):
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    path = write(tmp_path / "rows.jsonl", pairs("a long question", "another long question"))
+    batches = get_batch_iterator([path], tokenizer, n_epochs=1, drop_last=False, cache_dir=str(tmp_path / "cache"))
+    assert tokenizer.decode(next(iter(batches))["prompt_input_ids"][0]).endswith("long question?")
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["truncation"] is None
