@@ -1,8 +1,6 @@
 """The models of a run: policy, reference, LoRA adapters, and the tokenizer."""
 
 import copy
-import dataclasses
-import math
 import os
 import warnings
 
@@ -11,7 +9,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from checkpointing.archives import access_hint, check_finite, describe, load_archive, load_pretrained
+from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
 from configuration.sources import Source, policy_source, reference_source, resolved_reference
 from data import hub
 from references import REFERENCE_ADAPTER
@@ -56,7 +54,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     except Exception as error:  # what a damaged config.json, weights or the hub's HTTP library raise may be of any kind
         cause, remedy = hub.why_not(error, name, "model") or (
             describe(error, 2000),
-            f"Give the id of a causal language model on the hub{access_hint(error)}{_code_hint(error)}",
+            f"Give the id of a causal language model on the hub{hub.access_hint(error)}{_code_hint(error)}",
         )
         raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
     disable_dropout(model)
@@ -129,7 +127,7 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
     except Exception as error:  # the tokenizers library raises bare ones
         cause, remedy = hub.why_not(error, name, "model") or (
             describe(error, 2000),
-            f"Name a model that has one{access_hint(error)}{_code_hint(error)}",
+            f"Name a model that has one{hub.access_hint(error)}{_code_hint(error)}",
         )
         key = "model.tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "model.name_or_path"
         raise UserError(
@@ -228,32 +226,27 @@ def check_reference_fits(
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
+# what PEFT warns of and then does without: names that match nothing, settings that don't go together
+_IGNORED = (
+    "were set but no", "no modules were excluded", "rank_pattern", "alpha_pattern", "will be ignored",
+    "fan_in_fan_out is set to True", "no tied modules",
+)  # fmt: skip
+
+
 def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
     import peft
 
     fields = {"target_modules": "all-linear", **OmegaConf.to_container(config.lora)}
-    _check_lora_fields(fields, {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)})
     _check_names_in_model(fields, model)
+    _check_numbers_in_model(fields, model)
     try:
         torch.manual_seed(config.seed)
-        with warnings.catch_warnings():  # of names that match nothing
-            for message in ("were set but no", "no modules were excluded", "rank_pattern", "alpha_pattern"):
+        with warnings.catch_warnings():
+            for message in _IGNORED:
                 warnings.filterwarnings("error", message=f".*{message}")
             return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     except Exception as error:  # values that PEFT doesn't check raise errors of any kind
         raise UserError(f"lora={config.lora}: {describe(error)}") from error
-
-
-def _check_lora_fields(fields: dict, defaults: dict[str, object]):
-    """Refuse values of another type than their fields' defaults."""
-    for name, value in fields.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name == "r" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"lora.r={value}: the rank is a whole number above 0")
-        if type(defaults[name]) in (int, float) and not (is_number and math.isfinite(value)):
-            raise UserError(f"lora.{name}={value}: expected a number")
-        if isinstance(defaults[name], bool) and name != "init_lora_weights" and not isinstance(value, bool):
-            raise UserError(f"lora.{name}={value}: expected true or false")
 
 
 def _check_names_in_model(fields: dict, model: nn.Module):
@@ -276,6 +269,19 @@ def _check_names_in_model(fields: dict, model: nn.Module):
                 options = [option for option in options if option and not option.isdecimal()]
                 hint = f"{closest_match(name, options)} It has: {', '.join(options)}"
                 raise UserError(f"lora={{{field}: {value}}}: the model has no {name!r}.{hint}")
+
+
+def _check_numbers_in_model(fields: dict, model: nn.Module):
+    """Refuse numbers of layers and tokens that the model doesn't have: PEFT passes over them, or fails in training."""
+    tokens, n_tokens = fields.get("trainable_token_indices"), model.get_input_embeddings().num_embeddings
+    lists = tokens.values() if isinstance(tokens, dict) else [tokens]
+    given = [("trainable_token_indices", numbers, n_tokens) for numbers in lists]
+    given.append(("layers_to_transform", fields.get("layers_to_transform"), model.config.num_hidden_layers))
+    for field, value, n_there in given:
+        numbers = value if isinstance(value, list) else [value]
+        are_there = numbers and all(type(number) is int and 0 <= number < n_there for number in numbers)
+        if value is not None and not are_there:
+            raise UserError(f"lora={{{field}: {fields[field]}}}: the model has the numbers 0 to {n_there - 1} alone")
 
 
 def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Module:

@@ -110,7 +110,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
         raise UserError(
             f"{key}={path}: can't read it as a checkpoint ({describe(error)}). "
             f"Expected is a policy.pt as training writes it, a .safetensors file, or what from_pretrained takes"
-            f"{access_hint(error)}"
+            f"{hub.access_hint(error)}"
         ) from error
     rank0_print(f"loading pre-trained weights from {path}{origin}")
     model.load_state_dict(fit_state(state, model, f"{key}={path}"))
@@ -176,20 +176,6 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_other)
-
-
-def access_hint(error: Exception) -> str:
-    """What to do where the hub may have refused access (401, 403)."""
-    texts, cause = [], error
-    while cause is not None:  # transformers calls some of them a lost connection
-        texts.append(str(cause))
-        cause = cause.__cause__ or cause.__context__
-    if not re.search(r"\b40[13] |gated|private repository", "\n".join(texts)):
-        return ""
-    return (
-        "\nIf it is gated, accept its conditions on its page on the hub; a gated or private one needs a token, in the "
-        "variable HF_TOKEN or by `hf auth login`"
-    )
 
 
 def check_finite(model: nn.Module, origin: str):

@@ -12,7 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from utils import UserError, get_local_dir
 
-_KEYS = ("model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.adapter")
+_KEYS = (
+    "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.adapter",
+    "reference_model.name_or_path", "reference_model.archive", "reference_model.adapter",
+)  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin")  # endings of files that are read from a model's folder
 _SETTINGS = (".json", ".model", ".txt")  # its config and tokenizer
 _BLOCK, _MAX_BLOCKS = 2**20, 64  # bytes, and how many blocks of them are read of one file
@@ -34,7 +37,7 @@ def file_fingerprints(config: DictConfig) -> dict[str, str]:
         path = OmegaConf.select(config, key)
         if path is None or not os.path.exists(path):
             continue
-        if key == "model.archive" and os.path.exists(os.path.join(path, "policy.pt")):
+        if key.endswith(".archive") and os.path.exists(os.path.join(path, "policy.pt")):
             path = os.path.join(path, "policy.pt")
         reads_weights = "tokenizer" not in key and not (key == "model.name_or_path" and config.model.from_scratch)
         try:
@@ -65,15 +68,17 @@ def _file_sha256(path: str) -> str:
 
 
 def hub_revisions(config: DictConfig) -> dict[str, str]:
-    """The commit of each model that has been loaded from the hub, by its config key."""
+    """The commit of each model that has been loaded from the hub, by its config key; see `model.revision`."""
     revisions = {}
-    for key in _KEYS[:-1]:
+    for key in (key for key in _KEYS if not key.endswith(".adapter")):
         name = OmegaConf.select(config, key)
         if name is None or os.path.exists(name):
             continue
-        cache_dir = None if key == "model.archive" else get_local_dir(config.local_dirs)
+        is_archive, of_policy = key.endswith(".archive"), name == config.model.name_or_path
+        cache_dir = None if is_archive else get_local_dir(config.local_dirs)
         file = "tokenizer_config.json" if "tokenizer" in key else "config.json"
-        path = huggingface_hub.try_to_load_from_cache(name, file, cache_dir)
+        revision = OmegaConf.select(config, "model.revision") if of_policy and not is_archive else None
+        path = huggingface_hub.try_to_load_from_cache(name, file, cache_dir, revision)
         if isinstance(path, str):
             revisions[key] = os.path.basename(os.path.dirname(path))
     return revisions

@@ -244,6 +244,8 @@ def check_same_run(
     if changes:
         rank0_print("Changed since the run began:\n  " + "\n  ".join(changes.values()))
     compared = {key for key, digest in files.items() if former_inputs.get(key) == digest}
+    if former_inputs.get("model.name_or_path", "") == now["model.revision"]:  # the commit that it has been all along
+        compared.add("model.revision")
     # of data the content is compared, once it is loaded
     compared |= {f"dataset_paths.{name}" for name in config.dataset_paths if split_name(name, "train") in former_inputs}
     refused = [change for key, change in changes.items() if key not in _MAY_CHANGE and key not in compared]
@@ -265,7 +267,13 @@ def changed_inputs(config: DictConfig, checkpoint: str | None, inputs: dict[str,
         return []
     former = _former_inputs(config, checkpoint)
     changed = sorted(name for name, digest in inputs.items() if former.get(name, digest) != digest)
-    return [f"{name}={OmegaConf.select(config, name)}" if name.startswith("model.") else name for name in changed]
+    lines = []
+    for name in changed:
+        is_key = name.startswith(("model.", "reference_model."))
+        lines.append(f"{name}={OmegaConf.select(config, name)}" if is_key else name)
+        if name == "model.name_or_path" and re.fullmatch("[0-9a-f]{40}", former[name]):
+            lines.append(f"  model.revision={former[name]} is what was there on the hub")
+    return lines
 
 
 def refuse_changed_inputs(config: DictConfig, changed: list[str]):

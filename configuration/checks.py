@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import re
+import typing
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -49,19 +50,20 @@ _TYPES_OF_NULL = dict.fromkeys(
     ),
     int,
 )  # fmt: skip
+# fields of LoraConfig, or initializations, that PEFT would take without a word and without effect, and why
+_WITHOUT_EFFECT = {
+    **dict.fromkeys(
+        ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"), "PEFT fills it in itself"
+    ),
+    **dict.fromkeys(("megatron_config", "megatron_core"), "it is for Megatron's layers"),
+    **dict.fromkeys(("use_qalora", "qalora_group_size"), "it is for GPTQ's weights"),
+    **dict.fromkeys(
+        ("eva", "corda", "lora_ga", "eva_config", "corda_config", "lora_ga_config"),
+        "such an initialization needs a pass over data of its own, which isn't made here",
+    ),
+    "alora_invocation_tokens": "it is for generation, and the adapter would never be active in training",
+}
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
-
-
-def _check_lora(config: DictConfig):
-    import peft
-
-    known = [field.name for field in dataclasses.fields(peft.LoraConfig)]
-    for name in config.lora:
-        if name not in known:
-            hint = f" {ELSEWHERE[name]}" if name in ELSEWHERE else closest_match(name, known)
-            raise UserError(f"lora.{name}: LoraConfig has no such field.{hint}")
-    if config.lora.get("lora_dropout"):
-        raise UserError(f"lora.lora_dropout={config.lora.lora_dropout}: all dropout is off here; leave it out")
 
 
 def check_config(config: DictConfig):
@@ -468,6 +470,52 @@ def _check_files(config: DictConfig):
     if config.precompute_ref_log_probs:
         directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
         _check_writable(f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs)", directory)
+
+
+def _check_lora(config: DictConfig):
+    """Names and types of LoraConfig's fields, and what PEFT would silently do without; what needs the model, `models`
+    checks."""
+    import peft
+
+    fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
+    kinds = typing.get_type_hints(peft.LoraConfig)
+    for name, value in OmegaConf.to_container(config.lora).items():
+        if name not in fields:
+            hint = f" {ELSEWHERE[name]}" if name in ELSEWHERE else closest_match(name, fields)
+            raise UserError(f"lora.{name}: LoraConfig has no such field.{hint}")
+        if name == "lora_dropout" and value:
+            raise UserError(f"lora.lora_dropout={value}: all dropout is off here; leave it out")
+        key = value if name == "init_lora_weights" and isinstance(value, str) else name
+        if key in _WITHOUT_EFFECT and value not in (None, fields[name].default):
+            raise UserError(f"lora.{name}={value}: {_WITHOUT_EFFECT[key]}; leave it out")
+        _check_lora_field(name, value, kinds[name])
+
+
+def _check_lora_field(name: str, value: object, kind: object):
+    """Refuse a value of another type than its field has; lists of names are left to whoever knows the model's."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if name == "r" and not (is_number and isinstance(value, int) and value > 0):
+        raise UserError(f"lora.r={value}: the rank is a whole number above 0")
+    if kind in (int, float) and not is_number:
+        raise UserError(f"lora.{name}={value}: expected a number")
+    if name == "lora_alpha" and value == 0:
+        raise UserError("lora.lora_alpha=0: it scales the adapter, which would have no effect")
+    if kind is bool and not isinstance(value, bool):
+        raise UserError(f"lora.{name}={value}: expected true or false")
+    if name == "init_lora_weights" and not isinstance(value, bool | str):
+        raise UserError(f"lora.{name}={value}: expected true, false or a name")
+    kinds = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal and value not in kinds:
+        raise UserError(f"lora.{name}={value}: must be one of {', '.join(kinds)}")
+    of_names = [other for other in kinds if other is dict or dataclasses.is_dataclass(other)]
+    if of_names and set(kinds) <= {*of_names, type(None)} and not isinstance(value, dict | None):
+        raise UserError(f"lora.{name}={value}: expected names with their values, e.g. 'lora={{{name}:{{name:1}}}}'")
+    for section in filter(dataclasses.is_dataclass, of_names if isinstance(value, dict) else ()):
+        known = [field.name for field in dataclasses.fields(section)]
+        for other in value:
+            if other not in known:
+                hint = closest_match(str(other), known) or f" It has: {', '.join(known)}"
+                raise UserError(f"lora.{name}.{other}: {section.__name__} has no such field.{hint}")
 
 
 def _check_writable(what: str, directory: str):

@@ -58,11 +58,9 @@ def explain_hydra_error(error: Exception) -> str:
     if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
         inner = re.search(r"full_key: (\S+)", text)  # where a whole section was given
         key = inner[1] if inner and inner[1].startswith(key[1]) else key[1]
-        if key in default_config() and not key.startswith("loss."):
-            return f"{key} can't be set, as {key.partition('.')[0]} is given as something else: it is a section of keys"
-        if key in default_config():  # it is an option of another loss
-            return f"{key}: the chosen loss has no such option; losses are chosen by loss=NAME, e.g. loss=dpo"
-        return unknown_key(key)
+        return _why_not_set(key) if key in default_config() else unknown_key(key)
+    if (key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text)) is not None:  # + and ~ read the default
+        return f"{key[1]} can be set as {key[1]}=VALUE alone, without + or ~"
     no_name = r"(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{].*)?"  # of which Hydra makes no text
     groups = [word for word in sys.argv[1:] if re.fullmatch(no_name, word, re.IGNORECASE)]
     if groups and isinstance(error, ValueError | TypeError):
@@ -71,6 +69,16 @@ def explain_hydra_error(error: Exception) -> str:
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return f"Hydra can't do that: {type(error).__name__}: {error}"
     return text
+
+
+def _why_not_set(key: str) -> str:
+    """Why a key that there may be isn't there to be set."""
+    section, _, name = key.partition(".")
+    if not name:
+        return f"{key} can't be set, as ~{key} has removed it; leave that out"
+    if section == "loss":
+        return f"{key}: the chosen loss has no such option; losses are chosen by loss=NAME, e.g. loss=dpo"
+    return f"{key} can't be set, as {section} is given as something else: it is a section of keys"
 
 
 def explain_flags(words: list[str]) -> str:
@@ -87,6 +95,8 @@ def unknown_key(key: str) -> str:
     """The message about a key that no config has, or that is no key but a section of them."""
     if inside := [name for name in default_config() if name.startswith(f"{key}.")]:
         return f"{key} is a section of the config, set its keys: {', '.join(inside)}"
+    if (whole := key.partition(".")[0]) in default_config():
+        return f"no config key {key!r}: {whole} takes a value, not keys of its own"
     hint = ELSEWHERE.get(key.rsplit(".", 1)[-1].removeprefix("--"))
     hint = f" {hint}." if hint else closest_match(key, default_config())
     return f"no config key {key!r}.{hint} config/config.yaml lists all keys"

@@ -85,6 +85,20 @@ def _explained(error: Exception, repo_id: str, repo_type: str) -> tuple[str, str
     )
 
 
+def access_hint(error: Exception) -> str:
+    """What to do where the hub may have refused access (401, 403)."""
+    texts, cause = [], error
+    while cause is not None:  # transformers calls some of them a lost connection
+        texts.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    if not re.search(r"\b40[13] |gated|private repository", "\n".join(texts)):
+        return ""
+    return (
+        "\nIf it is gated, accept its conditions on its page on the hub; a gated or private one needs a token, in the "
+        "variable HF_TOKEN or by `hf auth login`"
+    )
+
+
 def is_url(file: str) -> bool:
     """Whether it is a file on the hub, as the `datasets` library names them."""
     return file.startswith("hf://")

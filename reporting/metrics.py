@@ -91,10 +91,13 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: 
     values = ", ".join(f"{name} {number}" for name, number in numbers.items())
     all_prompts = [prompt for of_rank in collectives.all_gather_object(prompts) for prompt in of_rank]
     shown = "\n".join(f"  {prompt[-200:]!r}" for prompt in dict.fromkeys(all_prompts))
+    others = {"optimizer_args": config.optimizer_args} if config.optimizer_args else {}
+    others |= {f"loss.{name}": value for name, value in config.loss.items() if isinstance(value, float)}
+    also = "".join(f"another {key} (now {value}), " for key, value in others.items())
     raise UserError(
         f"{where}: {values}; training can't go on. "
         f"The prompts of the batch end with:\n{shown}\n"
         f"Try a smaller lr (now {config.lr}) or max_grad_norm (now {config.max_grad_norm}), more "
-        f"warmup_steps (now {config.warmup_steps}), or model.policy_dtype=float32 (now "
+        f"warmup_steps (now {config.warmup_steps}), {also}or model.policy_dtype=float32 (now "
         f"{config.model.policy_dtype}); checkpoints written so far are in {config.local_run_dir}"
     )

@@ -146,6 +146,8 @@ REFUSED = {  # what is typed: parts of the message
     # names that others have for it
     "learning_rate=1": ["'learning_rate'", "learning_rate is called lr here"],
     "lora.rank=8": ["lora.rank: LoraConfig has no such field", "rank is called lora.r here"],
+    "lora={bias:nope}": ["lora.bias=nope: must be one of none, all, lora_only"],
+    "lora={rank_pattern:x}": ["lora.rank_pattern=x: expected names with their values"],
     "optimizer=adamw": ["Did you mean AdamW?"],
     "optimizer=rmsprop": ["Did you mean RMSprop?"],
     "loss=DPO": ["no loss=DPO", "Did you mean dpo?"],
@@ -166,8 +168,6 @@ REFUSED = {  # what is typed: parts of the message
 LATE = {  # only once the model is there
     "optimizer=Adam optimizer_args={capturable:true}": ["optimizer=Adam", "capturable"],
     "optimizer=AdamW lr=1e38": ["lr=1e+38", "overflow"],
-    "lora={bias:nope}": ["lora={'bias': 'nope'}"],
-    "lora={rank_pattern:x}": ["lora={'rank_pattern': 'x'}"],
     "lora={inference_mode:true}": ["nothing of the model is trained"],
 }
 
