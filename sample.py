@@ -124,13 +124,13 @@ def read_requests(trainer, options: Options) -> list[Request]:
         rendered = given
     else:
         location = locate(options.prompts, "prompts")
-        rows = prepared.open_rows(location, next(iter(location.files)), get_local_dir(config.local_dirs), False, True)
-        template, rendered = chat.load_template(tokenizer, config.chat_template), []
+        rows = prepared.open_rows(location, next(iter(location.files)), get_local_dir(config.local_dirs), True)
+        renderer, rendered = chat.Renderer(tokenizer, config.chat_template), []
         for chunk in rows.chunks(1000):
             for number, _, row in chunk:
                 try:
                     given.append(prompt_of(row))
-                    rendered.append(chat.render(Example(given[-1], []), tokenizer, template).prompt)
+                    rendered.append(renderer.render(Example(given[-1], [])).prompt)
                 except BadExample as error:
                     raise UserError(f"prompts={options.prompts}, row {number}: {error}") from error
     ids = chat.token_ids(rendered, tokenizer)

@@ -383,6 +383,7 @@ def _exit_on_signal() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@launch.exit_code_kept()
 def main(function: Callable[[DictConfig], None] = run, config_name: str = "config"):
     """Call a function with the config, under Hydra. A user's mistake ends with its message alone; HYDRA_FULL_ERROR=1
     shows where it was noticed."""

@@ -4,10 +4,12 @@ On one machine `run_workers` starts them. On several, or where they are to be st
 (torchrun, or srun with the variables set as in scripts/slurm.sh).
 """
 
+import atexit
 import contextlib
 import datetime
 import itertools
 import logging
+import multiprocessing.util
 import os
 import resource
 import signal
@@ -75,7 +77,39 @@ def _worker(local_rank: int, work: Callable, n: int, port: int, parent: int, arg
         os._exit(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(n))
     os.environ.update(RANK=str(local_rank), LOCAL_RANK=str(local_rank), DPO_STARTED_BY="train.py")
-    work(*args)
+    try:
+        work(*args)
+    except SystemExit as error:
+        end_process(error.code)
+    end_process(0)
+
+
+def end_process(code: int | str | None):
+    """End a worker, with an exit code or a message, as the interpreter's end would, but for taking itself apart.
+
+    Then threads that still wait for other workers would abort the process, and its code would be lost.
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    multiprocessing.util._exit_function()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+@contextlib.contextmanager
+def exit_code_kept() -> Iterator[None]:
+    """Let a launcher's worker end by `end_process` after what is inside."""
+    try:
+        yield
+    except SystemExit as error:
+        if is_launched():
+            end_process(error.code)
+        raise
+    if is_launched():
+        end_process(0)
 
 
 @contextlib.contextmanager
