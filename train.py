@@ -15,7 +15,7 @@ from glob import has_magic
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -78,6 +78,19 @@ def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
     print("=" * 80, flush=True)
 
 
+def compose_config(*overrides: str) -> DictConfig:
+    """The config that the command line would give `run`, for use from Python: `run(compose_config("model=tiny"))`.
+
+    Raises: Hydra's errors for keys and values that can't be.
+    """
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = hydra.compose("config", with_free_keys(list(overrides)), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # what names and directories are made of
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
 def run(config: DictConfig):
     """Check the config, then train: in this process, in several that it starts, or as one of a launcher's."""
     run_dir_given = is_run_dir_given(config)
@@ -103,7 +116,7 @@ def run(config: DictConfig):
             return
         world_size = environment.get_world_size(starts_workers, config.world_size)
         with resume_hinted(config.local_run_dir, UserError):
-            launch.run_workers(train_as_worker, world_size, config.fsdp_port, config, checkpoint, files)
+            launch.run_workers(train_as_worker, world_size, config.fsdp_port, config, checkpoint, files, ROWS)
 
 
 def is_run_dir_given(config: DictConfig) -> bool:
@@ -152,9 +165,10 @@ def report_data(config: DictConfig):
     print("data_only=true: nothing is trained")
 
 
-def train_as_worker(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
-    """`train_from` in a worker that `run` has started."""
+def train_as_worker(config: DictConfig, checkpoint: str | None, files: dict[str, str], rows: dict[str, list[dict]]):
+    """`train_from` in a worker that `run` has started; `rows`: what `ROWS` holds there."""
     keep_output_going()
+    ROWS.update(rows)
     with errors_reported(), launch.process_group(config.worker_timeout):
         train_from(config, checkpoint, files)
 
