@@ -17,7 +17,7 @@ from glob import has_magic
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -80,6 +80,19 @@ def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
     print("=" * 80, flush=True)
 
 
+def compose_config(*overrides: str) -> DictConfig:
+    """The config that the command line would give `run`, for use from Python: `run(compose_config("model=tiny"))`.
+
+    Raises: Hydra's errors for keys and values that can't be.
+    """
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = hydra.compose("config", with_free_keys(list(overrides)), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # what names and directories are made of
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
 def run(config: DictConfig):
     """Check the config, then train: in this process, in several that it starts, or as one of a launcher's."""
     run_dir_given = is_run_dir_given(config)
@@ -116,11 +129,13 @@ def start_workers_or(work: Callable, config: DictConfig, *args):
         work(config, *args)
         return
     world_size = environment.get_world_size(starts_workers, config.world_size)
-    launch.run_workers(_as_worker, world_size, config.fsdp_port, work, config, *args)
+    launch.run_workers(_as_worker, world_size, config.fsdp_port, ROWS, work, config, *args)
 
 
-def _as_worker(work: Callable, config: DictConfig, *args):
+def _as_worker(rows: dict[str, list[dict]], work: Callable, config: DictConfig, *args):
+    """`rows`: what `ROWS` holds in the process that has started this one."""
     keep_output_going()
+    ROWS.update(rows)
     with errors_reported(), launch.process_group(config.worker_timeout):
         work(config, *args)
 

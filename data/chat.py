@@ -4,12 +4,10 @@ A template is a program in a tokenizer's files (https://huggingface.co/docs/tran
 turns, and the tokens between them, as one text.
 """
 
-import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from data.formats import BadExample, Example
+from data.formats import BadExample, Example, shared_start
 from utils import UserError
 
 
@@ -39,7 +37,6 @@ class Renderer:
         self.special_ids = set(special.values())
         # longest first, as one may begin like another
         self.is_special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-        self.is_end = re.compile(re.escape(tokenizer.eos_token))
 
     def render(self, example: Example) -> Rendered:
         """An example's texts; messages are rendered by the chat template.
@@ -47,11 +44,14 @@ class Renderer:
         Raises: BadExample if a text contains special tokens that are the template's to place, or the template refuses.
         """
         if isinstance(example.prompt, str):
-            _check_without((example.prompt, *example.responses), self.is_end)
+            for text in (example.prompt, *example.responses):
+                if self.tokenizer.eos_token in text:
+                    _raise_special(text, self.tokenizer.eos_token)
             return Rendered(example.prompt, list(example.responses), False)
         for messages in (example.prompt, *example.responses):
-            texts = (message["content"] for message in messages if isinstance(message.get("content"), str))
-            _check_without(texts, self.is_special)
+            for message in messages:
+                if isinstance(message.get("content"), str) and (found := self.is_special.search(message["content"])):
+                    _raise_special(message["content"], found[0])
         if self.template is None:
             raise UserError(
                 "messages need a chat template, and the tokenizer has none; take an instruct model's "
@@ -64,7 +64,7 @@ class Renderer:
         prompt = self._apply(example, example.prompt, add_generation_prompt=True)
         if not all(whole.startswith(prompt) for whole in wholes):
             # some templates open it otherwise in a prompt than in a dialogue: to the end of a line or special token
-            shared = os.path.commonprefix([prompt, *wholes])  # noqa: RUF071 (texts)
+            shared = shared_start([prompt, *wholes])
             ends = [shared.rfind("\n") + 1, *(match.end() for match in self.is_special.finditer(shared))]
             prompt = shared[: max(len(before) if shared.startswith(before) else 0, *ends)]
         if not prompt.startswith(before):
@@ -128,11 +128,9 @@ def _load_template(tokenizer, path: str | None) -> str | None:
     return template
 
 
-def _check_without(texts: Iterable[str], pattern: re.Pattern):
-    for text in texts:
-        if found := pattern.search(text):
-            around = text[max(0, found.start() - 40) :]
-            raise BadExample("special token in a text", f"the text contains {found[0]!r}: ...{around!r:.100}")
+def _raise_special(text: str, token: str):
+    around = text[max(0, text.index(token) - 40) :]
+    raise BadExample("special token in a text", f"the text contains {token!r}: ...{around!r:.100}")
 
 
 def token_ids(texts: list[str], tokenizer) -> list[list[int]]:

@@ -6,7 +6,6 @@ each, like Anthropic's. Where texts stand there may be messages: lists of {"role
 
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -223,11 +222,24 @@ def _texts(row: dict, prompt: str) -> Example:
     return Example(_text(row, prompt, may_be_empty=True), _differing(responses), [(0, 1)])
 
 
+def shared_start(texts: list[str]) -> str:
+    """The longest text that all of these begin with."""
+    shortest = min(texts, key=len)
+    low, high = 0, len(shortest)  # the first `low` characters are shared; found in a few comparisons of whole slices
+    while low < high:
+        middle = (low + high + 1) // 2
+        if all(text.startswith(shortest[low:middle], low) for text in texts):
+            low = middle
+        else:
+            high = middle - 1
+    return shortest[:low]
+
+
 def _transcripts(row: dict) -> Example:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if chosen == rejected:
         raise BadExample("identical responses", "chosen and rejected are the same")
-    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (texts)
+    shared = shared_start([chosen, rejected])
     if (turn := shared.rfind(TURN)) >= 0:
         border = turn + len(TURN)
     elif TURN in chosen and TURN in rejected:

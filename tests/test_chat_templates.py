@@ -189,12 +189,12 @@ def test_a_prompt_that_a_template_opens_otherwise_than_a_dialogue(read):
     """Templates of reasoning models open the thoughts in a prompt, and leave them out of a dialogue."""
     tokenizer = make_tokenizer("teknium/OpenHermes-2.5-Mistral-7B (ChatML)")
     tokenizer.chat_template = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
-    row = row_of(messages(("user", "Hi")), "<b>Yes</b>", "No")
+    row = row_of(messages(("user", "Hi")), "<b>Yes</b>", "<i>No</i>")
     prompt, chosen, rejected = read(tokenizer, row)
     assert tokenizer.decode(prompt) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(chosen) == "<b>Yes</b><|im_end|>\n"
     whole = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], tokenize=True, return_dict=False)
-    assert prompt + chosen == whole and tokenizer.decode(rejected) == "No<|im_end|>\n"
+    assert prompt + chosen == whole and tokenizer.decode(rejected) == "<i>No</i><|im_end|>\n"
 
 
 @pytest.mark.parametrize("name", MODELS)

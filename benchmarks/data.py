@@ -1,0 +1,195 @@
+"""Reading and tokenizing preference pairs, against the loop of the reference code: `python benchmarks/data.py`.
+
+Both read the same JSON Lines of dialogues of HH's lengths, made in code, to the end of what must be done before
+training can begin and what the first epoch then asks for: rows to a dict of prompts, and three calls of the tokenizer
+for each pair (https://github.com/eric-mitchell/direct-preference-optimization, preference_datasets.py). A first start
+here reads, checks, tokenizes and keeps all of them, a later start maps what is kept, and an epoch's batches are drawn
+from it. Every figure is of a process of its own; its memory is the largest RssAnon in /proc beyond that at its start.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+WORDS = 20_000  # of the language that rows are written in, used as often as Zipf's law says
+MAX_LENGTH, MAX_PROMPT_LENGTH = 512, 256
+
+
+def write_rows(path: Path, n_rows: int):
+    """Dialogues of one to three turns; prompt and both responses together have some 200 to 400 tokens."""
+    choose = random.Random(0)
+    letters = "etaoinshrdlucmfwypvbgk"
+    words = ["".join(choose.choices(letters, k=choose.randint(1, 9))) for _ in range(WORDS)]
+    weights = [1 / rank for rank in range(1, WORDS + 1)]
+    pool = choose.choices(words, weights, k=1_000_000)
+
+    def text(n_words: int) -> str:
+        start = choose.randrange(len(pool) - n_words)
+        return " ".join(pool[start : start + n_words]).capitalize() + "."
+
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(n_rows):
+            n_turns = choose.randint(1, 3)
+            turns = [f"\n\nHuman: {text(choose.randint(8, 30))}\n\nAssistant:" for _ in range(n_turns)]
+            prompt = "".join(f"{turn} {text(20)}" for turn in turns[:-1]) + turns[-1]
+            responses = [f" {text(choose.randint(15, 50))}" for _ in range(2)]
+            row = dict(zip(("chosen", "rejected"), (prompt + response for response in responses), strict=True))
+            file.write(json.dumps(row) + "\n")
+
+
+def load_tokenizer():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "assets" / "tiny")
+    tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+# ---- the loop of the reference code ---------------------------------------------------------------------------------
+
+
+def reference_loop(path: Path, cache_dir: str) -> dict[str, float]:
+    """The dict of prompts that `get_hh` made, and each pair tokenized as `tokenize_batch_element` did."""
+    import datasets
+
+    tokenizer, start = load_tokenizer(), time.perf_counter()
+    data = defaultdict(lambda: defaultdict(list))
+    for row in datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache_dir):
+        prompt = row["chosen"][: row["chosen"].rfind("\n\nAssistant:") + len("\n\nAssistant:")]
+        chosen, rejected = row["chosen"][len(prompt) :], row["rejected"][len(prompt) :]
+        n_responses = len(data[prompt]["responses"])
+        data[prompt]["pairs"].append((n_responses, n_responses + 1))
+        data[prompt]["responses"].extend([chosen, rejected])
+        data[prompt]["sft_target"] = chosen
+    read = time.perf_counter()
+    n_pairs = 0
+    for prompt, entry in data.items():
+        for i, j in entry["pairs"]:
+            reference_element(prompt, entry["responses"][i], entry["responses"][j], tokenizer)
+            n_pairs += 1
+    return {"read": read - start, "tokenize": time.perf_counter() - read, "n_pairs": n_pairs}
+
+
+def reference_element(prompt: str, chosen: str, rejected: str, tokenizer) -> dict:
+    """One pair: three calls, the end token, truncation that keeps a prompt's end, labels."""
+    parts = [dict(tokenizer(text, add_special_tokens=False)) for text in (chosen, rejected, prompt)]
+    for tokens in parts:
+        assert tokenizer.eos_token_id not in tokens["input_ids"]
+    for tokens in parts[:2]:
+        tokens["input_ids"].append(tokenizer.eos_token_id)
+        tokens["attention_mask"].append(1)
+    longest = max(len(tokens["input_ids"]) for tokens in parts[:2])
+    if len(parts[2]["input_ids"]) + longest > MAX_LENGTH:
+        parts[2] = {key: ids[-MAX_PROMPT_LENGTH:] for key, ids in parts[2].items()}
+    batch = {}
+    for side, tokens in zip(("chosen", "rejected"), parts, strict=False):
+        whole = {key: parts[2][key] + tokens[key] for key in ("input_ids", "attention_mask")}
+        whole["labels"] = [-100] * len(parts[2]["input_ids"]) + tokens["input_ids"]
+        batch |= {f"{side}_{key}": value for key, value in whole.items()}
+    return batch
+
+
+# ---- what is measured of this repository ----------------------------------------------------------------------------
+
+
+def start_of_training(path: Path, cache_dir: str) -> dict[str, float]:
+    """All that a run does with its data before it loads a model."""
+    from preference_datasets import get_batch_iterator
+
+    tokenizer, start = load_tokenizer(), time.perf_counter()
+    batches = get_batch_iterator([str(path)], tokenizer, n_epochs=1, batch_size=64, cache_dir=cache_dir, silent=True)
+    return {"read": time.perf_counter() - start, "n_pairs": batches.epoch_size}
+
+
+def start_and_epoch(path: Path, cache_dir: str) -> dict[str, float]:
+    """A later start, and all batches of an epoch."""
+    from preference_datasets import get_batch_iterator
+
+    tokenizer, start = load_tokenizer(), time.perf_counter()
+    batches = get_batch_iterator([str(path)], tokenizer, n_epochs=1, batch_size=64, max_length=MAX_LENGTH,
+                                 max_prompt_length=MAX_PROMPT_LENGTH, cache_dir=cache_dir, silent=True)  # fmt: skip
+    read = time.perf_counter()
+    n_pairs = sum(len(batch["prompt"]) for batch in batches)
+    return {"read": read - start, "tokenize": time.perf_counter() - read, "n_pairs": n_pairs}
+
+
+def anonymous_memory() -> int:
+    """RssAnon of this process in bytes: without pages of files that are mapped."""
+    with open("/proc/self/status") as file:
+        return 1024 * int(re.search(r"RssAnon:\s*(\d+)", file.read())[1])
+
+
+def measured(function, path: Path, cache_dir: str, connection):
+    """Run in this process; send what it returns and its peak of anonymous memory."""
+    import datasets
+    import transformers  # noqa: F401
+
+    import preference_datasets  # noqa: F401
+
+    datasets.disable_progress_bars()
+    load_tokenizer()
+    before, peak, is_done = anonymous_memory(), [0], threading.Event()
+
+    def sample():
+        while not is_done.wait(0.02):
+            peak[0] = max(peak[0], anonymous_memory())
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    found = function(path, cache_dir)
+    is_done.set()
+    sampler.join()
+    connection.send(found | {"memory": (max(peak[0], anonymous_memory()) - before) / 2**20})
+
+
+def in_a_process(function, path: Path, cache_dir: str) -> dict[str, float]:
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=measured, args=(function, path, cache_dir, theirs))
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[160_000], help="numbers of pairs, one after the other")
+    parser.add_argument("--reference-rows", type=int, default=None, help="measure the reference's loop on so many, and "
+                        "reckon for all")  # fmt: skip
+    args = parser.parse_args()
+    print(f"{os.cpu_count()} cores\n")
+    print("| rows | what | seconds | pairs a second | memory, MiB |\n| --- | --- | --- | --- | --- |")
+    for n_rows in args.rows:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "rows.jsonl"
+            write_rows(path, n_rows)
+            for name, function in {"reference loop": reference_loop, "first start": start_of_training,
+                                   "later start": start_of_training, "epoch": start_and_epoch}.items():  # fmt: skip
+                part = path
+                if function is reference_loop and args.reference_rows is not None and args.reference_rows < n_rows:
+                    part = Path(directory) / "part.jsonl"
+                    write_rows(part, args.reference_rows)
+                cache_dir = f"{directory}/{'reference' if function is reference_loop else 'cache'}"
+                found = in_a_process(function, part, cache_dir)
+                seconds = found["read"] + found.get("tokenize", 0)
+                print(
+                    f"| {n_rows:,} | {name} | {seconds:.1f} | {found['n_pairs'] / seconds:,.0f} | "
+                    f"{found['memory']:.0f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

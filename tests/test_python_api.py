@@ -1,0 +1,59 @@
+"""Training from Python on rows that are there: the lines that docs/data.md shows."""
+
+import pytest
+from conftest import REPOSITORY, read_jsonl
+
+import preference_datasets
+from data.prepared import rows_of_list
+from utils import UserError
+
+LINES = """\
+from preference_datasets import ROWS
+from train import compose_config, run
+
+ROWS["mine"] = [
+    {"prompt": "What color is the sky?", "chosen": " Blue.", "rejected": " Green."},
+    {"prompt": "What color is grass?", "chosen": " Green.", "rejected": " Blue."},
+    {"prompt": "What color is snow?", "chosen": " White.", "rejected": " Black."},
+]
+run(compose_config("model=tiny", "datasets=[mine]", "loss=dpo", "batch_size=2", "eval_every=2"))
+"""
+
+
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
+def test_a_few_lines_train_on_rows_given_in_python(trainer, run_python, tmp_path):
+    options = f'"wandb.enabled=false", "local_dirs=[{tmp_path}/cache]", "local_run_dir={tmp_path}/run", '
+    options += f'"trainer={trainer}", "world_size=2"'
+    code = LINES.replace("run(compose_config(", f"if __name__ == '__main__':\n    run(compose_config({options}, ")
+    code = code.replace(', "world_size=2"', "") if trainer == "BasicTrainer" else code
+    (tmp_path / "mine.py").write_text(code)
+    result = run_python("mine.py", env={"PYTHONPATH": str(REPOSITORY)})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "mine (train): preferences (prompt, chosen, rejected); 3 rows read, 2 prompts with 2 pairs" in result.stdout
+    metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [line["counters/examples"] for line in metrics if line["split"] == "train"] == [2]
+    assert (tmp_path / "run" / "LATEST" / "model.safetensors").exists()
+
+
+RUN = ["model=tiny", "loss=dpo", "batch_size=1", "eval_every=1", "max_length=64", "max_prompt_length=32"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("mine", [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2, r"row 0: chosen and rejected are the same"),
+        ("mine", [{"prompt": "a", "chosen": "b"}, ["c"]], r"datasets=\[mine\], row 1: \['c'\] is no dict of fields"),
+        ("mine", [{"prompt": "a", "chosen": {1, 2}}], "expected rows of texts, numbers, lists and dicts"),
+        ("mine", [], r"datasets=\[mine\].*there are no rows"),
+        ("hh", [{"prompt": "a", "chosen": "b", "rejected": "c"}], "a named dataset is called so; give your rows anoth"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_refused(name, rows, message, make_trainer, monkeypatch):
+    monkeypatch.setitem(preference_datasets.ROWS, name, rows)
+    with pytest.raises(UserError, match=message):
+        make_trainer(*RUN, f"datasets=[{name}]")
+
+
+def test_fields_that_the_first_row_lacks_are_there():
+    rows = [{"prompt": "a"}, {"prompt": "b", "tools": [{"x": None}]}]
+    assert next(rows_of_list("mine", rows).chunks(9)) == [(0, "", rows[0]), (1, "", rows[1])]
