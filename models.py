@@ -189,7 +189,7 @@ def check_reference_fits(
     """
     source = reference_source(config)
     what = ", ".join(f"reference_model.{name}={getattr(source, name)}" for name in sorted(source.given))
-    sizes = [model.get_input_embeddings().num_embeddings for model in (reference_model, policy)]
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (reference_model, policy)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{what}: it embeds {sizes[0]} tokens, the policy {sizes[1]}; a reference needs the same tokens"

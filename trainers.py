@@ -107,7 +107,7 @@ class BasicTrainer:
     # ---- setting up -------------------------------------------------------------------------------------------------
 
     def _check_fits_model(self):
-        n_embeddings = self.policy.get_input_embeddings().num_embeddings
+        n_embeddings = self.policy.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > n_embeddings:
             raise UserError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model embeds {n_embeddings}: "
@@ -322,7 +322,8 @@ class BasicTrainer:
         seed_generators(self.seed + self.strategy.batch_shard[0])  # other samples for other prompts
         self._set_rng_state(self.state.rng_states)
         if self.rank == 0:
-            self.run_log = RunLog(self.config, self.run_dir, self.state.log_bytes, self.state.wandb_run_id)
+            state = self.state
+            self.run_log = RunLog(self.config, self.run_dir, state.log_bytes, state.wandb_run_id, state.log_sha256)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
         batches = self.train_iterator.batches(skip=n_done)
         progress = tqdm(batches, "Training", n_batches, initial=n_done, unit="step", disable=hides_progress())
@@ -528,6 +529,7 @@ class BasicTrainer:
             rng_states=collectives.all_gather_object(get_rng_state()),
             wandb_run_id=self.run_log.wandb_run_id if self.run_log else None,
             log_bytes=self.run_log.log_bytes() if self.run_log else {},
+            log_sha256=self.run_log.log_sha256() if self.run_log else {},
         )
 
     def _save_step(self):

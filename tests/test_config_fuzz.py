@@ -35,7 +35,7 @@ NASTY = [
     "9007199254740993", "1" + "0" * 40, "''", "' '", "x", "a b", "'é'", "'\U0001f600'", "'a\\'b'", "1e", "0x10",
     "???", "[]", "[1]", "[null]", "[x,y]", "[[]]", "[[1,2],{a:b}]", "{}", "{a:1}", "{1:null}", "{a:{b:[]}}", "{'':1}",
     "${lr}", "${seed}", "${exp_name}", "${loss}", "${model.name_or_path}", "${wandb.enabled}", "${x.y}", "${", "$",
-    "${oc.env:NO_SUCH}", "${oc.env:HOME,x}", "${get_local_dir:[1]}", "${get_local_run_dir:${lr},x}", "${hydra:nope}",
+    "${oc.env:NO_SUCH}", "${oc.env:HOME,x}", "${get_local_run_dir:${lr},x}", "${hydra:nope}",
     "${no_resolver:1}", "${now:%}", "${sweep_job:}", "${.}", "${..lr}", "${oc.select:lr,1}", "${oc.create:{a:1}}",
     "x,y", "range(3)", "choice(1,2)", "int(x)", "str(1)", "float(nan)", "sort(b,a)", "glob(*)", "[", "}", "a=b", "a:b",
     "", "%s", "{{}}", "\\", "#", "'\n'", "1_000", "tiny", "dpo", "toy", "auto", "cpu", "bfloat16", "Adam",
