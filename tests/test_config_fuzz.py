@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import read_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import train
@@ -133,8 +133,13 @@ def refusal(words: list[str], directory: Path) -> str | None:
     raise AssertionError(f"{words}: it does nothing")
 
 
-@settings(max_examples=50, **DETERMINISTIC)
+@settings(max_examples=40, **DETERMINISTIC)
 @given(words=command_lines(nasty, removals, plausible))
+@example(words=["world_size=2"])
+@example(words=["+exp_name=x"])
+@example(words=["+model=0.5"])
+@example(words=["loss=${..lr}"])
+@example(words=["trainer=FSDPTrainer", "lora={trainable_token_indices:[1]}"])
 def test_before_anything_is_loaded_a_command_line_is_accepted_or_refused_by_name(words, tmp_path_factory):
     directory = tmp_path_factory.mktemp("typed")
     message = refusal([*TINY, *words], directory)
@@ -143,8 +148,10 @@ def test_before_anything_is_loaded_a_command_line_is_accepted_or_refused_by_name
     assert list(directory.iterdir()) == []
 
 
-@settings(max_examples=20, **DETERMINISTIC)
+@settings(max_examples=14, **DETERMINISTIC)
 @given(words=command_lines(plausible))
+@example(words=["optimizer_args={eps:0}"])
+@example(words=["loss=dpo", "lora={trainable_token_indices:[1]}", "sample_during_eval=true"])
 def test_what_is_accepted_trains_to_its_end_with_finite_numbers_or_is_refused_by_name(
     words, launcher, tmp_path_factory
 ):

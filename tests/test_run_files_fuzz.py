@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow
@@ -76,9 +76,19 @@ DAMAGES = [truncate, flip, edit_number, append, delete, make_directory, make_dan
 fractions = st.floats(0, 1, exclude_max=True)
 
 
+def of_file(name: str, damage: Callable, fraction: float) -> Callable[[Path], list[str]]:
+    """What damages that file of a run's directory, and returns its name."""
+
+    def apply(run_dir: Path) -> list[str]:
+        damage(run_dir / name, fraction)
+        return [name]
+
+    return apply
+
+
 @st.composite
 def damages(draw):
-    """A function of a run's directory that damages one file, or swaps two, and returns which."""
+    """What damages one file of a run's directory, or swaps two, and returns which."""
     places, damage, fraction = (
         draw(st.tuples(fractions, fractions)),
         draw(st.sampled_from([*DAMAGES, None])),
@@ -184,7 +194,11 @@ def finished(launcher):
     return Finished(launcher)
 
 
-@settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=14, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(kind=st.sampled_from(list(KINDS)), damage=damages(), resume=st.sampled_from(["auto", "LATEST"]))
+@example(kind="full", damage=of_file("metrics.jsonl", truncate, 0.4), resume="auto")
+@example(kind="lora", damage=of_file("samples.jsonl", edit_number, 0.4), resume="auto")
+@example(kind="lora", damage=of_file("metrics.jsonl", make_directory, 0.4), resume="LATEST")
+@example(kind="lora", damage=of_file("config.yaml", make_directory, 0.4), resume="LATEST")
 def test_a_run_with_a_damaged_file_goes_on_the_same_or_names_it(kind, damage, resume, finished):
     finished.check(kind, damage, resume)
