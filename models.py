@@ -182,7 +182,7 @@ def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str
 
 def check_tokenizer_fits(policy: nn.Module, tokenizer, config: DictConfig):
     """Raises UserError if the tokenizer has more tokens than the model, or `max_length` is more than its positions."""
-    n_embeddings = policy.get_input_embeddings().num_embeddings
+    n_embeddings = policy.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > n_embeddings:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model embeds {n_embeddings}: "
@@ -203,7 +203,7 @@ def check_reference_fits(
     """
     source = reference_source(config)
     what = ", ".join(f"reference_model.{name}={getattr(source, name)}" for name in sorted(source.given))
-    sizes = [model.get_input_embeddings().num_embeddings for model in (reference_model, policy)]
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (reference_model, policy)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{what}: it embeds {sizes[0]} tokens, the policy {sizes[1]}; a reference needs the same tokens"

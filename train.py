@@ -43,6 +43,7 @@ from distributed.strategies import STRATEGIES
 from losses import LOSSES
 from preference_datasets import DATASETS, ROWS, chosen_datasets, open_batches
 from reporting.output import keep_output_going, quiet_libraries
+from reporting.run_log import check_log_files
 from reporting.sweeps import SweepLog, in_sweep, job_name, job_overrides
 from utils import UserError, get_local_dir, get_local_run_dir, on_rank0, rank0_print
 
@@ -159,6 +160,7 @@ def prepare(
     check_config(config)
     locate_run(config, run_dir_given)
     stack.enter_context(claimed(config.local_run_dir))
+    check_log_files(config.local_run_dir)
     checkpoint, files = find_checkpoint(config), fingerprints.file_fingerprints(config)
     if config.resume is not None:
         check_same_run(config, checkpoint, files, reference_dtype_given)

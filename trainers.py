@@ -304,9 +304,10 @@ class BasicTrainer:
         seed_generators(self.seed + self.strategy.batch_shard[0])  # other samples for other prompts
         restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
-            n_examples, epoch_size = self.train_iterator.n_examples, self.train_iterator.epoch_size
-            table = RunTable(n_examples, epoch_size, self.state.examples, self.state.metrics)
-            self.run_log = RunLog(self.config, self.run_dir, table, self.state.log_bytes, self.state.wandb_run_id)
+            n_examples, epoch_size, state = self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
+            table = RunTable(n_examples, epoch_size, state.examples, state.metrics)
+            logged = state.log_bytes, state.wandb_run_id, state.log_sha256
+            self.run_log = RunLog(self.config, self.run_dir, table, *logged)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
         bar = progress_bar(self.train_iterator.batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
@@ -553,6 +554,7 @@ class BasicTrainer:
             rng_states=collectives.all_gather_object(get_rng_state()),
             wandb_run_id=self.run_log.wandb_run_id if self.run_log else None,
             log_bytes=self.run_log.log_bytes() if self.run_log else {},
+            log_sha256=self.run_log.log_sha256() if self.run_log else {},
         )
 
     def _is_over(self, state: TrainState) -> bool:

@@ -19,6 +19,8 @@ from configuration.schema import flatten
 from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 
+_ADDED_LATER = ("inputs", "log_sha256", "best", "best_at", "worse")  # fields that checkpoints of earlier versions lack
+
 
 @dataclass
 class TrainState:
@@ -39,6 +41,7 @@ class TrainState:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file
+    log_sha256: dict[str, str] = field(default_factory=dict)  # and of its content
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of what the run started from
     rng_states: list[dict] = field(default_factory=list)  # of each worker, see `get_rng_state`
 
@@ -61,7 +64,7 @@ class TrainState:
         saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "rng.pt")
         names = [f.name for f in dataclasses.fields(cls) if f.name != "rng_states"]
         try:
-            state = cls(**{name: saved[name] for name in names if name in saved or name not in _ADDED})
+            state = cls(**{name: saved[name] for name in names if name in saved or name not in _ADDED_LATER})
         except KeyError as error:
             raise UserError(f"{checkpoint}: its train state lacks {error}: another program wrote it") from error
         try:
@@ -74,7 +77,6 @@ class TrainState:
         return state
 
 
-_ADDED = ("inputs", "best", "best_at", "worse")  # fields that earlier versions didn't write
 # what comes of content that has another form than it should
 _MISUSED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import typing
+from collections.abc import Mapping
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -342,7 +343,7 @@ def _check_workers(config: DictConfig):
     for_tensors = ", ".join(name for name, other in STRATEGIES.items() if not other.splits_tensors)
     if not strategy.starts_workers and (asked := max(world_size, config.world_size or 1)) > 1:
         others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if other.starts_workers)
-        raise UserError(f"trainer={trainer} trains in one process, not in {asked}; choose {others}")
+        raise UserError(f"trainer={trainer} trains in one process, not in {asked} (world_size); choose {others}")
     for key in ("world_size", "fsdp_port"):
         if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
             who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
@@ -460,12 +461,13 @@ def _check_files(config: DictConfig):
             siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
             raise UserError(f"{source.key('archive')}={archive}: no such file.{closest_match(archive, siblings)}")
         if source.adapter is not None:
-            saved_settings(source.key("adapter"), source.adapter)
+            _check_adapter_fits(config, saved_settings(source.key("adapter"), source.adapter))
     has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))
     if has_adapter and importlib.util.find_spec("peft") is None:
         raise UserError("lora and adapters need PEFT: pip install peft")
     if config.lora is not None:
         _check_lora(config)
+        _check_adapter_fits(config, config.lora)
     _check_writable(f"local_run_dir={config.local_run_dir}", config.local_run_dir)
     if config.precompute_ref_log_probs:
         directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
@@ -489,6 +491,16 @@ def _check_lora(config: DictConfig):
         if key in _WITHOUT_EFFECT and value not in (None, fields[name].default):
             raise UserError(f"lora.{name}={value}: {_WITHOUT_EFFECT[key]}; leave it out")
         _check_lora_field(name, value, kinds[name])
+
+
+def _check_adapter_fits(config: DictConfig, settings: Mapping):
+    """Refuse settings of a new or saved adapter that the trainer can't train."""
+    if settings.get("trainable_token_indices") is not None and STRATEGIES[config.trainer].splits_tensors:
+        others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if not other.splits_tensors)
+        raise UserError(
+            f"trainer={config.trainer}: PEFT can't train trainable_token_indices of weights that are spread over "
+            f"workers; choose {others}"
+        )
 
 
 def _check_lora_field(name: str, value: object, kind: object):

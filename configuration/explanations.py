@@ -61,9 +61,9 @@ def explain_hydra_error(error: Exception) -> str:
         return _why_not_set(key) if key in default_config() else unknown_key(key)
     if (key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text)) is not None:  # + and ~ read the default
         return f"{key[1]} can be set as {key[1]}=VALUE alone, without + or ~"
-    no_name = r"(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{].*)?"  # of which Hydra makes no text
+    no_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"  # of which Hydra makes no text
     groups = [word for word in sys.argv[1:] if re.fullmatch(no_name, word, re.IGNORECASE)]
-    if groups and isinstance(error, ValueError | TypeError):
+    if groups and (isinstance(error, ValueError | TypeError) or "possible interpolation keys" in text):
         there_are = "; ".join(f"{group}=NAME with {', '.join(names_in(group))}" for group in ("loss", "model"))
         return f"{' '.join(groups)}: expected the name of a file: {there_are}"
     if not isinstance(error, HydraException | OmegaConfBaseException):

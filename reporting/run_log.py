@@ -1,6 +1,7 @@
 """Where a run's numbers and samples go: `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -32,11 +33,12 @@ class RunLog:
         table: RunTable,
         log_bytes: dict[str, int] | None = None,
         wandb_run_id: str | None = None,
+        log_sha256: dict[str, str] | None = None,
     ):
-        """A run that goes on gives what `log_bytes` and `wandb_run_id` were when the checkpoint was written."""
+        """A run that goes on gives what these were when the checkpoint was written."""
         os.makedirs(run_dir, exist_ok=True)
         self.run_dir, self.table, self.batch_size = run_dir, table, config.batch_size
-        self._truncate(log_bytes or {})
+        self._truncate(log_bytes or {}, log_sha256 or {})
         self.interval = config.minimum_log_interval_secs  # seconds
         self.last_train_log = -float("inf")
         self.unprinted: list[dict[str, float]] = []  # steps since the last line
@@ -51,17 +53,20 @@ class RunLog:
         """By which a run that goes on finds its wandb run again."""
         return self.trackers.wandb_run_id
 
-    def _truncate(self, log_bytes: dict[str, int]):
-        """Drop what was logged after the checkpoint: it is logged again."""
+    def _truncate(self, log_bytes: dict[str, int], log_sha256: dict[str, str]):
+        """Drop what was logged after the checkpoint: it is logged again. Say what is no longer there, or another."""
         for name in LOG_FILES:
             path, size = os.path.join(self.run_dir, name), log_bytes.get(name, 0)
             present = os.path.getsize(path) if os.path.exists(path) else 0
             if present > size:
                 os.truncate(path, size)
-            elif present < size:
+            if present < size:
                 rank0_print(
                     f"WARNING: {path} has {present} bytes, {size} when the checkpoint was written: lines are lost"
                 )
+                _cut_to_whole_lines(path)
+            elif size and log_sha256.get(name) not in (None, _sha256(path)):
+                rank0_print(f"WARNING: {path} is not what it was when the checkpoint was written: lines are damaged")
 
     def log_bytes(self) -> dict[str, int]:
         """The size of each log file (bytes), all of it being on the disk."""
@@ -71,6 +76,11 @@ class RunLog:
                 os.fsync(file.fileno())
                 sizes[name] = os.fstat(file.fileno()).st_size
         return sizes
+
+    def log_sha256(self) -> dict[str, str]:
+        """The SHA-256 of each log file, in hexadecimal."""
+        paths = {name: os.path.join(self.run_dir, name) for name in LOG_FILES}
+        return {name: _sha256(path) for name, path in paths.items() if os.path.exists(path)}
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
         """Record one optimizer step or evaluation: `metrics` are batch means and counters.
@@ -156,6 +166,26 @@ class RunLog:
             print(wrapped(text), flush=True)
         if self.curves is not None:
             self.curves.finish()
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cut_to_whole_lines(path: str):
+    """Drop what follows a file's last line break: the next line would join it."""
+    if os.path.exists(path):
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def check_log_files(run_dir: str):
+    """Raises UserError if something else than a file is where a run's config or logs belong."""
+    for name in ("config.yaml", *LOG_FILES):
+        path = os.path.join(run_dir, name)
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise UserError(f"{path} is no file that can be written; move it away")
 
 
 def interval_means(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import read_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import train
@@ -35,7 +35,7 @@ NASTY = [
     "9007199254740993", "1" + "0" * 40, "''", "' '", "x", "a b", "'é'", "'\U0001f600'", "'a\\'b'", "1e", "0x10",
     "???", "[]", "[1]", "[null]", "[x,y]", "[[]]", "[[1,2],{a:b}]", "{}", "{a:1}", "{1:null}", "{a:{b:[]}}", "{'':1}",
     "${lr}", "${seed}", "${exp_name}", "${loss}", "${model.name_or_path}", "${wandb.enabled}", "${x.y}", "${", "$",
-    "${oc.env:NO_SUCH}", "${oc.env:HOME,x}", "${get_local_dir:[1]}", "${get_local_run_dir:${lr},x}", "${hydra:nope}",
+    "${oc.env:NO_SUCH}", "${oc.env:HOME,x}", "${get_local_run_dir:${lr},x}", "${hydra:nope}",
     "${no_resolver:1}", "${now:%}", "${sweep_job:}", "${.}", "${..lr}", "${oc.select:lr,1}", "${oc.create:{a:1}}",
     "x,y", "range(3)", "choice(1,2)", "int(x)", "str(1)", "float(nan)", "sort(b,a)", "glob(*)", "[", "}", "a=b", "a:b",
     "", "%s", "{{}}", "\\", "#", "'\n'", "1_000", "tiny", "dpo", "toy", "auto", "cpu", "bfloat16", "Adam",
@@ -133,8 +133,13 @@ def refusal(words: list[str], directory: Path) -> str | None:
     raise AssertionError(f"{words}: it does nothing")
 
 
-@settings(max_examples=50, **DETERMINISTIC)
+@settings(max_examples=40, **DETERMINISTIC)
 @given(words=command_lines(nasty, removals, plausible))
+@example(words=["world_size=2"])
+@example(words=["+exp_name=x"])
+@example(words=["+model=0.5"])
+@example(words=["loss=${..lr}"])
+@example(words=["trainer=FSDPTrainer", "lora={trainable_token_indices:[1]}"])
 def test_before_anything_is_loaded_a_command_line_is_accepted_or_refused_by_name(words, tmp_path_factory):
     directory = tmp_path_factory.mktemp("typed")
     message = refusal([*TINY, *words], directory)
@@ -143,8 +148,10 @@ def test_before_anything_is_loaded_a_command_line_is_accepted_or_refused_by_name
     assert list(directory.iterdir()) == []
 
 
-@settings(max_examples=20, **DETERMINISTIC)
+@settings(max_examples=14, **DETERMINISTIC)
 @given(words=command_lines(plausible))
+@example(words=["optimizer_args={eps:0}"])
+@example(words=["loss=dpo", "lora={trainable_token_indices:[1]}", "sample_during_eval=true"])
 def test_what_is_accepted_trains_to_its_end_with_finite_numbers_or_is_refused_by_name(
     words, launcher, tmp_path_factory
 ):
