@@ -102,8 +102,8 @@ def test_a_run_that_overfits_says_so(launcher, tmp_path):
         rows = [{"chosen": p + texts[a], "rejected": p + texts[b]} for p, texts, (a, b) in pairs]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = [
-        *TOY, "datasets=[hh]", f"dataset_paths.hh={tmp_path}", "loss=dpo", "loss.beta=1", "batch_size=16", "n_epochs=40",
-        "lr=1e-3", "warmup_steps=0", "n_eval_examples=64", "eval_every=80", "sample_during_eval=false",
+        *TOY, "datasets=[hh]", f"dataset_paths.hh={tmp_path}", "loss=dpo", "loss.beta=1", "n_epochs=40",
+        "batch_size=16", "lr=1e-3", "warmup_steps=0", "n_eval_examples=64", "eval_every=80", "sample_during_eval=false",
     ]  # fmt: skip
     assert launcher.run(*run, f"local_run_dir={tmp_path}/run") == 0, launcher.output
     assert launcher.output.count("docs/metrics.md#overfitting") == 1
