@@ -468,10 +468,9 @@ class BasicTrainer:
         """
         rng_state = get_rng_state()
         try:
-            metrics, samples = self.evaluate(), []
-            if self.config.sample_during_eval:
-                samples, kl = self.sample()
-                metrics |= kl
+            metrics = self.evaluate()
+            samples, kl = self.sample() if self.config.sample_during_eval else ([], {})
+            metrics |= kl
         except Stopped:
             set_rng_state(rng_state)
             raise
