@@ -154,7 +154,7 @@ class RunLog:
             )
             print(wrapped(text), flush=True)
         if self.curves is not None:
-            self.curves.finish()
+            self.curves.finish(failed=exit_code != 0)
 
 
 def interval_means(steps: list[dict[str, float]]) -> dict[str, float]:
