@@ -102,7 +102,7 @@ def test_divergence_from_the_reference_is_measured_on_the_policys_own_samples(ov
 
 
 def test_flop_utilisation_is_of_what_the_parameters_need(make_trainer):
-    """2 operations a parameter and token forward, 2 backward for what was before it, 2 for itself where it is trained."""
+    """2 operations a parameter and token forward, 2 backward for what is before it, 2 for itself if trained."""
     trainer = make_trainer(*DPO)
     n = sum(parameter.numel() for parameter in trainer.policy.parameters())
     assert "model_flops_utilisation" not in trainer.throughput.metrics(8, 1000, 2.0)  # there is no GPU
