@@ -102,3 +102,5 @@ def check_schedule(name: str, args: dict):
             hint = " Its warmup is the key warmup_steps." if "warmup_steps" in key else closest_match(key, known[name])
             takes = ", ".join(known[name]) or "none"
             raise UserError(f"lr_scheduler_args.{key}: {name} takes no such argument.{hint} It takes: {takes}")
+        if isinstance(args[key], float) and not math.isfinite(args[key]):
+            raise UserError(f"lr_scheduler_args.{key}={args[key]}: must be a finite number")

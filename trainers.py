@@ -375,17 +375,14 @@ class BasicTrainer:
 
     def microbatches(self, batch: dict, n_least: int) -> list[dict]:
         """The batch cut into microbatches of similar length; see `data.batches.microbatches`."""
-        agree = collectives.all_reduce_max
-        return microbatches(batch, n_least, self.device.type, self._shares_prompts, agree=agree)
-
-    @property
-    def _shares_prompts(self) -> bool:
-        return self.make_rows is shared_rows
+        shared = self.make_rows is shared_rows
+        return microbatches(batch, n_least, self.device.type, shared, agree=collectives.all_reduce_max)
 
     def _computed_tokens(self, batch: dict) -> torch.Tensor:
         """Tokens of each example, (batch_size,), without padding; a prompt counts as often as it is computed."""
         n_prompt, *n_responses = part_lengths(batch)
-        return (n_prompt * (1 if self._shares_prompts else len(n_responses)) + sum(n_responses)).to(self.device)
+        n_times = 1 if self.make_rows is shared_rows else len(n_responses)
+        return (n_prompt * n_times + sum(n_responses)).to(self.device)
 
     # ---- evaluation and sampling ----------------------------------------------------------------------------------
 
@@ -497,10 +494,9 @@ class BasicTrainer:
         """
         rng_state = get_rng_state()
         try:
-            metrics, samples = self.evaluate(), []
-            if self.config.sample_during_eval:
-                samples, kl = self.sample()
-                metrics |= kl
+            metrics = self.evaluate()
+            samples, kl = self.sample() if self.config.sample_during_eval else ([], {})
+            metrics |= kl
         except Stopped:
             set_rng_state(rng_state)
             raise

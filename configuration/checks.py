@@ -332,7 +332,8 @@ def _check_lengths_and_batches(config: DictConfig):
             )
         if config[key] % config.batch_size != 0:
             rounded = config[key] - config[key] % config.batch_size
-            print(f"WARNING: {key} must be divisible by batch_size")
+            if config[key] != default_config()[key]:  # a default fits no batch_size in particular
+                print(f"WARNING: {key} must be divisible by batch_size")
             print(f"Setting {key} to", rounded)
             config[key] = rounded
 

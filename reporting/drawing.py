@@ -14,7 +14,7 @@ from reporting.terminal import warning
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SHARE = 0.02  # of the run's time that drawing may take
-_LONGEST = 60  # seconds that the last picture is waited for
+_LONGEST, _LONGEST_AFTER_FAILURE = 60, 5  # seconds that the last picture is waited for; a stopped job has few
 
 
 class CurvesDrawer:
@@ -38,20 +38,22 @@ class CurvesDrawer:
             if self.spent + self.last <= _SHARE * elapsed:
                 self._draw()
 
-    def finish(self):
-        """Draw all there is, and wait until it is there."""
+    def finish(self, failed: bool = False):
+        """Draw all there is, and wait until it is there, but not for long if the run `failed` or was stopped."""
+        longest = _LONGEST_AFTER_FAILURE if failed else _LONGEST
         if self.process is not None:
-            self._wait()
-        if self.works:
-            self._draw()
-            self._wait()
+            self._wait(longest)
+        self._draw()
+        if self.process is not None:
+            self._wait(longest)
 
     def _draw(self):
         self.is_due = False
         if not self.works:
             return
         self.started = time.monotonic()
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_REPOSITORY)}
+        paths = os.pathsep.join([str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         command = [sys.executable, "-m", "reporting.curves", self.run_dir]
         try:
             self.process = subprocess.Popen(
@@ -64,12 +66,14 @@ class CurvesDrawer:
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 10)  # what trains goes first
 
-    def _wait(self):
+    def _wait(self, longest: float):
         try:
-            self.process.wait(timeout=_LONGEST)
+            self.process.wait(timeout=longest)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(self.run_dir, f"curves.png.partial-{self.process.pid}"))
         self._reap()
 
     def _reap(self):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
-from reporting.terminal import RunTable, duration, number, percent, samples_side_by_side, warning, wrapped
+from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
 from utils import UserError, rank0_print
@@ -130,13 +130,12 @@ class RunLog:
     def _evaluation_lines(self, metrics: dict[str, float], samples: list[dict]) -> list[str]:
         lines = [*self.table.evaluation(metrics), *samples_side_by_side(samples)]
         if "kl_eval/per_response" in metrics:
-            kl, error, per_token = (
-                metrics[f"kl_eval/{name}"] for name in ("per_response", "per_response_se", "per_token")
+            kl = {name: number(metrics[f"kl_eval/{name}"]) for name in ("per_response", "per_response_se", "per_token")}
+            text = (
+                f"KL of the policy from the reference, on the samples: {kl['per_response']} ± {kl['per_response_se']} "
+                f"nats a response, {kl['per_token']} a token"
             )
-            lines.append(
-                f"KL of the policy from the reference, on the samples: {number(kl)} ± {number(error)} nats a response, "
-                f"{number(per_token)} a token"
-            )
+            lines.append(wrapped(text))
         return lines
 
     def _append(self, filename: str, rows: list[dict]):
@@ -160,12 +159,12 @@ class RunLog:
         if self.n_steps and exit_code == 0:
             text = (
                 f"Trained on {n_examples:,} examples in {duration(self.seconds)} of steps: "
-                f"{number(n_examples / self.seconds)} a second, {self.n_tokens / self.n_steps:,.0f} tokens a step; "
+                f"{rate(n_examples / self.seconds)} a second, {self.n_tokens / self.n_steps:,.0f} tokens a step; "
                 f"memory at its peak: {peak_memory()}"
             )
             print(wrapped(text), flush=True)
         if self.curves is not None:
-            self.curves.finish()
+            self.curves.finish(failed=exit_code != 0)
 
 
 def _sha256(path: str) -> str:

@@ -61,7 +61,7 @@ def _flat(config: dict, prefix: str = "") -> dict[str, object]:
     for key, value in config.items():
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
-        else:
+        elif value != {}:
             flat[f"{prefix}{key}"] = value
     return flat
 

@@ -174,6 +174,23 @@ def test_training_never_waits_and_drawing_takes_its_share_alone(tmp_path, monkey
 
 
 @pytest.mark.slow
+def test_a_stopped_run_waits_a_moment_alone_and_leaves_nothing_half_drawn(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    popen = subprocess.Popen
+    script = "import os, time; open(f'curves.png.partial-{os.getpid()}', 'w').close(); time.sleep(600)"
+
+    def endless(_command, **options):
+        return popen([sys.executable, "-c", script], **{**options, "cwd": tmp_path / "run"})
+
+    monkeypatch.setattr(drawing.subprocess, "Popen", endless)
+    before = time.monotonic()
+    CurvesDrawer(str(tmp_path / "run")).finish(failed=True)
+    assert time.monotonic() - before < 60
+    assert os.listdir(tmp_path / "run") == []
+    assert "WARNING: curves.png can't be drawn" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_curves_need_no_torch(run_python, tmp_path):
     script = "import sys, reporting.curves, reporting.compare; print('torch' in sys.modules)"
     assert run_python("-c", script, env={"PYTHONPATH": str(REPOSITORY)}).stdout == "False\n"

@@ -10,6 +10,7 @@ from test_cli import SHORT, TOY
 
 from losses import response_lengths
 from reporting.metrics import kl_metrics, mean_metrics
+from reporting.usage import peak_flops
 
 DPO = [*SHORT, "loss=dpo", "sample_during_eval=false"]
 
@@ -98,6 +99,23 @@ def test_divergence_from_the_reference_is_measured_on_the_policys_own_samples(ov
     assert kl["kl_eval/per_token"] == pytest.approx(sum(logratios) / n_tokens, rel=1e-3, abs=1e-5)
     assert kl["kl_eval/per_response_se"] == pytest.approx(np.std(logratios, ddof=1) / math.sqrt(6), rel=1e-2)
     assert kl_metrics([]) == {}
+
+
+def test_flop_utilisation_is_of_what_the_parameters_need(make_trainer):
+    """2 operations a parameter and token forward, 2 backward for what is before it, 2 for itself if trained."""
+    trainer = make_trainer(*DPO)
+    n = sum(parameter.numel() for parameter in trainer.policy.parameters())
+    assert "model_flops_utilisation" not in trainer.throughput.metrics(8, 1000, 2.0)  # there is no GPU
+    for overrides, per_token in (([], 6 * n + 2 * n), (["precompute_ref_log_probs=true"], 6 * n)):
+        throughput = make_trainer(*DPO, *overrides).throughput
+        throughput.peak = 1e12
+        rates = throughput.metrics(8, 1000, 2.0)
+        assert rates["model_flops_utilisation"] == pytest.approx(1000 * per_token / 2 / 1e12)
+        assert (rates["examples_per_second"], rates["tokens_per_second"]) == (4, 500)
+    lora = make_trainer(*DPO, "lora={r:4}").throughput
+    assert lora.flops_per_token == 4 * lora.n_parameters + 2 * lora.n_trained + 2 * lora.n_parameters
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA H100 PCIe": 756e12, "T4": None}
+    assert {name: peak_flops(name) for name in names} == names
 
 
 def test_a_run_records_them_and_tokens_a_second(train_ok, tmp_path):

@@ -183,3 +183,13 @@ def test_without_a_terminal_samples_and_their_divergence_are_told_once(launcher,
     assert float(shown[-1][0]) == pytest.approx(lines[-1]["kl_eval/per_response"], abs=1e-3)
     prompt = " ".join(json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])["prompt"].split())
     assert output.count(prompt) == 2 and os.path.exists(tmp_path / "run/LATEST")
+
+
+@pytest.mark.slow
+def test_no_warning_is_given_of_what_nobody_has_chosen(launcher, tmp_path):
+    """The default of `eval_every` is divisible by few batch sizes: the quickstart's first run has 64."""
+    run = ["batch_size=64", "n_examples=64", "sample_during_eval=false", "do_first_eval=false"]
+    assert launcher.run(*TOY, *run, f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    assert "WARNING" not in launcher.output and "Setting eval_every to 19968" in launcher.output
+    assert launcher.run(*TOY, *run, "eval_every=100", f"local_run_dir={tmp_path}/run2") == 0, launcher.output
+    assert "WARNING: eval_every must be divisible by batch_size" in launcher.output

@@ -1,0 +1,86 @@
+"""What logging costs a training step: `python benchmarks/log_overhead.py [--steps N]`, on a CPU in a few minutes.
+
+DPO steps of the tiny model on the toy data, in one process, each batch with and without what is logged: the metrics
+beside the original's, metrics.jsonl, the terminal's lines every second, TensorBoard, and looking after the process that
+draws. Which of the two comes first alternates, and the median of the ratios of pairs is taken, so what else the
+machine does falls on both. Seconds are of this process's CPU time; what the drawing process takes is told apart.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import trainers
+from configuration.checks import check_config
+from configuration.schema import CONFIG_DIR
+from models import load_policy, load_reference
+from reporting import curves
+from reporting.run_log import RunLog
+from reporting.runs import read_run
+from reporting.terminal import RunTable
+from train import with_free_keys
+
+
+def make_trainer(directory: str, batch_size: int):
+    """A trainer with its log, ready for the first step."""
+    overrides = [
+        "model=tiny", "datasets=[toy]", "loss=dpo", "max_length=64", "max_prompt_length=32", "n_eval_examples=16",
+        f"batch_size={batch_size}", "wandb.enabled=false", "tensorboard.enabled=true", 
+        f"local_dirs=[{directory}]", f"local_run_dir={directory}/run", "n_examples=20000",
+    ]  # fmt: skip
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = compose("config", with_free_keys([*overrides, "exp_name=log_overhead"]))
+    OmegaConf.resolve(config)
+    check_config(config)
+    policy = load_policy(config)
+    trainer = trainers.BasicTrainer(
+        policy, config, 0, config.local_run_dir, reference_model=lambda: load_reference(config, None)
+    )
+    trainer.run_log = RunLog(config, config.local_run_dir, RunTable(20_000, 20_000))
+    return trainer
+
+
+def main():
+    """Print the median step with and without logging, and what a picture takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="pairs of steps (default: 60)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    args = parser.parse_args()
+    response_metrics = trainers.response_metrics
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = make_trainer(directory, args.batch_size)
+        batches = trainer.train_iterator.batches()
+        ratios, seconds = [], {True: [], False: []}
+        for number, batch in zip(range(args.steps + 3), batches, strict=False):
+            of_step = {}
+            for is_logged in (True, False) if number % 2 else (False, True):
+                trainers.response_metrics = response_metrics if is_logged else lambda *_: {}
+                start = time.process_time()
+                metrics = trainer.train_step(batch)
+                if is_logged:
+                    trainer.log("train", metrics)
+                of_step[is_logged] = time.process_time() - start
+            if number >= 3:  # the first ones set things up
+                ratios.append(of_step[True] / of_step[False])
+                for is_logged, value in of_step.items():
+                    seconds[is_logged].append(value)
+        trainer.run_log.trackers.close(0)
+        start = time.process_time()
+        curves.draw([read_run(f"{directory}/run")], f"{directory}/run/curves.png")
+        drawing = time.process_time() - start
+    for is_logged, name in ((False, "without logging"), (True, "with logging")):
+        print(f"{name:>16}: {statistics.median(seconds[is_logged]) * 1e3:8.2f} ms a step")
+    print(f"{'more':>16}: {statistics.median(ratios) - 1:8.2%} (median over {len(ratios)} pairs of steps)")
+    print(f"{'a picture':>16}: {drawing:8.2f} s, in a process of its own, at most 2 % of the time until the end")
+
+
+if __name__ == "__main__":
+    main()

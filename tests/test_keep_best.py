@@ -1,0 +1,151 @@
+"""`keep_best` and `stop_when_worse`: which checkpoint BEST is, when a run ends, and that both survive going on."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import read_jsonl
+from test_cli import CHECKPOINT_FILES, TOY
+from test_resume import assert_same_run
+
+from checkpointing import best
+from checkpointing.train_state import TrainState
+from utils import UserError
+
+# a learning rate at which the loss goes up and down
+RUN = [*TOY, "loss=dpo", "sample_during_eval=false", "n_examples=64", "eval_every=8", "warmup_steps=0", "lr=3e-3"]
+
+pytestmark = pytest.mark.slow
+
+
+def evaluations(run_dir) -> dict[int, dict[str, float]]:
+    lines = read_jsonl(run_dir / "metrics.jsonl")
+    return {line["counters/examples"]: line for line in lines if line["split"] == "eval"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "pick"), [("loss/eval", min), ("rewards_eval/accuracies", max), ("logps_eval/rejected", min)]
+)
+def test_the_best_checkpoint_stays_beside_the_newest(metric, pick, launcher, tmp_path):
+    run = [*RUN, f"keep_best={metric}", "keep_checkpoints=1", "save_every=64", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run) == 0, launcher.output
+    values = {n: line[metric] for n, line in evaluations(tmp_path / "run").items() if n > 0}
+    best_at = pick(values, key=values.get)  # the first of equals
+    assert os.readlink(tmp_path / "run/BEST") == f"step-{best_at}"
+    assert sorted(os.listdir(tmp_path / "run/BEST")) == CHECKPOINT_FILES
+    steps = {name for name in os.listdir(tmp_path / "run") if name.startswith("step-")}
+    assert f"step-{best_at}" in steps and len(steps) <= 2
+    saved = torch.load(tmp_path / "run/BEST/policy.pt", weights_only=True)
+    assert (saved["step_idx"], saved["metrics"][metric]) == (best_at, values[best_at])
+    assert json.loads((tmp_path / "run/LATEST/state.json").read_text())["best"] == {metric: values[best_at]}
+
+
+def test_the_best_may_be_the_last_and_is_a_checkpoint_to_start_from(launcher, tmp_path):
+    run = [*RUN, "keep_best=logps_eval/chosen", "lr=1e-4", "n_examples=8"]
+    assert launcher.run(*run, f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    assert os.readlink(tmp_path / "run/BEST") == "step-8"
+    again = [*RUN, f"model.archive={tmp_path}/run/BEST/policy.pt", "n_examples=4", f"local_run_dir={tmp_path}/next"]
+    assert launcher.run(*again) == 0, launcher.output
+
+
+def test_a_run_ends_after_so_many_worse_evaluations_and_is_complete(launcher, tmp_path):
+    run = [*RUN, "stop_when_worse=2", "keep_best=lengths_eval/chosen", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run) == 0, (
+        launcher.output
+    )  # the lengths stay as they are: no evaluation is better than the first
+    assert list(evaluations(tmp_path / "run")) == [0, 8, 16, 24]
+    assert "Ending here: lengths_eval/chosen was best after 8 examples" in launcher.output
+    assert "2 evaluations since were worse" in " ".join(launcher.output.split())
+    state = json.loads((tmp_path / "run/LATEST/state.json").read_text())
+    assert (state["complete"], state["examples"], state["worse"]) == (True, 24, 2)
+    assert launcher.run(*run, "resume=auto") == 0, launcher.output
+    assert "This run is complete" in launcher.output
+    assert launcher.run(*run, "resume=auto", "stop_when_worse=3") == 0, launcher.output
+    assert list(evaluations(tmp_path / "run")) == [0, 8, 16, 24, 32]
+    assert launcher.run(*run, "resume=auto", "stop_when_worse=null") == 0, launcher.output
+    assert max(evaluations(tmp_path / "run")) == 64
+
+
+def test_both_survive_a_kill_at_any_moment(launcher, tmp_path):
+    run = [*RUN, "keep_best=loss/eval", "stop_when_worse=3", "keep_checkpoints=1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert launcher.run(*run, f"local_run_dir={whole}") == 0, launcher.output
+    for pause in (0.0, 0.25, 0.6):
+        launcher.start(*run, f"local_run_dir={cut}", "resume=auto")
+        deadline = time.monotonic() + 60
+        while "Writing to" not in launcher.output and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(pause)
+        launcher.kill(signal.SIGKILL)
+        launcher.wait()
+    assert launcher.run(*run, f"local_run_dir={cut}", "resume=auto") == 0, launcher.output
+    assert_same_run(cut, whole)
+    assert os.readlink(cut / "BEST") == os.readlink(whole / "BEST")
+
+
+def test_a_link_that_a_crash_has_left_behind_is_put_right(launcher, tmp_path):
+    run = [*RUN, "keep_best=lengths_eval/chosen", "n_examples=32", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run) == 0, launcher.output
+    os.rename(tmp_path / "run/BEST", tmp_path / "run/BEST.replaced")
+    assert launcher.run(*run, "n_examples=40", "resume=auto") == 0, launcher.output
+    assert os.readlink(tmp_path / "run/BEST") == "step-8"
+    assert not (tmp_path / "run/BEST.replaced").is_symlink()
+    os.remove(tmp_path / "run/BEST")
+    assert launcher.run(*run, "n_examples=48", "resume=auto") == 0, launcher.output
+    assert os.readlink(tmp_path / "run/BEST") == "step-8"
+
+
+@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+def test_workers_agree_on_the_best(trainer, launcher, tmp_path):
+    run = [*RUN, "keep_best=loss/eval", "stop_when_worse=1", f"trainer={trainer}", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run, n_workers=2) == 0, launcher.output
+    values = {n: line["loss/eval"] for n, line in evaluations(tmp_path / "run").items() if n > 0}
+    assert os.readlink(tmp_path / "run/BEST") == f"step-{min(values, key=values.get)}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["keep_best=loss"], ["keep_best=loss: no metric of these evaluations. Did you mean loss/eval?"]),
+        (["keep_best=kl_eval/per_token", "sample_during_eval=false"], ["keep_best=kl_eval/per_token", "There are: "]),
+        (["keep_best=1"], ["keep_best=1: expected a text"]),
+        (["stop_when_worse=0"], ["stop_when_worse=0: must be a number above 0"]),
+        (["loss=sft", "keep_best=rewards_eval/accuracies"], ["no metric of these evaluations"]),
+    ],
+)
+def test_what_is_no_metric_is_refused(overrides, parts, train, tmp_path):
+    result = train(*TOY, "loss=dpo", *overrides)
+    assert result.returncode == 1 and all(part in result.stderr for part in parts), result.stderr
+
+
+def test_names_that_a_config_may_give_are_those_that_evaluations_have(make_trainer):
+    from losses import LOSSES
+    from reporting.metric_names import evaluation_metrics
+
+    for overrides in (["loss=sft"], ["loss=dpo"], ["loss=simpo"], ["loss=dpo", "sample_during_eval=true"]):
+        trainer = make_trainer(*TOY, "n_examples=4", "sample_during_eval=false", *overrides)
+        measured = trainer.evaluate()
+        if trainer.config.sample_during_eval:
+            measured |= trainer.sample()[1]
+        names = {name for name in measured if not name.endswith("_se")}
+        assert names == set(evaluation_metrics(LOSSES[trainer.config.loss.name], trainer.config))
+
+
+def test_equal_is_not_better_and_another_metric_begins_anew(make_trainer):
+    config = make_trainer(*TOY, "loss=dpo", "n_examples=4", "keep_best=loss/eval").config
+    state = TrainState(examples=0, metrics={"loss/eval": 0.1, "nll_eval/chosen": 2.0})
+    best.judge(state, config)
+    assert (state.best, state.worse) == ({}, 0)  # of the weights that training starts from
+    for examples, loss in ((8, 0.5), (16, 0.5), (24, 0.6)):
+        state.examples, state.metrics = examples, {"loss/eval": loss, "nll_eval/chosen": 2.0}
+        best.judge(state, config)
+    assert (state.best, state.best_at, state.worse) == ({"loss/eval": 0.5}, 8, 2)
+    config.keep_best = "nll_eval/chosen"
+    best.judge(state, config)
+    assert (state.best, state.best_at, state.worse) == ({"nll_eval/chosen": 2.0}, 24, 0)
+    config.keep_best = "rewards_eval/accuracies"
+    with pytest.raises(UserError, match="the evaluation has none"):
+        best.judge(state, config)

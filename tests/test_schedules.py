@@ -1,0 +1,113 @@
+"""The learning rate's schedules: the original's by default, those of Transformers by their names, exact on going on."""
+
+import math
+
+import pytest
+import torch
+from conftest import read_jsonl
+from test_cli import TOY
+from test_resume import assert_same_run
+from transformers import get_scheduler
+
+from optimization import schedules
+
+RUN = [*TOY, "loss=dpo", "sample_during_eval=false", "do_first_eval=false", "warmup_steps=3", "lr=1e-3"]
+N_STEPS = 12
+ARGUMENTS = {
+    "warmup_stable_decay": "{num_decay_steps:4}", "cosine_with_min_lr": "{min_lr_rate:0.1}",
+    "cosine_warmup_with_min_lr": "{min_lr_rate:0.1}", "cosine_with_restarts": "{num_cycles:2}",
+    "polynomial": "{power:2.0,lr_end:1e-5}", "inverse_sqrt": "{timescale:5}",
+}  # fmt: skip
+
+
+def rates(run_dir) -> list[float]:
+    return [line["lr"] for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "train"]
+
+
+def rates_of(trainer) -> list[float]:
+    """Of all its steps, as its scheduler gives them."""
+    values = []
+    for _ in range(N_STEPS):
+        values.append(trainer.scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+    return values
+
+
+def test_the_default_is_the_originals(make_trainer):
+    trainer = make_trainer(*RUN, f"n_examples={4 * N_STEPS}")
+    assert rates_of(trainer) == [1e-3 * min(1.0, (step + 1) / 4) for step in range(N_STEPS)]
+
+
+@pytest.mark.parametrize("name", [name for name in schedules() if name != "constant_with_warmup"])
+def test_every_schedule_is_transformers_counted_from_one(name, make_trainer):
+    """As many steps of warmup as the default's, and no step at a rate of 0."""
+    overrides = [f"lr_scheduler={name}", f"lr_scheduler_args={ARGUMENTS.get(name, '{}')}"]
+    trainer = make_trainer(*RUN, f"n_examples={4 * N_STEPS}", *overrides)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    given = {k: v for k, v in trainer.config.lr_scheduler_args.items()}
+    # two steps more than the run has, the first and the last of which have a rate of 0
+    theirs = get_scheduler(name, optimizer, 4, N_STEPS + 1, scheduler_specific_kwargs=given)
+    expected = []
+    for _ in range(N_STEPS):
+        optimizer.step()
+        theirs.step()
+        expected.append(theirs.get_last_lr()[0])
+    ours = rates_of(trainer)
+    assert ours == pytest.approx(expected, rel=1e-12)
+    assert min(ours) > 0
+    if name not in ("constant", "cosine_warmup_with_min_lr"):
+        assert ours[:3] == pytest.approx([2.5e-4, 5e-4, 7.5e-4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
+def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(trainer, launcher, tmp_path):
+    run = [*RUN, "lr_scheduler=cosine", f"n_examples={4 * N_STEPS}", "eval_every=8", f"trainer={trainer}"]
+    n_workers = 1 if trainer == "BasicTrainer" else 2
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert launcher.run(*run, f"local_run_dir={whole}", n_workers=n_workers) == 0, launcher.output
+    assert launcher.run(*run, f"local_run_dir={cut}", n_workers=n_workers) == 0, launcher.output
+    for name in ("LATEST", *(f"step-{n}" for n in (24, 32, 40))):
+        path = cut / name
+        if path.is_symlink():
+            path.unlink()
+        else:
+            path.rename(tmp_path / f"aside-{name}")
+    assert launcher.run(*run, f"local_run_dir={cut}", "resume=auto", n_workers=n_workers) == 0, launcher.output
+    assert "Going on from" in launcher.output and "16 examples" in launcher.output
+    assert rates(cut) == rates(whole)
+    assert rates(whole)[2] == pytest.approx(7.5e-4)
+    assert rates(whole)[-1] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 8 / 9)))
+    assert_same_run(cut, whole)
+
+
+@pytest.mark.slow
+def test_another_schedule_would_be_another_run(launcher, tmp_path):
+    run = [*RUN, "n_examples=8", "eval_every=4", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run) == 0, launcher.output
+    assert launcher.run(*run, "resume=auto", "n_examples=16", "lr_scheduler=linear") == 1
+    assert "lr_scheduler: constant_with_warmup → linear" in launcher.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["lr_scheduler=cosin"], ["lr_scheduler=cosin: no such schedule. Did you mean cosine?", "There are: linear"]),
+        (["lr_scheduler=reduce_lr_on_plateau"], ["lr_scheduler=reduce_lr_on_plateau: no such schedule"]),
+        (["lr_scheduler=cosine", "lr_scheduler_args={cycles:1}"], ["lr_scheduler_args.cycles", "It takes: num_cycles"]),
+        (["lr_scheduler_args={num_warmup_steps:1}"], ["lr_scheduler_args.num_warmup_steps", "the key warmup_steps"]),
+        (["lr_scheduler=cosine_with_min_lr"], ["lr_scheduler=cosine_with_min_lr", "min_lr"]),
+        (["lr_scheduler=polynomial", "lr_scheduler_args={lr_end:1}"], ["lr_scheduler=polynomial", "lr_end"]),
+        (["lr_scheduler=polynomial", "lr_scheduler_args={power:x}"], ["lr_scheduler=polynomial", "power"]),
+        (["lr_scheduler=warmup_stable_decay"], ["lr_scheduler=warmup_stable_decay", "num_decay_steps"]),
+        (["lr_scheduler=cosine", "lr_scheduler_args={num_cycles:nan}"], ["lr_scheduler_args.num_cycles=nan", "finite"]),
+        (["lr_scheduler=null"], ["lr_scheduler=None: expected a text"]),
+        (["lr_scheduler_args=3"], ["lr_scheduler_args"]),
+    ],
+)
+def test_what_is_no_schedule_is_refused(overrides, parts, train):
+    result = train(*TOY, "loss=dpo", *overrides)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert all(part in result.stderr for part in parts), result.stderr

@@ -1,0 +1,67 @@
+"""TensorBoard's event files, read back with its own reader."""
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, read_jsonl
+from test_cli import SHORT
+
+RUN = [*SHORT, "loss=dpo", "minimum_log_interval_secs=1e-9", "tensorboard.enabled=true"]
+
+pytestmark = pytest.mark.slow
+
+
+def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
+    """By name and step, the last of them where a run has gone on."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    assert any(tag.startswith("samples/policy") for tag in events.Tags()["tensors"])
+    return {(name, e.step): e.value for name in events.Tags()["scalars"] for e in events.Scalars(name)}
+
+
+def expected(run_dir: Path) -> dict[tuple[str, int], float]:
+    return {
+        (name, line["counters/examples"]): pytest.approx(value, rel=1e-6)
+        for line in read_jsonl(run_dir / "metrics.jsonl")
+        for name, value in line.items()
+        if name != "split"
+    }
+
+
+def test_event_files_have_all_that_metrics_jsonl_has_at_the_same_steps(launcher, tmp_path):
+    assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    assert "WARNING" not in launcher.output
+    assert scalars(tmp_path / "run") == expected(tmp_path / "run")
+
+
+def test_a_run_that_goes_on_replaces_what_was_logged_after_its_checkpoint(launcher, tmp_path):
+    run = [*RUN, "eval_every=4", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run, "n_examples=16") == 0, launcher.output
+    for name in ("LATEST", "step-8", "step-12"):
+        os.rename(tmp_path / "run" / name, tmp_path / name)
+    assert launcher.run(*run, "n_examples=16", "resume=auto") == 0, launcher.output
+    assert "Going on from" in launcher.output
+    assert scalars(tmp_path / "run") == expected(tmp_path / "run")
+
+
+def test_it_is_not_needed_when_it_is_off_and_named_when_it_is_on(run_python, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tensorboard'] = None\n")
+    command = [str(REPOSITORY / "train.py"), *SHORT, "sample_during_eval=false", "wandb.enabled=false", "curves=false"]
+    env = {"PYTHONPATH": str(tmp_path)}
+    result = run_python(*command, f"local_run_dir={tmp_path}/run", env=env)
+    assert result.returncode == 0, result.stderr
+    result = run_python(*command, "tensorboard.enabled=true", f"local_run_dir={tmp_path}/run2", env=env)
+    assert result.returncode == 1 and "pip install tensorboard" in result.stderr
+    assert not (tmp_path / "run2").exists()
+
+
+def test_trouble_with_it_is_said_once_and_training_goes_on(launcher, tmp_path):
+    """A file where its directory would be."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tensorboard").write_text("")
+    assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    assert launcher.output.count("WARNING: TensorBoard") == 1
+    assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 4
