@@ -128,7 +128,9 @@ def _check_tensors(state: dict):
             raise ValueError(f"{name} is a tensor {kind}")
 
 
-def load_pretrained(name: str, origin: str, auto_class: type = transformers.AutoModelForCausalLM, **options) -> nn.Module:
+def load_pretrained(
+    name: str, origin: str, auto_class: type = transformers.AutoModelForCausalLM, **options
+) -> nn.Module:
     """`auto_class.from_pretrained(name, **options)`, with every weight read from its files.
 
     What belongs to a part that the model lacks altogether (a reward head) is left aside, which is said; so are buffers

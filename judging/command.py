@@ -50,6 +50,7 @@ class Command:
             code = process.wait()
         finally:
             process.kill()
+            process.stdout.close()
         if code != 0 or left:
             raise UserError(
                 f"{name} ended with exit code {code} after {len(tasks) - len(left)} of {len(tasks)} verdicts, which "

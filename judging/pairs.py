@@ -82,7 +82,8 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
         if {"prompt_index", "sample", "prompt", "response"} <= row.keys():
             place, response = (row["prompt_index"], row["sample"]), Response(row["prompt"], row["response"])
         elif {"instruction", "output"} <= row.keys():
-            place, response = (number, None), Response(row["instruction"], row["output"])
+            message = {"role": "user", "content": row["instruction"]}
+            place, response = (number, None), Response([message], row["output"])
         elif {"prompt", "chosen"} <= row.keys():
             response = Response(row["prompt"], row["chosen"])
             if json.dumps(response.prompt) in numbers:
@@ -175,10 +176,10 @@ def match(a: dict[Place, Response], b: dict[Place, Response], allow_unmatched: b
 
 
 def _same_prompt(one: Prompt, other: Prompt) -> Prompt | None:
-    """The fuller of two forms of a prompt, as AlpacaEval's has the last message alone; None if they differ."""
+    """The fuller of two forms of a prompt, as AlpacaEval's is the last message alone; None if they differ."""
     if one == other:
         return one
-    for full, last in ((one, other), (other, one)):
-        if isinstance(full, list) and isinstance(last, str) and full[-1]["content"] == last:
-            return full
-    return None
+    short, full = sorted((one, other), key=lambda prompt: len(prompt) if isinstance(prompt, list) else 0)
+    last = short if isinstance(short, str) else short[0]["content"]
+    is_last = (isinstance(short, str) or len(short) == 1) and isinstance(full, list) and full[-1]["content"] == last
+    return full if is_last else None

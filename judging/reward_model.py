@@ -18,15 +18,16 @@ class RewardModel:
 
     sees_order = False
 
-    def __init__(self, name: str, batch_size: int, cache_dir: str):
+    def __init__(self, name: str, batch_size: int, chat_template: str | None, cache_dir: str):
         """
         Args:
             name: an id on the hub, or a local folder.
             batch_size: how many responses are scored at a time.
+            chat_template: a file; None: the tokenizer's own.
 
         Raises: UserError if there is no such model, or it isn't one that scores.
         """
-        self.name, self.batch_size = name, batch_size
+        self.name, self.batch_size, self.chat_template = name, batch_size, chat_template
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         origin = f"judge_model={name}"
         hub.use_cache_if_unreachable([name])
@@ -79,23 +80,31 @@ class RewardModel:
 
     def _encode(self, responses: list[tuple[Prompt, str]]) -> list[list[int]]:
         """Token ids: of texts put together, or of messages as the model's chat template writes them."""
-        template = chat.load_template(self.tokenizer, None)
-        encoded = []
-        for prompt, text in responses:
-            if isinstance(prompt, str):
-                encoded.append(self.tokenizer(prompt + text)["input_ids"])
-                continue
-            try:
-                messages = [*prompt, {"role": "assistant", "content": text}]
-                rendered = chat.render(Example(messages, []), self.tokenizer, template, opens_answer=False).prompt
-            except BadExample as error:
-                raise UserError(f"judge_model={self.name}: a response can't be scored: {error}") from error
-            encoded.append(chat.token_ids([rendered], self.tokenizer)[0])
+        template = chat.load_template(self.tokenizer, self.chat_template)
         n_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(self.tokenizer.model_max_length, n_positions or 10**9)
-        if n_cut := sum(len(ids) > longest for ids in encoded):
-            rank0_print(f"{n_cut} of {len(encoded)} responses are cut, with their prompts, to the last {longest} tokens")
-        return [ids[-longest:] for ids in encoded]
+        self.tokenizer.truncation_side = "left"
+        encoded, n_cut = [], 0
+        for prompt, text in responses:
+            is_text = isinstance(prompt, str)
+            whole = prompt + text if is_text else self._rendered(prompt, text, template)
+            ids = self.tokenizer(whole, add_special_tokens=is_text)["input_ids"]
+            if len(ids) > longest:  # by the tokenizer, as there are some that open each text with a token of their own
+                n_cut += 1
+                cut = {"truncation": True, "max_length": longest}
+                ids = self.tokenizer(whole, add_special_tokens=is_text, **cut)["input_ids"]
+            encoded.append(ids)
+        if n_cut:
+            rank0_print(f"{n_cut} of {len(encoded)} texts are cut, prompt and response, to the last {longest} tokens")
+        return encoded
+
+    def _rendered(self, prompt: list[dict], text: str, template: str | None) -> str:
+        try:
+            answer = [{"role": "assistant", "content": text}]
+            rendered = chat.render(Example(prompt, [answer]), self.tokenizer, template)
+        except (BadExample, UserError) as error:
+            raise UserError(f"judge_model={self.name}: a response can't be scored: {error}") from error
+        return rendered.prompt + rendered.responses[0]
 
     @torch.no_grad()
     def _scores(self, rows: list[list[int]]) -> list[float]:

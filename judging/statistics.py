@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 _Z = 1.959964  # of a normal distribution's central 95 %
-# inverse variances of normal priors on θ and φ, for where the verdicts alone don't tell: where all of a's responses won,
-# or are the longer ones, or length decided everything, and then rather length than a preference at equal lengths
+# inverse variances of normal priors on θ and φ, for where the verdicts alone don't tell: where a won all, or wrote all
+# the longer responses, or length decided everything; of the two, length then explains the verdicts
 _PRECISIONS = np.array([0.1, 0.001])
 
 

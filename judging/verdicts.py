@@ -111,4 +111,6 @@ class VerdictFile:
         os.ftruncate(self.descriptor, size)
 
     def close(self):
+        if self.size == 0:
+            os.remove(self.path)
         os.close(self.descriptor)

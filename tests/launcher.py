@@ -86,14 +86,15 @@ class Launcher:
         directory: Path | None = None,
         script: Path = REPOSITORY / "train.py",
         in_order: bool = False,
+        of_training: bool = True,
     ) -> Run:
         """Start a run, without wandb unless it is asked for; `n_workers` as a launcher starts them.
 
-        `in_order`: stdout and stderr are one, as on a terminal.
+        `in_order`: stdout and stderr are one, as on a terminal. `of_training`: whether the script has training's keys.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
-        if not any(word.startswith("wandb.") for word in words):
+        if of_training and not any(word.startswith("wandb.") for word in words):
             words.append("wandb.enabled=false")
         stdout, stderr = (self.directory / f"{name}-{len(self.runs)}" for name in ("stdout", "stderr"))
         stderr = stdout if in_order else stderr
