@@ -1,5 +1,6 @@
 """A judge that scores each response alone: a reward model, or another sequence classifier."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -75,6 +76,9 @@ class RewardModel:
             scores = [score for i in range(0, len(rows), self.batch_size)
                       for score in self._scores(rows[i : i + self.batch_size])]  # fmt: skip
             for task, a, b in zip(batch, scores[::2], scores[1::2], strict=True):
+                if math.isnan(a - b):  # of two infinite scores, too
+                    yield task, Verdict(failure="a score that is no number")
+                    continue
                 winner = "tie" if a == b else "first" if (a > b) == (task.first == "a") else "second"
                 yield task, Verdict(winner, details={"scores": [a, b]})
 
