@@ -72,7 +72,7 @@ def run(config: DictConfig):
         json.dump(summary, file, ensure_ascii=False, indent=1)
     os.replace(f"{path}.partial", path)
     print(f"{table(summary)}\nWritten to {options['output']} and {path}", flush=True)
-    if not summary["n_judged"]:
+    if lines and all(line["verdict"] is None for line in lines):
         raise UserError(f"no pair could be judged: {failures_in_words(summary)}")
 
 

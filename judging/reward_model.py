@@ -67,12 +67,12 @@ class RewardModel:
         Raises: UserError if there are messages that can't be rendered.
         """
         encoded = self._encode([(task.pair.prompt, text) for task in tasks for text in (task.pair.a, task.pair.b)])
-        ids = dict(zip(tasks, zip(encoded[::2], encoded[1::2], strict=True), strict=True))
-        by_length = sorted(tasks, key=lambda task: max(map(len, ids[task])))
+        ids = dict(zip([task.key for task in tasks], zip(encoded[::2], encoded[1::2], strict=True), strict=True))
+        by_length = sorted(tasks, key=lambda task: max(map(len, ids[task.key])))
         n_tasks = max(1, self.batch_size // 2)
         for start in range(0, len(tasks), n_tasks):
             batch = by_length[start : start + n_tasks]
-            rows = [row for task in batch for row in ids[task]]
+            rows = [row for task in batch for row in ids[task.key]]
             scores = [score for i in range(0, len(rows), self.batch_size)
                       for score in self._scores(rows[i : i + self.batch_size])]  # fmt: skip
             for task, a, b in zip(batch, scores[::2], scores[1::2], strict=True):

@@ -104,7 +104,7 @@ def test_a_judge_that_prefers_the_longer_answer_prefers_none_of_equal_length():
 
 
 def test_length_control_where_length_says_nothing():
-    assert length_controlled([1.0, 0.0, 0.5, 1.0, 1.0], [0] * 5)[0] == pytest.approx(0.7, abs=0.01)
+    assert length_controlled([1.0, 0.0, 0.5, 1.0, 1.0] * 20, [0] * 100)[0] == pytest.approx(0.7, abs=0.01)
     won, (low, _) = length_controlled([1.0] * 40, [-20, 20] * 20)
     assert won > 0.95
     assert low > 0.5
@@ -131,11 +131,8 @@ def test_other_forms_of_files_go_with_samples(tmp_path):
 
 
 def test_alpaca_eval_s_instruction_is_the_last_message():
-    messages = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "?"},
-        {"role": "user", "content": "x"},
-    ]
+    roles = {"hi": "user", "?": "assistant", "x": "user"}
+    messages = [{"role": role, "content": content} for content, role in roles.items()]
     alpaca = {(0, None): Response([{"role": "user", "content": "x"}], "o")}
     assert match({(0, 0): Response(messages, "r")}, alpaca, False)[0] == [Pair(0, 0, messages, "r", "o")]
     with pytest.raises(UserError, match="different prompts at prompt_index=0"):
@@ -539,30 +536,32 @@ def test_texts_beyond_the_model_s_positions_are_cut_and_that_is_said(judge, rewa
 # ---- what can't be --------------------------------------------------------------------------------------------------
 
 
-OPENAI = ["judge=openai", "judge_model=m", "judge_url=http://127.0.0.1:9/v1"]
+ASKS = ["judge=openai", "judge_model=m"]
+OPENAI = [*ASKS, "judge_url=http://127.0.0.1:9/v1"]
+COMMAND = ["judge=command", "judge_command=x"]
 BAD = {
     "no judge": ([], "judge: give it, e.g. python judge.py"),
-    "another judge": (["judge=opennai"], "judge=opennai: no such judge. Did you mean openai? There are: model, openai, command"),
+    "another judge": (["judge=opennai"], "judge=opennai: no such judge. Did you mean openai? There are: model"),
     "no model": (["judge=model"], "judge=model needs judge_model"),
-    "no endpoint": (["judge=openai", "judge_model=m"], "judge=openai needs judge_url"),
-    "no URL": (["judge=openai", "judge_model=m", "judge_url=localhost:8000"], "judge_url=localhost:8000: expected a URL"),
-    "no API key": (["judge=openai", "judge_model=m", "judge_url=https://api.openai.com/v1"], "set the variable OPENAI_API_KEY"),
-    "orders of a reward model": (["judge=model", "judge_model=m", "both_orders=true"], "both_orders=True: judge=model has no use"),
-    "a URL of a command": (["judge=command", "judge_command=x", "judge_url=u"], "judge_url=u: judge=command has no use for it"),
+    "no endpoint": (ASKS, "judge=openai needs judge_url"),
+    "no URL": ([*ASKS, "judge_url=localhost:8000"], "judge_url=localhost:8000: expected a URL"),
+    "no API key": ([*ASKS, "judge_url=https://api.openai.com/v1"], "set the variable OPENAI_API_KEY"),
+    "orders of a reward model": (["judge=model", "judge_model=m", "both_orders=true"], "both_orders=True: judge=model"),
+    "a URL of a command": ([*COMMAND, "judge_url=u"], "judge_url=u: judge=command has no use for it"),
     "no such prompt": ([*OPENAI, "judge_prompt=dialog"], "judge_prompt=dialog: no such file. Did you mean dialogue?"),
     "a prompt that lacks b": ([*OPENAI, "judge_prompt=lacking.txt"], "judge_prompt=lacking.txt: it lacks {b}"),
     "no time": ([*OPENAI, "judge_timeout=0"], "judge_timeout=0: must be 0.001 to 100000"),
     "half a try": ([*OPENAI, "judge_retries=0.5"], "judge_retries=0.5: expected a whole number"),
-    "an unknown key": (["judge_promt=x"], "no config key 'judge_promt'. Did you mean judge_prompt? config/judge.yaml lists"),
+    "an unknown key": (["judge_promt=x"], "no config key 'judge_promt'. Did you mean judge_prompt? config/judge.yaml"),
     "a key of training": (["lora.r=2", *OPENAI], "no config key 'lora'"),
     "no such file": (["a=nowhere", *OPENAI], "a=nowhere: can't read it"),
     "a file of something else": (["a=other.jsonl", *OPENAI], "a=other.jsonl, line 2: no response, its fields are x"),
     "a file that is cut off": (["b=cut.jsonl", *OPENAI], "b=cut.jsonl, line 8: no JSON"),
     "twice the same": (["b=twice.jsonl", *OPENAI], "line 9: prompt_index=0, sample=0 is there twice"),
-    "too few": (["b=few.jsonl", *OPENAI], "prompt_index=3, sample=0 is in a and not in b (5 responses are without a partner)"),
+    "too few": (["b=few.jsonl", *OPENAI], "prompt_index=3, sample=0 is in a and not in b (5 responses are without"),
     "other prompts": (["b=prompts.jsonl", *OPENAI], "a and b have different prompts at prompt_index=0"),
     "an output that is an input": (["output=a.jsonl", *OPENAI], "output=a.jsonl holds responses"),
-    "an output of something else": (["output=other.jsonl", *OPENAI], "output=other.jsonl: a file that isn't one of verdicts"),
+    "an output of something else": (["output=other.jsonl", *OPENAI], "a file that isn't one of verdicts"),
     "nowhere to write": (["output=no/where.jsonl", *OPENAI], "output=no/where.jsonl: can't write there"),
     "a model that isn't there": (["judge=model", "judge_model=nowhere/x"], "can't load judge_model=nowhere/x"),
     "a model without a score": (["judge=model", f"judge_model={ORACLE}/model"], "score.weight"),
@@ -573,13 +572,21 @@ BAD = {
 def test_bad_input_is_told_before_anything_is_asked(name, refused, files, tmp_path):
     overrides, message = BAD[name]
     lines = (tmp_path / "b.jsonl").read_text().splitlines(keepends=True)
-    for file, content in {
-        "other.jsonl": lines[0] + '{"x": 1}\n', "cut.jsonl": "".join(lines)[:-5], "twice.jsonl": "".join([*lines, lines[0]]),
-        "few.jsonl": "".join(lines[:3]), "prompts.jsonl": "".join(lines).replace("say", "tell"), "lacking.txt": "{prompt} {a}",
-    }.items():  # fmt: skip
+    contents = {
+        "other.jsonl": lines[0] + '{"x": 1}\n', "cut.jsonl": "".join(lines)[:-5], "few.jsonl": "".join(lines[:3]),
+        "twice.jsonl": "".join([*lines, lines[0]]), "prompts.jsonl": "".join(lines).replace("say", "tell"),
+        "lacking.txt": "{prompt} {a}",
+    }  # fmt: skip
+    for file, content in contents.items():
         (tmp_path / file).write_text(content)
     given = {word.split("=")[0] for word in overrides}
     output = refused(*overrides, files=[word for word in files if word.split("=")[0] not in given])
     assert message in output
     assert "calls to" not in output
     assert not (tmp_path / "v.jsonl").exists()
+
+
+def test_a_sweep_is_told_and_leaves_nothing(refused, files, tmp_path):
+    before = set(tmp_path.iterdir())
+    assert "-m sweeps over train.py alone" in refused(*OPENAI, files=["-m", *files])
+    assert set(tmp_path.iterdir()) == before
