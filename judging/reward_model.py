@@ -79,7 +79,8 @@ class RewardModel:
                 if math.isnan(a - b):  # of two infinite scores, too
                     yield task, Verdict(failure="a score that is no number")
                     continue
-                winner = "tie" if a == b else "first" if (a > b) == (task.first == "a") else "second"
+                is_tie = math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)  # rounding depends on the rows beside it
+                winner = "tie" if is_tie else "first" if (a > b) == (task.first == "a") else "second"
                 yield task, Verdict(winner, details={"scores": [a, b]})
 
     def _encode(self, responses: list[tuple[Prompt, str]]) -> list[list[int]]:
