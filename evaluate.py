@@ -17,6 +17,7 @@ from checkpointing.integrity import find_corruption
 from checkpointing.train_state import read_state_json
 from configuration.checks import check_config
 from distributed import collectives
+from judging.statistics import wilson_interval
 from utils import UserError, closest_match, on_rank0, rank0_print
 
 OWN_KEYS = ("run", "checkpoint", "rows", "output")
@@ -253,8 +254,7 @@ def _interval(values: list[float]) -> list[float]:
     """95 % confidence interval of the mean: Wilson's where values are 0 or 1, else by the normal approximation."""
     mean, error, n = float(np.mean(values)), _standard_error(values), len(values)
     if set(values) <= {0.0, 1.0}:
-        center, width = mean + _Z**2 / (2 * n), _Z * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
-        return [(center + sign * width) / (1 + _Z**2 / n) for sign in (-1, 1)]
+        return wilson_interval(mean, n)
     return [mean - _Z * error, mean + _Z * error]
 
 

@@ -276,7 +276,7 @@ def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
 
 def with_free_keys(overrides: list[str]) -> list[str]:
     """The overrides, so marked that Hydra takes keys it doesn't know where names are not ours to know."""
-    return [f"++{word}" if word.startswith(FREE_KEYS) else word for word in overrides]
+    return [f"++{word}" if word.startswith((*FREE_KEYS, "judge_args")) else word for word in overrides]
 
 
 @contextlib.contextmanager
@@ -429,7 +429,7 @@ def main(function: Callable[[DictConfig], None] = run, config_name: str = "confi
     except Exception as error:  # of Hydra composing what was typed, as jobs report their own
         if SHOWS_TRACEBACK:
             raise
-        sys.exit(f"error: {explain_hydra_error(error)}")
+        sys.exit(f"error: {explain_hydra_error(error, config_name)}")
     finally:
         sweep.report()
     if not sweep.complete:

@@ -128,8 +128,10 @@ def _check_tensors(state: dict):
             raise ValueError(f"{name} is a tensor {kind}")
 
 
-def load_pretrained(name: str, origin: str, **options) -> nn.Module:
-    """`AutoModelForCausalLM.from_pretrained(name, **options)`, with every weight read from its files.
+def load_pretrained(
+    name: str, origin: str, auto_class: type = transformers.AutoModelForCausalLM, **options
+) -> nn.Module:
+    """`auto_class.from_pretrained(name, **options)`, with every weight read from its files.
 
     What belongs to a part that the model lacks altogether (a reward head) is left aside, which is said; so are buffers
     that models compute.
@@ -140,7 +142,7 @@ def load_pretrained(name: str, origin: str, **options) -> nn.Module:
     Raises: UserError with the weights that are missing, left over or of another shape.
     """
     with _without_report():
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     buffers = {key for key, _ in model.named_buffers() if key.endswith(_COMPUTED_BUFFERS)}

@@ -6,7 +6,7 @@ import sys
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from configuration.schema import default_config, names_in
+from configuration.schema import default_config, names_in, own_keys
 from utils import closest_match
 
 # What other libraries call what is here: theirs, ours.
@@ -41,8 +41,12 @@ _OTHER_LOSSES = dict.fromkeys(("simpo", "kto", "orpo", "cpo", "hinge", "bco", "p
 }
 
 
-def explain_hydra_error(error: Exception) -> str:
-    """The message for a config that can't be composed: Hydra's, with the closest match to what was not found."""
+def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
+    """The message for a config that can't be composed: Hydra's, with the closest match to what was not found.
+
+    Args:
+        config_name: of its file.
+    """
     lines = f"{error}\n{error.__cause__ or ''}".strip().splitlines()
     text = "\n".join(line for line in lines if not line.strip().startswith(("object_type=", "reference_type=")))
     if (raised := "UserError raised while resolving interpolation: ") in text:
@@ -58,7 +62,9 @@ def explain_hydra_error(error: Exception) -> str:
     if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
         inner = re.search(r"full_key: (\S+)", text)  # where a whole section was given
         key = inner[1] if inner and inner[1].startswith(key[1]) else key[1]
-        return _why_not_set(key) if key in default_config() else unknown_key(key)
+        if config_name == "judge":  # which has no key of training
+            return unknown_key(key, config_name)
+        return _why_not_set(key) if key in default_config() else unknown_key(key, config_name)
     if (key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text)) is not None:  # + and ~ read the default
         return f"{key[1]} can be set as {key[1]}=VALUE alone, without + or ~"
     no_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"  # of which Hydra makes no text
@@ -91,8 +97,10 @@ def explain_flags(words: list[str]) -> str:
     )
 
 
-def unknown_key(key: str) -> str:
+def unknown_key(key: str, config_name: str = "config") -> str:
     """The message about a key that no config has, or that is no key but a section of them."""
+    if config_name == "judge":
+        return f"no config key {key!r}.{closest_match(key, own_keys(config_name))} config/judge.yaml lists all keys"
     if inside := [name for name in default_config() if name.startswith(f"{key}.")]:
         return f"{key} is a section of the config, set its keys: {', '.join(inside)}"
     if (whole := key.partition(".")[0]) in default_config():

@@ -32,6 +32,12 @@ def changed_keys(config: DictConfig) -> dict[str, object]:
     }
 
 
+def own_keys(config_name: str) -> dict[str, object]:
+    """The keys that config/<config_name>.yaml has itself, with their defaults."""
+    own = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))
+    return {key: value for key, value in own.items() if key not in ("hydra", "defaults")}
+
+
 def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
     """A config with one level of keys: {'loss.beta': 0.1, ...}."""
     flat = {}

@@ -86,14 +86,15 @@ class Launcher:
         directory: Path | None = None,
         script: Path = REPOSITORY / "train.py",
         in_order: bool = False,
+        of_training: bool = True,
     ) -> Run:
         """Start a run, without wandb and curves unless they are asked for; `n_workers` as a launcher starts them.
 
-        `in_order`: stdout and stderr are one, as on a terminal.
+        `in_order`: stdout and stderr are one, as on a terminal. `of_training`: whether the script has training's keys.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
-        for key, word in (("wandb.", "wandb.enabled=false"), ("curves=", "curves=false")):
+        for key, word in (("wandb.", "wandb.enabled=false"), ("curves=", "curves=false")) if of_training else ():
             if not any(given.startswith(key) for given in words):
                 words.append(word)
         stdout, stderr = (self.directory / f"{name}-{len(self.runs)}" for name in ("stdout", "stderr"))

@@ -11,11 +11,12 @@ from conftest import REPOSITORY
 from distributed.strategies import STRATEGIES
 
 LEVELS = [  # modules and folders; each imports from those below it alone, a folder's modules one another, too
+    {"judge"},
     {"sample"},
     {"evaluate"},
     {"train", "checkpoints"},
     {"trainers"},
-    {"models"},
+    {"models", "judging"},
     {"checkpointing"},
     {"configuration"},
     {"references", "preference_datasets"},

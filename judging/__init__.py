@@ -1,0 +1,1 @@
+"""Which of two responses is better: pairs of them, judges, and what their verdicts amount to."""

@@ -1,0 +1,185 @@
+"""Responses of two models to the same prompts, read from files and put side by side."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from utils import UserError
+
+Prompt = str | list[dict]  # text, or messages
+Place = tuple[int, int | None]  # of a response: its prompt's number, and which sample; None: there is one alone
+_FORMATS = (
+    "give JSON Lines as sample.py writes them (prompt_index, sample, prompt, response) or evaluate.py as rows (prompt, "
+    "chosen), or JSON as AlpacaEval has it (instruction, output)"
+)
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model wrote, and to what."""
+
+    prompt: Prompt
+    text: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to a prompt."""
+
+    index: int
+    sample: int
+    prompt: Prompt
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A pair in the order that a judge gets to see; `first`: a or b."""
+
+    pair: Pair
+    first: str
+
+    @property
+    def key(self) -> tuple[int, int, str]:
+        return (self.pair.index, self.pair.sample, self.first)
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The first response and the second."""
+        return (self.pair.a, self.pair.b) if self.first == "a" else (self.pair.b, self.pair.a)
+
+    @property
+    def digest(self) -> str:
+        """A short hash of all texts."""
+        texts = json.dumps([self.pair.prompt, self.pair.a, self.pair.b])
+        return hashlib.sha256(texts.encode()).hexdigest()[:12]
+
+
+def first_shown(pair: Pair, seed: int) -> str:
+    """Whose response a judge sees first, a or b: drawn for each pair apart, so that it is the same beside others."""
+    return "ab"[hashlib.sha256(f"{seed}/{pair.index}/{pair.sample}".encode()).digest()[0] & 1]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_responses(key: str, path: str) -> dict[Place, Response]:
+    """The responses in a file, by their places.
+
+    Of rows of `evaluate.py` it is the preferred response of each prompt's first pair, prompts numbered as `sample.py`
+    does. These, and AlpacaEval's, have one response to a prompt, which goes with every sample of others.
+
+    Args:
+        key: of the config that gives it, for messages.
+
+    Raises: UserError if it can't be read or has other rows, naming the first.
+    """
+    found: dict[Place, Response] = {}
+    numbers: dict[str, int] = {}  # of the prompts of rows
+    for number, (where, row) in enumerate(_rows(f"{key}={path}", path)):
+        if {"prompt_index", "sample", "prompt", "response"} <= row.keys():
+            place, response = (row["prompt_index"], row["sample"]), Response(row["prompt"], row["response"])
+        elif {"instruction", "output"} <= row.keys():
+            message = {"role": "user", "content": row["instruction"]}
+            place, response = (number, None), Response([message], row["output"])
+        elif {"prompt", "chosen"} <= row.keys():
+            response = Response(row["prompt"], row["chosen"])
+            if json.dumps(response.prompt) in numbers:
+                continue
+            place = (numbers.setdefault(json.dumps(response.prompt), len(numbers)), None)
+        else:
+            raise UserError(f"{where}: no response, its fields are {', '.join(row) or 'none'}; {_FORMATS}")
+        _check(where, place, response)
+        if place in found:
+            raise UserError(f"{where}: prompt_index={place[0]}, sample={place[1]} is there twice; leave one out")
+        found[place] = response
+    if not found:
+        raise UserError(f"{key}={path}: it has no responses; {_FORMATS}")
+    return found
+
+
+def _rows(where: str, path: str) -> Iterator[tuple[str, dict]]:
+    """A file's JSON objects, each with where it is."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: can't read it: {error}; {_FORMATS}") from error
+    is_array = text.lstrip()[:1] == "["
+    pieces = [(where, text)] if is_array else [
+        (f"{where}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
+    ]  # fmt: skip
+    for place, piece in pieces:
+        try:
+            value = json.loads(piece)
+        except ValueError as error:
+            raise UserError(f"{place}: no JSON: {error}; {_FORMATS}") from error
+        for number, row in enumerate(value if is_array else [value], 1):
+            inside = f"{place}, entry {number}" if is_array else place
+            if not isinstance(row, dict):
+                raise UserError(f"{inside}: no JSON object; {_FORMATS}")
+            yield inside, row
+
+
+def _check(where: str, place: tuple, response: Response):
+    messages = response.prompt if isinstance(response.prompt, list) else []
+    is_prompt = isinstance(response.prompt, str) or (
+        messages and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+    )
+    if not is_prompt:
+        raise UserError(f"{where}: the prompt is neither a text nor messages with a role and a content each")
+    if not isinstance(response.text, str):
+        raise UserError(f"{where}: the response is no text: {json.dumps(response.text)[:100]}")
+    if not all(number is None or (isinstance(number, int) and number >= 0) for number in place):
+        raise UserError(f"{where}: prompt_index and sample must be whole numbers")
+
+
+# ---- side by side ---------------------------------------------------------------------------------------------------
+
+
+def match(a: dict[Place, Response], b: dict[Place, Response], allow_unmatched: bool) -> tuple[list[Pair], int]:
+    """The pairs of responses to the same prompt, by number and sample, and how many responses have no partner.
+
+    Raises: UserError if prompts of the same number differ, or a response has no partner and that isn't allowed.
+    """
+    pairs, used = [], set()
+    samples: dict[int, list[Place]] = {}
+    for place in b:
+        samples.setdefault(place[0], []).append(place)
+    unmatched = []
+    for (index, sample), response in a.items():
+        others = samples.get(index, [])
+        if sample is not None:
+            others = [place for place in others if place[1] in (sample, None)]
+        for other in others:
+            prompt = _same_prompt(response.prompt, b[other].prompt)
+            if prompt is None:
+                raise UserError(
+                    f"a and b have different prompts at prompt_index={index}: {str(response.prompt)[-80:]!r} and "
+                    f"{str(b[other].prompt)[-80:]!r}; draw both from the same prompts"
+                )
+            number = next((s for s in (sample, other[1]) if s is not None), 0)
+            pairs.append(Pair(index, number, prompt, response.text, b[other].text))
+        used.update(others)
+        unmatched += [("a", index, sample)] * (not others)
+    unmatched += [("b", *place) for place in b if place not in used]
+    if unmatched and (not allow_unmatched or not pairs):
+        side, index, sample = unmatched[0]
+        other = "b" if side == "a" else "a"
+        which = f"prompt_index={index}" + (f", sample={sample}" if sample is not None else "")
+        more = f" ({len(unmatched)} responses are without a partner)" if len(unmatched) > 1 else ""
+        remedy = "; allow_unmatched=true compares what both have" if pairs else ""
+        raise UserError(f"{which} is in {side} and not in {other}{more}{remedy}")
+    return sorted(pairs, key=lambda pair: (pair.index, pair.sample)), len(unmatched)
+
+
+def _same_prompt(one: Prompt, other: Prompt) -> Prompt | None:
+    """The fuller of two forms of a prompt, as AlpacaEval's is the last message alone; None if they differ."""
+    if one == other:
+        return one
+    short, full = sorted((one, other), key=lambda prompt: len(prompt) if isinstance(prompt, list) else 0)
+    last = short if isinstance(short, str) else short[0]["content"]
+    is_last = (isinstance(short, str) or len(short) == 1) and isinstance(full, list) and full[-1]["content"] == last
+    return full if is_last else None

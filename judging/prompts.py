@@ -1,0 +1,108 @@
+"""What a language model is asked, and how its answer is read."""
+
+import os
+import re
+
+from judging.pairs import Prompt, Task
+from utils import UserError, closest_match
+
+_CHOICE = """FIRST provide a one-sentence comparison of the two summaries, explaining which you prefer and why. \
+SECOND, on a new line, state only "A" or "B" to indicate your choice. Your response should use the format:
+Comparison: <one-sentence comparison and explanation>
+Preferred: <"A" or "B">"""
+# those of https://arxiv.org/abs/2305.18290, appendix C.2: GPT-4 (S), GPT-4 (C), and that for dialogue
+PROMPTS = {
+    "summarization": f"""Which of the following summaries does a better job of summarizing the most important points \
+in the given forum post?
+
+Post:
+{{prompt}}
+
+Summary A:
+{{a}}
+
+Summary B:
+{{b}}
+
+{_CHOICE}""",
+    "summarization_concise": f"""Which of the following summaries does a better job of summarizing the most important \
+points in the given forum post, without including unimportant or irrelevant details? A good summary is both precise \
+and concise.
+
+Post:
+{{prompt}}
+
+Summary A:
+{{a}}
+
+Summary B:
+{{b}}
+
+{_CHOICE}""",
+    "dialogue": """For the following query to a chatbot, which response is more helpful?
+
+Query: {prompt}
+
+Response A:
+{a}
+
+Response B:
+{b}
+
+FIRST provide a one-sentence comparison of the two responses and explain which you feel is more helpful. SECOND, on a \
+new line, state only "A" or "B" to indicate which response is more helpful. Your response should use the format:
+Comparison: <one-sentence comparison and explanation>
+More helpful: <"A" or "B">""",
+}
+_PLACES = ("prompt", "a", "b")
+_VERDICT = re.compile(
+    r"\W*(?:[a-z][a-z ]{0,40}:\W*)?(?:(?:response|summary|answer|option|assistant|output)\W+)?(a|b|tie)\W*",
+    re.IGNORECASE,
+)
+
+
+def load_template(name: str) -> str:
+    """A prompt of the DPO paper by its name, or one in a file.
+
+    Raises: UserError if there is none, or it lacks one of its places.
+    """
+    if name in PROMPTS:
+        return PROMPTS[name]
+    if not os.path.isfile(name):
+        raise UserError(
+            f"judge_prompt={name}: no such file.{closest_match(name, PROMPTS)} Give one of {', '.join(PROMPTS)}, or a "
+            "file with {prompt}, {a} and {b} where these belong"
+        )
+    try:
+        with open(name, encoding="utf-8") as file:
+            template = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"judge_prompt={name}: can't read it: {error}; give a text file") from error
+    if missing := [place for place in _PLACES if f"{{{place}}}" not in template]:
+        listed = ", ".join(f"{{{place}}}" for place in missing)
+        raise UserError(f"judge_prompt={name}: it lacks {listed}; write that where the text belongs")
+    return template
+
+
+def fill(template: str, task: Task) -> str:
+    """The template with a task's texts, without white space around them; A is the first response."""
+    texts = dict(zip(_PLACES, (prompt_text(task.pair.prompt), *task.texts), strict=True))
+    # in one pass, as a text may itself have such a place; not by str.format, as a template may have other braces
+    return re.sub(r"\{(prompt|a|b)\}", lambda place: texts[place[1]].strip(), template)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text: of messages each after its role, of a single one its content."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+
+
+def read_verdict(answer: str) -> str | None:
+    """'first', 'second' or 'tie' by the last line that is A, B or tie, after a label or not; None if none is."""
+    for line in reversed(answer.splitlines()):
+        if (found := _VERDICT.fullmatch(line)) is not None:
+            return {"a": "first", "b": "second", "tie": "tie"}[found[1].lower()]
+    return None

@@ -1,0 +1,121 @@
+"""A judge that scores each response alone: a reward model, or another sequence classifier."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import transformers
+
+from checkpointing.archives import access_hint, check_finite, describe, load_pretrained
+from data import chat, hub
+from data.formats import BadExample, Example
+from judging.pairs import Prompt, Task
+from judging.verdicts import Verdict
+from utils import UserError, rank0_print
+
+
+class RewardModel:
+    """Prefers the response with the higher score: the model's one output, or the log-odds of its class 1 of two."""
+
+    sees_order = False
+
+    def __init__(self, name: str, batch_size: int, chat_template: str | None, cache_dir: str):
+        """
+        Args:
+            name: an id on the hub, or a local folder.
+            batch_size: how many responses are scored at a time.
+            chat_template: a file; None: the tokenizer's own.
+
+        Raises: UserError if there is no such model, or it isn't one that scores.
+        """
+        self.name, self.batch_size, self.chat_template = name, batch_size, chat_template
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        origin = f"judge_model={name}"
+        hub.use_cache_if_unreachable([name])
+        rank0_print(f"Loading judge {name}")
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+            auto_class = transformers.AutoModelForSequenceClassification
+            self.model = load_pretrained(name, origin, auto_class, dtype="auto", cache_dir=cache_dir)
+        except UserError:
+            raise
+        except Exception as error:  # what a damaged config.json, weights or the hub's HTTP library raise may be any
+            cause, remedy = hub.why_not(error, name, "model") or (
+                describe(error, 2000),
+                f"Give the id of a reward model (a sequence classifier) on the hub{access_hint(error)}",
+            )
+            raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
+        if self.model.config.num_labels not in (1, 2):
+            raise UserError(f"{origin} has {self.model.config.num_labels} classes; give one with a score, or with two")
+        check_finite(self.model, origin)
+        self.model.to(self.device).eval()
+        self._choose_padding()
+
+    def _choose_padding(self):
+        """Make the model, which scores at a row's last token, and the tokenizer agree on which is padding."""
+        config = self.model.config.get_text_config()
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.config.pad_token_id = config.pad_token_id
+        if config.pad_token_id is None:
+            rank0_print(f"judge_model={self.name} has no padding token: responses are scored one at a time")
+            self.batch_size = 1
+
+    def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
+        """Verdicts by the scores, which are kept: [a's, b's].
+
+        Raises: UserError if there are messages that can't be rendered.
+        """
+        encoded = self._encode([(task.pair.prompt, text) for task in tasks for text in (task.pair.a, task.pair.b)])
+        ids = dict(zip([task.key for task in tasks], zip(encoded[::2], encoded[1::2], strict=True), strict=True))
+        by_length = sorted(tasks, key=lambda task: max(map(len, ids[task.key])))
+        n_tasks = max(1, self.batch_size // 2)
+        for start in range(0, len(tasks), n_tasks):
+            batch = by_length[start : start + n_tasks]
+            rows = [row for task in batch for row in ids[task.key]]
+            scores = [score for i in range(0, len(rows), self.batch_size)
+                      for score in self._scores(rows[i : i + self.batch_size])]  # fmt: skip
+            for task, a, b in zip(batch, scores[::2], scores[1::2], strict=True):
+                if math.isnan(a - b):  # of two infinite scores, too
+                    yield task, Verdict(failure="a score that is no number")
+                    continue
+                is_tie = math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)  # rounding depends on the rows beside it
+                winner = "tie" if is_tie else "first" if (a > b) == (task.first == "a") else "second"
+                yield task, Verdict(winner, details={"scores": [a, b]})
+
+    def _encode(self, responses: list[tuple[Prompt, str]]) -> list[list[int]]:
+        """Token ids: of texts put together, or of messages as the model's chat template writes them."""
+        template = chat.load_template(self.tokenizer, self.chat_template)
+        n_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = min(self.tokenizer.model_max_length, n_positions or 10**9)
+        self.tokenizer.truncation_side = "left"
+        encoded, n_cut = [], 0
+        for prompt, text in responses:
+            is_text = isinstance(prompt, str)
+            whole = prompt + text if is_text else self._rendered(prompt, text, template)
+            ids = self.tokenizer(whole, add_special_tokens=is_text)["input_ids"]
+            if len(ids) > longest:  # by the tokenizer, as there are some that open each text with a token of their own
+                n_cut += 1
+                cut = {"truncation": True, "max_length": longest}
+                ids = self.tokenizer(whole, add_special_tokens=is_text, **cut)["input_ids"]
+            encoded.append(ids)
+        if n_cut:
+            rank0_print(f"{n_cut} of {len(encoded)} texts are cut, prompt and response, to the last {longest} tokens")
+        return encoded
+
+    def _rendered(self, prompt: list[dict], text: str, template: str | None) -> str:
+        try:
+            answer = [{"role": "assistant", "content": text}]
+            rendered = chat.render(Example(prompt, [answer]), self.tokenizer, template)
+        except (BadExample, UserError) as error:
+            raise UserError(f"judge_model={self.name}: a response can't be scored: {error}") from error
+        return rendered.prompt + rendered.responses[0]
+
+    @torch.no_grad()
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        length = max(1, *map(len, rows))
+        pad = self.model.config.pad_token_id or 0
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.device)  # (B, T)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
+        logits = self.model(input_ids=ids, attention_mask=mask).logits.float()  # (B, 1 or 2)
+        return (logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)).tolist()

@@ -1,0 +1,57 @@
+"""What verdicts amount to: win rates with their intervals."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+_Z = 1.959964  # of a normal distribution's central 95 %
+# inverse variances of normal priors on θ and φ, for where the verdicts alone don't tell: where a won all, or wrote all
+# the longer responses, or length decided everything; of the two, length then explains the verdicts
+_PRECISIONS = np.array([0.1, 0.001])
+
+
+def wilson_interval(mean: float, n: int) -> list[float]:
+    """Wilson's 95 % interval of a share of `n` (https://doi.org/10.1080/01621459.1927.10502953)."""
+    center, width = mean + _Z**2 / (2 * n), _Z * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
+    return [(center + sign * width) / (1 + _Z**2 / n) for sign in (-1, 1)]
+
+
+def length_controlled(scores: Sequence[float], differences: Sequence[int]) -> tuple[float, list[float]]:
+    """The win rate as it would be between responses of equal length, and its 95 % interval.
+
+    As in https://arxiv.org/abs/2404.04475, without its term for how hard a prompt is: in the logistic regression
+    P(a wins) = σ(θ + φ tanh(Δ / s)) it is σ(θ), the value at Δ = 0. s is the root mean square of Δ, which, unlike its
+    standard deviation, isn't 0 where all differences are the same.
+
+    Args:
+        scores: of each pair 1 (a wins), 0 (b wins) or 0.5 (a tie).
+        differences: Δ, how much longer a's response is (characters).
+    """
+    y, delta = np.asarray(scores, dtype=float), np.asarray(differences, dtype=float)
+    scale = math.sqrt(np.mean(delta**2)) or 1.0
+    x = np.stack([np.ones_like(delta), np.tanh(delta / scale)], axis=1)  # (N, 2)
+
+    def objective(beta: np.ndarray) -> float:
+        z = x @ beta
+        return float(np.sum(y * z - np.logaddexp(0, z)) - _PRECISIONS @ beta**2 / 2)
+
+    def curvature(p: np.ndarray) -> np.ndarray:
+        return (x * (p * (1 - p))[:, None]).T @ x + np.diag(_PRECISIONS)  # (2, 2)
+
+    beta = np.zeros(2)
+    for _ in range(500):  # Newton's method; the objective is concave, halved steps let it rise
+        p = _sigmoid(x @ beta)
+        step = np.linalg.solve(curvature(p), x.T @ (y - p) - _PRECISIONS * beta)
+        while objective(beta + step) < objective(beta) and np.abs(step).max() > 1e-9:
+            step /= 2
+        beta = beta + step
+        if np.abs(step).max() < 1e-9:
+            break
+    error = math.sqrt(np.linalg.inv(curvature(_sigmoid(x @ beta)))[0, 0])
+    low, rate, high = _sigmoid(beta[0] + error * np.array([-_Z, 0.0, _Z]))
+    return float(rate), [float(low), float(high)]
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -z))
