@@ -6,7 +6,7 @@ reward and optimum are known: SFT once; then each loss of `losses.LOSSES` at fiv
 `toy_length`, whose labels are taken in by length. Nothing is sampled: see `exact.py`.
 
 The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer (`--model tiny`: that itself, at
-three times the cost). All 110 runs are about an hour of CPU time, for two processes; `--quick` (DPO and IPO alone)
+three times the cost). All 126 runs are about an hour and a half of CPU time, for two processes; `--quick` (DPO and IPO alone)
 a few minutes. Each run leaves a JSON file under `--out`, and what is there is not done again; then tables are printed,
 and a picture is drawn.
 """
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from configuration.schema import CONFIG_DIR, REPOSITORY
 from data import toy
-from losses import LOGPS, LOSSES
+from losses import KL_ESTIMATE, LOGPS, LOSSES
 from preference_datasets import DATASETS, Dataset
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
@@ -66,7 +66,11 @@ STRENGTHS = {  # an option of the loss and five values of it, from the closest t
     "orpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
     "cpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
 }
-FIXED = {"cdpo": ("loss.label_smoothing=0.1",)}  # besides their defaults
+# an objective that is no loss by itself: which loss it is, and with what
+VARIANTS = {
+    "cdpo": ("dpo", ("loss.label_smoothing=0.1",)),
+    "tr_dpo": ("dpo", ("reference_update_every=32", "reference_update_alpha=0.6")),
+}
 CORE = ("dpo", "cdpo", "ipo", "robust_dpo")
 STEP_SIZE = 0.02  # of every objective, see `learning_rate`: for DPO a learning rate of 0.04 / β
 
@@ -86,7 +90,7 @@ class Run:
 
     @property
     def loss(self) -> str:
-        return "dpo" if self.objective == "cdpo" else self.objective
+        return VARIANTS.get(self.objective, (self.objective,))[0]
 
     @property
     def name(self) -> str:
@@ -95,10 +99,12 @@ class Run:
         return "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in str(word)) for word in words)
 
     def overrides(self) -> list[str]:
-        words = [f"loss={self.loss}", f"datasets=[{self.data}]", *FIXED.get(self.objective, ()), *self.optimizer]
+        fixed = VARIANTS.get(self.objective, (self.objective, ()))[1]
+        words = [f"loss={self.loss}", f"datasets=[{self.data}]", *fixed, *self.optimizer]
         if self.strength is not None:
             words.append(f"loss.{strength_option(self.objective)}={self.strength}")
-        if LOSSES[self.loss].needs_reference({}):
+        loss, moves = LOSSES[self.loss], any(word.startswith("reference_update") for word in fixed)
+        if loss.needs_reference({}) and not loss.takes_kl_estimate and not moves:
             words.append("precompute_ref_log_probs=true")
         return [*words, "batch_size=32", "warmup_steps=10", f"save_every={self.every}", *self.extra]
 
@@ -112,9 +118,9 @@ def strengths(objective: str) -> tuple[float, ...]:
 
 
 def objectives() -> list[str]:
-    """All losses of pairs, and conservative DPO."""
+    """All losses of pairs, conservative DPO, and DPO with a reference that moves."""
     names = [name for name, loss in LOSSES.items() if loss.needs_pairs]
-    return [*names[:1], "cdpo", *names[1:]]
+    return [*names[:1], *VARIANTS, *names[1:]]
 
 
 def learning_rate(run: Run, n_tokens: int) -> float:
@@ -130,6 +136,7 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     options = {name: option.default for name, option in loss.options.items()} | dict(given)
     inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | {LOGPS[0]: torch.tensor([-8.0001], requires_grad=True)}
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
+    inputs[KL_ESTIMATE] = torch.tensor(0.0)
     loss(inputs, options)[0].mean().backward()
     of_mean = n_tokens if options.get("average_log_prob") else 1
     return run.step_size / abs(inputs[LOGPS[0]].grad.item()) * of_mean
