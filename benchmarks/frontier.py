@@ -6,7 +6,7 @@ reward and optimum are known: SFT once; then each loss of `losses.LOSSES` at fiv
 `toy_length`, whose labels are taken in by length. Nothing is sampled: see `exact.py`.
 
 The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer (`--model tiny`: that itself, at
-three times the cost). All 126 runs are about an hour and a half of CPU time, for two processes; `--quick` (DPO and IPO alone)
+three times the cost). All 126 runs are about an hour and a half of CPU time, for two processes; `--quick` (DPO and IPO)
 a few minutes. Each run leaves a JSON file under `--out`, and what is there is not done again; then tables are printed,
 and a picture is drawn.
 """
