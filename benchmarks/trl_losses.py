@@ -30,7 +30,7 @@ COMPARED = [
     ("ipo", {}, "ipo", {}, "TRL takes means over tokens, the paper's equation and the original sums"),
     ("ipo", {"average_log_prob": True}, "ipo", {}, "with `average_log_prob` so do we"),
     ("dpo", {"average_log_prob": True}, "sigmoid_norm", {}, ""),
-    ("dpo_nll", {}, ("sigmoid", "sft"), {}, "TRL's NLL is a mean over all tokens of a batch, the paper's over each response's"),
+    ("dpo_nll", {}, ("sigmoid", "sft"), {}, "TRL's NLL is a mean over a batch's tokens, the paper's over a response's"),
     ("orpo", {}, "ORPO", {}, "the odds' term alone, of means over tokens"),
     ("cpo", {}, "CPO", {}, "without the NLL, which both add"),
     ("simpo", {"beta": 2.0, "gamma": 1.0}, "SimPO", {}, ""),
