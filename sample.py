@@ -246,6 +246,8 @@ def _done(output: str, settings: str) -> set[tuple[int, int]]:
     with open(output, "rb") as file:
         for line in file:
             try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("cut off")
                 sample = json.loads(line)
                 former = sample["settings"]
                 done.add((sample["prompt_index"], sample["sample"]))

@@ -27,6 +27,7 @@ VERSION = 1  # of what is kept: another one makes it anew
 _CHUNK = 1024  # rows that are tokenized at a time
 _SHOWN = 10  # bad rows
 _LOOKED_AT = 100  # rows that tell the format
+_SAID: set[str] = set()  # what has been said to be read
 _TEXTS, _IDS = pa.list_(pa.string()), pa.list_(pa.int32())
 SCHEMA = pa.schema(
     {
@@ -102,6 +103,8 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
     Raises: UserError if they can't be read, naming the file, the line and the remedy.
     """
     where, label = split_name(location.given, split), f"{location.given} ({split})"
+    silent = silent or label in _SAID  # both splits are prepared whenever one is asked for
+    _SAID.add(label)
     files = location.files[split.partition("[")[0]] if location.files is not None else None
     if files and (reason := reading.why_not_these(files)):
         raise UserError(f"{where}: {reason}")
