@@ -611,13 +611,13 @@ def open_batches(
         "mismatched": mismatched,
         "settings": reading_settings(config),
     }
-    test = get_batch_iterator(
-        **kwargs, split="test", batch_size=config.eval_batch_size, drop_last=False, **_how_many(config.n_eval_examples)
-    )
-    train = test
     if trains:
         counts = {"n_epochs": config.n_epochs, "n_examples": config.n_examples}
         train = get_batch_iterator(**kwargs, split="train", batch_size=config.batch_size, **counts)
+    test = get_batch_iterator(
+        **kwargs, split="test", batch_size=config.eval_batch_size, drop_last=False, **_how_many(config.n_eval_examples)
+    )
+    train = train if trains else test
     opened = {"train": train, "test": test} if trains else {"test": test}
     if on_rank0():
         for split, batches in opened.items():

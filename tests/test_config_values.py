@@ -42,7 +42,7 @@ ACCEPTED = {
     "max_prompt_length": [1, 3],
     "n_epochs": POSITIVE_WHOLE,
     "n_examples": [None, *POSITIVE_WHOLE],
-    "n_eval_examples": POSITIVE_WHOLE,
+    "n_eval_examples": [None, *POSITIVE_WHOLE],
     "trainer": [],
     "optimizer": [],
     "optimizer_args": [{}],
