@@ -112,7 +112,9 @@ def run(config: DictConfig):
             if on_rank0():
                 report_data(config)
             return
-        with resume_hinted(config.local_run_dir, UserError):
+        has_workers = STRATEGIES[config.trainer].starts_workers and not environment.is_launched()
+        # where they end without a word, say how to go on; otherwise what fails later says so itself
+        with resume_hinted(config.local_run_dir, UserError) if has_workers else contextlib.nullcontext():
             start_workers_or(train_from, config, checkpoint, files)
 
 

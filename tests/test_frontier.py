@@ -186,10 +186,10 @@ def test_step_sizes_are_of_the_first_step_whatever_the_loss_s_scale():
 
 def test_every_loss_of_pairs_has_runs_that_its_options_allow():
     for name in objectives():
-        loss = LOSSES["dpo" if name == "cdpo" else name]
+        loss = LOSSES[Run(name, 1.0).loss]
         assert frontier.strength_option(name) in loss.options
         assert len(frontier.strengths(name)) == 5
-    assert {*objectives(), "sft"} == {*LOSSES, "cdpo"}
+    assert {*objectives(), "sft"} == {*LOSSES, "cdpo", "tr_dpo"}
 
 
 @pytest.mark.slow

@@ -228,8 +228,8 @@ REFUSALS = {  # what is asked for, the user's token, and the message
     "gated model, another's token": (["model=llama3-8b"], "hf_other", [f"model.name_or_path={LLAMA}: ", *NO_ACCESS]),
     "no such model": (["model=gptj"], "", ["model.name_or_path=EleutherAI/gpt-j-6b: ", *UNKNOWN]),
     "no such model for this token": (["model=gptj"], "hf_other", ["spelling of EleutherAI/gpt-j-6b", *UNKNOWN]),
-    "gated tokenizer": ([f"model.tokenizer_name_or_path={LLAMA}"], "", [f"tokenizer '{LLAMA}'", *NOT_LOGGED_IN]),
-    "no such tokenizer": (["model.tokenizer_name_or_path=a/b"], "", ["tokenizer 'a/b'", *UNKNOWN]),
+    "gated tokenizer": ([f"model.tokenizer_name_or_path={LLAMA}"], "", [f"tokenizer of model.tokenizer_name_or_path={LLAMA}", *NOT_LOGGED_IN]),
+    "no such tokenizer": (["model.tokenizer_name_or_path=a/b"], "", ["tokenizer of model.tokenizer_name_or_path=a/b", *UNKNOWN]),
     "gated archive": ([f"model.archive={LLAMA}"], "", [f"model.archive={LLAMA}: ", *NOT_LOGGED_IN]),
     "no such archive": (["model.archive=a/b"], "", ["model.archive=a/b: ", *UNKNOWN]),
     "gated dataset": (["dataset_paths.hh=a/gated"], "", ["can't load 'a/gated'", "hh=DIR", *NOT_LOGGED_IN]),
@@ -259,7 +259,7 @@ def test_a_gated_model_trains_for_who_has_access(online_ok, hub, bodies):
     ("word", "part"),
     [
         ("model.safetensors", f"model.name_or_path={PYTHIA}: the hub is busy or out of order (500 for "),
-        ("tokenizer.json", f"the tokenizer '{PYTHIA}' (model.tokenizer_name_or_path): the hub is busy"),
+        ("tokenizer.json", f"the tokenizer of model.name_or_path={PYTHIA}: the hub is busy"),
         ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub is busy or out of order (500 for "),
     ],
 )
