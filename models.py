@@ -278,9 +278,9 @@ def _check_numbers_in_model(fields: dict, model: nn.Module):
     given = [("trainable_token_indices", numbers, n_tokens) for numbers in lists]
     given.append(("layers_to_transform", fields.get("layers_to_transform"), model.config.num_hidden_layers))
     for field, value, n_there in given:
-        numbers = value if isinstance(value, list) else [value]
-        are_there = numbers and all(type(number) is int and 0 <= number < n_there for number in numbers)
-        if value is not None and not are_there:
+        numbers = [value] if field == "layers_to_transform" and isinstance(value, int) else value
+        are_numbers = isinstance(numbers, list) and numbers and all(type(number) is int for number in numbers)
+        if value is not None and not (are_numbers and min(numbers) >= 0 and max(numbers) < n_there):
             raise UserError(f"lora={{{field}: {fields[field]}}}: the model has the numbers 0 to {n_there - 1} alone")
 
 

@@ -37,7 +37,15 @@ from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_le
 from models import check_reference_fits, check_tokenizer_fits, configured_dropout_rates, load_tokenizer
 from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
-from references import LogpsCache, Reference, make_reference, make_starting_reference, move_reference, open_cache
+from references import (
+    REFERENCE_ADAPTER,
+    LogpsCache,
+    Reference,
+    make_reference,
+    make_starting_reference,
+    move_reference,
+    open_cache,
+)
 from reporting.metrics import TIE, check_finite, kl_metrics, mean_metrics, response_metrics
 from reporting.run_log import RunLog
 from reporting.sampling import end_tokens, generate_scorable
@@ -520,7 +528,8 @@ class BasicTrainer:
         policy_state = dict(self.policy.state_dict(keep_vars=True))
         if hasattr(self.policy, "peft_config"):
             trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
-            policy_state = {name: policy_state[name] for name in sorted(trained)}
+            frozen = {name for name in policy_state if ".lora_" in name and f".{REFERENCE_ADAPTER}" not in name}
+            policy_state = {name: policy_state[name] for name in sorted(trained | frozen)}
         state_dicts = {"policy": full_state_dict(policy_state)}
         if self.config.save_optimizer:
             state_dicts["optimizer"] = full_state_dict(self.optimizer.state_dict())

@@ -41,7 +41,7 @@ def write_checkpoint(
 
     Args:
         state_dicts: of full tensors, of 'policy', and, unless they are left out, of 'optimizer' and 'scheduler'; of a
-            policy with an adapter at least what is trained.
+            policy with an adapter at least what is trained, and what else belongs to the adapter.
         config: under which it was trained.
         dropout_rates: those that the model's config.json is to have; the policy's are 0.
 

@@ -91,7 +91,7 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: 
     values = ", ".join(f"{name} {number}" for name, number in numbers.items())
     all_prompts = [prompt for of_rank in collectives.all_gather_object(prompts) for prompt in of_rank]
     shown = "\n".join(f"  {prompt[-200:]!r}" for prompt in dict.fromkeys(all_prompts))
-    others = {"optimizer_args": config.optimizer_args} if config.optimizer_args else {}
+    others = {key: config[key] for key in ("optimizer_args", "lora") if config[key]}
     others |= {f"loss.{name}": value for name, value in config.loss.items() if isinstance(value, float)}
     also = "".join(f"another {key} (now {value}), " for key, value in others.items())
     raise UserError(
