@@ -222,14 +222,15 @@ LOGIN = ["hf auth login", "HF_TOKEN"]
 UNKNOWN = ["there is no such folder, and the hub has no", *LOGIN]
 NOT_LOGGED_IN = ["it is gated, and you are not logged in", "Ask for access on https://huggingface.co/", *LOGIN]
 NO_ACCESS = ["it is gated, and your account has no access", "Ask for access on https://huggingface.co/", *LOGIN]
+TOKENIZER = "model.tokenizer_name_or_path"
 LLAMA = "meta-llama/Llama-3.1-8B"
 REFUSALS = {  # what is asked for, the user's token, and the message
     "gated model, no token": (["model=llama3-8b"], "", [f"model.name_or_path={LLAMA}: ", *NOT_LOGGED_IN]),
     "gated model, another's token": (["model=llama3-8b"], "hf_other", [f"model.name_or_path={LLAMA}: ", *NO_ACCESS]),
     "no such model": (["model=gptj"], "", ["model.name_or_path=EleutherAI/gpt-j-6b: ", *UNKNOWN]),
     "no such model for this token": (["model=gptj"], "hf_other", ["spelling of EleutherAI/gpt-j-6b", *UNKNOWN]),
-    "gated tokenizer": ([f"model.tokenizer_name_or_path={LLAMA}"], "", [f"tokenizer of model.tokenizer_name_or_path={LLAMA}", *NOT_LOGGED_IN]),
-    "no such tokenizer": (["model.tokenizer_name_or_path=a/b"], "", ["tokenizer of model.tokenizer_name_or_path=a/b", *UNKNOWN]),
+    "gated tokenizer": ([f"{TOKENIZER}={LLAMA}"], "", [f"tokenizer of {TOKENIZER}={LLAMA}", *NOT_LOGGED_IN]),
+    "no such tokenizer": ([f"{TOKENIZER}=a/b"], "", [f"tokenizer of {TOKENIZER}=a/b", *UNKNOWN]),
     "gated archive": ([f"model.archive={LLAMA}"], "", [f"model.archive={LLAMA}: ", *NOT_LOGGED_IN]),
     "no such archive": (["model.archive=a/b"], "", ["model.archive=a/b: ", *UNKNOWN]),
     "gated dataset": (["dataset_paths.hh=a/gated"], "", ["can't load 'a/gated'", "hh=DIR", *NOT_LOGGED_IN]),
