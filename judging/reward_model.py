@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import torch
 import transformers
 
-from checkpointing.archives import access_hint, check_finite, describe, load_pretrained
+from checkpointing.archives import check_finite, describe, load_pretrained
 from data import chat, hub
 from data.formats import BadExample, Example
+from data.hub import access_hint
 from judging.pairs import Prompt, Task
 from judging.verdicts import Verdict
 from utils import UserError, rank0_print

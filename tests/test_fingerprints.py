@@ -198,7 +198,9 @@ def test_all_texts_and_pairs_of_a_split_count():
     def fingerprints(**changed):
         entry = {"text": "a", "responses": ["b", "c"], "pairs": [(0, 1)], "sft_target": "b", **changed}
         prompts = [Prompt(**entry, dataset=name, split="train", truncation_mode="keep_end") for name in ("hh", "shp")]
-        return BatchIterator([prompts], None, 1, True, False, 0, 1, None, True, (0, 1)).fingerprints()
+        return BatchIterator(
+            [[prompt] for prompt in prompts], None, 1, True, False, 0, 1, None, True, (0, 1)
+        ).fingerprints()
 
     first = fingerprints()
     assert first.keys() == {"datasets=[hh], train split", "datasets=[shp], train split"}

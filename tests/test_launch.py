@@ -154,7 +154,7 @@ def test_two_machines_train_together_end_together_and_go_on(start, tmp_path):
     machines = agents(start, tmp_path, port, f"n_examples={n_examples}")
     assert [machine.wait(90) for machine in machines] == [0, 0], (tmp_path / "log-0").read_text()[-3000:]
     assert updates(tmp_path / "run") == list(range(1, n_examples // 8 + 1))
-    assert [len(re.findall("train stats", (tmp_path / f"log-{node}").read_text())) > 0 for node in (0, 1)] == [
+    assert [len(re.findall("pairs/s", (tmp_path / f"log-{node}").read_text())) > 0 for node in (0, 1)] == [
         True,
         False,
     ]
