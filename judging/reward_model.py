@@ -86,14 +86,14 @@ class RewardModel:
 
     def _encode(self, responses: list[tuple[Prompt, str]]) -> list[list[int]]:
         """Token ids: of texts put together, or of messages as the model's chat template writes them."""
-        template = chat.load_template(self.tokenizer, self.chat_template)
+        renderer = chat.Renderer(self.tokenizer, self.chat_template)
         n_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(self.tokenizer.model_max_length, n_positions or 10**9)
         self.tokenizer.truncation_side = "left"
         encoded, n_cut = [], 0
         for prompt, text in responses:
             is_text = isinstance(prompt, str)
-            whole = prompt + text if is_text else self._rendered(prompt, text, template)
+            whole = prompt + text if is_text else self._rendered(prompt, text, renderer)
             ids = self.tokenizer(whole, add_special_tokens=is_text)["input_ids"]
             if len(ids) > longest:  # by the tokenizer, as there are some that open each text with a token of their own
                 n_cut += 1
@@ -104,10 +104,10 @@ class RewardModel:
             rank0_print(f"{n_cut} of {len(encoded)} texts are cut, prompt and response, to the last {longest} tokens")
         return encoded
 
-    def _rendered(self, prompt: list[dict], text: str, template: str | None) -> str:
+    def _rendered(self, prompt: list[dict], text: str, renderer: chat.Renderer) -> str:
         try:
             answer = [{"role": "assistant", "content": text}]
-            rendered = chat.render(Example(prompt, [answer]), self.tokenizer, template)
+            rendered = renderer.render(Example(prompt, [answer]))
         except (BadExample, UserError) as error:
             raise UserError(f"judge_model={self.name}: a response can't be scored: {error}") from error
         return rendered.prompt + rendered.responses[0]
