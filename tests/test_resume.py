@@ -82,7 +82,8 @@ def kill_at_random(launcher, run_dir, moments: random.Random, trained: float, wh
     if when == "saving":
         time.sleep(moments.uniform(0, 0.03))
     launcher.kill(signal.SIGKILL)
-    assert launcher.wait() == -signal.SIGKILL, launcher.output
+    # near its end it may be done before
+    assert launcher.wait() in (-signal.SIGKILL, 0), launcher.output
     return when != "loading" and half_saved(run_dir)
 
 

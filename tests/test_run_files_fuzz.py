@@ -132,7 +132,7 @@ def lines_of(path: Path) -> list[dict | bytes]:
     for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
-            lines.append({key: value for key, value in row.items() if key != "examples_per_second"})
+            lines.append({key: value for key, value in row.items() if not key.endswith("_per_second")})
         except (ValueError, AttributeError):
             lines.append(line)
     return lines
