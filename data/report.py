@@ -131,6 +131,6 @@ def _shortened(ids: list[int], tokenizer) -> str:
 
 
 def _marked(text: str) -> str:
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         return f"\x1b[32m{text}\x1b[0m"
     return f"⟦{text}⟧"
