@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
@@ -13,14 +15,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import train
+from checkpointing import fingerprints
 from checkpointing.integrity import find_corruption
 from checkpointing.train_state import read_state_json
 from configuration.checks import check_config
+from configuration.schema import own_keys
+from data.batches import chosen_and_rejected
 from distributed import collectives
 from judging.statistics import wilson_interval
 from utils import UserError, closest_match, on_rank0, rank0_print
 
-OWN_KEYS = ("run", "checkpoint", "rows", "output")
 _Z = 1.959964  # of a normal distribution's central 95 %
 _IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
 _N_BUCKETS = 4
@@ -30,26 +34,33 @@ _N_BUCKETS = 4
 class Options:
     """What `evaluate.py` has beside the keys of training."""
 
-    run: str | None
     checkpoints: list[str | None]  # directories; None: the policy as it is loaded
     rows: str | None
     output: str | None
 
 
 def run(config: DictConfig):
-    """Check what is asked for, then evaluate: in this process, in several that it starts, or as one of a launcher's."""
-    own = {key: OmegaConf.to_container(config)[key] for key in OWN_KEYS}
+    """Check what is asked for, then evaluate."""
+    run_with_options(config, "evaluate", make_options, evaluate_checkpoints)
+
+
+def run_with_options(config: DictConfig, config_name: str, make_options: Callable, work: Callable):
+    """`work(config, options)`: in this process, in several that it starts, or as one of a launcher's.
+
+    Args:
+        config_name: of the file whose keys stand beside those of training.
+        make_options: options of the config of training and the values of these keys; what it raises ends all.
+    """
+    own = {key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)}
     config = config_without(config, own)
     with contextlib.ExitStack() as stack:
         train.enter_process_group(config, stack)
-        prepared = _prepared(config, own) if on_rank0() else None
+        prepared = None
+        if on_rank0():
+            check_config(config)
+            prepared = config, make_options(config, own)
         config, options = collectives.broadcast_object(prepared)
-        train.start_workers_or(evaluate_checkpoints, config, options)
-
-
-def _prepared(config: DictConfig, own: dict) -> tuple[DictConfig, Options]:
-    check_config(config)
-    return config, make_options(own)
+        train.start_workers_or(work, config, options)
 
 
 def config_without(config: DictConfig, own: dict) -> DictConfig:
@@ -103,7 +114,7 @@ def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
     return result
 
 
-def make_options(own: dict) -> Options:
+def make_options(_config: DictConfig, own: dict) -> Options:
     """Raises: UserError if a checkpoint isn't there or is damaged, or a file can't be written."""
     run_dir, checkpoints = own["run"], find_checkpoints(own["run"], own["checkpoint"])
     if own["rows"] is not None and len(checkpoints) > 1:
@@ -111,7 +122,15 @@ def make_options(own: dict) -> Options:
     output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
     for key, path in (("rows", own["rows"]), ("output", output)):
         check_can_be_written(key, path)
-    return Options(run_dir and str(run_dir), checkpoints, own["rows"] and str(own["rows"]), output and str(output))
+    return Options(checkpoints, own["rows"] and str(own["rows"]), output and str(output))
+
+
+def check_number(key: str, value: object, kind: type, lowest: float, highest: float):
+    """Raises: UserError unless it is a number of this type in the range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        raise UserError(f"{key}={value}: expected a {'whole ' if kind is int else ''}number")
+    if not lowest <= value <= highest:
+        raise UserError(f"{key}={value}: must be {lowest:g} to {highest:g}")
 
 
 def check_can_be_written(key: str, path: str | None):
@@ -175,10 +194,17 @@ def evaluate_checkpoints(config: DictConfig, options: Options):
 
 def _key(config: DictConfig, checkpoint: str | None, trainer) -> str:
     """What decides an evaluation's figures."""
-    settings = ("datasets", "dataset_paths", "loss", "max_length", "max_prompt_length", "n_eval_examples", "seed",
-                "reference", "reference_model", "add_bos", "trainer", "truncation", "fields")  # fmt: skip
-    given = {name: OmegaConf.to_container(config)[name] for name in settings}
-    return json.dumps([checkpoint, trainer.state.examples, trainer.state.updates, given], sort_keys=True)
+    settings = ("loss", "max_length", "max_prompt_length", "n_eval_examples", "eval_batch_size", "seed", "reference",
+                "reference_model", "add_bos", "trainer", "truncation", "model", "shared_prompt")  # fmt: skip
+    decides = [
+        checkpoint,
+        trainer.state.examples,
+        trainer.state.updates,
+        {name: OmegaConf.to_container(config)[name] for name in settings},
+        trainer.eval_iterator.fingerprints(),
+        fingerprints.file_fingerprints(config),
+    ]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _former(output: str | None) -> dict[str, dict]:
@@ -214,7 +240,7 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
         "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
     }  # fmt: skip
     if options.rows is not None:
-        _write_rows(options.rows, rows, places)
+        _write_rows(options.rows, rows, places, trainer.eval_iterator.sft_mode)
     if options.output is not None:
         _append(options.output, result)
     return result
@@ -303,17 +329,12 @@ def _append(path: str, result: dict):
     rank0_print(f"Written to {path}")
 
 
-def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list):
+def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_mode: bool):
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         for index, metrics in rows.items():
             prompt, pair = places[index]
-            texts = {"prompt": prompt.text}
-            if prompt.pairs:
-                texts |= dict(
-                    zip(("chosen", "rejected"), (prompt.responses[i] for i in prompt.pairs[pair]), strict=True)
-                )
-            else:
-                texts["chosen"] = prompt.sft_target
+            chosen, rejected = chosen_and_rejected(prompt, pair, sft_mode)[0]
+            texts = {"prompt": prompt.text, "chosen": chosen} | ({} if sft_mode else {"rejected": rejected})
             row = prompt.rows[pair] if pair < len(prompt.rows) else None
             line = {"index": index, "dataset": prompt.dataset, "row": row, **texts, **metrics}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -95,10 +95,7 @@ def check_options(options: dict):
         value = options[key]
         if value is None and may_be_null:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-            raise UserError(f"{key}={value}: expected a {'whole ' if kind is int else ''}number")
-        if not lowest <= value <= highest:
-            raise UserError(f"{key}={value}: must be {lowest:g} to {highest:g}")
+        evaluate.check_number(key, value, kind, lowest, highest)
     if not isinstance(options["judge_args"], dict):
         raise UserError(f"judge_args={options['judge_args']}: expected fields, e.g. judge_args.max_tokens=300")
     _check_keys_of_judge(options)

@@ -1,6 +1,5 @@
 """Draw responses from a run's checkpoints, or from any model: `python sample.py run=RUN`, with the keys of train.py."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,27 +18,15 @@ from transformers import (
 
 import evaluate
 import train
-from configuration.checks import check_config
+from checkpointing.fingerprints import file_fingerprints
 from data import chat, prepared
+from data.diagnosis import Fault
 from data.formats import BadExample, Example, prompt_of
 from data.locations import locate
 from data.tokenization import get_collate_fn
 from distributed import collectives
 from reporting.sampling import generate_scorable
 from utils import UserError, get_local_dir, hides_progress, on_rank0, rank0_print, slice_and_move_batch_for_device
-
-OWN_KEYS = (
-    "run",
-    "checkpoint",
-    "prompts",
-    "output",
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_new_tokens",
-    "alpaca_eval",
-)
 
 
 @dataclasses.dataclass
@@ -58,25 +45,19 @@ class Options:
 
 
 def run(config: DictConfig):
-    """Check what is asked for, then draw: in this process, in several that it starts, or as one of a launcher's."""
-    own = {key: OmegaConf.to_container(config)[key] for key in OWN_KEYS}
-    config = evaluate.config_without(config, own)
-    with contextlib.ExitStack() as stack:
-        train.enter_process_group(config, stack)
-        prepared_config = _prepared(config, own) if on_rank0() else None
-        config, options = collectives.broadcast_object(prepared_config)
-        train.start_workers_or(sample_checkpoints, config, options)
+    """Check what is asked for, then draw."""
+    evaluate.run_with_options(config, "sample", make_options, sample_checkpoints)
 
 
-def _prepared(config: DictConfig, own: dict) -> tuple[DictConfig, Options]:
-    check_config(config)
+def make_options(config: DictConfig, own: dict) -> Options:
+    """Raises: UserError if a key has a value of no use, a checkpoint isn't there, or a file can't be written.
+
+    The reference is to be in memory, as the texts are new to its cache.
+    """
+    config.precompute_ref_log_probs = False
     for key, kind, lowest, highest in (("n", int, 1, 10**6), ("top_k", int, 0, 10**9), ("temperature", float, 0, 1e6),
                                        ("top_p", float, 1e-9, 1)):  # fmt: skip
-        value = own[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-            raise UserError(f"{key}={value}: expected a {'whole ' if kind is int else ''}number")
-        if not lowest <= value <= highest:
-            raise UserError(f"{key}={value}: must be {lowest:g} to {highest:g}")
+        evaluate.check_number(key, own[key], kind, lowest, highest)
     n_new = own["max_new_tokens"] if own["max_new_tokens"] is not None else config.max_length - config.max_prompt_length
     if isinstance(n_new, bool) or not isinstance(n_new, int) or n_new < 1:
         raise UserError(f"max_new_tokens={n_new}: must be a whole number above 0")
@@ -95,8 +76,8 @@ def _prepared(config: DictConfig, own: dict) -> tuple[DictConfig, Options]:
     outputs = [own["output"] or os.path.join(own["run"], f"samples_{os.path.basename(c)}.jsonl") for c in checkpoints]
     for key, path in [("output", path) for path in outputs] + [("alpaca_eval", own["alpaca_eval"])]:
         evaluate.check_can_be_written(key, path)
-    return config, Options(checkpoints, outputs, own["prompts"], own["n"], float(own["temperature"]),
-                           float(own["top_p"]), own["top_k"], n_new, own["alpaca_eval"])  # fmt: skip
+    return Options(checkpoints, outputs, own["prompts"], own["n"], float(own["temperature"]), float(own["top_p"]),
+                   own["top_k"], n_new, own["alpaca_eval"])  # fmt: skip
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -129,6 +110,8 @@ def read_requests(trainer, options: Options) -> list[Request]:
         for chunk in rows.chunks(1000):
             for number, _, row in chunk:
                 try:
+                    if isinstance(row, Fault):
+                        raise BadExample("broken row", row.reason)
                     given.append(prompt_of(row))
                     rendered.append(renderer.render(Example(given[-1], [])).prompt)
                 except BadExample as error:
@@ -203,7 +186,7 @@ def sample_checkpoints(config: DictConfig, options: Options):
 
 
 def _sample_to(trainer, requests: list[Request], checkpoint: str | None, output: str, options: Options):
-    settings = _settings(trainer, checkpoint, options)
+    settings = _settings(trainer, requests, checkpoint, options)
     done = collectives.broadcast_object(_done(output, settings) if on_rank0() else None)
     items = [(request, number) for request in sorted(requests, key=lambda r: (len(r.ids), r.index))
              for number in range(options.n)]  # fmt: skip
@@ -225,12 +208,13 @@ def _sample_to(trainer, requests: list[Request], checkpoint: str | None, output:
         _write_alpaca_eval(options.alpaca_eval, output, checkpoint)
 
 
-def _settings(trainer, checkpoint: str | None, options: Options) -> str:
+def _settings(trainer, requests: list[Request], checkpoint: str | None, options: Options) -> str:
     """A short hash of what decides a sample."""
     config = trainer.config
     decides = [
         checkpoint and os.path.basename(checkpoint), trainer.state.examples, config.seed, config.max_prompt_length,
-        options.prompts, options.temperature, options.top_p, options.top_k, options.max_new_tokens,
+        options.temperature, options.top_p, options.top_k, options.max_new_tokens,
+        [request.ids for request in requests], OmegaConf.to_container(config.model), file_fingerprints(config),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 

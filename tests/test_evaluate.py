@@ -161,3 +161,35 @@ def test_a_damaged_checkpoint_is_refused(launcher, trained, tmp_path):
         file.truncate(1000)
     assert launcher.run(f"run={tmp_path}/run", script=EVALUATE) == 1
     assert "LATEST can't be used" in launcher.output
+
+
+def test_another_model_or_other_data_under_the_same_name_is_evaluated_again(launcher, trained, tmp_path):
+    rows = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [f"datasets=[{tmp_path}/mine.jsonl]", "n_eval_examples=null", f"output={tmp_path}/o"]
+    run_dir = trained("dpo")
+    for archive in ("step-8", "LATEST"):
+        evaluate(
+            launcher, *RUN, *asked, f"model.archive={run_dir}/{archive}", f"reference_model.archive={run_dir}/step-8"
+        )
+    first, second = read_jsonl(tmp_path / "o")
+    assert first["metrics"]["rewards_eval/margins"] == 0 != second["metrics"]["rewards_eval/margins"]
+    evaluate(launcher, f"run={run_dir}", *asked)
+    rows = [row | {"chosen": " yes"} for row in rows]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate(launcher, f"run={run_dir}", *asked)
+    third, fourth = read_jsonl(tmp_path / "o")[2:]
+    assert third["metrics"]["loss/eval"] != fourth["metrics"]["loss/eval"]
+
+
+def test_rows_of_sft_hold_what_is_imitated(launcher, trained, tmp_path):
+    scored = [{"prompt": f"say {n}", "completions": [{"text": f" {n}", "score": 1}, {"text": f" best {n}", "score": 2},
+              {"text": f" third {n}", "score": 0}]} for n in range(40)]  # fmt: skip
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    evaluate(launcher, f"run={trained('sft')}", f"datasets=[{tmp_path}/mine.jsonl]", "n_eval_examples=null",
+             f"rows={tmp_path}/rows", f"output={tmp_path}/o")  # fmt: skip
+    rows = read_jsonl(tmp_path / "rows")
+    assert rows
+    for row in rows:
+        assert row["chosen"] == f" best {row['prompt'].split()[1]}"
+        assert "rejected" not in row

@@ -159,3 +159,29 @@ def test_rows_without_a_prompt_are_named(launcher, trained, tmp_path):  # noqa: 
     code = launcher.run(f"run={trained('dpo')}", f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o", script=SAMPLE)
     assert code == 1
     assert "row 1: field 'prompt' is an empty text" in launcher.output
+
+
+def test_another_model_or_other_prompts_under_the_same_name_are_refused(launcher, trained, tmp_path):  # noqa: F811
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    run_dir, asked = trained("dpo"), [f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o"]
+    draw(launcher, *RUN, *asked, f"model.archive={run_dir}/step-8")
+    assert launcher.run(*RUN, *asked, f"model.archive={run_dir}/LATEST", "max_new_tokens=8", script=SAMPLE) == 1
+    assert "samples drawn under other settings" in launcher.output
+    (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n')
+    assert launcher.run(*RUN, *asked, f"model.archive={run_dir}/step-8", "max_new_tokens=8", script=SAMPLE) == 1
+    assert "samples drawn under other settings" in launcher.output
+
+
+def test_a_broken_line_of_prompts_is_named(launcher, trained, tmp_path):  # noqa: F811
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": oops}\n')
+    code = launcher.run(f"run={trained('dpo')}", f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o", script=SAMPLE)
+    assert code == 1
+    assert "row 1: no JSON" in launcher.output
+    assert "Traceback" not in launcher.output
+
+
+def test_the_reference_is_there_also_where_training_had_it_precomputed(launcher, trained, prompts, tmp_path):  # noqa: F811
+    draw(launcher, f"run={trained('precomputed')}", prompts, f"output={tmp_path}/o")
+    lines = read_jsonl(tmp_path / "o")
+    assert all(isinstance(line["reference_logps"], float) for line in lines)
+    assert any(line["reference_logps"] != line["policy_logps"] for line in lines)
