@@ -574,15 +574,6 @@ def _order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int, sft_
     return np.concatenate(order)
 
 
-def reading_settings(config: DictConfig) -> Settings:
-    """How the config wants data to be read that isn't a named dataset."""
-    return Settings(
-        test_fraction=config.test_fraction,
-        skips_bad=config.on_bad_example == "skip",
-        chat_template=config.chat_template,
-    )
-
-
 def open_batches(
     config: DictConfig,
     tokenizer,
@@ -609,7 +600,11 @@ def open_batches(
         "paths": config.dataset_paths,
         "shard": shard,
         "mismatched": mismatched,
-        "settings": reading_settings(config),
+        "settings": Settings(
+            test_fraction=config.test_fraction,
+            skips_bad=config.on_bad_example == "skip",
+            chat_template=config.chat_template,
+        ),
     }
     if trains:
         counts = {"n_epochs": config.n_epochs, "n_examples": config.n_examples}
@@ -618,24 +613,29 @@ def open_batches(
         **kwargs, split="test", batch_size=config.eval_batch_size, drop_last=False, **_how_many(config.n_eval_examples)
     )
     train = train if trains else test
-    opened = {"train": train, "test": test} if trains else {"test": test}
     if on_rank0():
-        for split, batches in opened.items():
-            print("\n".join(report.lines(batches, tokenizer, split)))
-        print(report.example(train, tokenizer), flush=True)
-    if trains:
-        rank0_print(
-            f"Training data: {train.epoch_size} examples an epoch in batches of {config.batch_size}; "
+        _report(train if trains else None, test, tokenizer)
+    return train, test
+
+
+def _report(train: BatchIterator | None, test: BatchIterator, tokenizer):
+    """Say what there is to train on, if it is trained, and to evaluate on."""
+    opened = {"train": train, "test": test} if train is not None else {"test": test}
+    for split, batches in opened.items():
+        print("\n".join(report.lines(batches, tokenizer, split)))
+    print(report.example(test if train is None else train, tokenizer))
+    if train is not None:
+        print(
+            f"Training data: {train.epoch_size} examples an epoch in batches of {train.batch_size}; "
             f"the {train.n_left_out} that fill no whole batch are left out of it; {train.n_batches} steps in all"
         )
     repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
-    rank0_print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}")
-    if not config.add_bos and (n_empty := sum(map(report.count_empty_prompts, opened.values()))):
+    print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}", flush=True)
+    if not test.lengths["add_bos"] and (n_empty := sum(map(report.count_empty_prompts, opened.values()))):
         rank0_print(
             f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, which is left "
             "out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
         )
-    return train, test
 
 
 def _how_many(n_eval_examples: int | None) -> dict[str, int]:

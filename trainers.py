@@ -587,11 +587,10 @@ class BasicTrainer:
                 f"{checkpoint} has {state.batches} steps behind it, n_epochs={self.config.n_epochs} and "
                 f"n_examples={self.config.n_examples} ask for {n_batches} in all"
             )
-        state.complete = state.complete and self._is_over(state)
         rank0_print(f"Going on from {checkpoint}: {state.examples} examples, {state.updates} steps")
         self.load_weights(checkpoint)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
-        self.state = dataclasses.replace(state, inputs=self.state.inputs)
+        self.state.complete = self.state.complete and self._is_over(self.state)
 
     def load_weights(self, checkpoint: str):
         """Give the policy, and a reference that moves, the weights of a checkpoint of this run, and its counters."""

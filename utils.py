@@ -3,6 +3,7 @@
 import difflib
 import getpass
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
@@ -37,6 +38,11 @@ def rank0_print(*args, **kwargs):
     if on_rank0():
         with tqdm.external_write_mode(kwargs.get("file")):
             print(*args, **kwargs, flush=True)
+
+
+def uses_color() -> bool:
+    """Whether standard output is a terminal that shows colours, and NO_COLOR (https://no-color.org) isn't set."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def hides_progress() -> bool | None:

@@ -323,13 +323,8 @@ def prepare(
     if isinstance(source, list):
         sources = {"train": rows_of_list(name, source)}
     else:
-        there = list(source.files) if source.files is not None else reading.split_names(
-            source.where, source.path, source.config, cache_dir, "give local files"
-        )  # fmt: skip
-        train, test = choose_splits(there, settings.train_split, settings.test_split, source.where)
-        splits = {"train": train} | ({"test": test} if test is not None else {})
-        sources = {role: open_rows(source, split, cache_dir, silent) for role, split in splits.items()}
-    read = _recognized(name, sources["train"], settings, loss_takes)
+        sources = _open_splits(source, settings, cache_dir, silent)
+    read = _recognized(sources["train"], settings, loss_takes)
     key = json.dumps(
         [VERSION, {role: [rows.fingerprint, rows.split, rows.n_rows] for role, rows in sources.items()},
          asdict(settings), renderer.template, _tokenizer_fingerprint(tokenizer), read.description], sort_keys=True,
@@ -355,7 +350,18 @@ def prepare(
     return tuple(PreparedPrompts(directory, role, name, truncation_mode, loss_takes) for role in ("train", "test"))
 
 
-def _recognized(name: str, rows: Rows, settings: Settings, loss_takes: Sequence[str]) -> Format:
+def _open_splits(location: Location, settings: Settings, cache_dir: str, silent: bool) -> dict[str, Rows]:
+    """Rows to train on and, where there is a split for it, to evaluate on."""
+    if location.files is not None:
+        there = list(location.files)
+    else:
+        there = reading.split_names(location.where, location.path, location.config, cache_dir, "give local files")
+    train, test = choose_splits(there, settings.train_split, settings.test_split, location.where)
+    splits = {"train": train} | ({"test": test} if test is not None else {})
+    return {role: open_rows(location, split, cache_dir, silent) for role, split in splits.items()}
+
+
+def _recognized(rows: Rows, settings: Settings, loss_takes: Sequence[str]) -> Format:
     """The format, if the loss can take it."""
     first = next(rows.chunks(_LOOKED_AT), [])
     good = [row for *_, row in first if isinstance(row, dict)]
@@ -438,7 +444,7 @@ class PreparedPrompts(Sequence):
             prompt.other = other = self._prompt(int(self.others[index]))
             prompt.responses = [*prompt.responses, *other.responses]
             prompt.response_ids = [*prompt.response_ids, *other.response_ids]
-            prompt.pairs, prompt.rows = [(0, 1)], prompt.rows * 1
+            prompt.pairs = [(0, 1)]
         return prompt
 
     def _prompt(self, number: int) -> Prompt:

@@ -1,7 +1,5 @@
 """What there is to say of data before it is trained on: how long it is, what is cut, and what the model will see."""
 
-import os
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +7,7 @@ import numpy as np
 from data import chat
 from data.batches import BatchIterator, Prompt, chosen_and_rejected
 from data.prepared import PreparedPrompts
+from utils import uses_color
 
 _MEASURED = 10_000  # examples of a dataset whose tokens aren't kept
 _SHOWN_TOKENS = 200  # of prompt and response each
@@ -131,6 +130,4 @@ def _shortened(ids: list[int], tokenizer) -> str:
 
 
 def _marked(text: str) -> str:
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
-        return f"\x1b[32m{text}\x1b[0m"
-    return f"⟦{text}⟧"
+    return f"\x1b[32m{text}\x1b[0m" if uses_color() else f"⟦{text}⟧"

@@ -10,35 +10,25 @@ _CHOICE = """FIRST provide a one-sentence comparison of the two summaries, expla
 SECOND, on a new line, state only "A" or "B" to indicate your choice. Your response should use the format:
 Comparison: <one-sentence comparison and explanation>
 Preferred: <"A" or "B">"""
+_POST_AND_SUMMARIES = """
+
+Post:
+{prompt}
+
+Summary A:
+{a}
+
+Summary B:
+{b}
+
+"""
 # those of https://arxiv.org/abs/2305.18290, appendix C.2: GPT-4 (S), GPT-4 (C), and that for dialogue
 PROMPTS = {
-    "summarization": f"""Which of the following summaries does a better job of summarizing the most important points \
-in the given forum post?
-
-Post:
-{{prompt}}
-
-Summary A:
-{{a}}
-
-Summary B:
-{{b}}
-
-{_CHOICE}""",
-    "summarization_concise": f"""Which of the following summaries does a better job of summarizing the most important \
-points in the given forum post, without including unimportant or irrelevant details? A good summary is both precise \
-and concise.
-
-Post:
-{{prompt}}
-
-Summary A:
-{{a}}
-
-Summary B:
-{{b}}
-
-{_CHOICE}""",
+    "summarization": "Which of the following summaries does a better job of summarizing the most important points in "
+    f"the given forum post?{_POST_AND_SUMMARIES}{_CHOICE}",
+    "summarization_concise": "Which of the following summaries does a better job of summarizing the most important "
+    "points in the given forum post, without including unimportant or irrelevant details? A good summary is both "
+    f"precise and concise.{_POST_AND_SUMMARIES}{_CHOICE}",
     "dialogue": """For the following query to a chatbot, which response is more helpful?
 
 Query: {prompt}

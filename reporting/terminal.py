@@ -1,6 +1,5 @@
 """How a run looks on a terminal and in a job's log file: aligned lines, samples side by side, times, colour."""
 
-import os
 import shutil
 import sys
 import textwrap
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from utils import hides_progress
+from utils import hides_progress, uses_color
 
 LOG_FILE_WIDTH = 120  # columns, where output is not to a terminal
 _HEADER_EVERY = 20  # lines
@@ -24,9 +23,8 @@ def width() -> int:
 
 
 def styled(text: str, *styles: str) -> str:
-    """The text in these styles, where output is to a terminal that has any and NO_COLOR isn't set."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    return text if plain or not text else f"\033[{';'.join(styles)}m{text}\033[0m"
+    """The text in these styles, where they are shown."""
+    return f"\033[{';'.join(styles)}m{text}\033[0m" if text and uses_color() else text
 
 
 def wrapped(text: str, *styles: str) -> str:
