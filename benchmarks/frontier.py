@@ -284,8 +284,8 @@ def preferred_sft() -> Run:
 
 
 def optimizer_runs(rate: int) -> list[Run]:
-    """DPO at β = 0.5 under other optimizers, at the first or second of two constant learning rates, as the trainer has
-    them; and what may help."""
+    """DPO at β = 0.5 under other optimizers, at the first or second of two constant learning rates; and what may
+    help."""
     runs = []
     for objective, optimizer, settings, rates in (
         ("dpo", "RMSprop", (), (1e-4, 3e-4)),

@@ -20,6 +20,7 @@ _SAME = {
     "resume_from_checkpoint": "resume", "optim": "optimizer", "optim_args": "optimizer_args",
     "gradient_checkpointing": "activation_checkpointing", "run_name": "exp_name", "loss_type": "loss",
     "tau": "loss.beta", "logging_steps": "minimum_log_interval_secs", "num_processes": "world_size",
+    "lr_scheduler_type": "lr_scheduler", "lr_scheduler_kwargs": "lr_scheduler_args",
 }  # fmt: skip
 ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME.items()} | {
     "per_device_train_batch_size": "batch_size is that of all devices and microbatches together",
@@ -27,15 +28,14 @@ ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME
     "fp16": "float16 would need loss scaling, which no trainer here does: take model.policy_mp=bfloat16",
     "max_steps": "training ends after n_examples, batch_size for each step, or n_epochs",
     "warmup_ratio": "warmup_steps is the number of optimizer steps",
-    "lr_scheduler_type": "the learning rate is constant after warmup_steps",
     "weight_decay": "an optimizer's arguments are in optimizer_args, e.g. optimizer_args.weight_decay=0.1",
     "max_completion_length": "a response may take what max_length leaves after the prompt",
     "use_peft": "lora={} trains an adapter",
-    "report_to": "wandb.enabled=true or false",
+    "report_to": "wandb.enabled and tensorboard.enabled, true or false",
     "deepspeed": "trainer=FSDPTrainer divides weights, gradients and optimizer among GPUs",
 }
 _NO_LOSS = "it is not here; a loss is a function in losses.py and a file in config/loss"
-_OTHER_LOSSES = dict.fromkeys(("simpo", "kto", "orpo", "cpo", "hinge", "bco", "ppo", "grpo"), _NO_LOSS) | {
+_OTHER_LOSSES = dict.fromkeys(("bco", "ppo", "grpo"), _NO_LOSS) | {
     "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
     "sigmoid": "it is loss=dpo",
 }
