@@ -5,24 +5,23 @@ padded to the longest. Or with prefix sharing (https://arxiv.org/abs/2410.20305)
 which positions start again for the rejected response and attention is a tree (each response sees the prompt and
 itself), so that every prompt is computed once. Both give the same log-probabilities. In either, the output head runs
 only where a response token is predicted.
+
+Both also come packed: the same sequences in a single row, one after the other, without padding and without a mask
+(`acceleration.packed_attention`).
 """
 
-import contextlib
-import functools
-import inspect
-import itertools
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+import copy
+from collections import defaultdict
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from acceleration.packed_attention import Packing, no_mask
 from data.batches import part_lengths
-from distributed import collectives
 from distributed.strategies import SingleProcess
-from utils import UserError, concatenated_inputs, take, unwrap_adapter
+from utils import concatenated_inputs, unwrap_adapter
 
 # The head's logits are made in chunks of this many bytes, which suit a CPU's caches or an accelerator's throughput ...
 _CHUNK_BYTES = {"cpu": 2**25}
@@ -44,12 +43,22 @@ class Rows:
     position_ids: torch.Tensor | None = None  # (B, T)
     segments: torch.Tensor | None = None  # (B, T) 0: prompt, 1: chosen, 2: rejected; None: plain causal attention
     padding_mask: torch.Tensor | None = None  # (B, T) 1: a token, 0: padding; None: the model is given no mask
+    packing: Packing | None = None  # of a packed row, B being 1
+
+    def __post_init__(self):
+        lengths = torch.bincount(self.sequences, minlength=self.n_sequences)
+        self.longest_response = int(lengths.max()) if len(self.sequences) else 0  # in predicted tokens
 
     def to(self, device: torch.device) -> "Rows":
         """The same rows on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-        return Rows(**moved)
+        moved = copy.copy(self)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                setattr(moved, field.name, value.to(device, non_blocking=True))
+            elif isinstance(value, Packing):
+                moved.packing = value.to(device)
+        return moved
 
 
 def _predictions(input_ids: torch.Tensor, is_target: torch.Tensor, predictors: torch.Tensor, first_sequence: int):
@@ -107,6 +116,78 @@ def shared_rows(batch: dict) -> Rows:
     )
 
 
+def packed_rows(batch: dict, shared: bool = False) -> Rows:
+    """A batch's sequences in one row without padding; S is as in `padded_rows` and `shared_rows`.
+
+    `shared`: the prompt of each pair is computed once, with the chosen response.
+    """
+    sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
+    n_pairs, row = len(batch["prompt"]), _PackedRow()
+    for number in range(n_pairs):
+        for place, side in enumerate(sides):
+            is_target = batch[f"{side}_labels"][number] != -100
+            n_tokens, n_response = int(batch[f"{side}_attention_mask"][number].sum()), int(is_target.sum())
+            ids = batch[f"{side}_input_ids"][number, :n_tokens]
+            row.add(ids, n_tokens - n_response, number + place * n_pairs, goes_on=shared and place == 1)
+    return row.rows(n_pairs * len(sides))
+
+
+def packed_shared_rows(batch: dict) -> Rows:
+    """A batch of pairs in one row, each pair's prompt once; see `packed_rows`."""
+    return packed_rows(batch, shared=True)
+
+
+SHARED = (shared_rows, packed_shared_rows)  # ways to lay out a batch in which a pair's prompt is computed once ...
+PACKED = (packed_rows, packed_shared_rows)  # ... and those without padding
+
+
+class _PackedRow:
+    """Collects sequences, one after the other."""
+
+    def __init__(self):
+        self.parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.query_starts, self.key_starts = [0], [0]
+        self.prompt_start = 0  # of the last prompt, in the row
+
+    def add(self, ids: torch.Tensor, n_prompt: int, sequence: int, goes_on: bool):
+        """Add the tokens of prompt and response, (n,); with `goes_on` the prompt is the one that came last."""
+        start, n_shared = self.query_starts[-1], n_prompt if goes_on else 0  # of what is new; n_shared is there already
+        self.prompt_start = self.prompt_start if goes_on else start
+        n_new, n_keys, key_start = len(ids) - n_shared, len(ids), self.key_starts[-1]
+        shared = torch.arange(self.prompt_start, self.prompt_start + n_shared)
+        response_start, first = start + n_prompt - n_shared, 0 if n_prompt else 1  # the first of all isn't predicted
+        targets = ids[n_prompt + first :]
+        before = torch.arange(response_start - 1, response_start - 1 + len(ids) - n_prompt)
+        before[:1] = self.prompt_start + n_prompt - 1  # the prompt's last token predicts the first of the response
+        of_part = {
+            "input_ids": ids[n_shared:],
+            "position_ids": torch.arange(n_shared, len(ids)),
+            "predictors": before[first:],
+            "targets": targets,
+            "sequences": torch.full_like(targets, sequence),
+            "offsets": torch.arange(len(targets)),
+            "keys": torch.cat([shared, torch.arange(start, start + n_new)]),
+            "first": torch.arange(key_start + n_shared, key_start + n_keys),
+            "again": torch.arange(key_start, key_start + n_shared),
+        }
+        for name, part in of_part.items():
+            self.parts[name].append(part)
+        self.query_starts.append(start + n_new)
+        self.key_starts.append(key_start + n_keys)
+
+    def rows(self, n_sequences: int) -> Rows:
+        parts = {name: torch.cat(parts) for name, parts in self.parts.items()}
+        query_starts, key_starts = (torch.tensor(starts, dtype=torch.int32) for starts in
+                                    (self.query_starts, self.key_starts))  # fmt: skip
+        places = {name: parts.pop(name) for name in ("keys", "first", "again")}
+        longest = int(query_starts.diff().max()), int(key_starts.diff().max())
+        packing = Packing(query_starts, key_starts, *longest, **(places if len(places["again"]) else {}))
+        in_row = {name: parts.pop(name)[None] for name in ("input_ids", "position_ids")}
+        order = parts["sequences"].argsort(stable=True)  # all chosen responses first, as in other rows
+        of_tokens = {name: part[order] for name, part in parts.items()}
+        return Rows(**in_row, **of_tokens, n_sequences=n_sequences, packing=packing)
+
+
 def tree_mask(segments: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Who may attend to whom: causal, but nobody from a rejected response to a chosen one. (B, T) to (B, 1, T, T).
 
@@ -131,11 +212,11 @@ def response_logps(
             apply the output head.
         strategy: where the model's tensors live.
     """
-    n_tokens = torch.bincount(rows.sequences, minlength=rows.n_sequences)  # (S,)
+    rows = rows.to(unwrap_adapter(model).get_input_embeddings().weight.device)
     logps = token_logps(model, rows, whole_logits, strategy)
     # summed over a table, as atomic additions on a GPU would come out differently every time
-    table = logps.new_zeros(rows.n_sequences, int(n_tokens.max()))
-    return table.index_put((rows.sequences.to(logps.device), rows.offsets.to(logps.device)), logps).sum(1)
+    table = logps.new_zeros(rows.n_sequences, rows.longest_response)
+    return table.index_put((rows.sequences, rows.offsets), logps).sum(1)
 
 
 def token_logps(
@@ -154,6 +235,8 @@ def _token_logps(model: nn.Module, rows: Rows, whole_logits: bool, strategy: typ
         additive = model.config._attn_implementation == "eager"  # SDPA takes booleans, under autocast nothing else
         kwargs["attention_mask"] = tree_mask(rows.segments, model.dtype if additive else None)
         kwargs["position_ids"] = rows.position_ids
+    if rows.packing is not None:
+        kwargs = {"attention_mask": no_mask(device), "position_ids": rows.position_ids, "packing": rows.packing}
     if whole_logits:
         outputs, head = model(rows.input_ids, use_cache=False, **kwargs).logits, nn.Identity()  # (B, T, V)
     else:
@@ -178,303 +261,3 @@ def chunked_token_logps(
     else:
         kept = [strategy.token_logps(head, *chunk) for chunk in chunks]
     return torch.cat(kept)
-
-
-# ---- which way a model can take -------------------------------------------------------------------------------------
-
-# How far a way of computing may be from the model's own forward, as a multiple of what rounding does to that forward
-# (`OwnForward`), if it is to be chosen, and if there is no other and training would be refused. Over the architectures
-# of benchmarks/architectures.py right ways differ by at most 0.5 times that (one by 2.8), wrong ones by 1.7 times
-# or more; those of models that must be refused, by 10 or more. In float32, all wrong ones differ 2,000 times ...
-CHOSEN_WITHIN, REFUSED_BEYOND = 1, 5
-# ... save, in 16 bits, in this share of the tokens: a single rounding may send a token to another expert.
-_FREE_SHARE = 0.01
-# A sum of float32 in float32 is off by so many times its last digit; in 16 bits, what is rounded was summed in float32.
-_ACCUMULATED = 32
-_DENSE_MASKS = ("eager", "sdpa")  # attention implementations that take a (B, 1, T, T) mask; others may crash on one
-_PROBE_TOKENS = 64  # of a row, where a few are enough
-
-
-def choose_rows(
-    model: nn.Module, batch: dict, setting: bool | str, max_length: int, strategy: type[SingleProcess] = SingleProcess
-) -> tuple[Callable[[dict], Rows], bool, str]:
-    """Find out, on a few examples and on ones of full length, how a model may be computed. All workers decide alike.
-
-    The standard is the model's own forward with a padding mask, at every token; see `OwnForward`. What can be computed
-    is not guessed from a model's name or config. It costs a dozen forward passes of at most two examples, five of them
-    of full length.
-
-    Args:
-        setting: the config's `shared_prompt`: 'auto', True (an error if the model can't) or False.
-        max_length: of a sequence, in tokens.
-        strategy: where the model's tensors live.
-
-    Returns: `shared_rows` or `padded_rows`, whether the logits must be taken whole, and why, to be logged.
-    Raises: UserError if `setting` is True and the model can't, or if no way gives what the model's own forward does.
-    """
-    model, batch = unwrap_adapter(model), take(batch, torch.arange(min(2, len(batch["prompt"]))))
-    with _evaluating(model), torch.no_grad():
-        _check_training_forward(model, batch)
-        short = OwnForward(model, batch, True, strategy)
-        whole_logits = not _head_gives_logits(model, batch)
-        whole_logits = whole_logits or short.difference(padded_rows(batch), False, REFUSED_BEYOND) is not None
-        full = OwnForward(model, full_length_pair(batch, max_length), whole_logits, strategy)
-        for own in (short, full) if whole_logits else (full,):
-            if (difference := own.difference(padded_rows(own.batch), whole_logits, REFUSED_BEYOND)) is not None:
-                raise UserError(
-                    f"{_name(model)}: without a padding mask {difference}. Is it a causal language model? An encoder "
-                    "can't be trained so, nor can a model whose tokens depend on the padding behind them"
-                )
-        logits = ", its logits whole, as the model does more than apply its output head" if whole_logits else ""
-        if setting is False or "rejected_labels" not in batch:
-            return padded_rows, whole_logits, f"one sequence a row{logits}"
-        reason = _why_not_shared(short, full, max_length, whole_logits)
-    if reason is None:
-        return shared_rows, whole_logits, f"each prompt is computed once a pair{logits}"
-    if setting is True:
-        raise UserError(f"shared_prompt=true, but the model {_name(model)} can't: {reason}; use shared_prompt=auto")
-    return (
-        padded_rows,
-        whole_logits,
-        f"prompts are computed twice a pair: {_name(model)} can't share them: {reason}{logits}",
-    )
-
-
-def _why_not_shared(short: "OwnForward", full: "OwnForward", max_length: int, whole_logits: bool) -> str | None:
-    """Why a model can't compute rows that share a prompt; None if it can."""
-    attention = short.model.config._attn_implementation
-    if attention not in _DENSE_MASKS:
-        return f"attn_implementation={attention} takes no tree mask; {' and '.join(_DENSE_MASKS)} do"
-    for own in (short, full):
-        if (difference := own.difference(shared_rows(own.batch), whole_logits, CHOSEN_WITHIN)) is not None:
-            known = _known_reason(own.model, max_length)
-            return f"where the two responses share a row, {difference}{f' ({known})' if known else ''}"
-    longest = synthetic_pair(short.batch, 0, max_length, max_length)
-    difference = short.failure(shared_rows(longest), whole_logits)
-    return None if difference is None else f"where a row has {2 * max_length} tokens, {difference}"
-
-
-def _known_reason(model: nn.Module, max_length: int) -> str | None:
-    """What of a model's design forbids rows that share a prompt, to explain what was measured; None if not known."""
-    config = model.config.get_text_config()
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return "its forward takes no position_ids"
-    kinds = getattr(config, "layer_types", None) or []
-    if getattr(model, "_is_stateful", False) or any("attention" not in kind or "linear" in kind for kind in kinds):
-        return "it has recurrent layers"
-    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
-        return "its positions are ALiBi biases"
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
-    windows = [window for window in windows if isinstance(window, int) and 0 < window < max_length]
-    return f"it attends to a window of {min(windows)} tokens, max_length is {max_length}" if windows else None
-
-
-def _name(model: nn.Module) -> str:
-    return type(model).__name__.removeprefix("FSDP")
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without what a model does at random in training."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def _check_training_forward(model: nn.Module, batch: dict):
-    """Raises: UserError if the model's forward fails where gradients are wanted, on the first tokens of a batch."""
-    ids = _first_tokens(model, batch)
-    try:
-        with torch.enable_grad():
-            model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise _cannot_compute(model, ids.shape[1], error) from error
-
-
-def _cannot_compute(model: nn.Module, length: int, error: Exception) -> UserError:
-    return UserError(
-        f"{_name(model)}: its own forward fails on sequences of {length} tokens, with {_shortened(error)}. If they are "
-        "too long for it, lower max_length; if it is the attention that fails, name another in the model's config.json "
-        f"(attn_implementation={model.config._attn_implementation} now; sdpa and eager are computed everywhere)"
-    )
-
-
-def _first_tokens(model: nn.Module, batch: dict) -> torch.Tensor:
-    """One row of a few tokens, on the model's device: (1, T)."""
-    ids = batch["chosen_input_ids"][:1, : int(batch["chosen_attention_mask"][0].sum())]
-    return ids[:, :_PROBE_TOKENS].to(model.get_input_embeddings().weight.device)
-
-
-class OwnForward:
-    """The log-probabilities of a batch by the model's own forward with a padding mask, and how far rounding moves them.
-
-    How far, depends on dtype, depth and weights; so it is measured: the same forward again, in which the output of
-    every layer is off by as much as rounding it once could make it, at random.
-    """
-
-    def __init__(
-        self, model: nn.Module, batch: dict, whole_logits: bool, strategy: type[SingleProcess] = SingleProcess
-    ):
-        """Raises: UserError if the model can't compute the batch at all."""
-        self.model, self.batch, self.strategy = model, batch, strategy
-        rows = padded_rows(batch)
-        pairs = "rejected_labels" in batch
-        mask = concatenated_inputs(batch)["concatenated_attention_mask"] if pairs else batch["chosen_attention_mask"]
-        rows = replace(rows, padding_mask=mask[:, : rows.input_ids.shape[1]])
-        try:
-            self.logps = token_logps(model, rows, whole_logits, strategy)
-            with _rounded_otherwise(model) as dtypes:
-                rounded_otherwise = token_logps(model, rows, whole_logits, strategy)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise _cannot_compute(model, rows.input_ids.shape[1], error) from error
-        self.rounding = self._sorted_differences(rounded_otherwise).nan_to_num(math.inf, math.inf)
-        self.n_free = int(_FREE_SHARE * len(self.logps)) if dtypes & {torch.bfloat16, torch.float16} else 0
-
-    def _sorted_differences(self, logps: torch.Tensor) -> torch.Tensor:
-        """How far each token's log-probability is from its own, in nats, ascending, NaN last: (N,).
-
-        One that is undefined by the own forward can't be got wrong; if it matters, training will say so.
-        """
-        return (logps - self.logps).abs().masked_fill(~self.logps.isfinite(), 0).sort().values
-
-    def difference(self, rows: Rows, whole_logits: bool, slack: float) -> str | None:
-        """In words, by how much these rows' log-probabilities differ from its own; None: by no more than `slack` times
-        what rounding makes."""
-        failure, logps = self._compute(rows, whole_logits)
-        if logps is not None:
-            differences = self._sorted_differences(logps)
-            if not self.within_rounding(differences, slack):
-                failure = (
-                    f"its log-probabilities differ from its own forward's by up to {differences[-1]:.2g} nats a token, "
-                    f"by rounding they would by {self.rounding[-1]:.2g}"
-                )
-        return self._agreed(failure)
-
-    def within_rounding(self, differences: torch.Tensor, slack: float) -> bool:
-        """Whether differences from the own forward, (N,), ascending, are within `slack` times what rounding makes: the
-        n-th within the n-th, so that many small ones don't hide behind the few large ones that rounding may make."""
-        compared = len(differences) - self.n_free
-        last_digits = 4 * torch.finfo(self.logps.dtype).eps * self.logps.abs().nan_to_num(0, 0, 0).max()
-        return bool((differences[:compared] <= slack * self.rounding[:compared] + last_digits).all())
-
-    def failure(self, rows: Rows, whole_logits: bool) -> str | None:
-        """The error that computing these rows ends in, in words; None: they can be computed."""
-        return self._agreed(self._compute(rows, whole_logits)[0])
-
-    def _compute(self, rows: Rows, whole_logits: bool) -> tuple[str | None, torch.Tensor | None]:
-        try:
-            return None, token_logps(self.model, rows, whole_logits, self.strategy)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a forward of another form, or a compiler, may raise
-            return f"its forward fails with {_shortened(error)}", None
-
-    @staticmethod
-    def _agreed(failure: str | None) -> str | None:
-        """The same decision on all workers: what fails on one fails."""
-        fails = collectives.all_reduce_max(int(failure is not None))
-        return (failure or "another worker found that it can't be computed") if fails else None
-
-
-def _shortened(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-
-
-def synthetic_pair(batch: dict, n_prompt: int, n_chosen: int, n_rejected: int) -> dict:
-    """A batch of one pair with so many tokens, drawn from the batch's own, so that none means something special."""
-    seen = batch["chosen_input_ids"][batch["chosen_attention_mask"].bool()]
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(n: int) -> torch.Tensor:
-        return seen[torch.randint(len(seen), (n,), generator=generator)]
-
-    prompt, pair = draw(n_prompt), {"prompt": [""]}
-    for side, n_tokens in (("chosen", n_chosen), ("rejected", n_rejected)):
-        ids = torch.cat([prompt, draw(n_tokens)])
-        labels = ids.clone()
-        labels[:n_prompt] = -100
-        parts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        pair |= {f"{side}_{kind}": value[None] for kind, value in parts.items()}
-    return pair
-
-
-def full_length_pair(batch: dict, max_length: int) -> dict:
-    """A synthetic pair whose chosen sequence has `max_length` tokens, the rejected one fewer, a quarter the prompt."""
-    n_prompt = max(1, max_length // 4)
-    n_chosen = max_length - n_prompt
-    return synthetic_pair(batch, n_prompt, n_chosen, max(1, 3 * n_chosen // 4))
-
-
-def _head_gives_logits(model: nn.Module, batch: dict) -> bool:
-    """Whether a model's logits are its output head, applied to what its base puts out, and nothing more.
-
-    Seen in one forward of the model, at every logit, and to the last bit: it is the same operation on the same tensor.
-    Once more with the base's output times 64 (a power of two, so that nothing is rounded): a soft cap shows there even
-    if the logits of untrained weights are so small that it is lost in their rounding.
-    """
-    ids = _first_tokens(model, batch)
-    head, caught = model.get_output_embeddings(), []
-    if head is None or model.base_model is model:
-        return False
-
-    def catch(scale: int, module: nn.Module, inputs: tuple, output: object):
-        caught.append(head(output[0].mul_(scale)))
-
-    for scale in (1, 64):
-        hook = model.base_model.register_forward_hook(functools.partial(catch, scale))
-        try:
-            logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-            same = torch.equal(caught.pop().to(logits), logits)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # a base or a head of another form
-            same = False
-        finally:
-            hook.remove()
-        if collectives.all_reduce_max(int(not same)):
-            return False
-    return True
-
-
-@contextlib.contextmanager
-def _rounded_otherwise(model: nn.Module) -> Iterator[set[torch.dtype]]:
-    """Let the output of every layer but the head be off by up to its rounding, at random.
-
-    This is Monte Carlo arithmetic (D. S. Parker, UCLA CSD-970002, 1997) at the granularity of layers. The noise of the
-    n-th output is drawn from the seed n, so that workers that compute the same draw the same.
-
-    Yields: the dtypes of the outputs, as they come.
-    """
-    counter, dtypes = itertools.count(), set()
-
-    def perturb(module: nn.Module, inputs: tuple, output: object) -> torch.Tensor | None:
-        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
-            return None
-        dtypes.add(output.dtype)
-        generator = torch.Generator(output.device).manual_seed(next(counter))
-        error = torch.empty(output.shape, device=output.device).uniform_(-1, 1, generator=generator)
-        return (output * (1 + _rounding_error(output) * error)).to(output.dtype)
-
-    layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-    hooks = [layer.register_forward_hook(perturb) for layer in layers if layer is not model.get_output_embeddings()]
-    try:
-        yield dtypes
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _rounding_error(tensor: torch.Tensor) -> float:
-    """How far what is computed in a tensor's dtype may be off by rounding, relative to its size."""
-    if tensor.dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
-        return torch.finfo(tensor.dtype).eps / 2
-    if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32:  # which has as many digits as float16
-        return torch.finfo(torch.float16).eps / 2
-    return _ACCUMULATED * torch.finfo(torch.float32).eps / 2

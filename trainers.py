@@ -34,6 +34,7 @@ from distributed import collectives
 from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
 from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_lengths  # noqa: F401 (re-exported)
+from model_check import choose_rows
 from models import check_reference_fits, check_tokenizer_fits, configured_dropout_rates, load_tokenizer
 from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
@@ -51,7 +52,7 @@ from reporting.run_log import RunLog
 from reporting.sampling import end_tokens, generate_scorable
 from reporting.terminal import RunTable, passing_bar, progress_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from shared_prompt import choose_rows, padded_rows, response_logps, shared_rows
+from shared_prompt import padded_rows, response_logps, shared_rows
 from utils import (
     UserError,
     concatenated_inputs,  # noqa: F401 (re-exported)
@@ -149,7 +150,7 @@ class BasicTrainer:
         return {**self.train_iterator.fingerprints(), **self.eval_iterator.fingerprints()}
 
     def _choose_rows(self, model: nn.Module) -> tuple[Callable, bool]:
-        """How this model is computed; see `shared_prompt.choose_rows`."""
+        """How this model is computed; see `model_check.choose_rows`."""
         config, shared_prompt = self.config, self.config.shared_prompt
         if self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired:
             if shared_prompt is True:

@@ -1,6 +1,6 @@
 """Which causal language models share prompts: `python benchmarks/architectures.py` tries every type of transformers.
 
-Each is built at a tiny size with random weights, checked as training does at its start (`shared_prompt.choose_rows`),
+Each is built at a tiny size with random weights, checked as training does at its start (`model_check.choose_rows`),
 and computed as the check decided; the log-probabilities are held against those of the model's own forward with a
 padding mask. Windows are as long as the config's defaults. Writes docs/architectures.md, or with names of types prints
 their rows alone.
@@ -19,15 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
-from shared_prompt import (  # noqa: E402
-    CHOSEN_WITHIN,
-    REFUSED_BEYOND,
-    OwnForward,
-    choose_rows,
-    shared_rows,
-    synthetic_pair,
-    token_logps,
-)
+from model_check import CHOSEN_WITHIN, REFUSED_BEYOND, OwnForward, choose_rows, synthetic_pair  # noqa: E402
+from shared_prompt import shared_rows, token_logps  # noqa: E402
 from utils import UserError, concatenated_inputs, disable_dropout  # noqa: E402
 
 OUTPUT = REPOSITORY / "docs" / "architectures.md"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks.architectures import batch_of, own_logps, tiny_model
-from shared_prompt import choose_rows, padded_rows, shared_rows, token_logps
+from model_check import choose_rows
+from shared_prompt import padded_rows, shared_rows, token_logps
 from utils import UserError
 
 MAX_LENGTH = 192

@@ -12,15 +12,8 @@ from test_shared_prompt import BATCHES, LLAMA_LIKE, SMALL
 from benchmarks.architectures import batch_of, own_logps, tiny_model
 from data.batches import microbatches
 from distributed.strategies import SingleProcess
-from shared_prompt import (
-    choose_rows,
-    chunked_token_logps,
-    full_length_pair,
-    padded_rows,
-    shared_rows,
-    synthetic_pair,
-    token_logps,
-)
+from model_check import choose_rows, full_length_pair, synthetic_pair
+from shared_prompt import chunked_token_logps, padded_rows, shared_rows, token_logps
 from utils import UserError, concatenated_inputs
 
 MAX_LENGTH = 192

@@ -14,7 +14,8 @@ from data.batches import microbatches
 from data.tokenization import get_collate_fn, tokenize_batch
 from distributed.strategies import SingleProcess
 from losses import LOSSES, _get_batch_logps
-from shared_prompt import choose_rows, chunked_token_logps, padded_rows, response_logps, shared_rows, tree_mask
+from model_check import choose_rows
+from shared_prompt import chunked_token_logps, padded_rows, response_logps, shared_rows, tree_mask
 from utils import UserError, concatenated_inputs, disable_dropout
 
 VOCAB = 61
