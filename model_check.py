@@ -363,7 +363,8 @@ def _rounded_otherwise(model: nn.Module) -> Iterator[set[torch.dtype]]:
     def perturb(module: nn.Module, inputs: tuple, output: object) -> torch.Tensor | None:
         if not isinstance(output, torch.Tensor) or not output.is_floating_point():
             return None
-        dtypes.add(output.dtype)
+        device = output.device.type
+        dtypes.add(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype)
         generator = torch.Generator(output.device).manual_seed(next(counter))
         error = torch.empty(output.shape, device=output.device).uniform_(-1, 1, generator=generator)
         return (output * (1 + _rounding_error(output) * error)).to(output.dtype)
@@ -379,8 +380,11 @@ def _rounded_otherwise(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 def _rounding_error(tensor: torch.Tensor) -> float:
     """How far what is computed in a tensor's dtype may be off by rounding, relative to its size."""
-    if tensor.dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
-        return torch.finfo(tensor.dtype).eps / 2
+    dtype, device = tensor.dtype, tensor.device.type
+    if torch.is_autocast_enabled(device):  # which rounds what a layer takes, whatever the one before put out
+        dtype = torch.get_autocast_dtype(device)
+    if dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
+        return torch.finfo(dtype).eps / 2
     if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32:  # which has as many digits as float16
         return torch.finfo(torch.float16).eps / 2
     return _ACCUMULATED * torch.finfo(torch.float32).eps / 2

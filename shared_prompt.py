@@ -10,16 +10,16 @@ Both also come packed: the same sequences in a single row, one after the other, 
 (`acceleration.packed_attention`).
 """
 
-import copy
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from acceleration.packed_attention import Packing, no_mask
-from data.batches import part_lengths
+from acceleration.packed_attention import Packing, no_mask, with_tensors
+from data.microbatches import part_lengths
 from distributed.strategies import SingleProcess
 from utils import concatenated_inputs, unwrap_adapter
 
@@ -51,14 +51,11 @@ class Rows:
 
     def to(self, device: torch.device) -> "Rows":
         """The same rows on another device."""
-        moved = copy.copy(self)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                setattr(moved, field.name, value.to(device, non_blocking=True))
-            elif isinstance(value, Packing):
-                moved.packing = value.to(device)
-        return moved
+        return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Rows":
+        """The same rows where a GPU can copy them from without making the host wait."""
+        return with_tensors(self, torch.Tensor.pin_memory)
 
 
 def _predictions(input_ids: torch.Tensor, is_target: torch.Tensor, predictors: torch.Tensor, first_sequence: int):
@@ -122,7 +119,7 @@ def packed_rows(batch: dict, shared: bool = False) -> Rows:
     `shared`: the prompt of each pair is computed once, with the chosen response.
     """
     sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
-    n_pairs, row = len(batch["prompt"]), _PackedRow()
+    n_pairs, row = len(batch["chosen_labels"]), _PackedRow()
     for number in range(n_pairs):
         for place, side in enumerate(sides):
             is_target = batch[f"{side}_labels"][number] != -100
@@ -139,6 +136,38 @@ def packed_shared_rows(batch: dict) -> Rows:
 
 SHARED = (shared_rows, packed_shared_rows)  # ways to lay out a batch in which a pair's prompt is computed once ...
 PACKED = (packed_rows, packed_shared_rows)  # ... and those without padding
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model's batches are laid out, as `model_check.choose_rows` has found."""
+
+    make_rows: Callable[[dict], Rows]
+    whole_logits: bool
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a pair's prompt is computed once."""
+        return self.make_rows in SHARED
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there is no padding."""
+        return self.make_rows in PACKED
+
+    def rows(self, batch: dict) -> Rows:
+        """A batch's rows; those that `prepare` has made, if it was called."""
+        if "rejected_labels" not in batch:  # nothing to share
+            return packed_rows(batch) if self.is_packed else padded_rows(batch)
+        made = batch.get("rows", {})
+        return made[self.make_rows] if self.make_rows in made else self.make_rows(batch)
+
+    def prepare(self, batch: dict, pin_memory: bool) -> dict:
+        """The batch with its rows beside it, ahead of time; in memory that a GPU can copy from while it computes."""
+        if "rejected_labels" not in batch:
+            return batch
+        rows = self.make_rows(batch)
+        return batch | {"rows": batch.get("rows", {}) | {self.make_rows: rows.pin_memory() if pin_memory else rows}}
 
 
 class _PackedRow:

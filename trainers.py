@@ -5,12 +5,14 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from acceleration.capacity import microbatch_overhead, tokens_that_fit
+from acceleration.shadow_weights import shadow_linear_weights
 from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
@@ -29,7 +31,8 @@ from checkpointing.train_state import (
     set_rng_state,
 )
 from configuration.sources import reference_source, resolved_reference
-from data.batches import microbatches, mismatch, part_lengths
+from data.batches import mismatch, prefetched
+from data.microbatches import computed_tokens, microbatches
 from distributed import collectives
 from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
@@ -52,7 +55,7 @@ from reporting.run_log import RunLog
 from reporting.sampling import end_tokens, generate_scorable
 from reporting.terminal import RunTable, passing_bar, progress_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from shared_prompt import padded_rows, response_logps, shared_rows
+from shared_prompt import Layout, response_logps
 from utils import (
     UserError,
     concatenated_inputs,  # noqa: F401 (re-exported)
@@ -114,16 +117,30 @@ class BasicTrainer:
         # for checkpoints; asked for now, as the hub may be out of reach by then
         self.dropout_rates = configured_dropout_rates(config) if rank == 0 else {}
         check_tokenizer_fits(self.policy, self.tokenizer, config)
-        self.make_rows, self.whole_logits = self.reference_rows = self._choose_rows(self.policy)
+        self.layout = self.reference_layout = self._choose_layout(self.policy)
         self._set_up_reference(reference_model)
         if config.activation_checkpointing:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
         self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
+        self._set_up_computation()
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
     # ---- setting up -------------------------------------------------------------------------------------------------
+
+    def _set_up_computation(self):
+        """What the device and the optimizer leave room for, once they are known."""
+        config = self.config
+        if self.policy_mp is not None and not self.strategy.splits_tensors:
+            shadow_linear_weights(self.policy)
+        self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
+        n_states = 2 if "Adam" in config.optimizer else 1
+        self.max_tokens = config.max_tokens_per_microbatch
+        if self.max_tokens is None:
+            dtype = self.policy_mp or self.policy.dtype
+            self.max_tokens = tokens_that_fit(self.policy, dtype, config.activation_checkpointing, n_states)
+            self.max_tokens = self.max_tokens and -collectives.all_reduce_max(-self.max_tokens)  # all workers alike
 
     def _load_data(self, trains: bool):
         """Open the training batches and load all evaluation batches, of each this worker's shard."""
@@ -149,7 +166,7 @@ class BasicTrainer:
         """A SHA-256 of each dataset's examples in each split; see `BatchIterator.fingerprints`."""
         return {**self.train_iterator.fingerprints(), **self.eval_iterator.fingerprints()}
 
-    def _choose_rows(self, model: nn.Module) -> tuple[Callable, bool]:
+    def _choose_layout(self, model: nn.Module) -> Layout:
         """How this model is computed; see `model_check.choose_rows`."""
         config, shared_prompt = self.config, self.config.shared_prompt
         if self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired:
@@ -157,10 +174,11 @@ class BasicTrainer:
                 raise UserError("shared_prompt=true: the two responses of unpaired data have prompts of their own")
             shared_prompt = False
         make_rows, whole_logits, why = choose_rows(
-            model, self.eval_iterator.first(2), shared_prompt, config.max_length, self.strategy
-        )
+            model, self.eval_iterator.first(2), shared_prompt, config.max_length, self.strategy, config.padding_free,
+            functools.partial(self._autocast, model),
+        )  # fmt: skip
         rank0_print(f"Shared prompts: {why}")
-        return make_rows, whole_logits
+        return Layout(make_rows, whole_logits)
 
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
         """Get the reference ready: a model, or the policy under another adapter. One that is to be precomputed is left
@@ -178,7 +196,8 @@ class BasicTrainer:
             model = self.strategy.distribute(model, is_policy=False)
             if reference_source(config).given:
                 check_reference_fits(model, self.policy, self.tokenizer, config)
-                self.reference_rows = self._choose_rows(model)
+            if reference_source(config).given or self.layout.is_packed:  # which depends on its dtype, too
+                self.reference_layout = self._choose_layout(model)
             return model
 
         kind = resolved_reference(config)
@@ -222,11 +241,14 @@ class BasicTrainer:
 
     def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
         """Log-probability of each of the batch's responses under `model`, chosen before rejected, in nats."""
-        mixed_precision = model is self.policy and self.policy_mp is not None
-        make_rows, whole_logits = (self.make_rows, self.whole_logits) if model is self.policy else self.reference_rows
-        make_rows = make_rows if "rejected_labels" in batch else padded_rows
-        with torch.autocast(self.device.type, self.policy_mp, enabled=mixed_precision):
-            return response_logps(model, make_rows(batch), whole_logits, self.strategy)
+        layout = self.layout if model is self.policy else self.reference_layout
+        with self._autocast(model):
+            return response_logps(model, layout.rows(batch), layout.whole_logits, self.strategy)
+
+    def _autocast(self, model: nn.Module) -> torch.autocast:
+        """What a model is computed under: mixed precision is the policy's."""
+        mixed_precision = self.policy_mp is not None and model is self.policy
+        return torch.autocast(self.device.type, self.policy_mp, enabled=mixed_precision)
 
     def concatenated_forward(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the chosen and the rejected responses, each (batch_size,), in one pass over both."""
@@ -254,8 +276,9 @@ class BasicTrainer:
         for microbatch in self.microbatches(mismatch(batch), n_least=1):
             with torch.no_grad():
                 policy_logps = torch.stack(self.concatenated_forward(self.policy, microbatch))  # (2, B)
-            logratios = (policy_logps - torch.stack(self.reference_logps(microbatch)))[:, self._counted(microbatch)]
-            sum_and_count += torch.stack([logratios.sum(), logratios.new_tensor(logratios.numel())]).double()
+            counted = self._counted(microbatch)
+            logratios = (policy_logps - torch.stack(self.reference_logps(microbatch))).where(counted, 0)
+            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).double()
         if self.is_sharded:
             sum_and_count = collectives.all_reduce_sum(sum_and_count)
         kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
@@ -318,7 +341,7 @@ class BasicTrainer:
             logged = state.log_bytes, state.wandb_run_id, state.log_sha256
             self.run_log = RunLog(self.config, self.run_dir, table, *logged)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
-        bar = progress_bar(self.train_iterator.batches(skip=n_done), n_batches, n_done)
+        bar = progress_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
             try:
                 for batch in bar:
@@ -352,23 +375,26 @@ class BasicTrainer:
     def train_step(self, batch: dict) -> dict[str, float]:
         """One optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches; returns mean metrics.
 
+        A GPU is waited for once: where its metrics are read, before the weights change.
+
         Raises: UserError, before the weights change, if loss or gradient are not finite.
         """
         self.policy.train()
         start_time = time.perf_counter()
         kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
-        microbatch_metrics = []
-        for microbatch in self.microbatches(batch, self.config.gradient_accumulation_steps):
+        measured = []
+        for microbatch in batch.get("microbatches") or self._prepared(batch)["microbatches"]:
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
             # several workers' gradients are averaged
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
-            microbatch_metrics.append(metrics | {"tokens": self._computed_tokens(microbatch)})
+            n_tokens = computed_tokens(microbatch, self.layout.is_shared).double()
+            measured.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
 
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
-        metrics = mean_metrics(microbatch_metrics)
+        metrics = mean_metrics([*measured, {"grad_norm": grad_norm[None]}])
         n_tokens = round(metrics.pop("tokens") * self.config.batch_size)
         where = f"step {self.state.updates + 1} (after {self.state.examples} examples)"
-        check_finite(where, batch["prompt"], self.config, loss=metrics["loss/train"], grad_norm=grad_norm)
+        check_finite(where, batch["prompt"], self.config, loss=metrics["loss/train"], grad_norm=metrics["grad_norm"])
         metrics["lr"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -380,18 +406,29 @@ class BasicTrainer:
         self.state.batches += 1
         self.state.examples += self.config.batch_size
         seconds = time.perf_counter() - start_time
-        return {**metrics, **self.throughput.metrics(self.config.batch_size, n_tokens, seconds), "grad_norm": grad_norm}
+        return {**metrics, **self.throughput.metrics(self.config.batch_size, n_tokens, seconds)}
+
+    def _training_batches(self, skip: int) -> Iterator[dict]:
+        """The training batches after so many, cut into microbatches whose rows are made: ahead of time, in a thread,
+        where workers needn't agree on them."""
+        batches = map(self._prepared, self.train_iterator.batches(skip))
+        return batches if self.is_sharded else prefetched(batches, n_ahead=2)
+
+    def _prepared(self, batch: dict) -> dict:
+        """The batch with its microbatches, and these with their rows."""
+        layouts, pin_memory = dict.fromkeys([self.layout, self.reference_layout]), self.device.type == "cuda"
+        parts = self.microbatches(batch, self.config.gradient_accumulation_steps)
+        for layout in layouts:
+            parts = [layout.prepare(part, pin_memory) for part in parts]
+        return batch | {"microbatches": parts}
 
     def microbatches(self, batch: dict, n_least: int) -> list[dict]:
-        """The batch cut into microbatches of similar length; see `data.batches.microbatches`."""
-        shared = self.make_rows is shared_rows
-        return microbatches(batch, n_least, self.device.type, shared, agree=collectives.all_reduce_max)
-
-    def _computed_tokens(self, batch: dict) -> torch.Tensor:
-        """Tokens of each example, (batch_size,), without padding; a prompt counts as often as it is computed."""
-        n_prompt, *n_responses = part_lengths(batch)
-        n_times = 1 if self.make_rows is shared_rows else len(n_responses)
-        return (n_prompt * n_times + sum(n_responses)).to(self.device)
+        """The batch cut into microbatches of similar length; see `data.microbatches`."""
+        agree = {"agree": collectives.all_reduce_max} if self.is_sharded else {}  # others cut the same batch alike
+        return microbatches(
+            batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed,
+            self.max_tokens, **agree,
+        )  # fmt: skip
 
     # ---- evaluation and sampling ----------------------------------------------------------------------------------
 

@@ -11,7 +11,9 @@ A model is computed so once `use_packed_attention` has been called for it, and `
 forward; without that argument it computes as before.
 """
 
-from dataclasses import dataclass, fields
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +39,17 @@ class Packing:
     first: torch.Tensor | None = None  # (N,) where each token comes first among the keys
     again: torch.Tensor | None = None  # (M - N,) where tokens come a second time
 
-    def to(self, device: torch.device) -> "Packing":
-        """The same on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-        return Packing(**moved)
+
+def with_tensors(holder, change: Callable[[torch.Tensor], torch.Tensor]):
+    """A copy of a dataclass's instance with its tensors changed, and those of dataclasses that it holds."""
+    copied = copy.copy(holder)
+    for field in fields(holder):
+        value = getattr(holder, field.name)
+        if isinstance(value, torch.Tensor):
+            setattr(copied, field.name, change(value))
+        elif is_dataclass(value):
+            setattr(copied, field.name, with_tensors(value, change))
+    return copied
 
 
 class _TakeKeys(torch.autograd.Function):

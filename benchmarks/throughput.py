@@ -45,7 +45,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.batches import microbatches
+from data.microbatches import microbatches
 from losses import preference_loss
 from shared_prompt import padded_rows, response_logps, shared_rows
 from utils import concatenated_inputs, disable_dropout, slice_and_move_batch_for_device

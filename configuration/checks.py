@@ -34,7 +34,7 @@ _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
     "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
-    "stop_when_worse",
+    "stop_when_worse", "max_tokens_per_microbatch",
 )  # fmt: skip
 _NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
 _HIGHEST = {
@@ -47,7 +47,7 @@ _MAY_BE_NULL = ("n_epochs", "n_examples", "n_eval_examples")
 _TYPES_OF_NULL = dict.fromkeys(
     (
         "n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every",
-        "stop_when_worse",
+        "stop_when_worse", "max_tokens_per_microbatch",
     ),
     int,
 )  # fmt: skip
@@ -145,9 +145,9 @@ def _check_key_type(key: str, value: object, default: object):
         raise UserError(f"{key}={value!r} is empty: give {remedy}, or leave it out")
     if key == "datasets" and isinstance(value, str):
         return
-    if key == "shared_prompt":
+    if key in ("shared_prompt", "padding_free"):
         if not isinstance(value, bool) and value != "auto":
-            raise UserError(f"shared_prompt={value}: must be auto, true or false")
+            raise UserError(f"{key}={value}: must be auto, true or false")
     elif key == "resume":
         if not isinstance(value, str):
             raise UserError(f"resume={value}: must be auto, a run directory or a checkpoint in one")

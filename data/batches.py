@@ -1,4 +1,4 @@
-"""Batches: the order of examples, epochs, the shards that workers compute, and microbatches."""
+"""Batches: the order of examples, epochs, and the shards that workers compute."""
 
 import hashlib
 import itertools
@@ -6,7 +6,7 @@ import json
 import random
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -14,11 +14,7 @@ import numpy as np
 import torch
 
 from data.tokenization import get_collate_fn, make_element, tokenize_batch
-from utils import UserError, take
-
-# What starting one more microbatch costs, in tokens that could be computed in its time.
-_MICROBATCH_OVERHEAD = {"cpu": 64}
-_ACCELERATOR_MICROBATCH_OVERHEAD = 4096
+from utils import UserError
 
 
 def split_name(dataset: str, split: str) -> str:
@@ -276,52 +272,3 @@ def prefetched(items: Iterator, n_ahead: int = 4) -> Iterator:
         while (item := ahead.popleft().result()) is not end:
             ahead.append(executor.submit(next, items, end))
             yield item
-
-
-# ---- microbatches ---------------------------------------------------------------------------------------------------
-
-
-def part_lengths(batch: dict) -> list[torch.Tensor]:
-    """Tokens in each example's prompt and in its response or responses, each of shape (batch_size,)."""
-    sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
-    prompts = batch["chosen_attention_mask"].sum(1) - (batch["chosen_labels"] != -100).sum(1)
-    return [prompts, *((batch[f"{side}_labels"] != -100).sum(1) for side in sides)]
-
-
-def microbatches(
-    batch: dict, n_least: int, device: str, shared: bool, agree: Callable[[int], int] = lambda n: n
-) -> list[dict]:
-    """Cut a batch into microbatches, at least `n_least`, none with more than its `n_least`-th part of the examples.
-
-    The examples are sorted by length first and cut where padding and the cost of one more microbatch come to least, so
-    a microbatch pads little. Together they hold each example once; weigh each by its number of examples. Where several
-    workers must make equally many, `agree` tells each the most that any of them makes.
-    """
-    parts = part_lengths(batch)
-    lengths = sum(parts) if shared else parts[0] + torch.stack(parts[1:]).amax(0)
-    order = lengths.argsort(descending=True, stable=True)
-    overhead = _MICROBATCH_OVERHEAD.get(device, _ACCELERATOR_MICROBATCH_OVERHEAD) / (1 if shared else len(parts) - 1)
-    sizes = _cheapest_cuts(lengths[order].tolist(), max_size=len(order) // n_least, overhead=overhead)
-    for _ in range(agree(len(sizes)) - len(sizes)):
-        largest = sizes.index(max(sizes))
-        sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
-    return [take(batch, indices) for indices in order.split(sizes)]
-
-
-def _cheapest_cuts(lengths: list[int], max_size: int, overhead: float) -> list[int]:
-    """Sizes of the consecutive groups, at most `max_size` each, that cost least in all; `lengths` fall.
-
-    A group costs its rows times its longest, plus `overhead`.
-    """
-    best = [0.0] + [float("inf")] * len(lengths)  # cost of the first n rows
-    last = [0] * (len(lengths) + 1)  # size of their last group
-    for end in range(1, len(lengths) + 1):
-        for size in range(1, min(max_size, end) + 1):
-            cost = best[end - size] + size * lengths[end - size] + overhead
-            if cost < best[end]:
-                best[end], last[end] = cost, size
-    sizes, end = [], len(lengths)
-    while end > 0:
-        sizes.append(last[end])
-        end -= last[end]
-    return sizes[::-1]

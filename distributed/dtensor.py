@@ -108,7 +108,7 @@ def full_state_dict(state: dict) -> dict:
     return tree_map(gather, state)
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """`torch.nn.utils.clip_grad_norm_` over parameters each of which may be full, or sharded over a mesh of its own."""
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -119,4 +119,4 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     norm = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups.values():
         nn.utils.clip_grads_with_norm_(group, max_norm, norm)
-    return norm.item()
+    return norm

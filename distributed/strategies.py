@@ -47,9 +47,9 @@ class SingleProcess:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        """Scale the gradient down to `max_norm` where it is larger; returns its norm before."""
-        return nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+        """Scale the gradient down to `max_norm` where it is larger; returns its norm before, of shape ()."""
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def stops_sampling(self, asked: bool) -> bool:
         """Whether generation is to end at this token, as it was `asked` to."""
@@ -66,7 +66,7 @@ class _SeveralProcesses(SingleProcess):
 
         return collectives.device()
 
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
         from distributed import dtensor
 
         return dtensor.clip_grad_norm(parameters, max_norm)

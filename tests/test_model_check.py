@@ -9,8 +9,9 @@ import transformers
 from conftest import ORACLE, REPOSITORY, read_jsonl
 from test_shared_prompt import BATCHES, LLAMA_LIKE, SMALL
 
+from acceleration.capacity import microbatch_overhead
 from benchmarks.architectures import batch_of, own_logps, tiny_model
-from data.batches import microbatches
+from data.microbatches import microbatches
 from distributed.strategies import SingleProcess
 from model_check import choose_rows, full_length_pair, synthetic_pair
 from shared_prompt import chunked_token_logps, padded_rows, shared_rows, token_logps
@@ -160,8 +161,9 @@ def test_modes_and_hooks_are_left_as_they_were():
 
 
 def test_devices_that_nothing_is_known_of_have_their_batches_cut_too():
-    batch = batch_of()
-    assert sum(len(part["prompt"]) for part in microbatches(batch, 1, "mps", shared=True)) == 3
+    batch, device = batch_of(), torch.device("meta")
+    overhead = microbatch_overhead(tiny_model("llama").to(device), device)
+    assert sum(len(part["prompt"]) for part in microbatches(batch, 1, shared=True, overhead=overhead)) == 3
     head, hidden_states = torch.nn.Linear(8, 5, device="meta"), torch.empty(10, 8, device="meta")
     targets = torch.empty(10, dtype=torch.long, device="meta")
     assert chunked_token_logps(hidden_states, head, targets, 5, SingleProcess).shape == (10,)

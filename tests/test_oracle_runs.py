@@ -34,6 +34,7 @@ def batch_means(microbatches: list[dict]) -> dict[int, dict[str, float]]:
 
 
 ALONE = [(name, 1, f"shared_prompt={value}") for name in RUNS for value in ("true", "false")]
+ALONE += [(name, 1, f"padding_free=true shared_prompt={value}") for name in RUNS for value in ("true", "false")]
 ALONE += [
     ("dpo", 1, "precompute_ref_log_probs=true"),
     ("dpo", 1, "model.reference_dtype=float64"),  # loaded apart

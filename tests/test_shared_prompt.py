@@ -1,7 +1,6 @@
 """The fast path against the original's computation: two padded sequences a pair, logits at every position."""
 
 import importlib
-import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 import transformers
 
 import shared_prompt
-from data import batches
-from data.batches import microbatches
 from data.tokenization import get_collate_fn, tokenize_batch
 from distributed.strategies import SingleProcess
 from losses import LOSSES, _get_batch_logps
@@ -187,58 +184,6 @@ def test_chunked_logits_give_the_same_gradients_whether_kept_or_made_again(kept_
     torch.testing.assert_close(logps, expected)
     gradients = torch.autograd.grad(logps.square().sum(), [hidden, head.weight, head.bias])
     torch.testing.assert_close(gradients, expected_gradients)
-
-
-# ---- microbatches ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("n_least", [1, 2, 4])
-def test_microbatches_hold_every_pair_once_and_are_no_larger_than_asked(n_least, shared):
-    batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
-    batch["prompt"] = list(range(8))
-    parts = microbatches(batch, n_least, "cpu", shared)
-    assert len(parts) >= n_least
-    assert max(len(part["prompt"]) for part in parts) <= 8 // n_least
-    assert sorted(i for part in parts for i in part["prompt"]) == list(range(8))
-    for part in parts:
-        torch.testing.assert_close(part["chosen_input_ids"], batch["chosen_input_ids"][part["prompt"]])
-
-
-@pytest.mark.parametrize("n_others", [1, 3, 8])
-def test_as_many_microbatches_are_made_as_the_worker_that_makes_most(n_others):
-    batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
-    batch["prompt"] = list(range(8))
-    n_alone = len(microbatches(batch, 1, "cpu", shared=True))
-    parts = microbatches(batch, 1, "cpu", shared=True, agree=lambda n: max(n, n_others))
-    assert len(parts) == max(n_alone, n_others)
-    assert sorted(i for part in parts for i in part["prompt"]) == list(range(8))
-
-
-@pytest.mark.parametrize("overhead", [0.0, 3.0, 1e9])
-def test_cuts_cost_least_of_all_possible_ones(overhead):
-    lengths, max_size = [30, 29, 12, 11, 11, 3, 2], 4
-
-    def cost(sizes):
-        starts = itertools.accumulate(sizes, initial=0)
-        return sum(size * lengths[start] + overhead for size, start in zip(sizes, starts, strict=False))
-
-    possible = [s for n in range(1, 8) for s in itertools.product(range(1, max_size + 1), repeat=n) if sum(s) == 7]
-    sizes = batches._cheapest_cuts(lengths, max_size, overhead)
-    assert sum(sizes) == 7
-    assert cost(sizes) == min(map(cost, possible))
-
-
-def test_microbatches_add_up_to_the_gradient_of_the_batch():
-    model = make_model(CONFIGS["gpt_neox"])
-    batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
-    expected = loss_and_gradients(model, original_logps(model, batch), "sft")
-    model.zero_grad()
-    parts = microbatches(batch, 2, "cpu", shared=True)
-    for part in parts:
-        (-response_logps(model, shared_rows(part)).mean() * len(part["prompt"]) / 8).backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
 
 
 # ---- which models can -----------------------------------------------------------------------------------------------

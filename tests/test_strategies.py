@@ -108,7 +108,7 @@ def clipped(max_norm: float):
         parameter.grad = torch.randn_like(parameter)
         placed.grad = distribute_like(placed, parameter.grad).clone()
     expected = nn.utils.clip_grad_norm_(dense, max_norm).item()
-    assert clip_grad_norm([*spread, nn.Parameter(torch.ones(3))], max_norm) == pytest.approx(expected, rel=1e-12)
+    assert clip_grad_norm([*spread, nn.Parameter(torch.ones(3))], max_norm).item() == pytest.approx(expected, rel=1e-12)
     for parameter, placed in zip(dense, spread, strict=True):
         torch.testing.assert_close(full_tensor(placed.grad), parameter.grad, rtol=1e-12, atol=0)
 

@@ -1,0 +1,61 @@
+"""Weights in the dtype that autocast computes in, kept beside their float32 masters and cast once a step.
+
+Autocast casts the weights of every linear layer again in every forward pass: with eight microbatches, and the
+reference's passes between them, eight times a step. Here the copy stays until the weight has changed. The graph is
+autocast's own, less the cast: gradients go through it into the masters, which alone the optimizer, checkpoints and
+everybody else know. So all numbers are autocast's, bit for bit. It takes 2 bytes a weight, as much as autocast takes
+while a forward pass runs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class _AsCopied(torch.autograd.Function):
+    """A master's copy, through which gradients go to the master."""
+
+    @staticmethod
+    def forward(ctx, master: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = master.dtype
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient.to(ctx.dtype), None
+
+
+class ShadowedLinear(nn.Linear):
+    """A linear layer with such copies of its weight and bias. A layer becomes one by `shadow_linear_weights`."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        device = inputs.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(inputs)
+        dtype = torch.get_autocast_dtype(device)
+        weight, bias = (None if p is None else self._in_dtype(name, p, dtype) for name, p in self._parameters.items())
+        return F.linear(inputs, weight, bias)
+
+    def _in_dtype(self, name: str, master: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+        if master.dtype == dtype:
+            return master
+        copies = self.__dict__.setdefault("_copies", {})
+        of, version, copy = copies.get(name, (None, None, None))
+        if of is not master or version != master._version or copy.dtype != dtype or copy.device != master.device:
+            copy = master.detach().to(dtype)
+            copies[name] = master, master._version, copy
+        return _AsCopied.apply(master, copy)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_copies"}
+
+
+def shadow_linear_weights(model: nn.Module):
+    """Let a model's plain linear layers keep such copies; not those that share their weight with an embedding."""
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for module in model.modules():
+        if type(module) is nn.Linear and users[id(module.weight)] == 1 and module.weight.dtype == torch.float32:
+            module.__class__ = ShadowedLinear

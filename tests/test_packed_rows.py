@@ -1,0 +1,282 @@
+"""Packed rows: a batch in one row without padding gives the original's numbers, and models that can't are noticed."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from conftest import ORACLE, read_jsonl
+from test_shared_prompt import (
+    BATCHES,
+    CONFIGS,
+    LLAMA_LIKE,
+    MAX_LENGTH,
+    SMALL,
+    all_in_float64,  # noqa: F401 (a fixture)
+    assert_same,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    original_logps,
+)
+
+from acceleration.packed_attention import Packing, _TakeKeys, packed_attention, use_packed_attention
+from losses import _get_batch_logps
+from model_check import choose_rows
+from shared_prompt import packed_rows, packed_shared_rows, padded_rows, response_logps, shared_rows
+from utils import UserError
+
+TAKE_PACKED = [name for name in CONFIGS if name != "gptj"]  # whose attention is its own
+
+
+def model_for_packed_rows(architecture: str, dtype=torch.float64, **changes) -> torch.nn.Module:
+    config = copy.deepcopy(CONFIGS[architecture])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = make_model(config, dtype)
+    use_packed_attention(model)
+    return model
+
+
+# ---- the numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_name", ["dpo", "ipo"])
+@pytest.mark.parametrize("batch_name", BATCHES)
+@pytest.mark.parametrize("architecture", TAKE_PACKED)
+@pytest.mark.usefixtures("all_in_float64")
+def test_a_packed_row_gives_the_gradients_of_the_original(architecture, batch_name, loss_name):
+    model, batch = model_for_packed_rows(architecture), BATCHES[batch_name]
+    expected = loss_and_gradients(model, original_logps(model, batch), loss_name)
+    for rows in (packed_shared_rows(batch), packed_rows(batch)):
+        assert_same(loss_and_gradients(model, response_logps(model, rows), loss_name), expected, 1e-9)
+
+
+@pytest.mark.parametrize("batch_name", BATCHES)
+@pytest.mark.parametrize("architecture", TAKE_PACKED)
+@pytest.mark.usefixtures("all_in_float64")
+def test_sft_in_a_packed_row_gives_the_gradients_of_the_original(architecture, batch_name):
+    model = model_for_packed_rows(architecture)
+    batch = {key: value for key, value in BATCHES[batch_name].items() if "rejected" not in key}
+    logits = model(batch["chosen_input_ids"], attention_mask=batch["chosen_attention_mask"]).logits
+    expected = loss_and_gradients(model, _get_batch_logps(logits, batch["chosen_labels"]), "sft")
+    assert_same(loss_and_gradients(model, response_logps(model, packed_rows(batch)), "sft"), expected, 1e-9)
+
+
+@pytest.mark.parametrize("architecture", TAKE_PACKED)
+def test_float32_differs_by_rounding_only(architecture):
+    model, batch = model_for_packed_rows(architecture, torch.float32), BATCHES["ordinary"]
+    expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
+    assert_same(loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("architecture", TAKE_PACKED)
+@pytest.mark.usefixtures("all_in_float64")
+def test_activations_that_are_made_again_give_the_same_gradients(architecture):
+    model, batch = model_for_packed_rows(architecture), BATCHES["ordinary"]
+    expected = loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo")
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo"), expected, 1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+@pytest.mark.parametrize("make_rows", [packed_rows, packed_shared_rows])
+@pytest.mark.usefixtures("all_in_float64")
+def test_windows_hold_in_packed_rows(window, make_rows):
+    model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=window))
+    batch = BATCHES["ordinary"]
+    expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
+    use_packed_attention(model)
+    assert_same(loss_and_gradients(model, response_logps(model, make_rows(batch)), "dpo"), expected, 1e-9)
+
+
+def test_gradients_are_gathered_from_both_places_of_a_key():
+    torch.manual_seed(0)
+    rows = packed_shared_rows(BATCHES["ordinary"])
+    tokens = torch.randn(rows.input_ids.shape[1], 2, 3, dtype=torch.float64, requires_grad=True)
+    taken = _TakeKeys.apply(tokens, rows.packing)
+    torch.testing.assert_close(taken, tokens[rows.packing.keys])
+    weights = torch.randn_like(taken)
+    ours = torch.autograd.grad((taken * weights).sum(), tokens)
+    torch.testing.assert_close(ours, torch.autograd.grad((tokens[rows.packing.keys] * weights).sum(), tokens))
+
+
+# ---- how rows are packed --------------------------------------------------------------------------------------------
+
+
+def test_layout_of_a_packed_row_that_shares_prompts():
+    batch = make_batch((2, 1, 2), (1, 0, 1))  # each response gets an end
+    (p, q), (c, d), (r, s) = (
+        [ids[:n] for ids, n in zip(batch[f"{side}_input_ids"].tolist(), lengths, strict=True)]
+        for side, lengths in (("chosen", (2, 1)), ("chosen", (4, 2)), ("rejected", (5, 3)))
+    )
+    rows = packed_shared_rows(batch)
+    assert rows.input_ids.tolist() == [[*c, *r[2:], *d, *s[1:]]]
+    assert [p, q] == [c[:2], d[:1]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 1, 2]]
+    packing = rows.packing
+    assert packing.query_starts.tolist() == [0, 4, 7, 9, 11]
+    assert packing.key_starts.tolist() == [0, 4, 9, 11, 14]
+    assert packing.keys.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 7, 9, 10]
+    assert (packing.longest_query, packing.longest_key) == (4, 5)
+    assert packing.first.tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 10, 12, 13]
+    assert packing.again.tolist() == [4, 5, 11]
+    assert rows.sequences.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]  # chosen responses, then the rejected
+    assert rows.predictors.tolist() == [1, 2, 7, 1, 4, 5, 7, 9]  # a prompt's last token predicts the first of both
+    assert rows.targets.tolist() == [*c[2:], *d[1:], *r[2:], *s[1:]]
+
+
+def test_layout_of_a_packed_row_of_single_sequences():
+    batch = make_batch((2, 1, 2))
+    rows = packed_rows(batch)
+    assert rows.input_ids.tolist() == [[*batch["chosen_input_ids"][0].tolist()[:4], *batch["rejected_input_ids"][0]]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
+    assert rows.packing.query_starts.tolist() == rows.packing.key_starts.tolist() == [0, 4, 9]
+    assert rows.packing.keys is None
+    assert rows.predictors.tolist() == [1, 2, 5, 6, 7]
+
+
+def test_rows_hold_no_padding():
+    batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
+    n_tokens = int(batch["chosen_attention_mask"].sum() + (batch["rejected_labels"] != -100).sum())
+    assert packed_shared_rows(batch).input_ids.shape == (1, n_tokens)
+
+
+# ---- which models can -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", TAKE_PACKED)
+def test_models_that_can_are_found_out(architecture, dtype):
+    model = make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32).to(dtype)
+    make_rows, _, why = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH, padding_free=True)
+    assert make_rows is packed_shared_rows
+    assert why == "each prompt is computed once a pair, in rows without padding"
+    assert choose_rows(model, BATCHES["ordinary"], False, MAX_LENGTH, padding_free=True)[0] is packed_rows
+
+
+def test_under_autocast_it_is_autocast_that_is_checked():
+    model = make_model(copy.deepcopy(CONFIGS["qwen3"]), torch.float32)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    chosen = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH, padding_free=True, autocast=autocast)
+    assert chosen[0] is packed_shared_rows
+    with torch.no_grad(), autocast():
+        ours = response_logps(model, packed_shared_rows(BATCHES["ordinary"]))
+        expected = response_logps(model, shared_rows(BATCHES["ordinary"]))
+    torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.1)
+
+
+def test_on_a_cpu_rows_are_packed_only_if_asked_for():
+    model = make_model(CONFIGS["llama"])
+    assert choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH, padding_free="auto")[0] is shared_rows
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_windows_let_prompts_be_shared_in_packed_rows_alone():
+    config = transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=8)
+    model = make_model(config)
+    assert choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH)[0] is padded_rows
+    assert choose_rows(model, BATCHES["ordinary"], True, MAX_LENGTH, padding_free=True)[0] is packed_shared_rows
+
+
+CANNOT = {
+    "attention of its own": (CONFIGS["gptj"], "attn_implementation=eager takes no packed rows"),
+    "a class of attention of its own": (
+        transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "in a packed row its log-probabilities differ"
+    ),
+    "sinks": (
+        transformers.GptOssConfig(**SMALL, **LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1, head_dim=8),
+        "takes no packed rows|no s_aux",
+    ),
+    "recurrent layers": (
+        transformers.Qwen3NextConfig(
+            **SMALL, **LLAMA_LIKE, head_dim=8, num_experts=0, layer_types=["linear_attention", "full_attention"],
+            linear_num_value_heads=4, linear_num_key_heads=2,
+            linear_key_head_dim=8, linear_value_head_dim=8,
+        ),
+        "in a packed row",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_models_that_cannot_are_refused_or_computed_otherwise(name):
+    config, reason = CANNOT[name]
+    model, batch = make_model(config, torch.float32), BATCHES["ordinary"]
+    before = model.config._attn_implementation
+    with pytest.raises(UserError, match=rf"padding_free=true, but the model .* can't: .*({reason}).*padding_free=auto"):
+        choose_rows(model, batch, "auto", MAX_LENGTH, padding_free=True)
+    assert model.config._attn_implementation == before
+    make_rows, whole_logits, _ = choose_rows(model, batch, "auto", MAX_LENGTH, padding_free="auto")
+    assert make_rows in (shared_rows, padded_rows)
+    logps = response_logps(model, make_rows(batch), whole_logits)
+    torch.testing.assert_close(logps, original_logps(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_what_attention_over_packed_rows_lacks_is_an_error_and_not_left_out():
+    states = torch.randn(1, 2, 4, 8)
+    packing = Packing(torch.tensor([0, 4]), torch.tensor([0, 4]), 4, 4)
+    attend = partial(packed_attention, None, states, states, states, None, packing=packing)
+    assert attend()[0].shape == (1, 4, 2, 8)
+    for asked in ({"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}, {"position_bias": states}):
+        with pytest.raises(NotImplementedError, match=next(iter(asked))):
+            attend(**asked)
+
+
+def test_a_model_computes_all_else_as_before_and_is_saved_as_before(tmp_path):
+    model, batch = make_model(copy.deepcopy(CONFIGS["llama"]), torch.float32), BATCHES["ordinary"]
+    ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]
+
+    def computed():
+        torch.manual_seed(0)
+        samples = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=True, pad_token_id=0)
+        with torch.no_grad():
+            logits = model(batch["chosen_input_ids"], attention_mask=batch["chosen_attention_mask"]).logits
+        return samples, logits
+
+    expected = computed()
+    use_packed_attention(model)
+    for ours, before in zip(computed(), expected, strict=True):
+        assert torch.equal(ours, before)
+    model.save_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+RUN = [
+    "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "max_length=128", "max_prompt_length=64", "batch_size=8",
+    "n_examples=24", "n_eval_examples=6", "eval_batch_size=4", "eval_every=16", "lr=1e-3", "warmup_steps=0",
+    "n_eval_model_samples=2", "model.policy_dtype=float64", "model.reference_dtype=float64",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "n_workers"),
+    [
+        ("loss=dpo", 1), ("loss=sft", 1), ("loss=kto", 1), ("loss=ipo precompute_ref_log_probs=true", 1),
+        ("loss=dpo lora={r:4}", 1),
+        ("loss=dpo max_tokens_per_microbatch=300 gradient_accumulation_steps=2 activation_checkpointing=true", 1),
+        ("loss=dpo trainer=FSDPTrainer activation_checkpointing=true", 2),
+        ("loss=dpo trainer=TensorParallelTrainer", 2),
+    ],
+)  # fmt: skip
+def test_a_run_in_packed_rows_is_the_run_without(variant, n_workers, launcher, tmp_path):
+    lines = {}
+    for setting in ("false", "true"):
+        run_dir = tmp_path / setting
+        overrides = [*RUN, *variant.split(), f"padding_free={setting}", f"local_run_dir={run_dir}"]
+        assert launcher.run(*overrides, n_workers=n_workers) == 0, launcher.output
+        assert ("in rows without padding" in launcher.output) == (setting == "true")
+        lines[setting] = read_jsonl(run_dir / "metrics.jsonl")
+    assert len(lines["true"]) == len(lines["false"])
+    for ours, expected in zip(lines["true"], lines["false"], strict=True):
+        assert ours.keys() == expected.keys()
+        for key in expected.keys() - {"split", "examples_per_second", "tokens_per_second"}:
+            if "accuracies" in key and abs(expected.get(key.replace("accuracies", "margins"), 0)) < 1e-9:
+                continue  # policy and reference are equal: which reward is larger is up to rounding
+            assert ours[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6), key
