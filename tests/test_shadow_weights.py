@@ -1,0 +1,142 @@
+"""Weights that are cast once a step: the numbers are autocast's, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from test_shared_prompt import BATCHES, CONFIGS, make_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
+from losses import LOSSES
+from shared_prompt import response_logps, shared_rows
+
+BATCH = BATCHES["ordinary"]
+
+
+def small_model(architecture: str = "llama", **changes) -> nn.Module:
+    config = copy.deepcopy(CONFIGS[architecture])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return make_model(config, torch.float32)
+
+
+def step_loss(model: nn.Module) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = response_logps(model, shared_rows(BATCH))
+    reference = torch.linspace(-40, -10, len(logps)).chunk(2)
+    return LOSSES["dpo"].function(*logps.chunk(2), *reference, beta=0.1)[0].mean()
+
+
+def trained(model: nn.Module, n_steps: int, n_microbatches: int = 2) -> list[torch.Tensor]:
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3)
+    for _ in range(n_steps):
+        for _ in range(n_microbatches):
+            (step_loss(model) / n_microbatches).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts casts to bfloat16 of tensors of a weight's shape."""
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.bfloat16:
+            self.count += args[0].shape == self.shape
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "qwen3", "gpt2"])
+def test_a_hundred_steps_give_autocasts_weights(architecture):
+    model = small_model(architecture)
+    shadowed = copy.deepcopy(model)
+    shadow_linear_weights(shadowed)
+    for ours, expected in zip(trained(shadowed, 100), trained(model, 100), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_weights_are_cast_once_a_step_instead_of_once_a_microbatch():
+    model = small_model()
+    shape = model.model.layers[0].mlp.up_proj.weight.shape  # gate and up have it, in two layers
+    with CountCasts(shape) as casts:
+        trained(model, n_steps=3, n_microbatches=4)
+    assert casts.count == 4 * 3 * 4
+    shadow_linear_weights(model)
+    with CountCasts(shape) as casts:
+        trained(model, n_steps=3, n_microbatches=4)
+    assert casts.count == 4 * 3
+
+
+def test_a_weight_that_anybody_changes_is_cast_again():
+    model, other = small_model(), small_model("llama", initializer_range=0.5)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_(0, 0.2)
+    expected = step_loss(other)
+    shadow_linear_weights(model)
+    assert step_loss(model) != expected
+    model.load_state_dict(other.state_dict())
+    assert step_loss(model) == expected
+
+
+def test_nothing_of_it_is_in_checkpoints_or_copies():
+    model = small_model()
+    names = list(model.state_dict())
+    shadow_linear_weights(model)
+    loss = step_loss(model)
+    assert list(model.state_dict()) == names
+    copied = copy.deepcopy(model)
+    assert "_copies" not in copied.lm_head.__dict__
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert step_loss(copied) == loss != step_loss(model)
+
+
+def test_without_autocast_the_masters_are_computed_with():
+    model = small_model()
+    expected = response_logps(model, shared_rows(BATCH))
+    shadow_linear_weights(model)
+    assert torch.equal(response_logps(model, shared_rows(BATCH)), expected)
+
+
+def test_weights_that_embeddings_share_and_other_dtypes_are_left_alone():
+    tied = small_model("llama", tie_word_embeddings=True)
+    tied.tie_weights()
+    shadow_linear_weights(tied)
+    assert type(tied.lm_head) is nn.Linear
+    assert type(tied.model.layers[0].mlp.up_proj) is ShadowedLinear
+    in_16_bits = small_model().bfloat16()
+    shadow_linear_weights(in_16_bits)
+    assert not any(isinstance(module, ShadowedLinear) for module in in_16_bits.modules())
+
+
+def test_a_frozen_base_under_an_adapter_is_cast_once_for_good():
+    import peft
+
+    model = peft.get_peft_model(small_model(), peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    expected = trained_adapter(copy.deepcopy(model))
+    shadow_linear_weights(model)
+    base = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    with CountCasts(base.weight.shape) as casts:
+        ours = trained_adapter(model)
+    assert casts.count == 4
+    for parameter, other in zip(ours, expected, strict=True):
+        assert torch.equal(parameter, other)
+
+
+def trained_adapter(model: nn.Module) -> list[torch.Tensor]:
+    optimizer = torch.optim.RMSprop([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        step_loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
