@@ -19,7 +19,7 @@ from acceleration.packed_attention import takes_packed_attention, use_packed_att
 from distributed import collectives
 from distributed.strategies import SingleProcess
 from shared_prompt import PACKED, SHARED, Rows, packed_rows, packed_shared_rows, padded_rows, shared_rows, token_logps
-from utils import UserError, concatenated_inputs, take, unwrap_adapter
+from utils import UserError, computed_dtype, concatenated_inputs, take, unwrap_adapter
 
 # How far a way of computing may be from the model's own forward, as a multiple of what rounding does to that forward
 # (`OwnForward`), if it is to be chosen, and if there is no other and training would be refused. Over the architectures
@@ -363,8 +363,7 @@ def _rounded_otherwise(model: nn.Module) -> Iterator[set[torch.dtype]]:
     def perturb(module: nn.Module, inputs: tuple, output: object) -> torch.Tensor | None:
         if not isinstance(output, torch.Tensor) or not output.is_floating_point():
             return None
-        device = output.device.type
-        dtypes.add(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype)
+        dtypes.add(computed_dtype(output))
         generator = torch.Generator(output.device).manual_seed(next(counter))
         error = torch.empty(output.shape, device=output.device).uniform_(-1, 1, generator=generator)
         return (output * (1 + _rounding_error(output) * error)).to(output.dtype)
@@ -380,9 +379,7 @@ def _rounded_otherwise(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 def _rounding_error(tensor: torch.Tensor) -> float:
     """How far what is computed in a tensor's dtype may be off by rounding, relative to its size."""
-    dtype, device = tensor.dtype, tensor.device.type
-    if torch.is_autocast_enabled(device):  # which rounds what a layer takes, whatever the one before put out
-        dtype = torch.get_autocast_dtype(device)
+    dtype = computed_dtype(tensor)  # to which the next layer rounds what it takes, at the latest
     if dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
         return torch.finfo(dtype).eps / 2
     if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32:  # which has as many digits as float16

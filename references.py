@@ -225,7 +225,8 @@ class LogpsCache:
 
     def lookup(self, batch: dict, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of a batch's chosen and rejected responses, each (batch_size,)."""
-        values = torch.tensor([self.logps[key] for key in pair_keys(batch)], dtype=torch.float64).to(device, dtype)
+        values = torch.tensor([self.logps[key] for key in pair_keys(batch)], dtype=torch.float64).to(dtype)
+        values = values.to(device, non_blocking=True)
         return values[:, 0], values[:, 1]
 
     def fill(

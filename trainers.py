@@ -245,10 +245,11 @@ class BasicTrainer:
         with self._autocast(model):
             return response_logps(model, layout.rows(batch), layout.whole_logits, self.strategy)
 
-    def _autocast(self, model: nn.Module) -> torch.autocast:
+    def _autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """What a model is computed under: mixed precision is the policy's."""
-        mixed_precision = self.policy_mp is not None and model is self.policy
-        return torch.autocast(self.device.type, self.policy_mp, enabled=mixed_precision)
+        if self.policy_mp is None or model is not self.policy:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.policy_mp)
 
     def concatenated_forward(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the chosen and the rejected responses, each (batch_size,), in one pass over both."""
@@ -292,7 +293,8 @@ class BasicTrainer:
             logps = (self.response_logps(self.policy, batch),)
         inputs = dict(zip(LOGPS[: len(logps)], logps, strict=True))
         sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-        lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides]).to(self.device)
+        lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides])
+        lengths = lengths.to(self.device, non_blocking=True)
         lengths = dict(zip(sides, lengths, strict=True))
         if loss_config.get("average_log_prob", False):
             inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
@@ -493,8 +495,9 @@ class BasicTrainer:
 
     def _counted(self, batch: dict) -> torch.Tensor:
         """Which examples count, (batch_size,): not those that fill up an evaluation batch for all workers."""
-        index = batch.get("index", range(len(batch["prompt"])))
-        return torch.tensor([i is not None for i in index], device=self.device)
+        if "index" not in batch:  # of training
+            return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)
+        return torch.tensor([i is not None for i in batch["index"]], device=self.device)
 
     @property
     def end_tokens(self) -> list[int]:

@@ -84,6 +84,14 @@ def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, dev
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in sliced.items()}
 
 
+def computed_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """In which dtype a matrix product takes this tensor: autocast's, inside it, else the tensor's own."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
 def take(batch: dict, indices: torch.Tensor) -> dict:
     """The examples of a batch with these indices, in their order."""
     return {

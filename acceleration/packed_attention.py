@@ -22,6 +22,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from utils import computed_dtype
+
 NAME = "sdpa_or_packed"  # as an attention implementation of transformers
 # of what models hand to attention functions, that which changes nothing here
 _IGNORED = {"position_ids", "is_causal", "use_cache", "cache_position", "output_attentions", "position_embeddings"}
@@ -99,13 +101,11 @@ def packed_attention(
         asked.append("dropout" if dropout else "several rows")
     if asked:
         raise NotImplementedError(f"attention over a packed row has no {', '.join(asked)}")
-    dtype = query.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = computed_dtype(query)
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # (N, H, D) each
     if packing.keys is not None:
         key, value = _TakeKeys.apply(key, packing), _TakeKeys.apply(value, packing)  # (M, H_kv, D)
-    attend = _by_flash_attention if query.is_cuda else _by_segment
+    attend = _by_segment if query.device.type in ("cpu", "mps") else _by_flash_attention
     return attend(query, key, value, packing, scaling, sliding_window)[None], None
 
 

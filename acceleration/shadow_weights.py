@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils import computed_dtype
+
 
 class _AsCopied(torch.autograd.Function):
     """A master's copy, through which gradients go to the master."""
@@ -29,10 +31,9 @@ class ShadowedLinear(nn.Linear):
     """A linear layer with such copies of its weight and bias. A layer becomes one by `shadow_linear_weights`."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        device = inputs.device.type
-        if not torch.is_autocast_enabled(device):
+        dtype = computed_dtype(self.weight)
+        if dtype == self.weight.dtype:
             return super().forward(inputs)
-        dtype = torch.get_autocast_dtype(device)
         weight, bias = (None if p is None else self._in_dtype(name, p, dtype) for name, p in self._parameters.items())
         return F.linear(inputs, weight, bias)
 
