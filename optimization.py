@@ -26,6 +26,9 @@ def make_optimizer(policy: nn.Module, config: DictConfig, device: torch.device, 
     optimizer_class = getattr(torch.optim, config.optimizer)
     accepted = inspect.signature(optimizer_class).parameters
     args = {name: value for name, value in args.items() if name in accepted}
+    given = set(args) | set(config.optimizer_args)
+    if device.type == "cuda" and "fused" in accepted and not given & {"fused", "foreach", "differentiable"}:
+        args["fused"] = True  # one kernel for all weights
     args |= OmegaConf.to_container(config.optimizer_args)
     try:
         probe = nn.Parameter(torch.ones(2, 2, dtype=parameters[0].dtype, device=device))

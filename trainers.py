@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from acceleration.capacity import microbatch_overhead, tokens_that_fit
+from acceleration.compiled import compile_blocks
 from acceleration.shadow_weights import shadow_linear_weights
 from checkpointing import best
 from checkpointing.checkpoints import (
@@ -134,6 +135,8 @@ class BasicTrainer:
         config = self.config
         if self.policy_mp is not None and not self.strategy.splits_tensors:
             shadow_linear_weights(self.policy)
+        if config.compile:
+            compile_blocks(self.policy, config.model.block_name)
         self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
         n_states = 2 if "Adam" in config.optimizer else 1
         self.max_tokens = config.max_tokens_per_microbatch
@@ -198,6 +201,8 @@ class BasicTrainer:
                 check_reference_fits(model, self.policy, self.tokenizer, config)
             if reference_source(config).given or self.layout.is_packed:  # which depends on its dtype, too
                 self.reference_layout = self._choose_layout(model)
+            if config.compile:
+                compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model
 
         kind = resolved_reference(config)

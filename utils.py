@@ -146,6 +146,12 @@ def _zero_dropout_rates(holder: object):
             setattr(holder, name, 0.0)
 
 
+def transformer_blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
+    """A model's transformer blocks, by the name of their class, or by what the model calls those not to be split."""
+    names = [block_name] if block_name is not None else list(model._no_split_modules or [])
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def get_block_class_from_model(model: nn.Module, block_class_name: str) -> type[nn.Module]:
     """The class of the model's transformer blocks, by its name (e.g. GPTNeoXLayer).
 

@@ -74,6 +74,7 @@ class _TakeKeys(torch.autograd.Function):
         return of_tokens.index_copy(0, twice, sums), None
 
 
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,

@@ -45,9 +45,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from acceleration.capacity import microbatch_overhead
+from acceleration.packed_attention import use_packed_attention
+from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
+from data.batches import prefetched
 from data.microbatches import microbatches
 from losses import preference_loss
-from shared_prompt import padded_rows, response_logps, shared_rows
+from shared_prompt import Layout, packed_shared_rows, padded_rows, response_logps, shared_rows
 from utils import concatenated_inputs, disable_dropout, slice_and_move_batch_for_device
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 5e-7, 10.0
@@ -60,7 +64,7 @@ CHARACTERS_PER_TOKEN = 4.45
 
 PRESETS = {  # as many pairs at once as on each of the original's four GPUs: 64 / (2 microbatches * 4)
     "pythia-2.8b": {
-        "hidden": 2560, "layers": 32, "heads": 32, "dtype": "bfloat16", "batch_size": 64, "microbatch": 8,
+        "hidden": 2560, "layers": 32, "heads": 32, "mixed_precision": True, "batch_size": 64, "microbatch": 8,
     },
 }  # fmt: skip
 
@@ -190,6 +194,8 @@ def build_models(args: Namespace) -> Training:
         policy = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     disable_dropout(policy)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    if args.mixed_precision:
+        reference.bfloat16()
     if args.activation_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Training(policy.train(), reference)
@@ -198,9 +204,17 @@ def build_models(args: Namespace) -> Training:
 # ---- the ways of this repository and the original's -----------------------------------------------------------------
 
 
-def original_microbatches(batch: dict, n: int, device: str) -> list[dict]:
-    """`n` equal parts of a batch, all padded to the longest of the whole batch."""
-    return [slice_and_move_batch_for_device(batch, index, n, device) for index in range(n)]
+def original_microbatches(batch: dict, training: Training, args: Namespace) -> list[dict]:
+    """Equal parts of a batch, all padded to the longest of the whole batch."""
+    return [slice_and_move_batch_for_device(batch, i, args.microbatch, training.device) for i in range(args.microbatch)]
+
+
+def planned_microbatches(batch: dict, training: Training, args: Namespace, layout: Layout) -> list[dict]:
+    """Parts as `trainers.py` makes them, with their rows."""
+    n_least = 1 if layout.is_packed and args.max_tokens else args.microbatch
+    overhead = microbatch_overhead(training.policy, training.device)
+    parts = microbatches(batch, n_least, layout.is_shared, overhead, layout.is_packed, args.max_tokens)
+    return [layout.prepare(part, pin_memory=training.device.type == "cuda") for part in parts]
 
 
 def original_logps(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -231,16 +245,17 @@ def run_own(
     """Train on the batches.
 
     Args:
-        split: microbatches of (batch, least number of them, type of device).
+        split: microbatches of (batch, training, args).
         logps: log-probabilities of a microbatch's responses under a model, chosen before rejected.
     """
     optimizer = torch.optim.RMSprop(training.policy.parameters(), lr=LEARNING_RATE)
     if cached_reference:
         batches = [with_reference_logps(batch, training, logps) for batch in batches]
-    for batch in batches:
+    for batch, parts in prefetched(((batch, split(batch, training, args)) for batch in batches), n_ahead=2):
         training.on_step_begin()
-        for part in split(batch, args.microbatch, training.device.type):
-            policy_logps = logps(training.policy, part).chunk(2)
+        for part in parts:
+            with torch.autocast(training.device.type, torch.bfloat16, enabled=args.mixed_precision):
+                policy_logps = logps(training.policy, part).chunk(2)
             if not cached_reference:
                 part = with_reference_logps(part, training, logps)
             losses, _, _ = preference_loss(*policy_logps, *part["reference_logps"].unbind(1), beta=BETA)
@@ -287,7 +302,9 @@ def run_trl(training: Training, batches: list[dict], args: Namespace, tuned: boo
     reference = None if cached_reference else sharing_weights(training.reference)
     options, optimizer = {}, None
     if tuned:
-        options = {"bf16": False, "gradient_checkpointing": args.activation_checkpointing}
+        options = {"bf16": args.mixed_precision, "gradient_checkpointing": args.activation_checkpointing}
+        if training.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+            options["use_liger_kernel"] = True
         options["max_grad_norm"] = MAX_GRAD_NORM
         optimizer = torch.optim.RMSprop(policy.parameters(), lr=LEARNING_RATE)
     if training.keep_gradients:
@@ -310,25 +327,43 @@ def run_trl(training: Training, batches: list[dict], args: Namespace, tuned: boo
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def over_rows(make_rows: Callable, **options) -> functools.partial:
-    """Training as `trainers.py` does it, with `padded_rows` or `shared_rows`."""
-    return functools.partial(
-        run_own,
-        split=functools.partial(microbatches, shared=make_rows is shared_rows),
-        logps=lambda model, batch: response_logps(model, make_rows(batch)),
-        **options,
-    )
+def over_rows(make_rows: Callable, **options) -> Callable:
+    """Training as `trainers.py` does it, with one of its ways to lay out a batch."""
+    layout = Layout(make_rows, whole_logits=False)
+
+    def run(training: Training, batches: list[dict], args: Namespace):
+        models = [training.policy, training.reference]
+        for model in models if layout.is_packed else []:
+            use_packed_attention(model)
+        if args.mixed_precision:
+            shadow_linear_weights(training.policy)
+        try:
+            run_own(training, batches, args, functools.partial(planned_microbatches, layout=layout),
+                    lambda model, batch: response_logps(model, layout.rows(batch)), **options)  # fmt: skip
+        finally:
+            for model in models if layout.is_packed else []:
+                use_packed_attention(model, False)
+            for module in training.policy.modules():
+                if type(module) is ShadowedLinear:
+                    module.__class__ = nn.Linear
+                    module.__dict__.pop("_copies", None)
+
+    return run
 
 
-WAYS = {  # key: name, and what trains (training, batches, args)
-    "original": ("original", functools.partial(run_own, split=original_microbatches, logps=original_logps)),
-    "padded": ("padded, response-only head", over_rows(padded_rows)),
-    "shared": ("shared prompt", over_rows(shared_rows)),
-    "cached": ("shared prompt, cached reference", over_rows(shared_rows, cached_reference=True)),
-    "trl-default": ("TRL, its defaults", functools.partial(run_trl, tuned=False)),
-    "trl": ("TRL, tuned", functools.partial(run_trl, tuned=True)),
-    "trl-cached": ("TRL, tuned, cached reference", functools.partial(run_trl, tuned=True, cached_reference=True)),
-}
+WAYS = {  # key: name, whether the reference is cached, and what trains (training, batches, args)
+    "original": ("original", False, functools.partial(run_own, split=original_microbatches, logps=original_logps)),
+    "padded": ("padded, response-only head", False, over_rows(padded_rows)),
+    "shared": ("shared prompt", False, over_rows(shared_rows)),
+    "packed": ("shared prompt, packed", False, over_rows(packed_shared_rows)),
+    "cached": ("shared prompt, cached reference", True, over_rows(shared_rows, cached_reference=True)),
+    "packed-cached": (
+        "shared prompt, packed, cached reference", True, over_rows(packed_shared_rows, cached_reference=True)
+    ),
+    "trl-default": ("TRL, its defaults", False, functools.partial(run_trl, tuned=False)),
+    "trl": ("TRL, tuned", False, functools.partial(run_trl, tuned=True)),
+    "trl-cached": ("TRL, tuned, cached reference", True, functools.partial(run_trl, tuned=True, cached_reference=True)),
+}  # fmt: skip
 
 
 @dataclass
@@ -336,7 +371,8 @@ class Case:
     """A row of the table: a way to train on some batches, and what was measured."""
 
     name: str
-    run: functools.partial
+    cached_reference: bool
+    run: Callable
     batches: list[dict]
     seconds: list[list[float]] = field(default_factory=list)  # [round][step]
     peak_memory: float = 0.0  # bytes
@@ -392,7 +428,8 @@ def peak_memory(device: torch.device) -> float:
 
 def compare_gradients(cases: list[Case], training: Training, args: Namespace):
     """Note how far each case's first gradient is from the original's."""
-    if training.policy.dtype == torch.bfloat16:
+    if training.reference.dtype == torch.bfloat16:
+        args = Namespace(**vars(args) | {"mixed_precision": False})
         training = Training(copy.deepcopy(training.policy).float(), copy.deepcopy(training.reference).float())
         if args.batch_size % (2 * args.microbatch) == 0:  # or activations could be too large
             args = Namespace(**vars(args) | {"microbatch": 2 * args.microbatch})
@@ -452,10 +489,11 @@ def description(pairs: list[Pair], training: Training, args: Namespace) -> str:
         hardware = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
     n_parameters = sum(parameter.numel() for parameter in training.policy.parameters())
     prompt, chosen, rejected = (statistics.mean(len(pair[part]) for pair in pairs) for part in range(3))
+    precision = f"{args.dtype}{', computed in bfloat16' * args.mixed_precision}"
     return (
         f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}; {args.arch}, hidden size "
         f"{args.hidden}, {args.layers} layers, {args.heads} heads, vocabulary {args.vocab}: {n_parameters / 1e6:.1f} M "
-        f"parameters in {args.dtype}, attention: {training.policy.config._attn_implementation}; {len(pairs)} pairs of "
+        f"parameters in {precision}, attention: {training.policy.config._attn_implementation}; {len(pairs)} pairs of "
         f"{args.data or 'random tokens'}, mean tokens: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected "
         f"{rejected:.1f}; batches of {args.batch_sizes or args.batch_size} pairs, microbatches at least "
         f"{args.microbatch}; rounds: {args.repeats}"
@@ -466,7 +504,7 @@ def print_table(cases: list[Case], pairs: list[Pair], training: Training):
     """Print what was measured as Markdown; ratios are to the first row."""
     header = ["way", "pairs/s", "ms per pair", "computed tokens per pair", "peak memory, MiB"]
     header += [f"pairs/s over {cases[0].name}", "largest gradient difference"]
-    peak = matmul_peak(training.policy.dtype) if training.device.type == "cuda" else None
+    peak = matmul_peak(training.reference.dtype) if training.device.type == "cuda" else None
     if peak:
         header.append(f"of the matmul peak, {peak / 1e12:.0f} TFLOP/s")
     rows = [header, ["---"] * len(header)]
@@ -476,10 +514,21 @@ def print_table(cases: list[Case], pairs: list[Pair], training: Training):
         row += [f"{case.peak_memory / 2**20:.0f}", f"{speed / cases[0].pairs_per_second:.2f}"]
         row.append("-" if math.isnan(case.gradient_difference) else f"{case.gradient_difference:.1e}")
         if peak:
-            cached_reference = case.run.keywords.get("cached_reference", False)
-            row.append(f"{speed * needed_operations(pairs, training.policy, cached_reference) / peak:.1%}")
+            row.append(f"{speed * needed_operations(pairs, training.policy, case.cached_reference) / peak:.1%}")
         rows.append(row)
     print("\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)
+
+
+def write_json(path: str, cases: list[Case], pairs: list[Pair], training: Training, args: Namespace):
+    """What was measured, with what it was measured on."""
+    rows = [
+        {"way": case.name, "pairs_per_second": case.pairs_per_second, "tokens_per_pair": case.tokens_per_pair,
+         "peak_memory_bytes": case.peak_memory, "gradient_difference": case.gradient_difference,
+         "needed_operations_per_second":
+             case.pairs_per_second * needed_operations(pairs, training.policy, case.cached_reference)}
+        for case in cases
+    ]  # fmt: skip
+    Path(path).write_text(json.dumps({"on": description(pairs, training, args), "ways": rows}, indent=1))
 
 
 def parse_args() -> Namespace:
@@ -492,6 +541,8 @@ def parse_args() -> Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=50304, help="tokens in the vocabulary")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
+    parser.add_argument("--mixed-precision", action="store_true", help="compute the policy in bfloat16 under autocast, "
+                        "its weights in float32; the reference is in bfloat16")  # fmt: skip
     parser.add_argument("--data", help="JSON lines (or .gz) in the format of Anthropic/hh-rlhf, not random tokens")
     parser.add_argument("--tokenizer", help="for --data: a folder or a hub id")
     parser.add_argument("--max-length", type=int, default=512, help="tokens in prompt and response")
@@ -499,6 +550,8 @@ def parse_args() -> Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
     parser.add_argument("--batch-sizes", help="measure only shared prompts, at these sizes: 8,16,32,64")
     parser.add_argument("--microbatch", type=int, default=1, help="least number of microbatches a batch is cut into")
+    parser.add_argument("--max-tokens", type=int, help="in a microbatch, of this repository's ways")
+    parser.add_argument("--json", help="a file that gets what is measured")
     parser.add_argument("--activation-checkpointing", action="store_true", help="in all ways")
     parser.add_argument("--steps", type=int, default=8, help="timed steps per way and round")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, on the first batch")
@@ -533,14 +586,16 @@ def main():
     training = build_models(args)
     print(description(pairs, training, args), end="\n\n", flush=True)
     if args.batch_sizes:
-        name, run = WAYS["shared"]
-        cases = [Case(f"{name}, batches of {n}", run, in_batches(pairs, n)) for n in args.batch_sizes]
+        name, *way = WAYS["shared"]
+        cases = [Case(f"{name}, batches of {n}", *way, in_batches(pairs, n)) for n in args.batch_sizes]
     else:
         batches = in_batches(pairs, args.batch_size)
         cases = [Case(*WAYS[key], batches) for key in args.ways]
         compare_gradients(cases, training, args)
     measure(cases, training, args)
     print_table(cases, pairs, training)
+    if args.json:
+        write_json(args.json, cases, pairs, training, args)
     if not (args.has_trl or args.batch_sizes):
         print("\nTRL is not installed and was left out: pip install trl==1.16.0")
 

@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import re
+import shutil
 import typing
 from collections.abc import Mapping
 
@@ -362,6 +363,8 @@ def _check_workers(config: DictConfig):
     n_gpus = torch.cuda.device_count()
     if n_gpus and not environment.is_launched() and world_size > n_gpus:
         raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
+    if config.compile:
+        _check_can_compile(config)
     if config.model.load_in_4bit and strategy.splits_tensors:
         raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {for_tensors}")
     if config.optimizer in NOT_FOR_DTENSORS and strategy.splits_tensors:
@@ -373,6 +376,16 @@ def _check_workers(config: DictConfig):
         raise UserError(
             f"batch_size={config.batch_size} doesn't divide by gradient_accumulation_steps="
             f"{config.gradient_accumulation_steps} × {world_size} workers into microbatches of equal size"
+        )
+
+
+def _check_can_compile(config: DictConfig):
+    if STRATEGIES[config.trainer].splits_tensors:
+        raise UserError(f"compile=true isn't for trainer={config.trainer}; leave it out")
+    compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers if compiler):
+        raise UserError(
+            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
         )
 
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
 )
 
 from distributed import collectives
-from utils import UserError, unwrap_adapter
+from utils import UserError, transformer_blocks, unwrap_adapter
 
 
 def fsdp_mesh(n_replicas: int) -> DeviceMesh:
@@ -51,8 +51,7 @@ def shard_model(
 
 
 def _blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
-    names = [block_name] if block_name is not None else list(model._no_split_modules or [])
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    blocks = transformer_blocks(model, block_name)
     if not blocks:
         raise UserError(
             f"trainer=FSDPTrainer: {type(model).__name__} doesn't say what its transformer blocks are; "

@@ -280,3 +280,25 @@ def test_a_run_in_packed_rows_is_the_run_without(variant, n_workers, launcher, t
             if "accuracies" in key and abs(expected.get(key.replace("accuracies", "margins"), 0)) < 1e-9:
                 continue  # policy and reference are equal: which reward is larger is up to rounding
             assert ours[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6), key
+
+
+# ---- compiled -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_numbers_of_those_that_are_not(launcher, tmp_path):
+    lines = {}
+    for setting in ("false", "true"):
+        overrides = [*RUN, "loss=dpo", "padding_free=true", f"compile={setting}", f"local_run_dir={tmp_path}/{setting}"]
+        assert launcher.run(*overrides) == 0, launcher.output
+        lines[setting] = read_jsonl(tmp_path / setting / "metrics.jsonl")
+    for ours, expected in zip(lines["true"], lines["false"], strict=True):
+        for key in ("loss/train", "loss/eval", "grad_norm", "logps_train/chosen", "logps_eval/rejected"):
+            assert (key in ours) == (key in expected)
+            assert ours.get(key, 0) == pytest.approx(expected.get(key, 0), rel=1e-6), key
+
+
+@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+def test_compiling_is_refused_where_tensors_are_split(trainer, make_trainer):
+    with pytest.raises(UserError, match=f"compile=true isn't for trainer={trainer}"):
+        make_trainer(*RUN, "loss=dpo", "compile=true", f"trainer={trainer}")
