@@ -123,7 +123,7 @@ def _by_flash_attention(query, key, value, packing: Packing, scale: float | None
         packing.longest_key,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": True} if query.shape[1] != key.shape[1] else {}),  # not in every version of torch
     )
 
 

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# What a GPU does: bash benchmarks/gpu.sh [DIRECTORY for the results]. Parts of less than ten minutes each, one by one:
+#   bash benchmarks/gpu.sh OUT correctness | throughput | profile | runs
+# The first three need torch and transformers alone, `runs` what training needs. TRL is measured where it is installed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-gpu_results}
+parts=${2:-correctness throughput profile runs}
+mkdir -p "$out"
+
+for part in $parts; do
+    echo "== $part"
+    case $part in
+    correctness)
+        python3 benchmarks/gpu.py correctness --json "$out/correctness.json"
+        python3 benchmarks/gpu.py synchronization --json "$out/synchronization.json"
+        ;;
+    throughput)
+        # Pythia-2.8B's shape and HH's lengths: float32 weights computed in bfloat16, a reference in bfloat16
+        python3 benchmarks/throughput.py --preset pythia-2.8b --steps 4 --repeats 2 --max-tokens 13000 \
+            --ways original shared packed cached packed-cached trl trl-cached --json "$out/throughput.json"
+        ;;
+    profile)
+        python3 benchmarks/gpu.py profile | tee "$out/profile.txt"
+        python3 benchmarks/throughput.py --preset pythia-2.8b --hidden 2048 --layers 16 --heads 16 --max-length 2048 \
+            --max-prompt-length 1024 --steps 2 --repeats 1 --ways shared packed --json "$out/llama_2k.json" --arch llama
+        ;;
+    runs)
+        # the command line: one process, FSDP over NCCL, layers spread by device_map, 4 bits, a run that goes on
+        run="python3 train.py model=tiny datasets=[toy] loss=dpo n_examples=256 n_eval_examples=64 eval_every=128"
+        run="$run batch_size=16 warmup_steps=0 wandb.enabled=false curves=false local_dirs=[$out/cache]"
+        $run local_run_dir="$out/float32" &&
+            $run local_run_dir="$out/mixed" model.policy_mp=bfloat16 model.reference_dtype=bfloat16 &&
+            $run local_run_dir="$out/fsdp" model.policy_mp=bfloat16 trainer=FSDPTrainer &&
+            $run local_run_dir="$out/compiled" model.policy_dtype=bfloat16 compile=true &&
+            $run local_run_dir="$out/again" n_examples=128 model.policy_mp=bfloat16 &&
+            $run local_run_dir="$out/again" resume="$out/again" model.policy_mp=bfloat16
+        python3 -m pytest -n 0 -m gpu tests/test_gpu.py
+        ;;
+    esac
+done

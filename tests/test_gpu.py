@@ -1,0 +1,54 @@
+"""What needs a GPU: the kernels' numbers against those of a CPU, and what is decided there."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ORACLE, read_jsonl
+from test_shared_prompt import BATCHES, CONFIGS, MAX_LENGTH, loss_and_gradients, make_model
+
+from acceleration.packed_attention import use_packed_attention
+from model_check import choose_rows
+from shared_prompt import packed_rows, packed_shared_rows, response_logps, shared_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+BATCH = BATCHES["ordinary"]
+
+
+def on_gpu(architecture: str, dtype: torch.dtype) -> torch.nn.Module:
+    return make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32).to("cuda", dtype)
+
+
+@pytest.mark.parametrize("make_rows", [packed_rows, packed_shared_rows])
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama", "qwen3"])
+def test_the_kernel_gives_the_gradients_of_attention_segment_by_segment(architecture, make_rows):
+    gpu, cpu = on_gpu(architecture, torch.bfloat16), make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32)
+    for model in (gpu, cpu):
+        use_packed_attention(model)
+    ours = loss_and_gradients(gpu, response_logps(gpu, make_rows(BATCH)), "sft")
+    expected = loss_and_gradients(cpu, response_logps(cpu, make_rows(BATCH)), "sft")
+    scale = max(value.norm() for name, value in expected.items() if name not in ("loss", "logps"))
+    for name, value in expected.items():
+        assert (ours[name].cpu().float() - value).norm() < 0.05 * max(scale, 1), name
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "qwen3"])
+def test_rows_are_packed_where_the_kernel_takes_the_dtype(architecture):
+    for dtype, expected in ((torch.bfloat16, packed_shared_rows), (torch.float32, shared_rows)):
+        chosen = choose_rows(on_gpu(architecture, dtype), BATCH, "auto", MAX_LENGTH, padding_free="auto")
+        assert chosen[0] is expected, chosen[2]
+
+
+@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
+def test_a_run_on_a_gpu_learns_what_one_on_a_cpu_does(trainer, launcher, tmp_path):
+    overrides = [
+        "model=tiny", "loss=dpo", f"dataset_paths.hh={ORACLE}/hh", "max_length=128", "max_prompt_length=64",
+        "batch_size=8", "n_examples=24", "n_eval_examples=6", "eval_batch_size=4", "eval_every=16", "lr=1e-3",
+        "warmup_steps=0", "sample_during_eval=false", "model.policy_mp=bfloat16", f"trainer={trainer}",
+        f"local_run_dir={tmp_path}/run",
+    ]  # fmt: skip
+    assert launcher.run(*overrides) == 0, launcher.output
+    assert "in rows without padding" in launcher.output
+    losses = [line["loss/train"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["split"] == "train"]
+    assert losses[0] == pytest.approx(0.6931, abs=0.01)
+    assert losses[-1] < losses[0]
