@@ -19,8 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
+from acceleration.packed_attention import use_packed_attention  # noqa: E402
 from model_check import CHOSEN_WITHIN, REFUSED_BEYOND, OwnForward, choose_rows, synthetic_pair  # noqa: E402
-from shared_prompt import shared_rows, token_logps  # noqa: E402
+from shared_prompt import packed_shared_rows, shared_rows, token_logps  # noqa: E402
 from utils import UserError, concatenated_inputs, disable_dropout  # noqa: E402
 
 OUTPUT = REPOSITORY / "docs" / "architectures.md"
@@ -149,6 +150,7 @@ def try_model(model: nn.Module) -> dict:
         differences = differences.masked_fill(~expected.isfinite(), 0)  # windows full of padding, in float64
         own = OwnForward(model, batch, whole_logits)
     shares = make_rows is shared_rows
+    without_padding = try_without_padding(model, batch, expected)
     decision = ("shared" if shares else "padded") + (", whole logits" if whole_logits else "")
     return {
         "decision": decision,
@@ -157,8 +159,23 @@ def try_model(model: nn.Module) -> dict:
         "rounding": float(own.rounding.max()),
         "n_off": int((differences > 10 * own.rounding.max()).sum()),
         "n_tokens": len(differences),
+        "without_padding": without_padding,
         "right": own.within_rounding(differences.sort().values, CHOSEN_WITHIN if shares else REFUSED_BEYOND),
     }
+
+
+def try_without_padding(model: nn.Module, batch: dict, expected: torch.Tensor) -> str:
+    """Whether a model computes packed rows, and how far its log-probabilities are from `expected` then."""
+    try:
+        small = batch_of(((9, 4, 7), (3, 6, 2)))
+        make_rows, whole_logits, _ = choose_rows(model, small, "auto", MAX_LENGTH, padding_free=True)
+    except UserError:
+        return "no"
+    with torch.no_grad():
+        differences = (token_logps(model, make_rows(batch), whole_logits) - expected).abs()
+    use_packed_attention(model, False)
+    kind = "shared" if make_rows is packed_shared_rows else "by itself"
+    return f"{kind}: {differences.masked_fill(~expected.isfinite(), 0).max():.0e}"
 
 
 def try_type(model_type: str, results: multiprocessing.SimpleQueue):
@@ -223,6 +240,7 @@ def row_of(model_type: str, results: dict) -> str:
         notes = notes[:1]
     reason = "; bfloat16: ".join(notes)
     cells += [""] * (2 - len(cells))
+    cells.append(results[dtypes[0]].get("without_padding", "") if dtypes else "")
     return f"| {model_type} | {results.get('class', '')} | {' | '.join(cells)} | {reason} |"
 
 
@@ -240,14 +258,15 @@ causal language model, built at a tiny size with random weights, max_length={max
 them by default. *shared*: prefix sharing, one row a pair; *padded*: two rows a pair; *whole logits*: the logits are the
 whole model's at every position, otherwise the output head is applied where a response token is predicted. Behind the
 decision stands the largest difference of a token's log-probability from that of the model's own forward with a padding
-mask, in nats, and in brackets the largest that rounding alone makes. *refused*: training doesn't start. *off*: beyond
-rounding; in a mixture of experts the router of a token may stand between two of them to the last digit, and then
-rounding decides.
+mask, in nats, and in brackets the largest that rounding alone makes. *refused*: training doesn't start. *without
+padding*: whether packed rows (`padding_free=true`) are computed too, in the precision of the first column, with prompts
+shared or each sequence by itself. *off*: beyond rounding; in a mixture of experts the router of a token may stand
+between two of them to the last digit, and then rounding decides.
 
 {summary}
 
-| type | class | float64 | bfloat16 | why |
-| --- | --- | --- | --- | --- |
+| type | class | float64 | bfloat16 | without padding | why |
+| --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -257,16 +276,18 @@ def main():
     parser.add_argument("--time-limit", type=float, default=300, help="seconds for one model")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    rows, counts, wrong = [], Counter(), []
+    rows, counts, wrong, n_packed = [], Counter(), [], 0
     for model_type in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         results = try_in_process(model_type, args.time_limit)
         tried = [results[dtype] for dtype in DTYPES if dtype in results]
         wrong += [model_type] if any(result.get("n_off", 0) > 1 and not result["right"] for result in tried) else []
         counts[tried[0]["decision"] if tried else "not built"] += 1
+        n_packed += bool(tried) and tried[0].get("without_padding", "no") != "no"
         rows.append(row_of(model_type, results))
         print(rows[-1], flush=True)
     if not args.types:
-        summary = f"{len(rows)} types: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()) + "."
+        summary = f"{len(rows)} types: " + ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        summary += f". {n_packed} can be computed without padding."
         versions = {"transformers": transformers.__version__, "torch": torch.__version__}
         text = HEADER.format(**versions, max_length=MAX_LENGTH, summary=summary) + "\n".join(rows) + "\n"
         OUTPUT.parent.mkdir(exist_ok=True)
