@@ -46,7 +46,7 @@ def locate(given: str, key: str = "datasets") -> Location:
         _check_suffix([path], where)
         return Location(given, path, files={"train": [os.path.abspath(path)]})
     if glob.has_magic(path):
-        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+        files = sorted(file for file in _matches(path) if os.path.isfile(file))
         if not files:
             raise UserError(f"{where}: no file fits this pattern, seen from {os.getcwd()}")
         _check_suffix(files, where)
@@ -65,6 +65,16 @@ def locate(given: str, key: str = "datasets") -> Location:
         f"{where}: there is no such file or folder, seen from {os.getcwd()}.{closest_match(path, siblings)}\n"
         f"Give a file ({reading.FORMATS}), a folder, a pattern like 'data/*.jsonl', or an id on the hub, OWNER/NAME"
     )
+
+
+def _matches(pattern: str) -> list[str]:
+    """The paths that fit a pattern; of one that goes into all folders, without those in caches and runs."""
+    paths = glob.glob(pattern, recursive=True)
+    if "**" not in pattern:
+        return paths
+    root = os.path.abspath(os.path.dirname(pattern[: re.search(r"[*?[]", pattern).start()]) or ".")
+    left_out = tuple(f"{directory}/" for directory in reading.caches_and_runs(root))
+    return [path for path in paths if not os.path.abspath(path).startswith(left_out)]
 
 
 def _check_suffix(files: list[str], where: str):

@@ -180,7 +180,7 @@ def folder_files(folder: str, where: str) -> dict[str, list[str]] | None:
     if _card_names_files(folder):
         return None
     folder = os.path.abspath(folder)
-    left_out = tuple(f"{directory}/" for directory in _caches_and_runs(folder))
+    left_out = tuple(f"{directory}/" for directory in caches_and_runs(folder))
 
     def resolve(pattern: str) -> list[str]:
         files = resolve_pattern(pattern, glob.escape(folder), allowed_extensions=_SUFFIXES)
@@ -260,7 +260,7 @@ def _card_names_files(folder: str) -> bool:
     return False
 
 
-def _caches_and_runs(folder: str) -> list[str]:
+def caches_and_runs(folder: str) -> list[str]:
     """Directories under `folder` that hold what programs wrote: Arrow caches, models from the hub, runs."""
     found = []
     for directory, subdirectories, files in os.walk(folder, followlinks=True):

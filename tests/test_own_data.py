@@ -137,6 +137,10 @@ def test_a_pattern_of_files(read, tmp_path):
         "a/train.jsonl", "a/more.jsonl", "b/train.jsonl", "contest.jsonl"
     }  # fmt: skip
     assert {prompt.split()[0] for prompt in found["test"]} == {"a/test.jsonl"}
+    (tmp_path / "b/run").mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl"):  # what a run leaves
+        (tmp_path / "b/run" / name).write_text("{}\n")
+    assert read(f"{tmp_path}/**/*.jsonl") == found["train"]
     write(tmp_path / "[x]*.jsonl", numbered(2))  # a name is not a pattern
     assert len(read(f"{tmp_path}/[x]*.jsonl")) == 1
 
