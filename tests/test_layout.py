@@ -16,6 +16,7 @@ LEVELS = [  # modules and folders; each imports from those below it alone, a fol
     {"evaluate"},
     {"train", "checkpoints"},
     {"trainers"},
+    {"computation"},
     {"models", "judging"},
     {"checkpointing"},
     {"configuration"},
