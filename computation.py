@@ -40,6 +40,8 @@ class PolicyAndReference:
     strategy: SingleProcess
     device: torch.device
     stop: StopSignal
+    layout: Layout  # of batches for the policy ...
+    reference_layout: Layout  # ... and for the reference
     train_iterator: BatchIterator
     eval_iterator: BatchIterator
 
