@@ -58,4 +58,6 @@ def tokens_that_fit(
     trained = sum(parameter.nbytes for parameter in local if parameter.requires_grad)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free -= trained * (1 + n_optimizer_states)
+    if compute_dtype.itemsize < 4:  # copies of float32 weights in that dtype, as autocast or FSDP makes them
+        free -= sum(p.numel() * compute_dtype.itemsize for p in local if p.dtype == torch.float32)
     return max(1, int(_SHARE_FOR_ACTIVATIONS * free / activation_bytes(policy, compute_dtype, recomputed)))

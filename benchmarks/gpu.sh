@@ -17,7 +17,7 @@ for part in $parts; do
         ;;
     throughput)
         # Pythia-2.8B's shape and HH's lengths: float32 weights computed in bfloat16, a reference in bfloat16
-        python3 benchmarks/throughput.py --preset pythia-2.8b --steps 4 --repeats 2 --max-tokens 13000 \
+        python3 benchmarks/throughput.py --preset pythia-2.8b --steps 4 --repeats 2 --max-tokens 6500 \
             --ways original shared packed cached packed-cached trl trl-cached --json "$out/throughput.json"
         ;;
     profile)
