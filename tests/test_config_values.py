@@ -48,6 +48,8 @@ ACCEPTED = {
     "optimizer_args": [{}],
     "warmup_steps": [0, 1, 3, 1000],
     "shared_prompt": [True, False],
+    "padding_free": [True, False],
+    "max_tokens_per_microbatch": [None, *POSITIVE_WHOLE],
     "reference": [],
     "precompute_ref_log_probs": [False],  # loss=sft has no reference
     "lora": [None, {}],
