@@ -157,17 +157,20 @@ class Layout:
 
     def rows(self, batch: dict) -> Rows:
         """A batch's rows; those that `prepare` has made, if it was called."""
-        if "rejected_labels" not in batch:  # nothing to share
-            return packed_rows(batch) if self.is_packed else padded_rows(batch)
-        made = batch.get("rows", {})
-        return made[self.make_rows] if self.make_rows in made else self.make_rows(batch)
+        made, way = batch.get("rows", {}), self._way(batch)
+        return made[way] if way in made else way(batch)
 
     def prepare(self, batch: dict, pin_memory: bool) -> dict:
         """The batch with its rows beside it, ahead of time; in memory that a GPU can copy from while it computes."""
-        if "rejected_labels" not in batch:
-            return batch
-        rows = self.make_rows(batch)
-        return batch | {"rows": batch.get("rows", {}) | {self.make_rows: rows.pin_memory() if pin_memory else rows}}
+        way = self._way(batch)
+        rows = way(batch).pin_memory() if pin_memory else way(batch)
+        return batch | {"rows": batch.get("rows", {}) | {way: rows}}
+
+    def _way(self, batch: dict) -> Callable[[dict], Rows]:
+        """How this batch is laid out: single sequences have nothing to share."""
+        if "rejected_labels" in batch:
+            return self.make_rows
+        return packed_rows if self.is_packed else padded_rows
 
 
 class _PackedRow:
