@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, TIMEOUT, read_jsonl
+from launcher import Run
 from test_checkpoints import mounted  # noqa: F401 (a fixture)
 from test_cli import CHECKPOINT_FILES, SHORT, TOY
 
@@ -114,43 +115,48 @@ def test_a_signal_to_a_run_that_nobody_reads_still_writes_a_checkpoint(tmp_path)
 PRECOMPUTED = [*TOY, "n_examples=8", "loss=dpo", "precompute_ref_log_probs=true", "sample_during_eval=false"]
 
 
-def precompute(tmp_path: Path, local: Path) -> subprocess.CompletedProcess:
-    overrides = [*PRECOMPUTED, "wandb.enabled=false", f"local_run_dir={tmp_path}/run", f"local_dirs=[{local}]"]
-    return shell(f"$TRAIN {' '.join(overrides)}", tmp_path)
+@pytest.fixture
+def precompute(launcher, tmp_path):
+    def run(local: Path) -> Run:
+        overrides = [f"local_run_dir={tmp_path}/run", f"local_dirs=[{local}]"]
+        run = launcher.start(*PRECOMPUTED, *overrides, directory=tmp_path)
+        run.wait()
+        return run
+
+    return run
 
 
-def assert_refused(result: subprocess.CompletedProcess, *parts: str):
-    errors = result.stderr.decode()
-    assert result.returncode == 1, errors
-    assert "Traceback" not in errors
-    message = errors[errors.index("error: ") :]
+def assert_refused(run: Run, *parts: str):
+    assert run.code == 1, run.output
+    assert "Traceback" not in run.output
+    message = run.output[run.output.index("error: ") :]
     for part in parts:
         assert part in message
 
 
-def test_a_file_in_the_place_of_any_directory_of_the_cache(tmp_path):
+def test_a_file_in_the_place_of_any_directory_of_the_cache(precompute, tmp_path):
     local = tmp_path / "local"
-    assert precompute(tmp_path, local).returncode == 0
+    assert precompute(local).code == 0
     (fingerprint,) = local.glob("*/reference_logps/*")
     for path in (local, fingerprint.parent.parent, fingerprint.parent, fingerprint):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         path.rename(tmp_path / "aside")
         path.write_text("")
-        result = precompute(tmp_path, local)
-        assert_refused(result, str(path), "local_dirs")
+        run = precompute(local)
+        assert_refused(run, str(path), "local_dirs")
         # the others are noticed before
-        assert (b"building policy" in result.stdout) == (path == fingerprint)
+        assert ("building policy" in run.output) == (path == fingerprint)
         assert not (tmp_path / "run").exists()
         path.unlink()
         (tmp_path / "aside").rename(path)
 
 
-def test_a_cache_on_a_full_and_on_a_read_only_disk(mounted, tmp_path):  # noqa: F811
+def test_a_cache_on_a_full_and_on_a_read_only_disk(mounted, precompute):  # noqa: F811
     disk = mounted(4096 * 4)
     (disk / "full").write_bytes(b"0" * 4096 * 4)
-    assert_refused(precompute(tmp_path, disk), f"log-probabilities in {disk}/", "No space left", "local_dirs=[DIR]")
+    assert_refused(precompute(disk), f"log-probabilities in {disk}/", "No space left", "local_dirs=[DIR]")
     assert list(disk.rglob("*.safetensors*")) == []
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    result = precompute(tmp_path, disk)
-    assert_refused(result, "precompute_ref_log_probs=true", "local_dirs", "Read-only file system")
-    assert b"building policy" not in result.stdout
+    run = precompute(disk)
+    assert_refused(run, "precompute_ref_log_probs=true", "local_dirs", "Read-only file system")
+    assert "building policy" not in run.output
