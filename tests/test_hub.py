@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, REPOSITORY, read_jsonl
+from conftest import ORACLE, read_jsonl
 from hub_server import TOKEN, Hub
+from launcher import train_after
 from test_cli import assert_refused
 
 pytestmark = pytest.mark.slow
@@ -252,12 +253,11 @@ def test_a_gated_model_trains_for_who_has_access(online_ok, hub, bodies):
     online_ok("loss=dpo", "model=llama3-8b", "model.block_name=null", *SHORT, env={"HF_TOKEN": TOKEN})
 
 
-# train.py, but that the library tries again soon, where by itself it waits up to 8 seconds each time
-IMPATIENT = f"""
-import runpy, time, types
+# the library tries again soon, where by itself it waits up to 8 seconds each time
+IMPATIENT = """
+import time, types
 from huggingface_hub.utils import _http
-_http.time = types.SimpleNamespace(**vars(time) | {{"sleep": lambda seconds: time.sleep(seconds / 100)}})
-runpy.run_path({str(REPOSITORY / "train.py")!r}, run_name="__main__")
+_http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 100)})
 """
 
 
@@ -271,8 +271,7 @@ runpy.run_path({str(REPOSITORY / "train.py")!r}, run_name="__main__")
 )
 def test_a_server_error_is_no_missing_file(word, part, online, hub, tmp_path):
     hub.status[word] = 500, ""
-    (tmp_path / "impatient.py").write_text(IMPATIENT)
-    refused = online(*DPO, script=tmp_path / "impatient.py")
+    refused = online(*DPO, script=train_after(IMPATIENT, tmp_path))
     assert_refused(refused, tmp_path, part, f"/{word})", "Start again later; what has come down is kept")
 
 
