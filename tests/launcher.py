@@ -108,11 +108,13 @@ class Launcher:
         of_training: bool = True,
         as_typed: bool = False,
         terminal: str | None = None,
+        printed_to: str | None = None,
     ) -> Run:
         """Start a run, without wandb and curves unless they are asked for; `n_workers` as a launcher starts them.
 
         `in_order`: stdout and stderr are one, as on a terminal. `of_training`: whether the script has training's keys.
-        `as_typed`: nothing is added to the words. `terminal`: the device that all three streams are.
+        `as_typed`: nothing is added to the words. `terminal`: the device that all three streams are. `printed_to`: what
+        stdout and stderr are instead of files.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
@@ -126,7 +128,7 @@ class Launcher:
             path.touch()
         job = {
             "command": [str(script), *words], "directory": str(directory), "on_terminal": terminal is not None,
-            "streams": [terminal] * 3 if terminal else [os.devnull, str(stdout), str(stderr)],
+            "streams": [terminal or os.devnull, *(terminal or printed_to or str(path) for path in (stdout, stderr))],
             "envs": [env or {}] if n_workers == 1 else launcher_variables(n_workers),
         }  # fmt: skip
         self.runs.append(Run(self, self.ask("start", job), stdout, stderr))
@@ -179,7 +181,8 @@ class Server:
     def start(self, job: dict) -> list[int]:
         """Process ids, one for each of the job's environments."""
         children = []
-        streams = [os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOCTTY) for path in job["streams"]]
+        flags = (os.O_RDONLY, os.O_WRONLY | os.O_APPEND, os.O_WRONLY | os.O_APPEND)
+        streams = [os.open(path, how | os.O_NOCTTY) for path, how in zip(job["streams"], flags, strict=True)]
         for env in job["envs"]:
             child = os.fork()
             if child == 0:

@@ -133,7 +133,7 @@ def refusal(words: list[str], directory: Path) -> str | None:
     raise AssertionError(f"{words}: it does nothing")
 
 
-@fuzz(40)
+@fuzz(30)
 @given(words=command_lines(nasty, removals, plausible))
 @example(words=["world_size=2"])
 @example(words=["+exp_name=x"])
@@ -148,7 +148,7 @@ def test_before_anything_is_loaded_a_command_line_is_accepted_or_refused_by_name
     assert list(directory.iterdir()) == []
 
 
-@fuzz(14)
+@fuzz(10)
 @given(words=command_lines(plausible))
 @example(words=["optimizer_args={eps:0}"])
 @example(words=["loss=dpo", "lora={trainable_token_indices:[1]}", "sample_during_eval=true"])
