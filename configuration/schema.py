@@ -1,5 +1,7 @@
 """The keys that a config may have, with their defaults."""
 
+import copy
+import functools
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,10 +16,16 @@ FREE_KEYS = ("lora", "optimizer_args", "lr_scheduler_args", "dataset_paths", "fi
 
 def default_config(loss_name: str | None = None) -> dict[str, object]:
     """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}; those of one loss, or all."""
-    flat = flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
-    flat |= flatten(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), "model.")
+    flat = copy.deepcopy(_defaults_in_files())
     for loss in [LOSSES[loss_name]] if loss_name is not None else LOSSES.values():
         flat |= {f"loss.{name}": option.default for name, option in loss.options.items()}
+    return flat
+
+
+@functools.cache
+def _defaults_in_files() -> dict[str, object]:
+    flat = flatten(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    flat |= flatten(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), "model.")
     return {key: value for key, value in flat.items() if not key.startswith(("hydra", "defaults"))}
 
 

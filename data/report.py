@@ -29,7 +29,9 @@ def lengths(
         for index in range(1 if sft_mode else len(prompt.pairs)):
             texts += [prompt.text, *chosen_and_rejected(prompt, index, sft_mode)[0]]
             numbers.append(number)
-    counts = np.array([len(ids) for ids in chat.token_ids(texts, tokenizer)], dtype=np.int64).reshape(-1, 3)
+    different = list(dict.fromkeys(texts))  # a prompt recurs with each of its pairs
+    n_tokens = dict(zip(different, map(len, chat.token_ids(different, tokenizer)), strict=True))
+    counts = np.array([n_tokens[text] for text in texts], dtype=np.int64).reshape(-1, 3)
     return counts[:, 0], counts[:, 1:].max(1, initial=0) + 1, np.array(numbers, dtype=np.int64)
 
 

@@ -71,7 +71,6 @@ def sample_words(rng: np.random.RandomState, prompts: np.ndarray, beta: float | 
     return (rng.random_sample((len(prompts), N_SLOTS, 1)) > cumulative[..., :-1]).sum(-1)
 
 
-@functools.cache
 def get_toy(
     split: str,
     silent: bool = False,
@@ -90,6 +89,11 @@ def get_toy(
         n_train: only the first so many training examples.
         imitates_preferred: the SFT target is the pair's preferred response.
     """
+    return _make_toy(split, flipped, imitates_preferred)[: n_train if split == "train" else None]
+
+
+@functools.cache
+def _make_toy(split: str, flipped: float, imitates_preferred: bool) -> list[tuple[str, dict]]:
     n_examples, seed = _SPLITS[split]
     rng = np.random.RandomState(seed)
     prompts = rng.randint(len(PROMPTS), size=n_examples)
@@ -98,16 +102,18 @@ def get_toy(
     first_preferred ^= rng.random_sample(n_examples) < flipped
     if imitates_preferred:
         sft_target = np.where(first_preferred[:, None], first, second)
+    texts = [response_text(words) for words in ALL_RESPONSES]
+    numbers = [np.ravel_multi_index(words.T, (N_WORDS,) * N_SLOTS).tolist() for words in (first, second, sft_target)]
     data = []
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, first_number, second_number, target) in enumerate(zip(prompts.tolist(), *numbers, strict=True)):
         entry = {
-            "responses": [response_text(first[i]), response_text(second[i])],
+            "responses": [texts[first_number], texts[second_number]],
             "pairs": [(0, 1) if first_preferred[i] else (1, 0)],
-            "sft_target": response_text(sft_target[i]),
+            "sft_target": texts[target],
             "rows": [i],
         }
         data.append((PROMPTS[prompt], entry))
-    return data[: n_train if split == "train" else None]
+    return data
 
 
 # ---- a second task, where length can be exploited -------------------------------------------------------------------

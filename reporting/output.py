@@ -46,11 +46,12 @@ def keep_output_going():
 
 def quiet_libraries():
     """No bars of libraries among what a run prints; of downloads, which may take long, none without a terminal."""
-    import datasets
     import huggingface_hub
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read at its import, which takes half a second
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()

@@ -2,6 +2,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Place
 from hydra import compose, initialize_config_dir
-from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, start_server
+from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, running_server
 from omegaconf import OmegaConf
 from process_pool import ProcessPool
 from safetensors.torch import load_file
@@ -27,7 +29,7 @@ torch.set_num_threads(1)
 ORACLE = REPOSITORY / "tests" / "oracle"
 
 
-SLOW_FIXTURES = {"launcher", "run_python", "start", "in_workers"}  # they start processes
+SLOW_FIXTURES = {"launcher", "run_python", "start", "in_workers", "train_from_hub"}  # they start processes
 
 
 def pytest_collection_modifyitems(items):
@@ -55,10 +57,8 @@ def hydra_list(value: object) -> str:
 
 @pytest.fixture(scope="session")
 def fork_server():
-    server = start_server()
-    yield server
-    server.stdin.close()
-    server.wait()
+    with running_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +68,19 @@ def launcher(fork_server, tmp_path_factory):
     launcher.stop()
 
 
-@pytest.fixture
-def train(launcher, tmp_path):
-    """Run `train.py` as a user would, in an empty directory, without network, wandb or a terminal."""
-
-    def run_command(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-        run = launcher.start(*overrides, env=env, directory=tmp_path)
+def train_with(launcher: Launcher, directory: Path) -> Callable[..., subprocess.CompletedProcess]:
+    def run_command(*overrides: str, **kwargs) -> subprocess.CompletedProcess:
+        run = launcher.start(*overrides, directory=directory, **kwargs)
         code = run.wait()
         return subprocess.CompletedProcess(overrides, code, run.stdout.read_text(), run.stderr.read_text())
 
     return run_command
+
+
+@pytest.fixture
+def train(launcher, tmp_path):
+    """Run `train.py` as a user would, in an empty directory, without network, wandb or a terminal."""
+    return train_with(launcher, tmp_path)
 
 
 @pytest.fixture
@@ -119,6 +122,27 @@ def train_alone(run_python, tmp_path):
         return run_python(str(REPOSITORY / "train.py"), *words, env=env)
 
     return run_command
+
+
+@pytest.fixture(scope="session")
+def hub_place(tmp_path_factory) -> Place:
+    """Where one hub after the other may be, for `train_from_hub`."""
+    return Place(tmp_path_factory.mktemp("hub") / "home")
+
+
+@pytest.fixture(scope="session")
+def hub_fork_server(hub_place):
+    with running_server(hub_place.environment()) as server:
+        yield server
+
+
+@pytest.fixture
+def train_from_hub(hub_fork_server, hub_place, tmp_path, tmp_path_factory):
+    """As `train`, of processes that take who is at `hub_place` for the hub; nothing has come down from it yet."""
+    shutil.rmtree(hub_place.home, ignore_errors=True)
+    launcher = Launcher(hub_fork_server, tmp_path_factory.mktemp("launcher"))
+    yield train_with(launcher, tmp_path)
+    launcher.stop()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import urllib.parse
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 TOKEN = "hf_accepted"  # of a user to whom gated repositories are open
 BIG = (".safetensors", ".bin", ".gz", ".parquet")  # kept elsewhere: a redirect to where they are, as for LFS files
@@ -42,24 +43,49 @@ class Repository:
         return self.refs.get(revision, revision if revision in self.commits else None)
 
 
+class Place:
+    """An address at which one hub after the other may be, and a directory, `home`, for what comes down from them.
+
+    It is held as long as this lives: while no hub is there, connections are refused.
+    """
+
+    def __init__(self, home: Path):
+        self.home, self.held = home, socket.socket()
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.held.bind(("127.0.0.1", 0))
+        self.port = self.held.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def environment(self) -> dict[str, str]:
+        """Variables with which a process takes who is there for the hub, keeps its cache in `home`, and reaches nobody
+        else."""
+        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), self.url)
+        names = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
+        return {**names, **proxies, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "ALL_PROXY": "", "all_proxy": ""}
+
+
+class _Server(ThreadingHTTPServer):
+    allow_reuse_port = True  # which a `Place` holds
+
+
 class Hub:
-    """The server: `with Hub() as hub`, `hub.repository("models", "owner/name").commit({...})`.
+    """The server: `with Hub(place) as hub`, `hub.repository("models", "owner/name").commit({...})`.
 
     `requests` is what it was asked, as (method, path, Range header or None), the path being ID#FILE where a file itself
     was asked for. `cut_off[name]` is after how many bytes
-    the next download of a file of that name breaks off, `on_cut_off` what happens then; `status[word]` the status that
-    requests get whose path holds that word.
+    the next download of a file of that name breaks off, `on_cut_off` what happens then; `status[word]` the status and
+    the X-Error-Code that requests get whose path holds that word.
     """
 
-    def __init__(self):
+    def __init__(self, place: Place):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.cut_off: dict[str, int] = {}
         self.on_cut_off = lambda: None
-        self.status: dict[str, int] = {}
+        self.status: dict[str, tuple[int, str]] = {}
         self.connections: set[socket.socket] = set()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.server = _Server(("127.0.0.1", place.port), type("Handler", (_Handler,), {"hub": self}))
+        self.url = place.url
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -79,12 +105,6 @@ class Hub:
     def repository(self, kind: str, repo_id: str, **kwargs) -> Repository:
         """The repository of this id, made if there is none. `kind`: models or datasets."""
         return self.repositories.setdefault((kind, repo_id), Repository(**kwargs))
-
-    def environment(self, home) -> dict[str, str]:
-        """Variables with which a process takes this for the hub, keeps its cache in `home`, and reaches nobody else."""
-        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), self.url)
-        names = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
-        return {**names, **proxies, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "ALL_PROXY": "", "all_proxy": ""}
 
     def downloads(self) -> Counter:
         """How often each file was sent from its beginning, by the name it has in its repository."""
@@ -126,9 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = urllib.parse.unquote(url.path)
         self.request_index = len(self.hub.requests)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        for word, status in self.hub.status.items():
+        for word, (status, code) in self.hub.status.items():
             if word in path:
-                return self._error(status, "")
+                return self._error(status, code)
         if url.hostname is not None and url.hostname.startswith("datasets-server."):
             return self._viewer(urllib.parse.parse_qs(url.query))
         if url.hostname is not None:

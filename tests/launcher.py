@@ -5,6 +5,7 @@ As a script, this is that process.
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -14,9 +15,10 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from process_pool import launcher_variables
@@ -25,14 +27,31 @@ REPOSITORY = Path(__file__).parent.parent
 # no network, no GPU; one thread a process, as the models are small, and two processes run at a time
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 600  # seconds
-PRELOADED = ("datasets", "peft", "trainers", "transformers.models.gpt_neox.modeling_gpt_neox")
+PRELOADED = (  # what scripts and their libraries import, much of it late
+    "checkpointing.resume", "configuration.checks", "configuration.explanations", "configuration.schema", "data.toy",
+    "datasets", "distributed.fsdp", "distributed.tensor_parallel", "hydra._internal.hydra", "hydra.core.plugins",
+    "hydra.main", "peft", "reporting.sweeps", "trainers", "transformers.conversion_mapping",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+)  # fmt: skip
 
 
-def start_server() -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, __file__], env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+@contextlib.contextmanager
+def running_server(env: dict[str, str] | None = None) -> Iterator[subprocess.Popen]:
+    """The process that runs are forked from; `env`: variables, for those that are read at imports."""
+    server = subprocess.Popen(
+        [sys.executable, __file__], env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), **(env or {})},
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
+    yield server
+    server.stdin.close()
+    server.wait()
+
+
+def train_after(code: str, directory: Path) -> Path:
+    """A script that is `train.py` after this code."""
+    script = directory / "train_after.py"
+    script.write_text(f"{code}\nimport runpy\nrunpy.run_path({str(REPOSITORY / 'train.py')!r}, run_name='__main__')\n")
+    return script
 
 
 class Run:
@@ -87,14 +106,20 @@ class Launcher:
         script: Path = REPOSITORY / "train.py",
         in_order: bool = False,
         of_training: bool = True,
+        as_typed: bool = False,
+        terminal: str | None = None,
+        printed_to: str | None = None,
     ) -> Run:
         """Start a run, without wandb and curves unless they are asked for; `n_workers` as a launcher starts them.
 
         `in_order`: stdout and stderr are one, as on a terminal. `of_training`: whether the script has training's keys.
+        `as_typed`: nothing is added to the words. `terminal`: the device that all three streams are. `printed_to`: what
+        stdout and stderr are instead of files.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
-        for key, word in (("wandb.", "wandb.enabled=false"), ("curves=", "curves=false")) if of_training else ():
+        added = [("wandb.", "wandb.enabled=false"), ("curves=", "curves=false")] if of_training else []
+        for key, word in () if as_typed else (*added, ("local_dirs=", f"local_dirs=[{directory}/cache]")):
             if not any(given.startswith(key) for given in words):
                 words.append(word)
         stdout, stderr = (self.directory / f"{name}-{len(self.runs)}" for name in ("stdout", "stderr"))
@@ -102,8 +127,8 @@ class Launcher:
         for path in (stdout, stderr):
             path.touch()
         job = {
-            "command": [str(script), *words, f"local_dirs=[{directory}/cache]"], "directory": str(directory),
-            "stdout": str(stdout), "stderr": str(stderr),
+            "command": [str(script), *words], "directory": str(directory), "on_terminal": terminal is not None,
+            "streams": [terminal or os.devnull, *(terminal or printed_to or str(path) for path in (stdout, stderr))],
             "envs": [env or {}] if n_workers == 1 else launcher_variables(n_workers),
         }  # fmt: skip
         self.runs.append(Run(self, self.ask("start", job), stdout, stderr))
@@ -142,8 +167,12 @@ class Server:
         self.codes: dict[int, int] = {}  # of those that have ended, in the order of their ends
 
     def serve(self):
-        for name in PRELOADED:
-            importlib.import_module(name)
+        modules = {name: importlib.import_module(name) for name in PRELOADED}
+        modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("")  # makes and keeps those of all
+        modules["hydra.core.plugins"].Plugins.instance()  # looks for them
+        modules["configuration.schema"].default_config()
+        for split in ("train", "test"):
+            modules["data.toy"].get_toy(split)
         gc.freeze()  # or garbage collection would let each child copy all of it
         for line in sys.stdin:
             method, argument = json.loads(line)
@@ -153,15 +182,19 @@ class Server:
     def start(self, job: dict) -> list[int]:
         """Process ids, one for each of the job's environments."""
         children = []
+        flags = (os.O_RDONLY, os.O_WRONLY | os.O_APPEND, os.O_WRONLY | os.O_APPEND)
+        streams = [os.open(path, how | os.O_NOCTTY) for path, how in zip(job["streams"], flags, strict=True)]
         for env in job["envs"]:
             child = os.fork()
             if child == 0:
-                code = run_script(job, env)
+                code = run_script(job, env, streams)
                 atexit._run_exitfuncs()
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
             children.append(child)
             self.codes.pop(child, None)  # the number may have been another's
+        for stream in streams:
+            os.close(stream)
         self.running.update(children)
         return children
 
@@ -190,12 +223,15 @@ class Server:
             self.codes[child] = os.waitstatus_to_exitcode(status)
 
 
-def run_script(job: dict, env: dict[str, str]) -> int:
+def run_script(job: dict, env: dict[str, str], streams: list[int]) -> int:
     """Be the script; returns the exit code."""
     os.chdir(job["directory"])
-    append = os.O_WRONLY | os.O_APPEND
-    for to, (path, flags) in enumerate(((os.devnull, os.O_RDONLY), (job["stdout"], append), (job["stderr"], append))):
-        os.dup2(os.open(path, flags), to)
+    if job["on_terminal"]:
+        os.setsid()
+        fcntl.ioctl(streams[0], termios.TIOCSCTTY, 0)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
     os.environ.update(env)
     sys.argv = job["command"]
     try:

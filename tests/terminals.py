@@ -3,15 +3,13 @@
 import fcntl
 import os
 import pty
+import select
 import struct
-import subprocess
-import sys
 import termios
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyte
-from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT
+from launcher import TIMEOUT, Launcher
 
 
 @dataclass
@@ -27,28 +25,24 @@ class Screen:
         return [line.split() for line in self.lines if line.lstrip().startswith(beginnings)]
 
 
-def run_on_terminal(overrides: list[str], directory: Path, columns: int, env: dict[str, str] | None = None) -> Screen:
-    """Run `train.py` with all three streams on a pseudo-terminal."""
+def run_on_terminal(launcher: Launcher, *overrides: str, columns: int, env: dict[str, str] | None = None) -> Screen:
+    """Run `train.py` with all three streams on a pseudo-terminal, at which nobody types anything."""
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    command = [sys.executable, str(REPOSITORY / "train.py"), *overrides, f"local_dirs=[{directory}/cache]"]
-    environment = {**os.environ, **ENVIRONMENT, "TERM": "xterm-256color", **(env or {})}
-    environment.pop("COLUMNS", None)
-    process = subprocess.Popen(
-        command, cwd=directory, env=environment, stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True,
-    )  # fmt: skip
+    env = {"TERM": "xterm-256color", "COLUMNS": "", **(env or {})}
+    run = launcher.start(*overrides, terminal=os.ttyname(terminal), env=env)
     os.close(terminal)
     screen, sent = pyte.HistoryScreen(columns, 40, history=10_000), b""
     stream = pyte.ByteStream(screen)
     while True:
+        assert select.select([controller], [], [], TIMEOUT)[0], "\n".join(screen.display)
         try:
             data = os.read(controller, 2**16)
         except OSError:  # the other end is closed
             break
         sent += data
         stream.feed(data)
-    code = process.wait(timeout=TIMEOUT)
+    code = run.wait()
     os.close(controller)
     above = ["".join(line[column].data for column in range(columns)) for line in screen.history.top]
     return Screen([line.rstrip() for line in [*above, *screen.display]], sent, code)

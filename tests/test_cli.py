@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import ORACLE, REPOSITORY, read_jsonl
+from launcher import train_after
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -94,7 +95,7 @@ def test_config_error(name, train, tmp_path):
 
 
 def test_the_command_itself_trains_or_tells_a_mistake(run_python, tmp_path):
-    command = [REPOSITORY / "train.py", *SHORT, "sample_during_eval=false", "wandb.enabled=false"]
+    command = [REPOSITORY / "train.py", *SHORT, "sample_during_eval=false", "wandb.enabled=false", "curves=false"]
     assert_refused(run_python(*command, "batchsize=4"), tmp_path, "Did you mean batch_size?")
     result = run_python(*command, f"local_run_dir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
@@ -325,12 +326,13 @@ def test_wandb_without_an_account_logs_offline_and_says_how_to_upload(train_ok, 
         assert key in recorded
 
 
-def test_wandb_is_not_needed_when_it_is_off_and_named_when_it_is_on(run_python, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['wandb'] = sys.modules['peft'] = None\n")
-    command = [REPOSITORY / "train.py", *SHORT, "sample_during_eval=false"]
-    env = {"PYTHONPATH": str(tmp_path)}
-    assert run_python(*command, "wandb.enabled=false", env=env).returncode == 0
-    result = run_python(*command, "wandb.enabled=true", env=env)
+def test_wandb_is_not_needed_when_it_is_off_and_named_when_it_is_on(run_python, train, tmp_path):
+    without = "import sys\nsys.modules['wandb'] = sys.modules['peft'] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(without)
+    run = [*SHORT, "sample_during_eval=false"]
+    command = [REPOSITORY / "train.py", *run, "wandb.enabled=false", "curves=false"]
+    assert run_python(*command, env={"PYTHONPATH": str(tmp_path)}).returncode == 0
+    result = train(*run, "wandb.enabled=true", script=train_after(without, tmp_path))
     assert result.returncode == 1
     assert "wandb.enabled=false" in result.stderr
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import read_jsonl
-from hypothesis import HealthCheck, example, given, settings
+from fuzzing import fuzz
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import train
@@ -18,7 +19,6 @@ TINY = [
     "model=tiny", "datasets=[toy]", "n_examples=8", "n_eval_examples=4", "eval_batch_size=4", "max_length=64",
     "max_prompt_length=32", "sample_during_eval=false", "wandb.enabled=false", "warmup_steps=0", "local_dirs=[cache]",
 ]  # fmt: skip
-DETERMINISTIC = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
 
 # ---- what is typed --------------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ def refusal(words: list[str], directory: Path) -> str | None:
     raise AssertionError(f"{words}: it does nothing")
 
 
-@settings(max_examples=40, **DETERMINISTIC)
+@fuzz(30)
 @given(words=command_lines(nasty, removals, plausible))
 @example(words=["world_size=2"])
 @example(words=["+exp_name=x"])
@@ -148,7 +148,7 @@ def test_before_anything_is_loaded_a_command_line_is_accepted_or_refused_by_name
     assert list(directory.iterdir()) == []
 
 
-@settings(max_examples=14, **DETERMINISTIC)
+@fuzz(10)
 @given(words=command_lines(plausible))
 @example(words=["optimizer_args={eps:0}"])
 @example(words=["loss=dpo", "lora={trainable_token_indices:[1]}", "sample_during_eval=true"])

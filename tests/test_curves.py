@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY, read_jsonl
+from launcher import train_after
 from test_cli import SHORT
 
 from reporting import curves, drawing
@@ -120,15 +121,15 @@ def test_a_run_draws_its_picture(launcher, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_matplotlib_a_run_says_so_once(run_python, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
+def test_without_matplotlib_a_run_says_so_once(launcher, tmp_path):
+    script = train_after(
         "import importlib.util as u\nf = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else f(name, *rest)\n"
+        "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else f(name, *rest)",
+        tmp_path,
     )
-    words = [*SHORT, "wandb.enabled=false", "sample_during_eval=false", "eval_every=4", f"local_run_dir={tmp_path}/run"]
-    result = run_python(str(REPOSITORY / "train.py"), *words, env={"PYTHONPATH": str(tmp_path)})
-    assert result.returncode == 0, result.stderr
-    assert (result.stdout + result.stderr).count("No curves.png, as matplotlib is not installed") == 1
+    run = [*SHORT, "sample_during_eval=false", "eval_every=4", "curves=true", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run, script=script) == 0, launcher.output
+    assert launcher.output.count("No curves.png, as matplotlib is not installed") == 1
     assert "LATEST" in os.listdir(tmp_path / "run") and "curves.png" not in os.listdir(tmp_path / "run")
 
 

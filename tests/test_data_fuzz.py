@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 from conftest import REPOSITORY
-from hypothesis import HealthCheck, event, given, settings
+from fuzzing import fuzz
+from hypothesis import event, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -21,9 +22,6 @@ from utils import UserError
 TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "assets" / "tiny")
 TOKENIZER.pad_token_id = TOKENIZER.eos_token_id
 TEMPLATE = str(REPOSITORY / "assets" / "human_assistant.jinja")
-FUZZ = settings(
-    max_examples=12, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
 
 words = st.sampled_from(
     ["", " ", "a", " b", "no ", "\n\nAssistant:", "é", "語", "\u2028", "\0", "<|endoftext|>", '"', "\\"]
@@ -116,7 +114,7 @@ def lines_of(rows: list[dict]) -> list[bytes]:
     return [json.dumps(row).encode() for row in rows]
 
 
-@FUZZ
+@fuzz(6)
 @given(rows_of_any_format, st.lists(st.tuples(st.integers(0, 6), broken_lines), max_size=2), st.booleans())
 def test_json_lines(rows, broken, is_compressed):
     lines = lines_of(rows)
@@ -128,7 +126,7 @@ def test_json_lines(rows, broken, is_compressed):
     check(name, gzip.compress(content) if is_compressed else content, n_rows)
 
 
-@FUZZ
+@fuzz(6)
 @given(rows_of_any_format, st.integers(0, 400), st.binary(max_size=3), st.sampled_from(["json", "jsonl", "jsonl.gz"]))
 def test_files_that_are_cut_or_damaged(rows, position, damage, suffix):
     content = b"\n".join(lines_of(rows)) + b"\n" if suffix != "json" else json.dumps(rows, indent=1).encode()
@@ -138,7 +136,7 @@ def test_files_that_are_cut_or_damaged(rows, position, damage, suffix):
     check(f"rows.{suffix}", content[:position] + damage + content[position + len(damage) :], None)
 
 
-@FUZZ
+@fuzz(6)
 @given(st.lists(st.lists(texts, min_size=1, max_size=4), min_size=1, max_size=5), st.sampled_from(["csv", "tsv"]))
 def test_separated_values(records, suffix):
     buffer = io.StringIO()
@@ -147,7 +145,7 @@ def test_separated_values(records, suffix):
     check(f"rows.{suffix}", buffer.getvalue().encode(), None)
 
 
-@FUZZ
+@fuzz(6)
 @given(rows_of_any_format)
 def test_parquet(rows):
     try:
@@ -159,7 +157,7 @@ def test_parquet(rows):
     check("rows.parquet", buffer.getvalue(), len(rows))
 
 
-@FUZZ
+@fuzz(6)
 @given(st.lists(anything, max_size=4), rows_of_any_format)
 def test_rows_given_in_python(others, rows):
     given_ = [*rows, *others]

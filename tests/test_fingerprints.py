@@ -158,7 +158,7 @@ def test_workers_agree_and_it_is_said_once(launcher, inputs, tmp_path):
     run = [*inputs, "trainer=FSDPTrainer", f"local_run_dir={tmp_path}/run", "resume=auto"]
     assert launcher.run(*run, n_workers=2) == 0, launcher.output
     change_data(tmp_path / "hh/test.jsonl")
-    assert launcher.run(*run, "n_examples=16", "world_size=2") == 1
+    assert launcher.run(*run, "n_examples=16", n_workers=2) == 1
     assert launcher.output.count("not what the run began with:\n  datasets=[hh], test split\n") == 1
     assert "Traceback" not in launcher.output
     assert launcher.run(*run, "n_examples=16", "resume_anyway=true", n_workers=2) == 0, launcher.output

@@ -13,6 +13,7 @@ import torch
 import transformers
 from conftest import ORACLE, read_jsonl
 from hub_server import TOKEN, Hub
+from launcher import train_after
 from test_cli import assert_refused
 
 pytestmark = pytest.mark.slow
@@ -87,32 +88,28 @@ def se_files() -> dict[str, bytes]:
     return files
 
 
-@pytest.fixture
-def train(train_alone):
-    """The hub's and the terminal's variables are read at imports."""
-    return train_alone
-
-
 @pytest.fixture(scope="module")
 def bodies():
     return {"model": model_files(), "hh": hh_files(), "shp": shp_files(), "se": se_files()}
 
 
 @pytest.fixture
-def hub(bodies):
+def hub(bodies, hub_place):
     """A hub that holds pythia-2.8b and hh."""
-    with Hub() as hub:
+    with Hub(hub_place) as hub:
         hub.repository("models", PYTHIA).commit(bodies["model"])
         hub.repository("datasets", HH, viewer_info=hh_viewer_info()).commit(bodies["hh"])
         yield hub
 
 
 @pytest.fixture
-def online(train, hub, tmp_path):
+def online(train_from_hub, train_alone, hub, hub_place):
     """Run the command line with this hub."""
 
-    def run(*overrides: str, env: dict[str, str] | None = None):
-        return train(*overrides, env={**hub.environment(tmp_path / "home"), **(env or {})})
+    def run(*overrides: str, env: dict[str, str] | None = None, **kwargs):
+        if "HF_HUB_OFFLINE" in (env or {}):  # it is read at imports
+            return train_alone(*overrides, env={**hub_place.environment(), **env})
+        return train_from_hub(*overrides, env=env, **kwargs)
 
     return run
 
@@ -256,6 +253,14 @@ def test_a_gated_model_trains_for_who_has_access(online_ok, hub, bodies):
     online_ok("loss=dpo", "model=llama3-8b", "model.block_name=null", *SHORT, env={"HF_TOKEN": TOKEN})
 
 
+# the library tries again soon, where by itself it waits up to 8 seconds each time
+IMPATIENT = """
+import time, types
+from huggingface_hub.utils import _http
+_http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 100)})
+"""
+
+
 @pytest.mark.parametrize(
     ("word", "part"),
     [
@@ -265,8 +270,9 @@ def test_a_gated_model_trains_for_who_has_access(online_ok, hub, bodies):
     ],
 )
 def test_a_server_error_is_no_missing_file(word, part, online, hub, tmp_path):
-    hub.status[word] = 500
-    assert_refused(online(*DPO), tmp_path, part, f"/{word})", "Start again later; what has come down is kept")
+    hub.status[word] = 500, ""
+    refused = online(*DPO, script=train_after(IMPATIENT, tmp_path))
+    assert_refused(refused, tmp_path, part, f"/{word})", "Start again later; what has come down is kept")
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(online_ok, hub, tmp_path):
@@ -288,12 +294,14 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(online_ok, hub, tmp_pat
         ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub ("),
     ],
 )
-def test_after_a_hub_that_went_away_the_next_start_downloads_only_what_is_missing(file, part, train, bodies, tmp_path):
+def test_after_a_hub_that_went_away_the_next_start_downloads_only_what_is_missing(
+    file, part, train_from_hub, bodies, hub_place, tmp_path
+):
     files = sharded(bodies["model"], tmp_path)
     assert "model-00003-of-00003.safetensors" in files
 
     def open_hub() -> Hub:
-        hub = Hub()
+        hub = Hub(hub_place)
         hub.repository("models", PYTHIA).commit(files)
         hub.repository("datasets", HH).commit(bodies["hh"])
         return hub
@@ -301,10 +309,10 @@ def test_after_a_hub_that_went_away_the_next_start_downloads_only_what_is_missin
     with open_hub() as first:
         first.cut_off[file] = 1000
         first.on_cut_off = first.stop
-        refused = train(*DPO, env=first.environment(tmp_path / "home"))
+        refused = train_from_hub(*DPO)
     assert_refused(refused, tmp_path, part, "can't be reached", "start again; what has come down is kept")
     with open_hub() as second:
-        result = train(*DPO, env=second.environment(tmp_path / "home"))
+        result = train_from_hub(*DPO)
     assert result.returncode == 0, result.stderr[-2000:]
     before, after = first.downloads(), second.downloads()
     assert before.keys() & after.keys() == {file} and len(before) > 2

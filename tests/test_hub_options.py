@@ -1,14 +1,12 @@
 """`model.revision`, `model.attn_implementation`, `model.trust_remote_code`, and what is said where the hub refuses."""
 
-import contextlib
-import http.server
 import json
 import shutil
-import threading
 
 import pytest
 import torch
 from conftest import ORACLE
+from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,12 +20,6 @@ LAST = "gpt_neox.final_layer_norm.weight"
 
 
 # ---- revision -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def train(train_alone):
-    """The hub's and the terminal's variables are read at imports."""
-    return train_alone
 
 
 @pytest.fixture
@@ -144,17 +136,18 @@ def own_code(tmp_path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
-def test_code_that_a_model_brings_runs_where_that_is_allowed_and_is_said(trainer, own_code, train, tmp_path):
-    env = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+def test_code_that_a_model_brings_runs_where_that_is_allowed_and_is_said(
+    trainer, own_code, train_from_hub, hub_place, tmp_path
+):
     overrides = [*TOY, f"model.name_or_path={own_code}", f"trainer={trainer}", f"local_run_dir={tmp_path}/run"]
-    overrides += ["world_size=2"] if trainer == "FSDPTrainer" else []
-    result = train(*overrides, env=env)
+    n_workers = 2 if trainer == "FSDPTrainer" else 1
+    result = train_from_hub(*overrides, n_workers=n_workers)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "model.trust_remote_code=true runs the code that it brings" in result.stderr
-    assert not list(tmp_path.rglob("modules/**/modeling_own.py"))
+    assert not list(hub_place.home.rglob("modules/**/modeling_own.py"))
 
-    result = train(*overrides, "model.trust_remote_code=true", env=env)
+    result = train_from_hub(*overrides, "model.trust_remote_code=true", n_workers=n_workers)
     assert result.returncode == 0, result.stdout + result.stderr
     says = f"model.trust_remote_code=true: running code of {own_code}: configuration_own.OwnConfig, modeling_own.OwnFor"
     assert result.stdout.count(says) == (1 if trainer == "BasicTrainer" else 2)  # the reference is a copy, or loaded
@@ -164,48 +157,24 @@ def test_code_that_a_model_brings_runs_where_that_is_allowed_and_is_said(trainer
     model = AutoModelForCausalLM.from_pretrained(latest, trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
 
-    result = train(*overrides[:-1], f"local_run_dir={tmp_path}/next", f"model.archive={latest}", env=env)
+    again = [*TOY, f"model.name_or_path={own_code}", f"model.archive={latest}", f"local_run_dir={tmp_path}/next"]
+    result = train_from_hub(*again)
     assert result.returncode == 1
-    again = [*TOY, f"model.name_or_path={own_code}", "model.trust_remote_code=true", f"local_run_dir={tmp_path}/next"]
-    result = train(*again, f"model.archive={latest}", env=env)
+    result = train_from_hub(*again, "model.trust_remote_code=true")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 # ---- refused by the hub ---------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def refusing_hub(status: int, code: str):
-    """A hub on this machine that refuses everything; lends its address."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_POST = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("status", "code"), [(401, "GatedRepo"), (403, "GatedRepo"), (401, "RepoNotFound"), (403, "")])
 @pytest.mark.parametrize("key", ["model.name_or_path", "model.archive", "model.tokenizer_name_or_path"])
-def test_a_model_that_the_hub_refuses_names_the_token(status, code, key, train, tmp_path):
+def test_a_model_that_the_hub_refuses_names_the_token(status, code, key, train_from_hub, hub_place):
     model = [] if key == "model.name_or_path" else [f"model.name_or_path={ORACLE}/model"]
-    with refusing_hub(status, code) as address:
-        env = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
-        result = train(*TOY, *model, f"{key}=meta/private-model", env=env)
+    with Hub(hub_place) as hub:
+        hub.status[""] = status, code
+        result = train_from_hub(*TOY, *model, f"{key}=meta/private-model")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     message = result.stderr[result.stderr.index("error: ") :]

@@ -171,14 +171,16 @@ with launch.process_group():
 """
 
 
-def test_a_worker_that_waits_in_vain_notices_that_another_is_gone(start, tmp_path):
+def test_a_worker_that_waits_in_vain_notices_that_another_is_gone(launcher, tmp_path):
+    (tmp_path / "busy.py").write_text(BUSY)
     workers = [
-        start("-c", BUSY, log=f"log-{variables['RANK']}", env={**variables, "PYTHONPATH": str(REPOSITORY)})
-        for variables in launcher_variables(2)
+        launcher.start(env=variables, script=tmp_path / "busy.py", as_typed=True) for variables in launcher_variables(2)
     ]
-    assert workers[1].wait(90) == -signal.SIGKILL
-    assert workers[0].wait(LIMIT) == 1
-    assert "error: another worker is gone" in (tmp_path / "log-0").read_text()
+    assert workers[1].wait() == -signal.SIGKILL
+    killed = time.monotonic()
+    assert workers[0].wait() == 1
+    assert time.monotonic() - killed < LIMIT
+    assert "error: another worker is gone" in workers[0].output
 
 
 @pytest.mark.parametrize(

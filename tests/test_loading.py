@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, REPOSITORY
+from conftest import ORACLE, REPOSITORY, trainers_in
 from safetensors.torch import load_file, save_file
 from test_checkpoints import CONFIGS, LAYER_BUFFERS
 from transformers import AutoModelForCausalLM
@@ -265,12 +265,19 @@ def test_an_untied_archive_of_a_tied_model_is_refused(make_trainer, tmp_path):
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def adapter(make_oracle, tmp_path):
+@pytest.fixture(scope="module")
+def new_adapter(tmp_path_factory):
     """A new adapter's directory."""
-    policy = make_oracle("lora={r:2}", "loss=sft").policy
-    policy.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+    directory = tmp_path_factory.mktemp("adapter")
+    overrides = ["model=blank_model", f"model.name_or_path={ORACLE}/model", *RUN, "lora={r:2}", "loss=sft"]
+    trainers_in(directory)(*overrides).policy.save_pretrained(directory / "adapter")
+    return directory / "adapter"
+
+
+@pytest.fixture
+def adapter(new_adapter, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(new_adapter, tmp_path / "adapter")
 
 
 BROKEN_ADAPTERS = {
@@ -444,7 +451,7 @@ def test_a_merged_model_has_the_umasks_permissions(lora_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failed_merge_leaves_nothing_and_says_why(lora_run, tmp_path):
+def test_a_failed_merge_leaves_nothing_and_says_why(lora_run, launcher, tmp_path):
     (tmp_path / "file").write_text("")
     before = sorted(path.name for path in tmp_path.iterdir())
     for output, edit, message in (
@@ -459,10 +466,10 @@ def test_a_failed_merge_leaves_nothing_and_says_why(lora_run, tmp_path):
     ):
         if edit:
             edit()
-        result = merge(lora_run, output)
-        assert result.returncode == 1
-        assert "Traceback" not in result.stderr
-        assert re.search(rf"error: .*{message}", result.stderr), result.stderr
+        script = REPOSITORY / "checkpoints.py"
+        assert launcher.run("merge", lora_run, output, script=script, as_typed=True) == 1
+        assert "Traceback" not in launcher.output
+        assert re.search(rf"error: .*{message}", launcher.output), launcher.output
         assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

@@ -1,5 +1,6 @@
 """Runs whose output cannot be shown, or that nobody reads, and caches that cannot be written."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, TIMEOUT, read_jsonl
+from launcher import Run
 from test_checkpoints import mounted  # noqa: F401 (a fixture)
 from test_cli import CHECKPOINT_FILES, SHORT, TOY
 
@@ -63,19 +65,41 @@ def test_a_terminal_that_shows_only_ascii(how, train, tmp_path):
     assert "gradient_accumulation_steps=2 \\xd7 2 workers" in result.stderr
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_a_pipe_whose_reader_has_ended(both, tmp_path):
-    result = shell(f"$TRAIN {words()} {'2>&1' if both else ''} | head -n 5", tmp_path)
+@pytest.fixture
+def start_piped(launcher, tmp_path):
+    """Start a run whose output and errors go to a pipe, `2>&1 |`, whose reader ends after some lines; returns them."""
+
+    def start(n_lines: int, *overrides: str) -> list[str]:
+        os.mkfifo(tmp_path / "pipe")
+        reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+        launcher.start(*SHORT, f"local_run_dir={tmp_path}/run", *overrides, printed_to=str(tmp_path / "pipe"))
+        os.set_blocking(reader, True)
+        with open(reader) as lines:
+            return list(itertools.islice(lines, n_lines))
+
+    return start
+
+
+def test_a_pipe_whose_reader_has_ended(tmp_path):
+    result = shell(f"$TRAIN {words()} | head -n 5", tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(result.stdout.splitlines()) == 5
     for text in (b"Traceback", b"Exception", b"BrokenPipe"):
         assert text not in result.stderr + result.stdout
-    if not both:
-        assert b"WARNING: nothing more is printed" in result.stderr
+    assert b"WARNING: nothing more is printed" in result.stderr
     assert_complete(tmp_path / "run")
 
 
-@pytest.mark.parametrize("streams", [">/dev/full", ">/dev/full 2>/dev/full", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_pipe_of_both_streams_whose_reader_has_ended(start_piped, launcher, tmp_path):
+    lines = start_piped(5)
+    assert launcher.wait() == 0
+    assert len(lines) == 5
+    for text in ("Traceback", "Exception", "BrokenPipe"):
+        assert text not in "".join(lines)
+    assert_complete(tmp_path / "run")
+
+
+@pytest.mark.parametrize("streams", [">/dev/full", ">&-", "2>&-", ">&- 2>&-"])
 def test_a_full_disk_under_the_log_and_streams_that_are_closed(streams, tmp_path):
     result = shell(f"$TRAIN {words()} {streams}", tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -83,29 +107,26 @@ def test_a_full_disk_under_the_log_and_streams_that_are_closed(streams, tmp_path
     assert_complete(tmp_path / "run")
 
 
-def test_workers_train_on_when_nobody_reads(tmp_path):
-    overrides = words("trainer=FSDPTrainer", "world_size=2", "minimum_log_interval_secs=1e-9")
-    result = shell(f"$TRAIN {overrides} 2>&1 | head -n 5", tmp_path)
-    assert result.returncode == 0
+def test_a_full_disk_under_the_log_of_both_streams(launcher, tmp_path):
+    assert launcher.run(*SHORT, f"local_run_dir={tmp_path}/run", printed_to="/dev/full") == 0
     assert_complete(tmp_path / "run")
 
 
-def test_a_signal_to_a_run_that_nobody_reads_still_writes_a_checkpoint(tmp_path):
-    reading, writing = os.pipe()
-    command = [sys.executable, str(REPOSITORY / "train.py"), *words("n_examples=4000", "lr=1e-4").split()]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, **LOCAL_ENV}, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing
-    )
-    os.close(writing)
-    os.close(reading)
+def test_workers_train_on_when_nobody_reads(start_piped, launcher, tmp_path):
+    start_piped(5, "trainer=FSDPTrainer", "world_size=2", "minimum_log_interval_secs=1e-9")
+    assert launcher.wait() == 0
+    assert_complete(tmp_path / "run")
+
+
+def test_a_signal_to_a_run_that_nobody_reads_still_writes_a_checkpoint(start_piped, launcher, tmp_path):
+    start_piped(0, "n_examples=4000", "lr=1e-4")
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + TIMEOUT / 4
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=TIMEOUT) == 75
+    launcher.kill(signal.SIGTERM)
+    assert launcher.wait() == 75
     assert_complete(tmp_path / "run", read_jsonl(metrics)[-1]["counters/examples"])
 
 
@@ -114,43 +135,48 @@ def test_a_signal_to_a_run_that_nobody_reads_still_writes_a_checkpoint(tmp_path)
 PRECOMPUTED = [*TOY, "n_examples=8", "loss=dpo", "precompute_ref_log_probs=true", "sample_during_eval=false"]
 
 
-def precompute(tmp_path: Path, local: Path) -> subprocess.CompletedProcess:
-    overrides = [*PRECOMPUTED, "wandb.enabled=false", f"local_run_dir={tmp_path}/run", f"local_dirs=[{local}]"]
-    return shell(f"$TRAIN {' '.join(overrides)}", tmp_path)
+@pytest.fixture
+def precompute(launcher, tmp_path):
+    def run(local: Path) -> Run:
+        overrides = [f"local_run_dir={tmp_path}/run", f"local_dirs=[{local}]"]
+        run = launcher.start(*PRECOMPUTED, *overrides, directory=tmp_path)
+        run.wait()
+        return run
+
+    return run
 
 
-def assert_refused(result: subprocess.CompletedProcess, *parts: str):
-    errors = result.stderr.decode()
-    assert result.returncode == 1, errors
-    assert "Traceback" not in errors
-    message = errors[errors.index("error: ") :]
+def assert_refused(run: Run, *parts: str):
+    assert run.code == 1, run.output
+    assert "Traceback" not in run.output
+    message = run.output[run.output.index("error: ") :]
     for part in parts:
         assert part in message
 
 
-def test_a_file_in_the_place_of_any_directory_of_the_cache(tmp_path):
+def test_a_file_in_the_place_of_any_directory_of_the_cache(precompute, tmp_path):
     local = tmp_path / "local"
-    assert precompute(tmp_path, local).returncode == 0
+    assert precompute(local).code == 0
     (fingerprint,) = local.glob("*/reference_logps/*")
     for path in (local, fingerprint.parent.parent, fingerprint.parent, fingerprint):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         path.rename(tmp_path / "aside")
         path.write_text("")
-        result = precompute(tmp_path, local)
-        assert_refused(result, str(path), "local_dirs")
+        run = precompute(local)
+        assert_refused(run, str(path), "local_dirs")
         # the others are noticed before
-        assert (b"building policy" in result.stdout) == (path == fingerprint)
+        assert ("building policy" in run.output) == (path == fingerprint)
         assert not (tmp_path / "run").exists()
         path.unlink()
         (tmp_path / "aside").rename(path)
 
 
-def test_a_cache_on_a_full_and_on_a_read_only_disk(mounted, tmp_path):  # noqa: F811
+def test_a_cache_on_a_full_and_on_a_read_only_disk(mounted, precompute):  # noqa: F811
     disk = mounted(4096 * 4)
     (disk / "full").write_bytes(b"0" * 4096 * 4)
-    assert_refused(precompute(tmp_path, disk), f"log-probabilities in {disk}/", "No space left", "local_dirs=[DIR]")
+    assert_refused(precompute(disk), f"log-probabilities in {disk}/", "No space left", "local_dirs=[DIR]")
     assert list(disk.rglob("*.safetensors*")) == []
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    result = precompute(tmp_path, disk)
-    assert_refused(result, "precompute_ref_log_probs=true", "local_dirs", "Read-only file system")
-    assert b"building policy" not in result.stdout
+    run = precompute(disk)
+    assert_refused(run, "precompute_ref_log_probs=true", "local_dirs", "Read-only file system")
+    assert "building policy" not in run.output

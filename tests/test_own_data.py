@@ -338,7 +338,7 @@ def test_what_cannot_be_used_is_told_at_the_command_line(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dataset_on_the_hub_by_its_id_config_and_splits(train_alone, tmp_path):
+def test_a_dataset_on_the_hub_by_its_id_config_and_splits(train_from_hub, hub_place, tmp_path):
     card = """---
 configs:
 - config_name: helpful
@@ -357,11 +357,11 @@ configs:
         "helpful/test.parquet": parquet(pairs(*(f"test {i}" for i in range(5)))),
         "honest/rows.parquet": parquet(pairs(*(f"honest {i}" for i in range(10)))),
     }
-    with Hub() as hub:
+    with Hub(hub_place) as hub:
         hub.repository("datasets", "lab/prefs").commit(files)
 
         def run(dataset: str, *overrides: str):
-            return train_alone(*RUN, f"datasets=['{dataset}']", *overrides, env=hub.environment(tmp_path / "home"))
+            return train_from_hub(*RUN, f"datasets=['{dataset}']", *overrides)
 
         splits = ["train_split=train_prefs", "test_split=test_prefs"]
         result = run("lab/prefs:helpful", *splits)

@@ -1,7 +1,7 @@
 """Training from Python on rows that are there: the lines that docs/data.md shows."""
 
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import read_jsonl
 
 import preference_datasets
 from data.prepared import rows_of_list
@@ -21,15 +21,15 @@ run(compose_config("model=tiny", "datasets=[mine]", "loss=dpo", "batch_size=2", 
 
 
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
-def test_a_few_lines_train_on_rows_given_in_python(trainer, run_python, tmp_path):
+def test_a_few_lines_train_on_rows_given_in_python(trainer, launcher, tmp_path):
     options = f'"wandb.enabled=false", "local_dirs=[{tmp_path}/cache]", "local_run_dir={tmp_path}/run", '
-    options += f'"trainer={trainer}", "world_size=2"'
+    options += f'"curves=false", "sample_during_eval=false", "trainer={trainer}", "world_size=2"'
     code = LINES.replace("run(compose_config(", f"if __name__ == '__main__':\n    run(compose_config({options}, ")
     code = code.replace(', "world_size=2"', "") if trainer == "BasicTrainer" else code
     (tmp_path / "mine.py").write_text(code)
-    result = run_python("mine.py", env={"PYTHONPATH": str(REPOSITORY)})
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "mine (train): preferences (prompt, chosen, rejected); 3 rows read, 2 prompts with 2 pairs" in result.stdout
+    assert launcher.run(script=tmp_path / "mine.py", as_typed=True) == 0, launcher.output
+    read = "mine (train): preferences (prompt, chosen, rejected); 3 rows read, 2 prompts with 2 pairs"
+    assert read in launcher.output
     metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [line["counters/examples"] for line in metrics if line["split"] == "train"] == [2]
     assert (tmp_path / "run" / "LATEST" / "model.safetensors").exists()

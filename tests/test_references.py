@@ -313,11 +313,12 @@ def test_an_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(mak
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 2048
 
 
-def test_the_merge_command_tells_a_mistake(run_python, adapter, tmp_path):
+def test_the_merge_command_tells_a_mistake(launcher, adapter, tmp_path):
     (tmp_path / "merged").mkdir()
-    result = run_python("-m", "checkpoints", "merge", adapter, tmp_path / "merged", directory=REPOSITORY)
-    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
-    assert "exists already" in result.stderr
+    words = ["merge", adapter, tmp_path / "merged"]
+    assert launcher.run(*words, script=REPOSITORY / "checkpoints.py", as_typed=True) == 1
+    assert "Traceback" not in launcher.output
+    assert "exists already" in launcher.output
 
 
 @pytest.mark.parametrize(

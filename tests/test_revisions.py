@@ -29,9 +29,9 @@ def version(scale: float, **merged: str) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub():
+def hub(hub_place):
     """Two versions of a model: its main branch, and the tag v1 with other weights and another tokenizer."""
-    with Hub() as hub:
+    with Hub(hub_place) as hub:
         repository = hub.repository("models", PYTHIA)
         repository.commit(version(1.1, normalizer={"type": "Lowercase"}), "v1")
         repository.commit(version(1.0))
@@ -39,11 +39,11 @@ def hub():
 
 
 @pytest.fixture
-def run(train_alone, hub, tmp_path):
+def run(train_from_hub, hub, tmp_path):
     """Run the command line with this hub."""
 
     def run_command(name: str, *overrides: str):
-        return train_alone(*RUN, f"local_run_dir={tmp_path}/{name}", *overrides, env=hub.environment(tmp_path / "home"))
+        return train_from_hub(*RUN, f"local_run_dir={tmp_path}/{name}", *overrides)
 
     return run_command
 

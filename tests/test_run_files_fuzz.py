@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from fuzzing import fuzz
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow
@@ -195,7 +196,7 @@ def finished(launcher):
     return Finished(launcher)
 
 
-@settings(max_examples=14, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(10)
 @given(kind=st.sampled_from(list(KINDS)), damage=damages(), resume=st.sampled_from(["auto", "LATEST"]))
 @example(kind="full", damage=of_file("metrics.jsonl", truncate, 0.4), resume="auto")
 @example(kind="lora", damage=of_file("samples.jsonl", edit_number, 0.4), resume="auto")

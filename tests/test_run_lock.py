@@ -5,13 +5,12 @@ import fcntl
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import read_jsonl
+from launcher import Run
 
 from checkpointing.integrity import recover_interrupted_saves
 from checkpointing.lock import claimed
@@ -25,27 +24,13 @@ RUN = [
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Start the same run's command; what still runs at the end of the test is killed."""
-    processes = []
+def start(launcher, tmp_path):
+    """Start the same run's command."""
 
-    def start_command(*overrides: str) -> tuple[psutil.Popen, object]:
-        log = tmp_path / f"log-{len(processes)}"
-        words = [*RUN, f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]", *overrides]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        with open(log, "w") as file:
-            process = psutil.Popen(
-                [sys.executable, str(REPOSITORY / "train.py"), *words], cwd=tmp_path, env=environment,
-                stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            )  # fmt: skip
-        processes.append(process)
-        return process, log
+    def start_command(*overrides: str) -> Run:
+        return launcher.start(*RUN, f"local_run_dir={tmp_path}/run", *overrides, in_order=True)
 
-    yield start_command
-    for process in processes:
-        for running in [*process.children(recursive=True), process] if process.is_running() else []:
-            running.kill()
-        process.wait()
+    return start_command
 
 
 def wait_until(holds, seconds: float = 90):
@@ -60,18 +45,17 @@ def wait_until(holds, seconds: float = 90):
 def test_of_two_runs_in_a_new_directory_one_trains(when, start, tmp_path):
     runs = [start()]
     if when == "while it trains":
-        wait_until(lambda: "First step: " in runs[0][1].read_text())
+        wait_until(lambda: "First step: " in runs[0].output)
     runs.append(start())
-    wait_until(lambda: any(process.poll() is not None for process, _ in runs))
-    refused, trains = sorted(runs, key=lambda run: run[0].poll() is None)
-    assert refused[0].poll() == 1, refused[1].read_text()
-    message = refused[1].read_text()
-    assert f"error: local_run_dir={tmp_path}/run: another process is running this run: process" in message
-    assert f"process {trains[0].pid} on {socket.gethostname()}" in message
-    assert "Traceback" not in message
-    wait_until(lambda: "wrote" in trains[1].read_text())
-    trains[0].send_signal(signal.SIGTERM)
-    assert trains[0].wait(60) == 75
+    wait_until(lambda: any("error: " in run.output for run in runs))
+    trains, refused = sorted(runs, key=lambda run: "error: " in run.output)
+    assert refused.wait() == 1, refused.output
+    assert f"error: local_run_dir={tmp_path}/run: another process is running this run: process" in refused.output
+    assert f"process {trains.children[0]} on {socket.gethostname()}" in refused.output
+    assert "Traceback" not in refused.output
+    wait_until(lambda: "wrote" in trains.output)
+    trains.kill(signal.SIGTERM)
+    assert trains.wait() == 75
     steps = [
         line["counters/updates"] for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "train"
     ]
@@ -82,13 +66,14 @@ def test_of_two_runs_in_a_new_directory_one_trains(when, start, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["starting", "training"])
 def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
-    process, log = start("trainer=FSDPTrainer", "world_size=2")
+    run = start("trainer=FSDPTrainer", "world_size=2")
+    process = psutil.Process(*run.children)
     wait_until(lambda: len(process.children()) == 3)  # one of them tracks resources
     if when == "training":
-        wait_until(lambda: "First step: " in log.read_text())
+        wait_until(lambda: "First step: " in run.output)
     children = process.children()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run.kill(signal.SIGKILL)
+    run.wait()
     with claimed(str(tmp_path / "run")):
         pass
     wait_until(lambda: not any(child.is_running() for child in children), seconds=45)
@@ -106,7 +91,7 @@ def test_a_claimed_directory_is_gone_again_unless_something_was_written(tmp_path
     assert os.listdir(tmp_path / "new/run") == ["config.yaml"]
 
 
-def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+def test_a_forked_child_does_not_keep_the_lock(launcher, tmp_path):
     script = f"""
 import os, signal, sys, time
 from checkpointing.lock import claimed
@@ -119,15 +104,16 @@ with claimed({str(tmp_path / "run")!r}):
     print(child, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    result = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    result.wait()
-    child = int([result.stdout.readline(), result.stdout.readline()][1])
+    (tmp_path / "script.py").write_text(script)
+    run = launcher.start(script=tmp_path / "script.py", as_typed=True)
+    assert run.wait() == -signal.SIGKILL, run.output
+    child = int(run.output.split()[1])
     assert psutil.Process(child).is_running()
     with claimed(str(tmp_path / "run")):
         os.kill(child, signal.SIGKILL)
 
 
-def test_many_that_come_and_go_never_hold_it_together(tmp_path):
+def test_many_that_come_and_go_never_hold_it_together(launcher, tmp_path):
     script = f"""
 import os, sys
 from checkpointing.lock import claimed
@@ -142,9 +128,10 @@ while n < 150:
     except UserError as error:
         assert "another process is running this run" in str(error), error
 """
-    processes = [subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY) for _ in range(4)]
-    assert [process.wait() for process in processes] == [0] * 4
-    assert set(tmp_path.rglob("*")) <= {tmp_path / "run"}
+    (tmp_path / "script.py").write_text(script)
+    runs = [launcher.start(script=tmp_path / "script.py", as_typed=True) for _ in range(4)]
+    assert [run.wait() for run in runs] == [0] * 4, runs[0].output
+    assert set(tmp_path.rglob("*")) <= {tmp_path / "run", tmp_path / "script.py"}
 
 
 def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, capsys):

@@ -5,13 +5,12 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TIMEOUT, read_jsonl
+from conftest import TIMEOUT, read_jsonl
+from launcher import Run
 from test_cli import TOY
 
 from checkpointing.preemption import EXIT_CODE
@@ -32,15 +31,13 @@ def printed_command(output: str) -> list[str]:
     return shlex.split(output.strip().splitlines()[-1].split("not complete: ")[1])
 
 
-def run_printed(output: str, directory: Path) -> subprocess.CompletedProcess:
-    """Run the printed command as it is, in a shell's place."""
-    command = printed_command(output)
-    assert command[0] == "python"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *command[1:]], cwd=directory, env=env, stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=TIMEOUT,
-    )  # fmt: skip
+def run_printed(launcher, directory: Path) -> Run:
+    """Run the command that was printed last as it is, in a shell's place, to its end."""
+    python, script, *words = printed_command(launcher.output)
+    assert python == "python"
+    run = launcher.start(*words, script=directory / script, directory=directory, as_typed=True)
+    run.wait()
+    return run
 
 
 def wait_for(condition, launcher):
@@ -92,10 +89,10 @@ def test_a_job_that_fails_is_told_where_it_happens_and_the_others_run(launcher, 
     )]  # fmt: skip
     assert places == sorted(places)
     assert [row[2] for row in table(output)[1:]] == ["complete", "failed", "failed", "complete"]
-    again = run_printed(output, tmp_path)
-    assert again.returncode == 1
-    assert again.stdout.count("This run is complete") == 2
-    assert [row[2] for row in table(again.stdout)[1:]] == ["complete", "failed", "failed", "complete"]
+    again = run_printed(launcher, tmp_path)
+    assert again.code == 1
+    assert again.output.count("This run is complete") == 2
+    assert [row[2] for row in table(again.output)[1:]] == ["complete", "failed", "failed", "complete"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -116,12 +113,12 @@ def test_a_signal_ends_the_sweep_and_the_printed_command_goes_on_with_it(number,
     assert 5 < n_lines < 100
 
     before = files(tmp_path / "sweep/loss.beta-0.1")
-    again = run_printed(output, tmp_path)
-    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    again = run_printed(launcher, tmp_path)
+    assert again.code == 0, again.output
     assert files(tmp_path / "sweep/loss.beta-0.1") == before
-    assert "This run is complete" in again.stdout
-    assert f"Going on from {tmp_path}/sweep/loss.beta-0.2/LATEST: {4 * n_lines} examples" in again.stdout
-    assert [row[2] for row in table(again.stdout)[1:]] == ["complete"] * 3
+    assert "This run is complete" in again.output
+    assert f"Going on from {tmp_path}/sweep/loss.beta-0.2/LATEST: {4 * n_lines} examples" in again.output
+    assert [row[2] for row in table(again.output)[1:]] == ["complete"] * 3
     for beta in (0.1, 0.2, 0.3):
         lines = read_jsonl(tmp_path / f"sweep/loss.beta-{beta}/metrics.jsonl")
         trained = [line["counters/examples"] for line in lines if line["split"] == "train"]
@@ -135,7 +132,7 @@ def test_a_signal_while_a_job_loads_ends_the_sweep_too(launcher, tmp_path):
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
     assert [row[2] for row in table(launcher.output)[1:]] == ["complete", "stopped"]
-    assert run_printed(launcher.output, tmp_path).returncode == 0
+    assert run_printed(launcher, tmp_path).code == 0
 
 
 def test_a_signal_ends_a_sweep_whose_jobs_start_workers(launcher, tmp_path):
@@ -222,9 +219,7 @@ def test_help_and_shown_configs_are_hydras(train_ok):
     assert "hydra_bash_completion" in train_ok("--shell-completion", "install=bash")
 
 
-def test_tab_completion_knows_keys_and_groups(tmp_path):
-    env = {**os.environ, "COMP_LINE": "python train.py loss=", "COMP_POINT": "21", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(REPOSITORY / "train.py"), "-sc", "query=bash"]
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=TIMEOUT)
-    assert result.returncode == 0
-    assert {"loss=dpo", "loss=ipo", "loss=sft"} <= set(result.stdout.split())
+def test_tab_completion_knows_keys_and_groups(launcher):
+    env = {"COMP_LINE": "python train.py loss=", "COMP_POINT": "21"}
+    assert launcher.run("-sc", "query=bash", env=env, as_typed=True) == 0, launcher.output
+    assert {"loss=dpo", "loss=ipo", "loss=sft"} <= set(launcher.output.split())

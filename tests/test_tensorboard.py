@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import read_jsonl
+from launcher import train_after
 from test_cli import SHORT
 
 RUN = [*SHORT, "loss=dpo", "minimum_log_interval_secs=1e-9", "tensorboard.enabled=true"]
@@ -47,14 +48,12 @@ def test_a_run_that_goes_on_replaces_what_was_logged_after_its_checkpoint(launch
     assert scalars(tmp_path / "run") == expected(tmp_path / "run")
 
 
-def test_it_is_not_needed_when_it_is_off_and_named_when_it_is_on(run_python, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tensorboard'] = None\n")
-    command = [str(REPOSITORY / "train.py"), *SHORT, "sample_during_eval=false", "wandb.enabled=false", "curves=false"]
-    env = {"PYTHONPATH": str(tmp_path)}
-    result = run_python(*command, f"local_run_dir={tmp_path}/run", env=env)
-    assert result.returncode == 0, result.stderr
-    result = run_python(*command, "tensorboard.enabled=true", f"local_run_dir={tmp_path}/run2", env=env)
-    assert result.returncode == 1 and "pip install tensorboard" in result.stderr
+def test_it_is_not_needed_when_it_is_off_and_named_when_it_is_on(launcher, tmp_path):
+    script = train_after("import sys; sys.modules['tensorboard'] = None", tmp_path)
+    run = [*SHORT, "sample_during_eval=false"]
+    assert launcher.run(*run, f"local_run_dir={tmp_path}/run", script=script) == 0, launcher.output
+    assert launcher.run(*run, "tensorboard.enabled=true", f"local_run_dir={tmp_path}/run2", script=script) == 1
+    assert "pip install tensorboard" in launcher.output
     assert not (tmp_path / "run2").exists()
 
 

@@ -20,8 +20,8 @@ ESCAPE = re.compile(rb"\033\[[0-9;]*m")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120])
-def test_lines_on_a_terminal_are_aligned_whole_and_mixed_with_nothing(columns, tmp_path):
-    screen = run_on_terminal([*RUN, f"local_run_dir={tmp_path}/run"], tmp_path, columns)
+def test_lines_on_a_terminal_are_aligned_whole_and_mixed_with_nothing(columns, launcher, tmp_path):
+    screen = run_on_terminal(launcher, *RUN, f"local_run_dir={tmp_path}/run", columns=columns)
     assert screen.code == 0, "\n".join(screen.lines)
     (header,) = [line for line in screen.lines if line.split()[:1] == ["examples"]]
     names = header.split()
@@ -50,9 +50,9 @@ def test_lines_on_a_terminal_are_aligned_whole_and_mixed_with_nothing(columns, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_evaluations_stand_out_unless_colours_are_not_wanted(env, tmp_path):
+def test_evaluations_stand_out_unless_colours_are_not_wanted(env, launcher, tmp_path):
     overrides = [*RUN, "n_examples=8", "eval_every=8", "sample_during_eval=false", f"local_run_dir={tmp_path}/run"]
-    screen = run_on_terminal(overrides, tmp_path, 120, env)
+    screen = run_on_terminal(launcher, *overrides, columns=120, env=env)
     assert screen.code == 0
     assert bool(ESCAPE.search(screen.sent)) == (env == {})
     if env == {}:

@@ -1,17 +1,12 @@
 """What wandb has recorded of runs, read back from its offline files."""
 
 import json
-import os
-import pty
-import signal
 import struct
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TIMEOUT, read_jsonl
+from conftest import read_jsonl
+from terminals import run_on_terminal
 from test_cli import SHORT
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -119,36 +114,10 @@ def test_a_sweeps_jobs_are_runs_of_their_own(train_ok, tmp_path, no_account):
         assert_recorded(run, tmp_path / f"sweep/loss.beta-{beta}")
 
 
-def test_at_a_terminal_without_an_account_nobody_is_asked(tmp_path, no_account):
-    """All three streams are one pseudo-terminal, and nobody types anything."""
-    controller, terminal = pty.openpty()
-    command = [sys.executable, str(REPOSITORY / "train.py"), *RUN, f"local_run_dir={tmp_path}/run"]
-    env = {**os.environ, **no_account, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TERM": "xterm"}
-    process = subprocess.Popen(
-        [*command, f"local_dirs=[{tmp_path}/cache]"], cwd=tmp_path, env=env, stdin=terminal, stdout=terminal,
-        stderr=terminal, start_new_session=True,
-    )  # fmt: skip
-    os.close(terminal)
-    printed = []
-
-    def read():
-        while True:
-            try:
-                printed.append(os.read(controller, 2**16))
-            except OSError:  # the other end is closed
-                return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        assert process.wait(timeout=TIMEOUT / 10) == 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        reader.join()
-        os.close(controller)
-    text = b"".join(printed).decode()
+def test_at_a_terminal_without_an_account_nobody_is_asked(launcher, tmp_path, no_account):
+    screen = run_on_terminal(launcher, *RUN, f"local_run_dir={tmp_path}/run", columns=80, env=no_account)
+    assert screen.code == 0
+    text = screen.sent.decode()
     assert "logging offline" in text
     assert "wandb login" in text
     assert "WANDB_API_KEY" in text

@@ -4,14 +4,14 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
-import psutil
 import pytest
-from conftest import REPOSITORY
+from launcher import Run
 from process_pool import launcher_variables
+from test_launch import children_of
+
+from distributed import launch
 
 pytestmark = pytest.mark.slow
 
@@ -23,48 +23,36 @@ RUN = [
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Start Python with some arguments; what still runs at the end of the test is killed."""
-    processes = []
+def start(launcher, tmp_path):
+    """Start a script of this file as one of several workers."""
 
-    def start_python(*arguments: str, env: dict[str, str] | None = None, log: str = "log") -> psutil.Popen:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
-        with open(tmp_path / log, "w") as file:
-            processes.append(
-                psutil.Popen(
-                    [sys.executable, *arguments], cwd=tmp_path, env={**environment, **(env or {})},
-                    stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                )
-            )  # fmt: skip
-        return processes[-1]
+    def start_script(script: str, *words: object, env: dict[str, str]) -> Run:
+        (tmp_path / "script.py").write_text(script)
+        return launcher.start(*words, env=env, script=tmp_path / "script.py", as_typed=True, in_order=True)
 
-    yield start_python
-    for process in processes:
-        for running in [*process.children(recursive=True), process] if process.is_running() else []:
-            running.kill()
-        process.wait()
+    return start_script
 
 
-def wait_for(path, pattern: str, seconds: float = 120) -> str:
+def wait_for(run: Run, text: str, seconds: float = 120):
     deadline = time.monotonic() + seconds
-    while not re.search(pattern, text := path.read_text()):
-        assert time.monotonic() < deadline, text[-3000:]
+    while text not in run.output:
+        assert time.monotonic() < deadline, run.output[-3000:]
         time.sleep(0.05)
-    return text
 
 
 # ---- finding each other ---------------------------------------------------------------------------------------------
 
 CONNECT = """
-import time
+import sys, time
 from distributed import launch
 from utils import UserError
+launch._RENDEZVOUS_TIMEOUT = int(sys.argv[1])
 start = time.monotonic()
 try:
     with launch.process_group():
         print("connected")
 except UserError as error:
-    print(f"after {time.monotonic() - start} s: {error}")
+    print("after", time.monotonic() - start, "s:", error)
 """
 
 
@@ -117,7 +105,9 @@ def test_a_port_that_cannot_be_is_named(port, message, launcher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start, tmp_path):
+def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start):
+    assert launch._RENDEZVOUS_TIMEOUT == 60
+    seconds = 15  # instead
     ports = [variables["MASTER_PORT"] for _ in range(4) for variables in launcher_variables(1)]
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -131,49 +121,44 @@ def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start, tm
         processes = {}
         for name, variables in cases.items():
             env = {**variables, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-            processes[name] = start("-c", CONNECT, env=env, log=f"log-{name}")
+            processes[name] = start(CONNECT, seconds, env=env)
         for name, process in processes.items():
-            assert process.wait(150) == 0
-            log = (tmp_path / f"log-{name}").read_text()
+            assert process.wait() == 0
+            log = process.output
             address, port = cases[name]["MASTER_ADDR"], cases[name]["MASTER_PORT"]
             told = re.search(r"after (\S+) s: (MASTER_ADDR=(\S+) MASTER_PORT=(\S+), set by the launcher: .*)", log)
             assert told, log
-            assert 55 < float(told[1]) < 80
+            assert seconds - 5 < float(told[1]) < seconds + 20
             assert (told[3], told[4]) == (address, port)
-            assert "all WORLD_SIZE=2 workers must start within 60 seconds" in told[2]
+            assert f"all WORLD_SIZE=2 workers must start within {seconds} seconds" in told[2]
             assert "Traceback" not in log
             assert "frame #0" not in log  # nor PyTorch's own
 
 
-def test_ranks_that_alternate_between_machines_are_refused(start, tmp_path):
+def test_ranks_that_alternate_between_machines_are_refused(start):
     common = launcher_variables(1)[0]
     workers = [
-        start("-c", CONNECT, env={**common, "WORLD_SIZE": "4", "RANK": str(rank), "LOCAL_RANK": str(rank // 2)},
-              log=f"log-{rank}")
+        start(CONNECT, 60, env={**common, "WORLD_SIZE": "4", "RANK": str(rank), "LOCAL_RANK": str(rank // 2)})
         for rank in range(4)
-    ]  # fmt: skip
-    for rank, worker in enumerate(workers):
-        worker.wait(120)
-        assert (
-            "LOCAL_RANK=1 at RANK=3, after LOCAL_RANK=1, set by the launcher" in (tmp_path / f"log-{rank}").read_text()
-        )
+    ]
+    for worker in workers:
+        worker.wait()
+        assert "LOCAL_RANK=1 at RANK=3, after LOCAL_RANK=1, set by the launcher" in worker.output
 
 
 # ---- falling silent -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("silent", [0, 1])
-def test_a_worker_that_falls_silent_is_named_and_ends_the_run(silent, start, tmp_path):
-    overrides = ["world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]"]
-    run = start(str(REPOSITORY / "train.py"), *RUN, *overrides)
-    wait_for(tmp_path / "log", "First step: ")
-    workers = [child for child in run.children() if "resource_tracker" not in " ".join(child.cmdline())]
+def test_a_worker_that_falls_silent_is_named_and_ends_the_run(silent, launcher, tmp_path):
+    run = launcher.start(*RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True)
+    wait_for(run, "First step: ")
+    workers = children_of(*run.children)
     workers[silent].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    assert run.wait(60) == 1
+    assert run.wait() == 1
     assert 3 < time.monotonic() - stopped < 30
-    log = (tmp_path / "log").read_text()
-    assert re.findall("error: .*", log) == [
+    assert re.findall("error: .*", run.output) == [
         f"error: worker {silent} (process {workers[silent].pid} on {socket.gethostname()}) has given no sign of life "
         "for 8 seconds (worker_timeout): the run ends. resume=auto goes on with it"
     ]
@@ -184,36 +169,34 @@ def test_a_worker_that_falls_silent_is_named_and_ends_the_run(silent, start, tmp
 SLOW = """
 import hashlib, os, sys, time
 from distributed import collectives, launch
+rank, asleep, at_work = sys.argv[1:]
 with launch.process_group(worker_timeout=4):
-    if os.environ["RANK"] == sys.argv[1]:
-        time.sleep(12)
-        end = time.monotonic() + 8
+    print("connected", flush=True)
+    if os.environ["RANK"] == rank:
+        time.sleep(float(asleep))
+        end = time.monotonic() + float(at_work)
         while time.monotonic() < end:  # Python at work
             hashlib.sha256(b"x" * 10_000_000)
     collectives.barrier()
-print("done")
 """
 
 
-@pytest.mark.parametrize("slow", ["0", "1"])
-def test_a_worker_that_is_slow_is_waited_for(slow, start, tmp_path):
-    workers = [
-        start("-c", SLOW, slow, log=f"log-{variables['RANK']}", env=variables) for variables in launcher_variables(3)
-    ]
-    assert [worker.wait(120) for worker in workers] == [0] * 3, (tmp_path / "log-0").read_text()
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_worker_that_is_slow_is_waited_for(slow, start):
+    workers = [start(SLOW, slow, 7, 5, env=variables) for variables in launcher_variables(3)]
+    assert [worker.wait() for worker in workers] == [0] * 3, workers[0].output
 
 
-def test_workers_that_are_suspended_together_go_on(start, tmp_path):
-    workers = [
-        start("-c", SLOW, "0", log=f"log-{variables['RANK']}", env=variables) for variables in launcher_variables(3)
-    ]
-    time.sleep(12)
+def test_workers_that_are_suspended_together_go_on(start):
+    workers = [start(SLOW, 0, 3, 1, env=variables) for variables in launcher_variables(3)]
     for worker in workers:
-        worker.send_signal(signal.SIGSTOP)
+        wait_for(worker, "connected")
+    for worker in workers:
+        worker.kill(signal.SIGSTOP)
     time.sleep(10)
     for worker in workers:
-        worker.send_signal(signal.SIGCONT)
-    assert [worker.wait(120) for worker in workers] == [0] * 3, (tmp_path / "log-0").read_text()
+        worker.kill(signal.SIGCONT)
+    assert [worker.wait() for worker in workers] == [0] * 3, workers[0].output
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "soon", "null", "true"])
