@@ -30,14 +30,22 @@ from utils import UserError, get_local_dir, hides_progress, on_rank0, rank0_prin
 
 
 @dataclasses.dataclass
+class Drawing:
+    """A file of samples that is to be drawn."""
+
+    checkpoint: str | None  # a directory; None: the policy as it is loaded
+    temperature: float
+    output: str
+
+
+@dataclasses.dataclass
 class Options:
     """What `sample.py` has beside the keys of training."""
 
-    checkpoints: list[str | None]  # directories; None: the policy as it is loaded
-    outputs: list[str]  # a file for each
+    run: str | None  # its directory
+    drawings: list[Drawing]
     prompts: str | None
     n: int
-    temperature: float
     top_p: float
     top_k: int
     max_new_tokens: int
@@ -55,8 +63,7 @@ def make_options(config: DictConfig, own: dict) -> Options:
     The reference is to be in memory, as the texts are new to its cache.
     """
     config.precompute_ref_log_probs = False
-    for key, kind, lowest, highest in (("n", int, 1, 10**6), ("top_k", int, 0, 10**9), ("temperature", float, 0, 1e6),
-                                       ("top_p", float, 1e-9, 1)):  # fmt: skip
+    for key, kind, lowest, highest in (("n", int, 1, 10**6), ("top_k", int, 0, 10**9), ("top_p", float, 1e-9, 1)):
         evaluate.check_number(key, own[key], kind, lowest, highest)
     n_new = own["max_new_tokens"] if own["max_new_tokens"] is not None else config.max_length - config.max_prompt_length
     if isinstance(n_new, bool) or not isinstance(n_new, int) or n_new < 1:
@@ -66,18 +73,39 @@ def make_options(config: DictConfig, own: dict) -> Options:
             raise UserError(f"{key}={own[key]}: expected the name of a file")
     if own["prompts"] is not None and locate(own["prompts"], "prompts").files is None:
         raise UserError(f"prompts={own['prompts']}: expected a local file")
+    drawings = _drawings(own)
+    if own["alpaca_eval"] is not None and len(drawings) > 1:
+        raise UserError(f"alpaca_eval={own['alpaca_eval']}: give one checkpoint and one temperature at a time")
+    for key, path in [("output", d.output) for d in drawings] + [("alpaca_eval", own["alpaca_eval"])]:
+        evaluate.check_can_be_written(key, path)
+    return Options(own["run"], drawings, own["prompts"], own["n"], float(own["top_p"]), own["top_k"], n_new,
+                   own["alpaca_eval"])  # fmt: skip
+
+
+def _drawings(own: dict) -> list[Drawing]:
+    """A file for each checkpoint at each temperature; those of a list of temperatures have them in their names.
+
+    Raises: UserError if a temperature isn't one, or it isn't clear what the files are to be called.
+    """
+    given = own["temperature"]
+    temperatures = given if isinstance(given, list) else [given]
+    for temperature in temperatures:
+        evaluate.check_number("temperature", temperature, float, 0, 1e6)
+    endings = [f"_t{temperature:g}" for temperature in temperatures] if isinstance(given, list) else [""]
+    if not endings or len(set(endings)) < len(endings):
+        raise UserError(f"temperature={given}: give one, or several that differ, e.g. temperature=[0.5,1.0]")
     checkpoints = evaluate.find_checkpoints(own["run"], own["checkpoint"])
     if own["output"] is None and own["run"] is None:
         raise UserError("output: name the file that gets the samples, as there is no run to keep them in")
     if own["output"] is not None and len(checkpoints) > 1:
         raise UserError(f"output={own['output']}: give one checkpoint at a time, or leave output out")
-    if own["alpaca_eval"] is not None and len(checkpoints) > 1:
-        raise UserError(f"alpaca_eval={own['alpaca_eval']}: give one checkpoint at a time")
-    outputs = [own["output"] or os.path.join(own["run"], f"samples_{os.path.basename(c)}.jsonl") for c in checkpoints]
-    for key, path in [("output", path) for path in outputs] + [("alpaca_eval", own["alpaca_eval"])]:
-        evaluate.check_can_be_written(key, path)
-    return Options(checkpoints, outputs, own["prompts"], own["n"], float(own["temperature"]), float(own["top_p"]),
-                   own["top_k"], n_new, own["alpaca_eval"])  # fmt: skip
+    drawings = []
+    for checkpoint in checkpoints:
+        name = own["output"] or os.path.join(own["run"], f"samples_{os.path.basename(checkpoint)}.jsonl")
+        stem, extension = os.path.splitext(name)
+        drawings += [Drawing(checkpoint, float(temperature), f"{stem}{ending}{extension}")
+                     for temperature, ending in zip(temperatures, endings, strict=True)]  # fmt: skip
+    return drawings
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -149,13 +177,13 @@ class SeededDraws(LogitsProcessor):
         return scores.double() + noise.to(scores.device)
 
 
-def processors(options: Options, seeds: list[int]) -> LogitsProcessorList:
+def processors(temperature: float, options: Options, seeds: list[int]) -> LogitsProcessorList:
     """What turns logits into a choice, as transformers has it, and then into a draw."""
-    if options.temperature == 0:
+    if temperature == 0:
         return LogitsProcessorList()
     chosen = LogitsProcessorList()
-    if options.temperature != 1:
-        chosen.append(TemperatureLogitsWarper(options.temperature))
+    if temperature != 1:
+        chosen.append(TemperatureLogitsWarper(temperature))
     if options.top_k:
         chosen.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1:
@@ -169,7 +197,7 @@ def seed_of(seed: int, request: int, number: int) -> int:
 
 
 def sample_checkpoints(config: DictConfig, options: Options):
-    """Draw from one checkpoint after the other; what is written stays if a signal ends it."""
+    """Draw one file after the other; what is written stays if a signal ends it."""
     trainer = train.make_trainer(config, trains=False)
     n_positions = getattr(trainer.policy.config, "max_position_embeddings", None)
     if n_positions is not None and config.max_prompt_length + options.max_new_tokens > n_positions:
@@ -179,15 +207,18 @@ def sample_checkpoints(config: DictConfig, options: Options):
         )
     requests = read_requests(trainer, options)
     with trainer.stop:
-        for checkpoint, output in zip(options.checkpoints, options.outputs, strict=True):
-            if checkpoint is not None:
-                trainer.load_weights(checkpoint)
-            _sample_to(trainer, requests, checkpoint, output, options)
+        loaded = None
+        for drawing in options.drawings:
+            if drawing.checkpoint != loaded:
+                trainer.load_weights(drawing.checkpoint)
+                loaded = drawing.checkpoint
+            _sample_to(trainer, requests, drawing, options)
 
 
-def _sample_to(trainer, requests: list[Request], checkpoint: str | None, output: str, options: Options):
-    settings = _settings(trainer, requests, checkpoint, options)
-    done = collectives.broadcast_object(_done(output, settings) if on_rank0() else None)
+def _sample_to(trainer, requests: list[Request], drawing: Drawing, options: Options):
+    output = drawing.output
+    origin = {"settings": _settings(trainer, requests, drawing, options), **_origin(trainer, drawing, options)}
+    done = collectives.broadcast_object(_done(output, origin["settings"]) if on_rank0() else None)
     items = [(request, number) for request in sorted(requests, key=lambda r: (len(r.ids), r.index))
              for number in range(options.n)]  # fmt: skip
     items = [item for item in items if (item[0].index, item[1]) not in done]
@@ -196,24 +227,32 @@ def _sample_to(trainer, requests: list[Request], checkpoint: str | None, output:
         for start in range(0, len(items), size):
             trainer.stop.check()
             batch = items[start : start + size]
-            lines = _draw(trainer, batch, options)
+            lines = _draw(trainer, batch, drawing.temperature, options)
             if on_rank0():
                 with open(output, "a", encoding="utf-8") as file:
-                    file.writelines(
-                        json.dumps({"settings": settings, **line}, ensure_ascii=False) + "\n" for line in lines
-                    )
+                    file.writelines(json.dumps({**origin, **line}, ensure_ascii=False) + "\n" for line in lines)
             progress.update(len(batch))
     rank0_print(f"{len(items)} samples drawn, {len(done)} were there: {output}")
     if options.alpaca_eval is not None and on_rank0():
-        _write_alpaca_eval(options.alpaca_eval, output, checkpoint)
+        _write_alpaca_eval(options.alpaca_eval, output, drawing.checkpoint)
 
 
-def _settings(trainer, requests: list[Request], checkpoint: str | None, options: Options) -> str:
+def _origin(trainer, drawing: Drawing, options: Options) -> dict:
+    """What every line says of where it comes from: run and checkpoint by their names, and how it was drawn."""
+    return {
+        "run": options.run and os.path.basename(os.path.abspath(options.run)),
+        "checkpoint": drawing.checkpoint and os.path.basename(drawing.checkpoint),
+        "examples": trainer.state.examples, "temperature": drawing.temperature, "top_p": options.top_p,
+        "top_k": options.top_k,
+    }  # fmt: skip
+
+
+def _settings(trainer, requests: list[Request], drawing: Drawing, options: Options) -> str:
     """A short hash of what decides a sample."""
-    config = trainer.config
+    config, checkpoint = trainer.config, drawing.checkpoint
     decides = [
         checkpoint and os.path.basename(checkpoint), trainer.state.examples, config.seed, config.max_prompt_length,
-        options.temperature, options.top_p, options.top_k, options.max_new_tokens,
+        drawing.temperature, options.top_p, options.top_k, options.max_new_tokens,
         [request.ids for request in requests], OmegaConf.to_container(config.model), file_fingerprints(config),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
@@ -248,7 +287,7 @@ def _done(output: str, settings: str) -> set[tuple[int, int]]:
     return done
 
 
-def _draw(trainer, items: list[tuple[Request, int]], options: Options) -> list[dict]:
+def _draw(trainer, items: list[tuple[Request, int]], temperature: float, options: Options) -> list[dict]:
     """A sample for each item, as lines of the output; of several workers each draws some."""
     index, count = trainer.strategy.batch_shard
     own = items[index::count]
@@ -261,7 +300,7 @@ def _draw(trainer, items: list[tuple[Request, int]], options: Options) -> list[d
     _, targets, is_whole = generate_scorable(
         trainer.policy, trainer.tokenizer, batch, options.max_new_tokens + batch["prompt_input_ids"].shape[1],
         lambda: trainer.strategy.stops_sampling(trainer.stop.received is not None), synced=trainer.is_sharded,
-        processors=processors(options, seeds),
+        processors=processors(temperature, options, seeds),
     )  # fmt: skip
     trainer.stop.check()
     with torch.no_grad():
