@@ -2,8 +2,9 @@
 
 A checkpoint is a directory that appears whole or not at all. It has the original's files, `policy.pt`, `optimizer.pt`
 and `scheduler.pt`, each {'step_idx': training examples seen, 'state': a state dict, 'metrics': of the last evaluation};
-model and tokenizer for `from_pretrained`; `state.json` and `rng.pt`, the train state; and `SHA256SUMS`, which tells a
-damaged one. Of a policy with an adapter it holds the adapter, in PEFT's format, in place of the model.
+model and tokenizer for `from_pretrained`, and a model card; `state.json` and `rng.pt`, the train state; and
+`SHA256SUMS`, which tells a damaged one. Of a policy with an adapter it holds the adapter, in PEFT's format, in place
+of the model.
 """
 
 import json
@@ -18,7 +19,8 @@ from torch import nn
 
 from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
 from checkpointing.integrity import atomic_directory, replace_path
-from checkpointing.train_state import TrainState
+from checkpointing.model_card import write_card
+from checkpointing.train_state import TrainState, read_state_json
 from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 
@@ -62,6 +64,7 @@ def write_checkpoint(
             _export_model(policy, state_dicts["policy"], partial, dropout_rates)
         tokenizer.save_pretrained(partial)
         train_state.save(partial, config)
+        write_card(partial, config, read_state_json(partial), has_adapter)
     size = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
     rank0_print(f"wrote {size / 1e6:.1f} MB to {path} in {time.perf_counter() - start_time:.2f} s")
 
