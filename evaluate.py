@@ -106,7 +106,7 @@ def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
         for key, value in OmegaConf.to_container(former, resolve=False).items():
             result[key] = value
         for key in given:
-            if key not in own:
+            if key.split(".")[0] not in own:
                 OmegaConf.update(result, key, OmegaConf.select(config, key, throw_on_missing=True), merge=False)
         result.local_run_dir = run_dir
     OmegaConf.resolve(result)

@@ -16,7 +16,7 @@ LEVELS = [  # modules and folders; each imports from those below it alone, a fol
     {"evaluate"},
     {"train", "checkpoints"},
     {"trainers"},
-    {"models", "judging"},
+    {"models", "judging", "generation"},
     {"checkpointing"},
     {"configuration"},
     {"references", "preference_datasets"},
