@@ -15,9 +15,9 @@ def digest(responses: dict[Place, Response]) -> str:
 
 
 def origins(responses: dict[Place, Response]) -> list[dict]:
-    """What responses were drawn from, and how, each once; none where nothing says it."""
-    found = dict.fromkeys(response.drawn for response in responses.values() if response.drawn is not None)
-    return [dataclasses.asdict(drawn) for drawn in found]
+    """What responses were drawn from, and how, each once; none where nothing says it of all."""
+    found = dict.fromkeys(response.drawn for response in responses.values())
+    return [dataclasses.asdict(drawn) for drawn in found if None not in found]
 
 
 def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:

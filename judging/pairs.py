@@ -118,8 +118,10 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
 
 
 def _drawn(row: dict) -> Drawn | None:
-    fields = [field.name for field in dataclasses.fields(Drawn)]
-    return Drawn(**{name: row[name] for name in fields}) if row.keys() >= set(fields) else None
+    fields = {field.name: row.get(field.name) for field in dataclasses.fields(Drawn)}
+    names, numbers = list(fields.values())[:2], list(fields.values())[2:]
+    is_known = all(isinstance(name, str | None) for name in names) and all(isinstance(n, int | float) for n in numbers)
+    return Drawn(**fields) if is_known else None
 
 
 def _logratio(row: dict) -> float | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from reporting.curves import colors, save_figure
 
 _SUMMARY = "_summary.json"
-_DRAW = "draw them by sample.py, each checkpoint and temperature into a file of its own, and run judge.py on it again"
+_DRAW = "draw them by sample.py, each checkpoint and temperature into a new file, and run judge.py on it again"
 
 
 class BadSummary(ValueError):
@@ -126,13 +126,24 @@ def new_figure(xlabel: str, ylabel: str) -> tuple:
 
 
 def draw_series(axis, groups: dict[str, list[tuple[Summary, tuple, tuple]]]):
-    """A line with error bars for each group: of each of its points the summary, and x and y with their bounds."""
-    for color, (label, points) in zip(colors(len(groups)), groups.items(), strict=True):
+    """A line with error bars for each group: of each of its points the summary, and x and y with their bounds.
+
+    Groups are drawn side by side, a few points (72nds of an inch) apart, so that bars at the same x can be told apart.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    for number, (color, (label, points)) in enumerate(zip(colors(len(groups)), groups.items(), strict=True)):
+        shift = 4 * (number - (len(groups) - 1) / 2) if all(point[1][1] is None for point in points) else 0
+        place = axis.transData + ScaledTranslation(shift / 72, 0, axis.figure.dpi_scale_trans)
         (x, x_bars), (y, y_bars) = (_bars([point[i] for point in points]) for i in (1, 2))
         axis.errorbar(
             x, y, xerr=x_bars, yerr=y_bars, fmt="o-", markersize=5, color=color, linewidth=1.3, elinewidth=0.9,
-            capsize=2, label=label,
+            capsize=2, label=label, transform=place,
         )  # fmt: skip
+        for _, *intervals in points:  # the axes' limits take no notice of what is shifted
+            for i in (1, 2):
+                axis.update_datalim([[found[0] if found[i] is None else found[i] for found in intervals]])
+    axis.autoscale_view()
 
 
 def _bars(values: list[tuple[float, float | None, float | None]]) -> tuple[list, list[list] | None]:

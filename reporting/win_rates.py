@@ -33,6 +33,8 @@ def draw(summaries: list[Summary], path: str):
         groups.setdefault(label, []).append((summary, x, summary.value_and_interval))
     figure, axis = new_figure("sampling temperature", what_is_measured(summaries))
     draw_series(axis, groups)
+    if len(ticks := sorted({summary.temperature for summary in summaries})) <= 10:
+        axis.set_xticks(ticks)
     axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     rows = [("run", "checkpoint", "temperature", "win rate", "95 %", "pairs")]

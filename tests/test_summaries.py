@@ -69,6 +69,7 @@ def test_kl_is_the_mean_log_ratio_of_samples_from_the_policy_itself():
     assert origins(responses) == [DRAWN]
     cold = {(0, 0): Response("p", "x", Drawn(**DRAWN | {"temperature": 0.5}), 1.0)}
     assert "temperature=0.5 top_p=1 top_k=0" in kl_from_reference(cold)["kl_unknown"]
+    assert origins(responses | {(2, 0): Response("r", "z")}) == []
     without = responses | {(2, 0): Response("r", "z", drawn, None)}
     assert "without the reference's log-probabilities" in kl_from_reference(without)["kl_unknown"]
     assert "nothing says how" in kl_from_reference({(0, None): Response("p", "x")})["kl_unknown"]
