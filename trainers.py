@@ -548,6 +548,7 @@ class BasicTrainer:
                 state,
                 self.config,
                 self.dropout_rates,
+                self.eval_iterator.n_examples,
             )
         collectives.barrier()
 

@@ -38,6 +38,7 @@ def write_checkpoint(
     train_state: TrainState,
     config: DictConfig,
     dropout_rates: dict[str, float],
+    n_eval_examples: int,
 ):
     """Write a checkpoint directory, in place of one that may be there.
 
@@ -46,6 +47,7 @@ def write_checkpoint(
             policy with an adapter at least what is trained, and what else belongs to the adapter.
         config: under which it was trained.
         dropout_rates: those that the model's config.json is to have; the policy's are 0.
+        n_eval_examples: on how many an evaluation is, for the model card.
 
     Raises: UserError if it can't be written; what was there before is then as it was.
     """
@@ -64,7 +66,7 @@ def write_checkpoint(
             _export_model(policy, state_dicts["policy"], partial, dropout_rates)
         tokenizer.save_pretrained(partial)
         train_state.save(partial, config)
-        write_card(partial, config, read_state_json(partial), has_adapter)
+        write_card(partial, config, read_state_json(partial), has_adapter, n_eval_examples)
     size = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
     rank0_print(f"wrote {size / 1e6:.1f} MB to {path} in {time.perf_counter() - start_time:.2f} s")
 

@@ -33,7 +33,7 @@ _CITATION = """\
 }"""  # noqa: E501
 
 
-def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool):
+def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool, n_eval_examples: int | None = None):
     """Write README.md, in place of one that PEFT may have written.
 
     Its front matter names models and datasets of the hub alone; what is local, the text has as the config gives it.
@@ -42,6 +42,7 @@ def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool
         config: under which it was trained.
         state: the checkpoint's state.json.
         is_adapter: whether the directory holds an adapter; otherwise it is a model.
+        n_eval_examples: on how many an evaluation was; None: as many as the config says.
     """
     on_hub = _base_revision(config, state) is not None
     data = huggingface_hub.ModelCardData(
@@ -54,7 +55,7 @@ def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool
     )
     parts = [
         _introduction(config, state, is_adapter), _use(config, is_adapter), _data(config, state), _objective(config),
-        _training(config, state, is_adapter), _evaluation(config, state),
+        _training(config, state, is_adapter), _evaluation(n_eval_examples or config.n_eval_examples, state),
         f"## Citation\n\n{textwrap.indent(_CITATION, '    ')}",
     ]  # fmt: skip
     text = "\n\n".join(parts)
@@ -164,12 +165,11 @@ def _training(config: DictConfig, state: dict, is_adapter: bool) -> str:
     return "\n".join([*lines, f"- versions: {', '.join(f'{name} {v}' for name, v in versions.items())}"])
 
 
-def _evaluation(config: DictConfig, state: dict) -> str:
+def _evaluation(n: int | None, state: dict) -> str:
     metrics, examples = state.get("metrics") or {}, state.get("evaluated_at")
     found = [name for name in _METRICS if name in metrics]
     if not found:
         return "## Evaluation\n\nNone in training."
-    n = config.n_eval_examples
     when = f", after {examples:,} training examples" if examples is not None else ""
     lines = ["## Evaluation", "", f"On {'all' if n is None else n} evaluation examples{when}:", "",
              "| metric | mean | standard error |", "|---|---|---|"]  # fmt: skip

@@ -51,6 +51,12 @@ def test_an_adapter_s_card_takes_the_place_of_peft_s_and_its_merged_model_has_on
     assert str(run_dir) not in text + merged
 
 
+def test_the_card_counts_the_evaluation_examples_where_all_are_taken(make_trainer):
+    trainer, run_dir = trained(make_trainer, "n_eval_examples=null", "eval_every=8", "do_first_eval=false")
+    assert trainer.eval_iterator.n_examples > 8
+    assert f"On {trainer.eval_iterator.n_examples} evaluation examples" in (run_dir / "LATEST/README.md").read_text()
+
+
 def test_the_front_matter_names_what_is_on_the_hub(make_trainer, tmp_path):
     trainer, run_dir = trained(make_trainer, *LORA)
     config, state = trainer.config.copy(), json.loads((run_dir / "LATEST/state.json").read_text())
