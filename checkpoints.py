@@ -7,10 +7,12 @@ import argparse
 import os
 import sys
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from checkpointing.integrity import atomic_directory
-from configuration.schema import CONFIG_DIR
+from checkpointing.model_card import write_card
+from checkpointing.train_state import read_state_json
+from configuration.schema import own_keys
 from configuration.sources import policy_source
 from models import load_adapter, load_model, read_tokenizer
 from utils import UserError
@@ -30,11 +32,13 @@ def merge(adapter_dir: str, output_dir: str):
     if os.path.exists(output_dir):
         raise UserError(f"{output_dir} exists already")
     try:
-        config = OmegaConf.load(config_path)
-        # keys that are newer than the run
-        config.model = OmegaConf.merge(OmegaConf.load(CONFIG_DIR / "model/blank_model.yaml"), config.model)
+        state = read_state_json(adapter_dir)
+        trained = OmegaConf.merge(_defaults(), OmegaConf.load(config_path))
+        config = trained.copy()
         config.model.load_in_4bit, config.model.adapter = False, adapter_dir
         source = policy_source(config)
+    except UserError:
+        raise
     except Exception as error:  # YAML's and OmegaConf's are of many kinds
         raise UserError(f"{config_path}: can't read it as a run's config: {error}") from error
     tokenizer = read_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config)
@@ -42,7 +46,13 @@ def merge(adapter_dir: str, output_dir: str):
     with atomic_directory(output_dir, "make room, or choose another directory") as partial:
         model.merge_and_unload().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        write_card(partial, trained, state, is_adapter=False)
     print(f"wrote the merged model to {output_dir}")
+
+
+def _defaults() -> DictConfig:
+    """Of every key, for runs that are older than some."""
+    return OmegaConf.create(own_keys("config") | {"model": own_keys("model/blank_model")})
 
 
 if __name__ == "__main__":

@@ -22,10 +22,9 @@ from configuration.checks import check_config
 from configuration.schema import own_keys
 from data.batches import chosen_and_rejected
 from distributed import collectives
-from judging.statistics import wilson_interval
+from judging.statistics import Z, wilson_interval
 from utils import UserError, closest_match, on_rank0, rank0_print
 
-_Z = 1.959964  # of a normal distribution's central 95 %
 _IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
 _N_BUCKETS = 4
 
@@ -107,7 +106,7 @@ def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
         for key, value in OmegaConf.to_container(former, resolve=False).items():
             result[key] = value
         for key in given:
-            if key not in own:
+            if key.split(".")[0] not in own:
                 OmegaConf.update(result, key, OmegaConf.select(config, key, throw_on_missing=True), merge=False)
         result.local_run_dir = run_dir
     OmegaConf.resolve(result)
@@ -281,7 +280,7 @@ def _interval(values: list[float]) -> list[float]:
     mean, error, n = float(np.mean(values)), _standard_error(values), len(values)
     if set(values) <= {0.0, 1.0}:
         return wilson_interval(mean, n)
-    return [mean - _Z * error, mean + _Z * error]
+    return [mean - Z * error, mean + Z * error]
 
 
 def _figures(rows: list[dict[str, float]]) -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""Which of two models answers better: `python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE`."""
+"""Which of two models answers better: `python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE`.
+
+Without `b`, what a reward model gives to the responses of `a`.
+"""
 
 import collections
 import hashlib
@@ -15,13 +18,14 @@ from configuration.explanations import unknown_key
 from configuration.schema import own_keys
 from judging.chat_completions import ChatCompletions, check_url
 from judging.command import Command
-from judging.pairs import Pair, Task, first_shown, match, read_responses
+from judging.origins import digest, kl_from_reference, origins
+from judging.pairs import Pair, Task, alone, first_shown, match, read_responses
 from judging.prompts import load_template
-from judging.statistics import length_controlled, wilson_interval
+from judging.statistics import Z, length_controlled, mean_and_error, wilson_interval
 from judging.verdicts import Judge, MisassignedVerdicts, VerdictFile
 from utils import UserError, closest_match, get_local_dir, hides_progress
 
-_REQUIRED = ("a", "b", "judge", "output")
+_REQUIRED = ("a", "judge", "output")
 _KEYS = {  # of each judge alone: those that it needs, and others
     "model": (("judge_model",), ("judge_batch_size", "chat_template")),
     "openai": (
@@ -48,16 +52,19 @@ def run(config: DictConfig):
     """Check what is asked for, let the judge decide what it hasn't decided yet, and say what it amounts to."""
     options = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     check_options(options)
-    pairs, n_unmatched = match(read_responses("a", options["a"]), read_responses("b", options["b"]),
-                               options["allow_unmatched"])  # fmt: skip
+    a = read_responses("a", options["a"])
+    b = read_responses("b", options["b"]) if options["b"] is not None else None
+    pairs, n_unmatched = (alone(a), 0) if b is None else match(a, b, options["allow_unmatched"])
     asked = [pair for pair in pairs if pair.a != pair.b]
     settings = settings_of(options)
     verdicts = VerdictFile(options["output"], settings)
     try:
         tasks = make_tasks(asked, options)
         left = verdicts.left(tasks)
-        print(f"{len(pairs)} pairs, {len(pairs) - len(asked)} of the same text twice, which are ties; {n_unmatched} "
-              f"responses without a partner; {len(tasks) - len(left)} verdicts are there", flush=True)  # fmt: skip
+        n_there = len(tasks) - len(left)
+        print(f"{len(pairs)} responses to be scored; {n_there} scores are there" if b is None else
+              f"{len(pairs)} pairs, {len(pairs) - len(asked)} of the same text twice, which are ties; {n_unmatched} "
+              f"responses without a partner; {n_there} verdicts are there", flush=True)  # fmt: skip
         if left:
             judge = make_judge(options)
             announce(judge, left, options)
@@ -65,15 +72,20 @@ def run(config: DictConfig):
         lines = [verdicts.lines[task.key] for task in tasks]
     finally:
         verdicts.close()
-    summary = {"a": options["a"], "b": options["b"], "judge": options["judge"], "settings": settings}
-    summary |= {"n_unmatched": n_unmatched, **summarize(pairs, lines, options)}
+    summary = {key: options[key] for key in ("a", "b", "judge", "judge_model")} | {"settings": settings}
+    if b is None:
+        summary |= summarize_scores(pairs, lines)
+    else:
+        summary |= {"b_digest": digest(b), "n_unmatched": n_unmatched, **summarize(pairs, lines, options)}
+    summary |= {"drawn": origins(a), **kl_from_reference(a)}
     path = f"{os.path.splitext(options['output'])[0]}_summary.json"
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         json.dump(summary, file, ensure_ascii=False, indent=1)
     os.replace(f"{path}.partial", path)
     print(f"{table(summary)}\nWritten to {options['output']} and {path}", flush=True)
     if lines and all(line["verdict"] is None for line in lines):
-        raise UserError(f"no pair could be judged: {failures_in_words(summary)}")
+        what = "no response could be scored" if b is None else "no pair could be judged"
+        raise UserError(f"{what}: {failures_in_words(summary)}")
 
 
 # ---- what is asked for ----------------------------------------------------------------------------------------------
@@ -85,7 +97,11 @@ def check_options(options: dict):
         if options[key] in ("???", None):
             example = "python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE"
             raise UserError(f"{key}: give it, e.g. {example}; config/judge.yaml lists all keys")
-    for key in (*_REQUIRED, "judge_model", "judge_command", "judge_url", "judge_prompt", "chat_template"):
+    if options["b"] is None and options["judge"] != "model":
+        raise UserError("b: give the responses that those of a are compared with; judge=model alone does without")
+    if options["b"] is None and options["allow_unmatched"]:
+        raise UserError("allow_unmatched=true: without b no response needs a partner; leave it out")
+    for key in (*_REQUIRED, "b", "judge_model", "judge_command", "judge_url", "judge_prompt", "chat_template"):
         if options[key] is not None and not isinstance(options[key], str):
             raise UserError(f"{key}={options[key]}: expected a text")
     for key in ("allow_unmatched", "both_orders"):
@@ -101,7 +117,7 @@ def check_options(options: dict):
     _check_keys_of_judge(options)
     get_local_dir(options["local_dirs"])
     evaluate.check_can_be_written("output", options["output"])
-    if os.path.abspath(options["output"]) in (os.path.abspath(options[key]) for key in ("a", "b")):
+    if os.path.abspath(options["output"]) in (os.path.abspath(options[key]) for key in ("a", "b") if options[key]):
         raise UserError(f"output={options['output']} holds responses; give another file")
 
 
@@ -131,9 +147,11 @@ def settings_of(options: dict) -> str:
 
 
 def make_tasks(pairs: list[Pair], options: dict) -> list[Task]:
-    """What a judge is to decide: each pair in the order that is drawn for it, or in both."""
+    """What a judge is to decide: each pair in the order that is drawn for it, or in both; a response alone as it is."""
     if options["both_orders"]:
         return [Task(pair, first) for pair in pairs for first in "ab"]
+    if options["b"] is None:
+        return [Task(pair, "a") for pair in pairs]
     return [Task(pair, first_shown(pair, options["seed"])) for pair in pairs]
 
 
@@ -228,6 +246,19 @@ def summarize(pairs: list[Pair], lines: list[dict], options: dict) -> dict:
     return summary
 
 
+def summarize_scores(pairs: list[Pair], lines: list[dict]) -> dict:
+    """The mean of the responses' scores, and its standard error, by prompts."""
+    scores = {(line["prompt_index"], line["sample"]): line["scores"][0] for line in lines if line["verdict"]}
+    scored = [pair for pair in pairs if (pair.index, pair.sample) in scores]
+    mean, error = mean_and_error(list(scores.values()), [index for index, _ in scores]) if scores else (None, None)
+    kinds = collections.Counter(line["failure"] for line in lines if line["verdict"] is None)
+    return {
+        "n_responses": len(pairs), "n_prompts": len({pair.index for pair in pairs}), "n_scored": len(scored),
+        "n_failed": len(pairs) - len(scored), "failures": dict(kinds.most_common()),
+        "mean_length_a": _mean([len(pair.a) for pair in scored]), "score": mean, "score_se": error,
+    }  # fmt: skip
+
+
 def _order_figures(lines: list[dict], of_pair: dict, options: dict) -> dict:
     """How much depends on which response comes first."""
     firsts = [float(line["verdict"] == line["first"]) for line in lines if line["verdict"] in ("a", "b")]
@@ -249,6 +280,34 @@ def failures_in_words(summary: dict) -> str:
 
 def table(summary: dict) -> str:
     """The summary as it is printed."""
+    lines = _table_of_scores(summary) if summary["b"] is None else _table_of_verdicts(summary)
+    if summary["kl"] is not None:
+        lines.append(_mean_in_words("KL from reference", summary, "kl", "nats a response"))
+    if summary["n_failed"]:
+        lines.append(f"  {summary['n_failed']} {'responses' if summary['b'] is None else 'pairs'} FAILED and are not "
+                     f"counted: {failures_in_words(summary)}; the same command asks about them again")  # fmt: skip
+    if summary.get("input_tokens"):
+        price = f", cost {summary['cost']:.2f}" if summary["cost"] is not None else ""
+        lines.append(f"  {summary['input_tokens']:,} tokens sent, {summary['output_tokens']:,} received{price}")
+    return "\n".join(lines)
+
+
+def _table_of_scores(summary: dict) -> list[str]:
+    lines = [f"\na: {summary['a']}"]
+    lines.append(f"  {summary['n_scored']} responses scored, to {summary['n_prompts']} prompts")
+    if summary["n_scored"]:
+        lines.append(_mean_in_words("score", summary, "score", summary["judge_model"]))
+        lines.append(f"  {'mean length':<20}{summary['mean_length_a']:>8.1f}   (characters)")
+    return lines
+
+
+def _mean_in_words(label: str, summary: dict, name: str, unit: str) -> str:
+    mean, error = summary[name], summary[f"{name}_se"]
+    interval = f"95 % {mean - Z * error:.4g} to {mean + Z * error:.4g} " if error is not None else ""
+    return f"  {label:<20}{mean:>8.4g}   {interval}({unit})"
+
+
+def _table_of_verdicts(summary: dict) -> list[str]:
     lines = [f"\na: {summary['a']}\nb: {summary['b']}"]
     lines.append(f"  {summary['n_judged']} pairs judged, of {summary['n_prompts']} prompts: a wins {summary['wins']}, "
                  f"ties {summary['ties']}, b wins {summary['losses']}")  # fmt: skip
@@ -262,13 +321,7 @@ def table(summary: dict) -> str:
     if summary["n_judged"]:
         lines.append(f"  {'mean length':<20}{summary['mean_length_a']:>8.1f}   b {summary['mean_length_b']:.1f} "
                      "(characters)")  # fmt: skip
-    if summary["n_failed"]:
-        lines.append(f"  {summary['n_failed']} pairs FAILED and are not counted: {failures_in_words(summary)}; the "
-                     "same command asks about them again")  # fmt: skip
-    if summary.get("input_tokens"):
-        price = f", cost {summary['cost']:.2f}" if summary["cost"] is not None else ""
-        lines.append(f"  {summary['input_tokens']:,} tokens sent, {summary['output_tokens']:,} received{price}")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
 
 def with_free_keys(overrides: list[str]) -> list[str]:
     """The overrides, so marked that Hydra takes keys it doesn't know where names are not ours to know."""
-    return [f"++{word}" if word.startswith((*FREE_KEYS, "judge_args")) else word for word in overrides]
+    return [f"++{word}" if word.startswith((*FREE_KEYS, "judge_args", "engine_args")) else word for word in overrides]
 
 
 @contextlib.contextmanager

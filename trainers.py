@@ -422,6 +422,7 @@ class BasicTrainer(PolicyAndReference):
                 state,
                 self.config,
                 self.dropout_rates,
+                self.eval_iterator.n_examples,
             )
         collectives.barrier()
 

@@ -2,8 +2,9 @@
 
 A checkpoint is a directory that appears whole or not at all. It has the original's files, `policy.pt`, `optimizer.pt`
 and `scheduler.pt`, each {'step_idx': training examples seen, 'state': a state dict, 'metrics': of the last evaluation};
-model and tokenizer for `from_pretrained`; `state.json` and `rng.pt`, the train state; and `SHA256SUMS`, which tells a
-damaged one. Of a policy with an adapter it holds the adapter, in PEFT's format, in place of the model.
+model and tokenizer for `from_pretrained`, and a model card; `state.json` and `rng.pt`, the train state; and
+`SHA256SUMS`, which tells a damaged one. Of a policy with an adapter it holds the adapter, in PEFT's format, in place
+of the model.
 """
 
 import json
@@ -18,7 +19,8 @@ from torch import nn
 
 from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
 from checkpointing.integrity import atomic_directory, replace_path
-from checkpointing.train_state import TrainState
+from checkpointing.model_card import write_card
+from checkpointing.train_state import TrainState, read_state_json
 from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 
@@ -36,6 +38,7 @@ def write_checkpoint(
     train_state: TrainState,
     config: DictConfig,
     dropout_rates: dict[str, float],
+    n_eval_examples: int,
 ):
     """Write a checkpoint directory, in place of one that may be there.
 
@@ -44,6 +47,7 @@ def write_checkpoint(
             policy with an adapter at least what is trained, and what else belongs to the adapter.
         config: under which it was trained.
         dropout_rates: those that the model's config.json is to have; the policy's are 0.
+        n_eval_examples: on how many an evaluation is, for the model card.
 
     Raises: UserError if it can't be written; what was there before is then as it was.
     """
@@ -62,6 +66,7 @@ def write_checkpoint(
             _export_model(policy, state_dicts["policy"], partial, dropout_rates)
         tokenizer.save_pretrained(partial)
         train_state.save(partial, config)
+        write_card(partial, config, read_state_json(partial), has_adapter, n_eval_examples)
     size = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
     rank0_print(f"wrote {size / 1e6:.1f} MB to {path} in {time.perf_counter() - start_time:.2f} s")
 

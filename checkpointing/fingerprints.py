@@ -84,6 +84,11 @@ def hub_revisions(config: DictConfig) -> dict[str, str]:
     return revisions
 
 
+def is_of_model(name: str) -> bool:
+    """Whether what a fingerprint is of is a model or a tokenizer, and not a dataset."""
+    return name in _KEYS
+
+
 def header(fingerprints: dict[str, str]) -> str:
     """The first line of a run's config.yaml: fingerprints, by what they are of."""
     return f"{_HEADER}{json.dumps(fingerprints)}\n"

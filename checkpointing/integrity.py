@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from utils import UserError
 
 CHECKSUMS = "SHA256SUMS"  # `sha256sum -c` reads it
+CARD = "README.md"  # people write into it before they upload a checkpoint, so it has no checksum
 _CHECKPOINT = r"(?:step-[0-9]+|LATEST|BEST)"  # the names of a run's checkpoints
 _INTERRUPTED = re.compile(  # and those that they, or config.yaml, have while they are written, replaced or deleted
     rf"{_CHECKPOINT}\.partial-[0-9a-f]{{8}}|step-[0-9]+\.partial-deleted|config\.yaml\.partial-new"
@@ -79,7 +80,7 @@ def replace_path(new: str, path: str):
         if os.path.lexists(older):
             os.rename(older, path)
         raise
-    _flush(os.path.dirname(path))
+    _flush(os.path.dirname(path) or ".")
     _remove(older)
 
 
@@ -128,7 +129,8 @@ def _sha256(path: str) -> str:
 
 
 def _write_checksums(directory: str):
-    lines = [f"{_sha256(os.path.join(directory, name))}  {name}\n" for name in sorted(os.listdir(directory))]
+    names = sorted(name for name in os.listdir(directory) if name != CARD)
+    lines = [f"{_sha256(os.path.join(directory, name))}  {name}\n" for name in names]
     with open(os.path.join(directory, CHECKSUMS), "w", encoding="utf-8") as file:
         file.writelines(lines)
 

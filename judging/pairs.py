@@ -1,5 +1,6 @@
 """Responses of two models to the same prompts, read from files and put side by side."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,22 +17,37 @@ _FORMATS = (
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """How `sample.py` drew a response, and from what; run and checkpoint by their names, None without a run."""
+
+    run: str | None
+    checkpoint: str | None
+    examples: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+@dataclass(frozen=True)
 class Response:
-    """What a model wrote, and to what."""
+    """What a model wrote, and to what; as far as it is known, how it was drawn, and the policy's log-probability of it
+    less the reference's (nats)."""
 
     prompt: Prompt
     text: str
+    drawn: Drawn | None = None
+    logratio: float | None = None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to a prompt."""
+    """Two responses to a prompt, or one, without `b`."""
 
     index: int
     sample: int
     prompt: Prompt
     a: str
-    b: str
+    b: str | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,8 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
     numbers: dict[str, int] = {}  # of the prompts of rows
     for number, (where, row) in enumerate(_rows(f"{key}={path}", path)):
         if {"prompt_index", "sample", "prompt", "response"} <= row.keys():
-            place, response = (row["prompt_index"], row["sample"]), Response(row["prompt"], row["response"])
+            place = (row["prompt_index"], row["sample"])
+            response = Response(row["prompt"], row["response"], _drawn(row), _logratio(row))
         elif {"instruction", "output"} <= row.keys():
             message = {"role": "user", "content": row["instruction"]}
             place, response = (number, None), Response([message], row["output"])
@@ -98,6 +115,18 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
     if not found:
         raise UserError(f"{key}={path}: it has no responses; {_FORMATS}")
     return found
+
+
+def _drawn(row: dict) -> Drawn | None:
+    fields = {field.name: row.get(field.name) for field in dataclasses.fields(Drawn)}
+    names, numbers = list(fields.values())[:2], list(fields.values())[2:]
+    is_known = all(isinstance(name, str | None) for name in names) and all(isinstance(n, int | float) for n in numbers)
+    return Drawn(**fields) if is_known else None
+
+
+def _logratio(row: dict) -> float | None:
+    logps = row.get("policy_logps"), row.get("reference_logps")
+    return logps[0] - logps[1] if all(isinstance(value, float) for value in logps) else None
 
 
 def _rows(where: str, path: str) -> Iterator[tuple[str, dict]]:
@@ -137,6 +166,12 @@ def _check(where: str, place: tuple, response: Response):
 
 
 # ---- side by side ---------------------------------------------------------------------------------------------------
+
+
+def alone(a: dict[Place, Response]) -> list[Pair]:
+    """Each response without another."""
+    pairs = [Pair(index, sample or 0, response.prompt, response.text, None) for (index, sample), response in a.items()]
+    return sorted(pairs, key=lambda pair: (pair.index, pair.sample))
 
 
 def match(a: dict[Place, Response], b: dict[Place, Response], allow_unmatched: bool) -> tuple[list[Pair], int]:

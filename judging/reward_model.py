@@ -63,26 +63,33 @@ class RewardModel:
             self.batch_size = 1
 
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
-        """Verdicts by the scores, which are kept: [a's, b's].
+        """Verdicts by the scores, which are kept: [a's, b's]; of a response alone only its score, [a's].
 
         Raises: UserError if there are messages that can't be rendered.
         """
-        encoded = self._encode([(task.pair.prompt, text) for task in tasks for text in (task.pair.a, task.pair.b)])
-        ids = dict(zip([task.key for task in tasks], zip(encoded[::2], encoded[1::2], strict=True), strict=True))
+        texts = {task.key: [text for text in (task.pair.a, task.pair.b) if text is not None] for task in tasks}
+        encoded = iter(self._encode([(task.pair.prompt, text) for task in tasks for text in texts[task.key]]))
+        ids = {key: [next(encoded) for _ in of_task] for key, of_task in texts.items()}
         by_length = sorted(tasks, key=lambda task: max(map(len, ids[task.key])))
         n_tasks = max(1, self.batch_size // 2)
         for start in range(0, len(tasks), n_tasks):
             batch = by_length[start : start + n_tasks]
             rows = [row for task in batch for row in ids[task.key]]
-            scores = [score for i in range(0, len(rows), self.batch_size)
-                      for score in self._scores(rows[i : i + self.batch_size])]  # fmt: skip
-            for task, a, b in zip(batch, scores[::2], scores[1::2], strict=True):
-                if math.isnan(a - b):  # of two infinite scores, too
-                    yield task, Verdict(failure="a score that is no number")
-                    continue
-                is_tie = math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)  # rounding depends on the rows beside it
-                winner = "tie" if is_tie else "first" if (a > b) == (task.first == "a") else "second"
-                yield task, Verdict(winner, details={"scores": [a, b]})
+            scores = iter([score for i in range(0, len(rows), self.batch_size)
+                           for score in self._scores(rows[i : i + self.batch_size])])  # fmt: skip
+            for task in batch:
+                yield task, self._verdict(task, [next(scores) for _ in ids[task.key]])
+
+    @staticmethod
+    def _verdict(task: Task, scores: list[float]) -> Verdict:
+        a, b = scores if len(scores) == 2 else (scores[0], 0.0)
+        if math.isnan(a - b) or (len(scores) == 1 and math.isinf(a)):  # of two infinite scores, too
+            return Verdict(failure="a score that is no number")
+        if len(scores) == 1:
+            return Verdict("scored", details={"scores": scores})
+        is_tie = math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)  # rounding depends on the rows beside it
+        winner = "tie" if is_tie else "first" if (a > b) == (task.first == "a") else "second"
+        return Verdict(winner, details={"scores": scores})
 
     def _encode(self, responses: list[tuple[Prompt, str]]) -> list[list[int]]:
         """Token ids: of texts put together, or of messages as the model's chat template writes them."""

@@ -1,11 +1,11 @@
-"""What verdicts amount to: win rates with their intervals."""
+"""What verdicts amount to: win rates and means with their intervals."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-_Z = 1.959964  # of a normal distribution's central 95 %
+Z = 1.959964  # of a normal distribution's central 95 %
 # inverse variances of normal priors on θ and φ, for where the verdicts alone don't tell: where a won all, or wrote all
 # the longer responses, or length decided everything; of the two, length then explains the verdicts
 _PRECISIONS = np.array([0.1, 0.001])
@@ -13,8 +13,23 @@ _PRECISIONS = np.array([0.1, 0.001])
 
 def wilson_interval(mean: float, n: int) -> list[float]:
     """Wilson's 95 % interval of a share of `n` (https://doi.org/10.1080/01621459.1927.10502953)."""
-    center, width = mean + _Z**2 / (2 * n), _Z * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))
-    return [(center + sign * width) / (1 + _Z**2 / n) for sign in (-1, 1)]
+    center, width = mean + Z**2 / (2 * n), Z * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
+    return [(center + sign * width) / (1 + Z**2 / n) for sign in (-1, 1)]
+
+
+def mean_and_error(values: Sequence[float], clusters: Sequence[object]) -> tuple[float, float | None]:
+    """The mean, and its standard error where values of one cluster (samples for one prompt) may be alike.
+
+    With G clusters of residuals e and N values it is sqrt(G / (G - 1) Σ_g (Σ_{i in g} e_i)²) / N, which for clusters of
+    one value is the usual one; None for a cluster alone.
+    """
+    mean = sum(values) / len(values)
+    sums: dict[object, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    if len(sums) == 1:
+        return mean, None
+    return mean, math.sqrt(len(sums) / (len(sums) - 1) * sum(e**2 for e in sums.values())) / len(values)
 
 
 def length_controlled(scores: Sequence[float], differences: Sequence[int]) -> tuple[float, list[float]]:
@@ -49,7 +64,7 @@ def length_controlled(scores: Sequence[float], differences: Sequence[int]) -> tu
         if np.abs(step).max() < 1e-9:
             break
     error = math.sqrt(np.linalg.inv(curvature(_sigmoid(x @ beta)))[0, 0])
-    low, rate, high = _sigmoid(beta[0] + error * np.array([-_Z, 0.0, _Z]))
+    low, rate, high = _sigmoid(beta[0] + error * np.array([-Z, 0.0, Z]))
     return float(rate), [float(low), float(high)]
 
 

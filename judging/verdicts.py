@@ -13,9 +13,9 @@ from utils import UserError
 
 @dataclass
 class Verdict:
-    """Which of the two responses that were shown is better, or why that isn't known."""
+    """Which of the two responses that were shown is better, or why that isn't known; or a response's score alone."""
 
-    winner: str | None = None  # first, second or tie
+    winner: str | None = None  # first, second or tie; of one response alone: scored
     failure: str | None = None  # its kind
     details: dict = field(default_factory=dict)  # what else is to be kept: an answer, scores, tokens
 

@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from reporting.curves import COLORS
+from reporting.curves import COLORS, save_figure
 from reporting.runs import NoRuns, Run, differing_keys, find_runs, larger_is_better, shown
 
 ACCURACY, LOSS, KL = "rewards_eval/accuracies", "loss/eval", "kl_eval/per_token"
@@ -173,8 +173,7 @@ def draw(comparison: Comparison, path: str):
         others[0].set_ylabel(_SHORT.get(sort, sort))
     for each in axes[0]:
         each.grid(alpha=0.3)
-    figure.savefig(path, dpi=100, format="png")
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def main(words: list[str]) -> str | None:

@@ -68,14 +68,21 @@ def draw(runs: list[Run], path: str):
         for axis in list(axes.flat)[len(panels) :]:
             axis.set_axis_off()
         _draw_legend(figure, runs)
-        partial = f"{path}.partial-{os.getpid()}"
-        try:
-            figure.savefig(partial, dpi=_DPI, format="png")
-            os.replace(partial, path)
-        finally:
-            pyplot.close(figure)
-            if os.path.exists(partial):
-                os.remove(partial)
+        save_figure(figure, path)
+
+
+def save_figure(figure, path: str):
+    """Write a figure as PNG, whole or not at all, and let go of it."""
+    from matplotlib import pyplot
+
+    partial = f"{path}.partial-{os.getpid()}"
+    try:
+        figure.savefig(partial, dpi=_DPI, format="png")
+        os.replace(partial, path)
+    finally:
+        pyplot.close(figure)
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
 def _series(run: Run, key: str, split: str) -> list[tuple[float, float]]:
@@ -97,7 +104,7 @@ def _draw_panel(axis, panel: tuple, runs: list[Run]):
     limits = _limits(runs)
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel("training examples")
-    for run, color in zip(runs, _colors(len(runs)), strict=True):
+    for run, color in zip(runs, colors(len(runs)), strict=True):
         for key, style, _ in lines:
             if points := _series(run, key, "train"):
                 x, y = zip(*points, strict=True)
@@ -141,7 +148,8 @@ def _limits(runs: list[Run]) -> tuple[float, float]:
     return -0.02 * max(last, 1), 1.02 * max(last, 1)
 
 
-def _colors(n: int) -> list:
+def colors(n: int) -> list:
+    """A colour for each of `n` runs."""
     if n <= len(COLORS):
         return list(COLORS[:n])
     from matplotlib import colormaps
@@ -157,8 +165,8 @@ def _draw_legend(figure, runs: list[Run]):
         Line2D([], [], color="gray", linewidth=1.1, label="training, smoothed"),
         Line2D([], [], color="gray", marker="o", markersize=4, linewidth=1.6, label="evaluation ± 2 standard errors"),
     ]
-    colors = _colors(len(runs))
-    which = [Line2D([], [], color=c, linewidth=3, label=run.label) for run, c in zip(runs, colors, strict=True)]
+    which = [Line2D([], [], color=c, linewidth=3, label=run.label)
+             for run, c in zip(runs, colors(len(runs)), strict=True)]  # fmt: skip
     figure.legend(handles=which, loc="outside upper left", ncols=1, frameon=False, fontsize=10)
     figure.legend(handles=how, loc="outside upper right", ncols=3 if len(runs) == 1 else 1, frameon=False)
 

@@ -63,7 +63,11 @@ def generate_scorable(
 
 def end_tokens(model: nn.Module, tokenizer) -> list[int]:
     """The ids that end a sample."""
-    ends = model.generation_config.eos_token_id
+    return end_token_ids(model.generation_config, tokenizer)
+
+
+def end_token_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
+    ends = generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
 
 

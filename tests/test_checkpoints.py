@@ -23,8 +23,8 @@ TOY = [
     "sample_during_eval=false", "max_length=64", "max_prompt_length=32", "eval_every=4",
 ]  # fmt: skip
 FILES = [
-    "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "policy.pt", "rng.pt",
-    "scheduler.pt", "state.json", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "optimizer.pt",
+    "policy.pt", "rng.pt", "scheduler.pt", "state.json", "tokenizer.json", "tokenizer_config.json",
 ]  # fmt: skip
 IDS = torch.arange(1, 9)[None]
 

@@ -20,8 +20,8 @@ TOY = [
     "max_prompt_length=32",
 ]
 CHECKPOINT_FILES = [
-    "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "policy.pt", "rng.pt",
-    "scheduler.pt", "state.json", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "optimizer.pt",
+    "policy.pt", "rng.pt", "scheduler.pt", "state.json", "tokenizer.json", "tokenizer_config.json",
 ]  # fmt: skip
 SHORT = [*TOY, "n_examples=8", "lr=1e-3"]
 

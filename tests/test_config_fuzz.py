@@ -48,6 +48,7 @@ PLAUSIBLE = {  # what may well come to training
     "n_eval_examples": ["1", "5"], "eval_every": ["4", "5", "6"], "save_every": ["4", "6"], "add_bos": ["true"],
     "keep_checkpoints": ["1", "3"], "optimizer": ["Adam", "AdamW", "SGD", "Rprop", "Adafactor", "NAdam", "Muon"],
     "optimizer_args": ["{momentum:0.9}", "{weight_decay:0.1}", "{eps:0}", "{betas:[0.9,0.99]}", "{alpha:2}"],
+    "padding_free": ["true", "false"], "max_tokens_per_microbatch": ["1", "300"],
     "activation_checkpointing": ["true"], "shared_prompt": ["true", "false"], "warmup_steps": ["0", "1000000000000"],
     "reference": ["model", "adapter_off", "adapter_copy"], "precompute_ref_log_probs": ["true"], "seed": ["5"],
     "reference_update_every": ["1", "2"], "reference_update_alpha": ["0.5", "1"], "save_optimizer": ["false"],

@@ -536,6 +536,32 @@ def test_texts_beyond_the_model_s_positions_are_cut_and_that_is_said(judge, rewa
     assert line["scores"][0] == pytest.approx(expected_score("long " + A[0]), abs=1e-4)
 
 
+@pytest.mark.parametrize("pad", [True, False])
+def test_without_b_responses_are_scored_alone(pad, judge, reward_model, tmp_path, launcher):
+    options = ["judge=model", f"judge_model={reward_model(pad=pad)}", "judge_batch_size=3"]
+    summary = judge(*options, files=["a=a.jsonl", "output=v.jsonl"])
+    scores = {line["prompt_index"]: line["scores"] for line in read_jsonl(tmp_path / "v.jsonl")}
+    expected = [expected_score(text) for text in A]
+    assert [scores[i] for i in range(8)] == [[pytest.approx(score, abs=1e-4)] for score in expected]
+    assert summary["score"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert summary["score_se"] == pytest.approx(np.std(expected, ddof=1) / math.sqrt(8), abs=1e-4)
+    assert (summary["n_scored"], summary["n_failed"], summary["b"], summary["drawn"]) == (8, 0, None, [])
+    assert "8 responses scored, to 8 prompts" in launcher.output
+    judge(*options, files=["a=a.jsonl", "output=v.jsonl"])
+    assert "8 scores are there" in launcher.output
+
+
+def test_a_summary_knows_how_a_was_drawn_and_its_kl(judge, command, tmp_path):
+    origin = {"run": "dpo", "checkpoint": "LATEST", "examples": 9, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    lines = [{**line, **origin, "policy_logps": -5.0, "reference_logps": -5.0 - i % 2}
+             for i, line in enumerate(read_jsonl(tmp_path / "a.jsonl"))]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = judge("judge=command", command)
+    assert summary["drawn"] == [origin]
+    assert (summary["kl"], summary["n_kl"]) == (0.5, 8)  # of log-ratios 0, 1, 0, 1, ...: variance 8/4/7
+    assert summary["kl_se"] == pytest.approx(math.sqrt(2 / 7 / 8))
+
+
 # ---- what can't be --------------------------------------------------------------------------------------------------
 
 
@@ -545,6 +571,8 @@ COMMAND = ["judge=command", "judge_command=x"]
 BAD = {
     "no judge": ([], "judge: give it, e.g. python judge.py"),
     "another judge": (["judge=opennai"], "judge=opennai: no such judge. Did you mean openai? There are: model"),
+    "nothing to compare with": (["b=null", *OPENAI], "b: give the responses that those of a are compared with"),
+    "no partners": (["b=null", "judge=model", "judge_model=m", "allow_unmatched=true"], "without b no response needs"),
     "no model": (["judge=model"], "judge=model needs judge_model"),
     "no endpoint": (ASKS, "judge=openai needs judge_url"),
     "no URL": ([*ASKS, "judge_url=localhost:8000"], "judge_url=localhost:8000: expected a URL"),

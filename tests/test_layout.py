@@ -17,7 +17,7 @@ LEVELS = [  # modules and folders; each imports from those below it alone, a fol
     {"train", "checkpoints"},
     {"trainers"},
     {"computation"},
-    {"models", "judging"},
+    {"models", "judging", "generation"},
     {"checkpointing"},
     {"configuration"},
     {"references", "preference_datasets"},

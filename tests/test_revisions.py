@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ORACLE, read_jsonl
 from hub_server import Hub
+from huggingface_hub import ModelCard
 from safetensors.torch import load, save
 from test_hub import PYTHIA, SHORT, model_files
 from tokenizers import Tokenizer
@@ -84,6 +85,8 @@ def test_a_run_with_a_revision_trains_that_and_records_its_commit(run_ok, hub, t
     )
     for name, commit in (("main", "main"), ("tag", "v1"), ("commit", "v1")):
         assert inputs(tmp_path / name)["model.name_or_path"] == repository.refs[commit]
+        card = ModelCard.load(tmp_path / name / "LATEST/README.md")
+        assert card.data.base_model == PYTHIA and f"(revision `{repository.refs[commit]}`)" in card.text
         assert repository.refs[commit] in (tmp_path / name / "config.yaml").read_text().splitlines()[0]
     assert "\n  revision: v1\n" in (tmp_path / "tag/config.yaml").read_text()
     for name, is_lower_case in (("main", False), ("tag", True)):

@@ -133,12 +133,31 @@ def test_messages_several_checkpoints_and_alpaca_eval(launcher, trained, tmp_pat
     assert [entry["output"] for entry in entries] == [line["response"] for line in drawn["LATEST"]]
 
 
+def test_each_of_several_temperatures_has_a_file_that_says_so(launcher, trained, prompts, tmp_path):  # noqa: F811
+    run_dir = trained("dpo")
+    draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/o.jsonl", "temperature=[0,0.7]", "top_k=50")
+    draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/alone.jsonl", "temperature=0.7", "top_k=50")
+    cold, warm = (read_jsonl(tmp_path / f"o_t{name}.jsonl") for name in ("0", "0.7"))
+    assert warm == read_jsonl(tmp_path / "alone.jsonl") != cold
+    origin = {"run": "dpo", "checkpoint": "LATEST", "examples": 16, "temperature": 0.7, "top_p": 1.0, "top_k": 50}
+    assert all(line.items() >= origin.items() for line in warm)
+    assert {line["temperature"] for line in cold} == {0.0}
+    draw(launcher, f"run={run_dir}", prompts, "checkpoint=all", "temperature=[0.5]")
+    for name, examples in (("step-8", 8), ("LATEST", 16)):
+        lines = read_jsonl(run_dir / f"samples_{name}_t0.5.jsonl")
+        assert {(line["checkpoint"], line["examples"]) for line in lines} == {(name, examples)}
+
+
 BAD = {
     "no prompts": (["run={run}", "prompts=nowhere.jsonl"], "prompts=nowhere.jsonl: there is no such file"),
     "a negative temperature": (["run={run}", "temperature=-1"], "temperature=-1: must be 0 to 1e+06"),
     "a top_p of nothing": (["run={run}", "top_p=0"], "top_p=0: must be"),
     "half a sample": (["run={run}", "n=0.5"], "n=0.5: expected a whole number"),
     "nowhere to write": (RUN, "output: name the file"),
+    "no temperature": (["run={run}", "temperature=[]"], "temperature=[]: give one, or several that differ"),
+    "a temperature twice": (["run={run}", "temperature=[1,1.0]"], "give one, or several that differ"),
+    "one of several negative": (["run={run}", "temperature=[1,-1]"], "temperature=-1: must be 0 to 1e+06"),
+    "AlpacaEval's at two": (["run={run}", "temperature=[0,1]", "alpaca_eval=a"], "one temperature at a time"),
     "one file for several": (["run={run}", "checkpoint=all", "output=o"], "give one checkpoint at a time"),
 }
 

@@ -128,7 +128,7 @@ def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start):
             address, port = cases[name]["MASTER_ADDR"], cases[name]["MASTER_PORT"]
             told = re.search(r"after (\S+) s: (MASTER_ADDR=(\S+) MASTER_PORT=(\S+), set by the launcher: .*)", log)
             assert told, log
-            assert seconds - 5 < float(told[1]) < seconds + 20
+            assert seconds - 5 < float(told[1]) < seconds + 40
             assert (told[3], told[4]) == (address, port)
             assert f"all WORLD_SIZE=2 workers must start within {seconds} seconds" in told[2]
             assert "Traceback" not in log

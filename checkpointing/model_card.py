@@ -1,0 +1,192 @@
+"""The model card, README.md, that a checkpoint has for whoever finds it on the hub: what it is, and how to load it."""
+
+import importlib.metadata
+import os
+import textwrap
+
+import huggingface_hub
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from omegaconf import DictConfig, OmegaConf
+
+from checkpointing.fingerprints import is_of_model
+from checkpointing.integrity import CARD
+from configuration.sources import policy_source
+from data.reading import has_data_suffix
+from losses import needs_reference
+from preference_datasets import DATASETS, chosen_datasets
+
+_OF_DATA = ("train_split", "test_split", "truncation", "chat_template", "add_bos", "max_length", "max_prompt_length")
+_OF_TRAINING = (
+    "trainer", "optimizer", "optimizer_args", "lr", "lr_scheduler", "lr_scheduler_args", "warmup_steps", "batch_size",
+    "gradient_accumulation_steps", "max_grad_norm", "n_epochs", "n_examples", "seed", "model.policy_dtype",
+    "model.policy_mp",
+)  # fmt: skip
+_METRICS = {
+    "loss/eval": "loss", "rewards_eval/accuracies": "accuracy: the preferred response has the larger reward",
+    "rewards_eval/margins": "margin of the rewards", "nll_eval/chosen": "nats per token of the preferred responses",
+}  # fmt: skip
+_CITATION = """\
+@inproceedings{rafailov2023direct,
+    title={Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+    author={Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon and Chelsea Finn},
+    booktitle={Advances in Neural Information Processing Systems}, year={2023}, url={https://arxiv.org/abs/2305.18290}
+}"""  # noqa: E501
+
+
+def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool, n_eval_examples: int | None = None):
+    """Write README.md, in place of one that PEFT may have written.
+
+    Its front matter names models and datasets of the hub alone; what is local, the text has as the config gives it.
+
+    Args:
+        config: under which it was trained.
+        state: the checkpoint's state.json.
+        is_adapter: whether the directory holds an adapter; otherwise it is a model.
+        n_eval_examples: on how many an evaluation was; None: as many as the config says.
+    """
+    on_hub = _base_revision(config, state) is not None
+    data = huggingface_hub.ModelCardData(
+        base_model=config.model.name_or_path if on_hub else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[config.loss.name, *(["lora"] if is_adapter else [])],
+        datasets=[source for _, source in _datasets(config) if _is_dataset_on_hub(source)] or None,
+    )
+    parts = [
+        _introduction(config, state, is_adapter), _use(config, is_adapter), _data(config, state), _objective(config),
+        _training(config, state, is_adapter), _evaluation(n_eval_examples or config.n_eval_examples, state),
+        f"## Citation\n\n{textwrap.indent(_CITATION, '    ')}",
+    ]  # fmt: skip
+    text = "\n\n".join(parts)
+    huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(os.path.join(directory, CARD))
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is that of a repository on the hub, and not of something here."""
+    if name is None or os.path.exists(os.path.expanduser(name)):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _is_dataset_on_hub(source: str | None) -> bool:
+    return source is not None and "/" in source and is_hub_id(source) and not has_data_suffix(source)
+
+
+def _base_revision(config: DictConfig, state: dict) -> str | None:
+    """The commit on the hub of the base model; None of one that isn't from there."""
+    known = state.get("inputs", {}).get("model.name_or_path")  # of a local one the fingerprint, which is longer
+    on_hub = not config.model.from_scratch and is_hub_id(config.model.name_or_path)
+    return known if on_hub and known is not None and len(known) == 40 else None
+
+
+def _datasets(config: DictConfig) -> list[tuple[str, str | None]]:
+    """Name and source of each dataset: an id on the hub, a path, or None of what is made in code."""
+    found = []
+    for choice in chosen_datasets(config):
+        named = DATASETS.get(choice.name)
+        if named is None:
+            found.append((choice.name, choice.name.partition(":")[0]))
+        elif named.hub_id is None:
+            found.append((choice.name, None))
+        else:
+            found.append((choice.name, config.dataset_paths.get(choice.name) or named.hub_id))
+    return found
+
+
+# ---- the text -------------------------------------------------------------------------------------------------------
+
+
+def _introduction(config: DictConfig, state: dict, is_adapter: bool) -> str:
+    source = policy_source(config)
+    base = f"`{source.name_or_path}`"
+    if (revision := _base_revision(config, state)) is not None:
+        base += f" (revision `{revision}`)"
+    start = f"weights drawn at random, of the shape of {base}" if source.from_scratch else base
+    if source.archive is not None:
+        start = f"the weights of `{source.archive}`, of the shape of {base}"
+    if source.adapter is not None:
+        start += f" with the adapter `{source.adapter}`"
+    name = os.path.basename(os.path.normpath(source.name_or_path))
+    what = "A LoRA adapter, trained" if is_adapter else "A language model, trained"
+    whole = "" if state.get("complete", True) else " Training was not over."
+    return (
+        f"# {name}, trained with {config.loss.name.upper()}\n\n{what} with `{config.loss.name}` from {start}: "
+        f"{state['examples']:,} examples, {state['updates']:,} optimizer steps.{whole}"
+    )
+
+
+def _use(config: DictConfig, is_adapter: bool) -> str:
+    auto = "peft import AutoPeftModelForCausalLM as AutoModel" if is_adapter else (
+        "transformers import AutoModelForCausalLM as AutoModel"
+    )  # fmt: skip
+    lines = [
+        "## Use", "", "    from transformers import AutoTokenizer", f"    from {auto}",
+        '    model, tokenizer = AutoModel.from_pretrained("DIR"), AutoTokenizer.from_pretrained("DIR")', "",
+        "`DIR` is this folder, or its id on the hub.",
+    ]  # fmt: skip
+    source = policy_source(config)
+    if is_adapter and (source.archive is not None or source.from_scratch):
+        base = f"those of `{source.archive}`" if source.archive is not None else "drawn at random"
+        lines[-1] += (
+            f" **The weights beneath the adapter are not those of `{source.name_or_path}`, which PEFT would load, but "
+            f"{base}**: make a model of both by `python -m checkpoints merge`."
+        )
+    return "\n".join(lines)
+
+
+def _data(config: DictConfig, state: dict) -> str:
+    lines = ["## Data", "", "| dataset | from |", "|---|---|"]
+    lines += [f"| {name} | {f'`{source}`' if source else 'made in code'} |" for name, source in _datasets(config)]
+    lines += ["", *_settings(config, _OF_DATA)]
+    inputs = state.get("inputs", {})
+    digests = [f"| {name} | `{digest}` |" for name, digest in inputs.items() if not is_of_model(name)]
+    if digests:
+        lines += ["", "| split | SHA-256 of its examples |", "|---|---|", *digests]
+    return "\n".join(lines)
+
+
+def _objective(config: DictConfig) -> str:
+    lines = ["## Objective", "", *_settings(config, [f"loss.{key}" for key in config.loss])]
+    if needs_reference(config.loss):
+        lines += _settings(config, ["reference", *(f"reference_model.{key}" for key in config.reference_model)])
+    return "\n".join(lines)
+
+
+def _training(config: DictConfig, state: dict, is_adapter: bool) -> str:
+    lines = ["## Training", "", *_settings(config, _OF_TRAINING)]
+    if config.lora is not None:
+        lines.append(f"- `lora`: {_shown(config.lora)}")
+    versions = {**state.get("versions", {}), **({"peft": importlib.metadata.version("peft")} if is_adapter else {})}
+    return "\n".join([*lines, f"- versions: {', '.join(f'{name} {v}' for name, v in versions.items())}"])
+
+
+def _evaluation(n: int | None, state: dict) -> str:
+    metrics, examples = state.get("metrics") or {}, state.get("evaluated_at")
+    found = [name for name in _METRICS if name in metrics]
+    if not found:
+        return "## Evaluation\n\nNone in training."
+    when = f", after {examples:,} training examples" if examples is not None else ""
+    lines = ["## Evaluation", "", f"On {'all' if n is None else n} evaluation examples{when}:", "",
+             "| metric | mean | standard error |", "|---|---|---|"]  # fmt: skip
+    for name in found:
+        error = metrics.get(f"{name}_se")
+        lines.append(f"| {_METRICS[name]} | {metrics[name]:.4f} | {'' if error is None else f'{error:.4f}'} |")
+    return "\n".join(lines)
+
+
+def _settings(config: DictConfig, keys: list[str] | tuple[str, ...]) -> list[str]:
+    """Those keys of the config that have a value."""
+    values = {key: OmegaConf.select(config, key) for key in keys}
+    return [f"- `{key}`: {_shown(value)}" for key, value in values.items() if value is not None and value != {}]
+
+
+def _shown(value: object) -> str:
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+        return ", ".join(f"{key} {_shown(v)}" for key, v in value.items()) if isinstance(value, dict) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,1 @@
+"""Drawing responses by other programs than transformers."""

@@ -1,0 +1,37 @@
+"""Where responses come from, and how far the model that wrote them is from its reference."""
+
+import dataclasses
+import hashlib
+import json
+
+from judging.pairs import Place, Response
+from judging.statistics import mean_and_error
+
+
+def digest(responses: dict[Place, Response]) -> str:
+    """A short hash of all prompts and texts."""
+    texts = sorted([*map(str, place), json.dumps(r.prompt), r.text] for place, r in responses.items())
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+
+
+def origins(responses: dict[Place, Response]) -> list[dict]:
+    """What responses were drawn from, and how, each once; none where nothing says it of all."""
+    found = dict.fromkeys(response.drawn for response in responses.values())
+    return [dataclasses.asdict(drawn) for drawn in found if None not in found]
+
+
+def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:
+    """KL(policy ‖ reference) of responses (nats): the mean of their log-ratios, which it is if they were drawn from the
+    policy itself; its standard error, by prompts; and the number of responses. Or why it isn't known (`kl_unknown`)."""
+    unknown = {"kl": None, "kl_se": None, "n_kl": 0}
+    if any(response.drawn is None for response in responses.values()):
+        return {**unknown, "kl_unknown": "nothing says how its responses were drawn"}
+    for drawn in (response.drawn for response in responses.values()):
+        if (drawn.temperature, drawn.top_p, drawn.top_k) != (1, 1, 0):
+            how = f"temperature={drawn.temperature:g} top_p={drawn.top_p:g} top_k={drawn.top_k}"
+            return {**unknown, "kl_unknown": f"its responses were drawn with {how}, not from the policy's own softmax"}
+    if any(response.logratio is None for response in responses.values()):
+        return {**unknown, "kl_unknown": "it has responses without the reference's log-probabilities"}
+    prompts = [index for index, _ in responses]
+    kl, error = mean_and_error([response.logratio for response in responses.values()], prompts)
+    return {"kl": kl, "kl_se": error, "n_kl": len(responses)}

@@ -1,0 +1,62 @@
+"""Reward against KL: `python -m reporting.frontier SUMMARY [SUMMARY ...] [--output FILE]`.
+
+SUMMARY is what judge.py wrote, on samples of one checkpoint at temperature 1: the mean score of the responses alone, or
+their win rate. A line for each run, through its checkpoints (figure 2, left, of https://arxiv.org/abs/2305.18290), with
+95 % intervals, and a table of the same numbers beside the picture. KL(policy ‖ reference) is the mean over the samples
+of the policy's log-probability less the reference's.
+"""
+
+import sys
+
+from reporting.summaries import (
+    BadSummary,
+    Summary,
+    command,
+    draw_series,
+    in_columns,
+    new_figure,
+    what_is_measured,
+    write,
+)
+
+
+def draw(summaries: list[Summary], path: str):
+    """Raises: BadSummary if the KL of one isn't known; ImportError without matplotlib."""
+    for summary in summaries:
+        if summary.found["kl"] is None:
+            raise BadSummary(
+                f"{summary.path}: the KL of {summary.found['a']} isn't known: {summary.found['kl_unknown']}. Draw it "
+                "by sample.py with temperature=1.0 top_p=1 top_k=0, from a run with a reference, and run judge.py again"
+            )
+    summaries = sorted(summaries, key=lambda s: (s.run, s.examples, s.checkpoint or ""))
+    groups: dict[str, list] = {}
+    for summary in summaries:
+        groups.setdefault(summary.run, []).append((summary, summary.interval_of("kl"), summary.value_and_interval))
+    what = what_is_measured(summaries)
+    figure, axis = new_figure("KL(policy ‖ reference), nats a response", what)
+    draw_series(axis, groups)
+    if "win_rate" in summaries[0].found:
+        axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    rows = [("run", "checkpoint", "examples", "KL (nats)", "samples", what, "n")]
+    rows += [_row(summary) for summary in summaries]
+    write(figure, axis, in_columns(rows), path)
+
+
+def _row(summary: Summary) -> tuple[str, ...]:
+    found, error = summary.found, summary.found["kl_se"]
+    kl = f"{found['kl']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    if "win_rate" in found:
+        low, high = found["win_rate_ci95"]
+        reward, n = f"{found['win_rate']:.1%} (95 % {low:.1%} to {high:.1%})", found["n_judged"]
+    else:
+        error = found["score_se"]
+        reward = f"{found['score']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+        n = found["n_scored"]
+    return (summary.run, summary.checkpoint or "-", str(summary.examples), kl, str(found["n_kl"]), reward, str(n))
+
+
+main = command("frontier", __doc__, "frontier.png", draw)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

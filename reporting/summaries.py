@@ -1,0 +1,193 @@
+"""What `judge.py` found out, read from its summaries: what the figures of several runs are made of."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reporting.curves import colors, save_figure
+
+_SUMMARY = "_summary.json"
+_DRAW = "draw them by sample.py, each checkpoint and temperature into a new file, and run judge.py on it again"
+
+
+class BadSummary(ValueError):
+    """A file can't be used, or not beside the others; the message says why, and what to do."""
+
+
+@dataclass
+class Summary:
+    """A summary of `judge.py`, and how the responses `a` that it is of were drawn (see `sample.py`)."""
+
+    path: str
+    found: dict
+    run: str
+    checkpoint: str | None
+    examples: int
+    temperature: float
+
+    @property
+    def series(self) -> tuple[str, str | None]:
+        return self.run, self.checkpoint
+
+    @property
+    def value_and_interval(self) -> tuple[float, float | None, float | None]:
+        """The win rate, or the mean score of responses alone, and the bounds of its 95 % interval, if it has one."""
+        if "win_rate" in self.found:
+            return self.found["win_rate"], *self.found["win_rate_ci95"]
+        return self.interval_of("score")
+
+    def interval_of(self, name: str) -> tuple[float, float | None, float | None]:
+        """A mean, and the bounds of its 95 % interval, if it has one."""
+        mean, error = self.found[name], self.found[f"{name}_se"]
+        return (mean, None, None) if error is None else (mean, mean - 1.959964 * error, mean + 1.959964 * error)
+
+
+def read_summaries(paths: list[str]) -> list[Summary]:
+    """The summaries in these files, all of one judge, who compared with the same responses or with none.
+
+    Raises: BadSummary if there are none such, naming the file and the remedy.
+    """
+    summaries = [_read(path) for path in paths]
+    for other in summaries[1:]:
+        first = summaries[0]
+        for key, what in (("settings", "another judge, or other settings of one,"), ("b_digest", "other responses b")):
+            if other.found.get(key) != first.found.get(key):
+                raise BadSummary(
+                    f"{other.path} has {what} than {first.path}, so they can't be compared: judge both the same way"
+                )
+    places: dict[tuple, str] = {}
+    for summary in summaries:
+        place = (*summary.series, summary.examples, summary.temperature)
+        if place in places:
+            raise BadSummary(
+                f"{places[place]} and {summary.path} are both of {summary.run}, {summary.checkpoint or 'its model'}, "
+                f"at temperature {summary.temperature:g}: leave one out"
+            )
+        places[place] = summary.path
+    return summaries
+
+
+def _read(path: str) -> Summary:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise BadSummary(f"{path}: can't read it: {error}; give files that judge.py wrote, ..{_SUMMARY}") from error
+    if not isinstance(found, dict) or "settings" not in found or not {"win_rate", "score"} & found.keys():
+        raise BadSummary(f"{path}: no summary of judge.py; give files that it wrote, ..{_SUMMARY}")
+    if "drawn" not in found:
+        raise BadSummary(
+            f"{path}: it doesn't say how a was drawn, as it is of an earlier version; run the same judge.py command "
+            "again, its verdicts are kept"
+        )
+    if (found["score"] if "score" in found else found["win_rate"]) is None:
+        raise BadSummary(f"{path}: nothing could be judged (n = 0); run the same judge.py command again")
+    if not found["drawn"]:
+        raise BadSummary(f"{path}: nothing says how the responses of {found['a']} were drawn; {_DRAW}")
+    if len(found["drawn"]) > 1:
+        temperatures = sorted({drawn["temperature"] for drawn in found["drawn"]})
+        mixed = f"temperatures ({', '.join(f'{t:g}' for t in temperatures)})" if len(temperatures) > 1 else "origins"
+        raise BadSummary(f"{path}: {found['a']} mixes responses of several {mixed}; {_DRAW}")
+    (drawn,) = found["drawn"]
+    run = drawn["run"] or os.path.splitext(os.path.basename(found["a"]))[0]
+    return Summary(path, found, run, drawn["checkpoint"], drawn["examples"], drawn["temperature"])
+
+
+def what_is_measured(summaries: list[Summary]) -> str:
+    """The quantity of `value_and_interval`, in words.
+
+    Raises: BadSummary if it isn't the same in all.
+    """
+    first = summaries[0]
+    for other in summaries:
+        if ("win_rate" in other.found) != ("win_rate" in first.found):
+            raise BadSummary(f"{first.path} and {other.path}: one has win rates, the other scores; give one kind")
+    by = os.path.basename(os.path.normpath(str(first.found.get("judge_model") or first.found["judge"])))
+    if "win_rate" in first.found:
+        return f"win rate against {os.path.basename(first.found['b'])} (judge: {by})"
+    return f"reward: mean score of {by}"
+
+
+def new_figure(xlabel: str, ylabel: str) -> tuple:
+    """A figure of one panel, and the panel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    return figure, axis
+
+
+def draw_series(axis, groups: dict[str, list[tuple[Summary, tuple, tuple]]]):
+    """A line with error bars for each group: of each of its points the summary, and x and y with their bounds.
+
+    Groups are drawn side by side, a few points (72nds of an inch) apart, so that bars at the same x can be told apart.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    for number, (color, (label, points)) in enumerate(zip(colors(len(groups)), groups.items(), strict=True)):
+        shift = 4 * (number - (len(groups) - 1) / 2) if all(point[1][1] is None for point in points) else 0
+        place = axis.transData + ScaledTranslation(shift / 72, 0, axis.figure.dpi_scale_trans)
+        (x, x_bars), (y, y_bars) = (_bars([point[i] for point in points]) for i in (1, 2))
+        axis.errorbar(
+            x, y, xerr=x_bars, yerr=y_bars, fmt="o-", markersize=5, color=color, linewidth=1.3, elinewidth=0.9,
+            capsize=2, label=label, transform=place,
+        )  # fmt: skip
+        for _, *intervals in points:  # the axes' limits take no notice of what is shifted
+            for i in (1, 2):
+                axis.update_datalim([[found[0] if found[i] is None else found[i] for found in intervals]])
+    axis.autoscale_view()
+
+
+def _bars(values: list[tuple[float, float | None, float | None]]) -> tuple[list, list[list] | None]:
+    """Values, and how far their intervals reach below and above them, as far as there are some."""
+    if all(low is None for _, low, _ in values):
+        return [value for value, _, _ in values], None
+    below = [0 if low is None else value - low for value, low, _ in values]
+    above = [0 if high is None else high - value for value, _, high in values]
+    return [value for value, _, _ in values], [below, above]
+
+
+def in_columns(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def write(figure, axis, table: str, path: str):
+    """The picture, and beside it the table, as text."""
+    axis.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
+    text = f"{os.path.splitext(path)[0]}.txt"
+    with open(text, "w", encoding="utf-8") as file:
+        file.write(f"{table}\n")
+    print(f"{table}\n\n{path}, {text}")
+
+
+def command(name: str, description: str, output: str, work: Callable[[list[Summary], str], None]) -> Callable:
+    """The `main` of a figure's module: `work(summaries, path)` draws it."""
+
+    def main(words: list[str]) -> str | None:
+        """The command; returns what is wrong, if anything."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m reporting.{name}", description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        parser.add_argument("summaries", nargs="+", metavar="SUMMARY", help="a file that judge.py wrote")
+        parser.add_argument("--output", metavar="FILE", default=output, help=f"the picture (PNG); default: {output}")
+        args = parser.parse_args(words)
+        try:
+            work(read_summaries(args.summaries), args.output)
+        except (BadSummary, OSError) as error:
+            return f"error: {error}"
+        except ImportError as error:
+            return f"error: pictures need matplotlib (pip install matplotlib): {error}"
+        return None
+
+    return main

@@ -1,0 +1,54 @@
+"""Lines of docs/evaluation.md as they stand there: using a checkpoint elsewhere, and a reward model of one's own."""
+
+import json
+import re
+import shutil
+import textwrap
+
+import torch
+from conftest import ORACLE, REPOSITORY, read_jsonl
+from huggingface_hub import ModelCard
+from test_evaluate import trained  # noqa: F401 (a fixture)
+from transformers import AutoModelForCausalLM
+
+NOT_RUN = ("vllm serve", "hf upload")  # they need a GPU, or an account
+
+
+def blocks(heading: str) -> list[str]:
+    """The indented blocks of a section of docs/evaluation.md."""
+    text = (REPOSITORY / "docs/evaluation.md").read_text()
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return [
+        textwrap.dedent(block).strip("\n")
+        for block in re.findall(r"^    .*\n(?:(?:    .*)?\n)*", section, re.MULTILINE)
+    ]
+
+
+def test_an_adapter_is_merged_loaded_and_written_smaller(trained, run_python, tmp_path):  # noqa: F811
+    merge, use, elsewhere = blocks("Use a checkpoint elsewhere")
+    words = merge.replace("RUN", str(trained("lora"))).split()
+    result = run_python(*words[1:], env={"PYTHONPATH": str(REPOSITORY)})
+    assert result.returncode == 0, result.stderr
+    result = run_python("-c", use)
+    assert result.returncode == 0, result.stderr
+    assert "Human: Hello!" in result.stdout
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert smaller.dtype == torch.bfloat16 and merged.dtype == torch.float32
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("smaller", "merged")]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert ModelCard.load(tmp_path / "merged/README.md").data.library_name == "transformers"
+    assert all(line.startswith(NOT_RUN) for line in elsewhere.splitlines())
+
+
+def test_a_reward_model_that_the_lines_train_scores_responses(trained, run_python, launcher, tmp_path):  # noqa: F811
+    (training,) = [block for block in blocks("The whole way on real preferences") if block.startswith("import ")]
+    shutil.copytree(trained("sft") / "LATEST", tmp_path / "sft/LATEST")
+    result = run_python("-c", training.replace("PATH", f"{ORACLE}/hh"), env={"PYTHONPATH": str(REPOSITORY)})
+    assert result.returncode == 0, result.stderr
+    lines = [{"prompt_index": i, "sample": 0, "prompt": "p", "response": text} for i, text in enumerate(("x", "y y"))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [f"a={tmp_path}/a.jsonl", f"output={tmp_path}/v.jsonl", "judge=model", f"judge_model={tmp_path}/reward"]
+    assert launcher.run(*words, script=REPOSITORY / "judge.py", of_training=False) == 0, launcher.output
+    scores = [line["scores"] for line in read_jsonl(tmp_path / "v.jsonl")]
+    assert len(scores) == 2 and scores[0] != scores[1]

@@ -1,0 +1,99 @@
+"""`engine=vllm`: what is refused without vLLM, and the way to it and back.
+
+vllm_stand_in.py stands for vLLM: it has the same names and arguments and draws by transformers. vLLM itself isn't run.
+"""
+
+import shutil
+
+import pytest
+from conftest import REPOSITORY, read_jsonl
+from test_evaluate import trained  # noqa: F401 (a fixture)
+from test_sample import prompts, texts  # noqa: F401 (a fixture)
+
+SAMPLE = str(REPOSITORY / "sample.py")
+
+
+@pytest.fixture
+def draw(run_python, tmp_path):
+    """Run sample.py where a package named vllm is; returns what it printed."""
+    (tmp_path / "packages/vllm").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "tests/vllm_stand_in.py", tmp_path / "packages/vllm/__init__.py")
+
+    def run(*overrides: str, fails: bool = False) -> str:
+        words = [*overrides, "max_new_tokens=8", f"local_dirs=[{tmp_path}/cache]"]
+        result = run_python(SAMPLE, *words, env={"PYTHONPATH": f"{tmp_path}/packages"})
+        assert (result.returncode != 0) == fails, result.stdout + result.stderr
+        return result.stdout + result.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["dpo", "lora"])
+def test_the_likeliest_tokens_and_their_log_probabilities_are_those_of_transformers(
+    kind, draw, launcher, trained, prompts, tmp_path  # noqa: F811
+):  # fmt: skip
+    run_dir = trained(kind)
+    common = [f"run={run_dir}", prompts, "temperature=0"]
+    output = draw(*common, "engine=vllm", "engine_args.gpu_memory_utilization=0.5", f"output={tmp_path}/vllm.jsonl")
+    assert "gpu_memory_utilization=0.5 max_model_len=" in output
+    assert launcher.run(*common, "max_new_tokens=8", f"output={tmp_path}/own.jsonl", script=SAMPLE) == 0
+    for drawn, expected in zip(read_jsonl(tmp_path / "vllm.jsonl"), read_jsonl(tmp_path / "own.jsonl"), strict=True):
+        assert drawn.keys() == expected.keys()
+        for key in drawn.keys() - {"settings", "policy_logps", "reference_logps"}:
+            assert drawn[key] == expected[key], key
+        for key in ("policy_logps", "reference_logps"):
+            assert drawn[key] == pytest.approx(expected[key], abs=1e-3), key
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
+
+
+def test_each_sample_has_its_seed_and_what_is_there_isn_t_drawn_again(draw, trained, prompts, tmp_path):  # noqa: F811
+    common = [f"run={trained('dpo')}", prompts, "engine=vllm"]
+    draw(*common, "n=2", f"output={tmp_path}/two.jsonl", "eval_batch_size=1")
+    draw(*common, f"output={tmp_path}/one.jsonl")
+    one = texts(tmp_path / "one.jsonl")
+    assert sorted(text for text in texts(tmp_path / "two.jsonl") if text[1] == 0) == sorted(one)
+    output = draw(*common, "n=2", f"output={tmp_path}/one.jsonl")
+    assert "Drawing 9 samples by vLLM" in output and "9 samples drawn, 9 were there" in output
+    assert sorted(texts(tmp_path / "one.jsonl")) == sorted(texts(tmp_path / "two.jsonl"))
+    draw(*common, f"output={tmp_path}/w.jsonl", "temperature=[0.5,1]")
+    assert texts(tmp_path / "w_t1.jsonl") == one != texts(tmp_path / "w_t0.5.jsonl")
+
+
+def test_an_engine_that_fails_is_told(draw, trained, prompts, tmp_path):  # noqa: F811
+    output = draw(f"run={trained('dpo')}", prompts, "engine=vllm", "engine_args.nonsense=1", fails=True)
+    assert "engine=vllm: vLLM ended with exit code 1; what it printed says why" in output
+    assert "building policy" not in output
+
+
+BAD = {
+    "it isn't installed": (
+        ["engine=vllm"],
+        "engine=vllm: vLLM isn't installed here. Install it on a machine with a GPU",
+    ),
+    "no such engine": (["engine=vlm"], "engine=vlm: must be one of transformers, vllm. Did you mean vllm?"),
+    "arguments of none": (["engine_args.x=1"], "engine=transformers has no use for them; leave them out"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_it_is_refused_before_models_are_loaded(name, launcher, trained):  # noqa: F811
+    overrides, message = BAD[name]
+    assert launcher.run(f"run={trained('dpo')}", *overrides, script=SAMPLE) == 1
+    assert message in launcher.output
+    assert "building policy" not in launcher.output and "Traceback" not in launcher.output
+
+
+BAD_WITH_IT = {
+    "several workers": (
+        ["trainer=FSDPTrainer"],
+        "trainer=FSDPTrainer starts several workers; give trainer=BasicTrainer",
+    ),
+    "weights that no folder has": (["model=tiny", "output=o"], "engine=vllm: vLLM reads a folder or a hub id"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WITH_IT)
+def test_what_it_can_t_draw_from_is_refused(name, draw, trained):  # noqa: F811
+    overrides, message = BAD_WITH_IT[name]
+    run = [] if "model=tiny" in overrides else [f"run={trained('dpo')}"]
+    assert message in draw(*run, "engine=vllm", *overrides, fails=True)
