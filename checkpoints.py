@@ -32,7 +32,9 @@ def merge(adapter_dir: str, output_dir: str):
     if os.path.exists(output_dir):
         raise UserError(f"{output_dir} exists already")
     try:
-        state = read_state_json(adapter_dir)
+        # one that was only copied there has none, and says nothing of its training
+        has_state = os.path.exists(os.path.join(adapter_dir, "state.json"))
+        state = read_state_json(adapter_dir) if has_state else None
         trained = OmegaConf.merge(_defaults(), OmegaConf.load(config_path))
         config = trained.copy()
         config.model.load_in_4bit, config.model.adapter = False, adapter_dir
@@ -46,7 +48,8 @@ def merge(adapter_dir: str, output_dir: str):
     with atomic_directory(output_dir, "make room, or choose another directory") as partial:
         model.merge_and_unload().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        write_card(partial, trained, state, is_adapter=False)
+        if state is not None:
+            write_card(partial, trained, state, is_adapter=False)
     print(f"wrote the merged model to {output_dir}")
 
 
