@@ -1,0 +1,88 @@
+"""What the key `lora` may say: PEFT takes much without a word and without effect."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+
+from omegaconf import DictConfig, OmegaConf
+
+from configuration.explanations import ELSEWHERE
+from distributed.strategies import STRATEGIES
+from utils import UserError, closest_match
+
+# fields of LoraConfig, or initializations, that PEFT would take without a word and without effect, and why
+_WITHOUT_EFFECT = {
+    **dict.fromkeys(
+        ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"), "PEFT fills it in itself"
+    ),
+    **dict.fromkeys(("megatron_config", "megatron_core"), "it is for Megatron's layers"),
+    **dict.fromkeys(("use_qalora", "qalora_group_size"), "it is for GPTQ's weights"),
+    **dict.fromkeys(
+        ("eva", "corda", "lora_ga", "eva_config", "corda_config", "lora_ga_config"),
+        "such an initialization needs a pass over data of its own, which isn't made here",
+    ),
+    "alora_invocation_tokens": "it is for generation, and the adapter would never be active in training",
+}
+
+
+def check_lora(config: DictConfig):
+    """Names and types of LoraConfig's fields, and what PEFT would silently do without; what needs the model, `models`
+    checks.
+
+    Raises: UserError naming the field, its value and the remedy.
+    """
+    import peft
+
+    fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
+    kinds = typing.get_type_hints(peft.LoraConfig)
+    for name, value in OmegaConf.to_container(config.lora).items():
+        if name not in fields:
+            hint = f" {ELSEWHERE[name]}" if name in ELSEWHERE else closest_match(name, fields)
+            raise UserError(f"lora.{name}: LoraConfig has no such field.{hint}")
+        if name == "lora_dropout" and value:
+            raise UserError(f"lora.lora_dropout={value}: all dropout is off here; leave it out")
+        key = value if name == "init_lora_weights" and isinstance(value, str) else name
+        if key in _WITHOUT_EFFECT and value not in (None, fields[name].default):
+            raise UserError(f"lora.{name}={value}: {_WITHOUT_EFFECT[key]}; leave it out")
+        _check_lora_field(name, value, kinds[name])
+
+
+def check_adapter_fits(config: DictConfig, settings: Mapping):
+    """Refuse settings of a new or saved adapter that the trainer can't train.
+
+    Raises: UserError naming the trainers that can.
+    """
+    if settings.get("trainable_token_indices") is not None and STRATEGIES[config.trainer].splits_tensors:
+        others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if not other.splits_tensors)
+        raise UserError(
+            f"trainer={config.trainer}: PEFT can't train trainable_token_indices of weights that are spread over "
+            f"workers; choose {others}"
+        )
+
+
+def _check_lora_field(name: str, value: object, kind: object):
+    """Refuse a value of another type than its field has; lists of names are left to whoever knows the model's."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if name == "r" and not (is_number and isinstance(value, int) and value > 0):
+        raise UserError(f"lora.r={value}: the rank is a whole number above 0")
+    if kind in (int, float) and not is_number:
+        raise UserError(f"lora.{name}={value}: expected a number")
+    if name == "lora_alpha" and value == 0:
+        raise UserError("lora.lora_alpha=0: it scales the adapter, which would have no effect")
+    if kind is bool and not isinstance(value, bool):
+        raise UserError(f"lora.{name}={value}: expected true or false")
+    if name == "init_lora_weights" and not isinstance(value, bool | str):
+        raise UserError(f"lora.{name}={value}: expected true, false or a name")
+    kinds = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal and value not in kinds:
+        raise UserError(f"lora.{name}={value}: must be one of {', '.join(kinds)}")
+    of_names = [other for other in kinds if other is dict or dataclasses.is_dataclass(other)]
+    if of_names and set(kinds) <= {*of_names, type(None)} and not isinstance(value, dict | None):
+        raise UserError(f"lora.{name}={value}: expected names with their values, e.g. 'lora={{{name}:{{name:1}}}}'")
+    for section in filter(dataclasses.is_dataclass, of_names if isinstance(value, dict) else ()):
+        known = [field.name for field in dataclasses.fields(section)]
+        for other in value:
+            if other not in known:
+                hint = closest_match(str(other), known) or f" It has: {', '.join(known)}"
+                raise UserError(f"lora.{name}.{other}: {section.__name__} has no such field.{hint}")
