@@ -39,6 +39,7 @@ class PolicyAndReference:
     loss: Loss
     strategy: SingleProcess
     device: torch.device
+    optimizer: torch.optim.Optimizer
     stop: StopSignal
     layout: Layout  # of batches for the policy ...
     reference_layout: Layout  # ... and for the reference
@@ -93,7 +94,7 @@ class PolicyAndReference:
         """What the device and the optimizer leave room for, once they are known."""
         config = self.config
         if self.policy_mp is not None and not self.strategy.splits_tensors:
-            shadow_linear_weights(self.policy)
+            shadow_linear_weights(self.policy, self.optimizer)
         if config.compile:
             compile_blocks(self.policy, config.model.block_name)
         self.microbatch_overhead = microbatch_overhead(self.policy, self.device)

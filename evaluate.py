@@ -26,6 +26,7 @@ from judging.statistics import Z, wilson_interval
 from utils import UserError, closest_match, on_rank0, rank0_print
 
 _IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
+_SHARES = ("rewards_eval/accuracies", "rewards_eval/ties")  # metrics that are 0 or 1 of each example
 _N_BUCKETS = 4
 
 
@@ -225,16 +226,19 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
     if not on_rank0():
         return {}
     places = trainer.eval_iterator.places()
-    groups = {f"dataset {name}": [i for i in rows if places[i][0].dataset == name] for name in
+    first = {number: i for i, number in reversed(list(enumerate(trainer.eval_iterator.numbers())))}
+    different = {i: rows[i] for i in sorted(first.values())}  # of examples that come several times, each once
+    groups = {f"dataset {name}": [i for i in different if places[i][0].dataset == name] for name in
               dict.fromkeys(prompt.dataset for prompt, _ in places)}  # fmt: skip
-    groups |= _length_buckets(rows)
+    groups |= _length_buckets(different)
     result = {
         "key": key,
         "checkpoint": checkpoint,
         "examples": trainer.state.examples,
         "updates": trainer.state.updates,
         "n_eval_examples": len(rows),
-        "metrics": {**metrics, **{f"{name}_ci95": _interval([row[name] for row in rows.values()])
+        "n_different": len(different),
+        "metrics": {**metrics, **{f"{name}_ci95": _interval(name, [row[name] for row in different.values()])
                                   for name in next(iter(rows.values()))}},
         "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
     }  # fmt: skip
@@ -271,16 +275,17 @@ def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
     return buckets
 
 
-def _standard_error(values: list[float]) -> float:
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+def _standard_error(values: list[float]) -> float | None:
+    """Of the mean; None: one value tells nothing of it."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def _interval(values: list[float]) -> list[float]:
-    """95 % confidence interval of the mean: Wilson's where values are 0 or 1, else by the normal approximation."""
-    mean, error, n = float(np.mean(values)), _standard_error(values), len(values)
-    if set(values) <= {0.0, 1.0}:
-        return wilson_interval(mean, n)
-    return [mean - Z * error, mean + Z * error]
+def _interval(name: str, values: list[float]) -> list[float] | None:
+    """95 % confidence interval of the mean: Wilson's of shares, else by the normal approximation."""
+    mean, error = float(np.mean(values)), _standard_error(values)
+    if name in _SHARES:
+        return wilson_interval(mean, len(values))
+    return [mean - Z * error, mean + Z * error] if error is not None else None
 
 
 def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
@@ -301,9 +306,12 @@ def table(result: dict) -> str:
     names = [name for name in _IN_TABLE if name in result["metrics"]]
     where = result["checkpoint"] or "the model as it is loaded"
     lines = [f"\n{where}, after {result['examples']} examples; {result['n_eval_examples']} evaluation examples"]
+    if result.get("n_different", result["n_eval_examples"]) < result["n_eval_examples"]:
+        lines[0] += f" ({result['n_different']} different ones, which groups and intervals count)"
     for name in names:
-        low, high = result["metrics"][f"{name}_ci95"]
-        lines.append(f"  {name:<26}{result['metrics'][name]:>10.4f}   95 % {low:.4f} to {high:.4f}")
+        interval = result["metrics"][f"{name}_ci95"]
+        shown = f"   95 % {interval[0]:.4f} to {interval[1]:.4f}" if interval is not None else ""
+        lines.append(f"  {name:<26}{result['metrics'][name]:>10.4f}{shown}")
     width = max(map(len, result["groups"]))
     lines.append(
         f"  {'':<{width}}{'n':>7}"

@@ -368,6 +368,8 @@ def _draw(
     for row, (request, number) in enumerate(own):
         ids = targets["chosen_labels"][row]
         ids = ids[ids != -100].tolist() if is_whole[row] else []
+        if not is_whole[row]:  # nothing was drawn after an empty prompt
+            policy_logps[row] = reference_logps[row] = None
         lines.append({
             "prompt_index": request.index, "sample": number, "prompt": request.given,
             "response": trainer.tokenizer.decode(ids, skip_special_tokens=True), "n_tokens": len(ids),

@@ -135,6 +135,7 @@ class BasicTrainer(PolicyAndReference):
         self.eval_batches = [
             {**batch, "index": self.eval_iterator.indices(number)} for number, batch in enumerate(self.eval_iterator)
         ]
+        self.n_eval_examples = len(set(self.eval_iterator.numbers()))  # different ones: some may come several times
         n_examples = self.eval_iterator.n_examples
         if config.sample_during_eval and config.n_eval_model_samples > n_examples:
             rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
@@ -287,7 +288,7 @@ class BasicTrainer(PolicyAndReference):
 
     def mean_metrics(self, all_metrics: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Means of what `evaluate_examples` returns, over all workers."""
-        return mean_metrics(all_metrics, self.eval_iterator.n_examples)
+        return mean_metrics(all_metrics, self.n_eval_examples)
 
     def evaluate_examples(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """Metrics of each evaluation example of this worker, in microbatches, and the numbers of these examples.
@@ -422,7 +423,7 @@ class BasicTrainer(PolicyAndReference):
                 state,
                 self.config,
                 self.dropout_rates,
-                self.eval_iterator.n_examples,
+                self.n_eval_examples,
             )
         collectives.barrier()
 

@@ -3,8 +3,9 @@
 Autocast casts the weights of every linear layer again in every forward pass: with eight microbatches, and the
 reference's passes between them, eight times a step. Here the copy stays until the weight has changed. The graph is
 autocast's own, less the cast: gradients go through it into the masters, which alone the optimizer, checkpoints and
-everybody else know. So all numbers are autocast's, bit for bit. It takes 2 bytes a weight, as much as autocast takes
-while a forward pass runs.
+everybody else know. So all numbers are autocast's, bit for bit (but for an output head whose logits are made in several
+chunks: their gradients are summed in float32, as autocast sums them in its own dtype). It takes 2 bytes a weight, as
+much as autocast takes while a forward pass runs.
 """
 
 import torch
@@ -47,12 +48,20 @@ class ShadowedLinear(nn.Linear):
             copies[name] = master, master._version, copy
         return _AsCopied.apply(master, copy)
 
+    def forget_copies(self):
+        """Let the weights be cast again, as they have changed."""
+        self.__dict__.pop("_copies", None)
+
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_copies"}
 
 
-def shadow_linear_weights(model: nn.Module):
-    """Let a model's plain linear layers keep such copies; not those that share their weight with an embedding."""
+def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
+    """Let a model's plain linear layers keep such copies; not those that share their weight with an embedding.
+
+    `optimizer`: of the model's weights; a copy is made anew after each of its steps, as PyTorch's fused ones change
+    weights without a trace in their versions.
+    """
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -60,3 +69,6 @@ def shadow_linear_weights(model: nn.Module):
     for module in model.modules():
         if type(module) is nn.Linear and users[id(module.weight)] == 1 and module.weight.dtype == torch.float32:
             module.__class__ = ShadowedLinear
+    if optimizer is not None:
+        shadowed = [module for module in model.modules() if isinstance(module, ShadowedLinear)]
+        optimizer.register_step_post_hook(lambda *_: [module.forget_copies() for module in shadowed] and None)

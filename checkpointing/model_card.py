@@ -154,6 +154,8 @@ def _objective(config: DictConfig) -> str:
     lines = ["## Objective", "", *_settings(config, [f"loss.{key}" for key in config.loss])]
     if needs_reference(config.loss):
         lines += _settings(config, ["reference", *(f"reference_model.{key}" for key in config.reference_model)])
+        moves = ("reference_update_every", "reference_update_alpha")
+        lines += _settings(config, moves) if config.reference_update_every is not None else []
     return "\n".join(lines)
 
 

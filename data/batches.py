@@ -197,8 +197,12 @@ class BatchIterator:
 
     def places(self) -> list[tuple[Prompt, int]]:
         """Of each example that a batch may hold, by `indices`, its prompt and which of its pairs it is."""
-        examples = itertools.islice(self._repeated(), self.n_examples)
-        return [(self.prompts[number], index) for number, index in examples]
+        return [(self.prompts[number], index) for number, index in self.numbers()]
+
+    def numbers(self) -> list[tuple[int, int]]:
+        """Of each example that a batch may hold, by `indices`, the number of its prompt and which of its pairs it is;
+        one that comes several times has the same."""
+        return list(itertools.islice(self._repeated(), self.n_examples))
 
     def _repeated(self) -> Iterator[tuple[int, int]]:
         for order in self._shuffled():

@@ -23,12 +23,11 @@ def computed_tokens(batch: dict, shared: bool, padded: bool = False) -> torch.Te
         shared: a pair's prompt is computed once.
         padded: with the padding of the shorter of an example's two rows.
     """
-    n_prompt, *n_responses = part_lengths(batch)
     if shared:
-        return n_prompt + sum(n_responses)
-    n_rows = len(n_responses)
-    of_responses = n_rows * torch.stack(n_responses).amax(0) if padded else sum(n_responses)
-    return n_rows * n_prompt + of_responses
+        return sum(part_lengths(batch))
+    # whole sequences, as the two of unpaired data have prompts of their own
+    n_tokens = [batch[key].sum(1) for key in ("chosen_attention_mask", "rejected_attention_mask") if key in batch]
+    return len(n_tokens) * torch.stack(n_tokens).amax(0) if padded else sum(n_tokens)
 
 
 def microbatches(

@@ -30,8 +30,9 @@ def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:
         if (drawn.temperature, drawn.top_p, drawn.top_k) != (1, 1, 0):
             how = f"temperature={drawn.temperature:g} top_p={drawn.top_p:g} top_k={drawn.top_k}"
             return {**unknown, "kl_unknown": f"its responses were drawn with {how}, not from the policy's own softmax"}
-    if any(response.logratio is None for response in responses.values()):
+    # after an empty prompt nothing is drawn
+    scored = {place: r.logratio for place, r in responses.items() if r.text or r.logratio is not None}
+    if not scored or None in scored.values():
         return {**unknown, "kl_unknown": "it has responses without the reference's log-probabilities"}
-    prompts = [index for index, _ in responses]
-    kl, error = mean_and_error([response.logratio for response in responses.values()], prompts)
-    return {"kl": kl, "kl_se": error, "n_kl": len(responses)}
+    kl, error = mean_and_error(list(scored.values()), [index for index, _ in scored])
+    return {"kl": kl, "kl_se": error, "n_kl": len(scored)}

@@ -20,8 +20,9 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None 
     """Mean over the examples of several batches, all workers', for each metric; the one place where metrics leave the
     device.
 
-    `n_examples`: how many there are of all workers, where several may have computed the same ones; then with the
-    standard errors of the means of those `WITH_ERRORS`, under the same name and `_se`.
+    `n_examples`: how many different ones there are of all workers, as one may have been computed several times; then,
+    if there are two or more, with the standard errors of the means of those `WITH_ERRORS`, under the same name and
+    `_se`.
     """
     collected = defaultdict(list)
     for metrics in batches:
@@ -35,7 +36,7 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None 
     errors = ((squares / counts - means.square()).clamp(min=0) / max((n_examples or 1) - 1, 1)).sqrt()
     names, (means, errors) = list(collected), torch.stack([means, errors]).tolist()
     metrics = dict(zip(names, means, strict=True))
-    if n_examples is not None:
+    if n_examples is not None and n_examples > 1:
         metrics |= {f"{name}_se": e for name, e in zip(names, errors, strict=True) if name in WITH_ERRORS}
     return metrics
 
@@ -77,11 +78,9 @@ def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
     logratios, lengths = zip(*samples, strict=True)
     n, mean = len(logratios), sum(logratios) / len(logratios)
     variance = sum((logratio - mean) ** 2 for logratio in logratios) / max(n - 1, 1)
-    return {
-        "kl_eval/per_response": mean,
-        "kl_eval/per_response_se": math.sqrt(variance / n),
-        "kl_eval/per_token": sum(logratios) / max(sum(lengths), 1),
-    }
+    error = {"kl_eval/per_response_se": math.sqrt(variance / n)} if n > 1 else {}
+    per_token = sum(logratios) / max(sum(lengths), 1)
+    return {"kl_eval/per_response": mean, **error, "kl_eval/per_token": per_token}
 
 
 def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: float):

@@ -130,10 +130,11 @@ class RunLog:
     def _evaluation_lines(self, metrics: dict[str, float], samples: list[dict]) -> list[str]:
         lines = [*self.table.evaluation(metrics), *samples_side_by_side(samples)]
         if "kl_eval/per_response" in metrics:
-            kl = {name: number(metrics[f"kl_eval/{name}"]) for name in ("per_response", "per_response_se", "per_token")}
+            error = metrics.get("kl_eval/per_response_se")  # of one sample there is none
             text = (
-                f"KL of the policy from the reference, on the samples: {kl['per_response']} ± {kl['per_response_se']} "
-                f"nats a response, {kl['per_token']} a token"
+                f"KL of the policy from the reference, on the samples: {number(metrics['kl_eval/per_response'])}"
+                f"{'' if error is None else f' ± {number(error)}'} nats a response, "
+                f"{number(metrics['kl_eval/per_token'])} a token"
             )
             lines.append(wrapped(text))
         return lines

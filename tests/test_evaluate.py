@@ -98,8 +98,8 @@ def test_the_interval_of_an_accuracy_is_wilson_s():
     from evaluate import _interval
 
     # 8 of 10; worked out from the formula (0.8 + z²/20 ± z √(0.016 + z²/400)) / (1 + z²/10)
-    assert _interval([1.0] * 8 + [0.0] * 2) == pytest.approx([0.490162, 0.943318], abs=1e-5)
-    low, high = _interval([1.0] * 10)
+    assert _interval("rewards_eval/accuracies", [1.0] * 8 + [0.0] * 2) == pytest.approx([0.490162, 0.943318], abs=1e-5)
+    low, high = _interval("rewards_eval/accuracies", [1.0] * 10)
     assert 0.7 < low < high == pytest.approx(1.0)
 
 
@@ -193,3 +193,28 @@ def test_rows_of_sft_hold_what_is_imitated(launcher, trained, tmp_path):
     for row in rows:
         assert row["chosen"] == f" best {row['prompt'].split()[1]}"
         assert "rejected" not in row
+
+
+def test_an_example_that_comes_several_times_counts_once_in_groups_and_intervals(launcher, trained, tmp_path):
+    """`n_eval_examples` above what the test split has asks for further passes."""
+    rows = tmp_path / "rows.jsonl"
+    pair = {"prompt": "The story was", "chosen": " long.", "rejected": " short, and rather clever."}
+    rows.write_text("".join(json.dumps(pair | {"prompt": f"Story {i} was"}) + "\n" for i in range(6)))
+    common = [f"run={trained('dpo')}", f"datasets=[{rows}]", "test_fraction=0.6", "eval_batch_size=2"]
+    evaluate(launcher, *common, "n_eval_examples=null", f"output={tmp_path}/once.jsonl")
+    output = evaluate(launcher, *common, "n_eval_examples=40", f"output={tmp_path}/often.jsonl")
+    (once,), (often,) = read_jsonl(tmp_path / "once.jsonl"), read_jsonl(tmp_path / "often.jsonl")
+    n = once["n_eval_examples"]
+    assert (often["n_eval_examples"], often["n_different"], once["n_different"]) == (40, n, n)
+    assert f"40 evaluation examples ({n} different ones" in output
+    assert often["groups"] == once["groups"]
+    for name in ("loss/eval_ci95", "rewards_eval/accuracies_ci95"):
+        assert often["metrics"][name] == once["metrics"][name]
+
+
+def test_equal_values_of_what_is_no_share_have_an_interval_of_no_width():
+    import evaluate as module
+
+    assert module._interval("rewards_eval/margins", [0.0, 0.0, 0.0]) == [0, 0]
+    assert module._interval("rewards_eval/accuracies", [1.0, 1.0]) == module.wilson_interval(1.0, 2)
+    assert module._interval("loss/eval", [2.0]) is None

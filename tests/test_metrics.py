@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import ORACLE, read_jsonl
 from test_cli import SHORT, TOY
 
 from losses import response_lengths
@@ -65,7 +65,21 @@ def test_standard_errors_are_those_of_the_mean(trainer):
         values = torch.cat([metrics[name] for metrics in every]).double().numpy()
         assert metrics[f"{name}_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)), rel=1e-4)
     assert "rewards_eval/chosen_se" not in metrics
-    assert mean_metrics([{"loss/eval": torch.tensor([2.0])}], n_examples=1)["loss/eval_se"] == 0
+    assert mean_metrics([{"loss/eval": torch.tensor([2.0])}], n_examples=1) == {"loss/eval": 2.0}  # it has no error
+
+
+def test_an_example_that_is_evaluated_several_times_counts_once_in_standard_errors(make_trainer):
+    data = ["test_fraction=0.5", f"datasets=[{ORACLE}/hh/test.jsonl]"]
+    trainer = make_trainer(*DPO, *data, "n_eval_examples=32", "eval_batch_size=4")
+    n_different = len({prompt.text + str(index) for prompt, index in trainer.eval_iterator.places()})
+    assert n_different < trainer.eval_iterator.n_examples == 32
+    metrics, every = trainer.evaluate(), []
+    for batch in trainer.eval_batches:
+        with torch.no_grad():
+            every.append(trainer.get_batch_metrics(batch, trainer.config.loss, train=False)[1]["nll_eval/chosen"])
+    values = torch.cat(every).double().numpy()
+    expected = np.std(values) / math.sqrt(n_different - 1)
+    assert metrics["nll_eval/chosen_se"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("overrides", [[], ["shared_prompt=false", "precompute_ref_log_probs=true", "lora={r:4}"]])
@@ -99,6 +113,7 @@ def test_divergence_from_the_reference_is_measured_on_the_policys_own_samples(ov
     assert kl["kl_eval/per_token"] == pytest.approx(sum(logratios) / n_tokens, rel=1e-3, abs=1e-5)
     assert kl["kl_eval/per_response_se"] == pytest.approx(np.std(logratios, ddof=1) / math.sqrt(6), rel=1e-2)
     assert kl_metrics([]) == {}
+    assert kl_metrics([(1.5, 3)]) == {"kl_eval/per_response": 1.5, "kl_eval/per_token": 0.5}  # one has no error
 
 
 def test_flop_utilisation_is_of_what_the_parameters_need(make_trainer):

@@ -62,6 +62,11 @@ def test_tokens_are_counted_as_they_are_computed():
     assert computed_tokens(batch, shared=True).tolist() == [9 + 5 + 8, 3 + 7 + 3]
     assert computed_tokens(batch, shared=False).tolist() == [2 * 9 + 5 + 8, 2 * 3 + 7 + 3]
     assert computed_tokens(batch, shared=False, padded=True).tolist() == [2 * (9 + 8), 2 * (3 + 7)]
+    own_prompts = make_batch((9, 4, 4), (3, 6, 6))  # of unpaired data the two sequences have prompts of their own
+    other = make_batch((2, 1, 1), (12, 0, 0))
+    own_prompts |= {key: value for key, value in other.items() if "rejected" in key}
+    assert computed_tokens(own_prompts, shared=False).tolist() == [9 + 5 + 2 + 2, 3 + 7 + 12 + 1]
+    assert computed_tokens(own_prompts, shared=False, padded=True).tolist() == [2 * (9 + 5), 2 * (12 + 1)]
     targets = {key: value for key, value in batch.items() if "rejected" not in key}
     assert computed_tokens(targets, shared=False, padded=True).tolist() == [9 + 5, 3 + 7]
 

@@ -51,6 +51,12 @@ def test_an_adapter_s_card_takes_the_place_of_peft_s_and_its_merged_model_has_on
     assert str(run_dir) not in text + merged
 
 
+def test_a_reference_that_moves_is_said_to(make_trainer):
+    _, run_dir = trained(make_trainer, "loss=dpo", "reference_update_every=2", "reference_update_alpha=0.5")
+    text = (run_dir / "LATEST/README.md").read_text()
+    assert "- `reference_update_every`: 2\n- `reference_update_alpha`: 0.5" in text
+
+
 def test_the_card_counts_the_evaluation_examples_where_all_are_taken(make_trainer):
     trainer, run_dir = trained(make_trainer, "n_eval_examples=null", "eval_every=8", "do_first_eval=false")
     assert trainer.eval_iterator.n_examples > 8

@@ -29,8 +29,12 @@ def step_loss(model: nn.Module) -> torch.Tensor:
     return LOSSES["dpo"].function(*logps.chunk(2), *reference, beta=0.1)[0].mean()
 
 
-def trained(model: nn.Module, n_steps: int, n_microbatches: int = 2) -> list[torch.Tensor]:
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3)
+def trained(
+    model: nn.Module, n_steps: int, n_microbatches: int = 2, optimizer_class=torch.optim.RMSprop, **options
+) -> list[torch.Tensor]:
+    optimizer = optimizer_class(model.parameters(), lr=1e-3, **options)
+    if any(isinstance(module, ShadowedLinear) for module in model.modules()):
+        shadow_linear_weights(model, optimizer)
     for _ in range(n_steps):
         for _ in range(n_microbatches):
             (step_loss(model) / n_microbatches).backward()
@@ -60,6 +64,18 @@ def test_a_hundred_steps_give_autocasts_weights(architecture):
     shadowed = copy.deepcopy(model)
     shadow_linear_weights(shadowed)
     for ours, expected in zip(trained(shadowed, 100), trained(model, 100), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_whatever_way_an_optimizer_takes_its_steps_are_seen(name, options):
+    """Fused optimizers leave the versions of what they change as they were."""
+    model = small_model()
+    shadowed = copy.deepcopy(model)
+    shadow_linear_weights(shadowed)
+    how = {"optimizer_class": getattr(torch.optim, name), **options}
+    for ours, expected in zip(trained(shadowed, 5, **how), trained(model, 5, **how), strict=True):
         assert torch.equal(ours, expected)
 
 

@@ -72,6 +72,9 @@ def test_kl_is_the_mean_log_ratio_of_samples_from_the_policy_itself():
     assert origins(responses | {(2, 0): Response("r", "z")}) == []
     without = responses | {(2, 0): Response("r", "z", drawn, None)}
     assert "without the reference's log-probabilities" in kl_from_reference(without)["kl_unknown"]
+    empty = {(3, 0): Response("", "", drawn, None)}  # nothing is drawn after an empty prompt
+    assert kl_from_reference(responses | empty) == {"kl": 2.0, "kl_se": 1.0, "n_kl": 2}
+    assert kl_from_reference(empty)["kl"] is None
     assert "nothing says how" in kl_from_reference({(0, None): Response("p", "x")})["kl_unknown"]
 
 
