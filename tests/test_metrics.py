@@ -71,7 +71,7 @@ def test_standard_errors_are_those_of_the_mean(trainer):
 def test_an_example_that_is_evaluated_several_times_counts_once_in_standard_errors(make_trainer):
     data = ["test_fraction=0.5", f"datasets=[{ORACLE}/hh/test.jsonl]"]
     trainer = make_trainer(*DPO, *data, "n_eval_examples=32", "eval_batch_size=4")
-    n_different = len({prompt.text + str(index) for prompt, index in trainer.eval_iterator.places()})
+    n_different = len({(*prompt.rows, index) for prompt, index in trainer.eval_iterator.places()})
     assert n_different < trainer.eval_iterator.n_examples == 32
     metrics, every = trainer.evaluate(), []
     for batch in trainer.eval_batches:
