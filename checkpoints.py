@@ -29,7 +29,10 @@ def merge(adapter_dir: str, output_dir: str):
     config_path = os.path.join(os.path.abspath(adapter_dir), os.pardir, "config.yaml")
     if not os.path.exists(config_path) or not os.path.exists(os.path.join(adapter_dir, "adapter_config.json")):
         raise UserError(f"{adapter_dir} is not a checkpoint with an adapter inside a run directory")
-    if os.path.exists(output_dir):
+    if not output_dir:
+        raise UserError("give the directory that gets the merged model")
+    output_dir = os.path.normpath(output_dir)
+    if os.path.lexists(output_dir):
         raise UserError(f"{output_dir} exists already")
     try:
         # one that was only copied there has none, and says nothing of its training

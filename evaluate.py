@@ -122,7 +122,21 @@ def make_options(_config: DictConfig, own: dict) -> Options:
     output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
     for key, path in (("rows", own["rows"]), ("output", output)):
         check_can_be_written(key, path)
+    if own["rows"] is not None and os.path.exists(str(own["rows"])):
+        raise UserError(f"rows={own['rows']} is there already; give another file, or delete it")
+    _check_holds_evaluations(output)
     return Options(checkpoints, own["rows"] and str(own["rows"]), output and str(output))
+
+
+def _check_holds_evaluations(path: str | None):
+    """Raises: UserError if there is a file whose first line is no evaluation."""
+    if path is None or not os.path.exists(str(path)):
+        return
+    with open(str(path), "rb") as file:
+        first = file.readline()
+    start = b'{"key": "'
+    if first and not (first.startswith(start) or start.startswith(first)):
+        raise UserError(f"output={path}: a file that isn't one of evaluations; give another")
 
 
 def check_number(key: str, value: object, kind: type, lowest: float, highest: float):

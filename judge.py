@@ -78,7 +78,7 @@ def run(config: DictConfig):
     else:
         summary |= {"b_digest": digest(b), "n_unmatched": n_unmatched, **summarize(pairs, lines, options)}
     summary |= {"drawn": origins(a), **kl_from_reference(a)}
-    path = f"{os.path.splitext(options['output'])[0]}_summary.json"
+    path = _summary_path(options)
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         json.dump(summary, file, ensure_ascii=False, indent=1)
     os.replace(f"{path}.partial", path)
@@ -117,8 +117,15 @@ def check_options(options: dict):
     _check_keys_of_judge(options)
     get_local_dir(options["local_dirs"])
     evaluate.check_can_be_written("output", options["output"])
-    if os.path.abspath(options["output"]) in (os.path.abspath(options[key]) for key in ("a", "b") if options[key]):
-        raise UserError(f"output={options['output']} holds responses; give another file")
+    responses = {os.path.realpath(options[key]) for key in ("a", "b") if options[key]}
+    for path in (options["output"], _summary_path(options)):
+        if os.path.realpath(path) in responses:
+            beside = "" if path == options["output"] else f": its summary's {path}"
+            raise UserError(f"output={options['output']}{beside} holds responses; give another file")
+
+
+def _summary_path(options: dict) -> str:
+    return f"{os.path.splitext(options['output'])[0]}_summary.json"
 
 
 def _check_keys_of_judge(options: dict):

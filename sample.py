@@ -1,9 +1,12 @@
 """Draw responses from a run's checkpoints, or from any model: `python sample.py run=RUN`, with the keys of train.py."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -38,6 +41,7 @@ from utils import (
     closest_match,
     get_local_dir,
     hides_progress,
+    is_cut_off,
     on_rank0,
     rank0_print,
     slice_and_move_batch_for_device,
@@ -98,8 +102,18 @@ def make_options(config: DictConfig, own: dict) -> Options:
         raise UserError(f"alpaca_eval={own['alpaca_eval']}: give one checkpoint and one temperature at a time")
     for key, path in [("output", d.output) for d in drawings] + [("alpaca_eval", own["alpaca_eval"])]:
         evaluate.check_can_be_written(key, path)
+    _check_apart(own, drawings)
     return Options(own["run"], drawings, own["prompts"], own["n"], float(own["top_p"]), own["top_k"], n_new,
                    own["alpaca_eval"], own["engine"], own["engine_args"])  # fmt: skip
+
+
+def _check_apart(own: dict, drawings: list[Drawing]):
+    """Raises: UserError if a file that is to be written is one of prompts, or another that is to be written."""
+    read = locate(own["prompts"], "prompts").files if own["prompts"] is not None else {}
+    taken = {os.path.realpath(file): "prompts" for files in read.values() for file in files}
+    for key, path in [("output", drawing.output) for drawing in drawings] + [("alpaca_eval", own["alpaca_eval"])]:
+        if path is not None and (other := taken.setdefault(os.path.realpath(path), key)) != key:
+            raise UserError(f"{key}={path} is the file of {other}, too; give another")
 
 
 def _check_engine(config: DictConfig, own: dict):
@@ -133,6 +147,8 @@ def _drawings(own: dict) -> list[Drawing]:
     temperatures = given if isinstance(given, list) else [given]
     for temperature in temperatures:
         evaluate.check_number("temperature", temperature, float, 0, 1e6)
+        if 0 < temperature < 1e-6:
+            raise UserError(f"temperature={temperature}: give 0 for the likeliest tokens, or 1e-6 or more")
     endings = [f"_t{temperature:g}" for temperature in temperatures] if isinstance(given, list) else [""]
     if not endings or len(set(endings)) < len(endings):
         raise UserError(f"temperature={given}: give one, or several that differ, e.g. temperature=[0.5,1.0]")
@@ -179,9 +195,10 @@ def read_requests(
         rendered = given
     else:
         location = locate(options.prompts, "prompts")
-        rows = prepared.open_rows(location, next(iter(location.files)), get_local_dir(config.local_dirs), True)
+        cache_dir = get_local_dir(config.local_dirs)
+        splits = [prepared.open_rows(location, split, cache_dir, True) for split in location.files]
         renderer, rendered = chat.Renderer(tokenizer, config.chat_template), []
-        for chunk in rows.chunks(1000):
+        for chunk in (chunk for rows in splits for chunk in rows.chunks(1000)):
             for number, _, row in chunk:
                 try:
                     if isinstance(row, Fault):
@@ -267,9 +284,39 @@ def _sample_to(trainer, requests: list[Request], drawing: Drawing, options: Opti
     output, examples = drawing.output, trainer.state.examples
     origin = {"settings": _settings(trainer.config, examples, requests, drawing, options),
               **_origin(examples, drawing, options)}  # fmt: skip
-    done = collectives.broadcast_object(_done(output, origin["settings"]) if on_rank0() else None)
-    items = _missing(requests, options, done)
-    size = trainer.config.eval_batch_size
+    with contextlib.ExitStack() as stack:
+        if on_rank0():
+            stack.enter_context(_alone_with(output))
+        done = collectives.broadcast_object(_done(output, origin["settings"]) if on_rank0() else None)
+        items = _missing(requests, options, done)
+        _draw_all(trainer, items, drawing, options, tokens, origin)
+    rank0_print(f"{len(items)} samples drawn, {len(done)} were there: {output}")
+    if options.alpaca_eval is not None and on_rank0():
+        _write_alpaca_eval(options.alpaca_eval, output, drawing.checkpoint)
+
+
+@contextlib.contextmanager
+def _alone_with(output: str) -> Iterator[None]:
+    """Inside, no other process draws into this file.
+
+    Raises: UserError if one does.
+    """
+    with open(output, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output={output}: another process is drawing into it; wait for its end") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            if os.fstat(file.fileno()).st_size == 0 and os.path.exists(output):
+                os.remove(output)
+
+
+def _draw_all(trainer, items: list, drawing: Drawing, options: Options, tokens: dict | None, origin: dict):
+    size, output = trainer.config.eval_batch_size, drawing.output
     with tqdm(total=len(items), desc="Samples", unit="sample", disable=hides_progress()) as progress:
         for start in range(0, len(items), size):
             trainer.stop.check()
@@ -279,9 +326,6 @@ def _sample_to(trainer, requests: list[Request], drawing: Drawing, options: Opti
                 with open(output, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps({**origin, **line}, ensure_ascii=False) + "\n" for line in lines)
             progress.update(len(batch))
-    rank0_print(f"{len(items)} samples drawn, {len(done)} were there: {output}")
-    if options.alpaca_eval is not None and on_rank0():
-        _write_alpaca_eval(options.alpaca_eval, output, drawing.checkpoint)
 
 
 def _missing(requests: list[Request], options: Options, done: set[tuple[int, int]]) -> list[tuple[Request, int]]:
@@ -324,15 +368,13 @@ def _done(output: str, settings: str) -> set[tuple[int, int]]:
     with open(output, "rb") as file:
         for line in file:
             try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("cut off")
+                if is_cut_off(line):
+                    break
                 sample = json.loads(line)
                 former = sample["settings"]
                 done.add((sample["prompt_index"], sample["sample"]))
             except (ValueError, KeyError, TypeError):
-                if line.endswith(b"\n"):
-                    raise UserError(f"output={output}: a file that isn't one of samples; give another") from None
-                break
+                raise UserError(f"output={output}: a file that isn't one of samples; give another") from None
             if former != settings:
                 raise UserError(
                     f"output={output} has samples drawn under other settings; give another file, or delete it"

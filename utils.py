@@ -92,6 +92,13 @@ def computed_dtype(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+def is_cut_off(line: bytes) -> bool:
+    """Whether this is the beginning of a line that begins with its settings, as those of samples and verdicts do, and
+    so one that a crash has cut off, rather than another file's last line without an end."""
+    start = b'{"settings": "'
+    return not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line))
+
+
 def take(batch: dict, indices: torch.Tensor) -> dict:
     """The examples of a batch with these indices, in their order."""
     return {

@@ -103,17 +103,18 @@ def one_step(training: throughput.Training, args: argparse.Namespace) -> None:
 
 def synchronization(results: list[dict]):
     """How often a step makes the host wait, as PyTorch sees it: once in training, for its metrics; here not at all."""
+    if not HAS_GPU:
+        say(results, {"waits": None, "of": "no GPU to wait for"})
+        return
     args = options(layers=4)
     training = throughput.build_models(args)
     training.reset()
     one_step(training, args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if HAS_GPU:
-            torch.cuda.set_sync_debug_mode("warn")
+        torch.cuda.set_sync_debug_mode("warn")
         one_step(training, args)
-        if HAS_GPU:
-            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message)[:200] for warning in caught if "synchroniz" in str(warning.message)]
     say(results, {"waits": len(waits), "of": sorted(set(waits))})
 

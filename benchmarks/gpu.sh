@@ -29,13 +29,18 @@ for part in $parts; do
         # the command line: one process, FSDP over NCCL, layers spread by device_map, 4 bits, a run that goes on
         run="python3 train.py model=tiny datasets=[toy] loss=dpo n_examples=256 n_eval_examples=64 eval_every=128"
         run="$run batch_size=16 warmup_steps=0 wandb.enabled=false curves=false local_dirs=[$out/cache]"
-        $run local_run_dir="$out/float32" &&
-            $run local_run_dir="$out/mixed" model.policy_mp=bfloat16 model.reference_dtype=bfloat16 &&
-            $run local_run_dir="$out/fsdp" model.policy_mp=bfloat16 trainer=FSDPTrainer &&
-            $run local_run_dir="$out/compiled" model.policy_dtype=bfloat16 compile=true &&
-            $run local_run_dir="$out/again" n_examples=128 model.policy_mp=bfloat16 &&
-            $run local_run_dir="$out/again" resume="$out/again" model.policy_mp=bfloat16
+        runs=$(mktemp -d "$out/runs.XXXX")
+        $run local_run_dir="$runs/float32" &&
+            $run local_run_dir="$runs/mixed" model.policy_mp=bfloat16 model.reference_dtype=bfloat16 &&
+            $run local_run_dir="$runs/fsdp" model.policy_mp=bfloat16 trainer=FSDPTrainer &&
+            $run local_run_dir="$runs/compiled" model.policy_dtype=bfloat16 compile=true &&
+            $run local_run_dir="$runs/again" n_examples=128 model.policy_mp=bfloat16 &&
+            $run local_run_dir="$runs/again" resume="$runs/again" model.policy_mp=bfloat16
         python3 -m pytest -n 0 -m gpu tests/test_gpu.py
+        ;;
+    *)
+        echo "no such part: $part" >&2
+        exit 2
         ;;
     esac
 done

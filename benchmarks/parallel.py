@@ -143,7 +143,7 @@ def work(config: DictConfig, path: str):
     trainers.BasicTrainer.train_step = functools.partialmethod(counted_step, trainers.BasicTrainer.train_step, path)
     joined = launch.process_group() if config.trainer != "BasicTrainer" else contextlib.nullcontext()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), joined:
-        train.train_from(config, None)
+        train.train_from(config, None, {})
 
 
 def run(trainer: str, n: int, n_replicas: int, directory: str, batch_size: int) -> list[dict]:

@@ -116,7 +116,7 @@ def _introduction(config: DictConfig, state: dict, is_adapter: bool) -> str:
     whole = "" if state.get("complete", True) else " Training was not over."
     return (
         f"# {name}, trained with {config.loss.name.upper()}\n\n{what} with `{config.loss.name}` from {start}: "
-        f"{state['examples']:,} examples, {state['updates']:,} optimizer steps.{whole}"
+        f"{state.get('examples', 0):,} examples, {state.get('updates', 0):,} optimizer steps.{whole}"
     )
 
 

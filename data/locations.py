@@ -74,7 +74,8 @@ def _matches(pattern: str) -> list[str]:
         return paths
     root = os.path.abspath(os.path.dirname(pattern[: re.search(r"[*?[]", pattern).start()]) or ".")
     left_out = tuple(f"{directory}/" for directory in reading.caches_and_runs(root))
-    return [path for path in paths if not os.path.abspath(path).startswith(left_out)]
+    kept = [path for path in paths if not os.path.abspath(path).startswith(left_out)]
+    return list({os.path.realpath(path): path for path in reversed(kept)}.values())  # a link leads to the same file
 
 
 def _check_suffix(files: list[str], where: str):

@@ -305,7 +305,7 @@ def _cause_and_remedy(error: Exception, path: str, files: list[str], instead: st
     for link in chain:
         if isinstance(link, OSError) and link.errno in no_room:
             return f"can't read {path}: {_one_line(link)}", "Make room or set rights there, or choose other local_dirs"
-    is_local = os.path.isdir(path)
+    is_local = os.path.isdir(path) or (bool(files) and not any(map(hub.is_url, files)))
     fault = diagnosis.first_fault(_local_copies(files))
     if fault is not None and (is_local or files):
         copy = "" if is_local else f"; its copy in the cache is {fault.path}: delete that to have it loaded again"

@@ -1,6 +1,6 @@
 """Draws responses by vLLM (https://docs.vllm.ai), in a process of its own that gives the GPU's memory back as it ends.
 
-As a script it is that process: `python -m generation.vllm_engine JOB OUTPUT`. JOB is JSON of `Job`'s fields, OUTPUT
+As a script it is that process: `python vllm_engine.py JOB OUTPUT`. JOB is JSON of `Job`'s fields, OUTPUT
 gets a line of token ids for each prompt.
 """
 
@@ -70,8 +70,9 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
     with tempfile.TemporaryDirectory(dir=beside, prefix=".merged-") as directory:
         merged = os.path.join(directory, "model")
         # in a process of its own, as it may need the GPU
-        command = [sys.executable, "-m", "checkpoints", "merge", os.path.abspath(checkpoint), merged]
-        if subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL).returncode != 0:
+        script = str(REPOSITORY / "checkpoints.py")
+        command = [sys.executable, script, "merge", os.path.abspath(checkpoint), merged]
+        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
             raise UserError(f"engine=vllm: the adapter of {checkpoint} can't be merged; what was printed says why")
         yield merged
 
@@ -105,7 +106,7 @@ def generate(job: Job) -> list[list[int]]:
             json.dump(dataclasses.asdict(job), file)
         rank0_print(f"Drawing {len(job.prompts)} samples by vLLM from {job.engine['model']}")
         search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "generation.vllm_engine", *paths]
+        command = [sys.executable, os.path.abspath(__file__), *paths]  # as a script, so that no file here is imported
         code = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, stdin=subprocess.DEVNULL).returncode
         if code != 0:
             raise UserError(

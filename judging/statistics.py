@@ -14,7 +14,8 @@ _PRECISIONS = np.array([0.1, 0.001])
 def wilson_interval(mean: float, n: int) -> list[float]:
     """Wilson's 95 % interval of a share of `n` (https://doi.org/10.1080/01621459.1927.10502953)."""
     center, width = mean + Z**2 / (2 * n), Z * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    return [(center + sign * width) / (1 + Z**2 / n) for sign in (-1, 1)]
+    low, high = ((center + sign * width) / (1 + Z**2 / n) for sign in (-1, 1))
+    return [min(low, mean), max(high, mean)]  # which rounding may undercut where all values are the same
 
 
 def mean_and_error(values: Sequence[float], clusters: Sequence[object]) -> tuple[float, float | None]:

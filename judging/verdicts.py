@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from judging.pairs import Task
-from utils import UserError
+from utils import UserError, is_cut_off
 
 
 @dataclass
@@ -60,12 +60,18 @@ class VerdictFile:
         end = 0
         with open(self.path, "rb") as file:
             for raw in file:
-                if not raw.endswith(b"\n"):  # cut off by a crash
+                if is_cut_off(raw):
                     break
                 try:
                     line = json.loads(raw)
                     former, key = line["settings"], (line["prompt_index"], line["sample"], line["first"])
-                    line["texts"], line["verdict"], line["failure"]
+                    line["texts"], line["failure"]
+                    hash(key)
+                    if line["verdict"] not in ("a", "b", "tie", "scored", None):
+                        raise ValueError("no verdict")
+                    if line["verdict"] == "scored":
+                        (score,) = line["scores"]
+                        float(score)
                 except (ValueError, KeyError, TypeError):
                     raise UserError(f"output={self.path}: a file that isn't one of verdicts; give another") from None
                 if former != self.settings:

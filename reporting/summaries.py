@@ -73,7 +73,7 @@ def _read(path: str) -> Summary:
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadSummary(f"{path}: can't read it: {error}; give files that judge.py wrote, ..{_SUMMARY}") from error
     if not isinstance(found, dict) or "settings" not in found or not {"win_rate", "score"} & found.keys():
         raise BadSummary(f"{path}: no summary of judge.py; give files that it wrote, ..{_SUMMARY}")
@@ -82,6 +82,8 @@ def _read(path: str) -> Summary:
             f"{path}: it doesn't say how a was drawn, as it is of an earlier version; run the same judge.py command "
             "again, its verdicts are kept"
         )
+    if fault := _fault(found):
+        raise BadSummary(f"{path}: it isn't as judge.py wrote it: {fault}; run the same judge.py command again")
     if (found["score"] if "score" in found else found["win_rate"]) is None:
         raise BadSummary(f"{path}: nothing could be judged (n = 0); run the same judge.py command again")
     if not found["drawn"]:
@@ -93,6 +95,33 @@ def _read(path: str) -> Summary:
     (drawn,) = found["drawn"]
     run = drawn["run"] or os.path.splitext(os.path.basename(found["a"]))[0]
     return Summary(path, found, run, drawn["checkpoint"], drawn["examples"], drawn["temperature"])
+
+
+def _fault(found: dict) -> str | None:
+    """What of a summary has no value, or one of another kind; None: nothing."""
+    number, text, count = (int, float, type(None)), (str, type(None)), int
+    kinds = {"judge": str, "a": str, "judge_model": text, "kl": number, "kl_se": number, "n_kl": count}
+    if "win_rate" in found:
+        kinds |= {"b": str, "win_rate": number, "n_judged": count}
+        kinds |= {"win_rate_ci95": (list, type(None))}
+    else:
+        kinds |= {"score": number, "score_se": number, "n_scored": count}
+    if found.get("kl") is None:
+        kinds |= {"kl_unknown": str}
+    of_drawn = {"run": text, "checkpoint": text, "examples": int, "temperature": (int, float)}
+    places = [("", found, kinds)]
+    if not isinstance(found["drawn"], list) or not all(isinstance(drawn, dict) for drawn in found["drawn"]):
+        return "drawn"
+    places += [("drawn.", drawn, of_drawn) for drawn in found["drawn"]]
+    for prefix, values, expected in places:
+        for key, kind in expected.items():
+            value = values.get(key, ...)
+            if not isinstance(value, kind) or isinstance(value, bool) or value != value:
+                return prefix + key
+    bounds = found.get("win_rate_ci95") or [0.0, 0.0]
+    if len(bounds) != 2 or not all(isinstance(bound, int | float) for bound in bounds):
+        return "win_rate_ci95"
+    return None
 
 
 def what_is_measured(summaries: list[Summary]) -> str:
@@ -182,6 +211,12 @@ def command(name: str, description: str, output: str, work: Callable[[list[Summa
         parser.add_argument("summaries", nargs="+", metavar="SUMMARY", help="a file that judge.py wrote")
         parser.add_argument("--output", metavar="FILE", default=output, help=f"the picture (PNG); default: {output}")
         args = parser.parse_args(words)
+        if os.path.splitext(args.output)[1] == ".txt":
+            return f"error: --output {args.output} is what its table would be called; give the picture a name in .png"
+        if os.path.realpath(args.output) in map(os.path.realpath, args.summaries):
+            return f"error: --output {args.output} is one of the summaries; give another file"
+        if not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
+            return f"error: --output {args.output}: there is no such directory"
         try:
             work(read_summaries(args.summaries), args.output)
         except (BadSummary, OSError) as error:

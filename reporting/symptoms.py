@@ -83,7 +83,7 @@ class Symptoms:
     @staticmethod
     def _at_chance(metrics: dict[str, float]) -> str:
         accuracy, error = metrics.get("rewards_eval/accuracies"), metrics.get("rewards_eval/accuracies_se")
-        if accuracy is None or abs(accuracy - 0.5) > 2 * error:
+        if accuracy is None or error is None or abs(accuracy - 0.5) > 2 * error:
             return ""
         return (
             f"the evaluation accuracy ({percent(accuracy)} ± {percent(error)} now) has been that of guessing for "

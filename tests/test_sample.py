@@ -204,3 +204,32 @@ def test_the_reference_is_there_also_where_training_had_it_precomputed(launcher,
     lines = read_jsonl(tmp_path / "o")
     assert all(isinstance(line["reference_logps"], float) for line in lines)
     assert any(line["reference_logps"] != line["policy_logps"] for line in lines)
+
+
+OWN = {  # what is there: what is asked, and the message
+    "one line without an end": ('{"my": "data"}', "output={path}", "a file that isn't one of samples"),
+    "the prompts": ('{"prompt": "The story"}\n', "prompts={path} output={path}", "is the file of prompts, too"),
+    "the prompts, for AlpacaEval": (
+        '{"prompt": "The story"}', "prompts={path} output={path}.x alpaca_eval={path}", "is the file of prompts, too"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_file_that_isn_t_one_of_samples_is_left_as_it_is(name, launcher, trained, tmp_path):  # noqa: F811
+    text, words, message = OWN[name]
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    asked = [word.format(path=path) for word in words.split()]
+    assert launcher.run(f"run={trained('dpo')}", *asked, "max_new_tokens=2", script=SAMPLE) == 1
+    assert message in launcher.output
+    assert path.read_text() == text
+
+
+def test_a_folder_of_prompts_gives_all_of_them(launcher, trained, tmp_path):  # noqa: F811
+    for name in ("train", "test"):
+        (tmp_path / "prompts").mkdir(exist_ok=True)
+        (tmp_path / f"prompts/{name}.jsonl").write_text(json.dumps({"prompt": f"The {name}"}) + "\n")
+    asked = [f"prompts={tmp_path}/prompts", f"output={tmp_path}/out.jsonl", "max_new_tokens=2"]
+    assert launcher.run(f"run={trained('dpo')}", *asked, script=SAMPLE) == 0, launcher.output
+    assert {line["prompt"] for line in read_jsonl(tmp_path / "out.jsonl")} == {"The train", "The test"}

@@ -8,7 +8,7 @@ from test_curves import png_size
 
 from judging.origins import kl_from_reference, origins
 from judging.pairs import Drawn, Response
-from judging.statistics import mean_and_error
+from judging.statistics import mean_and_error, wilson_interval
 from reporting import frontier, win_rates
 
 DRAWN = {"run": "dpo", "checkpoint": "LATEST", "examples": 100, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -172,3 +172,35 @@ def test_files_that_don_t_fit_the_picture_are_told(tmp_path):
     rates = write_summary(tmp_path / "b.json", {"run": "b"}, b_digest="absent", **HALF)
     assert "one has win rates, the other scores" in frontier.main([rates, scores])
     assert "nowhere.json: can't read it" in frontier.main([f"{tmp_path}/nowhere.json"])
+
+
+@pytest.mark.parametrize("n", [4, 10, 51])
+def test_where_one_side_won_all_the_interval_ends_there(n, tmp_path, drawn_points):
+    low, high = wilson_interval(1.0, n)
+    assert high == 1.0
+    assert wilson_interval(0.0, n)[0] == 0.0
+    path = write_summary(tmp_path / "all_summary.json", **rate(1.0, low, high))
+    assert win_rates.main([path, "--output", str(tmp_path / "w.png")]) is None
+
+
+@pytest.mark.parametrize("key", ["judge", "a", "b", "n_judged", "win_rate_ci95", "kl", "kl_se", "n_kl", "drawn"])
+@pytest.mark.parametrize("value", [..., "x", [1], {}], ids=str)
+def test_a_summary_that_is_not_as_it_was_written_is_told_by_its_name(key, value, tmp_path):
+    path = write_summary(tmp_path / "s_summary.json", **rate(0.5, 0.4, 0.6))
+    found = json.loads((tmp_path / "s_summary.json").read_text())
+    found.pop(key, None)
+    if value is not ...:
+        found[key] = value
+    if value == "x" and key in ("judge", "a", "b"):
+        return
+    (tmp_path / "s_summary.json").write_text(json.dumps(found))
+    message = win_rates.main([path, "--output", str(tmp_path / "w.png")])
+    assert message is not None and path in message
+    assert not (tmp_path / "w.png").exists()
+
+
+def test_a_picture_takes_no_summary_s_place(tmp_path):
+    path = write_summary(tmp_path / "s_summary.json", **rate(0.5, 0.4, 0.6))
+    assert "is one of the summaries" in win_rates.main([path, "--output", path])
+    assert "is what its table would be called" in win_rates.main([path, "--output", str(tmp_path / "w.txt")])
+    assert "no such directory" in win_rates.main([path, "--output", str(tmp_path / "no/w.png")])
