@@ -140,6 +140,7 @@ def test_a_pattern_of_files(read, tmp_path):
     (tmp_path / "b/run").mkdir()
     for name in ("config.yaml", "metrics.jsonl", "samples.jsonl"):  # what a run leaves
         (tmp_path / "b/run" / name).write_text("{}\n")
+    (tmp_path / "b/loop").symlink_to("..")  # leads to all of them again
     assert read(f"{tmp_path}/**/*.jsonl") == found["train"]
     write(tmp_path / "[x]*.jsonl", numbered(2))  # a name is not a pattern
     assert len(read(f"{tmp_path}/[x]*.jsonl")) == 1
