@@ -593,6 +593,11 @@ BAD = {
     "other prompts": (["b=prompts.jsonl", *OPENAI], "a and b have different prompts at prompt_index=0"),
     "an output that is an input": (["output=a.jsonl", *OPENAI], "output=a.jsonl holds responses"),
     "an output of something else": (["output=other.jsonl", *OPENAI], "a file that isn't one of verdicts"),
+    "an output of one line without an end": (["output=mine.json", *OPENAI], "a file that isn't one of verdicts"),
+    "a summary in the place of an input": (
+        ["b=v_summary.json", *OPENAI], "v_summary.json holds responses; give another file"
+    ),
+    "scores that are none": (["output=scores.jsonl", *OPENAI], "a file that isn't one of verdicts"),
     "nowhere to write": (["output=no/where.jsonl", *OPENAI], "output=no/where.jsonl: can't write there"),
     "a model that isn't there": (["judge=model", "judge_model=nowhere/x"], "can't load judge_model=nowhere/x"),
     "a model without a score": (["judge=model", f"judge_model={ORACLE}/model"], "score.weight"),
@@ -606,7 +611,9 @@ def test_bad_input_is_told_before_anything_is_asked(name, refused, files, tmp_pa
     contents = {
         "other.jsonl": lines[0] + '{"x": 1}\n', "cut.jsonl": "".join(lines)[:-5], "few.jsonl": "".join(lines[:3]),
         "twice.jsonl": "".join([*lines, lines[0]]), "prompts.jsonl": "".join(lines).replace("say", "tell"),
-        "lacking.txt": "{prompt} {a}",
+        "lacking.txt": "{prompt} {a}", "mine.json": '{"my": "data"}', "v_summary.json": "".join(lines),
+        "scores.jsonl": '{"settings": "s", "prompt_index": 0, "sample": 0, "first": "a", "texts": "t", '
+                        '"failure": null, "verdict": "scored", "scores": []}\n',
     }  # fmt: skip
     for file, content in contents.items():
         (tmp_path / file).write_text(content)
@@ -615,6 +622,7 @@ def test_bad_input_is_told_before_anything_is_asked(name, refused, files, tmp_pa
     assert message in output
     assert "calls to" not in output
     assert not (tmp_path / "v.jsonl").exists()
+    assert {file: (tmp_path / file).read_text() for file in contents} == contents  # all are left as they are
 
 
 def test_a_sweep_is_refused(refused, files):

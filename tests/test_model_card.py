@@ -44,7 +44,7 @@ def test_an_adapter_s_card_takes_the_place_of_peft_s_and_its_merged_model_has_on
     text = (run_dir / "LATEST/README.md").read_text()
     assert "[More Information Needed]" not in text
     assert "- `lora`: r 2" in text and "AutoPeftModelForCausalLM" in text and f"from `{ORACLE}/model`" in text
-    checkpoints.merge(str(run_dir / "LATEST"), str(tmp_path / "merged"))
+    checkpoints.merge(str(run_dir / "LATEST"), f"{tmp_path}/merged/")
     assert front_matter(tmp_path / "merged")["library_name"] == "transformers"
     merged = (tmp_path / "merged/README.md").read_text()
     assert "from transformers import AutoModelForCausalLM" in merged and "- `lora`: r 2" in merged

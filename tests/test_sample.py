@@ -1,5 +1,6 @@
 """`sample.py`: the same texts whatever is computed beside them, and nothing drawn twice or lost."""
 
+import fcntl
 import json
 import signal
 
@@ -233,3 +234,11 @@ def test_a_folder_of_prompts_gives_all_of_them(launcher, trained, tmp_path):  # 
     asked = [f"prompts={tmp_path}/prompts", f"output={tmp_path}/out.jsonl", "max_new_tokens=2"]
     assert launcher.run(f"run={trained('dpo')}", *asked, script=SAMPLE) == 0, launcher.output
     assert {line["prompt"] for line in read_jsonl(tmp_path / "out.jsonl")} == {"The train", "The test"}
+
+
+def test_a_file_that_another_process_draws_into_is_left_to_it(launcher, trained, tmp_path):  # noqa: F811
+    path = tmp_path / "out.jsonl"
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert launcher.run(f"run={trained('dpo')}", f"output={path}", "max_new_tokens=2", script=SAMPLE) == 1
+    assert "another process is drawing into it" in launcher.output
