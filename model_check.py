@@ -86,10 +86,11 @@ def choose_rows(
         left_out |= {packed_rows, padded_rows} if may_share and setting is True else set()
         reasons: dict[Callable, str] = {}
         for make_rows in _SAID:
-            if make_rows not in left_out and (reason := why_not[make_rows]()) is None:
+            if make_rows in left_out:
+                continue
+            if (reason := why_not[make_rows]()) is None:
                 return make_rows, whole_logits, _in_words(model, make_rows, whole_logits, reasons)
-            elif make_rows not in left_out:
-                reasons[make_rows] = reason
+            reasons[make_rows] = reason
     key = "padding_free" if padding_free is True else "shared_prompt"
     raise UserError(
         f"{key}=true, but the model {_name(model)} can't: {'; '.join(dict.fromkeys(reasons.values()))}; use {key}=auto"

@@ -316,6 +316,7 @@ def _alone_with(output: str) -> Iterator[None]:
 
 
 def _draw_all(trainer, items: list, drawing: Drawing, options: Options, tokens: dict | None, origin: dict):
+    """Draw the samples that a file lacks, and add a line for each; `origin`: what all lines say."""
     size, output = trainer.config.eval_batch_size, drawing.output
     with tqdm(total=len(items), desc="Samples", unit="sample", disable=hides_progress()) as progress:
         for start in range(0, len(items), size):

@@ -69,6 +69,12 @@ def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | N
     for module in model.modules():
         if type(module) is nn.Linear and users[id(module.weight)] == 1 and module.weight.dtype == torch.float32:
             module.__class__ = ShadowedLinear
-    if optimizer is not None:
-        shadowed = [module for module in model.modules() if isinstance(module, ShadowedLinear)]
-        optimizer.register_step_post_hook(lambda *_: [module.forget_copies() for module in shadowed] and None)
+    if optimizer is None:
+        return
+    shadowed = [module for module in model.modules() if isinstance(module, ShadowedLinear)]
+
+    def after_step(*_):
+        for module in shadowed:
+            module.forget_copies()
+
+    optimizer.register_step_post_hook(after_step)

@@ -3,7 +3,7 @@
 Needs torch and transformers alone. `correctness` holds the gradients of every way, in every precision, against padded
 rows in float32 on the same GPU; `synchronization` counts how often a step makes the host wait; `profile` lists the
 operations that a step spends its time in. benchmarks/gpu.sh runs them, and throughput.py, one part after the other. On
-a CPU they run too, at toy size, to be tried out.
+a CPU they run too, at toy size, to be tried out; but there is nothing to wait for.
 """
 
 import argparse

@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard
 from test_evaluate import trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
+from checkpointing.integrity import CARD
+
 NOT_RUN = ("vllm serve", "hf upload")  # they need a GPU, or an account
 
 
@@ -37,7 +39,7 @@ def test_an_adapter_is_merged_loaded_and_written_smaller(trained, run_python, tm
     assert smaller.dtype == torch.bfloat16 and merged.dtype == torch.float32
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("smaller", "merged")]
     assert sizes[0] < 0.6 * sizes[1]
-    assert ModelCard.load(tmp_path / "merged/README.md").data.library_name == "transformers"
+    assert ModelCard.load(tmp_path / "merged" / CARD).data.to_dict()["library_name"] == "transformers"
     assert all(line.startswith(NOT_RUN) for line in elsewhere.splitlines())
 
 
