@@ -22,7 +22,6 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from checkpointing import fingerprints
-from checkpointing.lock import claimed
 from checkpointing.preemption import EXIT_CODE, SIGNALS, Stopped
 from checkpointing.resume import (
     SWEEP_DIR,
@@ -35,16 +34,17 @@ from checkpointing.resume import (
     resume_command,
     resume_hint,
 )
-from configuration.checks import check_config
-from configuration.explanations import explain_flags, explain_hydra_error
-from configuration.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, changed_keys
+from commands.output import keep_output_going, quiet_libraries
+from commands.run_directory import claimed
+from commands.sweeps import SweepLog, in_sweep, job_name, job_overrides
+from config_checks.checks import check_config
+from config_checks.explanations import explain_flags, explain_hydra_error
+from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, changed_keys
 from distributed import collectives, environment, launch
 from distributed.strategies import STRATEGIES
 from losses import LOSSES
 from preference_datasets import DATASETS, ROWS, chosen_datasets, open_batches
-from reporting.output import keep_output_going, quiet_libraries
 from reporting.run_log import check_log_files
-from reporting.sweeps import SweepLog, in_sweep, job_name, job_overrides
 from utils import UserError, get_local_dir, get_local_run_dir, on_rank0, rank0_print
 
 # asked for by HYDRA_FULL_ERROR=1, which `main` then sets for reasons of its own; workers ask their parent's

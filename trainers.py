@@ -33,6 +33,7 @@ from data.microbatches import computed_tokens
 from distributed import collectives
 from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
+from evaluation.sampling import end_tokens, generate_scorable
 from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_lengths  # noqa: F401 (re-exported)
 from models import check_tokenizer_fits, configured_dropout_rates, load_tokenizer
 from optimization import make_optimizer, make_scheduler
@@ -43,7 +44,6 @@ from references import (
 )
 from reporting.metrics import TIE, check_finite, kl_metrics, mean_metrics, response_metrics
 from reporting.run_log import RunLog
-from reporting.sampling import end_tokens, generate_scorable
 from reporting.terminal import RunTable, passing_bar, progress_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
 from utils import (

@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from configuration.schema import CONFIG_DIR, REPOSITORY
+from config_checks.schema import CONFIG_DIR, REPOSITORY
 from data import toy
 from losses import KL_ESTIMATE, LOGPS, LOSSES
 from preference_datasets import DATASETS, Dataset

@@ -19,8 +19,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import trainers
-from configuration.checks import check_config
-from configuration.schema import CONFIG_DIR
+from config_checks.checks import check_config
+from config_checks.schema import CONFIG_DIR
 from models import load_policy, load_reference
 from reporting import curves
 from reporting.run_log import RunLog

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from checkpointing.fingerprints import is_of_model
 from checkpointing.integrity import CARD
-from configuration.sources import policy_source
+from config_checks.sources import policy_source
 from data.reading import has_data_suffix
 from losses import needs_reference
 from preference_datasets import DATASETS, chosen_datasets

@@ -18,8 +18,8 @@ from checkpointing.integrity import (
     recover_interrupted_saves,
 )
 from checkpointing.train_state import read_state_json, training_settings, versions
-from configuration.schema import REPOSITORY, default_config
-from configuration.sources import resolved_reference
+from config_checks.schema import REPOSITORY, default_config
+from config_checks.sources import resolved_reference
 from data.batches import split_name
 from distributed import environment
 from utils import UserError, rank0_print

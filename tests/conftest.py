@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from process_pool import ProcessPool
 from safetensors.torch import load_file
 
-from configuration.checks import check_config
-from configuration.schema import CONFIG_DIR
+from config_checks.checks import check_config
+from config_checks.schema import CONFIG_DIR
 from models import load_policy, load_reference
 from train import with_free_keys
 from trainers import BasicTrainer

@@ -8,11 +8,11 @@ from conftest import ORACLE, read_jsonl
 from test_cli import SHORT, assert_refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from acceleration.prefix_sharing import padded_rows, response_logps, shared_rows
 from data.tokenization import get_collate_fn, tokenize_batch, tokenize_batch_element
 from losses import _get_batch_logps
 from preference_datasets import DATASETS, Dataset
 from references import pair_keys
-from shared_prompt import padded_rows, response_logps, shared_rows
 from utils import concatenated_inputs
 
 BOS, EOS = 7, 2

@@ -8,8 +8,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configuration.checks import check_config
-from configuration.schema import CONFIG_DIR, default_config
+from config_checks.checks import check_config
+from config_checks.schema import CONFIG_DIR, default_config
 from losses import LOSSES
 from train import with_free_keys
 from utils import UserError, get_local_dir

@@ -77,7 +77,7 @@ def test_losses_need_torch_alone():
 
 
 def test_a_config_is_checked_without_torch_distributed():
-    reached, ahead = set(), ["configuration.checks"]
+    reached, ahead = set(), ["config_checks.checks"]
     while ahead:
         reached.add(module := ahead.pop())
         ahead += modules_imported(module, in_functions=False) - reached

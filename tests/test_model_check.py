@@ -10,11 +10,11 @@ from conftest import ORACLE, REPOSITORY, read_jsonl
 from test_shared_prompt import BATCHES, LLAMA_LIKE, SMALL
 
 from acceleration.capacity import microbatch_overhead
+from acceleration.model_check import choose_rows, full_length_pair, synthetic_pair
+from acceleration.prefix_sharing import chunked_token_logps, padded_rows, shared_rows, token_logps
 from benchmarks.architectures import batch_of, own_logps, tiny_model
 from data.microbatches import microbatches
 from distributed.strategies import SingleProcess
-from model_check import choose_rows, full_length_pair, synthetic_pair
-from shared_prompt import chunked_token_logps, padded_rows, shared_rows, token_logps
 from utils import UserError, concatenated_inputs
 
 MAX_LENGTH = 192

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from checkpointing.train_state import read_state_json
-from configuration.sources import Source, reference_source
+from config_checks.sources import Source, reference_source
 from losses import _get_batch_logps
 from train import create_run_dir
 from utils import UserError

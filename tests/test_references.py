@@ -11,8 +11,8 @@ from conftest import ORACLE, REPOSITORY, read_jsonl, trainers_in
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import merge
 from data.batches import BatchIterator
+from export import merge
 from references import REFERENCE_ADAPTER, LogpsCache
 from train import create_run_dir
 from utils import UserError

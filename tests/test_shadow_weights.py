@@ -8,9 +8,9 @@ from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from acceleration.prefix_sharing import response_logps, shared_rows
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from losses import LOSSES
-from shared_prompt import response_logps, shared_rows
 
 BATCH = BATCHES["ordinary"]
 

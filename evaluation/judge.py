@@ -12,17 +12,17 @@ import os
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-import evaluate
 import train
-from configuration.explanations import unknown_key
-from configuration.schema import own_keys
-from judging.chat_completions import ChatCompletions, check_url
-from judging.command import Command
-from judging.origins import digest, kl_from_reference, origins
-from judging.pairs import Pair, Task, alone, first_shown, match, read_responses
-from judging.prompts import load_template
-from judging.statistics import Z, length_controlled, mean_and_error, wilson_interval
-from judging.verdicts import Judge, MisassignedVerdicts, VerdictFile
+from config_checks.explanations import unknown_key
+from config_checks.schema import own_keys
+from evaluation import evaluate
+from evaluation.chat_completions import ChatCompletions, check_url
+from evaluation.command import Command
+from evaluation.origins import digest, kl_from_reference, origins
+from evaluation.pairs import Pair, Task, alone, first_shown, match, read_responses
+from evaluation.prompts import load_template
+from evaluation.statistics import Z, length_controlled, mean_and_error, wilson_interval
+from evaluation.verdicts import Judge, MisassignedVerdicts, VerdictFile
 from utils import UserError, closest_match, get_local_dir, hides_progress
 
 _REQUIRED = ("a", "judge", "output")
@@ -172,7 +172,7 @@ def make_judge(options: dict) -> Judge:
             options["judge_retries"], options["judge_timeout"], options["judge_concurrency"],
             options["judge_requests_per_minute"],
         )  # fmt: skip
-    from judging.reward_model import RewardModel  # transformers takes a while to import
+    from evaluation.reward_model import RewardModel  # transformers takes a while to import
 
     return RewardModel(
         options["judge_model"], options["judge_batch_size"], options["chat_template"],

@@ -12,10 +12,10 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 import preference_datasets
-from configuration.explanations import unknown_key
-from configuration.lora import check_adapter_fits, check_lora
-from configuration.schema import FREE_KEYS, default_config, flatten, names_in
-from configuration.sources import REFERENCES, reference_source, resolved_reference, saved_settings, sources
+from config_checks.explanations import unknown_key
+from config_checks.lora import check_adapter_fits, check_lora
+from config_checks.schema import FREE_KEYS, default_config, flatten, names_in
+from config_checks.sources import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from losses import LOSSES, needs_reference

@@ -19,7 +19,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import evaluate
 import train
 from checkpointing.fingerprints import file_fingerprints
 from checkpointing.train_state import read_state_json
@@ -31,11 +30,11 @@ from data.locations import locate
 from data.tokenization import get_collate_fn
 from distributed import collectives, environment
 from distributed.strategies import STRATEGIES
-from generation import vllm_engine
+from evaluation import evaluate, vllm_engine
+from evaluation.sampling import generate_scorable
 from losses import LOSSES
 from models import load_tokenizer
 from preference_datasets import open_batches
-from reporting.sampling import generate_scorable
 from utils import (
     UserError,
     closest_match,

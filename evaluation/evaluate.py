@@ -18,11 +18,11 @@ import train
 from checkpointing import fingerprints
 from checkpointing.integrity import find_corruption
 from checkpointing.train_state import read_state_json
-from configuration.checks import check_config
-from configuration.schema import own_keys
+from config_checks.checks import check_config
+from config_checks.schema import own_keys
 from data.batches import chosen_and_rejected
 from distributed import collectives
-from judging.statistics import Z, wilson_interval
+from evaluation.statistics import Z, wilson_interval
 from utils import UserError, closest_match, on_rank0, rank0_print
 
 _IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
