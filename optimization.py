@@ -1,4 +1,4 @@
-"""The optimizer, any of torch.optim, and the schedule of its learning rate, any of Transformers that goes by steps."""
+"""The optimizer (any of torch.optim) and the learning rate schedule (any of transformers that depends on the step)."""
 
 import inspect
 import math
@@ -15,14 +15,19 @@ _SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch
 
 
 def make_optimizer(policy: nn.Module, config: DictConfig, device: torch.device, args: dict) -> torch.optim.Optimizer:
-    """The optimizer of the policy's trained weights; of `args` it gets those that it takes, below `optimizer_args`.
+    """Make the optimizer of the policy's trained weights.
 
-    Raises: UserError if nothing is trained, or the optimizer refuses its settings.
+    Args:
+        args: the trainer's arguments; the optimizer gets those that it knows. The config's `optimizer_args` win.
+
+    Raises: UserError if no parameter is trained, or the optimizer refuses its settings.
     """
     rank0_print(f"Using {config.optimizer} optimizer")
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not parameters:
-        raise UserError(f"lora={config.lora} model.adapter={config.model.adapter}: nothing of the model is trained")
+        raise UserError(
+            f"lora={config.lora} model.adapter={config.model.adapter}: the model has no trainable parameters"
+        )
     optimizer_class = getattr(torch.optim, config.optimizer)
     accepted = inspect.signature(optimizer_class).parameters
     args = {name: value for name, value in args.items() if name in accepted}
@@ -41,9 +46,9 @@ def make_optimizer(policy: nn.Module, config: DictConfig, device: torch.device, 
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: DictConfig, n_steps: int):
-    """A LambdaLR: what `lr` is multiplied by is a function of the step alone.
+    """Make a LambdaLR whose multiplier of `lr` depends on the step alone.
 
-    Raises: UserError if that function gives no learning rate at one of the `n_steps` steps.
+    Raises: UserError if the multiplier is no finite number of 0 or more at one of the `n_steps` steps.
     """
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=_multiplier(optimizer, config, n_steps))
 
@@ -51,8 +56,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: DictConfig, n_steps
 def _multiplier(optimizer: torch.optim.Optimizer, config: DictConfig, n_steps: int) -> Callable[[int], float]:
     warmup_steps = config.warmup_steps
     if config.lr_scheduler == DEFAULT_SCHEDULE:
-        return lambda step: min(1.0, (step + 1) / (warmup_steps + 1))  # the original's
-    probe = type(optimizer)([nn.Parameter(torch.zeros(1))], lr=config.lr)  # schedules set rates where they are made
+        return lambda step: min(1.0, (step + 1) / (warmup_steps + 1))  # as the original
+    probe = type(optimizer)([nn.Parameter(torch.zeros(1))], lr=config.lr)  # schedules change their optimizer's rate
     args = OmegaConf.to_container(config.lr_scheduler_args)
     settings = f"lr_scheduler={config.lr_scheduler} lr_scheduler_args={args} warmup_steps={warmup_steps}"
     try:
@@ -63,7 +68,7 @@ def _multiplier(optimizer: torch.optim.Optimizer, config: DictConfig, n_steps: i
     for step, value in checked.items():
         if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
             raise UserError(f"{settings}: the learning rate would be {config.lr} × {value} at step {step + 1}")
-    # counted from 1, as in the original, lest the first step, and the last of a decay to 0, change nothing
+    # count from 1, as the original: otherwise the first step, and the last of a decay to 0, would change nothing
     return lambda step: multiplier(step + 1)
 
 
@@ -80,19 +85,19 @@ def _transformers_multiplier(
 
 
 def schedules() -> dict[str, list[str]]:
-    """The names that `lr_scheduler` takes, and of each the arguments that `lr_scheduler_args` may hold."""
+    """Return the values of `lr_scheduler`, and the `lr_scheduler_args` that each takes."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     arguments = {}
     for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items():
         parameters = inspect.signature(function).parameters
-        if "kwargs" not in parameters:  # those go by a metric, not by steps
+        if "kwargs" not in parameters:  # those that take it depend on a metric, not on the step
             arguments[kind.value] = [name for name in parameters if name not in _SET_BY_US]
     return arguments
 
 
 def check_schedule(name: str, args: dict):
-    """Raises: UserError if there is no such schedule, or it takes no such arguments."""
+    """Refuse an unknown schedule or unknown arguments of it, with a UserError."""
     if name == DEFAULT_SCHEDULE and not args:
         return  # without Transformers, which takes seconds to import
     known = schedules()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.batches import BatchIterator, Prompt
 from data.choice import Choice, Settings
-from data.prepared import prepared_split
+from data.prepared import ROWS, prepared_split  # noqa: F401 (rows given in Python; see docs/data.md)
 from data.reading import check_path, read_split, row_place
 from data.report import print_report
 from data.selection import epoch_order, without_overlong

@@ -170,7 +170,7 @@ REFUSED = {  # what is typed: parts of the message
 LATE = {  # only once the model is there
     "optimizer=Adam optimizer_args={capturable:true}": ["optimizer=Adam", "capturable"],
     "optimizer=AdamW lr=1e38": ["lr=1e+38", "overflow"],
-    "lora={inference_mode:true}": ["nothing of the model is trained"],
+    "lora={inference_mode:true}": ["the model has no trainable parameters"],
 }
 
 
