@@ -290,7 +290,7 @@ def main():
         rows.append(row_of(model_type, results))
         print(rows[-1], flush=True)
     if not args.types:
-        summary = f"{len(rows)} types: " + ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        summary = f"{len(rows)} types: " + "; ".join(f"{count} {name}" for name, count in counts.most_common())
         summary += f". {n_packed} can be computed without padding."
         versions = {"transformers": transformers.__version__, "torch": torch.__version__}
         text = HEADER.format(**versions, max_length=MAX_LENGTH, summary=summary) + "\n".join(rows) + "\n"
