@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 import trainers
-from configuration.checks import check_config
-from configuration.schema import REPOSITORY
+from config_checks.checks import check_config
+from config_checks.schema import REPOSITORY
 from distributed import launch
 from distributed.collectives import all_gather_object, barrier
 

@@ -15,7 +15,7 @@ import transformers
 from omegaconf import DictConfig
 
 from checkpointing.archives import read_state_dict, read_tensors, write_tensors
-from configuration.schema import flatten
+from config_checks.schema import flatten
 from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 

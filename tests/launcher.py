@@ -28,9 +28,9 @@ REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 600  # seconds
 PRELOADED = (  # what scripts and their libraries import, much of it late
-    "checkpointing.resume", "configuration.checks", "configuration.explanations", "configuration.schema", "data.toy",
+    "checkpointing.resume", "config_checks.checks", "config_checks.explanations", "config_checks.schema", "data.toy",
     "datasets", "distributed.fsdp", "distributed.tensor_parallel", "hydra._internal.hydra", "hydra.core.plugins",
-    "hydra.main", "peft", "reporting.sweeps", "trainers", "transformers.conversion_mapping",
+    "hydra.main", "peft", "commands.sweeps", "trainers", "transformers.conversion_mapping",
     "transformers.models.gpt_neox.modeling_gpt_neox",
 )  # fmt: skip
 
@@ -170,7 +170,7 @@ class Server:
         modules = {name: importlib.import_module(name) for name in PRELOADED}
         modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("")  # makes and keeps those of all
         modules["hydra.core.plugins"].Plugins.instance()  # looks for them
-        modules["configuration.schema"].default_config()
+        modules["config_checks.schema"].default_config()
         for split in ("train", "test"):
             modules["data.toy"].get_toy(split)
         gc.freeze()  # or garbage collection would let each child copy all of it

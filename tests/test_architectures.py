@@ -6,9 +6,10 @@ benchmarks/architectures.py does the same for every type.
 import pytest
 import torch
 
+from acceleration.model_check import choose_rows
+from acceleration.prefix_sharing import padded_rows, shared_rows
+from acceleration.response_head import token_logps
 from benchmarks.architectures import batch_of, own_logps, tiny_model
-from model_check import choose_rows
-from shared_prompt import padded_rows, shared_rows, token_logps
 from utils import UserError
 
 MAX_LENGTH = 192

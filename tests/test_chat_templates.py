@@ -10,9 +10,9 @@ from chat_templates import CHATML, LLAMA_2, MODELS
 from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 
-from configuration.checks import check_config
-from configuration.schema import CONFIG_DIR
-from data.prepared import Settings
+from config_checks.checks import check_config
+from config_checks.schema import CONFIG_DIR
+from data.choice import Settings
 from preference_datasets import get_batch_iterator
 from utils import UserError
 

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import train
-from configuration.schema import default_config, names_in
+from config_checks.schema import default_config, names_in
 
 TINY = [
     "model=tiny", "datasets=[toy]", "n_examples=8", "n_eval_examples=4", "eval_batch_size=4", "max_length=64",

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from checkpointing.lock import claimed
+from commands.run_directory import claimed
 from utils import UserError
 
 pytestmark = pytest.mark.slow

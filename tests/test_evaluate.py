@@ -95,7 +95,7 @@ def test_rows_and_groups_add_up_to_the_means(launcher, trained):
 
 
 def test_the_interval_of_an_accuracy_is_wilson_s():
-    from evaluate import _interval
+    from evaluation.evaluate import _interval
 
     # 8 of 10; worked out from the formula (0.8 + z²/20 ± z √(0.016 + z²/400)) / (1 + z²/10)
     assert _interval("rewards_eval/accuracies", [1.0] * 8 + [0.0] * 2) == pytest.approx([0.490162, 0.943318], abs=1e-5)

@@ -9,8 +9,8 @@ import transformers
 from conftest import REPOSITORY
 
 from data import toy
+from evaluation.sampling import generate
 from losses import LOSSES
-from reporting.sampling import generate
 from utils import disable_dropout, take
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

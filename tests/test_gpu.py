@@ -7,9 +7,10 @@ import torch
 from conftest import ORACLE, read_jsonl
 from test_shared_prompt import BATCHES, CONFIGS, MAX_LENGTH, loss_and_gradients, make_model
 
+from acceleration.model_check import choose_rows
 from acceleration.packed_attention import use_packed_attention
-from model_check import choose_rows
-from shared_prompt import packed_rows, packed_shared_rows, response_logps, shared_rows
+from acceleration.prefix_sharing import packed_rows, packed_shared_rows, shared_rows
+from acceleration.response_head import response_logps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 BATCH = BATCHES["ordinary"]

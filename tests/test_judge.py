@@ -14,10 +14,10 @@ import torch
 from conftest import ORACLE, REPOSITORY, read_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from judging.chat_completions import RateLimit, retry_after
-from judging.pairs import Pair, Response, Task, match, read_responses
-from judging.prompts import PROMPTS, fill, load_template, read_verdict
-from judging.statistics import length_controlled, wilson_interval
+from evaluation.chat_completions import RateLimit, retry_after
+from evaluation.pairs import Pair, Response, Task, match, read_responses
+from evaluation.prompts import PROMPTS, fill, load_template, read_verdict
+from evaluation.statistics import length_controlled, wilson_interval
 from utils import UserError
 
 JUDGE = REPOSITORY / "judge.py"

@@ -8,7 +8,7 @@ from conftest import ORACLE
 from huggingface_hub import ModelCard
 from test_checkpoints import trained
 
-import checkpoints
+import export
 from checkpointing.integrity import find_corruption
 from checkpointing.model_card import is_hub_id, write_card
 from checkpointing.train_state import read_state_json
@@ -44,7 +44,7 @@ def test_an_adapter_s_card_takes_the_place_of_peft_s_and_its_merged_model_has_on
     text = (run_dir / "LATEST/README.md").read_text()
     assert "[More Information Needed]" not in text
     assert "- `lora`: r 2" in text and "AutoPeftModelForCausalLM" in text and f"from `{ORACLE}/model`" in text
-    checkpoints.merge(str(run_dir / "LATEST"), f"{tmp_path}/merged/")
+    export.merge(str(run_dir / "LATEST"), f"{tmp_path}/merged/")
     assert front_matter(tmp_path / "merged")["library_name"] == "transformers"
     merged = (tmp_path / "merged/README.md").read_text()
     assert "from transformers import AutoModelForCausalLM" in merged and "- `lora`: r 2" in merged

@@ -13,7 +13,7 @@ from conftest import read_jsonl
 from launcher import Run
 
 from checkpointing.integrity import recover_interrupted_saves
-from checkpointing.lock import claimed
+from commands.run_directory import claimed
 from utils import UserError
 
 RUN = [
@@ -94,7 +94,7 @@ def test_a_claimed_directory_is_gone_again_unless_something_was_written(tmp_path
 def test_a_forked_child_does_not_keep_the_lock(launcher, tmp_path):
     script = f"""
 import os, signal, sys, time
-from checkpointing.lock import claimed
+from commands.run_directory import claimed
 with claimed({str(tmp_path / "run")!r}):
     child = os.fork()
     if child == 0:
@@ -116,7 +116,7 @@ with claimed({str(tmp_path / "run")!r}):
 def test_many_that_come_and_go_never_hold_it_together(launcher, tmp_path):
     script = f"""
 import os, sys
-from checkpointing.lock import claimed
+from commands.run_directory import claimed
 from utils import UserError
 n = 0
 while n < 150:

@@ -11,7 +11,7 @@ from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 from test_resume import wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sample import SeededDraws
+from evaluation.sample import SeededDraws
 
 SAMPLE = REPOSITORY / "sample.py"
 PROMPTS = [f"\n\nHuman: say {'very ' * (n % 4)}much {n}\n\nAssistant:" for n in range(9)]

@@ -6,7 +6,7 @@ from conftest import ORACLE
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from reporting.sampling import generate
+from evaluation.sampling import generate
 
 N_SAMPLES, N_TOKENS = 4096, 8
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from configuration.checks import NOT_FOR_DTENSORS
+from config_checks.checks import NOT_FOR_DTENSORS
 from distributed.dtensor import clip_grad_norm, distribute_like, distribute_model, full_state_dict, full_tensor
 from distributed.fsdp import fsdp_mesh, shard_model
 from distributed.tensor_parallel import parallelize

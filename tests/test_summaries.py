@@ -6,9 +6,9 @@ import math
 import pytest
 from test_curves import png_size
 
-from judging.origins import kl_from_reference, origins
-from judging.pairs import Drawn, Response
-from judging.statistics import mean_and_error, wilson_interval
+from evaluation.origins import kl_from_reference, origins
+from evaluation.pairs import Drawn, Response
+from evaluation.statistics import mean_and_error, wilson_interval
 from reporting import frontier, win_rates
 
 DRAWN = {"run": "dpo", "checkpoint": "LATEST", "examples": 100, "temperature": 1.0, "top_p": 1.0, "top_k": 0}

@@ -12,7 +12,7 @@ from test_resume import FINISHED, TOY, log_lines
 
 from checkpointing.preemption import EXIT_CODE
 from checkpointing.resume import _MAY_CHANGE
-from configuration.schema import default_config
+from config_checks.schema import default_config
 
 
 @pytest.fixture(scope="module")

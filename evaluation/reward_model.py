@@ -10,8 +10,8 @@ from checkpointing.archives import check_finite, describe, load_pretrained
 from data import chat, hub
 from data.formats import BadExample, Example
 from data.hub import access_hint
-from judging.pairs import Prompt, Task
-from judging.verdicts import Verdict
+from evaluation.pairs import Prompt, Task
+from evaluation.verdicts import Verdict
 from utils import UserError, rank0_print
 
 

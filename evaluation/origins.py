@@ -4,8 +4,8 @@ import dataclasses
 import hashlib
 import json
 
-from judging.pairs import Place, Response
-from judging.statistics import mean_and_error
+from evaluation.pairs import Place, Response
+from evaluation.statistics import mean_and_error
 
 
 def digest(responses: dict[Place, Response]) -> str:

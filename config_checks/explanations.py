@@ -6,7 +6,7 @@ import sys
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from configuration.schema import default_config, names_in, own_keys
+from config_checks.schema import default_config, names_in, own_keys
 from utils import closest_match
 
 # What other libraries call what is here: theirs, ours.

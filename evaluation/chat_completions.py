@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from judging.pairs import Task
-from judging.prompts import fill, read_verdict
-from judging.verdicts import Verdict
+from evaluation.pairs import Task
+from evaluation.prompts import fill, read_verdict
+from evaluation.verdicts import Verdict
 from utils import UserError
 
 _FOR_NOW = (408, 409, 425, 429)  # statuses, beside those from 500 on, after which it's worth another try

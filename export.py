@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from checkpointing.integrity import atomic_directory
 from checkpointing.model_card import write_card
 from checkpointing.train_state import read_state_json
-from configuration.schema import own_keys
-from configuration.sources import policy_source
+from config_checks.schema import own_keys
 from models import load_adapter, load_model, read_tokenizer
+from references import policy_source
 from utils import UserError
 
 

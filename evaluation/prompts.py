@@ -3,7 +3,7 @@
 import os
 import re
 
-from judging.pairs import Prompt, Task
+from evaluation.pairs import Prompt, Task
 from utils import UserError, closest_match
 
 _CHOICE = """FIRST provide a one-sentence comparison of the two summaries, explaining which you prefer and why. \

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from omegaconf import DictConfig
 from transformers import GenerationConfig
 
-from configuration.schema import REPOSITORY
-from reporting.sampling import end_token_ids
+from config_checks.schema import REPOSITORY
+from evaluation.sampling import end_token_ids
 from utils import UserError, rank0_print
 
 

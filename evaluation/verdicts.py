@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from judging.pairs import Task
+from evaluation.pairs import Task
 from utils import UserError, is_cut_off
 
 

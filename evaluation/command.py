@@ -6,9 +6,9 @@ import subprocess
 import threading
 from collections.abc import Iterator
 
-from judging.pairs import Task
-from judging.prompts import read_verdict
-from judging.verdicts import MisassignedVerdicts, Verdict
+from evaluation.pairs import Task
+from evaluation.prompts import read_verdict
+from evaluation.verdicts import MisassignedVerdicts, Verdict
 from utils import UserError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from omegaconf import DictConfig, OmegaConf
 
-from configuration.explanations import ELSEWHERE
+from config_checks.explanations import ELSEWHERE
 from distributed.strategies import STRATEGIES
 from utils import UserError, closest_match
 

@@ -1,0 +1,1 @@
+"""Running a command: its errors, its workers, its run directory, and sweeps."""

@@ -1,0 +1,164 @@
+"""Sweeps (`-m`): the names of their jobs, and the table of what has become of them."""
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from checkpointing.preemption import EXIT_CODE, SIGNALS
+from checkpointing.resume import SWEEP_DIR, resume_command
+from commands.errors import errors_reported
+from commands.run_directory import is_run_dir_given, job_overrides
+from distributed import environment
+from utils import UserError, on_rank0, rank0_print
+
+METRICS = ("loss/eval", "rewards_eval/accuracies")  # what the table shows of a job's last evaluation
+
+
+class SweepLog:
+    """What has become of a sweep's jobs, also when it goes on later: `sweep.jsonl`, and a table."""
+
+    def __init__(self, directory: str):
+        self.path, self.rows = os.path.join(directory, "sweep.jsonl"), {}
+        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="utf-8") as file:
+            self.rows = {row["overrides"]: row for row in map(json.loads, file)}
+
+    def add(self, run_dir: str, overrides: str, status: str, seconds: float):
+        """Record how a job has ended, now, after so long."""
+        last = _last_evaluation(run_dir)
+        self.rows[overrides] = {
+            "job": os.path.basename(run_dir),
+            "overrides": overrides,
+            "status": status,
+            **{name: last.get(name) for name in METRICS},
+            "seconds": round(seconds + self.rows.get(overrides, {}).get("seconds", 0), 1),
+            "local_run_dir": run_dir,
+        }
+        try:
+            with open(f"{self.path}.partial", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
+            os.replace(f"{self.path}.partial", self.path)
+        except OSError as error:
+            rank0_print(f"WARNING: can't write {self.path}: {error}")
+
+    def table(self) -> str:
+        """A line for each job."""
+        lines = [("job", "overrides", "status", *METRICS, "time")]
+        for row in self.rows.values():
+            metrics = ["-" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
+            time = str(timedelta(seconds=round(row["seconds"])))
+            lines.append((row["job"], row["overrides"], row["status"], *metrics, time))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _last_evaluation(run_dir: str) -> dict[str, float]:
+    """The metrics of a run's last evaluation; none where there was none."""
+    last = {}
+    path = os.path.join(run_dir, "metrics.jsonl")
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):  # cut off by a crash
+                row = json.loads(line)
+                last = row if row["split"] == "eval" else last
+    return last
+
+
+class Sweep:
+    """The jobs of a sweep (`-m`), one after the other: one that fails doesn't stop the others, a signal stops all."""
+
+    def __init__(self, run: Callable[[DictConfig], None]):
+        self.run = run
+        self.log: SweepLog | None = None
+        self.run_dirs: set[str] = set()
+        self.complete = True
+        self.stack = contextlib.ExitStack()
+
+    def start(self):
+        """Begin with the first job: only now the directory is known."""
+        self.directory = os.path.abspath(HydraConfig.get().sweep.dir)
+        os.environ[SWEEP_DIR] = self.directory
+        self.log = SweepLog(self.directory)
+        self.stack.enter_context(_exit_on_signal())
+
+    def run_job(self, config: DictConfig):
+        """Run a job and record how it ended; its errors are printed here.
+
+        Raises: SystemExit if a signal asked for it.
+        """
+        if self.log is None:
+            self.start()
+        overrides, start = " ".join(f"{key}={value}" for key, value in job_overrides().items()), time.monotonic()
+        rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
+        run_dir, status = HydraConfig.get().runtime.output_dir, "failed"
+        try:
+            with errors_reported():
+                run_dir = self._claimed_dir(config)
+                self.run(config)
+            status = "complete"
+        except SystemExit as error:
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr, flush=True)
+            status = "stopped" if error.code == EXIT_CODE else "failed"
+            if status == "stopped" or environment.is_launched():  # whose other workers could not follow
+                raise
+        finally:
+            self.complete &= status == "complete"
+            if on_rank0():
+                self.log.add(run_dir, overrides, status, time.monotonic() - start)
+            gc.collect()  # a trainer is full of cycles, and its memory is the next one's
+
+    def _claimed_dir(self, config: DictConfig) -> str:
+        """The directory of a job, which no other job has had."""
+        if config.resume not in (None, "auto"):
+            raise UserError(
+                f"resume={config.resume}: a sweep goes on with all its jobs by resume=auto and hydra.sweep.dir=DIR"
+            )
+        if environment.is_launched_by_user() and not is_run_dir_given(config):
+            raise UserError("a sweep under a launcher needs hydra.sweep.dir=DIR, the same for all workers")
+        run_dir = os.path.abspath(config.local_run_dir)
+        if run_dir in self.run_dirs:
+            raise UserError(
+                f"local_run_dir={run_dir}: an earlier job of this sweep wrote there; leave local_run_dir out, or let "
+                "it depend on what the sweep varies"
+            )
+        self.run_dirs.add(run_dir)
+        return run_dir
+
+    def report(self):
+        """Print the table of jobs and, if some are not complete, how to go on."""
+        self.stack.close()
+        if self.log is None:
+            return
+        rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}")
+        rank0_print(f"\nTo compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
+        if not self.complete:
+            command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
+            rank0_print(f"To go on with what is not complete: {command}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _exit_on_signal() -> Iterator[None]:
+    """Let a signal that comes while a job of a sweep loads end the sweep as one that comes while it trains."""
+
+    def end(_number: int, _frame):
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.exit(EXIT_CODE)
+
+    former = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,235 @@
+"""The figures of checkpoints on the evaluation data, with intervals: the body of `evaluate.py`."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from checkpointing import fingerprints
+from checkpointing.resume import find_checkpoints
+from config_checks.numbers import check_can_be_written
+from data.batches import chosen_and_rejected
+from distributed import collectives
+from evaluation.statistics import Z, wilson_interval
+from utils import UserError, on_rank0, rank0_print
+
+_IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
+_SHARES = ("rewards_eval/accuracies", "rewards_eval/ties")  # metrics that are 0 or 1 of each example
+_N_BUCKETS = 4
+
+
+@dataclasses.dataclass
+class Options:
+    """What `evaluate.py` has beside the keys of training."""
+
+    checkpoints: list[str | None]  # directories; None: the policy as it is loaded
+    rows: str | None
+    output: str | None
+
+
+def make_options(_config: DictConfig, own: dict) -> Options:
+    """Raises: UserError if a checkpoint isn't there or is damaged, or a file can't be written."""
+    run_dir, checkpoints = own["run"], find_checkpoints(own["run"], own["checkpoint"])
+    if own["rows"] is not None and len(checkpoints) > 1:
+        raise UserError(f"rows={own['rows']}: give one checkpoint at a time")
+    output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
+    for key, path in (("rows", own["rows"]), ("output", output)):
+        check_can_be_written(key, path)
+    if own["rows"] is not None and os.path.exists(str(own["rows"])):
+        raise UserError(f"rows={own['rows']} is there already; give another file, or delete it")
+    _check_holds_evaluations(output)
+    return Options(checkpoints, own["rows"] and str(own["rows"]), output and str(output))
+
+
+def _check_holds_evaluations(path: str | None):
+    """Raises: UserError if there is a file whose first line is no evaluation."""
+    if path is None or not os.path.exists(str(path)):
+        return
+    with open(str(path), "rb") as file:
+        first = file.readline()
+    start = b'{"key": "'
+    if first and not (first.startswith(start) or start.startswith(first)):
+        raise UserError(f"output={path}: a file that isn't one of evaluations; give another")
+
+
+# ---- evaluating -----------------------------------------------------------------------------------------------------
+
+
+def evaluate_checkpoints(trainer, options: Options):
+    """Evaluate one checkpoint after the other; print and write the figures of each."""
+    done = _former(options.output) if on_rank0() else {}
+    with trainer.stop:
+        trainer.precompute_reference()
+        for checkpoint in options.checkpoints:
+            if checkpoint is not None:
+                trainer.load_weights(checkpoint)
+            key = _key(trainer.config, checkpoint, trainer)
+            result = collectives.broadcast_object(done.get(key))
+            if result is None or options.rows is not None:
+                result = _evaluate(trainer, key, checkpoint, options)
+            else:
+                rank0_print(f"{checkpoint}: evaluated before, in {options.output}")
+            rank0_print(table(result))
+
+
+def _key(config: DictConfig, checkpoint: str | None, trainer) -> str:
+    """What decides an evaluation's figures."""
+    settings = ("loss", "max_length", "max_prompt_length", "n_eval_examples", "eval_batch_size", "seed", "reference",
+                "reference_model", "add_bos", "trainer", "truncation", "model", "shared_prompt")  # fmt: skip
+    decides = [
+        checkpoint,
+        trainer.state.examples,
+        trainer.state.updates,
+        {name: OmegaConf.to_container(config)[name] for name in settings},
+        trainer.eval_iterator.fingerprints(),
+        fingerprints.file_fingerprints(config),
+    ]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _former(output: str | None) -> dict[str, dict]:
+    """Evaluations that have been written before, by their keys."""
+    found = {}
+    if output is not None and os.path.exists(output):
+        with open(output, encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
+                    result = json.loads(line)
+                    found[result["key"]] = result
+    return found
+
+
+def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> dict:
+    all_metrics, indices = trainer.evaluate_examples()
+    metrics = trainer.mean_metrics(all_metrics)
+    rows = _gathered(trainer, all_metrics, indices)
+    if not on_rank0():
+        return {}
+    places = trainer.eval_iterator.places()
+    first = {number: i for i, number in reversed(list(enumerate(trainer.eval_iterator.numbers())))}
+    different = {i: rows[i] for i in sorted(first.values())}  # of examples that come several times, each once
+    groups = {f"dataset {name}": [i for i in different if places[i][0].dataset == name] for name in
+              dict.fromkeys(prompt.dataset for prompt, _ in places)}  # fmt: skip
+    groups |= _length_buckets(different)
+    result = {
+        "key": key,
+        "checkpoint": checkpoint,
+        "examples": trainer.state.examples,
+        "updates": trainer.state.updates,
+        "n_eval_examples": len(rows),
+        "n_different": len(different),
+        "metrics": {**metrics, **{f"{name}_ci95": _interval(name, [row[name] for row in different.values()])
+                                  for name in next(iter(rows.values()))}},
+        "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
+    }  # fmt: skip
+    if options.rows is not None:
+        _write_rows(options.rows, rows, places, trainer.eval_iterator.sft_mode)
+    if options.output is not None:
+        _append(options.output, result)
+    return result
+
+
+def _gathered(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int, dict[str, float]]:
+    """All workers' metrics of each example, by its number."""
+    rows, start = {}, 0
+    for metrics in all_metrics:
+        columns = {name: values.double().tolist() for name, values in metrics.items()}
+        count = len(next(iter(columns.values())))
+        for offset in range(count):
+            rows[indices[start + offset]] = {name: values[offset] for name, values in columns.items()}
+        start += count
+    for part in collectives.all_gather_object(rows) if trainer.is_sharded else []:
+        rows |= part
+    return dict(sorted(rows.items()))
+
+
+def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
+    """Examples by the tokens of their chosen response, in quarters."""
+    lengths = {i: row["lengths_eval/chosen"] for i, row in rows.items()}
+    edges = np.quantile(list(lengths.values()), np.linspace(0, 1, _N_BUCKETS + 1), method="higher")
+    buckets: dict[str, list[int]] = {}
+    for low, high in itertools.pairwise(edges):
+        is_last = high == edges[-1]
+        members = [i for i, n in lengths.items() if low <= n and (n < high or (is_last and n <= high))]
+        buckets[f"chosen of {int(low)} to {int(high) if is_last else int(high) - 1} tokens"] = members
+    return buckets
+
+
+def _standard_error(values: list[float]) -> float | None:
+    """Of the mean; None: one value tells nothing of it."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def _interval(name: str, values: list[float]) -> list[float] | None:
+    """95 % confidence interval of the mean: Wilson's of shares, else by the normal approximation."""
+    mean, error = float(np.mean(values)), _standard_error(values)
+    if name in _SHARES:
+        return wilson_interval(mean, len(values))
+    return [mean - Z * error, mean + Z * error] if error is not None else None
+
+
+def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
+    figures: dict[str, object] = {"n": len(rows)}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        figures |= {name: float(np.mean(values)), f"{name}_se": _standard_error(values)}
+    return figures
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def table(result: dict) -> str:
+    """Means and 95 % intervals of all examples, and means of groups of them."""
+    if not result:
+        return ""
+    names = [name for name in _IN_TABLE if name in result["metrics"]]
+    where = result["checkpoint"] or "the model as it is loaded"
+    lines = [f"\n{where}, after {result['examples']} examples; {result['n_eval_examples']} evaluation examples"]
+    if result.get("n_different", result["n_eval_examples"]) < result["n_eval_examples"]:
+        lines[0] += f" ({result['n_different']} different ones, which groups and intervals count)"
+    for name in names:
+        interval = result["metrics"][f"{name}_ci95"]
+        shown = f"   95 % {interval[0]:.4f} to {interval[1]:.4f}" if interval is not None else ""
+        lines.append(f"  {name:<26}{result['metrics'][name]:>10.4f}{shown}")
+    width = max(map(len, result["groups"]))
+    lines.append(
+        f"  {'':<{width}}{'n':>7}"
+        + "".join(
+            f"{name.replace('rewards_eval/', '').replace('_eval', '').replace('/eval', ''):>14}" for name in names
+        )
+    )
+    for group, figures in result["groups"].items():
+        cells = "".join(f"{figures[name]:>14.4f}" for name in names)
+        lines.append(f"  {group:<{width}}{figures['n']:>7}{cells}")
+    return "\n".join(lines)
+
+
+def _append(path: str, result: dict):
+    """Add a line to a file; one that a crash has cut off is closed first."""
+    with open(path, "a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(result).encode() + b"\n")
+    rank0_print(f"Written to {path}")
+
+
+def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_mode: bool):
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        for index, metrics in rows.items():
+            prompt, pair = places[index]
+            chosen, rejected = chosen_and_rejected(prompt, pair, sft_mode)[0]
+            texts = {"prompt": prompt.text, "chosen": chosen} | ({} if sft_mode else {"rejected": rejected})
+            row = prompt.rows[pair] if pair < len(prompt.rows) else None
+            line = {"index": index, "dataset": prompt.dataset, "row": row, **texts, **metrics}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(f"{path}.partial", path)
+    rank0_print(f"Written to {path}")

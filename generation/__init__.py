@@ -1,1 +1,0 @@
-"""Drawing responses by other programs than transformers."""
