@@ -28,8 +28,8 @@ def blocks(heading: str) -> list[str]:
 
 def test_an_adapter_is_merged_loaded_and_written_smaller(trained, run_python, tmp_path):  # noqa: F811
     merge, use, elsewhere = blocks("Use a checkpoint elsewhere")
-    words = merge.replace("RUN", str(trained("lora"))).split()
-    result = run_python(*words[1:], env={"PYTHONPATH": str(REPOSITORY)})
+    _, script, *words = merge.replace("RUN", str(trained("lora"))).split()
+    result = run_python(str(REPOSITORY / script), *words)
     assert result.returncode == 0, result.stderr
     result = run_python("-c", use)
     assert result.returncode == 0, result.stderr
