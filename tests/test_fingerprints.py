@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -119,9 +118,7 @@ def test_what_has_only_moved_is_the_same(launcher, inputs, tmp_path):
 def test_a_run_that_was_cut_off_before_its_first_checkpoint_knows_too(launcher, inputs, tmp_path):
     run = [*inputs, f"local_run_dir={tmp_path}/run", "resume=auto"]
     launcher.start(*run, "n_examples=4000", "save_every=4000", "eval_every=4000")
-    deadline = time.monotonic() + 60
-    while "First step: " not in launcher.output and time.monotonic() < deadline:
-        time.sleep(0.01)
+    launcher.wait_for("First step: ")
     launcher.kill(signal.SIGKILL)
     launcher.wait()
     assert not (tmp_path / "run/LATEST").exists()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ORACLE, REPOSITORY, read_jsonl
+from launcher import wait_until
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from evaluation.chat_completions import RateLimit, retry_after
@@ -384,11 +385,12 @@ def test_what_fails_is_asked_again_and_then_counted_as_failed(judge, endpoint, l
         if number == 5:
             return 400, {}, "too long"
         if number == 6:
-            time.sleep(1.5)
+            released.wait(60)
         return endpoint.longer(number, a, b)
 
-    endpoint.answer = answer
-    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=0.5")
+    endpoint.answer, released = answer, threading.Event()
+    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=3")
+    released.set()
     first, again = (moment for moment, seen in zip(endpoint.moments, endpoint.seen, strict=True) if seen[0] == 0)
     assert again - first >= 2  # as Retry-After says; by itself it would be a second
     kinds = {"no verdict in the answer": 1, "no chat completion": 1, "HTTP 400": 1, "timeout": 1}
@@ -399,7 +401,7 @@ def test_what_fails_is_asked_again_and_then_counted_as_failed(judge, endpoint, l
     assert "4 pairs FAILED and are not counted" in launcher.output
     assert summary["input_tokens"] == 100 * 5  # with the two answers that had no verdict
     endpoint.answer = endpoint.longer
-    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=0.5")
+    summary = judge(*endpoint.options, "judge_retries=1")
     assert (summary["wins"], summary["ties"], summary["losses"], summary["failures"]) == (2, 2, 4, {})
     assert [endpoint.times(number) for number in range(8)] == [2, 2, 3, 3, 0, 2, 3, 1]
 
@@ -425,14 +427,11 @@ def test_a_kill_loses_no_verdict_and_asks_for_none_twice(judge, endpoint, launch
     endpoint.answer = answer
     run = ["a=a.jsonl", "b=b.jsonl", "output=v.jsonl", *endpoint.options, "judge_concurrency=2"]
     launcher.start(*run, script=JUDGE, directory=tmp_path, of_training=False, env={"NO_PROXY": "127.0.0.1"})
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (tmp_path / "v.jsonl").exists() and (tmp_path / "v.jsonl").read_text().count("\n") >= 8:
-            break
-        time.sleep(0.01)
+    verdicts = tmp_path / "v.jsonl"
+    wait_until(lambda: verdicts.exists() and verdicts.read_text().count("\n") >= 8)
     launcher.kill(signal.SIGKILL)
     assert launcher.wait() == -signal.SIGKILL
-    time.sleep(0.2)
+    wait_until(lambda: endpoint.running == 0)
     kept = read_jsonl(tmp_path / "v.jsonl")
     assert 8 <= len(kept) < n
     n_asked = len(endpoint.seen)

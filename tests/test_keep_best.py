@@ -75,9 +75,7 @@ def test_both_survive_a_kill_at_any_moment(launcher, tmp_path):
     assert launcher.run(*run, f"local_run_dir={whole}") == 0, launcher.output
     for pause in (0.0, 0.25, 0.6):
         launcher.start(*run, f"local_run_dir={cut}", "resume=auto")
-        deadline = time.monotonic() + 60
-        while "Writing to" not in launcher.output and time.monotonic() < deadline:
-            time.sleep(0.01)
+        launcher.wait_for("Writing to|This run is complete")
         time.sleep(pause)
         launcher.kill(signal.SIGKILL)
         launcher.wait()

@@ -6,12 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, TIMEOUT, read_jsonl
-from launcher import Run
+from launcher import Run, wait_until
 from test_checkpoints import mounted  # noqa: F401 (a fixture)
 from test_cli import CHECKPOINT_FILES, SHORT, TOY
 
@@ -121,10 +120,7 @@ def test_workers_train_on_when_nobody_reads(start_piped, launcher, tmp_path):
 def test_a_signal_to_a_run_that_nobody_reads_still_writes_a_checkpoint(start_piped, launcher, tmp_path):
     start_piped(0, "n_examples=4000", "lr=1e-4")
     metrics = tmp_path / "run/metrics.jsonl"
-    deadline = time.monotonic() + TIMEOUT / 4
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == 75
     assert_complete(tmp_path / "run", read_jsonl(metrics)[-1]["counters/examples"])

@@ -5,12 +5,11 @@ import fcntl
 import os
 import signal
 import socket
-import time
 
 import psutil
 import pytest
 from conftest import read_jsonl
-from launcher import Run
+from launcher import Run, wait_until
 
 from checkpointing.integrity import recover_interrupted_saves
 from commands.run_directory import claimed
@@ -33,19 +32,12 @@ def start(launcher, tmp_path):
     return start_command
 
 
-def wait_until(holds, seconds: float = 90):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["at once", "while it trains"])
 def test_of_two_runs_in_a_new_directory_one_trains(when, start, tmp_path):
     runs = [start()]
     if when == "while it trains":
-        wait_until(lambda: "First step: " in runs[0].output)
+        runs[0].wait_for("First step: ")
     runs.append(start())
     wait_until(lambda: any("error: " in run.output for run in runs))
     trains, refused = sorted(runs, key=lambda run: "error: " in run.output)
@@ -53,7 +45,7 @@ def test_of_two_runs_in_a_new_directory_one_trains(when, start, tmp_path):
     assert f"error: local_run_dir={tmp_path}/run: another process is running this run: process" in refused.output
     assert f"process {trains.children[0]} on {socket.gethostname()}" in refused.output
     assert "Traceback" not in refused.output
-    wait_until(lambda: "wrote" in trains.output)
+    trains.wait_for("wrote")
     trains.kill(signal.SIGTERM)
     assert trains.wait() == 75
     steps = [
@@ -70,13 +62,13 @@ def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     process = psutil.Process(*run.children)
     wait_until(lambda: len(process.children()) == 3)  # one of them tracks resources
     if when == "training":
-        wait_until(lambda: "First step: " in run.output)
+        run.wait_for("First step: ")
     children = process.children()
     run.kill(signal.SIGKILL)
     run.wait()
     with claimed(str(tmp_path / "run")):
         pass
-    wait_until(lambda: not any(child.is_running() for child in children), seconds=45)
+    wait_until(lambda: not any(child.is_running() for child in children))
     assert (tmp_path / "run/config.yaml").exists() == (when == "training")
 
 
@@ -96,18 +88,19 @@ def test_a_forked_child_does_not_keep_the_lock(launcher, tmp_path):
 import os, signal, sys, time
 from commands.run_directory import claimed
 with claimed({str(tmp_path / "run")!r}):
+    forked, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        print("forked", flush=True)
-        time.sleep(60)
-    time.sleep(0.5)
+        os.write(tell, b"x")
+        time.sleep(600)
+    os.read(forked, 1)
     print(child, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
     (tmp_path / "script.py").write_text(script)
     run = launcher.start(script=tmp_path / "script.py", as_typed=True)
     assert run.wait() == -signal.SIGKILL, run.output
-    child = int(run.output.split()[1])
+    child = int(run.output)
     assert psutil.Process(child).is_running()
     with claimed(str(tmp_path / "run")):
         os.kill(child, signal.SIGKILL)

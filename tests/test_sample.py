@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 from conftest import REPOSITORY, read_jsonl
+from launcher import wait_until
 from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
-from test_resume import wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.sample import SeededDraws
@@ -102,9 +102,7 @@ def test_what_was_interrupted_ends_as_the_same_file(launcher, trained, prompts, 
     run = [f"run={trained('dpo')}", prompts, "n=4", "max_new_tokens=24", "eval_batch_size=2"]
     draw(launcher, *run, f"output={tmp_path}/whole")
     launcher.start(*run, f"output={tmp_path}/cut", script=SAMPLE)
-    wait_for(launcher, "building policy")
-    while not (tmp_path / "cut").exists() or (tmp_path / "cut").stat().st_size < 600:
-        pass
+    wait_until(lambda: (tmp_path / "cut").exists() and (tmp_path / "cut").stat().st_size >= 600)
     launcher.kill(signal.SIGKILL)
     launcher.wait()
     with open(tmp_path / "cut", "a") as file:

@@ -5,12 +5,11 @@ import json
 import os
 import shlex
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT, read_jsonl
-from launcher import Run
+from conftest import read_jsonl
+from launcher import Run, wait_until
 from test_cli import TOY
 
 from checkpointing.preemption import EXIT_CODE
@@ -40,11 +39,9 @@ def run_printed(launcher, directory: Path) -> Run:
     return run
 
 
-def wait_for(condition, launcher):
-    deadline = time.monotonic() + TIMEOUT / 4
-    while not condition():
-        assert time.monotonic() < deadline, launcher.output
-        time.sleep(0.02)
+def wait_for_lines(path: Path, n: int, launcher):
+    """Wait until a file has so many whole lines."""
+    wait_until(lambda: path.exists() and path.read_text().count("\n") >= n, output=lambda: launcher.output)
 
 
 def files(directory: Path) -> dict[str, int]:
@@ -100,7 +97,7 @@ def test_a_signal_ends_the_sweep_and_the_printed_command_goes_on_with_it(number,
     overrides = [*SHORT, "n_examples=400", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
     launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
     second = tmp_path / "sweep/loss.beta-0.2/metrics.jsonl"
-    wait_for(lambda: second.exists() and len(read_jsonl(second)) > 5, launcher)
+    wait_for_lines(second, 6, launcher)
     launcher.kill(number)
     assert launcher.wait() == EXIT_CODE, launcher.output
     output = launcher.output
@@ -128,7 +125,7 @@ def test_a_signal_ends_the_sweep_and_the_printed_command_goes_on_with_it(number,
 def test_a_signal_while_a_job_loads_ends_the_sweep_too(launcher, tmp_path):
     overrides = [*SHORT, "loss.beta=0.1,0.2", "n_eval_examples=512", f"hydra.sweep.dir={tmp_path}/sweep"]
     launcher.start("-m", *overrides)
-    wait_for(lambda: "== Job 1 " in launcher.output, launcher)
+    launcher.wait_for("== Job 1 ")
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
     assert [row[2] for row in table(launcher.output)[1:]] == ["complete", "stopped"]
@@ -139,7 +136,7 @@ def test_a_signal_ends_a_sweep_whose_jobs_start_workers(launcher, tmp_path):
     overrides = [*SHORT, "n_examples=400", "seed=1,2", "trainer=FSDPTrainer", "world_size=2"]
     launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
     first = tmp_path / "sweep/seed-1/metrics.jsonl"
-    wait_for(lambda: first.exists() and len(read_jsonl(first)) > 3, launcher)
+    wait_for_lines(first, 4, launcher)
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
     assert not (tmp_path / "sweep/seed-2").exists()
@@ -199,7 +196,7 @@ def test_the_resume_command_of_a_run_quotes_its_directory_for_hydra(launcher, tm
     typed = str(run_dir).replace("'", "\\'")
     overrides = [word for word in SHORT if not word.startswith("n_examples")]
     launcher.start(*overrides, "n_examples=4000", "do_first_eval=false", f"local_run_dir='{typed}'")
-    wait_for(lambda: (run_dir / "metrics.jsonl").exists() and read_jsonl(run_dir / "metrics.jsonl"), launcher)
+    wait_for_lines(run_dir / "metrics.jsonl", 1, launcher)
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
     command = shlex.split(launcher.output.strip().splitlines()[-1].split("go on from it: ")[1])

@@ -4,9 +4,9 @@ import hashlib
 import json
 import shutil
 import signal
-import time
 
 import pytest
+from launcher import wait_until
 from omegaconf import OmegaConf
 from test_resume import FINISHED, TOY, log_lines
 
@@ -79,10 +79,7 @@ def test_a_signal_while_the_reference_is_precomputed_ends_with_75_and_what_was_c
     cache = launcher.directory / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     launcher.start(*overrides, "n_examples=20000", n_workers=n_workers)
-    deadline = time.monotonic() + 120
-    while not list(cache.glob("*/reference_logps/*/*.safetensors")):
-        assert time.monotonic() < deadline, launcher.output
-        time.sleep(0.05)
+    wait_until(lambda: list(cache.glob("*/reference_logps/*/*.safetensors")), output=lambda: launcher.output)
     launcher.kill(signal.SIGUSR1)
     assert launcher.wait() == EXIT_CODE, launcher.output
     assert "stopped by SIGUSR1" in launcher.output

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from launcher import Run
-from process_pool import launcher_variables
+from process_pool import launcher_variables, reserve_port
 from test_launch import children_of
 
 from distributed import launch
@@ -27,17 +27,11 @@ def start(launcher, tmp_path):
     """Start a script of this file as one of several workers."""
 
     def start_script(script: str, *words: object, env: dict[str, str]) -> Run:
-        (tmp_path / "script.py").write_text(script)
-        return launcher.start(*words, env=env, script=tmp_path / "script.py", as_typed=True, in_order=True)
+        path = tmp_path / f"script-{len(list(tmp_path.iterdir()))}.py"  # one each: the last one may yet have to be read
+        path.write_text(script)
+        return launcher.start(*words, env=env, script=path, as_typed=True, in_order=True)
 
     return start_script
-
-
-def wait_for(run: Run, text: str, seconds: float = 120):
-    deadline = time.monotonic() + seconds
-    while text not in run.output:
-        assert time.monotonic() < deadline, run.output[-3000:]
-        time.sleep(0.05)
 
 
 # ---- finding each other ---------------------------------------------------------------------------------------------
@@ -98,7 +92,7 @@ def test_a_port_that_cannot_be_is_named(port, message, launcher, tmp_path):
         port = port or str(listener.getsockname()[1])
         start = time.monotonic()
         assert launcher.run(*RUN, "world_size=2", f"fsdp_port={port}", f"local_run_dir={tmp_path}/run") == 1
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 120
     pattern = "error: " + message.format(port).replace("(", r"\(").replace(")", r"\)")
     assert len(re.findall(pattern, launcher.output)) == 1, launcher.output
     assert "Traceback" not in launcher.output
@@ -107,8 +101,8 @@ def test_a_port_that_cannot_be_is_named(port, message, launcher, tmp_path):
 
 def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start):
     assert launch._RENDEZVOUS_TIMEOUT == 60
-    seconds = 15  # instead
-    ports = [variables["MASTER_PORT"] for _ in range(4) for variables in launcher_variables(1)]
+    seconds = 6  # instead
+    ports = [reserve_port() for _ in range(3)]
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -128,7 +122,7 @@ def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start):
             address, port = cases[name]["MASTER_ADDR"], cases[name]["MASTER_PORT"]
             told = re.search(r"after (\S+) s: (MASTER_ADDR=(\S+) MASTER_PORT=(\S+), set by the launcher: .*)", log)
             assert told, log
-            assert seconds - 5 < float(told[1]) < seconds + 40
+            assert seconds - 2 < float(told[1]) < seconds + 60
             assert (told[3], told[4]) == (address, port)
             assert f"all WORLD_SIZE=2 workers must start within {seconds} seconds" in told[2]
             assert "Traceback" not in log
@@ -152,12 +146,12 @@ def test_ranks_that_alternate_between_machines_are_refused(start):
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_worker_that_falls_silent_is_named_and_ends_the_run(silent, launcher, tmp_path):
     run = launcher.start(*RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True)
-    wait_for(run, "First step: ")
+    run.wait_for("First step: ")
     workers = children_of(*run.children)
     workers[silent].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     assert run.wait() == 1
-    assert 3 < time.monotonic() - stopped < 30
+    assert 3 < time.monotonic() - stopped < 120
     assert re.findall("error: .*", run.output) == [
         f"error: worker {silent} (process {workers[silent].pid} on {socket.gethostname()}) has given no sign of life "
         "for 8 seconds (worker_timeout): the run ends. resume=auto goes on with it"
@@ -190,7 +184,7 @@ def test_a_worker_that_is_slow_is_waited_for(slow, start):
 def test_workers_that_are_suspended_together_go_on(start):
     workers = [start(SLOW, 0, 3, 1, env=variables) for variables in launcher_variables(3)]
     for worker in workers:
-        wait_for(worker, "connected")
+        worker.wait_for("connected")
     for worker in workers:
         worker.kill(signal.SIGSTOP)
     time.sleep(10)
