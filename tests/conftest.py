@@ -47,15 +47,14 @@ def exhaustive_except(values: Iterable, *kept: object) -> list:
 
     `kept`: values, or functions that are true for the values to keep.
     """
-    values = list(values)
-    are_kept = [any(keep(value) if callable(keep) else keep == value for keep in kept) for value in values]
-    assert any(are_kept), f"none of {kept} is among {values}"
-    return [
-        pytest.param(
-            *(value if isinstance(value, tuple) else (value,)), marks=() if is_kept else pytest.mark.exhaustive
-        )
-        for value, is_kept in zip(values, are_kept, strict=True)
-    ]
+    parameters, unseen = [], list(kept)
+    for value in values:
+        matching = [keep for keep in kept if (keep(value) if callable(keep) else keep == value)]
+        unseen = [keep for keep in unseen if keep not in matching]
+        marks = [] if matching else [pytest.mark.exhaustive]
+        parameters.append(pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks))
+    assert not unseen, f"{unseen} are not among the values"
+    return parameters
 
 
 def figures(name: str):

@@ -326,13 +326,12 @@ def test_wandb_without_an_account_logs_offline_and_says_how_to_upload(train_ok, 
         assert key in recorded
 
 
-def test_wandb_is_not_needed_when_it_is_off_and_named_when_it_is_on(run_python, train, tmp_path):
-    without = "import sys\nsys.modules['wandb'] = sys.modules['peft'] = None\n"
-    (tmp_path / "sitecustomize.py").write_text(without)
+def test_wandb_is_not_needed_when_it_is_off_and_named_when_it_is_on(train, tmp_path):
+    script = train_after("import sys\nsys.modules['wandb'] = sys.modules['peft'] = None\n", tmp_path)
     run = [*SHORT, "sample_during_eval=false"]
-    command = [REPOSITORY / "train.py", *run, "wandb.enabled=false", "curves=false"]
-    assert run_python(*command, env={"PYTHONPATH": str(tmp_path)}).returncode == 0
-    result = train(*run, "wandb.enabled=true", script=train_after(without, tmp_path))
+    result = train(*run, script=script)
+    assert result.returncode == 0, result.stderr
+    result = train(*run, "wandb.enabled=true", script=script)
     assert result.returncode == 1
     assert "wandb.enabled=false" in result.stderr
 

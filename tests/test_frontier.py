@@ -144,6 +144,7 @@ def test_beyond_the_frontier_s_end_its_end_counts():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokenizer, all_responses):
     trainer = make_trainer(
         "model=tiny", "datasets=[toy]", "loss=sft", "max_length=64", "max_prompt_length=32", "batch_size=32",

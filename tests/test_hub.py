@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 from hub_server import TOKEN, Hub
 from launcher import train_after
 from test_cli import assert_refused
@@ -202,7 +202,7 @@ def test_a_second_run_downloads_nothing_and_a_third_needs_no_hub(online_ok, hub)
         assert rows[0] == rows[1]  # but for the times
 
 
-@pytest.mark.parametrize("env", [{}, {"HF_HUB_OFFLINE": "1"}])
+@pytest.mark.parametrize("env", exhaustive_except([{}, {"HF_HUB_OFFLINE": "1"}], {}))
 def test_without_hub_and_cache_the_message_says_what_is_missing(env, online, hub, tmp_path):
     hub.stop()
     assert_refused(

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ORACLE
+from conftest import ORACLE, exhaustive_except
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -135,7 +135,7 @@ def own_code(tmp_path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
+@pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
 def test_code_that_a_model_brings_runs_where_that_is_allowed_and_is_said(
     trainer, own_code, train_from_hub, hub_place, tmp_path
 ):
@@ -168,9 +168,20 @@ def test_code_that_a_model_brings_runs_where_that_is_allowed_and_is_said(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("status", "code"), [(401, "GatedRepo"), (403, "GatedRepo"), (401, "RepoNotFound"), (403, "")])
-@pytest.mark.parametrize("key", ["model.name_or_path", "model.archive", "model.tokenizer_name_or_path"])
-def test_a_model_that_the_hub_refuses_names_the_token(status, code, key, train_from_hub, hub_place):
+@pytest.mark.parametrize(
+    ("key", "status", "code"),
+    exhaustive_except(
+        (
+            (key, *refusal)
+            for key in ("model.name_or_path", "model.archive", "model.tokenizer_name_or_path")
+            for refusal in ((401, "GatedRepo"), (403, "GatedRepo"), (401, "RepoNotFound"), (403, ""))
+        ),
+        lambda case: case[0] == "model.name_or_path",
+        ("model.archive", 401, "GatedRepo"),
+        ("model.tokenizer_name_or_path", 401, "RepoNotFound"),
+    ),
+)
+def test_a_model_that_the_hub_refuses_names_the_token(key, status, code, train_from_hub, hub_place):
     model = [] if key == "model.name_or_path" else [f"model.name_or_path={ORACLE}/model"]
     with Hub(hub_place) as hub:
         hub.status[""] = status, code

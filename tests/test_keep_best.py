@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from test_cli import CHECKPOINT_FILES, TOY
 from test_resume import assert_same_run
 
@@ -27,7 +27,12 @@ def evaluations(run_dir) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("metric", "pick"), [("loss/eval", min), ("rewards_eval/accuracies", max), ("logps_eval/rejected", min)]
+    ("metric", "pick"),
+    exhaustive_except(
+        [("loss/eval", min), ("rewards_eval/accuracies", max), ("logps_eval/rejected", min)],
+        ("loss/eval", min),
+        ("rewards_eval/accuracies", max),
+    ),
 )
 def test_the_best_checkpoint_stays_beside_the_newest(metric, pick, launcher, tmp_path):
     run = [*RUN, f"keep_best={metric}", "keep_checkpoints=1", "save_every=64", f"local_run_dir={tmp_path}/run"]
@@ -96,7 +101,7 @@ def test_a_link_that_a_crash_has_left_behind_is_put_right(launcher, tmp_path):
     assert os.readlink(tmp_path / "run/BEST") == "step-8"
 
 
-@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+@pytest.mark.parametrize("trainer", exhaustive_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
 def test_workers_agree_on_the_best(trainer, launcher, tmp_path):
     run = [*RUN, "keep_best=loss/eval", "stop_when_worse=1", f"trainer={trainer}", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run, n_workers=2) == 0, launcher.output

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 
 from commands.run_directory import create_run_dir
 from utils import UserError
@@ -55,7 +55,10 @@ def test_it_moves_every_so_many_steps_to_a_mixture_of_both(make_trainer, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"])
+@pytest.mark.parametrize(
+    "trainer",
+    exhaustive_except(["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"], "BasicTrainer", "FSDPTrainer"),
+)
 def test_a_resumed_run_goes_on_with_the_reference_where_it_was(trainer, launcher, tmp_path):
     overrides = [*TOY, "reference_update_every=2", "reference_update_alpha=0.5", "eval_every=24"]
     overrides += ["model.policy_dtype=float64", "model.reference_dtype=float64"]  # rounding hides nothing

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 from test_shared_prompt import (
     BATCHES,
     CONFIGS,
@@ -258,13 +258,13 @@ RUN = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "n_workers"),
-    [
+    exhaustive_except([
         ("loss=dpo", 1), ("loss=sft", 1), ("loss=kto", 1), ("loss=ipo precompute_ref_log_probs=true", 1),
         ("loss=dpo lora={r:4}", 1),
         ("loss=dpo max_tokens_per_microbatch=300 gradient_accumulation_steps=2 activation_checkpointing=true", 1),
         ("loss=dpo trainer=FSDPTrainer activation_checkpointing=true", 2),
         ("loss=dpo trainer=TensorParallelTrainer", 2),
-    ],
+    ], ("loss=dpo", 1), ("loss=dpo trainer=FSDPTrainer activation_checkpointing=true", 2)),
 )  # fmt: skip
 def test_a_run_in_packed_rows_is_the_run_without(variant, n_workers, launcher, tmp_path):
     lines = {}

@@ -1,5 +1,6 @@
 """`reference_model`: a reference of its own, and `model.reference_dtype` where none is given."""
 
+import itertools
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ORACLE, REPOSITORY, read_jsonl
+from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl, trainers_in
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
@@ -34,16 +35,16 @@ def finished(trainer) -> str:
     return f"{trainer.run_dir}/LATEST"
 
 
-@pytest.fixture
-def sft(make_trainer) -> str:
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory) -> str:
     """The end of a short SFT run."""
-    return finished(make_trainer(*TOY, "loss=sft", "lr=3e-3"))
+    return finished(trainers_in(tmp_path_factory.mktemp("sft"))(*TOY, "loss=sft", "lr=3e-3"))
 
 
-@pytest.fixture
-def dpo(make_trainer, sft) -> str:
+@pytest.fixture(scope="module")
+def dpo(tmp_path_factory, sft) -> str:
     """The end of a short DPO run that began from it."""
-    return finished(make_trainer(*TOY, f"model.archive={sft}"))
+    return finished(trainers_in(tmp_path_factory.mktemp("dpo"))(*TOY, f"model.archive={sft}"))
 
 
 def hand_logps(directory: str, batch: dict, side: str) -> torch.Tensor:
@@ -119,8 +120,16 @@ def test_each_reference_has_its_own_cache_whatever_the_policy_is(make_trainer, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
-@pytest.mark.parametrize("more", [[], ["precompute_ref_log_probs=true"], ["lora={r:4}"]], ids=str)
+@pytest.mark.parametrize(
+    ("trainer", "more"),
+    exhaustive_except(
+        itertools.product(
+            ["FSDPTrainer", "TensorParallelTrainer"], [[], ["precompute_ref_log_probs=true"], ["lora={r:4}"]]
+        ),
+        ("FSDPTrainer", []),
+    ),
+    ids=str,
+)
 def test_several_workers_continue_against_it_as_one_does(trainer, more, make_trainer, sft, dpo, launcher, tmp_path):
     overrides = [*TOY, *more, f"model.archive={dpo}", f"reference_model.archive={sft}"]
     expected = make_trainer(*overrides)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load, save
@@ -131,7 +131,9 @@ def test_a_run_of_main_that_has_moved_goes_on_with_the_commit_that_the_message_n
     assert steps(tmp_path / "run") == steps(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("key", ["reference_model.archive", "reference_model.name_or_path"])
+@pytest.mark.parametrize(
+    "key", exhaustive_except(["reference_model.archive", "reference_model.name_or_path"], "reference_model.archive")
+)
 def test_a_reference_of_its_own_is_the_one_that_the_run_began_with(key, launcher, sft_archive, tmp_path):
     shutil.copytree(ORACLE / "model", tmp_path / "model")
     path = tmp_path / "model"

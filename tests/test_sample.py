@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import REPOSITORY, read_jsonl
+from conftest import REPOSITORY, exhaustive_except, read_jsonl
 from launcher import wait_until
 from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,27 +43,38 @@ def test_draws_follow_the_softmax_and_depend_on_their_seed_alone():
     assert SeededDraws([7])(None, logits[None]).argmax(1) == drawn[7]
 
 
-def test_batch_size_and_workers_don_t_change_a_text(launcher, trained, prompts, tmp_path):  # noqa: F811
-    run_dir = trained("dpo")
-    ways = {
-        "one": (["eval_batch_size=1"], 1),
-        "four": (["eval_batch_size=4"], 1),
-        "FSDP": (["trainer=FSDPTrainer"], 2),
-        "TP": (["trainer=TensorParallelTrainer"], 2),
-    }
-    for name, (overrides, n_workers) in ways.items():
-        output = f"output={tmp_path}/{name}"
-        draw(launcher, f"run={run_dir}", prompts, "n=2", output, *overrides, n_workers=n_workers)
-    drawn = {name: read_jsonl(tmp_path / name) for name in ways}
-    assert {(line["prompt_index"], line["sample"]) for line in drawn["one"]} == {
-        (i, k) for i in range(9) for k in (0, 1)
-    }
-    assert len({line["response"] for line in drawn["one"]}) > 9
-    for name, lines in drawn.items():
-        assert texts(tmp_path / name) == texts(tmp_path / "one"), name
-        for line, expected in zip(lines, drawn["one"], strict=True):
-            for key in ("policy_logps", "reference_logps"):
-                assert line[key] == pytest.approx(expected[key], abs=1e-3), (name, key)
+WAYS = {  # overrides and number of workers
+    "one": (["eval_batch_size=1"], 1),
+    "four": (["eval_batch_size=4"], 1),
+    "FSDP": (["trainer=FSDPTrainer"], 2),
+    "TP": (["trainer=TensorParallelTrainer"], 2),
+}
+
+
+@pytest.fixture(scope="module")
+def drawn(launcher, trained, prompts, tmp_path_factory):  # noqa: F811
+    """A function that draws in one of the `WAYS`, once, and returns the file."""
+    directory = tmp_path_factory.mktemp("drawn")
+
+    def draw_in(way: str):
+        if not (directory / way).exists():
+            overrides, n_workers = WAYS[way]
+            words = [f"run={trained('dpo')}", prompts, "n=2", f"output={directory}/{way}", *overrides]
+            draw(launcher, *words, n_workers=n_workers)
+        return directory / way
+
+    return draw_in
+
+
+@pytest.mark.parametrize("way", exhaustive_except([way for way in WAYS if way != "one"], "four", "FSDP"))
+def test_batch_size_and_workers_don_t_change_a_text(way, drawn):
+    ours, alone = read_jsonl(drawn(way)), read_jsonl(drawn("one"))
+    assert {(line["prompt_index"], line["sample"]) for line in alone} == {(i, k) for i in range(9) for k in (0, 1)}
+    assert len({line["response"] for line in alone}) > 9
+    assert texts(drawn(way)) == texts(drawn("one"))
+    for line, expected in zip(ours, alone, strict=True):
+        for key in ("policy_logps", "reference_logps"):
+            assert line[key] == pytest.approx(expected[key], abs=1e-3), key
 
 
 def test_log_probabilities_are_those_of_the_model(launcher, trained, prompts, tmp_path):  # noqa: F811

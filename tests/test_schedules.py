@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from test_cli import TOY
 from test_resume import assert_same_run
 from transformers import get_scheduler
@@ -61,7 +61,7 @@ def test_every_schedule_is_transformers_counted_from_one(name, make_trainer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
+@pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
 def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(trainer, launcher, tmp_path):
     run = [*RUN, "lr_scheduler=cosine", f"n_examples={4 * N_STEPS}", "eval_every=8", f"trainer={trainer}"]
     n_workers = 1 if trainer == "BasicTrainer" else 2

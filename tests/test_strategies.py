@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from conftest import exhaustive_except
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -70,10 +71,17 @@ def placed_is_whole(name: str, how: str) -> dict[str, tuple[int, int]]:
     }
 
 
+SPREADS = [("fsdp", 2, 2), ("fsdp", 4, 4), ("hybrid", 4, 2), ("tensor parallel", 2, 2)]
+
+
 @pytest.mark.parametrize(
-    ("how", "n_workers", "n_shards"), [("fsdp", 2, 2), ("fsdp", 4, 4), ("hybrid", 4, 2), ("tensor parallel", 2, 2)]
+    ("name", "how", "n_workers", "n_shards"),
+    exhaustive_except(
+        ((name, *spread) for name in CONFIGS for spread in SPREADS),
+        lambda case: case[2] == 2,
+        ("tied", "hybrid", 4, 2),
+    ),
 )
-@pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_that_one_worker_has_is_on_all_a_share_on_each(name, how, n_workers, n_shards, in_workers):
     for sizes in in_workers(n_workers, placed_is_whole, name, how):
         spread = {key: size for key, size in sizes.items() if how != "tensor parallel" or size[0] < size[1]}

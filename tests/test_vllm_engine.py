@@ -6,7 +6,7 @@ vllm_stand_in.py stands for vLLM: it has the same names and arguments and draws 
 import shutil
 
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import REPOSITORY, exhaustive_except, read_jsonl
 from test_evaluate import trained  # noqa: F401 (a fixture)
 from test_sample import prompts, texts  # noqa: F401 (a fixture)
 
@@ -28,7 +28,7 @@ def draw(run_python, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("kind", ["dpo", "lora"])
+@pytest.mark.parametrize("kind", exhaustive_except(["dpo", "lora"], "dpo"))
 def test_the_likeliest_tokens_and_their_log_probabilities_are_those_of_transformers(
     kind, draw, launcher, trained, prompts, tmp_path  # noqa: F811
 ):  # fmt: skip
