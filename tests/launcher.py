@@ -114,7 +114,7 @@ def _is_running(pid: int) -> bool:
 
 
 class Launcher:
-    """Starts runs in a directory that also holds their cache; `kill`, `wait`, `output` ... are those of the last run."""
+    """Starts runs in a directory that also holds their cache; `kill`, `wait`, `output` ... are the last one's."""
 
     def __init__(self, server: subprocess.Popen, directory: Path):
         self.server, self.directory, self.runs = server, directory, []
