@@ -135,7 +135,7 @@ def refusal(words: list[str], directory: Path) -> str | None:
 
 
 @pytest.mark.parametrize("n_examples", exhaustive_except([10, 200], 10))
-def test_before_anything_is_loaded_a_command_line_is_accepted_or_refused_by_name(n_examples, tmp_path_factory):
+def test_random_command_line_is_accepted_or_refused_before_anything_is_loaded(n_examples, tmp_path_factory):
     @fuzz(n_examples)
     @given(words=command_lines(nasty, removals, plausible))
     @example(words=["world_size=2"])
@@ -154,9 +154,7 @@ def test_before_anything_is_loaded_a_command_line_is_accepted_or_refused_by_name
 
 
 @pytest.mark.parametrize("n_examples", exhaustive_except([4, 60], 4))
-def test_what_is_accepted_trains_to_its_end_with_finite_numbers_or_is_refused_by_name(
-    n_examples, launcher, tmp_path_factory
-):
+def test_accepted_command_line_trains_to_finite_numbers_or_is_refused_by_name(n_examples, launcher, tmp_path_factory):
     @fuzz(n_examples)
     @given(words=command_lines(plausible))
     @example(words=["optimizer_args={eps:0}"])

@@ -179,7 +179,7 @@ LATE = {  # only once the model is there
 
 @pytest.mark.slow
 @pytest.mark.parametrize("typed", {**REFUSED, **LATE})
-def test_what_is_typed_is_refused_by_one_message(typed, launcher, tmp_path):
+def test_mistyped_override_is_refused_by_one_message(typed, launcher, tmp_path):
     assert launcher.run("model=tiny", "datasets=[toy]", f"local_run_dir={tmp_path}/run", *typed.split()) == 1
     output = launcher.output
     assert "Traceback" not in output
@@ -192,13 +192,13 @@ def test_what_is_typed_is_refused_by_one_message(typed, launcher, tmp_path):
 
 
 @pytest.mark.slow
-def test_options_with_dashes_are_told_to_be_settings(launcher):
+def test_option_with_dashes_is_explained(launcher):
     assert launcher.run("model=tiny", "--learning_rate=1") == 2
     assert "unrecognized arguments: --learning_rate=1" in launcher.output
     assert "learning_rate is called lr here. Settings are given without dashes, as key=value" in launcher.output
 
 
 @pytest.mark.parametrize("directories", [[], [None], [""], "cache", None])
-def test_local_dirs_are_a_list_of_directories(directories):
+def test_local_dirs_must_be_a_list_of_directories(directories):
     with pytest.raises(UserError, match=r"local_dirs=.*: expected a list of directories"):
         get_local_dir(directories)

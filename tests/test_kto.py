@@ -17,7 +17,7 @@ KTO = [
 ]  # fmt: skip
 
 
-def test_every_prompt_has_another_prompts_responses_beside_its_own():
+def test_kto_pairs_every_prompt_with_another_prompts_responses():
     tokenizer = AutoTokenizer.from_pretrained(ORACLE / "model")
     tokenizer.pad_token = tokenizer.eos_token
     paths = {"hh": str(ORACLE / "hh")}
@@ -36,7 +36,7 @@ def test_every_prompt_has_another_prompts_responses_beside_its_own():
     assert (texts[0] + texts[1])[:5] == mismatch(whole[0])["chosen"]
 
 
-def test_the_estimate_is_the_mean_log_ratio_of_other_prompts_responses(make_trainer):
+def test_kl_estimate_is_the_mean_log_ratio_of_mismatched_responses(make_trainer):
     trainer = make_trainer(*KTO)
     batch = next(iter(trainer.train_iterator))
     assert trainer.estimate_kl(batch).item() == pytest.approx(0, abs=1e-12)
@@ -62,7 +62,7 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", exhaustive_except(WAYS, "accumulated", "FSDP"))
-def test_accumulation_and_workers_give_the_numbers_of_one_batch_on_one(way, launcher, tmp_path):
+def test_kto_with_accumulation_or_workers_gives_the_numbers_of_one_batch(way, launcher, tmp_path):
     lines = []
     for name, overrides in (("one", []), (way, WAYS[way])):
         n_workers = 2 if "trainer" in "".join(overrides) else 1
@@ -87,6 +87,6 @@ def test_accumulation_and_workers_give_the_numbers_of_one_batch_on_one(way, laun
     ],
     ids=str,
 )
-def test_what_cannot_be_estimated_is_refused(overrides, message, make_trainer):
+def test_kto_without_a_possible_kl_estimate_is_refused(overrides, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer(*KTO, *overrides)

@@ -28,7 +28,7 @@ SETTINGS = [
     "settings",
     exhaustive_except(SETTINGS, "r:2", "modules_to_save:[embed_in]", "init_lora_weights:pissa", "lora_bias:true"),
 )
-def test_a_checkpoint_of_an_adapter_is_whole(settings, make_trainer, tmp_path):
+def test_adapter_checkpoint_restores_everything_trained(settings, make_trainer, tmp_path):
     trainer = make_trainer(*MODEL, "loss=dpo", f"lora={{{settings}}}")
     first = trainer.evaluate()
     for batch in trainer.train_iterator.batches(skip=0):

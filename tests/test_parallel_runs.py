@@ -113,7 +113,7 @@ LONG_WAY = [*SHORT_WAY[:2], ("FSDPTrainer", 4), *SHORT_WAY[2:]]
     ),
     ids=str,
 )
-def test_a_run_that_moves_between_trainers_and_world_sizes_ends_as_one_that_stayed(overrides, legs, run, models):
+def test_run_moved_between_trainers_and_world_sizes_ends_as_one_that_stayed(overrides, legs, run, models):
     overrides = [*RUN, f"model.name_or_path={models['pythia']}", *(word.format(**models) for word in overrides)]
     overrides += ["eval_every=8"]
     stayed = run(1, *overrides, f"n_examples={8 * len(legs)}", name="stayed")
@@ -167,7 +167,7 @@ SAMPLING = ["sample_during_eval=true", "n_eval_model_samples=5", "do_first_eval=
         ("TensorParallelTrainer", 2),
     ),
 )
-def test_samples_are_of_the_same_prompts_however_unlike_their_lengths(trainer, n_workers, run, models):
+def test_several_workers_sample_the_same_prompts_as_one(trainer, n_workers, run, models):
     overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING]
     alone, together = run(1, *overrides), run(n_workers, *overrides, f"trainer={trainer}")
     samples, expected = (read_jsonl(path / "samples.jsonl") for path in (together, alone))
@@ -178,7 +178,7 @@ def test_samples_are_of_the_same_prompts_however_unlike_their_lengths(trainer, n
         assert samples == expected
 
 
-def test_a_run_on_two_workers_that_is_resumed_draws_the_same_samples(run, models):
+def test_resumed_run_on_two_workers_draws_the_same_samples(run, models):
     overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING, "trainer=FSDPTrainer", "save_every=8"]
     whole = run(2, *overrides, "n_examples=16", "eval_every=8", name="whole")
     run(2, *overrides, "n_examples=8", "eval_every=8", name="cut")
@@ -187,7 +187,7 @@ def test_a_run_on_two_workers_that_is_resumed_draws_the_same_samples(run, models
 
 
 @pytest.mark.parametrize("trainer", exhaustive_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
-def test_the_reference_is_computed_in_its_own_precision_whatever_the_policys(trainer, run, models):
+def test_reference_keeps_its_own_precision_under_mixed_precision(trainer, run, models):
     overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=dpo", "n_examples=8", "eval_every=8"]
     overrides += ["model.policy_dtype=float32", "model.reference_dtype=float32", "model.policy_mp=bfloat16"]
     before = read_jsonl(run(2, *overrides, f"trainer={trainer}") / "metrics.jsonl")[0]
@@ -195,7 +195,7 @@ def test_the_reference_is_computed_in_its_own_precision_whatever_the_policys(tra
     assert 1e-6 < abs(before["rewards_eval/chosen"]) < 0.1  # the policy's rounding
 
 
-def test_half_precision_gathers_and_computes_in_it_and_trains(run, models):
+def test_mixed_precision_on_two_workers_trains_and_saves_float32(run, models):
     overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=sft", "model.policy_dtype=float32"]
     exact, half = run(1, *overrides), run(2, *overrides, "model.policy_mp=bfloat16", "trainer=FSDPTrainer")
     losses = [

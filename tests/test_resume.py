@@ -101,7 +101,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo"))
-def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launcher, few_pairs, tmp_path, request):
+def test_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launcher, few_pairs, tmp_path, request):
     overrides = [*TOY, *KINDS[kind], few_pairs]
     if "model.adapter={adapter}" in overrides:
         overrides[overrides.index("model.adapter={adapter}")] = f"model.adapter={request.getfixturevalue('adapter')}"
@@ -142,7 +142,7 @@ SIGNALLED = {  # when the signal comes: overrides, and between which two lines o
     ),
     ids=str,
 )
-def test_a_signal_saves_and_ends_with_its_own_code_and_nothing_is_lost(number, where, launcher, tmp_path):
+def test_signal_saves_and_exits_with_75_and_nothing_is_lost(number, where, launcher, tmp_path):
     overrides, after, before = SIGNALLED[where]
     overrides = [*TOY, "loss=dpo", "save_every=1600", *overrides]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -178,7 +178,7 @@ def test_a_signal_saves_and_ends_with_its_own_code_and_nothing_is_lost(number, w
     assert_same_run(cut, whole)
 
 
-def test_a_second_signal_ends_at_once(launcher, tmp_path):
+def test_second_signal_ends_at_once(launcher, tmp_path):
     launcher.start(*TOY, "n_eval_model_samples=8", "n_examples=4000", f"local_run_dir={tmp_path}/run")
     launcher.wait_for("Writing to")
     time.sleep(0.2)
@@ -191,7 +191,7 @@ def test_a_second_signal_ends_at_once(launcher, tmp_path):
     assert launcher.wait() in (-signal.SIGINT, EXIT_CODE), with_time
 
 
-def test_a_crash_names_the_last_checkpoint_and_leaves_it(launcher, tmp_path):
+def test_crash_names_the_last_checkpoint(launcher, tmp_path):
     overrides = [*TOY, "sample_during_eval=false", "optimizer=SGD", "warmup_steps=0", "max_grad_norm=1e30"]
     assert launcher.run(*overrides, "n_examples=8", "lr=1e-5", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     code = launcher.run(*overrides, "n_examples=16", "lr=1e30", f"resume={tmp_path}/run", "resume_anyway=true")
@@ -202,7 +202,7 @@ def test_a_crash_names_the_last_checkpoint_and_leaves_it(launcher, tmp_path):
     assert last_line.endswith(f"resume={tmp_path}/run")
 
 
-def test_random_generators_go_on_where_they_were():
+def test_random_generators_are_restored():
     set_rng_state(states := get_rng_state())
     drawn = torch.rand(3), random.random()
     torch.rand(100), random.random()
@@ -246,7 +246,7 @@ def run_dir(finished, tmp_path):
     ],
     ids=str,
 )
-def test_a_config_of_another_run_is_refused_and_nothing_is_touched(overrides, parts, launcher, run_dir):
+def test_config_of_another_run_is_refused_and_nothing_is_touched(overrides, parts, launcher, run_dir):
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     assert launcher.run(*FINISHED, *overrides, f"resume={run_dir}") == 1
     for part in parts:
@@ -255,7 +255,7 @@ def test_a_config_of_another_run_is_refused_and_nothing_is_touched(overrides, pa
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
-def test_longer_training_and_other_logging_are_said_and_go_on(launcher, run_dir):
+def test_longer_training_and_other_logging_are_reported_and_resume(launcher, run_dir):
     overrides = [*FINISHED, "n_examples=24", "eval_every=4", "gradient_accumulation_steps=2"]
     assert launcher.run(*overrides, f"resume={run_dir}") == 0, launcher.output
     assert "eval_every: 16 → 4\n  gradient_accumulation_steps: 1 → 2\n  n_examples: 16 → 24" in launcher.output
@@ -269,7 +269,7 @@ def test_resume_anyway_takes_the_new_settings(launcher, run_dir):
     assert log_lines(run_dir)[-2]["lr"] == 2e-3
 
 
-def test_an_earlier_checkpoint_is_not_gone_on_from_while_later_ones_are_there(launcher, run_dir, finished):
+def test_earlier_checkpoint_is_refused_while_later_ones_exist(launcher, run_dir, finished):
     assert launcher.run(*FINISHED, f"resume={run_dir}/step-8") == 1
     assert f"the run has got further: {run_dir}/LATEST, {run_dir}/step-12" in launcher.output
     for name in ("LATEST", "step-12"):
@@ -290,7 +290,7 @@ def test_an_earlier_checkpoint_is_not_gone_on_from_while_later_ones_are_there(la
         ("SHA256SUMS", "missing"),
     ),
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(damaged, name, launcher, run_dir, finished):
+def test_damaged_checkpoint_is_named_and_the_previous_one_resumes(damaged, name, launcher, run_dir, finished):
     path = run_dir / "LATEST" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -305,7 +305,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(damaged, n
     assert_same_run(run_dir, finished)
 
 
-def test_nothing_to_go_on_from(launcher, run_dir, tmp_path):
+def test_resume_without_a_whole_checkpoint_is_an_error(launcher, run_dir, tmp_path):
     for name in ("LATEST", "step-4", "step-8", "step-12"):
         (run_dir / name / "policy.pt").write_bytes(b"")
     assert launcher.run(*FINISHED, f"resume={run_dir}") == 1
@@ -330,7 +330,7 @@ def test_two_processes_cannot_run_one_run(launcher, run_dir):
     assert "another process is running this run" in second.output
 
 
-def test_the_wandb_run_goes_on_under_its_id(launcher, tmp_path):
+def test_wandb_run_resumes_under_its_id(launcher, tmp_path):
     env = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
     overrides = [*FINISHED, "wandb.enabled=true"]
     assert launcher.run(*overrides, f"local_run_dir={tmp_path}/run", env=env) == 0, launcher.output

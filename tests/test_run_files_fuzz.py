@@ -198,7 +198,7 @@ def finished(launcher):
 
 
 @pytest.mark.parametrize("n_examples", exhaustive_except([2, 60], 2))
-def test_a_run_with_a_damaged_file_goes_on_the_same_or_names_it(n_examples, finished):
+def test_run_with_a_damaged_file_resumes_identically_or_names_it(n_examples, finished):
     @fuzz(n_examples)
     @given(kind=st.sampled_from(list(KINDS)), damage=damages(), resume=st.sampled_from(["auto", "LATEST"]))
     @example(kind="full", damage=of_file("metrics.jsonl", truncate, 0.4), resume="auto")

@@ -34,7 +34,7 @@ def start(launcher, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["at once", "while it trains"])
-def test_of_two_runs_in_a_new_directory_one_trains(when, start, tmp_path):
+def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
     runs = [start()]
     if when == "while it trains":
         runs[0].wait_for("First step: ")
@@ -72,7 +72,7 @@ def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     assert (tmp_path / "run/config.yaml").exists() == (when == "training")
 
 
-def test_a_claimed_directory_is_gone_again_unless_something_was_written(tmp_path):
+def test_claimed_directory_is_removed_unless_written_to(tmp_path):
     with claimed(str(tmp_path / "new/run")):
         assert os.listdir(tmp_path / "new/run") == [".lock"]
     assert os.listdir(tmp_path) == []
@@ -83,7 +83,7 @@ def test_a_claimed_directory_is_gone_again_unless_something_was_written(tmp_path
     assert os.listdir(tmp_path / "new/run") == ["config.yaml"]
 
 
-def test_a_forked_child_does_not_keep_the_lock(launcher, tmp_path):
+def test_forked_child_does_not_keep_the_lock(launcher, tmp_path):
     script = f"""
 import os, signal, sys, time
 from commands.run_directory import claimed
@@ -106,7 +106,7 @@ with claimed({str(tmp_path / "run")!r}):
         os.kill(child, signal.SIGKILL)
 
 
-def test_many_that_come_and_go_never_hold_it_together(launcher, tmp_path):
+def test_competing_processes_never_hold_the_lock_together(launcher, tmp_path):
     script = f"""
 import os, sys
 from commands.run_directory import claimed
@@ -127,7 +127,7 @@ while n < 150:
     assert set(tmp_path.rglob("*")) <= {tmp_path / "run", tmp_path / "script.py"}
 
 
-def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, capsys):
+def test_file_system_without_locks_warns(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -137,7 +137,7 @@ def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_in_its_place_is_named(tmp_path):
+def test_file_in_place_of_the_run_directory_is_named(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match=f"local_run_dir={tmp_path}/run: can't write there: .*Not a directory"):  # noqa: SIM117
         with claimed(str(tmp_path / "run")):
@@ -157,7 +157,7 @@ def fill(directory, names):
         (directory / name / "file").write_text(name)
 
 
-def test_recovering_removes_only_what_a_run_has_made(tmp_path):
+def test_recovery_removes_only_what_a_run_made(tmp_path):
     fill(tmp_path, [*FOREIGN, *OWN])
     before = sorted(os.listdir(tmp_path))
     recover_interrupted_saves(str(tmp_path))
@@ -169,7 +169,7 @@ def test_recovering_removes_only_what_a_run_has_made(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_directory_that_is_no_run_is_left_alone(launcher, tmp_path):
+def test_directory_that_is_no_run_is_left_untouched(launcher, tmp_path):
     fill(tmp_path, [*FOREIGN, *OWN, "empty"])
     before = sorted(os.listdir(tmp_path))
     assert launcher.run(*RUN, f"resume={tmp_path}/empty") == 1

@@ -82,7 +82,7 @@ SPREADS = [("fsdp", 2, 2), ("fsdp", 4, 4), ("hybrid", 4, 2), ("tensor parallel",
         ("tied", "hybrid", 4, 2),
     ),
 )
-def test_a_model_that_one_worker_has_is_on_all_a_share_on_each(name, how, n_workers, n_shards, in_workers):
+def test_model_of_one_worker_is_spread_over_all(name, how, n_workers, n_shards, in_workers):
     for sizes in in_workers(n_workers, placed_is_whole, name, how):
         spread = {key: size for key, size in sizes.items() if how != "tensor parallel" or size[0] < size[1]}
         local, total = (sum(size[i] for size in spread.values()) for i in (0, 1))
@@ -97,7 +97,7 @@ def no_blocks():
         shard_model(make_model("untied"), fsdp_mesh(1), "Blocks", None, offload=False)
 
 
-def test_a_model_without_known_blocks_is_refused(in_workers):
+def test_model_without_known_blocks_is_refused(in_workers):
     in_workers(1, no_blocks)
 
 
@@ -122,7 +122,7 @@ def clipped(max_norm: float):
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
-def test_the_gradient_of_sharded_and_whole_parameters_is_clipped_by_its_whole_norm(max_norm, in_workers):
+def test_clipping_uses_the_norm_of_the_whole_gradient(max_norm, in_workers):
     in_workers(2, clipped, max_norm)
 
 
@@ -156,6 +156,6 @@ def optimized() -> list[str]:
     return failing
 
 
-def test_every_optimizer_that_is_not_refused_trains_spread_parameters_as_whole_ones(in_workers):
+def test_every_allowed_optimizer_trains_sharded_parameters_as_whole_ones(in_workers):
     for failing in in_workers(2, optimized):
         assert sorted(failing) == sorted(NOT_FOR_DTENSORS)

@@ -295,7 +295,7 @@ def test_activation_checkpointing_changes_nothing(n_workers, name, in_workers):
 
 
 @pytest.mark.parametrize(("n_workers", "name"), ALL)
-def test_parameters_convert_both_ways_and_are_shared_out(n_workers, name, in_workers):
+def test_parameters_convert_both_ways_and_are_split(n_workers, name, in_workers):
     in_workers(n_workers, check_parameters, name)
 
 
@@ -321,7 +321,7 @@ def test_autocast_equals_the_dense_models(n_workers, name, in_workers):
 
 
 @pytest.mark.parametrize(("n_workers", "name"), SOME)
-def test_heads_chunks_that_are_computed_again_change_nothing(n_workers, name, in_workers):
+def test_recomputed_head_chunks_change_nothing(n_workers, name, in_workers):
     in_workers(n_workers, check_chunks, name)
 
 
@@ -337,7 +337,7 @@ def test_log_probabilities_take_three_numbers_a_token(n_workers, name, in_worker
 
 
 @pytest.mark.parametrize(("name", "n_backward"), [("gpt2", 2), ("gptj", 1), ("llama3", 2)])
-def test_a_block_takes_two_all_reduces_each_way(name, n_backward, in_workers):
+def test_block_takes_two_all_reduces_each_way(name, n_backward, in_workers):
     """The embedding takes one more. GPT-J's attention and MLP read the same hidden states."""
     n_layers = 2
     assert set(in_workers(2, count_all_reduces, name)) == {(2 * n_layers + 1, n_backward * n_layers)}
@@ -362,6 +362,6 @@ def test_a_block_takes_two_all_reduces_each_way(name, n_backward, in_workers):
         ),
     ],
 )
-def test_what_cannot_be_split_is_an_error_that_says_what_to_do(name, adapter, message, in_workers):
+def test_model_that_cannot_be_split_is_refused_with_a_remedy(name, adapter, message, in_workers):
     for error in in_workers(4, error_of, name, adapter):
         assert re.search(message, error)

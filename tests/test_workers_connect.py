@@ -67,7 +67,7 @@ except UserError as error:
     ],
     ids=str,
 )
-def test_variables_that_cannot_be_are_named(variables, message, launcher, tmp_path):
+def test_impossible_launcher_variable_is_named(variables, message, launcher, tmp_path):
     env = {**launcher_variables(2)[0], **variables}
     assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run", env=env) == 1
     assert f"error: {message}" in launcher.output, launcher.output
@@ -85,7 +85,7 @@ def test_variables_that_cannot_be_are_named(variables, message, launcher, tmp_pa
         (None, "fsdp_port={}: the workers don't find each other (.*address already in use): give a port that is free"),
     ],
 )
-def test_a_port_that_cannot_be_is_named(port, message, launcher, tmp_path):
+def test_impossible_port_is_named(port, message, launcher, tmp_path):
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
         listener.listen()
@@ -99,7 +99,7 @@ def test_a_port_that_cannot_be_is_named(port, message, launcher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start):
+def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
     assert launch._RENDEZVOUS_TIMEOUT == 60
     seconds = 6  # instead
     ports = [reserve_port() for _ in range(3)]
@@ -129,7 +129,7 @@ def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start):
             assert "frame #0" not in log  # nor PyTorch's own
 
 
-def test_ranks_that_alternate_between_machines_are_refused(start):
+def test_ranks_alternating_between_machines_are_refused(start):
     common = launcher_variables(1)[0]
     workers = [
         start(CONNECT, 60, env={**common, "WORLD_SIZE": "4", "RANK": str(rank), "LOCAL_RANK": str(rank // 2)})
@@ -144,7 +144,7 @@ def test_ranks_that_alternate_between_machines_are_refused(start):
 
 
 @pytest.mark.parametrize("silent", [0, 1])
-def test_a_worker_that_falls_silent_is_named_and_ends_the_run(silent, launcher, tmp_path):
+def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
     run = launcher.start(*RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True)
     run.wait_for("First step: ")
     workers = children_of(*run.children)
@@ -176,12 +176,12 @@ with launch.process_group(worker_timeout=4):
 
 
 @pytest.mark.parametrize("slow", [0, 1])
-def test_a_worker_that_is_slow_is_waited_for(slow, start):
+def test_slow_worker_is_waited_for(slow, start):
     workers = [start(SLOW, slow, 7, 5, env=variables) for variables in launcher_variables(3)]
     assert [worker.wait() for worker in workers] == [0] * 3, workers[0].output
 
 
-def test_workers_that_are_suspended_together_go_on(start):
+def test_workers_suspended_together_continue(start):
     workers = [start(SLOW, 0, 3, 1, env=variables) for variables in launcher_variables(3)]
     for worker in workers:
         worker.wait_for("connected")
@@ -194,7 +194,7 @@ def test_workers_that_are_suspended_together_go_on(start):
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "soon", "null", "true"])
-def test_a_timeout_that_cannot_be_is_named(value, launcher, tmp_path):
+def test_impossible_worker_timeout_is_named(value, launcher, tmp_path):
     for n_workers in (1, 2):
         overrides = [f"worker_timeout={value}", f"local_run_dir={tmp_path}/run"]
         assert launcher.run(*RUN, *overrides, n_workers=n_workers) == 1
