@@ -53,7 +53,8 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
     # of what killed workers leave, which is cleared away, nobody need read
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    job = (work, n, port or _free_port(), os.getpid(), args)
+    reserved = _reserve_port()  # until the workers have ended
+    job = (work, n, port or reserved.getsockname()[1], os.getpid(), args)
     context = mp.start_processes(_worker, job, nprocs=n, join=False)
     with _forwarded_signals(context.pids()):
         try:
@@ -129,10 +130,12 @@ def _forwarded_signals(pids: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def _reserve_port() -> socket.socket:
+    """Return a socket bound to a free port: no other process is given that port, yet a worker can listen on it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 @contextlib.contextmanager

@@ -24,14 +24,14 @@ def pythia(size: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("size", "tokens"), [("70m", 10_573), ("2.8b", 424)])
-def test_a_microbatch_costs_a_small_model_more_tokens(size, tokens):
+def test_microbatch_overhead_in_tokens_is_larger_for_small_models(size, tokens):
     n_layers, n_parameters = SIZES[size][1], SIZES[size][3]
     assert n_layers * 5e-4 * 4e14 / (6 * n_parameters) == pytest.approx(tokens, rel=1e-3)
     assert microbatch_overhead(pythia(size), META) == pytest.approx(tokens, rel=1e-3)
     assert microbatch_overhead(pythia(size), torch.device("cpu")) == CPU_OVERHEAD
 
 
-def test_activations_of_a_token():
+def test_activation_bytes_per_token_match_a_hand_count():
     hidden, layers, *_ = SIZES["2.8b"]
     # of every layer the inputs and outputs of four products: h to 3h, h to h, h to 4h, 4h to h
     kept = 16 * hidden * layers
@@ -42,5 +42,5 @@ def test_activations_of_a_token():
     assert 1 < activation_bytes(pythia("2.8b"), torch.bfloat16, recomputed=False) / (34 * hidden * layers) < 1.3
 
 
-def test_without_a_gpu_nothing_is_reckoned():
+def test_tokens_that_fit_is_none_without_a_gpu():
     assert tokens_that_fit(pythia("70m"), torch.bfloat16, recomputed=False, n_optimizer_states=1) is None
