@@ -11,7 +11,7 @@ from launcher import Run
 from process_pool import launcher_variables, reserve_port
 from test_launch import children_of
 
-from distributed import launch
+from distributed import connection
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +38,12 @@ def start(launcher, tmp_path):
 
 CONNECT = """
 import sys, time
-from distributed import launch
+from distributed import connection
 from utils import UserError
-launch._RENDEZVOUS_TIMEOUT = int(sys.argv[1])
+connection._RENDEZVOUS_TIMEOUT = int(sys.argv[1])
 start = time.monotonic()
 try:
-    with launch.process_group():
+    with connection.process_group():
         print("connected")
 except UserError as error:
     print("after", time.monotonic() - start, "s:", error)
@@ -100,7 +100,7 @@ def test_impossible_port_is_named(port, message, launcher, tmp_path):
 
 
 def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
-    assert launch._RENDEZVOUS_TIMEOUT == 60
+    assert connection._RENDEZVOUS_TIMEOUT == 60
     seconds = 6  # instead
     ports = [reserve_port() for _ in range(3)]
     with socket.socket() as silent:
@@ -162,9 +162,9 @@ def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
 
 SLOW = """
 import hashlib, os, sys, time
-from distributed import collectives, launch
+from distributed import collectives, connection
 rank, asleep, at_work = sys.argv[1:]
-with launch.process_group(worker_timeout=4):
+with connection.process_group(worker_timeout=4):
     print("connected", flush=True)
     if os.environ["RANK"] == rank:
         time.sleep(float(asleep))
