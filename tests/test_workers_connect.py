@@ -53,16 +53,16 @@ except UserError as error:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc, set by the launcher: must be a whole number"),
-        ({"RANK": "x"}, "RANK=x, set by the launcher: must be a whole number"),
-        ({"RANK": "-1"}, "RANK=-1, set by the launcher: must be a whole number"),
-        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2, set by the launcher: ranks begin at 0 and stay below"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc, set by the launcher: must be an integer"),
+        ({"RANK": "x"}, "RANK=x, set by the launcher: must be an integer"),
+        ({"RANK": "-1"}, "RANK=-1, set by the launcher: must be an integer"),
+        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2, set by the launcher: ranks must be numbered from 0 to WORLD_SIZE - 1"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0, WORLD_SIZE=0, set by the launcher"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1, set by the launcher: must be a whole number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1, set by the launcher: must be an integer"),
         ({"LOCAL_RANK": "5"}, "LOCAL_RANK=5, RANK=0, set by the launcher"),
         ({"LOCAL_RANK": ""}, "RANK is set, but not LOCAL_RANK"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000, set by the launcher: must be a port"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, set by the launcher: must be a whole number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, set by the launcher: must be an integer"),
         ({"MASTER_ADDR": ""}, "RANK is set, but not MASTER_ADDR"),
     ],
     ids=str,
@@ -154,7 +154,7 @@ def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
     assert 3 < time.monotonic() - stopped < 120
     assert re.findall("error: .*", run.output) == [
         f"error: worker {silent} (process {workers[silent].pid} on {socket.gethostname()}) has given no sign of life "
-        "for 8 seconds (worker_timeout): the run ends. resume=auto goes on with it"
+        "for 8 seconds (worker_timeout): the run ends. Resume it with resume=auto"
     ]
     assert not any(worker.is_running() for worker in workers)
     assert ".lock" not in os.listdir(tmp_path / "run")
