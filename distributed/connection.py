@@ -1,4 +1,4 @@
-"""Connecting a run's workers."""
+"""Connect a run's workers: rendezvous, process group and heartbeat."""
 
 import contextlib
 import datetime
@@ -17,19 +17,20 @@ from distributed import environment
 from distributed.heartbeat import Heartbeat
 from utils import UserError
 
-# Some wait while one loads or writes a large model. That a worker is gone is noticed by the heartbeat, and at once.
+# Long, because workers wait while one loads or writes a large model; the heartbeat notices a lost worker sooner.
 _TIMEOUT = datetime.timedelta(hours=2)
-_RENDEZVOUS_TIMEOUT = 60.0  # seconds, for all workers to find each other, once they have started
+_RENDEZVOUS_TIMEOUT = 60.0  # seconds for all workers to find each other
 
 
 @contextlib.contextmanager
 def process_group(worker_timeout: float = 600) -> Iterator[None]:
-    """Inside, the workers are connected: by NCCL between GPUs, by gloo between CPUs.
+    """Connect this worker with the others inside the block: by NCCL between GPUs, by gloo between CPUs.
 
-    A worker ends when another is gone, whatever it is doing, or has given no sign of life for `worker_timeout` seconds.
+    Whatever a worker is doing, it ends when another worker is gone or gives no sign of life for `worker_timeout`
+    seconds.
 
-    Raises: UserError if the launcher's variables or the timeout can't be, if the workers don't find each other within a
-        minute, or if there are too few GPUs.
+    Raises: UserError if the launcher's variables or the timeout are invalid, if the workers don't find each other
+        within a minute, or if there are too few GPUs.
     """
     environment.check_variables()
     if isinstance(worker_timeout, bool) or not isinstance(worker_timeout, int | float) or not worker_timeout > 0:
@@ -39,7 +40,7 @@ def process_group(worker_timeout: float = 600) -> Iterator[None]:
     if has_gpus:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"this machine has {torch.cuda.device_count()} GPUs and more workers: start one for each GPU "
+                f"this machine has {torch.cuda.device_count()} GPUs and more workers: start one worker per GPU "
                 "(world_size, or the launcher's --nproc-per-node)"
             )
         torch.cuda.set_device(local_rank)
@@ -50,20 +51,20 @@ def process_group(worker_timeout: float = 600) -> Iterator[None]:
     heartbeat = Heartbeat(worker_timeout, _TIMEOUT)
     heartbeat.start()
     _check_local_ranks(heartbeat.local_ranks)
-    yield  # after an exception the others are gone or will be: there is nothing to put in order with them
+    yield  # no `finally`: after an exception the other workers end too, so there is no orderly shutdown
     dist.barrier()
     heartbeat.stop()
     dist.destroy_process_group()
 
 
 def _rendezvous() -> tuple[dist.Store, int, int]:
-    """The store through which the workers find each other, once all are there; this one's rank, and how many there are.
+    """Wait until all workers are there; return the store that connects them, this worker's rank and the world size.
 
-    Raises: UserError if they don't find each other in time.
+    Raises: UserError if the workers don't find each other in time.
     """
     rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     deadline = time.monotonic() + _RENDEZVOUS_TIMEOUT
-    # torchrun's agents have opened one before
+    # under torchrun, its agent has already opened the store
     opens_store = rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     results: list = []
 
@@ -77,7 +78,7 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
     try:
         if not opens_store:
             _wait_for_listener(address, int(port), deadline)
-        thread = threading.Thread(target=connect, daemon=True)  # what listens there might be no store, and never answer
+        thread = threading.Thread(target=connect, daemon=True)  # something else may listen there and never answer
         thread.start()
         thread.join(deadline - time.monotonic() + 5)
         if not results:
@@ -85,11 +86,11 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
         if isinstance(results[0], Exception):
             raise results[0]
     except (RuntimeError, ValueError, OSError) as error:
-        where, remedy = f"fsdp_port={port}", "give a port that is free, or null to have one chosen"
+        where, remedy = f"fsdp_port={port}", "give a port that is free, or null to choose one automatically"
         if environment.is_launched_by_user():
             where = f"MASTER_ADDR={address} MASTER_PORT={port}, set by the launcher"
             remedy = (
-                "there the worker with RANK=0 must be found, at a port that is free on its machine, and all "
+                "the address must be that of the machine of RANK=0, the port must be free there, and all "
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} workers must start within {_RENDEZVOUS_TIMEOUT:.0f} seconds"
             )
         reason = str(error).splitlines()[0][:300]
@@ -100,9 +101,9 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
 
 
 def _wait_for_listener(address: str, port: int, deadline: float):
-    """Wait until somebody listens at a port; PyTorch's own attempts take longer and print stacks.
+    """Wait until a process listens on a port. PyTorch's own attempts take longer and print C++ stack traces.
 
-    Raises: OSError if nobody does by the deadline.
+    Raises: OSError if none does by the deadline.
     """
     while True:
         try:
@@ -115,18 +116,18 @@ def _wait_for_listener(address: str, port: int, deadline: float):
 
 
 def _check_local_ranks(local_ranks: list[int]):
-    """Raises UserError if they aren't numbered from 0 on each machine, machine after machine."""
-    for rank, (former, local_rank) in enumerate(itertools.pairwise([0, *local_ranks])):
-        if local_rank not in (0, former + 1):
+    """Raise UserError unless local ranks count up from 0 on each machine, and ranks go from machine to machine."""
+    for rank, (previous, local_rank) in enumerate(itertools.pairwise([0, *local_ranks])):
+        if local_rank not in (0, previous + 1):
             raise UserError(
-                f"LOCAL_RANK={local_rank} at RANK={rank}, after LOCAL_RANK={former}, set by the launcher: a machine's "
-                "workers are numbered from 0, and among all workers in the same order, machine after machine (Slurm: "
-                "--distribution=block)"
+                f"LOCAL_RANK={local_rank} at RANK={rank}, after LOCAL_RANK={previous}, set by the launcher: local "
+                "ranks must start from 0 on each machine, and ranks must be numbered in the same order, one machine "
+                "after the other (Slurm: --distribution=block)"
             )
 
 
 def _raise_open_file_limit():
-    """Every worker opens connections to all others, and files of every shard of the data."""
+    """Raise the limit on open files: every worker connects to all others and opens every shard of the data."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,7 +1,7 @@
-"""Starting a run's processes, connecting them, and ending them together when one fails.
+"""Start a run's workers on this machine, and end them together when one fails.
 
-On one machine `run_workers` starts them. On several, or where they are to be started otherwise, a launcher does
-(torchrun, or srun with the variables set as in scripts/slurm.sh).
+For several machines, workers are started by a launcher instead: torchrun (scripts/torchrun.sh) or srun
+(scripts/slurm.sh).
 """
 
 import atexit
@@ -20,24 +20,28 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from distributed.environment import is_launched
 from utils import UserError
 
-_GRACE_PERIOD = 1.0  # seconds that workers get to end by themselves once one has failed
+_GRACE_PERIOD = 1.0  # seconds; once a worker has failed, the others get this long to exit before they are killed
 
 
 def run_workers(work: Callable, n: int, port: int | None, *args):
-    """Run `work(*args)` in `n` processes of this machine, each with a launcher's variables, and wait for their end.
+    """Run `work(*args)` in `n` processes on this machine and wait until all have ended.
 
-    If one fails, all are ended. Signals are forwarded to them.
+    Each process gets the same environment variables as from a launcher. If one fails, all are ended. Signals are
+    forwarded to them.
 
-    Raises: SystemExit with the exit code of a worker that has said why, or the traceback of one that raised;
-        UserError if one was killed.
+    Args:
+        port: where the workers find each other; None chooses a free one.
+
+    Raises: SystemExit with the exit code of a worker that printed its error, or with the traceback of one that raised;
+        UserError if a worker was killed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
-    # of what killed workers leave, which is cleared away, nobody need read
+    # silence warnings about what killed workers left behind: it is cleaned up
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    reserved = _reserve_port()  # until the workers have ended
+    reserved = _reserve_port()  # kept open until the workers have ended
     job = (work, n, port or reserved.getsockname()[1], os.getpid(), args)
-    context = mp.start_processes(_worker, job, nprocs=n, join=False)
+    context = mp.start_processes(_run_worker, job, nprocs=n, join=False)
     with _forwarded_signals(context.pids()):
         try:
             while not context.join(grace_period=_GRACE_PERIOD):
@@ -46,17 +50,17 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
             if error.exit_code > 0:
                 sys.exit(error.exit_code)
             raise UserError(
-                f"worker {error.error_index} of {n} (process {error.error_pid}) was killed by {error.signal_name}, and "
-                "the others with it. If it was not you: was the machine out of memory (see dmesg)?"
+                f"worker {error.error_index} of {n} (process {error.error_pid}) was killed by {error.signal_name}; the "
+                "other workers were ended too. If you didn't kill it, the machine may have run out of memory: see dmesg"
             ) from None
         except ProcessRaisedException as error:
             sys.exit(str(error))  # the worker's traceback
 
 
-def _worker(local_rank: int, work: Callable, n: int, port: int, parent: int, args: tuple):
-    os.setpgrp()  # Ctrl-C in a terminal reaches the parent alone, which passes it on
-    mp._prctl_pr_set_pdeathsig(signal.SIGKILL)  # whatever ends the parent, nobody trains on unseen
-    if os.getppid() != parent:  # it had ended before that
+def _run_worker(local_rank: int, work: Callable, n: int, port: int, parent: int, args: tuple):
+    os.setpgrp()  # Ctrl-C in a terminal then reaches only the parent, which forwards it
+    mp._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no worker outlives the parent, however that ends
+    if os.getppid() != parent:  # the parent ended before that call
         os._exit(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(n))
     os.environ.update(RANK=str(local_rank), LOCAL_RANK=str(local_rank), DPO_STARTED_BY="train.py")
@@ -68,9 +72,9 @@ def _worker(local_rank: int, work: Callable, n: int, port: int, parent: int, arg
 
 
 def end_process(code: int | str | None):
-    """End a worker, with an exit code or a message, as the interpreter's end would, but for taking itself apart.
+    """Exit with a code or a message: run the exit handlers and flush the output, but skip the interpreter's teardown.
 
-    Then threads that still wait for other workers would abort the process, and its code would be lost.
+    During teardown, threads that still wait for other workers would abort the process and its exit code would be lost.
     """
     if isinstance(code, str):
         print(code, file=sys.stderr)
@@ -84,7 +88,7 @@ def end_process(code: int | str | None):
 
 @contextlib.contextmanager
 def exit_code_kept() -> Iterator[None]:
-    """Let a launcher's worker end by `end_process` after what is inside."""
+    """End a launcher's worker by `end_process` when the block ends, so that its exit code reaches the launcher."""
     try:
         yield
     except SystemExit as error:
@@ -97,23 +101,23 @@ def exit_code_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forwarded_signals(pids: list[int]) -> Iterator[None]:
-    """Inside, a signal that asks the run to stop goes to the workers, which know what to do."""
+    """Forward signals that stop the run to the workers, which handle them."""
 
     def forward(number: int, _frame):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    former = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         yield
     finally:
-        for number, handler in former.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _reserve_port() -> socket.socket:
-    """Return a socket bound to a free port: no other process is given that port, yet a worker can listen on it."""
+    """Return a socket bound to a free port. The port is given to no other process, yet a worker can listen on it."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))
