@@ -7,7 +7,8 @@ turns, and the tokens between them, as one text.
 import re
 from dataclasses import dataclass
 
-from data.formats import BadExample, Example, shared_start
+from data.messages import BadExample
+from data.rows import Example, shared_start
 from utils import UserError
 
 
