@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from data.batches import BatchIterator, Prompt
 from data.choice import Choice, Settings
-from data.prepared import prepared_split
+from data.preparation import prepared_split
 from data.reading import check_path, read_split, row_place
+from data.row_sources import ROWS  # noqa: F401 (re-exported)
 from data.report import print_report
-from data.selection import epoch_order, without_overlong
+from data.selection import epoch_order, without_identical, without_overlong
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
 from utils import UserError, closest_match, get_local_dir, on_rank0
@@ -382,7 +383,10 @@ def get_batch_iterator(
             _check_no_eos(part, tokenizer.eos_token)
         else:
             part = prepared_split(choice, split, settings, tokenizer, loss_takes, cache_dir, silent)
-        parts.append(without_overlong(part, choice, sft_mode, tokenizer, split, **lengths))
+        part = without_overlong(part, choice, sft_mode, tokenizer, split, **lengths)
+        if not sft_mode:
+            without_identical(part, choice, split, settings.skips_bad, **lengths)
+        parts.append(part)
     order = epoch_order(parts, choices, seed, sft_mode) if split == "train" else None
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
@@ -425,6 +429,7 @@ def open_batches(
             test_fraction=config.test_fraction,
             skips_bad=config.on_bad_example == "skip",
             chat_template=config.chat_template,
+            texts_as_messages=config.apply_chat_template,
         ),
     }
     if trains:

@@ -76,9 +76,9 @@ class Columns:
         self.kinds = {name: of_column.most_common(1)[0][0] for name, of_column in counts.items()}
         skipped = {*self.fields.values(), *self.ignored}
         self.known = {name: kind for name, kind in self.kinds.items() if name not in skipped}
-        values = {ours: [value_at(row, theirs) for row in self.rows] for ours, theirs in self.fields.items()}
-        for ours, of_field in values.items():
-            self.known[ours] = Counter(kind_of(value) for value in of_field if value is not None).most_common(1)[0][0]
+        for ours in self.fields:
+            of_field = Counter(map(kind_of, self.values(ours))) or Counter(["empty"])
+            self.known[ours] = of_field.most_common(1)[0][0]
 
     def values(self, name: str) -> list:
         """The values of a field in the first rows, without nulls."""

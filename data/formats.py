@@ -46,6 +46,11 @@ class Format:
         names.check_unread(Columns(list(rows), ignored=tuple(ignored)), self.columns.values(), where, self.has_prompt)
 
     @property
+    def is_ranked(self) -> bool:
+        """True if a row has several responses with scores."""
+        return self.read_row is read.read_ranked
+
+    @property
     def has_prompt(self) -> bool:
         """False if the prompt is only what chosen and rejected have in common as strings."""
         return self.read_row is not read.read_transcripts

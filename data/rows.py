@@ -40,7 +40,6 @@ class Example:
     target: int = 0  # which response SFT imitates
     tools: list | None = None  # for the chat template
     label: bool | None = None  # of unpaired data: True if the only response is desirable
-    n_equal_pairs: int = 0  # pairs of the same response with different scores, which are left out
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Row:
     def turns(self, field: str, role: str) -> list[dict]:
         """The value of a field as messages; a string is the turn of this role."""
         value = self.value(field)
-        if isinstance(value, str):
+        if isinstance(value, str) and self.kinds[field] != "messages":
             return as_turn(self.text(field, may_be_empty=role == "user"), role)
         return message_list(value, self.name(field))
 
@@ -238,15 +237,13 @@ def read_ranked(row: Row) -> Example:
     responses = [_response(completion, name) for completion in completions]
     if row.is_chat:
         responses = [as_turn(one, "assistant") if isinstance(one, str) else one for one in responses]
-    pairs, n_equal = [], 0
-    for i, j in itertools.combinations(range(len(responses)), 2):
-        if scores[i] != scores[j]:
-            if responses[i] == responses[j]:
-                n_equal += 1
-            else:
-                pairs.append((i, j) if scores[i] > scores[j] else (j, i))
+    pairs = [
+        (i, j) if scores[i] > scores[j] else (j, i)
+        for i, j in itertools.combinations(range(len(responses)), 2)
+        if scores[i] != scores[j]
+    ]
     best = scores.index(max(scores))
-    return Example(read_prompt(row), responses, pairs, best, row.tools(), n_equal_pairs=n_equal)
+    return Example(read_prompt(row), responses, pairs, best, row.tools())
 
 
 def _scores(row: Row, completions: list) -> list[float]:

@@ -12,6 +12,8 @@ from data.choice import Choice
 from data.prepared import PreparedPrompts
 from utils import UserError, rank0_print
 
+_SHOWN = 10  # places in a message
+
 
 def without_overlong(
     part: Sequence[Prompt], choice: Choice, sft_mode: bool, tokenizer, split: str, **lengths: int
@@ -22,7 +24,7 @@ def without_overlong(
     prompts, responses, numbers = report.lengths(part, sft_mode, tokenizer)
     too_long = prompts + responses + int(lengths["add_bos"]) > lengths["max_length"]
     if too_long.any() and choice.truncation == "error":
-        places = "\n".join(f"  {part[int(n)].place(0)}" for n in numbers[too_long][:10])
+        places = "\n".join(f"  {part[int(n)].place(0)}" for n in numbers[too_long][:_SHOWN])
         raise UserError(
             f"truncation=error: {too_long.sum()} examples are longer than max_length={lengths['max_length']} tokens:\n"
             f"{places}\nShorten them, raise max_length, or choose truncation=drop, keep_end or keep_start"
@@ -44,6 +46,32 @@ def without_overlong(
             f"max_length={lengths['max_length']}"
         )
     return kept
+
+
+def without_identical(part: Sequence[Prompt], choice: Choice, split: str, skips_bad: bool, **lengths: int):
+    """Leave out pairs whose responses are the same tokens once they are cut to length: they say nothing.
+
+    Named datasets keep them, as in the original. Raises: UserError if there are any, unless `skips_bad`.
+    """
+    if not isinstance(part, PreparedPrompts):
+        return
+    identical = part.are_identical_when_cut(**lengths)
+    if not identical.any():
+        return
+    n, where = int(identical.sum()), split_name(choice.name, split)
+    if not skips_bad:
+        numbers = part.lengths(sft_mode=False)[2][identical]
+        places = "\n".join(f"  {part[int(number)].place(0)}" for number in numbers[:_SHOWN])
+        counted = f"all {n:,}" if n == len(identical) else f"{n:,} of {len(identical):,}"
+        raise UserError(
+            f"{where}: once they are cut to max_length={lengths['max_length']}, chosen and rejected are identical in "
+            f"{counted} pairs:\n{places}\nRaise max_length or lower max_prompt_length, or leave such pairs out by "
+            "on_bad_example=skip or truncation=drop"
+        )
+    rank0_print(f"{choice.name} ({split}): {n:,} pairs are left out, identical once cut to max_length")
+    part.leave_out(identical, sft_mode=False)
+    if not part.n_pairs.any():
+        raise UserError(f"{where}: no pair is left; raise max_length={lengths['max_length']}")
 
 
 def _counted(numbers: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, int]]:
