@@ -101,7 +101,7 @@ def _message(given: dict, place: str) -> dict:
     content = _joined_parts(content, place)
     if not isinstance(content, str) and "tool_calls" not in message:
         raise BadExample("wrong type", f"{place}: its content is {content!r:.60}, expected a string")
-    return {"role": role} | ({} if content is None else {"content": content}) | message
+    return {"role": role, "content": "" if content is None else content} | message
 
 
 def _known_role(role: str, is_sharegpt: bool, place: str) -> str:
