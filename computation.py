@@ -8,9 +8,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from acceleration.capacity import microbatch_overhead, tokens_that_fit
+from acceleration import memory_plan
+from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
-from acceleration.model_check import choose_rows
+from acceleration.model_check import choose_rows, full_length_pair
 from acceleration.prefix_sharing import Layout, response_logps
 from acceleration.shadow_weights import shadow_linear_weights
 from checkpointing.preemption import StopSignal
@@ -21,6 +22,7 @@ from distributed import collectives
 from distributed.strategies import SingleProcess
 from losses import Loss
 from models import check_reference_fits
+from optimization import state_bytes, step_one_by_one, steps_by_foreach
 from references import LogpsCache, Reference, make_reference, make_starting_reference, open_cache
 from utils import UserError, rank0_print
 
@@ -91,19 +93,49 @@ class PolicyAndReference:
             self.reference = make_reference(kind, self.policy, load)
 
     def _set_up_computation(self):
-        """What the device and the optimizer leave room for, once they are known."""
+        """Prepare what depends on device and optimizer: copies of weights, the largest microbatch, compiled blocks."""
         config = self.config
         if self.policy_mp is not None and not self.strategy.splits_tensors:
             shadow_linear_weights(self.policy, self.optimizer)
+        self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
+        fitting = self._plan_memory() if self.device.type == "cuda" else None
+        self.max_tokens = config.max_tokens_per_microbatch or fitting
         if config.compile:
             compile_blocks(self.policy, config.model.block_name)
-        self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
-        n_states = 2 if "Adam" in config.optimizer else 1
-        self.max_tokens = config.max_tokens_per_microbatch
-        if self.max_tokens is None:
-            dtype = self.policy_mp or self.policy.dtype
-            self.max_tokens = tokens_that_fit(self.policy, dtype, config.activation_checkpointing, n_states)
-            self.max_tokens = self.max_tokens and -collectives.all_reduce_max(-self.max_tokens)  # all workers alike
+
+    def _plan_memory(self) -> int | None:
+        """Print what the GPU will hold; return the most tokens of a microbatch for which there is memory.
+
+        Raises: UserError if the run doesn't fit.
+        """
+        config = self.config
+        rows = self.layout.rows(full_length_pair(self.eval_iterator.first(2), config.max_length))
+        reference = self.reference.model if self.reference is not None else None
+        with memory_plan.explained_out_of_memory(config):
+            activations = measure_activations(
+                self.policy,
+                rows,
+                functools.partial(self._autocast, self.policy),
+                self.layout.whole_logits,
+                self.strategy,
+            )
+        plans = memory_plan.memory_plans(
+            self.policy,
+            None if reference is self.policy else reference,
+            state_bytes(self.optimizer),
+            activations,
+            self.policy_mp or self.policy.dtype,
+            gathers_blocks=self.strategy.shards_batches,
+        )
+        for plan in plans:
+            rank0_print(plan)
+        if warning := memory_plan.check_fits(plans, config, rows.input_ids.numel() // len(rows.input_ids)):
+            rank0_print(warning)
+        if steps_by_foreach(self.optimizer, self.device) and not all(plan.foreach_fits for plan in plans):
+            rank0_print("Optimizer: one weight tensor after the other, as memory is short")
+            step_one_by_one(self.optimizer)
+        cap = memory_plan.cap_of(plans)
+        return cap and -collectives.all_reduce_max(-cap)  # all workers alike
 
     def precompute_reference(self):
         """With `precompute_ref_log_probs`, fill the cache with the reference's log-probabilities of all pairs, once.
@@ -164,7 +196,8 @@ class PolicyAndReference:
             zeros = torch.zeros(len(batch["prompt"]), device=self.device)
             return zeros, zeros
         with self.reference.active() as model:
-            return self.concatenated_forward(model, batch)
+            chosen_logps, rejected_logps = self.concatenated_forward(model, batch)
+        return chosen_logps.to(self.device), rejected_logps.to(self.device)  # the reference may be on another GPU
 
     def estimate_kl(self, batch: dict) -> torch.Tensor:
         """KL divergence of the policy from the reference (nats), as KTO estimates it for a whole batch of all workers.

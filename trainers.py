@@ -368,7 +368,10 @@ class BasicTrainer(PolicyAndReference):
         def stops() -> bool:
             return self.strategy.stops_sampling(self.stop.received is not None)
 
-        samples = generate_scorable(model, self.tokenizer, batch, self.config.max_length, stops, synced=self.is_sharded)
+        with self._autocast(model):  # samples are drawn in the precision in which they are scored
+            samples = generate_scorable(
+                model, self.tokenizer, batch, self.config.max_length, stops, synced=self.is_sharded
+            )
         self.stop.check()
         return samples
 
