@@ -12,10 +12,11 @@ from acceleration import memory_plan
 from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
 from acceleration.model_check import choose_rows, full_length_pair
-from acceleration.prefix_sharing import Layout, response_logps
+from acceleration.prefix_sharing import Layout
+from acceleration.reference_cache import LogpsCache, open_cache
+from acceleration.response_head import response_logps
 from acceleration.shadow_weights import shadow_linear_weights
 from checkpointing.preemption import StopSignal
-from config_checks.sources import reference_source, resolved_reference
 from data.batches import BatchIterator, mismatch
 from data.microbatches import microbatches
 from distributed import collectives
@@ -23,7 +24,7 @@ from distributed.strategies import SingleProcess
 from losses import Loss
 from models import check_reference_fits
 from optimization import state_bytes, step_one_by_one, steps_by_foreach
-from references import LogpsCache, Reference, make_reference, make_starting_reference, open_cache
+from references import Reference, make_reference, make_starting_reference, reference_source, resolved_reference
 from utils import UserError, rank0_print
 
 

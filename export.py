@@ -13,8 +13,8 @@ from checkpointing.integrity import atomic_directory
 from checkpointing.model_card import write_card
 from checkpointing.train_state import read_state_json
 from config_checks.schema import own_keys
-from config_checks.sources import policy_source
 from models import load_adapter, load_model, read_tokenizer
+from references import policy_source
 from utils import UserError
 
 

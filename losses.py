@@ -421,31 +421,3 @@ LOSSES = {
 def needs_reference(loss_config) -> bool:
     """Whether the loss of a config's `loss` section compares the policy with a reference model."""
     return LOSSES[loss_config.name].needs_reference(loss_config)
-
-
-def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_prob: bool = False) -> torch.Tensor:
-    """Log-probability of each sequence's labels: Σ_t log π(label_t | what stands before it).
-
-    Args:
-        logits: unnormalized, shape (batch_size, sequence_length, vocab_size).
-        labels: token ids, shape (batch_size, sequence_length); positions labelled -100 are left out.
-        average_log_prob: divide by the number of labelled tokens.
-
-    Returns: shape (batch_size,), in nats.
-    """
-    assert logits.shape[:-1] == labels.shape
-    labels = labels[:, 1:]
-    loss_mask = labels != -100
-    per_token_logps = torch.gather(
-        logits[:, :-1].log_softmax(-1), dim=2, index=labels.masked_fill(~loss_mask, 0).unsqueeze(2)
-    ).squeeze(2)  # (B, T-1)
-    logps = (per_token_logps * loss_mask).sum(-1)
-    return logps / loss_mask.sum(-1) if average_log_prob else logps
-
-
-def response_lengths(labels: torch.Tensor) -> torch.Tensor:
-    """Predicted tokens in each response: (batch_size, sequence_length) labels to (batch_size,).
-
-    A sequence's first token is predicted by nothing, so it doesn't count even where there is no prompt.
-    """
-    return (labels[:, 1:] != -100).sum(-1)

@@ -10,9 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
-from config_checks.sources import Source, policy_source, reference_source, resolved_reference
 from data import hub
-from references import REFERENCE_ADAPTER
+from references import REFERENCE_ADAPTER, Source, policy_source, reference_source, resolved_reference
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
 

@@ -7,8 +7,8 @@ an entry to `DATASETS`.
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import cpu_count
 from typing import TYPE_CHECKING
 
@@ -18,14 +18,15 @@ from bs4.element import PreformattedString
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from data import report
-from data.batches import BatchIterator, Prompt, example_counts, split_name
-from data.locations import is_location, locate
-from data.prepared import PreparedPrompts, Settings, prepare
+from data.batches import BatchIterator, Prompt
+from data.choice import Choice, Settings
+from data.prepared import prepared_split
 from data.reading import check_path, read_split, row_place
+from data.report import print_report
+from data.selection import epoch_order, without_overlong
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
-from utils import UserError, closest_match, get_local_dir, on_rank0, rank0_print
+from utils import UserError, closest_match, get_local_dir, on_rank0
 
 if TYPE_CHECKING:
     import datasets
@@ -251,106 +252,7 @@ DATASETS = {
 }
 
 
-ROWS: dict[str, list[dict]] = {}  # rows given in Python, by a name that `datasets` then knows; see docs/data.md
-
-TRUNCATIONS = ("keep_end", "keep_start", "drop", "error")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An entry of `datasets`: a name, or a mapping with a name and what differs for this dataset from the config's."""
-
-    name: str
-    weight: float = 1.0
-    n_examples: int | None = None
-    truncation: str | None = None
-    train_split: str | None = None
-    test_split: str | None = None
-    fields: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_named(self) -> bool:
-        """Whether a function of `DATASETS` reads it."""
-        return self.name in DATASETS
-
-    @property
-    def truncation_mode(self) -> str:
-        """Which end of an over-long prompt is kept."""
-        if self.truncation in ("keep_end", "keep_start"):
-            return self.truncation
-        return DATASETS[self.name].truncation_mode if self.is_named else "keep_end"
-
-
-def chosen_datasets(config: DictConfig) -> list[Choice]:
-    """The entries of `datasets`, each with the config's settings where it has none of its own.
-
-    Raises: UserError if an entry isn't one.
-    """
-    common = {key: config[key] for key in ("truncation", "train_split", "test_split")} | {"fields": dict(config.fields)}
-    choices = []
-    for entry in config.datasets:
-        given = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
-        _check_entry(given, f"datasets=[{entry}]")
-        is_named = given["name"] in DATASETS
-        inherited = {"truncation": common["truncation"]} if is_named else common
-        choices.append(
-            Choice(**(inherited | given | {"fields": dict(given.get("fields", inherited.get("fields", {})))}))
-        )
-    names = [choice.name for choice in choices]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"datasets: {twice} stands there twice; give it a weight: {{name: {twice}, weight: 2}}")
-    return choices
-
-
-def _check_entry(given: dict, shown: str):
-    known = [one.name for one in fields(Choice)]
-    for key in given:
-        if key not in known:
-            hint = closest_match(str(key), known)
-            raise UserError(f"{shown}: no setting {key!r}.{hint} There are: {', '.join(known)}")
-    if not isinstance(given.get("name"), str) or not given["name"].strip():
-        raise UserError(f"{shown}: expected names, files or ids on the hub, e.g. datasets=[hh]")
-    number = given.get("weight", 1)
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1000:
-        raise UserError(f"{shown}: weight={number}: must be a number above 0, at most 1000")
-    number = given.get("n_examples")
-    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-        raise UserError(f"{shown}: n_examples={number}: must be a whole number above 0")
-    if given.get("truncation") not in (None, *TRUNCATIONS):
-        raise UserError(f"{shown}: truncation={given['truncation']}: must be one of {', '.join(TRUNCATIONS)}")
-    for key in ("train_split", "test_split"):
-        if not isinstance(given.get(key), str | None):
-            raise UserError(f"{shown}: {key}={given[key]}: expected the name of a split")
-    check_fields(given.get("fields", {}), shown)
-
-
-def check_fields(given: object, shown: str):
-    """Raises UserError unless it maps texts to texts."""
-    if not isinstance(given, Mapping) or not all(isinstance(x, str) for item in given.items() for x in item):
-        raise UserError(f"{shown}: fields={given}: expected a format's names and the data's, e.g. {{prompt: question}}")
-
-
-def check_datasets(choices: list[Choice], paths: dict[str, str]):
-    """Raises UserError if a dataset isn't there, or a setting isn't for it, as far as it can be told without reading;
-    see `check_names`."""
-    check_names([choice.name for choice in choices if choice.is_named], paths)
-    for choice in choices:
-        if choice.is_named and choice.name in ROWS:
-            raise UserError(f"datasets=[{choice.name}]: a named dataset is called so; give your rows another name")
-        if choice.is_named:
-            for key in ("train_split", "test_split", "fields"):
-                if getattr(choice, key):
-                    raise UserError(
-                        f"{key}={getattr(choice, key)}: datasets=[{choice.name}] has its own function that reads it; "
-                        f"that is for files and hub ids: datasets=[{{name: FILE, {key}: ...}}]"
-                    )
-        elif choice.name not in ROWS:
-            if not is_location(choice.name):
-                _unknown_name(choice.name)
-            locate(choice.name)
-
-
-def _unknown_name(name: str):
+def refuse_unknown_name(name: str):
     raise UserError(
         f"datasets=[{name}]: no such dataset.{closest_match(name, DATASETS)} There are: {', '.join(DATASETS)}; or give "
         "a file, a folder, or an id on the hub, OWNER/NAME"
@@ -363,7 +265,7 @@ def check_names(names: Iterable[str], paths: dict[str, str]):
     there_are = ", ".join(DATASETS)
     for name in names:
         if name not in DATASETS:
-            _unknown_name(name)
+            refuse_unknown_name(name)
         path = paths.get(name)
         if path == "":
             raise UserError(f"dataset_paths.{name} is empty: give a folder, or leave the key out")
@@ -403,8 +305,9 @@ def get_dataset(
 def _load_prompts(choice: Choice, split: str, silent: bool, cache_dir: str | None, path: str | None) -> list[Prompt]:
     """The prompts of a named dataset."""
     data = get_dataset(choice.name, split, silent=silent, cache_dir=cache_dir, path=path)
+    mode = choice.truncation_mode(DATASETS[choice.name].truncation_mode)
     return [
-        Prompt(text, dataset=choice.name, split=split, truncation_mode=choice.truncation_mode, **entry)
+        Prompt(text, dataset=choice.name, split=split, truncation_mode=mode, **entry)
         for text, entry in (data.items() if isinstance(data, dict) else data)
     ]
 
@@ -474,13 +377,13 @@ def get_batch_iterator(
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
-        if choice.is_named:
+        if choice.name in DATASETS:
             part = _load_prompts(choice, split, silent, cache_dir, (paths or {}).get(choice.name))
             _check_no_eos(part, tokenizer.eos_token)
         else:
-            part = _prepared(choice, split, settings, tokenizer, loss_takes, cache_dir, silent)
-        parts.append(_without_overlong(part, choice, sft_mode, tokenizer, split, **lengths))
-    order = _order(parts, choices, seed, sft_mode) if split == "train" else None
+            part = prepared_split(choice, split, settings, tokenizer, loss_takes, cache_dir, silent)
+        parts.append(without_overlong(part, choice, sft_mode, tokenizer, split, **lengths))
+    order = epoch_order(parts, choices, seed, sft_mode) if split == "train" else None
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
@@ -492,90 +395,9 @@ def get_batch_iterator(
     return batches
 
 
-def _prepared(
-    choice: Choice,
-    split: str,
-    settings: Settings,
-    tokenizer,
-    loss_takes: Sequence[str],
-    cache_dir: str | None,
-    silent: bool,
-) -> PreparedPrompts:
-    """The prompts of a dataset that isn't a named one."""
-    source = ROWS[choice.name] if choice.name in ROWS else locate(choice.name)
-    own = {key: getattr(choice, key) for key in ("train_split", "test_split", "fields") if getattr(choice, key)}
-    both = prepare(choice.name, source, replace(settings, **own), tokenizer, choice.truncation_mode, loss_takes,
-                   cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
-    prompts = both[0 if split == "train" else 1]
-    if len(prompts) == 0:
-        raise UserError(f"{split_name(choice.name, split)}: no row is left for it; add data, or set test_fraction")
-    return prompts
-
-
-def _without_overlong(
-    part: Sequence[Prompt], choice: Choice, sft_mode: bool, tokenizer, split: str, **lengths: int
-) -> Sequence[Prompt]:
-    """With `truncation=drop`, the prompts without examples longer than `max_length`; with `error` there may be none."""
-    if choice.truncation not in ("drop", "error"):
-        return part
-    prompts, responses, numbers = report.lengths(part, sft_mode, tokenizer)
-    too_long = prompts + responses + int(lengths["add_bos"]) > lengths["max_length"]
-    if too_long.any() and choice.truncation == "error":
-        places = "\n".join(f"  {part[int(n)].place(0)}" for n in numbers[too_long][:10])
-        raise UserError(
-            f"truncation=error: {too_long.sum()} examples are longer than max_length={lengths['max_length']} tokens:\n"
-            f"{places}\nShorten them, raise max_length, or choose truncation=drop, keep_end or keep_start"
-        )
-    rank0_print(f"{choice.name} ({split}): {too_long.sum()} examples longer than max_length are dropped")
-    if isinstance(part, PreparedPrompts):
-        part.leave_out(too_long, sft_mode)
-        return part
-    dropped = set(_counted(numbers, too_long))
-    kept = []
-    for number, prompt in enumerate(part):
-        indices = [index for index in range(len(prompt.pairs)) if sft_mode or (number, index) not in dropped]
-        if (number, 0) not in dropped if sft_mode else indices:
-            rows = [prompt.rows[index] for index in indices] if prompt.rows else []
-            kept.append(replace(prompt, pairs=[prompt.pairs[index] for index in indices], rows=rows))
-    if not kept:
-        raise UserError(
-            f"{split_name(choice.name, split)}: truncation=drop leaves nothing; raise "
-            f"max_length={lengths['max_length']}"
-        )
-    return kept
-
-
-def _counted(numbers: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """The number of the prompt and the index within it of each masked example."""
-    seen: dict[int, int] = defaultdict(int)
-    for number, is_wanted in zip(numbers.tolist(), mask.tolist(), strict=True):
-        if is_wanted:
-            yield number, seen[number]
-        seen[number] += 1
-
-
-def _order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int, sft_mode: bool) -> np.ndarray | None:
-    """Which prompts an epoch takes, counted through all datasets, as weights and numbers of examples say."""
-    if all(choice.weight == 1 and choice.n_examples is None for choice in choices):
-        return None
-    order, start = [], 0
-    for part, choice in zip(parts, choices, strict=True):
-        numbers, counts = np.arange(len(part)), np.ones(len(part), dtype=int) if sft_mode else example_counts(part)
-        drawn = np.random.RandomState(seed).permutation(len(part))
-        if choice.n_examples is not None:
-            if choice.n_examples > counts.sum():
-                rank0_print(f"{choice.name}: n_examples={choice.n_examples}, but there are only {counts.sum()}")
-            needed = int(np.searchsorted(counts[drawn].cumsum(), choice.n_examples)) + 1
-            numbers = np.sort(drawn[:needed])
-        whole, rest = divmod(choice.weight, 1)
-        part_of_it = np.sort(np.random.RandomState(seed + 1).permutation(numbers)[: round(rest * len(numbers))])
-        order += [start + numbers] * int(whole) + [start + part_of_it]
-        start += len(part)
-    return np.concatenate(order)
-
-
 def open_batches(
     config: DictConfig,
+    choices: list[Choice],
     tokenizer,
     sft_mode: bool,
     seed: int,
@@ -586,7 +408,6 @@ def open_batches(
 ) -> tuple[BatchIterator, BatchIterator]:
     """The training and the evaluation batches that a config asks for; see `get_batch_iterator`. What they hold is
     reported. Without `trains` the evaluation batches stand for both."""
-    choices = chosen_datasets(config)
     kwargs = {
         "names": choices,
         "tokenizer": tokenizer,
@@ -614,28 +435,8 @@ def open_batches(
     )
     train = train if trains else test
     if on_rank0():
-        _report(train if trains else None, test, tokenizer)
+        print_report(train if trains else None, test, tokenizer)
     return train, test
-
-
-def _report(train: BatchIterator | None, test: BatchIterator, tokenizer):
-    """Say what there is to train on, if it is trained, and to evaluate on."""
-    opened = {"train": train, "test": test} if train is not None else {"test": test}
-    for split, batches in opened.items():
-        print("\n".join(report.lines(batches, tokenizer, split)))
-    print(report.example(test if train is None else train, tokenizer))
-    if train is not None:
-        print(
-            f"Training data: {train.epoch_size} examples an epoch in batches of {train.batch_size}; "
-            f"the {train.n_left_out} that fill no whole batch are left out of it; {train.n_batches} steps in all"
-        )
-    repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
-    print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}", flush=True)
-    if not test.lengths["add_bos"] and (n_empty := sum(map(report.count_empty_prompts, opened.values()))):
-        rank0_print(
-            f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, which is left "
-            "out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
-        )
 
 
 def _how_many(n_eval_examples: int | None) -> dict[str, int]:

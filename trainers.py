@@ -27,14 +27,21 @@ from checkpointing.train_state import (
     seed_generators,
     set_rng_state,
 )
+from commands.output import quiet_libraries
 from computation import PolicyAndReference
+from config_checks.datasets import chosen_datasets, hub_names
 from data.batches import prefetched
 from data.microbatches import computed_tokens
-from distributed import collectives
+from distributed import collectives, environment
 from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
 from evaluation.sampling import end_tokens, generate_scorable
-from losses import LOGPS, LOSSES, _get_batch_logps, preference_loss, response_lengths  # noqa: F401 (re-exported)
+from log_probabilities import (  # noqa: F401
+    _get_batch_logps,
+    concatenated_inputs,
+    response_lengths,
+)
+from losses import LOGPS, LOSSES, preference_loss  # noqa: F401
 from models import check_tokenizer_fits, configured_dropout_rates, load_tokenizer
 from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
@@ -46,14 +53,7 @@ from reporting.metrics import TIE, check_finite, kl_metrics, mean_metrics, respo
 from reporting.run_log import RunLog
 from reporting.terminal import RunTable, passing_bar, progress_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import (
-    UserError,
-    concatenated_inputs,  # noqa: F401 (re-exported)
-    get_block_class_from_model,
-    rank0_print,
-    slice_and_move_batch_for_device,
-    take,
-)
+from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device, take
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -124,6 +124,7 @@ class BasicTrainer(PolicyAndReference):
         config, sft_mode = self.config, not self.loss.needs_pairs
         self.train_iterator, self.eval_iterator = open_batches(
             config,
+            chosen_datasets(config),
             self.tokenizer,
             sft_mode,
             self.seed,
@@ -491,3 +492,31 @@ class TensorParallelTrainer(BasicTrainer):
     """Trains in several processes that compute the same batches together, each its shard of every layer."""
 
     strategy_class = STRATEGIES["TensorParallelTrainer"]
+
+
+def make_trainer(config: DictConfig, trains: bool = True):
+    """Load all that the config names: tokenizer, data, policy and reference; without `trains` no training data."""
+    import trainers
+    from data import hub
+    from models import allow_own_code, load_policy, load_reference
+
+    quiet_libraries()
+    hub.use_cache_if_unreachable(hub_names(config))
+    allow_own_code(config)
+    trainer_class = getattr(trainers, config.trainer)
+    device_map = trainer_class.strategy_class.device_map
+    # on its way to several workers the policy is emptied, and there is nothing to copy
+    copied: list[nn.Module] = []
+
+    def policy() -> nn.Module | None:
+        model = load_policy(config, device_map) if environment.is_local_rank0() else None
+        copied.extend([model] if device_map == "balanced" and model is not None else [])
+        return model
+
+    def reference_model() -> nn.Module | None:  # where one is needed
+        first = copied[0] if copied else None
+        return load_reference(config, first, device_map) if environment.is_local_rank0() else None
+
+    return trainer_class(
+        policy, config, config.seed, config.local_run_dir, reference_model, *collectives.rank_and_world_size(), trains
+    )

@@ -117,18 +117,6 @@ def pad_to_length(tensor: torch.Tensor, length: int, pad_value: int | float, dim
     return torch.cat([tensor, tensor.new_full(pad_shape, pad_value)], dim=dim)
 
 
-def concatenated_inputs(batch: dict[str, list | torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Stack the chosen over the rejected sequences: shape (2 * batch_size, longest), under 'concatenated_...' keys."""
-    length = max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1])
-    concatenated_batch = {}
-    for kind in ("input_ids", "attention_mask", "labels"):
-        pad_value = -100 if kind == "labels" else 0
-        concatenated_batch[f"concatenated_{kind}"] = torch.cat(
-            [pad_to_length(batch[f"{side}_{kind}"], length, pad_value) for side in ("chosen", "rejected")]
-        )
-    return concatenated_batch
-
-
 def unwrap_adapter(model: nn.Module) -> nn.Module:
     """The transformers model that PEFT has put an adapter's layers into; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

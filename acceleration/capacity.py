@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from acceleration.prefix_sharing import Rows, token_logps
+from acceleration.prefix_sharing import Rows
+from acceleration.response_head import token_logps
 from acceleration.shadow_weights import release_copies
 from data.microbatches import CPU_OVERHEAD
 from distributed.strategies import SingleProcess
@@ -55,7 +56,7 @@ def measure_activations(
     """Run one forward pass with gradients as in training, and count the storages that its graph keeps, each once.
 
     With activation checkpointing the last block keeps everything, as one block does at a time in the backward pass.
-    Blocks must not be compiled yet. Logits are not counted, as only so many are kept (`prefix_sharing`), save with
+    Blocks must not be compiled yet. Logits are not counted, as only so many are kept (`response_head`), save with
     `whole_logits`. The policy and the random generators are left as they were.
     """
     release_copies(policy)

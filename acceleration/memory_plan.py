@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from acceleration.capacity import Activations
-from acceleration.prefix_sharing import LOGITS_BYTES
-from config_checks.sources import resolved_reference
+from acceleration.response_head import LOGITS_BYTES
 from losses import needs_reference
+from references import resolved_reference
 from utils import UserError, transformer_blocks, unwrap_adapter
 
 _SHARE_FOR_ACTIVATIONS = 0.9  # of the memory that is left: the rest is for fragments and kernels' workspaces

@@ -16,19 +16,12 @@ import torch
 from torch import nn
 
 from acceleration.packed_attention import takes_packed_attention, use_packed_attention
-from acceleration.prefix_sharing import (
-    PACKED,
-    SHARED,
-    Rows,
-    packed_rows,
-    packed_shared_rows,
-    padded_rows,
-    shared_rows,
-    token_logps,
-)
+from acceleration.prefix_sharing import PACKED, SHARED, Rows, packed_rows, packed_shared_rows, padded_rows, shared_rows
+from acceleration.response_head import token_logps
 from distributed import collectives
 from distributed.strategies import SingleProcess
-from utils import UserError, computed_dtype, concatenated_inputs, take, unwrap_adapter
+from log_probabilities import concatenated_inputs
+from utils import UserError, computed_dtype, take, unwrap_adapter
 
 # How far a way of computing may be from the model's own forward, as a multiple of what rounding does to that forward
 # (`OwnForward`), if it is to be chosen, and if there is no other and training would be refused. Over the architectures

@@ -21,8 +21,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 from acceleration.model_check import CHOSEN_WITHIN, REFUSED_BEYOND, OwnForward, choose_rows, synthetic_pair  # noqa: E402
 from acceleration.packed_attention import use_packed_attention  # noqa: E402
-from acceleration.prefix_sharing import packed_shared_rows, shared_rows, token_logps  # noqa: E402
-from utils import UserError, concatenated_inputs, disable_dropout  # noqa: E402
+from acceleration.prefix_sharing import packed_shared_rows, shared_rows  # noqa: E402
+from acceleration.response_head import token_logps  # noqa: E402
+from log_probabilities import concatenated_inputs  # noqa: E402
+from utils import UserError, disable_dropout  # noqa: E402
 
 OUTPUT = REPOSITORY / "docs" / "architectures.md"
 MAX_LENGTH = 192  # tokens

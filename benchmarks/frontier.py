@@ -34,6 +34,7 @@ from omegaconf import OmegaConf
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
+from commands.command_line import with_free_keys
 from config_checks.schema import CONFIG_DIR, REPOSITORY
 from data import toy
 from losses import KL_ESTIMATE, LOGPS, LOSSES
@@ -223,7 +224,7 @@ class Bench:
         """`python train.py ...` in this process; what it prints goes to the directory's log."""
         places = [f"model.name_or_path={self.model}", f"local_dirs=[{self.out}]", f"local_run_dir={directory}"]
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", train.with_free_keys([*COMMON, *places, *overrides]))
+            config = compose("config", with_free_keys([*COMMON, *places, *overrides]))
         with open(f"{directory}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             train.run(config)
 

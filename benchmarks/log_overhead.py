@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import trainers
+from commands.command_line import with_free_keys
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR
 from models import load_policy, load_reference
@@ -26,7 +27,6 @@ from reporting import curves
 from reporting.run_log import RunLog
 from reporting.runs import read_run
 from reporting.terminal import RunTable
-from train import with_free_keys
 
 
 def make_trainer(directory: str, batch_size: int):

@@ -47,12 +47,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acceleration.capacity import microbatch_overhead
 from acceleration.packed_attention import use_packed_attention
-from acceleration.prefix_sharing import Layout, packed_shared_rows, padded_rows, response_logps, shared_rows
+from acceleration.prefix_sharing import Layout, packed_shared_rows, padded_rows, shared_rows
+from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from data.batches import prefetched
 from data.microbatches import microbatches
+from log_probabilities import concatenated_inputs
 from losses import preference_loss
-from utils import concatenated_inputs, disable_dropout, slice_and_move_batch_for_device
+from utils import disable_dropout, slice_and_move_batch_for_device
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 5e-7, 10.0
 EOS = 0  # token id; it pads too

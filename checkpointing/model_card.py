@@ -10,10 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from checkpointing.fingerprints import is_of_model
 from checkpointing.integrity import CARD
-from config_checks.sources import policy_source
+from config_checks.datasets import chosen_datasets
 from data.reading import has_data_suffix
 from losses import needs_reference
-from preference_datasets import DATASETS, chosen_datasets
+from preference_datasets import DATASETS
+from references import policy_source
 
 _OF_DATA = ("train_split", "test_split", "truncation", "chat_template", "add_bos", "max_length", "max_prompt_length")
 _OF_TRAINING = (

@@ -1,9 +1,11 @@
 """Going on with a run: from which checkpoint, and whether it is still the same run under today's config."""
 
+import contextlib
 import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -19,9 +21,9 @@ from checkpointing.integrity import (
 )
 from checkpointing.train_state import read_state_json, training_settings, versions
 from config_checks.schema import REPOSITORY, default_config
-from config_checks.sources import resolved_reference
 from data.batches import split_name
 from distributed import environment
+from references import resolved_reference
 from utils import UserError, rank0_print
 
 SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory, in all processes of its jobs
@@ -287,3 +289,43 @@ def refuse_changed_inputs(config: DictConfig, changed: list[str]):
             "resume_anyway=true"
         )
     rank0_print(f"WARNING: {message}")
+
+
+@contextlib.contextmanager
+def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
+    """Let errors of this class that end a run say how to go on with it."""
+    try:
+        yield
+    except error_class as error:
+        error.add_note(resume_hint(run_dir))
+        raise
+
+
+def find_checkpoints(run_dir: str | None, asked: str | list[str]) -> list[str | None]:
+    """The directories of a run's checkpoints that were asked for, by name or all; without a run, None alone.
+
+    Raises: UserError if one isn't there or is damaged.
+    """
+    if run_dir is None:
+        if asked != "LATEST":
+            raise UserError(f"checkpoint={asked}: of which run? Give run=DIR, or the weights by model.archive")
+        return [None]
+    names = [str(name) for name in (asked if isinstance(asked, list) else [asked])]
+    there = [name for name in os.listdir(run_dir) if name in ("LATEST", "BEST") or name.startswith("step-")]
+    there = [name for name in there if os.path.exists(os.path.join(run_dir, name, "state.json"))]
+    if names == ["all"]:
+        names = [name for name in there if not os.path.islink(os.path.join(run_dir, name))]
+        names.sort(key=lambda name: read_state_json(os.path.join(run_dir, name))["examples"])
+    if not names:
+        raise UserError(f"run={run_dir}: it has no checkpoint yet")
+    return [_checked_checkpoint(str(run_dir), name, sorted(there)) for name in names]
+
+
+def _checked_checkpoint(run_dir: str, name: str, there: list[str]) -> str:
+    path = os.path.join(run_dir, name)
+    if name not in there:
+        listed = f"; there are {', '.join(there)}" if there else "; there is none yet"
+        raise UserError(f"checkpoint={name}: {run_dir} has no such checkpoint{listed}")
+    if (reason := find_corruption(os.path.realpath(path))) is not None:
+        raise UserError(f"{path} can't be used: {reason}")
+    return path

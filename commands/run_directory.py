@@ -2,12 +2,22 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import re
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils import UserError
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from checkpointing import fingerprints
+from utils import UserError, get_local_run_dir
 
 LOCK = ".lock"
 
@@ -96,3 +106,62 @@ def _open_locked(run_dir: str) -> int:
 def _close(descriptor: int):
     _held.discard(descriptor)
     os.close(descriptor)
+
+
+def default_run_dir(exp_name: str, local_dirs: list[str]) -> str:
+    """The default of `local_run_dir`: a new path, or the directory of a sweep's job."""
+    return HydraConfig.get().runtime.output_dir if in_sweep() else get_local_run_dir(exp_name, local_dirs)
+
+
+def is_run_dir_given(config: DictConfig) -> bool:
+    """Whether `local_run_dir` is one that will be the same the next time."""
+    if "get_local_run_dir:" not in str(OmegaConf.to_container(config, resolve=False)["local_run_dir"]):
+        return True
+    return in_sweep() and any(word.startswith("hydra.sweep.dir=") for word in HydraConfig.get().overrides.hydra)
+
+
+def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
+    """Create the run directory with the config in it; nothing before this writes anything but caches and a lock.
+
+    Args:
+        inputs: fingerprints of what the run starts from.
+    """
+    path = os.path.join(config.local_run_dir, "config.yaml")
+    try:
+        os.makedirs(config.local_run_dir, exist_ok=True)
+        with open(f"{path}.partial-new", "w", encoding="utf-8") as file:
+            file.write(fingerprints.header(inputs or {}) + OmegaConf.to_yaml(config))
+        os.replace(f"{path}.partial-new", path)
+    except OSError as error:
+        raise UserError(f"local_run_dir={config.local_run_dir}: can't write there: {error}") from error
+    print("=" * 80)
+    print(f"Writing to {socket.gethostname()}:{config.local_run_dir}")
+    print("=" * 80, flush=True)
+
+
+def in_sweep() -> bool:
+    """Whether what runs now is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job_name() -> str:
+    """The job's overrides as the name of a directory, such that its path can be typed in an override."""
+    overrides = [f"{key}-{value}" for key, value in job_overrides().items()]
+    name = re.sub(r"[^\w.+-]+", "_", "_".join(overrides)) or f"job_{OmegaConf.select(HydraConfig.get(), 'job.num')}"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def job_overrides() -> dict[str, str]:
+    """What the sweep varies, as it is in this job: {'loss.beta': '0.1', ...}."""
+    parser, varied = OverridesParser.create(), set(HydraConfig.get().sweeper.get("params") or {})
+    for word in sys.argv[1:]:
+        with contextlib.suppress(HydraException):  # options with a minus
+            override = parser.parse_override(word)
+            varied |= {override.get_key_element()} if override.is_sweep_override() else set()
+    job = [parser.parse_override(word) for word in OmegaConf.to_container(HydraConfig.get().overrides.task)]
+    return {o.key_or_group: o.get_value_element_as_str() for o in job if o.get_key_element() in varied}
+
+
+_LONGEST_NAME = 150  # characters; file systems take 255 bytes

@@ -1,48 +1,28 @@
 """Sweeps (`-m`): the names of their jobs, and the table of what has become of them."""
 
 import contextlib
-import hashlib
+import gc
 import json
+import multiprocessing
 import os
-import re
+import shlex
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
-from utils import rank0_print
+from checkpointing.preemption import EXIT_CODE, SIGNALS
+from checkpointing.resume import SWEEP_DIR, resume_command
+from commands.errors import errors_reported
+from commands.run_directory import is_run_dir_given, job_overrides
+from distributed import environment
+from utils import UserError, on_rank0, rank0_print
 
 METRICS = ("loss/eval", "rewards_eval/accuracies")  # what the table shows of a job's last evaluation
-_LONGEST_NAME = 150  # characters; file systems take 255 bytes
-
-
-def in_sweep() -> bool:
-    """Whether what runs now is a job of a sweep."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def job_overrides() -> dict[str, str]:
-    """What the sweep varies, as it is in this job: {'loss.beta': '0.1', ...}."""
-    parser, varied = OverridesParser.create(), set(HydraConfig.get().sweeper.get("params") or {})
-    for word in sys.argv[1:]:
-        with contextlib.suppress(HydraException):  # options with a minus
-            override = parser.parse_override(word)
-            varied |= {override.get_key_element()} if override.is_sweep_override() else set()
-    job = [parser.parse_override(word) for word in OmegaConf.to_container(HydraConfig.get().overrides.task)]
-    return {o.key_or_group: o.get_value_element_as_str() for o in job if o.get_key_element() in varied}
-
-
-def job_name() -> str:
-    """The job's overrides as the name of a directory, such that its path can be typed in an override."""
-    overrides = [f"{key}-{value}" for key, value in job_overrides().items()]
-    name = re.sub(r"[^\w.+-]+", "_", "_".join(overrides)) or f"job_{OmegaConf.select(HydraConfig.get(), 'job.num')}"
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[:_LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
 
 
 class SweepLog:
@@ -92,3 +72,93 @@ def _last_evaluation(run_dir: str) -> dict[str, float]:
                 row = json.loads(line)
                 last = row if row["split"] == "eval" else last
     return last
+
+
+class Sweep:
+    """The jobs of a sweep (`-m`), one after the other: one that fails doesn't stop the others, a signal stops all."""
+
+    def __init__(self, run: Callable[[DictConfig], None]):
+        self.run = run
+        self.log: SweepLog | None = None
+        self.run_dirs: set[str] = set()
+        self.complete = True
+        self.stack = contextlib.ExitStack()
+
+    def start(self):
+        """Begin with the first job: only now the directory is known."""
+        self.directory = os.path.abspath(HydraConfig.get().sweep.dir)
+        os.environ[SWEEP_DIR] = self.directory
+        self.log = SweepLog(self.directory)
+        self.stack.enter_context(_exit_on_signal())
+
+    def run_job(self, config: DictConfig):
+        """Run a job and record how it ended; its errors are printed here.
+
+        Raises: SystemExit if a signal asked for it.
+        """
+        if self.log is None:
+            self.start()
+        overrides, start = " ".join(f"{key}={value}" for key, value in job_overrides().items()), time.monotonic()
+        rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
+        run_dir, status = HydraConfig.get().runtime.output_dir, "failed"
+        try:
+            with errors_reported():
+                run_dir = self._claimed_dir(config)
+                self.run(config)
+            status = "complete"
+        except SystemExit as error:
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr, flush=True)
+            status = "stopped" if error.code == EXIT_CODE else "failed"
+            if status == "stopped" or environment.is_launched():  # whose other workers could not follow
+                raise
+        finally:
+            self.complete &= status == "complete"
+            if on_rank0():
+                self.log.add(run_dir, overrides, status, time.monotonic() - start)
+            gc.collect()  # a trainer is full of cycles, and its memory is the next one's
+
+    def _claimed_dir(self, config: DictConfig) -> str:
+        """The directory of a job, which no other job has had."""
+        if config.resume not in (None, "auto"):
+            raise UserError(
+                f"resume={config.resume}: a sweep goes on with all its jobs by resume=auto and hydra.sweep.dir=DIR"
+            )
+        if environment.is_launched_by_user() and not is_run_dir_given(config):
+            raise UserError("a sweep under a launcher needs hydra.sweep.dir=DIR, the same for all workers")
+        run_dir = os.path.abspath(config.local_run_dir)
+        if run_dir in self.run_dirs:
+            raise UserError(
+                f"local_run_dir={run_dir}: an earlier job of this sweep wrote there; leave local_run_dir out, or let "
+                "it depend on what the sweep varies"
+            )
+        self.run_dirs.add(run_dir)
+        return run_dir
+
+    def report(self):
+        """Print the table of jobs and, if some are not complete, how to go on."""
+        self.stack.close()
+        if self.log is None:
+            return
+        rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}")
+        rank0_print(f"\nTo compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
+        if not self.complete:
+            command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
+            rank0_print(f"To go on with what is not complete: {command}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _exit_on_signal() -> Iterator[None]:
+    """Let a signal that comes while a job of a sweep loads end the sweep as one that comes while it trains."""
+
+    def end(_number: int, _frame):
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.exit(EXIT_CODE)
+
+    former = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

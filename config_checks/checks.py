@@ -11,15 +11,17 @@ import shutil
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-import preference_datasets
+from config_checks.datasets import check_datasets, check_fields, chosen_datasets
 from config_checks.explanations import unknown_key
 from config_checks.lora import check_adapter_fits, check_lora
 from config_checks.schema import FREE_KEYS, default_config, flatten, names_in
-from config_checks.sources import REFERENCES, reference_source, resolved_reference, saved_settings, sources
+from data.choice import TRUNCATIONS
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from losses import LOSSES, needs_reference
 from optimization import check_schedule
+from preference_datasets import DATASETS
+from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
 from utils import UserError, closest_match, get_local_dir
 
@@ -183,7 +185,7 @@ def _check_names(config: DictConfig):
 def _check_data(config: DictConfig):
     """Which data, as far as it can be told without reading them."""
     for key, values in (
-        ("truncation", (*preference_datasets.TRUNCATIONS, None)),
+        ("truncation", (*TRUNCATIONS, None)),
         ("on_bad_example", ("error", "skip")),
     ):
         if config[key] not in values:
@@ -191,14 +193,14 @@ def _check_data(config: DictConfig):
             raise UserError(f"{key}={config[key]}: must be one of {there_are}")
     if not 0 < config.test_fraction < 1:
         raise UserError(f"test_fraction={config.test_fraction}: must be above 0 and below 1")
-    preference_datasets.check_fields(config.fields, "config")
-    choices = preference_datasets.chosen_datasets(config)
+    check_fields(config.fields, "config")
+    choices = chosen_datasets(config)
     of_rows = [key for key in ("train_split", "test_split", "fields") if config[key]]
-    if of_rows and all(choice.is_named for choice in choices):
+    if of_rows and all(choice.name in DATASETS for choice in choices):
         raise UserError(
             f"{of_rows[0]}={config[of_rows[0]]}: that is for files and hub ids; named datasets have their own"
         )
-    preference_datasets.check_datasets(choices, config.dataset_paths)
+    check_datasets(choices, config.dataset_paths)
     if config.chat_template is not None and not os.path.isfile(config.chat_template):
         raise UserError(f"chat_template={config.chat_template}: no such file, seen from {os.getcwd()}")
 
@@ -450,8 +452,8 @@ def _check_files(config: DictConfig):
     _check_source("model.tokenizer_name_or_path", config.model.tokenizer_name_or_path)
     for source in sources(config):
         _check_source(source.key("name_or_path"), source.name_or_path)
-    for choice in preference_datasets.chosen_datasets(config):
-        if choice.is_named:
+    for choice in chosen_datasets(config):
+        if choice.name in DATASETS:
             _check_source(f"dataset_paths.{choice.name}", config.dataset_paths.get(choice.name))
     for source in sources(config):
         archive = source.archive

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from data import chat, diagnosis, reading
 from data.batches import Prompt, prefetched, split_name
+from data.choice import Choice, Settings
 from data.formats import BadExample, Example, Format, recognize
-from data.locations import Location, choose_splits
-from utils import UserError, hides_progress, rank0_print
+from data.locations import Location, choose_splits, locate
+from utils import UserError, get_local_dir, hides_progress, rank0_print
 
 VERSION = 1  # of what is kept: another one makes it anew
 _CHUNK = 1024  # rows that are tokenized at a time
@@ -42,18 +43,6 @@ SCHEMA = pa.schema(
         "response_ids": pa.list_(_IDS),
     }
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a dataset that isn't a named one is read."""
-
-    fields: dict[str, str] = field(default_factory=dict)  # names that a format's fields have in the data
-    train_split: str | None = None
-    test_split: str | None = None
-    test_fraction: float = 0.05  # of the prompts, held out where there is no test split
-    skips_bad: bool = False
-    chat_template: str | None = None  # a file; None: the tokenizer's own
 
 
 # ---- where the rows come from ---------------------------------------------------------------------------------------
@@ -508,3 +497,26 @@ class PreparedPrompts(Sequence):
         self.kept = ~too_long
         number = np.repeat(np.arange(len(self.n_pairs)), np.diff(self._first_pair))
         self.n_pairs = np.bincount(number[self.kept], minlength=len(self.n_pairs)).astype(np.int64)
+
+
+ROWS: dict[str, list[dict]] = {}  # rows given in Python, by a name that `datasets` then knows; see docs/data.md
+
+
+def prepared_split(
+    choice: Choice,
+    split: str,
+    settings: Settings,
+    tokenizer,
+    loss_takes: Sequence[str],
+    cache_dir: str | None,
+    silent: bool,
+) -> PreparedPrompts:
+    """The prompts of a dataset that isn't a named one."""
+    source = ROWS[choice.name] if choice.name in ROWS else locate(choice.name)
+    own = {key: getattr(choice, key) for key in ("train_split", "test_split", "fields") if getattr(choice, key)}
+    both = prepare(choice.name, source, replace(settings, **own), tokenizer, choice.truncation_mode(), loss_takes,
+                   cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
+    prompts = both[0 if split == "train" else 1]
+    if len(prompts) == 0:
+        raise UserError(f"{split_name(choice.name, split)}: no row is left for it; add data, or set test_fraction")
+    return prompts

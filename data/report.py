@@ -7,7 +7,7 @@ import numpy as np
 from data import chat
 from data.batches import BatchIterator, Prompt, chosen_and_rejected
 from data.prepared import PreparedPrompts
-from utils import uses_color
+from utils import rank0_print, uses_color
 
 _MEASURED = 10_000  # examples of a dataset whose tokens aren't kept
 _SHOWN_TOKENS = 200  # of prompt and response each
@@ -133,3 +133,23 @@ def _shortened(ids: list[int], tokenizer) -> str:
 
 def _marked(text: str) -> str:
     return f"\x1b[32m{text}\x1b[0m" if uses_color() else f"⟦{text}⟧"
+
+
+def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):
+    """Say what there is to train on, if it is trained, and to evaluate on."""
+    opened = {"train": train, "test": test} if train is not None else {"test": test}
+    for split, batches in opened.items():
+        print("\n".join(lines(batches, tokenizer, split)))
+    print(example(test if train is None else train, tokenizer))
+    if train is not None:
+        print(
+            f"Training data: {train.epoch_size} examples an epoch in batches of {train.batch_size}; "
+            f"the {train.n_left_out} that fill no whole batch are left out of it; {train.n_batches} steps in all"
+        )
+    repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
+    print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}", flush=True)
+    if not test.lengths["add_bos"] and (n_empty := sum(map(count_empty_prompts, opened.values()))):
+        rank0_print(
+            f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, which is left "
+            "out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
+        )

@@ -1,4 +1,4 @@
-"""Evaluate a run's checkpoints, or any model: `python evaluate.py run=RUN`, with the keys of train.py."""
+"""The figures of checkpoints on the evaluation data, with intervals: the body of `evaluate.py`."""
 
 import contextlib
 import dataclasses
@@ -7,23 +7,17 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable
 
 import numpy as np
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
-import train
 from checkpointing import fingerprints
-from checkpointing.integrity import find_corruption
-from checkpointing.train_state import read_state_json
-from config_checks.checks import check_config
-from config_checks.schema import own_keys
+from checkpointing.resume import find_checkpoints
+from config_checks.numbers import check_can_be_written
 from data.batches import chosen_and_rejected
 from distributed import collectives
 from evaluation.statistics import Z, wilson_interval
-from utils import UserError, closest_match, on_rank0, rank0_print
+from utils import UserError, on_rank0, rank0_print
 
 _IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
 _SHARES = ("rewards_eval/accuracies", "rewards_eval/ties")  # metrics that are 0 or 1 of each example
@@ -37,81 +31,6 @@ class Options:
     checkpoints: list[str | None]  # directories; None: the policy as it is loaded
     rows: str | None
     output: str | None
-
-
-def run(config: DictConfig):
-    """Check what is asked for, then evaluate."""
-    run_with_options(config, "evaluate", make_options, evaluate_checkpoints)
-
-
-def run_with_options(config: DictConfig, config_name: str, make_options: Callable, work: Callable):
-    """`work(config, options)`: in this process, in several that it starts, or as one of a launcher's.
-
-    Args:
-        config_name: of the file whose keys stand beside those of training.
-        make_options: options of the config of training and the values of these keys; what it raises ends all.
-    """
-    own = {key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)}
-    config = config_without(config, own)
-    with contextlib.ExitStack() as stack:
-        train.enter_process_group(config, stack)
-        prepared = None
-        if on_rank0():
-            check_config(config)
-            prepared = config, make_options(config, own)
-        config, options = collectives.broadcast_object(prepared)
-        train.start_workers_or(work, config, options)
-
-
-def config_without(config: DictConfig, own: dict) -> DictConfig:
-    """The config of training beneath one that has keys of its own, the run's where `run` is among them.
-
-    Raises: UserError if there is no such run, or its config can't be read.
-    """
-    with open_dict(config):
-        for key in own:
-            del config[key]
-    if own["run"] is not None:
-        config = _config_of_run(config, str(own["run"]), own)
-    else:
-        OmegaConf.to_container(config, resolve=True)
-        OmegaConf.resolve(config)
-    for key, value in {"resume": None, "save_optimizer": False, "wandb.enabled": False, "debug": False}.items():
-        OmegaConf.update(config, key, value)
-    return config
-
-
-def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
-    """The config of a run, with what the command line gives in place of what is there.
-
-    Args:
-        config: composed from the command line and the defaults.
-
-    Raises: UserError if there is no such run, or its config can't be read.
-    """
-    path = os.path.join(run_dir, "config.yaml")
-    if not os.path.isfile(path):
-        parent = os.path.dirname(run_dir.rstrip("/")) or "."
-        siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
-        raise UserError(f"run={run_dir}: no run there, as it has no config.yaml.{closest_match(run_dir, siblings)}")
-    try:
-        former = OmegaConf.load(path)
-        if not isinstance(former, DictConfig):
-            raise ValueError("it holds no keys")
-    except Exception as error:  # of the YAML library, whatever it is
-        raise UserError(f"{path}: can't read it: {' '.join(str(error).split())[:300]}") from error
-    parser = OverridesParser.create()
-    given = [parser.parse_override(word).key_or_group for word in HydraConfig.get().overrides.task]
-    result = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # keys that are newer than the run
-    with open_dict(result):
-        for key, value in OmegaConf.to_container(former, resolve=False).items():
-            result[key] = value
-        for key in given:
-            if key.split(".")[0] not in own:
-                OmegaConf.update(result, key, OmegaConf.select(config, key, throw_on_missing=True), merge=False)
-        result.local_run_dir = run_dir
-    OmegaConf.resolve(result)
-    return result
 
 
 def make_options(_config: DictConfig, own: dict) -> Options:
@@ -139,65 +58,18 @@ def _check_holds_evaluations(path: str | None):
         raise UserError(f"output={path}: a file that isn't one of evaluations; give another")
 
 
-def check_number(key: str, value: object, kind: type, lowest: float, highest: float):
-    """Raises: UserError unless it is a number of this type in the range."""
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-        raise UserError(f"{key}={value}: expected a {'whole ' if kind is int else ''}number")
-    if not lowest <= value <= highest:
-        raise UserError(f"{key}={value}: must be {lowest:g} to {highest:g}")
-
-
-def check_can_be_written(key: str, path: str | None):
-    """Raises: UserError if a file can't be written, in what the key gives."""
-    if path is not None and not os.access(os.path.dirname(os.path.abspath(str(path))), os.W_OK):
-        raise UserError(f"{key}={path}: can't write there; give a file in a directory that can be written")
-    if path is not None and os.path.isdir(str(path)):
-        raise UserError(f"{key}={path} is a directory; give a file")
-
-
-def find_checkpoints(run_dir: str | None, asked: str | list[str]) -> list[str | None]:
-    """The directories of a run's checkpoints that were asked for, by name or all; without a run, None alone.
-
-    Raises: UserError if one isn't there or is damaged.
-    """
-    if run_dir is None:
-        if asked != "LATEST":
-            raise UserError(f"checkpoint={asked}: of which run? Give run=DIR, or the weights by model.archive")
-        return [None]
-    names = [str(name) for name in (asked if isinstance(asked, list) else [asked])]
-    there = [name for name in os.listdir(run_dir) if name in ("LATEST", "BEST") or name.startswith("step-")]
-    there = [name for name in there if os.path.exists(os.path.join(run_dir, name, "state.json"))]
-    if names == ["all"]:
-        names = [name for name in there if not os.path.islink(os.path.join(run_dir, name))]
-        names.sort(key=lambda name: read_state_json(os.path.join(run_dir, name))["examples"])
-    if not names:
-        raise UserError(f"run={run_dir}: it has no checkpoint yet")
-    return [_checked_checkpoint(str(run_dir), name, sorted(there)) for name in names]
-
-
-def _checked_checkpoint(run_dir: str, name: str, there: list[str]) -> str:
-    path = os.path.join(run_dir, name)
-    if name not in there:
-        listed = f"; there are {', '.join(there)}" if there else "; there is none yet"
-        raise UserError(f"checkpoint={name}: {run_dir} has no such checkpoint{listed}")
-    if (reason := find_corruption(os.path.realpath(path))) is not None:
-        raise UserError(f"{path} can't be used: {reason}")
-    return path
-
-
 # ---- evaluating -----------------------------------------------------------------------------------------------------
 
 
-def evaluate_checkpoints(config: DictConfig, options: Options):
-    """Evaluate one checkpoint after the other, print what comes out, and write it."""
-    trainer = train.make_trainer(config, trains=False)
+def evaluate_checkpoints(trainer, options: Options):
+    """Evaluate one checkpoint after the other; print and write the figures of each."""
     done = _former(options.output) if on_rank0() else {}
     with trainer.stop:
         trainer.precompute_reference()
         for checkpoint in options.checkpoints:
             if checkpoint is not None:
                 trainer.load_weights(checkpoint)
-            key = _key(config, checkpoint, trainer)
+            key = _key(trainer.config, checkpoint, trainer)
             result = collectives.broadcast_object(done.get(key))
             if result is None or options.rows is not None:
                 result = _evaluate(trainer, key, checkpoint, options)
@@ -361,7 +233,3 @@ def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     os.replace(f"{path}.partial", path)
     rank0_print(f"Written to {path}")
-
-
-if __name__ == "__main__":
-    train.main(run, "evaluate")

@@ -12,10 +12,9 @@ import os
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-import train
 from config_checks.explanations import unknown_key
+from config_checks.numbers import check_can_be_written, check_number
 from config_checks.schema import own_keys
-from evaluation import evaluate
 from evaluation.chat_completions import ChatCompletions, check_url
 from evaluation.command import Command
 from evaluation.origins import digest, kl_from_reference, origins
@@ -111,12 +110,12 @@ def check_options(options: dict):
         value = options[key]
         if value is None and may_be_null:
             continue
-        evaluate.check_number(key, value, kind, lowest, highest)
+        check_number(key, value, kind, lowest, highest)
     if not isinstance(options["judge_args"], dict):
         raise UserError(f"judge_args={options['judge_args']}: expected fields, e.g. judge_args.max_tokens=300")
     _check_keys_of_judge(options)
     get_local_dir(options["local_dirs"])
-    evaluate.check_can_be_written("output", options["output"])
+    check_can_be_written("output", options["output"])
     responses = {os.path.realpath(options[key]) for key in ("a", "b") if options[key]}
     for path in (options["output"], _summary_path(options)):
         if os.path.realpath(path) in responses:
@@ -329,7 +328,3 @@ def _table_of_verdicts(summary: dict) -> list[str]:
         lines.append(f"  {'mean length':<20}{summary['mean_length_a']:>8.1f}   b {summary['mean_length_b']:.1f} "
                      "(characters)")  # fmt: skip
     return lines
-
-
-if __name__ == "__main__":
-    train.main(run, "judge")

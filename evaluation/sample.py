@@ -1,4 +1,4 @@
-"""Draw responses from a run's checkpoints, or from any model: `python sample.py run=RUN`, with the keys of train.py."""
+"""Responses drawn from checkpoints, with log-probabilities under policy and reference: the body of `sample.py`."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -19,9 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import train
 from checkpointing.fingerprints import file_fingerprints
+from checkpointing.resume import find_checkpoints
 from checkpointing.train_state import read_state_json
+from config_checks.numbers import check_can_be_written, check_number
 from data import chat, prepared
 from data.batches import BatchIterator
 from data.diagnosis import Fault
@@ -30,7 +31,7 @@ from data.locations import locate
 from data.tokenization import get_collate_fn
 from distributed import collectives, environment
 from distributed.strategies import STRATEGIES
-from evaluation import evaluate, vllm_engine
+from evaluation import vllm_engine
 from evaluation.sampling import generate_scorable
 from losses import LOSSES
 from models import load_tokenizer
@@ -74,11 +75,6 @@ class Options:
     engine_args: dict
 
 
-def run(config: DictConfig):
-    """Check what is asked for, then draw."""
-    evaluate.run_with_options(config, "sample", make_options, sample_checkpoints)
-
-
 def make_options(config: DictConfig, own: dict) -> Options:
     """Raises: UserError if a key has a value of no use, a checkpoint isn't there, or a file can't be written.
 
@@ -86,7 +82,7 @@ def make_options(config: DictConfig, own: dict) -> Options:
     """
     config.precompute_ref_log_probs = False
     for key, kind, lowest, highest in (("n", int, 1, 10**6), ("top_k", int, 0, 10**9), ("top_p", float, 1e-9, 1)):
-        evaluate.check_number(key, own[key], kind, lowest, highest)
+        check_number(key, own[key], kind, lowest, highest)
     n_new = own["max_new_tokens"] if own["max_new_tokens"] is not None else config.max_length - config.max_prompt_length
     if isinstance(n_new, bool) or not isinstance(n_new, int) or n_new < 1:
         raise UserError(f"max_new_tokens={n_new}: must be a whole number above 0")
@@ -100,7 +96,7 @@ def make_options(config: DictConfig, own: dict) -> Options:
     if own["alpaca_eval"] is not None and len(drawings) > 1:
         raise UserError(f"alpaca_eval={own['alpaca_eval']}: give one checkpoint and one temperature at a time")
     for key, path in [("output", d.output) for d in drawings] + [("alpaca_eval", own["alpaca_eval"])]:
-        evaluate.check_can_be_written(key, path)
+        check_can_be_written(key, path)
     _check_apart(own, drawings)
     return Options(own["run"], drawings, own["prompts"], own["n"], float(own["top_p"]), own["top_k"], n_new,
                    own["alpaca_eval"], own["engine"], own["engine_args"])  # fmt: skip
@@ -145,13 +141,13 @@ def _drawings(own: dict) -> list[Drawing]:
     given = own["temperature"]
     temperatures = given if isinstance(given, list) else [given]
     for temperature in temperatures:
-        evaluate.check_number("temperature", temperature, float, 0, 1e6)
+        check_number("temperature", temperature, float, 0, 1e6)
         if 0 < temperature < 1e-6:
             raise UserError(f"temperature={temperature}: give 0 for the likeliest tokens, or 1e-6 or more")
     endings = [f"_t{temperature:g}" for temperature in temperatures] if isinstance(given, list) else [""]
     if not endings or len(set(endings)) < len(endings):
         raise UserError(f"temperature={given}: give one, or several that differ, e.g. temperature=[0.5,1.0]")
-    checkpoints = evaluate.find_checkpoints(own["run"], own["checkpoint"])
+    checkpoints = find_checkpoints(own["run"], own["checkpoint"])
     if own["output"] is None and own["run"] is None:
         raise UserError("output: name the file that gets the samples, as there is no run to keep them in")
     if own["output"] is not None and len(checkpoints) > 1:
@@ -258,10 +254,13 @@ def seed_of(seed: int, request: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{request}/{number}".encode()).digest()[:8], "big") >> 1
 
 
-def sample_checkpoints(config: DictConfig, options: Options):
-    """Draw one file after the other; what is written stays if a signal ends it."""
+def sample_checkpoints(make_trainer: Callable[[], object], config: DictConfig, options: Options):
+    """Draw one file after the other; a signal ends it and leaves what is written.
+
+    `make_trainer` loads the models, for the log-probabilities of what is drawn.
+    """
     drawn = draw_by_vllm(config, options) if options.engine == "vllm" else {}
-    trainer = train.make_trainer(config, trains=False)
+    trainer = make_trainer()
     n_positions = getattr(trainer.policy.config, "max_position_embeddings", None)
     if n_positions is not None and config.max_prompt_length + options.max_new_tokens > n_positions:
         raise UserError(
@@ -503,7 +502,3 @@ def _write_alpaca_eval(path: str, output: str, checkpoint: str | None):
         json.dump(rows, file, ensure_ascii=False, indent=1)
     os.replace(f"{path}.partial", path)
     rank0_print(f"Written to {path}")
-
-
-if __name__ == "__main__":
-    train.main(run, "sample")

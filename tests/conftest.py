@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from process_pool import ProcessPool
 from safetensors.torch import load_file
 
+from commands.command_line import with_free_keys
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR
 from models import load_policy, load_reference
-from train import with_free_keys
 from trainers import BasicTrainer
 
 os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"]  # for what tests start

@@ -8,12 +8,12 @@ from conftest import ORACLE, read_jsonl
 from test_cli import SHORT, assert_refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from acceleration.prefix_sharing import padded_rows, response_logps, shared_rows
+from acceleration.prefix_sharing import padded_rows, shared_rows
+from acceleration.reference_cache import pair_keys
+from acceleration.response_head import response_logps
 from data.tokenization import get_collate_fn, tokenize_batch, tokenize_batch_element
-from losses import _get_batch_logps
+from log_probabilities import _get_batch_logps, concatenated_inputs
 from preference_datasets import DATASETS, Dataset
-from references import pair_keys
-from utils import concatenated_inputs
 
 BOS, EOS = 7, 2
 SAMPLED = ["n_eval_examples=8", "n_eval_model_samples=8"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from acceleration.model_check import choose_rows
-from acceleration.prefix_sharing import padded_rows, shared_rows, token_logps
+from acceleration.prefix_sharing import padded_rows, shared_rows
+from acceleration.response_head import token_logps
 from benchmarks.architectures import batch_of, own_logps, tiny_model
 from utils import UserError
 

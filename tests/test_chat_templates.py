@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR
-from data.prepared import Settings
+from data.choice import Settings
 from preference_datasets import get_batch_iterator
 from utils import UserError
 

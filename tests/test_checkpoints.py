@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from checkpointing.archives import load_archive
 from checkpointing.checkpoints import delete_oldest, point_latest
 from checkpointing.integrity import atomic_directory, find_corruption, recover_interrupted_saves
-from train import create_run_dir
+from commands.run_directory import create_run_dir
 from utils import UserError, disable_dropout
 
 TOY = [

@@ -8,10 +8,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from commands.command_line import with_free_keys
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR, default_config
 from losses import LOSSES
-from train import with_free_keys
 from utils import UserError, get_local_dir
 
 NUMBERS = [-1, 0, 0.5, 1, 3, 1000, 1e300, 1e-320, 2**80, math.nan, math.inf, -math.inf, -0.0]

@@ -15,8 +15,9 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from data.choice import Settings
 from data.locations import locate
-from data.prepared import Settings, prepare
+from data.prepared import prepare
 from utils import UserError
 
 TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "assets" / "tiny")

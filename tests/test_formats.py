@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, read_jsonl
 from transformers import AutoTokenizer
 
-from data.prepared import Settings
+from data.choice import Settings
 from preference_datasets import get_batch_iterator
 from utils import UserError
 

@@ -11,22 +11,20 @@ from conftest import REPOSITORY
 from distributed.strategies import STRATEGIES
 
 LEVELS = [  # modules and folders; each imports from those below it alone, a folder's modules one another, too
-    {"judge"},
-    {"sample"},
-    {"evaluate"},
-    {"train", "checkpoints"},
+    {"train", "evaluate", "sample", "judge", "export"},
     {"trainers"},
     {"computation"},
-    {"models", "judging", "generation"},
-    {"checkpointing"},
-    {"configuration"},
-    {"references", "preference_datasets"},
-    {"model_check"},
-    {"shared_prompt"},
+    {"evaluation"},
+    {"models"},
     {"acceleration"},
+    {"commands"},
+    {"checkpointing"},
+    {"config_checks"},
+    {"preference_datasets"},
+    {"references", "optimization"},
     {"data", "reporting"},
     {"distributed"},
-    {"losses", "optimization"},
+    {"log_probabilities", "losses"},
     {"utils"},
 ]
 FOLDERS = [path.parent for path in REPOSITORY.glob("*/__init__.py")]

@@ -7,7 +7,8 @@ from conftest import REPOSITORY, figures
 from omegaconf import OmegaConf
 
 from config_checks.schema import CONFIG_DIR
-from losses import LOSSES, Loss, _get_batch_logps, preference_loss
+from log_probabilities import _get_batch_logps
+from losses import LOSSES, Loss, preference_loss
 from trainers import _get_batch_logps as reexported_logps
 from trainers import concatenated_inputs as reexported_inputs
 from trainers import preference_loss as reexported_loss

@@ -8,7 +8,7 @@ import torch
 from conftest import ORACLE, read_jsonl
 from test_cli import SHORT, TOY
 
-from losses import response_lengths
+from log_probabilities import response_lengths
 from reporting.metrics import kl_metrics, mean_metrics
 from reporting.usage import peak_flops
 

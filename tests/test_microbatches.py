@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_shared_prompt import CONFIGS, loss_and_gradients, make_batch, make_model, original_logps
 
-from acceleration.prefix_sharing import response_logps, shared_rows
+from acceleration.prefix_sharing import shared_rows
+from acceleration.response_head import response_logps
 from data.microbatches import _cheapest_cuts, computed_tokens, microbatches
 
 

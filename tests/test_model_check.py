@@ -11,11 +11,13 @@ from test_shared_prompt import BATCHES, LLAMA_LIKE, SMALL
 
 from acceleration.capacity import microbatch_overhead
 from acceleration.model_check import choose_rows, full_length_pair, synthetic_pair
-from acceleration.prefix_sharing import chunked_token_logps, padded_rows, shared_rows, token_logps
+from acceleration.prefix_sharing import padded_rows, shared_rows
+from acceleration.response_head import chunked_token_logps, token_logps
 from benchmarks.architectures import batch_of, own_logps, tiny_model
 from data.microbatches import microbatches
 from distributed.strategies import SingleProcess
-from utils import UserError, concatenated_inputs
+from log_probabilities import concatenated_inputs
+from utils import UserError
 
 MAX_LENGTH = 192
 SHORT = batch_of(((9, 4, 7), (3, 6, 2)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import read_jsonl
 
-from train import create_run_dir
+from commands.run_directory import create_run_dir
 from utils import UserError
 
 TOY = [

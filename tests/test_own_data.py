@@ -15,8 +15,8 @@ from test_formats import jsonl, parquet
 from transformers import AutoTokenizer
 
 from data.batches import mismatch
-from data.prepared import Settings
-from preference_datasets import Choice, get_batch_iterator
+from data.choice import Choice, Settings
+from preference_datasets import get_batch_iterator
 from utils import UserError
 
 RUN = [

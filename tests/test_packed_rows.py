@@ -23,8 +23,9 @@ from test_shared_prompt import (
 
 from acceleration.model_check import choose_rows
 from acceleration.packed_attention import Packing, _TakeKeys, packed_attention, use_packed_attention
-from acceleration.prefix_sharing import packed_rows, packed_shared_rows, padded_rows, response_logps, shared_rows
-from losses import _get_batch_logps
+from acceleration.prefix_sharing import packed_rows, packed_shared_rows, padded_rows, shared_rows
+from acceleration.response_head import response_logps
+from log_probabilities import _get_batch_logps
 from utils import UserError
 
 TAKE_PACKED = [name for name in CONFIGS if name != "gptj"]  # whose attention is its own

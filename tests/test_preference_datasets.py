@@ -6,6 +6,7 @@ import torch
 from conftest import ORACLE, figures
 from transformers import AutoTokenizer
 
+from log_probabilities import concatenated_inputs
 from preference_datasets import (
     DATASETS,
     Dataset,
@@ -16,7 +17,7 @@ from preference_datasets import (
     strip_html_tags,
     tokenize_batch_element,
 )
-from utils import UserError, concatenated_inputs
+from utils import UserError
 
 RECORDED = figures("batches")
 RUNS = [name for name in RECORDED if name != "elements"]

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from checkpointing.train_state import read_state_json
-from config_checks.sources import Source, reference_source
-from losses import _get_batch_logps
-from train import create_run_dir
+from commands.run_directory import create_run_dir
+from log_probabilities import _get_batch_logps
+from references import Source, reference_source
 from utils import UserError
 
 TOY = [

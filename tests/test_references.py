@@ -11,10 +11,11 @@ from conftest import ORACLE, REPOSITORY, read_jsonl, trainers_in
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from acceleration.reference_cache import LogpsCache
+from commands.run_directory import create_run_dir
 from data.batches import BatchIterator
 from export import merge
-from references import REFERENCE_ADAPTER, LogpsCache
-from train import create_run_dir
+from references import REFERENCE_ADAPTER
 from utils import UserError
 
 TOY = [

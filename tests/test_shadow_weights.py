@@ -8,7 +8,8 @@ from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from acceleration.prefix_sharing import response_logps, shared_rows
+from acceleration.prefix_sharing import shared_rows
+from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from losses import LOSSES
 

@@ -7,12 +7,15 @@ import pytest
 import torch
 import transformers
 
+from acceleration import response_head
 from acceleration.model_check import choose_rows
-from acceleration.prefix_sharing import chunked_token_logps, padded_rows, response_logps, shared_rows, tree_mask
+from acceleration.prefix_sharing import padded_rows, shared_rows
+from acceleration.response_head import chunked_token_logps, response_logps, tree_mask
 from data.tokenization import get_collate_fn, tokenize_batch
 from distributed.strategies import SingleProcess
-from losses import LOSSES, _get_batch_logps
-from utils import UserError, concatenated_inputs, disable_dropout
+from log_probabilities import _get_batch_logps, concatenated_inputs
+from losses import LOSSES
+from utils import UserError, disable_dropout
 
 VOCAB = 61
 SMALL = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -177,8 +180,8 @@ def test_chunked_logits_give_the_same_gradients_whether_kept_or_made_again(kept_
     hidden.requires_grad_()
     expected = head(hidden).log_softmax(-1)[torch.arange(10), targets]
     expected_gradients = torch.autograd.grad(expected.square().sum(), [hidden, head.weight, head.bias])
-    monkeypatch.setattr(prefix_sharing, "_CHUNK_BYTES", {"cpu": 3 * 4 * 5})  # chunks of three tokens
-    monkeypatch.setattr(prefix_sharing, "_KEPT_LOGITS_BYTES", kept_bytes)
+    monkeypatch.setattr(response_head, "_CHUNK_BYTES", {"cpu": 3 * 4 * 5})  # chunks of three tokens
+    monkeypatch.setattr(response_head, "_KEPT_LOGITS_BYTES", kept_bytes)
     logps = chunked_token_logps(hidden, head, targets, vocab_size=5, strategy=SingleProcess)
     torch.testing.assert_close(logps, expected)
     gradients = torch.autograd.grad(logps.square().sum(), [hidden, head.weight, head.bias])
@@ -241,7 +244,7 @@ def test_numbers_that_differ_without_a_known_reason_are_noticed(monkeypatch):
     def wrong_mask(segments, dtype):
         return tree_mask(torch.zeros_like(segments), dtype)  # the rejected response sees the chosen one
 
-    monkeypatch.setattr(prefix_sharing, "tree_mask", wrong_mask)
+    monkeypatch.setattr(response_head, "tree_mask", wrong_mask)
     model = make_model(CONFIGS["llama"], torch.float32)
     make_rows, _, why = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH)
     assert make_rows is padded_rows

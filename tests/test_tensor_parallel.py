@@ -17,13 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import profile
 
-from acceleration import prefix_sharing
-from acceleration.prefix_sharing import chunked_token_logps, padded_rows, shared_rows
+from acceleration import response_head
+from acceleration.prefix_sharing import padded_rows, shared_rows
+from acceleration.response_head import chunked_token_logps
 from distributed.strategies import TensorParallel
 from distributed.tensor_parallel import parallelize
 from utils import UserError
 
-response_logps = functools.partial(prefix_sharing.response_logps, strategy=TensorParallel)
+response_logps = functools.partial(response_head.response_logps, strategy=TensorParallel)
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -225,12 +226,12 @@ def check_autocast(name: str):
 
 def check_chunks(name: str):
     """The head's chunks of a few tokens, whose logits are computed again in the backward pass."""
-    sizes = prefix_sharing._CHUNK_BYTES["cpu"], prefix_sharing._KEPT_LOGITS_BYTES
-    prefix_sharing._CHUNK_BYTES["cpu"], prefix_sharing._KEPT_LOGITS_BYTES = 4 * 61 * 5, 0
+    sizes = response_head._CHUNK_BYTES["cpu"], response_head._KEPT_LOGITS_BYTES
+    response_head._CHUNK_BYTES["cpu"], response_head._KEPT_LOGITS_BYTES = 4 * 61 * 5, 0
     try:
         check_equals_dense(name)
     finally:
-        prefix_sharing._CHUNK_BYTES["cpu"], prefix_sharing._KEPT_LOGITS_BYTES = sizes
+        response_head._CHUNK_BYTES["cpu"], response_head._KEPT_LOGITS_BYTES = sizes
 
 
 def check_large_logits(name: str):

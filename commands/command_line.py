@@ -1,0 +1,83 @@
+"""The command line of every command: Hydra composes the config, errors become messages, `-m` sweeps."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from commands.errors import SHOWS_TRACEBACK, errors_reported
+from commands.output import keep_output_going
+from commands.run_directory import default_run_dir, in_sweep, job_name
+from commands.sweeps import Sweep
+from config_checks.explanations import explain_flags, explain_hydra_error
+from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY
+from distributed import launch
+from utils import get_local_dir
+
+
+def with_free_keys(overrides: list[str]) -> list[str]:
+    """The overrides, so marked that Hydra takes keys it doesn't know where names are not ours to know."""
+    return [f"++{word}" if word.startswith((*FREE_KEYS, "judge_args", "engine_args")) else word for word in overrides]
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """The config that the command line would give `run`, for use from Python: `run(compose_config("model=tiny"))`.
+
+    Raises: Hydra's errors for keys and values that can't be.
+    """
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = hydra.compose("config", with_free_keys(list(overrides)), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # what names and directories are made of
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+OmegaConf.register_new_resolver("get_local_run_dir", default_run_dir, replace=True)
+OmegaConf.register_new_resolver("get_local_dir", get_local_dir, replace=True)
+OmegaConf.register_new_resolver("sweep_job", job_name, replace=True)
+OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+
+
+@launch.exit_code_kept()
+def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps: bool = False):
+    """Call `run` with the config that Hydra composes from the command line.
+
+    A user's mistake ends the process with its message alone; HYDRA_FULL_ERROR=1 shows the traceback, too.
+
+    Args:
+        sweeps: the command may be run with `-m`, once for each combination of values.
+    """
+    keep_output_going()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
+    sys.argv[1:] = with_free_keys(sys.argv[1:])
+    sweep = Sweep(run)
+
+    def job(config: DictConfig):
+        if in_sweep():
+            if not sweeps:
+                sys.exit("error: -m sweeps over train.py alone")
+            sweep.run_job(config)
+            return
+        with errors_reported():  # above errors that reach Hydra it prints a line of its own
+            run(config)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except SystemExit as error:
+        if error.code == 2:  # of Hydra's parser of options
+            print(explain_flags(sys.argv[1:]), file=sys.stderr)
+        raise
+    except Exception as error:  # of Hydra composing what was typed, as jobs report their own
+        if SHOWS_TRACEBACK:
+            raise
+        sys.exit(f"error: {explain_hydra_error(error, config_name)}")
+    finally:
+        sweep.report()
+    if not sweep.complete:
+        sys.exit(1)

@@ -1,0 +1,96 @@
+"""Checks of `datasets` and of what belongs to it; which of its names are loaded from the hub."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from glob import has_magic
+
+from omegaconf import DictConfig
+
+from data.choice import TRUNCATIONS, Choice
+from data.locations import is_location, locate
+from data.prepared import ROWS
+from preference_datasets import DATASETS, check_names, refuse_unknown_name
+from utils import UserError, closest_match
+
+
+def chosen_datasets(config: DictConfig) -> list[Choice]:
+    """The entries of `datasets`, each with the config's settings where it has none of its own.
+
+    Raises: UserError if an entry isn't one.
+    """
+    common = {key: config[key] for key in ("truncation", "train_split", "test_split")} | {"fields": dict(config.fields)}
+    choices = []
+    for entry in config.datasets:
+        given = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+        _check_entry(given, f"datasets=[{entry}]")
+        is_named = given["name"] in DATASETS
+        inherited = {"truncation": common["truncation"]} if is_named else common
+        choices.append(
+            Choice(**(inherited | given | {"fields": dict(given.get("fields", inherited.get("fields", {})))}))
+        )
+    names = [choice.name for choice in choices]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"datasets: {twice} stands there twice; give it a weight: {{name: {twice}, weight: 2}}")
+    return choices
+
+
+def _check_entry(given: dict, shown: str):
+    known = [one.name for one in fields(Choice)]
+    for key in given:
+        if key not in known:
+            hint = closest_match(str(key), known)
+            raise UserError(f"{shown}: no setting {key!r}.{hint} There are: {', '.join(known)}")
+    if not isinstance(given.get("name"), str) or not given["name"].strip():
+        raise UserError(f"{shown}: expected names, files or ids on the hub, e.g. datasets=[hh]")
+    number = given.get("weight", 1)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1000:
+        raise UserError(f"{shown}: weight={number}: must be a number above 0, at most 1000")
+    number = given.get("n_examples")
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+        raise UserError(f"{shown}: n_examples={number}: must be a whole number above 0")
+    if given.get("truncation") not in (None, *TRUNCATIONS):
+        raise UserError(f"{shown}: truncation={given['truncation']}: must be one of {', '.join(TRUNCATIONS)}")
+    for key in ("train_split", "test_split"):
+        if not isinstance(given.get(key), str | None):
+            raise UserError(f"{shown}: {key}={given[key]}: expected the name of a split")
+    check_fields(given.get("fields", {}), shown)
+
+
+def check_fields(given: object, shown: str):
+    """Raises UserError unless it maps texts to texts."""
+    if not isinstance(given, Mapping) or not all(isinstance(x, str) for item in given.items() for x in item):
+        raise UserError(f"{shown}: fields={given}: expected a format's names and the data's, e.g. {{prompt: question}}")
+
+
+def check_datasets(choices: list[Choice], paths: dict[str, str]):
+    """Raises UserError if a dataset isn't there, or a setting isn't for it, as far as it can be told without reading;
+    see `check_names`."""
+    check_names([choice.name for choice in choices if choice.name in DATASETS], paths)
+    for choice in choices:
+        if choice.name in DATASETS and choice.name in ROWS:
+            raise UserError(f"datasets=[{choice.name}]: a named dataset is called so; give your rows another name")
+        if choice.name in DATASETS:
+            for key in ("train_split", "test_split", "fields"):
+                if getattr(choice, key):
+                    raise UserError(
+                        f"{key}={getattr(choice, key)}: datasets=[{choice.name}] has its own function that reads it; "
+                        f"that is for files and hub ids: datasets=[{{name: FILE, {key}: ...}}]"
+                    )
+        elif choice.name not in ROWS:
+            if not is_location(choice.name):
+                refuse_unknown_name(choice.name)
+            locate(choice.name)
+
+
+def hub_names(config: DictConfig) -> list[str]:
+    """What a run loads by name: ids on the hub or, as they may be, local folders."""
+    model, reference = config.model, config.reference_model
+    names = [model.name_or_path, model.tokenizer_name_or_path, model.archive, reference.name_or_path, reference.archive]
+    for choice in chosen_datasets(config):
+        is_local = choice.name in ROWS or os.path.exists(os.path.expanduser(choice.name)) or has_magic(choice.name)
+        if choice.name in DATASETS:
+            names.append(config.dataset_paths.get(choice.name) or DATASETS[choice.name].hub_id)
+        elif not is_local:
+            names.append(choice.name.partition(":")[0])
+    return [name for name in names if name is not None]

@@ -1,0 +1,22 @@
+"""Evaluate a run's checkpoints, or any model: `python evaluate.py run=RUN`, with the keys of train.py."""
+
+from omegaconf import DictConfig
+
+from commands import command_line
+from commands.run_config import run_with_options
+from evaluation.evaluate import Options, evaluate_checkpoints, make_options
+
+
+def run(config: DictConfig):
+    """Check the config, then evaluate."""
+    run_with_options(config, "evaluate", make_options, _evaluate)
+
+
+def _evaluate(config: DictConfig, options: Options):
+    from trainers import make_trainer  # which takes seconds
+
+    evaluate_checkpoints(make_trainer(config, trains=False), options)
+
+
+if __name__ == "__main__":
+    command_line.main(run, "evaluate")

@@ -1,0 +1,10 @@
+"""Which of two models answers better: `python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE`.
+
+Without `b`, what a reward model gives to the responses of `a`.
+"""
+
+from commands import command_line
+from evaluation.judge import run
+
+if __name__ == "__main__":
+    command_line.main(run, "judge")

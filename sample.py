@@ -1,0 +1,24 @@
+"""Draw responses from a run's checkpoints, or from any model: `python sample.py run=RUN`, with the keys of train.py."""
+
+import functools
+
+from omegaconf import DictConfig
+
+from commands import command_line
+from commands.run_config import run_with_options
+from evaluation.sample import Options, make_options, sample_checkpoints
+
+
+def run(config: DictConfig):
+    """Check the config, then draw."""
+    run_with_options(config, "sample", make_options, _sample)
+
+
+def _sample(config: DictConfig, options: Options):
+    from trainers import make_trainer  # which takes seconds
+
+    sample_checkpoints(functools.partial(make_trainer, config, trains=False), config, options)
+
+
+if __name__ == "__main__":
+    command_line.main(run, "sample")
