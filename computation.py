@@ -12,6 +12,7 @@ from acceleration import memory_plan
 from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
 from acceleration.model_check import choose_rows, full_length_pair
+from acceleration.overflow import check_no_overflow
 from acceleration.prefix_sharing import Layout
 from acceleration.reference_cache import LogpsCache, open_cache
 from acceleration.response_head import response_logps
@@ -60,7 +61,7 @@ class PolicyAndReference:
             shared_prompt = False
         make_rows, whole_logits, why = choose_rows(
             model, self.eval_iterator.first(2), shared_prompt, config.max_length, self.strategy, config.padding_free,
-            functools.partial(self._autocast, model),
+            functools.partial(self.autocast, model),
         )  # fmt: skip
         rank0_print(f"Shared prompts: {why}")
         return Layout(make_rows, whole_logits)
@@ -83,6 +84,10 @@ class PolicyAndReference:
                 check_reference_fits(model, self.policy, self.tokenizer, config)
             if reference_source(config).given or self.layout.is_packed:  # which depends on its dtype, too
                 self.reference_layout = self._choose_layout(model)
+            batch, layout = self.eval_iterator.first(2), self.reference_layout
+            check_no_overflow(
+                model, lambda model: response_logps(model, layout.rows(batch), layout.whole_logits, self.strategy)
+            )
             if config.compile:
                 compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model
@@ -116,7 +121,7 @@ class PolicyAndReference:
             activations = measure_activations(
                 self.policy,
                 rows,
-                functools.partial(self._autocast, self.policy),
+                functools.partial(self.autocast, self.policy),
                 self.layout.whole_logits,
                 self.strategy,
             )
@@ -174,10 +179,10 @@ class PolicyAndReference:
     def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
         """Log-probability of each of the batch's responses under `model`, chosen before rejected, in nats."""
         layout = self.layout if model is self.policy else self.reference_layout
-        with self._autocast(model):
+        with self.autocast(model):
             return response_logps(model, layout.rows(batch), layout.whole_logits, self.strategy)
 
-    def _autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
+    def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """What a model is computed under: mixed precision is the policy's."""
         if self.policy_mp is None or model is not self.policy:
             return contextlib.nullcontext()
@@ -220,18 +225,21 @@ class PolicyAndReference:
 
     # ---- microbatches -----------------------------------------------------------------------------------------------
 
-    def microbatches(self, batch: dict, n_least: int) -> list[dict]:
-        """The batch cut into microbatches of similar length; see `data.microbatches`."""
-        agree = {"agree": collectives.all_reduce_max} if self.is_sharded else {}  # others cut the same batch alike
+    def microbatches(self, batch: dict, n_least: int, agree: Callable[[int], int] | None = None) -> list[dict]:
+        """The batch cut into microbatches of similar length; see `data.microbatches`.
+
+        `agree`: how workers agree on their number; None: as the main thread does.
+        """
+        agree = {"agree": agree or collectives.all_reduce_max} if self.is_sharded else {}
         return microbatches(
             batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed,
             self.max_tokens, **agree,
         )  # fmt: skip
 
-    def _prepared(self, batch: dict) -> dict:
-        """The batch with its microbatches, and these with their rows."""
+    def _prepared(self, batch: dict, agree: Callable[[int], int] | None = None) -> dict:
+        """The batch with its microbatches, and these with their rows; `agree`: see `microbatches`."""
         layouts, pin_memory = dict.fromkeys([self.layout, self.reference_layout]), self.device.type == "cuda"
-        parts = self.microbatches(batch, self.config.gradient_accumulation_steps)
+        parts = self.microbatches(batch, self.config.gradient_accumulation_steps, agree)
         for layout in layouts:
             parts = [layout.prepare(part, pin_memory) for part in parts]
         return batch | {"microbatches": parts}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from acceleration.gpu_settings import use_deterministic_algorithms, use_expandable_segments
+from acceleration.memory_plan import explained_out_of_memory, resumed_cap
 from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
@@ -260,7 +263,8 @@ class BasicTrainer(PolicyAndReference):
         metrics = mean_metrics([*measured, {"grad_norm": grad_norm[None]}])
         n_tokens = round(metrics.pop("tokens") * self.config.batch_size)
         where = f"step {self.state.updates + 1} (after {self.state.examples} examples)"
-        check_finite(where, batch["prompt"], self.config, loss=metrics["loss/train"], grad_norm=metrics["grad_norm"])
+        numbers = {"loss": metrics["loss/train"], "grad_norm": metrics["grad_norm"]}
+        check_finite(where, batch["prompt"], self.config, metrics, **numbers)
         metrics["lr"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -275,10 +279,11 @@ class BasicTrainer(PolicyAndReference):
         return {**metrics, **self.throughput.metrics(self.config.batch_size, n_tokens, seconds)}
 
     def _training_batches(self, skip: int) -> Iterator[dict]:
-        """The training batches after so many, cut into microbatches whose rows are made: ahead of time, in a thread,
-        where workers needn't agree on them."""
-        batches = map(self._prepared, self.train_iterator.batches(skip))
-        return batches if self.is_sharded else prefetched(batches, n_ahead=2)
+        """Yield the training batches after the first `skip`, cut into microbatches whose rows are made: ahead of time,
+        in a thread, where workers agree on the number of microbatches in a group of their own."""
+        agree = functools.partial(collectives.all_reduce_max, group=collectives.thread_group())
+        prepare = functools.partial(self._prepared, agree=agree)
+        return prefetched(map(prepare, self.train_iterator.batches(skip)), n_ahead=2)
 
     # ---- evaluation and sampling ----------------------------------------------------------------------------------
 
@@ -311,7 +316,7 @@ class BasicTrainer(PolicyAndReference):
                 batch_metrics.append({key: values[counted] for key, values in metrics.items()})
                 indices += [index for index in microbatch["index"] if index is not None]
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
-            check_finite(where, batch["prompt"], self.config, loss=means["loss/eval"])
+            check_finite(where, batch["prompt"], self.config, means, loss=means["loss/eval"])
             all_metrics += batch_metrics
         return all_metrics, indices
 
@@ -369,7 +374,7 @@ class BasicTrainer(PolicyAndReference):
         def stops() -> bool:
             return self.strategy.stops_sampling(self.stop.received is not None)
 
-        with self._autocast(model):  # samples are drawn in the precision in which they are scored
+        with self.autocast(model):  # samples are drawn in the precision in which they are scored
             samples = generate_scorable(
                 model, self.tokenizer, batch, self.config.max_length, stops, synced=self.is_sharded
             )
@@ -438,6 +443,7 @@ class BasicTrainer(PolicyAndReference):
         return dataclasses.replace(
             self.state,
             complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
+            max_tokens=self.max_tokens,
             rng_states=collectives.all_gather_object(get_rng_state()),
             wandb_run_id=self.run_log.wandb_run_id if self.run_log else None,
             log_bytes=self.run_log.log_bytes() if self.run_log else {},
@@ -472,6 +478,10 @@ class BasicTrainer(PolicyAndReference):
         rank0_print(f"Going on from {checkpoint}: {state.examples} examples, {state.updates} steps")
         self.load_weights(checkpoint)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
+        if self.config.max_tokens_per_microbatch is None:
+            self.max_tokens, warning = resumed_cap(state.max_tokens, self.max_tokens)
+            if warning:
+                rank0_print(warning)
         self.state.complete = self.state.complete and self._is_over(self.state)
 
     def load_weights(self, checkpoint: str):
@@ -501,6 +511,8 @@ def make_trainer(config: DictConfig, trains: bool = True):
     from models import allow_own_code, load_policy, load_reference
 
     quiet_libraries()
+    use_expandable_segments()
+    use_deterministic_algorithms(config.deterministic)
     hub.use_cache_if_unreachable(hub_names(config))
     allow_own_code(config)
     trainer_class = getattr(trainers, config.trainer)
@@ -517,6 +529,13 @@ def make_trainer(config: DictConfig, trains: bool = True):
         first = copied[0] if copied else None
         return load_reference(config, first, device_map) if environment.is_local_rank0() else None
 
-    return trainer_class(
-        policy, config, config.seed, config.local_run_dir, reference_model, *collectives.rank_and_world_size(), trains
-    )
+    with explained_out_of_memory(config):
+        return trainer_class(
+            policy,
+            config,
+            config.seed,
+            config.local_run_dir,
+            reference_model,
+            *collectives.rank_and_world_size(),
+            trains,
+        )

@@ -69,7 +69,8 @@ def measure_activations(
     ]
     if not whole_logits:
         hooks.append(base.register_forward_hook(lambda *_: graph.stop()))
-    gpus = [device for device in {parameter.device for parameter in policy.parameters()} if device.type == "cuda"]
+    devices = {parameter.device for parameter in policy.parameters()}
+    gpus = [device for device in devices if device.type == "cuda" and torch.cuda.is_available()]
     with (
         _training(policy),
         _without_checkpointing(block),

@@ -1,4 +1,4 @@
-"""What a run will hold in a GPU's memory: said at the start, refused where it can't fit, and what is left for batches."""
+"""Plan a GPU's memory at the start: what a run will hold, whether it fits, and how much is left for a microbatch."""
 
 import contextlib
 import math
@@ -160,6 +160,7 @@ def remedies(config: DictConfig) -> str:
         ("optimizer=RMSprop, which keeps one number a weight", config.optimizer != "RMSprop" and trains_all),
         ("trainer=FSDPTrainer on more GPUs", config.trainer == "BasicTrainer"),
         ("fsdp_cpu_offload=true", config.trainer == "FSDPTrainer" and not config.fsdp_cpu_offload),
+        ("max_tokens_per_microbatch=N", config.max_tokens_per_microbatch is None),
         (f"a smaller max_length (now {config.max_length})", True),
     ]
     return f"What takes less memory: {'; '.join(remedy for remedy, is_open in candidates if is_open)}"
