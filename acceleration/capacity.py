@@ -2,12 +2,13 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from acceleration.prefix_sharing import Rows
 from acceleration.response_head import token_logps
@@ -60,42 +61,53 @@ def measure_activations(
     `whole_logits`. The policy and the random generators are left as they were.
     """
     release_copies(policy)
-    n_tokens = rows.input_ids.numel()
-    base, block = unwrap_adapter(policy).base_model, _last_block(policy)
     graph, weights = _Graph(), _WeightStorages(policy)
+    with (
+        _training(policy),
+        _watched_modules(policy, graph, counts_head=whole_logits),
+        torch.random.fork_rng(_gpus(policy)),
+        torch.enable_grad(),
+        autocast(),
+        torch.autograd.graph.saved_tensors_hooks(graph.pack, lambda tensor: tensor),
+        weights,
+    ):
+        logps = token_logps(policy, rows, whole_logits, strategy)
+    # counted while the graph lives: FSDP has freed the storages of gathered weights by now
+    of_tokens = {key: tensor for key, tensor in graph.kept.items() if key not in weights.storages}
+    of_weights = {key: tensor for key, tensor in graph.kept.items() if key in weights.derived}
+    kept = _bytes_by_device(of_tokens)
+    if whole_logits:  # logits of every position and their gradient
+        vocabulary = policy.config.get_text_config().vocab_size
+        kept[logps.device] = kept.get(logps.device, 0) + 2 * logps.element_size() * vocabulary * rows.input_ids.numel()
+    in_block = _bytes_by_device({key: tensor for key, tensor in of_tokens.items() if key in graph.of_block})
+    n_tokens = rows.input_ids.numel()
+    return Activations(
+        {device: n_bytes / n_tokens for device, n_bytes in kept.items()},
+        {device: n_bytes / n_tokens for device, n_bytes in in_block.items()},
+        _bytes_by_device({**weights.casts, **of_weights}),
+    )
+
+
+@contextlib.contextmanager
+def _watched_modules(policy: nn.Module, graph: "_Graph", counts_head: bool) -> Iterator[None]:
+    """Let the graph know when the last block runs, which keeps everything, and where the output head begins."""
+    base, block = unwrap_adapter(policy).base_model, _last_block(policy)
     hooks = [
         block.register_forward_pre_hook(lambda *_: graph.enter_block(), prepend=True),
         block.register_forward_hook(lambda *_: graph.leave_block()),
     ]
-    if not whole_logits:
+    if not counts_head:
         hooks.append(base.register_forward_hook(lambda *_: graph.stop()))
-    devices = {parameter.device for parameter in policy.parameters()}
-    gpus = [device for device in devices if device.type == "cuda" and torch.cuda.is_available()]
-    with (
-        _training(policy),
-        _without_checkpointing(block),
-        torch.random.fork_rng(gpus),
-        torch.enable_grad(),
-        autocast(),
-        graph.watched(),
-        weights,
-    ):
-        try:
-            logps = token_logps(policy, rows, whole_logits, strategy)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    # counted while the graph lives: FSDP has freed the storages of gathered weights by now
-    kept = graph.bytes_by_device(graph.kept, weights)
-    in_block = graph.bytes_by_device(graph.of_block, weights)
-    if whole_logits:  # logits of every position and their gradient
-        vocabulary = policy.config.get_text_config().vocab_size
-        kept[logps.device] = kept.get(logps.device, 0) + 2 * logps.element_size() * vocabulary * n_tokens
-    return Activations(
-        {device: n_bytes / n_tokens for device, n_bytes in kept.items()},
-        {device: n_bytes / n_tokens for device, n_bytes in in_block.items()},
-        weights.casts,
-    )
+    was_checkpointed = _is_checkpointed(block)
+    if was_checkpointed:
+        block.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if was_checkpointed:
+            block.gradient_checkpointing = True
+        for hook in hooks:
+            hook.remove()
 
 
 class _Graph:
@@ -103,7 +115,7 @@ class _Graph:
 
     def __init__(self):
         self.kept: dict[int, torch.Tensor] = {}
-        self.of_block: dict[int, torch.Tensor] = {}
+        self.of_block: set[int] = set()
         self.is_in_block = self.is_stopped = False
 
     def enter_block(self):
@@ -115,48 +127,42 @@ class _Graph:
     def stop(self):
         self.is_stopped = True
 
-    def watched(self) -> contextlib.AbstractContextManager:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        local, key = _local(tensor), _storage_id(tensor)
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self.is_stopped:
-            self.kept[key] = local
+            self.kept[_storage_id(tensor)] = _local(tensor)
             if self.is_in_block:
-                self.of_block[key] = local
+                self.of_block.add(_storage_id(tensor))
         return tensor
 
-    @staticmethod
-    def bytes_by_device(tensors: dict[int, torch.Tensor], weights: "_WeightStorages") -> dict[torch.device, int]:
-        n_bytes: Counter[torch.device] = Counter()
-        for key, tensor in tensors.items():
-            if key not in weights.storages:
-                n_bytes[tensor.device] += tensor.untyped_storage().nbytes()
-        return dict(n_bytes)
+
+def _bytes_by_device(tensors: dict[int, torch.Tensor]) -> dict[torch.device, int]:
+    n_bytes: Counter[torch.device] = Counter()
+    for tensor in tensors.values():
+        n_bytes[tensor.device] += tensor.untyped_storage().nbytes()
+    return dict(n_bytes)
 
 
 class _WeightStorages(TorchDispatchMode):
-    """Knows the storages of a model's weights and buffers, and follows copies and casts that are made of them."""
+    """Knows the storages of a model's weights and buffers, and of all that is computed from these alone."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         # the tensors too, so that no other gets their address
-        self.storages = {_storage_id(tensor): tensor for tensor in _tensors(model)}
-        self.casts: dict[torch.device, int] = {}
+        self.storages = {_storage_id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.derived: set[int] = set()
+        self.casts: dict[int, torch.Tensor] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and inputs and all(_storage_id(t) in self.storages for t in inputs):
             key = _storage_id(result)
-            if _storage_id(args[0]) in self.storages and key not in self.storages:
+            if key not in self.storages:  # no view
                 self.storages[key] = result
-                self.casts[result.device] = self.casts.get(result.device, 0) + _local(result).nbytes
+                self.derived.add(key)
+                if function is torch.ops.aten._to_copy.default:
+                    self.casts[key] = _local(result)
         return result
-
-
-def _tensors(model: nn.Module) -> Iterable[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -191,13 +197,6 @@ def _training(policy: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@contextlib.contextmanager
-def _without_checkpointing(block: nn.Module) -> Iterator[None]:
-    was_checkpointed = _is_checkpointed(block)
-    if was_checkpointed:
-        block.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        if was_checkpointed:
-            block.gradient_checkpointing = True
+def _gpus(policy: nn.Module) -> list[torch.device]:
+    devices = {parameter.device for parameter in policy.parameters()}
+    return [device for device in devices if device.type == "cuda" and torch.cuda.is_available()]

@@ -6,7 +6,6 @@ don't run. As it registers a device guard with PyTorch, it is for a process of i
 
 import contextlib
 import ctypes
-import functools
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import cpp_extension
+from transformers.integrations import moe
 
 SOURCE = Path(__file__).with_name("pretend_guard.cpp")
 
@@ -44,7 +44,8 @@ def load_guard(library: Path):
     """Register the guard, for the rest of this process."""
     ctypes.CDLL(str(library))
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.amp.autocast_mode.torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
+    # on a GPU the kernel for experts takes float32 too, which PyTorch's description of it for fake tensors denies
+    moe._can_use_grouped_mm = lambda input, weight, offs: weight.dtype == torch.bfloat16
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def autocast(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def move(model: nn.Module, device_of: Callable[[str], str]):
-    """Put a meta model's parameters and buffers on pretend devices, by the names of the modules that hold them."""
+    """Put a meta model's tensors on pretend devices, by the names of the modules that hold them."""
     made: dict[int, torch.Tensor] = {}
 
     def on_device(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -87,10 +88,9 @@ def move(model: nn.Module, device_of: Callable[[str], str]):
     for name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             tensors.update({key: on_device(name, value) for key, value in tensors.items() if value is not None})
+        attributes = {key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        vars(module).update({key: on_device(name, value) for key, value in attributes.items()})
 
 
 def like_on_gpu(tensor: torch.Tensor, device: str = "cuda:0") -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-
-
-__all__ = ["autocast", "compile_guard", "functools", "like_on_gpu", "load_guard", "move", "pretend_gpus", "why_not"]
