@@ -1,4 +1,4 @@
-"""What is decided at the start for a GPU and can be seen on a CPU; test_pretend_gpu.py has what needs a graph on one."""
+"""Decisions for a GPU that can be tested on a CPU; test_pretend_gpu.py tests those that need a graph on one."""
 
 import types
 
@@ -59,14 +59,16 @@ def test_activations_of_a_linear_layer_are_counted_by_hand():
 def test_measuring_leaves_the_model_and_the_random_generators_as_they_were():
     model = make_model(CONFIGS["llama"], torch.float32).eval()
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    state, training = torch.get_rng_state(), [module.training for module in model.modules()]
-    checkpointed = [getattr(module, "gradient_checkpointing", None) for module in model.modules()]
+
+    def state_of(module: nn.Module) -> tuple:
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+        return module.training, getattr(module, "gradient_checkpointing", None), hooks
+
+    generator, states = torch.get_rng_state(), [state_of(module) for module in model.modules()]
     measure_activations(model, packed_shared_rows(BATCHES["ordinary"]))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [module.training for module in model.modules()] == training
-    assert [getattr(module, "gradient_checkpointing", None) for module in model.modules()] == checkpointed
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [state_of(module) for module in model.modules()] == states
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_a_model_larger_than_the_gpu_is_refused(monkeypatch):
     _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU, so this is where it should be
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     _check_on_gpus(model, "model.name_or_path=x", config, "cpu")  # on its way to several workers
-    with pytest.raises(UserError, match="model.name_or_path=x has 0.4 GB of weights in float32") as error:
+    with pytest.raises(UserError, match=r"model.name_or_path=x has 0.4 GB of weights in float32") as error:
         _check_on_gpus(model, "model.name_or_path=x", config, "balanced")
     assert n_bytes / 1e9 == pytest.approx(0.4, abs=0.05)
     assert "lora={}" in str(error.value) and "trainer=FSDPTrainer" in str(error.value)
@@ -191,9 +193,9 @@ def test_a_model_larger_than_the_gpu_is_refused(monkeypatch):
 
 def test_running_out_of_memory_names_remedies():
     config = compose_config("model=tiny", "loss=sft", "activation_checkpointing=true", "model.policy_dtype=bfloat16")
-    with pytest.raises(UserError, match="out of memory: Tried to allocate") as error:
-        with memory_plan.explained_out_of_memory(config):
-            raise torch.OutOfMemoryError("Tried to allocate 2 GiB\nmore")
+    message = "out of memory: Tried to allocate"
+    with pytest.raises(UserError, match=message) as error, memory_plan.explained_out_of_memory(config):
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB\nmore")
     message = str(error.value)
     assert "max_tokens_per_microbatch" in message and "lora={}" in message
     for useless in ("activation_checkpointing", "precompute_ref_log_probs", "reference_dtype", "policy_dtype"):
@@ -255,15 +257,15 @@ def test_deterministic_algorithms_are_used_and_left_again(monkeypatch):
 
 def test_a_reference_that_overflows_in_float16_is_refused_at_the_start(make_trainer, tmp_path):
     source = compose_config("model=tiny").model.name_or_path
-    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source))
     with torch.no_grad():  # what bfloat16 and float32 hold, but float16 doesn't
         for layer in model.model.layers if hasattr(model, "model") else model.gpt_neox.layers:
             for weight in layer.mlp.parameters():
-                weight.mul_(200)
+                weight.mul_(2000)
     model.save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "model")
-    run = ["model=tiny", f"model.name_or_path={tmp_path}/model", "datasets=[toy]", "loss=dpo", "n_examples=4",
-           "n_eval_examples=4"]  # fmt: skip
+    run = ["model=tiny", f"model.name_or_path={tmp_path}/model", "model.from_scratch=false", "datasets=[toy]",
+           "loss=dpo", "n_examples=4", "n_eval_examples=4"]  # fmt: skip
     make_trainer(*run, "model.reference_dtype=bfloat16")
     with pytest.raises(UserError, match=r"model.reference_dtype=float16: .* as .*mlp.* beyond 65504") as error:
         make_trainer(*run, "model.reference_dtype=float16")
@@ -274,7 +276,7 @@ def test_a_reference_that_overflows_later_is_blamed_instead_of_lr():
     config = compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     infinite, finite = float("-inf"), -3.0
     overflown = {"logps_train/chosen": finite, "logratios_train/chosen": infinite}
-    with pytest.raises(UserError, match="model.reference_dtype=float16. Use model.reference_dtype=bfloat16") as error:
+    with pytest.raises(UserError, match=r"model.reference_dtype=float16\. Use model.reference_dtype=bfloat16") as error:
         check_finite("step 3", ["a"], config, overflown, loss=float("nan"))
     assert "smaller lr" not in str(error.value)
     diverged = {"logps_train/chosen": infinite, "logratios_train/chosen": infinite}
