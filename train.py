@@ -26,12 +26,11 @@ from commands.run_directory import (
     is_run_dir_given,
     job_overrides,
 )
-from commands.workers import enter_process_group, start_workers_or
+from commands.workers import enter_process_group, needs_workers, run_in_workers
 from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
 from config_checks.schema import changed_keys
-from distributed import collectives, environment
-from distributed.strategies import STRATEGIES
+from distributed import collectives
 from losses import LOSSES
 from preference_datasets import open_batches
 from reporting.run_log import check_log_files
@@ -56,10 +55,11 @@ def run(config: DictConfig):
             if on_rank0():
                 report_data(config)
             return
-        has_workers = STRATEGIES[config.trainer].starts_workers and not environment.is_launched()
-        # where they end without a word, say how to go on; otherwise what fails later says so itself
-        with resume_hinted(config.local_run_dir, UserError) if has_workers else contextlib.nullcontext():
-            start_workers_or(train_from, config, checkpoint, files)
+        if not needs_workers(config):
+            train_from(config, checkpoint, files)
+            return
+        with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
+            run_in_workers(train_from, config, checkpoint, files)
 
 
 def prepare(

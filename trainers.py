@@ -1,4 +1,4 @@
-"""The training loop, and its trainers, which differ only in where tensors live."""
+"""The training loop, and the trainers, which differ only in where a model's tensors live."""
 
 import contextlib
 import dataclasses
@@ -11,11 +11,19 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from acceleration.capacity import measure_activations, microbatch_overhead
+from acceleration.compiled import compile_blocks
 from acceleration.gpu_settings import use_deterministic_algorithms, use_expandable_segments
-from acceleration.memory_plan import explained_out_of_memory, resumed_cap
+from acceleration.layout import Layout
+from acceleration.memory_plan import explained_out_of_memory, plan_memory, resumed_cap
+from acceleration.model_check import choose_layout, full_length_pair
+from acceleration.overflow import check_no_overflow
+from acceleration.reference_cache import LogpsCache, open_cache
+from acceleration.shadow_weights import shadow_linear_weights
 from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
+    full_state_dicts,
     load_model_state,
     load_policy_state,
     point_latest,
@@ -31,37 +39,44 @@ from checkpointing.train_state import (
     set_rng_state,
 )
 from commands.output import quiet_libraries
-from computation import PolicyAndReference
 from config_checks.datasets import chosen_datasets, hub_names
-from data.batches import prefetched
-from data.microbatches import computed_tokens
+from data import hub
+from data.batches import mismatch, prefetched
+from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
-from distributed.dtensor import full_state_dict
 from distributed.strategies import STRATEGIES
-from evaluation.sampling import end_tokens, generate_scorable
-from log_probabilities import (  # noqa: F401
-    _get_batch_logps,
-    concatenated_inputs,
-    response_lengths,
+from evaluation import sampling
+from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths
+from losses import LOSSES, preference_loss  # noqa: F401 (users of the original import it from here)
+from models import (
+    allow_own_code,
+    check_reference_fits,
+    check_tokenizer_fits,
+    configured_dropout_rates,
+    load_policy,
+    load_reference,
+    load_tokenizer,
 )
-from losses import LOGPS, LOSSES, preference_loss  # noqa: F401
-from models import check_tokenizer_fits, configured_dropout_rates, load_tokenizer
 from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
 from references import (
-    REFERENCE_ADAPTER,
+    Reference,
+    make_reference,
+    make_starting_reference,
     move_reference,
+    reference_source,
+    resolved_reference,
 )
-from reporting.metrics import TIE, check_finite, kl_metrics, mean_metrics, response_metrics
+from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
 from reporting.terminal import RunTable, passing_bar, progress_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device, take
+from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
 
-class BasicTrainer(PolicyAndReference):
+class BasicTrainer:
     """Trains a language model with SFT or a preference loss in one process.
 
     Where there are several GPUs, the model's layers have been spread over them as it was loaded: their memory adds up,
@@ -81,42 +96,31 @@ class BasicTrainer(PolicyAndReference):
         world_size: int = 1,
         trains: bool = True,
     ):
-        """Of a machine's workers the first gives `policy` and `reference_model`, the others None and a function that
-        returns None.
+        """Load the data, then get the models and the optimizer ready.
+
+        Only the first worker on each machine passes `policy` and `reference_model`; the others pass None, or functions
+        that return None.
 
         Args:
-            policy: or a function that loads it, once the data are known to be good.
+            policy: the model to train, or a function that loads it; it is called after the data have been read.
             config: one that `check_config` has checked.
-            reference_model: where the loss needs one; or a function that loads it, which isn't called without need.
-            trains: without it no training data are loaded, for evaluation alone.
+            reference_model: the model to compare with, or a function that loads it; called only if it is needed.
+            trains: False loads the evaluation data alone.
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
         self.loss = LOSSES[config.loss.name]
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
-        self.tokenizer = load_tokenizer(config)
-        self._load_data(trains)
-        if not (policy is None or isinstance(policy, nn.Module)):
-            policy = policy()
-        if policy is not None and config.model.block_name is not None:  # sharded blocks have classes of other names
-            get_block_class_from_model(policy, config.model.block_name)
-        self.policy = self.strategy.distribute(policy, is_policy=True)
-        self.device = self.strategy.device(self.policy)
         self.state = TrainState()
         self.stop = StopSignal()
         self.run_log: RunLog | None = None
-
-        # for checkpoints; asked for now, as the hub may be out of reach by then
-        self.dropout_rates = configured_dropout_rates(config) if rank == 0 else {}
-        check_tokenizer_fits(self.policy, self.tokenizer, config)
-        self.layout = self.reference_layout = self._choose_layout(self.policy)
+        self.tokenizer = load_tokenizer(config)
+        self._load_data(trains)
+        self._set_up_policy(policy)
         self._set_up_reference(reference_model)
-        if config.activation_checkpointing:
-            self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
-        self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
-        self._set_up_computation()
+        self._set_up_optimizer()
+        self._set_up_memory()
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
@@ -145,52 +149,228 @@ class BasicTrainer(PolicyAndReference):
             rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
 
     def data_fingerprints(self) -> dict[str, str]:
-        """A SHA-256 of each dataset's examples in each split; see `BatchIterator.fingerprints`."""
+        """Return a SHA-256 of each dataset's examples in each split; see `BatchIterator.fingerprints`."""
         return {**self.train_iterator.fingerprints(), **self.eval_iterator.fingerprints()}
+
+    def _set_up_policy(self, policy: nn.Module | Callable[[], nn.Module | None] | None):
+        config = self.config
+        if not (policy is None or isinstance(policy, nn.Module)):
+            policy = policy()
+        if policy is not None and config.model.block_name is not None:  # sharded blocks have classes of other names
+            get_block_class_from_model(policy, config.model.block_name)
+        self.policy = self.strategy.distribute(policy, is_policy=True)
+        self.device = self.strategy.device(self.policy)
+        # for checkpoints; read now, as the hub may be out of reach by then
+        self.dropout_rates = configured_dropout_rates(config) if self.rank == 0 else {}
+        check_tokenizer_fits(self.policy, self.tokenizer, config)
+        self.layout = self.reference_layout = self._choose_layout(self.policy)
+
+    def _choose_layout(self, model: nn.Module) -> Layout:
+        """Compare the faster ways to compute a model with the plain one, and choose the fastest that is right."""
+        return choose_layout(
+            model, self.plain_logps, self.eval_iterator.first(2), self.config, self.strategy,
+            functools.partial(self.autocast, model),
+            is_unpaired=self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired,
+        )  # fmt: skip
+
+    def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
+        """Get the reference ready, except one that is to be precomputed: `precompute_reference` loads it."""
+        self.reference: Reference | None = None
+        self.reference_cache: LogpsCache | None = None
+        config = self.config
+        if not self.loss.needs_reference(config.loss):
+            return
+        if reference_model is None:
+            raise ValueError(f"loss={config.loss.name} needs a reference_model")
+
+        def load() -> nn.Module:
+            model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
+            model = self.strategy.distribute(model, is_policy=False)
+            if reference_source(config).given:
+                check_reference_fits(model, self.policy, self.tokenizer, config)
+            if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
+                self.reference_layout = self._choose_layout(model)
+            check_no_overflow(model, lambda model: self.response_logps(model, self.eval_iterator.first(2)))
+            if config.compile:
+                compile_blocks(model, None if reference_source(config).given else config.model.block_name)
+            return model
+
+        kind = resolved_reference(config)
+        rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
+        self._load_reference = load
+        if not config.precompute_ref_log_probs:
+            self.reference = make_reference(kind, self.policy, load)
+
+    def precompute_reference(self):
+        """With `precompute_ref_log_probs`, fill the cache with the reference's log-probabilities of all pairs, once.
+
+        The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
+        freed, unless it is the policy under another adapter.
+
+        Raises: Stopped if a signal asked for it; the cache then holds what was computed, to 1,024 pairs.
+        """
+        config = self.config
+        is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
+        if not is_needed or self.reference_cache is not None:
+            return
+        kind = resolved_reference(config)
+        reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
+        cache = open_cache(self.policy, kind, config, reference)
+
+        def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+            self.stop.check()
+            with reference().active() as model:
+                return self.response_logps(model, batch).chunk(2)
+
+        def split(batch: dict) -> list[dict]:
+            return self.microbatches(batch, n_least=-(-len(batch["prompt"]) // config.eval_batch_size))
+
+        cache.fill({"training": self.train_iterator, "evaluation": self.eval_iterator}, compute, split)
+        self.reference_cache = cache
+        if kind != "model":  # it takes no memory, and samples are drawn from it
+            self.reference = make_reference(kind, self.policy, self._load_reference)
+        elif config.sample_during_eval:
+            rank0_print("Reference freed: samples come from the policy only")
+
+    def _set_up_optimizer(self):
+        config = self.config
+        if config.activation_checkpointing:
+            self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
+        self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
+
+    def _set_up_memory(self):
+        """Cast weights once a step, choose the microbatch size from free memory, and compile."""
+        config = self.config
+        if self.policy_mp is not None and not self.strategy.splits_tensors:
+            shadow_linear_weights(self.policy, self.optimizer)
+        self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
+        fitting = self._plan_memory() if self.device.type == "cuda" else None
+        self.max_tokens = config.max_tokens_per_microbatch or fitting
+        if config.compile:
+            compile_blocks(self.policy, config.model.block_name)
+
+    def _plan_memory(self) -> int | None:
+        """Compute a pair of full length, and plan the GPU's memory by what that keeps; see `plan_memory`."""
+        pair = full_length_pair(self.eval_iterator.first(2), self.config.max_length)
+        n_tokens = int(computed_tokens(pair, self.layout.is_shared, padded=not self.layout.is_packed))
+        activations = measure_activations(
+            self.policy,
+            lambda: self.response_logps(self.policy, pair),
+            n_tokens,
+            counts_logits=self.layout.is_plain or self.layout.whole_logits,
+        )
+        is_second = self.reference is not None and self.reference.model is not self.policy
+        return plan_memory(
+            self.config,
+            self.policy,
+            self.reference.model if is_second else None,
+            self.optimizer,
+            activations,
+            n_tokens,
+            gathers_blocks=self.strategy.shards_batches,
+        )
 
     # ---- log-probabilities and loss -------------------------------------------------------------------------------
 
-    def loss_inputs(self, batch: dict, loss_config: DictConfig) -> dict[str, torch.Tensor]:
-        """What losses take (see `losses.Loss`) of each example: tensors of shape (batch_size,)."""
-        if self.loss.needs_pairs:
-            logps = (*self.concatenated_forward(self.policy, batch), *self.reference_logps(batch))
-        else:
-            logps = (self.response_logps(self.policy, batch),)
-        inputs = dict(zip(LOGPS[: len(logps)], logps, strict=True))
-        sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-        lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides])
-        lengths = lengths.to(self.device, non_blocking=True)
-        lengths = dict(zip(sides, lengths, strict=True))
-        if loss_config.get("average_log_prob", False):
-            inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
-        return inputs | {f"{side}_lengths": length for side, length in lengths.items()}
+    def concatenated_forward(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-probabilities of the chosen and the rejected responses, each (batch_size,), in nats.
+
+        This forward pass and `_get_batch_logps` say what is trained: where a faster way gives other numbers, it is not
+        used (`acceleration.model_check`).
+        """
+        inputs = slice_and_move_batch_for_device(concatenated_inputs(batch), 0, 1, self.device)
+        logits = model(
+            inputs["concatenated_input_ids"], attention_mask=inputs["concatenated_attention_mask"], use_cache=False
+        ).logits  # (2B, T, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        all_logps = _get_batch_logps(logits, inputs["concatenated_labels"])
+        return all_logps.chunk(2)
+
+    def target_forward(self, model: nn.Module, batch: dict) -> torch.Tensor:
+        """Return the log-probabilities of the SFT targets, (batch_size,), in nats: the plain forward, as above."""
+        keys = ("chosen_input_ids", "chosen_attention_mask", "chosen_labels")
+        input_ids, attention_mask, labels = (batch[key].to(self.device) for key in keys)
+        logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
+        return _get_batch_logps(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+    def plain_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
+        """Return the log-probability of each of the batch's S responses, chosen before rejected, plainly: (S,)."""
+        if "rejected_labels" in batch:
+            return torch.cat(self.concatenated_forward(model, batch))
+        return self.target_forward(model, batch)
+
+    def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
+        """Return the same as `plain_logps`, computed in the way that was chosen for the model."""
+        layout = self.layout if model is self.policy else self.reference_layout
+        with self.autocast(model):
+            if layout.is_plain:
+                return self.plain_logps(model, batch)
+            return layout.response_logps(model, batch, self.strategy)
+
+    def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        """Mixed precision, for the policy alone."""
+        if self.policy_mp is None or model is not self.policy:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.policy_mp)
+
+    def reference_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
+        if self.reference_cache is not None:
+            dtype = torch.promote_types(self.policy.dtype, torch.float32)
+            return self.reference_cache.lookup(batch, dtype, self.device)
+        if self.reference is None:
+            zeros = torch.zeros(len(batch["prompt"]), device=self.device)
+            return zeros, zeros
+        with self.reference.active() as model:
+            return self.response_logps(model, batch).to(self.device).chunk(2)  # it may be on another GPU
 
     def get_batch_metrics(
         self, batch: dict, loss_config: DictConfig, train: bool = True, kl_estimate: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
+        """Return the mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
 
-        `kl_estimate`: of the batch that this is a microbatch of, where the loss takes one; None: of this one.
+        Args:
+            kl_estimate: of the batch that this is a microbatch of, for losses that take one; None estimates it here.
         """
-        split = "train" if train else "eval"
-        inputs = self.loss_inputs(batch, loss_config)
+        split, sides = "train" if train else "eval", ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
+        policy_logps = self.response_logps(self.policy, batch).chunk(len(sides))
+        inputs = {f"policy_{side}_logps": logps for side, logps in zip(sides, policy_logps, strict=True)}
+        if self.loss.needs_pairs:
+            inputs["reference_chosen_logps"], inputs["reference_rejected_logps"] = self.reference_logps(batch)
+        lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides])
+        lengths = dict(zip(sides, lengths.to(self.device, non_blocking=True), strict=True))
+        if loss_config.get("average_log_prob", False):
+            inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
+        inputs |= {f"{side}_lengths": length for side, length in lengths.items()}
         if self.loss.takes_kl_estimate:
             inputs["kl_estimate"] = self.estimate_kl(batch) if kl_estimate is None else kl_estimate
+
         losses, *rewards = self.loss(inputs, loss_config)
-        metrics = {}
-        if rewards:
-            chosen_rewards, rejected_rewards = rewards
-            metrics[f"rewards_{split}/chosen"] = chosen_rewards
-            metrics[f"rewards_{split}/rejected"] = rejected_rewards
-            metrics[f"rewards_{split}/accuracies"] = (chosen_rewards > rejected_rewards).float()
-            metrics[f"rewards_{split}/margins"] = chosen_rewards - rejected_rewards
-            metrics[f"rewards_{split}/ties"] = ((chosen_rewards - rejected_rewards).abs() < TIE).float()
-        for side in ("rejected", "chosen"):
-            if f"policy_{side}_logps" in inputs:
-                metrics[f"logps_{split}/{side}"] = inputs[f"policy_{side}_logps"].detach()
+        metrics = reward_metrics(split, *rewards) if rewards else {}
+        for side in reversed(sides):
+            metrics[f"logps_{split}/{side}"] = inputs[f"policy_{side}_logps"].detach()
         metrics[f"loss/{split}"] = losses.detach()
         compares, averaged = self.loss.needs_reference(loss_config), loss_config.get("average_log_prob", False)
         return losses.mean(), metrics | response_metrics(split, inputs, compares, averaged)
+
+    def estimate_kl(self, batch: dict) -> torch.Tensor:
+        """Estimate the policy's KL divergence from the reference (nats) for a whole batch of all workers, as KTO does.
+
+        It is the mean log-ratio of responses to other prompts of the batch, or 0 if that is negative; shape (), without
+        gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
+        """
+        sum_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for microbatch in self.microbatches(mismatch(batch), n_least=1):
+            with torch.no_grad():
+                policy_logps = self.response_logps(self.policy, microbatch).view(2, -1)  # (2, B)
+            counted = self._counted(microbatch)
+            logratios = (policy_logps - torch.stack(self.reference_logps(microbatch))).where(counted, 0)
+            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).double()
+        if self.is_sharded:
+            sum_and_count = collectives.all_reduce_sum(sum_and_count)
+        kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
+        return kl_estimate.to(torch.promote_types(self.policy.dtype, torch.float32))
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -209,21 +389,24 @@ class BasicTrainer(PolicyAndReference):
             self.run_log = RunLog(self.config, self.run_dir, table, *logged)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
         if self.config.warmup_steps >= n_batches:
-            rank0_print(f"warmup_steps={self.config.warmup_steps}: in {n_batches} steps lr isn't reached")
+            rank0_print(
+                f"warmup_steps={self.config.warmup_steps} is longer than the run ({n_batches} steps): lr never reaches "
+                "its peak"
+            )
         bar = progress_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
             try:
                 for batch in bar:
                     self._evaluate_and_save_where_due()
                     if best.is_over(self.state, self.config):
-                        best.say_why(self.state)
+                        best.print_stop_reason(self.state)
                         break
                     self.log("train", self.train_step(batch))
                     bar.set_postfix_str(self.run_log.recent if self.run_log else "", refresh=False)
                     self.stop.check()
                 if self.state.evaluated_at != self.state.examples:
                     self.evaluate_and_log()
-                    if best.is_here(self.state, self.config):
+                    if best.should_save_best(self.state, self.config):
                         self._save_step()
             except Stopped:
                 if self.state.saved_at != self.state.examples:
@@ -231,36 +414,37 @@ class BasicTrainer(PolicyAndReference):
                 raise
 
     def _evaluate_and_save_where_due(self):
-        """Evaluate every `eval_every` examples, save every `save_every`; what has been done here is not done again."""
+        """Evaluate every `eval_every` examples, save every `save_every`; once each at the same place."""
         examples = self.state.examples
         evaluates = examples % self.config.eval_every == 0 and (examples > 0 or self.config.do_first_eval)
         saves = examples % (self.config.save_every or self.config.eval_every) == 0 and examples > 0
         if evaluates and self.state.evaluated_at != examples:
             self.evaluate_and_log()
-        if (saves or best.is_here(self.state, self.config)) and self.state.saved_at != examples:
+        if (saves or best.should_save_best(self.state, self.config)) and self.state.saved_at != examples:
             self._save_step()
         self.stop.check()
 
     def train_step(self, batch: dict) -> dict[str, float]:
-        """One optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches; returns mean metrics.
+        """Take one optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches.
 
         A GPU is waited for once: where its metrics are read, before the weights change.
 
+        Returns: mean metrics.
         Raises: UserError, before the weights change, if loss or gradient are not finite.
         """
         self.policy.train()
         start_time = time.perf_counter()
         kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
-        measured = []
-        for microbatch in batch.get("microbatches") or self._prepared(batch)["microbatches"]:
+        all_metrics = []
+        for microbatch in batch.get("microbatches") or self.prepare(batch)["microbatches"]:
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
             # several workers' gradients are averaged
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
             n_tokens = computed_tokens(microbatch, self.layout.is_shared).double()
-            measured.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
+            all_metrics.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
 
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
-        metrics = mean_metrics([*measured, {"grad_norm": grad_norm[None]}])
+        metrics = mean_metrics([*all_metrics, {"grad_norm": grad_norm[None]}])
         n_tokens = round(metrics.pop("tokens") * self.config.batch_size)
         where = f"step {self.state.updates + 1} (after {self.state.examples} examples)"
         numbers = {"loss": metrics["loss/train"], "grad_norm": metrics["grad_norm"]}
@@ -279,27 +463,53 @@ class BasicTrainer(PolicyAndReference):
         return {**metrics, **self.throughput.metrics(self.config.batch_size, n_tokens, seconds)}
 
     def _training_batches(self, skip: int) -> Iterator[dict]:
-        """Yield the training batches after the first `skip`, cut into microbatches whose rows are made: ahead of time,
-        in a thread, where workers agree on the number of microbatches in a group of their own."""
+        """Yield the training batches after the first `skip`, prepared ahead of time in a thread, where workers agree on
+        the number of microbatches in a group of their own."""
         agree = functools.partial(collectives.all_reduce_max, group=collectives.thread_group())
-        prepare = functools.partial(self._prepared, agree=agree)
+        prepare = functools.partial(self.prepare, agree=agree)
         return prefetched(map(prepare, self.train_iterator.batches(skip)), n_ahead=2)
 
-    # ---- evaluation and sampling ----------------------------------------------------------------------------------
+    def prepare(self, batch: dict, agree: Callable[[int], int] = collectives.all_reduce_max) -> dict:
+        """Return the batch with its microbatches, and these with their rows; `agree`: see `microbatches`."""
+        layouts, pin_memory = dict.fromkeys([self.layout, self.reference_layout]), self.device.type == "cuda"
+        parts = self.microbatches(batch, self.config.gradient_accumulation_steps, agree)
+        for layout in layouts:
+            parts = [layout.prepare(part, pin_memory) for part in parts]
+        return batch | {"microbatches": parts}
+
+    def microbatches(
+        self, batch: dict, n_least: int, agree: Callable[[int], int] = collectives.all_reduce_max
+    ) -> list[dict]:
+        """Cut the batch into microbatches of similar length; see `data.microbatches`.
+
+        `agree`: tells each of several workers the most microbatches that any of them makes.
+        """
+        options = {"agree": agree} if self.is_sharded else {}
+        return microbatches(
+            batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed,
+            self.max_tokens, **options,
+        )  # fmt: skip
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if other workers compute other shards of each batch."""
+        return self.strategy.batch_shard[1] > 1
+
+    @property
+    def _moves_reference(self) -> bool:
+        return self.config.reference_update_every is not None
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """Mean metrics over all evaluation batches.
+        """Return mean metrics over all evaluation batches.
 
         Raises: UserError if the loss of one isn't finite.
         """
-        return self.mean_metrics(self.evaluate_examples()[0])
-
-    def mean_metrics(self, all_metrics: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Means of what `evaluate_examples` returns, over all workers."""
-        return mean_metrics(all_metrics, self.n_eval_examples)
+        return mean_metrics(self.evaluate_examples()[0], self.n_eval_examples)
 
     def evaluate_examples(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-        """Metrics of each evaluation example of this worker, in microbatches, and the numbers of these examples.
+        """Return the metrics of this worker's evaluation examples, in microbatches, and the numbers of these examples.
 
         Raises: UserError if the loss of a batch isn't finite.
         """
@@ -320,66 +530,15 @@ class BasicTrainer(PolicyAndReference):
             all_metrics += batch_metrics
         return all_metrics, indices
 
-    def sample(self) -> tuple[list[dict], dict[str, float]]:
-        """Samples for the first `n_eval_model_samples` evaluation prompts, see `RunLog.log` for their form; and what
-        they tell of the policy's distance from the reference, if that is there."""
-        self.policy.eval()
-        samples, logratios, n_samples = [], [], self.config.n_eval_model_samples
-        n_batches = -(-n_samples // self.config.eval_batch_size)
-        for batch in passing_bar(self.eval_batches[:n_batches], "Sampling"):
-            self.stop.check()
-            asked = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
-            batch = take(batch, torch.tensor(asked or [0]))  # a worker with none of them keeps the others company
-            *texts, scores = self._sample(slice_and_move_batch_for_device(batch, 0, 1, self.device))
-            own = [
-                [{"model": model, "prompt": batch["prompt"][i], "sample": text} for i, text in enumerate(of_model)]
-                for model, of_model in zip(("policy", "reference"), texts, strict=True)
-            ]
-            own = [*own, scores] if asked else [[], [], []]
-            parts = collectives.all_gather_object(own) if self.is_sharded else [own]
-            *of_models, of_scores = zip(*parts, strict=True)
-            samples += [sample for of_model in of_models for part in of_model for sample in part]
-            logratios += [score for part in of_scores for score in part]
-        return samples, kl_metrics(logratios)
-
-    @property
-    def _moves_reference(self) -> bool:
-        return self.config.reference_update_every is not None
-
-    @property
-    def end_tokens(self) -> list[int]:
-        """The ids that end a sample."""
-        return end_tokens(self.policy, self.tokenizer)
+    def _counted(self, batch: dict) -> torch.Tensor:
+        """Return which examples count, (batch_size,): not those that fill up an evaluation batch for all workers."""
+        if "index" not in batch:  # a training batch
+            return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)
+        return torch.tensor([i is not None for i in batch["index"]], device=self.device)
 
     def get_batch_samples(self, batch: dict) -> tuple[list[str], list[str]]:
-        """A sample from the policy, and one from the reference if there is one, for each prompt of the batch."""
-        return self._sample(batch)[:2]
-
-    def _sample(self, batch: dict) -> tuple[list[str], list[str], list[tuple[float, int]]]:
-        """The samples, and of each of the policy's its log-ratio to the reference (nats) and its length (tokens)."""
-        policy_texts, targets, is_whole = self._generate(self.policy, batch)
-        if self.reference is None:
-            return policy_texts, [], []
-        with self.reference.active() as model:
-            reference_texts = self._generate(model, batch)[0]
-            with torch.no_grad():
-                reference_logps = self.response_logps(model, targets)
-        with torch.no_grad():
-            logratios = self.response_logps(self.policy, targets) - reference_logps.to(self.device)
-        lengths = response_lengths(targets["chosen_labels"])
-        scores = zip(logratios[is_whole].tolist(), lengths[is_whole].tolist(), strict=True)
-        return policy_texts, reference_texts, list(scores)
-
-    def _generate(self, model: nn.Module, batch: dict) -> tuple[list[str], dict, torch.Tensor]:
-        def stops() -> bool:
-            return self.strategy.stops_sampling(self.stop.received is not None)
-
-        with self.autocast(model):  # samples are drawn in the precision in which they are scored
-            samples = generate_scorable(
-                model, self.tokenizer, batch, self.config.max_length, stops, synced=self.is_sharded
-            )
-        self.stop.check()
-        return samples
+        """Draw a sample from the policy, and one from the reference if there is one, for each prompt of the batch."""
+        return sampling.sample_batch(self, batch)[:2]
 
     def evaluate_and_log(self):
         """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint.
@@ -389,7 +548,7 @@ class BasicTrainer(PolicyAndReference):
         rng_state = get_rng_state()
         try:
             metrics = self.evaluate()
-            samples, kl = self.sample() if self.config.sample_during_eval else ([], {})
+            samples, kl = sampling.sample_evaluation(self) if self.config.sample_during_eval else ([], {})
             metrics |= kl
         except Stopped:
             set_rng_state(rng_state)
@@ -401,7 +560,7 @@ class BasicTrainer(PolicyAndReference):
     # ---- output ---------------------------------------------------------------------------------------------------
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict] | None = None):
-        """Hand what happened to the run's log, with the counters as they now stand."""
+        """Log metrics and samples, with the counters as they now stand."""
         counters = {"counters/examples": self.state.examples, "counters/updates": self.state.updates}
         if self.run_log is not None:
             self.run_log.log(split, {**counters, **metrics}, samples or [])
@@ -411,18 +570,9 @@ class BasicTrainer(PolicyAndReference):
         if self.config.debug:
             rank0_print("skipping save in debug mode")
             return
-        policy_state = dict(self.policy.state_dict(keep_vars=True))
-        if hasattr(self.policy, "peft_config"):
-            trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
-            frozen = {name for name in policy_state if ".lora_" in name and f".{REFERENCE_ADAPTER}" not in name}
-            policy_state = {name: policy_state[name] for name in sorted(trained | frozen)}
-        state_dicts = {"policy": full_state_dict(policy_state)}
-        if self.config.save_optimizer:
-            state_dicts["optimizer"] = full_state_dict(self.optimizer.state_dict())
-            state_dicts["scheduler"] = self.scheduler.state_dict()
-        if self._moves_reference:
-            state_dicts["reference"] = full_state_dict(dict(self.reference.model.state_dict(keep_vars=True)))
-        state = self._current_state()
+        optimizers = {"optimizer": self.optimizer, "scheduler": self.scheduler} if self.config.save_optimizer else {}
+        reference = self.reference.model if self._moves_reference else None
+        state_dicts, state = full_state_dicts(self.policy, reference, **optimizers), self._current_state()
         if metrics is not None:
             state = dataclasses.replace(state, metrics=metrics)
         if self.rank == 0:
@@ -439,7 +589,7 @@ class BasicTrainer(PolicyAndReference):
         collectives.barrier()
 
     def _current_state(self) -> TrainState:
-        """The train state with what others know of it: generators of all workers, logs, whether all is done."""
+        """Return the train state with what others know: all workers' generators, the logs, whether training is over."""
         return dataclasses.replace(
             self.state,
             complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
@@ -454,7 +604,7 @@ class BasicTrainer(PolicyAndReference):
         return state.batches == self.train_iterator.n_batches or best.is_over(state, self.config)
 
     def _save_step(self):
-        """Write step-N, make it the LATEST, delete those that `keep_checkpoints` lets go."""
+        """Write step-N, point LATEST to it, delete the checkpoints that `keep_checkpoints` drops."""
         self.state.saved_at = self.state.examples
         name = f"step-{self.state.examples}"
         self.save(os.path.join(self.run_dir, name))
@@ -464,18 +614,18 @@ class BasicTrainer(PolicyAndReference):
             delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples, best_name)
 
     def resume(self, checkpoint: str):
-        """Stand where training stood when this checkpoint was written.
+        """Restore everything to where training stood when this checkpoint was written.
 
         Raises: UserError if it doesn't fit the model, lies beyond the end of training, or has no optimizer's state.
         """
-        self.precompute_reference()  # now, as it is made of the weights that training started from
+        self.precompute_reference()  # before the weights change: it starts from the same ones
         state, n_batches = TrainState.load(checkpoint), self.train_iterator.n_batches
         if state.batches > n_batches:
             raise UserError(
                 f"{checkpoint} has {state.batches} steps behind it, n_epochs={self.config.n_epochs} and "
                 f"n_examples={self.config.n_examples} ask for {n_batches} in all"
             )
-        rank0_print(f"Going on from {checkpoint}: {state.examples} examples, {state.updates} steps")
+        rank0_print(f"Resuming from {checkpoint}: {state.examples} examples, {state.updates} steps")
         self.load_weights(checkpoint)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
         if self.config.max_tokens_per_microbatch is None:
@@ -485,7 +635,7 @@ class BasicTrainer(PolicyAndReference):
         self.state.complete = self.state.complete and self._is_over(self.state)
 
     def load_weights(self, checkpoint: str):
-        """Give the policy, and a reference that moves, the weights of a checkpoint of this run, and its counters."""
+        """Load the policy, a reference that moves, and the counters from a checkpoint of this run."""
         load_policy_state(checkpoint, self.policy)
         if self._moves_reference:
             load_model_state(os.path.join(checkpoint, "reference.pt"), self.reference.model)
@@ -504,38 +654,26 @@ class TensorParallelTrainer(BasicTrainer):
     strategy_class = STRATEGIES["TensorParallelTrainer"]
 
 
-def make_trainer(config: DictConfig, trains: bool = True):
-    """Load all that the config names: tokenizer, data, policy and reference; without `trains` no training data."""
-    import trainers
-    from data import hub
-    from models import allow_own_code, load_policy, load_reference
-
+def make_trainer(config: DictConfig, trains: bool = True) -> BasicTrainer:
+    """Load the tokenizer, data, policy and reference that the config names; with `trains` False, no training data."""
     quiet_libraries()
     use_expandable_segments()
     use_deterministic_algorithms(config.deterministic)
     hub.use_cache_if_unreachable(hub_names(config))
     allow_own_code(config)
-    trainer_class = getattr(trainers, config.trainer)
+    trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
-    # on its way to several workers the policy is emptied, and there is nothing to copy
-    copied: list[nn.Module] = []
+    copied: list[nn.Module] = []  # the policy, for a reference that is a copy of it
 
     def policy() -> nn.Module | None:
         model = load_policy(config, device_map) if environment.is_local_rank0() else None
         copied.extend([model] if device_map == "balanced" and model is not None else [])
         return model
 
-    def reference_model() -> nn.Module | None:  # where one is needed
+    def reference_model() -> nn.Module | None:
         first = copied[0] if copied else None
         return load_reference(config, first, device_map) if environment.is_local_rank0() else None
 
+    ranks = collectives.rank_and_world_size()
     with explained_out_of_memory(config):
-        return trainer_class(
-            policy,
-            config,
-            config.seed,
-            config.local_run_dir,
-            reference_model,
-            *collectives.rank_and_world_size(),
-            trains,
-        )
+        return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, trains=trains)

@@ -10,11 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from acceleration.prefix_sharing import Rows
-from acceleration.response_head import token_logps
 from acceleration.shadow_weights import release_copies
 from data.microbatches import CPU_OVERHEAD
-from distributed.strategies import SingleProcess
 from utils import n_weights, transformer_blocks, unwrap_adapter
 
 # Launching the kernels of one layer, forward and backward, takes a host about so long (seconds), during which ...
@@ -48,39 +45,37 @@ class Activations:
 
 
 def measure_activations(
-    policy: nn.Module,
-    rows: Rows,
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    whole_logits: bool = False,
-    strategy: type[SingleProcess] = SingleProcess,
+    policy: nn.Module, compute: Callable[[], torch.Tensor], n_tokens: int, counts_logits: bool = False
 ) -> Activations:
     """Run one forward pass with gradients as in training, and count the storages that its graph keeps, each once.
 
     With activation checkpointing the last block keeps everything, as one block does at a time in the backward pass.
-    Blocks must not be compiled yet. Logits are not counted, as only so many are kept (`response_head`), save with
-    `whole_logits`. The policy and the random generators are left as they were.
+    Blocks must not be compiled yet. The policy and the random generators are left as they were.
+
+    Args:
+        compute: the log-probabilities of a few responses under the policy.
+        n_tokens: of these, with their prompts.
+        counts_logits: False where only so many logits are kept, whatever the number of tokens (`response_head`).
     """
     release_copies(policy)
     graph, weights = _Graph(), _WeightStorages(policy)
     with (
         _training(policy),
-        _watched_modules(policy, graph, counts_head=whole_logits),
+        _watched_modules(policy, graph, counts_logits),
         torch.random.fork_rng(_gpus(policy)),
         torch.enable_grad(),
-        autocast(),
         torch.autograd.graph.saved_tensors_hooks(graph.pack, lambda tensor: tensor),
         weights,
     ):
-        logps = token_logps(policy, rows, whole_logits, strategy)
+        logps = compute()
     # counted while the graph lives: FSDP has freed the storages of gathered weights by now
     of_tokens = {key: tensor for key, tensor in graph.kept.items() if key not in weights.storages}
     of_weights = {key: tensor for key, tensor in graph.kept.items() if key in weights.derived}
     kept = _bytes_by_device(of_tokens)
-    if whole_logits:  # logits of every position and their gradient
+    if counts_logits:  # of every position, in float32, and their gradient
         vocabulary = policy.config.get_text_config().vocab_size
-        kept[logps.device] = kept.get(logps.device, 0) + 2 * logps.element_size() * vocabulary * rows.input_ids.numel()
+        kept[logps.device] = kept.get(logps.device, 0) + 2 * logps.element_size() * vocabulary * n_tokens
     in_block = _bytes_by_device({key: tensor for key, tensor in of_tokens.items() if key in graph.of_block})
-    n_tokens = rows.input_ids.numel()
     return Activations(
         {device: n_bytes / n_tokens for device, n_bytes in kept.items()},
         {device: n_bytes / n_tokens for device, n_bytes in in_block.items()},
@@ -89,14 +84,14 @@ def measure_activations(
 
 
 @contextlib.contextmanager
-def _watched_modules(policy: nn.Module, graph: "_Graph", counts_head: bool) -> Iterator[None]:
+def _watched_modules(policy: nn.Module, graph: "_Graph", counts_logits: bool) -> Iterator[None]:
     """Let the graph know when the last block runs, which keeps everything, and where the output head begins."""
     base, block = unwrap_adapter(policy).base_model, _last_block(policy)
     hooks = [
         block.register_forward_pre_hook(lambda *_: graph.enter_block(), prepend=True),
         block.register_forward_hook(lambda *_: graph.leave_block()),
     ]
-    if not counts_head:
+    if not counts_logits:
         hooks.append(base.register_forward_hook(lambda *_: graph.stop()))
     was_checkpointed = _is_checkpointed(block)
     if was_checkpointed:

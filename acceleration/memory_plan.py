@@ -12,9 +12,11 @@ from torch import nn
 
 from acceleration.capacity import Activations
 from acceleration.response_head import LOGITS_BYTES
+from distributed import collectives
 from losses import needs_reference
+from optimization import state_bytes, step_one_by_one, steps_by_foreach
 from references import resolved_reference
-from utils import UserError, transformer_blocks, unwrap_adapter
+from utils import UserError, rank0_print, transformer_blocks, unwrap_adapter
 
 _SHARE_FOR_ACTIVATIONS = 0.9  # of the memory that is left: the rest is for fragments and kernels' workspaces
 
@@ -40,6 +42,35 @@ class MemoryPlan:
 
 def _gb(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.1f}" if n_bytes >= 5e7 else f"{n_bytes / 1e9:.1g}"
+
+
+def plan_memory(
+    config: DictConfig,
+    policy: nn.Module,
+    reference: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    activations: Activations,
+    n_tokens: int,
+    gathers_blocks: bool,
+) -> int | None:
+    """Print what each GPU will hold, and let the optimizer take less where memory is short.
+
+    `n_tokens`: of an example of full length; for the other arguments see `memory_plans`.
+
+    Returns: the most tokens of a microbatch for which there is memory, the same for all workers; None without a GPU.
+    Raises: UserError if the run doesn't fit.
+    """
+    dtype = getattr(torch, config.model.policy_mp) if config.model.policy_mp else policy.dtype
+    plans = memory_plans(policy, reference, state_bytes(optimizer), activations, dtype, gathers_blocks)
+    for plan in plans:
+        rank0_print(plan)
+    if warning := check_fits(plans, config, n_tokens):
+        rank0_print(warning)
+    if plans and steps_by_foreach(optimizer, plans[0].device) and not all(plan.foreach_fits for plan in plans):
+        rank0_print("Optimizer: one weight tensor after the other, as memory is short")
+        step_one_by_one(optimizer)
+    cap = cap_of(plans)
+    return cap and -collectives.all_reduce_max(-cap)
 
 
 def memory_plans(

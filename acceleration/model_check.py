@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from omegaconf import DictConfig
 from torch import nn
 
+from acceleration.layout import PLAIN, Layout
 from acceleration.packed_attention import takes_packed_attention, use_packed_attention
 from acceleration.prefix_sharing import PACKED, SHARED, Rows, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import token_logps
 from distributed import collectives
 from distributed.strategies import SingleProcess
 from log_probabilities import concatenated_inputs
-from utils import UserError, computed_dtype, take, unwrap_adapter
+from utils import UserError, computed_dtype, rank0_print, take, unwrap_adapter
 
 # How far a way of computing may be from the model's own forward, as a multiple of what rounding does to that forward
 # (`OwnForward`), if it is to be chosen, and if there is no other and training would be refused. Over the architectures
@@ -43,6 +45,30 @@ _SAID = {
     packed_rows: "each sequence is computed by itself, in rows without padding",
     padded_rows: "one sequence a row",
 }
+
+
+def choose_layout(
+    model: nn.Module,
+    plain: Callable[[nn.Module, dict], torch.Tensor],
+    batch: dict,
+    config: DictConfig,
+    strategy: type[SingleProcess],
+    autocast: Callable[[], contextlib.AbstractContextManager],
+    is_unpaired: bool = False,
+) -> Layout:
+    """Choose the fastest way to compute a model that gives what the plain forward does; all workers decide alike."""
+    shared_prompt = config.shared_prompt
+    if is_unpaired:
+        if shared_prompt is True:
+            raise UserError("shared_prompt=true: the two responses of unpaired data have prompts of their own")
+        shared_prompt = False
+    if shared_prompt is False and config.padding_free is False:
+        return PLAIN
+    make_rows, whole_logits, why = choose_rows(
+        model, batch, shared_prompt, config.max_length, strategy, config.padding_free, autocast
+    )
+    rank0_print(f"Shared prompts: {why}")
+    return Layout(make_rows, whole_logits)
 
 
 def choose_rows(

@@ -11,7 +11,6 @@ Both also come packed: the same sequences in a single row, one after the other, 
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -127,41 +126,6 @@ def packed_shared_rows(batch: dict) -> Rows:
 
 SHARED = (shared_rows, packed_shared_rows)  # ways to lay out a batch in which a pair's prompt is computed once ...
 PACKED = (packed_rows, packed_shared_rows)  # ... and those without padding
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a model's batches are laid out, as `model_check.choose_rows` has found."""
-
-    make_rows: Callable[[dict], Rows]
-    whole_logits: bool
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether a pair's prompt is computed once."""
-        return self.make_rows in SHARED
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether there is no padding."""
-        return self.make_rows in PACKED
-
-    def rows(self, batch: dict) -> Rows:
-        """A batch's rows; those that `prepare` has made, if it was called."""
-        made, way = batch.get("rows", {}), self._way(batch)
-        return made[way] if way in made else way(batch)
-
-    def prepare(self, batch: dict, pin_memory: bool) -> dict:
-        """The batch with its rows beside it, ahead of time; in memory that a GPU can copy from while it computes."""
-        way = self._way(batch)
-        rows = way(batch).pin_memory() if pin_memory else way(batch)
-        return batch | {"rows": batch.get("rows", {}) | {way: rows}}
-
-    def _way(self, batch: dict) -> Callable[[dict], Rows]:
-        """How this batch is laid out: single sequences have nothing to share."""
-        if "rejected_labels" in batch:
-            return self.make_rows
-        return packed_rows if self.is_packed else padded_rows
 
 
 class _PackedRow:

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import throughput
 
+from acceleration.layout import Layout
 from acceleration.model_check import choose_rows
 from acceleration.packed_attention import takes_packed_attention, use_packed_attention
-from acceleration.prefix_sharing import PACKED, Layout, packed_rows, packed_shared_rows, padded_rows, shared_rows
+from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import shadow_linear_weights
 from losses import preference_loss

@@ -46,8 +46,9 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acceleration.capacity import microbatch_overhead
+from acceleration.layout import Layout
 from acceleration.packed_attention import use_packed_attention
-from acceleration.prefix_sharing import Layout, packed_shared_rows, padded_rows, shared_rows
+from acceleration.prefix_sharing import packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from data.batches import prefetched

@@ -13,7 +13,7 @@ LINK = "BEST"  # beside LATEST
 
 
 def judge(state: TrainState, config: DictConfig):
-    """Compare the evaluation that has just been with the best one so far, and keep it in `state` if it is better.
+    """Compare the last evaluation with the best one so far, and keep it in `state` if it is better.
 
     Raises: UserError if it lacks the metric that `keep_best` names.
     """
@@ -31,12 +31,12 @@ def judge(state: TrainState, config: DictConfig):
 
 
 def is_over(state: TrainState, config: DictConfig) -> bool:
-    """Whether `stop_when_worse` ends the run here."""
+    """True if `stop_when_worse` ends the run here."""
     return config.stop_when_worse is not None and state.worse >= config.stop_when_worse
 
 
-def say_why(state: TrainState):
-    """Tell that the run ends before its data does."""
+def print_stop_reason(state: TrainState):
+    """Say why the run ends before its data does."""
     ((metric, value),) = state.best.items()
     rank0_print(
         f"Ending here: {metric} was best after {state.best_at} examples ({value:.5g}), and {state.worse} evaluations "
@@ -44,8 +44,8 @@ def say_why(state: TrainState):
     )
 
 
-def is_here(state: TrainState, config: DictConfig) -> bool:
-    """Whether `keep_best` asks for a checkpoint of what is now."""
+def should_save_best(state: TrainState, config: DictConfig) -> bool:
+    """True if the last evaluation was the best so far and `keep_best` keeps its checkpoint."""
     return config.keep_best is not None and state.best_at == state.examples and state.examples > 0
 
 

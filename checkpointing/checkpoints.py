@@ -13,6 +13,7 @@ import shutil
 import time
 import uuid
 
+import torch
 import transformers
 from omegaconf import DictConfig
 from torch import nn
@@ -21,8 +22,34 @@ from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_d
 from checkpointing.integrity import atomic_directory, replace_path
 from checkpointing.model_card import write_card
 from checkpointing.train_state import TrainState, read_state_json
-from distributed.dtensor import distribute_like
+from distributed.dtensor import distribute_like, full_state_dict
+from references import REFERENCE_ADAPTER
 from utils import UserError, rank0_print
+
+
+def full_state_dicts(
+    policy: nn.Module,
+    reference_model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> dict[str, dict]:
+    """Return the state dicts that a checkpoint holds, with full tensors on rank 0; all workers must call it.
+
+    Of a policy with an adapter it holds what is trained, and the adapter's frozen parts.
+    """
+    policy_state = dict(policy.state_dict(keep_vars=True))
+    if hasattr(policy, "peft_config"):
+        trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        frozen = {name for name in policy_state if ".lora_" in name and f".{REFERENCE_ADAPTER}" not in name}
+        policy_state = {name: policy_state[name] for name in sorted(trained | frozen)}
+    state_dicts = {"policy": full_state_dict(policy_state)}
+    if optimizer is not None:
+        state_dicts["optimizer"] = full_state_dict(optimizer.state_dict())
+    if scheduler is not None:
+        state_dicts["scheduler"] = scheduler.state_dict()
+    if reference_model is not None:
+        state_dicts["reference"] = full_state_dict(dict(reference_model.state_dict(keep_vars=True)))
+    return state_dicts
 
 
 def write_state_dict(step: int, state: dict, metrics: dict | None, filename: str, dir_name: str):

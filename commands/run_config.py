@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from commands.workers import enter_process_group, start_workers_or
+from commands.workers import enter_process_group, needs_workers, run_in_workers
 from config_checks.checks import check_config
 from config_checks.schema import own_keys
 from distributed import collectives
@@ -82,4 +82,4 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
             check_config(config)
             prepared = config, make_options(config, own)
         config, options = collectives.broadcast_object(prepared)
-        start_workers_or(work, config, options)
+        run_in_workers(work, config, options) if needs_workers(config) else work(config, options)

@@ -13,24 +13,24 @@ from distributed.strategies import STRATEGIES
 
 
 def enter_process_group(config: DictConfig, stack: contextlib.ExitStack):
-    """Connect this process with the others, if a launcher has started it, for as long as `stack` is entered."""
+    """Connect this process with the others while `stack` is entered, if a launcher has started it."""
     if environment.is_launched():
         stack.enter_context(launch.process_group(config.worker_timeout))
 
 
-def start_workers_or(work: Callable, config: DictConfig, *args):
-    """`work(config, *args)` in the workers that the trainer needs, or here if a launcher has started them or there is
-    one process alone."""
-    starts_workers = STRATEGIES[config.trainer].starts_workers
-    if environment.is_launched() or not starts_workers:
-        work(config, *args)
-        return
-    world_size = environment.get_world_size(starts_workers, config.world_size)
+def needs_workers(config: DictConfig) -> bool:
+    """True if the trainer computes in several processes and no launcher has started them."""
+    return STRATEGIES[config.trainer].starts_workers and not environment.is_launched()
+
+
+def run_in_workers(work: Callable, config: DictConfig, *args):
+    """Start the workers that the trainer needs, and call `work(config, *args)` in each."""
+    world_size = environment.get_world_size(True, config.world_size)
     launch.run_workers(_as_worker, world_size, config.fsdp_port, ROWS, work, config, *args)
 
 
 def _as_worker(rows: dict[str, list[dict]], work: Callable, config: DictConfig, *args):
-    """`rows`: what `ROWS` holds in the process that has started this one."""
+    """Call `work` in a worker; `rows` is what `ROWS` holds in the process that started it."""
     keep_output_going()
     ROWS.update(rows)
     with errors_reported(), launch.process_group(config.worker_timeout):

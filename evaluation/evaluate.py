@@ -17,6 +17,7 @@ from config_checks.numbers import check_can_be_written
 from data.batches import chosen_and_rejected
 from distributed import collectives
 from evaluation.statistics import Z, wilson_interval
+from reporting.metrics import mean_metrics
 from utils import UserError, on_rank0, rank0_print
 
 _IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
@@ -107,7 +108,7 @@ def _former(output: str | None) -> dict[str, dict]:
 
 def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> dict:
     all_metrics, indices = trainer.evaluate_examples()
-    metrics = trainer.mean_metrics(all_metrics)
+    metrics = mean_metrics(all_metrics, trainer.n_eval_examples)
     rows = _gathered(trainer, all_metrics, indices)
     if not on_rank0():
         return {}

@@ -32,7 +32,7 @@ from data.tokenization import get_collate_fn
 from distributed import collectives, environment
 from distributed.strategies import STRATEGIES
 from evaluation import vllm_engine
-from evaluation.sampling import generate_scorable
+from evaluation.sampling import end_tokens, generate_scorable
 from losses import LOSSES
 from models import load_tokenizer
 from preference_datasets import open_batches
@@ -405,7 +405,7 @@ def _draw(
         if trainer.reference is not None:
             with trainer.reference.active() as model:
                 reference_logps = trainer.response_logps(model, targets).tolist()
-    lines = []
+    lines, ends = [], end_tokens(trainer.policy, trainer.tokenizer)
     for row, (request, number) in enumerate(own):
         ids = targets["chosen_labels"][row]
         ids = ids[ids != -100].tolist() if is_whole[row] else []
@@ -414,7 +414,7 @@ def _draw(
         lines.append({
             "prompt_index": request.index, "sample": number, "prompt": request.given,
             "response": trainer.tokenizer.decode(ids, skip_special_tokens=True), "n_tokens": len(ids),
-            "finished": bool(ids) and ids[-1] in trainer.end_tokens,
+            "finished": bool(ids) and ids[-1] in ends,
             "policy_logps": policy_logps[row], "reference_logps": reference_logps[row],
         })  # fmt: skip
     if not trainer.is_sharded:

@@ -1,4 +1,4 @@
-"""Sampling responses from a model."""
+"""Samples during training: responses of policy and reference to evaluation prompts, and their distance."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,7 +7,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from utils import pad_to_length, unwrap_adapter
+from distributed import collectives
+from log_probabilities import response_lengths
+from reporting.metrics import kl_metrics
+from reporting.terminal import passing_bar
+from utils import pad_to_length, slice_and_move_batch_for_device, take, unwrap_adapter
 
 
 def generate(
@@ -113,3 +117,64 @@ def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
     finally:
         for holder in holders:
             holder.generation_config = former
+
+
+# ---- samples of a trainer -------------------------------------------------------------------------------------------
+
+
+def sample_evaluation(trainer) -> tuple[list[dict], dict[str, float]]:
+    """Sample the first `n_eval_model_samples` evaluation prompts; all workers must call it.
+
+    Returns: samples, see `RunLog.log` for their form; and the policy's KL divergence from the reference on them, where
+        the reference is in memory.
+    """
+    trainer.policy.eval()
+    samples, logratios, n_samples = [], [], trainer.config.n_eval_model_samples
+    n_batches = -(-n_samples // trainer.config.eval_batch_size)
+    for batch in passing_bar(trainer.eval_batches[:n_batches], "Sampling"):
+        trainer.stop.check()
+        wanted = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
+        batch = take(batch, torch.tensor(wanted or [0]))  # a worker without any generates too: forwards are collective
+        *texts, scores = sample_batch(trainer, slice_and_move_batch_for_device(batch, 0, 1, trainer.device))
+        own = [
+            [{"model": model, "prompt": batch["prompt"][i], "sample": text} for i, text in enumerate(texts_of_model)]
+            for model, texts_of_model in zip(("policy", "reference"), texts, strict=True)
+        ]
+        own = [*own, scores] if wanted else [[], [], []]
+        parts = collectives.all_gather_object(own) if trainer.is_sharded else [own]
+        *parts_by_model, score_parts = zip(*parts, strict=True)
+        samples += [sample for parts in parts_by_model for part in parts for sample in part]
+        logratios += [score for part in score_parts for score in part]
+    return samples, kl_metrics(logratios)
+
+
+def sample_batch(trainer, batch: dict) -> tuple[list[str], list[str], list[tuple[float, int]]]:
+    """Draw a sample from the policy, and one from the reference if it is in memory, for each prompt of the batch.
+
+    Returns: the policy's texts, the reference's, and for each of the policy's its log-ratio to the reference (nats) and
+        its length (tokens).
+    """
+    policy_texts, targets, is_whole = _generate(trainer, trainer.policy, batch)
+    if trainer.reference is None:
+        return policy_texts, [], []
+    with trainer.reference.active() as model:
+        reference_texts = _generate(trainer, model, batch)[0]
+        with torch.no_grad():
+            reference_logps = trainer.response_logps(model, targets)
+    with torch.no_grad():
+        logratios = trainer.response_logps(trainer.policy, targets) - reference_logps.to(trainer.device)
+    lengths = response_lengths(targets["chosen_labels"])
+    scores = zip(logratios[is_whole].tolist(), lengths[is_whole].tolist(), strict=True)
+    return policy_texts, reference_texts, list(scores)
+
+
+def _generate(trainer, model: nn.Module, batch: dict) -> tuple[list[str], dict, torch.Tensor]:
+    def stops() -> bool:
+        return trainer.strategy.stops_sampling(trainer.stop.received is not None)
+
+    with trainer.autocast(model):  # samples are drawn in the precision in which they are scored
+        samples = generate_scorable(
+            model, trainer.tokenizer, batch, trainer.config.max_length, stops, synced=trainer.is_sharded
+        )
+    trainer.stop.check()
+    return samples

@@ -13,7 +13,7 @@ from utils import UserError
 WITH_ERRORS = (
     "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "logratios_eval/chosen",
 )  # fmt: skip
-TIE = 1e-5  # rewards that differ by less are equal: by so much rounding moves them
+TIE = 1e-5  # smaller differences of rewards are rounding noise: ties
 
 
 def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None = None) -> dict[str, float]:
@@ -39,6 +39,18 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None 
     if n_examples is not None and n_examples > 1:
         metrics |= {f"{name}_se": e for name, e in zip(names, errors, strict=True) if name in WITH_ERRORS}
     return metrics
+
+
+def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the original's metrics of rewards (nats), each of shape (batch_size,); and which pairs are ties."""
+    margins = chosen_rewards - rejected_rewards
+    return {
+        f"rewards_{split}/chosen": chosen_rewards,
+        f"rewards_{split}/rejected": rejected_rewards,
+        f"rewards_{split}/accuracies": (chosen_rewards > rejected_rewards).float(),
+        f"rewards_{split}/margins": margins,
+        f"rewards_{split}/ties": (margins.abs() < TIE).float(),
+    }
 
 
 def response_metrics(

@@ -12,6 +12,7 @@ from acceleration.prefix_sharing import padded_rows, shared_rows
 from acceleration.reference_cache import pair_keys
 from acceleration.response_head import response_logps
 from data.tokenization import get_collate_fn, tokenize_batch, tokenize_batch_element
+from evaluation import sampling
 from log_probabilities import _get_batch_logps, concatenated_inputs
 from preference_datasets import DATASETS, Dataset
 
@@ -102,7 +103,7 @@ def test_runs_begin_every_prompt_and_sample_with_it(loss, make_trainer):
         assert (batch["prompt_input_ids"].gather(1, firsts) == bos).all()
     metrics = trainer.train_step(next(iter(trainer.train_iterator)))
     assert metrics["loss/train"] > 0
-    (sample, *_), _ = trainer.sample()
+    (sample, *_), _ = sampling.sample_evaluation(trainer)
     assert sample["sample"].startswith(sample["prompt"])
 
 

@@ -13,6 +13,7 @@ from test_resume import assert_same_run
 
 from checkpointing import best
 from checkpointing.train_state import TrainState
+from evaluation import sampling
 from utils import UserError
 
 # a learning rate at which the loss goes up and down
@@ -129,7 +130,7 @@ def test_names_that_a_config_may_give_are_those_that_evaluations_have(make_train
         trainer = make_trainer(*TOY, "n_examples=4", "sample_during_eval=false", *overrides)
         measured = trainer.evaluate()
         if trainer.config.sample_during_eval:
-            measured |= trainer.sample()[1]
+            measured |= sampling.sample_evaluation(trainer)[1]
         names = {name for name in measured if not name.endswith("_se")}
         assert names == set(evaluation_metrics(LOSSES[trainer.config.loss.name], trainer.config))
 

@@ -13,7 +13,6 @@ from distributed.strategies import STRATEGIES
 LEVELS = [  # modules and folders; each imports from those below it alone, a folder's modules one another, too
     {"train", "evaluate", "sample", "judge", "export"},
     {"trainers"},
-    {"computation"},
     {"evaluation"},
     {"models"},
     {"acceleration"},

@@ -10,7 +10,8 @@ from torch import nn
 
 from acceleration import gpu_settings, memory_plan
 from acceleration.capacity import measure_activations
-from acceleration.prefix_sharing import packed_shared_rows
+from acceleration.prefix_sharing import packed_shared_rows, shared_rows
+from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
 from models import _check_on_gpus
@@ -50,7 +51,8 @@ def test_activations_of_a_linear_layer_are_counted_by_hand():
             return self.head
 
     rows = packed_shared_rows(BATCHES["ordinary"])
-    activations = measure_activations(Model(), rows)
+    model = Model()
+    activations = measure_activations(model, lambda: response_logps(model, rows), rows.input_ids.numel())
     ids, inputs, outputs = 8, 4 * 8, 4 * 12  # bytes a token
     assert activations.kept == {CPU: ids + inputs + outputs}
     assert activations.casts == {}
@@ -65,7 +67,8 @@ def test_measuring_leaves_the_model_and_the_random_generators_as_they_were():
         return module.training, getattr(module, "gradient_checkpointing", None), hooks
 
     generator, states = torch.get_rng_state(), [state_of(module) for module in model.modules()]
-    measure_activations(model, packed_shared_rows(BATCHES["ordinary"]))
+    rows = shared_rows(BATCHES["ordinary"])
+    measure_activations(model, lambda: response_logps(model, rows), rows.input_ids.numel())
     assert torch.equal(torch.get_rng_state(), generator)
     assert [state_of(module) for module in model.modules()] == states
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -8,6 +8,7 @@ import torch
 from conftest import ORACLE, read_jsonl
 from test_cli import SHORT, TOY
 
+from evaluation import sampling
 from log_probabilities import response_lengths
 from reporting.metrics import kl_metrics, mean_metrics
 from reporting.usage import peak_flops
@@ -83,7 +84,7 @@ def test_an_example_that_is_evaluated_several_times_counts_once_in_standard_erro
 
 
 @pytest.mark.parametrize("overrides", [[], ["shared_prompt=false", "precompute_ref_log_probs=true", "lora={r:4}"]])
-def test_divergence_from_the_reference_is_measured_on_the_policys_own_samples(overrides, make_trainer):
+def test_divergence_from_the_reference_is_measured_on_the_policys_own_samples(overrides, make_trainer, monkeypatch):
     """Against the whole models, on the texts' tokens as they were drawn."""
     trainer = make_trainer(*TOY, "loss=dpo", "n_eval_model_samples=6", "n_examples=8", *overrides)
     torch.manual_seed(1)
@@ -92,9 +93,9 @@ def test_divergence_from_the_reference_is_measured_on_the_policys_own_samples(ov
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn_like(parameter)
     drawn = []
-    generate = trainer._generate
-    trainer._generate = lambda model, batch: drawn.append(generate(model, batch)) or drawn[-1]
-    samples, kl = trainer.sample()
+    generate = sampling.generate_scorable
+    monkeypatch.setattr(sampling, "generate_scorable", lambda *a, **k: drawn.append(generate(*a, **k)) or drawn[-1])
+    samples, kl = sampling.sample_evaluation(trainer)
     logratios, n_tokens = [], 0
     targets = drawn[0][1]
     assert [sample["sample"] for sample in samples if sample["model"] == "policy"] == drawn[0][0]

@@ -134,6 +134,11 @@ def put_on_gpus(model: torch.nn.Module, autocast_dtype: torch.dtype | None, chec
     model.train()
 
 
+def logps_of(model: torch.nn.Module, rows, autocast) -> torch.Tensor:
+    with autocast():
+        return response_logps(model, rows)
+
+
 def bytes_of_graph(model: torch.nn.Module, rows, autocast) -> dict[torch.device, int]:
     """Count what a forward pass saves, by another rule: a tensor is a weight if it has the shape of one."""
     shapes = set()
@@ -148,8 +153,8 @@ def bytes_of_graph(model: torch.nn.Module, rows, autocast) -> dict[torch.device,
             saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with autocast(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logps = response_logps(model, rows)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logps = logps_of(model, rows, autocast)
     assert logps.dtype == torch.float32 and logps.device == GPU
     by_device: dict[torch.device, int] = {}
     for tensor in saved.values():
@@ -171,7 +176,7 @@ def predicted_and_saved(family: str, rows_name: str, weights: str, lora: bool = 
     with pretend_gpu.pretend_gpus():
         put_on_gpus(model, autocast_dtype, **options)
         full, rows = (with_tensors(given, pretend_gpu.like_on_gpu) for given in (full, rows))
-        activations = measure_activations(model, full, autocast)
+        activations = measure_activations(model, partial(logps_of, model, full, autocast), full.input_ids.numel())
         if options.get("checkpointing"):  # one block at a time keeps everything, in the backward pass
             layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
             assert all(layer.gradient_checkpointing for layer in layers)
@@ -202,7 +207,8 @@ def plan(family: str, n_gpus: int, free: int, weights: str = "mixed", lora: bool
         policy, reference = models
         optimizer = torch.optim.RMSprop([p for p in policy.parameters() if p.requires_grad])
         autocast = partial(pretend_gpu.autocast, autocast_dtype)
-        activations = measure_activations(policy, with_tensors(rows, pretend_gpu.like_on_gpu), autocast)
+        rows = with_tensors(rows, pretend_gpu.like_on_gpu)
+        activations = measure_activations(policy, partial(logps_of, policy, rows, autocast), rows.input_ids.numel())
         plans = memory_plan.memory_plans(policy, reference, state_bytes(optimizer), activations, torch.bfloat16)
     return plans, [str(plan) for plan in plans]
 

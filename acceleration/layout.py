@@ -1,0 +1,59 @@
+"""The faster way to compute a model's responses, behind one object: how batches are laid out, and the forward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from acceleration.prefix_sharing import PACKED, SHARED, Rows, packed_rows, padded_rows
+from acceleration.response_head import response_logps
+from distributed.strategies import SingleProcess
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model's batches are laid out. `model_check.choose_layout` finds it and compares it with the plain way."""
+
+    make_rows: Callable[[dict], Rows] | None  # None: the plain way, as the original computes
+    whole_logits: bool = False  # the model does more to its logits than apply the output head
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the trainer's own plain forward computes the model."""
+        return self.make_rows is None
+
+    @property
+    def is_shared(self) -> bool:
+        """True if a pair's prompt is computed once."""
+        return self.make_rows in SHARED
+
+    @property
+    def is_packed(self) -> bool:
+        """True if rows have no padding."""
+        return self.make_rows in PACKED
+
+    def response_logps(self, model: nn.Module, batch: dict, strategy: type[SingleProcess]) -> torch.Tensor:
+        """Return the log-probability of each of the batch's S responses, chosen before rejected: (S,), in nats."""
+        return response_logps(model, self.rows(batch), self.whole_logits, strategy)
+
+    def prepare(self, batch: dict, pin_memory: bool) -> dict:
+        """Return the batch with its rows, made ahead of time; pinned, a GPU copies them while it computes."""
+        if self.is_plain:
+            return batch
+        way = self._way(batch)
+        rows = way(batch).pin_memory() if pin_memory else way(batch)
+        return batch | {"rows": batch.get("rows", {}) | {way: rows}}
+
+    def rows(self, batch: dict) -> Rows:
+        """Return the rows of a batch: those that `prepare` has made, if it was called."""
+        made, way = batch.get("rows", {}), self._way(batch)
+        return made[way] if way in made else way(batch)
+
+    def _way(self, batch: dict) -> Callable[[dict], Rows]:
+        if "rejected_labels" in batch:
+            return self.make_rows
+        return packed_rows if self.is_packed else padded_rows  # single sequences share nothing
+
+
+PLAIN = Layout(None)
