@@ -1,9 +1,11 @@
 """Decisions for a GPU that can be tested on a CPU; test_pretend_gpu.py tests those that need a graph on one."""
 
+import functools
 import types
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
@@ -14,6 +16,9 @@ from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
+from distributed.dtensor import distribute_model
+from distributed.fsdp import fsdp_mesh, shard_model
+from distributed.strategies import FullySharded, SingleProcess
 from models import _check_on_gpus
 from optimization import state_bytes, step_one_by_one, steps_by_foreach
 from reporting.metrics import check_finite
@@ -72,6 +77,24 @@ def test_measuring_leaves_the_model_and_the_random_generators_as_they_were():
     assert torch.equal(torch.get_rng_state(), generator)
     assert [state_of(module) for module in model.modules()] == states
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def activations_of_a_sharded_model() -> tuple[dict, dict]:
+    """Measure a whole model, and the same one sharded by FSDP."""
+    rows = shared_rows(BATCHES["ordinary"])
+    whole = make_model(CONFIGS["llama"], torch.float32)
+    given = make_model(CONFIGS["llama"], torch.float32) if dist.get_rank() == 0 else None
+    sharded = distribute_model(given, lambda model: shard_model(model, fsdp_mesh(1), None, None, offload=False))
+    measured = []
+    for model, strategy in ((whole, SingleProcess), (sharded, FullySharded)):
+        compute = functools.partial(response_logps, model, rows, False, strategy)
+        measured.append(measure_activations(model, compute, rows.input_ids.numel()).kept)
+    return tuple(measured)
+
+
+def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
+    for whole, sharded in in_workers(2, activations_of_a_sharded_model):
+        assert sharded[CPU] == pytest.approx(whole[CPU], rel=0.02)
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------------
