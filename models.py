@@ -9,6 +9,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from acceleration.memory_plan import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
 from data import hub
 from references import REFERENCE_ADAPTER, Source, policy_source, reference_source, resolved_reference
@@ -49,7 +50,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
                 **options,
                 **attention,
             )
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files and the hub's HTTP library raise errors of any kind
         cause, remedy = hub.why_not(error, name, "model") or (
@@ -57,12 +58,28 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
             f"Give the id of a causal language model on the hub{hub.access_hint(error)}{_code_hint(error)}",
         )
         raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
+    _check_on_gpus(model, origin, config, device_map)
     disable_dropout(model)
     if source.archive is not None:
         load_archive(source.archive, model, source.key("archive"), options["trust_remote_code"])
     else:
         check_finite(model, origin)
     return model
+
+
+def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map: str):
+    """Refuse a model of which accelerate has left a part in the CPU's memory, as the GPUs have no room for it.
+
+    Raises: UserError with the memory that it takes, and remedies.
+    """
+    left_out = [parameter for parameter in model.parameters() if parameter.device.type in ("cpu", "meta", "disk")]
+    if device_map == "cpu" or not torch.cuda.is_available() or not left_out:
+        return
+    total, missing = (sum(p.nbytes for p in parameters) / 1e9 for parameters in (model.parameters(), left_out))
+    raise UserError(
+        f"{origin} has {total:.1f} GB of weights in {str(model.dtype)[6:]}; the GPUs have no room for {missing:.1f} GB "
+        f"of them.\n{remedies(config)}"
+    )
 
 
 def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:

@@ -122,6 +122,12 @@ def unwrap_adapter(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def n_weights(parameter: torch.Tensor) -> int:
+    """Return how many weights a parameter holds; 4-bit ones (bitsandbytes) are packed, two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
 def disable_dropout(model: nn.Module):
     """Turn off all dropout: modules, rates held as attributes (GPT-NeoX, Llama) or read from the config (GPT-J).
 

@@ -43,6 +43,10 @@ class Packing:
     first_key: torch.Tensor | None = None  # (N,) index of each token's first key
     second_key: torch.Tensor | None = None  # (M - N,) indices of the keys whose token is used a second time
 
+    def to(self, device: torch.device | int, non_blocking: bool = False) -> "Packing":
+        """Return the same segments on another device; accelerate calls this for layers on another GPU."""
+        return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
 
 def with_tensors(holder, change: Callable[[torch.Tensor], torch.Tensor]):
     """Copy a dataclass instance, applying `change` to its tensors and to those of dataclasses inside it."""
