@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from acceleration.gpu_settings import use_expandable_segments
 from distributed import environment
+from distributed.gpu_settings import use_expandable_segments
 from distributed.heartbeat import Heartbeat
 from utils import UserError
 
