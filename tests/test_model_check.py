@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
+from launcher import train_after
 from test_shared_prompt import BATCHES, LLAMA_LIKE, SMALL
 
 from acceleration.capacity import microbatch_overhead
@@ -292,7 +293,9 @@ def test_workers_that_compute_in_16_bits_share_prompts(launcher, tmp_path):
 @pytest.mark.slow
 def test_flex_attention_without_gradients_is_refused(launcher, model_dir, tmp_path):
     path = model_dir(transformers.LlamaConfig(**SIZES), attn_implementation="flex_attention")
-    assert launcher.run(*RUN, f"model.name_or_path={path}", "loss=sft", f"local_run_dir={tmp_path}/run") == 1
+    script = train_after("import torch; torch._dynamo.config.disable = True", tmp_path)  # compiling takes long
+    run = [*RUN, f"model.name_or_path={path}", "loss=sft", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run, script=script) == 1
     assert "error: LlamaForCausalLM: its own forward fails" in launcher.output
     assert "attn_implementation=flex_attention now; sdpa and eager" in launcher.output
     assert "Traceback" not in launcher.output

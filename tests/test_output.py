@@ -71,7 +71,13 @@ def start_piped(launcher, tmp_path):
     def start(n_lines: int, *overrides: str) -> list[str]:
         os.mkfifo(tmp_path / "pipe")
         reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-        launcher.start(*SHORT, f"local_run_dir={tmp_path}/run", *overrides, printed_to=str(tmp_path / "pipe"))
+        launcher.start(
+            *SHORT,
+            f"local_run_dir={tmp_path}/run",
+            *overrides,
+            printed_to=str(tmp_path / "pipe"),
+            forks_workers=True,
+        )
         os.set_blocking(reader, True)
         with open(reader) as lines:
             return list(itertools.islice(lines, n_lines))

@@ -134,7 +134,7 @@ def test_signal_while_a_job_loads_ends_the_sweep(launcher, tmp_path):
 
 def test_signal_ends_a_sweep_of_jobs_with_workers(launcher, tmp_path):
     overrides = [*SHORT, "n_examples=400", "seed=1,2", "trainer=FSDPTrainer", "world_size=2"]
-    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
+    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep", forks_workers=True)
     first = tmp_path / "sweep/seed-1/metrics.jsonl"
     wait_for_lines(first, 4, launcher)
     launcher.kill(signal.SIGTERM)
