@@ -150,8 +150,8 @@ class Launcher:
 
         `in_order`: stdout and stderr are one, as on a terminal. `of_training`: whether the script has training's keys.
         `as_typed`: nothing is added to the words. `terminal`: the device that all three streams are. `printed_to`: what
-        stdout and stderr are instead of files. `forks_workers`: the workers that the script starts itself (world_size=N)
-        are forked from it, which saves them the imports.
+        stdout and stderr are instead of files. `forks_workers`: fork the workers that the script itself starts
+        (world_size=N), which saves them the imports.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
