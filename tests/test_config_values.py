@@ -32,6 +32,7 @@ ACCEPTED = {
     "fsdp_replicate": [1],
     "fsdp_cpu_offload": [False],
     "datasets": [],
+    "apply_chat_template": [False],  # toy is a named dataset
     "wandb.entity": [None, *TEXTS[2:]],
     "wandb.project": TEXTS[2:],
     "local_dirs": [["x"]],
@@ -173,7 +174,7 @@ REFUSED = {  # what is typed: parts of the message
 LATE = {  # only once the model is there
     "optimizer=Adam optimizer_args={capturable:true}": ["optimizer=Adam", "capturable"],
     "optimizer=AdamW lr=1e38": ["lr=1e+38", "overflow"],
-    "lora={inference_mode:true}": ["nothing of the model is trained"],
+    "lora={inference_mode:true}": ["the model has no trainable parameters"],
 }
 
 

@@ -142,12 +142,12 @@ def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_f
     result = train_from_hub(*overrides, n_workers=n_workers)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "model.trust_remote_code=true runs the code that it brings" in result.stderr
+    assert "model.trust_remote_code=true runs the model's own code with your rights" in result.stderr
     assert not list(hub_place.home.rglob("modules/**/modeling_own.py"))
 
     result = train_from_hub(*overrides, "model.trust_remote_code=true", n_workers=n_workers)
     assert result.returncode == 0, result.stdout + result.stderr
-    says = f"model.trust_remote_code=true: running code of {own_code}: configuration_own.OwnConfig, modeling_own.OwnFor"
+    says = f"model.trust_remote_code=true: running the code of {own_code}: configuration_own.OwnConfig, modeling_own"
     assert result.stdout.count(says) == (1 if trainer == "BasicTrainer" else 2)  # the reference is a copy, or loaded
     assert "trust_remote_code: true" in (tmp_path / "run/config.yaml").read_text()
     latest = tmp_path / "run/LATEST"
