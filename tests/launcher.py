@@ -41,7 +41,7 @@ PRELOADED = (  # what scripts and their libraries import, much of it late
 
 @contextlib.contextmanager
 def running_server(env: dict[str, str] | None = None) -> Iterator[subprocess.Popen]:
-    """The process that runs are forked from; `env`: variables, for those that are read at imports."""
+    """Start the process that runs are forked from; `env`: variables that are read when libraries are imported."""
     server = subprocess.Popen(
         [sys.executable, __file__], env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), **(env or {})},
         text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -52,7 +52,7 @@ def running_server(env: dict[str, str] | None = None) -> Iterator[subprocess.Pop
 
 
 def train_after(code: str, directory: Path) -> Path:
-    """A script that is `train.py` after this code."""
+    """Write a script that runs this code and then `train.py`."""
     script = directory / "train_after.py"
     script.write_text(f"{code}\nimport runpy\nrunpy.run_path({str(REPOSITORY / 'train.py')!r}, run_name='__main__')\n")
     return script
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def output(self) -> str:
-        """What it has printed so far."""
+        """What the run has printed so far."""
         return "".join(path.read_text() for path in dict.fromkeys((self.stdout, self.stderr)))
 
     @property

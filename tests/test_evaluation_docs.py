@@ -1,4 +1,4 @@
-"""Lines of docs/evaluation.md as they stand there: using a checkpoint elsewhere, and a reward model of one's own."""
+"""The code of docs/evaluation.md runs as it is written there."""
 
 import json
 import re
@@ -17,7 +17,7 @@ NOT_RUN = ("vllm serve", "hf upload")  # they need a GPU, or an account
 
 
 def blocks(heading: str) -> list[str]:
-    """The indented blocks of a section of docs/evaluation.md."""
+    """Return the indented blocks of a section of docs/evaluation.md."""
     text = (REPOSITORY / "docs/evaluation.md").read_text()
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return [

@@ -31,7 +31,7 @@ CARD = b"---\nlicense: mit\ntags:\n- human-feedback\n---\n# A dataset\n"
 
 
 def model_files() -> dict[str, bytes]:
-    """A small GPT-NeoX and its tokenizer, as a repository on the hub holds them."""
+    """Return a small GPT-NeoX and its tokenizer as the files of a hub repository."""
     return {path.name: path.read_bytes() for path in (ORACLE / "model").iterdir()}
 
 
@@ -55,7 +55,7 @@ def hh_files() -> dict[str, bytes]:
 
 
 def hh_viewer_info() -> dict:
-    """What the dataset viewer knows of it, whom the library asks for columns and numbers of rows."""
+    """Return the dataset viewer's information, which the library asks for columns and numbers of rows."""
     text = {"dtype": "string", "_type": "Value"}
     counts = {split: len(read_jsonl(ORACLE / f"hh/{split}.jsonl")) for split in ("train", "test")}
     splits = {split: {"name": split, "num_bytes": 1, "num_examples": n} for split, n in counts.items()}
@@ -113,7 +113,7 @@ _http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time
 
 @pytest.fixture
 def impatient(train_from_hub, tmp_path_factory):
-    """As `train_from_hub`, with retries that follow at once."""
+    """As `train_from_hub`, but the library retries without waiting."""
     return functools.partial(train_from_hub, script=train_after(IMPATIENT, tmp_path_factory.mktemp("impatient")))
 
 
@@ -175,7 +175,7 @@ def test_dataset_from_the_hub_trains_like_the_same_folder(online_ok, hub, bodies
 
 
 def sharded(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
-    """The model's weights in several files with an index."""
+    """Replace the model's weights by several files with an index."""
     model = transformers.AutoModelForCausalLM.from_pretrained(ORACLE / "model")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     shards = {path.name: path.read_bytes() for path in (tmp_path / "sharded").glob("model*")}
@@ -183,7 +183,7 @@ def sharded(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
 
 
 def pickled(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
-    """The model's weights in pytorch_model.bin alone, as older repositories have them."""
+    """Replace the model's weights by a pytorch_model.bin, as in older repositories."""
     model, buffer = transformers.AutoModelForCausalLM.from_pretrained(ORACLE / "model"), io.BytesIO()
     torch.save(model.state_dict(), buffer)
     return {name: content for name, content in files.items() if name != "model.safetensors"} | {

@@ -1,4 +1,4 @@
-"""How a model is found out at the start of training: what it may compute, what it is refused for."""
+"""The check of a model at the start of training: which fast ways it may use, and when it is refused."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ SHORT = batch_of(((9, 4, 7), (3, 6, 2)))
 
 
 def as_initialized(config: transformers.PreTrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
-    """With weights as small as training from scratch starts with."""
+    """Return a model with weights as small as at the start of training from scratch."""
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
@@ -92,7 +92,7 @@ def test_attention_window_by_row_position_is_noticed(dtype):
 
 @pytest.mark.parametrize(("window", "make_rows"), [(MAX_LENGTH - 2, padded_rows), (MAX_LENGTH - 1, shared_rows)])
 def test_window_one_token_too_short_is_noticed(window, make_rows):
-    """The last token that predicts one has MAX_LENGTH - 2 before it."""
+    """The last token that predicts another has MAX_LENGTH - 2 tokens before it."""
     model = tiny_model("mistral", sliding_window=window).double()
     assert choose_rows(model, SHORT, "auto", MAX_LENGTH)[0] is make_rows
 
@@ -210,7 +210,7 @@ GRANITE = transformers.GraniteConfig(**SIZES, logits_scaling=4.0)
 
 
 def mean_loss(model: torch.nn.Module, batches: list[dict]) -> float:
-    """Of SFT, by the model's own forward."""
+    """Return the SFT loss computed by the model's own forward."""
     losses = []
     for batch in batches:
         inputs = concatenated_inputs({**batch, **{key.replace("chosen", "rejected"): v for key, v in batch.items()}})

@@ -1,4 +1,4 @@
-"""Runs whose output cannot be shown, or that nobody reads, and caches that cannot be written."""
+"""Runs whose output can't be displayed or isn't read, and caches that can't be written."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ LOCAL_ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 @pytest.fixture
 def train(train_alone):
-    """The hub's and the terminal's variables are read at imports."""
+    """As `train_alone`: the terminal's variables are read when libraries are imported."""
     return train_alone
 
 

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 def table(output: str) -> list[list[str]]:
-    """The cells of the table at a sweep's end; overrides with a space in them are cells of their own."""
+    """Return the cells of the table at a sweep's end, split at spaces."""
     lines = output[output.rindex("== The sweep in ") :].splitlines()[1:]
     return [line.split() for line in itertools.takewhile(lambda line: line and "To go on" not in line, lines)]
 
 
 def printed_command(output: str) -> list[str]:
-    """The words of the command that is printed last."""
+    """Return the words of the command that is printed last."""
     return shlex.split(output.strip().splitlines()[-1].split("not complete: ")[1])
 
 
