@@ -1,4 +1,4 @@
-"""Every source of the reference's log-probabilities gives the same training, and the cache reuses only what is valid."""
+"""Every source of the reference's log-probabilities gives the same training; the cache reuses only what is valid."""
 
 import itertools
 import json
