@@ -78,7 +78,7 @@ ACCEPTED = {
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory):
-    """The config of model=tiny with a loss, as composed."""
+    """A function that returns the composed config of model=tiny with a loss."""
     local = tmp_path_factory.mktemp("local")
 
     def compose_with(*overrides: str):

@@ -1,4 +1,4 @@
-"""Runs of several processes: how they start, on one machine and on two, and how they end together."""
+"""Runs of several processes: how they start on one machine and on two, and end together."""
 
 import os
 import re
@@ -24,7 +24,7 @@ LIMIT = 120  # seconds that a run may take to end once a worker has died: it wou
 
 
 def children_of(pid: int) -> list[psutil.Process]:
-    """A process's workers, in their order."""
+    """Return a process's workers in their order."""
     children = psutil.Process(pid).children()
     return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 

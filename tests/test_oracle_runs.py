@@ -14,7 +14,7 @@ SETTINGS = (
 
 
 def overrides_of(run: dict) -> list[str]:
-    """The command line that asks for a recorded run's settings."""
+    """Return overrides that set a recorded run's settings."""
     config = dict(run["config"])
     loss = dict(config["loss"])
     overrides = [f"{key}={hydra_list(config[key])}" for key in SETTINGS]
