@@ -389,11 +389,6 @@ class BasicTrainer:
             logged = state.log_bytes, state.wandb_run_id, state.log_sha256
             self.run_log = RunLog(self.config, self.run_dir, table, *logged)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
-        if self.config.warmup_steps >= n_batches:
-            rank0_print(
-                f"warmup_steps={self.config.warmup_steps} is longer than the run ({n_batches} steps): lr never reaches "
-                "its peak"
-            )
         bar = progress_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
             try:

@@ -133,6 +133,8 @@ def _check_key_type(key: str, value: object, default: object):
         raise UserError(f"{key}={value!r} is empty: give {remedy}, or leave it out")
     if key == "datasets" and isinstance(value, str):
         return
+    if key == "warmup_steps" and isinstance(value, float) and 0 < value < 1:  # a fraction of the steps
+        return
     if key in ("shared_prompt", "padding_free"):
         if not isinstance(value, bool) and value != "auto":
             raise UserError(f"{key}={value}: must be auto, true or false")
