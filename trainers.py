@@ -19,7 +19,7 @@ from acceleration.memory_plan import explained_out_of_memory, plan_memory, resum
 from acceleration.model_check import choose_layout, full_length_pair
 from acceleration.overflow import check_no_overflow
 from acceleration.reference_cache import LogpsCache, open_cache
-from acceleration.shadow_weights import shadow_linear_weights
+from acceleration.shadow_weights import shadow_if_equal
 from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
@@ -242,7 +242,9 @@ class BasicTrainer:
         """Cast weights once a step, choose the microbatch size from free memory, and compile."""
         config = self.config
         if self.policy_mp is not None and not self.strategy.splits_tensors:
-            shadow_linear_weights(self.policy, self.optimizer)
+            batch = self.eval_iterator.first(2)
+            if not shadow_if_equal(self.policy, self.optimizer, lambda: self.response_logps(self.policy, batch)):
+                rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
         self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
         fitting = self._plan_memory() if self.device.type == "cuda" else None
         self.max_tokens = config.max_tokens_per_microbatch or fitting
