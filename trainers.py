@@ -13,7 +13,6 @@ from torch import nn
 
 from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
-from acceleration.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from acceleration.layout import Layout
 from acceleration.memory_plan import explained_out_of_memory, plan_memory, resumed_cap
 from acceleration.model_check import choose_layout, full_length_pair
@@ -44,6 +43,7 @@ from data import hub
 from data.batches import mismatch, prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
+from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
 from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths

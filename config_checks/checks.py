@@ -344,8 +344,8 @@ def _check_workers(config: DictConfig):
     if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
         raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
     for name, other in STRATEGIES.items():
-        for key, default in other.own_keys.items():
-            if config[key] != default and key not in strategy.own_keys:
+        for key, default in other.config_keys.items():
+            if config[key] != default and key not in strategy.config_keys:
                 raise UserError(f"{key}={config[key]}: only trainer={name} has that; leave it {default}")
     if world_size % config.fsdp_replicate != 0:
         raise UserError(

@@ -153,9 +153,9 @@ def test_two_machines_train_fail_and_resume_together(start, tmp_path):
 
 BUSY = """
 import os, signal, sys, time
-from distributed import launch
-launch._HEARTBEAT_INTERVAL, launch._LOST_CONNECTION_DELAY = 0.5, 0.5
-with launch.process_group():
+from distributed import connection, heartbeat
+heartbeat._HEARTBEAT_INTERVAL, heartbeat._LOST_CONNECTION_DELAY = 0.5, 0.5
+with connection.process_group():
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)  # waits for a GPU that waits for the other worker's

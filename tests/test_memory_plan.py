@@ -11,12 +11,13 @@ from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
 
 import trainers
-from acceleration import gpu_settings, memory_plan
+from acceleration import memory_plan
 from acceleration.capacity import measure_activations
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
+from distributed import gpu_settings
 from distributed.dtensor import distribute_model
 from distributed.fsdp import fsdp_mesh, shard_model
 from distributed.strategies import FullySharded, SingleProcess
