@@ -1,6 +1,7 @@
 """The command line of every command: Hydra composes the config, errors become messages, `-m` sweeps."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -19,8 +20,14 @@ from utils import get_local_dir
 
 
 def with_free_keys(overrides: list[str]) -> list[str]:
-    """The overrides, so marked that Hydra takes keys it doesn't know where names are not ours to know."""
+    """Mark overrides of sections whose names are not ours to know, so that Hydra accepts any key in them."""
     return [f"++{word}" if word.startswith((*FREE_KEYS, "judge_args", "engine_args")) else word for word in overrides]
+
+
+def with_home(overrides: list[str]) -> list[str]:
+    """Expand `~` at the beginning of values and of list items, which Hydra's grammar doesn't take."""
+    home = os.path.expanduser("~")
+    return [re.sub(r"""(?<==)(["']?)~(?=/|$)|(?<=[\[,])~(?=/)""", rf"\g<1>{home}", word) for word in overrides]
 
 
 def compose_config(*overrides: str) -> DictConfig:
@@ -53,7 +60,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
-    sys.argv[1:] = with_free_keys(sys.argv[1:])
+    sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
     sweep = Sweep(run)
 
     def job(config: DictConfig):

@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from distributed import environment
 from distributed.environment import is_launched
-from utils import UserError
+from utils import UserError, signals_handled
 
 # Some wait while one loads or writes a large model. That a worker is gone is noticed by the heartbeat, and at once.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -122,12 +122,8 @@ def _forwarded_signals(pids: list[int]) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    former = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
+    with signals_handled(forward):
         yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def _reserve_port() -> socket.socket:

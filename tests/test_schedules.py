@@ -75,7 +75,7 @@ def test_resumed_run_follows_the_schedule_exactly(trainer, launcher, tmp_path):
         else:
             path.rename(tmp_path / f"aside-{name}")
     assert launcher.run(*run, f"local_run_dir={cut}", "resume=auto", n_workers=n_workers) == 0, launcher.output
-    assert "Going on from" in launcher.output and "16 examples" in launcher.output
+    assert "Resuming from" in launcher.output and "16 examples" in launcher.output
     assert rates(cut) == rates(whole)
     assert rates(whole)[2] == pytest.approx(7.5e-4)
     assert rates(whole)[-1] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 8 / 9)))
