@@ -1,6 +1,7 @@
 """The command line of every command: Hydra composes the config, errors become messages, `-m` sweeps."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -30,6 +31,12 @@ def _with_model_written_out(word: str) -> list[str]:
     if key != "model" or name in names_in("model") or not ("/" in name or os.path.isdir(name)) or "," in name:
         return [word]
     return ["model=blank_model", f"model.name_or_path={name}"]
+
+
+def with_home(overrides: list[str]) -> list[str]:
+    """Expand `~` at the beginning of values and of list items, which Hydra's grammar doesn't take."""
+    home = os.path.expanduser("~")
+    return [re.sub(r"""(?<==)(["']?)~(?=/|$)|(?<=[\[,])~(?=/)""", rf"\g<1>{home}", word) for word in overrides]
 
 
 def compose_config(*overrides: str) -> DictConfig:
@@ -62,7 +69,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
-    sys.argv[1:] = with_free_keys(sys.argv[1:])
+    sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
     sweep = Sweep(run)
 
     def job(config: DictConfig):

@@ -199,7 +199,7 @@ def test_printed_resume_command_quotes_the_run_directory(launcher, tmp_path):
     wait_for_lines(run_dir / "metrics.jsonl", 1, launcher)
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
-    command = shlex.split(launcher.output.strip().splitlines()[-1].split("go on from it: ")[1])
+    command = shlex.split(launcher.output.strip().splitlines()[-1].split("resume from it: ")[1])
     examples = json.loads((run_dir / "LATEST/state.json").read_text())["examples"]
     assert launcher.run(*command[2:], f"n_examples={examples + 4}") == 0, launcher.output
     assert f"Resuming from {run_dir}/LATEST: {examples} examples" in launcher.output
