@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from data.batches import BatchIterator
 from distributed import collectives
 from distributed.dtensor import full_tensor
 from references import REFERENCE_ADAPTER, Reference, has_the_weights
+from storage.files import atomic_file
 from utils import UserError, get_local_dir, hides_progress, on_rank0, rank0_print, take
 
 
@@ -74,13 +75,9 @@ class LogpsCache:
         values = torch.tensor(list(logps.values()), dtype=torch.float64)  # (N, 2)
         path = os.path.join(self.directory, f"{uuid.uuid4().hex}.safetensors")
         with self._errors_explained():
-            try:
-                save_file({"keys": keys, "logps": values, "checksum": _checksum(keys, values)}, f"{path}.partial")
-                os.replace(f"{path}.partial", path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.remove(f"{path}.partial")
-                raise
+            content = save({"keys": keys, "logps": values, "checksum": _checksum(keys, values)})
+            with atomic_file(path, binary=True) as file:
+                file.write(content)
 
     def lookup(self, batch: dict, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities of a batch's chosen and rejected responses, each (batch_size,)."""

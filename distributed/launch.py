@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from distributed.environment import is_launched
-from utils import UserError
+from utils import UserError, signals_handled
 
 _GRACE_PERIOD = 1.0  # seconds; once a worker has failed, the others get this long to exit before they are killed
 
@@ -108,12 +108,8 @@ def _forwarded_signals(pids: list[int]) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
+    with signals_handled(forward):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _reserve_port() -> socket.socket:

@@ -1,4 +1,4 @@
-"""Functions of a test module in several processes, connected as a run's workers are."""
+"""Run functions of a test module in several processes, connected as a run's workers are."""
 
 import multiprocessing
 import os
@@ -86,7 +86,7 @@ class ProcessPool:
         self.workers: dict[int, Workers] = {}
 
     def run(self, n_workers: int, function: Callable, *args, **kwargs) -> list:
-        """What the function returns on each of `n_workers`, in their order; it fails here if it does on any."""
+        """Return the function's results, in the order of the `n_workers`; raises if it fails on any of them."""
         if n_workers not in self.workers:
             self.workers[n_workers] = Workers(n_workers, self.prepare)
         try:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import ORACLE, exhaustive_except, read_jsonl
+from launcher import train_after
 from test_shared_prompt import (
     BATCHES,
     CONFIGS,
@@ -287,12 +288,30 @@ def test_run_with_packed_rows_equals_the_run_without(variant, n_workers, launche
 # ---- compiled -------------------------------------------------------------------------------------------------------
 
 
+BACKEND = """
+from torch import nn
+compile = nn.Module.compile
+nn.Module.compile = lambda self, **options: compile(self, backend={backend!r}, **options)
+"""
+
+
 @pytest.mark.slow
-def test_compiled_blocks_give_the_uncompiled_numbers(launcher, tmp_path):
-    lines = {}
+@pytest.mark.parametrize(
+    ("backend", "more"),
+    exhaustive_except(
+        [
+            ("aot_eager", ["loss=sft", "n_examples=8", "do_first_eval=false", "sample_during_eval=false"]),
+            ("inductor", ["loss=dpo"]),
+        ],
+        lambda case: case[0] == "aot_eager",
+    ),
+)
+def test_compiled_blocks_give_the_uncompiled_numbers(backend, more, launcher, tmp_path):
+    """Training uses `inductor`, which takes minutes to generate code; `aot_eager` runs the same graphs without that."""
+    script, lines = train_after(BACKEND.format(backend=backend), tmp_path), {}
     for setting in ("false", "true"):
-        overrides = [*RUN, "loss=dpo", "padding_free=true", f"compile={setting}", f"local_run_dir={tmp_path}/{setting}"]
-        assert launcher.run(*overrides) == 0, launcher.output
+        overrides = [*RUN, *more, "padding_free=true", f"compile={setting}", f"local_run_dir={tmp_path}/{setting}"]
+        assert launcher.run(*overrides, script=script) == 0, launcher.output
         lines[setting] = read_jsonl(tmp_path / setting / "metrics.jsonl")
     for ours, expected in zip(lines["true"], lines["false"], strict=True):
         for key in ("loss/train", "loss/eval", "grad_norm", "logps_train/chosen", "logps_eval/rejected"):

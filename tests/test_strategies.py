@@ -131,7 +131,7 @@ def optimizers() -> dict[str, type]:
 
 
 def optimized() -> list[str]:
-    """The optimizers that fail on spread parameters; all others must give what they give on whole ones."""
+    """Return the optimizers that fail on sharded parameters; check that all others update them as whole ones."""
     mesh, failing = init_device_mesh("cpu", (2,)), []
     for name, optimizer_class in optimizers().items():
         torch.manual_seed(0)

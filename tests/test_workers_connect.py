@@ -91,7 +91,10 @@ def test_impossible_port_is_named(port, message, launcher, tmp_path):
         listener.listen()
         port = port or str(listener.getsockname()[1])
         start = time.monotonic()
-        assert launcher.run(*RUN, "world_size=2", f"fsdp_port={port}", f"local_run_dir={tmp_path}/run") == 1
+        assert (
+            launcher.run(*RUN, "world_size=2", f"fsdp_port={port}", f"local_run_dir={tmp_path}/run", forks_workers=True)
+            == 1
+        )
     assert time.monotonic() - start < 120
     pattern = "error: " + message.format(port).replace("(", r"\(").replace(")", r"\)")
     assert len(re.findall(pattern, launcher.output)) == 1, launcher.output
@@ -145,7 +148,9 @@ def test_ranks_alternating_between_machines_are_refused(start):
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
-    run = launcher.start(*RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True)
+    run = launcher.start(
+        *RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True, forks_workers=True
+    )
     run.wait_for("First step: ")
     workers = children_of(*run.children)
     workers[silent].send_signal(signal.SIGSTOP)
