@@ -436,11 +436,12 @@ def _generate(
     batch = collate([{"prompt_input_ids": r.ids, "prompt_attention_mask": [1] * len(r.ids)} for r, _ in items])
     batch = slice_and_move_batch_for_device(batch, 0, 1, trainer.device)
     seeds = [seed_of(trainer.config.seed, request.index, number) for request, number in items]
-    _, targets, is_whole = generate_scorable(
-        trainer.policy, trainer.tokenizer, batch, options.max_new_tokens + batch["prompt_input_ids"].shape[1],
-        lambda: trainer.strategy.stops_sampling(trainer.stop.received is not None), synced=trainer.is_sharded,
-        processors=processors(temperature, options, seeds),
-    )  # fmt: skip
+    with trainer.autocast(trainer.policy):
+        _, targets, is_whole = generate_scorable(
+            trainer.policy, trainer.tokenizer, batch, options.max_new_tokens + batch["prompt_input_ids"].shape[1],
+            lambda: trainer.strategy.stops_sampling(trainer.stop.received is not None), synced=trainer.is_sharded,
+            processors=processors(temperature, options, seeds),
+        )  # fmt: skip
     trainer.stop.check()
     return targets, is_whole
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from test_cli import TOY
 from test_resume import assert_same_run
 from transformers import get_scheduler
@@ -34,13 +34,13 @@ def rates_of(trainer) -> list[float]:
     return values
 
 
-def test_the_default_is_the_originals(make_trainer):
+def test_default_schedule_is_the_originals(make_trainer):
     trainer = make_trainer(*RUN, f"n_examples={4 * N_STEPS}")
     assert rates_of(trainer) == [1e-3 * min(1.0, (step + 1) / 4) for step in range(N_STEPS)]
 
 
 @pytest.mark.parametrize("name", [name for name in schedules() if name != "constant_with_warmup"])
-def test_every_schedule_is_transformers_counted_from_one(name, make_trainer):
+def test_every_schedule_equals_transformers_shifted_by_one_step(name, make_trainer):
     """As many steps of warmup as the default's, and no step at a rate of 0."""
     overrides = [f"lr_scheduler={name}", f"lr_scheduler_args={ARGUMENTS.get(name, '{}')}"]
     trainer = make_trainer(*RUN, f"n_examples={4 * N_STEPS}", *overrides)
@@ -61,8 +61,8 @@ def test_every_schedule_is_transformers_counted_from_one(name, make_trainer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
-def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(trainer, launcher, tmp_path):
+@pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
+def test_resumed_run_follows_the_schedule_exactly(trainer, launcher, tmp_path):
     run = [*RUN, "lr_scheduler=cosine", f"n_examples={4 * N_STEPS}", "eval_every=8", f"trainer={trainer}"]
     n_workers = 1 if trainer == "BasicTrainer" else 2
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(trainer, launcher,
 
 
 @pytest.mark.slow
-def test_another_schedule_would_be_another_run(launcher, tmp_path):
+def test_another_schedule_is_refused_on_resume(launcher, tmp_path):
     run = [*RUN, "n_examples=8", "eval_every=4", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, launcher.output
     assert launcher.run(*run, "resume=auto", "n_examples=16", "lr_scheduler=linear") == 1
@@ -107,7 +107,7 @@ def test_another_schedule_would_be_another_run(launcher, tmp_path):
         (["lr_scheduler_args=3"], ["lr_scheduler_args"]),
     ],
 )
-def test_what_is_no_schedule_is_refused(overrides, parts, train):
+def test_unknown_or_invalid_schedule_is_refused(overrides, parts, train):
     result = train(*TOY, "loss=dpo", *overrides)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert all(part in result.stderr for part in parts), result.stderr
