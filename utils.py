@@ -3,13 +3,13 @@
 import difflib
 import getpass
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 import torch
 from torch import nn
-from tqdm import tqdm
+
+from printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
 
 
 class UserError(ValueError):
@@ -26,28 +26,6 @@ def closest_match(name: str, options: Iterable[str]) -> str:
         by_last_part = {option.rsplit(".", 1)[-1]: option for option in reversed(options)}
         matches = [by_last_part[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1)]
     return f" Did you mean {matches[0]}?" if matches else ""
-
-
-def on_rank0() -> bool:
-    """True for the process that writes and prints for all, by the variable RANK that launchers set."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def rank0_print(*args, **kwargs):
-    """Print on rank 0 only, above a progress bar if there is one."""
-    if on_rank0():
-        with tqdm.external_write_mode(kwargs.get("file")):
-            print(*args, **kwargs, flush=True)
-
-
-def uses_color() -> bool:
-    """True if standard output is a terminal that shows colours and NO_COLOR (https://no-color.org) isn't set."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-
-
-def hides_progress() -> bool | None:
-    """Return tqdm's `disable`: on rank 0 a bar is shown in a terminal, on other ranks never."""
-    return None if on_rank0() else True
 
 
 def get_local_dir(prefixes_to_resolve: list[str]) -> str:
