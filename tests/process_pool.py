@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 
 import torch
 
-from distributed import launch
+from distributed import connection
 
 TIMEOUT = 300  # seconds
 RESERVED: deque[socket.socket] = deque(maxlen=64)  # the oldest are closed, and their ports are free again
@@ -68,7 +68,7 @@ def work(pipe, variables: dict[str, str], prepare: Callable | None):
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    with launch.process_group():
+    with connection.process_group():
         while True:
             function, args, kwargs = pipe.recv()
             try:

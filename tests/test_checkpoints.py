@@ -230,7 +230,7 @@ def test_file_size_limit_leaves_the_previous_checkpoint_intact(launcher, tmp_pat
     assert f"error: can't write the checkpoint {tmp_path}/run/step-8 (OSError: " in launcher.output
     assert "File too large" in launcher.output
     assert "Traceback" not in launcher.output
-    assert f"The last checkpoint is {tmp_path}/run/LATEST; to go on from it: " in launcher.output.splitlines()[-1]
+    assert f"The last checkpoint is {tmp_path}/run/LATEST; to resume from it: " in launcher.output.splitlines()[-1]
     assert not any(".partial-" in name for name in os.listdir(tmp_path / "run"))
     assert find_corruption(tmp_path / "run/LATEST") is None
     assert launcher.run(*overrides) == 0, launcher.output
@@ -258,7 +258,7 @@ def test_full_disk_leaves_the_previous_checkpoint_intact(megabytes, launcher, mo
     assert f"error: can't write the checkpoint {disk}/run/LATEST (" in launcher.output
     assert "No space left on device" in launcher.output
     assert "Traceback" not in launcher.output
-    assert f"The last checkpoint is {disk}/run/step-4; to go on from it: " in launcher.output.splitlines()[-1]
+    assert f"The last checkpoint is {disk}/run/step-4; to resume from it: " in launcher.output.splitlines()[-1]
     assert sorted(os.listdir(disk / "run")) == ["LATEST", "config.yaml", "metrics.jsonl", "samples.jsonl", "step-4"]
     assert os.readlink(disk / "run/LATEST") == "step-4"
     subprocess.run(["mount", "-o", "remount,size=40000000", str(disk)], check=True)

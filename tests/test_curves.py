@@ -118,7 +118,7 @@ def test_training_draws_curves_png(launcher, tmp_path):
     assert png_size(tmp_path / "run/curves.png")[0] == 1200
     assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
     assert "WARNING" not in launcher.output
-    assert "warmup_steps=150: in 2 steps lr isn't reached" in launcher.output
+    assert "warmup_steps=150 exceeds its 2 steps" in launcher.output
 
 
 @pytest.mark.slow

@@ -10,12 +10,14 @@ import transformers
 from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
 
-from acceleration import gpu_settings, memory_plan
+import trainers
+from acceleration import memory_plan
 from acceleration.capacity import measure_activations
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
+from distributed import gpu_settings
 from distributed.dtensor import distribute_model
 from distributed.fsdp import fsdp_mesh, shard_model
 from distributed.strategies import FullySharded, SingleProcess
@@ -95,6 +97,33 @@ def activations_of_a_sharded_model() -> tuple[dict, dict]:
 def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
     for whole, sharded in in_workers(2, activations_of_a_sharded_model):
         assert sharded[CPU] == pytest.approx(whole[CPU], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "n_tokens"),
+    [
+        (["loss=dpo"], 16 + 48 + 36),  # of a prompt and two responses, in a row that they share
+        (["loss=dpo", "shared_prompt=false", "padding_free=false"], 2 * 64),
+        (["loss=dpo", "padding_free=true", "shared_prompt=false"], 64 + 16 + 36),
+        (["loss=sft", "model.policy_mp=bfloat16"], 2 * 64),
+        (["loss=dpo", "lora.r=4", "activation_checkpointing=true"], 16 + 48 + 36),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens, make_trainer, monkeypatch):
+    trainer = make_trainer("model=tiny", "datasets=[toy]", "n_examples=4", "n_eval_examples=4", "max_length=64",
+                           "max_prompt_length=32", *overrides)  # fmt: skip
+    planned = []
+    monkeypatch.setattr(trainers, "plan_memory", lambda *args, **kwargs: planned.append((args, kwargs)))
+    trainer._plan_memory()
+    (((_, policy, reference, optimizer, activations, found), _),) = planned
+    assert (policy, optimizer, found) == (trainer.policy, trainer.optimizer, n_tokens)
+    assert (reference is None) == (overrides[0] == "loss=sft" or "lora.r=4" in overrides)
+    hidden, n_layers = policy.config.hidden_size, policy.config.num_hidden_layers
+    least = 2 * hidden * n_layers  # bytes: what goes into each layer, in 16 bits
+    assert least < activations.kept[CPU] < 200 * least + 16 * policy.config.vocab_size
+    assert memory_plan.memory_plans(policy, reference, {}, activations, torch.float32) == []  # on a CPU
+    assert trainer.max_tokens is None
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------------

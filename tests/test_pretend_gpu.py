@@ -14,7 +14,7 @@ import transformers
 from acceleration import memory_plan
 from acceleration.capacity import measure_activations
 from acceleration.model_check import full_length_pair
-from acceleration.packed_attention import takes_packed_attention, use_packed_attention, with_tensors
+from acceleration.packed_attention import supports_packed_attention, use_packed_attention, with_tensors
 from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
@@ -125,7 +125,7 @@ def put_on_gpus(model: torch.nn.Module, autocast_dtype: torch.dtype | None, chec
         pretend_gpu.move(model, lambda _name: "cuda:0")
     else:
         spread_over_two(model)
-    if takes_packed_attention(model):
+    if supports_packed_attention(model):
         use_packed_attention(model)
     if autocast_dtype is not None:
         shadow_linear_weights(model)

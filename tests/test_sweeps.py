@@ -114,7 +114,7 @@ def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(number, launch
     assert again.code == 0, again.output
     assert files(tmp_path / "sweep/loss.beta-0.1") == before
     assert "This run is complete" in again.output
-    assert f"Going on from {tmp_path}/sweep/loss.beta-0.2/LATEST: {4 * n_lines} examples" in again.output
+    assert f"Resuming from {tmp_path}/sweep/loss.beta-0.2/LATEST: {4 * n_lines} examples" in again.output
     assert [row[2] for row in table(again.output)[1:]] == ["complete"] * 3
     for beta in (0.1, 0.2, 0.3):
         lines = read_jsonl(tmp_path / f"sweep/loss.beta-{beta}/metrics.jsonl")
@@ -199,10 +199,10 @@ def test_printed_resume_command_quotes_the_run_directory(launcher, tmp_path):
     wait_for_lines(run_dir / "metrics.jsonl", 1, launcher)
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
-    command = shlex.split(launcher.output.strip().splitlines()[-1].split("go on from it: ")[1])
+    command = shlex.split(launcher.output.strip().splitlines()[-1].split("resume from it: ")[1])
     examples = json.loads((run_dir / "LATEST/state.json").read_text())["examples"]
     assert launcher.run(*command[2:], f"n_examples={examples + 4}") == 0, launcher.output
-    assert f"Going on from {run_dir}/LATEST: {examples} examples" in launcher.output
+    assert f"Resuming from {run_dir}/LATEST: {examples} examples" in launcher.output
 
 
 def test_help_and_cfg_are_hydras_own(train_ok):

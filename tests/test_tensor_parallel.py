@@ -352,7 +352,7 @@ def test_block_takes_two_all_reduces_each_way(name, n_backward, in_workers):
         (
             "experts",
             None,
-            r"Mixtral.*: .* wants .*rowwise for model\.layers\.\*\.mlp\.experts\.down_proj, moe_tp_experts for .*; use",
+            r"Mixtral.*: .* needs .*rowwise for model\.layers\.\*\.mlp\.experts\.down_proj, moe_tp_experts for .*; use",
         ),
         ("llama", {"use_dora": True}, "its layer model.layers.0.self_attn.q_proj is of the class peft.*Linear; "),
         (

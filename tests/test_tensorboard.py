@@ -44,7 +44,7 @@ def test_resumed_run_replaces_events_after_its_checkpoint(launcher, tmp_path):
     for name in ("LATEST", "step-8", "step-12"):
         os.rename(tmp_path / "run" / name, tmp_path / name)
     assert launcher.run(*run, "n_examples=16", "resume=auto") == 0, launcher.output
-    assert "Going on from" in launcher.output
+    assert "Resuming from" in launcher.output
     assert scalars(tmp_path / "run") == expected(tmp_path / "run")
 
 
