@@ -13,7 +13,6 @@ from torch import nn
 
 from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
-from acceleration.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from acceleration.layout import Layout
 from acceleration.memory_plan import explained_out_of_memory, plan_memory, resumed_cap
 from acceleration.model_check import choose_layout, full_length_pair
@@ -44,6 +43,7 @@ from data import hub
 from data.batches import mismatch, prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
+from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
 from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths
@@ -61,11 +61,11 @@ from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
 from references import (
     Reference,
+    check_reference_can_move,
     make_reference,
     make_starting_reference,
     move_reference,
     reference_source,
-    resolved_reference,
 )
 from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
@@ -187,6 +187,8 @@ class BasicTrainer:
             model = self.strategy.distribute(model, is_policy=False)
             if reference_source(config).given:
                 check_reference_fits(model, self.policy, self.tokenizer, config)
+            if self._moves_reference:
+                check_reference_can_move(model, self.policy, config)
             if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
                 self.reference_layout = self._choose_layout(model)
             check_no_overflow(model, lambda model: self.response_logps(model, self.eval_iterator.first(2)))
@@ -194,7 +196,7 @@ class BasicTrainer:
                 compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model
 
-        kind = resolved_reference(config)
+        kind = config.reference
         rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
         self._load_reference = load
         if not config.precompute_ref_log_probs:
@@ -212,7 +214,7 @@ class BasicTrainer:
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
         if not is_needed or self.reference_cache is not None:
             return
-        kind = resolved_reference(config)
+        kind = config.reference
         reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
         cache = open_cache(self.policy, kind, config, reference)
 
@@ -606,8 +608,8 @@ class BasicTrainer:
         self.save(os.path.join(self.run_dir, name))
         if not self.config.debug and self.rank == 0:
             point_latest(self.run_dir, name)
-            best_name = best.point_best(self.run_dir, self.state, self.config)
-            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples, best_name)
+            best.point_best(self.run_dir, self.state, self.config)
+            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples)
 
     def resume(self, checkpoint: str):
         """Restore everything to where training stood when this checkpoint was written.

@@ -27,7 +27,7 @@ import throughput
 
 from acceleration.layout import Layout
 from acceleration.model_check import choose_rows
-from acceleration.packed_attention import takes_packed_attention, use_packed_attention
+from acceleration.packed_attention import supports_packed_attention, use_packed_attention
 from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import shadow_linear_weights
@@ -84,7 +84,7 @@ def correctness(results: list[dict]):
             for make_rows in (padded_rows, shared_rows, packed_rows, packed_shared_rows):
                 result = {"model": name, "precision": precision, "rows": make_rows.__name__}
                 try:
-                    if make_rows in PACKED and takes_packed_attention(policy):
+                    if make_rows in PACKED and supports_packed_attention(policy):
                         use_packed_attention(policy)
                     found, ours = gradients(policy, Layout(make_rows, False), batch, reference_logps, autocast)
                     off = [(a - b).norm() for a, b in zip(ours, expected, strict=True)]

@@ -11,12 +11,13 @@ from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
 
 import trainers
-from acceleration import gpu_settings, memory_plan
+from acceleration import memory_plan
 from acceleration.capacity import measure_activations
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
+from distributed import gpu_settings
 from distributed.dtensor import distribute_model
 from distributed.fsdp import fsdp_mesh, shard_model
 from distributed.strategies import FullySharded, SingleProcess
@@ -199,17 +200,17 @@ def names_with_copies(model: nn.Module) -> list[str]:
     ("saved", "fitting", "expected"),
     [(8600, 8550, 8600), (8600, 8700, 8600), (None, 8550, 8550), (8600, None, 8600), (None, None, None)],
 )
-def test_a_resumed_run_keeps_its_cap(saved, fitting, expected):
+def test_resumed_run_keeps_its_cap(saved, fitting, expected):
     assert memory_plan.resumed_cap(saved, fitting) == (expected, None)
 
 
-def test_a_resumed_run_on_a_smaller_gpu_takes_what_fits_and_says_so():
+def test_resumed_run_on_a_smaller_gpu_takes_what_fits_and_says_so():
     cap, warning = memory_plan.resumed_cap(17_000, 8_000)
     assert cap == 8_000
     assert "8,000 tokens, the run began with 17,000" in warning
 
 
-def test_the_cap_is_in_the_train_state(make_trainer, tmp_path):
+def test_cap_is_in_the_train_state(make_trainer, tmp_path):
     run = ["model=tiny", "datasets=[toy]", "loss=sft", "n_examples=8", "n_eval_examples=4", "batch_size=4"]
     first = make_trainer(*run)
     first.max_tokens = 640
@@ -233,7 +234,7 @@ def llama_on_meta() -> nn.Module:
         ))  # fmt: skip
 
 
-def test_a_model_larger_than_the_gpu_is_refused(monkeypatch):
+def test_model_larger_than_the_gpu_is_refused(monkeypatch):
     model, config = llama_on_meta(), compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU, so this is where it should be
@@ -281,7 +282,7 @@ def test_packed_4_bit_weights_count_whole():
 
 
 @pytest.mark.parametrize("key", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, monkeypatch):
+def test_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         monkeypatch.delenv(name)
@@ -309,7 +310,7 @@ def test_deterministic_algorithms_are_used_and_left_again(monkeypatch):
 # ---- references -----------------------------------------------------------------------------------------------------
 
 
-def test_a_reference_that_overflows_in_float16_is_refused_at_the_start(make_trainer, tmp_path):
+def test_reference_that_overflows_in_float16_is_refused_at_the_start(make_trainer, tmp_path):
     source = compose_config("model=tiny").model.name_or_path
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source))
     with torch.no_grad():  # what bfloat16 and float32 hold, but float16 doesn't
@@ -326,7 +327,7 @@ def test_a_reference_that_overflows_in_float16_is_refused_at_the_start(make_trai
     assert "use model.reference_dtype=bfloat16" in str(error.value)
 
 
-def test_a_reference_that_overflows_later_is_blamed_instead_of_lr():
+def test_reference_that_overflows_later_is_blamed_instead_of_lr():
     config = compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     infinite, finite = float("-inf"), -3.0
     overflown = {"logps_train/chosen": finite, "logratios_train/chosen": infinite}
