@@ -77,9 +77,9 @@ def test_groups_are_made_once(in_workers):
 def prepared_batches(directory: str) -> tuple[set[bool], list[list[int]]]:
     """Prepare all training batches of a worker; returns whether the main thread did, and the microbatches' sizes."""
     config = compose_config(
-        "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "n_examples=64", "n_eval_examples=4", "batch_size=16",
-        "trainer=FSDPTrainer", "max_tokens_per_microbatch=400", "wandb.enabled=false", f"local_dirs=[{directory}]",
-        f"local_run_dir={directory}/run",
+        "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "n_examples=64", "n_eval_examples=4",
+        "batch_size=16", "trainer=FSDPTrainer", "max_tokens_per_microbatch=400", f"local_dirs=[{directory}]",
+        "wandb.enabled=false", f"local_run_dir={directory}/run",
     )  # fmt: skip
     OmegaConf.resolve(config)
     check_config(config)
