@@ -11,8 +11,9 @@ from torch import nn
 
 from acceleration.memory_plan import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
+from checkpointing.integrity import verify_weights
 from data import hub
-from references import REFERENCE_ADAPTER, Source, policy_source, reference_source, resolved_reference
+from references import REFERENCE_ADAPTER, Source, policy_source, reference_source
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
 
@@ -30,6 +31,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     origin += f" model.revision={options['revision']}" if "revision" in options else ""
     attention = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
     try:
+        verify_weights(name)
         _announce_remote_code(name, options)
         if source.from_scratch:
             torch.manual_seed(config.seed)
@@ -175,7 +177,7 @@ def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
         policy = _add_lora(policy, config)
     if config.model.adapter is not None:
         policy = load_adapter(policy, policy_source(config), is_trainable=True)
-        if resolved_reference(config) == "adapter_copy":
+        if config.reference == "adapter_copy":
             policy.load_adapter(config.model.adapter, REFERENCE_ADAPTER, is_trainable=False)
     disable_dropout(policy)  # an adapter's too
     return policy
@@ -312,6 +314,7 @@ def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Mod
 
     origin = f"{source.key('adapter')}={source.adapter}"
     try:
+        verify_weights(source.adapter)
         weights = peft.utils.load_peft_weights(source.adapter, device="cpu")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")

@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from data import diagnosis, hub
-from utils import UserError, closest_match, hides_progress, rank0_print
+from utils import UserError, closest_sibling, hides_progress, rank0_print
 
 if TYPE_CHECKING:
     import datasets
@@ -54,10 +54,8 @@ def check_path(name: str, path: str):
             f"{os.path.join(os.path.dirname(path) or '.', 'train.jsonl')}"
         )
     if not os.path.isdir(folder) and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", path):
-        parent = os.path.dirname(folder.rstrip("/")) or "."
-        siblings = [os.path.join(parent, entry) for entry in os.listdir(parent)] if os.path.isdir(parent) else []
         raise UserError(
-            f"{key}: there is no such folder.{closest_match(folder, siblings)}\n"
+            f"{key}: there is no such folder.{closest_sibling(folder)}\n"
             f"Give a local folder that exists or the id of a dataset on the hub: dataset_paths.{name}=DIR"
         )
 

@@ -1,7 +1,6 @@
 """Where a run's numbers and samples go: `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
+from storage.files import sha256
 from utils import UserError, rank0_print
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
@@ -65,7 +65,7 @@ class RunLog:
                     f"WARNING: {path} has {present} bytes, {size} when the checkpoint was written: lines are lost"
                 )
                 _cut_to_whole_lines(path)
-            elif size and log_sha256.get(name) not in (None, _sha256(path)):
+            elif size and log_sha256.get(name) not in (None, sha256(path)):
                 rank0_print(f"WARNING: {path} is not what it was when the checkpoint was written: lines are damaged")
 
     def log_bytes(self) -> dict[str, int]:
@@ -80,7 +80,7 @@ class RunLog:
     def log_sha256(self) -> dict[str, str]:
         """The SHA-256 of each log file, in hexadecimal."""
         paths = {name: os.path.join(self.run_dir, name) for name in LOG_FILES}
-        return {name: _sha256(path) for name, path in paths.items() if os.path.exists(path)}
+        return {name: sha256(path) for name, path in paths.items() if os.path.exists(path)}
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
         """Record one optimizer step or evaluation: `metrics` are batch means and counters.
@@ -168,24 +168,11 @@ class RunLog:
             self.curves.finish(failed=exit_code != 0)
 
 
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _cut_to_whole_lines(path: str):
     """Drop what follows a file's last line break: the next line would join it."""
     if os.path.exists(path):
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def check_log_files(run_dir: str):
-    """Raises UserError if something else than a file is where a run's config or logs belong."""
-    for name in ("config.yaml", *LOG_FILES):
-        path = os.path.join(run_dir, name)
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise UserError(f"{path} is no file that can be written; move it away")
 
 
 def interval_means(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -29,7 +29,7 @@ def agreements_of_two_threads(n: int) -> tuple[list[int], list[int]]:
     return main, beside
 
 
-def test_a_threads_collectives_do_not_mix_with_the_main_threads(in_workers):
+def test_threads_collectives_do_not_mix_with_the_main_threads(in_workers):
     for main, beside in in_workers(2, agreements_of_two_threads, 20):
         assert main == [i + 1 for i in range(20)]
         assert beside == [1000 + i + 1 for i in range(20)]

@@ -24,7 +24,7 @@ RUN = ["datasets=[toy]", "n_examples=8", "n_eval_examples=8", "max_length=64", "
 
 @pytest.fixture
 def model_dir(tmp_path):
-    """The recorded runs' model: a folder of 4 files, to be damaged."""
+    """A copy of the recorded runs' model folder, to be damaged."""
     return shutil.copytree(ORACLE / "model", tmp_path / "model")
 
 
@@ -181,7 +181,7 @@ def test_weights_that_the_references_dtype_cannot_hold_are_named(make_oracle, mo
 
 
 def with_one(tensor):
-    """A whole state dict in which one tensor is another."""
+    """Return an edit of a state dict that changes one tensor."""
     return lambda state: {**state, LAST: tensor(state[LAST])}
 
 
@@ -276,7 +276,7 @@ def new_adapter(tmp_path_factory):
 
 @pytest.fixture
 def adapter(new_adapter, tmp_path):
-    """A copy of it, to be damaged."""
+    """A copy of `new_adapter` to be damaged."""
     return shutil.copytree(new_adapter, tmp_path / "adapter")
 
 

@@ -1,4 +1,4 @@
-"""What metrics are measured beside the original's, and that they are what their names say."""
+"""The metrics that the original lacks, against their definitions."""
 
 import math
 
@@ -18,7 +18,7 @@ DPO = [*SHORT, "loss=dpo", "sample_during_eval=false"]
 
 @pytest.fixture
 def trainer(make_trainer):
-    """A policy that has left its reference, so that nothing is 0."""
+    """A trainer whose policy differs from its reference, so that no metric is 0."""
     trainer = make_trainer(*DPO, "batch_size=8")
     torch.manual_seed(1)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_small_split_is_evaluated_whole_and_once_whatever_the_batch_size(make_tr
 
 @pytest.mark.parametrize("overrides", [[], ["shared_prompt=false", "precompute_ref_log_probs=true", "lora={r:4}"]])
 def test_kl_is_measured_on_the_policys_own_samples(overrides, make_trainer, monkeypatch):
-    """Against the whole models, on the texts' tokens as they were drawn."""
+    """Compare with whole forward passes over the sampled tokens."""
     trainer = make_trainer(*TOY, "loss=dpo", "n_eval_model_samples=6", "n_examples=8", *overrides)
     torch.manual_seed(1)
     with torch.no_grad():

@@ -26,7 +26,7 @@ def n_evaluated_once(run: dict) -> int:
 
 
 def overrides_of(run: dict) -> list[str]:
-    """The command line that asks for a recorded run's settings."""
+    """Return overrides that set a recorded run's settings."""
     config = run["config"] | {"n_eval_examples": n_evaluated_once(run)}
     loss = dict(config["loss"])
     overrides = [f"{key}={hydra_list(config[key])}" for key in SETTINGS]

@@ -49,7 +49,7 @@ def tokenizer():
 
 @pytest.fixture
 def read(tokenizer, tmp_path):
-    """The prompts of a split's batches, in their order; or of an epoch's."""
+    """Return the prompts of a split's batches in their order."""
 
     def prompts(*datasets: str | Choice, split: str = "train", settings: dict | None = None, **kwargs) -> list[str]:
         kwargs = {"n_epochs": 1, "drop_last": False, "silent": True, "cache_dir": str(tmp_path / "cache")} | kwargs
@@ -147,7 +147,7 @@ def test_glob_pattern_reads_the_matching_files(read, tmp_path):
 
 
 def test_caches_and_runs_in_a_data_folder_are_not_read_as_data(launcher, tmp_path):
-    """Its own caches, those of what was tokenized, and the runs that a first run has left in it."""
+    """The folder gets a cache and, with each run, a run directory."""
     folder = tmp_path / "data"
     write(folder / "train.jsonl", numbered(8))
     write(folder / "test.jsonl", numbered(4, start=100))
