@@ -194,7 +194,7 @@ def read_requests(
                 try:
                     if isinstance(row, Fault):
                         raise BadExample("broken row", row.reason)
-                    example = prompt_example(row)
+                    example = prompt_example(row, config.apply_chat_template)
                     given.append(example.prompt)
                     rendered.append(renderer.render(example).prompt)
                 except BadExample as error:
