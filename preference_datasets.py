@@ -16,7 +16,6 @@ import numpy as np
 from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.element import PreformattedString
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from data.batches import BatchIterator, Prompt
 from data.choice import Choice, Settings
@@ -28,6 +27,7 @@ from data.selection import epoch_order, first_examples, without_identical, witho
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
 from optimization import rate_warning
+from reporting.terminal import progressing
 from utils import UserError, closest_match, get_local_dir, on_rank0, rank0_print
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def checked_rows(
 
     Raises: RowError naming dataset, split and row.
     """
-    for index, row in enumerate(tqdm(rows, desc=f"Processing {name} ({split})", disable=silent or None)):
+    rows = rows if silent else progressing(rows, f"Processing {name} ({split})", "rows")
+    for index, row in enumerate(rows):
         index = row.get("row", index)
         for key, expected in fields.items():
             if not isinstance(row[key], expected):
