@@ -97,9 +97,9 @@ def measure(name: str, way: str, n_pairs: int) -> dict:
         with autocast():
             return response_logps(model, rows)
 
-    found = measure_activations(model, partial(logps, full), full.input_ids.numel())
-    (kept,), backward = found.kept.values(), sum(found.backward.values())
-    n_tokens, casts = rows.input_ids.numel(), sum(found.casts.values())
+    activations = measure_activations(model, partial(logps, full), full.input_ids.numel())
+    (kept,), backward = activations.kept.values(), sum(activations.backward.values())
+    n_tokens, casts = rows.input_ids.numel(), sum(activations.casts.values())
     logits = min(LOGITS_BYTES, 4 * 4 * vocabulary * len(rows.targets))
     largest = 2 * 4 * max(parameter.numel() for parameter in model.parameters())
     result = {
