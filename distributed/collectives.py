@@ -58,7 +58,7 @@ def all_reduce_max(number: int, group: dist.ProcessGroup | None = None) -> int:
 
 
 def thread_group() -> dist.ProcessGroup | None:
-    """Return a gloo group of all ranks for a second thread, so that its collectives don't mix with the main thread's."""
+    """Return a gloo group of all ranks for a second thread, whose collectives must not mix with the main thread's."""
     return _thread_group(dist.group.WORLD) if dist.is_initialized() else None
 
 
