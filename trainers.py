@@ -121,7 +121,7 @@ class BasicTrainer:
         self._set_up_policy(policy)
         self._set_up_reference(reference_model)
         self._set_up_optimizer()
-        self._set_up_memory()
+        self._set_up_memory(trains)
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
@@ -241,7 +241,7 @@ class BasicTrainer:
         self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
         self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
 
-    def _set_up_memory(self):
+    def _set_up_memory(self, trains: bool):
         """Cast weights once a step, choose the microbatch size from free memory, and compile."""
         config = self.config
         if self.policy_mp is not None and not self.strategy.splits_tensors:
@@ -249,7 +249,7 @@ class BasicTrainer:
             if not shadow_if_equal(self.policy, self.optimizer, lambda: self.response_logps(self.policy, batch)):
                 rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
         self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
-        fitting = self._plan_memory() if self.device.type == "cuda" else None
+        fitting = self._plan_memory() if trains and self.device.type == "cuda" else None
         self.max_tokens = config.max_tokens_per_microbatch or fitting
         if config.compile:
             compile_blocks(self.policy, config.model.block_name)
