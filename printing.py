@@ -7,6 +7,7 @@ import unicodedata
 
 from tqdm import tqdm
 
+
 def on_rank0() -> bool:
     """True for the process that writes and prints for all, by the variable RANK that launchers set."""
     return os.environ.get("RANK", "0") == "0"

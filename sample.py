@@ -6,7 +6,8 @@ from omegaconf import DictConfig
 
 from commands import command_line
 from commands.run_config import run_with_options
-from evaluation.sample import Options, make_options, sample_checkpoints
+from evaluation.sample import sample_checkpoints
+from evaluation.sample_options import Options, make_options
 
 
 def run(config: DictConfig):
@@ -17,7 +18,10 @@ def run(config: DictConfig):
 def _sample(config: DictConfig, options: Options):
     from trainers import make_trainer  # which takes seconds
 
-    sample_checkpoints(functools.partial(make_trainer, config, trains=False), config, options)
+    reads_data = options.prompts is None
+    sample_checkpoints(
+        functools.partial(make_trainer, config, trains=False, reads_data=reads_data), config, options
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
         enter_process_group(config, stack)
         prepared = None
         if on_rank0():
-            check_config(config)
+            check_config(config, reads_data=own.get("prompts") is None)
             prepared = config, make_options(config, own)
         config, options = collectives.broadcast_object(prepared)
         run_in_workers(work, config, options) if needs_workers(config) else work(config, options)
