@@ -1,4 +1,4 @@
-"""The names of what an evaluation measures."""
+"""The names of an evaluation's metrics."""
 
 from omegaconf import DictConfig
 
@@ -6,7 +6,7 @@ from losses import Loss
 
 
 def evaluation_metrics(loss: Loss, config: DictConfig) -> list[str]:
-    """What evaluations under this config measure, without standard errors."""
+    """Return the metrics of evaluations under this config, without standard errors."""
     sides = ("chosen", "rejected") if loss.needs_pairs else ("chosen",)
     of_sides = ["logps_eval", "nll_eval", "lengths_eval"]
     names = ["loss/eval"]
