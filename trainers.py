@@ -13,13 +13,12 @@ from torch import nn
 
 from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
-from acceleration.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from acceleration.layout import PLAIN, Layout
 from acceleration.memory_plan import explained_out_of_memory, plan_memory, resumed_cap
 from acceleration.model_check import choose_layout, full_length_pair
 from acceleration.overflow import check_no_overflow
 from acceleration.reference_cache import LogpsCache, open_cache
-from acceleration.shadow_weights import shadow_linear_weights
+from acceleration.shadow_weights import shadow_if_equal
 from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
@@ -44,6 +43,7 @@ from data import hub
 from data.batches import mismatch, prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
+from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
 from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths
@@ -61,11 +61,11 @@ from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
 from references import (
     Reference,
+    check_reference_can_move,
     make_reference,
     make_starting_reference,
     move_reference,
     reference_source,
-    resolved_reference,
 )
 from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
@@ -195,6 +195,8 @@ class BasicTrainer:
             model = self.strategy.distribute(model, is_policy=False)
             if reference_source(config).given:
                 check_reference_fits(model, self.policy, self.tokenizer, config)
+            if self._moves_reference:
+                check_reference_can_move(model, self.policy, config)
             if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
                 self.reference_layout = self._choose_layout(model)
             if self.eval_iterator is not None:
@@ -203,7 +205,7 @@ class BasicTrainer:
                 compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model
 
-        kind = resolved_reference(config)
+        kind = config.reference
         rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
         self._load_reference = load
         if not config.precompute_ref_log_probs:
@@ -221,7 +223,7 @@ class BasicTrainer:
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
         if not is_needed or self.reference_cache is not None:
             return
-        kind = resolved_reference(config)
+        kind = config.reference
         reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
         cache = open_cache(self.policy, kind, config, reference)
 
@@ -250,8 +252,10 @@ class BasicTrainer:
     def _set_up_memory(self):
         """Cast weights once a step, choose the microbatch size from free memory, and compile."""
         config = self.config
-        if self.policy_mp is not None and not self.strategy.splits_tensors:
-            shadow_linear_weights(self.policy, self.optimizer)
+        if self.policy_mp is not None and not self.strategy.splits_tensors and self.eval_iterator is not None:
+            batch = self.eval_iterator.first(2)
+            if not shadow_if_equal(self.policy, self.optimizer, lambda: self.response_logps(self.policy, batch)):
+                rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
         self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
         fitting = self._plan_memory() if self.device.type == "cuda" and self.optimizer is not None else None
         self.max_tokens = config.max_tokens_per_microbatch or fitting
@@ -398,11 +402,6 @@ class BasicTrainer:
             logged = state.log_bytes, state.wandb_run_id, state.log_sha256
             self.run_log = RunLog(self.config, self.run_dir, table, *logged)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
-        if self.config.warmup_steps >= n_batches:
-            rank0_print(
-                f"warmup_steps={self.config.warmup_steps} is longer than the run ({n_batches} steps): lr never reaches "
-                "its peak"
-            )
         bar = training_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
             try:
@@ -620,8 +619,8 @@ class BasicTrainer:
         self.save(os.path.join(self.run_dir, name))
         if not self.config.debug and self.rank == 0:
             point_latest(self.run_dir, name)
-            best_name = best.point_best(self.run_dir, self.state, self.config)
-            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples, best_name)
+            best.point_best(self.run_dir, self.state, self.config)
+            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples)
         if self.run_log is not None:
             self.run_log.table.time_left.tick("save")
 

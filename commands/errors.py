@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from checkpointing.preemption import EXIT_CODE, Stopped
 from commands.signals import INTERRUPTED
 from config_checks.explanations import explain_hydra_error
-from distributed import environment, launch
+from distributed import environment, heartbeat
 from printing import printable
 from utils import UserError, is_short_of_files, rank0_print
 
@@ -30,7 +30,7 @@ def errors_reported() -> Iterator[None]:
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        launch.wait_for_root_cause(error)
+        heartbeat.wait_for_root_cause(error)
         if SHOWS_TRACEBACK:
             raise
         message = str(error) if isinstance(error, UserError) else explain_hydra_error(error)
@@ -44,12 +44,12 @@ def errors_reported() -> Iterator[None]:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        is_consequence = launch.is_lost_connection(error)
+        is_consequence = heartbeat.is_lost_connection(error)
         if is_consequence and environment.is_local_rank0():
             message = f"error: another worker is gone ({str(error)[:200]}); what it or its launcher printed says why"
             text = printable("\n".join([message, *getattr(error, "__notes__", [])]))
             print(text, file=sys.stderr, flush=True)
-        launch.wait_for_root_cause(error)
+        heartbeat.wait_for_root_cause(error)
         if SHOWS_TRACEBACK:
             raise
         if explanation := _explained(error):

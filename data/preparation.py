@@ -157,7 +157,7 @@ def _make(directory: str, sources: dict[str, Rows], settings: Settings, renderer
         info = _make_once(directory, sources, settings, renderer, read, info["smallest"])
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
         about = {"format": read.description, "unread": read.unread, "ignored": settings.ignored_columns,
-                 "skips_template": not read.is_chat and bool(renderer.template)}  # fmt: skip
+                 "skips_template": read.could_be_chat and bool(renderer.template)}  # fmt: skip
         json.dump(info | about, file)
 
 

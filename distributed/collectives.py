@@ -1,6 +1,6 @@
-"""What all processes of a run do together. In a run of one process each of these gives back what it was given.
+"""Collective operations: all processes of a run must call them, in the same order.
 
-All processes must call them, in the same order.
+In a run of one process they return what they are given.
 """
 
 import functools
@@ -11,17 +11,17 @@ import torch.distributed as dist
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Which process this is, and of how many."""
+    """Return this process's rank and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def device() -> torch.device:
-    """The device that this process computes on."""
+    """Return the device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def broadcast_object(value: object) -> object:
-    """Rank 0's value; what the others give is ignored."""
+    """Return rank 0's value on all ranks; the values passed on other ranks are ignored."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -30,7 +30,7 @@ def broadcast_object(value: object) -> object:
 
 
 def all_gather_object(value: object) -> list:
-    """The values of all ranks, in their order."""
+    """Return the values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -39,7 +39,7 @@ def all_gather_object(value: object) -> list:
 
 
 def all_reduce_sum(numbers: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, of the same shape; `numbers` are overwritten."""
+    """Sum a tensor over all ranks, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers
@@ -68,7 +68,7 @@ def _thread_group(_world: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def barrier():
-    """Wait until all ranks are here."""
+    """Wait until all ranks have called this."""
     if dist.is_initialized():
         dist.barrier()
 

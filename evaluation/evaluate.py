@@ -1,6 +1,5 @@
 """Evaluates checkpoints: means with intervals, also by dataset and length; the body of `evaluate.py`."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,19 +10,21 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from checkpointing import fingerprints
-from checkpointing.resume import find_checkpoints
-from config_checks.numbers import check_can_be_written
+from checkpointing.integrity import content_digest
 from data.batches import chosen_and_rejected
 from distributed import collectives
 from evaluation.statistics import wilson_interval
 from reporting.intervals import mean_interval
+from reporting.metric_names import ACCURACY, LOSS, MARGIN, TIES
 from reporting.metrics import mean_metrics
-from storage.files import append_json_line, atomic_file
+from storage.files import append_json_line, atomic_file, read_json_lines
+from storage.outputs import Output, check_outputs, json_lines, new_file
 from utils import UserError, on_rank0, rank0_print
 
-_IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
-_SHARES = ("rewards_eval/accuracies", "rewards_eval/ties")  # metrics that are 0 or 1 for each example
+_IN_TABLE = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "nll_eval/rejected")
+_SHARES = (ACCURACY, TIES)  # metrics that are 0 or 1 for each example
 _N_BUCKETS = 4
+_EVALUATIONS = json_lines("evaluations", b'{"key": "', ("key", "metrics"))
 
 
 @dataclasses.dataclass
@@ -35,32 +36,15 @@ class Options:
     output: str | None
 
 
-def make_options(_config: DictConfig, own: dict) -> Options:
-    """Return the options.
-
-    Raises: UserError if a checkpoint doesn't exist or is damaged, or if a file can't be written.
-    """
-    run_dir, checkpoints = own["run"], find_checkpoints(own["run"], own["checkpoint"])
+def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) -> Options:
+    """Return the options of `evaluate.py`; raise UserError if a file can't be written."""
+    run_dir = own["run"]
     if own["rows"] is not None and len(checkpoints) > 1:
         raise UserError(f"rows={own['rows']}: give one checkpoint at a time")
     output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
-    for key, path in (("rows", own["rows"]), ("output", output)):
-        check_can_be_written(key, path)
-    if own["rows"] is not None and os.path.exists(str(own["rows"])):
-        raise UserError(f"rows={own['rows']} exists; give another file, or delete it")
-    _check_holds_evaluations(output)
+    outputs = [("rows", own["rows"], new_file), ("output", output, _EVALUATIONS)]
+    check_outputs(Output(key, str(path), refusal) for key, path, refusal in outputs if path is not None)
     return Options(checkpoints, own["rows"] and str(own["rows"]), output and str(output))
-
-
-def _check_holds_evaluations(path: str | None):
-    """Raise UserError if the file exists and its first line is no evaluation."""
-    if path is None or not os.path.exists(str(path)):
-        return
-    with open(str(path), "rb") as file:
-        first = file.readline()
-    start = b'{"key": "'
-    if first and not (first.startswith(start) or start.startswith(first)):
-        raise UserError(f"output={path}: a file that isn't one of evaluations; give another")
 
 
 # ---- evaluating -----------------------------------------------------------------------------------------------------
@@ -88,12 +72,11 @@ def _settings_hash(config: DictConfig, checkpoint: str | None, trainer) -> str:
     settings = ("loss", "max_length", "max_prompt_length", "n_eval_examples", "eval_batch_size", "seed", "reference",
                 "reference_model", "add_bos", "trainer", "truncation", "model", "shared_prompt")  # fmt: skip
     deciding = [
-        checkpoint,
-        trainer.state.examples,
-        trainer.state.updates,
+        checkpoint and content_digest(checkpoint),
         {name: OmegaConf.to_container(config)[name] for name in settings},
         trainer.eval_iterator.fingerprints(),
         fingerprints.file_fingerprints(config),
+        fingerprints.hub_revisions(config),
     ]
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
@@ -102,11 +85,9 @@ def _read_evaluations(output: str | None) -> dict[str, dict]:
     """Return the evaluations in a file, by their keys."""
     found = {}
     if output is not None and os.path.exists(output):
-        with open(output, encoding="utf-8") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash
-                    result = json.loads(line)
-                    found[result["key"]] = result
+        for result, _ in read_json_lines(output, skips_damaged=True):
+            if "key" in result:
+                found[result["key"]] = result
     return found
 
 

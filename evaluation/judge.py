@@ -6,6 +6,7 @@ import math
 
 from omegaconf import DictConfig, OmegaConf
 
+from config_checks.paths import expand_home
 from evaluation.chat_completions import ChatCompletions
 from evaluation.judge_options import check_options, make_judge, settings_hash, summary_path
 from evaluation.judge_summary import cost, failures_in_words, summarize, summarize_scores, table
@@ -22,7 +23,7 @@ _CHARACTERS_PER_TOKEN, _TOKENS_PER_ANSWER = 4, 100  # to estimate beforehand wha
 
 def run(config: DictConfig):
     """Check the keys, let the judge decide what it hasn't decided yet, and write and print the summary."""
-    options = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    options = expand_home(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
     check_options(options)
     a = read_responses("a", options["a"])
     b = read_responses("b", options["b"]) if options["b"] is not None else None

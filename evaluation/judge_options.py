@@ -5,13 +5,16 @@ import json
 import os
 import re
 
+from checkpointing.fingerprints import folder_fingerprint
 from config_checks.explanations import unknown_key
-from config_checks.numbers import check_can_be_written, check_number
+from config_checks.numbers import check_number
 from config_checks.schema import own_keys
 from evaluation.chat_completions import ChatCompletions, Endpoint
 from evaluation.command import Command
 from evaluation.prompts import load_template
 from evaluation.verdicts import Judge
+from storage.files import sha256
+from storage.outputs import Output, check_outputs, document, json_lines
 from utils import UserError, closest_match, get_local_dir
 
 _REQUIRED = ("a", "judge", "output")
@@ -34,6 +37,8 @@ _NUMBERS = {  # type, lowest, highest, and whether null is allowed
     "judge_input_price": (float, 0, 10**9, True),
     "judge_output_price": (float, 0, 10**9, True),
 }
+_VERDICTS = json_lines("verdicts", b'{"settings": "', ("texts", "prompt_index", "first", "verdict"))
+_SUMMARY = document("summaries", rb'\{\s*"a": ')
 
 
 def check_options(options: dict):
@@ -59,12 +64,8 @@ def check_options(options: dict):
         raise UserError(f"judge_args={options['judge_args']}: expected fields, e.g. judge_args.max_tokens=300")
     _check_keys_of_judge(options)
     get_local_dir(options["local_dirs"])
-    check_can_be_written("output", options["output"])
-    responses = {os.path.realpath(options[key]) for key in ("a", "b") if options[key]}
-    for path in (options["output"], summary_path(options)):
-        if os.path.realpath(path) in responses:
-            summary = "" if path == options["output"] else f": its summary's {path}"
-            raise UserError(f"output={options['output']}{summary} holds responses; give another file")
+    outputs = [Output("output", options["output"], _VERDICTS), Output("output", summary_path(options), _SUMMARY)]
+    check_outputs(outputs, {key: options[key] for key in ("a", "b")})
 
 
 def summary_path(options: dict) -> str:
@@ -95,6 +96,10 @@ def settings_hash(options: dict) -> str:
     known = options | {"judge_url": re.sub(r"(?<=://)[^/?#]*@", "", options["judge_url"] or "") or None}
     deciding = [known[key] for key in keys]  # with another password it is the same judge
     deciding.append(load_template(options["judge_prompt"]) if options["judge"] == "openai" else None)
+    if options["judge"] == "model" and os.path.isdir(options["judge_model"]):
+        deciding.append(folder_fingerprint(options["judge_model"], options["local_dirs"]))
+    if options["chat_template"] is not None:
+        deciding.append(sha256(options["chat_template"]))
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from checkpointing.train_state import read_state_json
 from config_checks.datasets import chosen_datasets
 from distributed import collectives
 from evaluation import sample_file
@@ -16,6 +15,7 @@ from losses import LOSSES
 from models import load_tokenizer
 from preference_datasets import open_batches
 from reporting.terminal import Progress
+from storage.locks import locked
 from utils import UserError, on_rank0, rank0_print
 
 
@@ -50,11 +50,11 @@ def _fill_file(trainer, requests: list[Request], file: SampleFile, options: Opti
         tokens: the responses, if another engine has drawn them already.
     """
     examples = trainer.state.examples
-    settings = sample_file.settings_hash(trainer.config, examples, requests, file, options)
+    settings = sample_file.settings_hash(trainer.config, requests, file, options)
     about = {"settings": settings, **sample_file.origin(examples, file, options)}
     with contextlib.ExitStack() as stack:
         if on_rank0():
-            stack.enter_context(sample_file.locked(file.path))
+            stack.enter_context(locked(file.path, f"output={file.path}", "another process is drawing into it"))
         drawn = collectives.broadcast_object(
             sample_file.drawn_samples(file.path, settings) if on_rank0() else None
         )  # fmt: skip
@@ -90,11 +90,10 @@ def _draw_by_vllm(config: DictConfig, options: Options) -> dict[str, Tokens]:
     requests = read_requests(config, tokenizer, eval_iterator, options.prompts)
     tokens = {}
     for checkpoint in dict.fromkeys(file.checkpoint for file in options.files):
-        examples = read_state_json(checkpoint)["examples"] if checkpoint is not None else 0
         items = {}
         for file in options.files:
             if file.checkpoint == checkpoint:
-                settings = sample_file.settings_hash(config, examples, requests, file, options)
+                settings = sample_file.settings_hash(config, requests, file, options)
                 drawn = sample_file.drawn_samples(file.path, settings)
                 items[file.path] = _missing_items(requests, options.n, drawn)
         tokens |= draw_by_vllm(config, tokenizer, checkpoint, items, options)

@@ -1,34 +1,34 @@
-"""Files of samples, JSON Lines: one process at a time adds to a file, and nothing in it is drawn twice.
+"""Files of samples, JSON Lines: nothing in a file is drawn twice.
 
 Each line begins with a hash of all settings that decide a sample, and says where it comes from.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
-from checkpointing.fingerprints import file_fingerprints
+from checkpointing.fingerprints import file_fingerprints, hub_revisions
+from checkpointing.integrity import content_digest
 from evaluation.sample_options import Options, SampleFile
 from evaluation.sample_prompts import Request
-from storage.files import atomic_file
-from utils import UserError, is_cut_off, rank0_print
+from storage.files import atomic_file, read_json_lines
+from utils import UserError, rank0_print
 
 
-def settings_hash(
-    config: DictConfig, examples: int, requests: list[Request], file: SampleFile, options: Options
-) -> str:
-    """Return a short hash of what decides a sample; `examples`: how many the checkpoint was trained on."""
+def settings_hash(config: DictConfig, requests: list[Request], file: SampleFile, options: Options) -> str:
+    """Return a short hash of what decides a sample and its log-probabilities."""
     deciding = [
-        file.checkpoint and os.path.basename(file.checkpoint), examples, config.seed, config.max_prompt_length,
+        file.checkpoint and content_digest(file.checkpoint), config.seed, config.max_prompt_length,
         file.temperature, options.top_p, options.top_k, options.max_new_tokens,
-        [request.ids for request in requests], OmegaConf.to_container(config.model), file_fingerprints(config),
+        [request.ids for request in requests], OmegaConf.to_container(config.model), config.reference,
+        OmegaConf.to_container(config.reference_model), file_fingerprints(config),
     ]  # fmt: skip
-    deciding += [options.engine] if options.engine != "transformers" else []
+    if options.engine == "transformers":
+        deciding.append(hub_revisions(config))
+    else:  # vLLM loads the models itself, after this
+        deciding.append(options.engine)
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:12]
 
 
@@ -42,26 +42,6 @@ def origin(examples: int, file: SampleFile, options: Options) -> dict:
     }  # fmt: skip
 
 
-@contextlib.contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Keep other processes out of the file; it is removed at the end if it is empty.
-
-    Raises: UserError if another process draws into it.
-    """
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"output={path}: another process is drawing into it; wait for its end") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            if os.fstat(file.fileno()).st_size == 0 and os.path.exists(path):
-                os.remove(path)
-
-
 def drawn_samples(path: str, settings: str) -> set[tuple[int, int]]:
     """Return the prompt and sample numbers that a file has; a line that a crash has cut off is removed.
 
@@ -70,21 +50,18 @@ def drawn_samples(path: str, settings: str) -> set[tuple[int, int]]:
     drawn, end = set(), 0
     if not os.path.exists(path):
         return drawn
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                if is_cut_off(line):
-                    break
-                sample = json.loads(line)
-                former = sample["settings"]
-                drawn.add((sample["prompt_index"], sample["sample"]))
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f"output={path}: a file that isn't one of samples; give another") from None
-            if former != settings:
+    try:
+        for sample, line_end in read_json_lines(path):
+            if sample["settings"] != settings:
                 raise UserError(
                     f"output={path} has samples drawn under other settings; give another file, or delete it"
                 )
-            end += len(line)
+            drawn.add((sample["prompt_index"], sample["sample"]))
+            end = line_end
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"output={path}: a file that isn't one of samples; give another") from None
     os.truncate(path, end)
     return drawn
 
@@ -106,8 +83,7 @@ def append_lines(path: str, lines: list[dict]):
 
 def write_alpaca_eval(path: str, samples_path: str, checkpoint: str | None):
     """Write the first sample for each prompt as AlpacaEval reads it (JSON)."""
-    with open(samples_path, encoding="utf-8") as file:
-        samples = sorted(map(json.loads, file), key=lambda line: line["prompt_index"])
+    samples = sorted((line for line, _ in read_json_lines(samples_path)), key=lambda line: line["prompt_index"])
     rows = [
         {"instruction": line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"],
          "output": line["response"], "generator": checkpoint or "policy"}

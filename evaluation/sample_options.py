@@ -5,15 +5,17 @@ import os
 
 from omegaconf import DictConfig
 
-from checkpointing.resume import find_checkpoints
-from config_checks.numbers import check_can_be_written, check_number
+from config_checks.numbers import check_number
 from data.locations import locate
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from evaluation import vllm_engine
+from storage.outputs import Output, check_outputs, document, json_lines
 from utils import UserError, closest_match
 
 ENGINES = ("transformers", "vllm")
+_SAMPLES = json_lines("samples", b'{"settings": "', ("prompt_index", "sample", "response"))
+_ALPACA_EVAL = document("AlpacaEval's outputs", rb'\[(\]|\s*\{\s*"instruction": )')
 
 
 @dataclasses.dataclass
@@ -41,13 +43,14 @@ class Options:
     engine_args: dict
 
 
-def make_options(config: DictConfig, own: dict) -> Options:
+def make_options(config: DictConfig, own: dict, checkpoints: list[str | None]) -> Options:
     """Return the options; sets `precompute_ref_log_probs` to false, as samples are new to the reference's cache.
 
     Args:
         own: the values of `sample.py`'s own keys.
+        checkpoints: the directories that `own` names; None: the policy as it is loaded.
 
-    Raises: UserError if a value can't be used, a checkpoint doesn't exist, or a file can't be written.
+    Raises: UserError if a value can't be used, or a file can't be written.
     """
     config.precompute_ref_log_probs = False
     for key, kind, lowest, highest in (("n", int, 1, 10**6), ("top_k", int, 0, 10**9), ("top_p", float, 1e-9, 1)):
@@ -63,24 +66,22 @@ def make_options(config: DictConfig, own: dict) -> Options:
     if own["prompts"] is not None and locate(own["prompts"], "prompts").files is None:
         raise UserError(f"prompts={own['prompts']}: expected a local file")
     _check_engine(config, own)
-    files = _sample_files(own, _temperatures(own["temperature"]))
+    files = _sample_files(own, checkpoints, _temperatures(own["temperature"]))
     if own["alpaca_eval"] is not None and len(files) > 1:
         raise UserError(f"alpaca_eval={own['alpaca_eval']}: give one checkpoint and one temperature at a time")
-    outputs = [("output", file.path) for file in files] + [("alpaca_eval", own["alpaca_eval"])]
-    for key, path in outputs:
-        check_can_be_written(key, path)
-    _check_files_differ(own["prompts"], outputs)
+    _check_outputs(own, files)
     return Options(own["run"], files, own["prompts"], own["n"], float(own["top_p"]), own["top_k"], max_new_tokens,
                    own["alpaca_eval"], own["engine"], own["engine_args"])  # fmt: skip
 
 
-def _check_files_differ(prompts: str | None, outputs: list[tuple[str, str | None]]):
-    """Raise UserError if an output is a file of prompts, or two outputs are the same file."""
-    inputs = locate(prompts, "prompts").files if prompts is not None else {}
-    key_of_file = {os.path.realpath(file): "prompts" for files in inputs.values() for file in files}
-    for key, path in outputs:
-        if path is not None and (other := key_of_file.setdefault(os.path.realpath(path), key)) != key:
-            raise UserError(f"{key}={path} is the file of {other}, too; give another")
+def _check_outputs(own: dict, files: list[SampleFile]):
+    """Raise UserError if an output would replace anything but what `sample.py` has written."""
+    prompts = locate(own["prompts"], "prompts").files if own["prompts"] is not None else {}
+    inputs = {f"prompts ({name})": path for paths in prompts.values() for name, path in enumerate(paths)}
+    outputs = [Output("output", file.path, _SAMPLES) for file in files]
+    if own["alpaca_eval"] is not None:
+        outputs.append(Output("alpaca_eval", own["alpaca_eval"], _ALPACA_EVAL))
+    check_outputs(outputs, inputs)
 
 
 def _check_engine(config: DictConfig, own: dict):
@@ -121,12 +122,13 @@ def _temperatures(given: object) -> list[tuple[float, str]]:
     return [(float(temperature), suffix) for temperature, suffix in zip(temperatures, suffixes, strict=True)]
 
 
-def _sample_files(own: dict, temperatures: list[tuple[float, str]]) -> list[SampleFile]:
+def _sample_files(
+    own: dict, checkpoints: list[str | None], temperatures: list[tuple[float, str]]
+) -> list[SampleFile]:
     """Return a file for each checkpoint at each temperature.
 
-    Raises: UserError if a checkpoint can't be used, or it isn't clear what the files are to be called.
+    Raises: UserError if it isn't clear what the files are to be called.
     """
-    checkpoints = find_checkpoints(own["run"], own["checkpoint"])
     if own["output"] is None and own["run"] is None:
         raise UserError("output: name the file that gets the samples, as there is no run to keep them in")
     if own["output"] is not None and len(checkpoints) > 1:

@@ -63,7 +63,7 @@ def _prompts_in_file(config: DictConfig, tokenizer, path: str) -> tuple[list[str
                     try:
                         if isinstance(row, Fault):
                             raise BadExample("broken row", row.reason)
-                        example = prompt_example(row)
+                        example = prompt_example(row, config.apply_chat_template)
                         rendered.append(renderer.render(example).prompt)
                         given.append(example.prompt)
                     except BadExample as error:

@@ -7,12 +7,9 @@ import torch
 from omegaconf import DictConfig
 
 from distributed import collectives
+from reporting.metric_names import WITH_ERRORS
 from utils import UserError
 
-# evaluation metrics whose means get standard errors
-WITH_ERRORS = (
-    "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "logratios_eval/chosen",
-)  # fmt: skip
 TIE = 1e-5  # smaller differences of rewards are rounding noise: ties
 
 

@@ -1,7 +1,6 @@
 """Where a run's numbers and samples go: `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
+from storage.files import sha256
 from utils import UserError, rank0_print
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
@@ -64,7 +64,7 @@ class RunLog:
             if present < size:
                 rank0_print(f"WARNING: {path} has {present} bytes, but had {size} at the checkpoint: lines are lost")
                 _cut_to_whole_lines(path)
-            elif size and log_sha256.get(name) not in (None, _sha256(path)):
+            elif size and log_sha256.get(name) not in (None, sha256(path)):
                 rank0_print(f"WARNING: {path} has changed since the checkpoint was written: lines are damaged")
 
     def log_bytes(self) -> dict[str, int]:
@@ -79,7 +79,7 @@ class RunLog:
     def log_sha256(self) -> dict[str, str]:
         """Return the SHA-256 of each log file, in hexadecimal."""
         paths = {name: os.path.join(self.run_dir, name) for name in LOG_FILES}
-        return {name: _sha256(path) for name, path in paths.items() if os.path.exists(path)}
+        return {name: sha256(path) for name, path in paths.items() if os.path.exists(path)}
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
         """Record one optimizer step or evaluation: `metrics` are batch means and counters.
@@ -169,24 +169,11 @@ class RunLog:
             self.curves.finish(failed=exit_code != 0)
 
 
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _cut_to_whole_lines(path: str):
     """Drop what follows a file's last line break, or the next line would be appended to it."""
     if os.path.exists(path):
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def check_log_files(run_dir: str):
-    """Raise UserError if something other than a file is where a run's config or logs belong."""
-    for name in ("config.yaml", *LOG_FILES):
-        path = os.path.join(run_dir, name)
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise UserError(f"{path} is not a regular file; move it away")
 
 
 def interval_means(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How a run looks on a terminal and in a log file: aligned lines, samples side by side, progress, times, colour."""
+"""A run on a terminal and in a job's log file: aligned lines, samples side by side, progress, times, colour."""
 
 import shutil
 import sys

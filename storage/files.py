@@ -44,12 +44,13 @@ def flush_to_disk(*paths: str):
 # ---- JSON Lines -----------------------------------------------------------------------------------------------------
 
 
-def read_json_lines(path: str) -> Iterator[tuple[dict, int]]:
+def read_json_lines(path: str, skips_damaged: bool = False) -> Iterator[tuple[dict, int]]:
     """Yield the JSON object of each line, and the offset (bytes) where the line ends.
 
     A last line without a line break was cut off by a crash; it is left out.
 
-    Raises: ValueError if a whole line holds no JSON object.
+    Args:
+        skips_damaged: leave out whole lines that hold no JSON object; otherwise they raise ValueError.
     """
     end = 0
     with open(path, "rb") as file:
@@ -59,11 +60,12 @@ def read_json_lines(path: str) -> Iterator[tuple[dict, int]]:
             end += len(line)
             try:
                 value = json.loads(line)
-            except RecursionError as error:
-                raise ValueError("nested too deeply") from error
-            if not isinstance(value, dict):
+            except (ValueError, RecursionError):  # nested too deeply
+                value = None
+            if isinstance(value, dict):
+                yield value, end
+            elif not skips_damaged:
                 raise ValueError(f"no JSON object: {line[:100]!r}")
-            yield value, end
 
 
 def append_json_line(path: str, value: dict):

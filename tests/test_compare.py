@@ -1,4 +1,4 @@
-"""Runs side by side: the table, its formats, what can be compared, and a sweep from its beginning to its table."""
+"""Comparing runs: the table, its formats, what can be compared, and a whole sweep."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from reporting.runs import NoRuns, find_runs, short_values
 
 
 def write_run(directory: Path, accuracies: list[float], kl: bool = True, **config) -> str:
-    """A run with an evaluation before training, which has the best numbers, and others after it."""
+    """Write a run whose evaluation before training has the best numbers, followed by these accuracies."""
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(yaml.safe_dump({"local_run_dir": str(directory), **config}))
     lines = []

@@ -60,7 +60,7 @@ def judge(launcher, files, tmp_path):
 
 @pytest.fixture
 def refused(launcher, files, tmp_path):
-    """The message of a run of `judge.py` that can't be."""
+    """Run `judge.py` with a mistake; returns its output."""
 
     def run(*overrides: str, files: list[str] = files) -> str:
         env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": ""}
@@ -265,7 +265,7 @@ def test_faulty_judge_command_is_reported_and_can_be_repeated(name, refused, jud
 
 
 class Endpoint:
-    """An OpenAI-compatible one on loopback: `answer(prompt number, texts)` is a text, or a status with headers."""
+    """An OpenAI-compatible server on loopback; `answer(number, a, b)` returns a text, or status, headers and body."""
 
     def __init__(self):
         self.seen: list[tuple[int, str, str]] = []
@@ -315,7 +315,7 @@ class Endpoint:
         return ["judge=openai", f"judge_url=http://127.0.0.1:{port}/v1", "judge_model=m", "judge_prompt=t.txt"]
 
     def times(self, number: int) -> int:
-        """How often it was asked about a prompt."""
+        """Return how often the endpoint was asked about a prompt."""
         return sum(seen[0] == number for seen in self.seen)
 
     @staticmethod
@@ -579,7 +579,7 @@ def test_full_disk_leaves_whole_verdicts_and_no_traceback(tmp_path):
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
-    """A function that saves a model whose score is cos(π · the last token's id / 512), and says where."""
+    """A function that saves a model whose score is cos(π · the last token's id / 512) and returns its path."""
 
     def save(n_labels: int = 1, pad: bool = True, chat_template: str | None = None):
         path = tmp_path_factory.mktemp("reward_model")

@@ -15,7 +15,7 @@ DRAWN = {"run": "dpo", "checkpoint": "LATEST", "examples": 100, "temperature": 1
 
 
 def write_summary(path, origin: dict | None = None, **found) -> str:
-    """A summary as judge.py writes it, of made-up numbers; without what is "absent"."""
+    """Write a summary as judge.py does, with made-up numbers and without the values "absent"."""
     found = {"a": f"{path.stem}.jsonl", "b": "rows.jsonl", "judge": "model", "judge_model": "org/rm", "settings": "s",
              "b_digest": "d", "drawn": [DRAWN | (origin or {})], "kl": 2.0, "kl_se": 0.5, "n_kl": 10,
              **found}  # fmt: skip
@@ -33,7 +33,7 @@ def score(mean: float, error: float | None, **more) -> dict:
 
 @pytest.fixture
 def drawn_points(monkeypatch):
-    """By the labels of a picture's lines, their points and the ends of their bars, as matplotlib has them."""
+    """Collect the points and error bars of a picture's lines, by label, as matplotlib has them."""
     from matplotlib.figure import Figure
 
     read = {}

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
-    """By name and step, the last of them where a run has gone on."""
+    """Return the logged values by name and step; for a resumed run the last ones."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
@@ -44,7 +44,7 @@ def test_resumed_run_replaces_events_after_its_checkpoint(launcher, tmp_path):
     for name in ("LATEST", "step-8", "step-12"):
         os.rename(tmp_path / "run" / name, tmp_path / name)
     assert launcher.run(*run, "n_examples=16", "resume=auto") == 0, launcher.output
-    assert "Going on from" in launcher.output
+    assert "Resuming from" in launcher.output
     assert scalars(tmp_path / "run") == expected(tmp_path / "run")
 
 
@@ -58,7 +58,7 @@ def test_missing_tensorboard_matters_only_when_enabled(launcher, tmp_path):
 
 
 def test_unwritable_tensorboard_warns_once_and_training_continues(launcher, tmp_path):
-    """A file where its directory would be."""
+    """A file stands in place of TensorBoard's directory."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("")
     assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run") == 0, launcher.output

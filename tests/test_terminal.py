@@ -1,4 +1,4 @@
-"""What a run shows on terminals of 80 and 120 columns, and in a log file."""
+"""A run's output on terminals of 80 and 120 columns, and in a log file."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_only_non_default_config_is_printed(launcher, tmp_path):
 
 
 def test_log_line_shows_means_over_its_steps():
-    """Of equally large steps; a rate is that of all of them together, as half the speed takes twice the time."""
+    """Steps are equally large; a rate is that of all steps together (the harmonic mean)."""
     steps = [
         {"counters/examples": 4, "loss/train": 1.0, "lr": 0.1, "examples_per_second": 10.0},
         {"counters/examples": 8, "loss/train": 2.0, "lr": 0.2, "examples_per_second": 30.0},

@@ -1,4 +1,4 @@
-"""What wandb has recorded of runs, read back from its offline files."""
+"""wandb's records of runs, read back from its offline files."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a .wandb file: LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md)
+    """Parse a .wandb file: LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md)
     after a header of seven bytes, which belongs to the first block."""
     data, place, parts, records = path.read_bytes(), 7, b"", []
     assert data[:4] == b":W&B"
