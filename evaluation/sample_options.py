@@ -122,9 +122,7 @@ def _temperatures(given: object) -> list[tuple[float, str]]:
     return [(float(temperature), suffix) for temperature, suffix in zip(temperatures, suffixes, strict=True)]
 
 
-def _sample_files(
-    own: dict, checkpoints: list[str | None], temperatures: list[tuple[float, str]]
-) -> list[SampleFile]:
+def _sample_files(own: dict, checkpoints: list[str | None], temperatures: list[tuple[float, str]]) -> list[SampleFile]:
     """Return a file for each checkpoint at each temperature.
 
     Raises: UserError if it isn't clear what the files are to be called.

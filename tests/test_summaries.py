@@ -205,6 +205,6 @@ def test_edited_summary_is_named(key, value, tmp_path):
 
 def test_picture_never_overwrites_a_summary(tmp_path):
     path = write_summary(tmp_path / "s_summary.json", **rate(0.5, 0.4, 0.6))
-    assert "is one of the summaries" in win_rates.main([path, "--output", path])
+    assert "is also the file of summary" in win_rates.main([path, "--output", path])
     assert "is what its table would be called" in win_rates.main([path, "--output", str(tmp_path / "w.txt")])
     assert "no such directory" in win_rates.main([path, "--output", str(tmp_path / "no/w.png")])
