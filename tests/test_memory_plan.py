@@ -109,7 +109,7 @@ def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens, make_trainer, monkeypatch):
+def test_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens, make_trainer, monkeypatch):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "n_examples=4", "n_eval_examples=4", "max_length=64",
                            "max_prompt_length=32", *overrides)  # fmt: skip
     planned = []
