@@ -69,7 +69,8 @@ from references import (
 )
 from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
-from reporting.terminal import RunTable, passing_bar, progress_bar
+from reporting.terminal import RunTable, progressing, training_bar
+from reporting.time_left import TimeLeft
 from reporting.usage import Throughput, n_parameters, parameters_in_words
 from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device
 
@@ -120,7 +121,7 @@ class BasicTrainer:
         self._set_up_policy(policy)
         self._set_up_reference(reference_model)
         self._set_up_optimizer()
-        self._set_up_memory()
+        self._set_up_memory(trains)
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
@@ -240,7 +241,7 @@ class BasicTrainer:
         self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
         self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
 
-    def _set_up_memory(self):
+    def _set_up_memory(self, trains: bool):
         """Cast weights once a step, choose the microbatch size from free memory, and compile."""
         config = self.config
         if self.policy_mp is not None and not self.strategy.splits_tensors:
@@ -248,7 +249,7 @@ class BasicTrainer:
             if not shadow_if_equal(self.policy, self.optimizer, lambda: self.response_logps(self.policy, batch)):
                 rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
         self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
-        fitting = self._plan_memory() if self.device.type == "cuda" else None
+        fitting = self._plan_memory() if trains and self.device.type == "cuda" else None
         self.max_tokens = config.max_tokens_per_microbatch or fitting
         if config.compile:
             compile_blocks(self.policy, config.model.block_name)
@@ -387,11 +388,13 @@ class BasicTrainer:
         restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
             n_examples, epoch_size, state = self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
-            table = RunTable(n_examples, epoch_size, state.examples, state.metrics)
+            every = self.config.eval_every, self.config.save_every or self.config.eval_every
+            time_left = TimeLeft(n_examples, self.config.batch_size, *every)
+            table = RunTable(n_examples, epoch_size, state.examples, state.metrics, time_left)
             logged = state.log_bytes, state.wandb_run_id, state.log_sha256
             self.run_log = RunLog(self.config, self.run_dir, table, *logged)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
-        bar = progress_bar(self._training_batches(skip=n_done), n_batches, n_done)
+        bar = training_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
             try:
                 for batch in bar:
@@ -513,7 +516,7 @@ class BasicTrainer:
         """
         self.policy.eval()
         all_metrics, indices = [], []
-        for batch in passing_bar(self.eval_batches, "Evaluating"):
+        for batch in progressing(self.eval_batches, "Evaluating", "batches"):
             self.stop.check()
             batch_metrics = []
             kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
@@ -610,6 +613,8 @@ class BasicTrainer:
             point_latest(self.run_dir, name)
             best.point_best(self.run_dir, self.state, self.config)
             delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples)
+        if self.run_log is not None:
+            self.run_log.table.time_left.tick("save")
 
     def resume(self, checkpoint: str):
         """Restore everything to where training stood when this checkpoint was written.

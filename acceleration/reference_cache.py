@@ -12,14 +12,14 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
-from tqdm import tqdm
 
 from data.batches import BatchIterator
 from distributed import collectives
 from distributed.dtensor import full_tensor
 from references import REFERENCE_ADAPTER, Reference, has_the_weights
+from reporting.terminal import Progress, progressing
 from storage.files import atomic_file
-from utils import UserError, get_local_dir, hides_progress, on_rank0, rank0_print, take
+from utils import UserError, get_local_dir, on_rank0, rank0_print, take
 
 
 class LogpsCache:
@@ -100,9 +100,7 @@ class LogpsCache:
         """
         n_computed = 0
         for name, iterator in iterators.items():
-            with tqdm(
-                total=iterator.n_distinct, desc=f"Reference on {name} pairs", unit="pair", disable=hides_progress()
-            ) as progress:
+            with Progress(f"Precomputing the reference, {name} data", iterator.n_distinct, "pairs") as progress:
                 for chunk, n_pairs in iterator.distinct_examples():
                     n_computed += self.fill_batch(chunk, compute, split)
                     progress.update(n_pairs)
@@ -162,7 +160,7 @@ def _fingerprint(model: nn.Module, with_adapter: bool, cast_to: torch.dtype | No
     for name, tensor in model.state_dict().items():
         if "lora_" not in name or (with_adapter and f".{REFERENCE_ADAPTER}." not in name):
             tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor.detach()
-    for name in tqdm(sorted(tensors), "Hashing the reference's weights", leave=False, disable=hides_progress()):
+    for name in progressing(sorted(tensors), "Hashing the reference's weights", "tensors"):
         tensor = full_tensor(tensors[name])
         tensor = tensor.to("cpu", cast_to if tensor.is_floating_point() else None).contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

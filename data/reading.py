@@ -14,7 +14,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from data import diagnosis, hub
-from utils import UserError, closest_sibling, hides_progress, rank0_print
+from printing import hides_progress
+from utils import UserError, closest_sibling, rank0_print
 
 if TYPE_CHECKING:
     import datasets

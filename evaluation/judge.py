@@ -24,9 +24,10 @@ from evaluation.pairs import Pair, Task, alone, first_shown, match, read_respons
 from evaluation.prompts import load_template
 from evaluation.statistics import Z, length_controlled, mean_and_error, wilson_interval
 from evaluation.verdicts import Judge, MisassignedVerdicts, VerdictFile
+from printing import hides_progress
 from storage.files import atomic_file, sha256
 from storage.outputs import Output, check_outputs, document, json_lines
-from utils import UserError, closest_match, get_local_dir, hides_progress
+from utils import UserError, closest_match, get_local_dir
 
 _REQUIRED = ("a", "judge", "output")
 _KEYS = {  # of each judge alone: those that it needs, and others

@@ -36,6 +36,7 @@ from evaluation.sampling import end_tokens, generate_scorable
 from losses import LOSSES
 from models import load_tokenizer
 from preference_datasets import open_batches
+from printing import hides_progress
 from storage.files import atomic_file, read_json_lines
 from storage.locks import locked
 from storage.outputs import Output, check_outputs, document, json_lines
@@ -43,7 +44,6 @@ from utils import (
     UserError,
     closest_match,
     get_local_dir,
-    hides_progress,
     on_rank0,
     rank0_print,
     slice_and_move_batch_for_device,

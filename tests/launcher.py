@@ -51,10 +51,10 @@ def running_server(env: dict[str, str] | None = None) -> Iterator[subprocess.Pop
     server.wait()
 
 
-def train_after(code: str, directory: Path) -> Path:
-    """Write a script that runs this code and then `train.py`."""
-    script = directory / "train_after.py"
-    script.write_text(f"{code}\nimport runpy\nrunpy.run_path({str(REPOSITORY / 'train.py')!r}, run_name='__main__')\n")
+def train_after(code: str, directory: Path, command: str = "train.py") -> Path:
+    """Write a script that runs this code and then `train.py`, or another command."""
+    script = directory / f"after_{command}"
+    script.write_text(f"{code}\nimport runpy\nrunpy.run_path({str(REPOSITORY / command)!r}, run_name='__main__')\n")
     return script
 
 

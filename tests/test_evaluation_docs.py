@@ -26,11 +26,10 @@ def blocks(heading: str) -> list[str]:
     ]
 
 
-def test_documented_lines_merge_load_and_shrink_an_adapter(trained, run_python, launcher, tmp_path):  # noqa: F811
+def test_documented_lines_merge_load_and_shrink_an_adapter(trained, launcher, tmp_path):  # noqa: F811
     merge, use, elsewhere = blocks("Use a checkpoint elsewhere")
     _, script, *words = merge.replace("RUN", str(trained("lora"))).split()
-    result = run_python(str(REPOSITORY / script), *words)
-    assert result.returncode == 0, result.stderr
+    assert launcher.run(*words, script=REPOSITORY / script, directory=tmp_path, as_typed=True) == 0, launcher.output
     (tmp_path / "use.py").write_text(use)
     assert launcher.run(script=tmp_path / "use.py", directory=tmp_path, as_typed=True) == 0, launcher.output
     assert "Human: Hello!" in launcher.output

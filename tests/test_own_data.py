@@ -280,7 +280,7 @@ def test_truncation_cuts_drops_or_refuses_long_examples(is_named, tokenizer, tmp
     assert read(None) == {"short": whole_short, "long": end}
     capsys.readouterr()
     assert read("drop") == {"short": whole_short}
-    assert f"{name} (train): 1 examples longer than max_length are dropped" in capsys.readouterr().out
+    assert f"{name} (train): dropped 1 examples longer than max_length" in capsys.readouterr().out
     with pytest.raises(UserError) as error:
         read("error")
     assert "truncation=error: 1 examples are longer than max_length=24 tokens:\n" in str(error.value)
@@ -298,7 +298,7 @@ def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
     assert "2 of 5 (40.0%) are longer than max_length=64: 0 prompts are cut to max_prompt_length=32, 2 have " in output
     make_trainer(*run, "truncation=drop")
     output = capsys.readouterr().out
-    assert "2 examples longer than max_length are dropped" in output
+    assert "dropped 2 examples longer than max_length" in output
     assert "none is longer than max_length=64" in output and "Training data: 3 examples an epoch" in output
 
 

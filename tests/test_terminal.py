@@ -164,7 +164,7 @@ def test_samples_are_shown_side_by_side_under_one_prompt(monkeypatch):
     assert max(map(len, lines)) <= 79
     (names,) = [line for line in lines if "policy" in line]
     at = names.index("reference")
-    assert any(line[at:].startswith("No. [2J Human: x") and "Yes, of course" in line for line in lines)
+    assert any(line[at:].startswith("No.\\x1b[2J Human: x") and "Yes, of course" in line for line in lines)
     assert [line[: at - 2].rstrip() for line in lines if "…" in line][-1].endswith("…")
     assert "\033" not in text and not re.search(r"\bcour\b|\bcours\b", text)
     wide = samples_side_by_side(samples("问", policy="很好" * 100))
