@@ -154,7 +154,7 @@ def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: 
 
 def is_lost(name: str, value: object) -> bool:
     """True if a value must not be left unread in a column that was empty in the rows that told the format."""
-    if is_blank(value):
+    if is_blank(decoded(value)):
         return False
     return name.lower() in (*_OF_PROMPTS, *MEDIA) or (
         kind_of(value) in ("string", "messages") and not _is_note(name, value)
