@@ -9,6 +9,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from acceleration.memory_plan import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
 from checkpointing.integrity import verify_weights
 from data import hub
@@ -51,7 +52,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
                 **options,
                 **attention,
             )
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files and the hub's HTTP library raise errors of any kind
         cause, remedy = hub.why_not(error, name, "model") or (
@@ -59,12 +60,28 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
             f"Give the id of a causal language model on the hub{hub.access_hint(error)}{_code_hint(error)}",
         )
         raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
+    _check_on_gpus(model, origin, config, device_map)
     disable_dropout(model)
     if source.archive is not None:
         load_archive(source.archive, model, source.key("archive"), options["trust_remote_code"])
     else:
         check_finite(model, origin)
     return model
+
+
+def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map: str):
+    """Refuse a model of which accelerate has left a part in the CPU's memory, as the GPUs have no room for it.
+
+    Raises: UserError with the memory that it takes, and remedies.
+    """
+    left_out = [parameter for parameter in model.parameters() if parameter.device.type in ("cpu", "meta", "disk")]
+    if device_map == "cpu" or not torch.cuda.is_available() or not left_out:
+        return
+    total, missing = (sum(p.nbytes for p in parameters) / 1e9 for parameters in (model.parameters(), left_out))
+    raise UserError(
+        f"{origin} has {total:.1f} GB of weights in {str(model.dtype)[6:]}; the GPUs have no room for {missing:.1f} GB "
+        f"of them.\n{remedies(config)}"
+    )
 
 
 def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
@@ -248,9 +265,25 @@ def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
         with warnings.catch_warnings():
             for message in _IGNORED:
                 warnings.filterwarnings("error", message=f".*{message}")
-            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+            model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     except Exception as error:  # values that PEFT doesn't check raise errors of any kind
         raise UserError(f"lora={config.lora}: {describe(error)}") from error
+    _check_tied_weights(model, f"lora={config.lora}")
+    return model
+
+
+def _check_tied_weights(model: nn.Module, origin: str):
+    """Refuse an adapter on one of two layers that share a weight: merging it would change the other layer, too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    layers = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    weights = {id(getattr(layer, "base_layer", layer).weight) for layer in layers}
+    if len(layers) == 2 and len(weights) == 1 and any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        raise UserError(
+            f"{origin}: this model's output head is its input embedding (tied weights); an adapter on either can't be "
+            "merged: leave it out of target_modules, or train all of it by lora.modules_to_save"
+        )
 
 
 def _check_names_in_model(fields: dict, model: nn.Module):
@@ -306,5 +339,6 @@ def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Mod
             raise ValueError(f"the model has no place for {', '.join(left_over[:10])}")
     except Exception as error:  # a folder that holds something else raises errors of any kind
         raise UserError(f"{origin}: can't load it as a PEFT adapter of this model: {describe(error, 500)}") from error
+    _check_tied_weights(model, origin)
     check_finite(model, origin)
     return model

@@ -2,18 +2,30 @@
 
 import contextlib
 import difflib
+import errno
 import getpass
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
 from storage.errors import UserError
+
+
+def is_short_of_files(error: BaseException | None) -> bool:
+    """True if an error, or one that caused it, says that this process may open no more files."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        is_limit = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+        if is_limit or "too many open files" in str(error).lower():  # libraries in Rust and C++ have no errno
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def closest_match(name: str, options: Iterable[str]) -> str:
@@ -35,7 +47,7 @@ def closest_sibling(path: str) -> str:
     return closest_match(path, [os.path.join(parent, name) for name in names])
 
 
-# they ask a run to stop; SIGUSR1: what a scheduler is told to send before it kills
+# they ask a run to stop; schedulers can be told to send SIGUSR1 before they kill
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -48,28 +60,6 @@ def signals_handled(handler: Callable[[int, object], None]) -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def on_rank0() -> bool:
-    """True for the process that writes and prints for all, by the variable RANK that launchers set."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def rank0_print(*args, **kwargs):
-    """Print on rank 0 only, above a progress bar if there is one."""
-    if on_rank0():
-        with tqdm.external_write_mode(kwargs.get("file")):
-            print(*args, **kwargs, flush=True)
-
-
-def uses_color() -> bool:
-    """True if standard output is a terminal that shows colours and NO_COLOR (https://no-color.org) isn't set."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-
-
-def hides_progress() -> bool | None:
-    """Return tqdm's `disable`: on rank 0 a bar is shown in a terminal, on other ranks never."""
-    return None if on_rank0() else True
 
 
 def get_local_dir(prefixes_to_resolve: list[str]) -> str:
@@ -145,6 +135,12 @@ def pad_to_length(tensor: torch.Tensor, length: int, pad_value: int | float, dim
 def unwrap_adapter(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a PEFT model; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def n_weights(parameter: torch.Tensor) -> int:
+    """Return how many weights a parameter holds; 4-bit ones (bitsandbytes) are packed, two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def disable_dropout(model: nn.Module):

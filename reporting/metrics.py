@@ -1,4 +1,4 @@
-"""Means of what training and evaluation measure, and what is said where they aren't finite."""
+"""Metrics of training and evaluation, their means, and the error if they aren't finite."""
 
 import math
 from collections import defaultdict
@@ -52,15 +52,15 @@ def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: t
 def response_metrics(
     split: str, inputs: dict[str, torch.Tensor], compares: bool, averaged: bool
 ) -> dict[str, torch.Tensor]:
-    """What can be compared across losses and settings, of each example: tensors of shape (batch_size,).
+    """Return metrics that can be compared across losses and settings: tensors of shape (batch_size,).
 
     `nll_*`: negative log-likelihood of a response per token; `lengths_*`: its tokens; `logratios_*`: log-probability
     under the policy less that under the reference, of the whole response (nats).
 
     Args:
-        inputs: of a loss, with log-probabilities and lengths.
-        compares: whether there are a reference's log-probabilities among them.
-        averaged: whether log-probabilities are means per token.
+        inputs: the loss's inputs, with log-probabilities and lengths.
+        compares: True if the reference's log-probabilities are among them.
+        averaged: True if log-probabilities are means per token.
     """
     metrics = {}
     for side in ("chosen", "rejected"):
@@ -76,10 +76,10 @@ def response_metrics(
 
 
 def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
-    """KL divergence of the policy from the reference (nats), estimated from samples of the policy's.
+    """Estimate the KL divergence of the policy from the reference (nats) on samples of the policy.
 
     Args:
-        samples: of each its log-probability under the policy less that under the reference, and its tokens.
+        samples: for each its log-ratio of policy to reference, and its length (tokens).
     """
     if not samples:
         return {}
@@ -91,8 +91,11 @@ def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
     return {"kl_eval/per_response": mean, **error, "kl_eval/per_token": per_token}
 
 
-def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: float):
-    """Raises UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite."""
+def check_finite(where: str, prompts: list[str], config: DictConfig, metrics: dict[str, float], **numbers: float):
+    """Raise UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite.
+
+    `metrics`: means that tell whether it is the reference that overflows.
+    """
     if all(math.isfinite(number) for number in numbers.values()):
         return
     values = ", ".join(f"{name} {number}" for name, number in numbers.items())
@@ -101,6 +104,12 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: 
     others = {key: config[key] for key in ("optimizer_args", "lora") if config[key]}
     others |= {f"loss.{name}": value for name, value in config.loss.items() if isinstance(value, float)}
     also = "".join(f"another {key} (now {value}), " for key, value in others.items())
+    if _reference_overflows(metrics):
+        raise UserError(
+            f"{where}: {values}; the policy's log-probabilities are finite, the reference's are not: it overflows in "
+            f"model.reference_dtype={config.model.reference_dtype}. Use model.reference_dtype=bfloat16 or float32. "
+            f"The prompts of the batch end with:\n{shown}"
+        )
     raise UserError(
         f"{where}: {values}; training can't go on. "
         f"The prompts of the batch end with:\n{shown}\n"
@@ -108,3 +117,10 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: 
         f"warmup_steps (now {config.warmup_steps}), {also}or model.policy_dtype=float32 (now "
         f"{config.model.policy_dtype}); checkpoints written so far are in {config.local_run_dir}"
     )
+
+
+def _reference_overflows(metrics: dict[str, float]) -> bool:
+    """True if log-ratios are not finite while the policy's log-probabilities are."""
+    logratios = [value for name, value in metrics.items() if name.startswith("logratios_")]
+    logps = [value for name, value in metrics.items() if name.startswith("logps_")]
+    return not all(map(math.isfinite, logratios)) and all(map(math.isfinite, logps))

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds and opens in, archives old and new, and faults while one is written or read."""
+"""Checkpoints: their files, old and new archives, and faults while they are written or read."""
 
 import json
 import os
@@ -30,7 +30,7 @@ IDS = torch.arange(1, 9)[None]
 
 
 def trained(make_trainer, *overrides: str):
-    """A trainer whose run is over, and its run directory."""
+    """Train and save; returns the trainer and its run directory."""
     trainer = make_trainer(*TOY, *overrides)
     create_run_dir(trainer.config)
     trainer.train()
@@ -40,13 +40,13 @@ def trained(make_trainer, *overrides: str):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that is over, for tests that only read: its trainer and its directory."""
+    """A finished run for tests that only read: its trainer and its directory."""
     return trained(trainers_in(tmp_path_factory.mktemp("finished")))
 
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
-    """The same run's directory, to be changed."""
+    """A copy of the finished run's directory, to be changed."""
     return shutil.copytree(finished[1], tmp_path / "run", symlinks=True)
 
 

@@ -1,4 +1,4 @@
-"""A run directory whose files aren't what the run wrote is told about, by a message that names the file."""
+"""A run directory with files that the run didn't write is refused by a message that names the file."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""Runs of several processes: how they start, on one machine and on two, and how they end together."""
+"""Runs of several processes: how they start on one machine and on two, and end together."""
 
 import os
 import re
@@ -24,7 +24,7 @@ LIMIT = 120  # seconds that a run may take to end once a worker has died: it wou
 
 
 def children_of(pid: int) -> list[psutil.Process]:
-    """A process's workers, in their order."""
+    """Return a process's workers in their order."""
     children = psutil.Process(pid).children()
     return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
@@ -153,9 +153,9 @@ def test_two_machines_train_fail_and_resume_together(start, tmp_path):
 
 BUSY = """
 import os, signal, sys, time
-from distributed import launch
-launch._HEARTBEAT_INTERVAL, launch._LOST_CONNECTION_DELAY = 0.5, 0.5
-with launch.process_group():
+from distributed import connection, heartbeat
+heartbeat._HEARTBEAT_INTERVAL, heartbeat._LOST_CONNECTION_DELAY = 0.5, 0.5
+with connection.process_group():
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)  # waits for a GPU that waits for the other worker's

@@ -22,7 +22,7 @@ RUN = ["datasets=[toy]", "n_examples=8", "n_eval_examples=8", "max_length=64", "
 
 @pytest.fixture
 def model_dir(tmp_path):
-    """The recorded runs' model: a folder of 4 files, to be damaged."""
+    """A copy of the recorded runs' model folder, to be damaged."""
     return shutil.copytree(ORACLE / "model", tmp_path / "model")
 
 
@@ -179,7 +179,7 @@ def test_weights_that_the_references_dtype_cannot_hold_are_named(make_oracle, mo
 
 
 def with_one(tensor):
-    """A whole state dict in which one tensor is another."""
+    """Return an edit of a state dict that changes one tensor."""
     return lambda state: {**state, LAST: tensor(state[LAST])}
 
 
@@ -274,7 +274,7 @@ def new_adapter(tmp_path_factory):
 
 @pytest.fixture
 def adapter(new_adapter, tmp_path):
-    """A copy of it, to be damaged."""
+    """A copy of `new_adapter` to be damaged."""
     return shutil.copytree(new_adapter, tmp_path / "adapter")
 
 
@@ -383,6 +383,44 @@ def test_lora_accepts_module_names_that_exist(make_oracle):
     names = [name for name, parameter in trained.items() if parameter.requires_grad]
     assert any("embed_in" in name for name in names)
     assert {name.split(".layers.")[1][0] for name in names if "lora_A" in name} == {"0"}
+
+
+@pytest.fixture
+def tied_dir(tmp_path):
+    """A tiny Llama whose output head is its input embedding, with the recorded runs' tokenizer."""
+    directory = shutil.copytree(ORACLE / "model", tmp_path / "tied")
+    (directory / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapter_on_a_tied_head_is_refused(target, tied_dir, make_trainer):
+    with pytest.raises(UserError, match=r"output head is its input embedding .*lora.modules_to_save"):
+        make_tied(make_trainer, tied_dir, f"r:2,target_modules:[q_proj,{target}]")
+
+
+@pytest.mark.parametrize("lora", ["r:2", "r:2,target_modules:[q_proj],modules_to_save:[lm_head]"])
+def test_adapter_of_a_tied_model_merges_right(lora, tied_dir, make_trainer, tmp_path):
+    policy = make_tied(make_trainer, tied_dir, lora).policy
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = policy(ids).logits
+        policy.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def make_tied(make_trainer, directory, lora: str):
+    return make_trainer("model=blank_model", f"model.name_or_path={directory}", *RUN, "loss=dpo", f"lora={{{lora}}}")
 
 
 # ---- optimizer and dtype --------------------------------------------------------------------------------------------

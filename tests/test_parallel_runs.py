@@ -1,4 +1,4 @@
-"""Runs on several workers against the same runs on one: whole `train.py` processes, over gloo."""
+"""Runs on several workers equal runs on one: whole `train.py` processes over gloo."""
 
 import itertools
 
@@ -32,7 +32,7 @@ RUN = [
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, str]:
-    """A directory for each of `CONFIGS`, as `save_pretrained` writes it."""
+    """Save a model for each of `CONFIGS`; returns their directories."""
     directory = tmp_path_factory.mktemp("models")
     tokenizer = transformers.AutoTokenizer.from_pretrained(ORACLE / "model")
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def assert_same_numbers(run_dir, expected, tolerance: float):
 
 
 def shapes(run_dir) -> dict:
-    """Of each tensor of the last checkpoint."""
+    """Return the shapes of the last checkpoint's tensors."""
     (path,) = (run_dir / "LATEST").glob("*model.safetensors")
     return {name: tensor.shape for name, tensor in load_file(path).items()}
 

@@ -1,4 +1,4 @@
-"""Every way to the reference's log-probabilities gives the same training, and the cache knows what it may reuse."""
+"""Every source of the reference's log-probabilities gives the same training; the cache reuses only what is valid."""
 
 import itertools
 import json
@@ -184,7 +184,7 @@ def test_adapter_of_another_model_is_refused(make_trainer, edited_adapter, capsy
 
 
 def n_computed(capsys) -> int:
-    """How many pairs the reference pass just made had to compute."""
+    """Return the number of pairs that the last reference pass computed."""
     return int(re.search(r"Reference log-probabilities: (\d+) computed", capsys.readouterr().out)[1])
 
 
@@ -200,7 +200,7 @@ def filled_cache(tmp_path_factory):
 
 @pytest.fixture
 def cached(filled_cache, tmp_path):
-    """All that `PRECOMPUTED` asks for is in the cache."""
+    """Fill the cache with everything that `PRECOMPUTED` needs."""
     shutil.copytree(filled_cache, tmp_path / "cache")
 
 

@@ -1,4 +1,4 @@
-"""The plug may be pulled at any moment: a run that was cut off and resumed ends as one that never stopped."""
+"""A run that is killed at any moment and resumed ends exactly as one that never stopped."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ TOY = [*SMALL, "datasets=[toy]", "n_examples=80"]
 
 @pytest.fixture(scope="module")
 def few_pairs(tmp_path_factory) -> str:
-    """The override that makes hh so small that two epochs are short."""
+    """Return the override for a copy of hh so small that two epochs are short."""
     directory = tmp_path_factory.mktemp("hh")
     for split in ("train", "test"):
         lines = (ORACLE / "hh" / f"{split}.jsonl").read_text().splitlines(keepends=True)

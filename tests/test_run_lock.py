@@ -1,4 +1,4 @@
-"""A run directory belongs to one process at a time, and what isn't the run's stays as it is."""
+"""A run directory belongs to one process at a time, and files that aren't the run's are left untouched."""
 
 import errno
 import fcntl

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 def table(output: str) -> list[list[str]]:
-    """The cells of the table at a sweep's end; overrides with a space in them are cells of their own."""
+    """Return the cells of the table at a sweep's end, split at spaces."""
     lines = output[output.rindex("== The sweep in ") :].splitlines()[1:]
     return [line.split() for line in itertools.takewhile(lambda line: line and "To go on" not in line, lines)]
 
 
 def printed_command(output: str) -> list[str]:
-    """The words of the command that is printed last."""
+    """Return the words of the command that is printed last."""
     return shlex.split(output.strip().splitlines()[-1].split("not complete: ")[1])
 
 
@@ -134,7 +134,7 @@ def test_signal_while_a_job_loads_ends_the_sweep(launcher, tmp_path):
 
 def test_signal_ends_a_sweep_of_jobs_with_workers(launcher, tmp_path):
     overrides = [*SHORT, "n_examples=400", "seed=1,2", "trainer=FSDPTrainer", "world_size=2"]
-    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
+    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep", forks_workers=True)
     first = tmp_path / "sweep/seed-1/metrics.jsonl"
     wait_for_lines(first, 4, launcher)
     launcher.kill(signal.SIGTERM)
