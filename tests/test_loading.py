@@ -4,8 +4,6 @@ adapters that don't fit, are errors that name them."""
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -457,58 +455,6 @@ def test_valid_optimizer_arguments_are_accepted(make_trainer):
         ["optimizer=Adafactor", "optimizer_args={eps:[null,0.01]}"],
     ):
         make_trainer("model=tiny", *RUN, *overrides)
-
-
-# ---- merging --------------------------------------------------------------------------------------------------------
-
-
-def merge(*arguments, umask=0o022, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "checkpoints", "merge", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, umask=umask, **kwargs)
-
-
-@pytest.fixture
-def lora_run(make_oracle, tmp_path):
-    """A checkpoint with an adapter in a run directory of an earlier version, whose config lacks today's keys."""
-    policy = make_oracle("lora={r:2}").policy
-    policy.save_pretrained(tmp_path / "run" / "LATEST")
-    (tmp_path / "run/config.yaml").write_text(
-        f"model: {{name_or_path: {tmp_path}/model, tokenizer_name_or_path: null, archive: null, policy_dtype: float32,"
-        f" from_scratch: false, adapter: null}}\nlocal_dirs: [{tmp_path}]\n"
-    )
-    return tmp_path / "run" / "LATEST"
-
-
-@pytest.mark.slow
-def test_merged_model_has_the_umasks_permissions(lora_run, tmp_path):
-    result = merge(lora_run, tmp_path / "merged", umask=0o027)
-    assert result.returncode == 0, result.stderr
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "merged").iterdir()}
-    assert "model.safetensors" in modes
-    assert set(modes.values()) == {"0o640"}
-
-
-@pytest.mark.slow
-def test_failed_merge_leaves_nothing_and_says_why(lora_run, launcher, tmp_path):
-    (tmp_path / "file").write_text("")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    for output, edit, message in (
-        (tmp_path / "file/merged", None, r"can't write .*file/merged"),
-        (tmp_path / "merged", lambda: (tmp_path / "model/tokenizer.json").write_text("{"), r"can't load the tokenizer"),
-        (
-            tmp_path / "merged",
-            lambda: (lora_run.parent / "config.yaml").write_text("a: ["),
-            r"config\.yaml: can't read",
-        ),
-        (tmp_path / "merged", lambda: (lora_run.parent / "config.yaml").write_text("1"), r"config\.yaml: can't read"),
-    ):
-        if edit:
-            edit()
-        script = REPOSITORY / "checkpoints.py"
-        assert launcher.run("merge", lora_run, output, script=script, as_typed=True) == 1
-        assert "Traceback" not in launcher.output
-        assert re.search(rf"error: .*{message}", launcher.output), launcher.output
-        assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_torch_pickle_errors_are_shortened_to_their_reason(tmp_path):
