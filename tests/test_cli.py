@@ -365,8 +365,9 @@ def test_model_that_cannot_share_prompts_trains_without_or_is_refused(train, tmp
 
 @pytest.mark.parametrize(
     "word",
-    ["local_run_dir=~/run", "'local_run_dir=\"~/run\"'", "local_dirs=[~/cache]", "resume=~/missing", "model.archive=~/p.pt",
-     "chat_template=~/t.jinja", "dataset_paths.hh=~/hh", "-m loss.beta=0.1 hydra.sweep.dir=~/sweep"],
+    ["local_run_dir=~/run", "'local_run_dir=\"~/run\"'", "local_dirs=[~/cache]", "resume=~/missing",
+     "model.archive=~/p.pt", "chat_template=~/t.jinja", "dataset_paths.hh=~/hh",
+     "-m loss.beta=0.1 hydra.sweep.dir=~/sweep"],
 )  # fmt: skip
 def test_tilde_is_the_home_directory_in_every_path(word, train, tmp_path):
     (tmp_path / "home").mkdir()

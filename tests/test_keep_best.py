@@ -116,7 +116,7 @@ def test_workers_agree_on_the_best_checkpoint(trainer, launcher, tmp_path):
     [
         (["keep_best=loss"], ["keep_best=loss: no metric of these evaluations. Did you mean loss/eval?"]),
         (["keep_best=kl_eval/per_token", "sample_during_eval=false"], ["keep_best=kl_eval/per_token", "There are: "]),
-        (["keep_best=1"], ["keep_best=1: expected a text"]),
+        (["keep_best=1"], ["keep_best=1: expected a string"]),
         (["stop_when_worse=0"], ["stop_when_worse=0: must be a number above 0"]),
         (["loss=sft", "keep_best=rewards_eval/accuracies"], ["no metric of these evaluations"]),
     ],

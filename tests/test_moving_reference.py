@@ -96,9 +96,7 @@ def test_moving_reference_with_incompatible_settings_is_refused(overrides, messa
 
 def test_reference_that_cannot_follow_the_policy_is_refused_at_the_start(make_trainer, tmp_path):
     train(make_trainer, "lora={r:2}", f"local_run_dir={tmp_path}/lora")
-    with pytest.raises(
-        UserError, match=r"reference_model\.adapter=.* has weights that the policy lacks; merge it first"
-    ):
+    with pytest.raises(UserError, match=r"reference_model\.adapter=.* has weights that the policy lacks"):
         make_trainer(*TOY, "reference_update_every=2", f"reference_model.adapter={tmp_path}/lora/LATEST")
     config = AutoConfig.from_pretrained(REPOSITORY / "assets/tiny")
     config.num_hidden_layers += 1

@@ -244,7 +244,7 @@ def run_dir(finished, tmp_path):
         (["n_examples=8"], ["4 steps behind it", "n_examples=8 ask for 2 in all"]),
         (
             ["lora={r:4}", "resume_anyway=true"],
-            ["lora={'r': 4}: ", "holds all weights, not an adapter", "model.archive="],
+            ["lora={'r': 4}: ", "holds all weights, not an adapter"],
         ),
         (
             ["reference_update_every=2", "resume_anyway=true"],
