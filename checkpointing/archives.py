@@ -135,8 +135,8 @@ def load_pretrained(
 ) -> nn.Module:
     """`auto_class.from_pretrained(name, **options)`, with every weight read from its files.
 
-    Weights of a part that the model lacks altogether (a reward head) are left out, which is printed; buffers that models
-    compute are left out, too.
+    Weights of a part that the model lacks altogether (a reward head) are left out, which is printed; so are buffers
+    that models compute.
 
     Args:
         origin: where it comes from, for messages.

@@ -3,8 +3,8 @@
 A checkpoint is a directory that appears whole or not at all. It has the original's files, `policy.pt`, `optimizer.pt`
 and `scheduler.pt`, each {'step_idx': training examples seen, 'state': a state dict, 'metrics': of the last evaluation};
 model and tokenizer for `from_pretrained`, and a model card; `state.json` and `rng.pt`, the train state; and
-`SHA256SUMS`, by which damage is noticed. If the policy has an adapter, the checkpoint holds the adapter in PEFT's format
-instead of the model.
+`SHA256SUMS`, by which damage is noticed. If the policy has an adapter, it holds the adapter in PEFT's format instead of
+the model.
 """
 
 import json

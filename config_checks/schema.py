@@ -35,7 +35,7 @@ def _defaults_in_files() -> dict[str, object]:
 
 
 def changed_keys(config: DictConfig) -> dict[str, object]:
-    """Return the keys that differ from the defaults, without the run's directories: {'lr': 1e-5, 'loss.beta': 0.5, ...}."""
+    """Return the keys that differ from the defaults, but for the run's directories: {'lr': 1e-5, ...}."""
     defaults = default_config(config.loss.name)
     flat = flatten(config)
     return {
