@@ -11,14 +11,13 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
-from acceleration.memory_plan import explained_out_of_memory, plan_memory, resumed_cap
-from acceleration.model_check import choose_layout, full_length_pair
+from acceleration.memory_plan import explained_out_of_memory, resumed_cap
+from acceleration.model_check import choose_layout
 from acceleration.overflow import check_no_overflow
 from acceleration.reference_cache import LogpsCache, open_cache
-from acceleration.shadow_weights import shadow_if_equal
+from acceleration.speed_up import speed_up
 from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
@@ -126,7 +125,7 @@ class BasicTrainer:
         self._set_up_reference(reference_model)
         if reads_data:
             self._set_up_optimizer()
-        self._set_up_memory(trains)
+        self.microbatch_overhead, self.max_tokens = speed_up(self, trains)
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
@@ -248,40 +247,6 @@ class BasicTrainer:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
         self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
-
-    def _set_up_memory(self, trains: bool):
-        """Cast weights once a step, choose the microbatch size from free memory, and compile."""
-        config = self.config
-        if self.policy_mp is not None and not self.strategy.splits_tensors and self.eval_iterator is not None:
-            batch = self.eval_iterator.first(2)
-            if not shadow_if_equal(self.policy, self.optimizer, lambda: self.response_logps(self.policy, batch)):
-                rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
-        self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
-        fitting = self._plan_memory() if trains and self.device.type == "cuda" else None
-        self.max_tokens = config.max_tokens_per_microbatch or fitting
-        if config.compile:
-            compile_blocks(self.policy, config.model.block_name)
-
-    def _plan_memory(self) -> int | None:
-        """Compute a pair of full length, and plan the GPU's memory by what that keeps; see `plan_memory`."""
-        pair = full_length_pair(self.eval_iterator.first(2), self.config.max_length)
-        n_tokens = int(computed_tokens(pair, self.layout.is_shared, padded=not self.layout.is_packed))
-        activations = measure_activations(
-            self.policy,
-            lambda: self.response_logps(self.policy, pair),
-            n_tokens,
-            counts_logits=self.layout.is_plain or self.layout.whole_logits,
-        )
-        is_second = self.reference is not None and self.reference.model is not self.policy
-        return plan_memory(
-            self.config,
-            self.policy,
-            self.reference.model if is_second else None,
-            self.optimizer,
-            activations,
-            n_tokens,
-            gathers_blocks=self.strategy.shards_batches,
-        )
 
     # ---- log-probabilities and loss -------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from printing import markdown, printable
+from checkpointing.model_card import write_card
+from printing import markdown, markdown_code, printable
 from reporting.curves import plain
 
 SHOWN = {
@@ -40,6 +41,22 @@ def test_markdown_shows_markup_on_one_line():
     assert markdown("a|b\n<b>*c*</b> `d` [e](f) \x1b[1m") == (
         r"a\|b \<b\>\*c\*\</b\> \`d\` \[e\](f) \\x1b\[1m"
     )  # fmt: skip
+
+
+def test_markdown_code_cannot_be_left():
+    assert markdown_code("plain") == "`plain`"
+    assert markdown_code("a`b``c\n|d") == r"```a`b``c \|d```"
+    assert markdown_code("`x`") == "`` `x` ``"
+
+
+def test_model_card_shows_markup_of_names(make_trainer, tmp_path):
+    trainer = make_trainer("model=tiny", "datasets=[toy]", "n_examples=8", "batch_size=4", "n_eval_examples=8")
+    config, state = trainer.config.copy(), {"examples": 8, "updates": 2}
+    config.model.archive, config.datasets = "evil`<script>`\x1b[2J.pt", ["a|b*c*.jsonl"]
+    write_card(str(tmp_path), config, state, is_adapter=False)
+    text = (tmp_path / "README.md").read_text()
+    assert r"``evil`<script>`\x1b[2J.pt``" in text and "\x1b" not in text
+    assert r"| a\|b\*c\*.jsonl | `a\|b*c*.jsonl` |" in text
 
 
 def test_run_name_in_a_picture_is_no_formula(tmp_path):
