@@ -131,7 +131,7 @@ def test_save_every_and_keep_checkpoints_keep_the_last_two_checkpoints(make_trai
     ]  # fmt: skip
     assert "optimizer.pt" not in os.listdir(run_dir / "step-20")
     assert find_corruption(run_dir / "step-20") is None
-    with pytest.raises(UserError, match="save_optimizer=false; resume_anyway=true begins with a new one"):
+    with pytest.raises(UserError, match="save_optimizer=false; resume_anyway=true starts with a new one"):
         trainer.resume(str(run_dir / "LATEST"))
 
 
