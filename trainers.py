@@ -168,6 +168,7 @@ class BasicTrainer:
             model, self.plain_logps, self.eval_iterator.first(2), self.config, self.strategy,
             functools.partial(self._autocast, model),
             is_unpaired=self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired,
+            is_trained=model is self.policy,
         )  # fmt: skip
 
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
