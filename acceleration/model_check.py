@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Iterator
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from acceleration.layout import PLAIN, Layout
@@ -49,7 +48,7 @@ def find_layout(
     model: nn.Module,
     plain: Callable[[nn.Module, dict], torch.Tensor],
     batch: dict,
-    config: DictConfig,
+    config,
     strategy: type[SingleProcess] = SingleProcess,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     is_unpaired: bool = False,
@@ -90,7 +89,7 @@ def find_layout(
     return PLAIN, _in_words(PLAIN, reasons, may_share, check.plain_name)
 
 
-def _ways(config: DictConfig, may_share: bool, must_share: bool, on_gpu: bool) -> list[Callable]:
+def _ways(config, may_share: bool, must_share: bool, on_gpu: bool) -> list[Callable]:
     """Return the faster ways that the config allows, fastest first; with both settings false, none."""
     may_pack = config.padding_free is True or (config.padding_free == "auto" and on_gpu)
     may_pad = config.padding_free is not True

@@ -1,9 +1,9 @@
 """Which causal language models share prompts: `python benchmarks/architectures.py` tries every type of transformers.
 
-Each is built at a tiny size with random weights, checked as training does at its start (`model_check.choose_rows`),
-and computed as the check decided; the log-probabilities are held against those of the model's own forward with a
-padding mask. Windows are as long as the config's defaults. Writes docs/architectures.md, or with names of types prints
-their rows alone.
+Each is built at a tiny size with random weights, checked as training does at its start (`model_check.find_layout`), and
+computed as the check decided; log-probabilities and gradients are held against those of the model's own forward of each
+sequence alone. Windows are as long as the config's defaults. Writes docs/architectures.md, or with names of types
+prints their rows alone.
 """
 
 import argparse
@@ -133,9 +133,9 @@ def batch_of(lengths: tuple[tuple[int, int, int], ...] = LENGTHS) -> dict:
 
 
 def plain_logps(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The log-probability of each response as a trainer computes it plainly, on this machine's CPU: (S,)."""
+    """The log-probability of each response as a trainer computes it plainly: (S,)."""
     trainer = BasicTrainer.__new__(BasicTrainer)
-    trainer.device = torch.device("cpu")
+    trainer.device = model.get_input_embeddings().weight.device
     return trainer.plain_logps(model, batch)
 
 
