@@ -5,6 +5,7 @@ import textwrap
 
 from omegaconf import DictConfig, OmegaConf
 
+from acceleration.memory_plan import explained_out_of_memory
 from checkpointing import fingerprints
 from checkpointing.preemption import Stopped
 from checkpointing.resume import (
@@ -120,7 +121,7 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
             return
         if on_rank0():
             create_run_dir(config, trainer.state.inputs)
-        with resume_hinted(run_dir, Exception):
+        with resume_hinted(run_dir, Exception), explained_out_of_memory(config):
             trainer.train()
             trainer.save()
 

@@ -40,6 +40,11 @@ def synthetic_batch(batch: dict, lengths: list[tuple[int, int]]) -> dict:
     return made
 
 
+def full_length_batch(batch: dict, max_length: int) -> dict:
+    """Return a batch of one example whose sequences have `max_length` tokens each, a quarter of them the prompt."""
+    return synthetic_batch(batch, [(max(1, max_length // 4), max_length)])
+
+
 def each_alone(batch: dict) -> Iterator[dict]:
     """Yield each example of a synthetic batch by itself, without padding."""
     padded = [f"{side}_{kind}" for side in SIDES for kind in ("input_ids", "attention_mask", "labels")]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from acceleration.layout import PLAIN, Layout
-from acceleration.measurement import Numbers, Standard, measure, rounded_otherwise, synthetic_batch
+from acceleration.measurement import Numbers, Standard, full_length_batch, measure, rounded_otherwise, synthetic_batch
 from acceleration.packed_attention import takes_packed_attention, use_packed_attention
 from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import head_gives_logits
@@ -130,9 +130,8 @@ class ModelCheck:
         self.model, self.base, self.plain = model, unwrap_adapter(model), plain
         self.strategy, self.autocast, self.max_length = strategy, autocast, max_length
         self.device = self.base.get_input_embeddings().weight.device
-        short = [(min(n, max_length) // 2, min(n, max_length)) for n in (12, 32, 64)]
-        full = [(max(1, max_length // 4), max_length)]  # windows show where sequences are as long as in training
-        self.batches = [synthetic_batch(batch, lengths) for lengths in (short, full)]
+        short = synthetic_batch(batch, [(min(n, max_length) // 2, min(n, max_length)) for n in (12, 32, 64)])
+        self.batches = [short, full_length_batch(batch, max_length)]  # of full length for windows
         self.longest = synthetic_batch(batch, [(0, max_length)])  # a row of both responses without a prompt
         self.plain_name = "concatenated_forward" if "rejected_labels" in batch else "target_forward"
 

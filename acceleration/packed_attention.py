@@ -41,6 +41,10 @@ class Packing:
     first: torch.Tensor | None = None  # (N,) where each token comes first among the keys
     again: torch.Tensor | None = None  # (M - N,) where tokens come a second time
 
+    def to(self, device: torch.device | int, non_blocking: bool = False) -> "Packing":
+        """Return the same segments on another device; accelerate calls this for layers on another GPU."""
+        return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
 
 def with_tensors(holder, change: Callable[[torch.Tensor], torch.Tensor]):
     """A copy of a dataclass's instance with its tensors changed, and those of dataclasses that it holds."""

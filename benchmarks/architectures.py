@@ -294,15 +294,20 @@ def note(why: str) -> str:
 
 HEADER = """# Which models share prompts
 
-Made by `python benchmarks/architectures.py` with transformers {transformers} and torch {torch} on a CPU: every type of
-causal language model, built at a tiny size with random weights, max_length={max_length}, windows as the config has
-them by default. *shared*: prefix sharing, one row a pair; *padded*: two rows a pair, the output head at response tokens
-alone, or at all for *whole logits*; *plain*: `concatenated_forward`; *refused*: training doesn't start. Behind the
-decision stand the largest difference of a response's log-probability from that of the model's own forward of each
-sequence alone, without padding, and the relative difference of the gradient in all parameters. *without padding*: the
-same for packed rows (`padding_free=true`), with prompts shared or each sequence by itself, in the precision of the
-first column. In bfloat16, and in a mixture of experts even in float32, rounding alone may be large: the weights are
-much larger than trained ones.
+Every type of causal language model, built at a tiny size with random weights and checked on a CPU as at the start of
+training; windows are as in the config's defaults. Made by `python benchmarks/architectures.py` with transformers
+{transformers} and torch {torch}, max_length={max_length}.
+
+- *shared*: prefix sharing, one row per pair; *padded*: two rows per pair, the output head at response tokens alone;
+  *plain*: `concatenated_forward`; *refused*: training doesn't start.
+- *whole logits*: the model computes logits at every position; otherwise the output head runs only where a response
+  token is predicted.
+- The numbers are the largest difference of a response's log-probability from that of the model's own forward pass of
+  each sequence alone, without padding, and the relative difference of the gradient in all parameters.
+- *without padding*: whether packed rows (`padding_free=true`) can be computed too, in the precision of the first
+  column, with shared prompts or each sequence separately.
+- In bfloat16, and in a mixture of experts even in float32, rounding alone may make large differences: the weights are
+  much larger than trained ones.
 
 {summary}
 
@@ -327,7 +332,7 @@ def main():
         rows.append(row_of(model_type, results))
         print(rows[-1], flush=True)
     if not args.types:
-        summary = f"{len(rows)} types: " + ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        summary = f"{len(rows)} types: " + "; ".join(f"{count} {name}" for name, count in counts.most_common())
         summary += f". {n_packed} can be computed without padding."
         versions = {"transformers": transformers.__version__, "torch": torch.__version__}
         text = HEADER.format(**versions, max_length=MAX_LENGTH, summary=summary) + "\n".join(rows) + "\n"

@@ -30,8 +30,9 @@ SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory
 
 # These may change while a run goes on; under another value of any other key it would be another run.
 _MAY_CHANGE = (
-    "activation_checkpointing", "compile", "curves", "data_only", "debug", "do_first_eval", "eval_batch_size",
-    "eval_every", "exp_name", "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate", "gradient_accumulation_steps",
+    "activation_checkpointing", "compile", "curves", "data_only", "debug", "deterministic", "do_first_eval",
+    "eval_batch_size", "eval_every", "exp_name", "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate",
+    "gradient_accumulation_steps",
     "keep_best", "keep_checkpoints", "local_dirs", "max_tokens_per_microbatch", "minimum_log_interval_secs",
     "model.attn_implementation", "model.block_name", "model.trust_remote_code", "n_epochs", "n_eval_examples",
     "n_eval_model_samples", "n_examples", "padding_free", "precompute_ref_log_probs", "sample_during_eval",

@@ -3,6 +3,7 @@
 All processes must call them, in the same order.
 """
 
+import functools
 import os
 
 import torch
@@ -44,13 +45,26 @@ def all_reduce_sum(numbers: torch.Tensor) -> torch.Tensor:
     return numbers
 
 
-def all_reduce_max(number: int) -> int:
-    """The largest of all ranks' numbers."""
+def all_reduce_max(number: int, group: dist.ProcessGroup | None = None) -> int:
+    """Return the largest of all ranks' numbers, by gloo: NCCL would first wait for all that the GPU has to do.
+
+    `group`: of a thread that works beside the main one; see `thread_group`.
+    """
     if not dist.is_initialized():
         return number
-    numbers = torch.tensor(number, device=device())
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
     return int(numbers)
+
+
+def thread_group() -> dist.ProcessGroup | None:
+    """Return a gloo group of all ranks for one other thread, whose collectives must not mix with the main thread's."""
+    return _thread_group(dist.group.WORLD) if dist.is_initialized() else None
+
+
+@functools.lru_cache(maxsize=1)  # a group's connections and memory are there as long as it is
+def _thread_group(_world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo")
 
 
 def barrier():
@@ -60,7 +74,12 @@ def barrier():
 
 
 def local_group() -> tuple[int, dist.ProcessGroup]:
-    """The processes of this machine: the rank of the first, and their group."""
+    """Return the processes of this machine: the rank of the first, and their group, made on the first call."""
+    return _local_group(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _local_group(_world: dist.ProcessGroup) -> tuple[int, dist.ProcessGroup]:
     first = dist.get_rank() - int(os.environ["LOCAL_RANK"])
     all_firsts = all_gather_object(first)
     groups = {

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from acceleration.gpu_settings import use_expandable_segments
 from distributed import environment
 from distributed.environment import is_launched
 from utils import UserError
@@ -53,7 +54,8 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
     # of what killed workers leave, which is cleared away, nobody need read
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    job = (work, n, port or _free_port(), os.getpid(), args)
+    reserved = _reserve_port()  # until the workers have ended
+    job = (work, n, port or reserved.getsockname()[1], os.getpid(), args)
     context = mp.start_processes(_worker, job, nprocs=n, join=False)
     with _forwarded_signals(context.pids()):
         try:
@@ -129,10 +131,12 @@ def _forwarded_signals(pids: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def _reserve_port() -> socket.socket:
+    """Return a socket bound to a free port: no other process is given that port, yet a worker can listen on it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 @contextlib.contextmanager
@@ -148,6 +152,7 @@ def process_group(worker_timeout: float = 600) -> Iterator[None]:
     if isinstance(worker_timeout, bool) or not isinstance(worker_timeout, int | float) or not worker_timeout > 0:
         raise UserError(f"worker_timeout={worker_timeout}: must be a number above 0 (seconds)")
     _raise_open_file_limit()
+    use_expandable_segments()
     local_rank, has_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if has_gpus:
         if local_rank >= torch.cuda.device_count():

@@ -172,8 +172,9 @@ def _generate(trainer, model: nn.Module, batch: dict) -> tuple[list[str], dict, 
     def stops() -> bool:
         return trainer.strategy.stops_sampling(trainer.stop.received is not None)
 
-    samples = generate_scorable(
-        model, trainer.tokenizer, batch, trainer.config.max_length, stops, synced=trainer.is_sharded
-    )
+    with trainer.autocast(model):  # samples are drawn in the precision in which they are scored
+        samples = generate_scorable(
+            model, trainer.tokenizer, batch, trainer.config.max_length, stops, synced=trainer.is_sharded
+        )
     trainer.stop.check()
     return samples

@@ -20,9 +20,8 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None 
     """Mean over the examples of several batches, all workers', for each metric; the one place where metrics leave the
     device.
 
-    `n_examples`: how many different ones there are of all workers, as one may have been computed several times; then,
-    if there are two or more, with the standard errors of the means of those `WITH_ERRORS`, under the same name and
-    `_se`.
+    `n_examples`: how many there are of all workers. If it is given and there are two or more, the standard errors of
+    the means of those `WITH_ERRORS` are returned, too, under the same name and `_se`.
     """
     collected = defaultdict(list)
     for metrics in batches:
@@ -95,8 +94,11 @@ def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
     return {"kl_eval/per_response": mean, **error, "kl_eval/per_token": per_token}
 
 
-def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: float):
-    """Raises UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite."""
+def check_finite(where: str, prompts: list[str], config: DictConfig, metrics: dict[str, float], **numbers: float):
+    """Raise UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite.
+
+    `metrics`: means that tell whether it is the reference that overflows.
+    """
     if all(math.isfinite(number) for number in numbers.values()):
         return
     values = ", ".join(f"{name} {number}" for name, number in numbers.items())
@@ -105,6 +107,12 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: 
     others = {key: config[key] for key in ("optimizer_args", "lora") if config[key]}
     others |= {f"loss.{name}": value for name, value in config.loss.items() if isinstance(value, float)}
     also = "".join(f"another {key} (now {value}), " for key, value in others.items())
+    if _reference_overflows(metrics):
+        raise UserError(
+            f"{where}: {values}; the policy's log-probabilities are finite, the reference's are not: it overflows in "
+            f"model.reference_dtype={config.model.reference_dtype}. Use model.reference_dtype=bfloat16 or float32. "
+            f"The prompts of the batch end with:\n{shown}"
+        )
     raise UserError(
         f"{where}: {values}; training can't go on. "
         f"The prompts of the batch end with:\n{shown}\n"
@@ -112,3 +120,10 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: 
         f"warmup_steps (now {config.warmup_steps}), {also}or model.policy_dtype=float32 (now "
         f"{config.model.policy_dtype}); checkpoints written so far are in {config.local_run_dir}"
     )
+
+
+def _reference_overflows(metrics: dict[str, float]) -> bool:
+    """True if log-ratios are not finite while the policy's log-probabilities are."""
+    logratios = [value for name, value in metrics.items() if name.startswith("logratios_")]
+    logps = [value for name, value in metrics.items() if name.startswith("logps_")]
+    return not all(map(math.isfinite, logratios)) and all(map(math.isfinite, logps))

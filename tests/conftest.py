@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -32,10 +32,29 @@ ORACLE = REPOSITORY / "tests" / "oracle"
 SLOW_FIXTURES = {"launcher", "run_python", "start", "in_workers", "train_from_hub"}  # they start processes
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker("slow")
+    if "exhaustive" not in config.option.markexpr:
+        exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=exhaustive)
+
+
+def exhaustive_except(values: Iterable, *kept: object) -> list:
+    """Return `values` as parameters, all but the `kept` ones marked as exhaustive.
+
+    `kept`: values, or functions that are true for the values to keep.
+    """
+    parameters, unseen = [], list(kept)
+    for value in values:
+        matching = [keep for keep in kept if (keep(value) if callable(keep) else keep == value)]
+        unseen = [keep for keep in unseen if keep not in matching]
+        marks = [] if matching else [pytest.mark.exhaustive]
+        parameters.append(pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks))
+    assert not unseen, f"{unseen} are not among the values"
+    return parameters
 
 
 def figures(name: str):

@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 from process_pool import launcher_variables
 
 REPOSITORY = Path(__file__).parent.parent
@@ -54,6 +56,14 @@ def train_after(code: str, directory: Path) -> Path:
     return script
 
 
+def wait_until(holds: Callable[[], object], seconds: float = 300, output: Callable[[], str] = str):
+    """Wait until a condition holds; `output`: what to show if it doesn't in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, output()[-3000:]
+        time.sleep(0.01)
+
+
 class Run:
     """A run of `train.py` that a `Launcher` has started: one process, or several workers."""
 
@@ -65,6 +75,22 @@ class Run:
     def output(self) -> str:
         """What it has printed so far."""
         return "".join(path.read_text() for path in dict.fromkeys((self.stdout, self.stderr)))
+
+    @property
+    def is_running(self) -> bool:
+        """True if any of its processes has not ended."""
+        return any(map(_is_running, self.children))
+
+    def wait_for(self, pattern: str):
+        """Wait until its output matches."""
+
+        def matches() -> bool:
+            is_running = self.is_running
+            found = re.search(pattern, self.output)
+            assert found or is_running, f"it ended without {pattern!r}: {self.output[-3000:]}"
+            return bool(found)
+
+        wait_until(matches, output=lambda: self.output)
 
     def kill(self, number: int):
         """Send a signal to each of its processes."""
@@ -80,8 +106,15 @@ class Run:
         return self.code
 
 
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Launcher:
-    """Starts runs in a directory, where their cache is, too; `kill`, `wait` and `output` are those of the last one."""
+    """Starts runs in a directory that also holds their cache; `kill`, `wait`, `output` ... are the last one's."""
 
     def __init__(self, server: subprocess.Popen, directory: Path):
         self.server, self.directory, self.runs = server, directory, []
@@ -143,6 +176,9 @@ class Launcher:
 
     def wait(self) -> int:
         return self.runs[-1].wait()
+
+    def wait_for(self, pattern: str):
+        self.runs[-1].wait_for(pattern)
 
     @property
     def output(self) -> str:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import wait
 
@@ -11,15 +12,21 @@ import torch
 
 from distributed import launch
 
-TIMEOUT = 60  # seconds
+TIMEOUT = 300  # seconds
+RESERVED: deque[socket.socket] = deque(maxlen=64)  # the oldest are closed, and their ports are free again
+
+
+def reserve_port() -> str:
+    """Return a port that no other process is given while the test runs, and on which nobody listens yet."""
+    RESERVED.append(socket.socket())
+    RESERVED[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    RESERVED[-1].bind(("127.0.0.1", 0))
+    return str(RESERVED[-1].getsockname()[1])
 
 
 def launcher_variables(n_workers: int) -> list[dict[str, str]]:
-    """What a launcher sets for each worker of a run on this machine."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n_workers)}
+    """Return the environment that a launcher sets for each worker of a run on this machine."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": reserve_port(), "WORLD_SIZE": str(n_workers)}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_workers)]
 
 

@@ -5,6 +5,7 @@ benchmarks/architectures.py does the same for every type.
 
 import pytest
 import torch
+from conftest import exhaustive_except
 
 from acceleration.layout import Layout
 from acceleration.prefix_sharing import padded_rows, shared_rows
@@ -43,8 +44,8 @@ DECISIONS = {
 }
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("exact", exhaustive_except([True, False], True), ids=["exact", "bfloat16"])
 @pytest.mark.parametrize("name", DECISIONS)
 def test_each_architecture_is_computed_the_fastest_right_way(name, exact):
     model_type, overrides, decision = DECISIONS[name]

@@ -26,10 +26,10 @@ def blocks(heading: str) -> list[str]:
     ]
 
 
-def test_an_adapter_is_merged_loaded_and_written_smaller(trained, run_python, tmp_path):  # noqa: F811
+def test_documented_lines_merge_load_and_shrink_an_adapter(trained, run_python, tmp_path):  # noqa: F811
     merge, use, elsewhere = blocks("Use a checkpoint elsewhere")
-    words = merge.replace("RUN", str(trained("lora"))).split()
-    result = run_python(*words[1:], env={"PYTHONPATH": str(REPOSITORY)})
+    _, script, *words = merge.replace("RUN", str(trained("lora"))).split()
+    result = run_python(str(REPOSITORY / script), *words)
     assert result.returncode == 0, result.stderr
     result = run_python("-c", use)
     assert result.returncode == 0, result.stderr
@@ -43,7 +43,7 @@ def test_an_adapter_is_merged_loaded_and_written_smaller(trained, run_python, tm
     assert all(line.startswith(NOT_RUN) for line in elsewhere.splitlines())
 
 
-def test_a_reward_model_that_the_lines_train_scores_responses(trained, run_python, launcher, tmp_path):  # noqa: F811
+def test_documented_lines_train_a_reward_model_that_scores_responses(trained, run_python, launcher, tmp_path):  # noqa: F811
     (training,) = [block for block in blocks("The whole way on real preferences") if block.startswith("import ")]
     shutil.copytree(trained("sft") / "LATEST", tmp_path / "sft/LATEST")
     result = run_python("-c", training.replace("PATH", f"{ORACLE}/hh"), env={"PYTHONPATH": str(REPOSITORY)})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import figures, hydra_list, read_jsonl
+from conftest import exhaustive_except, figures, hydra_list, read_jsonl
 
 RUNS = ["sft", "sft_adamw_two_epochs", "dpo", "dpo_conservative", "dpo_clipped", "dpo_reference_free", "ipo"]
 SETTINGS = (
@@ -56,7 +56,17 @@ TOGETHER += [
 ]
 
 
-@pytest.mark.parametrize(("name", "n_workers", "variant"), [*ALONE, *TOGETHER])
+BY_DEFAULT = [
+    *((name, 1, "shared_prompt=true") for name in RUNS),
+    ("dpo", 1, "shared_prompt=false"),
+    ("dpo", 1, "padding_free=true shared_prompt=true"),
+    ("dpo", 1, "precompute_ref_log_probs=true"),
+    ("dpo", 2, "trainer=FSDPTrainer shared_prompt=false activation_checkpointing=false"),
+    ("dpo", 2, "trainer=TensorParallelTrainer shared_prompt=auto activation_checkpointing=true"),
+]
+
+
+@pytest.mark.parametrize(("name", "n_workers", "variant"), exhaustive_except([*ALONE, *TOGETHER], *BY_DEFAULT))
 def test_run_gives_the_numbers_of_the_original(name, n_workers, variant, launcher, oracle_model, sft_archive, tmp_path):
     run = figures(f"run_{name}")
     start = [] if name == "sft" else [f"model.archive={sft_archive}"]

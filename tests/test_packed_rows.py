@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 from test_shared_prompt import (
     BATCHES,
     CONFIGS,
@@ -49,7 +49,7 @@ def model_for_packed_rows(architecture: str, dtype=torch.float64, **changes) -> 
 @pytest.mark.parametrize("batch_name", BATCHES)
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
 @pytest.mark.usefixtures("all_in_float64")
-def test_a_packed_row_gives_the_gradients_of_the_original(architecture, batch_name, loss_name):
+def test_packed_row_gives_the_gradients_of_the_original(architecture, batch_name, loss_name):
     model, batch = model_for_packed_rows(architecture), BATCHES[batch_name]
     expected = loss_and_gradients(model, original_logps(model, batch), loss_name)
     for rows in (packed_shared_rows(batch), packed_rows(batch)):
@@ -68,7 +68,7 @@ def test_sft_in_a_packed_row_gives_the_gradients_of_the_original(architecture, b
 
 
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
-def test_float32_differs_by_rounding_only(architecture):
+def test_packed_rows_in_float32_differ_by_rounding_only(architecture):
     model, batch = model_for_packed_rows(architecture, torch.float32), BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
     assert_same(loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo"), expected, 1e-5)
@@ -76,7 +76,7 @@ def test_float32_differs_by_rounding_only(architecture):
 
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
 @pytest.mark.usefixtures("all_in_float64")
-def test_activations_that_are_made_again_give_the_same_gradients(architecture):
+def test_recomputed_activations_give_the_same_gradients(architecture):
     model, batch = model_for_packed_rows(architecture), BATCHES["ordinary"]
     expected = loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo")
     model.train()
@@ -87,7 +87,7 @@ def test_activations_that_are_made_again_give_the_same_gradients(architecture):
 @pytest.mark.parametrize("window", [1, 3, 8])
 @pytest.mark.parametrize("make_rows", [packed_rows, packed_shared_rows])
 @pytest.mark.usefixtures("all_in_float64")
-def test_windows_hold_in_packed_rows(window, make_rows):
+def test_attention_windows_hold_in_packed_rows(window, make_rows):
     model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=window))
     batch = BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
@@ -95,7 +95,7 @@ def test_windows_hold_in_packed_rows(window, make_rows):
     assert_same(loss_and_gradients(model, response_logps(model, make_rows(batch)), "dpo"), expected, 1e-9)
 
 
-def test_gradients_are_gathered_from_both_places_of_a_key():
+def test_gradient_of_a_shared_key_sums_both_places():
     torch.manual_seed(0)
     rows = packed_shared_rows(BATCHES["ordinary"])
     tokens = torch.randn(rows.input_ids.shape[1], 2, 3, dtype=torch.float64, requires_grad=True)
@@ -109,7 +109,7 @@ def test_gradients_are_gathered_from_both_places_of_a_key():
 # ---- how rows are packed --------------------------------------------------------------------------------------------
 
 
-def test_layout_of_a_packed_row_that_shares_prompts():
+def test_packed_row_with_shared_prompts_has_the_expected_layout():
     batch = make_batch((2, 1, 2), (1, 0, 1))  # each response gets an end
     (p, q), (c, d), (r, s) = (
         [ids[:n] for ids, n in zip(batch[f"{side}_input_ids"].tolist(), lengths, strict=True)]
@@ -131,7 +131,7 @@ def test_layout_of_a_packed_row_that_shares_prompts():
     assert rows.targets.tolist() == [*c[2:], *d[1:], *r[2:], *s[1:]]
 
 
-def test_layout_of_a_packed_row_of_single_sequences():
+def test_packed_row_of_single_sequences_has_the_expected_layout():
     batch = make_batch((2, 1, 2))
     rows = packed_rows(batch)
     assert rows.input_ids.tolist() == [[*batch["chosen_input_ids"][0].tolist()[:4], *batch["rejected_input_ids"][0]]]
@@ -141,7 +141,7 @@ def test_layout_of_a_packed_row_of_single_sequences():
     assert rows.predictors.tolist() == [1, 2, 5, 6, 7]
 
 
-def test_rows_hold_no_padding():
+def test_packed_rows_hold_no_padding():
     batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
     n_tokens = int(batch["chosen_attention_mask"].sum() + (batch["rejected_labels"] != -100).sum())
     assert packed_shared_rows(batch).input_ids.shape == (1, n_tokens)
@@ -152,7 +152,7 @@ def test_rows_hold_no_padding():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
-def test_models_that_can_are_found_out(architecture, dtype):
+def test_supported_models_get_packed_rows(architecture, dtype):
     model = make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32).to(dtype)
     chosen = check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free=True)
     assert chosen == (Layout(packed_shared_rows), "Prefix sharing: on; rows have no padding")
@@ -160,7 +160,7 @@ def test_models_that_can_are_found_out(architecture, dtype):
     assert chosen == (Layout(packed_rows), "Rows have no padding")
 
 
-def test_under_autocast_it_is_autocast_that_is_checked():
+def test_model_check_runs_under_autocast():
     model = make_model(copy.deepcopy(CONFIGS["qwen3"]), torch.float32)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     layout, _ = check_model(model, BATCHES["ordinary"], MAX_LENGTH, autocast, padding_free=True)
@@ -171,13 +171,13 @@ def test_under_autocast_it_is_autocast_that_is_checked():
     torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.1)
 
 
-def test_on_a_cpu_rows_are_packed_only_if_asked_for():
+def test_rows_are_packed_on_a_cpu_only_on_request():
     model = make_model(CONFIGS["llama"])
     assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free="auto")[0] == Layout(shared_rows)
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_windows_let_prompts_be_shared_in_packed_rows_alone():
+def test_models_with_windows_share_prompts_only_in_packed_rows():
     config = transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=8)
     model = make_model(config)
     assert check_model(model, BATCHES["ordinary"], MAX_LENGTH)[0] == Layout(padded_rows)
@@ -206,7 +206,7 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("name", CANNOT)
-def test_models_that_cannot_are_refused_or_computed_otherwise(name):
+def test_unsupported_models_are_refused_or_fall_back(name):
     config, reason = CANNOT[name]
     model, batch = make_model(config, torch.float32), BATCHES["ordinary"]
     before = model.config._attn_implementation
@@ -219,7 +219,7 @@ def test_models_that_cannot_are_refused_or_computed_otherwise(name):
     torch.testing.assert_close(logps, original_logps(model, batch), rtol=1e-4, atol=1e-4)
 
 
-def test_what_attention_over_packed_rows_lacks_is_an_error_and_not_left_out():
+def test_packed_attention_rejects_arguments_it_does_not_support():
     states = torch.randn(1, 2, 4, 8)
     packing = Packing(torch.tensor([0, 4]), torch.tensor([0, 4]), 4, 4)
     attend = partial(packed_attention, None, states, states, states, None, packing=packing)
@@ -229,7 +229,7 @@ def test_what_attention_over_packed_rows_lacks_is_an_error_and_not_left_out():
             attend(**asked)
 
 
-def test_a_model_computes_all_else_as_before_and_is_saved_as_before(tmp_path):
+def test_packed_attention_changes_neither_generation_nor_the_saved_config(tmp_path):
     model, batch = make_model(copy.deepcopy(CONFIGS["llama"]), torch.float32), BATCHES["ordinary"]
     ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]
 
@@ -261,15 +261,15 @@ RUN = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "n_workers"),
-    [
+    exhaustive_except([
         ("loss=dpo", 1), ("loss=sft", 1), ("loss=kto", 1), ("loss=ipo precompute_ref_log_probs=true", 1),
         ("loss=dpo lora={r:4}", 1),
         ("loss=dpo max_tokens_per_microbatch=300 gradient_accumulation_steps=2 activation_checkpointing=true", 1),
         ("loss=dpo trainer=FSDPTrainer activation_checkpointing=true", 2),
         ("loss=dpo trainer=TensorParallelTrainer", 2),
-    ],
+    ], ("loss=dpo", 1), ("loss=dpo trainer=FSDPTrainer activation_checkpointing=true", 2)),
 )  # fmt: skip
-def test_a_run_in_packed_rows_is_the_run_without(variant, n_workers, launcher, tmp_path):
+def test_run_with_packed_rows_equals_the_run_without(variant, n_workers, launcher, tmp_path):
     lines = {}
     for setting in ("false", "true"):
         run_dir = tmp_path / setting
@@ -291,7 +291,7 @@ def test_a_run_in_packed_rows_is_the_run_without(variant, n_workers, launcher, t
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_numbers_of_those_that_are_not(launcher, tmp_path):
+def test_compiled_blocks_give_the_uncompiled_numbers(launcher, tmp_path):
     lines = {}
     for setting in ("false", "true"):
         overrides = [*RUN, "loss=dpo", "padding_free=true", f"compile={setting}", f"local_run_dir={tmp_path}/{setting}"]
@@ -304,6 +304,6 @@ def test_compiled_blocks_give_the_numbers_of_those_that_are_not(launcher, tmp_pa
 
 
 @pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
-def test_compiling_is_refused_where_tensors_are_split(trainer, make_trainer):
+def test_compile_is_refused_for_distributed_trainers(trainer, make_trainer):
     with pytest.raises(UserError, match=f"compile=true isn't for trainer={trainer}"):
         make_trainer(*RUN, "loss=dpo", "compile=true", f"trainer={trainer}")

@@ -4,7 +4,7 @@ import pytest
 from conftest import read_jsonl
 
 import preference_datasets
-from data.prepared import rows_of_list
+from data.row_sources import rows_of_list
 from utils import UserError
 
 LINES = """\
@@ -21,7 +21,7 @@ run(compose_config("model=tiny", "datasets=[mine]", "loss=dpo", "batch_size=2", 
 
 
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
-def test_a_few_lines_train_on_rows_given_in_python(trainer, launcher, tmp_path):
+def test_few_lines_train_on_rows_given_in_python(trainer, launcher, tmp_path):
     options = f'"wandb.enabled=false", "local_dirs=[{tmp_path}/cache]", "local_run_dir={tmp_path}/run", '
     options += f'"curves=false", "sample_during_eval=false", "trainer={trainer}", "world_size=2"'
     code = LINES.replace("run(compose_config(", f"if __name__ == '__main__':\n    run(compose_config({options}, ")
@@ -43,7 +43,7 @@ RUN = ["model=tiny", "loss=dpo", "batch_size=1", "eval_every=1", "max_length=64"
     [
         ("mine", [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2, r"row 0: chosen and rejected are the same"),
         ("mine", [{"prompt": "a", "chosen": "b"}, ["c"]], r"datasets=\[mine\], row 1: \['c'\] is no dict of fields"),
-        ("mine", [{"prompt": "a", "chosen": {1, 2}}], "expected rows of texts, numbers, lists and dicts"),
+        ("mine", [{"prompt": "a", "chosen": {1, 2}}], "expected rows of strings, numbers, lists and dicts"),
         ("mine", [], r"datasets=\[mine\].*there are no rows"),
         ("hh", [{"prompt": "a", "chosen": "b", "rejected": "c"}], "a named dataset is called so; give your rows anoth"),
     ],

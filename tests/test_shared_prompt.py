@@ -137,7 +137,7 @@ def test_pairs_sharing_a_prompt_give_the_gradients_of_the_original(architecture,
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_float32_differs_by_rounding_only(architecture):
+def test_shared_prompts_in_float32_differ_by_rounding_only(architecture):
     model, batch = make_model(CONFIGS[architecture], torch.float32), BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
     assert_same(loss_and_gradients(model, response_logps(model, shared_rows(batch)), "dpo"), expected, 1e-5)
@@ -154,7 +154,7 @@ def test_sft_with_the_head_on_responses_only_gives_the_gradients_of_the_original
     assert_same(loss_and_gradients(model, response_logps(model, padded_rows(batch)), "sft"), expected, 1e-9)
 
 
-def test_layout_of_a_shared_row():
+def test_shared_row_has_the_expected_layout():
     batch = make_batch((2, 1, 2))
     rows = shared_rows(batch)
     (prompt,), (chosen,), (rejected,) = (
@@ -193,7 +193,7 @@ def test_chunked_logits_give_the_same_gradients_whether_kept_or_made_again(kept_
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_the_original_models_and_todays_share_prompts(architecture):
+def test_supported_models_share_prompts(architecture):
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(CONFIGS[architecture], torch.float32).to(dtype)
         layout, message = check_model(model, BATCHES["ordinary"], MAX_LENGTH)
@@ -227,13 +227,13 @@ def test_models_that_cannot_share_prompts_fall_back_and_say_why(name):
     torch.testing.assert_close(logps.double(), original_logps(model, batch).double(), rtol=1e-6, atol=1e-6)
 
 
-def test_a_window_as_long_as_the_sequences_is_none():
+def test_window_as_long_as_the_sequences_allows_sharing():
     model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=MAX_LENGTH))
     assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=True)[0].is_shared
 
 
 @pytest.mark.usefixtures("all_in_float64")
-def test_a_model_that_does_more_to_its_logits_than_the_head_has_them_taken_whole():
+def test_model_that_scales_its_logits_computes_them_whole():
     config = transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=4.0)
     model, batch = make_model(config), BATCHES["ordinary"]
     layout, _ = check_model(model, batch, MAX_LENGTH)
@@ -243,7 +243,7 @@ def test_a_model_that_does_more_to_its_logits_than_the_head_has_them_taken_whole
     assert_same(loss_and_gradients(model, ours, "dpo"), expected, 1e-9)
 
 
-def test_numbers_that_differ_without_a_known_reason_are_noticed(monkeypatch):
+def test_wrong_numbers_from_sharing_are_noticed(monkeypatch):
     def wrong_mask(segments, dtype):
         return tree_mask(torch.zeros_like(segments), dtype)  # the rejected response sees the chosen one
 
@@ -254,7 +254,7 @@ def test_numbers_that_differ_without_a_known_reason_are_noticed(monkeypatch):
     assert message.startswith("Prefix sharing: off; it gives other log-probabilities than concatenated_forward (by ")
 
 
-def test_without_prefix_sharing_a_pair_has_two_rows_and_without_either_setting_the_plain_forward_is_used():
+def test_shared_prompt_false_computes_two_sequences_per_pair():
     model = make_model(CONFIGS["llama"])
     for padding_free, layout in (("auto", Layout(padded_rows)), (False, PLAIN)):
         settings = {"shared_prompt": False, "padding_free": padding_free}
