@@ -204,7 +204,9 @@ class ModelCheck:
         if reason and layout.is_packed:
             use_packed_attention(self.base, False)
         known = _known_reason(self.base, self.max_length) if reason and reads_masks else None
-        return f"{reason.removesuffix(')')}{'; ' if reason.endswith(')') else ' ('}{known})" if known else reason
+        if known:
+            reason = f"{reason[:-1]}; {known})" if reason.endswith((" nats)", " %)")) else f"{reason} ({known})"
+        return reason
 
     def does_more_than_the_head(self) -> bool:
         """Return whether the logits of all positions have to be taken from the model: on all workers, if on any."""
