@@ -11,8 +11,9 @@ from torch import nn
 
 from acceleration.memory_plan import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
+from checkpointing.integrity import verify_weights
 from data import hub
-from references import REFERENCE_ADAPTER, Source, policy_source, reference_source, resolved_reference
+from references import REFERENCE_ADAPTER, Source, policy_source, reference_source
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
 
@@ -30,6 +31,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     origin += f" model.revision={options['revision']}" if "revision" in options else ""
     attention = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
     try:
+        verify_weights(name)
         _announce_remote_code(name, options)
         if source.from_scratch:
             torch.manual_seed(config.seed)
@@ -175,7 +177,7 @@ def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
         policy = _add_lora(policy, config)
     if config.model.adapter is not None:
         policy = load_adapter(policy, policy_source(config), is_trainable=True)
-        if resolved_reference(config) == "adapter_copy":
+        if config.reference == "adapter_copy":
             policy.load_adapter(config.model.adapter, REFERENCE_ADAPTER, is_trainable=False)
     disable_dropout(policy)  # an adapter's too
     return policy
@@ -263,9 +265,25 @@ def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
         with warnings.catch_warnings():
             for message in _IGNORED:
                 warnings.filterwarnings("error", message=f".*{message}")
-            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+            model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     except Exception as error:  # values that PEFT doesn't check raise errors of any kind
         raise UserError(f"lora={config.lora}: {describe(error)}") from error
+    _check_tied_weights(model, f"lora={config.lora}")
+    return model
+
+
+def _check_tied_weights(model: nn.Module, origin: str):
+    """Refuse an adapter on one of two layers that share a weight: merging it would change the other layer, too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    layers = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    weights = {id(getattr(layer, "base_layer", layer).weight) for layer in layers}
+    if len(layers) == 2 and len(weights) == 1 and any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        raise UserError(
+            f"{origin}: this model's output head is its input embedding (tied weights); an adapter on either can't be "
+            "merged: leave it out of target_modules, or train all of it by lora.modules_to_save"
+        )
 
 
 def _check_names_in_model(fields: dict, model: nn.Module):
@@ -312,6 +330,7 @@ def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Mod
 
     origin = f"{source.key('adapter')}={source.adapter}"
     try:
+        verify_weights(source.adapter)
         weights = peft.utils.load_peft_weights(source.adapter, device="cpu")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
@@ -320,5 +339,6 @@ def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Mod
             raise ValueError(f"the model has no place for {', '.join(left_over[:10])}")
     except Exception as error:  # a folder that holds something else raises errors of any kind
         raise UserError(f"{origin}: can't load it as a PEFT adapter of this model: {describe(error, 500)}") from error
+    _check_tied_weights(model, origin)
     check_finite(model, origin)
     return model

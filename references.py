@@ -46,6 +46,22 @@ def move_reference(reference: Reference, policy: nn.Module, alpha: float):
             moved.lerp_(towards.to(moved.device, moved.dtype), alpha)
 
 
+def check_reference_can_move(reference_model: nn.Module, policy: nn.Module, config: DictConfig):
+    """Refuse a reference whose weights can't follow the policy's, as they have other names or shapes.
+
+    Raises: UserError naming the key and the first weight that differs.
+    """
+    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (reference_model, policy)]
+    differing = sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
+    if differing:
+        name = differing[0]
+        found, own = (of_model.get(name, "absent") for of_model in shapes)
+        raise UserError(
+            f"reference_update_every={config.reference_update_every}: the reference has another architecture than the "
+            f"policy ({name}: {found}, the policy's is {own}), so it can't follow it; leave it null"
+        )
+
+
 def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) -> Reference:
     """Make the reference of this kind; `load` loads the second model where one is needed."""
     if kind == "model":

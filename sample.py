@@ -1,12 +1,11 @@
 """Draw responses from a run's checkpoints, or from any model: `python sample.py run=RUN`, with the keys of train.py."""
 
-import functools
-
 from omegaconf import DictConfig
 
 from commands import command_line
-from commands.run_config import run_with_options
-from evaluation.sample import Options, make_options, sample_checkpoints
+from commands.run_config import check_hub_models, run_with_options
+from evaluation.sample import sample_checkpoints
+from evaluation.sample_options import Options, make_options
 
 
 def run(config: DictConfig):
@@ -17,7 +16,12 @@ def run(config: DictConfig):
 def _sample(config: DictConfig, options: Options):
     from trainers import make_trainer  # which takes seconds
 
-    sample_checkpoints(functools.partial(make_trainer, config, trains=False), config, options)
+    def load():
+        trainer = make_trainer(config, trains=False, reads_data=options.prompts is None)
+        check_hub_models(config, [file.checkpoint for file in options.files])
+        return trainer
+
+    sample_checkpoints(load, config, options)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,13 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
-from acceleration.gpu_settings import use_deterministic_algorithms, use_expandable_segments
-from acceleration.layout import Layout
-from acceleration.measurement import full_length_batch
-from acceleration.memory_plan import explained_out_of_memory, plan_memory, resumed_cap
+from acceleration.layout import PLAIN, Layout
+from acceleration.memory_plan import explained_out_of_memory, resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.overflow import check_no_overflow
 from acceleration.reference_cache import LogpsCache, open_cache
-from acceleration.shadow_weights import shadow_linear_weights
+from acceleration.speed_up import speed_up
 from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
@@ -45,6 +42,7 @@ from data import hub
 from data.batches import mismatch, prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
+from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
 from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths
@@ -62,15 +60,16 @@ from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
 from references import (
     Reference,
+    check_reference_can_move,
     make_reference,
     make_starting_reference,
     move_reference,
     reference_source,
-    resolved_reference,
 )
 from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
-from reporting.terminal import RunTable, passing_bar, progress_bar
+from reporting.terminal import RunTable, progressing, training_bar
+from reporting.time_left import TimeLeft
 from reporting.usage import Throughput, n_parameters, parameters_in_words
 from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device
 
@@ -96,6 +95,7 @@ class BasicTrainer:
         rank: int = 0,
         world_size: int = 1,
         trains: bool = True,
+        reads_data: bool = True,
     ):
         """Load the data, then get the models and the optimizer ready.
 
@@ -107,6 +107,7 @@ class BasicTrainer:
             config: one that `check_config` has checked.
             reference_model: the model to compare with, or a function that loads it; called only if it is needed.
             trains: False loads the evaluation data alone.
+            reads_data: False loads no data at all and makes no optimizer, for commands that bring their own prompts.
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
@@ -117,11 +118,14 @@ class BasicTrainer:
         self.stop = StopSignal()
         self.run_log: RunLog | None = None
         self.tokenizer = load_tokenizer(config)
-        self._load_data(trains)
+        self.train_iterator = self.eval_iterator = self.optimizer = self.scheduler = None
+        if reads_data:
+            self._load_data(trains)
         self._set_up_policy(policy)
         self._set_up_reference(reference_model)
-        self._set_up_optimizer()
-        self._set_up_memory()
+        if reads_data:
+            self._set_up_optimizer()
+        self.microbatch_overhead, self.max_tokens = speed_up(self, trains)
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
@@ -167,6 +171,8 @@ class BasicTrainer:
 
     def _choose_layout(self, model: nn.Module) -> Layout:
         """Compare the faster ways to compute a model with the plain one, and choose the fastest that is right."""
+        if self.eval_iterator is None:  # no data to compare them on
+            return PLAIN
         return choose_layout(
             model, self.plain_logps, self.eval_iterator.first(2), self.config, self.strategy,
             functools.partial(self.autocast, model),
@@ -189,14 +195,17 @@ class BasicTrainer:
             model = self.strategy.distribute(model, is_policy=False)
             if reference_source(config).given:
                 check_reference_fits(model, self.policy, self.tokenizer, config)
-            check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first(2)))
+            if self._moves_reference:
+                check_reference_can_move(model, self.policy, config)
+            if self.eval_iterator is not None:
+                check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first(2)))
             if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
                 self.reference_layout = self._choose_layout(model)
             if config.compile:
                 compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model
 
-        kind = resolved_reference(config)
+        kind = config.reference
         rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
         self._load_reference = load
         if not config.precompute_ref_log_probs:
@@ -214,7 +223,7 @@ class BasicTrainer:
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
         if not is_needed or self.reference_cache is not None:
             return
-        kind = resolved_reference(config)
+        kind = config.reference
         reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
         cache = open_cache(self.policy, kind, config, reference)
 
@@ -239,38 +248,6 @@ class BasicTrainer:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
         self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
-
-    def _set_up_memory(self):
-        """Cast weights once a step, choose the microbatch size from free memory, and compile."""
-        config = self.config
-        if self.policy_mp is not None and not self.strategy.splits_tensors:
-            shadow_linear_weights(self.policy, self.optimizer)
-        self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
-        fitting = self._plan_memory() if self.device.type == "cuda" else None
-        self.max_tokens = config.max_tokens_per_microbatch or fitting
-        if config.compile:
-            compile_blocks(self.policy, config.model.block_name)
-
-    def _plan_memory(self) -> int | None:
-        """Compute an example of full length, and plan the GPU's memory by what that keeps; see `plan_memory`."""
-        example = full_length_batch(self.eval_iterator.first(2), self.config.max_length)
-        n_tokens = int(computed_tokens(example, self.layout.is_shared, padded=not self.layout.is_packed))
-        activations = measure_activations(
-            self.policy,
-            lambda: self.response_logps(self.policy, example),
-            n_tokens,
-            counts_logits=self.layout.is_plain or self.layout.whole_logits,
-        )
-        is_second = self.reference is not None and self.reference.model is not self.policy
-        return plan_memory(
-            self.config,
-            self.policy,
-            self.reference.model if is_second else None,
-            self.optimizer,
-            activations,
-            n_tokens,
-            gathers_blocks=self.strategy.shards_batches,
-        )
 
     # ---- log-probabilities and loss -------------------------------------------------------------------------------
 
@@ -385,11 +362,13 @@ class BasicTrainer:
         restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
             n_examples, epoch_size, state = self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
-            table = RunTable(n_examples, epoch_size, state.examples, state.metrics)
+            every = self.config.eval_every, self.config.save_every or self.config.eval_every
+            time_left = TimeLeft(n_examples, self.config.batch_size, *every)
+            table = RunTable(n_examples, epoch_size, state.examples, state.metrics, time_left)
             logged = state.log_bytes, state.wandb_run_id, state.log_sha256
             self.run_log = RunLog(self.config, self.run_dir, table, *logged)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
-        bar = progress_bar(self._training_batches(skip=n_done), n_batches, n_done)
+        bar = training_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
             try:
                 for batch in bar:
@@ -511,7 +490,7 @@ class BasicTrainer:
         """
         self.policy.eval()
         all_metrics, indices = [], []
-        for batch in passing_bar(self.eval_batches, "Evaluating"):
+        for batch in progressing(self.eval_batches, "Evaluating", "batches"):
             self.stop.check()
             batch_metrics = []
             kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
@@ -606,8 +585,10 @@ class BasicTrainer:
         self.save(os.path.join(self.run_dir, name))
         if not self.config.debug and self.rank == 0:
             point_latest(self.run_dir, name)
-            best_name = best.point_best(self.run_dir, self.state, self.config)
-            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples, best_name)
+            best.point_best(self.run_dir, self.state, self.config)
+            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples)
+        if self.run_log is not None:
+            self.run_log.table.time_left.tick("save")
 
     def resume(self, checkpoint: str):
         """Restore everything to where training stood when this checkpoint was written.
@@ -650,12 +631,12 @@ class TensorParallelTrainer(BasicTrainer):
     strategy_class = STRATEGIES["TensorParallelTrainer"]
 
 
-def make_trainer(config: DictConfig, trains: bool = True) -> BasicTrainer:
-    """Load the tokenizer, data, policy and reference that the config names; with `trains` False, no training data."""
+def make_trainer(config: DictConfig, trains: bool = True, reads_data: bool = True) -> BasicTrainer:
+    """Load the tokenizer, data, policy and reference that the config names; see `BasicTrainer` for what is left out."""
     quiet_libraries()
     use_expandable_segments()
     use_deterministic_algorithms(config.deterministic)
-    hub.use_cache_if_unreachable(hub_names(config))
+    hub.use_cache_if_unreachable(hub_names(config, reads_data))
     allow_own_code(config)
     trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
@@ -672,4 +653,6 @@ def make_trainer(config: DictConfig, trains: bool = True) -> BasicTrainer:
 
     ranks = collectives.rank_and_world_size()
     with explained_out_of_memory(config):
-        return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, trains=trains)
+        return trainer_class(
+            policy, config, config.seed, config.local_run_dir, reference_model, *ranks, trains, reads_data
+        )

@@ -1,19 +1,31 @@
 """Small helpers that several files share: errors for the user, ranks, directories, padding, dropout."""
 
+import contextlib
 import difflib
+import errno
 import getpass
 import os
-import sys
-from collections.abc import Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 
 import torch
 from torch import nn
-from tqdm import tqdm
+
+from printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
+from storage.errors import UserError
 
 
-class UserError(ValueError):
-    """A user's mistake; commands print its message alone, without a traceback."""
+def is_short_of_files(error: BaseException | None) -> bool:
+    """True if an error, or one that caused it, says that this process may open no more files."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        is_limit = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+        if is_limit or "too many open files" in str(error).lower():  # libraries in Rust and C++ have no errno
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def closest_match(name: str, options: Iterable[str]) -> str:
@@ -28,26 +40,26 @@ def closest_match(name: str, options: Iterable[str]) -> str:
     return f" Did you mean {matches[0]}?" if matches else ""
 
 
-def on_rank0() -> bool:
-    """True for the process that writes and prints for all, by the variable RANK that launchers set."""
-    return os.environ.get("RANK", "0") == "0"
+def closest_sibling(path: str) -> str:
+    """Return ' Did you mean X?' with the existing path most like one that doesn't exist, or an empty string."""
+    parent = os.path.dirname(path.rstrip("/"))
+    names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    return closest_match(path, [os.path.join(parent, name) for name in names])
 
 
-def rank0_print(*args, **kwargs):
-    """Print on rank 0 only, above a progress bar if there is one."""
-    if on_rank0():
-        with tqdm.external_write_mode(kwargs.get("file")):
-            print(*args, **kwargs, flush=True)
+# they ask a run to stop; schedulers can be told to send SIGUSR1 before they kill
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def uses_color() -> bool:
-    """True if standard output is a terminal that shows colours and NO_COLOR (https://no-color.org) isn't set."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-
-
-def hides_progress() -> bool | None:
-    """Return tqdm's `disable`: on rank 0 a bar is shown in a terminal, on other ranks never."""
-    return None if on_rank0() else True
+@contextlib.contextmanager
+def signals_handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Let `handler` have the signals that ask a run to stop, as long as this is entered."""
+    former = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def get_local_dir(prefixes_to_resolve: list[str]) -> str:
@@ -64,16 +76,26 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container may run under a user id that has no name
         user = f"uid{os.getuid()}"
-    for prefix in prefixes_to_resolve:
+    prefixes = [os.path.expanduser(prefix) for prefix in prefixes_to_resolve]
+    for prefix in prefixes:
         if os.access(prefix, os.W_OK | os.X_OK):
             return os.path.join(prefix, user)
-    return os.path.join(prefixes_to_resolve[-1], user)
+    return os.path.join(prefixes[-1], user)
 
 
 def get_local_run_dir(exp_name: str, local_dirs: list[str]) -> str:
-    """Return a new path for this run's outputs; it is created once the config has been checked."""
-    timestamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-    return os.path.join(get_local_dir(local_dirs), f"{exp_name}_{timestamp}")
+    """Return a new path for this run's outputs; it is created once the config has been checked.
+
+    Raises: UserError if `exp_name` leads out of the local directory.
+    """
+    timestamp, local_dir = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f"), get_local_dir(local_dirs)
+    run_dir = os.path.join(local_dir, f"{exp_name}_{timestamp}")
+    if not os.path.abspath(run_dir).startswith(os.path.abspath(local_dir) + os.sep):
+        raise UserError(
+            f"exp_name={exp_name} leads out of {local_dir} (local_dirs); give a name, or choose the directory by "
+            "local_run_dir"
+        )
+    return run_dir
 
 
 def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, device: torch.device | str) -> dict:
@@ -90,13 +112,6 @@ def computed_dtype(tensor: torch.Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return tensor.dtype
-
-
-def is_cut_off(line: bytes) -> bool:
-    """Whether this is the beginning of a line that begins with its settings, as those of samples and verdicts do, and
-    so one that a crash has cut off, rather than another file's last line without an end."""
-    start = b'{"settings": "'
-    return not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line))
 
 
 def take(batch: dict, indices: torch.Tensor) -> dict:

@@ -13,6 +13,7 @@ from torch import nn
 from acceleration.capacity import Activations
 from acceleration.response_head import LOGITS_BYTES
 from distributed import collectives
+from distributed.strategies import STRATEGIES
 from losses import needs_reference
 from optimization import state_bytes, step_one_by_one, steps_by_foreach
 from references import resolved_reference
@@ -181,6 +182,7 @@ def remedies(config: DictConfig) -> str:
     """Return which keys would make a run take less memory, of those that it doesn't use yet."""
     model, trains_all = config.model, config.lora is None and config.model.adapter is None
     second_model = needs_reference(config.loss) and resolved_reference(config) == "model"
+    strategy = STRATEGIES[config.trainer]
     candidates = [
         ("activation_checkpointing=true", not config.activation_checkpointing),
         ("precompute_ref_log_probs=true", second_model and not config.precompute_ref_log_probs),
@@ -189,8 +191,8 @@ def remedies(config: DictConfig) -> str:
         ("model.load_in_4bit=true with lora={}", not model.load_in_4bit),
         ("model.reference_dtype=bfloat16", second_model and model.reference_dtype in ("float32", "float64")),
         ("optimizer=RMSprop, which keeps one number a weight", config.optimizer != "RMSprop" and trains_all),
-        ("trainer=FSDPTrainer on more GPUs", config.trainer == "BasicTrainer"),
-        ("fsdp_cpu_offload=true", config.trainer == "FSDPTrainer" and not config.fsdp_cpu_offload),
+        ("trainer=FSDPTrainer on more GPUs", not strategy.starts_workers),
+        ("fsdp_cpu_offload=true", "fsdp_cpu_offload" in strategy.config_keys and not config.fsdp_cpu_offload),
         ("max_tokens_per_microbatch=N", config.max_tokens_per_microbatch is None),
         (f"a smaller max_length (now {config.max_length})", True),
     ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from acceleration.layout import PLAIN, Layout
 from acceleration.measurement import Numbers, Standard, full_length_batch, measure, rounded_otherwise, synthetic_batch
-from acceleration.packed_attention import takes_packed_attention, use_packed_attention
+from acceleration.packed_attention import supports_packed_attention, use_packed_attention
 from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import head_gives_logits
 from distributed import collectives
@@ -189,7 +189,7 @@ class ModelCheck:
     def why_not(self, layout: Layout) -> str | None:
         """Return why a layout isn't to be used; None: it gives the standard, and the model is ready for it."""
         attention, reads_masks = self.base.config._attn_implementation, layout.is_shared and not layout.is_packed
-        if layout.is_packed and not takes_packed_attention(self.base):
+        if layout.is_packed and not supports_packed_attention(self.base):
             return f"attn_implementation={attention} takes no packed rows; sdpa does"
         if reads_masks and attention not in _DENSE_MASKS:
             return f"attn_implementation={attention} takes no tree mask; {' and '.join(_DENSE_MASKS)} do"

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# What a GPU does: bash benchmarks/gpu.sh [DIRECTORY for the results]. Parts of less than ten minutes each, one by one:
-#   bash benchmarks/gpu.sh OUT correctness | throughput | profile | runs
-# The first three need torch and transformers alone, `runs` what training needs. TRL is measured where it is installed.
+# All benchmarks and tests for a GPU: bash benchmarks/gpu.sh [DIRECTORY for the results]
+# To run one part, which takes less than ten minutes:
+#   bash benchmarks/gpu.sh DIRECTORY memory | correctness | throughput | profile | runs | table
+# `runs` needs everything that training needs, the others only torch and transformers. TRL is measured if installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu_results}
-parts=${2:-correctness throughput profile runs}
+parts=${2:-memory correctness throughput profile runs table}
 mkdir -p "$out"
 
 for part in $parts; do
     echo "== $part"
     case $part in
+    memory)
+        # the original's six models and four current ones: memory of a forward and backward pass, measured and predicted
+        python3 benchmarks/gpu_memory.py --json "$out/memory.json"
+        ;;
     correctness)
         python3 benchmarks/gpu.py correctness --json "$out/correctness.json"
         python3 benchmarks/gpu.py synchronization --json "$out/synchronization.json"
@@ -26,7 +31,7 @@ for part in $parts; do
             --max-prompt-length 1024 --steps 2 --repeats 1 --ways shared packed --json "$out/llama_2k.json" --arch llama
         ;;
     runs)
-        # the command line: one process, FSDP over NCCL, layers spread by device_map, 4 bits, a run that goes on
+        # the command line in one process, in mixed precision, with FSDP over NCCL, compiled, and a resumed run
         run="python3 train.py model=tiny datasets=[toy] loss=dpo n_examples=256 n_eval_examples=64 eval_every=128"
         run="$run batch_size=16 warmup_steps=0 wandb.enabled=false curves=false local_dirs=[$out/cache]"
         runs=$(mktemp -d "$out/runs.XXXX")
@@ -37,6 +42,9 @@ for part in $parts; do
             $run local_run_dir="$runs/again" n_examples=128 model.policy_mp=bfloat16 &&
             $run local_run_dir="$runs/again" resume="$runs/again" model.policy_mp=bfloat16
         python3 -m pytest -n 0 -m gpu tests/test_gpu.py
+        ;;
+    table)
+        python3 benchmarks/gpu.py table --results "$out" | tee "$out/table.md" # for the README
         ;;
     *)
         echo "no such part: $part" >&2

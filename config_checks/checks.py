@@ -1,6 +1,5 @@
 """What a config may say: every check on it that needs no model and no data, made before anything is loaded."""
 
-import errno
 import importlib.util
 import inspect
 import math
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.explanations import unknown_key
 from config_checks.lora import check_adapter_fits, check_lora
+from config_checks.paths import expand_config
 from config_checks.schema import FREE_KEYS, default_config, flatten, names_in
 from data.choice import TRUNCATIONS
 from distributed import environment
@@ -23,7 +23,8 @@ from optimization import check_schedule
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from utils import UserError, closest_match, get_local_dir
+from storage.outputs import why_not_writable
+from utils import UserError, closest_match, closest_sibling, get_local_dir
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
@@ -55,12 +56,16 @@ _TYPES_OF_NULL = dict.fromkeys(
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 
 
-def check_config(config: DictConfig):
+def check_config(config: DictConfig, reads_data: bool = True):
     """Refuse what can't work; round `eval_every` down to whole batches, resolve `reference=auto` and the reference's
     dtype.
 
+    Args:
+        reads_data: False for commands that use no dataset: then those of the config need not exist.
+
     Raises: UserError naming the key, its value and the remedy.
     """
+    expand_config(config)
     missing_keys = sorted(OmegaConf.missing_keys(config))
     if missing_keys:
         models = ", ".join(names_in("model"))
@@ -71,7 +76,7 @@ def check_config(config: DictConfig):
     _check_loss(config)
     _check_keys_and_types(config)
     _check_ranges(config)
-    _check_names(config)
+    _check_names(config, reads_data)
     _check_optimizer(config)
     check_schedule(config.lr_scheduler, OmegaConf.to_container(config.lr_scheduler_args))
     _check_model(config)
@@ -169,14 +174,15 @@ def _check_ranges(config: DictConfig):
         raise UserError(f"seed={config.seed}: must be below 2**32")
 
 
-def _check_names(config: DictConfig):
+def _check_names(config: DictConfig, reads_data: bool):
     if isinstance(config.datasets, str):
         config.datasets = ListConfig([config.datasets])
     if not isinstance(config.datasets, ListConfig):
         raise UserError(f"datasets={config.datasets}: expected a list, e.g. datasets=[hh]")
     if not config.datasets:
         raise UserError("datasets=[]: name at least one dataset, e.g. datasets=[hh]")
-    _check_data(config)
+    if reads_data:
+        _check_data(config)
     if config.trainer not in STRATEGIES:
         raise UserError(
             f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
@@ -344,8 +350,8 @@ def _check_workers(config: DictConfig):
     if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
         raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
     for name, other in STRATEGIES.items():
-        for key, default in other.own_keys.items():
-            if config[key] != default and key not in strategy.own_keys:
+        for key, default in other.config_keys.items():
+            if config[key] != default and key not in strategy.config_keys:
                 raise UserError(f"{key}={config[key]}: only trainer={name} has that; leave it {default}")
     if world_size % config.fsdp_replicate != 0:
         raise UserError(
@@ -437,6 +443,11 @@ def _check_moving_reference(config: DictConfig):
         )
     if config.reference != "model" or config.lora is not None or config.model.adapter is not None:
         raise UserError(f"reference_update_every={every}: an adapter's reference can't follow it; train all weights")
+    if (adapter := reference_source(config).adapter) is not None:
+        raise UserError(
+            f"reference_update_every={every}: reference_model.adapter={adapter} has weights that the policy lacks; "
+            "merge it first: python export.py run=RUN output=DIR, then reference_model.name_or_path=DIR"
+        )
 
 
 def _check_best(config: DictConfig):
@@ -462,9 +473,7 @@ def _check_files(config: DictConfig):
     for source in sources(config):
         archive = source.archive
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
-            parent = os.path.dirname(archive) or "."
-            siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
-            raise UserError(f"{source.key('archive')}={archive}: no such file.{closest_match(archive, siblings)}")
+            raise UserError(f"{source.key('archive')}={archive}: no such file.{closest_sibling(archive)}")
         if source.adapter is not None:
             check_adapter_fits(config, saved_settings(source.key("adapter"), source.adapter))
     has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))
@@ -473,26 +482,12 @@ def _check_files(config: DictConfig):
     if config.lora is not None:
         check_lora(config)
         check_adapter_fits(config, config.lora)
-    _check_writable(f"local_run_dir={config.local_run_dir}", config.local_run_dir)
+    if reason := why_not_writable(config.local_run_dir):
+        raise UserError(f"local_run_dir={config.local_run_dir}: {reason}")
     if config.precompute_ref_log_probs:
         directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
-        _check_writable(f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs)", directory)
-
-
-def _check_writable(what: str, directory: str):
-    """Refuse a directory that can't be written, or made where it isn't there yet."""
-    there = os.path.abspath(directory)
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there):
-        number = errno.ENOTDIR
-    elif os.statvfs(there).f_flag & os.ST_RDONLY:
-        number = errno.EROFS
-    elif not os.access(there, os.W_OK | os.X_OK):
-        number = errno.EACCES
-    else:
-        return
-    raise UserError(f"{what}: can't write there: {OSError(number, os.strerror(number), there)}")
+        if reason := why_not_writable(directory):
+            raise UserError(f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs): {reason}")
 
 
 def _check_source(key: str, name: str | None):
@@ -502,9 +497,7 @@ def _check_source(key: str, name: str | None):
         and not os.path.exists(name)
         and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is None
     ):
-        parent = os.path.dirname(name.rstrip("/")) or "."
-        siblings = [os.path.join(parent, other) for other in os.listdir(parent)] if os.path.isdir(parent) else []
-        raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_match(name, siblings)}")
+        raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
 
 
 def _may_be_hub_id(name: str) -> bool:

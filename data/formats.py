@@ -46,6 +46,11 @@ class Format:
         names.check_unread(Columns(list(rows), ignored=tuple(ignored)), self.columns.values(), where, self.has_prompt)
 
     @property
+    def could_be_chat(self) -> bool:
+        """True if prompts and responses are strings, and `texts_as_messages` would make them messages."""
+        return not self.is_chat and "prompt" in self.columns
+
+    @property
     def is_ranked(self) -> bool:
         """True if a row has several responses with scores."""
         return self.read_row is read.read_ranked
@@ -93,7 +98,7 @@ def _format_of(columns: Columns, texts_as_messages: bool) -> Format | str:
     make = _Maker(columns, prompt, texts_as_messages)
     if "chosen" in columns.known and "rejected" in columns.known:
         return make.preferences()
-    if prompt and completions and columns.known[completions].startswith("list"):
+    if prompt and completions and columns.known[completions].startswith(("list", "messages")):
         if "labels" in columns.known:
             return "steps with labels each (stepwise supervision) are for reward models, which aren't trained here"
         return make.ranked(completions)
@@ -130,11 +135,11 @@ def _prompt_column(columns: Columns) -> str | None:
     return dialogue if sum(role != "assistant" for role in last_roles) > len(last_roles) / 2 else None
 
 
-def _last_role(value: object) -> str | None:
+def _last_role(value: object) -> str:
     try:
         return message_list(value, "")[-1]["role"]
     except BadExample:
-        return None
+        return "assistant"  # a dialogue, for all that is known
 
 
 def _holds_labels(columns: Columns, label: str) -> bool:

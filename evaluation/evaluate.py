@@ -1,6 +1,5 @@
-"""The figures of checkpoints on the evaluation data, with intervals: the body of `evaluate.py`."""
+"""Evaluates checkpoints: means with intervals, also by dataset and length; the body of `evaluate.py`."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,51 +10,41 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from checkpointing import fingerprints
-from checkpointing.resume import find_checkpoints
-from config_checks.numbers import check_can_be_written
+from checkpointing.integrity import content_digest
 from data.batches import chosen_and_rejected
 from distributed import collectives
-from evaluation.statistics import Z, wilson_interval
+from evaluation.statistics import wilson_interval
+from reporting.intervals import mean_interval
+from reporting.metric_names import ACCURACY, LOSS, MARGIN, TIES
 from reporting.metrics import mean_metrics
+from storage.files import append_json_line, atomic_file, read_json_lines
+from storage.outputs import Output, check_outputs, json_lines, new_file
 from utils import UserError, on_rank0, rank0_print
 
-_IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
-_SHARES = ("rewards_eval/accuracies", "rewards_eval/ties")  # metrics that are 0 or 1 of each example
+_IN_TABLE = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "nll_eval/rejected")
+_SHARES = (ACCURACY, TIES)  # metrics that are 0 or 1 for each example
 _N_BUCKETS = 4
+_EVALUATIONS = json_lines("evaluations", b'{"key": "', ("key", "metrics"))
 
 
 @dataclasses.dataclass
 class Options:
-    """What `evaluate.py` has beside the keys of training."""
+    """The checked keys that `evaluate.py` has beside those of training."""
 
     checkpoints: list[str | None]  # directories; None: the policy as it is loaded
     rows: str | None
     output: str | None
 
 
-def make_options(_config: DictConfig, own: dict) -> Options:
-    """Raises: UserError if a checkpoint isn't there or is damaged, or a file can't be written."""
-    run_dir, checkpoints = own["run"], find_checkpoints(own["run"], own["checkpoint"])
+def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) -> Options:
+    """Return the options of `evaluate.py`; raise UserError if a file can't be written."""
+    run_dir = own["run"]
     if own["rows"] is not None and len(checkpoints) > 1:
         raise UserError(f"rows={own['rows']}: give one checkpoint at a time")
     output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
-    for key, path in (("rows", own["rows"]), ("output", output)):
-        check_can_be_written(key, path)
-    if own["rows"] is not None and os.path.exists(str(own["rows"])):
-        raise UserError(f"rows={own['rows']} is there already; give another file, or delete it")
-    _check_holds_evaluations(output)
+    outputs = [("rows", own["rows"], new_file), ("output", output, _EVALUATIONS)]
+    check_outputs(Output(key, str(path), refusal) for key, path, refusal in outputs if path is not None)
     return Options(checkpoints, own["rows"] and str(own["rows"]), output and str(output))
-
-
-def _check_holds_evaluations(path: str | None):
-    """Raises: UserError if there is a file whose first line is no evaluation."""
-    if path is None or not os.path.exists(str(path)):
-        return
-    with open(str(path), "rb") as file:
-        first = file.readline()
-    start = b'{"key": "'
-    if first and not (first.startswith(start) or start.startswith(first)):
-        raise UserError(f"output={path}: a file that isn't one of evaluations; give another")
 
 
 # ---- evaluating -----------------------------------------------------------------------------------------------------
@@ -63,52 +52,50 @@ def _check_holds_evaluations(path: str | None):
 
 def evaluate_checkpoints(trainer, options: Options):
     """Evaluate one checkpoint after the other; print and write the figures of each."""
-    done = _former(options.output) if on_rank0() else {}
+    earlier = _read_evaluations(options.output) if on_rank0() else {}
     with trainer.stop:
         trainer.precompute_reference()
         for checkpoint in options.checkpoints:
             if checkpoint is not None:
                 trainer.load_weights(checkpoint)
-            key = _key(trainer.config, checkpoint, trainer)
-            result = collectives.broadcast_object(done.get(key))
+            key = _settings_hash(trainer.config, checkpoint, trainer)
+            result = collectives.broadcast_object(earlier.get(key))
             if result is None or options.rows is not None:
                 result = _evaluate(trainer, key, checkpoint, options)
             else:
-                rank0_print(f"{checkpoint}: evaluated before, in {options.output}")
+                rank0_print(f"{checkpoint}: evaluated before; the figures are those in {options.output}")
             rank0_print(table(result))
 
 
-def _key(config: DictConfig, checkpoint: str | None, trainer) -> str:
-    """What decides an evaluation's figures."""
+def _settings_hash(config: DictConfig, checkpoint: str | None, trainer) -> str:
+    """Return a hash of what decides an evaluation's figures."""
     settings = ("loss", "max_length", "max_prompt_length", "n_eval_examples", "eval_batch_size", "seed", "reference",
                 "reference_model", "add_bos", "trainer", "truncation", "model", "shared_prompt")  # fmt: skip
-    decides = [
-        checkpoint,
-        trainer.state.examples,
-        trainer.state.updates,
+    deciding = [
+        checkpoint and content_digest(checkpoint),
         {name: OmegaConf.to_container(config)[name] for name in settings},
         trainer.eval_iterator.fingerprints(),
         fingerprints.file_fingerprints(config),
+        fingerprints.hub_revisions(config),
     ]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
-def _former(output: str | None) -> dict[str, dict]:
-    """Evaluations that have been written before, by their keys."""
+def _read_evaluations(output: str | None) -> dict[str, dict]:
+    """Return the evaluations in a file, by their keys."""
     found = {}
     if output is not None and os.path.exists(output):
-        with open(output, encoding="utf-8") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
-                    result = json.loads(line)
-                    found[result["key"]] = result
+        for result, _ in read_json_lines(output, skips_damaged=True):
+            if "key" in result:
+                found[result["key"]] = result
     return found
 
 
 def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> dict:
+    """Evaluate the policy as it is, write the results, and return the line for the output file (rank 0 only)."""
     all_metrics, indices = trainer.evaluate_examples()
     metrics = mean_metrics(all_metrics, trainer.n_eval_examples)
-    rows = _gathered(trainer, all_metrics, indices)
+    rows = _gather_rows(trainer, all_metrics, indices)
     if not on_rank0():
         return {}
     places = trainer.eval_iterator.places()
@@ -128,12 +115,13 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
     if options.rows is not None:
         _write_rows(options.rows, rows, places, trainer.eval_iterator.sft_mode)
     if options.output is not None:
-        _append(options.output, result)
+        append_json_line(options.output, result)
+        rank0_print(f"Written to {options.output}")
     return result
 
 
-def _gathered(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int, dict[str, float]]:
-    """All workers' metrics of each example, by its number."""
+def _gather_rows(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int, dict[str, float]]:
+    """Return each example's metrics by its number, from all workers."""
     rows, start = {}, 0
     for metrics in all_metrics:
         columns = {name: values.double().tolist() for name, values in metrics.items()}
@@ -161,19 +149,21 @@ def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
 
 
 def _standard_error(values: list[float]) -> float | None:
-    """Of the mean; None: one value tells nothing of it."""
+    """Return the standard error of the mean; None for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _interval(name: str, values: list[float]) -> list[float] | None:
-    """95 % confidence interval of the mean: Wilson's of shares, else by the normal approximation."""
-    mean, error = float(np.mean(values)), _standard_error(values)
+    """Return the 95 % interval of the mean: Wilson's for shares, else by the normal approximation."""
+    mean = float(np.mean(values))
     if name in _SHARES:
         return wilson_interval(mean, len(values))
-    return [mean - Z * error, mean + Z * error] if error is not None else None
+    interval = mean_interval(mean, _standard_error(values))
+    return list(interval) if interval is not None else None
 
 
 def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
+    """Return the number of examples, and each metric's mean and standard error."""
     figures: dict[str, object] = {"n": len(rows)}
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -185,7 +175,7 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
 
 
 def table(result: dict) -> str:
-    """Means and 95 % intervals of all examples, and means of groups of them."""
+    """Return means and 95 % intervals of all examples, and means of groups of them, as lines to print."""
     if not result:
         return ""
     names = [name for name in _IN_TABLE if name in result["metrics"]]
@@ -208,19 +198,9 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _append(path: str, result: dict):
-    """Add a line to a file; one that a crash has cut off is closed first."""
-    with open(path, "a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(result).encode() + b"\n")
-    rank0_print(f"Written to {path}")
-
-
 def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_mode: bool):
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+    """Write a line for each example: its place in the data, its texts and its metrics."""
+    with atomic_file(path) as file:
         for index, metrics in rows.items():
             prompt, pair = places[index]
             chosen, rejected = chosen_and_rejected(prompt, pair, sft_mode)[0]
@@ -228,5 +208,4 @@ def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_
             row = prompt.rows[pair] if pair < len(prompt.rows) else None
             line = {"index": index, "dataset": prompt.dataset, "row": row, **texts, **metrics}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(f"{path}.partial", path)
     rank0_print(f"Written to {path}")

@@ -1,4 +1,4 @@
-"""Functions of a test module in several processes, connected as a run's workers are."""
+"""Run functions of a test module in several processes, connected as a run's workers are."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 
 import torch
 
-from distributed import launch
+from distributed import connection
 
 TIMEOUT = 300  # seconds
 RESERVED: deque[socket.socket] = deque(maxlen=64)  # the oldest are closed, and their ports are free again
@@ -68,7 +68,7 @@ def work(pipe, variables: dict[str, str], prepare: Callable | None):
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    with launch.process_group():
+    with connection.process_group():
         while True:
             function, args, kwargs = pipe.recv()
             try:
@@ -86,7 +86,7 @@ class ProcessPool:
         self.workers: dict[int, Workers] = {}
 
     def run(self, n_workers: int, function: Callable, *args, **kwargs) -> list:
-        """What the function returns on each of `n_workers`, in their order; it fails here if it does on any."""
+        """Return the function's results, in the order of the `n_workers`; raises if it fails on any of them."""
         if n_workers not in self.workers:
             self.workers[n_workers] = Workers(n_workers, self.prepare)
         try:

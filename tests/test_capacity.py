@@ -1,4 +1,4 @@
-"""What is reckoned of a GPU before anything is computed, against figures worked out by hand."""
+"""Estimates of GPU memory and speed, against figures worked out by hand."""
 
 import pytest
 import torch

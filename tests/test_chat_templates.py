@@ -62,7 +62,7 @@ def make_tokenizer(name: str, directory=REPOSITORY / "assets" / "tiny"):
 
 @pytest.fixture
 def read(tmp_path):
-    """The only training example of a row: ids of prompt, chosen and rejected, each response with its end."""
+    """Return the token ids of a row's only example: prompt, chosen and rejected, each response with its end."""
 
     def example(tokenizer, row: dict, sft: bool = False, **kwargs) -> list[list[int]]:
         for split in ("train", "test"):
@@ -151,7 +151,7 @@ def test_truncated_prompt_keeps_bos_and_response_keeps_its_end(name, read):
 
 
 def test_no_token_spans_prompt_and_response(read):
-    """Where the prompt ends in a space, a word after it would begin with it."""
+    """If the prompt ends in a space, a tokenizer would merge it with the next word."""
     tokenizer = make_tokenizer("teknium/OpenHermes-2.5-Mistral-7B (ChatML)")
     tokenizer.chat_template = CHATML.replace("assistant\\n' }}", "assistant: ' }}").replace(
         "message['role'] + '\\n' + message", "message['role'] + ': ' + message"

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds and opens in, archives old and new, and faults while one is written or read."""
+"""Checkpoints: their files, old and new archives, and faults while they are written or read."""
 
 import json
 import os
@@ -30,7 +30,7 @@ IDS = torch.arange(1, 9)[None]
 
 
 def trained(make_trainer, *overrides: str):
-    """A trainer whose run is over, and its run directory."""
+    """Train and save; returns the trainer and its run directory."""
     trainer = make_trainer(*TOY, *overrides)
     create_run_dir(trainer.config)
     trainer.train()
@@ -40,13 +40,13 @@ def trained(make_trainer, *overrides: str):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that is over, for tests that only read: its trainer and its directory."""
+    """A finished run for tests that only read: its trainer and its directory."""
     return trained(trainers_in(tmp_path_factory.mktemp("finished")))
 
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
-    """The same run's directory, to be changed."""
+    """A copy of the finished run's directory, to be changed."""
     return shutil.copytree(finished[1], tmp_path / "run", symlinks=True)
 
 
@@ -230,7 +230,7 @@ def test_file_size_limit_leaves_the_previous_checkpoint_intact(launcher, tmp_pat
     assert f"error: can't write the checkpoint {tmp_path}/run/step-8 (OSError: " in launcher.output
     assert "File too large" in launcher.output
     assert "Traceback" not in launcher.output
-    assert f"The last checkpoint is {tmp_path}/run/LATEST; to go on from it: " in launcher.output.splitlines()[-1]
+    assert f"The last checkpoint is {tmp_path}/run/LATEST; to resume from it: " in launcher.output.splitlines()[-1]
     assert not any(".partial-" in name for name in os.listdir(tmp_path / "run"))
     assert find_corruption(tmp_path / "run/LATEST") is None
     assert launcher.run(*overrides) == 0, launcher.output
@@ -258,7 +258,7 @@ def test_full_disk_leaves_the_previous_checkpoint_intact(megabytes, launcher, mo
     assert f"error: can't write the checkpoint {disk}/run/LATEST (" in launcher.output
     assert "No space left on device" in launcher.output
     assert "Traceback" not in launcher.output
-    assert f"The last checkpoint is {disk}/run/step-4; to go on from it: " in launcher.output.splitlines()[-1]
+    assert f"The last checkpoint is {disk}/run/step-4; to resume from it: " in launcher.output.splitlines()[-1]
     assert sorted(os.listdir(disk / "run")) == ["LATEST", "config.yaml", "metrics.jsonl", "samples.jsonl", "step-4"]
     assert os.readlink(disk / "run/LATEST") == "step-4"
     subprocess.run(["mount", "-o", "remount,size=40000000", str(disk)], check=True)

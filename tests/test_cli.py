@@ -1,4 +1,4 @@
-"""What a user meets at the command line: errors before training, and what a run leaves behind."""
+"""The command line: errors before training, and the files of a run."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SHORT = [*TOY, "n_examples=8", "lr=1e-3"]
 
 
 def assert_refused(result, tmp_path, *parts: str):
-    """The command failed with a message that has these parts, without a traceback, and left no run directory."""
+    """Check that the command failed with a message that has these parts, without a traceback or a run directory."""
     assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
     assert "Traceback" not in result.stderr + result.stdout
     message = result.stderr[result.stderr.index("error: ") :]

@@ -5,7 +5,12 @@ import time
 
 import torch
 import torch.distributed as dist
+from conftest import ORACLE
+from omegaconf import OmegaConf
 
+import trainers
+from commands.command_line import compose_config
+from config_checks.checks import check_config
 from distributed import collectives
 
 
@@ -29,7 +34,7 @@ def agreements_of_two_threads(n: int) -> tuple[list[int], list[int]]:
     return main, beside
 
 
-def test_a_threads_collectives_do_not_mix_with_the_main_threads(in_workers):
+def test_threads_collectives_do_not_mix_with_the_main_threads(in_workers):
     for main, beside in in_workers(2, agreements_of_two_threads, 20):
         assert main == [i + 1 for i in range(20)]
         assert beside == [1000 + i + 1 for i in range(20)]
@@ -37,11 +42,11 @@ def test_a_threads_collectives_do_not_mix_with_the_main_threads(in_workers):
 
 def devices_of_reduced_numbers() -> set[str]:
     """Reduce a number where the worker's device would be a GPU."""
+    device, reduce, devices = collectives.device, dist.all_reduce, set()
     collectives.device = lambda: torch.device("meta")
-    reduce, devices = dist.all_reduce, set()
     dist.all_reduce = lambda tensor, *args, **kwargs: (devices.add(tensor.device.type), reduce(tensor, *args, **kwargs))
     assert collectives.all_reduce_max(dist.get_rank()) == 1
-    dist.all_reduce = reduce
+    collectives.device, dist.all_reduce = device, reduce  # the worker runs other tests, too
     return devices
 
 
@@ -67,3 +72,35 @@ def groups_made() -> int:
 
 def test_groups_are_made_once(in_workers):
     assert all(made <= 2 for made in in_workers(2, groups_made))
+
+
+def prepared_batches(directory: str) -> tuple[set[bool], list[list[int]]]:
+    """Prepare all training batches of a worker; returns whether the main thread did, and the microbatches' sizes."""
+    config = compose_config(
+        "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "n_examples=64", "n_eval_examples=4",
+        "batch_size=16", "trainer=FSDPTrainer", "max_tokens_per_microbatch=400", f"local_dirs=[{directory}]",
+        "wandb.enabled=false", f"local_run_dir={directory}/run",
+    )  # fmt: skip
+    OmegaConf.resolve(config)
+    check_config(config)
+    trainer = trainers.make_trainer(config)
+    prepare, in_main_thread = trainer.prepare, set()
+
+    def watched(*args, **kwargs) -> dict:
+        in_main_thread.add(threading.current_thread() is threading.main_thread())
+        return prepare(*args, **kwargs)
+
+    trainer.prepare = watched
+    sizes = []
+    for batch in trainer._training_batches(0):
+        sizes.append([len(part["prompt"]) for part in batch["microbatches"]])
+        trainer.stop.check()  # a collective of the main thread, between those of the other
+    return in_main_thread, sizes
+
+
+def test_batches_are_prepared_beside_the_main_thread_under_fsdp(in_workers, tmp_path):
+    (first, sizes), (second, other_sizes) = in_workers(2, prepared_batches, str(tmp_path))
+    assert first == second == {False}
+    assert len(sizes) == 4 and all(sum(parts) == 8 for parts in [*sizes, *other_sizes])
+    assert [len(parts) for parts in sizes] == [len(parts) for parts in other_sizes]
+    assert max(len(parts) for parts in sizes) > 1

@@ -100,7 +100,7 @@ def command_lines(*overrides: st.SearchStrategy) -> st.SearchStrategy:
 
 
 def assert_names_a_key(output: str, words: list[str]):
-    """That it ends with one message, which tells which of the words is meant."""
+    """Check that it ends with one message that names one of the words."""
     assert "Traceback" not in output, (words, output)
     assert len(re.findall("^error: ", output, re.MULTILINE)) == 1, (words, output)
     message = output[re.search("^error: ", output, re.MULTILINE).start() :]
@@ -114,7 +114,7 @@ class Loads(BaseException):
 
 
 def refusal(words: list[str], directory: Path) -> str | None:
-    """What `train.py` says to a command line before it loads anything; None if it goes on to load."""
+    """Return the message that refuses a command line before anything is loaded; None if it is accepted."""
 
     def loads(*_):
         raise Loads

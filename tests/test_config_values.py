@@ -4,12 +4,12 @@ import copy
 import math
 
 import pytest
-from conftest import exhaustive_except
+from conftest import REPOSITORY, exhaustive_except
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from commands.command_line import with_free_keys
+from commands.command_line import compose_config, with_free_keys
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR, default_config
 from losses import LOSSES
@@ -49,7 +49,7 @@ ACCEPTED = {
     "trainer": [],
     "optimizer": [],
     "optimizer_args": [{}],
-    "warmup_steps": [0, 1, 3, 1000],
+    "warmup_steps": [0, 0.5, 1e-320, 1, 3, 1000],
     "shared_prompt": [True, False],
     "padding_free": [True, False],
     "max_tokens_per_microbatch": [None, *POSITIVE_WHOLE],
@@ -78,7 +78,7 @@ ACCEPTED = {
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory):
-    """The config of model=tiny with a loss, as composed."""
+    """A function that returns the composed config of model=tiny with a loss."""
     local = tmp_path_factory.mktemp("local")
 
     def compose_with(*overrides: str):
@@ -168,7 +168,7 @@ REFUSED = {  # what is typed: parts of the message
     "fp16=true": ["loss scaling", "model.policy_mp=bfloat16"],
     "model_name_or_path=x": ["model_name_or_path is called model.name_or_path here"],
     "dataset_name=x": ["dataset_name is called datasets here"],
-    "warmup_ratio=0.1": ["warmup_steps is the number of optimizer steps"],
+    "warmup_ratio=0.1": ["warmup_steps between 0 and 1 is a fraction of the steps"],
     "Seed=1": ["Did you mean seed?"],
 }
 LATE = {  # only once the model is there
@@ -203,3 +203,25 @@ def test_option_with_dashes_is_explained(launcher):
 def test_local_dirs_must_be_a_list_of_directories(directories):
     with pytest.raises(UserError, match=r"local_dirs=.*: expected a list of directories"):
         get_local_dir(directories)
+
+
+# ---- recipes and models ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "config/experiment").glob("*.yaml")))
+def test_every_recipe_passes_the_check_and_says_how_it_is_typed(name):
+    text = (REPOSITORY / "config/experiment" / f"{name}.yaml").read_text()
+    assert f"python train.py +experiment={name}" in text
+    config = compose_config(f"+experiment={name}", "model=tiny", "datasets=[toy]", "wandb.enabled=false")
+    if not config.model.load_in_4bit:  # which needs a GPU
+        check_config(config)
+    assert config.loss.name == {"hh_pythia28_sft": "sft", "kto_unpaired": "kto"}.get(name, "dpo")
+
+
+@pytest.mark.parametrize("place", ["OWNER/NAME", "folder"])
+def test_model_may_be_a_path_or_a_hub_id(place, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = compose_config(f"model={place}", "model.revision=main")
+    assert (config.model.name_or_path, config.model.revision) == (place, "main")
+    assert compose_config("model=pythia28").model.name_or_path == "EleutherAI/pythia-2.8b"

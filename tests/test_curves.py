@@ -20,7 +20,7 @@ from reporting.runs import NoRuns, find_runs, read_run
 
 
 def write_run(directory: Path, n: int = 40, loss=None, **config) -> Path:
-    """A run directory as training leaves it, with made-up numbers."""
+    """Write a run directory as training leaves it, with made-up numbers."""
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text("# inputs\n" + yaml.safe_dump({"max_grad_norm": 10.0, **config}))
     lines = []
@@ -42,7 +42,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def drawn_lines(runs, monkeypatch, tmp_path) -> dict[str, list]:
-    """By the panels' titles, the data of all lines with any, as matplotlib has them when the picture is saved."""
+    """Return the lines of each panel, by its title, as matplotlib has them when the picture is saved."""
     from matplotlib.figure import Figure
 
     panels = {}
@@ -147,7 +147,7 @@ def test_drawing_error_warns_once(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_training_never_waits_for_drawing_and_drawing_keeps_to_its_share(tmp_path, monkeypatch):
-    """Against a process that ends when its stdin does."""
+    """The drawing process here ends when its stdin is closed."""
     write_run(tmp_path / "run")
     started = []
     popen = subprocess.Popen

@@ -69,7 +69,7 @@ broken_lines = st.one_of(
 
 
 def check(name: str, content: bytes, n_rows: int | None):
-    """Both ways of treating bad rows, for all losses; `n_rows`: how many there are, where that is known."""
+    """Prepare the file for all losses, skipping and refusing bad rows; `n_rows`: number of rows, if known."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / name
         path.write_bytes(content)
@@ -102,7 +102,7 @@ def check(name: str, content: bytes, n_rows: int | None):
 
 
 def check_part(part):
-    """Each prompt can be used: a response ends once, pairs are of its responses."""
+    """Check each prompt: every response ends once, and pairs are of its responses."""
     for prompt in part:
         for ids in prompt.response_ids:
             assert len(ids) > 1 and ids[-1] == TOKENIZER.eos_token_id and ids.count(TOKENIZER.eos_token_id) == 1

@@ -49,7 +49,7 @@ def figures(line: dict) -> dict:
     return {key: value for key, value in line.items() if "eval" in key and not key.endswith("_ci95")}
 
 
-@pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo", "sft", "a moving reference", "kto", "FSDP"))
+@pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo", "sft", "a moving reference"))
 def test_evaluating_the_last_checkpoint_repeats_trainings_last_evaluation(kind, launcher, trained):
     run_dir = trained(kind)
     output = evaluate(launcher, f"run={run_dir}", n_workers=2 if "trainer" in str(KINDS[kind]) else 1)
@@ -195,25 +195,39 @@ def test_sft_rows_hold_the_sft_target(launcher, trained, tmp_path):
         assert "rejected" not in row
 
 
-def test_repeated_example_counts_once_in_groups_and_intervals(launcher, trained, tmp_path):
-    """`n_eval_examples` above what the test split has asks for further passes."""
+def test_more_examples_than_the_split_has_are_the_whole_split(launcher, trained, tmp_path):
     rows = tmp_path / "rows.jsonl"
     pair = {"prompt": "The story was", "chosen": " long.", "rejected": " short, and rather clever."}
     rows.write_text("".join(json.dumps(pair | {"prompt": f"Story {i} was"}) + "\n" for i in range(6)))
-    common = [f"run={trained('dpo')}", f"datasets=[{rows}]", "test_fraction=0.6", "eval_batch_size=2"]
-    evaluate(launcher, *common, "n_eval_examples=null", f"output={tmp_path}/once.jsonl")
-    output = evaluate(launcher, *common, "n_eval_examples=40", f"output={tmp_path}/often.jsonl")
-    (once,), (often,) = read_jsonl(tmp_path / "once.jsonl"), read_jsonl(tmp_path / "often.jsonl")
-    n = once["n_eval_examples"]
-    assert (often["n_eval_examples"], often["n_different"], once["n_different"]) == (40, n, n)
-    assert f"40 evaluation examples ({n} different ones" in output
-    assert often["groups"] == once["groups"]
-    for name in ("loss/eval_ci95", "rewards_eval/accuracies_ci95"):
-        assert often["metrics"][name] == once["metrics"][name]
+    common = [f"run={trained('dpo')}", f"datasets=[{rows}]", "test_fraction=0.6"]
+    evaluate(launcher, *common, "eval_batch_size=2", "n_eval_examples=null", f"output={tmp_path}/all.jsonl")
+    evaluate(launcher, *common, "eval_batch_size=3", "n_eval_examples=40", f"output={tmp_path}/more.jsonl")
+    (whole,), (more,) = read_jsonl(tmp_path / "all.jsonl"), read_jsonl(tmp_path / "more.jsonl")
+    assert more["n_eval_examples"] == whole["n_eval_examples"] < 6
+    for name in ("loss/eval", "nll_eval/chosen"):
+        assert more["metrics"][name] == pytest.approx(whole["metrics"][name], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8], {"1 to 2": 2, "3 to 4": 2, "5 to 6": 2, "7 to 8": 2}),
+        ([5, 5, 5, 5, 5, 5, 5, 9], {"5 to 9": 8}),  # all quartiles but the last are 5
+        ([2, 2, 2, 2, 7, 7, 7, 7], {"2 to 6": 4, "7": 4}),
+        ([3, 3, 3], {"3": 3}),
+        ([4], {"4": 1}),
+    ],
+)
+def test_length_groups_partition_the_examples(lengths, expected):
+    from evaluation import evaluate as module
+
+    groups = module._length_buckets({i: {"lengths_eval/chosen": n} for i, n in enumerate(lengths)})
+    assert {name.split(" of ")[1].removesuffix(" tokens"): len(group) for name, group in groups.items()} == expected
+    assert sorted(i for group in groups.values() for i in group) == list(range(len(lengths)))
 
 
 def test_equal_values_have_an_interval_of_zero_width():
-    import evaluate as module
+    from evaluation import evaluate as module
 
     assert module._interval("rewards_eval/margins", [0.0, 0.0, 0.0]) == [0, 0]
     assert module._interval("rewards_eval/accuracies", [1.0, 1.0]) == module.wilson_interval(1.0, 2)

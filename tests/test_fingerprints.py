@@ -1,4 +1,4 @@
-"""A run goes on only from what it started from: the same weights, the same data, wherever they lie by then."""
+"""A run resumes only with the weights and data it started from, wherever they are stored by then."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ SHORT = [
 
 @pytest.fixture
 def inputs(tmp_path, sft_archive):
-    """A model's folder, an archive and an adapter of it, and data, all of this test's own."""
+    """Copies of a model folder, an archive and data that the test may change; returns overrides that use them."""
     shutil.copytree(ORACLE / "model", tmp_path / "model")
     shutil.copytree(ORACLE / "hh", tmp_path / "hh")
     shutil.copy(sft_archive, tmp_path / "policy.pt")
@@ -51,7 +51,7 @@ def change_data(path):
 
 
 def run_dir_and_adapter(launcher, tmp_path, inputs, name):
-    """What a run with this changed input is to be started with, and where it lies."""
+    """Return overrides that use the input to be changed, and its path."""
     if name == "adapter":
         adapter_run = [*inputs, "loss=sft", "lora={r:4}", f"local_run_dir={tmp_path}/sft"]
         assert launcher.run(*adapter_run) == 0, launcher.output

@@ -1,4 +1,4 @@
-"""Files of every format, as they are published: recognized, tokenized as written down here by hand, trained on."""
+"""Every published data format is recognized, tokenized as written here by hand, and trained on."""
 
 import gzip
 import io
@@ -51,7 +51,7 @@ SIDES = [("blue", "green"), ("gray", "blue")]  # chosen and rejected of the sky,
 
 
 def ultrafeedback(prompt: str, scores: dict[str, float]) -> dict:
-    """A row with the fields that openbmb/UltraFeedback has."""
+    """Return a row with the fields of openbmb/UltraFeedback."""
     completions = [
         {
             "annotations": {"helpfulness": {"Rating": "4", "Rationale": "Good."}},

@@ -55,7 +55,7 @@ def make_model(dtype: torch.dtype, **settings) -> torch.nn.Module:
 
 @torch.no_grad()
 def plain_logps(model, prompt: list[int], responses: list[list[int]]) -> np.ndarray:
-    """Each response in a forward pass of its own row: (N,)."""
+    """Return each response's log-probability from a forward pass of its own: (N,)."""
     logps = []
     for response in responses:
         ids = torch.tensor([prompt + response])
@@ -103,7 +103,7 @@ def test_figures_equal_sums_over_all_responses(tokenizer, all_responses):
 
 
 def toy_frontier() -> Frontier:
-    """Of the toy task's own p as the reference."""
+    """Return the frontier with the toy task's own distribution as the reference."""
     slots = np.arange(4)
     logps = np.log(toy.word_distribution())[:, slots, toy.ALL_RESPONSES].sum(-1)
     return Frontier(logps, REWARDS, np.full(4096, 18))

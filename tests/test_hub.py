@@ -1,5 +1,6 @@
 """`python train.py` with models and datasets by their ids, from a hub on loopback (see hub_server.py)."""
 
+import functools
 import gzip
 import io
 import json
@@ -30,7 +31,7 @@ CARD = b"---\nlicense: mit\ntags:\n- human-feedback\n---\n# A dataset\n"
 
 
 def model_files() -> dict[str, bytes]:
-    """A small GPT-NeoX and its tokenizer, as a repository on the hub holds them."""
+    """Return a small GPT-NeoX and its tokenizer as the files of a hub repository."""
     return {path.name: path.read_bytes() for path in (ORACLE / "model").iterdir()}
 
 
@@ -54,7 +55,7 @@ def hh_files() -> dict[str, bytes]:
 
 
 def hh_viewer_info() -> dict:
-    """What the dataset viewer knows of it, whom the library asks for columns and numbers of rows."""
+    """Return the dataset viewer's information, which the library asks for columns and numbers of rows."""
     text = {"dtype": "string", "_type": "Value"}
     counts = {split: len(read_jsonl(ORACLE / f"hh/{split}.jsonl")) for split in ("train", "test")}
     splits = {split: {"name": split, "num_bytes": 1, "num_examples": n} for split, n in counts.items()}
@@ -102,14 +103,28 @@ def hub(bodies, hub_place):
         yield hub
 
 
+# the library retries soon, where by itself it waits up to 8 seconds each time
+IMPATIENT = """
+import time, types
+from huggingface_hub.utils import _http
+_http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 100)})
+"""
+
+
 @pytest.fixture
-def online(train_from_hub, train_alone, hub, hub_place):
+def impatient(train_from_hub, tmp_path_factory):
+    """As `train_from_hub`, but the library retries without waiting."""
+    return functools.partial(train_from_hub, script=train_after(IMPATIENT, tmp_path_factory.mktemp("impatient")))
+
+
+@pytest.fixture
+def online(impatient, train_alone, hub, hub_place):
     """Run the command line with this hub."""
 
     def run(*overrides: str, env: dict[str, str] | None = None, **kwargs):
         if "HF_HUB_OFFLINE" in (env or {}):  # it is read at imports
             return train_alone(*overrides, env={**hub_place.environment(), **env})
-        return train_from_hub(*overrides, env=env, **kwargs)
+        return impatient(*overrides, env=env, **kwargs)
 
     return run
 
@@ -160,7 +175,7 @@ def test_dataset_from_the_hub_trains_like_the_same_folder(online_ok, hub, bodies
 
 
 def sharded(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
-    """The model's weights in several files with an index."""
+    """Replace the model's weights by several files with an index."""
     model = transformers.AutoModelForCausalLM.from_pretrained(ORACLE / "model")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     shards = {path.name: path.read_bytes() for path in (tmp_path / "sharded").glob("model*")}
@@ -168,7 +183,7 @@ def sharded(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
 
 
 def pickled(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
-    """The model's weights in pytorch_model.bin alone, as older repositories have them."""
+    """Replace the model's weights by a pytorch_model.bin, as in older repositories."""
     model, buffer = transformers.AutoModelForCausalLM.from_pretrained(ORACLE / "model"), io.BytesIO()
     torch.save(model.state_dict(), buffer)
     return {name: content for name, content in files.items() if name != "model.safetensors"} | {
@@ -253,14 +268,6 @@ def test_gated_model_trains_with_a_granted_token(online_ok, hub, bodies):
     online_ok("loss=dpo", "model=llama3-8b", "model.block_name=null", *SHORT, env={"HF_TOKEN": TOKEN})
 
 
-# the library tries again soon, where by itself it waits up to 8 seconds each time
-IMPATIENT = """
-import time, types
-from huggingface_hub.utils import _http
-_http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 100)})
-"""
-
-
 @pytest.mark.parametrize(
     ("word", "part"),
     [
@@ -271,7 +278,7 @@ _http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time
 )
 def test_server_error_is_not_reported_as_a_missing_file(word, part, online, hub, tmp_path):
     hub.status[word] = 500, ""
-    refused = online(*DPO, script=train_after(IMPATIENT, tmp_path))
+    refused = online(*DPO)
     assert_refused(refused, tmp_path, part, f"/{word})", "Start again later; what has come down is kept")
 
 
@@ -294,7 +301,7 @@ def test_interrupted_download_resumes(online_ok, hub, tmp_path):
         ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub ("),
     ],
 )
-def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, train_from_hub, bodies, hub_place, tmp_path):
+def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, impatient, bodies, hub_place, tmp_path):
     files = sharded(bodies["model"], tmp_path)
     assert "model-00003-of-00003.safetensors" in files
 
@@ -307,10 +314,10 @@ def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, train
     with open_hub() as first:
         first.cut_off[file] = 1000
         first.on_cut_off = first.stop
-        refused = train_from_hub(*DPO)
+        refused = impatient(*DPO)
     assert_refused(refused, tmp_path, part, "can't be reached", "start again; what has come down is kept")
     with open_hub() as second:
-        result = train_from_hub(*DPO)
+        result = impatient(*DPO)
     assert result.returncode == 0, result.stderr[-2000:]
     before, after = first.downloads(), second.downloads()
     assert before.keys() & after.keys() == {file} and len(before) > 2
@@ -318,7 +325,7 @@ def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, train
 
 
 def test_only_one_of_several_workers_downloads_each_file(online_ok, hub):
-    online_ok(*DPO, "trainer=FSDPTrainer", "world_size=2")
+    online_ok(*DPO, "trainer=FSDPTrainer", "world_size=2", forks_workers=True)
     assert set(hub.downloads().values()) == {1}
     assert {"model.safetensors", "tokenizer.json", "helpful-base/train.jsonl.gz"} <= set(hub.downloads())
 

@@ -24,7 +24,7 @@ LAST = "gpt_neox.final_layer_norm.weight"
 
 @pytest.fixture
 def hub_model(tmp_path, monkeypatch) -> str:
-    """The id of a model in the cache of this machine, whose tag v1 has other weights than its main branch."""
+    """Return the id of a cached hub model whose tag v1 has other weights than its main branch."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     root = type(tmp_path)(get_local_dir([f"{tmp_path}/cache"])) / "models--someone--small"
     for number, (revision, scale) in enumerate((("main", 1.0), ("v1", 2.0))):
@@ -119,7 +119,7 @@ class OwnForCausalLM(GPTNeoXForCausalLM):
 
 @pytest.fixture
 def own_code(tmp_path) -> str:
-    """A model folder that brings code."""
+    """Write a model folder that contains code."""
     directory = shutil.copytree(ORACLE / "model", tmp_path / "own_model")
     (directory / "configuration_own.py").write_text(CONFIGURATION)
     (directory / "modeling_own.py").write_text(MODELING)

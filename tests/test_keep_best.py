@@ -63,7 +63,7 @@ def test_stop_when_worse_ends_and_completes_the_run(launcher, tmp_path):
         launcher.output
     )  # the lengths stay as they are: no evaluation is better than the first
     assert list(evaluations(tmp_path / "run")) == [0, 8, 16, 24]
-    assert "Ending here: lengths_eval/chosen was best after 8 examples" in launcher.output
+    assert "Stopping early: lengths_eval/chosen was best after 8 examples" in launcher.output
     assert "2 evaluations since were worse" in " ".join(launcher.output.split())
     state = json.loads((tmp_path / "run/LATEST/state.json").read_text())
     assert (state["complete"], state["examples"], state["worse"]) == (True, 24, 2)

@@ -1,4 +1,4 @@
-"""Runs of several processes: how they start, on one machine and on two, and how they end together."""
+"""Runs of several processes: how they start on one machine and on two, and end together."""
 
 import os
 import re
@@ -24,7 +24,7 @@ LIMIT = 120  # seconds that a run may take to end once a worker has died: it wou
 
 
 def children_of(pid: int) -> list[psutil.Process]:
-    """A process's workers, in their order."""
+    """Return a process's workers in their order."""
     children = psutil.Process(pid).children()
     return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
@@ -38,16 +38,15 @@ def updates(run_dir) -> list[int]:
 def start_run(launcher, tmp_path):
     """Start `train.py` with two workers of its own."""
 
-    def start_train(*overrides: str):
-        return launcher.start(
-            *RUN, "trainer=FSDPTrainer", "world_size=2", f"local_run_dir={tmp_path}/run", *overrides, directory=tmp_path
-        )
+    def start_train(*overrides: str, forks_workers: bool = True):
+        words = [*RUN, "trainer=FSDPTrainer", "world_size=2", f"local_run_dir={tmp_path}/run", *overrides]
+        return launcher.start(*words, directory=tmp_path, forks_workers=forks_workers)
 
     return start_train
 
 
 def test_killed_worker_ends_the_run_and_resume_completes_it(start_run, tmp_path):
-    run = start_run("n_examples=4000")
+    run = start_run("n_examples=4000", forks_workers=False)
     run.wait_for(r"wrote .*/step-32 ")
     workers = children_of(*run.children)
     assert len(workers) == 2
@@ -57,7 +56,7 @@ def test_killed_worker_ends_the_run_and_resume_completes_it(start_run, tmp_path)
     assert time.monotonic() - start_time < LIMIT
     assert not any(worker.is_running() for worker in workers)
     assert f"error: worker 1 of 2 (process {workers[1].pid}) was killed by SIGKILL" in run.output
-    assert re.search(r"The last checkpoint is .*/step-\d+; to go on from it: python .*train.py .* resume=", run.output)
+    assert re.search(r"The last checkpoint is .*/step-\d+; to resume from it: python .*train.py .* resume=", run.output)
     assert "Traceback" not in run.output
 
     n_examples = int(updates(tmp_path / "run")[-1]) * 8 + 32
@@ -72,7 +71,7 @@ def test_signal_to_the_parent_saves_and_exits_with_75(start_run, tmp_path):
     run.kill(signal.SIGTERM)
     assert run.wait() == EXIT_CODE
     assert "stopped by SIGTERM" in run.output
-    assert run.output.count("to go on from it: python ") == 1
+    assert run.output.count("to resume from it: python ") == 1
     position = (tmp_path / "run/LATEST/state.json").read_text()
     assert f'"updates": {updates(tmp_path / "run")[-1]},' in position
 
@@ -139,7 +138,7 @@ def test_two_machines_train_fail_and_resume_together(start, tmp_path):
     logs = [(tmp_path / f"log-{node}").read_text() for node in (0, 1)]
     assert f"Signal 9 (SIGKILL) received by PID {worker.pid}" in logs[1]
     assert "error: another worker is gone" in logs[0]
-    assert re.search(r"The last checkpoint is .*/step-\d+; to go on from it: the launcher with .* resume=", logs[0])
+    assert re.search(r"The last checkpoint is .*/step-\d+; to resume from it: the launcher with .* resume=", logs[0])
 
     n_examples = updates(tmp_path / "run")[-1] * 8 + 32
     machines = agents(start, tmp_path, port, f"n_examples={n_examples}")
@@ -153,9 +152,9 @@ def test_two_machines_train_fail_and_resume_together(start, tmp_path):
 
 BUSY = """
 import os, signal, sys, time
-from distributed import launch
-launch._HEARTBEAT_INTERVAL, launch._LOST_CONNECTION_DELAY = 0.5, 0.5
-with launch.process_group():
+from distributed import connection, heartbeat
+heartbeat._HEARTBEAT_INTERVAL, heartbeat._LOST_CONNECTION_DELAY = 0.5, 0.5
+with connection.process_group():
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)  # waits for a GPU that waits for the other worker's

@@ -1,4 +1,4 @@
-"""Each of PEFT's kinds of adapters trains, and its checkpoint gives back what was trained."""
+"""Every kind of PEFT adapter trains, and its checkpoint restores what was trained."""
 
 import pytest
 from conftest import ORACLE, exhaustive_except

@@ -10,12 +10,13 @@ import transformers
 from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
 
-from acceleration import gpu_settings, memory_plan
+from acceleration import memory_plan, speed_up
 from acceleration.capacity import measure_activations
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
+from distributed import gpu_settings
 from distributed.dtensor import distribute_model
 from distributed.fsdp import fsdp_mesh, shard_model
 from distributed.strategies import FullySharded, SingleProcess
@@ -97,6 +98,33 @@ def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
         assert sharded[CPU] == pytest.approx(whole[CPU], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "n_tokens"),
+    [
+        (["loss=dpo"], 16 + 48 + 36),  # of a prompt and two responses, in a row that they share
+        (["loss=dpo", "shared_prompt=false", "padding_free=false"], 2 * 64),
+        (["loss=dpo", "padding_free=true", "shared_prompt=false"], 64 + 16 + 36),
+        (["loss=sft", "model.policy_mp=bfloat16"], 2 * 64),
+        (["loss=dpo", "lora.r=4", "activation_checkpointing=true"], 16 + 48 + 36),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens, make_trainer, monkeypatch):
+    trainer = make_trainer("model=tiny", "datasets=[toy]", "n_examples=4", "n_eval_examples=4", "max_length=64",
+                           "max_prompt_length=32", *overrides)  # fmt: skip
+    planned = []
+    monkeypatch.setattr(speed_up, "plan_memory", lambda *args, **kwargs: planned.append((args, kwargs)))
+    speed_up._fitting_tokens(trainer)
+    (((_, policy, reference, optimizer, activations, found), _),) = planned
+    assert (policy, optimizer, found) == (trainer.policy, trainer.optimizer, n_tokens)
+    assert (reference is None) == (overrides[0] == "loss=sft" or "lora.r=4" in overrides)
+    hidden, n_layers = policy.config.hidden_size, policy.config.num_hidden_layers
+    least = 2 * hidden * n_layers  # bytes: what goes into each layer, in 16 bits
+    assert least < activations.kept[CPU] < 200 * least + 16 * policy.config.vocab_size
+    assert memory_plan.memory_plans(policy, reference, {}, activations, torch.float32) == []  # on a CPU
+    assert trainer.max_tokens is None
+
+
 # ---- the optimizer --------------------------------------------------------------------------------------------------
 
 
@@ -171,17 +199,17 @@ def names_with_copies(model: nn.Module) -> list[str]:
     ("saved", "fitting", "expected"),
     [(8600, 8550, 8600), (8600, 8700, 8600), (None, 8550, 8550), (8600, None, 8600), (None, None, None)],
 )
-def test_a_resumed_run_keeps_its_cap(saved, fitting, expected):
+def test_resumed_run_keeps_its_cap(saved, fitting, expected):
     assert memory_plan.resumed_cap(saved, fitting) == (expected, None)
 
 
-def test_a_resumed_run_on_a_smaller_gpu_takes_what_fits_and_says_so():
+def test_resumed_run_on_a_smaller_gpu_takes_what_fits_and_says_so():
     cap, warning = memory_plan.resumed_cap(17_000, 8_000)
     assert cap == 8_000
     assert "8,000 tokens, the run began with 17,000" in warning
 
 
-def test_the_cap_is_in_the_train_state(make_trainer, tmp_path):
+def test_cap_is_in_the_train_state(make_trainer, tmp_path):
     run = ["model=tiny", "datasets=[toy]", "loss=sft", "n_examples=8", "n_eval_examples=4", "batch_size=4"]
     first = make_trainer(*run)
     first.max_tokens = 640
@@ -205,7 +233,7 @@ def llama_on_meta() -> nn.Module:
         ))  # fmt: skip
 
 
-def test_a_model_larger_than_the_gpu_is_refused(monkeypatch):
+def test_model_larger_than_the_gpu_is_refused(monkeypatch):
     model, config = llama_on_meta(), compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU, so this is where it should be
@@ -253,7 +281,7 @@ def test_packed_4_bit_weights_count_whole():
 
 
 @pytest.mark.parametrize("key", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, monkeypatch):
+def test_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         monkeypatch.delenv(name)
@@ -281,7 +309,7 @@ def test_deterministic_algorithms_are_used_and_left_again(monkeypatch):
 # ---- references -----------------------------------------------------------------------------------------------------
 
 
-def test_a_reference_that_overflows_in_float16_is_refused_at_the_start(make_trainer, tmp_path):
+def test_reference_that_overflows_in_float16_is_refused_at_the_start(make_trainer, tmp_path):
     source = compose_config("model=tiny").model.name_or_path
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source))
     with torch.no_grad():  # what bfloat16 and float32 hold, but float16 doesn't
@@ -298,7 +326,7 @@ def test_a_reference_that_overflows_in_float16_is_refused_at_the_start(make_trai
     assert "use model.reference_dtype=bfloat16" in str(error.value)
 
 
-def test_a_reference_that_overflows_later_is_blamed_instead_of_lr():
+def test_reference_that_overflows_later_is_blamed_instead_of_lr():
     config = compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     infinite, finite = float("-inf"), -3.0
     overflown = {"logps_train/chosen": finite, "logratios_train/chosen": infinite}

@@ -1,4 +1,4 @@
-"""A batch cut into microbatches: nothing is lost, the cost is least, the gradient that of the batch."""
+"""Microbatches lose no pair, cost the least possible, and give the batch's gradient."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Every loss against its paper's formula, written down once more in plain float64, and its gradient by differences."""
+"""Every loss equals its paper's formula, rewritten here in float64, and its gradient equals finite differences."""
 
 import math
 

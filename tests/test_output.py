@@ -1,4 +1,4 @@
-"""Runs whose output cannot be shown, or that nobody reads, and caches that cannot be written."""
+"""Runs whose output can't be displayed or isn't read, and caches that can't be written."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ LOCAL_ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 @pytest.fixture
 def train(train_alone):
-    """The hub's and the terminal's variables are read at imports."""
+    """As `train_alone`: the terminal's variables are read when libraries are imported."""
     return train_alone
 
 
@@ -71,7 +71,13 @@ def start_piped(launcher, tmp_path):
     def start(n_lines: int, *overrides: str) -> list[str]:
         os.mkfifo(tmp_path / "pipe")
         reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-        launcher.start(*SHORT, f"local_run_dir={tmp_path}/run", *overrides, printed_to=str(tmp_path / "pipe"))
+        launcher.start(
+            *SHORT,
+            f"local_run_dir={tmp_path}/run",
+            *overrides,
+            printed_to=str(tmp_path / "pipe"),
+            forks_workers=True,
+        )
         os.set_blocking(reader, True)
         with open(reader) as lines:
             return list(itertools.islice(lines, n_lines))
@@ -98,9 +104,7 @@ def test_closed_pipe_of_both_streams_does_not_stop_training(start_piped, launche
     assert_complete(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "streams", exhaustive_except([">/dev/full", ">&-", "2>&-", ">&- 2>&-"], ">/dev/full", ">&- 2>&-")
-)
+@pytest.mark.parametrize("streams", exhaustive_except([">/dev/full", ">&-", "2>&-", ">&- 2>&-"], ">&- 2>&-"))
 def test_full_or_closed_streams_do_not_stop_training(streams, tmp_path):
     result = shell(f"$TRAIN {words()} {streams}", tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]

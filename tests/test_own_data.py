@@ -49,7 +49,7 @@ def tokenizer():
 
 @pytest.fixture
 def read(tokenizer, tmp_path):
-    """The prompts of a split's batches, in their order; or of an epoch's."""
+    """Return the prompts of a split's batches in their order."""
 
     def prompts(*datasets: str | Choice, split: str = "train", settings: dict | None = None, **kwargs) -> list[str]:
         kwargs = {"n_epochs": 1, "drop_last": False, "silent": True, "cache_dir": str(tmp_path / "cache")} | kwargs
@@ -147,7 +147,7 @@ def test_glob_pattern_reads_the_matching_files(read, tmp_path):
 
 
 def test_caches_and_runs_in_a_data_folder_are_not_read_as_data(launcher, tmp_path):
-    """Its own caches, those of what was tokenized, and the runs that a first run has left in it."""
+    """The folder gets a cache and, with each run, a run directory."""
     folder = tmp_path / "data"
     write(folder / "train.jsonl", numbered(8))
     write(folder / "test.jsonl", numbered(4, start=100))
@@ -199,6 +199,7 @@ def test_order_follows_the_seed_and_shards_split_it(read, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_workers_train_on_own_data_as_one(launcher, tmp_path):
     own = write(tmp_path / "rows.jsonl", numbered(24))
     scored = write(tmp_path / "scored.jsonl", [
@@ -280,7 +281,7 @@ def test_truncation_cuts_drops_or_refuses_long_examples(is_named, tokenizer, tmp
     assert read(None) == {"short": whole_short, "long": end}
     capsys.readouterr()
     assert read("drop") == {"short": whole_short}
-    assert f"{name} (train): 1 examples longer than max_length are dropped" in capsys.readouterr().out
+    assert f"{name} (train): dropped 1 examples longer than max_length" in capsys.readouterr().out
     with pytest.raises(UserError) as error:
         read("error")
     assert "truncation=error: 1 examples are longer than max_length=24 tokens:\n" in str(error.value)
@@ -298,7 +299,7 @@ def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
     assert "2 of 5 (40.0%) are longer than max_length=64: 0 prompts are cut to max_prompt_length=32, 2 have " in output
     make_trainer(*run, "truncation=drop")
     output = capsys.readouterr().out
-    assert "2 examples longer than max_length are dropped" in output
+    assert "dropped 2 examples longer than max_length" in output
     assert "none is longer than max_length=64" in output and "Training data: 3 examples an epoch" in output
 
 

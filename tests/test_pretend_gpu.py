@@ -14,7 +14,7 @@ import transformers
 from acceleration import memory_plan
 from acceleration.capacity import measure_activations
 from acceleration.measurement import full_length_batch
-from acceleration.packed_attention import takes_packed_attention, use_packed_attention, with_tensors
+from acceleration.packed_attention import supports_packed_attention, use_packed_attention, with_tensors
 from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
@@ -125,7 +125,7 @@ def put_on_gpus(model: torch.nn.Module, autocast_dtype: torch.dtype | None, chec
         pretend_gpu.move(model, lambda _name: "cuda:0")
     else:
         spread_over_two(model)
-    if takes_packed_attention(model):
+    if supports_packed_attention(model):
         use_packed_attention(model)
     if autocast_dtype is not None:
         shadow_linear_weights(model)
@@ -217,7 +217,7 @@ def plan(family: str, n_gpus: int, free: int, weights: str = "mixed", lora: bool
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_plan_predicts_what_a_graph_saves(family, on_gpu):
+def test_plan_predicts_what_a_graph_saves(family, on_gpu):
     for rows_name in ROWS:
         if family == "gptj" and ROWS[rows_name] in PACKED:  # whose attention is its own
             continue
@@ -245,7 +245,7 @@ OTHER_CASES = [
     [*DEFAULT_CASES, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHER_CASES)],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_plan_predicts_it_for_every_way_to_train(variant, family, rows_name, on_gpu):
+def test_plan_predicts_it_for_every_way_to_train(variant, family, rows_name, on_gpu):
     options = VARIANTS[variant]
     check_prediction(on_gpu(predicted_and_saved, family, rows_name, **options), options.get("n_gpus", 1))
 
@@ -269,7 +269,7 @@ def test_what_is_held_is_counted_to_the_byte(on_gpu):
         assert "Memory of cuda:0 (GB): weights " in line and "tokens a microbatch" in line
 
 
-def test_the_cap_is_what_the_rest_has_room_for(on_gpu):
+def test_cap_is_what_the_rest_has_room_for(on_gpu):
     free = 4 * 10**9
     ((found,), _) = on_gpu(plan, "llama", n_gpus=1, free=free)
     to_come = sum(found.held[name] for name in ("gradients", "optimizer", "bfloat16 copies"))
@@ -287,7 +287,7 @@ def test_each_gpu_is_planned_for_by_itself(on_gpu):
     assert memory_plan.cap_of(plans) == min(plan.max_tokens for plan in plans) > 0
 
 
-def test_an_adapter_takes_no_gradients_of_its_base(on_gpu):
+def test_adapter_takes_no_gradients_of_its_base(on_gpu):
     ((found,), _) = on_gpu(plan, "llama", n_gpus=1, free=4 * 10**9, lora=True)
     trained = sum(p.numel() for p in meta_model("llama", torch.float32, True).parameters() if p.requires_grad)
     assert found.held["gradients"] == found.held["optimizer"] == 4 * trained < found.held["weights"] / 5
@@ -306,7 +306,7 @@ def test_what_cannot_fit_is_refused_with_remedies(on_gpu):
     assert "model.reference_dtype" not in str(error.value)
 
 
-def test_an_optimizer_steps_over_all_weights_at_once_only_where_another_copy_fits(on_gpu):
+def test_optimizer_steps_over_all_weights_at_once_only_where_another_copy_fits(on_gpu):
     ((roomy,), _) = on_gpu(plan, "llama", n_gpus=1, free=4 * 10**9)
     to_come = roomy.held["gradients"] + roomy.held["optimizer"]
     for left, fits in ((roomy.held["gradients"] - 1, False), (roomy.held["gradients"], True)):

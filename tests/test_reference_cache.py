@@ -1,4 +1,4 @@
-"""A key of the cache of reference log-probabilities means one number, whoever computes it."""
+"""A key of the reference cache stands for one number, whichever run computes it."""
 
 import re
 
@@ -67,7 +67,7 @@ def test_archives_that_differ_only_in_float32_have_separate_caches(precompute, a
 
 
 def test_cache_does_not_depend_on_the_policys_dtype_or_adapter(precompute, archives):
-    """Whether the weights are hashed from the policy, or from the reference, which is loaded for it."""
+    """The weights are hashed from the policy, or else from the reference, loaded for that."""
     expected, n_computed, was_loaded = precompute(archives["exact"])
     assert (n_computed, was_loaded) == (24, False)
     for overrides, is_loaded in (

@@ -290,7 +290,7 @@ def test_reference_has_the_policys_dtype_on_a_cpu_unless_given(overrides, expect
 
 
 def said_of_changes(output: str) -> str:
-    """What a run that goes on says has changed."""
+    """Return the changes that a resumed run reports."""
     return output[output.index("Changed since the run began:") :].partition("Config, where it")[0]
 
 

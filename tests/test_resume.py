@@ -1,4 +1,4 @@
-"""The plug may be pulled at any moment: a run that was cut off and resumed ends as one that never stopped."""
+"""A run that is killed at any moment and resumed ends exactly as one that never stopped."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ TOY = [*SMALL, "datasets=[toy]", "n_examples=80"]
 
 @pytest.fixture(scope="module")
 def few_pairs(tmp_path_factory) -> str:
-    """The override that makes hh so small that two epochs are short."""
+    """Return the override for a copy of hh so small that two epochs are short."""
     directory = tmp_path_factory.mktemp("hh")
     for split in ("train", "test"):
         lines = (ORACLE / "hh" / f"{split}.jsonl").read_text().splitlines(keepends=True)
@@ -198,7 +198,7 @@ def test_crash_names_the_last_checkpoint(launcher, tmp_path):
     assert code == 1
     assert "training can't go on" in launcher.output
     last_line = launcher.output.splitlines()[-1]
-    assert f"The last checkpoint is {tmp_path}/run/step-8; to go on from it: python " in last_line
+    assert f"The last checkpoint is {tmp_path}/run/step-8; to resume from it: python " in last_line
     assert last_line.endswith(f"resume={tmp_path}/run")
 
 
@@ -311,7 +311,7 @@ def test_resume_without_a_whole_checkpoint_is_an_error(launcher, run_dir, tmp_pa
     assert launcher.run(*FINISHED, f"resume={run_dir}") == 1
     assert "none of its checkpoints is whole" in launcher.output
     assert launcher.run(*FINISHED, "resume=auto") == 1
-    assert "resume=auto goes on with the run in local_run_dir: give that, too" in launcher.output
+    assert "resume=auto resumes the run in local_run_dir: give that, too" in launcher.output
     assert launcher.run(*FINISHED, "resume=nowhere") == 1
     assert "resume=nowhere: no such directory" in launcher.output
     (tmp_path / "empty").mkdir()

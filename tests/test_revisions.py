@@ -20,7 +20,7 @@ NAMES = ("logps_train/chosen", "rewards_train/margins", "loss/train", "grad_norm
 
 
 def version(scale: float, **merged: str) -> dict[str, bytes]:
-    """A model whose weights are scaled, with `merged` in its tokenizer."""
+    """Return a model with scaled weights and `merged` in its tokenizer."""
     files = model_files()
     state = {name: tensor * scale for name, tensor in load(files["model.safetensors"]).items()}
     files["model.safetensors"] = save(state, {"format": "pt"})

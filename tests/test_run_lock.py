@@ -1,4 +1,4 @@
-"""A run directory belongs to one process at a time, and what isn't the run's stays as it is."""
+"""A run directory belongs to one process at a time, and files that aren't the run's are left untouched."""
 
 import errno
 import fcntl
@@ -12,7 +12,7 @@ from conftest import read_jsonl
 from launcher import Run, wait_until
 
 from checkpointing.integrity import recover_interrupted_saves
-from commands.run_directory import claimed
+from commands.run_directory import locked_run
 from utils import UserError
 
 RUN = [
@@ -66,18 +66,18 @@ def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     children = process.children()
     run.kill(signal.SIGKILL)
     run.wait()
-    with claimed(str(tmp_path / "run")):
+    with locked_run(str(tmp_path / "run")):
         pass
     wait_until(lambda: not any(child.is_running() for child in children))
     assert (tmp_path / "run/config.yaml").exists() == (when == "training")
 
 
 def test_claimed_directory_is_removed_unless_written_to(tmp_path):
-    with claimed(str(tmp_path / "new/run")):
+    with locked_run(str(tmp_path / "new/run")):
         assert os.listdir(tmp_path / "new/run") == [".lock"]
     assert os.listdir(tmp_path) == []
     (tmp_path / "there").mkdir()
-    with claimed(str(tmp_path / "there")), claimed(str(tmp_path / "new/run")):
+    with locked_run(str(tmp_path / "there")), locked_run(str(tmp_path / "new/run")):
         (tmp_path / "new/run/config.yaml").write_text("")
     assert sorted(os.listdir(tmp_path)) == ["new", "there"]
     assert os.listdir(tmp_path / "new/run") == ["config.yaml"]
@@ -86,8 +86,8 @@ def test_claimed_directory_is_removed_unless_written_to(tmp_path):
 def test_forked_child_does_not_keep_the_lock(launcher, tmp_path):
     script = f"""
 import os, signal, sys, time
-from commands.run_directory import claimed
-with claimed({str(tmp_path / "run")!r}):
+from commands.run_directory import locked_run
+with locked_run({str(tmp_path / "run")!r}):
     forked, tell = os.pipe()
     child = os.fork()
     if child == 0:
@@ -102,19 +102,19 @@ with claimed({str(tmp_path / "run")!r}):
     assert run.wait() == -signal.SIGKILL, run.output
     child = int(run.output)
     assert psutil.Process(child).is_running()
-    with claimed(str(tmp_path / "run")):
+    with locked_run(str(tmp_path / "run")):
         os.kill(child, signal.SIGKILL)
 
 
 def test_competing_processes_never_hold_the_lock_together(launcher, tmp_path):
     script = f"""
 import os, sys
-from commands.run_directory import claimed
+from commands.run_directory import locked_run
 from utils import UserError
 n = 0
 while n < 150:
     try:
-        with claimed({str(tmp_path / "run")!r}):
+        with locked_run({str(tmp_path / "run")!r}):
             os.close(os.open({str(tmp_path / "held")!r}, os.O_CREAT | os.O_EXCL))
             os.remove({str(tmp_path / "held")!r})
             n += 1
@@ -132,7 +132,7 @@ def test_file_system_without_locks_warns(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with claimed(str(tmp_path / "run")):
+    with locked_run(str(tmp_path / "run")):
         assert "WARNING: local_run_dir=" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []
 
@@ -140,7 +140,7 @@ def test_file_system_without_locks_warns(tmp_path, monkeypatch, capsys):
 def test_file_in_place_of_the_run_directory_is_named(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match=f"local_run_dir={tmp_path}/run: can't write there: .*Not a directory"):  # noqa: SIM117
-        with claimed(str(tmp_path / "run")):
+        with locked_run(str(tmp_path / "run")):
             pass
     assert (tmp_path / "run").read_text() == "mine"
 

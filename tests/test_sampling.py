@@ -1,4 +1,4 @@
-"""Samples come from the model itself, whatever its generation config asks for."""
+"""Samples come from the model's own softmax, whatever its generation config says."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The learning rate's schedules: the original's by default, those of Transformers by their names, exact on going on."""
+"""Learning rate schedules: the original's by default, Transformers' by name, exact after a resume."""
 
 import math
 
@@ -39,7 +39,7 @@ def rates(run_dir) -> list[float]:
 
 
 def rates_of(trainer) -> list[float]:
-    """Of all its steps, as its scheduler gives them."""
+    """Return the learning rates of all steps, as the scheduler gives them."""
     values = []
     for _ in range(N_STEPS):
         values.append(trainer.scheduler.get_last_lr()[0])
@@ -55,7 +55,7 @@ def test_default_schedule_is_the_originals(make_trainer):
 
 @pytest.mark.parametrize("name", [name for name in schedules() if name != "constant_with_warmup"])
 def test_every_schedule_equals_transformers_shifted_by_one_step(name, make_trainer):
-    """As many steps of warmup as the default's, and no step at a rate of 0."""
+    """Warmup has as many steps as the default's, and no step has a rate of 0."""
     overrides = [f"lr_scheduler={name}", f"lr_scheduler_args={ARGUMENTS.get(name, '{}')}"]
     trainer = make_trainer(*RUN, f"n_examples={4 * N_STEPS}", *overrides)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
@@ -78,6 +78,7 @@ def test_every_schedule_equals_transformers_shifted_by_one_step(name, make_train
 @pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
 def test_resumed_run_follows_the_schedule_exactly(trainer, launcher, tmp_path):
     run = [*RUN, "lr_scheduler=cosine", f"n_examples={4 * N_STEPS}", "eval_every=8", f"trainer={trainer}"]
+    run.append("n_eval_examples=4")
     n_workers = 1 if trainer == "BasicTrainer" else 2
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert launcher.run(*run, f"local_run_dir={whole}", n_workers=n_workers) == 0, launcher.output

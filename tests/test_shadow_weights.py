@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from acceleration.prefix_sharing import shared_rows
 from acceleration.response_head import response_logps
-from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
+from acceleration.shadow_weights import ShadowedLinear, shadow_if_equal, shadow_linear_weights
 from losses import LOSSES
 
 BATCH = BATCHES["ordinary"]
@@ -167,3 +167,22 @@ def trained_adapter(model: nn.Module) -> list[torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_copies_that_give_other_numbers_are_not_kept(monkeypatch):
+    def logps() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return response_logps(model, shared_rows(BATCH))
+
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = logps()
+    make_copy = ShadowedLinear._in_dtype
+    monkeypatch.setattr(ShadowedLinear, "_in_dtype", lambda *args: make_copy(*args) * 1.01)  # as a wrong kernel might
+    assert not shadow_if_equal(model, optimizer, logps)
+    assert not any(isinstance(module, ShadowedLinear) for module in model.modules())
+    assert torch.equal(logps(), expected)
+    monkeypatch.undo()
+    assert shadow_if_equal(model, optimizer, logps)
+    assert any(isinstance(module, ShadowedLinear) for module in model.modules())
+    assert torch.equal(logps(), expected)

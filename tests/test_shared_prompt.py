@@ -1,4 +1,4 @@
-"""The fast path against the original's computation: two padded sequences a pair, logits at every position."""
+"""The fast ways equal the original's computation: two padded sequences per pair, logits at every position."""
 
 import importlib
 from types import SimpleNamespace
@@ -77,7 +77,7 @@ class Tokenizer:
 
 
 def make_batch(*parts: tuple[int, int, int], max_length: int = MAX_LENGTH, same: bool = False) -> dict:
-    """A batch of pairs with these numbers of tokens in prompt, chosen and rejected (each response gets an end)."""
+    """Return pairs with these numbers of tokens in prompt, chosen and rejected (each response gets an end)."""
     generator = torch.Generator().manual_seed(1)
     texts = [[tuple(torch.randint(1, VOCAB, (n,), generator=generator).tolist()) for n in lengths] for lengths in parts]
     if same:

@@ -91,9 +91,7 @@ def test_model_of_one_worker_is_spread_over_all(name, how, n_workers, n_shards, 
 
 
 def no_blocks():
-    with pytest.raises(
-        UserError, match=r"GPTNeoXForCausalLM doesn't say what its transformer blocks are; give .*block_name"
-    ):
+    with pytest.raises(UserError, match=r"GPTNeoXForCausalLM doesn't name its transformer blocks; give .*block_name"):
         shard_model(make_model("untied"), fsdp_mesh(1), "Blocks", None, offload=False)
 
 
@@ -133,7 +131,7 @@ def optimizers() -> dict[str, type]:
 
 
 def optimized() -> list[str]:
-    """The optimizers that fail on spread parameters; all others must give what they give on whole ones."""
+    """Return the optimizers that fail on sharded parameters; check that all others update them as whole ones."""
     mesh, failing = init_device_mesh("cpu", (2,)), []
     for name, optimizer_class in optimizers().items():
         torch.manual_seed(0)

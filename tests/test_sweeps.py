@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from launcher import Run, wait_until
 from test_cli import TOY
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 def table(output: str) -> list[list[str]]:
-    """The cells of the table at a sweep's end; overrides with a space in them are cells of their own."""
+    """Return the cells of the table at a sweep's end, split at spaces."""
     lines = output[output.rindex("== The sweep in ") :].splitlines()[1:]
     return [line.split() for line in itertools.takewhile(lambda line: line and "To go on" not in line, lines)]
 
 
 def printed_command(output: str) -> list[str]:
-    """The words of the command that is printed last."""
+    """Return the words of the command that is printed last."""
     return shlex.split(output.strip().splitlines()[-1].split("not complete: ")[1])
 
 
@@ -92,7 +92,7 @@ def test_failing_job_is_reported_and_the_others_run(launcher, tmp_path):
     assert [row[2] for row in table(again.output)[1:]] == ["complete", "failed", "failed", "complete"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", exhaustive_except([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(number, launcher, tmp_path):
     overrides = [*SHORT, "n_examples=400", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
     launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
@@ -134,7 +134,7 @@ def test_signal_while_a_job_loads_ends_the_sweep(launcher, tmp_path):
 
 def test_signal_ends_a_sweep_of_jobs_with_workers(launcher, tmp_path):
     overrides = [*SHORT, "n_examples=400", "seed=1,2", "trainer=FSDPTrainer", "world_size=2"]
-    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
+    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep", forks_workers=True)
     first = tmp_path / "sweep/seed-1/metrics.jsonl"
     wait_for_lines(first, 4, launcher)
     launcher.kill(signal.SIGTERM)
@@ -199,7 +199,7 @@ def test_printed_resume_command_quotes_the_run_directory(launcher, tmp_path):
     wait_for_lines(run_dir / "metrics.jsonl", 1, launcher)
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
-    command = shlex.split(launcher.output.strip().splitlines()[-1].split("go on from it: ")[1])
+    command = shlex.split(launcher.output.strip().splitlines()[-1].split("resume from it: ")[1])
     examples = json.loads((run_dir / "LATEST/state.json").read_text())["examples"]
     assert launcher.run(*command[2:], f"n_examples={examples + 4}") == 0, launcher.output
     assert f"Resuming from {run_dir}/LATEST: {examples} examples" in launcher.output

@@ -1,4 +1,4 @@
-"""What a run says of itself: when, once, with what to try, and nothing where all is well."""
+"""Warnings about a run that goes wrong: once, with advice, and none for a healthy run."""
 
 import json
 import math

@@ -53,7 +53,7 @@ def reads(monkeypatch):
 
 
 def on_meta(trainer: trainers.BasicTrainer) -> dict:
-    """A batch that is ready, once the models have gone to the meta device."""
+    """Move the models to the meta device; returns a prepared batch."""
     trainer.precompute_reference()
     batch = next(iter(trainer.train_iterator))
     trainer.policy.to(META)

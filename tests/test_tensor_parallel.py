@@ -82,7 +82,7 @@ def mesh_of_all() -> DeviceMesh:
 
 
 def both(name: str, dtype=torch.float64) -> tuple[nn.Module, nn.Module]:
-    """The same model whole and split."""
+    """Return the same model whole and split."""
     models = make_model(CONFIGS[name], dtype), make_model(CONFIGS[name], dtype)
     parallelize(models[1], mesh_of_all())
     return models
@@ -116,7 +116,7 @@ def check_equals_dense(name: str, checkpointing: bool = False):
 
 
 def check_parameters(name: str):
-    """From meta tensors to values and back, bit for bit; each worker holds its share alone."""
+    """Check that meta tensors get their values bit for bit, and that each worker holds only its share."""
     dense = make_model(CONFIGS[name])
     split = copy.deepcopy(dense)
     on_meta = {p: nn.Parameter(p.to("meta")) for p in split.parameters()}
@@ -167,7 +167,7 @@ def check_generation(name: str):
 
 
 def with_adapters(model: nn.Module, name: str) -> nn.Module:
-    """The model with two adapters in every linear layer of its blocks, none of them zero."""
+    """Return the model with two non-zero adapters in every linear layer of its blocks."""
     torch.manual_seed(4)
     config = LoraConfig(r=3, target_modules="all-linear", fan_in_fan_out=name.startswith("gpt2"))
     model = get_peft_model(model, config)
@@ -230,7 +230,7 @@ def check_autocast(name: str):
 
 
 def check_chunks(name: str):
-    """The head's chunks of a few tokens, whose logits are computed again in the backward pass."""
+    """Check with head chunks of a few tokens, whose logits are recomputed in the backward pass."""
     sizes = response_head._CHUNK_BYTES["cpu"], response_head._KEPT_LOGITS_BYTES
     response_head._CHUNK_BYTES["cpu"], response_head._KEPT_LOGITS_BYTES = 4 * 61 * 5, 0
     try:
@@ -262,7 +262,7 @@ def numbers_sent(name: str) -> tuple[int, int]:
 
 
 def count_all_reduces(name: str) -> tuple[int, int]:
-    """Of the model without its head, forward and backward."""
+    """Count the all-reduces of the model without its head, forward and backward."""
     _, split = both(name)
     with profile() as forward:
         hidden_states = split.base_model(BATCH["chosen_input_ids"])[0]
@@ -352,7 +352,7 @@ def test_block_takes_two_all_reduces_each_way(name, n_backward, in_workers):
         (
             "experts",
             None,
-            r"Mixtral.*: .* wants .*rowwise for model\.layers\.\*\.mlp\.experts\.down_proj, moe_tp_experts for .*; use",
+            r"Mixtral.*: .* needs .*rowwise for model\.layers\.\*\.mlp\.experts\.down_proj, moe_tp_experts for .*; use",
         ),
         ("llama", {"use_dora": True}, "its layer model.layers.0.self_attn.q_proj is of the class peft.*Linear; "),
         (

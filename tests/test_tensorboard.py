@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
-    """By name and step, the last of them where a run has gone on."""
+    """Return the logged values by name and step; for a resumed run the last ones."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
@@ -58,7 +58,7 @@ def test_missing_tensorboard_matters_only_when_enabled(launcher, tmp_path):
 
 
 def test_unwritable_tensorboard_warns_once_and_training_continues(launcher, tmp_path):
-    """A file where its directory would be."""
+    """A file stands in place of TensorBoard's directory."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("")
     assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run") == 0, launcher.output

@@ -1,4 +1,4 @@
-"""What a run shows on terminals of 80 and 120 columns, and in a log file."""
+"""A run's output on terminals of 80 and 120 columns, and in a log file."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from test_cli import TOY
 
 from reporting import terminal
 from reporting.run_log import interval_means
-from reporting.terminal import RunTable, duration, number, samples_side_by_side
+from reporting.terminal import Progress, RunTable, duration, number, progressing, samples_side_by_side
+from reporting.time_left import TimeLeft
 
 RUN = [*TOY, "loss=dpo", "n_examples=64", "eval_every=32", "lr=1e-3", "curves=false", "wandb.enabled=false",
        "minimum_log_interval_secs=1e-9"]  # fmt: skip
@@ -91,7 +92,7 @@ def test_only_non_default_config_is_printed(launcher, tmp_path):
 
 
 def test_log_line_shows_means_over_its_steps():
-    """Of equally large steps; a rate is that of all of them together, as half the speed takes twice the time."""
+    """Steps are equally large; a rate is that of all steps together (the harmonic mean)."""
     steps = [
         {"counters/examples": 4, "loss/train": 1.0, "lr": 0.1, "examples_per_second": 10.0},
         {"counters/examples": 8, "loss/train": 2.0, "lr": 0.2, "examples_per_second": 30.0},
@@ -164,7 +165,7 @@ def test_samples_are_shown_side_by_side_under_one_prompt(monkeypatch):
     assert max(map(len, lines)) <= 79
     (names,) = [line for line in lines if "policy" in line]
     at = names.index("reference")
-    assert any(line[at:].startswith("No. [2J Human: x") and "Yes, of course" in line for line in lines)
+    assert any(line[at:].startswith("No.\\x1b[2J Human: x") and "Yes, of course" in line for line in lines)
     assert [line[: at - 2].rstrip() for line in lines if "…" in line][-1].endswith("…")
     assert "\033" not in text and not re.search(r"\bcour\b|\bcours\b", text)
     wide = samples_side_by_side(samples("问", policy="很好" * 100))
@@ -193,3 +194,44 @@ def test_rounded_default_of_eval_every_gives_no_warning(launcher, tmp_path):
     assert "WARNING" not in launcher.output and "Setting eval_every to 19968" in launcher.output
     assert launcher.run(*TOY, *run, "eval_every=100", f"local_run_dir={tmp_path}/run2") == 0, launcher.output
     assert "WARNING: eval_every must be divisible by batch_size" in launcher.output
+
+
+def test_progress_in_a_log_is_a_line_a_minute_with_total_and_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    for _ in progressing(range(100), "Evaluating", "batches"):
+        now[0] += 10  # seconds
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "Evaluating: 6 of 100 batches, about 15m40s left", "Evaluating: 12 of 100 batches, about 14m40s left",
+    ]  # fmt: skip
+    assert len(lines) == 16  # none at the end
+    with Progress("Reading a\x1b file", None, "rows") as progress:
+        now[0] += 61
+        progress.update(1000, note="3 failed")
+    assert capsys.readouterr().out == "Reading a\\x1b file: 1,000 rows, 3 failed\n"
+
+
+def test_time_left_counts_evaluations_and_saves_to_come():
+    """100 steps of 2 s, an evaluation of 300 s every 160 examples and at the end, saves of 10 s."""
+    now = [0.0]
+    left = TimeLeft(400, batch_size=4, eval_every=160, save_every=160, clock=lambda: now[0])
+
+    def spend(seconds: float, kind: str):
+        now[0] += seconds
+        left.tick(kind)
+
+    spend(300, "evaluation")  # the first one, before training
+    spend(2, "step")
+    assert left.seconds(4) == 99 * 2 + 3 * 300  # at 160, at 320 and at the end; saves are unknown yet
+    for _ in range(39):
+        spend(2, "step")
+    assert left.seconds(160) == 60 * 2 + 3 * 300  # the one at 160 comes after the line
+    spend(300, "evaluation")
+    spend(10, "save")
+    spend(2, "step")
+    assert left.seconds(164) == 59 * 2 + 2 * (300 + 10)
+    for _ in range(100):
+        spend(1, "step")  # faster now
+    assert left.seconds(200) == 50 * 1 + 2 * (300 + 10)
+    assert left.seconds(400) == 300 + 10

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from launcher import train_after
 from test_evaluate import trained  # noqa: F401 (a fixture)
 from test_sample import prompts, texts  # noqa: F401 (a fixture)
 
@@ -14,16 +15,18 @@ SAMPLE = str(REPOSITORY / "sample.py")
 
 
 @pytest.fixture
-def draw(run_python, tmp_path):
+def draw(launcher, tmp_path):
     """Run sample.py where a package named vllm is; returns what it printed."""
     (tmp_path / "packages/vllm").mkdir(parents=True)
     shutil.copy(REPOSITORY / "tests/vllm_stand_in.py", tmp_path / "packages/vllm/__init__.py")
 
     def run(*overrides: str, fails: bool = False) -> str:
-        words = [*overrides, "max_new_tokens=8", f"local_dirs=[{tmp_path}/cache]"]
-        result = run_python(SAMPLE, *words, env={"PYTHONPATH": f"{tmp_path}/packages"})
-        assert (result.returncode != 0) == fails, result.stdout + result.stderr
-        return result.stdout + result.stderr
+        packages = f"{tmp_path}/packages"
+        script = train_after(f"import sys\nsys.path.insert(0, {packages!r})", tmp_path, "sample.py")
+        words = [*overrides, "max_new_tokens=8"]
+        code = launcher.run(*words, script=script, directory=tmp_path, env={"PYTHONPATH": packages})
+        assert (code != 0) == fails, launcher.output
+        return launcher.output
 
     return run
 
@@ -55,8 +58,14 @@ def test_vllm_samples_have_their_own_seeds_and_are_drawn_once(draw, trained, pro
     output = draw(*common, "n=2", f"output={tmp_path}/one.jsonl")
     assert "Drawing 9 samples by vLLM" in output and "9 samples drawn, 9 were there" in output
     assert sorted(texts(tmp_path / "one.jsonl")) == sorted(texts(tmp_path / "two.jsonl"))
+
+
+@pytest.mark.exhaustive
+def test_vllm_draws_each_temperature_into_its_own_file(draw, trained, prompts, tmp_path):  # noqa: F811
+    common = [f"run={trained('dpo')}", prompts, "engine=vllm"]
+    draw(*common, f"output={tmp_path}/one.jsonl")
     draw(*common, f"output={tmp_path}/w.jsonl", "temperature=[0.5,1]")
-    assert texts(tmp_path / "w_t1.jsonl") == one != texts(tmp_path / "w_t0.5.jsonl")
+    assert texts(tmp_path / "w_t1.jsonl") == texts(tmp_path / "one.jsonl") != texts(tmp_path / "w_t0.5.jsonl")
 
 
 def test_failing_vllm_is_reported(draw, trained, prompts, tmp_path):  # noqa: F811

@@ -1,4 +1,4 @@
-"""What wandb has recorded of runs, read back from its offline files."""
+"""wandb's records of runs, read back from its offline files."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a .wandb file: LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md)
+    """Parse a .wandb file: LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md)
     after a header of seven bytes, which belongs to the first block."""
     data, place, parts, records = path.read_bytes(), 7, b"", []
     assert data[:4] == b":W&B"
@@ -121,6 +121,7 @@ def test_wandb_never_prompts_for_an_account(launcher, tmp_path, no_account):
     assert "logging offline" in text
     assert "wandb login" in text
     assert "WANDB_API_KEY" in text
+    assert "Run history" not in text and "Run summary" not in text
     (run,) = offline_runs(tmp_path / "run")
     assert_recorded(run, tmp_path / "run")
     assert "wandb sync " in text

@@ -11,7 +11,7 @@ from launcher import Run
 from process_pool import launcher_variables, reserve_port
 from test_launch import children_of
 
-from distributed import launch
+from distributed import connection
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +38,12 @@ def start(launcher, tmp_path):
 
 CONNECT = """
 import sys, time
-from distributed import launch
+from distributed import connection
 from utils import UserError
-launch._RENDEZVOUS_TIMEOUT = int(sys.argv[1])
+connection._RENDEZVOUS_TIMEOUT = int(sys.argv[1])
 start = time.monotonic()
 try:
-    with launch.process_group():
+    with connection.process_group():
         print("connected")
 except UserError as error:
     print("after", time.monotonic() - start, "s:", error)
@@ -53,16 +53,16 @@ except UserError as error:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc, set by the launcher: must be a whole number"),
-        ({"RANK": "x"}, "RANK=x, set by the launcher: must be a whole number"),
-        ({"RANK": "-1"}, "RANK=-1, set by the launcher: must be a whole number"),
-        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2, set by the launcher: ranks begin at 0 and stay below"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc, set by the launcher: must be an integer"),
+        ({"RANK": "x"}, "RANK=x, set by the launcher: must be an integer"),
+        ({"RANK": "-1"}, "RANK=-1, set by the launcher: must be an integer"),
+        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2, set by the launcher: ranks must be numbered from 0 to WORLD_SIZE - 1"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0, WORLD_SIZE=0, set by the launcher"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1, set by the launcher: must be a whole number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1, set by the launcher: must be an integer"),
         ({"LOCAL_RANK": "5"}, "LOCAL_RANK=5, RANK=0, set by the launcher"),
         ({"LOCAL_RANK": ""}, "RANK is set, but not LOCAL_RANK"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000, set by the launcher: must be a port"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, set by the launcher: must be a whole number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, set by the launcher: must be an integer"),
         ({"MASTER_ADDR": ""}, "RANK is set, but not MASTER_ADDR"),
     ],
     ids=str,
@@ -91,7 +91,10 @@ def test_impossible_port_is_named(port, message, launcher, tmp_path):
         listener.listen()
         port = port or str(listener.getsockname()[1])
         start = time.monotonic()
-        assert launcher.run(*RUN, "world_size=2", f"fsdp_port={port}", f"local_run_dir={tmp_path}/run") == 1
+        assert (
+            launcher.run(*RUN, "world_size=2", f"fsdp_port={port}", f"local_run_dir={tmp_path}/run", forks_workers=True)
+            == 1
+        )
     assert time.monotonic() - start < 120
     pattern = "error: " + message.format(port).replace("(", r"\(").replace(")", r"\)")
     assert len(re.findall(pattern, launcher.output)) == 1, launcher.output
@@ -100,7 +103,7 @@ def test_impossible_port_is_named(port, message, launcher, tmp_path):
 
 
 def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
-    assert launch._RENDEZVOUS_TIMEOUT == 60
+    assert connection._RENDEZVOUS_TIMEOUT == 60
     seconds = 6  # instead
     ports = [reserve_port() for _ in range(3)]
     with socket.socket() as silent:
@@ -145,7 +148,9 @@ def test_ranks_alternating_between_machines_are_refused(start):
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
-    run = launcher.start(*RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True)
+    run = launcher.start(
+        *RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True, forks_workers=True
+    )
     run.wait_for("First step: ")
     workers = children_of(*run.children)
     workers[silent].send_signal(signal.SIGSTOP)
@@ -154,7 +159,7 @@ def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
     assert 3 < time.monotonic() - stopped < 120
     assert re.findall("error: .*", run.output) == [
         f"error: worker {silent} (process {workers[silent].pid} on {socket.gethostname()}) has given no sign of life "
-        "for 8 seconds (worker_timeout): the run ends. resume=auto goes on with it"
+        "for 8 seconds (worker_timeout): the run ends. Resume it with resume=auto"
     ]
     assert not any(worker.is_running() for worker in workers)
     assert ".lock" not in os.listdir(tmp_path / "run")
@@ -162,9 +167,9 @@ def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
 
 SLOW = """
 import hashlib, os, sys, time
-from distributed import collectives, launch
+from distributed import collectives, connection
 rank, asleep, at_work = sys.argv[1:]
-with launch.process_group(worker_timeout=4):
+with connection.process_group(worker_timeout=4):
     print("connected", flush=True)
     if os.environ["RANK"] == rank:
         time.sleep(float(asleep))
