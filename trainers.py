@@ -140,8 +140,7 @@ class BasicTrainer:
         self.eval_batches = [
             {**batch, "index": self.eval_iterator.indices(number)} for number, batch in enumerate(self.eval_iterator)
         ]
-        self.n_eval_examples = len(set(self.eval_iterator.numbers()))  # different ones: some may come several times
-        n_examples = self.eval_iterator.n_examples
+        self.n_eval_examples = n_examples = self.eval_iterator.n_examples
         if config.sample_during_eval and config.n_eval_model_samples > n_examples:
             rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
 

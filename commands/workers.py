@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from commands.errors import errors_reported
 from commands.output import keep_output_going
-from data.prepared import ROWS
+from data.row_sources import ROWS
 from distributed import environment, launch
 from distributed.strategies import STRATEGIES
 

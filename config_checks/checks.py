@@ -11,7 +11,7 @@ import shutil
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from config_checks.datasets import check_datasets, check_fields, chosen_datasets
+from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.explanations import unknown_key
 from config_checks.lora import check_adapter_fits, check_lora
 from config_checks.schema import FREE_KEYS, default_config, flatten, names_in
@@ -194,8 +194,10 @@ def _check_data(config: DictConfig):
     if not 0 < config.test_fraction < 1:
         raise UserError(f"test_fraction={config.test_fraction}: must be above 0 and below 1")
     check_fields(config.fields, "config")
+    check_ignored_columns(config.ignored_columns, "config")
     choices = chosen_datasets(config)
-    of_rows = [key for key in ("train_split", "test_split", "fields") if config[key]]
+    of_files = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template")
+    of_rows = [key for key in of_files if config[key]]
     if of_rows and all(choice.name in DATASETS for choice in choices):
         raise UserError(
             f"{of_rows[0]}={config[of_rows[0]]}: that is for files and hub ids; named datasets have their own"

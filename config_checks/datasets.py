@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from glob import has_magic
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from data.choice import TRUNCATIONS, Choice
 from data.locations import is_location, locate
-from data.prepared import ROWS
+from data.row_sources import ROWS
 from preference_datasets import DATASETS, check_names, refuse_unknown_name
 from utils import UserError, closest_match
 
@@ -19,16 +19,19 @@ def chosen_datasets(config: DictConfig) -> list[Choice]:
 
     Raises: UserError if an entry isn't one.
     """
-    common = {key: config[key] for key in ("truncation", "train_split", "test_split")} | {"fields": dict(config.fields)}
+    common = {key: config[key] for key in ("truncation", "train_split", "test_split")} | {
+        "fields": dict(config.fields), "ignored_columns": tuple(config.ignored_columns)
+    }  # fmt: skip
     choices = []
     for entry in config.datasets:
         given = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
         _check_entry(given, f"datasets=[{entry}]")
         is_named = given["name"] in DATASETS
         inherited = {"truncation": common["truncation"]} if is_named else common
-        choices.append(
-            Choice(**(inherited | given | {"fields": dict(given.get("fields", inherited.get("fields", {})))}))
-        )
+        settings = inherited | given
+        settings["fields"] = dict(settings.get("fields", {}))
+        settings["ignored_columns"] = tuple(settings.get("ignored_columns", ()))
+        choices.append(Choice(**settings))
     names = [choice.name for choice in choices]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"datasets: {twice} stands there twice; give it a weight: {{name: {twice}, weight: 2}}")
@@ -55,12 +58,19 @@ def _check_entry(given: dict, shown: str):
         if not isinstance(given.get(key), str | None):
             raise UserError(f"{shown}: {key}={given[key]}: expected the name of a split")
     check_fields(given.get("fields", {}), shown)
+    check_ignored_columns(given.get("ignored_columns", []), shown)
 
 
 def check_fields(given: object, shown: str):
     """Raises UserError unless it maps texts to texts."""
     if not isinstance(given, Mapping) or not all(isinstance(x, str) for item in given.items() for x in item):
         raise UserError(f"{shown}: fields={given}: expected a format's names and the data's, e.g. {{prompt: question}}")
+
+
+def check_ignored_columns(given: object, shown: str):
+    """Raises UserError unless it is a list of names."""
+    if not isinstance(given, list | ListConfig) or not all(isinstance(name, str) for name in given):
+        raise UserError(f"{shown}: ignored_columns={given}: expected a list of columns, e.g. ignored_columns=[source]")
 
 
 def check_datasets(choices: list[Choice], paths: dict[str, str]):
@@ -71,7 +81,7 @@ def check_datasets(choices: list[Choice], paths: dict[str, str]):
         if choice.name in DATASETS and choice.name in ROWS:
             raise UserError(f"datasets=[{choice.name}]: a named dataset is called so; give your rows another name")
         if choice.name in DATASETS:
-            for key in ("train_split", "test_split", "fields"):
+            for key in ("train_split", "test_split", "fields", "ignored_columns"):
                 if getattr(choice, key):
                     raise UserError(
                         f"{key}={getattr(choice, key)}: datasets=[{choice.name}] has its own function that reads it; "

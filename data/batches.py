@@ -101,10 +101,9 @@ class BatchIterator:
         self.mismatched = mismatched
 
         available = len(self.order) if sft_mode else int(self.prompts.n_pairs[self.order].sum())
-        once = not drop_last and (available < batch_size or (n_examples or 0) <= available)
-        self.n_left_out = 0 if once else available % batch_size
+        self.n_left_out = available % batch_size if drop_last else 0
         self.epoch_size = available - self.n_left_out
-        totals = [n_epochs * self.epoch_size] if n_epochs is not None else [self.epoch_size] if once else []
+        totals = [n_epochs * self.epoch_size] if n_epochs is not None else [] if drop_last else [self.epoch_size]
         if n_examples is not None:
             totals.append(-(-n_examples // batch_size) * batch_size if drop_last else n_examples)
         self.n_examples = min(totals)

@@ -7,7 +7,8 @@ turns, and the tokens between them, as one text.
 import re
 from dataclasses import dataclass
 
-from data.formats import BadExample, Example, shared_start
+from data.messages import BadExample
+from data.rows import Example, shared_start
 from utils import UserError
 
 
@@ -46,12 +47,12 @@ class Renderer:
         if isinstance(example.prompt, str):
             for text in (example.prompt, *example.responses):
                 if self.tokenizer.eos_token in text:
-                    _raise_special(text, self.tokenizer.eos_token)
+                    _raise_special(text, self.tokenizer.eos_token, self.tokenizer.eos_token)
             return Rendered(example.prompt, list(example.responses), False)
         for messages in (example.prompt, *example.responses):
             for message in messages:
                 if isinstance(message.get("content"), str) and (found := self.is_special.search(message["content"])):
-                    _raise_special(message["content"], found[0])
+                    _raise_special(message["content"], found[0], self.tokenizer.eos_token)
         if self.template is None:
             raise UserError(
                 "messages need a chat template, and the tokenizer has none; take an instruct model's "
@@ -128,8 +129,11 @@ def _load_template(tokenizer, path: str | None) -> str | None:
     return template
 
 
-def _raise_special(text: str, token: str):
+def _raise_special(text: str, token: str, eos_token: str):
     around = text[max(0, text.index(token) - 40) :]
+    if token == eos_token and text.rstrip().endswith(token) and text.count(token) == 1:
+        reason = f"the text ends in {token!r}, which is added to every response: leave it out: ...{around!r:.100}"
+        raise BadExample("end token in a text", reason)
     raise BadExample("special token in a text", f"the text contains {token!r}: ...{around!r:.100}")
 
 

@@ -16,6 +16,7 @@ class Choice:
     train_split: str | None = None
     test_split: str | None = None
     fields: dict[str, str] = field(default_factory=dict)
+    ignored_columns: tuple[str, ...] = ()
 
     def truncation_mode(self, default: str = "keep_end") -> str:
         """Return which end of an over-long prompt is kept: what the entry says, else the dataset's default."""
@@ -29,6 +30,8 @@ class Settings:
     fields: dict[str, str] = field(default_factory=dict)  # names that a format's fields have in the data
     train_split: str | None = None
     test_split: str | None = None
+    ignored_columns: tuple[str, ...] = ()  # that are left out, though they may belong to the prompt
     test_fraction: float = 0.05  # of the prompts, held out where there is no test split
     skips_bad: bool = False
     chat_template: str | None = None  # a file; None: the tokenizer's own
+    texts_as_messages: bool = False  # render plain prompts and responses by the chat template, too

@@ -270,7 +270,7 @@ def caches_and_runs(folder: str) -> list[str]:
             "dataset_info.json" in files and "state.json" not in files and any(f.endswith(".arrow") for f in files)
         )
         is_hub_cache = "snapshots" in subdirectories and {"blobs", "refs"} & set(subdirectories)
-        is_prepared = {"info.json", "train.arrow", "test.arrow"} <= set(files)  # by data.prepared
+        is_prepared = {"info.json", "train.arrow", "test.arrow"} <= set(files)  # by data.preparation
         is_unfinished = directory.endswith((".incomplete", ".partial"))
         if directory != folder and (is_run or is_arrow_cache or is_hub_cache or is_prepared or is_unfinished):
             found.append(directory)

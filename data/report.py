@@ -61,22 +61,41 @@ def count_empty_prompts(batches: BatchIterator) -> int:
 
 
 def _read_lines(part: Sequence[Prompt], split: str) -> list[str]:
-    """How many rows of a file were read, and what became of them."""
+    """Say how many rows of a file were read, and what isn't used of them."""
     if not isinstance(part, PreparedPrompts):
         return []
+    labels = [_label_line(part, split)] if part.others is not None else []
     rows = part.info.get(f"{split}_rows")
     if rows is None:
         share = f"{len(part):,} prompts held out of the others"
-        return [f"{part.dataset} ({split}): {share}, the same ones whenever it is read"]
+        return [f"{part.dataset} ({split}): {share}, the same ones whenever it is read", *labels]
     bad = ", ".join(f"{count:,} {kind}" for kind, count in rows["bad"].items())
     left_out = f"; left out: {bad}" if bad else ""
     without = int((part.n_pairs == 0).sum())
     undecided = f"; {without:,} prompts without a preference" if without and part.n_pairs.any() else ""
+    identical = rows["n_identical_pairs"]
+    undecided += f"; {identical:,} pairs of identical responses left out" if identical else ""
     pairs = f" with {int(part.n_pairs.sum()):,} pairs" if part.n_pairs.any() else ""
-    return [
+    found = [
         f"{part.dataset} ({split}): {part.info['format']}; {rows['n_read']:,} rows read, {len(part):,} prompts{pairs} "
         f"for it{left_out}{undecided}"
     ]
+    if unread := part.info["unread"]:
+        found.append(f"{part.dataset} ({split}): not used: {', '.join(unread)}")
+    if part.info["skips_template"] and split == "train":
+        found.append(
+            f"{part.dataset}: prompts and responses are plain strings, to which the chat template isn't applied; "
+            "apply_chat_template=true applies it"
+        )
+    return found + labels
+
+
+def _label_line(part: PreparedPrompts, split: str) -> str:
+    """Say how many responses of each label there are, and how often the rarer ones are taken."""
+    (rarer, n_rarer), (_, n) = sorted(part.n_labelled.items(), key=lambda item: item[1])
+    counted = ", ".join(f"{count:,} {label}" for label, count in part.n_labelled.items())
+    repeated = f"; an epoch takes each {rarer} one {n / n_rarer:.3g} times" if n > n_rarer else ""
+    return f"{part.dataset} ({split}): {counted} responses{repeated}"
 
 
 def _all_lengths(batches: BatchIterator, tokenizer) -> tuple[np.ndarray, np.ndarray, str]:
@@ -136,18 +155,20 @@ def _marked(text: str) -> str:
 
 
 def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):
-    """Say what there is to train on, if it is trained, and to evaluate on."""
+    """Print what there is to train on, if it is trained, and to evaluate on."""
     opened = {"train": train, "test": test} if train is not None else {"test": test}
     for split, batches in opened.items():
         print("\n".join(lines(batches, tokenizer, split)))
     print(example(test if train is None else train, tokenizer))
     if train is not None:
+        if train.sft_mode and train.prompts.n_pairs.any():
+            print("loss=sft imitates the chosen responses; the rejected ones are not used (loss=dpo trains on both)")
+        dropped = f"; dropped {train.n_left_out} examples that don't fill a batch" if train.n_left_out else ""
         print(
-            f"Training data: {train.epoch_size} examples an epoch in batches of {train.batch_size}; "
-            f"the {train.n_left_out} that fill no whole batch are left out of it; {train.n_batches} steps in all"
+            f"Training data: {train.epoch_size} examples an epoch in batches of {train.batch_size}{dropped}; "
+            f"{train.n_batches} steps in all"
         )
-    repeats = f", drawn from {test.epoch_size} again and again" if test.n_examples > test.epoch_size else ""
-    print(f"Evaluation data: {test.n_examples} examples in {test.n_batches} batches{repeats}", flush=True)
+    print(f"Evaluation data: {test.n_examples} examples, each once, in {test.n_batches} batches", flush=True)
     if not test.lengths["add_bos"] and (n_empty := sum(map(count_empty_prompts, opened.values()))):
         rank0_print(
             f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, which is left "

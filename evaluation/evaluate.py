@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -113,19 +112,16 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
     if not on_rank0():
         return {}
     places = trainer.eval_iterator.places()
-    first = {number: i for i, number in reversed(list(enumerate(trainer.eval_iterator.numbers())))}
-    different = {i: rows[i] for i in sorted(first.values())}  # of examples that come several times, each once
-    groups = {f"dataset {name}": [i for i in different if places[i][0].dataset == name] for name in
+    groups = {f"dataset {name}": [i for i in rows if places[i][0].dataset == name] for name in
               dict.fromkeys(prompt.dataset for prompt, _ in places)}  # fmt: skip
-    groups |= _length_buckets(different)
+    groups |= _length_buckets(rows)
     result = {
         "key": key,
         "checkpoint": checkpoint,
         "examples": trainer.state.examples,
         "updates": trainer.state.updates,
         "n_eval_examples": len(rows),
-        "n_different": len(different),
-        "metrics": {**metrics, **{f"{name}_ci95": _interval(name, [row[name] for row in different.values()])
+        "metrics": {**metrics, **{f"{name}_ci95": _interval(name, [row[name] for row in rows.values()])
                                   for name in next(iter(rows.values()))}},
         "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
     }  # fmt: skip
@@ -151,15 +147,17 @@ def _gathered(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int,
 
 
 def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
-    """Examples by the tokens of their chosen response, in quarters."""
-    lengths = {i: row["lengths_eval/chosen"] for i, row in rows.items()}
-    edges = np.quantile(list(lengths.values()), np.linspace(0, 1, _N_BUCKETS + 1), method="higher")
-    buckets: dict[str, list[int]] = {}
-    for low, high in itertools.pairwise(edges):
-        is_last = high == edges[-1]
-        members = [i for i, n in lengths.items() if low <= n and (n < high or (is_last and n <= high))]
-        buckets[f"chosen of {int(low)} to {int(high) if is_last else int(high) - 1} tokens"] = members
-    return buckets
+    """Divide the examples by the tokens of their chosen response: into quarters, or fewer groups of few lengths."""
+    lengths = {i: int(row["lengths_eval/chosen"]) for i, row in rows.items()}
+    quartiles = np.quantile(list(lengths.values()), np.linspace(0, 1, _N_BUCKETS + 1), method="higher")
+    starts = sorted({int(n) for n in quartiles[:-1]})  # the shortest of each group
+    ends = [start - 1 for start in starts[1:]] + [int(quartiles[-1])]
+    return {
+        f"chosen of {start} to {end} tokens" if start < end else f"chosen of {start} tokens": [
+            i for i, n in lengths.items() if start <= n <= end
+        ]
+        for start, end in zip(starts, ends, strict=True)
+    }
 
 
 def _standard_error(values: list[float]) -> float | None:
@@ -193,8 +191,6 @@ def table(result: dict) -> str:
     names = [name for name in _IN_TABLE if name in result["metrics"]]
     where = result["checkpoint"] or "the model as it is loaded"
     lines = [f"\n{where}, after {result['examples']} examples; {result['n_eval_examples']} evaluation examples"]
-    if result.get("n_different", result["n_eval_examples"]) < result["n_eval_examples"]:
-        lines[0] += f" ({result['n_different']} different ones, which groups and intervals count)"
     for name in names:
         interval = result["metrics"][f"{name}_ci95"]
         shown = f"   95 % {interval[0]:.4f} to {interval[1]:.4f}" if interval is not None else ""

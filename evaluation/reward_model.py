@@ -8,8 +8,9 @@ import transformers
 
 from checkpointing.archives import check_finite, describe, load_pretrained
 from data import chat, hub
-from data.formats import BadExample, Example
 from data.hub import access_hint
+from data.messages import BadExample
+from data.rows import Example
 from evaluation.pairs import Prompt, Task
 from evaluation.verdicts import Verdict
 from utils import UserError, rank0_print

@@ -23,11 +23,13 @@ from checkpointing.fingerprints import file_fingerprints
 from checkpointing.resume import find_checkpoints
 from checkpointing.train_state import read_state_json
 from config_checks.numbers import check_can_be_written, check_number
-from data import chat, prepared
+from data import chat
 from data.batches import BatchIterator
 from data.diagnosis import Fault
-from data.formats import BadExample, Example, prompt_of
+from data.formats import prompt_example
 from data.locations import locate
+from data.messages import BadExample
+from data.row_sources import open_rows
 from data.tokenization import get_collate_fn
 from distributed import collectives, environment
 from distributed.strategies import STRATEGIES
@@ -191,15 +193,16 @@ def read_requests(
     else:
         location = locate(options.prompts, "prompts")
         cache_dir = get_local_dir(config.local_dirs)
-        splits = [prepared.open_rows(location, split, cache_dir, True) for split in location.files]
+        splits = [open_rows(location, split, cache_dir, True) for split in location.files]
         renderer, rendered = chat.Renderer(tokenizer, config.chat_template), []
         for chunk in (chunk for rows in splits for chunk in rows.chunks(1000)):
             for number, _, row in chunk:
                 try:
                     if isinstance(row, Fault):
                         raise BadExample("broken row", row.reason)
-                    given.append(prompt_of(row))
-                    rendered.append(renderer.render(Example(given[-1], [])).prompt)
+                    example = prompt_example(row)
+                    given.append(example.prompt)
+                    rendered.append(renderer.render(example).prompt)
                 except BadExample as error:
                     raise UserError(f"prompts={options.prompts}, row {number}: {error}") from error
     ids = chat.token_ids(rendered, tokenizer)

@@ -20,9 +20,8 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None 
     """Mean over the examples of several batches, all workers', for each metric; the one place where metrics leave the
     device.
 
-    `n_examples`: how many different ones there are of all workers, as one may have been computed several times; then,
-    if there are two or more, with the standard errors of the means of those `WITH_ERRORS`, under the same name and
-    `_se`.
+    `n_examples`: how many there are of all workers. If it is given and there are two or more, the standard errors of
+    the means of those `WITH_ERRORS` are returned, too, under the same name and `_se`.
     """
     collected = defaultdict(list)
     for metrics in batches:

@@ -30,6 +30,7 @@ ACCEPTED = {
     "fsdp_replicate": [1],
     "fsdp_cpu_offload": [False],
     "datasets": [],
+    "apply_chat_template": [False],  # toy is a named dataset
     "wandb.entity": [None, *TEXTS[2:]],
     "wandb.project": TEXTS[2:],
     "local_dirs": [["x"]],

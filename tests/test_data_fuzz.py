@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from data.choice import Settings
 from data.locations import locate
-from data.prepared import prepare
+from data.preparation import prepare
 from utils import UserError
 
 TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "assets" / "tiny")

@@ -273,7 +273,7 @@ REFUSED = {  # loss, rows, what the message says
     "stepwise supervision": (
         "dpo", [{"prompt": "Which?", "completions": ["One.", "Two."], "labels": [True, False]}], "stepwise supervision",
     ),
-    "no format": ("dpo", [{"a": "x", "b": 1}], "no format that is known.*its fields are a \\(text\\), b \\(number\\)"),
+    "no format": ("dpo", [{"a": "x", "b": 1}], "no format that is known.*its fields are a \\(string\\), b \\(number"),
     "responses for dpo": ("dpo", [{"prompt": "a", "completion": "b"}], "take loss=sft"),
     "unpaired for dpo": ("dpo", [{"prompt": "a", "completion": "b", "label": True}], "train with loss=kto"),
     "responses for kto": ("kto", [{"prompt": "a", "completion": "b"}], "take loss=sft"),

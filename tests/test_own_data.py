@@ -329,7 +329,7 @@ def test_what_cannot_be_used_is_told_at_the_command_line(train, tmp_path):
     path = write(tmp_path / "rows.jsonl", [*numbered(3), {"prompt": "x", "chosen": "y", "rejected": 3}])
     result = train(*RUN, f"datasets=[{path}]")
     assert_refused(result, tmp_path, f"datasets=[{path}], train split: rows that can't be used:\n", f"{path}, line 4",
-                   "field 'rejected' is 3, expected a text", "on_bad_example=skip")  # fmt: skip
+                   "field 'rejected' is 3, expected a string", "on_bad_example=skip")  # fmt: skip
     result = train(*RUN, f"datasets=[{path}]", "on_bad_example=skip", "n_examples=null", "batch_size=1", "eval_every=1")
     assert result.returncode == 0, result.stderr
     assert "4 rows read, 2 prompts with 2 pairs for it; left out: 1 wrong type" in result.stdout

@@ -178,7 +178,7 @@ def test_rows_without_a_prompt_are_named(launcher, trained, tmp_path):  # noqa: 
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
     code = launcher.run(f"run={trained('dpo')}", f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o", script=SAMPLE)
     assert code == 1
-    assert "row 1: field 'prompt' is an empty text" in launcher.output
+    assert "row 1: field 'prompt' is an empty string" in launcher.output
 
 
 def test_another_model_or_other_prompts_under_the_same_name_are_refused(launcher, trained, tmp_path):  # noqa: F811

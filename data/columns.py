@@ -1,0 +1,251 @@
+"""Decide what each column of a dataset is: a field of its format, one that isn't needed, or one that must not be lost.
+
+A column that may belong to the prompt and that no format reads is an error: training on prompts without it would train
+on something else than what the data says.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from data.messages import MEDIA, decoded, is_message, is_messages
+from utils import UserError, closest_match
+
+# names of columns that hold the same field
+PROMPT = ("prompt", "instruction", "question", "query", "input", "context")
+COMPLETIONS = ("completions", "responses", "answers")
+COMPLETION = ("completion", "response", "output", "answer")
+DIALOGUE = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+SYSTEM = ("system", "system_prompt", "system_message")
+LABEL = ("label", "kto_tag")
+SCORES, RANKS = "scores", "ranks"
+FIELDS = (
+    *PROMPT, *COMPLETIONS, *COMPLETION, *DIALOGUE, *SYSTEM, *LABEL, SCORES, RANKS, "history", "tools", "chosen",
+    "rejected", "text", "labels",
+)  # fmt: skip
+_OF_PROMPTS = (*PROMPT, *DIALOGUE, *SYSTEM, "history", "tools", "contexts", "documents", "passages", "functions")
+_RESPONSE_NAMES = (  # what others call chosen and rejected
+    ("winner", "loser"), ("winning", "losing"), ("win", "lose"), ("won", "lost"), ("preferred", "dispreferred"),
+    ("preferred", "rejected"), ("accepted", "rejected"), ("better", "worse"), ("best", "worst"), ("good", "bad"),
+    ("positive", "negative"), ("pos", "neg"), ("y_w", "y_l"), ("yw", "yl"), ("response_w", "response_l"),
+    ("response_j", "response_k"), ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
+    ("chosen_answer", "rejected_answer"), ("winner_response", "loser_response"), ("choose", "reject"),
+    ("chosen_text", "rejected_text"), ("chosen_completion", "rejected_completion"), ("selected", "rejected"),
+)  # fmt: skip
+_METADATA = re.compile(  # words in the names of columns that say something about a row
+    r"(^|_)(ids?|idx|index|uid|uuid|guid|hash|md5|sha\d*|sources?|origin|dataset|subset|split|urls?|uri|links?|models?|"
+    r"authors?|annotators?|worker|date|time|timestamp|created|updated|lang|language|category|categories|type|task|tags?|"
+    r"domain|licen[sc]e|version|meta|metadata|status|scores?|ratings?|margin|difficulty|file|filename|path)(_|$)"
+)
+_ONE_WORD = re.compile(r"\S*[\d/:_.@-]\S*")  # an id, a number, a date, a path, an address
+
+
+def is_blank(value: object) -> bool:
+    """True for null, an empty list or object, and white space."""
+    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
+
+
+def kind_of(value: object) -> str:
+    """Name the kind of a value, as messages show it."""
+    whole = decoded(value)
+    if is_messages(whole) or is_message(whole):
+        return "messages"
+    if isinstance(value, list) and value:
+        inner = {type(item) for item in value}
+        return "list of strings" if inner == {str} else "list of objects" if inner == {dict} else "list"
+    names = {str: "string", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
+    return names.get(type(value), "empty")
+
+
+@dataclass
+class Columns:
+    """The columns of a dataset, as its first rows have them, under the names that formats know."""
+
+    rows: list[dict]  # the first ones
+    fields: dict[str, str] = field(default_factory=dict)  # name of a format's field: the data's column
+    ignored: tuple[str, ...] = ()
+    kinds: dict[str, str] = field(init=False)  # of each column; most rows decide, so that a bad one doesn't
+    known: dict[str, str] = field(init=False)  # kinds by the names that formats know
+
+    def __post_init__(self):
+        counts: dict[str, Counter] = {}
+        for row in self.rows:
+            for name, value in row.items():
+                counts.setdefault(name, Counter())[kind_of(value)] += value is not None and value != []
+        self.kinds = {name: of_column.most_common(1)[0][0] for name, of_column in counts.items()}
+        skipped = {*self.fields.values(), *self.ignored}
+        self.known = {name: kind for name, kind in self.kinds.items() if name not in skipped}
+        for ours in self.fields:
+            of_field = Counter(map(kind_of, self.values(ours))) or Counter(["empty"])
+            self.known[ours] = of_field.most_common(1)[0][0]
+
+    def values(self, name: str) -> list:
+        """The values of a field in the first rows, without nulls."""
+        values = (value_at(row, self.fields.get(name, name)) for row in self.rows)
+        return [value for value in values if value is not None]
+
+    def first(self, names: tuple[str, ...], *kinds: str) -> str | None:
+        """The first of these names that there is a column for, of one of these kinds if any are given."""
+        return next((name for name in names if name in self.known and (not kinds or self.known[name] in kinds)), None)
+
+    def is_empty(self, name: str) -> bool:
+        """True if the first rows hold nothing in this column."""
+        return all(map(is_blank, self.values(name)))
+
+
+def value_at(row: dict, path: str) -> object:
+    """The value of a column; 'a.b' is the value of 'b' in the object in column 'a'."""
+    if path in row:
+        return row[path]
+    outer, _, inner = path.partition(".")
+    within = row.get(outer) if inner else None
+    return value_at(within, inner) if isinstance(within, dict) else None
+
+
+def check_names(columns: Columns, where: str):
+    """Raises: UserError if `fields` or `ignored_columns` name what isn't there."""
+    for ours, theirs in columns.fields.items():
+        if ours not in FIELDS:
+            hint = closest_match(ours, FIELDS)
+            raise UserError(f"{where}: fields.{ours}={theirs}: no format has a field {ours!r}.{hint}")
+        if theirs not in columns.kinds and not any(value_at(row, theirs) is not None for row in columns.rows):
+            hint = closest_match(theirs, columns.kinds)
+            raise UserError(f"{where}: fields.{ours}={theirs}: it has no field {theirs!r}.{hint}")
+    for name in columns.ignored:
+        if name not in columns.kinds:
+            hint = closest_match(name, columns.kinds)
+            raise UserError(f"{where}: ignored_columns=[{name}]: there is no such column.{hint}")
+
+
+# ---- columns that no format reads -----------------------------------------------------------------------------------
+
+
+def unread(columns: Columns, read: Iterable[str]) -> list[str]:
+    """Return the columns that aren't among these, nor hold one of these within objects: 'a.b' is in column 'a'."""
+    outer = {name if name in columns.kinds else name.partition(".")[0] for name in read}
+    return [name for name in columns.kinds if name not in outer]
+
+
+def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: bool):
+    """Raise UserError for columns that aren't read and may belong to the prompt, with what to do about each.
+
+    Args:
+        read: the names of the columns that are read.
+        has_prompt: False if the prompt is only what chosen and rejected have in common.
+    """
+    read = list(read)
+    left = [name for name in unread(columns, read) if name not in columns.ignored and not columns.is_empty(name)]
+    if media := [name for name in left if name.lower() in MEDIA or _holds_media(columns.values(name))]:
+        raise UserError(
+            f"{where}: {_listed(media)}: images, audio and video can't be trained on; this program trains on text\n"
+            f"{_ignoring(columns, media)} trains on the text alone"
+        )
+    lost = [name for name in left if _may_be_of_prompt(columns, name, read, has_prompt)]
+    if lost:
+        field, meaning = ("input", " to append it to the prompt") if has_prompt else ("prompt", "")
+        raise UserError(
+            f"{where}: {_listed(lost)} may belong to the prompt, and would not be read\nSay what it is: fields="
+            f"{{{field}: {lost[0]}}}{meaning}, fields={{system: {lost[0]}}} for a system message; or leave it out: "
+            f"{_ignoring(columns, lost)}"
+        )
+
+
+def is_lost(name: str, value: object) -> bool:
+    """True if a value must not be left unread in a column that was empty in the rows that told the format."""
+    if is_blank(value):
+        return False
+    return name.lower() in (*_OF_PROMPTS, *MEDIA) or (
+        kind_of(value) in ("string", "messages") and not _is_note(name, value)
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return f"column{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+
+
+def _ignoring(columns: Columns, names: list[str]) -> str:
+    return f"ignored_columns=[{', '.join([*columns.ignored, *names])}]"
+
+
+def _holds_media(values: list) -> bool:
+    """True for what the `datasets` library makes of images and recordings: {"bytes": ..., "path": ...}."""
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return any(isinstance(item, dict) and {"bytes", "path"} <= set(item) for item in items)
+
+
+def _is_note(name: str, value: object) -> bool:
+    """True if a string says something about the row, by the column's name or by its form."""
+    return bool(_METADATA.search(_snake_case(name))) or (
+        isinstance(value, str) and bool(_ONE_WORD.fullmatch(value.strip()))
+    )
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|[\s.-]+", "_", name).lower()
+
+
+def _may_be_of_prompt(columns: Columns, name: str, read: list[str], has_prompt: bool) -> bool:
+    kind, values = columns.kinds[name], [value for value in columns.values(name) if not is_blank(value)]
+    if kind in ("number", "boolean", "empty"):
+        return False
+    if all(_repeats(row.get(name), row, read) for row in columns.rows):
+        return False
+    if name.lower() in _OF_PROMPTS:
+        return True
+    if kind == "messages":
+        return True
+    if kind != "string" or all(_is_note(name, value) for value in values):
+        return False
+    n_different = len(set(map(str, values)))
+    return n_different > len(columns.rows) / 2 or (not has_prompt and n_different > 1)
+
+
+def _repeats(value: object, row: dict, read: list[str]) -> bool:
+    """True if all strings in a value are in columns that are read, or if it holds a whole example once more."""
+    strings = list(_strings(value))
+    known = {string for name in read for string in _strings(value_at(row, name))}
+    if all(string in known for string in strings):
+        return True
+    # such as a prompt and its response written out by a template
+    return isinstance(value, str) and len(known) > 1 and all(string in value for string in known)
+
+
+def _strings(value: object):
+    """All strings in a value, without the white space around them."""
+    value = decoded(value)
+    if isinstance(value, str):
+        if value.strip():
+            yield value.strip()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("role", "from"):
+                yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+# ---- no format ------------------------------------------------------------------------------------------------------
+
+
+def hint_for(columns: Columns) -> str | None:
+    """Suggest how to name the columns of data that has no known format; None if nothing is like one."""
+    names, prompt = {name.lower(): name for name in columns.kinds}, columns.first(PROMPT)
+    start = f"prompt: {prompt}, " if prompt not in (None, "prompt") else ""
+    for chosen, rejected in _RESPONSE_NAMES:
+        if chosen in names and rejected in names:
+            return f"perhaps fields={{{start}chosen: {names[chosen]}, rejected: {names[rejected]}}}"
+    if ("chosen" in columns.known) != ("rejected" in columns.known):
+        missing = "rejected" if "chosen" in columns.known else "chosen"
+        there = "chosen" if missing == "rejected" else "rejected"
+        near = closest_match(missing, [name for name in columns.kinds if name != there])
+        as_target = f"; for loss=sft on {there}: fields={{completion: {there}}}" if prompt else ""
+        return f"{missing!r} is missing beside {there!r}.{near} Name it: fields={{{missing}: COLUMN}}{as_target}"
+    for name, kind in columns.kinds.items():
+        inner = {key for row in columns.rows if isinstance(row.get(name), dict) for key in row[name]}
+        if kind == "object" and (found := [key for key in ("prompt", "chosen", "rejected") if key in inner]):
+            return f"they are within {name!r}: fields={{{', '.join(f'{key}: {name}.{key}' for key in found)}}}"
+        if kind == "list of objects" and len(columns.rows) == 1:
+            return f"the rows are within {name!r}; write them one a line: jq -c '.{name}[]' FILE > rows.jsonl"
+    return None

@@ -1,0 +1,295 @@
+"""Read, check and tokenize a dataset once, into files that every worker of every run then maps into memory.
+
+The files are named by the rows, the settings and the tokenizer; the first process that needs them writes them, the
+others wait.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from tqdm import tqdm
+
+from data import chat, diagnosis
+from data.batches import prefetched, split_name
+from data.choice import Choice, Settings
+from data.formats import Format, recognize
+from data.locations import Location, locate
+from data.messages import BadExample
+from data.prepared import SCHEMA, TEXTS, PreparedPrompts
+from data.row_sources import ROWS, BadRows, Rows, open_splits, rows_of_list
+from data.rows import Example
+from utils import UserError, get_local_dir, hides_progress
+
+VERSION = 2  # format of the files and of what formats read; raise it to have them rebuilt
+_CHUNK = 1024  # rows that are tokenized at a time
+_RECOGNIZED_BY = 100  # rows that tell the format
+_CHECKED = 10_000  # rows in which bad ones are counted, once there are enough of them to stop for
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Writes the prompts of a split to a file, and counts."""
+
+    def __init__(self, path: str):
+        self.sink = pa.OSFile(path, "wb")
+        self.writer = pa.ipc.new_file(self.sink, SCHEMA)
+        self.digest, self.n_prompts, self.n_pairs = hashlib.sha256(), 0, 0
+
+    def write(self, records: list[dict]):
+        for record in records:
+            texts = [record["prompt"], record["responses"], record["pairs"], record["target"], record["label"]]
+            self.digest.update(json.dumps(texts).encode())
+            self.n_pairs += len(record["pairs"]) // 2
+        self.n_prompts += len(records)
+        if records:
+            columns = ([record[name] for record in records] for name in SCHEMA.names)
+            arrays = [_array(values, of.type) for values, of in zip(columns, SCHEMA, strict=True)]
+            self.writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+
+    def close(self) -> dict:
+        self.writer.close()
+        self.sink.close()
+        return {"fingerprint": self.digest.hexdigest(), "n_prompts": self.n_prompts, "n_pairs": self.n_pairs}
+
+
+def _array(values: list, kind: pa.DataType) -> pa.Array:
+    """As `pa.array`, but lists of numbers in a fraction of its time."""
+    if not pa.types.is_list(kind) or kind == TEXTS:
+        return np.fromiter(values, np.int32, len(values)) if kind == pa.int32() else pa.array(values, kind)
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, _array(list(chain.from_iterable(values)), kind.value_type))
+
+
+# ---- examples of rows ------------------------------------------------------------------------------------------------
+
+
+def _prompt_key(example: Example) -> bytes:
+    """What tells prompts apart, whatever the tokenizer; texts without a prompt are told apart by themselves."""
+    told_by = example.prompt or example.responses
+    return hashlib.sha256(json.dumps(told_by, sort_keys=True).encode()).digest()[:8]
+
+
+def _number(key: bytes) -> float:
+    return int.from_bytes(key, "big") / 2**64
+
+
+def _usable(
+    chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows
+) -> list[tuple[int, str, Example, chat.Rendered]]:
+    """Number, place, example and texts of each row of a chunk that can be used; the others are counted."""
+    usable = []
+    for number, place, row in chunk:
+        try:
+            if isinstance(row, diagnosis.Fault):
+                raise BadExample("broken row", row.reason)
+            example = read.read(row)
+            usable.append((number, place, example, renderer.render(example)))
+        except BadExample as error:
+            bad.add(number, place, error.kind, str(error))
+    return usable
+
+
+def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -> list[tuple[bytes, dict]]:
+    """The rows of a chunk that can be used, as `SCHEMA` has them, with the keys of their prompts."""
+    usable = _usable(chunk, read, renderer, bad)
+    tokenized = renderer.tokenize([rendered for *_, rendered in usable])
+    records = []
+    for (number, place, example, rendered), (prompt_ids, response_ids) in zip(usable, tokenized, strict=True):
+        pairs = [(i, j) for i, j in example.pairs if response_ids[i] != response_ids[j]]
+        if len(pairs) < len(example.pairs) and not read.is_ranked:
+            bad.add(number, place, "identical responses", "chosen and rejected are the same tokens once rendered")
+            continue
+        bad.n_identical_pairs += len(example.pairs) - len(pairs)
+        has_bos = rendered.is_templated and prompt_ids[:1] == [renderer.tokenizer.bos_token_id]
+        record = {
+            "row": number,
+            "prompt": rendered.prompt,
+            "responses": rendered.responses,
+            "pairs": [i for pair in pairs for i in pair],
+            "target": example.target,
+            "label": example.label,
+            "n_kept": int(has_bos),
+            "prompt_ids": prompt_ids,
+            "response_ids": response_ids,
+        }
+        records.append((_prompt_key(example), record))
+    return records
+
+
+def _checked_chunks(
+    rows: Rows, read: Format, renderer: chat.Renderer, bad: BadRows, skips_bad: bool
+) -> Iterator[tuple[int, list[tuple[bytes, dict]]]]:
+    """Yield how many rows each chunk has, and its records; none once there are enough bad rows to stop for, which are
+    then only counted."""
+    for chunk in rows.chunks(_CHUNK):
+        stops = bad.has_enough and not skips_bad
+        if stops and bad.n_read >= _CHECKED:
+            bad.is_whole = False
+            return
+        bad.n_read += len(chunk)
+        if stops:
+            _usable(chunk, read, renderer, bad)
+        yield len(chunk), [] if stops else _records(chunk, read, renderer, bad)
+
+
+# ---- preparing ------------------------------------------------------------------------------------------------------
+
+
+def _make(directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, read: Format):
+    """Write the files of both splits, and what there is to say of them, into a directory.
+
+    Without a source for 'test' it holds a part of the other's prompts: those with the smallest hashes.
+    """
+    limit = 0.0 if "test" in sources else settings.test_fraction
+    info = _make_once(directory, sources, settings, renderer, read, limit)
+    if "test" not in sources and info["test"]["n_prompts"] == 0 and info["smallest"] is not None:
+        # few prompts, and none fell into the part: hold out one
+        info = _make_once(directory, sources, settings, renderer, read, info["smallest"])
+    with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
+        about = {"format": read.description, "unread": read.unread, "ignored": settings.ignored_columns,
+                 "skips_template": not read.is_chat and bool(renderer.template)}  # fmt: skip
+        json.dump(info | about, file)
+
+
+def _make_once(directory, sources, settings, renderer, read, limit) -> dict:
+    writers = {role: _Writer(os.path.join(directory, f"{role}.arrow")) for role in ("train", "test")}
+    info, smallest = {}, None
+    for role, rows in sources.items():
+        bad = BadRows(rows)
+        with tqdm(total=rows.n_rows, desc=f"Tokenizing {rows.label}", unit="row", disable=hides_progress()) as progress:
+            # in a thread: a tokenizer uses all cores while others are written
+            chunks = prefetched(_checked_chunks(rows, read, renderer, bad, settings.skips_bad), n_ahead=2)
+            for n_rows, records in chunks:
+                held_out = []
+                if "test" not in sources:
+                    smallest = min([_number(key) for key, _ in records] + ([smallest] if smallest is not None else []),
+                                   default=None)  # fmt: skip
+                    held_out = [record for key, record in records if _number(key) <= limit]
+                    records = [item for item in records if _number(item[0]) > limit]
+                writers[role].write([record for _, record in records])
+                writers["test"].write(held_out)
+                progress.update(n_rows)
+        if not settings.skips_bad:
+            bad.raise_if_any()
+        info[f"{role}_rows"] = {"n_read": bad.n_read, "bad": dict(bad.kinds), "split": rows.split,
+                                "n_identical_pairs": bad.n_identical_pairs}  # fmt: skip
+    return info | {role: writer.close() for role, writer in writers.items()} | {"smallest": smallest}
+
+
+def _tokenizer_fingerprint(tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    tokens = json.dumps([type(tokenizer).__name__, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return hashlib.sha256(f"{model}{tokens}".encode()).hexdigest()
+
+
+def prepare(
+    name: str,
+    source: Location | list[dict],
+    settings: Settings,
+    tokenizer,
+    truncation_mode: str,
+    loss_takes: Sequence[str],
+    cache_dir: str,
+    silent: bool,
+) -> tuple["PreparedPrompts", "PreparedPrompts"]:
+    """Training and evaluation prompts of a dataset, made if they aren't there yet.
+
+    Args:
+        source: where its rows are, or the rows.
+        loss_takes: what can be trained on: 'pairs', 'targets', 'unpaired'.
+
+    Raises: UserError if rows can't be used, or are none of these, naming the place and the remedy.
+    """
+    renderer = chat.Renderer(tokenizer, settings.chat_template)
+    if isinstance(source, list):
+        sources = {"train": rows_of_list(name, source)}
+    else:
+        sources = open_splits(source, settings, cache_dir, silent)
+    read = _recognized(sources, settings, loss_takes)
+    key = json.dumps(
+        [VERSION, {role: [rows.fingerprint, rows.split, rows.n_rows] for role, rows in sources.items()},
+         asdict(settings), renderer.template, _tokenizer_fingerprint(tokenizer), read.description], sort_keys=True,
+    )  # fmt: skip
+    directory = os.path.join(cache_dir, "prepared", hashlib.sha256(key.encode()).hexdigest()[:32])
+    try:
+        os.makedirs(os.path.dirname(directory), exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            if not os.path.exists(directory):
+                partial = f"{directory}.partial"
+                shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+                os.makedirs(partial)
+                try:
+                    _make(partial, sources, settings, renderer, read)
+                    os.rename(partial, directory)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"datasets=[{name}]: can't keep what is tokenized in {directory}: {error}\nMake room, or choose another "
+            "place by local_dirs=[DIR]"
+        ) from error
+    return tuple(PreparedPrompts(directory, role, name, truncation_mode, loss_takes) for role in ("train", "test"))
+
+
+def _recognized(sources: dict[str, Rows], settings: Settings, loss_takes: Sequence[str]) -> Format:
+    """Return the format of the training rows.
+
+    Raises: UserError if the loss can't train on it, or if a split has columns that may belong to the prompt and that
+        it doesn't read.
+    """
+    rows, ignored = sources["train"], settings.ignored_columns
+    read = recognize(_first_rows(rows), settings.fields, rows.where, ignored, settings.texts_as_messages)
+    if "test" in sources and (others := _first_rows(sources["test"])):
+        read.check_columns(others, ignored, sources["test"].where)
+    if read.is_unpaired and not {"unpaired", "targets"} & set(loss_takes):
+        raise UserError(f"{rows.where}: it has {read.description}: train with loss=kto, or loss=sft on the desirable")
+    if not read.has_pairs and not read.is_unpaired and "targets" not in loss_takes:
+        raise UserError(f"{rows.where}: it has {read.description}, and no pairs of responses: take loss=sft")
+    return read
+
+
+def _first_rows(rows: Rows) -> list[dict]:
+    """The rows that tell the format. Raises: UserError if none of them can be read, or there are none."""
+    first = next(rows.chunks(_RECOGNIZED_BY), [])
+    if good := [row for *_, row in first if isinstance(row, dict)]:
+        return good
+    bad = BadRows(rows)
+    for number, place, fault in first:
+        bad.add(number, place, "broken row", fault.reason)
+    bad.raise_if_any()
+    raise UserError(f"{rows.where}: there are no rows")
+
+
+def prepared_split(
+    choice: Choice,
+    split: str,
+    settings: Settings,
+    tokenizer,
+    loss_takes: Sequence[str],
+    cache_dir: str | None,
+    silent: bool,
+) -> PreparedPrompts:
+    """The prompts of a dataset that isn't a named one."""
+    source = ROWS[choice.name] if choice.name in ROWS else locate(choice.name)
+    own = {
+        key: getattr(choice, key)
+        for key in ("train_split", "test_split", "fields", "ignored_columns")
+        if getattr(choice, key)
+    }
+    both = prepare(choice.name, source, replace(settings, **own), tokenizer, choice.truncation_mode(), loss_takes,
+                   cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
+    prompts = both[0 if split == "train" else 1]
+    if len(prompts) == 0:
+        raise UserError(f"{split_name(choice.name, split)}: no row is left for it; add data, or set test_fraction")
+    return prompts

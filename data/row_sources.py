@@ -1,0 +1,178 @@
+"""Where the rows of a dataset come from: files, the hub, or Python; each split is read a chunk at a time."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from data import diagnosis, reading
+from data.batches import split_name
+from data.choice import Settings
+from data.locations import Location, choose_splits
+from utils import UserError, rank0_print
+
+ROWS: dict[str, list[dict]] = {}  # rows given in Python, by a name that `datasets` then knows; see docs/data.md
+
+_ANNOUNCED: set[str] = set()  # splits that were announced as being read
+_SHOWN = 10  # bad rows
+_SHOWN_OF_A_KIND = 3  # of them, where all bad rows have the same fault
+
+
+@dataclass
+class Rows:
+    """The rows of a split, a chunk at a time, and where they are."""
+
+    where: str
+    label: str
+    split: str
+    fingerprint: str
+    n_rows: int | None
+    dataset: object = None  # of the datasets library; or a list
+    place: Callable[[int], str] | None = None  # returns where the row of a number is, in words
+    lines: list[tuple[str, str]] = field(default_factory=list)  # files, read line by line
+    adds_nulls: bool = False  # the file's format gives all objects of a column the same keys
+
+    def chunks(self, size: int) -> Iterator[list[tuple[int, str, dict | diagnosis.Fault]]]:
+        """Yield lists of number, place (or an empty string) and row, or what is wrong with it."""
+        if self.dataset is not None:
+            for start in range(0, self.n_rows, size):
+                rows = _row_dicts(self.dataset[start : start + size])
+                rows = map(_without_added_nulls, rows) if self.adds_nulls else rows
+                yield [(start + number, "", row) for number, row in enumerate(rows)]
+            return
+        chunk = []
+        for number, (place, row) in enumerate(diagnosis.readable_rows(self.lines)):
+            chunk.append((number, place, row))
+            if len(chunk) == size:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+
+def _row_dicts(rows: list[dict] | pa.Table | dict[str, list]) -> list[dict]:
+    if isinstance(rows, pa.Table):
+        return rows.to_pylist()
+    if isinstance(rows, dict):
+        return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    return rows
+
+
+def _without_added_nulls(row: dict) -> dict:
+    """The row without keys that hold null in its objects; its columns stay."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def open_splits(location: Location, settings: Settings, cache_dir: str, silent: bool) -> dict[str, Rows]:
+    """Open the rows to train on and, where there is a split for it, to evaluate on."""
+    if location.files is not None:
+        there = list(location.files)
+    else:
+        there = reading.split_names(location.where, location.path, location.config, cache_dir, "give local files")
+    train, test = choose_splits(there, settings.train_split, settings.test_split, location.where)
+    splits = {"train": train} | ({"test": test} if test is not None else {})
+    return {role: open_rows(location, split, cache_dir, silent) for role, split in splits.items()}
+
+
+def open_rows(location: Location, split: str, cache_dir: str | None, silent: bool) -> Rows:
+    """Open the rows of a split. JSON Lines that the library can't read are read line by line.
+
+    Raises: UserError if they can't be read, naming the file, the line and the remedy.
+    """
+    where, label = split_name(location.given, split), f"{location.given} ({split})"
+    silent = silent or label in _ANNOUNCED  # both splits are prepared whenever one is needed
+    _ANNOUNCED.add(label)
+    files = location.files[split.partition("[")[0]] if location.files is not None else None
+    if files and (reason := reading.why_not_these(files)):
+        raise UserError(f"{where}: {reason}")
+    try:
+        rows = reading.read_rows(
+            where, location.path, split, files, cache_dir, "give local files", location.config, silent, label,
+            csv_as_texts=True,
+        )  # fmt: skip
+    except reading.UnreadableRows as error:
+        named = [(file, file) for file in files or []]
+        if "[" in split or not (named and diagnosis.are_json_lines(named)):
+            raise
+        rank0_print(f"{label}: read line by line, as the library can't: {str(error).splitlines()[0]}")
+        return Rows(where, label, split, _fingerprint(files), None, lines=named)
+    made_of = [file["filename"] for file in rows.cache_files]
+
+    def place(row: int) -> str:
+        return reading.row_place(location.path, split, row, cache_dir, files)
+
+    # objects whose fields differ from row to row are kept as JSON, which the library has to decode
+    holds_json = "Json(" in str(rows.features)
+    dataset = rows if holds_json else rows.with_format("arrow")
+    adds_nulls = rows.builder_name not in ("json", "csv")
+    return Rows(where, label, split, _fingerprint(made_of), len(rows), dataset, place, adds_nulls=adds_nulls)
+
+
+def rows_of_list(name: str, rows: list[dict]) -> Rows:
+    """Open rows given in Python.
+
+    Raises: UserError if they are no rows.
+    """
+    where = f"datasets=[{name}]"
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}, row {number}: {row!r:.60} is no dict of fields")
+    try:
+        digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: expected rows of strings, numbers, lists and dicts: {error}") from error
+    return Rows(where, name, "train", digest, len(rows), rows)
+
+
+def _fingerprint(files: Iterable[str]) -> str:
+    stats = [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+class BadRows:
+    """The rows of a split that can't be used: how many of each kind, and the first few."""
+
+    def __init__(self, rows: Rows):
+        self.rows, self.kinds, self.first = rows, Counter(), []
+        self.n_read, self.is_whole = 0, True  # rows that were looked at, bad or not; True if these are all
+        self.n_identical_pairs = 0  # in rows that can be used, which have others
+
+    def add(self, number: int, place: str, kind: str, reason: str):
+        """Count a bad row."""
+        self.kinds[kind] += 1
+        if len(self.first) < _SHOWN:
+            self.first.append((number, place, reason))
+
+    @property
+    def has_enough(self) -> bool:
+        """True once there are as many as a message shows."""
+        return len(self.first) >= _SHOWN
+
+    def raise_if_any(self):
+        """Raise UserError naming the first bad rows, and how many of each kind there are."""
+        if not self.first:
+            return
+        first = self.first[:_SHOWN_OF_A_KIND] if len(self.kinds) == 1 else self.first
+        lines = [f"  {self._place(number, place)}: {reason}" for number, place, reason in first]
+        total = sum(self.kinds.values())
+        if total > len(first):
+            within = "" if self.is_whole else f" of the first {self.n_read:,}"
+            counted = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
+            lines.append(f"  and so on: {'all ' if total == self.n_read else ''}{total:,} rows{within} ({counted})")
+        raise UserError(
+            f"{self.rows.where}: rows that can't be used:\n" + "\n".join(lines) + "\nCorrect them, or leave out and "
+            "count all such rows by on_bad_example=skip"
+        )
+
+    def _place(self, number: int, place: str) -> str:
+        return place or f"row {number}{self.rows.place(number) if self.rows.place else ''}"
