@@ -13,7 +13,7 @@ from checkpointing.integrity import atomic_directory
 from checkpointing.model_card import write_card
 from checkpointing.train_state import read_state_json
 from config_checks.schema import own_keys
-from models import load_adapter, load_model, read_tokenizer
+from models import end_at_turns, load_adapter, load_model, read_tokenizer
 from references import policy_source
 from utils import UserError
 
@@ -47,7 +47,9 @@ def merge(adapter_dir: str, output_dir: str):
     except Exception as error:  # YAML's and OmegaConf's are of many kinds
         raise UserError(f"{config_path}: can't read it as a run's config: {error}") from error
     tokenizer = read_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config)
+    tokenizer.chat_template = read_tokenizer(adapter_dir, config).chat_template or tokenizer.chat_template
     model = load_adapter(load_model(config, config.model.policy_dtype), source, is_trainable=False)
+    end_at_turns(model, tokenizer)
     with atomic_directory(output_dir, "make room, or choose another directory") as partial:
         model.merge_and_unload().save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -91,9 +91,12 @@ def shared_rows(batch: dict) -> Rows:
     from_rejected = rejected_ids.gather(1, position_ids.clamp(max=rejected_ids.shape[1] - 1))
     input_ids = torch.where(is_rejected, from_rejected, torch.where(t < end_of_chosen, from_chosen, 0))
 
+    # a response may hold tokens that aren't trained, such as a tool's output
+    chosen_targets = is_chosen & _is_target(batch, "chosen", t)
+    rejected_targets = is_rejected & _is_target(batch, "rejected", position_ids)
     before = torch.where(t == end_of_chosen, n_prompt, t) - 1  # the prompt's last token predicts the first of both
-    chosen = _predictions(input_ids, is_chosen, before, 0)
-    rejected = _predictions(input_ids, is_rejected, before, len(n_prompt))
+    chosen = _predictions(input_ids, chosen_targets, before, 0)
+    rejected = _predictions(input_ids, rejected_targets, before, len(n_prompt))
     return Rows(
         input_ids,
         *(torch.cat(parts) for parts in zip(chosen, rejected, strict=True)),
@@ -103,19 +106,25 @@ def shared_rows(batch: dict) -> Rows:
     )
 
 
+def _is_target(batch: dict, side: str, positions: torch.Tensor) -> torch.Tensor:
+    """Tell which positions of a side's sequences are trained: (B, T) to (B, T)."""
+    labels = batch[f"{side}_labels"]
+    return labels.gather(1, positions.clamp(max=labels.shape[1] - 1)) != -100
+
+
 def packed_rows(batch: dict, shared: bool = False) -> Rows:
     """A batch's sequences in one row without padding; S is as in `padded_rows` and `shared_rows`.
 
     `shared`: the prompt of each pair is computed once, with the chosen response.
     """
     sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
-    n_pairs, row = len(batch["chosen_labels"]), _PackedRow()
+    n_prompts, n_pairs, row = part_lengths(batch)[0].tolist(), len(batch["chosen_labels"]), _PackedRow()
     for number in range(n_pairs):
         for place, side in enumerate(sides):
-            is_target = batch[f"{side}_labels"][number] != -100
-            n_tokens, n_response = int(batch[f"{side}_attention_mask"][number].sum()), int(is_target.sum())
+            n_tokens = int(batch[f"{side}_attention_mask"][number].sum())
             ids = batch[f"{side}_input_ids"][number, :n_tokens]
-            row.add(ids, n_tokens - n_response, number + place * n_pairs, goes_on=shared and place == 1)
+            is_target = batch[f"{side}_labels"][number, :n_tokens] != -100
+            row.add(ids, is_target, number + place * n_pairs, n_shared=n_prompts[number] if shared and place else 0)
     return row.rows(n_pairs * len(sides))
 
 
@@ -134,26 +143,24 @@ class _PackedRow:
     def __init__(self):
         self.parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.query_starts, self.key_starts = [0], [0]
-        self.prompt_start = 0  # of the last prompt, in the row
+        self.last_start = 0  # where the last sequence begins in the row
 
-    def add(self, ids: torch.Tensor, n_prompt: int, sequence: int, goes_on: bool):
-        """Add the tokens of prompt and response, (n,); with `goes_on` the prompt is the one that came last."""
-        start, n_shared = self.query_starts[-1], n_prompt if goes_on else 0  # of what is new; n_shared is there already
-        self.prompt_start = self.prompt_start if goes_on else start
-        n_new, n_keys, key_start = len(ids) - n_shared, len(ids), self.key_starts[-1]
-        shared = torch.arange(self.prompt_start, self.prompt_start + n_shared)
-        response_start, first = start + n_prompt - n_shared, 0 if n_prompt else 1  # the first of all isn't predicted
-        targets = ids[n_prompt + first :]
-        before = torch.arange(response_start - 1, response_start - 1 + len(ids) - n_prompt)
-        before[:1] = self.prompt_start + n_prompt - 1  # the prompt's last token predicts the first of the response
+    def add(self, ids: torch.Tensor, is_target: torch.Tensor, sequence: int, n_shared: int):
+        """Add the tokens of a sequence, (n,), without the first `n_shared`: those of the sequence before it."""
+        start, key_start = self.query_starts[-1], self.key_starts[-1]
+        self.last_start = self.last_start if n_shared else start
+        n_new, n_keys = len(ids) - n_shared, len(ids)
+        shared = torch.arange(self.last_start, self.last_start + n_shared)
+        places = torch.cat([shared, torch.arange(start, start + n_new)])  # of all its tokens in the row
+        predicted = is_target[1:].nonzero().squeeze(1) + 1  # the first token of all is predicted by nothing
         of_part = {
             "input_ids": ids[n_shared:],
             "position_ids": torch.arange(n_shared, len(ids)),
-            "predictors": before[first:],
-            "targets": targets,
-            "sequences": torch.full_like(targets, sequence),
-            "offsets": torch.arange(len(targets)),
-            "keys": torch.cat([shared, torch.arange(start, start + n_new)]),
+            "predictors": places[predicted - 1],
+            "targets": ids[predicted],
+            "sequences": torch.full_like(predicted, sequence),
+            "offsets": torch.arange(len(predicted)),
+            "keys": places,
             "first": torch.arange(key_start + n_shared, key_start + n_keys),
             "again": torch.arange(key_start, key_start + n_shared),
         }

@@ -34,4 +34,6 @@ class Settings:
     test_fraction: float = 0.05  # of the prompts, held out where there is no test split
     skips_bad: bool = False
     chat_template: str | None = None  # a file; None: the tokenizer's own
+    trained_turns: str = "all"  # of the assistant's turns in a response: all, or the last
+    verbatim_responses: bool = False  # write responses that the chat template alters as they are
     texts_as_messages: bool = False  # render plain prompts and responses by the chat template, too

@@ -169,11 +169,13 @@ def report(run_dir: Path, n_shown: int = 4) -> str:
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     if {sample["model"] for sample in samples} != {"policy", "reference"}:
         return f"{run_dir} has no samples of both policy and reference; train with loss=dpo sample_during_eval=true"
+    if "response" not in samples[-1]:
+        return f"{run_dir}: its samples are those of an earlier version; train again"
     last = max(sample["counters/examples"] for sample in samples)
     lines = []
     for model, title in (("reference", "before (the reference)"), ("policy", f"after {last:,} pairs (the policy)")):
         chosen = [s for s in samples if s["model"] == model and s["counters/examples"] == last]
-        texts = [sample["sample"].removeprefix(sample["prompt"]) for sample in chosen]
+        texts = [sample["response"] for sample in chosen]
         words = [response_words(text) for text in texts]
         rewards = [float(true_reward(w)) for w in words if w is not None]
         mean = f"{np.mean(rewards):+.2f}" if rewards else "none"

@@ -30,11 +30,11 @@ from data.formats import prompt_example
 from data.locations import locate
 from data.messages import BadExample
 from data.row_sources import open_rows
-from data.tokenization import get_collate_fn
+from data.tokenization import decode_response, get_collate_fn
 from distributed import collectives, environment
 from distributed.strategies import STRATEGIES
 from evaluation import vllm_engine
-from evaluation.sampling import end_tokens, generate_scorable
+from evaluation.sampling import end_tokens, generate_scorable, target_ids
 from losses import LOSSES
 from models import load_tokenizer
 from preference_datasets import open_batches
@@ -410,13 +410,12 @@ def _draw(
                 reference_logps = trainer.response_logps(model, targets).tolist()
     lines, ends = [], end_tokens(trainer.policy, trainer.tokenizer)
     for row, (request, number) in enumerate(own):
-        ids = targets["chosen_labels"][row]
-        ids = ids[ids != -100].tolist() if is_whole[row] else []
+        prompt_ids, ids = target_ids(targets, row) if is_whole[row] else ([], [])
         if not is_whole[row]:  # nothing was drawn after an empty prompt
             policy_logps[row] = reference_logps[row] = None
         lines.append({
             "prompt_index": request.index, "sample": number, "prompt": request.given,
-            "response": trainer.tokenizer.decode(ids, skip_special_tokens=True), "n_tokens": len(ids),
+            "response": decode_response(prompt_ids, ids, trainer.tokenizer), "n_tokens": len(ids),
             "finished": bool(ids) and ids[-1] in ends,
             "policy_logps": policy_logps[row], "reference_logps": reference_logps[row],
         })  # fmt: skip

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from transformers import GenerationConfig
 
 from config_checks.schema import REPOSITORY
-from evaluation.sampling import end_token_ids
+from data.chat import end_token_ids
 from utils import UserError, rank0_print
 
 
