@@ -157,9 +157,12 @@ class Renderer:
         border, shared = min(found[0][0] for found in spans), shared_start(wholes)
         if border > len(shared):  # they differ before the first word that is trained
             border = max(self._cuts(shared))
+        prompt, opened = wholes[0][:border], dialogues[0].opened
+        if dialogues[0].begins_with_assistant and not wholes[0].startswith(opened) and opened.startswith(prompt):
+            self.unopened.add(opened[border:])
         responses = [whole[border : found[-1][1]] for whole, found in zip(wholes, spans, strict=True)]
         trained = [[(start - border, end - border) for start, end in found] for found in spans]
-        return Rendered(wholes[0][:border], responses, trained)
+        return Rendered(prompt, responses, trained)
 
     def _opening(self, dialogues: list[Dialogue]) -> int | None:
         """Where the responses begin, after what opens the assistant's turn; None: each must look for it itself.
@@ -175,9 +178,7 @@ class Renderer:
             return len(opened)
         shared = shared_start([opened, *wholes])
         if shared.startswith(before):
-            opening = max(len(before), *self._cuts(shared))
-            self.unopened.add(opened[opening:])
-            return opening
+            return max(len(before), *self._cuts(shared))
         if any(dialogue.has_several for dialogue in dialogues):  # later turns may change how earlier ones are written
             return None
         raise BadExample(_REFUSED, "the chat template writes the prompt differently where a response follows")

@@ -150,7 +150,10 @@ def test_numbers_are_short():
 
 
 def samples(prompt: str, **of_models: str) -> list[dict]:
-    return [{"model": model, "prompt": prompt, "sample": prompt + text} for model, text in of_models.items()]
+    return [
+        {"model": model, "prompt": prompt, "response": text, "sample": prompt + text}
+        for model, text in of_models.items()
+    ]
 
 
 def test_samples_stand_side_by_side_their_prompt_once(monkeypatch):
