@@ -3,7 +3,7 @@
 from omegaconf import DictConfig
 
 from commands import command_line
-from commands.run_config import run_with_options
+from commands.run_config import check_hub_models, run_with_options
 from evaluation.evaluate import Options, evaluate_checkpoints, make_options
 
 
@@ -15,7 +15,9 @@ def run(config: DictConfig):
 def _evaluate(config: DictConfig, options: Options):
     from trainers import make_trainer  # which takes seconds
 
-    evaluate_checkpoints(make_trainer(config, trains=False), options)
+    trainer = make_trainer(config, trains=False)
+    check_hub_models(config, options.checkpoints)
+    evaluate_checkpoints(trainer, options)
 
 
 if __name__ == "__main__":

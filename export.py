@@ -1,75 +1,97 @@
-"""What can be done with a checkpoint besides going on from it.
+"""Export a checkpoint as a plain folder for `from_pretrained`: `python export.py run=RUN output=DIR`.
 
-`python -m checkpoints merge ADAPTER_DIR OUTPUT_DIR` writes the model with the adapter merged into it.
+The folder has the model, the tokenizer and a model card. A policy with all its weights is copied; an adapter is merged
+into its base.
 """
 
-import argparse
 import os
-import sys
+import shutil
 
 from omegaconf import DictConfig, OmegaConf
 
-from checkpointing.integrity import atomic_directory
+from checkpointing.fingerprints import file_fingerprints, hub_revisions
+from checkpointing.integrity import CARD, atomic_directory, read_checksums
 from checkpointing.model_card import write_card
+from checkpointing.resume import check_models_unchanged, find_checkpoints
 from checkpointing.train_state import read_state_json
+from commands import command_line
+from commands.run_config import read_run_config
+from config_checks.paths import expand_config, expand_home
 from config_checks.schema import own_keys
 from models import end_at_turns, load_adapter, load_model, read_tokenizer
 from references import policy_source
+from storage.outputs import Output, check_outputs, new_directory
 from utils import UserError
 
+# what only resuming needs
+_TRAINING_STATE = {"policy.pt", "reference.pt", "optimizer.pt", "scheduler.pt", "rng.pt", "state.json"}
+_ROOM = "make room, or choose another output"
 
-def merge(adapter_dir: str, output_dir: str):
-    """Write the model with the adapter's changes added to its weights, with its tokenizer, for `from_pretrained`.
 
-    The base is loaded as the run's config.yaml, beside the checkpoint directory, says.
+def run(config: DictConfig):
+    """Check the command line, then export.
 
-    Raises: UserError if there is no such run or adapter, if `output_dir` exists or can't be written; then nothing
-        remains of it.
+    Raises: UserError if there is no such checkpoint, if it is damaged or its base has changed, or if `output` holds
+        anything; nothing remains of `output` then.
     """
-    config_path = os.path.join(os.path.abspath(adapter_dir), os.pardir, "config.yaml")
-    if not os.path.exists(config_path) or not os.path.exists(os.path.join(adapter_dir, "adapter_config.json")):
-        raise UserError(f"{adapter_dir} is not a checkpoint with an adapter inside a run directory")
-    if not output_dir:
-        raise UserError("give the directory that gets the merged model")
-    output_dir = os.path.normpath(output_dir)
-    if os.path.lexists(output_dir):
-        raise UserError(f"{output_dir} exists already")
+    options = expand_home(OmegaConf.to_container(config, throw_on_missing=False))
+    for key in ("run", "output"):
+        if options[key] in ("???", None, ""):
+            raise UserError(f"{key}: give it: python export.py run=RUN output=DIR")
+    run_dir, output = str(options["run"]), os.path.normpath(str(options["output"]))
+    if not isinstance(options["checkpoint"], str) or options["checkpoint"] == "all":
+        raise UserError(f"checkpoint={options['checkpoint']}: give one: LATEST, BEST or step-N")
+    check_outputs([Output("output", output, new_directory)])
+    trained = read_run_config(run_dir)
+    (checkpoint,) = find_checkpoints(run_dir, options["checkpoint"])
+    if os.path.exists(os.path.join(checkpoint, "adapter_config.json")):
+        merge_adapter(checkpoint, trained, output)
+    else:
+        copy_model(checkpoint, output)
+    print(f"Wrote the model of {checkpoint} to {output}")
+
+
+def copy_model(checkpoint: str, output: str):
+    """Copy model, tokenizer and model card of a checkpoint with all weights."""
+    names = set(read_checksums(checkpoint)) - _TRAINING_STATE
+    if "config.json" not in names:
+        raise UserError(f"{checkpoint} holds no model for from_pretrained: it has no config.json")
+    with atomic_directory(output, _ROOM) as partial:
+        for name in [*names, CARD]:
+            if name != CARD or os.path.exists(os.path.join(checkpoint, CARD)):
+                shutil.copyfile(os.path.join(checkpoint, name), os.path.join(partial, name))
+
+
+def merge_adapter(checkpoint: str, trained: DictConfig, output: str):
+    """Load the base as the run's config says, add the adapter's changes to its weights, and write it.
+
+    Args:
+        trained: the run's config.
+    """
+    state = read_state_json(checkpoint)
     try:
-        # one that was only copied there has none, and says nothing of its training
-        has_state = os.path.exists(os.path.join(adapter_dir, "state.json"))
-        state = read_state_json(adapter_dir) if has_state else None
-        trained = OmegaConf.merge(_defaults(), OmegaConf.load(config_path))
+        trained = OmegaConf.merge(own_keys("config") | {"model": own_keys("model/blank_model")}, trained)
+        expand_config(trained)
         config = trained.copy()
-        config.model.load_in_4bit, config.model.adapter = False, adapter_dir
+        config.model.load_in_4bit, config.model.adapter = False, checkpoint
         source = policy_source(config)
+        files = file_fingerprints(trained)
     except UserError:
         raise
-    except Exception as error:  # YAML's and OmegaConf's are of many kinds
-        raise UserError(f"{config_path}: can't read it as a run's config: {error}") from error
+    except Exception as error:  # OmegaConf's are of many kinds
+        raise UserError(f"{trained.get('local_run_dir')}: can't read its config.yaml: {error}") from error
+    bases = {key: digest for key, digest in files.items() if key.startswith("model.") and key != "model.adapter"}
+    check_models_unchanged(trained, [checkpoint], bases)
     tokenizer = read_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config)
-    tokenizer.chat_template = read_tokenizer(adapter_dir, config).chat_template or tokenizer.chat_template
+    tokenizer.chat_template = read_tokenizer(checkpoint, config).chat_template or tokenizer.chat_template
     model = load_adapter(load_model(config, config.model.policy_dtype), source, is_trainable=False)
     end_at_turns(model, tokenizer)
-    with atomic_directory(output_dir, "make room, or choose another directory") as partial:
+    check_models_unchanged(trained, [checkpoint], hub_revisions(config))
+    with atomic_directory(output, _ROOM) as partial:
         model.merge_and_unload().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        if state is not None:
-            write_card(partial, trained, state, is_adapter=False)
-    print(f"wrote the merged model to {output_dir}")
-
-
-def _defaults() -> DictConfig:
-    """Of every key, for runs that are older than some."""
-    return OmegaConf.create(own_keys("config") | {"model": own_keys("model/blank_model")})
+        write_card(partial, trained, state, is_adapter=False)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m checkpoints")
-    parser.add_argument("command", choices=["merge"])
-    parser.add_argument("adapter_dir")
-    parser.add_argument("output_dir")
-    arguments = parser.parse_args()
-    try:
-        merge(arguments.adapter_dir, arguments.output_dir)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    command_line.main(run, "export")

@@ -1,4 +1,4 @@
-"""Preference and SFT losses, and sequence log-probabilities: pure tensor maths, in nats.
+"""Preference and SFT losses: pure tensor maths on log-probabilities, in nats.
 
 A new loss is one function here, one entry in `LOSSES` and one file in `config/loss`. The function's signature says what
 it needs: see `Loss`.
@@ -25,7 +25,7 @@ class Range:
     below: float | None = None
 
     def violation(self, value: float) -> str | None:
-        """What a number must be that this one isn't; None if it is in the range."""
+        """Return the rule that a number breaks; None if it is in the range."""
         if self.above is not None and not value > self.above:
             return f"must be a number above {self.above}"
         if self.at_least is not None and not value >= self.at_least:
@@ -175,7 +175,7 @@ def length_dpo_loss(
 ) -> Outputs:
     """Length-regularised DPO, R-DPO (https://arxiv.org/abs/2403.19159): a token costs α (`length_penalty`) of reward.
 
-    -log σ(βh + α (|chosen| - |rejected|)): of a preference what length explains is not learnt.
+    -log σ(βh + α (|chosen| - |rejected|)): the part of a preference that length explains is not learnt.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -333,29 +333,28 @@ class Option:
 
 
 class Loss:
-    """A loss function with what its signature declares.
+    """A loss function, and the inputs and options that its signature declares.
 
     Its parameters are, by their names,
 
     - inputs, tensors of shape (batch_size,): `policy_chosen_logps`, `policy_rejected_logps`, `reference_chosen_logps`,
       `reference_rejected_logps` (log-probabilities of whole responses, in nats) and `chosen_lengths`,
-      `rejected_lengths` (predicted tokens in the responses); and `kl_estimate`, of shape (): how far the policy is from
-      the reference (nats, at least 0), from prompts of the whole batch with other prompts' responses. One with
-      `rejected` in its name makes it a loss of pairs; without, it trains on SFT targets. One that starts with
-      `reference` makes it need a reference;
-    - options, all others: `loss.NAME` in the config. Annotation and default give type, range (`Range`) and default. An
-      option `reference_free`, if true, lets the loss do without a reference: it is given zeros.
+      `rejected_lengths` (predicted tokens in the responses); and `kl_estimate`, of shape (): the policy's KL divergence
+      from the reference (nats, at least 0), estimated from the whole batch. A name with `rejected` makes it a loss of
+      pairs; otherwise it trains on SFT targets. A name with `reference` makes it need a reference;
+    - options, all others: `loss.NAME` in the config, with the type, range (`Range`) and default of the annotation. With
+      an option `reference_free` set to true, no reference is loaded and its log-probabilities are zeros.
 
-    A loss that takes no lengths has one more option, `average_log_prob`: it is given mean log-probabilities per token.
+    A loss that takes no lengths gets one more option, `average_log_prob`: log-probabilities are then means per token.
 
     It returns the losses, or a tuple of losses, chosen rewards and rejected rewards; each of shape (batch_size,).
 
-    Raises: TypeError if the signature declares none of this.
+    Raises: TypeError if the signature declares something else.
     """
 
     def __init__(self, function: Callable):
         self.function = function
-        # what functools.partial has set is no option
+        # arguments that functools.partial has set are no options
         given = function.keywords if isinstance(function, functools.partial) else {}
         hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in given]
@@ -363,8 +362,7 @@ class Loss:
         self.inputs = tuple(p.name for p in parameters if p.name.endswith("_logps") or p.name in known)
         unknown = set(self.inputs) - set(known)
         if unknown or not self.inputs:
-            there_are = ", ".join(known)
-            raise TypeError(f"{function}: unknown inputs {sorted(unknown)}, or none; there are {there_are}")
+            raise TypeError(f"{function}: unknown inputs {sorted(unknown)}, or none; there are {', '.join(known)}")
         self.options = {p.name: _option(p, hints.get(p.name)) for p in parameters if p.name not in self.inputs}
         self.takes_kl_estimate = KL_ESTIMATE in self.inputs
         self.takes_lengths = any(name in LENGTHS for name in self.inputs)
@@ -376,11 +374,11 @@ class Loss:
             raise TypeError(f"{function}: references are of pairs; take policy_rejected_logps, too")
 
     def needs_reference(self, loss_config) -> bool:
-        """Whether, under these options, it compares the policy with a reference."""
+        """True if the loss compares the policy with a reference under these options."""
         return self._compares and not loss_config.get("reference_free", False)
 
     def __call__(self, inputs: dict[str, torch.Tensor], loss_config) -> tuple[torch.Tensor, ...]:
-        """Losses, and rewards if there are any, of a batch: `inputs` hold at least what it declares."""
+        """Return the losses of a batch, and rewards if there are any; `inputs` hold at least those that it declares."""
         arguments = {name: inputs[name] for name in self.inputs}
         options = {
             name: loss_config[name] for name in self.options if name in loss_config and name != "average_log_prob"
@@ -390,7 +388,7 @@ class Loss:
 
 
 def _option(parameter: inspect.Parameter, hint: object) -> Option:
-    """What a parameter's annotation and default say of an option."""
+    """Read an option's type, range and default from a parameter."""
     value_range = None
     if typing.get_origin(hint) is Annotated:
         hint, *notes = typing.get_args(hint)
@@ -419,5 +417,5 @@ LOSSES = {
 
 
 def needs_reference(loss_config) -> bool:
-    """Whether the loss of a config's `loss` section compares the policy with a reference model."""
+    """True if the loss of a config's `loss` section compares the policy with a reference model."""
     return LOSSES[loss_config.name].needs_reference(loss_config)

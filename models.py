@@ -9,18 +9,21 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from acceleration.memory_plan import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
+from checkpointing.integrity import verify_weights
 from data import chat, hub
-from references import REFERENCE_ADAPTER, Source, policy_source, reference_source, resolved_reference
+from references import REFERENCE_ADAPTER, Source, policy_source, reference_source
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
 
 def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", source: Source | None = None) -> nn.Module:
-    """A model without dropout, from `source` without its adapter; by default what the policy starts from.
+    """Load a model without dropout and without its adapter; by default the one that the policy starts from.
 
-    `device_map`: 'balanced' over the machine's GPUs, or 'cpu'.
+    Args:
+        device_map: 'balanced' over the machine's GPUs, or 'cpu'.
 
-    Raises: UserError if there is no such model, none that can be loaded, or one that lacks weights or has others.
+    Raises: UserError if the model isn't found or can't be loaded, or its weights don't fit its config.
     """
     source = source or policy_source(config)
     name, options = source.name_or_path, _hub_options(config, source)
@@ -28,7 +31,8 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     origin += f" model.revision={options['revision']}" if "revision" in options else ""
     attention = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
     try:
-        _say_what_runs(name, options)
+        verify_weights(name)
+        _announce_remote_code(name, options)
         if source.from_scratch:
             torch.manual_seed(config.seed)
             model_config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -48,14 +52,15 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
                 **options,
                 **attention,
             )
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # what a damaged config.json, weights or the hub's HTTP library raise may be of any kind
+    except Exception as error:  # damaged files and the hub's HTTP library raise errors of any kind
         cause, remedy = hub.why_not(error, name, "model") or (
             describe(error, 2000),
             f"Give the id of a causal language model on the hub{hub.access_hint(error)}{_code_hint(error)}",
         )
         raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
+    _check_on_gpus(model, origin, config, device_map)
     disable_dropout(model)
     if source.archive is not None:
         load_archive(source.archive, model, source.key("archive"), options["trust_remote_code"])
@@ -64,8 +69,23 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     return model
 
 
+def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map: str):
+    """Refuse a model of which accelerate has left a part in the CPU's memory, as the GPUs have no room for it.
+
+    Raises: UserError with the memory that it takes, and remedies.
+    """
+    left_out = [parameter for parameter in model.parameters() if parameter.device.type in ("cpu", "meta", "disk")]
+    if device_map == "cpu" or not torch.cuda.is_available() or not left_out:
+        return
+    total, missing = (sum(p.nbytes for p in parameters) / 1e9 for parameters in (model.parameters(), left_out))
+    raise UserError(
+        f"{origin} has {total:.1f} GB of weights in {str(model.dtype)[6:]}; the GPUs have no room for {missing:.1f} GB "
+        f"of them.\n{remedies(config)}"
+    )
+
+
 def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
-    """How `from_pretrained` is to read `source.name_or_path`; the revision is of `model.name_or_path`."""
+    """Return the arguments of `from_pretrained` for `source.name_or_path`; `model.revision` is the policy's alone."""
     options = {"cache_dir": get_local_dir(config.local_dirs), "trust_remote_code": config.model.trust_remote_code}
     if config.model.revision is not None and source.name_or_path == config.model.name_or_path:
         options["revision"] = config.model.revision
@@ -73,36 +93,36 @@ def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
 
 
 def allow_own_code(config: DictConfig):
-    """With `model.trust_remote_code`, let this process find the classes of a model that another one sends it."""
+    """With `model.trust_remote_code`, let this process unpickle a model class that another worker sends."""
     if config.model.trust_remote_code:
         transformers.dynamic_module_utils.init_hf_modules()
 
 
-def _say_what_runs(name: str, options: dict):
-    """Print which code of its own a model brings, if it is allowed to run."""
+def _announce_remote_code(name: str, options: dict):
+    """Name the classes of a model's own code before they run."""
     if not options["trust_remote_code"]:
         return
     revision = {key: value for key, value in options.items() if key != "trust_remote_code"}
     classes = transformers.PreTrainedConfig.get_config_dict(name, **revision)[0].get("auto_map") or {}
     if classes:
-        rank0_print(f"model.trust_remote_code=true: running code of {name}: {', '.join(sorted(classes.values()))}")
+        rank0_print(f"model.trust_remote_code=true: running the code of {name}: {', '.join(sorted(classes.values()))}")
 
 
 def _code_hint(error: Exception) -> str:
     if "trust_remote_code" not in str(error):
         return ""
-    return "\nmodel.trust_remote_code=true runs the code that it brings, with your rights: read it first"
+    return "\nmodel.trust_remote_code=true runs the model's own code with your rights: read it first"
 
 
 def configured_dropout_rates(config: DictConfig) -> dict[str, float]:
-    """The dropout rates that the model's own config.json has, for that of checkpoints; in training they are 0."""
+    """Return the dropout rates of the model's config.json; in training they are 0, in checkpoints they are restored."""
     source = policy_source(config)
     model_config = transformers.AutoConfig.from_pretrained(source.name_or_path, **_hub_options(config, source))
     return {key: value for key, value in model_config.to_dict().items() if "drop" in key and isinstance(value, float)}
 
 
 def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
-    """The model's tokenizer, or `model.tokenizer_name_or_path`; without a padding token it pads with the end token."""
+    """Load the tokenizer; one without a padding token pads with its end-of-sequence token."""
     name = config.model.tokenizer_name_or_path or config.model.name_or_path
     rank0_print(f"Loading tokenizer {name}")
     tokenizer = read_tokenizer(name, config)
@@ -118,9 +138,9 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
 
 
 def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a model or folder, as it is in its files.
+    """Load the tokenizer of a model or folder, unchanged.
 
-    Raises: UserError if there is none, or none that can be read.
+    Raises: UserError if there is none, or it can't be read.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **_hub_options(config, Source(name)))
@@ -148,7 +168,7 @@ def end_at_turns(model: nn.Module, tokenizer):
 
 
 def _quantization(config: DictConfig):
-    """4-bit weights that compute in bfloat16 (QLoRA, https://arxiv.org/abs/2305.14314), if asked for."""
+    """Return the settings of `model.load_in_4bit`: weights that compute in bfloat16 (QLoRA, arXiv 2305.14314)."""
     if not config.model.load_in_4bit:
         return None
     return transformers.BitsAndBytesConfig(
@@ -160,22 +180,24 @@ def _quantization(config: DictConfig):
 
 
 def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
-    """The model to train: all of it, a new LoRA adapter on it (`lora`), or a saved one (`model.adapter`)."""
+    """Load the model to train: all its weights, a new LoRA adapter (`lora`), or a saved one (`model.adapter`)."""
     rank0_print("building policy")
     policy = load_model(config, config.model.policy_dtype, device_map)
     if config.lora is not None:
         policy = _add_lora(policy, config)
     if config.model.adapter is not None:
         policy = load_adapter(policy, policy_source(config), is_trainable=True)
-        if resolved_reference(config) == "adapter_copy":
+        if config.reference == "adapter_copy":
             policy.load_adapter(config.model.adapter, REFERENCE_ADAPTER, is_trainable=False)
     disable_dropout(policy)  # an adapter's too
     return policy
 
 
 def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str = "balanced") -> nn.Module:
-    """A second model in `model.reference_dtype`: the one that `reference_model` names, or else one with the weights
-    that the policy starts from; then a copy of `policy` where that is given and has them."""
+    """Load a second model in `model.reference_dtype`: the one that `reference_model` names, by default the policy's.
+
+    Where `policy` is given and has the same weights, it is copied in memory.
+    """
     rank0_print("building reference model")
     source = reference_source(config)
     one_device = len(set(getattr(policy, "hf_device_map", {}).values())) <= 1
@@ -190,12 +212,12 @@ def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str
 
 
 def check_tokenizer_fits(policy: nn.Module, tokenizer, config: DictConfig):
-    """Raises UserError if the tokenizer has more tokens than the model, or `max_length` is more than its positions."""
+    """Refuse a tokenizer with more tokens than the model, and a `max_length` beyond its positions."""
     n_embeddings = policy.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > n_embeddings:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model embeds {n_embeddings}: "
-            "model.tokenizer_name_or_path is not this model's"
+            "model.tokenizer_name_or_path belongs to another model"
         )
     n_positions = getattr(policy.config, "max_position_embeddings", None)
     if n_positions is not None and config.max_length > n_positions:
@@ -205,10 +227,10 @@ def check_tokenizer_fits(policy: nn.Module, tokenizer, config: DictConfig):
 def check_reference_fits(
     reference_model: nn.Module, policy: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, config: DictConfig
 ):
-    """Refuse a model of `reference_model` under which the policy's token ids, or as many of them, mean something else.
+    """Refuse a `reference_model` for which the policy's token ids mean something else.
 
-    Raises: UserError if it embeds another number of tokens, has fewer positions than `max_length`, or if its tokenizer,
-        where it has one, knows other tokens.
+    Raises: UserError if it embeds another number of tokens, has fewer positions than `max_length`, or has a tokenizer
+        with other tokens.
     """
     source = reference_source(config)
     what = ", ".join(f"reference_model.{name}={getattr(source, name)}" for name in sorted(source.given))
@@ -235,7 +257,7 @@ def check_reference_fits(
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
-# what PEFT warns of and then does without: names that match nothing, settings that don't go together
+# PEFT warns of these settings and then ignores them; here they are errors
 _IGNORED = (
     "were set but no", "no modules were excluded", "rank_pattern", "alpha_pattern", "will be ignored",
     "fan_in_fan_out is set to True", "no tied modules",
@@ -259,7 +281,7 @@ def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
 
 
 def _check_names_in_model(fields: dict, model: nn.Module):
-    """Refuse names of modules and parameters that the model doesn't have: PEFT passes over them."""
+    """Refuse names of modules and parameters that the model doesn't have: PEFT ignores them silently."""
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
     for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
@@ -281,7 +303,7 @@ def _check_names_in_model(fields: dict, model: nn.Module):
 
 
 def _check_numbers_in_model(fields: dict, model: nn.Module):
-    """Refuse numbers of layers and tokens that the model doesn't have: PEFT passes over them, or fails in training."""
+    """Refuse numbers of layers and tokens that the model doesn't have: PEFT ignores them, or fails in training."""
     tokens, n_tokens = fields.get("trainable_token_indices"), model.get_input_embeddings().num_embeddings
     lists = tokens.values() if isinstance(tokens, dict) else [tokens]
     given = [("trainable_token_indices", numbers, n_tokens) for numbers in lists]
@@ -290,18 +312,19 @@ def _check_numbers_in_model(fields: dict, model: nn.Module):
         numbers = [value] if field == "layers_to_transform" and isinstance(value, int) else value
         are_numbers = isinstance(numbers, list) and numbers and all(type(number) is int for number in numbers)
         if value is not None and not (are_numbers and min(numbers) >= 0 and max(numbers) < n_there):
-            raise UserError(f"lora={{{field}: {fields[field]}}}: the model has the numbers 0 to {n_there - 1} alone")
+            raise UserError(f"lora={{{field}: {fields[field]}}}: the model has only the numbers 0 to {n_there - 1}")
 
 
 def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Module:
-    """The model with the saved adapter of `source` on it.
+    """Put the saved adapter of `source` on the model.
 
-    Raises: UserError if it can't be read, is another model's, or holds weights that are not finite.
+    Raises: UserError if it can't be read, belongs to another model, or holds weights that are not finite.
     """
     import peft
 
     origin = f"{source.key('adapter')}={source.adapter}"
     try:
+        verify_weights(source.adapter)
         weights = peft.utils.load_peft_weights(source.adapter, device="cpu")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")

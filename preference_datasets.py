@@ -1,7 +1,7 @@
-"""The named datasets of preferences, and batches of them and of other data.
+"""Named preference datasets, and the iterator over batches of these and of any other data.
 
-Files and hub datasets in a known format need no code (docs/data.md). For others, add a function like `get_hh` here and
-an entry to `DATASETS`.
+Files and hub datasets in a known format need no code (docs/data.md). For other data, add a function like `get_hh` here
+and an entry in `DATASETS`.
 """
 
 import inspect
@@ -16,7 +16,6 @@ import numpy as np
 from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.element import PreformattedString
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from data.batches import BatchIterator, Prompt
 from data.choice import Choice, Settings
@@ -27,14 +26,16 @@ from data.row_sources import ROWS  # noqa: F401 (re-exported)
 from data.selection import epoch_order, first_examples, without_identical, without_overlong
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
-from utils import UserError, closest_match, get_local_dir, on_rank0
+from optimization import rate_warning
+from reporting.terminal import progressing
+from utils import UserError, closest_match, get_local_dir, on_rank0, rank0_print
 
 if TYPE_CHECKING:
     import datasets
 
 
 class RowError(UserError):
-    """A row of a split can't be used; `get_dataset` adds the file and line."""
+    """Raised for a row that can't be used; `get_dataset` adds its file and line to the message."""
 
     def __init__(self, message: str, split: str, row: int):
         super().__init__(message)
@@ -44,12 +45,12 @@ class RowError(UserError):
 def load_rows(
     name: str, path: str | None, split: str, fields: dict[str, type], cache_dir: str | None, silent: bool = False
 ) -> "datasets.Dataset":
-    """Load one split of a dataset from the hub or from a local folder and check that its columns are there.
+    """Load one split of a dataset from the hub or from a local folder, and check that it has all `fields`.
 
     Args:
-        path: hub id or folder; None: the hub id of the dataset's entry in `DATASETS`.
+        path: hub id or folder; None means the hub id given in `DATASETS`.
 
-    Raises: UserError if it can't be loaded, or lacks a field, naming dataset and split.
+    Raises: UserError if the split can't be loaded or lacks a field, naming dataset and split.
     """
     path = path or DATASETS[name].hub_id
     rows = read_split(name, path, split, cache_dir, silent)
@@ -57,7 +58,7 @@ def load_rows(
     if missing:
         raise RowError(
             f"datasets=[{name}], {split} split, row 0: no field {', '.join(map(repr, missing))} in {path!r}; "
-            f"its fields are {rows.column_names}, expected are {list(fields)}",
+            f"its fields are {rows.column_names}, but {list(fields)} are expected",
             split,
             row=0,
         )
@@ -67,11 +68,14 @@ def load_rows(
 def checked_rows(
     rows: "datasets.Dataset", name: str, split: str, fields: dict[str, type], silent: bool
 ) -> Iterator[tuple[int, dict]]:
-    """Each row with its number (its field 'row' if it has one), once each field is known to hold a value of its type.
+    """Yield each row with its number, after checking the types of its fields.
+
+    The number is the row's field 'row', if it has one, else its place in the split.
 
     Raises: RowError naming dataset, split and row.
     """
-    for index, row in enumerate(tqdm(rows, desc=f"Processing {name} ({split})", disable=silent or None)):
+    rows = rows if silent else progressing(rows, f"Processing {name} ({split})", "rows")
+    for index, row in enumerate(rows):
         index = row.get("row", index)
         for key, expected in fields.items():
             if not isinstance(row[key], expected):
@@ -90,7 +94,7 @@ def _new_entry() -> dict:
 
 
 def extract_anthropic_prompt(prompt_and_response: str) -> str:
-    """The transcript up to and including its last 'Assistant:'."""
+    """Return the transcript up to and including its last 'Assistant:'."""
     search_term = "\n\nAssistant:"
     position = prompt_and_response.rfind(search_term)
     if position == -1:
@@ -103,8 +107,8 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
 
         {'responses': list[str],
          'pairs': list[tuple[int, int]],   # indices into responses: (preferred, dispreferred)
-         'sft_target': str,                # the response to imitate in SFT; here the chosen one
-         'rows': list[int]}                # optional: the row that each pair comes from, for messages
+         'sft_target': str,                # the response to imitate in SFT; in this dataset, the chosen one
+         'rows': list[int]}                # optional: the row of each pair, for error messages
 
     Prompts look like '\\n\\nHuman: ...\\n\\nAssistant:', with any number of turns; responses start with a space.
     """
@@ -126,8 +130,8 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
         entry["rows"].append(index)
     if n_other_prompt and not silent:
         print(
-            f"hh ({split}): in {n_other_prompt} of {len(rows)} rows the rejected transcript has another prompt than "
-            "the chosen one; its response is cut at the chosen prompt's length, as in the original"
+            f"hh ({split}): in {n_other_prompt} of {len(rows)} rows the prompts of the two transcripts differ; the "
+            "rejected response is taken to start at the chosen prompt's length, as in the original"
         )
     return data
 
@@ -135,7 +139,7 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
 def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
     """Load the Stanford Human Preferences dataset; see `get_hh` for the format.
 
-    Only pairs whose scores differ by a factor of at least 2 are kept; the SFT target is the response with the highest
+    Only pairs whose scores differ by a factor of 2 or more are kept. The SFT target is the response with the highest
     score.
     """
     fields = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": int, "score_B": int, "labels": int}
@@ -159,10 +163,10 @@ def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path
 
 
 def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
-    """Load StackExchange answers, HTML tags stripped except <code>; see `get_hh` for the format.
+    """Load StackExchange answers, with all HTML tags stripped but <code>; see `get_hh` for the format.
 
-    Every pair of a question's answers with different scores is a preference. A hundredth of the questions, drawn
-    with a fixed seed, is the test split.
+    Any two answers to a question with different scores are a preference pair. The test split is a hundredth of the
+    questions, drawn with a fixed seed.
     """
     fields = {"question": str, "answers": list}
     rows = load_rows("se", path, "train", fields, cache_dir, silent)
@@ -195,7 +199,7 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path:
 
 
 def _strip_html_of_row(row: dict) -> dict:
-    """`row` with its HTML stripped; what has not the expected form stays, for `checked_rows` to name it."""
+    """Strip the HTML of a row. Malformed fields are left alone; `checked_rows` reports them."""
     if not isinstance(row["answers"], list):
         return row
     answers = [answer if isinstance(answer, dict) else {"text": None} for answer in row["answers"]]
@@ -209,14 +213,14 @@ _CONTAINERS = {"[document]", "html", "body", "div", "blockquote", "section", "ar
 
 
 def strip_html_tags(html_string: str) -> str:
-    """The text of some HTML, blocks divided by blank lines; <code> tags stay (StackExchange keeps code in them)."""
+    """Return the text of some HTML, with blank lines between blocks; <code> tags stay, as they mark code."""
     return "\n\n".join(_text_blocks(BeautifulSoup(html_string, "html.parser")))
 
 
 def _text_blocks(container: Tag) -> Iterator[str]:
     for child in container.children:
         if isinstance(child, NavigableString):
-            if child.strip() and not isinstance(child, PreformattedString):  # those are comments and doctypes
+            if child.strip() and not isinstance(child, PreformattedString):  # PreformattedString: a comment or doctype
                 yield child.strip()
         elif child.name == "pre":
             yield from (_inline_text(code) for code in child.find_all("code")) if child.code else [child.get_text()]
@@ -238,11 +242,11 @@ def _inline_text(element: Tag | NavigableString) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named dataset: how it is loaded, and how it is cut."""
+    """A named dataset: its function, its place on the hub, and how its long prompts are truncated."""
 
-    load: Callable  # (split, silent, cache_dir, path) to data as `get_hh` returns it; without `path`: made in code
-    hub_id: str | None = None  # where it is loaded from unless `dataset_paths.NAME` says otherwise
-    truncation_mode: str = "keep_end"  # which end of an over-long prompt is kept: keep_end (dialogues) or keep_start
+    load: Callable  # (split, silent, cache_dir, path) to data as from `get_hh`; without `path` if it is made in code
+    hub_id: str | None = None  # where it is loaded from, unless the config's `dataset_paths.NAME` is set
+    truncation_mode: str = "keep_end"  # the end of a long prompt that is kept: keep_end (for dialogues) or keep_start
 
 
 DATASETS = {
@@ -253,7 +257,8 @@ DATASETS = {
 }
 
 
-def refuse_unknown_name(name: str):
+def raise_unknown_dataset(name: str):
+    """Raise the UserError for a name that isn't in `DATASETS`."""
     raise UserError(
         f"datasets=[{name}]: no such dataset.{closest_match(name, DATASETS)} There are: {', '.join(DATASETS)}; or give "
         "a file, a folder, or an id on the hub, OWNER/NAME"
@@ -261,12 +266,15 @@ def refuse_unknown_name(name: str):
 
 
 def check_names(names: Iterable[str], paths: dict[str, str]):
-    """Raises UserError if a dataset, or one that `dataset_paths` names, isn't in `DATASETS` or takes no path, or if the
-    path of one that is used is no folder and no hub id."""
-    there_are = ", ".join(DATASETS)
+    """Check the names of datasets, and the config's `dataset_paths`.
+
+    Raises: UserError if a name isn't in `DATASETS`, if a path is given for a dataset that takes none, or if the path of
+        a dataset in `names` is neither a folder nor a hub id.
+    """
+    available = ", ".join(DATASETS)
     for name in names:
         if name not in DATASETS:
-            refuse_unknown_name(name)
+            raise_unknown_dataset(name)
         path = paths.get(name)
         if path == "":
             raise UserError(f"dataset_paths.{name} is empty: give a folder, or leave the key out")
@@ -275,7 +283,7 @@ def check_names(names: Iterable[str], paths: dict[str, str]):
     for name in paths:
         if name not in DATASETS:
             hint = closest_match(name, DATASETS)
-            raise UserError(f"dataset_paths.{name}: no such dataset.{hint} There are: {there_are}")
+            raise UserError(f"dataset_paths.{name}: no such dataset.{hint} There are: {available}")
         if "path" not in inspect.signature(DATASETS[name].load).parameters:
             raise UserError(f"dataset_paths.{name}: this dataset is made in code, not loaded from anywhere")
 
@@ -283,10 +291,10 @@ def check_names(names: Iterable[str], paths: dict[str, str]):
 def get_dataset(
     name: str, split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None
 ) -> dict[str, dict] | list[tuple[str, dict]]:
-    """Load a dataset by its name in `DATASETS`; `path` (a folder or hub id) replaces where it is loaded from.
+    """Load a dataset by its name in `DATASETS`, from `path` (a folder or hub id) if it is given.
 
     Returns: a dict from prompt to entry (see `get_hh`), or a list of (prompt, entry), where a prompt may recur.
-    Raises: UserError for an unknown name, an empty split or an entry of another form.
+    Raises: UserError for an unknown name, an empty split or an entry with other keys.
     """
     check_names([name], {} if path is None else {name: path})
     kwargs = {} if path is None else {"path": path}
@@ -304,7 +312,7 @@ def get_dataset(
 
 
 def _load_prompts(choice: Choice, split: str, silent: bool, cache_dir: str | None, path: str | None) -> list[Prompt]:
-    """The prompts of a named dataset."""
+    """Load the prompts of a named dataset."""
     data = get_dataset(choice.name, split, silent=silent, cache_dir=cache_dir, path=path)
     mode = choice.truncation_mode(DATASETS[choice.name].truncation_mode)
     return [
@@ -314,7 +322,7 @@ def _load_prompts(choice: Choice, split: str, silent: bool, cache_dir: str | Non
 
 
 def _check_no_eos(prompts: list[Prompt], eos_token: str):
-    """The end-of-sequence token marks where a response ends, so it can't stand inside a text."""
+    """Raise UserError if a text contains the end-of-sequence token, which marks where a response ends."""
     for prompt in prompts:
         for text in (prompt.text, prompt.sft_target, *prompt.responses):
             if eos_token in text:
@@ -347,34 +355,36 @@ def get_batch_iterator(
     add_bos: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (it can't be changed)
 ) -> BatchIterator:
-    """Batches of a split, for `n_epochs` or `n_examples`, whichever ends first. Prompts are shuffled; pairs of one
-    prompt stay together.
+    """Iterate over batches of a split, for `n_epochs` or `n_examples`, whichever ends first.
+
+    Prompts are shuffled; the pairs of one prompt stay together.
 
     Args:
-        names: datasets: of `DATASETS`, files, folders, patterns of files or hub ids; or `Choice`s.
-        max_length: tokens in prompt and response together; max_prompt_length: tokens in an over-long prompt.
-        sft_mode: one example for each prompt, its 'chosen' being the SFT target, without 'rejected'.
+        names: datasets, each a name in `DATASETS`, a file, a folder, a pattern of files, a hub id or a `Choice`.
+        max_length: the most tokens in prompt and response together.
+        max_prompt_length: the most tokens of the prompt in an example that is longer than `max_length`.
+        sft_mode: yield one example per prompt, with the SFT target as 'chosen' and without 'rejected'.
         seed: decides the order of the examples.
-        paths: where a named dataset is loaded from instead of the hub.
-        drop_last: leave out the examples of an epoch that don't fill a batch, and round n_examples up to whole
-            batches. Otherwise the last batch may be smaller, and n_examples takes no example twice.
-        shard: (index, count): only this one of `count` shards of each batch.
-        mismatched: also each prompt with another prompt's responses, under keys 'mismatched_...'; such losses take
-            unpaired data, too.
+        paths: for named datasets, folders or hub ids to load instead of the default ones.
+        drop_last: drop the examples of an epoch that don't fill a batch, and round n_examples up to whole batches.
+            Otherwise the last batch may be smaller, and n_examples takes no example twice.
+        shard: (index, count): yield only this one of `count` shards of each batch.
+        mismatched: add each prompt with another prompt's responses, under keys 'mismatched_...'. Losses that need this
+            also accept unpaired data.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
-        settings: how data that isn't a named dataset is read.
+        settings: how to read data that isn't a named dataset.
 
-    Raises: UserError if a dataset can't be used or holds less than one batch.
+    Raises: UserError if a dataset can't be used or has less than one batch.
     """
     if n_epochs is None and n_examples is None:
-        raise UserError("n_epochs and n_examples are both null: one of them must say when to stop")
+        raise UserError("n_epochs and n_examples are both null: set one of them, so that the run ends")
     if silent:
         import datasets
 
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
     choices = [name if isinstance(name, Choice) else Choice(name) for name in names]
-    loss_takes = ("targets",) if sft_mode else ("pairs", "unpaired") if mismatched else ("pairs",)
+    accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if mismatched else ("pairs",)
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
@@ -382,7 +392,7 @@ def get_batch_iterator(
             part = _load_prompts(choice, split, silent, cache_dir, (paths or {}).get(choice.name))
             _check_no_eos(part, tokenizer.eos_token)
         else:
-            part = prepared_split(choice, split, settings, tokenizer, loss_takes, cache_dir, silent)
+            part = prepared_split(choice, split, settings, tokenizer, accepted_kinds, cache_dir, silent)
         part = without_overlong(part, choice, sft_mode, tokenizer, split, **lengths)
         if not sft_mode:
             without_identical(part, choice, split, settings.skips_bad, **lengths)
@@ -391,10 +401,9 @@ def get_batch_iterator(
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
-        shown = [choice.name for choice in choices]
         raise UserError(
-            f"datasets={shown}, {split} split: {batches.n_left_out} examples are less than one batch of {batch_size}; "
-            "make batch_size smaller or add data"
+            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_left_out} examples are less "
+            f"than one batch of {batch_size}; make batch_size smaller or add data"
         )
     return batches
 
@@ -410,8 +419,10 @@ def open_batches(
     mismatched: bool = False,
     trains: bool = True,
 ) -> tuple[BatchIterator, BatchIterator]:
-    """The training and the evaluation batches that a config asks for; see `get_batch_iterator`. What they hold is
-    reported. Without `trains` the evaluation batches stand for both."""
+    """Open the training and the evaluation batches of a config (see `get_batch_iterator`), and print a data report.
+
+    With `trains=False`, no training data is read, and the evaluation batches are returned twice.
+    """
     kwargs = {
         "names": choices,
         "tokenizer": tokenizer,
@@ -438,14 +449,16 @@ def open_batches(
         counts = {"n_epochs": config.n_epochs, "n_examples": config.n_examples}
         train = get_batch_iterator(**kwargs, split="train", batch_size=config.batch_size, **counts)
     test = get_batch_iterator(
-        **kwargs, split="test", batch_size=config.eval_batch_size, drop_last=False, **_how_many(config.n_eval_examples)
+        **kwargs, split="test", batch_size=config.eval_batch_size, drop_last=False, **_eval_size(config.n_eval_examples)
     )
     train = train if trains else test
     if on_rank0():
         print_report(train if trains else None, test, tokenizer)
+        if trains and (warning := rate_warning(config, train.n_batches)) is not None:
+            rank0_print(warning)
     return train, test
 
 
-def _how_many(n_eval_examples: int | None) -> dict[str, int]:
-    """All of a split once, or so many of its examples."""
+def _eval_size(n_eval_examples: int | None) -> dict[str, int]:
+    """Return the arguments for `n_eval_examples` examples, or for the whole split once."""
     return {"n_epochs": 1} if n_eval_examples is None else {"n_examples": n_eval_examples}

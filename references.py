@@ -1,8 +1,8 @@
-"""Where the reference's log-probabilities come from.
+"""The reference: which model the policy is compared with, and where its weights come from.
 
-`reference=model` is a second, frozen model; `adapter_off` the policy with its adapter disabled; `adapter_copy` the
-policy with a frozen copy of the starting adapter in place of the trained one. With `precompute_ref_log_probs` any of
-them is asked once for every pair, before training, and the answers are kept on disk (`LogpsCache`).
+`reference=model` is a second, frozen model; `adapter_off` is the policy with its adapter disabled; `adapter_copy` is
+the policy with a frozen copy of the starting adapter in place of the trained one. With `precompute_ref_log_probs` it
+computes every pair once, before training (`acceleration.reference_cache`).
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Reference:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """The reference, without gradients; the policy is as it was afterwards, whatever happens inside."""
+        """Lend the reference, without gradients; the policy is restored afterwards, also after an error."""
         with torch.no_grad(), self.switch():
             yield self.model
 
@@ -46,8 +46,24 @@ def move_reference(reference: Reference, policy: nn.Module, alpha: float):
             moved.lerp_(towards.to(moved.device, moved.dtype), alpha)
 
 
+def check_reference_can_move(reference_model: nn.Module, policy: nn.Module, config: DictConfig):
+    """Refuse a reference whose weights can't follow the policy's, as they have other names or shapes.
+
+    Raises: UserError naming the key and the first weight that differs.
+    """
+    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (reference_model, policy)]
+    differing = sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
+    if differing:
+        name = differing[0]
+        found, own = (of_model.get(name, "absent") for of_model in shapes)
+        raise UserError(
+            f"reference_update_every={config.reference_update_every}: the reference has another architecture than the "
+            f"policy ({name}: {found}, the policy's is {own}), so it can't follow it; leave it null"
+        )
+
+
 def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) -> Reference:
-    """The reference of this kind; `load` loads the second model where one is needed."""
+    """Make the reference of this kind; `load` loads the second model where one is needed."""
     if kind == "model":
         model = load()
         return Reference(model if model is policy else model.eval().requires_grad_(False))
@@ -59,8 +75,7 @@ def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) 
 def make_starting_reference(
     kind: str, policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]
 ) -> Reference:
-    """The reference before training. Where the policy is then the same function, bit for bit, it plays the reference's
-    part: none is loaded."""
+    """Make the reference as it is before training; the policy itself serves if it is the same function, bit for bit."""
     same_dtype = config.model.reference_dtype == config.model.policy_dtype and config.model.policy_mp is None
     if kind == "model" and same_dtype and has_the_weights(policy, config):
         return Reference(policy.eval())
@@ -68,10 +83,10 @@ def make_starting_reference(
 
 
 def has_the_weights(policy: nn.Module, config: DictConfig) -> bool:
-    """Whether the policy before training, cast to the reference's dtype, has the weights of a second model.
+    """True if the policy before training, cast to the reference's dtype, has the weights of a second model.
 
-    Not if it has an adapter, which is kept in a dtype of its own and may change the base, nor if its dtype is narrower:
-    rounded twice isn't rounded once.
+    False if it has an adapter, which has a dtype of its own and may change the base, and if its dtype is narrower:
+    rounding twice gives other weights than rounding once.
     """
     dtypes = [getattr(torch, config.model[key]) for key in ("policy_dtype", "reference_dtype")]
     is_another = any(value is not None for value in config.reference_model.values())
@@ -96,28 +111,31 @@ REFERENCES = ("model", "adapter_off", "adapter_copy")
 
 @dataclass(frozen=True)
 class Source:
-    """What a model's weights come from: those of `name_or_path` (or random ones, `from_scratch`), replaced by those of
-    `archive`, with `adapter` on them."""
+    """The layers of a model's weights: `name_or_path` (or random weights, `from_scratch`), replaced by `archive`, with
+    `adapter` on top."""
 
     name_or_path: str
     archive: str | None = None
     adapter: str | None = None
     from_scratch: bool = False
-    given: frozenset[str] = frozenset()  # which of these the section `reference_model` of the config gives
+    given: frozenset[str] = frozenset()  # the fields that the config's `reference_model` section sets
 
     def key(self, name: str) -> str:
-        """The config's key for one of these."""
+        """Return the config key that sets a field."""
         return f"{'reference_model' if name in self.given else 'model'}.{name}"
 
 
 def policy_source(config: DictConfig) -> Source:
-    """What the policy starts from."""
+    """Return the weights that the policy starts from."""
     return Source(config.model.name_or_path, config.model.archive, config.model.adapter, config.model.from_scratch)
 
 
 def reference_source(config: DictConfig) -> Source:
-    """What a second model as reference is loaded from: what `reference_model` gives, upon what the policy has below it;
-    what the policy has above it is left out, as it belongs to another model. Without any of it, the policy's."""
+    """Return the weights of a second model as reference: by default the policy's.
+
+    `reference_model` replaces a layer (base, archive or adapter). Lower layers are the policy's; higher ones are
+    dropped, as they belong to another model.
+    """
     policy, names = policy_source(config), ("name_or_path", "archive", "adapter")
     values = {name: OmegaConf.select(config, f"reference_model.{name}") for name in names}
     given = frozenset(name for name in names if values[name] is not None)
@@ -135,16 +153,16 @@ def sources(config: DictConfig) -> list[Source]:
 
 
 def resolved_reference(config: DictConfig) -> str:
-    """The kind of reference that `reference=auto` means, or the one that was asked for; auto if the loss needs none.
+    """Return the kind of reference that a config means: what `reference=auto` stands for, auto if the loss needs none.
 
-    Raises: UserError if policy and reference can't go together, naming those that can.
+    Raises: UserError if the policy rules this kind out, naming the possible ones.
     """
     if not needs_reference(config.loss):
         return "auto"
     if own := sorted(reference_source(config).given):
         if config.reference not in ("auto", "model"):
             raise UserError(
-                f"reference={config.reference}: reference_model.{own[0]} makes it a model of its own; leave it auto"
+                f"reference={config.reference}: reference_model.{own[0]} names a second model; leave reference=auto"
             )
         return "model"
     has_adapter, settings = config.model.adapter is not None, _adapter_settings(config)
@@ -167,7 +185,7 @@ def resolved_reference(config: DictConfig) -> str:
 
 
 def _adapter_settings(config: DictConfig) -> dict:
-    """Fields of LoraConfig of the new or the saved adapter; none without an adapter."""
+    """Return the LoraConfig fields of the new or the saved adapter; none without an adapter."""
     adapter = config.model.adapter
     if adapter is not None and os.path.exists(os.path.join(adapter, "adapter_config.json")):
         return saved_settings("model.adapter", adapter)
@@ -175,7 +193,7 @@ def _adapter_settings(config: DictConfig) -> dict:
 
 
 def saved_settings(key: str, adapter: str) -> dict:
-    """What adapter_config.json says of a saved adapter."""
+    """Read adapter_config.json of a saved adapter."""
     path = os.path.join(adapter, "adapter_config.json")
     if not os.path.exists(path):
         raise UserError(f"{key}={adapter}: no adapter_config.json there; give the directory of a saved adapter")

@@ -1,11 +1,9 @@
 """Draw responses from a run's checkpoints, or from any model: `python sample.py run=RUN`, with the keys of train.py."""
 
-import functools
-
 from omegaconf import DictConfig
 
 from commands import command_line
-from commands.run_config import run_with_options
+from commands.run_config import check_hub_models, run_with_options
 from evaluation.sample import Options, make_options, sample_checkpoints
 
 
@@ -17,7 +15,12 @@ def run(config: DictConfig):
 def _sample(config: DictConfig, options: Options):
     from trainers import make_trainer  # which takes seconds
 
-    sample_checkpoints(functools.partial(make_trainer, config, trains=False), config, options)
+    def load():
+        trainer = make_trainer(config, trains=False)
+        check_hub_models(config, [drawing.checkpoint for drawing in options.drawings])
+        return trainer
+
+    sample_checkpoints(load, config, options)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Train a language model with SFT, DPO or IPO: `python train.py model=tiny datasets=[toy] loss=sft`."""
 
 import contextlib
+import functools
 import textwrap
 
 from omegaconf import DictConfig, OmegaConf
 
+from acceleration.memory_plan import explained_out_of_memory
 from checkpointing import fingerprints
 from checkpointing.preemption import Stopped
 from checkpointing.resume import (
@@ -12,6 +14,7 @@ from checkpointing.resume import (
     check_same_run,
     find_checkpoint,
     is_complete,
+    is_last,
     locate_run,
     refuse_changed_inputs,
     resume_hinted,
@@ -19,11 +22,11 @@ from checkpointing.resume import (
 from commands import command_line
 from commands.command_line import compose_config  # noqa: F401 (for users: `run(compose_config(...))`)
 from commands.run_directory import (
-    claimed,
     create_run_dir,
     in_sweep,
     is_run_dir_given,
     job_overrides,
+    locked_run,
 )
 from commands.workers import enter_process_group, needs_workers, run_in_workers
 from config_checks.checks import check_config
@@ -32,7 +35,7 @@ from config_checks.schema import changed_keys
 from distributed import collectives
 from losses import LOSSES
 from preference_datasets import open_batches
-from reporting.run_log import check_log_files
+from storage.outputs import Output, check_outputs, new_run, resumed_run
 from utils import UserError, on_rank0, rank0_print
 
 
@@ -72,8 +75,9 @@ def prepare(
     reference_dtype_given = OmegaConf.select(config, "model.reference_dtype") is not None
     check_config(config)
     locate_run(config, run_dir_given)
-    stack.enter_context(claimed(config.local_run_dir))
-    check_log_files(config.local_run_dir)
+    stack.enter_context(locked_run(config.local_run_dir))
+    refusal = new_run if config.resume is None else resumed_run
+    check_outputs([Output("local_run_dir", config.local_run_dir, refusal)])
     checkpoint, files = find_checkpoint(config), fingerprints.file_fingerprints(config)
     if config.resume is not None:
         check_same_run(config, checkpoint, files, reference_dtype_given)
@@ -115,12 +119,12 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
             trainer.precompute_reference()
             if checkpoint is not None:
                 trainer.resume(checkpoint)
-        if trainer.state.complete:
+        if trainer.state.complete and is_last(checkpoint):
             rank0_print(f"This run is complete: {checkpoint}")
             return
         if on_rank0():
             create_run_dir(config, trainer.state.inputs)
-        with resume_hinted(run_dir, Exception):
+        with resume_hinted(run_dir, Exception), explained_out_of_memory(config):
             trainer.train()
             trainer.save()
 
@@ -139,10 +143,7 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
     return loaded
 
 
-def main():
-    """Train as the command line says."""
-    command_line.main(run, sweeps=True)
-
+main = functools.partial(command_line.main, run, sweeps=True)
 
 if __name__ == "__main__":
     main()

@@ -11,12 +11,14 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from acceleration.capacity import microbatch_overhead, tokens_that_fit
+from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
 from acceleration.layout import Layout
-from acceleration.model_check import choose_layout
+from acceleration.memory_plan import explained_out_of_memory, plan_memory, resumed_cap
+from acceleration.model_check import choose_layout, full_length_pair
+from acceleration.overflow import check_no_overflow
 from acceleration.reference_cache import LogpsCache, open_cache
-from acceleration.shadow_weights import shadow_linear_weights
+from acceleration.shadow_weights import shadow_if_equal
 from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
@@ -41,6 +43,7 @@ from data import hub
 from data.batches import mismatch, prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
+from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
 from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths
@@ -59,15 +62,16 @@ from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
 from references import (
     Reference,
+    check_reference_can_move,
     make_reference,
     make_starting_reference,
     move_reference,
     reference_source,
-    resolved_reference,
 )
 from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
-from reporting.terminal import RunTable, passing_bar, progress_bar
+from reporting.terminal import RunTable, progressing, training_bar
+from reporting.time_left import TimeLeft
 from reporting.usage import Throughput, n_parameters, parameters_in_words
 from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device
 
@@ -167,7 +171,7 @@ class BasicTrainer:
         """Compare the faster ways to compute a model with the plain one, and choose the fastest that is right."""
         return choose_layout(
             model, self.plain_logps, self.eval_iterator.first(2), self.config, self.strategy,
-            functools.partial(self._autocast, model),
+            functools.partial(self.autocast, model),
             is_unpaired=self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired,
         )  # fmt: skip
 
@@ -186,13 +190,16 @@ class BasicTrainer:
             model = self.strategy.distribute(model, is_policy=False)
             if reference_source(config).given:
                 check_reference_fits(model, self.policy, self.tokenizer, config)
+            if self._moves_reference:
+                check_reference_can_move(model, self.policy, config)
             if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
                 self.reference_layout = self._choose_layout(model)
+            check_no_overflow(model, lambda model: self.response_logps(model, self.eval_iterator.first(2)))
             if config.compile:
                 compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model
 
-        kind = resolved_reference(config)
+        kind = config.reference
         rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
         self._load_reference = load
         if not config.precompute_ref_log_probs:
@@ -210,7 +217,7 @@ class BasicTrainer:
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
         if not is_needed or self.reference_cache is not None:
             return
-        kind = resolved_reference(config)
+        kind = config.reference
         reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
         cache = open_cache(self.policy, kind, config, reference)
 
@@ -237,19 +244,38 @@ class BasicTrainer:
         self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
 
     def _set_up_memory(self):
-        """Cast weights once a step, compile, and choose the microbatch size from free memory."""
+        """Cast weights once a step, choose the microbatch size from free memory, and compile."""
         config = self.config
         if self.policy_mp is not None and not self.strategy.splits_tensors:
-            shadow_linear_weights(self.policy, self.optimizer)
+            batch = self.eval_iterator.first(2)
+            if not shadow_if_equal(self.policy, self.optimizer, lambda: self.response_logps(self.policy, batch)):
+                rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
+        self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
+        fitting = self._plan_memory() if self.device.type == "cuda" else None
+        self.max_tokens = config.max_tokens_per_microbatch or fitting
         if config.compile:
             compile_blocks(self.policy, config.model.block_name)
-        self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
-        n_states = 2 if "Adam" in config.optimizer else 1
-        self.max_tokens = config.max_tokens_per_microbatch
-        if self.max_tokens is None:
-            dtype = self.policy_mp or self.policy.dtype
-            self.max_tokens = tokens_that_fit(self.policy, dtype, config.activation_checkpointing, n_states)
-            self.max_tokens = self.max_tokens and -collectives.all_reduce_max(-self.max_tokens)  # all workers alike
+
+    def _plan_memory(self) -> int | None:
+        """Compute a pair of full length, and plan the GPU's memory by what that keeps; see `plan_memory`."""
+        pair = full_length_pair(self.eval_iterator.first(2), self.config.max_length)
+        n_tokens = int(computed_tokens(pair, self.layout.is_shared, padded=not self.layout.is_packed))
+        activations = measure_activations(
+            self.policy,
+            lambda: self.response_logps(self.policy, pair),
+            n_tokens,
+            counts_logits=self.layout.is_plain or self.layout.whole_logits,
+        )
+        is_second = self.reference is not None and self.reference.model is not self.policy
+        return plan_memory(
+            self.config,
+            self.policy,
+            self.reference.model if is_second else None,
+            self.optimizer,
+            activations,
+            n_tokens,
+            gathers_blocks=self.strategy.shards_batches,
+        )
 
     # ---- log-probabilities and loss -------------------------------------------------------------------------------
 
@@ -283,12 +309,12 @@ class BasicTrainer:
     def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
         """Return the same as `plain_logps`, computed in the way that was chosen for the model."""
         layout = self.layout if model is self.policy else self.reference_layout
-        with self._autocast(model):
+        with self.autocast(model):
             if layout.is_plain:
                 return self.plain_logps(model, batch)
             return layout.response_logps(model, batch, self.strategy)
 
-    def _autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
+    def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """Mixed precision, for the policy alone."""
         if self.policy_mp is None or model is not self.policy:
             return contextlib.nullcontext()
@@ -303,7 +329,7 @@ class BasicTrainer:
             zeros = torch.zeros(len(batch["prompt"]), device=self.device)
             return zeros, zeros
         with self.reference.active() as model:
-            return self.response_logps(model, batch).chunk(2)
+            return self.response_logps(model, batch).to(self.device).chunk(2)  # it may be on another GPU
 
     def get_batch_metrics(
         self, batch: dict, loss_config: DictConfig, train: bool = True, kl_estimate: torch.Tensor | None = None
@@ -364,16 +390,13 @@ class BasicTrainer:
         restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
             n_examples, epoch_size, state = self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
-            table = RunTable(n_examples, epoch_size, state.examples, state.metrics)
+            every = self.config.eval_every, self.config.save_every or self.config.eval_every
+            time_left = TimeLeft(n_examples, self.config.batch_size, *every)
+            table = RunTable(n_examples, epoch_size, state.examples, state.metrics, time_left)
             logged = state.log_bytes, state.wandb_run_id, state.log_sha256
             self.run_log = RunLog(self.config, self.run_dir, table, *logged)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
-        if self.config.warmup_steps >= n_batches:
-            rank0_print(
-                f"warmup_steps={self.config.warmup_steps} is longer than the run ({n_batches} steps): lr never reaches "
-                "its peak"
-            )
-        bar = progress_bar(self._training_batches(skip=n_done), n_batches, n_done)
+        bar = training_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
             try:
                 for batch in bar:
@@ -427,7 +450,8 @@ class BasicTrainer:
         metrics = mean_metrics([*all_metrics, {"grad_norm": grad_norm[None]}])
         n_tokens = round(metrics.pop("tokens") * self.config.batch_size)
         where = f"step {self.state.updates + 1} (after {self.state.examples} examples)"
-        check_finite(where, batch["prompt"], self.config, loss=metrics["loss/train"], grad_norm=metrics["grad_norm"])
+        numbers = {"loss": metrics["loss/train"], "grad_norm": metrics["grad_norm"]}
+        check_finite(where, batch["prompt"], self.config, metrics, **numbers)
         metrics["lr"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -442,25 +466,31 @@ class BasicTrainer:
         return {**metrics, **self.throughput.metrics(self.config.batch_size, n_tokens, seconds)}
 
     def _training_batches(self, skip: int) -> Iterator[dict]:
-        """Yield the training batches after the first `skip`, prepared ahead of time in a thread, unless workers must
-        agree on how they are cut."""
-        batches = map(self.prepare, self.train_iterator.batches(skip))
-        return batches if self.is_sharded else prefetched(batches, n_ahead=2)
+        """Yield the training batches after the first `skip`, prepared ahead of time in a thread, where workers agree on
+        the number of microbatches in a group of their own."""
+        agree = functools.partial(collectives.all_reduce_max, group=collectives.thread_group())
+        prepare = functools.partial(self.prepare, agree=agree)
+        return prefetched(map(prepare, self.train_iterator.batches(skip)), n_ahead=2)
 
-    def prepare(self, batch: dict) -> dict:
-        """Return the batch with its microbatches, and these with their rows."""
+    def prepare(self, batch: dict, agree: Callable[[int], int] = collectives.all_reduce_max) -> dict:
+        """Return the batch with its microbatches, and these with their rows; `agree`: see `microbatches`."""
         layouts, pin_memory = dict.fromkeys([self.layout, self.reference_layout]), self.device.type == "cuda"
-        parts = self.microbatches(batch, self.config.gradient_accumulation_steps)
+        parts = self.microbatches(batch, self.config.gradient_accumulation_steps, agree)
         for layout in layouts:
             parts = [layout.prepare(part, pin_memory) for part in parts]
         return batch | {"microbatches": parts}
 
-    def microbatches(self, batch: dict, n_least: int) -> list[dict]:
-        """Cut the batch into microbatches of similar length; see `data.microbatches`."""
-        agree = {"agree": collectives.all_reduce_max} if self.is_sharded else {}  # others cut the same batch alike
+    def microbatches(
+        self, batch: dict, n_least: int, agree: Callable[[int], int] = collectives.all_reduce_max
+    ) -> list[dict]:
+        """Cut the batch into microbatches of similar length; see `data.microbatches`.
+
+        `agree`: tells each of several workers the most microbatches that any of them makes.
+        """
+        options = {"agree": agree} if self.is_sharded else {}
         return microbatches(
             batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed,
-            self.max_tokens, **agree,
+            self.max_tokens, **options,
         )  # fmt: skip
 
     @property
@@ -488,7 +518,7 @@ class BasicTrainer:
         """
         self.policy.eval()
         all_metrics, indices = [], []
-        for batch in passing_bar(self.eval_batches, "Evaluating"):
+        for batch in progressing(self.eval_batches, "Evaluating", "batches"):
             self.stop.check()
             batch_metrics = []
             kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
@@ -499,7 +529,7 @@ class BasicTrainer:
                 batch_metrics.append({key: values[counted] for key, values in metrics.items()})
                 indices += [index for index in microbatch["index"] if index is not None]
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
-            check_finite(where, batch["prompt"], self.config, loss=means["loss/eval"])
+            check_finite(where, batch["prompt"], self.config, means, loss=means["loss/eval"])
             all_metrics += batch_metrics
         return all_metrics, indices
 
@@ -572,6 +602,7 @@ class BasicTrainer:
         return dataclasses.replace(
             self.state,
             complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
+            max_tokens=self.max_tokens,
             rng_states=collectives.all_gather_object(get_rng_state()),
             wandb_run_id=self.run_log.wandb_run_id if self.run_log else None,
             log_bytes=self.run_log.log_bytes() if self.run_log else {},
@@ -588,8 +619,10 @@ class BasicTrainer:
         self.save(os.path.join(self.run_dir, name))
         if not self.config.debug and self.rank == 0:
             point_latest(self.run_dir, name)
-            best_name = best.point_best(self.run_dir, self.state, self.config)
-            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples, best_name)
+            best.point_best(self.run_dir, self.state, self.config)
+            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples)
+        if self.run_log is not None:
+            self.run_log.table.time_left.tick("save")
 
     def resume(self, checkpoint: str):
         """Restore everything to where training stood when this checkpoint was written.
@@ -606,6 +639,10 @@ class BasicTrainer:
         rank0_print(f"Resuming from {checkpoint}: {state.examples} examples, {state.updates} steps")
         self.load_weights(checkpoint)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
+        if self.config.max_tokens_per_microbatch is None:
+            self.max_tokens, warning = resumed_cap(state.max_tokens, self.max_tokens)
+            if warning:
+                rank0_print(warning)
         self.state.complete = self.state.complete and self._is_over(self.state)
 
     def load_weights(self, checkpoint: str):
@@ -631,6 +668,8 @@ class TensorParallelTrainer(BasicTrainer):
 def make_trainer(config: DictConfig, trains: bool = True) -> BasicTrainer:
     """Load the tokenizer, data, policy and reference that the config names; with `trains` False, no training data."""
     quiet_libraries()
+    use_expandable_segments()
+    use_deterministic_algorithms(config.deterministic)
     hub.use_cache_if_unreachable(hub_names(config))
     allow_own_code(config)
     trainer_class = globals()[config.trainer]
@@ -646,6 +685,6 @@ def make_trainer(config: DictConfig, trains: bool = True) -> BasicTrainer:
         first = copied[0] if copied else None
         return load_reference(config, first, device_map) if environment.is_local_rank0() else None
 
-    return trainer_class(
-        policy, config, config.seed, config.local_run_dir, reference_model, *collectives.rank_and_world_size(), trains
-    )
+    ranks = collectives.rank_and_world_size()
+    with explained_out_of_memory(config):
+        return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, trains=trains)

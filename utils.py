@@ -1,23 +1,22 @@
 """Small helpers that several files share: errors for the user, ranks, directories, padding, dropout."""
 
+import contextlib
 import difflib
 import getpass
 import os
-import sys
-from collections.abc import Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-
-class UserError(ValueError):
-    """Something the user gave can't work; `train.py` prints the message alone, without a traceback."""
+from printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
+from storage.errors import UserError
 
 
 def closest_match(name: str, options: Iterable[str]) -> str:
-    """' Did you mean X?' for the option most like `name`, or an empty string where none is near."""
+    """Return ' Did you mean X?' with the option most like `name`, or an empty string if none is near."""
     options = list(options)
     if same := [option for option in options if option.lower() == name.lower()]:
         return f" Did you mean {same[0]}?"
@@ -28,30 +27,30 @@ def closest_match(name: str, options: Iterable[str]) -> str:
     return f" Did you mean {matches[0]}?" if matches else ""
 
 
-def on_rank0() -> bool:
-    """Whether this is the process that writes and prints for all: by RANK, which launchers set."""
-    return os.environ.get("RANK", "0") == "0"
+def closest_sibling(path: str) -> str:
+    """Return ' Did you mean X?' with the existing path most like one that doesn't exist, or an empty string."""
+    parent = os.path.dirname(path.rstrip("/"))
+    names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    return closest_match(path, [os.path.join(parent, name) for name in names])
 
 
-def rank0_print(*args, **kwargs):
-    """Print, but only on rank 0; a progress bar makes room."""
-    if on_rank0():
-        with tqdm.external_write_mode(kwargs.get("file")):
-            print(*args, **kwargs, flush=True)
+# they ask a run to stop; schedulers can be told to send SIGUSR1 before they kill
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def uses_color() -> bool:
-    """Whether standard output is a terminal that shows colours, and NO_COLOR (https://no-color.org) isn't set."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-
-
-def hides_progress() -> bool | None:
-    """What tqdm is to be given as `disable`: on rank 0 a terminal decides, elsewhere no bar is shown."""
-    return None if on_rank0() else True
+@contextlib.contextmanager
+def signals_handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Let `handler` have the signals that ask a run to stop, as long as this is entered."""
+    former = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def get_local_dir(prefixes_to_resolve: list[str]) -> str:
-    """This user's directory under the first of the prefixes that exists and can be written, else under the last.
+    """Return this user's directory under the first prefix that exists and is writable, else under the last.
 
     Nothing is created: whoever writes there creates it.
 
@@ -64,20 +63,30 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container may run under a user id that has no name
         user = f"uid{os.getuid()}"
-    for prefix in prefixes_to_resolve:
+    prefixes = [os.path.expanduser(prefix) for prefix in prefixes_to_resolve]
+    for prefix in prefixes:
         if os.access(prefix, os.W_OK | os.X_OK):
             return os.path.join(prefix, user)
-    return os.path.join(prefixes_to_resolve[-1], user)
+    return os.path.join(prefixes[-1], user)
 
 
 def get_local_run_dir(exp_name: str, local_dirs: list[str]) -> str:
-    """A path for this run's outputs that no other run has; it is created once the config has been checked."""
-    timestamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-    return os.path.join(get_local_dir(local_dirs), f"{exp_name}_{timestamp}")
+    """Return a new path for this run's outputs; it is created once the config has been checked.
+
+    Raises: UserError if `exp_name` leads out of the local directory.
+    """
+    timestamp, local_dir = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f"), get_local_dir(local_dirs)
+    run_dir = os.path.join(local_dir, f"{exp_name}_{timestamp}")
+    if not os.path.abspath(run_dir).startswith(os.path.abspath(local_dir) + os.sep):
+        raise UserError(
+            f"exp_name={exp_name} leads out of {local_dir} (local_dirs); give a name, or choose the directory by "
+            "local_run_dir"
+        )
+    return run_dir
 
 
 def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, device: torch.device | str) -> dict:
-    """The `rank`-th of `world_size` equal parts of a batch, its tensors moved to `device`."""
+    """Return the `rank`-th of `world_size` equal parts of a batch, its tensors on `device`."""
     chunk_size = len(next(iter(batch.values()))) // world_size
     part = slice(chunk_size * rank, chunk_size * (rank + 1))
     sliced = {key: value[part] for key, value in batch.items()}
@@ -85,22 +94,15 @@ def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, dev
 
 
 def computed_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """In which dtype a matrix product takes this tensor: autocast's, inside it, else the tensor's own."""
+    """Return the dtype in which a matrix product takes this tensor: autocast's under autocast, else its own."""
     device = tensor.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return tensor.dtype
 
 
-def is_cut_off(line: bytes) -> bool:
-    """Whether this is the beginning of a line that begins with its settings, as those of samples and verdicts do, and
-    so one that a crash has cut off, rather than another file's last line without an end."""
-    start = b'{"settings": "'
-    return not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line))
-
-
 def take(batch: dict, indices: torch.Tensor) -> dict:
-    """The examples of a batch with these indices, in their order."""
+    """Return the examples of a batch with these indices, in their order."""
     return {
         key: value[indices] if isinstance(value, torch.Tensor) else [value[i] for i in indices.tolist()]
         for key, value in batch.items()
@@ -118,8 +120,14 @@ def pad_to_length(tensor: torch.Tensor, length: int, pad_value: int | float, dim
 
 
 def unwrap_adapter(model: nn.Module) -> nn.Module:
-    """The transformers model that PEFT has put an adapter's layers into; any other model as it is."""
+    """Return the transformers model inside a PEFT model; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def n_weights(parameter: torch.Tensor) -> int:
+    """Return how many weights a parameter holds; 4-bit ones (bitsandbytes) are packed, two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def disable_dropout(model: nn.Module):
@@ -142,13 +150,13 @@ def _zero_dropout_rates(holder: object):
 
 
 def transformer_blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
-    """A model's transformer blocks, by the name of their class, or by what the model calls those not to be split."""
+    """Return a model's transformer blocks, by the name of their class or by the model's `_no_split_modules`."""
     names = [block_name] if block_name is not None else list(model._no_split_modules or [])
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def get_block_class_from_model(model: nn.Module, block_class_name: str) -> type[nn.Module]:
-    """The class of the model's transformer blocks, by its name (e.g. GPTNeoXLayer).
+    """Return the class of the model's transformer blocks by its name (e.g. GPTNeoXLayer).
 
     Raises: UserError if the model has no module of that class.
     """

@@ -1,20 +1,27 @@
-"""What a device can do with a model: how many tokens fit into its memory, and how many one more microbatch costs."""
+"""What a model takes of a device: the bytes that a token keeps for the backward pass, and what a microbatch costs."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from acceleration.shadow_weights import release_copies
 from data.microbatches import CPU_OVERHEAD
+from utils import n_weights, transformer_blocks, unwrap_adapter
 
 # Launching the kernels of one layer, forward and backward, takes a host about so long (seconds), during which ...
 _LAUNCH_SECONDS = 5e-4
 _OPERATIONS_PER_SECOND = 4e14  # ... a GPU of today does so many operations a second in bfloat16.
 _OPERATIONS_PER_PARAMETER = 6  # for a token, forward and backward
-_SHARE_FOR_ACTIVATIONS = 0.7  # of memory that is free: the rest is for logits, gathered weights and fragments
-_NORMS_AND_SUMS = 1.25  # what is kept for the backward pass in all, as a multiple of what matrix products keep
 
 
 def microbatch_overhead(policy: nn.Module, device: torch.device) -> float:
-    """What one more microbatch costs, in tokens that could be computed in its time.
+    """Return what one more microbatch costs, in tokens that could be computed in its time.
 
     On a GPU these are the launches of its kernels, which a small model waits for: by the constants above about 400
     tokens for 2.8 billion parameters, 10,000 for 70 million (with 19 million outside the embeddings). Not measured.
@@ -23,41 +30,168 @@ def microbatch_overhead(policy: nn.Module, device: torch.device) -> float:
         return CPU_OVERHEAD
     embeddings = {id(embedding.weight) for embedding in (policy.get_input_embeddings(), policy.get_output_embeddings())
                   if embedding is not None}  # fmt: skip
-    n_parameters = sum(parameter.numel() for parameter in policy.parameters() if id(parameter) not in embeddings)
+    n_parameters = sum(n_weights(parameter) for parameter in policy.parameters() if id(parameter) not in embeddings)
     n_layers = policy.config.get_text_config().num_hidden_layers
     return n_layers * _LAUNCH_SECONDS * _OPERATIONS_PER_SECOND / (_OPERATIONS_PER_PARAMETER * max(1, n_parameters))
 
 
-def activation_bytes(policy: nn.Module, compute_dtype: torch.dtype, recomputed: bool) -> float:
-    """Bytes that a token takes from its forward to its backward pass: inputs and outputs of all matrix products, and
-    what is between them (as counted in Section 4.1 of https://arxiv.org/abs/2205.05198, attention scores not kept).
+@dataclass(frozen=True)
+class Activations:
+    """What a training forward pass was seen to keep on each device, in bytes."""
 
-    `recomputed`: by activation checkpointing, which keeps what goes into a layer, and everything of one.
-    """
-    head, config = policy.get_output_embeddings(), policy.config.get_text_config()
-    linear = [module for module in policy.modules() if isinstance(module, nn.Linear) and module is not head]
-    values = sum(module.in_features + module.out_features for module in linear) * _NORMS_AND_SUMS
-    if recomputed:
-        values = values / config.num_hidden_layers + config.num_hidden_layers * config.hidden_size
-    return values * compute_dtype.itemsize
+    kept: dict[torch.device, float]  # for each token, from the forward to the backward pass; logits not counted
+    backward: dict[torch.device, float]  # for each token, the gradients within one block: as much as the block keeps
+    casts: dict[torch.device, int]  # weights in the dtype of computation, whatever the number of tokens
 
 
-def tokens_that_fit(
-    policy: nn.Module, compute_dtype: torch.dtype, recomputed: bool, n_optimizer_states: int
-) -> int | None:
-    """Tokens of a microbatch for which a GPU has memory, by an estimate; None where the model isn't on one GPU alone.
+def measure_activations(
+    policy: nn.Module, compute: Callable[[], torch.Tensor], n_tokens: int, counts_logits: bool = False
+) -> Activations:
+    """Run one forward pass with gradients as in training, and count the storages that its graph keeps, each once.
+
+    With activation checkpointing the last block keeps everything, as one block does at a time in the backward pass.
+    Blocks must not be compiled yet. The policy and the random generators are left as they were.
 
     Args:
-        n_optimizer_states: tensors that the optimizer will keep of each trained parameter.
+        compute: the log-probabilities of a few responses under the policy.
+        n_tokens: of these, with their prompts.
+        counts_logits: False where only so many logits are kept, whatever the number of tokens (`response_head`).
     """
+    release_copies(policy)
+    graph, weights = _Graph(), _WeightStorages(policy)
+    with (
+        _training(policy),
+        _watched_modules(policy, graph, counts_logits),
+        torch.random.fork_rng(_gpus(policy)),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(graph.pack, lambda tensor: tensor),
+        weights,
+    ):
+        logps = compute()
+    # counted while the graph lives: FSDP has freed the storages of gathered weights by now
+    of_tokens = {key: tensor for key, tensor in graph.kept.items() if key not in weights.storages}
+    of_weights = {key: tensor for key, tensor in graph.kept.items() if key in weights.derived}
+    kept = _bytes_by_device(of_tokens)
+    if counts_logits:  # of every position, in float32, and their gradient
+        vocabulary = policy.config.get_text_config().vocab_size
+        kept[logps.device] = kept.get(logps.device, 0) + 2 * logps.element_size() * vocabulary * n_tokens
+    in_block = _bytes_by_device({key: tensor for key, tensor in of_tokens.items() if key in graph.of_block})
+    return Activations(
+        {device: n_bytes / n_tokens for device, n_bytes in kept.items()},
+        {device: n_bytes / n_tokens for device, n_bytes in in_block.items()},
+        _bytes_by_device({**weights.casts, **of_weights}),
+    )
+
+
+@contextlib.contextmanager
+def _watched_modules(policy: nn.Module, graph: "_Graph", counts_logits: bool) -> Iterator[None]:
+    """Let the graph know when the last block runs, which keeps everything, and where the output head begins."""
+    base, block = unwrap_adapter(policy).base_model, _last_block(policy)
+    hooks = [
+        block.register_forward_pre_hook(lambda *_: graph.enter_block(), prepend=True),
+        block.register_forward_hook(lambda *_: graph.leave_block()),
+    ]
+    if not counts_logits:
+        hooks.append(base.register_forward_hook(lambda *_: graph.stop()))
+    was_checkpointed = _is_checkpointed(block)
+    if was_checkpointed:
+        block.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if was_checkpointed:
+            block.gradient_checkpointing = True
+        for hook in hooks:
+            hook.remove()
+
+
+class _Graph:
+    """The tensors that autograd saves, by storage."""
+
+    def __init__(self):
+        self.kept: dict[int, torch.Tensor] = {}
+        self.of_block: set[int] = set()
+        self.is_in_block = self.is_stopped = False
+
+    def enter_block(self):
+        self.is_in_block = True
+
+    def leave_block(self):
+        self.is_in_block = False
+
+    def stop(self):
+        self.is_stopped = True
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self.is_stopped:
+            self.kept[_storage_id(tensor)] = _local(tensor)
+            if self.is_in_block:
+                self.of_block.add(_storage_id(tensor))
+        return tensor
+
+
+def _bytes_by_device(tensors: dict[int, torch.Tensor]) -> dict[torch.device, int]:
+    n_bytes: Counter[torch.device] = Counter()
+    for tensor in tensors.values():
+        n_bytes[tensor.device] += tensor.untyped_storage().nbytes()
+    return dict(n_bytes)
+
+
+class _WeightStorages(TorchDispatchMode):
+    """Knows the storages of a model's weights and buffers, and of all that is computed from these alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        # the tensors too, so that no other gets their address
+        self.storages = {_storage_id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.derived: set[int] = set()
+        self.casts: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and inputs and all(_storage_id(t) in self.storages for t in inputs):
+            key = _storage_id(result)
+            if key not in self.storages:  # no view
+                self.storages[key] = result
+                self.derived.add(key)
+                if function is torch.ops.aten._to_copy.default:
+                    self.casts[key] = _local(result)
+        return result
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this worker's part of a DTensor, or any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    return _local(tensor).untyped_storage()._cdata
+
+
+def _last_block(policy: nn.Module) -> nn.Module:
+    """Return the last transformer block; of a model that doesn't name its blocks, all of its base."""
+    base = unwrap_adapter(policy)
+    checkpointed = [module for module in base.modules() if _is_checkpointed(module)]
+    return (checkpointed or transformer_blocks(base, None) or [base.base_model])[-1]
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+
+
+@contextlib.contextmanager
+def _training(policy: nn.Module) -> Iterator[None]:
+    """In training mode, without which nothing is checkpointed."""
+    modes = {module: module.training for module in policy.modules()}
+    policy.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _gpus(policy: nn.Module) -> list[torch.device]:
     devices = {parameter.device for parameter in policy.parameters()}
-    device = devices.pop()
-    if devices or device.type != "cuda":
-        return None
-    local = [getattr(parameter, "_local_tensor", parameter) for parameter in policy.parameters()]
-    trained = sum(parameter.nbytes for parameter in local if parameter.requires_grad)
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free -= trained * (1 + n_optimizer_states)
-    if compute_dtype.itemsize < 4:  # copies of float32 weights in that dtype, as autocast or FSDP makes them
-        free -= sum(p.numel() * compute_dtype.itemsize for p in local if p.dtype == torch.float32)
-    return max(1, int(_SHARE_FOR_ACTIVATIONS * free / activation_bytes(policy, compute_dtype, recomputed)))
+    return [device for device in devices if device.type == "cuda" and torch.cuda.is_available()]

@@ -1,4 +1,4 @@
-"""A model's blocks compiled, each by itself: `torch.compile` fuses what stands between their matrix products."""
+"""Compile a model's transformer blocks one by one: `torch.compile` fuses the operations between matrix products."""
 
 from torch import nn
 
@@ -6,16 +6,16 @@ from utils import UserError, transformer_blocks
 
 
 def compile_blocks(model: nn.Module, block_name: str | None):
-    """Let a model's transformer blocks be compiled as they are first called, once for all lengths.
+    """Have each transformer block compiled at its first call, once for all sequence lengths.
 
-    Attention over packed rows is left out of it, being one kernel already.
+    Attention over packed rows is not compiled: it is a single kernel already.
 
-    Raises: UserError if neither `block_name` nor the model says what its blocks are.
+    Raises: UserError if neither `block_name` nor the model names its transformer blocks.
     """
     blocks = transformer_blocks(model, block_name)
     if not blocks:
         raise UserError(
-            f"compile=true: {type(model).__name__} doesn't say what its transformer blocks are; give their class as "
+            f"compile=true: {type(model).__name__} doesn't name its transformer blocks; give their class as "
             "model.block_name"
         )
     for block in blocks:

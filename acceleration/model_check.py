@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from acceleration.layout import PLAIN, Layout
-from acceleration.packed_attention import takes_packed_attention, use_packed_attention
+from acceleration.packed_attention import supports_packed_attention, use_packed_attention
 from acceleration.prefix_sharing import PACKED, SHARED, Rows, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import token_logps
 from distributed import collectives
@@ -162,7 +162,7 @@ def _in_words(model: nn.Module, make_rows: Callable, whole_logits: bool, reasons
 def _why_not_packed(make_rows: Callable, short: "OwnForward", full: "OwnForward", autocast: Callable) -> str | None:
     """Why a model can't compute packed rows; None if it can, and then it is ready to."""
     model = short.model
-    if not takes_packed_attention(model):
+    if not supports_packed_attention(model):
         return f"attn_implementation={model.config._attn_implementation} takes no packed rows; sdpa does"
     use_packed_attention(model)
     with autocast():

@@ -1,13 +1,12 @@
-"""Prefix sharing: the rows that a model computes, and the log-probabilities of the responses in them.
+"""Lay out a batch as rows that a model computes: padded, with shared prompts (prefix sharing), or packed.
 
-A batch of pairs can be laid out in two ways. As the original does: 2B rows, [prompt, chosen] and [prompt, rejected],
-padded to the longest. Or with prefix sharing (https://arxiv.org/abs/2410.20305): B rows [prompt, chosen, rejected], in
-which positions start again for the rejected response and attention is a tree (each response sees the prompt and
-itself), so that every prompt is computed once. Both give the same log-probabilities. In either, the output head runs
-only where a response token is predicted.
+- `padded_rows` does as the original: 2B rows, [prompt, chosen] and [prompt, rejected], padded to the longest.
+- `shared_rows` computes each prompt once (prefix sharing, https://arxiv.org/abs/2410.20305): B rows [prompt, chosen,
+  rejected]. Each response attends to the prompt and to itself, and both have the positions that follow the prompt.
+- `packed_rows` and `packed_shared_rows` put the same sequences into a single row, one after the other, without padding
+  and without a mask (see `acceleration.packed_attention`).
 
-Both also come packed: the same sequences in a single row, one after the other, without padding and without a mask
-(`acceleration.packed_attention`).
+All of them give the same log-probabilities.
 """
 
 from collections import defaultdict
@@ -22,36 +21,37 @@ from log_probabilities import concatenated_inputs
 
 @dataclass
 class Rows:
-    """What one forward pass computes: B rows of length T that hold S responses with N predicted tokens in all."""
+    """The input of one forward pass: B rows of T tokens, which hold S responses with N predicted tokens in total."""
 
     input_ids: torch.Tensor  # (B, T)
-    predictors: torch.Tensor  # (N,) place among the B * T positions of the one that predicts each response token
-    targets: torch.Tensor  # (N,) the token that is predicted
-    sequences: torch.Tensor  # (N,) which of the S responses it belongs to
-    offsets: torch.Tensor  # (N,) its place in the response
+    predictors: torch.Tensor  # (N,) index, among the B * T positions, of the position that predicts each response token
+    targets: torch.Tensor  # (N,) the token to predict there
+    sequences: torch.Tensor  # (N,) index of its response, below S
+    offsets: torch.Tensor  # (N,) its index within the response
     n_sequences: int  # S
     position_ids: torch.Tensor | None = None  # (B, T)
     segments: torch.Tensor | None = None  # (B, T) 0: prompt, 1: chosen, 2: rejected; None: plain causal attention
     padding_mask: torch.Tensor | None = None  # (B, T) 1: a token, 0: padding; None: the model is given no mask
-    packing: Packing | None = None  # of a packed row, B being 1
+    packing: Packing | None = None  # the segments of a packed row (then B is 1)
 
     def __post_init__(self):
         lengths = torch.bincount(self.sequences, minlength=self.n_sequences)
         self.longest_response = int(lengths.max()) if len(self.sequences) else 0  # in predicted tokens
 
     def to(self, device: torch.device) -> "Rows":
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Rows":
-        """The same rows where a GPU can copy them from without making the host wait."""
+        """Return the same rows in pinned memory, from which they are copied to a GPU without blocking."""
         return with_tensors(self, torch.Tensor.pin_memory)
 
 
 def _predictions(input_ids: torch.Tensor, is_target: torch.Tensor, predictors: torch.Tensor, first_sequence: int):
-    """predictors, targets, sequences and offsets of the tokens in `is_target`, one response a row: (B, T) to (N,) each.
+    """Return predictors, targets, sequences and offsets (see `Rows`) of the tokens in `is_target`: (B, T) to (N,) each.
 
-    A token with nothing before it (an empty prompt's first) is not predicted.
+    Each row holds one of the responses that are numbered from `first_sequence`. A token without a predictor (-1), as
+    the first one after an empty prompt, is left out.
     """
     rows, columns = (is_target & (predictors >= 0)).nonzero(as_tuple=True)
     offsets = ((is_target & (predictors >= 0)).cumsum(1) - 1)[rows, columns]
@@ -64,7 +64,10 @@ def _predictions(input_ids: torch.Tensor, is_target: torch.Tensor, predictors: t
 
 
 def padded_rows(batch: dict) -> Rows:
-    """A batch with one sequence a row: chosen over rejected, or the SFT targets alone. S is B."""
+    """Lay out a batch with one sequence per row: chosen responses, then rejected ones; or only the SFT targets.
+
+    There is one response per row: S is the number of rows.
+    """
     if "rejected_input_ids" in batch:
         inputs = concatenated_inputs(batch)
         input_ids, labels = inputs["concatenated_input_ids"], inputs["concatenated_labels"]
@@ -72,20 +75,20 @@ def padded_rows(batch: dict) -> Rows:
         input_ids, labels = batch["chosen_input_ids"], batch["chosen_labels"]
     longest = int((labels != -100).int().mul(torch.arange(1, labels.shape[1] + 1)).max())
     input_ids, labels = input_ids[:, :longest], labels[:, :longest]
-    before = torch.arange(-1, longest - 1).expand_as(input_ids)
-    # padding stands at the end, where causal attention never looks: no mask is needed
-    return Rows(input_ids, *_predictions(input_ids, labels != -100, before, 0), n_sequences=len(input_ids))
+    predictors = torch.arange(-1, longest - 1).expand_as(input_ids)
+    # no mask: padding is at the end, and causal attention looks only backwards
+    return Rows(input_ids, *_predictions(input_ids, labels != -100, predictors, 0), n_sequences=len(input_ids))
 
 
 def shared_rows(batch: dict) -> Rows:
-    """A batch of B pairs as B rows [prompt, chosen, rejected]. S is 2 B: the chosen responses, then the rejected."""
+    """Lay out B pairs as B rows [prompt, chosen, rejected]. S is 2B: the chosen responses, then the rejected ones."""
     n_prompt, n_chosen, n_rejected = (lengths[:, None] for lengths in part_lengths(batch))
     end_of_chosen = n_prompt + n_chosen
     t = torch.arange(int((end_of_chosen + n_rejected).max())).expand(len(n_prompt), -1)  # (B, T)
     is_chosen = (n_prompt <= t) & (t < end_of_chosen)
     is_rejected = (end_of_chosen <= t) & (t < end_of_chosen + n_rejected)
 
-    position_ids = torch.where(t < end_of_chosen, t, t - n_chosen)  # the rejected response starts after the prompt too
+    position_ids = torch.where(t < end_of_chosen, t, t - n_chosen)  # the rejected response also follows the prompt
     chosen_ids, rejected_ids = batch["chosen_input_ids"], batch["rejected_input_ids"]
     from_chosen = chosen_ids.gather(1, t.clamp(max=chosen_ids.shape[1] - 1))
     from_rejected = rejected_ids.gather(1, position_ids.clamp(max=rejected_ids.shape[1] - 1))
@@ -94,9 +97,10 @@ def shared_rows(batch: dict) -> Rows:
     # a response may hold tokens that aren't trained, such as a tool's output
     chosen_targets = is_chosen & _is_target(batch, "chosen", t)
     rejected_targets = is_rejected & _is_target(batch, "rejected", position_ids)
-    before = torch.where(t == end_of_chosen, n_prompt, t) - 1  # the prompt's last token predicts the first of both
-    chosen = _predictions(input_ids, chosen_targets, before, 0)
-    rejected = _predictions(input_ids, rejected_targets, before, len(n_prompt))
+    # the prompt's last token predicts the first token of both responses
+    predictors = torch.where(t == end_of_chosen, n_prompt, t) - 1
+    chosen = _predictions(input_ids, chosen_targets, predictors, 0)
+    rejected = _predictions(input_ids, rejected_targets, predictors, len(n_prompt))
     return Rows(
         input_ids,
         *(torch.cat(parts) for parts in zip(chosen, rejected, strict=True)),
@@ -113,9 +117,10 @@ def _is_target(batch: dict, side: str, positions: torch.Tensor) -> torch.Tensor:
 
 
 def packed_rows(batch: dict, shared: bool = False) -> Rows:
-    """A batch's sequences in one row without padding; S is as in `padded_rows` and `shared_rows`.
+    """Pack a batch's sequences into one row without padding; responses are numbered as in the other layouts.
 
-    `shared`: the prompt of each pair is computed once, with the chosen response.
+    Args:
+        shared: compute the prompt of each pair once, with the chosen response.
     """
     sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
     n_prompts, n_pairs, row = part_lengths(batch)[0].tolist(), len(batch["chosen_labels"]), _PackedRow()
@@ -129,54 +134,64 @@ def packed_rows(batch: dict, shared: bool = False) -> Rows:
 
 
 def packed_shared_rows(batch: dict) -> Rows:
-    """A batch of pairs in one row, each pair's prompt once; see `packed_rows`."""
+    """Pack a batch of pairs into one row, computing each pair's prompt once; see `packed_rows`."""
     return packed_rows(batch, shared=True)
 
 
-SHARED = (shared_rows, packed_shared_rows)  # ways to lay out a batch in which a pair's prompt is computed once ...
-PACKED = (packed_rows, packed_shared_rows)  # ... and those without padding
+SHARED = (shared_rows, packed_shared_rows)  # layouts that compute a pair's prompt once
+PACKED = (packed_rows, packed_shared_rows)  # layouts without padding
 
 
 class _PackedRow:
-    """Collects sequences, one after the other."""
+    """Collects sequences, one after the other, into a single row."""
 
     def __init__(self):
         self.parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.query_starts, self.key_starts = [0], [0]
-        self.last_start = 0  # where the last sequence begins in the row
+        self.last_start = 0  # where the last sequence starts in the row
 
     def add(self, ids: torch.Tensor, is_target: torch.Tensor, sequence: int, n_shared: int):
-        """Add the tokens of a sequence, (n,), without the first `n_shared`: those of the sequence before it."""
+        """Add a sequence of prompt and response, (n,).
+
+        Args:
+            is_target: True for trained tokens.
+            sequence: the number of the response.
+            n_shared: the first tokens that it shares with the last sequence added, and that aren't computed again.
+        """
         start, key_start = self.query_starts[-1], self.key_starts[-1]
         self.last_start = self.last_start if n_shared else start
         n_new, n_keys = len(ids) - n_shared, len(ids)
-        shared = torch.arange(self.last_start, self.last_start + n_shared)
-        places = torch.cat([shared, torch.arange(start, start + n_new)])  # of all its tokens in the row
-        predicted = is_target[1:].nonzero().squeeze(1) + 1  # the first token of all is predicted by nothing
-        of_part = {
+        shared_tokens = torch.arange(self.last_start, self.last_start + n_shared)
+        key_tokens = torch.cat(
+            [shared_tokens, torch.arange(start, start + n_new)]
+        )  # the place of each token in the row
+        predicted = is_target[1:].nonzero().squeeze(1) + 1  # nothing predicts the first token of all
+        new_parts = {
             "input_ids": ids[n_shared:],
             "position_ids": torch.arange(n_shared, len(ids)),
-            "predictors": places[predicted - 1],
+            "predictors": key_tokens[predicted - 1],
             "targets": ids[predicted],
             "sequences": torch.full_like(predicted, sequence),
             "offsets": torch.arange(len(predicted)),
-            "keys": places,
-            "first": torch.arange(key_start + n_shared, key_start + n_keys),
-            "again": torch.arange(key_start, key_start + n_shared),
+            "key_tokens": key_tokens,
+            "first_key": torch.arange(key_start + n_shared, key_start + n_keys),
+            "second_key": torch.arange(key_start, key_start + n_shared),
         }
-        for name, part in of_part.items():
+        for name, part in new_parts.items():
             self.parts[name].append(part)
         self.query_starts.append(start + n_new)
         self.key_starts.append(key_start + n_keys)
 
     def rows(self, n_sequences: int) -> Rows:
+        """Return all sequences added so far as rows; `n_sequences` is the number of responses, S."""
         parts = {name: torch.cat(parts) for name, parts in self.parts.items()}
         query_starts, key_starts = (torch.tensor(starts, dtype=torch.int32) for starts in
                                     (self.query_starts, self.key_starts))  # fmt: skip
-        places = {name: parts.pop(name) for name in ("keys", "first", "again")}
+        key_indices = {name: parts.pop(name) for name in ("key_tokens", "first_key", "second_key")}
         longest = int(query_starts.diff().max()), int(key_starts.diff().max())
-        packing = Packing(query_starts, key_starts, *longest, **(places if len(places["again"]) else {}))
-        in_row = {name: parts.pop(name)[None] for name in ("input_ids", "position_ids")}
-        order = parts["sequences"].argsort(stable=True)  # all chosen responses first, as in other rows
-        of_tokens = {name: part[order] for name, part in parts.items()}
-        return Rows(**in_row, **of_tokens, n_sequences=n_sequences, packing=packing)
+        is_shared = len(key_indices["second_key"]) > 0
+        packing = Packing(query_starts, key_starts, *longest, **(key_indices if is_shared else {}))
+        inputs = {name: parts.pop(name)[None] for name in ("input_ids", "position_ids")}
+        order = parts["sequences"].argsort(stable=True)  # all chosen responses first, as in the other layouts
+        predictions = {name: part[order] for name, part in parts.items()}
+        return Rows(**inputs, **predictions, n_sequences=n_sequences, packing=packing)

@@ -1,4 +1,4 @@
-"""The reference's log-probabilities, computed once before training and kept on disk."""
+"""A cache on disk for the reference's log-probabilities, which are computed once, before training."""
 
 import contextlib
 import hashlib
@@ -10,24 +10,24 @@ from collections.abc import Callable, Iterator
 import torch
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
-from tqdm import tqdm
 
 from data.batches import BatchIterator
 from distributed import collectives
 from distributed.dtensor import full_tensor
 from references import REFERENCE_ADAPTER, Reference, has_the_weights
-from utils import UserError, get_local_dir, hides_progress, on_rank0, rank0_print, take
+from reporting.terminal import Progress, progressing
+from storage.files import atomic_file
+from utils import UserError, get_local_dir, on_rank0, rank0_print, take
 
 
 class LogpsCache:
-    """Log-probabilities of pairs, found by `pair_keys`; a directory of files, each whole and never changed.
+    """Log-probabilities of pairs by their keys (see `pair_keys`), in a directory of files that never change.
 
-    Runs that share a directory add files of their own, so they can't disturb each other. Rank 0 reads and writes; all
-    ranks know the same.
+    Runs can share a directory: each only adds files. Rank 0 reads and writes them, and all ranks hold the same values.
 
-    Raises: UserError if it can't be read or written there.
+    Raises: UserError if the directory can't be read or written.
     """
 
     def __init__(self, directory: str):
@@ -47,8 +47,9 @@ class LogpsCache:
             yield
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"can't keep the reference's log-probabilities in {self.directory}: {error}\n"
-                "Make room, or choose another place by local_dirs=[DIR]; precompute_ref_log_probs=false keeps none"
+                f"can't cache the reference's log-probabilities in {self.directory}: {error}\n"
+                "Free some space or choose another directory with local_dirs=[DIR], or use "
+                "precompute_ref_log_probs=false, which needs no cache"
             ) from error
 
     def _read(self, path: str):
@@ -58,7 +59,7 @@ class LogpsCache:
             if not torch.equal(checksum, _checksum(keys, logps)):
                 raise ValueError("its checksum is wrong")
         except (SafetensorError, ValueError, RuntimeError, OSError) as error:
-            rank0_print(f"WARNING: {path} is damaged ({error}); its log-probabilities are computed again")
+            rank0_print(f"WARNING: {path} is damaged ({error}); its log-probabilities will be computed again")
             with contextlib.suppress(OSError):
                 os.remove(path)
             return
@@ -66,7 +67,7 @@ class LogpsCache:
             self.logps[key.numpy().tobytes()] = chosen, rejected
 
     def add(self, logps: dict[bytes, tuple[float, float]]):
-        """Keep these, on disk too: the file appears under its name once it is whole."""
+        """Add log-probabilities, also on disk, where the file gets its final name once it is complete."""
         self.logps.update(logps)
         if not logps or not on_rank0():
             return
@@ -74,16 +75,12 @@ class LogpsCache:
         values = torch.tensor(list(logps.values()), dtype=torch.float64)  # (N, 2)
         path = os.path.join(self.directory, f"{uuid.uuid4().hex}.safetensors")
         with self._errors_explained():
-            try:
-                save_file({"keys": keys, "logps": values, "checksum": _checksum(keys, values)}, f"{path}.partial")
-                os.replace(f"{path}.partial", path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.remove(f"{path}.partial")
-                raise
+            content = save({"keys": keys, "logps": values, "checksum": _checksum(keys, values)})
+            with atomic_file(path, binary=True) as file:
+                file.write(content)
 
     def lookup(self, batch: dict, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of a batch's chosen and rejected responses, each (batch_size,)."""
+        """Return the log-probabilities of a batch's chosen and rejected responses, each (batch_size,)."""
         values = torch.tensor([self.logps[key] for key in pair_keys(batch)], dtype=torch.float64).to(dtype)
         values = values.to(device, non_blocking=True)
         return values[:, 0], values[:, 1]
@@ -94,27 +91,26 @@ class LogpsCache:
         compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]],
         split: Callable[[dict], list[dict]],
     ):
-        """Add what is missing of all pairs that the iterators' batches hold.
+        """Compute and add the pairs of the iterators' batches that are missing.
 
         Args:
-            iterators: with a name for each.
-            compute: a microbatch's chosen and rejected log-probabilities, each (batch_size,).
-            split: a batch cut into microbatches.
+            iterators: by the name of their split.
+            compute: returns a microbatch's chosen and rejected log-probabilities, each (batch_size,).
+            split: cuts a batch into microbatches.
         """
         n_computed = 0
         for name, iterator in iterators.items():
-            with tqdm(
-                total=iterator.n_distinct, desc=f"Reference on {name} pairs", unit="pair", disable=hides_progress()
-            ) as progress:
+            with Progress(f"Precomputing the reference, {name} data", iterator.n_distinct, "pairs") as progress:
                 for chunk, n_pairs in iterator.distinct_examples():
                     n_computed += self.fill_batch(chunk, compute, split)
                     progress.update(n_pairs)
-        rank0_print(f"Reference log-probabilities: {n_computed} computed, the others were in {self.directory}")
+        rank0_print(f"Reference log-probabilities: {n_computed} computed, the others read from {self.directory}")
 
     def fill_batch(self, batch: dict, compute: Callable, split: Callable) -> int:
-        """Add what is missing of a batch's pairs; returns how many different ones that were.
+        """Compute and add the pairs of a batch that are missing; return the number of distinct pairs added.
 
-        Workers that have shards of a batch compute equally many: one that misses fewer computes others again.
+        The forward pass is collective, so all workers must compute equally many: one that misses fewer pairs than
+        another computes its first pair again.
         """
         missing = [index for index, key in enumerate(pair_keys(batch)) if key not in self.logps]
         missing += [0] * (collectives.all_reduce_max(len(missing)) - len(missing))
@@ -122,12 +118,14 @@ class LogpsCache:
         for microbatch in split(take(batch, torch.tensor(missing))) if missing else []:
             logps = torch.stack(compute(microbatch), dim=1).tolist()  # (batch_size, 2)
             new |= zip(pair_keys(microbatch), map(tuple, logps), strict=True)
-        self.add({key: logps for of_worker in collectives.all_gather_object(new) for key, logps in of_worker.items()})
+        for worker_logps in collectives.all_gather_object(new):
+            new |= worker_logps
+        self.add(new)
         return len(self.logps) - n_before
 
 
 def pair_keys(batch: dict) -> list[bytes]:
-    """A key for each pair of a batch that depends on its token ids, as truncated, and on which of them are trained."""
+    """Return a key for each pair that depends on its token ids, after truncation, and on which of them are trained."""
     keys = []
     for index in range(len(batch["prompt"])):
         digest = hashlib.sha256()
@@ -141,27 +139,27 @@ def pair_keys(batch: dict) -> list[bytes]:
 
 
 def _checksum(keys: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
-    """SHA-256 of a cache file's contents, (32,)."""
+    """Return the SHA-256 of a cache file's contents, (32,)."""
     digest = hashlib.sha256(keys.numpy().tobytes() + logps.numpy().tobytes()).digest()
     return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 
 
 def _fingerprint(model: nn.Module, with_adapter: bool, cast_to: torch.dtype | None, details: dict[str, object]) -> str:
-    """What a reference's numbers depend on besides the pair: its config, its weights, and `details`.
+    """Hash what the log-probabilities depend on besides the pairs: the model's config, its weights, and `details`.
 
     Args:
-        with_adapter: the adapter is part of it.
-        cast_to: the dtype that the reference has these weights in, if it is another.
+        with_adapter: include the adapter's weights.
+        cast_to: the reference's dtype, if it differs from that of `model`.
     """
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"):
-        config.pop(key, None)  # these say where the weights come from, not what is computed
+        config.pop(key, None)  # they don't change the numbers
     digest = hashlib.sha256(json.dumps([config, details], sort_keys=True, default=str).encode())
     tensors = {}
     for name, tensor in model.state_dict().items():
         if "lora_" not in name or (with_adapter and f".{REFERENCE_ADAPTER}." not in name):
             tensors[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor.detach()
-    for name in tqdm(sorted(tensors), "Hashing the reference's weights", leave=False, disable=hides_progress()):
+    for name in progressing(sorted(tensors), "Hashing the reference's weights", "tensors"):
         tensor = full_tensor(tensors[name])
         tensor = tensor.to("cpu", cast_to if tensor.is_floating_point() else None).contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -169,14 +167,17 @@ def _fingerprint(model: nn.Module, with_adapter: bool, cast_to: torch.dtype | No
     return digest.hexdigest()
 
 
-def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Callable[[], Reference]) -> "LogpsCache":
-    """The cache of this reference's log-probabilities, in the local dir; `policy` is as training starts.
+def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Callable[[], Reference]) -> LogpsCache:
+    """Open the cache of this reference's log-probabilities, in the local directory.
 
-    `reference` is asked for only where the policy doesn't tell its weights: one whose numbers are all known need not be
-    loaded.
+    Args:
+        policy: the policy before its first update.
+        kind: the kind of reference, see `references`.
+        reference: loads the reference. It is called only if the weights can't be read off the policy: a run that finds
+            all log-probabilities cached needs no reference in memory.
     """
     details: dict[str, object] = {}
-    if kind != "model":  # then it is computed as the policy is, which under mixed precision is the trainer's way
+    if kind != "model":  # the policy itself serves as the reference, in its mixed precision
         details["policy_mp"] = config.model.policy_mp and [config.model.policy_mp, config.trainer]
     with_adapter = kind == "model" or (config.model.adapter is not None and kind != "adapter_off")
     if kind == "model" and not has_the_weights(policy, config):
@@ -190,7 +191,7 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
 
 
 def _adapter_scaling(model: nn.Module) -> dict[str, str]:
-    """What of an adapter's settings decides, beside its weights, what it computes."""
+    """Return the adapter's settings that, besides its weights, decide what it computes."""
     settings = model.peft_config["default"]
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     return {name: str(getattr(settings, name, None)) for name in names}

@@ -14,6 +14,7 @@ _CHUNK_BYTES = {"cpu": 2**25}
 _ACCELERATOR_CHUNK_BYTES = 2**28
 # ... and made again in the backward pass where all of them together would take more than this.
 _KEPT_LOGITS_BYTES = 2**30
+LOGITS_BYTES = _KEPT_LOGITS_BYTES + 3 * _ACCELERATOR_CHUNK_BYTES  # at most: those kept, a chunk and its gradient
 
 
 def response_logps(

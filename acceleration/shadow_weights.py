@@ -8,6 +8,9 @@ chunks: their gradients are summed in float32, as autocast sums them in its own 
 much as autocast takes while a forward pass runs.
 """
 
+import types
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,8 +62,8 @@ class ShadowedLinear(nn.Linear):
 def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
     """Let a model's plain linear layers keep such copies; not those that share their weight with an embedding.
 
-    `optimizer`: of the model's weights; a copy is made anew after each of its steps, as PyTorch's fused ones change
-    weights without a trace in their versions.
+    `optimizer`: of the model's weights; before each of its steps the copies of what it trains are released. The step
+    gets their memory, and fused optimizers change weights without a trace in their versions.
     """
     users: dict[int, int] = {}
     for module in model.modules():
@@ -69,12 +72,33 @@ def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | N
     for module in model.modules():
         if type(module) is nn.Linear and users[id(module.weight)] == 1 and module.weight.dtype == torch.float32:
             module.__class__ = ShadowedLinear
-    if optimizer is None:
-        return
-    shadowed = [module for module in model.modules() if isinstance(module, ShadowedLinear)]
+            if hasattr(module, "_old_forward"):  # accelerate's hooks between GPUs call this one instead of the class's
+                module._old_forward = types.MethodType(ShadowedLinear.forward, module)
+    if optimizer is not None:
+        optimizer.register_step_pre_hook(lambda *_: release_copies(model))
 
-    def after_step(*_):
-        for module in shadowed:
+
+def shadow_if_equal(model: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable[[], torch.Tensor]) -> bool:
+    """Let a model keep such copies if they give the same numbers on the device at hand, bit for bit; True if they do.
+
+    `compute`: log-probabilities of a few examples as in training.
+    """
+    with torch.no_grad():
+        expected = compute()
+        shadow_linear_weights(model, optimizer)
+        if torch.equal(compute(), expected):
+            return True
+    for module in model.modules():
+        if isinstance(module, ShadowedLinear):
             module.forget_copies()
+            module.__class__ = nn.Linear
+            if hasattr(module, "_old_forward"):
+                module._old_forward = types.MethodType(nn.Linear.forward, module)
+    return False
 
-    optimizer.register_step_post_hook(after_step)
+
+def release_copies(model: nn.Module):
+    """Free the copies of the weights that are trained; they are cast again when they are next used."""
+    for module in model.modules():
+        if isinstance(module, ShadowedLinear) and module.weight.requires_grad:
+            module.forget_copies()

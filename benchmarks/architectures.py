@@ -255,15 +255,19 @@ def note(why: str) -> str:
 
 HEADER = """# Which models share prompts
 
-Made by `python benchmarks/architectures.py` with transformers {transformers} and torch {torch} on a CPU: every type of
-causal language model, built at a tiny size with random weights, max_length={max_length}, windows as the config has
-them by default. *shared*: prefix sharing, one row a pair; *padded*: two rows a pair; *whole logits*: the logits are the
-whole model's at every position, otherwise the output head is applied where a response token is predicted. Behind the
-decision stands the largest difference of a token's log-probability from that of the model's own forward with a padding
-mask, in nats, and in brackets the largest that rounding alone makes. *refused*: training doesn't start. *without
-padding*: whether packed rows (`padding_free=true`) are computed too, in the precision of the first column, with prompts
-shared or each sequence by itself. *off*: beyond rounding; in a mixture of experts the router of a token may stand
-between two of them to the last digit, and then rounding decides.
+Every type of causal language model, built at a tiny size with random weights and checked on a CPU as at the start of
+training; windows are as in the config's defaults. Made by `python benchmarks/architectures.py` with transformers
+{transformers} and torch {torch}, max_length={max_length}.
+
+- *shared*: prefix sharing, one row per pair; *padded*: two rows per pair; *refused*: training doesn't start.
+- *whole logits*: the model computes logits at every position; otherwise the output head runs only where a response
+  token is predicted.
+- The number is the largest difference of a token's log-probability from that of the model's own forward pass with a
+  padding mask, in nats; in brackets, the largest difference that rounding alone makes.
+- *off*: differs by more than rounding. In a mixture of experts, the router may be undecided between two experts to the
+  last digit, and then rounding decides.
+- *without padding*: whether packed rows (`padding_free=true`) can be computed too, in the precision of the first
+  column, with shared prompts or each sequence separately.
 
 {summary}
 
@@ -288,7 +292,7 @@ def main():
         rows.append(row_of(model_type, results))
         print(rows[-1], flush=True)
     if not args.types:
-        summary = f"{len(rows)} types: " + ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        summary = f"{len(rows)} types: " + "; ".join(f"{count} {name}" for name, count in counts.most_common())
         summary += f". {n_packed} can be computed without padding."
         versions = {"transformers": transformers.__version__, "torch": torch.__version__}
         text = HEADER.format(**versions, max_length=MAX_LENGTH, summary=summary) + "\n".join(rows) + "\n"

@@ -1,8 +1,9 @@
-"""What a GPU does with each way to compute: `python benchmarks/gpu.py correctness|synchronization|profile`.
+"""What a GPU does with each way to compute: `python benchmarks/gpu.py correctness|synchronization|profile|table`.
 
 Needs torch and transformers alone. `correctness` holds the gradients of every way, in every precision, against padded
 rows in float32 on the same GPU; `synchronization` counts how often a step makes the host wait; `profile` lists the
-operations that a step spends its time in. benchmarks/gpu.sh runs them, and throughput.py, one part after the other. On
+operations that a step spends its time in; `table` prints, from a folder of results, the one that the README takes.
+benchmarks/gpu.sh runs them, and throughput.py, one part after the other. On
 a CPU they run too, at toy size, to be tried out; but there is nothing to wait for.
 """
 
@@ -26,7 +27,7 @@ import throughput
 
 from acceleration.layout import Layout
 from acceleration.model_check import choose_rows
-from acceleration.packed_attention import takes_packed_attention, use_packed_attention
+from acceleration.packed_attention import supports_packed_attention, use_packed_attention
 from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import shadow_linear_weights
@@ -83,7 +84,7 @@ def correctness(results: list[dict]):
             for make_rows in (padded_rows, shared_rows, packed_rows, packed_shared_rows):
                 result = {"model": name, "precision": precision, "rows": make_rows.__name__}
                 try:
-                    if make_rows in PACKED and takes_packed_attention(policy):
+                    if make_rows in PACKED and supports_packed_attention(policy):
                         use_packed_attention(policy)
                     found, ours = gradients(policy, Layout(make_rows, False), batch, reference_logps, autocast)
                     off = [(a - b).norm() for a, b in zip(ours, expected, strict=True)]
@@ -135,6 +136,25 @@ def profile(results: list[dict]):
     print(profiler.key_averages().table(sort_by=sort_by, row_limit=30, max_name_column_width=70))
 
 
+def readme_table(directory: Path) -> str:
+    """Return throughput.json and memory.json of a folder of results as the README's table and the line below it."""
+    measured = json.loads((directory / "throughput.json").read_text())
+    original = next(row["pairs_per_second"] for row in measured["ways"] if row["way"] == "original")
+    lines = ["| way | pairs/s | over the original | peak memory, GB |", "|---|---|---|---|"]
+    for row in measured["ways"]:
+        speed = row["pairs_per_second"]
+        memory = row["peak_memory_bytes"] / 1e9
+        lines.append(f"| {row['way']} | {speed:.3g} | {speed / original:.2f} | {memory:.1f} |")
+    path = directory / "memory.json"
+    plans = json.loads(path.read_text()) if path.exists() else []
+    ratios = [plan["measured / predicted"] for plan in plans if "measured / predicted" in plan]
+    if ratios:
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} cases"
+        lines.append(f"\nMemory, measured over predicted: {spread}.")
+    failures = [f"{plan['model']}, {plan['way']}: {plan['fails_with']}" for plan in plans if "fails_with" in plan]
+    return "\n".join([*lines, *failures, f"\n{measured['on']}"])
+
+
 def say(results: list[dict], result: dict):
     print(json.dumps(result), flush=True)
     results.append(result)
@@ -143,9 +163,13 @@ def say(results: list[dict], result: dict):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parts = {"correctness": correctness, "synchronization": synchronization, "profile": profile}
-    parser.add_argument("part", choices=parts)
+    parser.add_argument("part", choices=[*parts, "table"])
     parser.add_argument("--json", help="a file that gets the results")
+    parser.add_argument("--results", type=Path, help="the folder of results, for `table`")
     args = parser.parse_args()
+    if args.part == "table":
+        print(readme_table(args.results))
+        return
     transformers.logging.set_verbosity_error()
     device = torch.cuda.get_device_name() if HAS_GPU else "no GPU"
     results = [{"on": f"{device}; torch {torch.__version__}, transformers {transformers.__version__}"}]

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # What a GPU does: bash benchmarks/gpu.sh [DIRECTORY for the results]. Parts of less than ten minutes each, one by one:
-#   bash benchmarks/gpu.sh OUT correctness | throughput | profile | runs
-# The first three need torch and transformers alone, `runs` what training needs. TRL is measured where it is installed.
+#   bash benchmarks/gpu.sh OUT memory | correctness | throughput | profile | runs | table
+# `runs` needs what training needs, the others torch and transformers alone. TRL is measured where it is installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu_results}
-parts=${2:-correctness throughput profile runs}
+parts=${2:-memory correctness throughput profile runs table}
 mkdir -p "$out"
 
 for part in $parts; do
     echo "== $part"
     case $part in
+    memory)
+        # the original's six models and today's: a forward and backward pass, its memory beside the plan's
+        python3 benchmarks/gpu_memory.py --json "$out/memory.json"
+        ;;
     correctness)
         python3 benchmarks/gpu.py correctness --json "$out/correctness.json"
         python3 benchmarks/gpu.py synchronization --json "$out/synchronization.json"
@@ -37,6 +41,9 @@ for part in $parts; do
             $run local_run_dir="$runs/again" n_examples=128 model.policy_mp=bfloat16 &&
             $run local_run_dir="$runs/again" resume="$runs/again" model.policy_mp=bfloat16
         python3 -m pytest -n 0 -m gpu tests/test_gpu.py
+        ;;
+    table)
+        python3 benchmarks/gpu.py table --results "$out" | tee "$out/table.md" # for the README
         ;;
     *)
         echo "no such part: $part" >&2

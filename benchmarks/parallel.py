@@ -37,7 +37,7 @@ import train
 import trainers
 from config_checks.checks import check_config
 from config_checks.schema import REPOSITORY
-from distributed import launch
+from distributed import connection, launch
 from distributed.collectives import all_gather_object, barrier
 
 RUNS = [  # trainer, workers, fsdp_replicate
@@ -141,7 +141,7 @@ def counted_step(trainer: trainers.BasicTrainer, step: Callable, path: str, batc
 def work(config: DictConfig, path: str):
     """Train as train.py does, but count every step."""
     trainers.BasicTrainer.train_step = functools.partialmethod(counted_step, trainers.BasicTrainer.train_step, path)
-    joined = launch.process_group() if config.trainer != "BasicTrainer" else contextlib.nullcontext()
+    joined = connection.process_group() if config.trainer != "BasicTrainer" else contextlib.nullcontext()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), joined:
         train.train_from(config, None, {})
 

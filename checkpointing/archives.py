@@ -14,9 +14,10 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from checkpointing.integrity import CHECKSUMS, read_checksums, verify_checksum
+from checkpointing.integrity import read_checksums, verify_checksum, verify_weights
 from data import hub
 from distributed.dtensor import distribute_like
+from storage.outputs import CHECKSUMS
 from utils import UserError, rank0_print
 
 # Buffers that transformers wrote into state dicts in 2023; today's models compute them, so they are left out.
@@ -89,6 +90,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
     if os.path.exists(os.path.join(path, "policy.pt")):
         path = os.path.join(path, "policy.pt")
     try:
+        verify_weights(path)
         directory, name = os.path.split(path)
         if os.path.exists(os.path.join(directory, CHECKSUMS)):
             verify_checksum(directory, name, read_checksums(directory).get(name))

@@ -1,4 +1,4 @@
-"""Which evaluation was the best so far, its checkpoint, and when enough worse ones have followed."""
+"""The best evaluation so far, its checkpoint, and when enough worse ones have followed."""
 
 import os
 
@@ -6,19 +6,19 @@ from omegaconf import DictConfig
 
 from checkpointing.checkpoints import point_to
 from checkpointing.train_state import TrainState
-from reporting.runs import larger_is_better
+from reporting.metric_names import LOSS, larger_is_better
 from utils import UserError, rank0_print
 
 LINK = "BEST"  # beside LATEST
 
 
 def judge(state: TrainState, config: DictConfig):
-    """Compare the last evaluation with the best one so far, and keep it in `state` if it is better.
+    """Compare the last evaluation with the best one so far, and record it in `state` if it is better.
 
     Raises: UserError if it lacks the metric that `keep_best` names.
     """
-    metric = config.keep_best or "loss/eval"
-    if state.examples == 0:  # of the weights that training starts from
+    metric = config.keep_best or LOSS
+    if state.examples == 0:  # the weights that training starts from don't count
         return
     if metric not in state.metrics:
         raise UserError(f"keep_best={metric}: the evaluation has none. It has: {', '.join(state.metrics)}")
@@ -31,30 +31,28 @@ def judge(state: TrainState, config: DictConfig):
 
 
 def is_over(state: TrainState, config: DictConfig) -> bool:
-    """True if `stop_when_worse` ends the run here."""
-    return config.stop_when_worse is not None and state.worse >= config.stop_when_worse
+    """True if `stop_when_worse` ends the run here, by the metric that `keep_best` names now."""
+    is_counted = (config.keep_best or LOSS) in state.best
+    return config.stop_when_worse is not None and is_counted and state.worse >= config.stop_when_worse
 
 
 def print_stop_reason(state: TrainState):
-    """Say why the run ends before its data does."""
+    """Print why the run ends before its data does."""
     ((metric, value),) = state.best.items()
     rank0_print(
-        f"Ending here: {metric} was best after {state.best_at} examples ({value:.5g}), and {state.worse} evaluations "
-        "since were worse"
+        f"Stopping early: {metric} was best after {state.best_at} examples ({value:.5g}), and "
+        f"{state.worse} evaluations since then were worse"
     )
 
 
 def should_save_best(state: TrainState, config: DictConfig) -> bool:
     """True if the last evaluation was the best so far and `keep_best` keeps its checkpoint."""
-    return config.keep_best is not None and state.best_at == state.examples and state.examples > 0
+    return config.keep_best in state.best and state.best_at == state.examples and state.examples > 0
 
 
-def point_best(run_dir: str, state: TrainState, config: DictConfig) -> str | None:
-    """Make BEST a link to the best checkpoint, if it is there; returns its name."""
-    name = f"step-{state.best_at}"
-    if config.keep_best not in state.best or not os.path.isdir(os.path.join(run_dir, name)):
-        return None
-    link = os.path.join(run_dir, LINK)
-    if not os.path.islink(link) or os.readlink(link) != name:
+def point_best(run_dir: str, state: TrainState, config: DictConfig):
+    """Make BEST a link to the best checkpoint, if that is kept."""
+    name, link = f"step-{state.best_at}", os.path.join(run_dir, LINK)
+    is_kept = config.keep_best in state.best and os.path.isdir(os.path.join(run_dir, name))
+    if is_kept and not (os.path.islink(link) and os.readlink(link) == name):
         point_to(run_dir, LINK, name)
-    return name

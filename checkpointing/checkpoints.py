@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
-from checkpointing.integrity import atomic_directory, replace_path
+from checkpointing.integrity import atomic_directory, read_checksums, replace_path
 from checkpointing.model_card import write_card
 from checkpointing.train_state import TrainState, read_state_json
 from distributed.dtensor import distribute_like, full_state_dict
@@ -154,13 +154,25 @@ def point_to(run_dir: str, link: str, name: str):
         raise UserError(f"can't make {run_dir}/{link} a link to {name}, which is whole: {error}") from error
 
 
-def delete_oldest(run_dir: str, n_kept: int | None, examples: int, best: str | None = None):
-    """Of the step-N checkpoints with N up to `examples`, delete all but the last `n_kept` and `best`; null
-    keeps all."""
-    steps = [int(name[5:]) for name in os.listdir(run_dir) if name.startswith("step-") and name[5:].isdecimal()]
+def delete_oldest(run_dir: str, n_kept: int | None, examples: int):
+    """Delete the step-N checkpoints with N up to `examples`, except the last `n_kept` and the one that BEST links to.
+
+    Directories that no run wrote are neither counted nor deleted. None keeps all.
+    """
+    best = os.path.realpath(os.path.join(run_dir, "BEST"))
+    names = [name for name in os.listdir(run_dir) if name.startswith("step-") and name[5:].isdecimal()]
+    steps = [int(name[5:]) for name in names if _is_checkpoint(os.path.join(run_dir, name))]
     for step in sorted(step for step in steps if step <= examples)[: -n_kept if n_kept else 0]:
-        if f"step-{step}" == best:
-            continue
         doomed = os.path.join(run_dir, f"step-{step}")
-        os.rename(doomed, f"{doomed}.partial-deleted")  # it goes all at once, too
+        if os.path.realpath(doomed) == best:
+            continue
+        os.rename(doomed, f"{doomed}.partial-deleted")  # it disappears as a whole, too
         shutil.rmtree(f"{doomed}.partial-deleted", ignore_errors=True)
+
+
+def _is_checkpoint(path: str) -> bool:
+    """True if a run wrote this directory: its checksums list the train state."""
+    try:
+        return not os.path.islink(path) and "state.json" in read_checksums(path)
+    except (OSError, ValueError):
+        return False

@@ -1,15 +1,19 @@
-"""Fingerprints of what a run starts from: a run that goes on starts from the same, wherever that lies by then.
+"""Fingerprints of the models that a run starts from: is this still what it was, wherever it is now?
 
-They stand in every checkpoint's state.json and, for a run that has none yet, in the first line of its config.yaml.
+They are in every checkpoint's state.json and, for a run that has no checkpoint yet, in the first line of its
+config.yaml.
 """
 
+import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 
 import huggingface_hub
 from omegaconf import DictConfig, OmegaConf
 
+from storage.files import HashCache
 from utils import UserError, get_local_dir
 
 _KEYS = (
@@ -18,20 +22,23 @@ _KEYS = (
 )  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin")  # endings of files that are read from a model's folder
 _SETTINGS = (".json", ".model", ".txt")  # its config and tokenizer
-_BLOCK, _MAX_BLOCKS = 2**20, 64  # bytes, and how many blocks of them are read of one file
-_HEADER = "# SHA-256 of what the run started from, compared when it goes on: "
+_BLOCK, _MAX_BLOCKS = 2**20, 64  # bytes, and how many blocks of them `_sampled_sha256` reads
+_HEADER = "# SHA-256 of what the run started from, compared when it is resumed: "
+_HEADERS = (_HEADER, "# SHA-256 of what the run started from, compared when it goes on: ")  # today's and an earlier one
 
 
-def file_fingerprints(config: DictConfig) -> dict[str, str]:
-    """A SHA-256, in hexadecimal, of each local file or folder that weights and tokenizer come from, by its config key.
+def file_fingerprints(config: DictConfig, sampled: bool = False) -> dict[str, str]:
+    """Return a SHA-256 of each local file or folder that weights and tokenizer come from, by its config key.
 
-    Of a file it covers the size and all of the content up to 64 MiB, of a larger one 64 blocks of 1 MiB: the first, the
-    last and others evenly between them. So it notices other training, another format or another dtype, which change
-    weights everywhere, and truncation; it can miss a change to a few tensors alone, and bit errors. Of a folder it
-    covers the names of its weight, config and tokenizer files, too; not the place or the name of what the key gives.
+    It covers the content, and the names of files in a folder; not the path or the name of what the key gives.
+
+    Args:
+        sampled: as earlier versions did, read only 64 blocks of files above 64 MiB.
 
     Raises: UserError if a file can't be read.
     """
+    cache = HashCache(get_local_dir(config.local_dirs))
+    hash_large = _sampled_sha256 if sampled else cache.sha256
     fingerprints = {}
     for key in _KEYS:
         path = OmegaConf.select(config, key)
@@ -41,22 +48,34 @@ def file_fingerprints(config: DictConfig) -> dict[str, str]:
             path = os.path.join(path, "policy.pt")
         reads_weights = "tokenizer" not in key and not (key == "model.name_or_path" and config.model.from_scratch)
         try:
-            fingerprints[key] = _fingerprint(path, _SETTINGS + (_WEIGHTS if reads_weights else ()))
+            fingerprints[key] = _fingerprint(path, _SETTINGS + (_WEIGHTS if reads_weights else ()), hash_large)
         except OSError as error:
             raise UserError(f"{key}={path}: can't read it: {error}") from error
     return fingerprints
 
 
-def _fingerprint(path: str, endings: tuple[str, ...]) -> str:
-    """Of a file, or of those files of a folder that have such endings."""
+def folder_fingerprint(path: str, local_dirs: list[str]) -> str:
+    """Return a SHA-256 of a model's folder: weights, config and tokenizer."""
+    return _fingerprint(path, _SETTINGS + _WEIGHTS, HashCache(get_local_dir(local_dirs)).sha256)
+
+
+def _fingerprint(path: str, endings: tuple[str, ...], hash_large: Callable[[str], str]) -> str:
+    """Return the SHA-256 of a file, or of those files of a folder that have such endings."""
+    hash_file = functools.partial(_file_fingerprint, hash_large=hash_large)
     if not os.path.isdir(path):
-        return _file_sha256(path)
+        return hash_file(path)
     names = [name for name in sorted(os.listdir(path)) if name.endswith(endings)]
-    files = [(name, _file_sha256(os.path.join(path, name))) for name in names]
+    files = [(name, hash_file(os.path.join(path, name))) for name in names]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def _file_sha256(path: str) -> str:
+def _file_fingerprint(path: str, hash_large: Callable[[str], str]) -> str:
+    is_large = os.path.getsize(path) > _BLOCK * _MAX_BLOCKS
+    return hash_large(path) if is_large else _sampled_sha256(path)  # which reads all of a small file
+
+
+def _sampled_sha256(path: str) -> str:
+    """Return a SHA-256 of a file's size and of up to 64 blocks of 1 MiB: the first, the last, others between them."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     n_blocks = min(-(-size // _BLOCK), _MAX_BLOCKS)
@@ -68,7 +87,7 @@ def _file_sha256(path: str) -> str:
 
 
 def hub_revisions(config: DictConfig) -> dict[str, str]:
-    """The commit of each model that has been loaded from the hub, by its config key; see `model.revision`."""
+    """Return the commit of each model that was loaded from the hub, by its config key; see `model.revision`."""
     revisions = {}
     for key in (key for key in _KEYS if not key.endswith(".adapter")):
         name = OmegaConf.select(config, key)
@@ -84,24 +103,41 @@ def hub_revisions(config: DictConfig) -> dict[str, str]:
     return revisions
 
 
+def changed_models(config: DictConfig, former: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Return the keys whose fingerprint was another when the run began.
+
+    Args:
+        former: fingerprints when the run began; models without one aren't compared.
+        now: today's, of files or of commits on the hub.
+    """
+    changed = [key for key, digest in now.items() if former.get(key, digest) != digest]
+    if not any(is_of_model(key) for key in changed):
+        return changed
+    sampled = file_fingerprints(config, sampled=True)  # an earlier version may have written `former`
+    return [key for key in changed if former[key] != sampled.get(key)]
+
+
 def is_of_model(name: str) -> bool:
-    """Whether what a fingerprint is of is a model or a tokenizer, and not a dataset."""
+    """True if a fingerprint is that of a model or a tokenizer, not of a dataset."""
     return name in _KEYS
 
 
 def header(fingerprints: dict[str, str]) -> str:
-    """The first line of a run's config.yaml: fingerprints, by what they are of."""
+    """Return the first line of a run's config.yaml: fingerprints, by what they are of."""
     return f"{_HEADER}{json.dumps(fingerprints)}\n"
 
 
 def read_header(path: str) -> dict[str, str]:
-    """The fingerprints in a run's config.yaml; none where it was written without.
+    """Return the fingerprints in a run's config.yaml; an empty dict if it was written without them.
 
-    Raises: OSError; ValueError if that line isn't what `header` makes.
+    Raises: OSError; ValueError if that line isn't one that `header` returns.
     """
     with open(path, encoding="utf-8") as file:
         line = file.readline()
-    found = json.loads(line.removeprefix(_HEADER)) if line.startswith(_HEADER) else {}
+    found = {}
+    for start in _HEADERS:
+        if line.startswith(start):
+            found = json.loads(line.removeprefix(start))
     if not isinstance(found, dict):
         raise ValueError(f"it holds no object: {line[:200]}")
     return found

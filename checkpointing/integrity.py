@@ -1,7 +1,6 @@
-"""Directories that appear whole or not at all, and checksums that tell when one of their files has changed."""
+"""Directories that are written whole or not at all, and checksums that tell if one of their files has changed."""
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -10,13 +9,13 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
+from storage.files import PARTIAL, flush_to_disk, sha256
+from storage.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from utils import UserError
 
-CHECKSUMS = "SHA256SUMS"  # `sha256sum -c` reads it
 CARD = "README.md"  # people write into it before they upload a checkpoint, so it has no checksum
-_CHECKPOINT = r"(?:step-[0-9]+|LATEST|BEST)"  # the names of a run's checkpoints
-_INTERRUPTED = re.compile(  # and those that they, or config.yaml, have while they are written, replaced or deleted
-    rf"{_CHECKPOINT}\.partial-[0-9a-f]{{8}}|step-[0-9]+\.partial-deleted|config\.yaml\.partial-new"
+_INTERRUPTED = re.compile(  # names of what was being written or deleted when a run was killed
+    rf"(?:step-[0-9]+|LATEST|BEST|config\.yaml|curves\.png){PARTIAL}|step-[0-9]+\.partial-deleted|config\.yaml\.partial-new"
 )
 
 
@@ -31,11 +30,12 @@ _REMEDY = (
 
 @contextlib.contextmanager
 def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
-    """Lend an empty directory to be filled; then it appears as `path`, whole and on the disk, instead of an older one.
+    """Lend an empty directory to be filled; then it replaces `path`, whole and on the disk.
 
-    `remedy`: what an error tells the user to do.
+    Args:
+        remedy: what an error tells the user to do.
 
-    Raises: UserError if that can't be; nothing of it remains then, and an older one is as it was.
+    Raises: UserError if it can't be written; nothing of it remains then, and `path` is as it was.
     """
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
     try:
@@ -45,7 +45,7 @@ def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
         files = [os.path.join(partial, name) for name in os.listdir(partial)]
         for path_of_file in files:  # safetensors makes its files readable for their owner alone
             os.chmod(path_of_file, os.stat(partial).st_mode & 0o666)
-        _flush(*files, partial)
+        flush_to_disk(*files, partial)
         replace_path(partial, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -58,19 +58,11 @@ def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
         raise
 
 
-def _flush(*paths: str):
-    """Have files or directories on the disk before anything that is written after them."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def replace_path(new: str, path: str):
-    """Rename `new` to `path`. An older directory or link there steps aside first; if a crash comes between the two,
-    `recover_interrupted_saves` puts it back."""
+    """Rename `new` to `path`; a directory or link that is there is renamed first and then removed.
+
+    If a crash comes between the two, `recover_interrupted_saves` puts the older one back.
+    """
     older = f"{path}.replaced"
     if os.path.lexists(path):
         os.rename(path, older)
@@ -80,7 +72,7 @@ def replace_path(new: str, path: str):
         if os.path.lexists(older):
             os.rename(older, path)
         raise
-    _flush(os.path.dirname(path) or ".")
+    flush_to_disk(os.path.dirname(path) or ".")
     _remove(older)
 
 
@@ -91,20 +83,8 @@ def _remove(path: str):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def is_checkpoint_name(name: str) -> bool:
-    """Whether a run gives its checkpoints such names."""
-    return re.fullmatch(_CHECKPOINT, name) is not None
-
-
-def is_run(directory: str) -> bool:
-    """Whether a directory is one that a run writes to: with its config.yaml, or one of its checkpoints."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    checkpoints = [name for name in names if is_checkpoint_name(name.removesuffix(".replaced"))]
-    return "config.yaml" in names or any(os.path.exists(os.path.join(directory, c, CHECKSUMS)) for c in checkpoints)
-
-
 def recover_interrupted_saves(run_dir: str):
-    """Put right what a crash within a save left: remove what is not whole, put back what had stepped aside.
+    """Repair what a crash during a save left: remove what is not whole, put back what was about to be replaced.
 
     Nothing else is touched, and nothing in a directory that isn't a run's.
     """
@@ -123,20 +103,15 @@ def recover_interrupted_saves(run_dir: str):
 # ---- checksums ------------------------------------------------------------------------------------------------------
 
 
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_checksums(directory: str):
     names = sorted(name for name in os.listdir(directory) if name != CARD)
-    lines = [f"{_sha256(os.path.join(directory, name))}  {name}\n" for name in names]
+    lines = [f"{sha256(os.path.join(directory, name))}  {name}\n" for name in names]
     with open(os.path.join(directory, CHECKSUMS), "w", encoding="utf-8") as file:
         file.writelines(lines)
 
 
 def read_checksums(directory: str) -> dict[str, str]:
-    """The SHA-256 of each file of a checkpoint, in hexadecimal, as they were when it was written.
+    """Return the SHA-256 of each file of a checkpoint, in hexadecimal, as it was when it was written.
 
     Raises: OSError; ValueError if a line isn't what `sha256sum` writes.
     """
@@ -149,13 +124,31 @@ def read_checksums(directory: str) -> dict[str, str]:
 
 
 def verify_checksum(directory: str, name: str, digest: str | None):
-    """Raises ValueError if a file of a checkpoint is not as it was written."""
-    if _sha256(os.path.join(directory, name)) != digest:
+    """Raise ValueError if a file of a checkpoint is not as it was written."""
+    if sha256(os.path.join(directory, name)) != digest:
         raise ValueError(f"{name} is not what {CHECKSUMS} beside it says: the file is damaged")
 
 
+def content_digest(directory: str) -> str:
+    """Return a hash of all files of a whole checkpoint, whatever its name."""
+    return sha256(os.path.join(directory, CHECKSUMS))
+
+
+def verify_weights(directory: str):
+    """Check the weights in a folder that is loaded, if a SHA256SUMS in it lists them.
+
+    Raises: ValueError if a file of weights is damaged.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with open(os.path.join(directory, CHECKSUMS), encoding="utf-8", errors="replace") as file:
+            listed = re.findall(r"^([0-9a-f]{64}) [ *](?:\./)?([^/\0\n]+)$", file.read(), re.MULTILINE)
+        for digest, name in listed:
+            if name.endswith((".safetensors", ".bin")) and os.path.exists(os.path.join(directory, name)):
+                verify_checksum(directory, name, digest)
+
+
 def find_corruption(directory: str) -> str | None:
-    """What is wrong with a checkpoint directory, or None if every file is as it was written."""
+    """Return what is wrong with a checkpoint directory, or None if every file is as it was written."""
     try:
         checksums = read_checksums(directory)
         if "state.json" not in checksums:

@@ -15,6 +15,7 @@ from data.reading import has_data_suffix
 from losses import needs_reference
 from preference_datasets import DATASETS
 from references import policy_source
+from reporting.metric_names import ACCURACY, LOSS, MARGIN
 
 _OF_DATA = ("train_split", "test_split", "truncation", "chat_template", "add_bos", "max_length", "max_prompt_length")
 _OF_TRAINING = (
@@ -23,8 +24,8 @@ _OF_TRAINING = (
     "model.policy_mp",
 )  # fmt: skip
 _METRICS = {
-    "loss/eval": "loss", "rewards_eval/accuracies": "accuracy: the preferred response has the larger reward",
-    "rewards_eval/margins": "margin of the rewards", "nll_eval/chosen": "nats per token of the preferred responses",
+    LOSS: "loss", ACCURACY: "accuracy: the preferred response has the larger reward",
+    MARGIN: "margin of the rewards", "nll_eval/chosen": "nats per token of the preferred responses",
 }  # fmt: skip
 _CITATION = """\
 @inproceedings{rafailov2023direct,
@@ -135,7 +136,7 @@ def _use(config: DictConfig, is_adapter: bool) -> str:
         base = f"those of `{source.archive}`" if source.archive is not None else "drawn at random"
         lines[-1] += (
             f" **The weights beneath the adapter are not those of `{source.name_or_path}`, which PEFT would load, but "
-            f"{base}**: make a model of both by `python -m checkpoints merge`."
+            f"{base}**: make a model of both by `python export.py run=RUN output=DIR`."
         )
     return "\n".join(lines)
 

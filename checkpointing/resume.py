@@ -1,37 +1,33 @@
-"""Going on with a run: from which checkpoint, and whether it is still the same run under today's config."""
+"""Resuming a run: from which checkpoint, and whether it is still the same run under today's config."""
 
 import contextlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from checkpointing import fingerprints
-from checkpointing.integrity import (
-    CHECKSUMS,
-    find_corruption,
-    is_checkpoint_name,
-    is_run,
-    recover_interrupted_saves,
-)
+from checkpointing.integrity import find_corruption, recover_interrupted_saves
 from checkpointing.train_state import read_state_json, training_settings, versions
 from config_checks.schema import REPOSITORY, default_config
 from data.batches import split_name
 from distributed import environment
 from references import resolved_reference
+from storage.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from utils import UserError, rank0_print
 
 SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory, in all processes of its jobs
 
-# These may change while a run goes on; under another value of any other key it would be another run.
+# These may change when a run is resumed; another value of any other key makes it another run.
 _MAY_CHANGE = (
-    "activation_checkpointing", "compile", "curves", "data_only", "debug", "do_first_eval", "eval_batch_size",
-    "eval_every", "exp_name", "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate", "gradient_accumulation_steps",
+    "activation_checkpointing", "compile", "curves", "data_only", "debug", "deterministic", "do_first_eval",
+    "eval_batch_size", "eval_every", "exp_name", "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate",
+    "gradient_accumulation_steps",
     "keep_best", "keep_checkpoints", "local_dirs", "max_tokens_per_microbatch", "minimum_log_interval_secs",
     "model.attn_implementation", "model.block_name", "model.trust_remote_code", "n_epochs", "n_eval_examples",
     "n_eval_model_samples", "n_examples", "padding_free", "precompute_ref_log_probs", "sample_during_eval",
@@ -44,7 +40,7 @@ _MAY_CHANGE = (
 
 
 def _examples(checkpoint: str) -> int:
-    """How many examples a checkpoint has behind it; where its state.json is damaged, by its name."""
+    """Return how many examples a checkpoint was trained on; by its name if its state.json is damaged."""
     name = os.path.basename(checkpoint)
     try:
         return int(read_state_json(checkpoint)["examples"])
@@ -53,14 +49,18 @@ def _examples(checkpoint: str) -> int:
 
 
 def _newest_first(run_dir: str) -> list[str]:
-    """The checkpoints of a run, whole or damaged; links to others are none of their own."""
+    """Return the checkpoints of a run, whole or damaged, without links to others."""
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     paths = [os.path.join(run_dir, name) for name in names if is_checkpoint_name(name)]
-    return sorted((p for p in paths if not os.path.islink(p)), key=lambda path: (_examples(path), path), reverse=True)
+    paths = [path for path in paths if not os.path.islink(path)]
+    return sorted(paths, key=lambda path: (_examples(path), is_last(path)), reverse=True)
 
 
 def locate_run(config: DictConfig, run_dir_given: bool):
-    """Set `local_run_dir` to the directory of the run that `resume` names; `run_dir_given`: it isn't the default.
+    """Set `local_run_dir` to the directory of the run that `resume` names.
+
+    Args:
+        run_dir_given: the user gave `local_run_dir`.
 
     Raises: UserError if there is no such directory, or the two contradict each other.
     """
@@ -68,7 +68,7 @@ def locate_run(config: DictConfig, run_dir_given: bool):
         return
     if config.resume == "auto":
         if not run_dir_given:
-            raise UserError("resume=auto goes on with the run in local_run_dir: give that, too, the same every time")
+            raise UserError("resume=auto resumes the run in local_run_dir: give that, too, the same every time")
         return
     path = os.path.abspath(config.resume)
     if not os.path.isdir(path):
@@ -85,25 +85,18 @@ def locate_run(config: DictConfig, run_dir_given: bool):
         )
     if run_dir_given and os.path.realpath(config.local_run_dir) != os.path.realpath(run_dir):
         raise UserError(
-            f"local_run_dir={config.local_run_dir}, but resume={config.resume} goes on in {run_dir}: leave "
+            f"local_run_dir={config.local_run_dir}, but resume={config.resume} resumes the run in {run_dir}: leave "
             "local_run_dir out; model.archive starts a new run from a checkpoint's weights"
         )
     config.local_run_dir = run_dir
 
 
 def find_checkpoint(config: DictConfig) -> str | None:
-    """The checkpoint that `resume` means, known to be whole. None: begin at the beginning, as `resume` is null, or
-    auto with nothing to go on from.
+    """Return the checkpoint that `resume` means, which is whole. None: start from the beginning.
 
-    Raises: UserError if there is none, if it is damaged, if the run has got further than it, or if `resume` is null and
-        there has been a run.
+    Raises: UserError if there is none, if it is damaged, or if the run has got further than it.
     """
     run_dir = config.local_run_dir
-    if config.resume is None and os.path.exists(os.path.join(run_dir, "config.yaml")):
-        raise UserError(
-            f"local_run_dir={run_dir} holds another run; choose another directory, or go on with that run by "
-            "resume=auto"
-        )
     if config.resume is None or not os.path.isdir(run_dir):
         return None
     recover_interrupted_saves(run_dir)
@@ -112,7 +105,7 @@ def find_checkpoint(config: DictConfig) -> str | None:
     checkpoint = _newest_whole(run_dir)
     if checkpoint is None and config.resume != "auto":
         raise UserError(
-            f"resume={config.resume}: there is no checkpoint in it yet; resume=auto begins at the beginning"
+            f"resume={config.resume}: there is no checkpoint in it yet; resume=auto starts from the beginning"
         )
     return checkpoint
 
@@ -124,11 +117,11 @@ def _newest_whole(run_dir: str) -> str | None:
         if reason is None:
             return path
         damaged.append(path)
-        rank0_print(f"WARNING: {path} can't be used: {reason}; looking for the one before it")
+        rank0_print(f"WARNING: {path} can't be used: {reason}; trying the one before it")
     if damaged:
         raise UserError(
-            f"local_run_dir={run_dir}: none of its checkpoints is whole: {', '.join(damaged)}. Move them away to begin "
-            "at the beginning"
+            f"local_run_dir={run_dir}: none of its checkpoints is whole: {', '.join(damaged)}. Move them away to "
+            "start from the beginning"
         )
     return None
 
@@ -136,47 +129,52 @@ def _newest_whole(run_dir: str) -> str | None:
 def _given_checkpoint(config: DictConfig, path: str) -> str:
     if reason := find_corruption(path):
         raise UserError(
-            f"resume={config.resume} is no whole checkpoint: {reason}. resume={config.local_run_dir} goes on from the "
-            f"newest one that is; model.archive={config.resume} starts a new run from weights alone"
+            f"resume={config.resume} is no whole checkpoint: {reason}. resume={config.local_run_dir} resumes from the "
+            f"newest whole one; model.archive={config.resume} starts a new run from weights alone"
         )
     others = _newest_first(config.local_run_dir)
     later = [other for other in others if _examples(other) > _examples(path) and find_corruption(other) is None]
     if later:
         raise UserError(
-            f"resume={config.resume}: the run has got further: {', '.join(later)}. Going on from here would replace "
+            f"resume={config.resume}: the run has got further: {', '.join(later)}. Resuming from here would replace "
             f"them and what was logged since; move them elsewhere first, or give resume={config.local_run_dir}"
         )
     return path
 
 
 def resume_command(keys: dict[str, str | None]) -> str:
-    """The command that this process was started with, but with these values of keys; without those that are None."""
+    """Return this process's command with other values of these keys, without those that are None."""
     words = [word for word in sys.argv[1:] if word.lstrip("+").split("=")[0] not in keys]
-    words += [f"{key}={_quoted(value)}" for key, value in keys.items() if value is not None]
+    words += [f"{key}={quoted(value)}" for key, value in keys.items() if value is not None]
     command = shlex.join([sys.argv[0], *words])
     return f"{'the launcher with' if environment.is_launched_by_user() else 'python'} {command}"
 
 
-def _quoted(path: str) -> str:
-    """A path as Hydra reads it in an override."""
+def quoted(path: str) -> str:
+    """Return a path as Hydra reads it in an override."""
     return path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def resume_hint(run_dir: str) -> str:
-    """The last line of a run that ended early: which checkpoint it leaves, and the command to go on from there."""
+    """Return the last line of a run that ended early: its last checkpoint, and the command that resumes from it."""
     for path in _newest_first(run_dir):
         if os.path.exists(os.path.join(path, CHECKSUMS)):
-            if SWEEP_DIR in os.environ:  # the sweep says how to go on with all its jobs
+            if SWEEP_DIR in os.environ:  # the sweep says how to resume all its jobs
                 return f"The last checkpoint is {path}"
             command = resume_command({"local_run_dir": None, "resume": run_dir})
-            return f"The last checkpoint is {path}; to go on from it: {command}"
+            return f"The last checkpoint is {path}; to resume from it: {command}"
     return f"There is no checkpoint in {run_dir} yet."
 
 
 def is_complete(config: DictConfig, checkpoint: str) -> bool:
-    """Whether training under this very config has ended with this checkpoint, so that nothing need be loaded."""
+    """True if training under exactly this config ended with this checkpoint, so that nothing need be loaded."""
     saved = read_state_json(checkpoint)
-    return saved.get("complete") is True and saved.get("config") == training_settings(config)
+    return is_last(checkpoint) and saved.get("complete") is True and saved.get("config") == training_settings(config)
+
+
+def is_last(checkpoint: str) -> bool:
+    """True if nothing is written after this checkpoint: a step-N at the end of training is followed by LATEST."""
+    return os.path.basename(checkpoint) == "LATEST"
 
 
 # ---- under which config ---------------------------------------------------------------------------------------------
@@ -186,8 +184,10 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YA
 
 
 def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, object] | None:
-    """The flat config under which a checkpoint was written; without a checkpoint, or where that doesn't say, the one in
-    the run directory; None if there is none either."""
+    """Return the flat config under which a checkpoint was written, by default the one in the run directory.
+
+    None: there is neither.
+    """
     saved = read_state_json(checkpoint) if checkpoint is not None else {}
     if "config" in saved:
         return saved["config"]
@@ -203,33 +203,34 @@ def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, obje
     except _UNREADABLE as error:
         raise UserError(
             f"{path}: can't read the config that the run began with ({type(error).__name__}: {str(error)[:300]}). Put "
-            "it back as it was, or move it away to begin anew"
+            "it back as it was, or move it away to start from the beginning"
         ) from error
     return former
 
 
 def _former_inputs(config: DictConfig, checkpoint: str | None) -> dict[str, str]:
-    """The fingerprints of what a checkpoint's run, or one that has none yet, has started from; nothing where an
-    earlier version wrote it."""
+    """Return the fingerprints of what the run started from; an empty dict if an earlier version wrote it."""
     if checkpoint is not None:
         return read_state_json(checkpoint).get("inputs", {})
     path = os.path.join(config.local_run_dir, "config.yaml")
     try:
         return fingerprints.read_header(path) if os.path.exists(path) else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't read its first line: {error}. Move it away to begin anew") from error
+        raise UserError(
+            f"{path}: can't read its first line: {error}. Move it away to start from the beginning"
+        ) from error
 
 
 def check_same_run(
     config: DictConfig, checkpoint: str | None, files: dict[str, str], reference_dtype_given: bool = True
 ):
-    """Say what of the config has changed since the checkpoint was written.
+    """Refuse a config that makes another run of the one that is resumed; print what has changed.
 
     Args:
-        files: today's `file_fingerprints`: what has only moved is the same, and what is no longer the same is refused.
-        reference_dtype_given: by the user; otherwise it stays what the run began with, whatever it would be here.
+        files: today's `file_fingerprints`: a file may have moved, but not changed.
+        reference_dtype_given: by the user; otherwise the dtype stays what the run began with.
 
-    Raises: UserError if it makes another run of it, unless `resume_anyway` is true.
+    Raises: UserError naming what differs, unless `resume_anyway` is true.
     """
     former, former_inputs = _former_config(config, checkpoint), _former_inputs(config, checkpoint)
     if former is None:
@@ -245,55 +246,105 @@ def check_same_run(
     }
     if changes:
         rank0_print("Changed since the run began:\n  " + "\n  ".join(changes.values()))
-    compared = {key for key, digest in files.items() if former_inputs.get(key) == digest}
+    changed = set(fingerprints.changed_models(config, former_inputs, files))
+    only_moved = (files.keys() & former_inputs.keys()) - changed
     if former_inputs.get("model.name_or_path", "") == now["model.revision"]:  # the commit that it has been all along
-        compared.add("model.revision")
-    # of data the content is compared, once it is loaded
-    compared |= {f"dataset_paths.{name}" for name in config.dataset_paths if split_name(name, "train") in former_inputs}
-    refused = [change for key, change in changes.items() if key not in _MAY_CHANGE and key not in compared]
+        only_moved.add("model.revision")
+    # the content of data is compared once it is loaded
+    only_moved |= {f"dataset_paths.{name}" for name in config.dataset_paths
+                   if split_name(name, "train") in former_inputs}  # fmt: skip
+    refused = [change for key, change in changes.items() if key not in _MAY_CHANGE and key not in only_moved]
     if refused and not config.resume_anyway:
         raise UserError(
             f"resume={config.resume}: under this config it would be another run:\n  " + "\n  ".join(refused) + "\n"
-            "Give these keys their former values, start a new run (model.archive takes the weights along), or go on "
+            "Give these keys their former values, start a new run (model.archive takes the weights along), or resume "
             "nevertheless with resume_anyway=true"
         )
+    if checkpoint is not None:
+        _check_kind(config, checkpoint)
     refuse_changed_inputs(config, changed_inputs(config, checkpoint, files))
     former_versions = read_state_json(checkpoint).get("versions") if checkpoint else versions()
     if former_versions != versions():
         rank0_print(f"WARNING: begun with {former_versions}, now {versions()}: the numbers may differ a little")
 
 
+def _check_kind(config: DictConfig, checkpoint: str):
+    """Refuse a checkpoint of another kind of policy or reference, which `resume_anyway` can't help.
+
+    Raises: UserError naming the key and the remedy.
+    """
+    remedy = "leave it as it was, or start a new run from its weights with"
+    holds_adapter = os.path.exists(os.path.join(checkpoint, "adapter_config.json"))
+    trains_adapter = config.lora is not None or config.model.adapter is not None
+    if trains_adapter and not holds_adapter:
+        key = "lora" if config.lora is not None else "model.adapter"
+        raise UserError(
+            f"{key}={OmegaConf.select(config, key)}: {checkpoint} holds all weights, not an adapter; {remedy} "
+            f"model.archive={checkpoint}"
+        )
+    if holds_adapter and not trains_adapter:
+        raise UserError(f"lora=null: {checkpoint} holds an adapter; {remedy} model.adapter={checkpoint}")
+    moves = config.reference_update_every is not None
+    if moves and not os.path.exists(os.path.join(checkpoint, "reference.pt")):
+        raise UserError(
+            f"reference_update_every={config.reference_update_every}: {checkpoint} has no reference.pt, as its run's "
+            f"reference stayed as it was; {remedy} model.archive={checkpoint}"
+        )
+
+
 def changed_inputs(config: DictConfig, checkpoint: str | None, inputs: dict[str, str]) -> list[str]:
-    """Which of these fingerprints, by what they are of, are not those with which the run began."""
+    """Return which of these inputs are not those with which the run began, as lines of a message."""
     if config.resume is None:
         return []
-    former = _former_inputs(config, checkpoint)
-    changed = sorted(name for name, digest in inputs.items() if former.get(name, digest) != digest)
+    return _as_lines(config, _former_inputs(config, checkpoint), inputs)
+
+
+def _as_lines(config: DictConfig, former: dict[str, str], inputs: dict[str, str]) -> list[str]:
     lines = []
-    for name in changed:
-        is_key = name.startswith(("model.", "reference_model."))
-        lines.append(f"{name}={OmegaConf.select(config, name)}" if is_key else name)
+    for name in sorted(fingerprints.changed_models(config, former, inputs)):
+        lines.append(f"{name}={OmegaConf.select(config, name)}" if fingerprints.is_of_model(name) else name)
         if name == "model.name_or_path" and re.fullmatch("[0-9a-f]{40}", former[name]):
-            lines.append(f"  model.revision={former[name]} is what was there on the hub")
+            lines.append(f"  model.revision={former[name]} is the commit on the hub that the run began with")
     return lines
 
 
 def refuse_changed_inputs(config: DictConfig, changed: list[str]):
-    """Raises UserError if there are `changed_inputs`, unless `resume_anyway` is true: then it is said."""
+    """Raise UserError if there are `changed_inputs`; with `resume_anyway`, print a warning instead."""
     if not changed:
         return
     message = "what is there is not what the run began with:\n  " + "\n  ".join(changed)
     if not config.resume_anyway:
         raise UserError(
-            f"resume={config.resume}: {message}\nPut back what was there, start a new run, or go on nevertheless with "
+            f"resume={config.resume}: {message}\nPut back what was there, start a new run, or resume nevertheless with "
             "resume_anyway=true"
         )
     rank0_print(f"WARNING: {message}")
 
 
+def check_models_unchanged(
+    config: DictConfig, checkpoints: list[str | None], models: dict[str, str], given: Collection[str] = ()
+):
+    """Refuse checkpoints whose run began with other models than are there now.
+
+    Args:
+        models: today's fingerprints, of files or of commits on the hub.
+        given: keys that the command line gives, which need not be the run's.
+
+    Raises: UserError naming what has changed.
+    """
+    models = {key: digest for key, digest in models.items() if key not in given}
+    for checkpoint in filter(None, checkpoints):
+        former = read_state_json(checkpoint).get("inputs", {})
+        if changed := _as_lines(config, former, models):
+            raise UserError(
+                f"{checkpoint}: what is there is not what its run began with:\n  " + "\n  ".join(changed) + "\n"
+                "Put back what was there; a key given on the command line chooses another model"
+            )
+
+
 @contextlib.contextmanager
 def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
-    """Let errors of this class that end a run say how to go on with it."""
+    """Add to errors of this class how to resume the run that they end."""
     try:
         yield
     except error_class as error:
@@ -301,30 +352,30 @@ def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
         raise
 
 
-def find_checkpoints(run_dir: str | None, asked: str | list[str]) -> list[str | None]:
-    """The directories of a run's checkpoints that were asked for, by name or all; without a run, None alone.
+def find_checkpoints(run_dir: str | None, requested: str | list[str]) -> list[str | None]:
+    """Return the directories of the requested checkpoints of a run, by name or all; without a run, [None].
 
-    Raises: UserError if one isn't there or is damaged.
+    Raises: UserError if one doesn't exist or is damaged.
     """
     if run_dir is None:
-        if asked != "LATEST":
-            raise UserError(f"checkpoint={asked}: of which run? Give run=DIR, or the weights by model.archive")
+        if requested != "LATEST":
+            raise UserError(f"checkpoint={requested} requires run=DIR; weights alone are given by model.archive")
         return [None]
-    names = [str(name) for name in (asked if isinstance(asked, list) else [asked])]
-    there = [name for name in os.listdir(run_dir) if name in ("LATEST", "BEST") or name.startswith("step-")]
-    there = [name for name in there if os.path.exists(os.path.join(run_dir, name, "state.json"))]
+    names = [str(name) for name in (requested if isinstance(requested, list) else [requested])]
+    existing = [name for name in os.listdir(run_dir) if is_checkpoint_name(name)]
+    existing = [name for name in existing if os.path.exists(os.path.join(run_dir, name, "state.json"))]
     if names == ["all"]:
-        names = [name for name in there if not os.path.islink(os.path.join(run_dir, name))]
+        names = [name for name in existing if not os.path.islink(os.path.join(run_dir, name))]
         names.sort(key=lambda name: read_state_json(os.path.join(run_dir, name))["examples"])
     if not names:
         raise UserError(f"run={run_dir}: it has no checkpoint yet")
-    return [_checked_checkpoint(str(run_dir), name, sorted(there)) for name in names]
+    return [_checked_checkpoint(str(run_dir), name, sorted(existing)) for name in names]
 
 
-def _checked_checkpoint(run_dir: str, name: str, there: list[str]) -> str:
+def _checked_checkpoint(run_dir: str, name: str, existing: list[str]) -> str:
     path = os.path.join(run_dir, name)
-    if name not in there:
-        listed = f"; there are {', '.join(there)}" if there else "; there is none yet"
+    if name not in existing:
+        listed = f"; it has {', '.join(existing)}" if existing else "; it has none yet"
         raise UserError(f"checkpoint={name}: {run_dir} has no such checkpoint{listed}")
     if (reason := find_corruption(os.path.realpath(path))) is not None:
         raise UserError(f"{path} can't be used: {reason}")

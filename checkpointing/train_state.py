@@ -19,7 +19,14 @@ from config_checks.schema import flatten
 from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 
-_ADDED_LATER = ("inputs", "log_sha256", "best", "best_at", "worse")  # fields that checkpoints of earlier versions lack
+_ADDED_LATER = (
+    "inputs",
+    "log_sha256",
+    "best",
+    "best_at",
+    "worse",
+    "max_tokens",
+)  # fields that checkpoints of earlier versions lack
 
 
 @dataclass
@@ -38,6 +45,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # the best value so far of the metric that `keep_best` names
     best_at: int | None = None  # `examples` there
     worse: int = 0  # evaluations since
+    max_tokens: int | None = None  # the largest microbatch: with another one batches are cut, and rounded, differently
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file

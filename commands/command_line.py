@@ -1,6 +1,7 @@
 """The command line of every command: Hydra composes the config, errors become messages, `-m` sweeps."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -13,14 +14,29 @@ from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
 from commands.sweeps import Sweep
 from config_checks.explanations import explain_flags, explain_hydra_error
-from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY
+from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
 from distributed import launch
 from utils import get_local_dir
 
 
 def with_free_keys(overrides: list[str]) -> list[str]:
-    """The overrides, so marked that Hydra takes keys it doesn't know where names are not ours to know."""
-    return [f"++{word}" if word.startswith((*FREE_KEYS, "judge_args", "engine_args")) else word for word in overrides]
+    """Return the overrides as Hydra takes them: keys with free names are marked, `model=PATH_OR_ID` is written out."""
+    words = [part for word in overrides for part in _with_model_written_out(word)]
+    return [f"++{word}" if word.startswith((*FREE_KEYS, "judge_args", "engine_args")) else word for word in words]
+
+
+def _with_model_written_out(word: str) -> list[str]:
+    """Turn `model=PATH_OR_ID`, where config/model has no such file, into a blank model of that name."""
+    key, _, name = word.partition("=")
+    if key != "model" or name in names_in("model") or not ("/" in name or os.path.isdir(name)) or "," in name:
+        return [word]
+    return ["model=blank_model", f"model.name_or_path={name}"]
+
+
+def with_home(overrides: list[str]) -> list[str]:
+    """Expand `~` at the beginning of values and of list items, which Hydra's grammar doesn't take."""
+    home = os.path.expanduser("~")
+    return [re.sub(r"""(?<==)(["']?)~(?=/|$)|(?<=[\[,])~(?=/)""", rf"\g<1>{home}", word) for word in overrides]
 
 
 def compose_config(*overrides: str) -> DictConfig:
@@ -53,7 +69,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
-    sys.argv[1:] = with_free_keys(sys.argv[1:])
+    sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
     sweep = Sweep(run)
 
     def job(config: DictConfig):

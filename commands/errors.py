@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from checkpointing.preemption import EXIT_CODE, Stopped
 from config_checks.explanations import explain_hydra_error
-from distributed import environment, launch
+from distributed import environment, heartbeat
 from utils import UserError, rank0_print
 
 # asked for by HYDRA_FULL_ERROR=1, which `main` then sets for reasons of its own; workers ask their parent's
@@ -27,7 +27,7 @@ def errors_reported() -> Iterator[None]:
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        launch.wait_for_root_cause(error)
+        heartbeat.wait_for_root_cause(error)
         if SHOWS_TRACEBACK:
             raise
         message = str(error) if isinstance(error, UserError) else explain_hydra_error(error)
@@ -38,11 +38,11 @@ def errors_reported() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except Exception as error:
-        is_consequence = launch.is_lost_connection(error)
+        is_consequence = heartbeat.is_lost_connection(error)
         if is_consequence and environment.is_local_rank0():
             message = f"error: another worker is gone ({str(error)[:200]}); what it or its launcher printed says why"
             print("\n".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
-        launch.wait_for_root_cause(error)
+        heartbeat.wait_for_root_cause(error)
         if SHOWS_TRACEBACK:
             raise
         if not is_consequence:

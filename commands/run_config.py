@@ -1,4 +1,4 @@
-"""The config of evaluate.py and sample.py: that of a run, or of training, with keys of their own beside it."""
+"""The config of commands that work on a run: the run's, with keys of their own beside it."""
 
 import contextlib
 import os
@@ -8,15 +8,41 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from checkpointing import fingerprints
+from checkpointing.resume import check_models_unchanged, find_checkpoints
 from commands.workers import enter_process_group, needs_workers, run_in_workers
 from config_checks.checks import check_config
+from config_checks.paths import expand_home
 from config_checks.schema import own_keys
 from distributed import collectives
-from utils import UserError, closest_match, on_rank0
+from utils import UserError, closest_sibling, on_rank0
 
 
-def config_without(config: DictConfig, own: dict) -> DictConfig:
-    """The config of training beneath one that has keys of its own, the run's where `run` is among them.
+def read_run_config(run_dir: str) -> DictConfig:
+    """Read the config of a run.
+
+    Raises: UserError if there is no such run, or its config can't be read.
+    """
+    path = os.path.join(run_dir, "config.yaml")
+    if not os.path.isfile(path):
+        raise UserError(f"run={run_dir}: no run there, as it has no config.yaml.{closest_sibling(run_dir)}")
+    try:
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise ValueError("it holds no keys")
+    except Exception as error:  # the YAML library raises errors of any kind
+        raise UserError(f"{path}: can't read it: {' '.join(str(error).split())[:300]}") from error
+    return config
+
+
+def _given_keys() -> list[str]:
+    """Return the keys that the command line gives."""
+    parser = OverridesParser.create()
+    return [parser.parse_override(word).key_or_group for word in HydraConfig.get().overrides.task]
+
+
+def _config_without(config: DictConfig, own: dict) -> DictConfig:
+    """Return the config of training without the command's own keys: the run's if there is one, with what is given.
 
     Raises: UserError if there is no such run, or its config can't be read.
     """
@@ -24,9 +50,9 @@ def config_without(config: DictConfig, own: dict) -> DictConfig:
         for key in own:
             del config[key]
     if own["run"] is not None:
-        config = _config_of_run(config, str(own["run"]), own)
+        config = _config_of_run(config, own["run"], own)
     else:
-        OmegaConf.to_container(config, resolve=True)
+        OmegaConf.to_container(config, resolve=True)  # names the key of an interpolation that fails
         OmegaConf.resolve(config)
     for key, value in {"resume": None, "save_optimizer": False, "wandb.enabled": False, "debug": False}.items():
         OmegaConf.update(config, key, value)
@@ -34,31 +60,17 @@ def config_without(config: DictConfig, own: dict) -> DictConfig:
 
 
 def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
-    """The config of a run, with what the command line gives in place of what is there.
+    """Return the config of a run, in which keys of the command line replace the run's.
 
     Args:
-        config: composed from the command line and the defaults.
-
-    Raises: UserError if there is no such run, or its config can't be read.
+        config: composed from the command line and the defaults, for keys that are newer than the run.
     """
-    path = os.path.join(run_dir, "config.yaml")
-    if not os.path.isfile(path):
-        parent = os.path.dirname(run_dir.rstrip("/")) or "."
-        siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
-        raise UserError(f"run={run_dir}: no run there, as it has no config.yaml.{closest_match(run_dir, siblings)}")
-    try:
-        former = OmegaConf.load(path)
-        if not isinstance(former, DictConfig):
-            raise ValueError("it holds no keys")
-    except Exception as error:  # of the YAML library, whatever it is
-        raise UserError(f"{path}: can't read it: {' '.join(str(error).split())[:300]}") from error
-    parser = OverridesParser.create()
-    given = [parser.parse_override(word).key_or_group for word in HydraConfig.get().overrides.task]
-    result = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # keys that are newer than the run
+    former = read_run_config(run_dir)
+    result = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     with open_dict(result):
         for key, value in OmegaConf.to_container(former, resolve=False).items():
             result[key] = value
-        for key in given:
+        for key in _given_keys():
             if key.split(".")[0] not in own:
                 OmegaConf.update(result, key, OmegaConf.select(config, key, throw_on_missing=True), merge=False)
         result.local_run_dir = run_dir
@@ -67,19 +79,36 @@ def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
 
 
 def run_with_options(config: DictConfig, config_name: str, make_options: Callable, work: Callable):
-    """`work(config, options)`: in this process, in several that it starts, or as one of a launcher's.
+    """Call `work(config, options)`: in this process, in several that it starts, or as one of a launcher's.
 
     Args:
-        config_name: of the file whose keys stand beside those of training.
-        make_options: options of the config of training and the values of these keys; what it raises ends all.
+        config_name: of the file whose keys are beside those of training.
+        make_options: returns `options` for the config of training, the values of these keys and the checkpoints that
+            they name; it may raise UserError.
     """
-    own = {key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)}
-    config = config_without(config, own)
+    own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})
+    config = _config_without(config, own)
     with contextlib.ExitStack() as stack:
         enter_process_group(config, stack)
         prepared = None
         if on_rank0():
             check_config(config)
-            prepared = config, make_options(config, own)
+            checkpoints = find_checkpoints(own["run"], own["checkpoint"])
+            if own["run"] is not None:
+                files = fingerprints.file_fingerprints(config)
+                check_models_unchanged(config, checkpoints, files, _given_keys())
+            prepared = config, make_options(config, own, checkpoints)
         config, options = collectives.broadcast_object(prepared)
         run_in_workers(work, config, options) if needs_workers(config) else work(config, options)
+
+
+def check_hub_models(config: DictConfig, checkpoints: list[str | None]):
+    """Refuse checkpoints whose run began with other commits on the hub than were loaded; rank 0 decides for all."""
+    error = None
+    if on_rank0():
+        try:
+            check_models_unchanged(config, checkpoints, fingerprints.hub_revisions(config), _given_keys())
+        except UserError as refused:
+            error = str(refused)
+    if (error := collectives.broadcast_object(error)) is not None:
+        raise UserError(error)

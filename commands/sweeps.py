@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +14,17 @@ from datetime import timedelta
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from checkpointing.preemption import EXIT_CODE, SIGNALS
+from checkpointing.preemption import EXIT_CODE
 from checkpointing.resume import SWEEP_DIR, resume_command
 from commands.errors import errors_reported
 from commands.run_directory import is_run_dir_given, job_overrides
 from distributed import environment
-from utils import UserError, on_rank0, rank0_print
+from reporting.metric_names import ACCURACY, LOSS
+from storage.files import atomic_file, read_json_lines
+from storage.locks import locked_directory
+from utils import UserError, on_rank0, rank0_print, signals_handled
 
-METRICS = ("loss/eval", "rewards_eval/accuracies")  # what the table shows of a job's last evaluation
+METRICS = (LOSS, ACCURACY)  # what the table shows of a job's last evaluation
 
 
 class SweepLog:
@@ -30,8 +32,8 @@ class SweepLog:
 
     def __init__(self, directory: str):
         self.path, self.rows = os.path.join(directory, "sweep.jsonl"), {}
-        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="utf-8") as file:
-            self.rows = {row["overrides"]: row for row in map(json.loads, file)}
+        with contextlib.suppress(FileNotFoundError):
+            self.rows = {row["overrides"]: row for row, _ in read_json_lines(self.path, skips_damaged=True)}
 
     def add(self, run_dir: str, overrides: str, status: str, seconds: float):
         """Record how a job has ended, now, after so long."""
@@ -45,9 +47,8 @@ class SweepLog:
             "local_run_dir": run_dir,
         }
         try:
-            with open(f"{self.path}.partial", "w", encoding="utf-8") as file:
+            with atomic_file(self.path) as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
-            os.replace(f"{self.path}.partial", self.path)
         except OSError as error:
             rank0_print(f"WARNING: can't write {self.path}: {error}")
 
@@ -65,12 +66,9 @@ class SweepLog:
 def _last_evaluation(run_dir: str) -> dict[str, float]:
     """The metrics of a run's last evaluation; none where there was none."""
     last = {}
-    path = os.path.join(run_dir, "metrics.jsonl")
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):  # cut off by a crash
-                row = json.loads(line)
-                last = row if row["split"] == "eval" else last
+    with contextlib.suppress(FileNotFoundError):
+        for row, _ in read_json_lines(os.path.join(run_dir, "metrics.jsonl"), skips_damaged=True):
+            last = row if row.get("split") == "eval" else last
     return last
 
 
@@ -88,6 +86,9 @@ class Sweep:
         """Begin with the first job: only now the directory is known."""
         self.directory = os.path.abspath(HydraConfig.get().sweep.dir)
         os.environ[SWEEP_DIR] = self.directory
+        if on_rank0():
+            origin = f"hydra.sweep.dir={self.directory}"
+            self.stack.enter_context(locked_directory(self.directory, origin, "another sweep is running there"))
         self.log = SweepLog(self.directory)
         self.stack.enter_context(_exit_on_signal())
 
@@ -97,7 +98,8 @@ class Sweep:
         Raises: SystemExit if a signal asked for it.
         """
         if self.log is None:
-            self.start()
+            with errors_reported():
+                self.start()
         overrides, start = " ".join(f"{key}={value}" for key, value in job_overrides().items()), time.monotonic()
         rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
         run_dir, status = HydraConfig.get().runtime.output_dir, "failed"
@@ -156,9 +158,5 @@ def _exit_on_signal() -> Iterator[None]:
             child.kill()
         sys.exit(EXIT_CODE)
 
-    former = {number: signal.signal(number, end) for number in SIGNALS}
-    try:
+    with signals_handled(end):
         yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

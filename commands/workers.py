@@ -8,14 +8,14 @@ from omegaconf import DictConfig
 from commands.errors import errors_reported
 from commands.output import keep_output_going
 from data.row_sources import ROWS
-from distributed import environment, launch
+from distributed import connection, environment, launch
 from distributed.strategies import STRATEGIES
 
 
 def enter_process_group(config: DictConfig, stack: contextlib.ExitStack):
     """Connect this process with the others while `stack` is entered, if a launcher has started it."""
     if environment.is_launched():
-        stack.enter_context(launch.process_group(config.worker_timeout))
+        stack.enter_context(connection.process_group(config.worker_timeout))
 
 
 def needs_workers(config: DictConfig) -> bool:
@@ -33,5 +33,5 @@ def _as_worker(rows: dict[str, list[dict]], work: Callable, config: DictConfig, 
     """Call `work` in a worker; `rows` is what `ROWS` holds in the process that started it."""
     keep_output_going()
     ROWS.update(rows)
-    with errors_reported(), launch.process_group(config.worker_timeout):
+    with errors_reported(), connection.process_group(config.worker_timeout):
         work(config, *args)

@@ -1,6 +1,5 @@
 """What a config may say: every check on it that needs no model and no data, made before anything is loaded."""
 
-import errno
 import importlib.util
 import inspect
 import math
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.explanations import unknown_key
 from config_checks.lora import check_adapter_fits, check_lora
+from config_checks.paths import expand_config
 from config_checks.schema import FREE_KEYS, default_config, flatten, names_in
 from data.choice import TRUNCATIONS
 from distributed import environment
@@ -23,7 +23,8 @@ from optimization import check_schedule
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from utils import UserError, closest_match, get_local_dir
+from storage.outputs import why_not_writable
+from utils import UserError, closest_match, closest_sibling, get_local_dir
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
@@ -61,6 +62,7 @@ def check_config(config: DictConfig):
 
     Raises: UserError naming the key, its value and the remedy.
     """
+    expand_config(config)
     missing_keys = sorted(OmegaConf.missing_keys(config))
     if missing_keys:
         models = ", ".join(names_in("model"))
@@ -132,6 +134,8 @@ def _check_key_type(key: str, value: object, default: object):
         remedy = "null" if default is None else "something"
         raise UserError(f"{key}={value!r} is empty: give {remedy}, or leave it out")
     if key == "datasets" and isinstance(value, str):
+        return
+    if key == "warmup_steps" and isinstance(value, float) and 0 < value < 1:  # a fraction of the steps
         return
     if key in ("shared_prompt", "padding_free"):
         if not isinstance(value, bool) and value != "auto":
@@ -343,8 +347,8 @@ def _check_workers(config: DictConfig):
     if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
         raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
     for name, other in STRATEGIES.items():
-        for key, default in other.own_keys.items():
-            if config[key] != default and key not in strategy.own_keys:
+        for key, default in other.config_keys.items():
+            if config[key] != default and key not in strategy.config_keys:
                 raise UserError(f"{key}={config[key]}: only trainer={name} has that; leave it {default}")
     if world_size % config.fsdp_replicate != 0:
         raise UserError(
@@ -436,6 +440,11 @@ def _check_moving_reference(config: DictConfig):
         )
     if config.reference != "model" or config.lora is not None or config.model.adapter is not None:
         raise UserError(f"reference_update_every={every}: an adapter's reference can't follow it; train all weights")
+    if (adapter := reference_source(config).adapter) is not None:
+        raise UserError(
+            f"reference_update_every={every}: reference_model.adapter={adapter} has weights that the policy lacks; "
+            "merge it first: python export.py run=RUN output=DIR, then reference_model.name_or_path=DIR"
+        )
 
 
 def _check_best(config: DictConfig):
@@ -461,9 +470,7 @@ def _check_files(config: DictConfig):
     for source in sources(config):
         archive = source.archive
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
-            parent = os.path.dirname(archive) or "."
-            siblings = [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
-            raise UserError(f"{source.key('archive')}={archive}: no such file.{closest_match(archive, siblings)}")
+            raise UserError(f"{source.key('archive')}={archive}: no such file.{closest_sibling(archive)}")
         if source.adapter is not None:
             check_adapter_fits(config, saved_settings(source.key("adapter"), source.adapter))
     has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))
@@ -472,26 +479,12 @@ def _check_files(config: DictConfig):
     if config.lora is not None:
         check_lora(config)
         check_adapter_fits(config, config.lora)
-    _check_writable(f"local_run_dir={config.local_run_dir}", config.local_run_dir)
+    if reason := why_not_writable(config.local_run_dir):
+        raise UserError(f"local_run_dir={config.local_run_dir}: {reason}")
     if config.precompute_ref_log_probs:
         directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
-        _check_writable(f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs)", directory)
-
-
-def _check_writable(what: str, directory: str):
-    """Refuse a directory that can't be written, or made where it isn't there yet."""
-    there = os.path.abspath(directory)
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there):
-        number = errno.ENOTDIR
-    elif os.statvfs(there).f_flag & os.ST_RDONLY:
-        number = errno.EROFS
-    elif not os.access(there, os.W_OK | os.X_OK):
-        number = errno.EACCES
-    else:
-        return
-    raise UserError(f"{what}: can't write there: {OSError(number, os.strerror(number), there)}")
+        if reason := why_not_writable(directory):
+            raise UserError(f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs): {reason}")
 
 
 def _check_source(key: str, name: str | None):
@@ -501,9 +494,7 @@ def _check_source(key: str, name: str | None):
         and not os.path.exists(name)
         and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is None
     ):
-        parent = os.path.dirname(name.rstrip("/")) or "."
-        siblings = [os.path.join(parent, other) for other in os.listdir(parent)] if os.path.isdir(parent) else []
-        raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_match(name, siblings)}")
+        raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
 
 
 def _may_be_hub_id(name: str) -> bool:

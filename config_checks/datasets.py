@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig
 from data.choice import TRUNCATIONS, Choice
 from data.locations import is_location, locate
 from data.row_sources import ROWS
-from preference_datasets import DATASETS, check_names, refuse_unknown_name
+from preference_datasets import DATASETS, check_names, raise_unknown_dataset
 from utils import UserError, closest_match
 
 
@@ -89,7 +89,7 @@ def check_datasets(choices: list[Choice], paths: dict[str, str]):
                     )
         elif choice.name not in ROWS:
             if not is_location(choice.name):
-                refuse_unknown_name(choice.name)
+                raise_unknown_dataset(choice.name)
             locate(choice.name)
 
 

@@ -27,7 +27,7 @@ ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME
     "bf16": "bf16=true is model.policy_mp=bfloat16 here, or model.policy_dtype=bfloat16 for the weights, too",
     "fp16": "float16 would need loss scaling, which no trainer here does: take model.policy_mp=bfloat16",
     "max_steps": "training ends after n_examples, batch_size for each step, or n_epochs",
-    "warmup_ratio": "warmup_steps is the number of optimizer steps",
+    "warmup_ratio": "warmup_steps between 0 and 1 is a fraction of the steps, e.g. warmup_steps=0.1",
     "weight_decay": "an optimizer's arguments are in optimizer_args, e.g. optimizer_args.weight_decay=0.1",
     "max_completion_length": "a response may take what max_length leaves after the prompt",
     "use_peft": "lora={} trains an adapter",

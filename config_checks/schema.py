@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from losses import LOSSES
+from reporting import runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
@@ -47,14 +48,8 @@ def own_keys(config_name: str) -> dict[str, object]:
 
 
 def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
-    """A config with one level of keys: {'loss.beta': 0.1, ...}."""
-    flat = {}
-    for key, value in OmegaConf.to_container(config, resolve=False).items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(OmegaConf.create(value), f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    """Return a config with one level of keys: {'loss.beta': 0.1, ...}."""
+    return runs.flatten(OmegaConf.to_container(config, resolve=False), prefix)
 
 
 def names_in(group: str) -> list[str]:

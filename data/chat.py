@@ -330,8 +330,8 @@ def end_token_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
 def _raise_special(text: str, token: str, eos_token: str):
     around = text[max(0, text.index(token) - 40) :]
     if token == eos_token and text.rstrip().endswith(token) and text.count(token) == 1:
-        reason = f"the text ends in {token!r}, which is added to every response: leave it out: ...{around!r:.100}"
-        raise BadExample("end token in a text", reason)
+        reason = f"the text contains {token!r} at its end; the end token is added to every response, so leave it out"
+        raise BadExample("special token in a text", f"{reason}: ...{around!r:.100}")
     raise BadExample("special token in a text", f"the text contains {token!r}: ...{around!r:.100}")
 
 

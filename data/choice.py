@@ -1,4 +1,4 @@
-"""A dataset as the config names it: which one, how much of it, how it is read and cut."""
+"""An entry of the config's `datasets`: which dataset, how much of it, and how it is read and truncated."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ TRUNCATIONS = ("keep_end", "keep_start", "drop", "error")
 
 @dataclass(frozen=True)
 class Choice:
-    """An entry of `datasets`: a name, or a mapping with a name and what differs for this dataset from the config's."""
+    """An entry of `datasets`: a name, and settings that override the config's for this dataset."""
 
     name: str
     weight: float = 1.0
@@ -19,21 +19,21 @@ class Choice:
     ignored_columns: tuple[str, ...] = ()
 
     def truncation_mode(self, default: str = "keep_end") -> str:
-        """Return which end of an over-long prompt is kept: what the entry says, else the dataset's default."""
+        """Return the end of a long prompt that is kept: the entry's setting, or the dataset's default."""
         return self.truncation if self.truncation in ("keep_end", "keep_start") else default
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a dataset that isn't a named one is read."""
+    """Settings for reading a dataset that isn't one of `DATASETS`."""
 
-    fields: dict[str, str] = field(default_factory=dict)  # names that a format's fields have in the data
+    fields: dict[str, str] = field(default_factory=dict)  # from a format's field names to those in the data
     train_split: str | None = None
     test_split: str | None = None
-    ignored_columns: tuple[str, ...] = ()  # that are left out, though they may belong to the prompt
-    test_fraction: float = 0.05  # of the prompts, held out where there is no test split
-    skips_bad: bool = False
-    chat_template: str | None = None  # a file; None: the tokenizer's own
-    trained_turns: str = "all"  # of the assistant's turns in a response: all, or the last
-    verbatim_responses: bool = False  # write responses that the chat template alters as they are
-    texts_as_messages: bool = False  # render plain prompts and responses by the chat template, too
+    ignored_columns: tuple[str, ...] = ()  # not read, although they might belong to the prompt
+    test_fraction: float = 0.05  # fraction of the prompts that is held out if there is no test split
+    skips_bad: bool = False  # skip examples that can't be used, instead of stopping
+    chat_template: str | None = None  # a file; None means the tokenizer's own template
+    texts_as_messages: bool = False  # render plain prompts and responses with the chat template, too
+    trained_turns: str = "all"  # which of the assistant's turns in a response: all, or last
+    verbatim_responses: bool = False  # write responses as they are where the chat template would alter them

@@ -258,10 +258,23 @@ def _kind(value: object) -> str:
     return names.get(type(value), "null")
 
 
+def csv_delimiter(path: str, name: str) -> str:
+    """Return what separates the columns of a file: a tab in TSV, a comma in CSV, or a semicolon or tab where its header
+    has several names only so."""
+    if _format(name) == ".tsv":
+        return "\t"
+    try:
+        header = next(_text_lines(path, name), "")
+    except (_Found, OSError):
+        return ","
+    n_names = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in ",;\t"}
+    return "," if n_names[","] > 1 else max(n_names, key=n_names.get)
+
+
 def _csv_rows(path: str, name: str) -> Iterator[tuple[int, list[str]]]:
     """First line and fields of each record, the header too. Raises: _Found if a quoted field never ends."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(_text_lines(path, name), strict=True, delimiter="\t" if _format(name) == ".tsv" else ",")
+    reader = csv.reader(_text_lines(path, name), strict=True, delimiter=csv_delimiter(path, name))
     line = 1
     try:
         for record in reader:

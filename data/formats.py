@@ -46,6 +46,11 @@ class Format:
         names.check_unread(Columns(list(rows), ignored=tuple(ignored)), self.columns.values(), where, self.has_prompt)
 
     @property
+    def could_be_chat(self) -> bool:
+        """True if prompts and responses are strings, and `texts_as_messages` would make them messages."""
+        return not self.is_chat and "prompt" in self.columns
+
+    @property
     def is_ranked(self) -> bool:
         """True if a row has several responses with scores."""
         return self.read_row is read.read_ranked
@@ -93,7 +98,7 @@ def _format_of(columns: Columns, texts_as_messages: bool) -> Format | str:
     make = _Maker(columns, prompt, texts_as_messages)
     if "chosen" in columns.known and "rejected" in columns.known:
         return make.preferences()
-    if prompt and completions and columns.known[completions].startswith("list"):
+    if prompt and completions and columns.known[completions].startswith(("list", "messages")):
         if "labels" in columns.known:
             return "steps with labels each (stepwise supervision) are for reward models, which aren't trained here"
         return make.ranked(completions)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from data import reading
-from utils import UserError, closest_match
+from utils import UserError, closest_sibling
 
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")  # what evaluation takes, the first that is there
 _IS_TEST = re.compile(r"(^|[^a-zA-Z])(test|testing|validation|valid|val|dev|eval|evaluation)([^a-zA-Z]|$)")
@@ -58,11 +58,8 @@ def locate(given: str, key: str = "datasets") -> Location:
     hub_id, _, config = given.partition(":")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id, re.ASCII) and not reading.has_data_suffix(hub_id):
         return Location(given, hub_id, config or None)
-    parent = os.path.dirname(path.rstrip("/")) or "."
-    siblings = [os.path.join(parent, entry) for entry in os.listdir(parent)] if os.path.isdir(parent) else []
-    siblings = [entry.removeprefix("./") for entry in siblings]
     raise UserError(
-        f"{where}: there is no such file or folder, seen from {os.getcwd()}.{closest_match(path, siblings)}\n"
+        f"{where}: there is no such file or folder, seen from {os.getcwd()}.{closest_sibling(path)}\n"
         f"Give a file ({reading.FORMATS}), a folder, a pattern like 'data/*.jsonl', or an id on the hub, OWNER/NAME"
     )
 

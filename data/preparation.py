@@ -15,7 +15,6 @@ from itertools import chain
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
-from tqdm import tqdm
 
 from data import chat, diagnosis
 from data.batches import prefetched, split_name
@@ -26,7 +25,8 @@ from data.messages import BadExample
 from data.prepared import SCHEMA, TEXTS, PreparedPrompts
 from data.row_sources import ROWS, BadRows, Rows, open_splits, rows_of_list
 from data.rows import Example
-from utils import UserError, get_local_dir, hides_progress
+from reporting.terminal import Progress
+from utils import UserError, get_local_dir
 
 VERSION = 3  # format of the files and of what formats read; raise it to have them rebuilt
 _CHUNK = 1024  # rows that are tokenized at a time
@@ -159,7 +159,7 @@ def _make(directory: str, sources: dict[str, Rows], settings: Settings, renderer
         info = _make_once(directory, sources, settings, renderer, read, info["smallest"])
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
         about = {"format": read.description, "unread": read.unread, "ignored": settings.ignored_columns,
-                 "skips_template": not read.is_chat and bool(renderer.template),
+                 "skips_template": read.could_be_chat and bool(renderer.template),
                  "unopened": sorted(renderer.unopened)}  # fmt: skip
         json.dump(info | about, file)
 
@@ -169,7 +169,7 @@ def _make_once(directory, sources, settings, renderer, read, limit) -> dict:
     info, smallest = {}, None
     for role, rows in sources.items():
         bad = BadRows(rows)
-        with tqdm(total=rows.n_rows, desc=f"Tokenizing {rows.label}", unit="row", disable=hides_progress()) as progress:
+        with Progress(f"Tokenizing {rows.label}", rows.n_rows, "rows") as progress:
             # in a thread: a tokenizer uses all cores while others are written
             chunks = prefetched(_checked_chunks(rows, read, renderer, bad, settings.skips_bad), n_ahead=2)
             for n_rows, records in chunks:

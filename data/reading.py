@@ -14,16 +14,17 @@ import sys
 from typing import TYPE_CHECKING
 
 from data import diagnosis, hub
-from utils import UserError, closest_match, hides_progress, rank0_print
+from printing import hides_progress
+from utils import UserError, closest_sibling, rank0_print
 
 if TYPE_CHECKING:
     import datasets
 
 FORMATS = "JSON Lines, JSON, CSV, Parquet or Arrow, also compressed"
 _SUFFIXES = [".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".zip"]
-_MODULES: dict[str, tuple[str, dict]] = {  # the library's readers and what they need to know
-    ".jsonl": ("json", {}), ".json": ("json", {}), ".ndjson": ("json", {}), ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}), ".parquet": ("parquet", {}), ".arrow": ("arrow", {}),
+_MODULES = {  # the library's readers
+    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".arrow": "arrow",
 }  # fmt: skip
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SHOWN_FILES = 4
@@ -54,10 +55,8 @@ def check_path(name: str, path: str):
             f"{os.path.join(os.path.dirname(path) or '.', 'train.jsonl')}"
         )
     if not os.path.isdir(folder) and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", path):
-        parent = os.path.dirname(folder.rstrip("/")) or "."
-        siblings = [os.path.join(parent, entry) for entry in os.listdir(parent)] if os.path.isdir(parent) else []
         raise UserError(
-            f"{key}: there is no such folder.{closest_match(folder, siblings)}\n"
+            f"{key}: there is no such folder.{closest_sibling(folder)}\n"
             f"Give a local folder that exists or the id of a dataset on the hub: dataset_paths.{name}=DIR"
         )
 
@@ -108,10 +107,9 @@ def read_rows(
         if files is not None:
             kwargs = {"data_files": {split.partition("[")[0]: [glob.escape(file) for file in files]}}
             if not os.path.isdir(path):
-                module, options = _MODULES[_suffix(files[0])]
-                kwargs |= options
-            if csv_as_texts and _suffix(files[0]) in (".csv", ".tsv"):
-                kwargs |= {"features": _text_columns(files[0]), "keep_default_na": False}
+                module = _MODULES[_suffix(files[0])]
+            if _MODULES.get(_suffix(files[0])) == "csv":
+                kwargs |= _csv_options(files, csv_as_texts)
         builder = datasets.load_dataset_builder(module, name=config, cache_dir=cache_dir, **kwargs)
         files = list((builder.config.data_files or {}).get(split.partition("[")[0], []))
         if not silent:
@@ -127,13 +125,24 @@ def read_rows(
         raise UnreadableRows(f"{where}: {cause}\n{what_to_do}") from error
 
 
-def _text_columns(file: str) -> "datasets.Features":
-    """The columns of a CSV file, each of texts."""
+def _csv_options(files: list[str], as_texts: bool) -> dict:
+    """How CSV files are read: what separates their columns, and whether each column is of strings.
+
+    Raises: UserError if the files are separated differently.
+    """
     import datasets
     import pandas
 
-    options = _MODULES[_suffix(file)][1]
-    return datasets.Features(dict.fromkeys(pandas.read_csv(file, nrows=0, **options), datasets.Value("string")))
+    by_delimiter = {diagnosis.csv_delimiter(file, file): file for file in files}
+    if len(by_delimiter) > 1:
+        shown = " and ".join(f"{file} by {delimiter!r}" for delimiter, file in by_delimiter.items())
+        raise UserError(f"columns are separated differently: {shown}\nSeparate them by commas in all files")
+    options = {"sep": next(iter(by_delimiter))}
+    if as_texts:
+        columns = pandas.read_csv(files[0], nrows=0, **options)
+        options |= {"features": datasets.Features(dict.fromkeys(columns, datasets.Value("string")))}
+        options |= {"keep_default_na": False}
+    return options
 
 
 def split_names(where: str, path: str, config: str | None, cache_dir: str | None, remedy: str) -> list[str]:
@@ -223,7 +232,7 @@ def why_not_these(files: list[str]) -> str | None:
     for file in files:
         if os.path.getsize(file) == 0:
             return f"{file}: the file is empty\nFill it, or remove it"
-        formats.setdefault(_MODULES[_suffix(file)][0] if _suffix(file) in _MODULES else _suffix(file), file)
+        formats.setdefault(_MODULES.get(_suffix(file), _suffix(file)), file)
         if (plain := os.path.splitext(file)[0]) in files:
             return f"{file} and {plain} are the same rows twice\nRemove one of them"
     if len(formats) > 1:

@@ -8,7 +8,8 @@ import torch
 from data import chat
 from data.batches import BatchIterator, Prompt, chosen_and_rejected
 from data.prepared import PreparedPrompts
-from utils import rank0_print, uses_color
+from printing import printable, uses_color
+from utils import rank0_print
 
 _MEASURED = 10_000  # examples of a dataset whose tokens aren't kept
 _SHOWN_TOKENS = 200  # of prompt and response each
@@ -160,10 +161,10 @@ def _runs(ids: torch.Tensor, labels: torch.Tensor) -> list[tuple[list[int], bool
 
 def _shortened(ids: list[int], tokenizer) -> str:
     if len(ids) <= _SHOWN_TOKENS:
-        return tokenizer.decode(ids)
+        return printable(tokenizer.decode(ids))
     half = _SHOWN_TOKENS // 2
     start, end = tokenizer.decode(ids[:half]), tokenizer.decode(ids[-half:])
-    return f"{start} [... {len(ids) - 2 * half} tokens ...] {end}"
+    return printable(f"{start} [... {len(ids) - 2 * half} tokens ...] {end}")
 
 
 def _marked(text: str) -> str:

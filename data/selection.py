@@ -1,4 +1,4 @@
-"""Which of a dataset's prompts are used: without over-long ones, by weight and number."""
+"""Select the examples of a dataset that are used: not too long, not identical, by number and by weight."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,16 @@ from data.choice import Choice
 from data.prepared import PreparedPrompts
 from utils import UserError, rank0_print
 
-_SHOWN = 10  # places in a message
+_SHOWN = 10  # examples listed in an error message
 
 
 def without_overlong(
     part: Sequence[Prompt], choice: Choice, sft_mode: bool, tokenizer, split: str, **lengths: int
 ) -> Sequence[Prompt]:
-    """With `truncation=drop`, the prompts without examples longer than `max_length`; with `error` there may be none."""
+    """Drop the examples longer than `max_length` if the dataset has `truncation=drop`.
+
+    Raises: UserError if nothing is left, or if there are any and the dataset has `truncation=error`.
+    """
     if choice.truncation not in ("drop", "error"):
         return part
     prompts, responses, numbers = report.lengths(part, sft_mode, tokenizer)
@@ -29,7 +32,7 @@ def without_overlong(
             f"truncation=error: {too_long.sum()} examples are longer than max_length={lengths['max_length']} tokens:\n"
             f"{places}\nShorten them, raise max_length, or choose truncation=drop, keep_end or keep_start"
         )
-    rank0_print(f"{choice.name} ({split}): {too_long.sum()} examples longer than max_length are dropped")
+    rank0_print(f"{choice.name} ({split}): dropped {too_long.sum()} examples longer than max_length")
     if too_long.any() and too_long.all():
         raise UserError(
             f"{split_name(choice.name, split)}: truncation=drop leaves nothing; raise "
@@ -39,11 +42,11 @@ def without_overlong(
 
 
 def _without(part: Sequence[Prompt], numbers: np.ndarray, unwanted: np.ndarray, sft_mode: bool) -> Sequence[Prompt]:
-    """Return the prompts without the unwanted examples: a mask, `numbers` being the prompt of each."""
+    """Return the prompts without the unwanted examples; `numbers` holds the prompt's number of each example."""
     if isinstance(part, PreparedPrompts):
         part.leave_out(unwanted, sft_mode)
         return part
-    dropped = set(_counted(numbers, unwanted))
+    dropped = set(_masked_examples(numbers, unwanted))
     kept = []
     for number, prompt in enumerate(part):
         indices = [index for index in range(len(prompt.pairs)) if sft_mode or (number, index) not in dropped]
@@ -54,9 +57,11 @@ def _without(part: Sequence[Prompt], numbers: np.ndarray, unwanted: np.ndarray, 
 
 
 def without_identical(part: Sequence[Prompt], choice: Choice, split: str, skips_bad: bool, **lengths: int):
-    """Leave out pairs whose responses are the same tokens once they are cut to length: they say nothing.
+    """Drop pairs whose responses are the same tokens after truncation: there is nothing to learn from them.
 
-    Named datasets keep them, as in the original. Raises: UserError if there are any, unless `skips_bad`.
+    Named datasets keep them, as in the original.
+
+    Raises: UserError if there are any and `skips_bad` is False, or if no pair is left.
     """
     if not isinstance(part, PreparedPrompts):
         return
@@ -70,45 +75,47 @@ def without_identical(part: Sequence[Prompt], choice: Choice, split: str, skips_
         counted = f"all {n:,}" if n == len(identical) else f"{n:,} of {len(identical):,}"
         raise UserError(
             f"{where}: once they are cut to max_length={lengths['max_length']}, chosen and rejected are identical in "
-            f"{counted} pairs:\n{places}\nRaise max_length or lower max_prompt_length, or leave such pairs out by "
+            f"{counted} pairs:\n{places}\nRaise max_length or lower max_prompt_length, or drop such pairs with "
             "on_bad_example=skip or truncation=drop"
         )
-    rank0_print(f"{choice.name} ({split}): {n:,} pairs are left out, identical once cut to max_length")
+    rank0_print(f"{choice.name} ({split}): dropped {n:,} pairs that are identical once cut to max_length")
     part.leave_out(identical, sft_mode=False)
     if not part.n_pairs.any():
         raise UserError(f"{where}: no pair is left; raise max_length={lengths['max_length']}")
 
 
-def _counted(numbers: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """The number of the prompt and the index within it of each masked example."""
-    seen: dict[int, int] = defaultdict(int)
-    for number, is_wanted in zip(numbers.tolist(), mask.tolist(), strict=True):
-        if is_wanted:
-            yield number, seen[number]
-        seen[number] += 1
+def _masked_examples(numbers: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield the prompt's number, and the index within the prompt, of each example that the mask selects."""
+    next_index: dict[int, int] = defaultdict(int)
+    for number, is_selected in zip(numbers.tolist(), mask.tolist(), strict=True):
+        if is_selected:
+            yield number, next_index[number]
+        next_index[number] += 1
 
 
 def first_examples(part: Sequence[Prompt], choice: Choice, seed: int, sft_mode: bool) -> Sequence[Prompt]:
-    """Return as many examples as `n_examples` of a dataset says, of prompts that are drawn by the seed; of the last
-    prompt perhaps only its first pairs."""
+    """Select `n_examples` of a dataset, if that is set.
+
+    Prompts are drawn by the seed, with all their pairs; the last one drawn may keep only its first pairs.
+    """
     if choice.n_examples is None:
         return part
     counts = np.ones(len(part), dtype=np.int64) if sft_mode else example_counts(part)
     if choice.n_examples > counts.sum():
         rank0_print(f"{choice.name}: n_examples={choice.n_examples}, but there are only {counts.sum()}")
     drawn = np.random.RandomState(seed).permutation(len(part))
-    before = np.zeros(len(part), dtype=np.int64)  # examples of the prompts that are drawn before each
-    before[drawn] = counts[drawn].cumsum() - counts[drawn]
-    n_kept = np.clip(choice.n_examples - before, 0, counts)
-    numbers = np.repeat(np.arange(len(part)), counts)  # of the prompt of each example
-    index = np.arange(len(numbers)) - np.repeat(counts.cumsum() - counts, counts)  # within its prompt
+    n_drawn_before = np.zeros(len(part), dtype=np.int64)  # examples of the prompts drawn before each prompt
+    n_drawn_before[drawn] = counts[drawn].cumsum() - counts[drawn]
+    n_kept = np.clip(choice.n_examples - n_drawn_before, 0, counts)
+    numbers = np.repeat(np.arange(len(part)), counts)  # the prompt's number of each example
+    index = np.arange(len(numbers)) - np.repeat(counts.cumsum() - counts, counts)  # each example's index in its prompt
     return _without(part, numbers, index >= n_kept[numbers], sft_mode)
 
 
 def epoch_order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int, sft_mode: bool) -> np.ndarray | None:
-    """Return which prompts an epoch takes, counted through all datasets, as weights say; None: each once.
+    """Return the prompts of an epoch according to the datasets' weights, numbered through all datasets.
 
-    Of a dataset with `n_examples`, prompts that have no example aren't shuffled with the others.
+    None means every prompt once. If a dataset has `n_examples`, prompts without examples are left out.
     """
     if all(choice.weight == 1 and choice.n_examples is None for choice in choices):
         return None
@@ -116,8 +123,8 @@ def epoch_order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int,
     for part, choice in zip(parts, choices, strict=True):
         has_all = sft_mode or choice.n_examples is None
         numbers = np.arange(len(part)) if has_all else np.flatnonzero(example_counts(part))
-        whole, rest = divmod(choice.weight, 1)
-        part_of_it = np.sort(np.random.RandomState(seed + 1).permutation(numbers)[: round(rest * len(numbers))])
-        order += [start + numbers] * int(whole) + [start + part_of_it]
+        n_repeats, fraction = divmod(choice.weight, 1)
+        partial = np.sort(np.random.RandomState(seed + 1).permutation(numbers)[: round(fraction * len(numbers))])
+        order += [start + numbers] * int(n_repeats) + [start + partial]
         start += len(part)
     return np.concatenate(order)

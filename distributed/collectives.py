@@ -1,8 +1,9 @@
-"""What all processes of a run do together. In a run of one process each of these gives back what it was given.
+"""Collective operations: all processes of a run must call them, in the same order.
 
-All processes must call them, in the same order.
+In a run of one process they return what they are given.
 """
 
+import functools
 import os
 
 import torch
@@ -10,17 +11,17 @@ import torch.distributed as dist
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Which process this is, and of how many."""
+    """Return this process's rank and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def device() -> torch.device:
-    """The device that this process computes on."""
+    """Return the device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def broadcast_object(value: object) -> object:
-    """Rank 0's value; what the others give is ignored."""
+    """Return rank 0's value on all ranks; the values passed on other ranks are ignored."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -29,7 +30,7 @@ def broadcast_object(value: object) -> object:
 
 
 def all_gather_object(value: object) -> list:
-    """The values of all ranks, in their order."""
+    """Return the values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -38,29 +39,47 @@ def all_gather_object(value: object) -> list:
 
 
 def all_reduce_sum(numbers: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, of the same shape; `numbers` are overwritten."""
+    """Sum a tensor over all ranks, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers
 
 
-def all_reduce_max(number: int) -> int:
-    """The largest of all ranks' numbers."""
+def all_reduce_max(number: int, group: dist.ProcessGroup | None = None) -> int:
+    """Return the largest of all ranks' numbers, by gloo: NCCL would first wait for all that the GPU has to do.
+
+    `group`: of a thread that works beside the main one; see `thread_group`.
+    """
     if not dist.is_initialized():
         return number
-    numbers = torch.tensor(number, device=device())
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
     return int(numbers)
 
 
+def thread_group() -> dist.ProcessGroup | None:
+    """Return a gloo group of all ranks for one other thread, whose collectives must not mix with the main thread's."""
+    return _thread_group(dist.group.WORLD) if dist.is_initialized() else None
+
+
+@functools.lru_cache(maxsize=1)  # a group's connections and memory are there as long as it is
+def _thread_group(_world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo")
+
+
 def barrier():
-    """Wait until all ranks are here."""
+    """Wait until all ranks have called this."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def local_group() -> tuple[int, dist.ProcessGroup]:
-    """The processes of this machine: the rank of the first, and their group."""
+    """Return the processes of this machine: the rank of the first, and their group, made on the first call."""
+    return _local_group(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _local_group(_world: dist.ProcessGroup) -> tuple[int, dist.ProcessGroup]:
     first = dist.get_rank() - int(os.environ["LOCAL_RANK"])
     all_firsts = all_gather_object(first)
     groups = {

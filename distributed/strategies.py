@@ -1,7 +1,7 @@
-"""Parallel strategies: where a trainer's tensors live, and what follows from it for batches, gradients and sampling.
+"""Parallel strategies: how a trainer distributes models and batches, clips gradients and stops sampling.
 
-A new trainer is a strategy here, its entry in `STRATEGIES`, and a class in trainers.py. What communicates is imported
-where it is used, so that a config can be checked against a strategy without torch.distributed.
+To add a trainer, add a strategy here, its entry in `STRATEGIES`, and a class in trainers.py. Methods import what
+communicates only when called, so that a config can be checked against a strategy without torch.distributed.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,46 +14,46 @@ from torch import nn
 
 
 class SingleProcess:
-    """All in this process; where there are several GPUs, the layers have been spread over them as they were loaded."""
+    """Trains in this process. If there are several GPUs, the model's layers are spread over them at loading."""
 
     starts_workers = False  # trains in several processes
-    shards_batches = False  # each worker computes a shard of every batch; otherwise all compute the same one
+    shards_batches = False  # each worker computes a shard of every batch; otherwise all compute the whole batch
     splits_tensors = False  # parameters are DTensors
-    own_keys: ClassVar[dict] = {}  # of the config, with their defaults: settings of this strategy alone
-    device_map = "balanced"  # where models are to be loaded
-    batch_shard = 0, 1  # which shard of each batch this worker computes, and of how many
-    optimizer_args: ClassVar[dict] = {}  # for optimizers that take them
+    config_keys: ClassVar[dict] = {}  # keys of the config that only this strategy reads, with their defaults
+    device_map = "balanced"  # where Transformers loads the model's layers
+    batch_shard = 0, 1  # the index of this worker's shard of each batch, and the number of shards
+    optimizer_args: ClassVar[dict] = {}  # passed to optimizers that accept them
 
     def __init__(self, config):
         self.config = config
 
     def distribute(self, model: nn.Module | None, is_policy: bool) -> nn.Module:
-        """Put a model where it is to be computed; the policy alone is computed in `model.policy_mp`."""
+        """Place a model on this strategy's devices; only the policy computes in `model.policy_mp`."""
         return model
 
     def device(self, policy: nn.Module) -> torch.device:
-        """Where batches go."""
+        """Return the device that batches are moved to."""
         return policy.get_input_embeddings().weight.device
 
     @staticmethod
     def run_as_forward(model: nn.Module, function: Callable, *args):
-        """`function(*args)`, which uses parameters of `model` otherwise than by calling it."""
+        """Call `function(*args)`, which uses the model's parameters without calling `model` itself."""
         return function(*args)
 
     @staticmethod
     def token_logps(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """log softmax(head(h))[target], (N, H) and (N,) to (N,), in float32 or better."""
+        """Return log softmax(head(h))[target] in float32 or better: (N, H) and (N,) to (N,)."""
         logits = head(hidden_states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-        """Scale the gradient down to `max_norm` where it is larger; returns its norm before, of shape ()."""
+        """Scale the gradient down if its norm exceeds `max_norm`; return the norm before that, of shape ()."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def stops_sampling(self, asked: bool) -> bool:
-        """Whether generation is to end at this token, as it was `asked` to."""
-        return asked
+    def stops_sampling(self, stop_requested: bool) -> bool:
+        """Return True if generation must stop at this token, because this or another worker was asked to stop."""
+        return stop_requested
 
 
 class _SeveralProcesses(SingleProcess):
@@ -73,10 +73,10 @@ class _SeveralProcesses(SingleProcess):
 
 
 class FullySharded(_SeveralProcesses):
-    """A shard of every batch and of every tensor on each worker (FSDP)."""
+    """Gives each worker a shard of every batch and of every tensor (FSDP)."""
 
     shards_batches = True
-    own_keys: ClassVar[dict] = {"fsdp_replicate": 1, "fsdp_cpu_offload": False}
+    config_keys: ClassVar[dict] = {"fsdp_replicate": 1, "fsdp_cpu_offload": False}
 
     def __init__(self, config):
         from distributed import collectives, fsdp
@@ -90,11 +90,12 @@ class FullySharded(_SeveralProcesses):
 
         options, offload = self.config.model, self.config.fsdp_cpu_offload
         compute_dtype = getattr(torch, options.policy_mp) if options.policy_mp and is_policy else None
-        is_another = not is_policy and self.config.reference_model.name_or_path is not None  # with blocks of its own
+        # model.block_name names the policy's blocks; a reference of another architecture has different ones
+        is_other_architecture = not is_policy and self.config.reference_model.name_or_path is not None
         split = partial(
             fsdp.shard_model,
             mesh=self.mesh,
-            block_name=None if is_another else options.block_name,
+            block_name=None if is_other_architecture else options.block_name,
             compute_dtype=compute_dtype,
             offload=offload,
         )
@@ -108,9 +109,9 @@ class FullySharded(_SeveralProcesses):
 
 
 class TensorParallel(_SeveralProcesses):
-    """All of every batch and a shard of every layer on each worker."""
+    """Gives each worker every whole batch and a shard of every layer."""
 
-    optimizer_args: ClassVar[dict] = {"foreach": False}  # some parameters are DTensors, others not: no list holds both
+    optimizer_args: ClassVar[dict] = {"foreach": False}  # foreach can't mix DTensors and plain tensors
 
     def __init__(self, config):
         import torch.distributed as dist
@@ -132,13 +133,13 @@ class TensorParallel(_SeveralProcesses):
             return tensor_parallel.vocabulary_parallel_logps(head, hidden_states, targets)
         return SingleProcess.token_logps(head, hidden_states, targets)
 
-    def stops_sampling(self, asked: bool) -> bool:
+    def stops_sampling(self, stop_requested: bool) -> bool:
         from distributed import collectives
 
-        return bool(collectives.all_reduce_max(int(asked)))  # all at the same token
+        return bool(collectives.all_reduce_max(int(stop_requested)))  # so that all stop at the same token
 
 
-STRATEGIES = {  # of each trainer, by the name that `trainer=` takes
+STRATEGIES = {  # by the value of `trainer=`
     "BasicTrainer": SingleProcess,
     "FSDPTrainer": FullySharded,
     "TensorParallelTrainer": TensorParallel,

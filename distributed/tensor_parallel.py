@@ -1,11 +1,12 @@
 """Tensor parallelism: every worker holds a shard of each layer's weights, and computes that shard for all tokens.
 
-Layers come in pairs (https://arxiv.org/abs/1909.08053). The first is column-parallel, split by its outputs (the query,
-key and value projections by whole heads), the second row-parallel, split by its inputs, and the workers' partial sums
-are added: two all-reduces a block forward, two backward. Between the pairs all workers hold the same hidden states, and
-the same norms. Parameters become DTensors, whose `full_tensor()`
-is the dense model's; each layer computes with its local part, as plain tensors, so that attention, autocast,
-checkpointing and the key-value cache work as ever.
+Layers are split in pairs (https://arxiv.org/abs/1909.08053). The first of a pair is column-parallel: it is split by its
+outputs, the query, key and value projections by whole heads. The second is row-parallel: it is split by its inputs, and
+the workers' partial sums are all-reduced. Each block needs two all-reduces forward and two backward. Between pairs, all
+workers hold the same hidden states; norms are replicated.
+
+Parameters become DTensors, whose `full_tensor()` is the dense model's parameter. Each layer computes with its local
+shard as a plain tensor, so attention, autocast, activation checkpointing and the key-value cache work unchanged.
 """
 
 import re
@@ -28,10 +29,10 @@ _REMEDY = "use trainer=FSDPTrainer, which splits any model"
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split a transformers causal LM, or the one in a PeftModel, over the workers of a 1-D mesh, in place.
 
-    The parameters are equal on all workers, or all on the meta device: then give each its values afterwards, those of
-    a DTensor by `distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)`.
+    All workers must pass equal parameters, or all on the meta device. In the second case, fill them in afterwards, a
+    DTensor by `distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)`.
 
-    Raises: UserError if the model's layers or heads can't be split so.
+    Raises: UserError if the model's layers or heads can't be split.
     """
     model = unwrap_adapter(model)
     plan = _plan(model)
@@ -41,14 +42,14 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
         style = plan.get(_pattern(name))
         styles |= _layer_styles(name, module, style, model) if style else {}
 
-    names_of = {}  # of each parameter; tied ones have several
+    parameter_names = {}  # a tied parameter has several names
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(parameter, []).append(name)
+        parameter_names.setdefault(parameter, []).append(name)
     parallelize_module(model, mesh, styles, src_data_rank=None)
-    for first, *others in names_of.values():
-        for name in others:
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
+    for first_name, *tied_names in parameter_names.values():
+        for name in tied_names:
+            module_name, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module_name), attribute, model.get_parameter(first_name))
 
     attribute = _SIZES_IN_ATTENTION.get(model.config.model_type)
     for module in model.modules() if attribute else ():
@@ -60,9 +61,11 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 class _ColumnParallel(ParallelStyle):
-    """Each worker computes its shard of a linear layer's outputs: (..., I) to (..., O / workers), to all if `gather`.
+    """Each worker computes its shard of a linear layer's outputs: (..., I) to (..., O / workers).
 
-    With `n_fused` layers in one, one's outputs after the other's, it computes its shard of each.
+    Args:
+        gather: return all outputs, (..., O), on every worker.
+        n_fused: number of layers that are fused into this one, their outputs one after the other; each is split.
     """
 
     def __init__(self, gather: bool = False, n_fused: int = 1):
@@ -81,15 +84,16 @@ class _ColumnParallel(ParallelStyle):
         if not self.gather:
             return outputs
         size = module.nf if isinstance(module, Conv1D) else module.out_features
-        shape = (*outputs.shape[:-1], size)  # said, as the shards may differ
+        shape = (*outputs.shape[:-1], size)  # DTensor can't infer it: shards may differ in size
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(outputs, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride).full_tensor()
 
 
 class _RowParallel(ParallelStyle):
-    """Each worker takes its shard of a linear layer's inputs; the outputs are added: (..., I / workers) to (..., O).
+    """Each worker multiplies its shard of a linear layer's inputs; outputs are summed: (..., I / workers) to (..., O).
 
-    The inputs are that shard already, or, with `shard_inputs`, all of them.
+    Args:
+        shard_inputs: the inputs are whole, and each worker takes its shard of them first.
     """
 
     def __init__(self, shard_inputs: bool = False):
@@ -104,14 +108,15 @@ class _RowParallel(ParallelStyle):
         if self.shard_inputs:
             replicated = DTensor.from_local(inputs, mesh, [Replicate()], run_check=False)
             inputs = replicated.redistribute(placements=[Shard(-1)]).to_local()
-        outputs = _sum(F.linear(inputs, _local_weight(module)), mesh)
+        outputs = _all_reduce(F.linear(inputs, _local_weight(module)), mesh)
         return outputs if module.bias is None else outputs + module.bias.to(outputs.dtype)
 
 
 class _VocabularyParallelEmbedding(ParallelStyle):
-    """Each worker holds its shard of an embedding's rows and looks those tokens up: (B, T) to (B, T, H) on all.
+    """Each worker looks up the tokens in its shard of the vocabulary; the results are summed: (B, T) to (B, T, H).
 
-    torch's RowwiseParallel would take `padding_idx` as a row of each worker's shard, and leave that without gradient.
+    We don't use torch's RowwiseParallel: it would treat row `padding_idx` of every worker's shard as padding, and give
+    it no gradient.
     """
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -121,16 +126,16 @@ class _VocabularyParallelEmbedding(ParallelStyle):
 
     def _forward(self, module: nn.Embedding, mesh: DeviceMesh, input_ids: torch.Tensor) -> torch.Tensor:
         weight = module.weight.to_local()
-        first = _first_token(module.num_embeddings, mesh)
-        is_here = (first <= input_ids) & (input_ids < first + len(weight))
-        padding = None if module.padding_idx is None else module.padding_idx - first
+        first_token = _first_token(module.num_embeddings, mesh)
+        is_local = (first_token <= input_ids) & (input_ids < first_token + len(weight))
+        padding = None if module.padding_idx is None else module.padding_idx - first_token
         padding = padding if padding in range(len(weight)) else None
-        vectors = F.embedding(torch.where(is_here, input_ids - first, 0), weight, padding)
-        return _sum(vectors.masked_fill(~is_here[..., None], 0), mesh)
+        vectors = F.embedding(torch.where(is_local, input_ids - first_token, 0), weight, padding)
+        return _all_reduce(vectors.masked_fill(~is_local[..., None], 0), mesh)
 
 
 class _ReplicatedWithSummedGradient(ParallelStyle):
-    """A norm that each worker applies to its own heads: the gradient of its parameters is the sum over the workers."""
+    """A norm that each worker applies to its own heads; the gradients of its parameters are summed over the workers."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         module.register_forward_pre_hook(partial(self._sum_gradients, mesh))
@@ -140,38 +145,38 @@ class _ReplicatedWithSummedGradient(ParallelStyle):
     def _sum_gradients(mesh: DeviceMesh, module: nn.Module, inputs: tuple) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad and not hasattr(parameter, "_is_summed"):
-                parameter.register_hook(partial(_sum, mesh=mesh))
+                parameter.register_hook(partial(_all_reduce, mesh=mesh))
                 parameter._is_summed = True
 
 
 def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Keep this worker's part of a parameter, if the module has it."""
+    """Replace a parameter by its DTensor, if the module has it."""
     if (parameter := getattr(module, name)) is not None:
-        split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
-        module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
+        distributed = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
 
 
 def _local_weight(module: nn.Module) -> torch.Tensor:
-    """This worker's part of a linear layer's weight, as F.linear takes it: (outputs, inputs)."""
+    """Return this worker's shard of a linear layer's weight in F.linear's order: (outputs, inputs)."""
     weight = module.weight.to_local()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _local_outputs(module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
-    """This worker's shard of a column-parallel layer's outputs: (..., I) to (..., O / workers)."""
+    """Compute this worker's shard of a column-parallel layer's outputs: (..., I) to (..., O / workers)."""
     bias = None if module.bias is None else module.bias.to_local()
     return F.linear(_with_summed_gradient(inputs, mesh), _local_weight(module), bias)
 
 
-def _sum(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """The sum over the workers, on all of them; each one's gradient is the sum's."""
+def _all_reduce(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Sum a tensor over the workers; backward, each worker's tensor gets the gradient of the sum."""
     return DTensor.from_local(tensor, mesh, [Partial()], run_check=False).full_tensor()
 
 
 def _with_summed_gradient(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """The same tensor, equal on all workers, whose gradient is the sum of theirs.
+    """Return a tensor that is equal on all workers; backward, its gradient is summed over the workers.
 
-    Kept beside the tensor: layers that read the same one (q, k and v) have their gradients summed in one go.
+    The result is cached on the tensor, so that layers with the same input (q, k and v) need one all-reduce together.
     """
     if not hasattr(tensor, "_with_summed_gradient"):
         replicated = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
@@ -180,34 +185,35 @@ def _with_summed_gradient(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tenso
 
 
 def _first_token(vocab_size: int, mesh: DeviceMesh) -> int:
-    """The first token of this worker's shard of the vocabulary, which is cut as torch.chunk does."""
+    """Return the first token of this worker's shard of the vocabulary, split as by torch.chunk."""
     return min(-(-vocab_size // mesh.size()) * mesh.get_local_rank(), vocab_size)
 
 
 def is_vocabulary_parallel(head: nn.Module) -> bool:
-    """Whether each worker holds the rows of some tokens of this output head, and no adapter wraps it."""
+    """True if this output head is split over the workers by tokens, and no adapter wraps it."""
     return type(head) is nn.Linear and isinstance(head.weight, DTensor)
 
 
 def vocabulary_parallel_logps(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log softmax(head(h))[target], (N, H) and (N,) to (N,), where each worker has the logits of some tokens only.
+    """Return log softmax(head(h))[target] when each worker has the logits of only some tokens: (N, H), (N,) to (N,).
 
-    Three numbers a token are exchanged instead of all logits.
+    Workers exchange three numbers per position instead of all logits.
     """
     mesh = head.weight.device_mesh
     logits = _local_outputs(head, mesh, hidden_states)  # (N, V / workers)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     local_targets = targets - _first_token(head.out_features, mesh)
-    is_here = (local_targets >= 0) & (local_targets < logits.shape[1])
-    target_logits = logits.gather(1, torch.where(is_here, local_targets, 0)[:, None])[:, 0].masked_fill(~is_here, 0)
+    is_local = (local_targets >= 0) & (local_targets < logits.shape[1])
+    target_logits = logits.gather(1, torch.where(is_local, local_targets, 0)[:, None])[:, 0].masked_fill(~is_local, 0)
 
-    local = logits.logsumexp(1)  # (N,); the workers' are added without overflow
-    largest = DTensor.from_local(local.detach(), mesh, [Partial("max")], run_check=False).full_tensor()
-    target_logits, normalizers = _sum(torch.stack([target_logits, (local - largest).exp()]), mesh)
+    local_logsumexp = logits.logsumexp(1)  # (N,)
+    # subtract the largest before exponentiating, so that the sum over workers can't overflow
+    largest = DTensor.from_local(local_logsumexp.detach(), mesh, [Partial("max")], run_check=False).full_tensor()
+    target_logits, normalizers = _all_reduce(torch.stack([target_logits, (local_logsumexp - largest).exp()]), mesh)
     return target_logits - largest - normalizers.log()
 
 
-# ---- which layers are split how -------------------------------------------------------------------------------------
+# ---- the plan: a style for each layer -------------------------------------------------------------------------------
 
 _STYLES = {
     "colwise": _ColumnParallel(),
@@ -216,10 +222,10 @@ _STYLES = {
     "rowwise_split_input": _RowParallel(shard_inputs=True),
     "embedding_rowwise": _VocabularyParallelEmbedding(),
     "replicated_with_grad_allreduce": _ReplicatedWithSummedGradient(),
-    "fused_qkv": _ColumnParallel(n_fused=3),  # ours; the other names are transformers'
+    "fused_qkv": _ColumnParallel(n_fused=3),  # our name; the others are those of transformers' plans
 }
 
-_PLANS = {  # of the models that transformers has none for
+_PLANS = {  # for models without a plan in transformers
     "gpt2": {
         "transformer.h.*.attn.c_attn": "fused_qkv",
         "transformer.h.*.attn.c_proj": "rowwise",
@@ -235,12 +241,12 @@ _PLANS = {  # of the models that transformers has none for
         "transformer.h.*.mlp.fc_out": "rowwise",
     },
 }
-# What their attention modules say of the size of q, k and v; the other models' take it from the tensors.
+# Attributes in which these models' attention keeps the size of q, k and v; other models read it from the tensors.
 _SIZES_IN_ATTENTION = {"gpt2": "split_size", "gptj": "num_attention_heads"}
 
 
 def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
-    """The style of each layer that is split, by its name in the model with * for the block's number."""
+    """Return the style of each layer that is split, by its name with * in place of the block's number."""
     blocks = _PLANS.get(model.config.model_type) or model.config.get_text_config().base_model_tp_plan
     if not blocks:
         raise UserError(f"{type(model).__name__} has no plan for tensor parallelism; {_REMEDY}")
@@ -248,25 +254,24 @@ def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
     names = {module: name for name, module in model.named_modules()}
     plan[names[model.get_input_embeddings()]] = "embedding_rowwise"
     plan[names[model.get_output_embeddings()]] = "colwise_gather_output"
-    bare = {_pattern(name) for name, _ in model.named_parameters()}  # parameters that the plan splits without a layer
-    unknown = [f"{style} for {name}" for name, style in plan.items() if style not in _STYLES or name in bare]
+    # some plans split a bare parameter, rather than a layer; we have no style for that
+    parameters = {_pattern(name) for name, _ in model.named_parameters()}
+    unknown = [f"{style} for {name}" for name, style in plan.items() if style not in _STYLES or name in parameters]
     if unknown:
         raise UserError(
-            f"tensor parallelism can't split {type(model).__name__}: its plan wants {', '.join(unknown)}; {_REMEDY}"
+            f"tensor parallelism can't split {type(model).__name__}: its plan needs {', '.join(unknown)}, which isn't "
+            f"supported; {_REMEDY}"
         )
     return {name: _STYLES[style] for name, style in plan.items()}
 
 
 def _pattern(name: str) -> str:
-    """The name of a module or parameter with * for the block's number."""
+    """Return the name of a module or parameter with * in place of the block's number."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _check_heads(model: nn.Module, world_size: int) -> None:
-    """Each worker computes whole attention heads.
-
-    Raises: UserError if they can't be dealt out evenly.
-    """
+    """Raise UserError if the attention heads can't be divided evenly among the workers."""
     config = model.config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
         n_heads = getattr(config, name, None) or config.num_attention_heads
@@ -278,15 +283,15 @@ def _check_heads(model: nn.Module, world_size: int) -> None:
 
 
 def _layer_styles(name: str, module: nn.Module, style: ParallelStyle, model: nn.Module) -> dict[str, ParallelStyle]:
-    """The style of a layer that is split and of the adapters that PEFT has put around it, by their full names."""
+    """Return the styles of one layer and of PEFT's adapters around it, by their full names."""
     if isinstance(style, _ReplicatedWithSummedGradient) or type(module) in (nn.Linear, Conv1D, nn.Embedding):
         return {name: style}
     if hasattr(module, "modules_to_save"):
         copies = (f"{name}.modules_to_save.{adapter}" for adapter in module.modules_to_save)
         return dict.fromkeys([f"{name}.original_module", *copies], style)
     if getattr(module, "lora_A", None) and not module.lora_variant:
-        half = "lora_B" if isinstance(style, _ColumnParallel) else "lora_A"  # the other half is whole on every worker
-        return {f"{name}.base_layer": style, **{f"{name}.{half}.{adapter}": style for adapter in module.lora_A}}
+        split_half = "lora_B" if isinstance(style, _ColumnParallel) else "lora_A"  # the other half is replicated
+        return {f"{name}.base_layer": style, **{f"{name}.{split_half}.{adapter}": style for adapter in module.lora_A}}
     raise UserError(
         f"tensor parallelism can't split {type(model).__name__}: its layer {name} is of the class "
         f"{type(module).__module__}.{type(module).__name__}; {_REMEDY}"

@@ -1,6 +1,5 @@
 """The figures of checkpoints on the evaluation data, with intervals: the body of `evaluate.py`."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,17 +10,20 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from checkpointing import fingerprints
-from checkpointing.resume import find_checkpoints
-from config_checks.numbers import check_can_be_written
+from checkpointing.integrity import content_digest
 from data.batches import chosen_and_rejected
 from distributed import collectives
 from evaluation.statistics import Z, wilson_interval
+from reporting.metric_names import ACCURACY, LOSS, MARGIN, TIES
 from reporting.metrics import mean_metrics
+from storage.files import append_json_line, atomic_file, read_json_lines
+from storage.outputs import Output, check_outputs, json_lines, new_file
 from utils import UserError, on_rank0, rank0_print
 
-_IN_TABLE = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "nll_eval/rejected")
-_SHARES = ("rewards_eval/accuracies", "rewards_eval/ties")  # metrics that are 0 or 1 of each example
+_IN_TABLE = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "nll_eval/rejected")
+_SHARES = (ACCURACY, TIES)  # metrics that are 0 or 1 of each example
 _N_BUCKETS = 4
+_EVALUATIONS = json_lines("evaluations", b'{"key": "', ("key", "metrics"))
 
 
 @dataclasses.dataclass
@@ -33,29 +35,15 @@ class Options:
     output: str | None
 
 
-def make_options(_config: DictConfig, own: dict) -> Options:
-    """Raises: UserError if a checkpoint isn't there or is damaged, or a file can't be written."""
-    run_dir, checkpoints = own["run"], find_checkpoints(own["run"], own["checkpoint"])
+def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) -> Options:
+    """Return the options of `evaluate.py`; raise UserError if a file can't be written."""
+    run_dir = own["run"]
     if own["rows"] is not None and len(checkpoints) > 1:
         raise UserError(f"rows={own['rows']}: give one checkpoint at a time")
     output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
-    for key, path in (("rows", own["rows"]), ("output", output)):
-        check_can_be_written(key, path)
-    if own["rows"] is not None and os.path.exists(str(own["rows"])):
-        raise UserError(f"rows={own['rows']} is there already; give another file, or delete it")
-    _check_holds_evaluations(output)
+    outputs = [("rows", own["rows"], new_file), ("output", output, _EVALUATIONS)]
+    check_outputs(Output(key, str(path), refusal) for key, path, refusal in outputs if path is not None)
     return Options(checkpoints, own["rows"] and str(own["rows"]), output and str(output))
-
-
-def _check_holds_evaluations(path: str | None):
-    """Raises: UserError if there is a file whose first line is no evaluation."""
-    if path is None or not os.path.exists(str(path)):
-        return
-    with open(str(path), "rb") as file:
-        first = file.readline()
-    start = b'{"key": "'
-    if first and not (first.startswith(start) or start.startswith(first)):
-        raise UserError(f"output={path}: a file that isn't one of evaluations; give another")
 
 
 # ---- evaluating -----------------------------------------------------------------------------------------------------
@@ -83,12 +71,11 @@ def _key(config: DictConfig, checkpoint: str | None, trainer) -> str:
     settings = ("loss", "max_length", "max_prompt_length", "n_eval_examples", "eval_batch_size", "seed", "reference",
                 "reference_model", "add_bos", "trainer", "truncation", "model", "shared_prompt")  # fmt: skip
     decides = [
-        checkpoint,
-        trainer.state.examples,
-        trainer.state.updates,
+        checkpoint and content_digest(checkpoint),
         {name: OmegaConf.to_container(config)[name] for name in settings},
         trainer.eval_iterator.fingerprints(),
         fingerprints.file_fingerprints(config),
+        fingerprints.hub_revisions(config),
     ]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
@@ -97,11 +84,9 @@ def _former(output: str | None) -> dict[str, dict]:
     """Evaluations that have been written before, by their keys."""
     found = {}
     if output is not None and os.path.exists(output):
-        with open(output, encoding="utf-8") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
-                    result = json.loads(line)
-                    found[result["key"]] = result
+        for result, _ in read_json_lines(output, skips_damaged=True):
+            if "key" in result:
+                found[result["key"]] = result
     return found
 
 
@@ -128,7 +113,8 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
     if options.rows is not None:
         _write_rows(options.rows, rows, places, trainer.eval_iterator.sft_mode)
     if options.output is not None:
-        _append(options.output, result)
+        append_json_line(options.output, result)
+        rank0_print(f"Written to {options.output}")
     return result
 
 
@@ -208,19 +194,8 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _append(path: str, result: dict):
-    """Add a line to a file; one that a crash has cut off is closed first."""
-    with open(path, "a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(result).encode() + b"\n")
-    rank0_print(f"Written to {path}")
-
-
 def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_mode: bool):
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+    with atomic_file(path) as file:
         for index, metrics in rows.items():
             prompt, pair = places[index]
             chosen, rejected = chosen_and_rejected(prompt, pair, sft_mode)[0]
@@ -228,5 +203,4 @@ def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_
             row = prompt.rows[pair] if pair < len(prompt.rows) else None
             line = {"index": index, "dataset": prompt.dataset, "row": row, **texts, **metrics}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(f"{path}.partial", path)
     rank0_print(f"Written to {path}")

@@ -12,8 +12,10 @@ import os
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from checkpointing.fingerprints import folder_fingerprint
 from config_checks.explanations import unknown_key
-from config_checks.numbers import check_can_be_written, check_number
+from config_checks.numbers import check_number
+from config_checks.paths import expand_home
 from config_checks.schema import own_keys
 from evaluation.chat_completions import ChatCompletions, check_url
 from evaluation.command import Command
@@ -22,7 +24,10 @@ from evaluation.pairs import Pair, Task, alone, first_shown, match, read_respons
 from evaluation.prompts import load_template
 from evaluation.statistics import Z, length_controlled, mean_and_error, wilson_interval
 from evaluation.verdicts import Judge, MisassignedVerdicts, VerdictFile
-from utils import UserError, closest_match, get_local_dir, hides_progress
+from printing import hides_progress
+from storage.files import atomic_file, sha256
+from storage.outputs import Output, check_outputs, document, json_lines
+from utils import UserError, closest_match, get_local_dir
 
 _REQUIRED = ("a", "judge", "output")
 _KEYS = {  # of each judge alone: those that it needs, and others
@@ -44,12 +49,14 @@ _NUMBERS = {  # type, lowest, highest, whether it may be null
     "judge_input_price": (float, 0, 10**9, True),
     "judge_output_price": (float, 0, 10**9, True),
 }
+_VERDICTS = json_lines("verdicts", b'{"settings": "', ("texts", "prompt_index", "first", "verdict"))
+_SUMMARY = document("summaries", rb'\{\s*"a": ')
 _TOKEN, _ANSWER = 4, 100  # characters of a token, and tokens of an answer, to tell beforehand about what calls cost
 
 
 def run(config: DictConfig):
     """Check what is asked for, let the judge decide what it hasn't decided yet, and say what it amounts to."""
-    options = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    options = expand_home(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
     check_options(options)
     a = read_responses("a", options["a"])
     b = read_responses("b", options["b"]) if options["b"] is not None else None
@@ -78,9 +85,8 @@ def run(config: DictConfig):
         summary |= {"b_digest": digest(b), "n_unmatched": n_unmatched, **summarize(pairs, lines, options)}
     summary |= {"drawn": origins(a), **kl_from_reference(a)}
     path = _summary_path(options)
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+    with atomic_file(path) as file:
         json.dump(summary, file, ensure_ascii=False, indent=1)
-    os.replace(f"{path}.partial", path)
     print(f"{table(summary)}\nWritten to {options['output']} and {path}", flush=True)
     if lines and all(line["verdict"] is None for line in lines):
         what = "no response could be scored" if b is None else "no pair could be judged"
@@ -115,12 +121,8 @@ def check_options(options: dict):
         raise UserError(f"judge_args={options['judge_args']}: expected fields, e.g. judge_args.max_tokens=300")
     _check_keys_of_judge(options)
     get_local_dir(options["local_dirs"])
-    check_can_be_written("output", options["output"])
-    responses = {os.path.realpath(options[key]) for key in ("a", "b") if options[key]}
-    for path in (options["output"], _summary_path(options)):
-        if os.path.realpath(path) in responses:
-            beside = "" if path == options["output"] else f": its summary's {path}"
-            raise UserError(f"output={options['output']}{beside} holds responses; give another file")
+    outputs = [Output("output", options["output"], _VERDICTS), Output("output", _summary_path(options), _SUMMARY)]
+    check_outputs(outputs, {key: options[key] for key in ("a", "b")})
 
 
 def _summary_path(options: dict) -> str:
@@ -149,6 +151,10 @@ def settings_of(options: dict) -> str:
     keys = ("judge", "judge_model", "judge_command", "judge_url", "judge_args", "chat_template")
     decides = [options[key] for key in keys]
     decides.append(load_template(options["judge_prompt"]) if options["judge"] == "openai" else None)
+    if options["judge"] == "model" and os.path.isdir(options["judge_model"]):
+        decides.append(folder_fingerprint(options["judge_model"], options["local_dirs"]))
+    if options["chat_template"] is not None:
+        decides.append(sha256(options["chat_template"]))
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 

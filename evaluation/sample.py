@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -19,10 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from checkpointing.fingerprints import file_fingerprints
-from checkpointing.resume import find_checkpoints
-from checkpointing.train_state import read_state_json
-from config_checks.numbers import check_can_be_written, check_number
+from checkpointing.fingerprints import file_fingerprints, hub_revisions
+from checkpointing.integrity import content_digest
+from config_checks.numbers import check_number
 from data import chat
 from data.batches import BatchIterator
 from data.diagnosis import Fault
@@ -38,18 +36,22 @@ from evaluation.sampling import end_tokens, generate_scorable, target_ids
 from losses import LOSSES
 from models import load_tokenizer
 from preference_datasets import open_batches
+from printing import hides_progress
+from storage.files import atomic_file, read_json_lines
+from storage.locks import locked
+from storage.outputs import Output, check_outputs, document, json_lines
 from utils import (
     UserError,
     closest_match,
     get_local_dir,
-    hides_progress,
-    is_cut_off,
     on_rank0,
     rank0_print,
     slice_and_move_batch_for_device,
 )
 
 ENGINES = ("transformers", "vllm")
+_SAMPLES = json_lines("samples", b'{"settings": "', ("prompt_index", "sample", "response"))
+_ALPACA_EVAL = document("AlpacaEval's outputs", rb'\[(\]|\s*\{\s*"instruction": )')
 
 
 @dataclasses.dataclass
@@ -77,7 +79,7 @@ class Options:
     engine_args: dict
 
 
-def make_options(config: DictConfig, own: dict) -> Options:
+def make_options(config: DictConfig, own: dict, checkpoints: list[str | None]) -> Options:
     """Raises: UserError if a key has a value of no use, a checkpoint isn't there, or a file can't be written.
 
     The reference is to be in memory, as the texts are new to its cache.
@@ -94,23 +96,16 @@ def make_options(config: DictConfig, own: dict) -> Options:
     if own["prompts"] is not None and locate(own["prompts"], "prompts").files is None:
         raise UserError(f"prompts={own['prompts']}: expected a local file")
     _check_engine(config, own)
-    drawings = _drawings(own)
+    drawings = _drawings(own, checkpoints)
     if own["alpaca_eval"] is not None and len(drawings) > 1:
         raise UserError(f"alpaca_eval={own['alpaca_eval']}: give one checkpoint and one temperature at a time")
-    for key, path in [("output", d.output) for d in drawings] + [("alpaca_eval", own["alpaca_eval"])]:
-        check_can_be_written(key, path)
-    _check_apart(own, drawings)
+    read = locate(own["prompts"], "prompts").files if own["prompts"] is not None else {}
+    inputs = {f"prompts ({name})": file for files in read.values() for name, file in enumerate(files)}
+    outputs = [Output("output", drawing.output, _SAMPLES) for drawing in drawings]
+    outputs += [Output("alpaca_eval", own["alpaca_eval"], _ALPACA_EVAL)] if own["alpaca_eval"] is not None else []
+    check_outputs(outputs, inputs)
     return Options(own["run"], drawings, own["prompts"], own["n"], float(own["top_p"]), own["top_k"], n_new,
                    own["alpaca_eval"], own["engine"], own["engine_args"])  # fmt: skip
-
-
-def _check_apart(own: dict, drawings: list[Drawing]):
-    """Raises: UserError if a file that is to be written is one of prompts, or another that is to be written."""
-    read = locate(own["prompts"], "prompts").files if own["prompts"] is not None else {}
-    taken = {os.path.realpath(file): "prompts" for files in read.values() for file in files}
-    for key, path in [("output", drawing.output) for drawing in drawings] + [("alpaca_eval", own["alpaca_eval"])]:
-        if path is not None and (other := taken.setdefault(os.path.realpath(path), key)) != key:
-            raise UserError(f"{key}={path} is the file of {other}, too; give another")
 
 
 def _check_engine(config: DictConfig, own: dict):
@@ -135,7 +130,7 @@ def _check_engine(config: DictConfig, own: dict):
         raise UserError("engine=vllm: vLLM reads a folder or a hub id; give run=DIR, or model.name_or_path alone")
 
 
-def _drawings(own: dict) -> list[Drawing]:
+def _drawings(own: dict, checkpoints: list[str | None]) -> list[Drawing]:
     """A file for each checkpoint at each temperature; those of a list of temperatures have them in their names.
 
     Raises: UserError if a temperature isn't one, or it isn't clear what the files are to be called.
@@ -149,7 +144,6 @@ def _drawings(own: dict) -> list[Drawing]:
     endings = [f"_t{temperature:g}" for temperature in temperatures] if isinstance(given, list) else [""]
     if not endings or len(set(endings)) < len(endings):
         raise UserError(f"temperature={given}: give one, or several that differ, e.g. temperature=[0.5,1.0]")
-    checkpoints = find_checkpoints(own["run"], own["checkpoint"])
     if own["output"] is None and own["run"] is None:
         raise UserError("output: name the file that gets the samples, as there is no run to keep them in")
     if own["output"] is not None and len(checkpoints) > 1:
@@ -200,7 +194,7 @@ def read_requests(
                 try:
                     if isinstance(row, Fault):
                         raise BadExample("broken row", row.reason)
-                    example = prompt_example(row)
+                    example = prompt_example(row, config.apply_chat_template)
                     given.append(example.prompt)
                     rendered.append(renderer.render(example).prompt)
                 except BadExample as error:
@@ -283,37 +277,17 @@ def sample_checkpoints(make_trainer: Callable[[], object], config: DictConfig, o
 def _sample_to(trainer, requests: list[Request], drawing: Drawing, options: Options, tokens: dict | None):
     """`tokens`: of each sample of the file, where they have been drawn already."""
     output, examples = drawing.output, trainer.state.examples
-    origin = {"settings": _settings(trainer.config, examples, requests, drawing, options),
+    origin = {"settings": _settings(trainer.config, requests, drawing, options),
               **_origin(examples, drawing, options)}  # fmt: skip
     with contextlib.ExitStack() as stack:
         if on_rank0():
-            stack.enter_context(_alone_with(output))
+            stack.enter_context(locked(output, f"output={output}", "another process is drawing into it"))
         done = collectives.broadcast_object(_done(output, origin["settings"]) if on_rank0() else None)
         items = _missing(requests, options, done)
         _draw_all(trainer, items, drawing, options, tokens, origin)
     rank0_print(f"{len(items)} samples drawn, {len(done)} were there: {output}")
     if options.alpaca_eval is not None and on_rank0():
         _write_alpaca_eval(options.alpaca_eval, output, drawing.checkpoint)
-
-
-@contextlib.contextmanager
-def _alone_with(output: str) -> Iterator[None]:
-    """Inside, no other process draws into this file.
-
-    Raises: UserError if one does.
-    """
-    with open(output, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"output={output}: another process is drawing into it; wait for its end") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            if os.fstat(file.fileno()).st_size == 0 and os.path.exists(output):
-                os.remove(output)
 
 
 def _draw_all(trainer, items: list, drawing: Drawing, options: Options, tokens: dict | None, origin: dict):
@@ -347,14 +321,16 @@ def _origin(examples: int, drawing: Drawing, options: Options) -> dict:
     }  # fmt: skip
 
 
-def _settings(config: DictConfig, examples: int, requests: list[Request], drawing: Drawing, options: Options) -> str:
-    """A short hash of what decides a sample."""
-    checkpoint = drawing.checkpoint
+def _settings(config: DictConfig, requests: list[Request], drawing: Drawing, options: Options) -> str:
+    """Return a short hash of what decides a sample and its log-probabilities."""
     decides = [
-        checkpoint and os.path.basename(checkpoint), examples, config.seed, config.max_prompt_length,
+        drawing.checkpoint and content_digest(drawing.checkpoint), config.seed, config.max_prompt_length,
         drawing.temperature, options.top_p, options.top_k, options.max_new_tokens,
-        [request.ids for request in requests], OmegaConf.to_container(config.model), file_fingerprints(config),
+        [request.ids for request in requests], OmegaConf.to_container(config.model), config.reference,
+        OmegaConf.to_container(config.reference_model), file_fingerprints(config),
     ]  # fmt: skip
+    # vLLM loads the models itself, after this
+    decides += [hub_revisions(config)] if options.engine == "transformers" else []
     decides += [options.engine] if options.engine != "transformers" else []
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 
@@ -367,21 +343,18 @@ def _done(output: str, settings: str) -> set[tuple[int, int]]:
     done, end = set(), 0
     if not os.path.exists(output):
         return done
-    with open(output, "rb") as file:
-        for line in file:
-            try:
-                if is_cut_off(line):
-                    break
-                sample = json.loads(line)
-                former = sample["settings"]
-                done.add((sample["prompt_index"], sample["sample"]))
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"output={output}: a file that isn't one of samples; give another") from None
-            if former != settings:
+    try:
+        for sample, line_end in read_json_lines(output):
+            if sample["settings"] != settings:
                 raise UserError(
                     f"output={output} has samples drawn under other settings; give another file, or delete it"
                 )
-            end += len(line)
+            done.add((sample["prompt_index"], sample["sample"]))
+            end = line_end
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"output={output}: a file that isn't one of samples; give another") from None
     os.truncate(output, end)
     return done
 
@@ -435,11 +408,12 @@ def _generate(
     batch = collate([{"prompt_input_ids": r.ids, "prompt_attention_mask": [1] * len(r.ids)} for r, _ in items])
     batch = slice_and_move_batch_for_device(batch, 0, 1, trainer.device)
     seeds = [seed_of(trainer.config.seed, request.index, number) for request, number in items]
-    _, targets, is_whole = generate_scorable(
-        trainer.policy, trainer.tokenizer, batch, options.max_new_tokens + batch["prompt_input_ids"].shape[1],
-        lambda: trainer.strategy.stops_sampling(trainer.stop.received is not None), synced=trainer.is_sharded,
-        processors=processors(temperature, options, seeds),
-    )  # fmt: skip
+    with trainer.autocast(trainer.policy):
+        _, targets, is_whole = generate_scorable(
+            trainer.policy, trainer.tokenizer, batch, options.max_new_tokens + batch["prompt_input_ids"].shape[1],
+            lambda: trainer.strategy.stops_sampling(trainer.stop.received is not None), synced=trainer.is_sharded,
+            processors=processors(temperature, options, seeds),
+        )  # fmt: skip
     trainer.stop.check()
     return targets, is_whole
 
@@ -470,12 +444,11 @@ def draw_by_vllm(config: DictConfig, options: Options) -> dict[str, dict[tuple[i
     drawn: dict[str, dict] = {drawing.output: {} for drawing in options.drawings}
     for checkpoint in dict.fromkeys(drawing.checkpoint for drawing in options.drawings):
         drawings = [drawing for drawing in options.drawings if drawing.checkpoint == checkpoint]
-        examples = read_state_json(checkpoint)["examples"] if checkpoint is not None else 0
         places, job = [], vllm_engine.Job({}, [], [])
         with vllm_engine.folder(config, checkpoint, os.path.dirname(os.path.abspath(drawings[0].output))) as folder:
             ends = vllm_engine.end_tokens(folder, tokenizer)
             for drawing in drawings:
-                settings = _settings(config, examples, requests, drawing, options)
+                settings = _settings(config, requests, drawing, options)
                 for request, number in _missing(requests, options, _done(drawing.output, settings)):
                     if request.ids:
                         places.append((drawing.output, (request.index, number)))
@@ -493,14 +466,12 @@ def draw_by_vllm(config: DictConfig, options: Options) -> dict[str, dict[tuple[i
 
 
 def _write_alpaca_eval(path: str, output: str, checkpoint: str | None):
-    with open(output, encoding="utf-8") as file:
-        samples = sorted(map(json.loads, file), key=lambda line: line["prompt_index"])
+    samples = sorted((line for line, _ in read_json_lines(output)), key=lambda line: line["prompt_index"])
     rows = [
         {"instruction": line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"],
          "output": line["response"], "generator": checkpoint or "policy"}
         for line in samples if line["sample"] == 0
     ]  # fmt: skip
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+    with atomic_file(path) as file:
         json.dump(rows, file, ensure_ascii=False, indent=1)
-    os.replace(f"{path}.partial", path)
     rank0_print(f"Written to {path}")

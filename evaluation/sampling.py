@@ -12,7 +12,7 @@ from data.tokenization import decode_response
 from distributed import collectives
 from log_probabilities import response_lengths
 from reporting.metrics import kl_metrics
-from reporting.terminal import passing_bar
+from reporting.terminal import progressing
 from utils import pad_to_length, slice_and_move_batch_for_device, take, unwrap_adapter
 
 
@@ -131,7 +131,7 @@ def sample_evaluation(trainer) -> tuple[list[dict], dict[str, float]]:
     trainer.policy.eval()
     samples, logratios, n_samples = [], [], trainer.config.n_eval_model_samples
     n_batches = -(-n_samples // trainer.config.eval_batch_size)
-    for batch in passing_bar(trainer.eval_batches[:n_batches], "Sampling"):
+    for batch in progressing(trainer.eval_batches[:n_batches], "Sampling", "batches"):
         trainer.stop.check()
         wanted = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
         batch = take(batch, torch.tensor(wanted or [0]))  # a worker without any generates too: forwards are collective
@@ -175,8 +175,9 @@ def _generate(trainer, model: nn.Module, batch: dict) -> tuple[list[str], dict, 
     def stops() -> bool:
         return trainer.strategy.stops_sampling(trainer.stop.received is not None)
 
-    samples = generate_scorable(
-        model, trainer.tokenizer, batch, trainer.config.max_length, stops, synced=trainer.is_sharded
-    )
+    with trainer.autocast(model):  # samples are drawn in the precision in which they are scored
+        samples = generate_scorable(
+            model, trainer.tokenizer, batch, trainer.config.max_length, stops, synced=trainer.is_sharded
+        )
     trainer.stop.check()
     return samples

@@ -1,6 +1,6 @@
 """What a judge says of a pair, and the file that keeps it."""
 
-import fcntl
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from evaluation.pairs import Task
-from utils import UserError, is_cut_off
+from storage.files import read_json_lines
+from storage.locks import locked
+from utils import UserError
 
 
 @dataclass
@@ -47,40 +49,31 @@ class VerdictFile:
         Raises: UserError if another process has it open, or it has lines that are no verdicts, or other settings'.
         """
         self.path, self.settings, self.lines = path, settings, {}
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self.stack = contextlib.ExitStack()
+        lock = locked(path, f"output={path}", "another process is writing there")
+        self.descriptor = self.stack.enter_context(lock)
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"output={path}: another process is writing there; wait for its end") from None
-        except OSError:  # a file system without locks
-            pass
-        self._read()
+            os.ftruncate(self.descriptor, self._read())
+        except BaseException:
+            self.close()
+            raise
 
-    def _read(self):
+    def _read(self) -> int:
+        """Read the verdicts that are there; return where the last whole line ends (bytes)."""
         end = 0
-        with open(self.path, "rb") as file:
-            for raw in file:
-                if is_cut_off(raw):
-                    break
-                try:
-                    line = json.loads(raw)
-                    former, key = line["settings"], (line["prompt_index"], line["sample"], line["first"])
-                    line["texts"], line["failure"]
-                    hash(key)
-                    if line["verdict"] not in ("a", "b", "tie", "scored", None):
-                        raise ValueError("no verdict")
-                    if line["verdict"] == "scored":
-                        (score,) = line["scores"]
-                        float(score)
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f"output={self.path}: a file that isn't one of verdicts; give another") from None
-                if former != self.settings:
+        try:
+            for line, line_end in read_json_lines(self.path):
+                if line["settings"] != self.settings:
                     raise UserError(
                         f"output={self.path} has verdicts under other settings; give another file, or delete it"
                     )
-                self.lines[key] = line
-                end += len(raw)
-        os.ftruncate(self.descriptor, end)
+                self.lines[_checked_key(line)] = line
+                end = line_end
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"output={self.path}: a file that isn't one of verdicts; give another") from None
+        return end
 
     def left(self, tasks: list[Task]) -> list[Task]:
         """The tasks that have no verdict yet, those that failed among them.
@@ -117,6 +110,18 @@ class VerdictFile:
         os.ftruncate(self.descriptor, size)
 
     def close(self):
-        if self.size == 0:
-            os.remove(self.path)
-        os.close(self.descriptor)
+        """Let another process write; a file without verdicts is removed."""
+        self.stack.close()
+
+
+def _checked_key(line: dict) -> tuple[int, int, str]:
+    """Return the key of a verdict's task; raises an error of any kind if the line is no verdict."""
+    key = (line["prompt_index"], line["sample"], line["first"])
+    line["texts"], line["failure"]
+    hash(key)
+    if line["verdict"] not in ("a", "b", "tie", "scored", None):
+        raise ValueError("no verdict")
+    if line["verdict"] == "scored":
+        (score,) = line["scores"]
+        float(score)
+    return key

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from omegaconf import DictConfig
 from transformers import GenerationConfig
 
+from checkpointing.resume import quoted
 from config_checks.schema import REPOSITORY
 from data.chat import end_token_ids
 from utils import UserError, rank0_print
@@ -70,8 +71,9 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
     with tempfile.TemporaryDirectory(dir=beside, prefix=".merged-") as directory:
         merged = os.path.join(directory, "model")
         # in a process of its own, as it may need the GPU
-        script = str(REPOSITORY / "checkpoints.py")
-        command = [sys.executable, script, "merge", os.path.abspath(checkpoint), merged]
+        run_dir, name = os.path.split(os.path.abspath(checkpoint))
+        words = [f"run={quoted(run_dir)}", f"checkpoint={name}", f"output={quoted(merged)}"]
+        command = [sys.executable, str(REPOSITORY / "export.py"), *words]
         if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
             raise UserError(f"engine=vllm: the adapter of {checkpoint} can't be merged; what was printed says why")
         yield merged

@@ -13,14 +13,16 @@ import sys
 from dataclasses import dataclass
 
 from reporting.curves import COLORS, save_figure
-from reporting.runs import NoRuns, Run, differing_keys, find_runs, larger_is_better, shown
+from reporting.metric_names import ACCURACY, KL, LOSS, MARGIN, larger_is_better
+from reporting.runs import NoRuns, Run, differing_keys, find_runs, shown
+from storage.errors import UserError
+from storage.outputs import Output, check_outputs, picture
 
-ACCURACY, LOSS, KL = "rewards_eval/accuracies", "loss/eval", "kl_eval/per_token"
-METRICS = (ACCURACY, LOSS, "rewards_eval/margins", "nll_eval/chosen", "logratios_eval/chosen", KL)  # as far as measured
-_SHORT = {ACCURACY: "accuracy", LOSS: "loss", "rewards_eval/margins": "margin", "nll_eval/chosen": "nll/token",
+METRICS = (ACCURACY, LOSS, MARGIN, "nll_eval/chosen", "logratios_eval/chosen", KL)  # as far as measured
+_SHORT = {ACCURACY: "accuracy", LOSS: "loss", MARGIN: "margin", "nll_eval/chosen": "nll/token",
           "logratios_eval/chosen": "chosen log-ratio", KL: "KL/token"}  # fmt: skip
 # what is on the loss's own scale: DPO's margins grow with β, and losses of different names measure different things
-_SCALED = ("loss/", "rewards_eval/margins", "rewards_eval/chosen", "rewards_eval/rejected")
+_SCALED = ("loss/", MARGIN, "rewards_eval/chosen", "rewards_eval/rejected")
 _OF_EVALUATIONS = ("datasets", "dataset_paths.", "n_eval_examples", "max_length", "max_prompt_length", "add_bos")
 FORMATS = ("text", "csv", "markdown")
 
@@ -187,12 +189,14 @@ def main(words: list[str]) -> str | None:
     parser.add_argument("--picture", metavar="FILE", help="also write a picture (PNG)")
     args = parser.parse_args(words)
     try:
+        if args.picture is not None:
+            check_outputs([Output("--picture", args.picture, picture)])
         comparison = compare(find_runs(args.runs), args.sort)
         print({"text": as_text, "csv": as_csv, "markdown": as_markdown}[args.format](comparison))
         if args.picture is not None:
             draw(comparison, args.picture)
             print(args.picture, file=sys.stderr)
-    except (NoRuns, OSError) as error:
+    except (NoRuns, UserError, OSError) as error:
         return f"error: {error}"
     except ImportError as error:
         return f"error: pictures need matplotlib (pip install matplotlib): {error}"

@@ -9,6 +9,9 @@ import os
 import sys
 
 from reporting.runs import NoRuns, Run, find_runs
+from storage.errors import UserError
+from storage.files import atomic_file
+from storage.outputs import PICTURE_OF, Output, check_outputs, picture
 
 # Okabe and Ito's colours, which the colour-blind can tell apart too
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -75,14 +78,11 @@ def save_figure(figure, path: str):
     """Write a figure as PNG, whole or not at all, and let go of it."""
     from matplotlib import pyplot
 
-    partial = f"{path}.partial-{os.getpid()}"
     try:
-        figure.savefig(partial, dpi=_DPI, format="png")
-        os.replace(partial, path)
+        with atomic_file(path, binary=True) as file:
+            figure.savefig(file, dpi=_DPI, format="png", metadata={"Creator": PICTURE_OF})
     finally:
         pyplot.close(figure)
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def _series(run: Run, key: str, split: str) -> list[tuple[float, float]]:
@@ -182,8 +182,9 @@ def main(words: list[str]) -> str | None:
     try:
         runs = find_runs(args.runs)
         path = args.output or (os.path.join(runs[0].directory, "curves.png") if len(runs) == 1 else "curves.png")
+        check_outputs([Output("--output", path, picture)])
         draw(runs, path)
-    except (NoRuns, OSError) as error:
+    except (NoRuns, UserError, OSError) as error:
         return f"error: {error}"
     except ImportError as error:
         return f"error: curves need matplotlib (pip install matplotlib): {error}"

@@ -72,8 +72,8 @@ class CurvesDrawer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            with contextlib.suppress(OSError):
-                os.remove(os.path.join(self.run_dir, f"curves.png.partial-{self.process.pid}"))
+            for partial in Path(self.run_dir).glob("curves.png.partial-*"):
+                partial.unlink(missing_ok=True)
         self._reap()
 
     def _reap(self):

@@ -1,20 +1,38 @@
-"""The names of what an evaluation measures."""
+"""The names of what training and evaluation measure, and what is known about each.
 
-from omegaconf import DictConfig
+It needs no torch, so that reports start at once.
+"""
 
-from losses import Loss
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from losses import Loss
+
+LOSS, ACCURACY, MARGIN, TIES = "loss/eval", *(f"rewards_eval/{name}" for name in ("accuracies", "margins", "ties"))
+KL = "kl_eval/per_token"
+
+# of an evaluation's metrics, those whose means have standard errors, under the same name and `_se`
+WITH_ERRORS = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "logratios_eval/chosen")
 
 
-def evaluation_metrics(loss: Loss, config: DictConfig) -> list[str]:
-    """What evaluations under this config measure, without standard errors."""
+def evaluation_metrics(loss: "Loss", config: "DictConfig") -> list[str]:
+    """Return what evaluations under this config measure, without standard errors."""
     sides = ("chosen", "rejected") if loss.needs_pairs else ("chosen",)
     of_sides = ["logps_eval", "nll_eval", "lengths_eval"]
-    names = ["loss/eval"]
+    names = [LOSS]
     if loss.needs_pairs:
         of_sides.insert(0, "rewards_eval")
-        names += [f"rewards_eval/{name}" for name in ("accuracies", "margins", "ties")]
+        names += [ACCURACY, MARGIN, TIES]
     if loss.needs_reference(config.loss):
         of_sides.append("logratios_eval")
         if config.sample_during_eval and config.n_eval_model_samples > 0:
-            names += ["kl_eval/per_response", "kl_eval/per_token"]
+            names += ["kl_eval/per_response", KL]
     return names + [f"{name}/{side}" for name in of_sides for side in sides]
+
+
+def larger_is_better(metric: str) -> bool:
+    """True if a metric should rise: accuracies, margins and what is of chosen responses; not losses, likelihoods per
+    token, divergences, ties, lengths, and what is of rejected ones."""
+    return not metric.startswith(("loss/", "nll_", "kl_", "lengths_")) and not metric.endswith(("/rejected", "/ties"))

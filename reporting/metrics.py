@@ -7,12 +7,9 @@ import torch
 from omegaconf import DictConfig
 
 from distributed import collectives
+from reporting.metric_names import WITH_ERRORS
 from utils import UserError
 
-# of an evaluation's metrics, those whose means are given with standard errors
-WITH_ERRORS = (
-    "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "nll_eval/chosen", "logratios_eval/chosen",
-)  # fmt: skip
 TIE = 1e-5  # smaller differences of rewards are rounding noise: ties
 
 
@@ -94,8 +91,11 @@ def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
     return {"kl_eval/per_response": mean, **error, "kl_eval/per_token": per_token}
 
 
-def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: float):
-    """Raises UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite."""
+def check_finite(where: str, prompts: list[str], config: DictConfig, metrics: dict[str, float], **numbers: float):
+    """Raise UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite.
+
+    `metrics`: means that tell whether it is the reference that overflows.
+    """
     if all(math.isfinite(number) for number in numbers.values()):
         return
     values = ", ".join(f"{name} {number}" for name, number in numbers.items())
@@ -104,6 +104,12 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: 
     others = {key: config[key] for key in ("optimizer_args", "lora") if config[key]}
     others |= {f"loss.{name}": value for name, value in config.loss.items() if isinstance(value, float)}
     also = "".join(f"another {key} (now {value}), " for key, value in others.items())
+    if _reference_overflows(metrics):
+        raise UserError(
+            f"{where}: {values}; the policy's log-probabilities are finite, the reference's are not: it overflows in "
+            f"model.reference_dtype={config.model.reference_dtype}. Use model.reference_dtype=bfloat16 or float32. "
+            f"The prompts of the batch end with:\n{shown}"
+        )
     raise UserError(
         f"{where}: {values}; training can't go on. "
         f"The prompts of the batch end with:\n{shown}\n"
@@ -111,3 +117,10 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, **numbers: 
         f"warmup_steps (now {config.warmup_steps}), {also}or model.policy_dtype=float32 (now "
         f"{config.model.policy_dtype}); checkpoints written so far are in {config.local_run_dir}"
     )
+
+
+def _reference_overflows(metrics: dict[str, float]) -> bool:
+    """True if log-ratios are not finite while the policy's log-probabilities are."""
+    logratios = [value for name, value in metrics.items() if name.startswith("logratios_")]
+    logps = [value for name, value in metrics.items() if name.startswith("logps_")]
+    return not all(map(math.isfinite, logratios)) and all(map(math.isfinite, logps))

@@ -1,7 +1,6 @@
 """Where a run's numbers and samples go: `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -14,16 +13,18 @@ from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
+from storage.files import sha256
 from utils import UserError, rank0_print
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunLog:
-    """Writes every step and evaluation to the run directory. The terminal gets training lines at most once in
-    `minimum_log_interval_secs`, with means over the steps between; so do trackers, with the last step's numbers.
+    """Writes every step and evaluation to the run directory.
 
-    Leaving `with` ends the trackers' runs, as failed ones after an exception.
+    The terminal gets a training line at most every `minimum_log_interval_secs`, with means over the steps since the last
+    line; trackers get the last step's numbers as often. Leaving `with` ends the trackers' runs, as failed ones after
+    an exception.
     """
 
     def __init__(
@@ -35,14 +36,14 @@ class RunLog:
         wandb_run_id: str | None = None,
         log_sha256: dict[str, str] | None = None,
     ):
-        """A run that goes on gives what these were when the checkpoint was written."""
+        """A resumed run passes the log sizes, digests and the wandb id that its checkpoint holds."""
         os.makedirs(run_dir, exist_ok=True)
         self.run_dir, self.table, self.batch_size = run_dir, table, config.batch_size
         self._truncate(log_bytes or {}, log_sha256 or {})
         self.interval = config.minimum_log_interval_secs  # seconds
         self.last_train_log = -float("inf")
         self.unprinted: list[dict[str, float]] = []  # steps since the last line
-        self.recent = ""  # loss and accuracy of the last line, for a bar
+        self.recent = ""  # time left, loss and accuracy of the last line, for a bar
         self.n_steps, self.n_tokens, self.seconds = 0, 0.0, 0.0  # of this process
         self.symptoms = Symptoms(config)
         self.trackers = Trackers(config, run_dir, wandb_run_id, table.n_done)
@@ -50,26 +51,24 @@ class RunLog:
 
     @property
     def wandb_run_id(self) -> str | None:
-        """By which a run that goes on finds its wandb run again."""
+        """The id by which a resumed run finds its wandb run again."""
         return self.trackers.wandb_run_id
 
     def _truncate(self, log_bytes: dict[str, int], log_sha256: dict[str, str]):
-        """Drop what was logged after the checkpoint: it is logged again. Say what is no longer there, or another."""
+        """Drop what was logged after the checkpoint, since it will be logged again; warn of lost or damaged lines."""
         for name in LOG_FILES:
             path, size = os.path.join(self.run_dir, name), log_bytes.get(name, 0)
             present = os.path.getsize(path) if os.path.exists(path) else 0
             if present > size:
                 os.truncate(path, size)
             if present < size:
-                rank0_print(
-                    f"WARNING: {path} has {present} bytes, {size} when the checkpoint was written: lines are lost"
-                )
+                rank0_print(f"WARNING: {path} has {present} bytes, but had {size} in the checkpoint: lines are lost")
                 _cut_to_whole_lines(path)
-            elif size and log_sha256.get(name) not in (None, _sha256(path)):
-                rank0_print(f"WARNING: {path} is not what it was when the checkpoint was written: lines are damaged")
+            elif size and log_sha256.get(name) not in (None, sha256(path)):
+                rank0_print(f"WARNING: {path} has changed since the checkpoint was written: lines are damaged")
 
     def log_bytes(self) -> dict[str, int]:
-        """The size of each log file (bytes), all of it being on the disk."""
+        """Flush the log files to the disk and return the size of each (bytes)."""
         sizes = {}
         for name in LOG_FILES:
             with contextlib.suppress(FileNotFoundError), open(os.path.join(self.run_dir, name), "rb") as file:
@@ -78,9 +77,9 @@ class RunLog:
         return sizes
 
     def log_sha256(self) -> dict[str, str]:
-        """The SHA-256 of each log file, in hexadecimal."""
+        """Return the SHA-256 of each log file, in hexadecimal."""
         paths = {name: os.path.join(self.run_dir, name) for name in LOG_FILES}
-        return {name: _sha256(path) for name, path in paths.items() if os.path.exists(path)}
+        return {name: sha256(path) for name, path in paths.items() if os.path.exists(path)}
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
         """Record one optimizer step or evaluation: `metrics` are batch means and counters.
@@ -88,6 +87,7 @@ class RunLog:
         `samples` are dicts with the keys 'model' (policy or reference), 'prompt', 'response', and 'sample': both.
         """
         examples = metrics["counters/examples"]
+        self.table.time_left.tick("step" if split == "train" else "evaluation")
         self._append("metrics.jsonl", [{"split": split, **metrics}])
         self._append("samples.jsonl", [{"counters/examples": examples, **sample} for sample in samples])
         if split == "train":
@@ -103,7 +103,7 @@ class RunLog:
             self.curves.notice(is_evaluation=split == "eval")
 
     def _training_lines(self, metrics: dict[str, float]) -> list[str]:
-        """What is printed of a step: within the interval nothing, but for the first one."""
+        """Return the lines that are printed after a step: none within the interval, except after the first step."""
         seconds = self.batch_size / metrics["examples_per_second"]
         n_tokens = metrics["tokens_per_second"] * seconds
         self.n_steps, self.n_tokens, self.seconds = self.n_steps + 1, self.n_tokens + n_tokens, self.seconds + seconds
@@ -117,12 +117,13 @@ class RunLog:
         return lines + self._interval_lines()
 
     def _interval_lines(self) -> list[str]:
-        """The line for the steps since the last one, if there have been any."""
+        """Return the line for the steps since the line before, if there have been any."""
         if not self.unprinted:
             return []
         means = interval_means(self.unprinted)
         self.unprinted = []
-        self.recent = f"loss {number(means['loss/train'])}"
+        left = duration(self.table.time_left.seconds(means["counters/examples"]))
+        self.recent = f"{left} left, loss {number(means['loss/train'])}"
         if "rewards_train/accuracies" in means:
             self.recent += f", acc. {percent(means['rewards_train/accuracies'])}"
         return self.table.train(means)
@@ -130,7 +131,7 @@ class RunLog:
     def _evaluation_lines(self, metrics: dict[str, float], samples: list[dict]) -> list[str]:
         lines = [*self.table.evaluation(metrics), *samples_side_by_side(samples)]
         if "kl_eval/per_response" in metrics:
-            error = metrics.get("kl_eval/per_response_se")  # of one sample there is none
+            error = metrics.get("kl_eval/per_response_se")  # a single sample has none
             text = (
                 f"KL of the policy from the reference, on the samples: {number(metrics['kl_eval/per_response'])}"
                 f"{'' if error is None else f' ± {number(error)}'} nats a response, "
@@ -154,7 +155,7 @@ class RunLog:
         self.close(exit_code=0 if error_class is None else 1)
 
     def close(self, exit_code: int = 0):
-        """End the trackers' runs, which failed if `exit_code` isn't 0, draw the last curves, say what it took."""
+        """End the trackers' runs (as failed unless `exit_code` is 0), print the run's speed, draw the last curves."""
         self.trackers.close(exit_code)
         n_examples = self.n_steps * self.batch_size
         if self.n_steps and exit_code == 0:
@@ -168,28 +169,15 @@ class RunLog:
             self.curves.finish(failed=exit_code != 0)
 
 
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _cut_to_whole_lines(path: str):
-    """Drop what follows a file's last line break: the next line would join it."""
+    """Drop what follows a file's last line break, or the next line would be appended to it."""
     if os.path.exists(path):
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def check_log_files(run_dir: str):
-    """Raises UserError if something else than a file is where a run's config or logs belong."""
-    for name in ("config.yaml", *LOG_FILES):
-        path = os.path.join(run_dir, name)
-        if os.path.lexists(path) and not os.path.isfile(path):
-            raise UserError(f"{path} is no file that can be written; move it away")
-
-
 def interval_means(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Means over steps of equal size; of counters and the learning rate the last, of rates the whole interval's."""
+    """Return means over steps of equal size; the last value for counters and lr, the interval's for rates."""
     means = {}
     for name, last in steps[-1].items():
         values = [step[name] for step in steps]

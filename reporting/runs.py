@@ -5,11 +5,12 @@ It needs no torch, so that it starts at once.
 
 import contextlib
 import glob
-import json
 import os
 from dataclasses import dataclass
 
 import yaml
+
+from storage.files import read_json_lines
 
 # keys that say where a run is and how it is watched, not what it is
 _NOT_OF_THE_RUN = (
@@ -42,26 +43,26 @@ def read_run(directory: str) -> Run:
     lines: dict[str, list[dict]] = {"train": [], "eval": []}
     path = os.path.join(directory, "metrics.jsonl")
     try:
-        with open(path, encoding="utf-8") as file:
-            for text in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
-                    line = json.loads(text)
-                    lines[line["split"]].append(line)
+        for line, _ in read_json_lines(path, skips_damaged=True):
+            with contextlib.suppress(KeyError, TypeError):
+                lines[line["split"]].append(line)
     except OSError as error:
         raise NoRuns(f"{directory}: no run that has logged anything: {error}") from error
     config = {}
     with contextlib.suppress(OSError, yaml.YAMLError), open(os.path.join(directory, "config.yaml")) as file:
-        config = _flat(yaml.safe_load(file) or {})
+        flat = flatten(yaml.safe_load(file) or {})
+        config = {key: value for key, value in flat.items() if value != {}}
     name = os.path.basename(os.path.normpath(os.path.abspath(directory)))
     return Run(directory, config, lines["train"], lines["eval"], name)
 
 
-def _flat(config: dict, prefix: str = "") -> dict[str, object]:
+def flatten(config: dict, prefix: str = "") -> dict[str, object]:
+    """Return a config with one level of keys: {'loss.beta': 0.1, ...}."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value != {}:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
             flat[f"{prefix}{key}"] = value
     return flat
 
@@ -105,9 +106,3 @@ def shown(value: object) -> str:
     """A config's value as it is typed; of a long path only its end."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 40 else f"…{text[-39:]}"
-
-
-def larger_is_better(metric: str) -> bool:
-    """Whether a metric should rise: accuracies, margins and what is of chosen responses; not losses, likelihoods per
-    token, divergences, ties, lengths, and what is of rejected ones."""
-    return not metric.startswith(("loss/", "nll_", "kl_", "lengths_")) and not metric.endswith(("/rejected", "/ties"))

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from reporting.curves import colors, save_figure
+from storage.errors import UserError
+from storage.files import atomic_file
+from storage.outputs import Output, check_outputs, document, picture
 
 _SUMMARY = "_summary.json"
+_TABLE = document("tables", rb"run +checkpoint ")
 _DRAW = "draw them by sample.py, each checkpoint and temperature into a new file, and run judge.py on it again"
 
 
@@ -194,7 +198,7 @@ def write(figure, axis, table: str, path: str):
     axis.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
     text = f"{os.path.splitext(path)[0]}.txt"
-    with open(text, "w", encoding="utf-8") as file:
+    with atomic_file(text) as file:
         file.write(f"{table}\n")
     print(f"{table}\n\n{path}, {text}")
 
@@ -213,13 +217,15 @@ def command(name: str, description: str, output: str, work: Callable[[list[Summa
         args = parser.parse_args(words)
         if os.path.splitext(args.output)[1] == ".txt":
             return f"error: --output {args.output} is what its table would be called; give the picture a name in .png"
-        if os.path.realpath(args.output) in map(os.path.realpath, args.summaries):
-            return f"error: --output {args.output} is one of the summaries; give another file"
-        if not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
-            return f"error: --output {args.output}: there is no such directory"
+        text = f"{os.path.splitext(args.output)[0]}.txt"
+        outputs = [
+            Output("--output", args.output, picture),
+            Output("--output", text, _TABLE),
+        ]
         try:
+            check_outputs(outputs, {f"summary {path}": path for path in args.summaries})
             work(read_summaries(args.summaries), args.output)
-        except (BadSummary, OSError) as error:
+        except (BadSummary, UserError, OSError) as error:
             return f"error: {error}"
         except ImportError as error:
             return f"error: pictures need matplotlib (pip install matplotlib): {error}"

@@ -1,48 +1,58 @@
-"""How a run looks on a terminal and in a job's log file: aligned lines, samples side by side, times, colour."""
+"""A run on a terminal and in a job's log file: aligned lines, samples side by side, progress, times, colour."""
 
 import shutil
 import sys
 import textwrap
 import time
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from utils import hides_progress, uses_color
+from printing import hides_progress, on_rank0, printable, rank0_print, uses_color
+from reporting.time_left import TimeLeft
 
 LOG_FILE_WIDTH = 120  # columns, where output is not to a terminal
 _HEADER_EVERY = 20  # lines
+_PROGRESS_EVERY = 60.0  # seconds between two lines of progress in a log file
 _BOLD, _DIM, _MAGENTA = "1", "2", "35"  # readable on light and on dark
 
 
 def width() -> int:
-    """Columns that a line may have; a terminal's last one stays free, as some break the line there."""
+    """Return the columns that a line may have; a terminal's last one stays free, as some break the line there."""
     return shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else LOG_FILE_WIDTH
 
 
 def styled(text: str, *styles: str) -> str:
-    """The text in these styles, where they are shown."""
+    """Return the text in these styles, or as it is where colours are not shown."""
     return f"\033[{';'.join(styles)}m{text}\033[0m" if text and uses_color() else text
 
 
 def wrapped(text: str, *styles: str) -> str:
-    """A sentence in lines that fit, broken between words."""
-    return "\n".join(styled(line, *styles) for line in textwrap.wrap(text, width(), break_on_hyphens=False))
+    """Return a sentence in lines that fit, broken between words."""
+    lines = textwrap.wrap(printable(text), width(), break_on_hyphens=False)
+    return "\n".join(styled(line, *styles) for line in lines)
 
 
 def warning(text: str) -> str:
-    """One that is to be seen."""
-    text = f"WARNING: {text}"
-    return wrapped(text, _BOLD, _MAGENTA) if sys.stdout.isatty() else text  # searched for in a log file, as one line
+    """Return a warning: on a terminal in bold, in a log file on one line, so that it can be searched for."""
+    text = f"WARNING: {printable(text)}"
+    return wrapped(text, _BOLD, _MAGENTA) if sys.stdout.isatty() else text
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as a table with aligned columns."""
+    rows = [[" ".join(printable(cell).split()) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
 def number(value: float) -> str:
-    """At most 6 characters, 7 with a minus sign: 0.6931, 12.346, 1234.6, 1e+07, 3e-05."""
+    """Return a number in at most 6 characters, 7 with a minus sign: 0.6931, 12.346, 1234.6, 1e+07, 3e-05."""
     if value != 0 and (abs(value) < 5e-4 or abs(value) >= 1e6):
         return f"{value:.0e}"
     n_digits = len(str(int(abs(value))))
@@ -50,22 +60,22 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """The same with a plus sign."""
+    """Return a number with its sign: +0.6931."""
     return f"{'' if value < 0 else '+'}{number(value)}"
 
 
 def percent(value: float) -> str:
-    """A part of 1."""
+    """Return a share of 1 in percent: 73.4%."""
     return f"{value:.1%}"
 
 
 def rate(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Return a number with three digits, or all before the point."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: 12s, 3m05s, 2h14m, 3d07h."""
+    """Return a time in its two largest units: 12s, 3m05s, 2h14m, 3d07h."""
     s = round(max(seconds, 0))
     if s < 60:
         return f"{s}s"
@@ -76,22 +86,61 @@ def duration(seconds: float) -> str:
     return f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
-# ---- bars, where there is a terminal --------------------------------------------------------------------------------
+# ---- progress -------------------------------------------------------------------------------------------------------
 
 
-def progress_bar(batches: Iterable, n_batches: int, n_done: int) -> tqdm:
-    """A bar over the batches of a training run; what follows it is set as its postfix."""
+class Progress:
+    """Shows how far a long stretch of work has come: by a bar on a terminal, else by a line a minute.
+
+    Both give the total and the time left. Every loop that may take minutes uses it: data, reference, evaluation,
+    samples, verdicts.
+    """
+
+    def __init__(self, what: str, total: int, unit: str):
+        """`unit`: what is counted, in the plural (examples, rows, ...)."""
+        self.what, self.total, self.unit, self.n_done = printable(what), total, unit, 0
+        self.bar = tqdm(
+            total=total, desc=self.what, leave=False, disable=hides_progress(), dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} " + unit + ", {elapsed} < {remaining}"
+            "{postfix}",
+        )  # fmt: skip
+        self.last_line, self.n_at_last_line = time.monotonic(), 0
+
+    def update(self, n: int = 1, note: str = ""):
+        """Count `n` more as done; `note` follows the bar."""
+        self.n_done += n
+        if not self.bar.disable:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(n)
+        elif on_rank0() and time.monotonic() - self.last_line >= _PROGRESS_EVERY and self.n_done < self.total:
+            rank0_print(self._line(time.monotonic() - self.last_line) + (f", {note}" if note else ""))
+            self.last_line, self.n_at_last_line = time.monotonic(), self.n_done
+
+    def _line(self, seconds: float) -> str:
+        """`seconds`: since the last line, whose speed the time left is estimated by."""
+        left = seconds / max(self.n_done - self.n_at_last_line, 1) * (self.total - self.n_done)
+        return f"{self.what}: {self.n_done:,} of {self.total:,} {self.unit}, about {duration(left)} left"
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+
+def progressing(items: Sequence, what: str, unit: str) -> Iterator:
+    """Yield the items, and show how many are done."""
+    with Progress(what, len(items), unit) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+def training_bar(batches: Iterable, n_batches: int, n_done: int) -> tqdm:
+    """Return a bar over the batches of a training run; a log file has the lines of `RunTable` instead."""
     return tqdm(
         batches, "Training", n_batches, initial=n_done, disable=hides_progress(), dynamic_ncols=True,
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {elapsed} < {remaining}{postfix}",
-    )  # fmt: skip
-
-
-def passing_bar(batches: list, what: str) -> tqdm:
-    """A bar that leaves nothing behind."""
-    return tqdm(
-        batches, what, leave=False, disable=hides_progress(), dynamic_ncols=True,
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} batches, {elapsed} < {remaining}",
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}",
     )  # fmt: skip
 
 
@@ -130,29 +179,37 @@ _LEFT_OUT_FIRST = ("epoch", "lr", "rejected", "grad", "margin")  # where a termi
 class RunTable:
     """Lines for training and for evaluations, in the same columns, as wide as the terminal is at the first one."""
 
-    def __init__(self, n_examples: int, epoch_size: int, n_done: int = 0, former: dict[str, float] | None = None):
+    def __init__(
+        self,
+        n_examples: int,
+        epoch_size: int,
+        n_done: int = 0,
+        former: dict[str, float] | None = None,
+        time_left: TimeLeft | None = None,
+    ):
         """
         Args:
-            n_examples: that will have been trained on at the end; `epoch_size`: of them in an epoch.
-            n_done: trained on before this process.
+            n_examples: number of training examples at the end of the run.
+            epoch_size: number of training examples in an epoch.
+            n_done: number of examples trained on before this process.
             former: metrics of the last evaluation, if there has been one.
         """
         self.n_examples, self.epoch_size, self.n_done = n_examples, epoch_size, n_done
         self.former, self.columns, self.lines_since_header = former or {}, None, _HEADER_EVERY
-        self.start = time.monotonic()
+        self.time_left = time_left or TimeLeft(n_examples)
 
     def train(self, means: dict[str, float]) -> list[str]:
-        """The line, with a header above now and then, for the means of the steps since the line before."""
+        """Return the line for the means of the steps since the line before, with a header above it now and then."""
         examples = means["counters/examples"]
         cells = {
             "examples": f"{examples}/{self.n_examples}",
             "epoch": f"{examples / self.epoch_size:.2f}",
-            "left": duration(self.seconds_left(examples)),
+            "left": duration(self.time_left.seconds(examples)),
         }
         return [*self._header("train", means), self._line("train", means, cells)]
 
     def evaluation(self, metrics: dict[str, float]) -> list[str]:
-        """A line, and below it what has changed since the last evaluation."""
+        """Return a line, and below it the changes since the last evaluation."""
         examples = metrics["counters/examples"]
         epoch = f"{examples / self.epoch_size:.2f}"
         lines = self._header("eval", metrics)
@@ -164,11 +221,6 @@ class RunTable:
             lines.append(styled(self._line("eval", change, {"examples": "change"}, is_change=True), _BOLD))
         self.former = dict(metrics)
         return lines
-
-    def seconds_left(self, examples: int) -> float:
-        """At the speed of this process so far, with all that it has done beside training."""
-        done = examples - self.n_done
-        return (time.monotonic() - self.start) / done * (self.n_examples - examples) if done else 0.0
 
     def _header(self, split: str, metrics: dict[str, float]) -> list[str]:
         first = self.columns is None
@@ -206,7 +258,7 @@ class RunTable:
         text = (
             "Each line gives means over the steps since the line before. "
             + (explained if self.is_of_pairs else "nll: negative log-likelihood per token (nats); ")
-            + "left: time to the end at this speed. See docs/metrics.md"
+            + "left: time to the end, with evaluations and saves. See docs/metrics.md"
         )
         return [wrapped(text, _DIM)]
 
@@ -215,7 +267,7 @@ class RunTable:
         for name, column in self.shown.items():
             value = metrics.get(column.key.format(split))
             if column.key == _ACCURACIES and are_ties:
-                cells[name] = "ties"  # none is won, and none is lost
+                cells[name] = "ties"  # most pairs are ties, so an accuracy would mislead
             elif value is not None:
                 cells[name] = (column.change if is_change else column.shown)(value)
         return "  ".join(cells.get(name, "").rjust(width) for name, width in self.columns.items()).rstrip()
@@ -225,9 +277,9 @@ class RunTable:
 
 
 def samples_side_by_side(samples: list[dict], n_shown: int = 3, n_lines: int = 4) -> list[str]:
-    """The first samples, each prompt once, the policy's beside the reference's, shortened between words.
+    """Return lines with the first samples, the policy's beside the reference's, shortened between words.
 
-    `samples`: see `RunLog.log`; all have the first model's prompts in the same order.
+    Each prompt is shown once. `samples`: see `RunLog.log`; every model has the same prompts in the same order.
     """
     by_model: dict[str, list[dict]] = {}
     for sample in samples:
@@ -250,8 +302,8 @@ def samples_side_by_side(samples: list[dict], n_shown: int = 3, n_lines: int = 4
 
 
 def _wrapped(text: str, columns: int, n_lines: int, keeps_end: bool = False) -> list[str]:
-    """Lines of a text without what could move a terminal's cursor; '…' where it goes on, or has begun before."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(empty)"
+    """Return the first lines of a text, or the last ones (`keeps_end`), with '…' where the rest is left out."""
+    text = " ".join(printable(text).split()) or "(empty)"
     if any(unicodedata.east_asian_width(c) in "WF" for c in text):
         columns //= 2
     lines = textwrap.wrap(text, columns - 2)

@@ -1,27 +1,36 @@
 """What a run uses: parameters, tokens and operations a second, memory."""
 
+import re
 import resource
 import sys
 
 import torch
 from torch import nn
 
-# Dense operations a second in bfloat16, by what the names of GPUs hold; NVIDIA's data sheets, without sparsity
+from utils import n_weights
+
+# Dense operations a second in bfloat16, by the words that a GPU's name holds; NVIDIA's data sheets, without sparsity
 _PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
-    "A800": 312e12, "H800": 989e12, "L40S": 362e12, "A6000": 155e12, "A40": 150e12, "A10": 125e12, "V100": 125e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
+    "B200": 2250e12, "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "A6000": 155e12, "A40": 150e12,
+    "A10": 125e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
+_OTHER_MODELS = {"ti", "d", "laptop", "super", "max", "mobile"}  # words that make another GPU of it
 
 
 def peak_flops(gpu: str) -> float | None:
-    """Operations a second that a GPU is sold with; None where that isn't known."""
-    return next((flops for name, flops in _PEAK_FLOPS.items() if name in gpu), None)
+    """Return the operations a second that a GPU is sold with; None where they aren't known."""
+    words = re.split(r"[\s-]+", gpu)
+    if _OTHER_MODELS.intersection(word.lower() for word in words):
+        return None
+    known = (name for name in _PEAK_FLOPS if set(name.split()) <= set(words))
+    longest = max(known, key=lambda name: len(name.split()), default=None)
+    return _PEAK_FLOPS.get(longest)
 
 
 def n_parameters(model: nn.Module) -> tuple[int, int]:
     """How many are trained, and how many there are; of tensors that are spread over workers, all of them."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(n_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 

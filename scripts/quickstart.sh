@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SFT and then DPO of the tiny model on the toy data: two minutes on two CPU cores, no network.
+# Train the tiny model on the toy data with SFT, then with DPO: two minutes on two CPU cores, no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,8 +11,8 @@ echo "== Step 1: SFT, on 20,000 reviews"
 python train.py "${common[@]}" loss=sft local_run_dir="$dir/sft" \
     batch_size=64 lr=1e-3 warmup_steps=20 sample_during_eval=false
 
-# eps: RMSprop divides by the gradient's size, and would turn the smallest gradients, those of texts that are in no
-# preference pair, into steps as large as any; with it they stay small.
+# RMSprop divides by the gradient's size. With its tiny default eps, the smallest gradients, those of texts that are in
+# no preference pair, would become steps as large as any; a larger eps keeps them small.
 echo "== Step 2: DPO from the SFT checkpoint, on 5,000 preference pairs"
 python train.py "${common[@]}" loss=dpo loss.beta=0.5 local_run_dir="$dir/dpo" model.archive="$dir/sft/LATEST/policy.pt" \
     batch_size=32 n_examples=5000 lr=1e-3 "optimizer_args={eps:1e-3}" warmup_steps=20 \

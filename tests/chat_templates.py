@@ -240,7 +240,8 @@ LLAMA_3_1 = """\
 {%- if add_generation_prompt %}{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}{%- endif %}"""
 
 MISTRAL_V3 = """\
-{%- if messages[0].role == "system" %}{%- set system = messages[0].content %}{%- set messages = messages[1:] %}{%- endif %}
+{%- if messages[0].role == "system" %}{%- set system = messages[0].content %}
+{%- set messages = messages[1:] %}{%- endif %}
 {%- set questions = messages | selectattr("role", "equalto", "user") | list %}{{- bos_token }}
 {%- for message in messages %}
     {%- if message.role == "user" %}{#- tools and system text stand in the last question #}
@@ -260,7 +261,8 @@ GEMMA_3 = """\
 {{ bos_token }}{%- if messages[0].role == "system" %}{%- set start = messages[0].content + "\\n\\n" %}
 {%- set messages = messages[1:] %}{%- else %}{%- set start = "" %}{%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}{%- endif %}
+    {%- if (message.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}
+    {%- endif %}
     {{- "<start_of_turn>" + ("model" if message.role == "assistant" else message.role) + "\\n" }}
     {{- (start if loop.first else "") + message.content | trim + "<end_of_turn>\\n" }}
 {%- endfor %}

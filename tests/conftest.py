@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -32,14 +32,33 @@ ORACLE = REPOSITORY / "tests" / "oracle"
 SLOW_FIXTURES = {"launcher", "run_python", "start", "in_workers", "train_from_hub"}  # they start processes
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker("slow")
+    if "exhaustive" not in config.option.markexpr:
+        exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=exhaustive)
+
+
+def exhaustive_except(values: Iterable, *kept: object) -> list:
+    """Return `values` as parameters, all but the `kept` ones marked as exhaustive.
+
+    `kept`: values, or functions that are true for the values to keep.
+    """
+    parameters, unseen = [], list(kept)
+    for value in values:
+        matching = [keep for keep in kept if (keep(value) if callable(keep) else keep == value)]
+        unseen = [keep for keep in unseen if keep not in matching]
+        marks = [] if matching else [pytest.mark.exhaustive]
+        parameters.append(pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks))
+    assert not unseen, f"{unseen} are not among the values"
+    return parameters
 
 
 def figures(name: str):
-    """The recorded figures of `tests/oracle/figures/<name>.json`."""
+    """Return the recorded figures of `tests/oracle/figures/<name>.json`."""
     return json.loads((ORACLE / "figures" / f"{name}.json").read_text())
 
 
@@ -48,7 +67,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def hydra_list(value: object) -> str:
-    """A value as it is typed in an override."""
+    """Format a value as it is typed in an override."""
     return json.dumps(value).replace('"', "").replace(" ", "")
 
 
@@ -85,7 +104,7 @@ def train(launcher, tmp_path):
 
 @pytest.fixture
 def train_ok(train):
-    """The same, for commands that must succeed; returns what they printed."""
+    """As `train`, for commands that must succeed; returns what they printed."""
 
     def run_command(*overrides: str, **kwargs) -> str:
         result = train(*overrides, **kwargs)
@@ -112,7 +131,7 @@ def run_python(tmp_path):
 
 @pytest.fixture
 def train_alone(run_python, tmp_path):
-    """As `train`, in a Python of its own: for variables that are read when libraries are imported."""
+    """As `train`, in a new Python process: for variables that are read when libraries are imported."""
 
     def run_command(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         words = [*overrides, f"local_dirs=[{tmp_path}/cache]"]
@@ -126,7 +145,7 @@ def train_alone(run_python, tmp_path):
 
 @pytest.fixture(scope="session")
 def hub_place(tmp_path_factory) -> Place:
-    """Where one hub after the other may be, for `train_from_hub`."""
+    """Reserve an address for the hubs of `train_from_hub`, one after the other."""
     return Place(tmp_path_factory.mktemp("hub") / "home")
 
 
@@ -138,7 +157,7 @@ def hub_fork_server(hub_place):
 
 @pytest.fixture
 def train_from_hub(hub_fork_server, hub_place, tmp_path, tmp_path_factory):
-    """As `train`, of processes that take who is at `hub_place` for the hub; nothing has come down from it yet."""
+    """As `train`, in processes that use the hub at `hub_place`, with an empty download cache."""
     shutil.rmtree(hub_place.home, ignore_errors=True)
     launcher = Launcher(hub_fork_server, tmp_path_factory.mktemp("launcher"))
     yield train_with(launcher, tmp_path)
@@ -163,7 +182,7 @@ def in_workers(request):
 
 @pytest.fixture(scope="session")
 def sft_archive(tmp_path_factory) -> Path:
-    """The end of the recorded SFT run as the policy.pt that preference runs start from."""
+    """Write the end of the recorded SFT run as the policy.pt that preference runs start from."""
     path = tmp_path_factory.mktemp("archive") / "policy.pt"
     state = load_file(ORACLE / "figures" / "sft_weights.safetensors")
     torch.save({"step_idx": 96, "state": state, "metrics": {}}, path)

@@ -1,4 +1,4 @@
-"""How many examples the tests make up that try out whatever may come."""
+"""Settings for tests that generate their examples with hypothesis."""
 
 import os
 
@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 
 
 def fuzz(n_examples: int) -> settings:
-    """So many examples, the same ones each time; with the variable FUZZ=20, twenty times as many."""
+    """Return settings for `n_examples` examples, the same each time; FUZZ=20 makes them 20 times as many."""
     return settings(
         max_examples=n_examples * int(os.environ.get("FUZZ", "1")), derandomize=True, deadline=None, database=None,
         suppress_health_check=list(HealthCheck),

@@ -23,7 +23,7 @@ BIG = (".safetensors", ".bin", ".gz", ".parquet")  # kept elsewhere: a redirect 
 
 @dataclass
 class Repository:
-    """A model or a dataset: files by path at each commit, and what branches and tags point to."""
+    """A model or a dataset: files by path for each commit, and the commits of branches and tags."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Repository:
         return sha
 
     def resolve(self, revision: str) -> str | None:
-        """The commit that a branch, tag or commit names."""
+        """Return the commit of a branch, a tag or a commit id."""
         return self.refs.get(revision, revision if revision in self.commits else None)
 
 
@@ -95,7 +95,7 @@ class Hub:
         self.stop()
 
     def stop(self):
-        """From now on nobody is there: connections are refused, open ones broken off."""
+        """Go offline: refuse new connections and break off open ones."""
         self.server.shutdown()
         self.server.server_close()
         for connection in list(self.connections):
@@ -103,11 +103,11 @@ class Hub:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def repository(self, kind: str, repo_id: str, **kwargs) -> Repository:
-        """The repository of this id, made if there is none. `kind`: models or datasets."""
+        """Return the repository with this id, created if needed. `kind`: models or datasets."""
         return self.repositories.setdefault((kind, repo_id), Repository(**kwargs))
 
     def downloads(self) -> Counter:
-        """How often each file was sent from its beginning, by the name it has in its repository."""
+        """Count how often each file was sent from its beginning, by its name in the repository."""
         sent = [path for method, path, start in self.requests if method == "GET" and "#" in path and start is None]
         return Counter(path.split("#", 1)[1] for path in sent)
 

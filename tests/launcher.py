@@ -6,10 +6,12 @@ As a script, this is that process.
 import atexit
 import contextlib
 import fcntl
+import functools
 import gc
 import importlib
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -21,6 +23,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+import torch
 from process_pool import launcher_variables
 
 REPOSITORY = Path(__file__).parent.parent
@@ -37,7 +41,7 @@ PRELOADED = (  # what scripts and their libraries import, much of it late
 
 @contextlib.contextmanager
 def running_server(env: dict[str, str] | None = None) -> Iterator[subprocess.Popen]:
-    """The process that runs are forked from; `env`: variables, for those that are read at imports."""
+    """Start the process that runs are forked from; `env`: variables that are read when libraries are imported."""
     server = subprocess.Popen(
         [sys.executable, __file__], env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), **(env or {})},
         text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -47,11 +51,19 @@ def running_server(env: dict[str, str] | None = None) -> Iterator[subprocess.Pop
     server.wait()
 
 
-def train_after(code: str, directory: Path) -> Path:
-    """A script that is `train.py` after this code."""
-    script = directory / "train_after.py"
-    script.write_text(f"{code}\nimport runpy\nrunpy.run_path({str(REPOSITORY / 'train.py')!r}, run_name='__main__')\n")
+def train_after(code: str, directory: Path, command: str = "train.py") -> Path:
+    """Write a script that runs this code and then `train.py`, or another command."""
+    script = directory / f"after_{command}"
+    script.write_text(f"{code}\nimport runpy\nrunpy.run_path({str(REPOSITORY / command)!r}, run_name='__main__')\n")
     return script
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 300, output: Callable[[], str] = str):
+    """Wait until a condition holds; `output`: what to show if it doesn't in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, output()[-3000:]
+        time.sleep(0.01)
 
 
 class Run:
@@ -63,8 +75,24 @@ class Run:
 
     @property
     def output(self) -> str:
-        """What it has printed so far."""
+        """What the run has printed so far."""
         return "".join(path.read_text() for path in dict.fromkeys((self.stdout, self.stderr)))
+
+    @property
+    def is_running(self) -> bool:
+        """True if any of its processes has not ended."""
+        return any(map(_is_running, self.children))
+
+    def wait_for(self, pattern: str):
+        """Wait until its output matches."""
+
+        def matches() -> bool:
+            is_running = self.is_running
+            found = re.search(pattern, self.output)
+            assert found or is_running, f"it ended without {pattern!r}: {self.output[-3000:]}"
+            return bool(found)
+
+        wait_until(matches, output=lambda: self.output)
 
     def kill(self, number: int):
         """Send a signal to each of its processes."""
@@ -80,8 +108,15 @@ class Run:
         return self.code
 
 
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Launcher:
-    """Starts runs in a directory, where their cache is, too; `kill`, `wait` and `output` are those of the last one."""
+    """Starts runs in a directory that also holds their cache; `kill`, `wait`, `output` ... are the last one's."""
 
     def __init__(self, server: subprocess.Popen, directory: Path):
         self.server, self.directory, self.runs = server, directory, []
@@ -109,12 +144,14 @@ class Launcher:
         as_typed: bool = False,
         terminal: str | None = None,
         printed_to: str | None = None,
+        forks_workers: bool = False,
     ) -> Run:
         """Start a run, without wandb and curves unless they are asked for; `n_workers` as a launcher starts them.
 
         `in_order`: stdout and stderr are one, as on a terminal. `of_training`: whether the script has training's keys.
         `as_typed`: nothing is added to the words. `terminal`: the device that all three streams are. `printed_to`: what
-        stdout and stderr are instead of files.
+        stdout and stderr are instead of files. `forks_workers`: fork the workers that the script itself starts
+        (world_size=N), which saves them the imports.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
@@ -130,6 +167,7 @@ class Launcher:
             "command": [str(script), *words], "directory": str(directory), "on_terminal": terminal is not None,
             "streams": [terminal or os.devnull, *(terminal or printed_to or str(path) for path in (stdout, stderr))],
             "envs": [env or {}] if n_workers == 1 else launcher_variables(n_workers),
+            "forks_workers": forks_workers,
         }  # fmt: skip
         self.runs.append(Run(self, self.ask("start", job), stdout, stderr))
         return self.runs[-1]
@@ -143,6 +181,9 @@ class Launcher:
 
     def wait(self) -> int:
         return self.runs[-1].wait()
+
+    def wait_for(self, pattern: str):
+        self.runs[-1].wait_for(pattern)
 
     @property
     def output(self) -> str:
@@ -234,6 +275,10 @@ def run_script(job: dict, env: dict[str, str], streams: list[int]) -> int:
         os.close(stream)
     os.environ.update(env)
     sys.argv = job["command"]
+    if job["forks_workers"]:
+        torch.multiprocessing.start_processes = functools.partial(
+            torch.multiprocessing.start_processes, start_method="fork"
+        )
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:

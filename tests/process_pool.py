@@ -1,25 +1,32 @@
-"""Functions of a test module in several processes, connected as a run's workers are."""
+"""Run functions of a test module in several processes, connected as a run's workers are."""
 
 import multiprocessing
 import os
 import socket
 import traceback
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import wait
 
 import torch
 
-from distributed import launch
+from distributed import connection
 
-TIMEOUT = 60  # seconds
+TIMEOUT = 300  # seconds
+RESERVED: deque[socket.socket] = deque(maxlen=64)  # the oldest are closed, and their ports are free again
+
+
+def reserve_port() -> str:
+    """Return a port that no other process is given while the test runs, and on which nobody listens yet."""
+    RESERVED.append(socket.socket())
+    RESERVED[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    RESERVED[-1].bind(("127.0.0.1", 0))
+    return str(RESERVED[-1].getsockname()[1])
 
 
 def launcher_variables(n_workers: int) -> list[dict[str, str]]:
-    """What a launcher sets for each worker of a run on this machine."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n_workers)}
+    """Return the environment that a launcher sets for each worker of a run on this machine."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": reserve_port(), "WORLD_SIZE": str(n_workers)}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_workers)]
 
 
@@ -61,7 +68,7 @@ def work(pipe, variables: dict[str, str], prepare: Callable | None):
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    with launch.process_group():
+    with connection.process_group():
         while True:
             function, args, kwargs = pipe.recv()
             try:
@@ -79,7 +86,7 @@ class ProcessPool:
         self.workers: dict[int, Workers] = {}
 
     def run(self, n_workers: int, function: Callable, *args, **kwargs) -> list:
-        """What the function returns on each of `n_workers`, in their order; it fails here if it does on any."""
+        """Return the function's results, in the order of the `n_workers`; raises if it fails on any of them."""
         if n_workers not in self.workers:
             self.workers[n_workers] = Workers(n_workers, self.prepare)
         try:

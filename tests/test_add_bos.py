@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 from test_cli import SHORT, assert_refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,17 +57,17 @@ def tokenize(prompt: str, chosen: str, rejected: str, mode: str, max_length: int
         ("", "20", "keep_end", (5, 3), [BOS], [20, EOS]),
     ],
 )
-def test_lengths_count_the_token(prompt, chosen, mode, lengths, expected_prompt, expected_response):
+def test_max_lengths_include_the_bos_token(prompt, chosen, mode, lengths, expected_prompt, expected_response):
     assert tokenize(prompt, chosen, "30", mode, *lengths) == (expected_prompt, expected_response)
 
 
-def test_without_it_nothing_is_added():
+def test_prompts_get_no_bos_token_without_add_bos():
     (element,) = tokenize_batch([("10", "20", "30", "keep_end")], Words(), 5, 3)
     assert element["prompt_input_ids"] == [10]
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_rows_agree_with_the_models_own_forward_and_predict_the_first_token_of_an_empty_prompt(add_bos):
+def test_rows_equal_the_models_forward_and_bos_predicts_the_first_token_of_an_empty_prompt(add_bos):
     texts = [("", "20 21", "30"), ("10 11", "20", "30 31 32"), ("10", "20 21 22", "33")]
     elements = tokenize_batch([(*text, "keep_end") for text in texts], Words(), 12, 6, add_bos)
     batch = get_collate_fn(Words())(elements)
@@ -83,7 +83,7 @@ def test_rows_agree_with_the_models_own_forward_and_predict_the_first_token_of_a
             assert counts == [3 - (not add_bos), 2, 4, 2 - (not add_bos), 4, 2]
 
 
-def test_pairs_with_it_have_other_keys():
+def test_cache_keys_differ_with_and_without_bos():
     keys = {}
     for add_bos in (False, True):
         elements = tokenize_batch([("10", "20", "30", "keep_end")], Words(), 12, 6, add_bos)
@@ -93,7 +93,7 @@ def test_pairs_with_it_have_other_keys():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_runs_begin_every_prompt_and_sample_with_it(loss, make_trainer):
+def test_every_prompt_and_sample_begins_with_bos(loss, make_trainer):
     trainer = make_trainer(*SHORT, f"loss={loss}", "add_bos=true")
     bos = trainer.tokenizer.bos_token_id
     for batch in (next(iter(trainer.train_iterator)), trainer.eval_batches[0]):
@@ -108,7 +108,7 @@ def test_runs_begin_every_prompt_and_sample_with_it(loss, make_trainer):
 
 
 @pytest.mark.slow
-def test_a_tokenizer_without_one_is_refused(train, tmp_path):
+def test_tokenizer_without_bos_is_refused(train, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(ORACLE / "model")
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -117,8 +117,8 @@ def test_a_tokenizer_without_one_is_refused(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_training_on_empty_prompts_says_what_is_left_out(loss, make_trainer, monkeypatch, capsys):
+@pytest.mark.parametrize("loss", exhaustive_except(["sft", "dpo"], "sft"))
+def test_empty_prompts_without_bos_are_warned_about(loss, make_trainer, monkeypatch, capsys):
     entries = [(prompt, {"responses": [" a b", " c"], "pairs": [(0, 1)], "sft_target": " a"}) for prompt in ("", "Q")]
     monkeypatch.setitem(DATASETS, "own", Dataset(lambda split, silent=False, cache_dir=None: entries * 4))
     texts = {}

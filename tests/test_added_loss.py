@@ -49,7 +49,7 @@ def train_simpo(launcher, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", [[], ["trainer=FSDPTrainer", "world_size=2"]], ids=["alone", "two workers"])
-def test_simpo_trains_without_a_reference_and_its_numbers_are_its_own(parallel, train_simpo, launcher, tmp_path):
+def test_added_loss_trains_without_a_reference_by_its_own_formula(parallel, train_simpo, launcher, tmp_path):
     assert train_simpo("loss.gamma=0.5", *parallel) == 0, launcher.output
     assert "building reference model" not in launcher.output
     config = OmegaConf.load(tmp_path / "run/config.yaml")
@@ -76,7 +76,7 @@ def test_simpo_trains_without_a_reference_and_its_numbers_are_its_own(parallel, 
     ],
     ids=str,
 )
-def test_its_options_are_checked_like_any_others(overrides, parts, train_simpo, launcher, tmp_path):
+def test_options_of_an_added_loss_are_checked(overrides, parts, train_simpo, launcher, tmp_path):
     assert train_simpo(*overrides) == 1
     assert "Traceback" not in launcher.output
     for part in parts:
@@ -84,7 +84,7 @@ def test_its_options_are_checked_like_any_others(overrides, parts, train_simpo, 
     assert not (tmp_path / "run").exists()
 
 
-def test_its_value_is_that_of_the_papers_formula():
+def test_added_simpo_equals_the_papers_formula():
     namespace = {"__name__": "simpo"}
     exec(SCRIPT.replace('losses.LOSSES["own_simpo"] = ', "SIMPO = "), namespace)
     loss = namespace["SIMPO"]

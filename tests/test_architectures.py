@@ -5,6 +5,7 @@ benchmarks/architectures.py does the same for every type.
 
 import pytest
 import torch
+from conftest import exhaustive_except
 
 from acceleration.model_check import choose_rows
 from acceleration.prefix_sharing import padded_rows, shared_rows
@@ -43,9 +44,9 @@ DECISIONS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "bfloat16"])
+@pytest.mark.parametrize("exact", exhaustive_except([True, False], True), ids=["exact", "bfloat16"])
 @pytest.mark.parametrize("name", DECISIONS)
-def test_decision_and_log_probabilities(name, exact):
+def test_each_architecture_gets_rows_that_give_its_own_log_probabilities(name, exact):
     model_type, overrides, decision = DECISIONS[name]
     model = tiny_model(model_type, **overrides)
     model.to(torch.bfloat16 if not exact else torch.float32 if model_type in IN_FLOAT32 else torch.float64)

@@ -62,7 +62,7 @@ def make_tokenizer(name: str, directory=REPOSITORY / "assets" / "tiny"):
 
 @pytest.fixture
 def read(tmp_path):
-    """The only training example of a row: ids of prompt, chosen and rejected, each response with its end."""
+    """Return the token ids of a row's only example: prompt, chosen and rejected, each response with its end."""
 
     def example(tokenizer, row: dict, sft: bool = False, **kwargs) -> list[list[int]]:
         for split in ("train", "test"):
@@ -88,7 +88,7 @@ def row_of(prompt: list[dict], chosen: str = "Yes", rejected: str = "No", **fiel
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_turn_is_what_the_model_knows(name, read):
+def test_single_turn_is_rendered_as_the_model_was_trained(name, read):
     tokenizer, model = make_tokenizer(name), MODELS[name]
     prompt, chosen, rejected = read(tokenizer, row_of(messages(("user", "Hi"))))
     assert tokenizer.decode(prompt) == model.prompt
@@ -104,7 +104,7 @@ def test_a_turn_is_what_the_model_knows(name, read):
 
 @pytest.mark.parametrize("kind", ["prompt given", "shared start", "SFT"])
 @pytest.mark.parametrize("name", MODELS)
-def test_several_turns_are_the_whole_dialogue_in_the_template(name, kind, read):
+def test_several_turns_equal_the_templates_rendering_of_the_whole_dialogue(name, kind, read):
     tokenizer, model, turns = make_tokenizer(name), MODELS[name], messages(*TURNS)
     other = messages(("assistant", "Not so well."))
     row = {
@@ -129,7 +129,7 @@ def test_several_turns_are_the_whole_dialogue_in_the_template(name, kind, read):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].has_tools])
-def test_tools_and_their_calls_pass_through(name, read):
+def test_tools_and_tool_calls_reach_the_template(name, read):
     tokenizer = make_tokenizer(name)
     for tools in (TOOLS, json.dumps(TOOLS)):
         prompt, chosen, _ = read(tokenizer, row_of(CALLS, "It is.", tools=tools))
@@ -145,7 +145,7 @@ def test_tools_and_their_calls_pass_through(name, read):
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Meta-Llama-3-8B-Instruct", "google/gemma-7b-it"])
-def test_a_cut_prompt_keeps_its_first_token_and_the_response_its_end(name, read):
+def test_truncated_prompt_keeps_bos_and_response_keeps_its_end(name, read):
     tokenizer = make_tokenizer(name)
     row = row_of(messages(("user", "word " * 100)))
     whole = read(tokenizer, row)
@@ -155,8 +155,8 @@ def test_a_cut_prompt_keeps_its_first_token_and_the_response_its_end(name, read)
         assert chosen == whole[1]
 
 
-def test_no_token_reaches_over_the_border(read):
-    """Where the prompt ends in a space, a word after it would begin with it."""
+def test_no_token_spans_prompt_and_response(read):
+    """If the prompt ends in a space, a tokenizer would merge it with the next word."""
     tokenizer = make_tokenizer("teknium/OpenHermes-2.5-Mistral-7B (ChatML)")
     tokenizer.chat_template = CHATML.replace("assistant\\n' }}", "assistant: ' }}").replace(
         "message['role'] + '\\n' + message", "message['role'] + ': ' + message"
@@ -168,7 +168,7 @@ def test_no_token_reaches_over_the_border(read):
     assert tokenizer.convert_ids_to_tokens(rejected) == ["No", "<|im_end|>"]
 
 
-def test_a_tokenizer_that_puts_a_space_before_texts_puts_it_once(read):
+def test_tokenizer_that_prepends_a_space_prepends_it_once(read):
     """As SentencePiece does for Llama 2."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -190,7 +190,7 @@ def test_a_tokenizer_that_puts_a_space_before_texts_puts_it_once(read):
     assert tokenizer.convert_ids_to_tokens(chosen)[0] in ("▁No", "▁N", "▁")
 
 
-def test_a_prompt_that_a_template_opens_otherwise_than_a_dialogue(read):
+def test_think_tag_of_a_generation_prompt_is_left_out_of_training(read):
     """Templates of reasoning models open the thoughts in a prompt, and leave them out of a dialogue."""
     tokenizer = make_tokenizer("teknium/OpenHermes-2.5-Mistral-7B (ChatML)")
     tokenizer.chat_template = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
@@ -203,14 +203,14 @@ def test_a_prompt_that_a_template_opens_otherwise_than_a_dialogue(read):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tokens_that_are_the_templates_to_place_are_no_text(name, read):
+def test_special_tokens_in_a_text_are_refused(name, read):
     tokenizer, model = make_tokenizer(name), MODELS[name]
     for token in (model.eos, *model.special, *([model.bos] if model.bos else [])):
         with pytest.raises(UserError, match=re.escape(f"the text contains {token!r}")):
             read(tokenizer, row_of(messages(("user", f"Hi {token} you"))))
 
 
-def test_where_a_template_puts_no_end_the_end_token_stands(read):
+def test_response_gets_the_end_token_where_the_template_adds_none(read):
     tokenizer = make_tokenizer("HuggingFaceH4/zephyr-7b-beta")
     settings = Settings(chat_template=str(REPOSITORY / "assets" / "human_assistant.jinja"))
     prompt, chosen, _ = read(tokenizer, row_of(messages(*TURNS[:3])), settings=settings)
@@ -218,7 +218,7 @@ def test_where_a_template_puts_no_end_the_end_token_stands(read):
     assert tokenizer.decode(chosen) == " Yes</s>"
 
 
-def test_what_templates_cannot_do_is_told(read, tmp_path):
+def test_missing_or_unusable_chat_template_is_an_error(read, tmp_path):
     tokenizer = make_tokenizer("HuggingFaceH4/zephyr-7b-beta")
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="messages need a chat template, and the tokenizer has none"):
@@ -232,7 +232,7 @@ def test_what_templates_cannot_do_is_told(read, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama3-8b-instruct", "qwen3-4b-instruct"])
-def test_the_configs_of_instruct_models_are_whole(name):
+def test_configs_of_instruct_models_pass_every_check(name):
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose("config", [f"model={name}", "local_run_dir=x", "local_dirs=[x]", "exp_name=x", "loss=dpo"])
     check_config(config)

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds and opens in, archives old and new, and faults while one is written or read."""
+"""Checkpoints: their files, old and new archives, and faults while they are written or read."""
 
 import json
 import os
@@ -30,7 +30,7 @@ IDS = torch.arange(1, 9)[None]
 
 
 def trained(make_trainer, *overrides: str):
-    """A trainer whose run is over, and its run directory."""
+    """Train and save; returns the trainer and its run directory."""
     trainer = make_trainer(*TOY, *overrides)
     create_run_dir(trainer.config)
     trainer.train()
@@ -40,20 +40,20 @@ def trained(make_trainer, *overrides: str):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that is over, for tests that only read: its trainer and its directory."""
+    """A finished run for tests that only read: its trainer and its directory."""
     return trained(trainers_in(tmp_path_factory.mktemp("finished")))
 
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
-    """The same run's directory, to be changed."""
+    """A copy of the finished run's directory, to be changed."""
     return shutil.copytree(finished[1], tmp_path / "run", symlinks=True)
 
 
 # ---- a checkpoint opens everywhere ----------------------------------------------------------------------------------
 
 
-def test_every_checkpoint_opens_with_from_pretrained_and_writes_text(finished):
+def test_every_checkpoint_opens_with_from_pretrained_and_generates(finished):
     trainer, run_dir = finished
     for name in ("step-4", "LATEST"):
         assert sorted(os.listdir(run_dir / name)) == FILES
@@ -93,7 +93,7 @@ def test_tied_weights_are_written_once_and_the_config_keeps_dropout_and_dtype(ma
 
 
 @pytest.mark.parametrize("model", ["tiny", "gpt2"])
-def test_an_archive_may_be_any_of_its_forms(model, make_trainer, gpt2_dir, tmp_path):
+def test_archive_loads_from_a_checkpoint_a_file_or_a_sharded_folder(model, make_trainer, gpt2_dir, tmp_path):
     overrides = [] if model == "tiny" else [f"model.name_or_path={gpt2_dir}"]
     trainer, run_dir = trained(make_trainer, *overrides)
     expected = trainer.policy.eval()(IDS).logits
@@ -104,7 +104,7 @@ def test_an_archive_may_be_any_of_its_forms(model, make_trainer, gpt2_dir, tmp_p
         assert torch.equal(other.eval()(IDS).logits, expected), archive
 
 
-def test_an_adapter_as_archive_names_the_key_for_it(make_trainer):
+def test_adapter_given_as_archive_names_model_adapter(make_trainer):
     _, run_dir = trained(make_trainer, "lora={r:4}")
     with pytest.raises(UserError, match=r"give it as model\.adapter="):
         make_trainer(*TOY, f"model.archive={run_dir}/LATEST")
@@ -112,7 +112,7 @@ def test_an_adapter_as_archive_names_the_key_for_it(make_trainer):
     assert "policy.pt" not in os.listdir(run_dir / "LATEST")
 
 
-def test_a_hub_id_out_of_reach_is_an_error_that_names_it(make_trainer, monkeypatch):
+def test_unreachable_hub_id_is_named(make_trainer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         UserError, match=r"(?s)model\.archive=nobody/nothing: .*start once where the hub can be reached"
@@ -123,7 +123,7 @@ def test_a_hub_id_out_of_reach_is_an_error_that_names_it(make_trainer, monkeypat
 # ---- which checkpoints there are ------------------------------------------------------------------------------------
 
 
-def test_saving_apart_from_evaluating_and_keeping_the_last_two(make_trainer):
+def test_save_every_and_keep_checkpoints_keep_the_last_two_checkpoints(make_trainer):
     overrides = ["n_examples=24", "eval_every=24", "save_every=4", "keep_checkpoints=2", "save_optimizer=false"]
     trainer, run_dir = trained(make_trainer, *overrides)
     assert sorted(os.listdir(run_dir)) == [
@@ -163,7 +163,7 @@ def write(path, text: str):
         file.write(text)
 
 
-def test_a_directory_is_replaced_by_a_whole_one_or_stays(tmp_path):
+def test_directory_is_replaced_completely_or_not_at_all(tmp_path):
     write(tmp_path / "LATEST", "old")
     write(tmp_path / "LATEST", "new")
     with pytest.raises(UserError, match=r"can't write the checkpoint .*No space left.*keep_checkpoints=N"):  # noqa: SIM117
@@ -181,7 +181,7 @@ def test_a_directory_is_replaced_by_a_whole_one_or_stays(tmp_path):
 
 
 @pytest.mark.parametrize("n_renames", [0, 1, 2])
-def test_a_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, monkeypatch):
+def test_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, monkeypatch):
     write(tmp_path / "LATEST", "old")
     rename, done = os.rename, []
 
@@ -205,7 +205,7 @@ def test_a_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, 
     assert (tmp_path / "LATEST/file").read_text() == ("new" if n_renames == 2 else "old")
 
 
-def test_deleting_the_oldest_touches_nothing_else(tmp_path):
+def test_deleting_old_checkpoints_touches_nothing_else(tmp_path):
     for name in ("step-4", "step-8", "step-12", "step-100", "step-by-step", "LATEST"):
         (tmp_path / name).mkdir()
     delete_oldest(str(tmp_path), None, 12)
@@ -217,7 +217,7 @@ def run_into(launcher, run_dir, *overrides):
     return launcher.run(*TOY, *overrides, f"local_run_dir={run_dir}")
 
 
-def test_files_that_may_not_grow_leave_the_checkpoint_before_and_say_so(launcher, tmp_path):
+def test_file_size_limit_leaves_the_previous_checkpoint_intact(launcher, tmp_path):
     assert run_into(launcher, tmp_path / "run", "eval_every=8", "save_every=8") == 0, launcher.output
     limits = resource.prlimit(launcher.server.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(launcher.server.pid, resource.RLIMIT_FSIZE, (4_490_000, limits[1]))
@@ -230,7 +230,7 @@ def test_files_that_may_not_grow_leave_the_checkpoint_before_and_say_so(launcher
     assert f"error: can't write the checkpoint {tmp_path}/run/step-8 (OSError: " in launcher.output
     assert "File too large" in launcher.output
     assert "Traceback" not in launcher.output
-    assert f"The last checkpoint is {tmp_path}/run/LATEST; to go on from it: " in launcher.output.splitlines()[-1]
+    assert f"The last checkpoint is {tmp_path}/run/LATEST; to resume from it: " in launcher.output.splitlines()[-1]
     assert not any(".partial-" in name for name in os.listdir(tmp_path / "run"))
     assert find_corruption(tmp_path / "run/LATEST") is None
     assert launcher.run(*overrides) == 0, launcher.output
@@ -252,13 +252,13 @@ def mounted(tmp_path):
 
 
 @pytest.mark.parametrize("megabytes", [16, 20, 26], ids=["policy.pt", "optimizer.pt", "model.safetensors"])
-def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(megabytes, launcher, mounted):
+def test_full_disk_leaves_the_previous_checkpoint_intact(megabytes, launcher, mounted):
     disk = mounted(megabytes * 1_000_000)  # one checkpoint has 13.6 MB
     assert run_into(launcher, disk / "run") == 1
     assert f"error: can't write the checkpoint {disk}/run/LATEST (" in launcher.output
     assert "No space left on device" in launcher.output
     assert "Traceback" not in launcher.output
-    assert f"The last checkpoint is {disk}/run/step-4; to go on from it: " in launcher.output.splitlines()[-1]
+    assert f"The last checkpoint is {disk}/run/step-4; to resume from it: " in launcher.output.splitlines()[-1]
     assert sorted(os.listdir(disk / "run")) == ["LATEST", "config.yaml", "metrics.jsonl", "samples.jsonl", "step-4"]
     assert os.readlink(disk / "run/LATEST") == "step-4"
     subprocess.run(["mount", "-o", "remount,size=40000000", str(disk)], check=True)
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(megabytes, launche
     assert find_corruption(disk / "run/LATEST") is None
 
 
-def test_a_run_directory_that_cannot_be_written_is_named(launcher, mounted, tmp_path):
+def test_unwritable_run_directory_is_named(launcher, mounted, tmp_path):
     (tmp_path / "file").write_text("")
     assert run_into(launcher, tmp_path / "file/run") == 1
     assert f"local_run_dir={tmp_path}/file/run: can't write there: " in launcher.output
@@ -294,7 +294,7 @@ class Intruder:
 
 
 @pytest.mark.parametrize("name", ["policy.pt", "optimizer.pt", "scheduler.pt", "rng.pt"])
-def test_a_pickle_that_would_run_code_does_not(name, make_trainer, run_dir, tmp_path):
+def test_pickle_with_code_is_refused_and_not_run(name, make_trainer, run_dir, tmp_path):
     trainer = make_trainer(*TOY)
     bad = {"step_idx": 4, "state": {"x": Intruder(tmp_path / "trace")}, "metrics": {}}
     torch.save(bad, run_dir / "step-4" / name)
@@ -309,7 +309,7 @@ def test_a_pickle_that_would_run_code_does_not(name, make_trainer, run_dir, tmp_
 
 @pytest.mark.parametrize("damaged", ["truncated", "bit flipped", "empty"])
 @pytest.mark.parametrize("name", ["policy.pt", "model.safetensors"])
-def test_a_damaged_archive_is_refused(name, damaged, finished, run_dir):
+def test_damaged_archive_is_refused(name, damaged, finished, run_dir):
     policy = finished[0].policy
     path = run_dir / "LATEST" / name
     content = bytearray(path.read_bytes())
@@ -323,7 +323,7 @@ def test_a_damaged_archive_is_refused(name, damaged, finished, run_dir):
             load_archive(str(path), policy)
 
 
-def test_a_checkpoint_of_another_model_lists_what_does_not_fit(make_trainer, gpt2_dir):
+def test_checkpoint_of_another_model_lists_the_tensors_that_do_not_fit(make_trainer, gpt2_dir):
     trainer = make_trainer(*TOY)
     _, run_dir = trained(make_trainer, f"model.name_or_path={gpt2_dir}")
     with pytest.raises(UserError, match=r"policy.pt doesn't fit the model.*\n  left over: .*\n(.*\n)*  and \d+ more"):
@@ -353,7 +353,7 @@ CONFIGS = {  # the original's models, small: those of one class differ in their 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_archive_of_2023_loads_for_each_of_the_original_models(name, tmp_path):
+def test_archive_of_2023_loads_for_each_of_the_original_models(name, tmp_path):
     config = CONFIGS[name]
     model = AutoModelForCausalLM.from_config(config).eval()
     state = dict(model.state_dict())
@@ -379,7 +379,7 @@ def test_an_archive_of_2023_loads_for_each_of_the_original_models(name, tmp_path
         load_archive(str(tmp_path / "bad.pt"), other)
 
 
-def test_an_archive_of_the_original_gives_its_recorded_logits():
+def test_archive_of_the_original_gives_its_recorded_logits():
     archive = ORACLE / "archives" / "gpt_neox"
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(archive)).eval()
     disable_dropout(model)

@@ -1,4 +1,4 @@
-"""What a user meets at the command line: errors before training, and what a run leaves behind."""
+"""The command line: errors before training, and the files of a run."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SHORT = [*TOY, "n_examples=8", "lr=1e-3"]
 
 
 def assert_refused(result, tmp_path, *parts: str):
-    """The command failed with a message that has these parts, without a traceback, and left no run directory."""
+    """Check that the command failed with a message that has these parts, without a traceback or a run directory."""
     assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
     assert "Traceback" not in result.stderr + result.stdout
     message = result.stderr[result.stderr.index("error: ") :]
@@ -89,12 +89,12 @@ CONFIG_ERRORS = {
 
 
 @pytest.mark.parametrize("name", CONFIG_ERRORS)
-def test_config_error(name, train, tmp_path):
+def test_config_error_names_key_and_remedy(name, train, tmp_path):
     overrides, parts = CONFIG_ERRORS[name]
     assert_refused(train(*overrides), tmp_path, *parts)
 
 
-def test_the_command_itself_trains_or_tells_a_mistake(run_python, tmp_path):
+def test_train_py_trains_or_reports_a_mistake(run_python, tmp_path):
     command = [REPOSITORY / "train.py", *SHORT, "sample_during_eval=false", "wandb.enabled=false", "curves=false"]
     assert_refused(run_python(*command, "batchsize=4"), tmp_path, "Did you mean batch_size?")
     result = run_python(*command, f"local_run_dir={tmp_path}/run")
@@ -173,7 +173,7 @@ LOADING_ERRORS = {  # the model is tiny where none is named
 
 
 @pytest.mark.parametrize("name", LOADING_ERRORS)
-def test_loading_error(name, train, tmp_path, broken_files):
+def test_loading_error_names_key_and_remedy(name, train, tmp_path, broken_files):
     overrides, parts = LOADING_ERRORS[name]
     model = [] if any(override.startswith("model=") for override in overrides) else ["model=tiny"]
     assert_refused(train(*model, *overrides), tmp_path, *parts)
@@ -200,7 +200,7 @@ def test_weights_that_the_last_step_made_infinite_are_not_saved(train, tmp_path)
     assert not (tmp_path / "run/LATEST").exists()
 
 
-def test_a_directory_of_another_run_is_refused(train, tmp_path):
+def test_directory_of_another_run_is_refused(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
     result = train(*SHORT, f"local_run_dir={tmp_path}/run")
@@ -211,7 +211,7 @@ def test_a_directory_of_another_run_is_refused(train, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_a_run_writes_its_files_and_nothing_else(loss, train_ok, tmp_path):
+def test_run_writes_its_files_and_nothing_else(loss, train_ok, tmp_path):
     output = train_ok(*SHORT, f"loss={loss}", "eval_every=5", "warmup_steps=1")
     assert "Setting eval_every to 4" in output
     (run_dir,) = (tmp_path / "cache").glob(f"*/{loss}_tiny_*")
@@ -242,7 +242,7 @@ def test_a_run_writes_its_files_and_nothing_else(loss, train_ok, tmp_path):
     assert all(sample["sample"].startswith(sample["prompt"]) for sample in samples)
 
 
-def test_dpo_starts_at_ln_2_and_without_a_reference_it_does_not(train_ok, tmp_path):
+def test_dpo_starts_at_ln_2_unless_reference_free(train_ok, tmp_path):
     train_ok(*SHORT, "loss=dpo", f"local_run_dir={tmp_path}/dpo")
     first = read_jsonl(tmp_path / "dpo/metrics.jsonl")[0]
     assert first["loss/eval"] == pytest.approx(0.6931471805599453, abs=1e-7)
@@ -252,7 +252,7 @@ def test_dpo_starts_at_ln_2_and_without_a_reference_it_does_not(train_ok, tmp_pa
     assert first["rewards_eval/chosen"] == pytest.approx(0.1 * first["logps_eval/chosen"], rel=1e-6)
 
 
-def test_seed_sets_weights_and_order_and_repeats_exactly(train_ok, tmp_path):
+def test_same_seed_repeats_a_run_exactly(train_ok, tmp_path):
     losses = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train_ok(
@@ -300,7 +300,7 @@ def test_mixed_precision_computes_in_bfloat16_under_either_name(train_ok, tmp_pa
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
-def test_debug_saves_nothing(train_ok, tmp_path):
+def test_debug_saves_no_checkpoint(train_ok, tmp_path):
     output = train_ok(
         *SHORT, "debug=true", "wandb.enabled=true", "sample_during_eval=false", f"local_run_dir={tmp_path}/run"
     )
@@ -326,25 +326,24 @@ def test_wandb_without_an_account_logs_offline_and_says_how_to_upload(train_ok, 
         assert key in recorded
 
 
-def test_wandb_is_not_needed_when_it_is_off_and_named_when_it_is_on(run_python, train, tmp_path):
-    without = "import sys\nsys.modules['wandb'] = sys.modules['peft'] = None\n"
-    (tmp_path / "sitecustomize.py").write_text(without)
+def test_missing_wandb_matters_only_when_enabled(train, tmp_path):
+    script = train_after("import sys\nsys.modules['wandb'] = sys.modules['peft'] = None\n", tmp_path)
     run = [*SHORT, "sample_during_eval=false"]
-    command = [REPOSITORY / "train.py", *run, "wandb.enabled=false", "curves=false"]
-    assert run_python(*command, env={"PYTHONPATH": str(tmp_path)}).returncode == 0
-    result = train(*run, "wandb.enabled=true", script=train_after(without, tmp_path))
+    result = train(*run, script=script)
+    assert result.returncode == 0, result.stderr
+    result = train(*run, "wandb.enabled=true", script=script)
     assert result.returncode == 1
     assert "wandb.enabled=false" in result.stderr
 
 
-def test_hydra_sweeps_run_one_after_the_other(train_ok, tmp_path):
+def test_sweep_runs_each_job(train_ok, tmp_path):
     train_ok("-m", *SHORT, "loss=dpo", "loss.beta=0.1,0.5", "sample_during_eval=false", "debug=true")
     runs = sorted((tmp_path / "cache").glob("*/sweep_*/loss.beta-*"))
     assert len(runs) == 2
     assert [OmegaConf.load(run / "config.yaml").loss.beta for run in runs] == [0.1, 0.5]
 
 
-def test_a_model_that_cannot_share_prompts_says_so_and_trains_or_is_refused(train, tmp_path):
+def test_model_that_cannot_share_prompts_trains_without_or_is_refused(train, tmp_path):
     config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 2048}
     model_dir = tmp_path / "bloom"
     shutil.copytree(REPOSITORY / "assets" / "tiny", model_dir)

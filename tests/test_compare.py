@@ -1,4 +1,4 @@
-"""Runs side by side: the table, its formats, what can be compared, and a sweep from its beginning to its table."""
+"""Comparing runs: the table, its formats, what can be compared, and a whole sweep."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from reporting.runs import NoRuns, find_runs
 
 
 def write_run(directory: Path, accuracies: list[float], kl: bool = True, **config) -> str:
-    """A run with an evaluation before training, which has the best numbers, and others after it."""
+    """Write a run whose evaluation before training has the best numbers, followed by these accuracies."""
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(yaml.safe_dump({"local_run_dir": str(directory), **config}))
     lines = []
@@ -54,7 +54,7 @@ def test_rows_are_sorted_by_the_best_evaluation_and_show_it_beside_the_last(swee
     assert [Path(run.directory).name for run in by_loss.runs] == ["b", "a", "c"]
 
 
-def test_what_the_scale_of_the_loss_is_in_is_marked_only_where_it_differs(sweep, tmp_path):
+def test_columns_that_cannot_be_compared_are_starred(sweep, tmp_path):
     text = as_text(compare(find_runs([sweep])))
     assert "loss*" in text and "margin*" in text and "accuracy*" not in text and "KL/token*" not in text
     assert "not to be compared" in text
@@ -79,7 +79,7 @@ def test_csv_has_every_number_in_full_and_markdown_every_cell(sweep):
     assert lines[0].startswith("| run | loss.beta |") and "loss\\*" in lines[0]
 
 
-def test_what_cannot_be_compared_is_said(sweep, tmp_path, capsys):
+def test_runs_that_cannot_be_compared_are_an_error(sweep, tmp_path, capsys):
     assert main([sweep, "--sort", "nothing/eval"]).startswith("error: --sort nothing/eval: no such metric. There are: ")
     write_run(tmp_path / "untrained/a", [])
     assert "none of these runs has been evaluated" in main([f"{tmp_path}/untrained"])
@@ -89,7 +89,7 @@ def test_what_cannot_be_compared_is_said(sweep, tmp_path, capsys):
         compare([])
 
 
-def test_the_picture_has_a_row_for_each_run(sweep, tmp_path, monkeypatch):
+def test_picture_has_a_row_for_each_run(sweep, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     read = {}
@@ -111,7 +111,7 @@ def test_the_picture_has_a_row_for_each_run(sweep, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_sweep_with_a_job_that_fails_from_its_start_to_the_comparison(launcher, tmp_path, capsys):
+def test_sweep_with_a_failing_job_compares_the_others(launcher, tmp_path, capsys):
     """One directory, named jobs, one pass of the reference, and the table at its end."""
     run = [*TOY, "loss=dpo", "lora={r:4}", "n_examples=16", "eval_every=8", "lr=1e-2", "precompute_ref_log_probs=true"]
     sweep = ["loss.beta=0.05,0.1,0.5,-1", f"hydra.sweep.dir={tmp_path}/sweep"]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from fuzzing import fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -100,7 +100,7 @@ def command_lines(*overrides: st.SearchStrategy) -> st.SearchStrategy:
 
 
 def assert_names_a_key(output: str, words: list[str]):
-    """That it ends with one message, which tells which of the words is meant."""
+    """Check that it ends with one message that names one of the words."""
     assert "Traceback" not in output, (words, output)
     assert len(re.findall("^error: ", output, re.MULTILINE)) == 1, (words, output)
     message = output[re.search("^error: ", output, re.MULTILINE).start() :]
@@ -114,7 +114,7 @@ class Loads(BaseException):
 
 
 def refusal(words: list[str], directory: Path) -> str | None:
-    """What `train.py` says to a command line before it loads anything; None if it goes on to load."""
+    """Return the message that refuses a command line before anything is loaded; None if it is accepted."""
 
     def loads(*_):
         raise Loads
@@ -134,35 +134,41 @@ def refusal(words: list[str], directory: Path) -> str | None:
     raise AssertionError(f"{words}: it does nothing")
 
 
-@fuzz(30)
-@given(words=command_lines(nasty, removals, plausible))
-@example(words=["world_size=2"])
-@example(words=["+exp_name=x"])
-@example(words=["+model=0.5"])
-@example(words=["loss=${..lr}"])
-@example(words=["trainer=FSDPTrainer", "lora={trainable_token_indices:[1]}"])
-def test_before_anything_is_loaded_a_command_line_is_accepted_or_refused_by_name(words, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("typed")
-    message = refusal([*TINY, *words], directory)
-    if message is not None:
-        assert_names_a_key(message, words)
-    assert list(directory.iterdir()) == []
+@pytest.mark.parametrize("n_examples", exhaustive_except([10, 200], 10))
+def test_random_command_line_is_accepted_or_refused_before_anything_is_loaded(n_examples, tmp_path_factory):
+    @fuzz(n_examples)
+    @given(words=command_lines(nasty, removals, plausible))
+    @example(words=["world_size=2"])
+    @example(words=["+exp_name=x"])
+    @example(words=["+model=0.5"])
+    @example(words=["loss=${..lr}"])
+    @example(words=["trainer=FSDPTrainer", "lora={trainable_token_indices:[1]}"])
+    def check(words):
+        directory = tmp_path_factory.mktemp("typed")
+        message = refusal([*TINY, *words], directory)
+        if message is not None:
+            assert_names_a_key(message, words)
+        assert list(directory.iterdir()) == []
+
+    check()
 
 
-@fuzz(10)
-@given(words=command_lines(plausible))
-@example(words=["optimizer_args={eps:0}"])
-@example(words=["loss=dpo", "lora={trainable_token_indices:[1]}", "sample_during_eval=true"])
-def test_what_is_accepted_trains_to_its_end_with_finite_numbers_or_is_refused_by_name(
-    words, launcher, tmp_path_factory
-):
-    directory = tmp_path_factory.mktemp("trains")
-    code = launcher.run(*TINY, "local_run_dir=run", *words, directory=directory)
-    if code != 0:
-        assert code == 1
-        assert_names_a_key(launcher.output, words)
-        return
-    assert "Traceback" not in launcher.output
-    lines = read_jsonl(directory / "run/metrics.jsonl")
-    assert lines[-1]["split"] == "eval"
-    assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float)), words
+@pytest.mark.parametrize("n_examples", exhaustive_except([4, 60], 4))
+def test_accepted_command_line_trains_to_finite_numbers_or_is_refused_by_name(n_examples, launcher, tmp_path_factory):
+    @fuzz(n_examples)
+    @given(words=command_lines(plausible))
+    @example(words=["optimizer_args={eps:0}"])
+    @example(words=["loss=dpo", "lora={trainable_token_indices:[1]}", "sample_during_eval=true"])
+    def check(words):
+        directory = tmp_path_factory.mktemp("trains")
+        code = launcher.run(*TINY, "local_run_dir=run", *words, directory=directory)
+        if code != 0:
+            assert code == 1
+            assert_names_a_key(launcher.output, words)
+            return
+        assert "Traceback" not in launcher.output
+        lines = read_jsonl(directory / "run/metrics.jsonl")
+        assert lines[-1]["split"] == "eval"
+        assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float)), words
+
+    check()

@@ -4,11 +4,12 @@ import copy
 import math
 
 import pytest
+from conftest import REPOSITORY, exhaustive_except
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from commands.command_line import with_free_keys
+from commands.command_line import compose_config, with_free_keys
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR, default_config
 from losses import LOSSES
@@ -17,6 +18,7 @@ from utils import UserError, get_local_dir
 NUMBERS = [-1, 0, 0.5, 1, 3, 1000, 1e300, 1e-320, 2**80, math.nan, math.inf, -math.inf, -0.0]
 TEXTS = ["", " ", "x", "a b", "é", "1", "null"]
 VALUES = [None, True, False, *NUMBERS, *TEXTS, [], [1], ["x"], [None], {}, {"a": 1}]
+SOME_VALUES = [None, True, -1, 0, 0.5, 3, 1e300, math.nan, "", "x", [1], {"a": 1}]
 
 # What check_config lets pass; for the others, of their default's type, that is nothing but what stands below.
 POSITIVE_WHOLE = [1, 3, 1000]
@@ -47,7 +49,7 @@ ACCEPTED = {
     "trainer": [],
     "optimizer": [],
     "optimizer_args": [{}],
-    "warmup_steps": [0, 1, 3, 1000],
+    "warmup_steps": [0, 0.5, 1e-320, 1, 3, 1000],
     "shared_prompt": [True, False],
     "padding_free": [True, False],
     "max_tokens_per_microbatch": [None, *POSITIVE_WHOLE],
@@ -76,7 +78,7 @@ ACCEPTED = {
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory):
-    """The config of model=tiny with a loss, as composed."""
+    """A function that returns the composed config of model=tiny with a loss."""
     local = tmp_path_factory.mktemp("local")
 
     def compose_with(*overrides: str):
@@ -92,15 +94,16 @@ def same(value: object, other: object) -> bool:
     return type(value) is type(other) and repr(value) == repr(other)
 
 
+@pytest.mark.parametrize("values", exhaustive_except([SOME_VALUES, VALUES], SOME_VALUES), ids=["some", "all"])
 @pytest.mark.parametrize("key", default_config())
-def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, composed):
+def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, values, composed):
     default = default_config()[key]
     option = key.partition(".")[2] if key.startswith("loss.") else None
     loss = next(name for name in LOSSES if option in LOSSES[name].options) if option else "sft"
     accepted = ACCEPTED.get(key, [True, False] if isinstance(default, bool) else None)
     if key.startswith("dataset_paths."):
         accepted = TEXTS[2:]  # of datasets that are not asked for
-    for value in VALUES:
+    for value in values:
         config = composed(loss)
         passes = any(same(value, other) for other in accepted or [])
         try:
@@ -165,19 +168,19 @@ REFUSED = {  # what is typed: parts of the message
     "fp16=true": ["loss scaling", "model.policy_mp=bfloat16"],
     "model_name_or_path=x": ["model_name_or_path is called model.name_or_path here"],
     "dataset_name=x": ["dataset_name is called datasets here"],
-    "warmup_ratio=0.1": ["warmup_steps is the number of optimizer steps"],
+    "warmup_ratio=0.1": ["warmup_steps between 0 and 1 is a fraction of the steps"],
     "Seed=1": ["Did you mean seed?"],
 }
 LATE = {  # only once the model is there
     "optimizer=Adam optimizer_args={capturable:true}": ["optimizer=Adam", "capturable"],
     "optimizer=AdamW lr=1e38": ["lr=1e+38", "overflow"],
-    "lora={inference_mode:true}": ["nothing of the model is trained"],
+    "lora={inference_mode:true}": ["the model has no trainable parameters"],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("typed", {**REFUSED, **LATE})
-def test_what_is_typed_is_refused_by_one_message(typed, launcher, tmp_path):
+def test_mistyped_override_is_refused_by_one_message(typed, launcher, tmp_path):
     assert launcher.run("model=tiny", "datasets=[toy]", f"local_run_dir={tmp_path}/run", *typed.split()) == 1
     output = launcher.output
     assert "Traceback" not in output
@@ -190,13 +193,35 @@ def test_what_is_typed_is_refused_by_one_message(typed, launcher, tmp_path):
 
 
 @pytest.mark.slow
-def test_options_with_dashes_are_told_to_be_settings(launcher):
+def test_option_with_dashes_is_explained(launcher):
     assert launcher.run("model=tiny", "--learning_rate=1") == 2
     assert "unrecognized arguments: --learning_rate=1" in launcher.output
     assert "learning_rate is called lr here. Settings are given without dashes, as key=value" in launcher.output
 
 
 @pytest.mark.parametrize("directories", [[], [None], [""], "cache", None])
-def test_local_dirs_are_a_list_of_directories(directories):
+def test_local_dirs_must_be_a_list_of_directories(directories):
     with pytest.raises(UserError, match=r"local_dirs=.*: expected a list of directories"):
         get_local_dir(directories)
+
+
+# ---- recipes and models ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "config/experiment").glob("*.yaml")))
+def test_every_recipe_passes_the_check_and_says_how_it_is_typed(name):
+    text = (REPOSITORY / "config/experiment" / f"{name}.yaml").read_text()
+    assert f"python train.py +experiment={name}" in text
+    config = compose_config(f"+experiment={name}", "model=tiny", "datasets=[toy]", "wandb.enabled=false")
+    if not config.model.load_in_4bit:  # which needs a GPU
+        check_config(config)
+    assert config.loss.name == {"hh_pythia28_sft": "sft", "kto_unpaired": "kto"}.get(name, "dpo")
+
+
+@pytest.mark.parametrize("place", ["OWNER/NAME", "folder"])
+def test_model_may_be_a_path_or_a_hub_id(place, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = compose_config(f"model={place}", "model.revision=main")
+    assert (config.model.name_or_path, config.model.revision) == (place, "main")
+    assert compose_config("model=pythia28").model.name_or_path == "EleutherAI/pythia-2.8b"

@@ -20,7 +20,7 @@ from reporting.runs import NoRuns, find_runs, read_run
 
 
 def write_run(directory: Path, n: int = 40, loss=None, **config) -> Path:
-    """A run directory as training leaves it, with made-up numbers."""
+    """Write a run directory as training leaves it, with made-up numbers."""
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text("# inputs\n" + yaml.safe_dump({"max_grad_norm": 10.0, **config}))
     lines = []
@@ -42,7 +42,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def drawn_lines(runs, monkeypatch, tmp_path) -> dict[str, list]:
-    """By the panels' titles, the data of all lines with any, as matplotlib has them when the picture is saved."""
+    """Return the lines of each panel, by its title, as matplotlib has them when the picture is saved."""
     from matplotlib.figure import Figure
 
     panels = {}
@@ -59,7 +59,7 @@ def drawn_lines(runs, monkeypatch, tmp_path) -> dict[str, list]:
     return panels
 
 
-def test_the_picture_holds_the_runs_numbers(monkeypatch, tmp_path):
+def test_picture_shows_the_runs_numbers(monkeypatch, tmp_path):
     run = read_run(str(write_run(tmp_path / "run")))
     panels = drawn_lines([run], monkeypatch, tmp_path)
     assert len(panels) == 6
@@ -81,7 +81,7 @@ def test_smoothing_is_a_mean_over_the_last_values():
     assert curves.smoothed([1.0, 2.0], 1) == [1.0, 2.0]
 
 
-def test_runs_are_labelled_by_what_sets_them_apart(tmp_path):
+def test_runs_are_labelled_by_the_settings_that_differ(tmp_path):
     for beta in (0.1, 0.5):
         write_run(tmp_path / f"sweep/b{beta}", loss={"name": "dpo"}, exp_name=str(beta))
         path = tmp_path / f"sweep/b{beta}/config.yaml"
@@ -98,7 +98,7 @@ def test_runs_are_labelled_by_what_sets_them_apart(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_draws_one_run_or_several(run_python, tmp_path):
+def test_curves_command_draws_one_run_or_several(run_python, tmp_path):
     for name, lr in (("a", 1e-5), ("b", 2e-5)):
         write_run(tmp_path / name, lr=lr)
     env = {"PYTHONPATH": str(REPOSITORY)}
@@ -112,17 +112,17 @@ def test_the_command_draws_one_run_or_several(run_python, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_draws_its_picture(launcher, tmp_path):
+def test_training_draws_curves_png(launcher, tmp_path):
     run = [*SHORT, "loss=dpo", "sample_during_eval=false", "curves=true"]
     assert launcher.run(*run, f"local_run_dir={tmp_path}/run") == 0, launcher.output
     assert png_size(tmp_path / "run/curves.png")[0] == 1200
     assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
     assert "WARNING" not in launcher.output
-    assert "warmup_steps=150: in 2 steps lr isn't reached" in launcher.output
+    assert "warmup_steps=150 exceeds its 2 steps" in launcher.output
 
 
 @pytest.mark.slow
-def test_without_matplotlib_a_run_says_so_once(launcher, tmp_path):
+def test_missing_matplotlib_warns_once(launcher, tmp_path):
     script = train_after(
         "import importlib.util as u\nf = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else f(name, *rest)",
@@ -135,7 +135,7 @@ def test_without_matplotlib_a_run_says_so_once(launcher, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_in_drawing_is_told_once_and_nothing_more(tmp_path, capsys):
+def test_drawing_error_warns_once(tmp_path, capsys):
     write_run(tmp_path / "run")
     (tmp_path / "run/curves.png").mkdir()  # can't be replaced
     drawer = CurvesDrawer(str(tmp_path / "run"))
@@ -146,37 +146,41 @@ def test_what_goes_wrong_in_drawing_is_told_once_and_nothing_more(tmp_path, caps
 
 
 @pytest.mark.slow
-def test_training_never_waits_and_drawing_takes_its_share_alone(tmp_path, monkeypatch):
-    """Against a process that takes half a second: the drawer returns at once, and draws at most 2 % of the time."""
+def test_training_never_waits_for_drawing_and_drawing_keeps_to_its_share(tmp_path, monkeypatch):
+    """The drawing process here ends when its stdin is closed."""
     write_run(tmp_path / "run")
     started = []
     popen = subprocess.Popen
 
-    def slow(_command, **options):
-        started.append(time.monotonic())
-        return popen([sys.executable, "-c", "import time; time.sleep(0.5)"], **options)
+    def until_told(_command, **options):
+        started.append(popen([sys.executable, "-c", "import sys; sys.stdin.read()"], **options | {"stdin": stdin}))
+        return started[-1]
 
-    monkeypatch.setattr(drawing.subprocess, "Popen", slow)
+    monkeypatch.setattr(drawing.subprocess, "Popen", until_told)
+    stdin = subprocess.PIPE
     drawer = CurvesDrawer(str(tmp_path / "run"))
     drawer.notice(is_evaluation=True)
     assert not started  # a picture is believed to take 2 seconds, so 100 have to go by
-    drawer.start -= 100
-    before = time.monotonic()
+    drawer.start -= 100_000
     for _ in range(100):
         drawer.notice(is_evaluation=True)
-    assert len(started) == 1 and time.monotonic() - before < 0.4
-    deadline = time.monotonic() + 30
-    while drawer.process is not None and time.monotonic() < deadline:
-        drawer.notice(is_evaluation=False)
-        time.sleep(0.05)
-    assert drawer.process is None or len(started) == 2
-    assert drawer.spent <= drawing._SHARE * (time.monotonic() - drawer.start) + drawer.last
+    assert len(started) == 1 and started[0].poll() is None
+    started[0].stdin.close()
+    started[0].wait()
+    drawer.notice(is_evaluation=False)
+    assert len(started) == 2  # one was still due
+    started[1].stdin.close()
+    started[1].wait()
+    drawer.start = time.monotonic()  # the two have now taken more than their share
+    drawer.notice(is_evaluation=True)
+    assert len(started) == 2 and drawer.process is None
+    stdin = subprocess.DEVNULL
     drawer.finish()
-    assert drawer.process is None
+    assert len(started) == 3 and drawer.process is None
 
 
 @pytest.mark.slow
-def test_a_stopped_run_waits_a_moment_alone_and_leaves_nothing_half_drawn(tmp_path, monkeypatch, capsys):
+def test_stopped_run_waits_only_briefly_and_leaves_no_half_drawn_picture(tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     popen = subprocess.Popen
     script = "import os, time; open(f'curves.png.partial-{os.getpid()}', 'w').close(); time.sleep(600)"
@@ -187,7 +191,7 @@ def test_a_stopped_run_waits_a_moment_alone_and_leaves_nothing_half_drawn(tmp_pa
     monkeypatch.setattr(drawing.subprocess, "Popen", endless)
     before = time.monotonic()
     CurvesDrawer(str(tmp_path / "run")).finish(failed=True)
-    assert time.monotonic() - before < 60
+    assert time.monotonic() - before < 300
     assert os.listdir(tmp_path / "run") == []
     assert "WARNING: curves.png can't be drawn" in capsys.readouterr().out
 
@@ -198,7 +202,7 @@ def test_curves_need_no_torch(run_python, tmp_path):
     assert run_python("-c", script, env={"PYTHONPATH": str(REPOSITORY)}).stdout == "False\n"
 
 
-def test_a_run_that_has_logged_nothing_yet(tmp_path):
+def test_run_without_a_log_is_an_error(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("")
     with pytest.raises(NoRuns, match="nothing has been logged"):

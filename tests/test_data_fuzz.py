@@ -69,7 +69,7 @@ broken_lines = st.one_of(
 
 
 def check(name: str, content: bytes, n_rows: int | None):
-    """Both ways of treating bad rows, for all losses; `n_rows`: how many there are, where that is known."""
+    """Prepare the file for all losses, skipping and refusing bad rows; `n_rows`: number of rows, if known."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / name
         path.write_bytes(content)
@@ -102,7 +102,7 @@ def check(name: str, content: bytes, n_rows: int | None):
 
 
 def check_part(part):
-    """Each prompt can be used: a response ends once, pairs are of its responses."""
+    """Check each prompt: every response ends once, and pairs are of its responses."""
     for prompt in part:
         for ids in prompt.response_ids:
             assert len(ids) > 1 and ids[-1] == TOKENIZER.eos_token_id and ids.count(TOKENIZER.eos_token_id) == 1
@@ -117,7 +117,7 @@ def lines_of(rows: list[dict]) -> list[bytes]:
 
 @fuzz(6)
 @given(rows_of_any_format, st.lists(st.tuples(st.integers(0, 6), broken_lines), max_size=2), st.booleans())
-def test_json_lines(rows, broken, is_compressed):
+def test_random_json_lines_are_read_or_refused(rows, broken, is_compressed):
     lines = lines_of(rows)
     for place, line in broken:
         lines.insert(place, line)
@@ -129,7 +129,7 @@ def test_json_lines(rows, broken, is_compressed):
 
 @fuzz(6)
 @given(rows_of_any_format, st.integers(0, 400), st.binary(max_size=3), st.sampled_from(["json", "jsonl", "jsonl.gz"]))
-def test_files_that_are_cut_or_damaged(rows, position, damage, suffix):
+def test_damaged_files_are_read_or_refused(rows, position, damage, suffix):
     content = b"\n".join(lines_of(rows)) + b"\n" if suffix != "json" else json.dumps(rows, indent=1).encode()
     content = gzip.compress(content) if suffix.endswith("gz") else content
     position %= len(content)
@@ -139,7 +139,7 @@ def test_files_that_are_cut_or_damaged(rows, position, damage, suffix):
 
 @fuzz(6)
 @given(st.lists(st.lists(texts, min_size=1, max_size=4), min_size=1, max_size=5), st.sampled_from(["csv", "tsv"]))
-def test_separated_values(records, suffix):
+def test_random_csv_is_read_or_refused(records, suffix):
     buffer = io.StringIO()
     writer = csv.writer(buffer, delimiter="\t" if suffix == "tsv" else ",")
     writer.writerows([["prompt", "chosen", "rejected"], *records])
@@ -148,7 +148,7 @@ def test_separated_values(records, suffix):
 
 @fuzz(6)
 @given(rows_of_any_format)
-def test_parquet(rows):
+def test_random_parquet_is_read_or_refused(rows):
     try:
         table = pyarrow.Table.from_pylist(rows)
         buffer = io.BytesIO()
@@ -160,7 +160,7 @@ def test_parquet(rows):
 
 @fuzz(6)
 @given(st.lists(anything, max_size=4), rows_of_any_format)
-def test_rows_given_in_python(others, rows):
+def test_random_python_rows_are_kept_or_counted_as_bad(others, rows):
     given_ = [*rows, *others]
     with tempfile.TemporaryDirectory() as directory:
         try:

@@ -5,7 +5,7 @@ import math
 import os
 
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import REPOSITORY, exhaustive_except, read_jsonl
 from test_resume import SMALL
 
 EVALUATE = REPOSITORY / "evaluate.py"
@@ -49,8 +49,8 @@ def figures(line: dict) -> dict:
     return {key: value for key, value in line.items() if "eval" in key and not key.endswith("_ci95")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_figures_of_the_last_checkpoint_are_those_of_the_last_evaluation(kind, launcher, trained):
+@pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo", "sft", "a moving reference", "kto", "FSDP"))
+def test_evaluating_the_last_checkpoint_repeats_trainings_last_evaluation(kind, launcher, trained):
     run_dir = trained(kind)
     output = evaluate(launcher, f"run={run_dir}", n_workers=2 if "trainer" in str(KINDS[kind]) else 1)
     last = [line for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "eval"][-1]
@@ -60,7 +60,7 @@ def test_the_figures_of_the_last_checkpoint_are_those_of_the_last_evaluation(kin
     assert f"{last['loss/eval']:.4f}" in output
 
 
-def test_workers_give_one_process_s_figures(launcher, trained):
+def test_several_workers_give_the_figures_of_one(launcher, trained):
     run_dir = trained("dpo")
     expected = [line for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "eval"][-1]
     for trainer in ("FSDPTrainer", "TensorParallelTrainer"):
@@ -94,7 +94,7 @@ def test_rows_and_groups_add_up_to_the_means(launcher, trained):
     assert result["groups"]["dataset toy"]["loss/eval"] == pytest.approx(mean)
 
 
-def test_the_interval_of_an_accuracy_is_wilson_s():
+def test_accuracy_has_a_wilson_interval():
     from evaluation.evaluate import _interval
 
     # 8 of 10; worked out from the formula (0.8 + z²/20 ± z √(0.016 + z²/400)) / (1 + z²/10)
@@ -103,17 +103,17 @@ def test_the_interval_of_an_accuracy_is_wilson_s():
     assert 0.7 < low < high == pytest.approx(1.0)
 
 
-def test_all_checkpoints_make_a_curve_and_none_is_done_twice(launcher, trained):
+def test_checkpoint_all_evaluates_each_checkpoint_once(launcher, trained):
     run_dir = trained("lora")
     output = run_dir / "curve.jsonl"
     evaluate(launcher, f"run={run_dir}", "checkpoint=[step-8]", f"output={output}")
     assert "evaluated before" in evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}")
     assert [result["examples"] for result in read_jsonl(output)] == [8, 16]
-    evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}", "n_eval_examples=null")
-    assert [result["n_eval_examples"] for result in read_jsonl(output)] == [12, 12, 512, 512]
+    evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}", "n_eval_examples=20")
+    assert [result["n_eval_examples"] for result in read_jsonl(output)] == [12, 12, 20, 20]
 
 
-def test_a_model_without_a_run(launcher, trained, tmp_path):
+def test_model_without_a_run_is_evaluated(launcher, trained, tmp_path):
     run_dir = trained("dpo")
     weights = [f"model.archive={run_dir}/LATEST", f"reference_model.archive={run_dir}/step-8"]
     evaluate(launcher, *RUN, *weights, f"output={tmp_path}/o")
@@ -122,7 +122,7 @@ def test_a_model_without_a_run(launcher, trained, tmp_path):
     assert result["metrics"]["rewards_eval/margins"] != 0
 
 
-def test_other_data_that_is_too_small_to_train_on(launcher, trained, tmp_path):
+def test_data_too_small_to_train_on_is_evaluated(launcher, trained, tmp_path):
     rows = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(3)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = evaluate(launcher, f"run={trained('dpo')}", f"datasets=[{tmp_path}/mine.jsonl]", "n_eval_examples=null")
@@ -141,7 +141,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_can_t_be_evaluated_is_told_before_a_model_is_loaded(name, launcher, trained):
+def test_impossible_evaluation_is_refused_before_a_model_is_loaded(name, launcher, trained):
     overrides, message = BAD[name]
     run_dir = trained("dpo")
     before = sorted(os.listdir(run_dir))
@@ -153,7 +153,7 @@ def test_what_can_t_be_evaluated_is_told_before_a_model_is_loaded(name, launcher
     assert sorted(os.listdir(run_dir)) == before
 
 
-def test_a_damaged_checkpoint_is_refused(launcher, trained, tmp_path):
+def test_damaged_checkpoint_is_refused(launcher, trained, tmp_path):
     import shutil
 
     shutil.copytree(trained("sft"), tmp_path / "run")
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_refused(launcher, trained, tmp_path):
     assert "LATEST can't be used" in launcher.output
 
 
-def test_another_model_or_other_data_under_the_same_name_is_evaluated_again(launcher, trained, tmp_path):
+def test_changed_model_or_data_is_evaluated_again(launcher, trained, tmp_path):
     rows = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = [f"datasets=[{tmp_path}/mine.jsonl]", "n_eval_examples=null", f"output={tmp_path}/o"]
@@ -182,7 +182,7 @@ def test_another_model_or_other_data_under_the_same_name_is_evaluated_again(laun
     assert third["metrics"]["loss/eval"] != fourth["metrics"]["loss/eval"]
 
 
-def test_rows_of_sft_hold_what_is_imitated(launcher, trained, tmp_path):
+def test_sft_rows_hold_the_sft_target(launcher, trained, tmp_path):
     scored = [{"prompt": f"say {n}", "completions": [{"text": f" {n}", "score": 1}, {"text": f" best {n}", "score": 2},
               {"text": f" third {n}", "score": 0}]} for n in range(40)]  # fmt: skip
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
@@ -195,25 +195,39 @@ def test_rows_of_sft_hold_what_is_imitated(launcher, trained, tmp_path):
         assert "rejected" not in row
 
 
-def test_an_example_that_comes_several_times_counts_once_in_groups_and_intervals(launcher, trained, tmp_path):
-    """`n_eval_examples` above what the test split has asks for further passes."""
+def test_more_examples_than_the_split_has_are_the_whole_split(launcher, trained, tmp_path):
     rows = tmp_path / "rows.jsonl"
     pair = {"prompt": "The story was", "chosen": " long.", "rejected": " short, and rather clever."}
     rows.write_text("".join(json.dumps(pair | {"prompt": f"Story {i} was"}) + "\n" for i in range(6)))
-    common = [f"run={trained('dpo')}", f"datasets=[{rows}]", "test_fraction=0.6", "eval_batch_size=2"]
-    evaluate(launcher, *common, "n_eval_examples=null", f"output={tmp_path}/once.jsonl")
-    output = evaluate(launcher, *common, "n_eval_examples=40", f"output={tmp_path}/often.jsonl")
-    (once,), (often,) = read_jsonl(tmp_path / "once.jsonl"), read_jsonl(tmp_path / "often.jsonl")
-    n = once["n_eval_examples"]
-    assert (often["n_eval_examples"], often["n_different"], once["n_different"]) == (40, n, n)
-    assert f"40 evaluation examples ({n} different ones" in output
-    assert often["groups"] == once["groups"]
-    for name in ("loss/eval_ci95", "rewards_eval/accuracies_ci95"):
-        assert often["metrics"][name] == once["metrics"][name]
+    common = [f"run={trained('dpo')}", f"datasets=[{rows}]", "test_fraction=0.6"]
+    evaluate(launcher, *common, "eval_batch_size=2", "n_eval_examples=null", f"output={tmp_path}/all.jsonl")
+    evaluate(launcher, *common, "eval_batch_size=3", "n_eval_examples=40", f"output={tmp_path}/more.jsonl")
+    (whole,), (more,) = read_jsonl(tmp_path / "all.jsonl"), read_jsonl(tmp_path / "more.jsonl")
+    assert more["n_eval_examples"] == whole["n_eval_examples"] < 6
+    for name in ("loss/eval", "nll_eval/chosen"):
+        assert more["metrics"][name] == pytest.approx(whole["metrics"][name], rel=1e-6)
 
 
-def test_equal_values_of_what_is_no_share_have_an_interval_of_no_width():
-    import evaluate as module
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8], {"1 to 2": 2, "3 to 4": 2, "5 to 6": 2, "7 to 8": 2}),
+        ([5, 5, 5, 5, 5, 5, 5, 9], {"5 to 9": 8}),  # all quartiles but the last are 5
+        ([2, 2, 2, 2, 7, 7, 7, 7], {"2 to 6": 4, "7": 4}),
+        ([3, 3, 3], {"3": 3}),
+        ([4], {"4": 1}),
+    ],
+)
+def test_length_groups_partition_the_examples(lengths, expected):
+    from evaluation import evaluate as module
+
+    groups = module._length_buckets({i: {"lengths_eval/chosen": n} for i, n in enumerate(lengths)})
+    assert {name.split(" of ")[1].removesuffix(" tokens"): len(group) for name, group in groups.items()} == expected
+    assert sorted(i for group in groups.values() for i in group) == list(range(len(lengths)))
+
+
+def test_equal_values_have_an_interval_of_zero_width():
+    from evaluation import evaluate as module
 
     assert module._interval("rewards_eval/margins", [0.0, 0.0, 0.0]) == [0, 0]
     assert module._interval("rewards_eval/accuracies", [1.0, 1.0]) == module.wilson_interval(1.0, 2)

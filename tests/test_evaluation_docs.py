@@ -1,4 +1,4 @@
-"""Lines of docs/evaluation.md as they stand there: using a checkpoint elsewhere, and a reward model of one's own."""
+"""The code of docs/evaluation.md runs as it is written there."""
 
 import json
 import re
@@ -17,7 +17,7 @@ NOT_RUN = ("vllm serve", "hf upload")  # they need a GPU, or an account
 
 
 def blocks(heading: str) -> list[str]:
-    """The indented blocks of a section of docs/evaluation.md."""
+    """Return the indented blocks of a section of docs/evaluation.md."""
     text = (REPOSITORY / "docs/evaluation.md").read_text()
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return [
@@ -26,14 +26,13 @@ def blocks(heading: str) -> list[str]:
     ]
 
 
-def test_an_adapter_is_merged_loaded_and_written_smaller(trained, run_python, tmp_path):  # noqa: F811
+def test_documented_lines_merge_load_and_shrink_an_adapter(trained, launcher, tmp_path):  # noqa: F811
     merge, use, elsewhere = blocks("Use a checkpoint elsewhere")
-    words = merge.replace("RUN", str(trained("lora"))).split()
-    result = run_python(*words[1:], env={"PYTHONPATH": str(REPOSITORY)})
-    assert result.returncode == 0, result.stderr
-    result = run_python("-c", use)
-    assert result.returncode == 0, result.stderr
-    assert "Human: Hello!" in result.stdout
+    _, script, *words = merge.replace("RUN", str(trained("lora"))).split()
+    assert launcher.run(*words, script=REPOSITORY / script, directory=tmp_path, as_typed=True) == 0, launcher.output
+    (tmp_path / "use.py").write_text(use)
+    assert launcher.run(script=tmp_path / "use.py", directory=tmp_path, as_typed=True) == 0, launcher.output
+    assert "Human: Hello!" in launcher.output
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert smaller.dtype == torch.bfloat16 and merged.dtype == torch.float32
@@ -43,11 +42,11 @@ def test_an_adapter_is_merged_loaded_and_written_smaller(trained, run_python, tm
     assert all(line.startswith(NOT_RUN) for line in elsewhere.splitlines())
 
 
-def test_a_reward_model_that_the_lines_train_scores_responses(trained, run_python, launcher, tmp_path):  # noqa: F811
+def test_documented_lines_train_a_reward_model_that_scores_responses(trained, launcher, tmp_path):  # noqa: F811
     (training,) = [block for block in blocks("The whole way on real preferences") if block.startswith("import ")]
     shutil.copytree(trained("sft") / "LATEST", tmp_path / "sft/LATEST")
-    result = run_python("-c", training.replace("PATH", f"{ORACLE}/hh"), env={"PYTHONPATH": str(REPOSITORY)})
-    assert result.returncode == 0, result.stderr
+    (tmp_path / "training.py").write_text(training.replace("PATH", f"{ORACLE}/hh"))
+    assert launcher.run(script=tmp_path / "training.py", directory=tmp_path, as_typed=True) == 0, launcher.output
     lines = [{"prompt_index": i, "sample": 0, "prompt": "p", "response": text} for i, text in enumerate(("x", "y y"))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = [f"a={tmp_path}/a.jsonl", f"output={tmp_path}/v.jsonl", "judge=model", f"judge_model={tmp_path}/reward"]

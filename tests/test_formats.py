@@ -1,4 +1,4 @@
-"""Files of every format, as they are published: recognized, tokenized as written down here by hand, trained on."""
+"""Every published data format is recognized, tokenized as written here by hand, and trained on."""
 
 import gzip
 import io
@@ -51,7 +51,7 @@ SIDES = [("blue", "green"), ("gray", "blue")]  # chosen and rejected of the sky,
 
 
 def ultrafeedback(prompt: str, scores: dict[str, float]) -> dict:
-    """A row with the fields that openbmb/UltraFeedback has."""
+    """Return a row with the fields of openbmb/UltraFeedback."""
     completions = [
         {
             "annotations": {"helpfulness": {"Rating": "4", "Rationale": "Good."}},
@@ -231,7 +231,7 @@ def expected_ids(tokenizer, examples: list[tuple[str, ...]]) -> list[tuple[list[
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_tokens_of_each_format_are_those_written_by_hand(name, examples, tokenizer, tmp_path):
+def test_each_format_gives_the_tokens_written_by_hand(name, examples, tokenizer, tmp_path):
     loss, rows, _, expected = FORMATS[name]
     # another row, in the held-out part or not, as a dataset of one row has nothing to evaluate on
     (tmp_path / "train.jsonl").write_bytes(jsonl(rows))
@@ -240,7 +240,7 @@ def test_the_tokens_of_each_format_are_those_written_by_hand(name, examples, tok
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_kind_of_file_gives_the_same(name, examples, tokenizer, tmp_path):
+def test_every_kind_of_file_gives_the_same_examples(name, examples, tokenizer, tmp_path):
     (tmp_path / name).write_bytes(FILES[name])
     assert examples(f"{tmp_path}/{name}") == expected_ids(tokenizer, PAIRS)
 
@@ -282,7 +282,7 @@ REFUSED = {  # loss, rows, what the message says
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_loss_cannot_use_is_told_with_the_remedy(name, examples, tmp_path):
+def test_format_that_a_loss_cannot_use_is_refused_with_a_remedy(name, examples, tmp_path):
     loss, rows, message = REFUSED[name]
     (tmp_path / "train.jsonl").write_bytes(jsonl(rows))
     (tmp_path / "test.jsonl").write_bytes(jsonl(rows))
@@ -295,7 +295,7 @@ def test_what_a_loss_cannot_use_is_told_with_the_remedy(name, examples, tmp_path
 # ---- what rows say --------------------------------------------------------------------------------------------------
 
 
-def test_fields_maps_the_names_that_data_have(examples, tokenizer, tmp_path):
+def test_fields_maps_column_names(examples, tokenizer, tmp_path):
     rows = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"], "prompt": 5} for row in TEXTS]
     (tmp_path / "rows.jsonl").write_bytes(jsonl(rows))
     fields = {"prompt": "q", "chosen": "good", "rejected": "bad"}
@@ -304,7 +304,7 @@ def test_fields_maps_the_names_that_data_have(examples, tokenizer, tmp_path):
         examples(f"{tmp_path}/rows.jsonl", fields=fields | {"chosen": "goood"})
 
 
-def test_a_bad_first_row_does_not_decide_the_format(examples, tokenizer, tmp_path):
+def test_bad_first_row_does_not_decide_the_format(examples, tokenizer, tmp_path):
     _, rows, _, expected = FORMATS["preference, conversational"]
     bad = [rows[0] | {"chosen": "It is blue."}, rows[0] | {"chosen": []}, rows[0] | {"chosen": None}]
     (tmp_path / "rows.jsonl").write_bytes(jsonl([*bad, *rows, *rows]))
@@ -312,7 +312,7 @@ def test_a_bad_first_row_does_not_decide_the_format(examples, tokenizer, tmp_pat
     assert found == sorted(2 * expected_ids(tokenizer, expected))
 
 
-def test_dialogues_as_texts_are_divided_between_words(examples, tokenizer, tmp_path):
+def test_prompt_of_text_dialogues_ends_between_words(examples, tokenizer, tmp_path):
     rows = [{"chosen": "The sky is blue.", "rejected": "The sky is black."},
             {"chosen": "The sky is blue.\nSo it is.", "rejected": "The sky is blue.\nSorry."}]  # fmt: skip
     (tmp_path / "rows.jsonl").write_bytes(jsonl(rows))
@@ -323,13 +323,13 @@ def test_dialogues_as_texts_are_divided_between_words(examples, tokenizer, tmp_p
     ]
 
 
-def test_words_in_a_csv_that_often_stand_for_nothing_are_texts(examples, tokenizer, tmp_path):
+def test_csv_words_such_as_none_and_na_are_texts(examples, tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text('prompt,chosen,rejected\nq,None,NA\nr,null,"n/a"\n')
     decoded = [tuple(tokenizer.decode(ids) for ids in example) for example in examples(f"{tmp_path}/rows.csv")]
     assert sorted(decoded) == [("q", f"None{END}", f"NA{END}"), ("r", f"null{END}", f"n/a{END}")]
 
 
-def test_numbers_in_a_csv_are_texts(examples, tokenizer, tmp_path):
+def test_csv_numbers_are_texts(examples, tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\n1+1,2,3.50\n007,4,1e5\n")
     decoded = [tuple(tokenizer.decode(ids) for ids in example) for example in examples(f"{tmp_path}/rows.csv")]
     assert sorted(decoded) == [("007", f"4{END}", f"1e5{END}"), ("1+1", f"2{END}", f"3.50{END}")]

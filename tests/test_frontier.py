@@ -55,7 +55,7 @@ def make_model(dtype: torch.dtype, **settings) -> torch.nn.Module:
 
 @torch.no_grad()
 def plain_logps(model, prompt: list[int], responses: list[list[int]]) -> np.ndarray:
-    """Each response in a forward pass of its own row: (N,)."""
+    """Return each response's log-probability from a forward pass of its own: (N,)."""
     logps = []
     for response in responses:
         ids = torch.tensor([prompt + response])
@@ -79,7 +79,7 @@ def test_logps_of_the_whole_grammar_equal_plain_forwards(attention, tokenizer, a
 
 
 @pytest.mark.parametrize("max_row", [1, 5, 1000])
-def test_responses_of_different_lengths_and_rows_of_any_size(max_row):
+def test_response_tree_handles_any_lengths_and_row_sizes(max_row):
     # one is the beginning of others, one shares nothing, one is the end alone
     responses = [[5, 6, 0], [5, 0], [5, 6, 7, 8, 9, 0], [11, 12, 0], [0], [5, 6, 7, 8, 10, 0], [5, 6, 7, 0]]
     model = make_model(torch.float64)
@@ -103,14 +103,14 @@ def test_figures_equal_sums_over_all_responses(tokenizer, all_responses):
 
 
 def toy_frontier() -> Frontier:
-    """Of the toy task's own p as the reference."""
+    """Return the frontier with the toy task's own distribution as the reference."""
     slots = np.arange(4)
     logps = np.log(toy.word_distribution())[:, slots, toy.ALL_RESPONSES].sum(-1)
     return Frontier(logps, REWARDS, np.full(4096, 18))
 
 
 @pytest.mark.parametrize("beta", [4.0, 1.0, 0.5, 0.2])
-def test_the_optimum_has_all_of_its_own_gain_and_the_task_knows_it_too(beta):
+def test_optimum_has_the_whole_gain_and_equals_the_tasks_own(beta):
     best = toy_frontier()
     optimum = best.optimum(1 / beta)
     slots = np.arange(4)
@@ -122,7 +122,7 @@ def test_the_optimum_has_all_of_its_own_gain_and_the_task_knows_it_too(beta):
     assert best.at(1 / beta) == pytest.approx((figures.reward, figures.kl))
 
 
-def test_the_reference_has_none_of_the_gain_and_no_policy_has_more_than_all():
+def test_reference_has_no_gain_and_no_policy_more_than_all():
     best = toy_frontier()
     figures = best.figures(best.reference)
     assert figures.kl == pytest.approx(0, abs=1e-12)
@@ -135,7 +135,7 @@ def test_the_reference_has_none_of_the_gain_and_no_policy_has_more_than_all():
             assert (0.2 < fraction < 1) if gain == 1 else fraction < 0.5
 
 
-def test_beyond_the_frontier_s_end_its_end_counts():
+def test_reward_beyond_the_frontiers_end_is_that_of_its_end():
     best = Frontier(np.log([[0.5, 0.5]]), np.array([0.0, 1.0]), np.ones(2))
     assert best.reward_at(5.0) == pytest.approx(1)
     assert best.reward_at(0.0) == pytest.approx(0.5, abs=1e-3)
@@ -144,6 +144,7 @@ def test_beyond_the_frontier_s_end_its_end_counts():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokenizer, all_responses):
     trainer = make_trainer(
         "model=tiny", "datasets=[toy]", "loss=sft", "max_length=64", "max_prompt_length=32", "batch_size=32",
@@ -174,7 +175,7 @@ def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokeni
 # ---- the benchmark itself -------------------------------------------------------------------------------------------
 
 
-def test_step_sizes_are_of_the_first_step_whatever_the_loss_s_scale():
+def test_learning_rate_gives_every_loss_the_same_first_step():
     assert learning_rate(Run("dpo", 0.5), 18) == pytest.approx(2 * STEP_SIZE / 0.5, rel=1e-3)  # |∂/∂ log π| is β / 2
     assert learning_rate(Run("ipo", 0.1), 18) == pytest.approx(STEP_SIZE * 0.1, rel=1e-3)  # 2 · 1 / (2 τ)
     assert learning_rate(Run("cdpo", 1.0), 18) == pytest.approx(STEP_SIZE / (0.9 / 2 - 0.1 / 2), rel=2e-3)
@@ -184,7 +185,7 @@ def test_step_sizes_are_of_the_first_step_whatever_the_loss_s_scale():
     assert learning_rate(of_means, 18) == pytest.approx(learning_rate(Run("dpo", 1.0), 18), rel=1e-2)
 
 
-def test_every_loss_of_pairs_has_runs_that_its_options_allow():
+def test_every_pairwise_loss_has_runs_with_valid_options():
     for name in objectives():
         loss = LOSSES[Run(name, 1.0).loss]
         assert frontier.strength_option(name) in loss.options
@@ -193,7 +194,7 @@ def test_every_loss_of_pairs_has_runs_that_its_options_allow():
 
 
 @pytest.mark.slow
-def test_the_benchmark_trains_evaluates_reports_and_does_nothing_twice(tmp_path, monkeypatch):
+def test_frontier_benchmark_trains_evaluates_and_reports_once(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "SFT_LEGS", ((64, 1e-3), (128, 1e-4)))
     bench = Bench(tmp_path, "small")
     start = bench.starts["toy_length"]

@@ -1,5 +1,6 @@
 """`python train.py` with models and datasets by their ids, from a hub on loopback (see hub_server.py)."""
 
+import functools
 import gzip
 import io
 import json
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 from hub_server import TOKEN, Hub
 from launcher import train_after
 from test_cli import assert_refused
@@ -30,7 +31,7 @@ CARD = b"---\nlicense: mit\ntags:\n- human-feedback\n---\n# A dataset\n"
 
 
 def model_files() -> dict[str, bytes]:
-    """A small GPT-NeoX and its tokenizer, as a repository on the hub holds them."""
+    """Return a small GPT-NeoX and its tokenizer as the files of a hub repository."""
     return {path.name: path.read_bytes() for path in (ORACLE / "model").iterdir()}
 
 
@@ -54,7 +55,7 @@ def hh_files() -> dict[str, bytes]:
 
 
 def hh_viewer_info() -> dict:
-    """What the dataset viewer knows of it, whom the library asks for columns and numbers of rows."""
+    """Return the dataset viewer's information, which the library asks for columns and numbers of rows."""
     text = {"dtype": "string", "_type": "Value"}
     counts = {split: len(read_jsonl(ORACLE / f"hh/{split}.jsonl")) for split in ("train", "test")}
     splits = {split: {"name": split, "num_bytes": 1, "num_examples": n} for split, n in counts.items()}
@@ -102,14 +103,28 @@ def hub(bodies, hub_place):
         yield hub
 
 
+# the library retries soon, where by itself it waits up to 8 seconds each time
+IMPATIENT = """
+import time, types
+from huggingface_hub.utils import _http
+_http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 100)})
+"""
+
+
 @pytest.fixture
-def online(train_from_hub, train_alone, hub, hub_place):
+def impatient(train_from_hub, tmp_path_factory):
+    """As `train_from_hub`, but the library retries without waiting."""
+    return functools.partial(train_from_hub, script=train_after(IMPATIENT, tmp_path_factory.mktemp("impatient")))
+
+
+@pytest.fixture
+def online(impatient, train_alone, hub, hub_place):
     """Run the command line with this hub."""
 
     def run(*overrides: str, env: dict[str, str] | None = None, **kwargs):
         if "HF_HUB_OFFLINE" in (env or {}):  # it is read at imports
             return train_alone(*overrides, env={**hub_place.environment(), **env})
-        return train_from_hub(*overrides, env=env, **kwargs)
+        return impatient(*overrides, env=env, **kwargs)
 
     return run
 
@@ -129,7 +144,7 @@ def final_weights(tmp_path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "repo_id", "n_pairs"), [("hh", HH, 240), ("shp", SHP, None), ("se", SE, 297 * 3)])
-def test_dpo_on_a_dataset_by_id_as_typed(name, repo_id, n_pairs, online_ok, hub, bodies):
+def test_dpo_trains_on_named_datasets_from_the_hub(name, repo_id, n_pairs, online_ok, hub, bodies):
     if name != "hh":
         hub.repository("datasets", repo_id).commit(bodies[name])
     output = online_ok(*DPO, f"datasets=[{name}]")
@@ -145,7 +160,7 @@ def test_dpo_on_a_dataset_by_id_as_typed(name, repo_id, n_pairs, online_ok, hub,
     assert not any("red-team" in file for file in downloads)
 
 
-def test_what_a_hub_gives_trains_as_the_same_in_a_folder(online_ok, hub, bodies, tmp_path):
+def test_dataset_from_the_hub_trains_like_the_same_folder(online_ok, hub, bodies, tmp_path):
     path = tmp_path / "hh"
     for name, content in bodies["hh"].items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +175,7 @@ def test_what_a_hub_gives_trains_as_the_same_in_a_folder(online_ok, hub, bodies,
 
 
 def sharded(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
-    """The model's weights in several files with an index."""
+    """Replace the model's weights by several files with an index."""
     model = transformers.AutoModelForCausalLM.from_pretrained(ORACLE / "model")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     shards = {path.name: path.read_bytes() for path in (tmp_path / "sharded").glob("model*")}
@@ -168,7 +183,7 @@ def sharded(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
 
 
 def pickled(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
-    """The model's weights in pytorch_model.bin alone, as older repositories have them."""
+    """Replace the model's weights by a pytorch_model.bin, as in older repositories."""
     model, buffer = transformers.AutoModelForCausalLM.from_pretrained(ORACLE / "model"), io.BytesIO()
     torch.save(model.state_dict(), buffer)
     return {name: content for name, content in files.items() if name != "model.safetensors"} | {
@@ -177,7 +192,7 @@ def pickled(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", [sharded, pickled])
-def test_other_forms_of_weights_train_the_same(form, online_ok, hub, bodies, tmp_path):
+def test_sharded_and_pickled_weights_train_the_same(form, online_ok, hub, bodies, tmp_path):
     online_ok(*DPO, f"local_run_dir={tmp_path}/run")
     expected = final_weights(tmp_path)
     shutil.rmtree(tmp_path / "run")
@@ -187,7 +202,7 @@ def test_other_forms_of_weights_train_the_same(form, online_ok, hub, bodies, tmp
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
-def test_a_second_run_downloads_nothing_and_a_third_needs_no_hub(online_ok, hub):
+def test_second_run_downloads_nothing_and_third_needs_no_hub(online_ok, hub):
     output = online_ok(*DPO)
     assert hub.downloads().total() > 10
     hub.requests.clear()
@@ -202,8 +217,8 @@ def test_a_second_run_downloads_nothing_and_a_third_needs_no_hub(online_ok, hub)
         assert rows[0] == rows[1]  # but for the times
 
 
-@pytest.mark.parametrize("env", [{}, {"HF_HUB_OFFLINE": "1"}])
-def test_without_hub_and_cache_the_message_says_what_is_missing(env, online, hub, tmp_path):
+@pytest.mark.parametrize("env", exhaustive_except([{}, {"HF_HUB_OFFLINE": "1"}], {}))
+def test_unreachable_hub_without_cache_names_what_is_missing(env, online, hub, tmp_path):
     hub.stop()
     assert_refused(
         online(*DPO, env=env), tmp_path, f"model.name_or_path={PYTHIA}: We couldn't connect", "HF_HUB_OFFLINE unset"
@@ -238,7 +253,7 @@ REFUSALS = {  # what is asked for, the user's token, and the message
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_the_hub_does_not_give_is_named_with_the_remedy(case, online, hub, bodies, tmp_path):
+def test_gated_or_missing_repository_is_named_with_a_remedy(case, online, hub, bodies, tmp_path):
     overrides, token, parts = REFUSALS[case]
     hub.repository("models", LLAMA, gated=True).commit(bodies["model"])
     hub.repository("datasets", "a/gated", gated=True).commit(bodies["hh"])
@@ -248,17 +263,9 @@ def test_what_the_hub_does_not_give_is_named_with_the_remedy(case, online, hub, 
     assert message.count("\n") == 2  # cause and remedy
 
 
-def test_a_gated_model_trains_for_who_has_access(online_ok, hub, bodies):
+def test_gated_model_trains_with_a_granted_token(online_ok, hub, bodies):
     hub.repository("models", LLAMA, gated=True).commit(bodies["model"])
     online_ok("loss=dpo", "model=llama3-8b", "model.block_name=null", *SHORT, env={"HF_TOKEN": TOKEN})
-
-
-# the library tries again soon, where by itself it waits up to 8 seconds each time
-IMPATIENT = """
-import time, types
-from huggingface_hub.utils import _http
-_http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 100)})
-"""
 
 
 @pytest.mark.parametrize(
@@ -269,13 +276,13 @@ _http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time
         ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub is busy or out of order (500 for "),
     ],
 )
-def test_a_server_error_is_no_missing_file(word, part, online, hub, tmp_path):
+def test_server_error_is_not_reported_as_a_missing_file(word, part, online, hub, tmp_path):
     hub.status[word] = 500, ""
-    refused = online(*DPO, script=train_after(IMPATIENT, tmp_path))
+    refused = online(*DPO)
     assert_refused(refused, tmp_path, part, f"/{word})", "Start again later; what has come down is kept")
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(online_ok, hub, tmp_path):
+def test_interrupted_download_resumes(online_ok, hub, tmp_path):
     config = transformers.AutoConfig.from_pretrained(ORACLE / "model", hidden_size=384, intermediate_size=2048)
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "large")
@@ -294,9 +301,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(online_ok, hub, tmp_pat
         ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub ("),
     ],
 )
-def test_after_a_hub_that_went_away_the_next_start_downloads_only_what_is_missing(
-    file, part, train_from_hub, bodies, hub_place, tmp_path
-):
+def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, impatient, bodies, hub_place, tmp_path):
     files = sharded(bodies["model"], tmp_path)
     assert "model-00003-of-00003.safetensors" in files
 
@@ -309,23 +314,23 @@ def test_after_a_hub_that_went_away_the_next_start_downloads_only_what_is_missin
     with open_hub() as first:
         first.cut_off[file] = 1000
         first.on_cut_off = first.stop
-        refused = train_from_hub(*DPO)
+        refused = impatient(*DPO)
     assert_refused(refused, tmp_path, part, "can't be reached", "start again; what has come down is kept")
     with open_hub() as second:
-        result = train_from_hub(*DPO)
+        result = impatient(*DPO)
     assert result.returncode == 0, result.stderr[-2000:]
     before, after = first.downloads(), second.downloads()
     assert before.keys() & after.keys() == {file} and len(before) > 2
     assert set(before.values()) == set(after.values()) == {1} or before[file] > 1
 
 
-def test_of_several_workers_only_one_downloads_each_file(online_ok, hub):
-    online_ok(*DPO, "trainer=FSDPTrainer", "world_size=2")
+def test_only_one_of_several_workers_downloads_each_file(online_ok, hub):
+    online_ok(*DPO, "trainer=FSDPTrainer", "world_size=2", forks_workers=True)
     assert set(hub.downloads().values()) == {1}
     assert {"model.safetensors", "tokenizer.json", "helpful-base/train.jsonl.gz"} <= set(hub.downloads())
 
 
-def test_a_file_from_the_hub_that_is_damaged_is_named_with_its_copy(online, hub, bodies, tmp_path):
+def test_damaged_hub_file_is_named_with_its_cached_copy(online, hub, bodies, tmp_path):
     files = bodies["hh"] | {"helpful-base/train.jsonl.gz": bodies["hh"]["helpful-base/train.jsonl.gz"][:-20]}
     commit = hub.repository("datasets", HH).commit(files)
     name = f"hf://datasets/{HH}@{commit}/helpful-base/train.jsonl.gz"
@@ -340,7 +345,7 @@ def test_a_file_from_the_hub_that_is_damaged_is_named_with_its_copy(online, hub,
     assert f"snapshots/{commit}/helpful-base/train.jsonl.gz" in refused.stderr
 
 
-def test_saving_asks_the_hub_for_nothing(online_ok, hub):
+def test_saving_makes_no_hub_requests(online_ok, hub):
     online_ok(*DPO)
     asked = []
     for save_every in (16, 4):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ORACLE
+from conftest import ORACLE, exhaustive_except
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -24,7 +24,7 @@ LAST = "gpt_neox.final_layer_norm.weight"
 
 @pytest.fixture
 def hub_model(tmp_path, monkeypatch) -> str:
-    """The id of a model in the cache of this machine, whose tag v1 has other weights than its main branch."""
+    """Return the id of a cached hub model whose tag v1 has other weights than its main branch."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     root = type(tmp_path)(get_local_dir([f"{tmp_path}/cache"])) / "models--someone--small"
     for number, (revision, scale) in enumerate((("main", 1.0), ("v1", 2.0))):
@@ -41,7 +41,7 @@ def hub_model(tmp_path, monkeypatch) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_revision_is_of_policy_reference_and_tokenizer(dtype, make_trainer, hub_model):
+def test_revision_applies_to_policy_reference_and_tokenizer(dtype, make_trainer, hub_model):
     overrides = [*TOY, f"model.name_or_path={hub_model}", f"model.reference_dtype={dtype}"]
     newest, tagged = make_trainer(*overrides), make_trainer(*overrides, "model.revision=v1")
     for model in ("policy", "reference"):
@@ -56,7 +56,7 @@ def test_a_revision_is_of_policy_reference_and_tokenizer(dtype, make_trainer, hu
         make_trainer(*overrides, "model.revision=v2")
 
 
-def test_a_revision_is_of_no_other_model(make_trainer, hub_model):
+def test_revision_applies_to_no_other_model(make_trainer, hub_model):
     with pytest.raises(UserError, match=r"model\.revision=v1: model\.name_or_path=.* is a local folder"):
         make_trainer(*TOY, f"model.name_or_path={ORACLE}/model", "model.revision=v1")
     overrides = [f"model.name_or_path={hub_model}", "model.revision=v1", f"reference_model.name_or_path={ORACLE}/model",
@@ -70,7 +70,7 @@ def test_a_revision_is_of_no_other_model(make_trainer, hub_model):
 
 
 @pytest.mark.parametrize("reference", ["float32", "bfloat16"])
-def test_attention_is_computed_as_asked_with_the_same_numbers(reference, make_trainer):
+def test_attn_implementation_is_used_and_changes_no_numbers(reference, make_trainer):
     losses = {}
     for name in ("eager", "sdpa"):
         overrides = [f"model.name_or_path={ORACLE}/model", f"model.attn_implementation={name}"]
@@ -93,7 +93,7 @@ def test_attention_is_computed_as_asked_with_the_same_numbers(reference, make_tr
     ],
     ids=str,
 )
-def test_an_attention_that_cannot_be_is_refused(overrides, message, make_trainer):
+def test_unusable_attn_implementation_is_refused(overrides, message, make_trainer):
     if torch.cuda.is_available() and "needs a GPU" in message:
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match=message):
@@ -119,7 +119,7 @@ class OwnForCausalLM(GPTNeoXForCausalLM):
 
 @pytest.fixture
 def own_code(tmp_path) -> str:
-    """A model folder that brings code."""
+    """Write a model folder that contains code."""
     directory = shutil.copytree(ORACLE / "model", tmp_path / "own_model")
     (directory / "configuration_own.py").write_text(CONFIGURATION)
     (directory / "modeling_own.py").write_text(MODELING)
@@ -135,21 +135,19 @@ def own_code(tmp_path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
-def test_code_that_a_model_brings_runs_where_that_is_allowed_and_is_said(
-    trainer, own_code, train_from_hub, hub_place, tmp_path
-):
+@pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
+def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_from_hub, hub_place, tmp_path):
     overrides = [*TOY, f"model.name_or_path={own_code}", f"trainer={trainer}", f"local_run_dir={tmp_path}/run"]
     n_workers = 2 if trainer == "FSDPTrainer" else 1
     result = train_from_hub(*overrides, n_workers=n_workers)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "model.trust_remote_code=true runs the code that it brings" in result.stderr
+    assert "model.trust_remote_code=true runs the model's own code with your rights" in result.stderr
     assert not list(hub_place.home.rglob("modules/**/modeling_own.py"))
 
     result = train_from_hub(*overrides, "model.trust_remote_code=true", n_workers=n_workers)
     assert result.returncode == 0, result.stdout + result.stderr
-    says = f"model.trust_remote_code=true: running code of {own_code}: configuration_own.OwnConfig, modeling_own.OwnFor"
+    says = f"model.trust_remote_code=true: running the code of {own_code}: configuration_own.OwnConfig, modeling_own"
     assert result.stdout.count(says) == (1 if trainer == "BasicTrainer" else 2)  # the reference is a copy, or loaded
     assert "trust_remote_code: true" in (tmp_path / "run/config.yaml").read_text()
     latest = tmp_path / "run/LATEST"
@@ -168,9 +166,20 @@ def test_code_that_a_model_brings_runs_where_that_is_allowed_and_is_said(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("status", "code"), [(401, "GatedRepo"), (403, "GatedRepo"), (401, "RepoNotFound"), (403, "")])
-@pytest.mark.parametrize("key", ["model.name_or_path", "model.archive", "model.tokenizer_name_or_path"])
-def test_a_model_that_the_hub_refuses_names_the_token(status, code, key, train_from_hub, hub_place):
+@pytest.mark.parametrize(
+    ("key", "status", "code"),
+    exhaustive_except(
+        (
+            (key, *refusal)
+            for key in ("model.name_or_path", "model.archive", "model.tokenizer_name_or_path")
+            for refusal in ((401, "GatedRepo"), (403, "GatedRepo"), (401, "RepoNotFound"), (403, ""))
+        ),
+        lambda case: case[0] == "model.name_or_path",
+        ("model.archive", 401, "GatedRepo"),
+        ("model.tokenizer_name_or_path", 401, "RepoNotFound"),
+    ),
+)
+def test_model_refused_by_the_hub_names_the_token(key, status, code, train_from_hub, hub_place):
     model = [] if key == "model.name_or_path" else [f"model.name_or_path={ORACLE}/model"]
     with Hub(hub_place) as hub:
         hub.status[""] = status, code

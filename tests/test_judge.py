@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ORACLE, REPOSITORY, read_jsonl
+from launcher import wait_until
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from evaluation.chat_completions import RateLimit, retry_after
@@ -56,7 +57,7 @@ def judge(launcher, files, tmp_path):
 
 @pytest.fixture
 def refused(launcher, files, tmp_path):
-    """The message of a run of `judge.py` that can't be."""
+    """Run `judge.py` with a mistake; returns its output."""
 
     def run(*overrides: str, files: list[str] = files) -> str:
         env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": ""}
@@ -73,14 +74,14 @@ def refused(launcher, files, tmp_path):
 # ---- statistics -----------------------------------------------------------------------------------------------------
 
 
-def test_wilson_interval():
+def test_wilson_interval_matches_hand_computed_values():
     # 8 of 10: (0.8 + 3.8415/20 ± 1.96 sqrt(0.016 + 3.8415/400)) / 1.38415
     assert wilson_interval(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
     assert wilson_interval(0.0, 4) == pytest.approx([0, 0.4899], abs=1e-4)  # z²/(n + z²)
     assert wilson_interval(1.0, 4) == pytest.approx([0.5101, 1], abs=1e-4)
 
 
-def test_length_control_finds_what_length_is_not():
+def test_length_control_recovers_the_length_free_win_rate():
     generator = np.random.default_rng(0)
     difference = generator.integers(-100, 300, 20_000)
     scale = math.sqrt(np.mean(difference.astype(float) ** 2))
@@ -93,7 +94,7 @@ def test_length_control_finds_what_length_is_not():
     assert low < rate < high
 
 
-def test_a_judge_that_prefers_the_longer_answer_prefers_none_of_equal_length():
+def test_length_biased_judge_has_no_preference_at_equal_length():
     longer = [10 * n for n in range(10, 30)]
     rate, (low, high) = length_controlled([1.0] * 20, longer)  # 100 %
     assert rate == pytest.approx(0.5, abs=0.1)
@@ -103,7 +104,7 @@ def test_a_judge_that_prefers_the_longer_answer_prefers_none_of_equal_length():
     assert rate == pytest.approx(0.5, abs=0.1)
 
 
-def test_length_control_where_length_says_nothing():
+def test_length_control_changes_nothing_without_length_effects():
     assert length_controlled([1.0, 0.0, 0.5, 1.0, 1.0] * 20, [0] * 100)[0] == pytest.approx(0.7, abs=0.01)
     won, (low, _) = length_controlled([1.0] * 40, [-20, 20] * 20)
     assert won > 0.95
@@ -113,7 +114,7 @@ def test_length_control_where_length_says_nothing():
 # ---- files, prompts, answers ----------------------------------------------------------------------------------------
 
 
-def test_other_forms_of_files_go_with_samples(tmp_path):
+def test_alpaca_and_rows_files_match_samples(tmp_path):
     prompts = ["p0", "p1"]
     samples = {(i, k): Response(prompts[i], f"{i}/{k}") for i in (0, 1) for k in (0, 1)}
     (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": p, "output": f"o {p}"} for p in prompts]))
@@ -130,7 +131,7 @@ def test_other_forms_of_files_go_with_samples(tmp_path):
     ]  # fmt: skip
 
 
-def test_alpaca_eval_s_instruction_is_the_last_message():
+def test_alpaca_instruction_matches_the_last_message():
     roles = {"hi": "user", "?": "assistant", "x": "user"}
     messages = [{"role": role, "content": content} for content, role in roles.items()]
     alpaca = {(0, None): Response([{"role": "user", "content": "x"}], "o")}
@@ -139,7 +140,7 @@ def test_alpaca_eval_s_instruction_is_the_last_message():
         match({(0, 0): Response(messages[:1], "r")}, alpaca, False)
 
 
-def test_what_has_no_partner_is_an_error_or_counted():
+def test_unmatched_responses_are_an_error_or_counted():
     one = {(i, 0): Response("p", "t") for i in (0, 1, 2)}
     other = {(i, 0): Response("p", "u") for i in (1, 3)}
     with pytest.raises(
@@ -153,7 +154,7 @@ def test_what_has_no_partner_is_an_error_or_counted():
         match({(0, 0): Response("p", "t")}, other, True)
 
 
-def test_a_template_is_filled_with_texts_as_they_are(tmp_path):
+def test_judge_prompt_takes_texts_verbatim(tmp_path):
     (tmp_path / "t").write_text('{"json": {}} {prompt}|{a}|{b}')
     task = Task(Pair(0, 0, "say {a}", " one {b} \\1", "two"), "b")
     assert fill(load_template(str(tmp_path / "t")), task) == '{"json": {}} say {a}|two|one {b} \\1'
@@ -172,11 +173,11 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_the_last_line_that_is_a_verdict_decides(answer):
+def test_last_verdict_line_decides(answer):
     assert read_verdict(answer) == ANSWERS[answer]
 
 
-def test_requests_start_evenly_and_wait_where_they_are_told_to():
+def test_rate_limit_spaces_requests_and_honours_pauses():
     limit, start = RateLimit(6000), time.monotonic()
     for _ in range(5):
         limit.wait()
@@ -222,7 +223,7 @@ def test_verdicts_of_a_command_are_counted(judge, command, tmp_path):
     assert summary["first_wins"] == sum(firsts) / 6
 
 
-def test_both_orders_of_a_judge_with_a_rule_agree(judge, command, launcher):
+def test_both_orders_of_a_rule_based_judge_agree(judge, command, launcher):
     summary = judge("judge=command", command, "both_orders=true")
     assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 2, 4)
     assert summary["agreement"] == 1
@@ -230,7 +231,7 @@ def test_both_orders_of_a_judge_with_a_rule_agree(judge, command, launcher):
     assert "both orders agree" in launcher.output
 
 
-def test_one_order_can_be_followed_by_both(judge, command, tmp_path, launcher):
+def test_both_orders_reuse_the_verdicts_of_one(judge, command, tmp_path, launcher):
     judge("judge=command", command)
     summary = judge("judge=command", command, "both_orders=true")
     assert "7 verdicts are there" in launcher.output
@@ -247,7 +248,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_that(name, refused, judge, command, tmp_path):
+def test_faulty_judge_command_is_reported_and_can_be_repeated(name, refused, judge, command, tmp_path):
     script, message = COMMANDS[name]
     (tmp_path / "c.sh").write_text(script)
     assert message in refused("judge=command", "judge_command='sh c.sh'")
@@ -261,7 +262,7 @@ def test_a_command_that(name, refused, judge, command, tmp_path):
 
 
 class Endpoint:
-    """An OpenAI-compatible one on loopback: `answer(prompt number, texts)` is a text, or a status with headers."""
+    """An OpenAI-compatible server on loopback; `answer(number, a, b)` returns a text, or status, headers and body."""
 
     def __init__(self):
         self.seen: list[tuple[int, str, str]] = []
@@ -311,7 +312,7 @@ class Endpoint:
         return ["judge=openai", f"judge_url=http://127.0.0.1:{port}/v1", "judge_model=m", "judge_prompt=t.txt"]
 
     def times(self, number: int) -> int:
-        """How often it was asked about a prompt."""
+        """Return how often the endpoint was asked about a prompt."""
         return sum(seen[0] == number for seen in self.seen)
 
     @staticmethod
@@ -357,7 +358,7 @@ def test_verdicts_of_an_endpoint_are_counted(judge, endpoint, launcher, tmp_path
     assert len(endpoint.seen) == 7
 
 
-def test_a_judge_that_says_first_finds_no_winner(judge, endpoint, launcher, tmp_path):
+def test_judge_that_always_says_first_finds_no_winner(judge, endpoint, launcher, tmp_path):
     endpoint.answer = lambda *_: "More helpful: A"
     both = judge(*endpoint.options, "both_orders=true", "judge_args.temperature=null")
     assert both["win_rate"] == 0.5
@@ -370,7 +371,7 @@ def test_a_judge_that_says_first_finds_no_winner(judge, endpoint, launcher, tmp_
     assert (one["wins"], one["losses"], one["first_wins"]) == (n_first, 7 - n_first, 1)
 
 
-def test_what_fails_is_asked_again_and_then_counted_as_failed(judge, endpoint, launcher, tmp_path):
+def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, launcher, tmp_path):
     def answer(number: int, a: str, b: str):
         n = endpoint.times(number)
         if number == 0 and n == 1:
@@ -384,11 +385,12 @@ def test_what_fails_is_asked_again_and_then_counted_as_failed(judge, endpoint, l
         if number == 5:
             return 400, {}, "too long"
         if number == 6:
-            time.sleep(1.5)
+            released.wait(60)
         return endpoint.longer(number, a, b)
 
-    endpoint.answer = answer
-    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=0.5")
+    endpoint.answer, released = answer, threading.Event()
+    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=3")
+    released.set()
     first, again = (moment for moment, seen in zip(endpoint.moments, endpoint.seen, strict=True) if seen[0] == 0)
     assert again - first >= 2  # as Retry-After says; by itself it would be a second
     kinds = {"no verdict in the answer": 1, "no chat completion": 1, "HTTP 400": 1, "timeout": 1}
@@ -399,12 +401,12 @@ def test_what_fails_is_asked_again_and_then_counted_as_failed(judge, endpoint, l
     assert "4 pairs FAILED and are not counted" in launcher.output
     assert summary["input_tokens"] == 100 * 5  # with the two answers that had no verdict
     endpoint.answer = endpoint.longer
-    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=0.5")
+    summary = judge(*endpoint.options, "judge_retries=1")
     assert (summary["wins"], summary["ties"], summary["losses"], summary["failures"]) == (2, 2, 4, {})
     assert [endpoint.times(number) for number in range(8)] == [2, 2, 3, 3, 0, 2, 3, 1]
 
 
-def test_a_pair_with_one_order_failed_is_not_judged(judge, endpoint):
+def test_pair_with_one_order_failed_is_not_judged(judge, endpoint):
     endpoint.answer = lambda number, a, b: (
         (400, {}, "no") if (number, a) == (1, A[1]) else endpoint.longer(number, a, b)
     )
@@ -413,7 +415,7 @@ def test_a_pair_with_one_order_failed_is_not_judged(judge, endpoint):
     assert (summary["n_failed"], summary["failures"]) == (1, {"HTTP 400": 1})
 
 
-def test_a_kill_loses_no_verdict_and_asks_for_none_twice(judge, endpoint, launcher, tmp_path):
+def test_killed_judge_loses_no_verdict_and_repeats_none(judge, endpoint, launcher, tmp_path):
     n = 40
     write_samples(tmp_path / "a.jsonl", ["x" * (i + 1) for i in range(n)])
     write_samples(tmp_path / "b.jsonl", ["y" * (n - i) for i in range(n)])
@@ -425,14 +427,11 @@ def test_a_kill_loses_no_verdict_and_asks_for_none_twice(judge, endpoint, launch
     endpoint.answer = answer
     run = ["a=a.jsonl", "b=b.jsonl", "output=v.jsonl", *endpoint.options, "judge_concurrency=2"]
     launcher.start(*run, script=JUDGE, directory=tmp_path, of_training=False, env={"NO_PROXY": "127.0.0.1"})
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (tmp_path / "v.jsonl").exists() and (tmp_path / "v.jsonl").read_text().count("\n") >= 8:
-            break
-        time.sleep(0.01)
+    verdicts = tmp_path / "v.jsonl"
+    wait_until(lambda: verdicts.exists() and verdicts.read_text().count("\n") >= 8)
     launcher.kill(signal.SIGKILL)
     assert launcher.wait() == -signal.SIGKILL
-    time.sleep(0.2)
+    wait_until(lambda: endpoint.running == 0)
     kept = read_jsonl(tmp_path / "v.jsonl")
     assert 8 <= len(kept) < n
     n_asked = len(endpoint.seen)
@@ -447,14 +446,14 @@ def test_a_kill_loses_no_verdict_and_asks_for_none_twice(judge, endpoint, launch
     assert (summary["wins"], summary["ties"], summary["losses"]) == (20, 0, 20)  # 20 x at i = 19, and 21 y
 
 
-def test_an_endpoint_that_refuses_ends_it(refused, endpoint):
+def test_refusing_endpoint_ends_the_command(refused, endpoint):
     endpoint.answer = lambda *_: (401, {}, "bad key")
     output = refused(*endpoint.options)
     assert "answers 401 for judge_model=m: bad key\ncheck OPENAI_API_KEY" in output
     assert len(endpoint.seen) <= 8
 
 
-def test_all_failed_is_an_error(refused, endpoint):
+def test_no_successful_verdict_is_an_error(refused, endpoint):
     endpoint.answer = lambda *_: (400, {}, "no")
     assert "error: no pair could be judged: 7 HTTP 400" in refused(*endpoint.options)
 
@@ -472,7 +471,7 @@ def test_verdicts_of_other_settings_or_texts_are_not_mixed(judge, refused, endpo
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
-    """A function that saves a model whose score is cos(π · the last token's id / 512), and says where."""
+    """A function that saves a model whose score is cos(π · the last token's id / 512) and returns its path."""
 
     def save(n_labels: int = 1, pad: bool = True, chat_template: str | None = None):
         path = tmp_path_factory.mktemp("reward_model")
@@ -500,7 +499,7 @@ def expected_score(text: str) -> float:
 
 
 @pytest.mark.parametrize("kind", ["one score", "two classes", "no padding"])
-def test_the_higher_score_wins(kind, judge, reward_model, tmp_path, launcher):
+def test_higher_reward_wins(kind, judge, reward_model, tmp_path, launcher):
     path = reward_model(2 if kind == "two classes" else 1, kind != "no padding")
     summary = judge("judge=model", f"judge_model={path}", "judge_batch_size=6")
     lines = read_jsonl(tmp_path / "v.jsonl")
@@ -515,7 +514,7 @@ def test_the_higher_score_wins(kind, judge, reward_model, tmp_path, launcher):
     assert ("has no padding token" in launcher.output) == (kind == "no padding")
 
 
-def test_messages_are_scored_as_the_chat_template_writes_them(judge, refused, reward_model, tmp_path):
+def test_messages_are_scored_through_the_chat_template(judge, refused, reward_model, tmp_path):
     for name, responses in (("a.jsonl", A), ("b.jsonl", B)):
         rows = [{"instruction": f"say {i}", "output": text} for i, text in enumerate(responses)]
         (tmp_path / name).write_text(json.dumps(rows))
@@ -528,7 +527,7 @@ def test_messages_are_scored_as_the_chat_template_writes_them(judge, refused, re
     assert judge("judge=model", f"judge_model={path}", template)["n_judged"] == 8
 
 
-def test_texts_beyond_the_model_s_positions_are_cut_and_that_is_said(judge, reward_model, tmp_path, launcher):
+def test_texts_longer_than_the_reward_model_are_truncated_with_a_warning(judge, reward_model, tmp_path, launcher):
     write_samples(tmp_path / "a.jsonl", ["long " * 400 + A[0], *A[1:]])
     judge("judge=model", f"judge_model={reward_model()}")
     assert "1 of 14 texts are cut, prompt and response, to the last 256 tokens" in launcher.output
@@ -537,7 +536,7 @@ def test_texts_beyond_the_model_s_positions_are_cut_and_that_is_said(judge, rewa
 
 
 @pytest.mark.parametrize("pad", [True, False])
-def test_without_b_responses_are_scored_alone(pad, judge, reward_model, tmp_path, launcher):
+def test_responses_without_opponents_are_scored_alone(pad, judge, reward_model, tmp_path, launcher):
     options = ["judge=model", f"judge_model={reward_model(pad=pad)}", "judge_batch_size=3"]
     summary = judge(*options, files=["a=a.jsonl", "output=v.jsonl"])
     scores = {line["prompt_index"]: line["scores"] for line in read_jsonl(tmp_path / "v.jsonl")}
@@ -551,7 +550,7 @@ def test_without_b_responses_are_scored_alone(pad, judge, reward_model, tmp_path
     assert "8 scores are there" in launcher.output
 
 
-def test_a_summary_knows_how_a_was_drawn_and_its_kl(judge, command, tmp_path):
+def test_summary_records_sampling_settings_and_kl(judge, command, tmp_path):
     origin = {"run": "dpo", "checkpoint": "LATEST", "examples": 9, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     lines = [{**line, **origin, "policy_logps": -5.0, "reference_logps": -5.0 - i % 2}
              for i, line in enumerate(read_jsonl(tmp_path / "a.jsonl"))]  # fmt: skip
@@ -605,7 +604,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_told_before_anything_is_asked(name, refused, files, tmp_path):
+def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp_path):
     overrides, message = BAD[name]
     lines = (tmp_path / "b.jsonl").read_text().splitlines(keepends=True)
     contents = {
@@ -625,5 +624,5 @@ def test_bad_input_is_told_before_anything_is_asked(name, refused, files, tmp_pa
     assert {file: (tmp_path / file).read_text() for file in contents} == contents  # all are left as they are
 
 
-def test_a_sweep_is_refused(refused, files):
+def test_judge_sweep_is_refused(refused, files):
     assert "-m sweeps over train.py alone" in refused(*OPENAI, files=["-m", *files])

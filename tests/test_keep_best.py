@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from test_cli import CHECKPOINT_FILES, TOY
 from test_resume import assert_same_run
 
@@ -28,9 +28,14 @@ def evaluations(run_dir) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("metric", "pick"), [("loss/eval", min), ("rewards_eval/accuracies", max), ("logps_eval/rejected", min)]
+    ("metric", "pick"),
+    exhaustive_except(
+        [("loss/eval", min), ("rewards_eval/accuracies", max), ("logps_eval/rejected", min)],
+        ("loss/eval", min),
+        ("rewards_eval/accuracies", max),
+    ),
 )
-def test_the_best_checkpoint_stays_beside_the_newest(metric, pick, launcher, tmp_path):
+def test_best_checkpoint_stays_beside_the_newest(metric, pick, launcher, tmp_path):
     run = [*RUN, f"keep_best={metric}", "keep_checkpoints=1", "save_every=64", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, launcher.output
     values = {n: line[metric] for n, line in evaluations(tmp_path / "run").items() if n > 0}
@@ -44,7 +49,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(metric, pick, launcher, tmp
     assert json.loads((tmp_path / "run/LATEST/state.json").read_text())["best"] == {metric: values[best_at]}
 
 
-def test_the_best_may_be_the_last_and_is_a_checkpoint_to_start_from(launcher, tmp_path):
+def test_best_checkpoint_may_be_the_last_and_can_be_started_from(launcher, tmp_path):
     run = [*RUN, "keep_best=logps_eval/chosen", "lr=1e-4", "n_examples=8"]
     assert launcher.run(*run, f"local_run_dir={tmp_path}/run") == 0, launcher.output
     assert os.readlink(tmp_path / "run/BEST") == "step-8"
@@ -52,13 +57,13 @@ def test_the_best_may_be_the_last_and_is_a_checkpoint_to_start_from(launcher, tm
     assert launcher.run(*again) == 0, launcher.output
 
 
-def test_a_run_ends_after_so_many_worse_evaluations_and_is_complete(launcher, tmp_path):
+def test_stop_when_worse_ends_and_completes_the_run(launcher, tmp_path):
     run = [*RUN, "stop_when_worse=2", "keep_best=lengths_eval/chosen", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, (
         launcher.output
     )  # the lengths stay as they are: no evaluation is better than the first
     assert list(evaluations(tmp_path / "run")) == [0, 8, 16, 24]
-    assert "Ending here: lengths_eval/chosen was best after 8 examples" in launcher.output
+    assert "Stopping early: lengths_eval/chosen was best after 8 examples" in launcher.output
     assert "2 evaluations since were worse" in " ".join(launcher.output.split())
     state = json.loads((tmp_path / "run/LATEST/state.json").read_text())
     assert (state["complete"], state["examples"], state["worse"]) == (True, 24, 2)
@@ -70,15 +75,13 @@ def test_a_run_ends_after_so_many_worse_evaluations_and_is_complete(launcher, tm
     assert max(evaluations(tmp_path / "run")) == 64
 
 
-def test_both_survive_a_kill_at_any_moment(launcher, tmp_path):
+def test_best_checkpoint_and_early_stopping_survive_kills(launcher, tmp_path):
     run = [*RUN, "keep_best=loss/eval", "stop_when_worse=3", "keep_checkpoints=1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert launcher.run(*run, f"local_run_dir={whole}") == 0, launcher.output
     for pause in (0.0, 0.25, 0.6):
         launcher.start(*run, f"local_run_dir={cut}", "resume=auto")
-        deadline = time.monotonic() + 60
-        while "Writing to" not in launcher.output and time.monotonic() < deadline:
-            time.sleep(0.01)
+        launcher.wait_for("Writing to|This run is complete")
         time.sleep(pause)
         launcher.kill(signal.SIGKILL)
         launcher.wait()
@@ -87,7 +90,7 @@ def test_both_survive_a_kill_at_any_moment(launcher, tmp_path):
     assert os.readlink(cut / "BEST") == os.readlink(whole / "BEST")
 
 
-def test_a_link_that_a_crash_has_left_behind_is_put_right(launcher, tmp_path):
+def test_best_link_left_by_a_crash_is_repaired(launcher, tmp_path):
     run = [*RUN, "keep_best=lengths_eval/chosen", "n_examples=32", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, launcher.output
     os.rename(tmp_path / "run/BEST", tmp_path / "run/BEST.replaced")
@@ -99,8 +102,8 @@ def test_a_link_that_a_crash_has_left_behind_is_put_right(launcher, tmp_path):
     assert os.readlink(tmp_path / "run/BEST") == "step-8"
 
 
-@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
-def test_workers_agree_on_the_best(trainer, launcher, tmp_path):
+@pytest.mark.parametrize("trainer", exhaustive_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
+def test_workers_agree_on_the_best_checkpoint(trainer, launcher, tmp_path):
     run = [*RUN, "keep_best=loss/eval", "stop_when_worse=1", f"trainer={trainer}", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run, n_workers=2) == 0, launcher.output
     values = {n: line["loss/eval"] for n, line in evaluations(tmp_path / "run").items() if n > 0}
@@ -117,12 +120,12 @@ def test_workers_agree_on_the_best(trainer, launcher, tmp_path):
         (["loss=sft", "keep_best=rewards_eval/accuracies"], ["no metric of these evaluations"]),
     ],
 )
-def test_what_is_no_metric_is_refused(overrides, parts, train, tmp_path):
+def test_unknown_metric_for_keep_best_is_refused(overrides, parts, train, tmp_path):
     result = train(*TOY, "loss=dpo", *overrides)
     assert result.returncode == 1 and all(part in result.stderr for part in parts), result.stderr
 
 
-def test_names_that_a_config_may_give_are_those_that_evaluations_have(make_trainer):
+def test_keep_best_accepts_exactly_the_metrics_of_evaluations(make_trainer):
     from losses import LOSSES
     from reporting.metric_names import evaluation_metrics
 
@@ -135,7 +138,7 @@ def test_names_that_a_config_may_give_are_those_that_evaluations_have(make_train
         assert names == set(evaluation_metrics(LOSSES[trainer.config.loss.name], trainer.config))
 
 
-def test_equal_is_not_better_and_another_metric_begins_anew(make_trainer):
+def test_equal_metric_is_not_better_and_a_new_metric_starts_over(make_trainer):
     config = make_trainer(*TOY, "loss=dpo", "n_examples=4", "keep_best=loss/eval").config
     state = TrainState(examples=0, metrics={"loss/eval": 0.1, "nll_eval/chosen": 2.0})
     best.judge(state, config)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 from transformers import AutoTokenizer
 
 from data.batches import mismatch
@@ -17,7 +17,7 @@ KTO = [
 ]  # fmt: skip
 
 
-def test_every_prompt_has_another_prompts_responses_beside_its_own():
+def test_kto_pairs_every_prompt_with_another_prompts_responses():
     tokenizer = AutoTokenizer.from_pretrained(ORACLE / "model")
     tokenizer.pad_token = tokenizer.eos_token
     paths = {"hh": str(ORACLE / "hh")}
@@ -36,7 +36,7 @@ def test_every_prompt_has_another_prompts_responses_beside_its_own():
     assert (texts[0] + texts[1])[:5] == mismatch(whole[0])["chosen"]
 
 
-def test_the_estimate_is_the_mean_log_ratio_of_other_prompts_responses(make_trainer):
+def test_kl_estimate_is_the_mean_log_ratio_of_mismatched_responses(make_trainer):
     trainer = make_trainer(*KTO)
     batch = next(iter(trainer.train_iterator))
     assert trainer.estimate_kl(batch).item() == pytest.approx(0, abs=1e-12)
@@ -52,28 +52,29 @@ def test_the_estimate_is_the_mean_log_ratio_of_other_prompts_responses(make_trai
     assert not estimate.requires_grad
 
 
+WAYS = {
+    "accumulated": ["gradient_accumulation_steps=4"],
+    "two rows": ["shared_prompt=false"],
+    "FSDP": ["trainer=FSDPTrainer", "gradient_accumulation_steps=2"],
+    "TP": ["trainer=TensorParallelTrainer"],
+}
+
+
 @pytest.mark.slow
-def test_accumulation_and_workers_give_the_numbers_of_one_batch_on_one(launcher, tmp_path):
-    runs = {
-        "one": [],
-        "accumulated": ["gradient_accumulation_steps=4"],
-        "two rows": ["shared_prompt=false"],
-        "FSDP": ["trainer=FSDPTrainer", "gradient_accumulation_steps=2"],
-        "TP": ["trainer=TensorParallelTrainer"],
-    }
-    lines = {}
-    for name, overrides in runs.items():
+@pytest.mark.parametrize("way", exhaustive_except(WAYS, "accumulated", "FSDP"))
+def test_kto_with_accumulation_or_workers_gives_the_numbers_of_one_batch(way, launcher, tmp_path):
+    lines = []
+    for name, overrides in (("one", []), (way, WAYS[way])):
         n_workers = 2 if "trainer" in "".join(overrides) else 1
         code = launcher.run(*KTO, *overrides, f"local_run_dir={tmp_path}/{name}", n_workers=n_workers)
         assert code == 0, launcher.output
-        lines[name] = read_jsonl(tmp_path / name / "metrics.jsonl")
-    assert lines["one"][0]["loss/eval"] == pytest.approx(0.5, abs=1e-9)  # (1 - σ(0) + 1 - σ(0)) / 2
-    assert lines["one"][-1]["loss/eval"] != pytest.approx(0.5, abs=1e-3)
-    for name, of_run in lines.items():
-        for line, expected in zip(of_run, lines["one"], strict=True):
-            for key in line.keys() - {"split", "examples_per_second", "tokens_per_second"}:
-                if "accuracies" not in key:
-                    assert line[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6), (name, key)
+        lines.append(read_jsonl(tmp_path / name / "metrics.jsonl"))
+    assert lines[0][0]["loss/eval"] == pytest.approx(0.5, abs=1e-9)  # (1 - σ(0) + 1 - σ(0)) / 2
+    assert lines[0][-1]["loss/eval"] != pytest.approx(0.5, abs=1e-3)
+    for expected, line in zip(*lines, strict=True):
+        for key in line.keys() - {"split", "examples_per_second", "tokens_per_second"}:
+            if "accuracies" not in key:
+                assert line[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6), key
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,6 @@ def test_accumulation_and_workers_give_the_numbers_of_one_batch_on_one(launcher,
     ],
     ids=str,
 )
-def test_what_cannot_be_estimated_is_refused(overrides, message, make_trainer):
+def test_kto_without_a_possible_kl_estimate_is_refused(overrides, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer(*KTO, *overrides)

@@ -21,10 +21,12 @@ LEVELS = [  # modules and folders; each imports from those below it alone, a fol
     {"config_checks"},
     {"preference_datasets"},
     {"references", "optimization"},
-    {"data", "reporting"},
+    {"data"},
+    {"reporting"},
     {"distributed"},
     {"log_probabilities", "losses"},
     {"utils"},
+    {"printing", "storage"},
 ]
 FOLDERS = [path.parent for path in REPOSITORY.glob("*/__init__.py")]
 MODULES = {  # their syntax trees by their names

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, REPOSITORY, trainers_in
+from conftest import ORACLE, REPOSITORY, exhaustive_except, trainers_in
 from safetensors.torch import load_file, save_file
 from test_checkpoints import CONFIGS, LAYER_BUFFERS
 from transformers import AutoModelForCausalLM
@@ -24,7 +24,7 @@ RUN = ["datasets=[toy]", "n_examples=8", "n_eval_examples=8", "max_length=64", "
 
 @pytest.fixture
 def model_dir(tmp_path):
-    """The recorded runs' model: a folder of 4 files, to be damaged."""
+    """A copy of the recorded runs' model folder, to be damaged."""
     return shutil.copytree(ORACLE / "model", tmp_path / "model")
 
 
@@ -63,7 +63,7 @@ MISFITS = {  # what is done to weights and config.json, and what the error says
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_a_base_model_whose_weights_do_not_fit_is_refused(name, make_oracle, model_dir):
+def test_base_model_whose_weights_do_not_fit_is_refused(name, make_oracle, model_dir):
     edit, settings, message = MISFITS[name]
     if edit is not None:
         edit_weights(model_dir / "model.safetensors", edit)
@@ -74,7 +74,7 @@ def test_a_base_model_whose_weights_do_not_fit_is_refused(name, make_oracle, mod
     assert str(caught.value).count("\n") <= 11
 
 
-def test_an_archive_that_is_a_model_folder_is_held_to_the_same(make_oracle, model_dir, tmp_path):
+def test_model_folder_given_as_archive_must_fit_too(make_oracle, model_dir, tmp_path):
     archive = shutil.copytree(model_dir, tmp_path / "archive")
     edit_json(archive / "config.json", num_hidden_layers=1)
     with pytest.raises(UserError, match=rf"model\.archive={archive} doesn't fit the model.*\n  left over: gpt_neox"):
@@ -82,7 +82,7 @@ def test_an_archive_that_is_a_model_folder_is_held_to_the_same(make_oracle, mode
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
+def test_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
     config = CONFIGS[name]
     model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path)
@@ -103,7 +103,7 @@ def test_a_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
     assert "left aside" not in capsys.readouterr().out
 
 
-def test_a_head_that_the_model_lacks_is_left_aside_and_said(model_dir, capsys):
+def test_extra_head_is_ignored_with_a_message(model_dir, capsys):
     edit_weights(model_dir / "model.safetensors", lambda s: {**s, "v_head.summary.weight": torch.ones(1, 64)})
     load_pretrained(str(model_dir), "model.name_or_path=x", dtype=torch.float32)
     assert "model.name_or_path=x: left aside, as GPTNeoXForCausalLM has no such part: v_head.summary.weight" in (
@@ -111,7 +111,7 @@ def test_a_head_that_the_model_lacks_is_left_aside_and_said(model_dir, capsys):
     )
 
 
-def test_tied_weights_are_in_the_files_once(tmp_path):
+def test_tied_weights_are_saved_once_and_required(tmp_path):
     model = AutoModelForCausalLM.from_config(CONFIGS["gpt2-large"])
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -144,7 +144,7 @@ BROKEN_MODELS = {  # a file of the model's folder, and what it holds instead
 
 
 @pytest.mark.parametrize("name", BROKEN_MODELS)
-def test_a_malformed_model_folder_is_an_error_that_names_it(name, make_oracle, model_dir):
+def test_malformed_model_folder_is_named(name, make_oracle, model_dir):
     file, text = BROKEN_MODELS[name]
     (model_dir / file).write_text(text)
     key = "the tokenizer" if file.startswith("tokenizer") else "model.name_or_path="
@@ -152,7 +152,7 @@ def test_a_malformed_model_folder_is_an_error_that_names_it(name, make_oracle, m
         make_oracle()
 
 
-def test_a_pickled_model_that_is_something_else_is_refused_without_advice_to_run_it(make_oracle, model_dir):
+def test_pickle_that_is_no_model_is_refused_without_advice_to_run_it(make_oracle, model_dir):
     (model_dir / "model.safetensors").unlink()
     for value in (print, [1], {"x": print}, {"gpt_neox.embed_in.weight": 3}):
         torch.save(value, model_dir / "pytorch_model.bin")
@@ -164,7 +164,7 @@ def test_a_pickled_model_that_is_something_else_is_refused_without_advice_to_run
         make_oracle()
 
 
-def test_base_weights_that_are_not_finite_are_named(make_oracle, model_dir):
+def test_non_finite_base_weights_are_named(make_oracle, model_dir):
     edit_weights(model_dir / "model.safetensors", lambda s: {**s, LAST: s[LAST] / 0 * 0})
     with pytest.raises(UserError, match=f"model.name_or_path={model_dir}: weights that are NaN .* in float32: {LAST}"):
         make_oracle()
@@ -181,7 +181,7 @@ def test_weights_that_the_references_dtype_cannot_hold_are_named(make_oracle, mo
 
 
 def with_one(tensor):
-    """A whole state dict in which one tensor is another."""
+    """Return an edit of a state dict that changes one tensor."""
     return lambda state: {**state, LAST: tensor(state[LAST])}
 
 
@@ -208,7 +208,7 @@ def state(model_dir):
 
 
 @pytest.mark.parametrize("name", BAD_STATES)
-def test_an_archive_of_another_kind_is_an_error_that_names_what_is_wrong(name, make_oracle, state, tmp_path):
+def test_bad_archive_state_is_refused_with_its_reason(name, make_oracle, state, tmp_path):
     edit, message = BAD_STATES[name]
     torch.save({"step_idx": 1, "state": edit(state), "metrics": {}}, tmp_path / "bad.pt")
     with pytest.raises(UserError, match=rf"(?s)model\.archive={tmp_path}/bad\.pt.*{message}"):
@@ -231,7 +231,7 @@ def test_an_archive_of_another_kind_is_an_error_that_names_what_is_wrong(name, m
     ],
     ids=str,
 )
-def test_a_file_that_is_no_archive_is_refused_without_advice_to_run_it(content, make_oracle, tmp_path):
+def test_file_that_is_no_archive_is_refused_without_advice_to_run_it(content, make_oracle, tmp_path):
     if isinstance(content, bytes):
         (tmp_path / "bad.pt").write_bytes(content)
     else:
@@ -242,14 +242,14 @@ def test_a_file_that_is_no_archive_is_refused_without_advice_to_run_it(content, 
     assert "trust" not in str(caught.value)
 
 
-def test_an_archive_in_another_floating_dtype_loads(make_oracle, state, tmp_path):
+def test_archive_in_another_floating_dtype_loads(make_oracle, state, tmp_path):
     half = {key: tensor.half() for key, tensor in state.items()}
     torch.save({"step_idx": 1, "state": half, "metrics": {}}, tmp_path / "half.pt")
     policy = make_oracle(f"model.archive={tmp_path}/half.pt").policy
     assert torch.equal(policy.state_dict()[FIRST], half[FIRST].float())
 
 
-def test_an_untied_archive_of_a_tied_model_is_refused(make_trainer, tmp_path):
+def test_untied_archive_of_a_tied_model_is_refused(make_trainer, tmp_path):
     shutil.copytree(REPOSITORY / "assets" / "tiny", tmp_path / "gpt2")
     config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=64, vocab_size=2048, bos_token_id=0,
                                      eos_token_id=0)  # fmt: skip
@@ -276,7 +276,7 @@ def new_adapter(tmp_path_factory):
 
 @pytest.fixture
 def adapter(new_adapter, tmp_path):
-    """A copy of it, to be damaged."""
+    """A copy of `new_adapter` to be damaged."""
     return shutil.copytree(new_adapter, tmp_path / "adapter")
 
 
@@ -295,15 +295,15 @@ BROKEN_ADAPTERS = {
 
 
 @pytest.mark.parametrize("name", BROKEN_ADAPTERS)
-@pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_a_malformed_adapter_is_an_error_that_names_it(name, loss, make_oracle, adapter):
+@pytest.mark.parametrize("loss", exhaustive_except(["sft", "dpo"], "dpo"))
+def test_malformed_adapter_is_named(name, loss, make_oracle, adapter):
     file, text = BROKEN_ADAPTERS[name]
     (adapter / file).write_text(text)
     with pytest.raises(UserError, match=rf"model\.adapter={adapter}: "):
         make_oracle(f"model.adapter={adapter}", f"loss={loss}")
 
 
-def test_adapter_weights_that_are_something_else_are_refused_without_advice_to_run_them(make_oracle, adapter):
+def test_pickle_that_is_no_adapter_is_refused_without_advice_to_run_it(make_oracle, adapter):
     (adapter / "adapter_model.safetensors").unlink()
     for value in (print, {"x": print}, [1], {"x": 1}, {1: torch.ones(1)}):
         torch.save(value, adapter / "adapter_model.bin")
@@ -325,7 +325,7 @@ def test_adapter_weights_that_are_something_else_are_refused_without_advice_to_r
     ],
     ids=["missing", "left over", "NaN", "shapes"],
 )
-def test_an_adapter_that_does_not_fit_is_refused(edit, message, make_oracle, adapter):
+def test_adapter_that_does_not_fit_is_refused(edit, message, make_oracle, adapter):
     edit_weights(adapter / "adapter_model.safetensors", edit)
     with pytest.raises(UserError, match=rf"(?s)model\.adapter={adapter}: .*{message}"):
         make_oracle(f"model.adapter={adapter}")
@@ -353,9 +353,9 @@ BAD_LORA = {
     "lora={modules_to_save:embed_in}": r"lora\.modules_to_save=embed_in: expected a list of names",
     "lora={target_parameters:[foo]}": r"target_parameters.*no 'foo'\. It has: .*dense\.weight",
     "lora={rank_pattern:{foo:4}}": r"lora=.*rank_pattern",
-    "lora={layers_to_transform:[0,99]}": r"lora=.*the model has the numbers 0 to 1 alone",
-    "lora={trainable_token_indices:[]}": r"lora=.*the model has the numbers 0 to \d+ alone",
-    "lora={trainable_token_indices:{embed_in:[-1]}}": r"lora=.*the model has the numbers 0 to \d+ alone",
+    "lora={layers_to_transform:[0,99]}": r"lora=.*the model has only the numbers 0 to 1 alone",
+    "lora={trainable_token_indices:[]}": r"lora=.*the model has only the numbers 0 to \d+ alone",
+    "lora={trainable_token_indices:{embed_in:[-1]}}": r"lora=.*the model has only the numbers 0 to \d+ alone",
     "lora={fan_in_fan_out:true}": r"lora=.*fan_in_fan_out is set to True but",
     "lora={loftq_config:{loftq_bits:4}}": r"lora=.*will be ignored",
     "lora={ensure_weight_tying:true}": r"lora=.*no tied modules",
@@ -372,12 +372,12 @@ BAD_LORA = {
 
 
 @pytest.mark.parametrize("override", BAD_LORA)
-def test_a_value_that_lora_cannot_have_is_an_error_that_names_it(override, make_oracle):
+def test_impossible_lora_value_is_named(override, make_oracle):
     with pytest.raises(UserError, match=rf"(?s)lora.*{BAD_LORA[override]}|^{BAD_LORA[override]}"):
         make_oracle(override)
 
 
-def test_names_that_exist_are_taken(make_oracle):
+def test_lora_accepts_module_names_that_exist(make_oracle):
     overrides = ["lora={r:2,target_modules:[dense],modules_to_save:[embed_in],exclude_modules:[layers.1.mlp.dense]}"]
     with pytest.raises(UserError, match=r"no 'layers\.1\.mlp\.dense'"):
         make_oracle(*overrides)
@@ -407,12 +407,12 @@ def test_names_that_exist_are_taken(make_oracle):
     ],
     ids=str,
 )  # fmt: skip
-def test_optimizer_arguments_and_dtypes_that_cannot_work(overrides, message, make_trainer):
+def test_impossible_optimizer_arguments_and_dtypes_are_refused(overrides, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer("model=tiny", *RUN, *overrides)
 
 
-def test_optimizer_arguments_that_can(make_trainer):
+def test_valid_optimizer_arguments_are_accepted(make_trainer):
     for overrides in (
         ["optimizer_args={foreach:false,momentum:1,centered:true}"],
         ["optimizer=Adam", "optimizer_args={betas:[0.9,0.95],foreach:null}"],
@@ -442,7 +442,7 @@ def lora_run(make_oracle, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_merged_model_has_the_umasks_permissions(lora_run, tmp_path):
+def test_merged_model_has_the_umasks_permissions(lora_run, tmp_path):
     result = merge(lora_run, tmp_path / "merged", umask=0o027)
     assert result.returncode == 0, result.stderr
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "merged").iterdir()}
@@ -451,7 +451,7 @@ def test_a_merged_model_has_the_umasks_permissions(lora_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failed_merge_leaves_nothing_and_says_why(lora_run, launcher, tmp_path):
+def test_failed_merge_leaves_nothing_and_says_why(lora_run, launcher, tmp_path):
     (tmp_path / "file").write_text("")
     before = sorted(path.name for path in tmp_path.iterdir())
     for output, edit, message in (
@@ -473,7 +473,7 @@ def test_a_failed_merge_leaves_nothing_and_says_why(lora_run, launcher, tmp_path
         assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_what_torch_says_of_pickles_is_shortened_to_the_reason(tmp_path):
+def test_torch_pickle_errors_are_shortened_to_their_reason(tmp_path):
     torch.save(print, tmp_path / "x.pt")
     with pytest.raises(Exception) as caught:
         torch.load(tmp_path / "x.pt", weights_only=True)

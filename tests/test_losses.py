@@ -41,7 +41,7 @@ def test_batch_logps_of_uniform_logits_count_the_labels():
     assert _get_batch_logps(logits, labels, average_log_prob=True).item() == pytest.approx(-math.log(4))
 
 
-def test_losses_where_policy_and_reference_agree():
+def test_losses_at_the_reference_have_their_known_values():
     logps = [torch.tensor([-3.0]), torch.tensor([-5.0])] * 2
     assert preference_loss(*logps, beta=0.1)[0].item() == pytest.approx(math.log(2))
     assert preference_loss(*logps, beta=0.1, label_smoothing=0.3)[0].item() == pytest.approx(math.log(2))
@@ -56,7 +56,7 @@ def test_rewards_carry_no_gradient():
     assert not rejected_rewards.requires_grad
 
 
-def test_what_a_loss_takes_is_what_its_signature_names():
+def test_loss_inputs_and_options_come_from_its_signature():
     assert LOSSES["sft"].inputs == ("policy_chosen_logps",)
     assert list(LOSSES["sft"].options) == ["average_log_prob"]
     assert list(LOSSES["dpo"].options) == ["beta", "label_smoothing", "reference_free", "average_log_prob"]
@@ -67,13 +67,13 @@ def test_what_a_loss_takes_is_what_its_signature_names():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_yaml_holds_the_options_that_the_signature_declares_with_their_defaults(name):
+def test_loss_yaml_holds_the_options_and_defaults_of_the_signature(name):
     yaml = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "loss" / f"{name}.yaml"))
     assert yaml == {"name": name, **{key: option.default for key, option in LOSSES[name].options.items()}}
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_each_loss_has_a_row_in_the_docs_with_its_options_and_is_named_in_the_readme(name):
+def test_each_loss_is_documented_with_its_options(name):
     (row,) = re.findall(rf"^\| `loss={name}` \|.*", (REPOSITORY / "docs/objectives.md").read_text(), re.MULTILINE)
     for key, option in LOSSES[name].options.items():
         assert f"`{key}` {str(option.default).lower()}" in row or key == "average_log_prob"
@@ -105,7 +105,7 @@ def reference_of_one(policy_chosen_logps, reference_chosen_logps):
         (reference_of_one, "policy_rejected_logps"),
     ],
 )
-def test_a_signature_that_declares_what_there_is_not_is_an_error(function, message):
+def test_loss_signature_with_unknown_inputs_is_an_error(function, message):
     with pytest.raises(TypeError, match=message):
         Loss(function)
 

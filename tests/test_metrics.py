@@ -1,4 +1,4 @@
-"""What metrics are measured beside the original's, and that they are what their names say."""
+"""The metrics that the original lacks, against their definitions."""
 
 import math
 
@@ -18,7 +18,7 @@ DPO = [*SHORT, "loss=dpo", "sample_during_eval=false"]
 
 @pytest.fixture
 def trainer(make_trainer):
-    """A policy that has left its reference, so that nothing is 0."""
+    """A trainer whose policy differs from its reference, so that no metric is 0."""
     trainer = make_trainer(*DPO, "batch_size=8")
     torch.manual_seed(1)
     with torch.no_grad():
@@ -28,7 +28,7 @@ def trainer(make_trainer):
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_each_is_what_its_name_says(averaged, trainer):
+def test_lengths_nll_and_log_ratios_match_their_definitions(averaged, trainer):
     trainer.config.loss.average_log_prob = averaged
     trainer.policy.eval()
     (batch, *_) = trainer.eval_batches
@@ -43,7 +43,7 @@ def test_each_is_what_its_name_says(averaged, trainer):
     assert not metrics["rewards_eval/ties"].any()
 
 
-def test_what_has_no_reference_or_no_pairs_lacks_its_metrics(make_trainer):
+def test_losses_without_reference_or_pairs_lack_those_metrics(make_trainer):
     for overrides, sides in ((["loss=sft"], ("chosen",)), (["loss=simpo"], ("chosen", "rejected"))):
         metrics = make_trainer(*SHORT, *overrides).evaluate()
         assert [key for key in metrics if key.startswith("nll")] == [
@@ -52,7 +52,7 @@ def test_what_has_no_reference_or_no_pairs_lacks_its_metrics(make_trainer):
         assert not [key for key in metrics if key.startswith(("logratios", "kl"))]
 
 
-def test_at_the_start_all_are_ties_and_accuracy_alone_would_call_them_lost(make_trainer):
+def test_untrained_policy_ties_on_every_pair(make_trainer):
     metrics = make_trainer(*DPO).evaluate()
     assert (metrics["rewards_eval/ties"], metrics["loss/eval"]) == (1.0, pytest.approx(math.log(2), abs=1e-6))
 
@@ -69,23 +69,24 @@ def test_standard_errors_are_those_of_the_mean(trainer):
     assert mean_metrics([{"loss/eval": torch.tensor([2.0])}], n_examples=1) == {"loss/eval": 2.0}  # it has no error
 
 
-def test_an_example_that_is_evaluated_several_times_counts_once_in_standard_errors(make_trainer):
+def test_small_split_is_evaluated_whole_and_once_whatever_the_batch_size(make_trainer):
     data = ["test_fraction=0.5", f"datasets=[{ORACLE}/hh/test.jsonl]"]
-    trainer = make_trainer(*DPO, *data, "n_eval_examples=32", "eval_batch_size=4")
-    n_different = len({(*prompt.rows, index) for prompt, index in trainer.eval_iterator.places()})
-    assert n_different < trainer.eval_iterator.n_examples == 32
-    metrics, every = trainer.evaluate(), []
-    for batch in trainer.eval_batches:
-        with torch.no_grad():
-            every.append(trainer.get_batch_metrics(batch, trainer.config.loss, train=False)[1]["nll_eval/chosen"])
-    values = torch.cat(every).double().numpy()
-    expected = np.std(values) / math.sqrt(n_different - 1)
-    assert metrics["nll_eval/chosen_se"] == pytest.approx(expected, rel=1e-4)
+    means = []
+    for sizes in (["n_eval_examples=null", "eval_batch_size=64"], ["n_eval_examples=32", "eval_batch_size=4"],
+                  ["n_eval_examples=1000", "eval_batch_size=7"]):  # fmt: skip
+        trainer = make_trainer(*DPO, *data, *sizes)
+        prompts = trainer.eval_iterator.prompts
+        assert sum(len(batch["prompt"]) for batch in trainer.eval_batches) == sum(len(p.pairs) for p in prompts) < 32
+        assert len(set(trainer.eval_iterator.numbers())) == trainer.eval_iterator.n_examples
+        means.append(trainer.evaluate())
+    for other in means[1:]:
+        for name in ("nll_eval/chosen", "nll_eval/chosen_se", "logps_eval/rejected"):
+            assert other[name] == pytest.approx(means[0][name], rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize("overrides", [[], ["shared_prompt=false", "precompute_ref_log_probs=true", "lora={r:4}"]])
-def test_divergence_from_the_reference_is_measured_on_the_policys_own_samples(overrides, make_trainer, monkeypatch):
-    """Against the whole models, on the texts' tokens as they were drawn."""
+def test_kl_is_measured_on_the_policys_own_samples(overrides, make_trainer, monkeypatch):
+    """Compare with whole forward passes over the sampled tokens."""
     trainer = make_trainer(*TOY, "loss=dpo", "n_eval_model_samples=6", "n_examples=8", *overrides)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -117,7 +118,7 @@ def test_divergence_from_the_reference_is_measured_on_the_policys_own_samples(ov
     assert kl_metrics([(1.5, 3)]) == {"kl_eval/per_response": 1.5, "kl_eval/per_token": 0.5}  # one has no error
 
 
-def test_flop_utilisation_is_of_what_the_parameters_need(make_trainer):
+def test_flop_utilisation_counts_what_the_parameters_need(make_trainer):
     """2 operations a parameter and token forward, 2 backward for what is before it, 2 for itself if trained."""
     trainer = make_trainer(*DPO)
     n = sum(parameter.numel() for parameter in trainer.policy.parameters())
@@ -134,7 +135,7 @@ def test_flop_utilisation_is_of_what_the_parameters_need(make_trainer):
     assert {name: peak_flops(name) for name in names} == names
 
 
-def test_a_run_records_them_and_tokens_a_second(train_ok, tmp_path):
+def test_run_logs_the_added_metrics_and_tokens_per_second(train_ok, tmp_path):
     train_ok(*SHORT, "loss=dpo", f"local_run_dir={tmp_path}/run")
     lines = read_jsonl(tmp_path / "run/metrics.jsonl")
     for line in lines:

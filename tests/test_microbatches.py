@@ -1,4 +1,4 @@
-"""A batch cut into microbatches: nothing is lost, the cost is least, the gradient that of the batch."""
+"""Microbatches lose no pair, cost the least possible, and give the batch's gradient."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def test_microbatches_hold_every_pair_once_and_are_no_larger_than_asked(n_least,
 
 
 @pytest.mark.parametrize("n_others", [1, 3, 8])
-def test_as_many_microbatches_are_made_as_the_worker_that_makes_most(n_others):
+def test_all_workers_make_as_many_microbatches_as_the_one_with_most(n_others):
     batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
     batch["prompt"] = list(range(8))
     n_alone = len(microbatches(batch, 1, shared=True))
@@ -37,7 +37,7 @@ def test_as_many_microbatches_are_made_as_the_worker_that_makes_most(n_others):
 @pytest.mark.parametrize("max_tokens", [None, 24, 45, 1])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("overhead", [0.0, 3.0, 1e9])
-def test_cuts_cost_least_of_all_possible_ones(overhead, packed, max_tokens):
+def test_cuts_into_microbatches_have_the_least_cost(overhead, packed, max_tokens):
     lengths, max_size = [30, 29, 12, 11, 11, 3, 2], 4
 
     def tokens(sizes):
@@ -58,7 +58,7 @@ def test_cuts_cost_least_of_all_possible_ones(overhead, packed, max_tokens):
     assert cost(sizes) == min(map(cost, filter(fits, possible)))
 
 
-def test_tokens_are_counted_as_they_are_computed():
+def test_computed_tokens_match_each_layout():
     batch = make_batch((9, 4, 7), (3, 6, 2))  # each response gets an end
     assert computed_tokens(batch, shared=True).tolist() == [9 + 5 + 8, 3 + 7 + 3]
     assert computed_tokens(batch, shared=False).tolist() == [2 * 9 + 5 + 8, 2 * 3 + 7 + 3]

@@ -20,7 +20,7 @@ def front_matter(path) -> dict:
     return ModelCard.load(path / "README.md").data.to_dict()
 
 
-def test_a_checkpoint_of_a_whole_model_says_what_it_is(make_trainer):
+def test_card_of_a_whole_model_describes_run_and_metrics(make_trainer):
     _, run_dir = trained(make_trainer, "loss=dpo", "loss.beta=0.3", "eval_every=8")
     expected = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dpo"]}
     assert front_matter(run_dir / "LATEST") == expected  # neither model nor data are from the hub
@@ -36,7 +36,7 @@ def test_a_checkpoint_of_a_whole_model_says_what_it_is(make_trainer):
         assert words in text, words
 
 
-def test_an_adapter_s_card_takes_the_place_of_peft_s_and_its_merged_model_has_one(make_trainer, tmp_path):
+def test_adapter_card_replaces_pefts_and_the_merged_model_has_one(make_trainer, tmp_path):
     _, run_dir = trained(make_trainer, *LORA)
     matter = front_matter(run_dir / "LATEST")
     assert (matter["library_name"], matter["tags"]) == ("peft", ["dpo", "lora"])
@@ -51,19 +51,19 @@ def test_an_adapter_s_card_takes_the_place_of_peft_s_and_its_merged_model_has_on
     assert str(run_dir) not in text + merged
 
 
-def test_a_reference_that_moves_is_said_to(make_trainer):
+def test_card_mentions_a_moving_reference(make_trainer):
     _, run_dir = trained(make_trainer, "loss=dpo", "reference_update_every=2", "reference_update_alpha=0.5")
     text = (run_dir / "LATEST/README.md").read_text()
     assert "- `reference_update_every`: 2\n- `reference_update_alpha`: 0.5" in text
 
 
-def test_the_card_counts_the_evaluation_examples_where_all_are_taken(make_trainer):
+def test_card_counts_all_evaluation_examples(make_trainer):
     trainer, run_dir = trained(make_trainer, "n_eval_examples=null", "eval_every=8", "do_first_eval=false")
     assert trainer.eval_iterator.n_examples > 8
     assert f"On {trainer.eval_iterator.n_examples} evaluation examples" in (run_dir / "LATEST/README.md").read_text()
 
 
-def test_the_front_matter_names_what_is_on_the_hub(make_trainer, tmp_path):
+def test_card_front_matter_names_hub_models_and_datasets(make_trainer, tmp_path):
     trainer, run_dir = trained(make_trainer, *LORA)
     config, state = trainer.config.copy(), json.loads((run_dir / "LATEST/state.json").read_text())
     config.model.name_or_path = "EleutherAI/pythia-2.8b"
@@ -81,7 +81,7 @@ def test_the_front_matter_names_what_is_on_the_hub(make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/abs/path", "a/b/c", "./x", "~/x", "", None])
-def test_what_is_no_id_on_the_hub(name, tmp_path, monkeypatch):
+def test_paths_are_not_taken_for_hub_ids(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not is_hub_id(name)
     assert is_hub_id("owner/name") and is_hub_id("gpt2-xl")
@@ -89,7 +89,7 @@ def test_what_is_no_id_on_the_hub(name, tmp_path, monkeypatch):
     assert not is_hub_id("owner/name")
 
 
-def test_a_card_may_be_edited_before_it_is_uploaded(make_trainer):
+def test_edited_card_is_not_corruption(make_trainer):
     _, run_dir = trained(make_trainer)
     with open(run_dir / "LATEST/README.md", "a") as file:
         file.write("License: mine\n")

@@ -1,12 +1,14 @@
-"""How a model is found out at the start of training: what it may compute, what it is refused for."""
+"""The check of a model at the start of training: which fast ways it may use, and when it is refused."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, REPOSITORY, read_jsonl
+from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
+from launcher import train_after
 from test_shared_prompt import BATCHES, LLAMA_LIKE, SMALL
 
 from acceleration.capacity import microbatch_overhead
@@ -24,7 +26,7 @@ SHORT = batch_of(((9, 4, 7), (3, 6, 2)))
 
 
 def as_initialized(config: transformers.PreTrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
-    """With weights as small as training from scratch starts with."""
+    """Return a model with weights as small as at the start of training from scratch."""
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
@@ -46,7 +48,7 @@ CAPPED_OR_SCALED = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CAPPED_OR_SCALED)
-def test_what_a_model_does_to_its_logits_is_noticed_however_little_it_does_at_first(name, dtype):
+def test_capped_or_scaled_logits_are_noticed_even_when_tiny(name, dtype):
     model = as_initialized(CAPPED_OR_SCALED[name], dtype)
     assert choose_rows(model, BATCHES["ordinary"], "auto", 24)[1], "the output head alone gives other logits"
 
@@ -65,7 +67,7 @@ def test_neutral_settings_leave_logits_to_the_output_head(dtype):
 # ---- which rows -----------------------------------------------------------------------------------------------------
 
 
-def test_a_full_length_pair_has_the_lengths_that_training_may_have():
+def test_full_length_pair_has_the_longest_training_lengths():
     pair = full_length_pair(SHORT, 64)
     assert pair["chosen_input_ids"].shape == (1, 64)
     assert pair["rejected_input_ids"].shape == (1, 16 + 36)
@@ -76,7 +78,7 @@ def test_a_full_length_pair_has_the_lengths_that_training_may_have():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_window_by_place_in_the_row_is_noticed_at_full_length(dtype):
+def test_attention_window_by_row_position_is_noticed(dtype):
     model = tiny_model("gpt_neo", window_size=32, max_position_embeddings=1024).to(dtype)
     assert choose_rows(model, SHORT, True, 16)[0] is shared_rows  # whose rows are within the window
     make_rows, whole_logits, why = choose_rows(model, SHORT, "auto", MAX_LENGTH)
@@ -89,8 +91,8 @@ def test_a_window_by_place_in_the_row_is_noticed_at_full_length(dtype):
 
 
 @pytest.mark.parametrize(("window", "make_rows"), [(MAX_LENGTH - 2, padded_rows), (MAX_LENGTH - 1, shared_rows)])
-def test_a_window_that_one_token_leaves_is_noticed(window, make_rows):
-    """The last token that predicts one has MAX_LENGTH - 2 before it."""
+def test_window_one_token_too_short_is_noticed(window, make_rows):
+    """The last token that predicts another has MAX_LENGTH - 2 tokens before it."""
     model = tiny_model("mistral", sliding_window=window).double()
     assert choose_rows(model, SHORT, "auto", MAX_LENGTH)[0] is make_rows
 
@@ -112,7 +114,7 @@ def test_sequences_longer_than_a_model_can_compute_are_refused():
 
 
 @pytest.mark.parametrize("model_type", ["granitemoehybrid", "moshi", "qwen3_next"])
-def test_layers_decide_and_not_their_names(model_type):
+def test_prompt_sharing_depends_on_layers_not_on_class_names(model_type):
     """Layers of attention alone may be shared, whatever the model's class could hold."""
     types = {
         "granitemoehybrid": {"layer_types": ["attention"] * 4},
@@ -131,19 +133,19 @@ def test_layers_decide_and_not_their_names(model_type):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("setting", ["auto", True, False])
-def test_an_encoder_is_refused(setting, dtype):
+def test_encoder_is_refused(setting, dtype):
     model = tiny_model("bert").to(dtype)
     with pytest.raises(UserError, match=r"BertLMHeadModel: without a padding mask .* differ .*causal language model"):
         choose_rows(model, SHORT, setting, MAX_LENGTH)
 
 
-def test_an_encoder_is_refused_for_sft_too():
+def test_encoder_is_refused_for_sft_too():
     batch = {key: value for key, value in SHORT.items() if "rejected" not in key}
     with pytest.raises(UserError, match="causal language model"):
         choose_rows(tiny_model("bert"), batch, "auto", MAX_LENGTH)
 
 
-def test_an_encoder_that_is_set_up_as_a_decoder_is_trained():
+def test_encoder_configured_as_decoder_is_accepted():
     model = tiny_model("bert", is_decoder=True)
     make_rows, whole_logits, _ = choose_rows(model, SHORT, "auto", MAX_LENGTH)
     with torch.no_grad():
@@ -151,7 +153,7 @@ def test_an_encoder_that_is_set_up_as_a_decoder_is_trained():
         torch.testing.assert_close(logps, own_logps(model, batch_of()), rtol=1e-4, atol=1e-4)
 
 
-def test_modes_and_hooks_are_left_as_they_were():
+def test_model_check_leaves_modes_hooks_and_gradients_untouched():
     model = tiny_model("llama").train()
     choose_rows(model, SHORT, "auto", MAX_LENGTH)
     assert model.training
@@ -162,7 +164,7 @@ def test_modes_and_hooks_are_left_as_they_were():
 # ---- devices --------------------------------------------------------------------------------------------------------
 
 
-def test_devices_that_nothing_is_known_of_have_their_batches_cut_too():
+def test_unknown_devices_get_microbatches_too():
     batch, device = batch_of(), torch.device("meta")
     overhead = microbatch_overhead(tiny_model("llama").to(device), device)
     assert sum(len(part["prompt"]) for part in microbatches(batch, 1, shared=True, overhead=overhead)) == 3
@@ -208,7 +210,7 @@ GRANITE = transformers.GraniteConfig(**SIZES, logits_scaling=4.0)
 
 
 def mean_loss(model: torch.nn.Module, batches: list[dict]) -> float:
-    """Of SFT, by the model's own forward."""
+    """Return the SFT loss computed by the model's own forward."""
     losses = []
     for batch in batches:
         inputs = concatenated_inputs({**batch, **{key.replace("chosen", "rejected"): v for key, v in batch.items()}})
@@ -243,10 +245,16 @@ def test_gemma_2_trains_the_model_that_it_exports(dtype, scale, lr, tolerance, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["sft", "dpo"])
-@pytest.mark.parametrize(("trainer", "config"), [("FSDPTrainer", GEMMA2), ("TensorParallelTrainer", GRANITE)])
-def test_workers_decide_as_one_process_does(trainer, config, loss, launcher, model_dir, tmp_path):
-    path = model_dir(config, scale=20.0)
+@pytest.mark.parametrize(
+    ("trainer", "loss"),
+    exhaustive_except(
+        itertools.product(["FSDPTrainer", "TensorParallelTrainer"], ["sft", "dpo"]),
+        ("FSDPTrainer", "dpo"),
+        ("TensorParallelTrainer", "sft"),
+    ),
+)
+def test_workers_choose_the_layout_that_one_process_does(trainer, loss, launcher, model_dir, tmp_path):
+    path = model_dir(GEMMA2 if trainer == "FSDPTrainer" else GRANITE, scale=20.0)
     overrides = [
         *RUN, f"model.name_or_path={path}", f"loss={loss}", "model.policy_dtype=float64",
         "model.reference_dtype=float64",
@@ -262,7 +270,7 @@ def test_workers_decide_as_one_process_does(trainer, config, loss, launcher, mod
 
 
 @pytest.mark.slow
-def test_workers_go_on_after_a_way_that_failed_and_refuse_together(launcher, model_dir, tmp_path):
+def test_workers_fall_back_together_and_refuse_together(launcher, model_dir, tmp_path):
     sizes = {"vocab_size": 512, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "bos_token_id": 0}
     sizes |= {"eos_token_id": 0, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 255}
     path = model_dir(transformers.GPTNeoConfig(**sizes, window_size=1024))
@@ -283,9 +291,11 @@ def test_workers_that_compute_in_16_bits_share_prompts(launcher, tmp_path):
 
 
 @pytest.mark.slow
-def test_flexible_attention_without_gradients_is_refused(launcher, model_dir, tmp_path):
+def test_flex_attention_without_gradients_is_refused(launcher, model_dir, tmp_path):
     path = model_dir(transformers.LlamaConfig(**SIZES), attn_implementation="flex_attention")
-    assert launcher.run(*RUN, f"model.name_or_path={path}", "loss=sft", f"local_run_dir={tmp_path}/run") == 1
+    script = train_after("import torch; torch._dynamo.config.disable = True", tmp_path)  # compiling takes long
+    run = [*RUN, f"model.name_or_path={path}", "loss=sft", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run, script=script) == 1
     assert "error: LlamaForCausalLM: its own forward fails" in launcher.output
     assert "attn_implementation=flex_attention now; sdpa and eager" in launcher.output
     assert "Traceback" not in launcher.output

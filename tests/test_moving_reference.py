@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 
 from commands.run_directory import create_run_dir
 from utils import UserError
@@ -20,7 +20,7 @@ def losses(run_dir) -> list[float]:
 
 
 def states(run_dir, name: str) -> list[dict[str, torch.Tensor]]:
-    """Of the checkpoints in their order, a file's state dict."""
+    """Return a file's state dict from each checkpoint, in their order."""
     paths = sorted(run_dir.glob("step-*"), key=lambda path: int(path.name[5:]))
     return [torch.load(path / f"{name}.pt", weights_only=True)["state"] for path in [*paths, run_dir / "LATEST"]]
 
@@ -33,12 +33,12 @@ def train(make_trainer, *overrides: str):
     return trainer
 
 
-def test_a_reference_that_is_the_policy_at_every_step_leaves_the_loss_at_ln_2(make_trainer, tmp_path):
+def test_reference_updated_every_step_keeps_the_loss_at_ln_2(make_trainer, tmp_path):
     train(make_trainer, "reference_update_every=1", f"local_run_dir={tmp_path}/run")
     assert losses(tmp_path / "run") == pytest.approx([math.log(2)] * 6, abs=1e-6)
 
 
-def test_it_moves_every_so_many_steps_to_a_mixture_of_both(make_trainer, tmp_path):
+def test_reference_moves_every_n_steps_to_the_mixture(make_trainer, tmp_path):
     overrides = ["reference_update_every=2", "reference_update_alpha=0.6", f"local_run_dir={tmp_path}/run"]
     trainer = make_trainer(*TOY, *overrides)
     reference = {key: tensor.clone() for key, tensor in trainer.policy.state_dict().items()}
@@ -55,8 +55,11 @@ def test_it_moves_every_so_many_steps_to_a_mixture_of_both(make_trainer, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"])
-def test_a_resumed_run_goes_on_with_the_reference_where_it_was(trainer, launcher, tmp_path):
+@pytest.mark.parametrize(
+    "trainer",
+    exhaustive_except(["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"], "BasicTrainer", "FSDPTrainer"),
+)
+def test_resumed_run_restores_the_moved_reference(trainer, launcher, tmp_path):
     overrides = [*TOY, "reference_update_every=2", "reference_update_alpha=0.5", "eval_every=24"]
     overrides += ["model.policy_dtype=float64", "model.reference_dtype=float64"]  # rounding hides nothing
     assert launcher.run(*overrides, f"local_run_dir={tmp_path}/one") == 0, launcher.output
@@ -84,12 +87,12 @@ def test_a_resumed_run_goes_on_with_the_reference_where_it_was(trainer, launcher
     ],
     ids=str,
 )
-def test_what_cannot_go_together_is_refused(overrides, message, make_trainer):
+def test_moving_reference_with_incompatible_settings_is_refused(overrides, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer(*TOY, "reference_update_every=2", *overrides)
 
 
-def test_a_checkpoint_without_the_moved_reference_is_refused(make_trainer, tmp_path):
+def test_checkpoint_without_the_moved_reference_is_refused(make_trainer, tmp_path):
     trainer = train(make_trainer, f"local_run_dir={tmp_path}/run")
     assert not (tmp_path / "run/LATEST/reference.pt").exists()
     trainer.config.reference_update_every = 2

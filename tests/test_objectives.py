@@ -1,4 +1,4 @@
-"""Every loss against its paper's formula, written down once more in plain float64, and its gradient by differences."""
+"""Every loss equals its paper's formula, rewritten here in float64, and its gradient equals finite differences."""
 
 import math
 
@@ -82,7 +82,7 @@ def tensors(dtype=torch.float64) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(v, dtype=torch.long if "lengths" in name else dtype) for name, v in INPUTS.items()}
 
 
-def test_every_loss_is_held_against_its_formula():
+def test_every_loss_has_an_expected_formula():
     assert {name for name, _ in EXPECTED} == set(LOSSES)
 
 
@@ -98,7 +98,7 @@ def test_losses_and_rewards_equal_the_papers_formula(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), EXPECTED, ids=str)
-def test_gradients_equal_differences(name, options):
+def test_loss_gradients_equal_finite_differences(name, options):
     inputs = tensors()
     trained = [key for key in LOSSES[name].inputs if key.startswith("policy")]
 

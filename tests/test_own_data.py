@@ -49,7 +49,7 @@ def tokenizer():
 
 @pytest.fixture
 def read(tokenizer, tmp_path):
-    """The prompts of a split's batches, in their order; or of an epoch's."""
+    """Return the prompts of a split's batches in their order."""
 
     def prompts(*datasets: str | Choice, split: str = "train", settings: dict | None = None, **kwargs) -> list[str]:
         kwargs = {"n_epochs": 1, "drop_last": False, "silent": True, "cache_dir": str(tmp_path / "cache")} | kwargs
@@ -63,7 +63,7 @@ def read(tokenizer, tmp_path):
 # ---- splits ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_held_out_prompt_is_never_trained_on_and_a_grown_file_keeps_its_split(read, tmp_path):
+def test_held_out_prompts_are_never_trained_on_even_when_the_file_grows(read, tmp_path):
     rows = numbered(400) + [row | {"chosen": "another"} for row in numbered(400)]  # each prompt twice
     random.Random(0).shuffle(rows)
     path = write(tmp_path / "rows.jsonl", rows)
@@ -81,7 +81,7 @@ def test_a_held_out_prompt_is_never_trained_on_and_a_grown_file_keeps_its_split(
     assert set(read(path, split="test", tokenizer=other)) == set(grown_test)
 
 
-def test_of_few_prompts_one_is_held_out(read, tmp_path):
+def test_one_prompt_is_held_out_of_few(read, tmp_path):
     for n in (2, 3, 5):
         path = write(tmp_path / f"{n}.jsonl", numbered(n))
         train, test = read(path), read(path, split="test")
@@ -105,7 +105,7 @@ SPLITS = {  # files; settings of the config; prompts to train on, and to evaluat
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_the_splits_of_a_folder(name, read, tmp_path):
+def test_folder_splits_are_found_by_file_names(name, read, tmp_path):
     files, settings, train, test = SPLITS[name]
     for file in files:
         write(tmp_path / "data" / file, pairs(*(f"{file} {i}" for i in range(20))))
@@ -122,14 +122,14 @@ def test_the_splits_of_a_folder(name, read, tmp_path):
         assert sorted(found["train"] + found["test"]) == sorted(f"{file} {i}?" for file in files for i in range(20))
 
 
-def test_a_part_of_the_test_split_is_not_evaluated_on_what_it_trains_on(read, tmp_path):
+def test_training_on_part_of_the_test_split_excludes_it_from_evaluation(read, tmp_path):
     write(tmp_path / "data" / "test.jsonl", numbered(40))
     settings = {"train_split": "test[:50%]"}
     train, test = (read(str(tmp_path / "data"), split=split, settings=settings) for split in ("train", "test"))
     assert sorted(train + test) == sorted(row["prompt"] for row in numbered(20))
 
 
-def test_a_pattern_of_files(read, tmp_path):
+def test_glob_pattern_reads_the_matching_files(read, tmp_path):
     for name in ("a/train.jsonl", "a/more.jsonl", "a/test.jsonl", "b/train.jsonl", "contest.jsonl"):
         write(tmp_path / name, pairs(f"{name} 0", f"{name} 1"))
     found = {split: read(f"{tmp_path}/**/*.jsonl", split=split) for split in ("train", "test")}
@@ -146,8 +146,8 @@ def test_a_pattern_of_files(read, tmp_path):
     assert len(read(f"{tmp_path}/[x]*.jsonl")) == 1
 
 
-def test_a_folder_with_caches_and_runs_is_its_data_alone(launcher, tmp_path):
-    """Its own caches, those of what was tokenized, and the runs that a first run has left in it."""
+def test_caches_and_runs_in_a_data_folder_are_not_read_as_data(launcher, tmp_path):
+    """The folder gets a cache and, with each run, a run directory."""
     folder = tmp_path / "data"
     write(folder / "train.jsonl", numbered(8))
     write(folder / "test.jsonl", numbered(4, start=100))
@@ -164,7 +164,7 @@ def test_a_folder_with_caches_and_runs_is_its_data_alone(launcher, tmp_path):
 # ---- which examples, in which order ---------------------------------------------------------------------------------
 
 
-def test_weights_and_numbers_of_examples(read, tmp_path):
+def test_weight_and_n_examples_set_how_often_each_dataset_is_seen(read, tmp_path):
     one, other = (write(tmp_path / name / "train.jsonl", pairs(*(f"{name}{i}" for i in range(20)))) for name in "ab")
     for path in (one, other):
         write(tmp_path / path.removesuffix("train.jsonl") / "test.jsonl", pairs("test"))
@@ -184,7 +184,7 @@ def test_weights_and_numbers_of_examples(read, tmp_path):
     assert len(read(Choice(other, weight=0.5), split="test")) == 1  # evaluation is whole
 
 
-def test_the_order_is_the_seeded_one_and_shards_are_parts_of_it(read, tmp_path):
+def test_order_follows_the_seed_and_shards_split_it(read, tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(40))
     whole = read(path, batch_size=8)
     assert whole == read(path, batch_size=8) != read(path, batch_size=8, seed=1)
@@ -199,7 +199,7 @@ def test_the_order_is_the_seeded_one_and_shards_are_parts_of_it(read, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_train_as_one(launcher, tmp_path):
+def test_two_workers_train_on_own_data_as_one(launcher, tmp_path):
     own = write(tmp_path / "rows.jsonl", numbered(24))
     scored = write(tmp_path / "scored.jsonl", [
         {"prompt": f"Scored {i}", "responses": [" a", f" b{i}", " c c"], "scores": [i % 3, 1, 2]} for i in range(8)
@@ -220,7 +220,7 @@ def test_two_workers_train_as_one(launcher, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, tmp_path):
+def test_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(40))
     run = [*RUN, f"datasets=[{path}]"]
     assert launcher.run(*run, "n_examples=24", f"local_run_dir={tmp_path}/whole") == 0, launcher.output
@@ -250,7 +250,7 @@ def lengths_of(batches) -> list[int]:
 
 
 @pytest.mark.parametrize("is_named", [False, True], ids=["file", "hh"])
-def test_truncation(is_named, tokenizer, tmp_path, capsys):
+def test_truncation_cuts_drops_or_refuses_long_examples(is_named, tokenizer, tmp_path, capsys):
     long = "start " * 20 + "end"
     texts = ["short", long]
     if is_named:
@@ -280,14 +280,14 @@ def test_truncation(is_named, tokenizer, tmp_path, capsys):
     assert read(None) == {"short": whole_short, "long": end}
     capsys.readouterr()
     assert read("drop") == {"short": whole_short}
-    assert f"{name} (train): 1 examples longer than max_length are dropped" in capsys.readouterr().out
+    assert f"{name} (train): dropped 1 examples longer than max_length" in capsys.readouterr().out
     with pytest.raises(UserError) as error:
         read("error")
     assert "truncation=error: 1 examples are longer than max_length=24 tokens:\n" in str(error.value)
     assert f"  datasets=[{name}], train split, row 1\n" in str(error.value)
 
 
-def test_a_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
+def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
     rows = pairs("a") * 3 + pairs("b", "c", n_words=60) + [{"prompt": "d", "chosen": "same", "rejected": "same"}]
     for split in ("train", "test"):
         write(tmp_path / "data" / f"{split}.jsonl", rows)
@@ -298,12 +298,12 @@ def test_a_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
     assert "2 of 5 (40.0%) are longer than max_length=64: 0 prompts are cut to max_prompt_length=32, 2 have " in output
     make_trainer(*run, "truncation=drop")
     output = capsys.readouterr().out
-    assert "2 examples longer than max_length are dropped" in output
+    assert "dropped 2 examples longer than max_length" in output
     assert "none is longer than max_length=64" in output and "Training data: 3 examples an epoch" in output
 
 
 @pytest.mark.parametrize("datasets", ["[toy]", "[toy,{}]"])
-def test_a_dataset_of_which_truncation_leaves_nothing_is_told(datasets, make_trainer, tmp_path):
+def test_dataset_emptied_by_truncation_is_an_error(datasets, make_trainer, tmp_path):
     path = write(tmp_path / "rows.jsonl", pairs(*"abcdefgh"))
     overrides = [*RUN, f"datasets={datasets.format(path)}", "truncation=drop", "max_length=9", "max_prompt_length=1"]
     with pytest.raises(UserError, match=r"datasets=\[toy\], train split: truncation=drop leaves nothing"):
@@ -325,7 +325,7 @@ def test_data_only_needs_no_weights_and_leaves_no_run(train_ok, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_used_is_told_at_the_command_line(train, tmp_path):
+def test_unusable_rows_are_reported_at_the_command_line(train, tmp_path):
     path = write(tmp_path / "rows.jsonl", [*numbered(3), {"prompt": "x", "chosen": "y", "rejected": 3}])
     result = train(*RUN, f"datasets=[{path}]")
     assert_refused(result, tmp_path, f"datasets=[{path}], train split: rows that can't be used:\n", f"{path}, line 4",
@@ -339,7 +339,7 @@ def test_what_cannot_be_used_is_told_at_the_command_line(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dataset_on_the_hub_by_its_id_config_and_splits(train_from_hub, hub_place, tmp_path):
+def test_hub_dataset_is_chosen_by_id_config_and_splits(train_from_hub, hub_place, tmp_path):
     card = """---
 configs:
 - config_name: helpful
@@ -389,7 +389,7 @@ UNPAIRED = [
 ]  # fmt: skip
 
 
-def test_kto_on_unpaired_data_is_what_its_equation_says(make_trainer, tmp_path):
+def test_kto_on_unpaired_data_equals_its_equation(make_trainer, tmp_path):
     """Eq. 8 of https://arxiv.org/abs/2402.01306 with log-probabilities of each single response, computed one by one."""
     for split in ("train", "test"):
         write(tmp_path / "data" / f"{split}.jsonl", UNPAIRED)
@@ -435,7 +435,7 @@ def test_kto_on_unpaired_data_is_what_its_equation_says(make_trainer, tmp_path):
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
-def test_every_single_response_is_trained_on_and_the_rarer_kind_again(make_trainer, tmp_path):
+def test_unpaired_training_uses_every_response_and_repeats_the_rarer_label(make_trainer, tmp_path):
     for split in ("train", "test"):
         write(tmp_path / "data" / f"{split}.jsonl", UNPAIRED)
     trainer = make_trainer(*RUN, "loss=kto", f"datasets=[{tmp_path}/data]")
@@ -448,7 +448,7 @@ def test_every_single_response_is_trained_on_and_the_rarer_kind_again(make_train
 
 
 @pytest.mark.parametrize("kind", ["ranked", "unpaired"])
-def test_precomputed_references_of_ranked_and_unpaired_data(kind, make_trainer, tmp_path):
+def test_reference_is_precomputed_for_ranked_data_and_refused_for_unpaired(kind, make_trainer, tmp_path):
     rows = UNPAIRED
     if kind == "ranked":
         rows = [{"prompt": f"Q {i}", "responses": [" a", f" b{i}", " c c"], "ranks": [2, 1, 2]} for i in range(8)]
@@ -488,7 +488,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_setting_that_cannot_be_meant_is_refused(name, make_trainer, tmp_path, monkeypatch):
+def test_impossible_data_setting_is_refused(name, make_trainer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows.jsonl", numbered(8))
     (tmp_path / "notes.txt").write_text("x")
@@ -498,7 +498,7 @@ def test_a_setting_that_cannot_be_meant_is_refused(name, make_trainer, tmp_path,
     assert re.search(message, str(error.value), re.DOTALL), error.value
 
 
-def test_a_tokenizers_own_truncation_does_not_cut(tokenizer, read, tmp_path):
+def test_tokenizers_own_truncation_is_ignored(tokenizer, read, tmp_path):
     tokenizer.backend_tokenizer.enable_truncation(2)
     path = write(tmp_path / "rows.jsonl", pairs("a long question", "another long question"))
     batches = get_batch_iterator([path], tokenizer, n_epochs=1, drop_last=False, cache_dir=str(tmp_path / "cache"))

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
+from launcher import train_after
 from test_shared_prompt import (
     BATCHES,
     CONFIGS,
@@ -22,7 +23,7 @@ from test_shared_prompt import (
 )
 
 from acceleration.model_check import choose_rows
-from acceleration.packed_attention import Packing, _TakeKeys, packed_attention, use_packed_attention
+from acceleration.packed_attention import Packing, _GatherKeys, packed_attention, use_packed_attention
 from acceleration.prefix_sharing import packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from log_probabilities import _get_batch_logps
@@ -47,7 +48,7 @@ def model_for_packed_rows(architecture: str, dtype=torch.float64, **changes) -> 
 @pytest.mark.parametrize("batch_name", BATCHES)
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
 @pytest.mark.usefixtures("all_in_float64")
-def test_a_packed_row_gives_the_gradients_of_the_original(architecture, batch_name, loss_name):
+def test_packed_row_gives_the_gradients_of_the_original(architecture, batch_name, loss_name):
     model, batch = model_for_packed_rows(architecture), BATCHES[batch_name]
     expected = loss_and_gradients(model, original_logps(model, batch), loss_name)
     for rows in (packed_shared_rows(batch), packed_rows(batch)):
@@ -66,7 +67,7 @@ def test_sft_in_a_packed_row_gives_the_gradients_of_the_original(architecture, b
 
 
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
-def test_float32_differs_by_rounding_only(architecture):
+def test_packed_rows_in_float32_differ_by_rounding_only(architecture):
     model, batch = model_for_packed_rows(architecture, torch.float32), BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
     assert_same(loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo"), expected, 1e-5)
@@ -74,7 +75,7 @@ def test_float32_differs_by_rounding_only(architecture):
 
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
 @pytest.mark.usefixtures("all_in_float64")
-def test_activations_that_are_made_again_give_the_same_gradients(architecture):
+def test_recomputed_activations_give_the_same_gradients(architecture):
     model, batch = model_for_packed_rows(architecture), BATCHES["ordinary"]
     expected = loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo")
     model.train()
@@ -85,7 +86,7 @@ def test_activations_that_are_made_again_give_the_same_gradients(architecture):
 @pytest.mark.parametrize("window", [1, 3, 8])
 @pytest.mark.parametrize("make_rows", [packed_rows, packed_shared_rows])
 @pytest.mark.usefixtures("all_in_float64")
-def test_windows_hold_in_packed_rows(window, make_rows):
+def test_attention_windows_hold_in_packed_rows(window, make_rows):
     model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=window))
     batch = BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
@@ -93,21 +94,21 @@ def test_windows_hold_in_packed_rows(window, make_rows):
     assert_same(loss_and_gradients(model, response_logps(model, make_rows(batch)), "dpo"), expected, 1e-9)
 
 
-def test_gradients_are_gathered_from_both_places_of_a_key():
+def test_gradient_of_a_shared_key_sums_both_places():
     torch.manual_seed(0)
     rows = packed_shared_rows(BATCHES["ordinary"])
     tokens = torch.randn(rows.input_ids.shape[1], 2, 3, dtype=torch.float64, requires_grad=True)
-    taken = _TakeKeys.apply(tokens, rows.packing)
-    torch.testing.assert_close(taken, tokens[rows.packing.keys])
+    taken = _GatherKeys.apply(tokens, rows.packing)
+    torch.testing.assert_close(taken, tokens[rows.packing.key_tokens])
     weights = torch.randn_like(taken)
     ours = torch.autograd.grad((taken * weights).sum(), tokens)
-    torch.testing.assert_close(ours, torch.autograd.grad((tokens[rows.packing.keys] * weights).sum(), tokens))
+    torch.testing.assert_close(ours, torch.autograd.grad((tokens[rows.packing.key_tokens] * weights).sum(), tokens))
 
 
 # ---- how rows are packed --------------------------------------------------------------------------------------------
 
 
-def test_layout_of_a_packed_row_that_shares_prompts():
+def test_packed_row_with_shared_prompts_has_the_expected_layout():
     batch = make_batch((2, 1, 2), (1, 0, 1))  # each response gets an end
     (p, q), (c, d), (r, s) = (
         [ids[:n] for ids, n in zip(batch[f"{side}_input_ids"].tolist(), lengths, strict=True)]
@@ -120,26 +121,26 @@ def test_layout_of_a_packed_row_that_shares_prompts():
     packing = rows.packing
     assert packing.query_starts.tolist() == [0, 4, 7, 9, 11]
     assert packing.key_starts.tolist() == [0, 4, 9, 11, 14]
-    assert packing.keys.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 7, 9, 10]
+    assert packing.key_tokens.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 7, 9, 10]
     assert (packing.longest_query, packing.longest_key) == (4, 5)
-    assert packing.first.tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 10, 12, 13]
-    assert packing.again.tolist() == [4, 5, 11]
+    assert packing.first_key.tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 10, 12, 13]
+    assert packing.second_key.tolist() == [4, 5, 11]
     assert rows.sequences.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]  # chosen responses, then the rejected
     assert rows.predictors.tolist() == [1, 2, 7, 1, 4, 5, 7, 9]  # a prompt's last token predicts the first of both
     assert rows.targets.tolist() == [*c[2:], *d[1:], *r[2:], *s[1:]]
 
 
-def test_layout_of_a_packed_row_of_single_sequences():
+def test_packed_row_of_single_sequences_has_the_expected_layout():
     batch = make_batch((2, 1, 2))
     rows = packed_rows(batch)
     assert rows.input_ids.tolist() == [[*batch["chosen_input_ids"][0].tolist()[:4], *batch["rejected_input_ids"][0]]]
     assert rows.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
     assert rows.packing.query_starts.tolist() == rows.packing.key_starts.tolist() == [0, 4, 9]
-    assert rows.packing.keys is None
+    assert rows.packing.key_tokens is None
     assert rows.predictors.tolist() == [1, 2, 5, 6, 7]
 
 
-def test_rows_hold_no_padding():
+def test_packed_rows_hold_no_padding():
     batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
     n_tokens = int(batch["chosen_attention_mask"].sum() + (batch["rejected_labels"] != -100).sum())
     assert packed_shared_rows(batch).input_ids.shape == (1, n_tokens)
@@ -150,7 +151,7 @@ def test_rows_hold_no_padding():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
-def test_models_that_can_are_found_out(architecture, dtype):
+def test_supported_models_get_packed_rows(architecture, dtype):
     model = make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32).to(dtype)
     make_rows, _, why = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH, padding_free=True)
     assert make_rows is packed_shared_rows
@@ -158,7 +159,7 @@ def test_models_that_can_are_found_out(architecture, dtype):
     assert choose_rows(model, BATCHES["ordinary"], False, MAX_LENGTH, padding_free=True)[0] is packed_rows
 
 
-def test_under_autocast_it_is_autocast_that_is_checked():
+def test_model_check_runs_under_autocast():
     model = make_model(copy.deepcopy(CONFIGS["qwen3"]), torch.float32)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     chosen = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH, padding_free=True, autocast=autocast)
@@ -169,13 +170,13 @@ def test_under_autocast_it_is_autocast_that_is_checked():
     torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.1)
 
 
-def test_on_a_cpu_rows_are_packed_only_if_asked_for():
+def test_rows_are_packed_on_a_cpu_only_on_request():
     model = make_model(CONFIGS["llama"])
     assert choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH, padding_free="auto")[0] is shared_rows
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_windows_let_prompts_be_shared_in_packed_rows_alone():
+def test_models_with_windows_share_prompts_only_in_packed_rows():
     config = transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=8)
     model = make_model(config)
     assert choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH)[0] is padded_rows
@@ -203,7 +204,7 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("name", CANNOT)
-def test_models_that_cannot_are_refused_or_computed_otherwise(name):
+def test_unsupported_models_are_refused_or_fall_back(name):
     config, reason = CANNOT[name]
     model, batch = make_model(config, torch.float32), BATCHES["ordinary"]
     before = model.config._attn_implementation
@@ -216,7 +217,7 @@ def test_models_that_cannot_are_refused_or_computed_otherwise(name):
     torch.testing.assert_close(logps, original_logps(model, batch), rtol=1e-4, atol=1e-4)
 
 
-def test_what_attention_over_packed_rows_lacks_is_an_error_and_not_left_out():
+def test_packed_attention_rejects_arguments_it_does_not_support():
     states = torch.randn(1, 2, 4, 8)
     packing = Packing(torch.tensor([0, 4]), torch.tensor([0, 4]), 4, 4)
     attend = partial(packed_attention, None, states, states, states, None, packing=packing)
@@ -226,7 +227,7 @@ def test_what_attention_over_packed_rows_lacks_is_an_error_and_not_left_out():
             attend(**asked)
 
 
-def test_a_model_computes_all_else_as_before_and_is_saved_as_before(tmp_path):
+def test_packed_attention_changes_neither_generation_nor_the_saved_config(tmp_path):
     model, batch = make_model(copy.deepcopy(CONFIGS["llama"]), torch.float32), BATCHES["ordinary"]
     ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]
 
@@ -258,15 +259,15 @@ RUN = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "n_workers"),
-    [
+    exhaustive_except([
         ("loss=dpo", 1), ("loss=sft", 1), ("loss=kto", 1), ("loss=ipo precompute_ref_log_probs=true", 1),
         ("loss=dpo lora={r:4}", 1),
         ("loss=dpo max_tokens_per_microbatch=300 gradient_accumulation_steps=2 activation_checkpointing=true", 1),
         ("loss=dpo trainer=FSDPTrainer activation_checkpointing=true", 2),
         ("loss=dpo trainer=TensorParallelTrainer", 2),
-    ],
+    ], ("loss=dpo", 1), ("loss=dpo trainer=FSDPTrainer activation_checkpointing=true", 2)),
 )  # fmt: skip
-def test_a_run_in_packed_rows_is_the_run_without(variant, n_workers, launcher, tmp_path):
+def test_run_with_packed_rows_equals_the_run_without(variant, n_workers, launcher, tmp_path):
     lines = {}
     for setting in ("false", "true"):
         run_dir = tmp_path / setting
@@ -287,12 +288,30 @@ def test_a_run_in_packed_rows_is_the_run_without(variant, n_workers, launcher, t
 # ---- compiled -------------------------------------------------------------------------------------------------------
 
 
+BACKEND = """
+from torch import nn
+compile = nn.Module.compile
+nn.Module.compile = lambda self, **options: compile(self, backend={backend!r}, **options)
+"""
+
+
 @pytest.mark.slow
-def test_compiled_blocks_give_the_numbers_of_those_that_are_not(launcher, tmp_path):
-    lines = {}
+@pytest.mark.parametrize(
+    ("backend", "more"),
+    exhaustive_except(
+        [
+            ("aot_eager", ["loss=sft", "n_examples=8", "do_first_eval=false", "sample_during_eval=false"]),
+            ("inductor", ["loss=dpo"]),
+        ],
+        lambda case: case[0] == "aot_eager",
+    ),
+)
+def test_compiled_blocks_give_the_uncompiled_numbers(backend, more, launcher, tmp_path):
+    """Training uses `inductor`, which takes minutes to generate code; `aot_eager` runs the same graphs without that."""
+    script, lines = train_after(BACKEND.format(backend=backend), tmp_path), {}
     for setting in ("false", "true"):
-        overrides = [*RUN, "loss=dpo", "padding_free=true", f"compile={setting}", f"local_run_dir={tmp_path}/{setting}"]
-        assert launcher.run(*overrides) == 0, launcher.output
+        overrides = [*RUN, *more, "padding_free=true", f"compile={setting}", f"local_run_dir={tmp_path}/{setting}"]
+        assert launcher.run(*overrides, script=script) == 0, launcher.output
         lines[setting] = read_jsonl(tmp_path / setting / "metrics.jsonl")
     for ours, expected in zip(lines["true"], lines["false"], strict=True):
         for key in ("loss/train", "loss/eval", "grad_norm", "logps_train/chosen", "logps_eval/rejected"):
@@ -301,6 +320,6 @@ def test_compiled_blocks_give_the_numbers_of_those_that_are_not(launcher, tmp_pa
 
 
 @pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
-def test_compiling_is_refused_where_tensors_are_split(trainer, make_trainer):
+def test_compile_is_refused_for_distributed_trainers(trainer, make_trainer):
     with pytest.raises(UserError, match=f"compile=true isn't for trainer={trainer}"):
         make_trainer(*RUN, "loss=dpo", "compile=true", f"trainer={trainer}")

@@ -66,7 +66,7 @@ def test_tokenized_element_equals_the_original(index, tokenizer):
     assert element == entry["element"]
 
 
-def test_a_cut_response_has_no_end_and_the_prompt_keeps_its_end(tokenizer):
+def test_truncated_response_has_no_eos_and_prompt_keeps_its_last_tokens(tokenizer):
     prompt, response = "a b c d e f g h", " x y z" * 10
     n_prompt = len(tokenizer(prompt)["input_ids"])
     element = tokenize_batch_element(prompt, response, response, "keep_end", tokenizer, 12, 4)
@@ -108,7 +108,7 @@ def iterate(tokenizer, paths, **kwargs):
         ({"n_examples": 999, "batch_size": 500, "drop_last": False}, [240]),
     ],
 )
-def test_number_and_size_of_batches(kwargs, sizes, tokenizer, paths):
+def test_batches_have_the_expected_number_and_sizes(kwargs, sizes, tokenizer, paths):
     batches = iterate(tokenizer, paths, **kwargs)
     assert [len(batch["prompt"]) for batch in batches] == sizes
     assert (batches.n_batches, batches.n_examples) == (len(sizes), sum(sizes))
@@ -126,7 +126,7 @@ def test_skipped_batches_are_not_tokenized_and_those_after_them_are_the_same(tok
 
 
 @pytest.mark.parametrize(("count", "size_of_last"), [(2, 3), (4, 2)])
-def test_the_shards_of_a_batch_make_up_the_batch_and_each_is_all_that_its_worker_tokenizes(
+def test_shards_make_up_the_batch_and_each_worker_tokenizes_only_its_own(
     count, size_of_last, tokenizer, paths, monkeypatch
 ):
     kwargs = {"n_examples": 21, "batch_size": 8, "drop_last": False}
@@ -144,7 +144,7 @@ def test_the_shards_of_a_batch_make_up_the_batch_and_each_is_all_that_its_worker
         assert responses[:n] == batch["chosen_response_only"] and set(responses[n:]) <= {responses[n - 1]}
 
 
-def test_an_epoch_in_one_pass_holds_every_example_once(tokenizer, paths):
+def test_epoch_in_one_pass_holds_every_example_once(tokenizer, paths):
     batches = list(iterate(tokenizer, paths, n_examples=240, batch_size=7, drop_last=False))
     seen = sorted((c, r) for batch in batches for c, r in zip(batch["chosen"], batch["rejected"], strict=True))
     rows = [json.loads(line) for line in (ORACLE / "hh/train.jsonl").read_text().splitlines()]
@@ -156,7 +156,7 @@ def test_less_than_one_batch_is_an_error(tokenizer, paths):
         iterate(tokenizer, paths, n_epochs=1, batch_size=300)
 
 
-def test_a_text_with_the_end_token_is_an_error_with_its_row(tokenizer, tmp_path):
+def test_text_with_the_end_token_is_an_error_with_its_row(tokenizer, tmp_path):
     good = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
     bad = {**good, "rejected": "\n\nHuman: a\n\nAssistant: c <|endoftext|> d"}
     path = write_rows(tmp_path / "hh", [good, good, bad])
@@ -178,12 +178,12 @@ def test_rows_without_the_expected_fields_are_named(rows, message, tmp_path):
         get_dataset("hh", "train", silent=True, path=write_rows(tmp_path / "hh", rows))
 
 
-def test_a_dataset_that_is_not_there_is_an_error_that_says_how_to_give_a_folder(tmp_path):
+def test_missing_dataset_says_how_to_give_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"dataset_paths\.hh=DIR"):
         get_dataset("hh", "train", path=str(tmp_path / "nowhere"))
 
 
-def test_a_new_dataset_is_a_function_and_an_entry(monkeypatch, tokenizer):
+def test_new_dataset_needs_only_a_function_and_an_entry(monkeypatch, tokenizer):
     def get_xyz(split, silent=False, cache_dir=None):
         return {"Q:": {"responses": [" a", " b", " c"], "pairs": [(0, 1), (2, 1)], "sft_target": " d"}}
 
@@ -195,7 +195,7 @@ def test_a_new_dataset_is_a_function_and_an_entry(monkeypatch, tokenizer):
 
 
 @pytest.mark.parametrize("mode", ["keep_end", "keep_start"])
-def test_an_entry_says_which_end_of_a_long_prompt_is_kept_and_where_it_is_read(mode, monkeypatch, tokenizer, tmp_path):
+def test_dataset_entry_sets_truncation_and_path(mode, monkeypatch, tokenizer, tmp_path):
     def get_xyz(split, silent=False, cache_dir=None, path=None):
         prompt = (tmp_path / path / "prompt.txt").read_text()
         return {prompt: {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}}
@@ -211,7 +211,7 @@ def test_an_entry_says_which_end_of_a_long_prompt_is_kept_and_where_it_is_read(m
     assert ("last" in kept, "first" in kept) == (mode == "keep_end", mode == "keep_start")
 
 
-def test_a_path_for_an_added_dataset_is_taken_from_the_command_line(make_trainer, monkeypatch, tmp_path):
+def test_path_for_an_added_dataset_is_taken_from_the_command_line(make_trainer, monkeypatch, tmp_path):
     path = write_rows(tmp_path / "own", [{"chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: y"}] * 8)
     monkeypatch.setitem(DATASETS, "own", Dataset(get_hh))
     (tmp_path / "own/test.jsonl").write_text((tmp_path / "own/train.jsonl").read_text())
@@ -264,7 +264,7 @@ def test_se_pairs_answers_with_different_scores_and_splits_off_a_hundredth(tmp_p
 
 
 @pytest.mark.parametrize("answers", [[{"pm_score": 1}], ["a", "b"], [{"text": None, "pm_score": 1}], [{"text": "a"}]])
-def test_an_se_answer_of_another_form_is_an_error_with_its_row(answers, tmp_path):
+def test_se_answer_of_another_form_is_an_error_with_its_row(answers, tmp_path):
     rows = se_rows(20)
     path = write_rows(tmp_path / "se", [{**row, "answers": answers} for row in rows[:1]])
     with pytest.raises(UserError, match=r"datasets=\[se\], row 0: an answer has no 'text' or no number as 'pm_score'"):

@@ -21,7 +21,7 @@ run(compose_config("model=tiny", "datasets=[mine]", "loss=dpo", "batch_size=2", 
 
 
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
-def test_a_few_lines_train_on_rows_given_in_python(trainer, launcher, tmp_path):
+def test_few_lines_train_on_rows_given_in_python(trainer, launcher, tmp_path):
     options = f'"wandb.enabled=false", "local_dirs=[{tmp_path}/cache]", "local_run_dir={tmp_path}/run", '
     options += f'"curves=false", "sample_during_eval=false", "trainer={trainer}", "world_size=2"'
     code = LINES.replace("run(compose_config(", f"if __name__ == '__main__':\n    run(compose_config({options}, ")

@@ -83,7 +83,7 @@ BAD_FILES = {  # the file, given the content of the split named first; what foll
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_file_that_cannot_be_read_is_named_with_line_reason_and_remedy(case, tmp_path):
+def test_file_that_cannot_be_read_is_named_with_line_reason_and_remedy(case, tmp_path):
     name, content, reason, remedy = BAD_FILES[case]
     path = folder(tmp_path / "hh", {name: content})
     with pytest.raises(UserError) as raised:
@@ -111,7 +111,7 @@ BAD_ROWS = {  # the split's files, and where the first bad row is
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_row_that_cannot_be_used_is_named_with_its_file_and_line(case, tmp_path):
+def test_row_that_cannot_be_used_is_named_with_its_file_and_line(case, tmp_path):
     files, reason, place = BAD_ROWS[case]
     path = folder(tmp_path / "hh", files)
     with pytest.raises(UserError) as raised:
@@ -177,12 +177,12 @@ GOOD_FILES = {  # 3 rows each
 
 
 @pytest.mark.parametrize("case", GOOD_FILES)
-def test_what_is_read_is_what_was_meant(case, tmp_path):
+def test_readable_files_give_all_their_rows(case, tmp_path):
     name = "hh" if case == "card that names its files" else "hh [1]*"  # which the library itself can't take
     assert read(folder(tmp_path / name, GOOD_FILES[case]), tmp_path) == 3
 
 
-def test_one_line_says_which_files_are_read(tmp_path, capsys):
+def test_files_read_are_printed_in_one_line(tmp_path, capsys):
     path = folder(tmp_path / "hh", {f"train-{i}.jsonl": LINE for i in range(6)} | {"test.jsonl": LINE})
     assert read(path, tmp_path) == 6
     first = capsys.readouterr().out.splitlines()[0]
@@ -205,14 +205,14 @@ def test_one_line_says_which_files_are_read(tmp_path, capsys):
         ({"train-1.jsonl": b"", "train-2.jsonl": LINE}, "train-1.jsonl: the file is empty"),
     ],
 )
-def test_files_that_cannot_all_be_meant_are_refused(files, reason, tmp_path):
+def test_ambiguous_files_are_refused(files, reason, tmp_path):
     path = folder(tmp_path / "hh", files)
     with pytest.raises(UserError) as raised:
         read(path, tmp_path)
     assert f"{path}/{reason.format(path)}" in str(raised.value)
 
 
-def test_a_cache_within_the_folder_is_not_data(tmp_path):
+def test_cache_inside_a_data_folder_is_not_read(tmp_path):
     path = tmp_path / "hh"
     folder(path, {"train.jsonl": LINE * 3, "test.jsonl": LINE * 2})
     for _ in range(3):
@@ -221,7 +221,7 @@ def test_a_cache_within_the_folder_is_not_data(tmp_path):
             assert [len(entry["pairs"]) for entry in data.values()] == [n_rows]
 
 
-def test_columns_that_come_later_are_named_with_the_file(tmp_path):
+def test_columns_missing_from_earlier_rows_are_named_with_their_file(tmp_path):
     path = folder(tmp_path / "hh", {"train-1.jsonl": LINE * 2, "train-2.jsonl": LINE + lines({**ROW, "note": "x"})})
     with pytest.raises(UserError, match=r"train-2.jsonl, line 2: a column 'note' that the rows before it don't have"):
         read(path, tmp_path)
@@ -242,7 +242,7 @@ NO_FILES = {
 
 
 @pytest.mark.parametrize("case", NO_FILES)
-def test_a_folder_without_files_for_the_split_says_what_it_holds(case, tmp_path):
+def test_folder_without_files_for_the_split_says_what_it_holds(case, tmp_path):
     files, cause, remedy = NO_FILES[case]
     path = folder(tmp_path / "hh", files)
     with pytest.raises(UserError) as raised:
@@ -252,7 +252,7 @@ def test_a_folder_without_files_for_the_split_says_what_it_holds(case, tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_named(tmp_path):
+def test_unreadable_file_is_named(tmp_path):
     path = folder(tmp_path / "hh", {"train.jsonl": LINE})
     os.chmod(tmp_path / "hh/train.jsonl", 0)
     with pytest.raises(UserError, match=r"train.jsonl.*[Pp]ermission"):
@@ -270,7 +270,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path):
         ("only_train", ["/only_train has files for train and none for test", "e.g. test.jsonl"]),
     ],
 )
-def test_the_command_line_names_a_bad_path_or_file(value, parts, train, tmp_path):
+def test_command_line_names_a_bad_path_or_file(value, parts, train, tmp_path):
     folder(tmp_path / "hh", {"train.jsonl": LINE * 8, "test.jsonl": LINE + LINE[:50]})
     folder(tmp_path / "only_train", {"train.jsonl": LINE * 8})
     assert_refused(train(*TOY, "datasets=[hh]", f"dataset_paths.hh={value}", "loss=dpo"), tmp_path, *parts)

@@ -1,4 +1,4 @@
-"""A key of the cache of reference log-probabilities means one number, whoever computes it."""
+"""A key of the reference cache stands for one number, whichever run computes it."""
 
 import re
 
@@ -41,7 +41,7 @@ def logps(trainer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("policy", ["model.policy_mp=bfloat16", "model.policy_dtype=bfloat16"])
-def test_precomputed_in_bfloat16_is_what_a_bfloat16_model_says(policy, precompute, make_trainer):
+def test_precomputed_bfloat16_reference_equals_the_online_one(policy, precompute, make_trainer):
     overrides = ["model.reference_dtype=bfloat16", policy]
     online = logps(make_trainer(*TOY, *overrides))
     trainer, n_computed, _ = precompute(*overrides)
@@ -49,12 +49,12 @@ def test_precomputed_in_bfloat16_is_what_a_bfloat16_model_says(policy, precomput
     assert torch.equal(logps(trainer), online)
 
 
-def test_a_policy_under_autocast_does_not_play_the_references_part(precompute):
+def test_policy_under_autocast_does_not_serve_as_the_reference(precompute):
     assert precompute("model.reference_dtype=bfloat16", "model.policy_mp=bfloat16")[2]
     assert not precompute("model.reference_dtype=bfloat16", "model.policy_dtype=bfloat16")[2]  # nor is that needed
 
 
-def test_weights_that_round_to_the_same_are_not_the_same(precompute, archives, make_trainer):
+def test_archives_that_differ_only_in_float32_have_separate_caches(precompute, archives, make_trainer):
     """A bfloat16 policy can't tell the two archives apart; a float32 reference can."""
     overrides = ["model.policy_dtype=bfloat16"]
     exact, n_computed, _ = precompute(*overrides, archives["exact"])
@@ -66,8 +66,8 @@ def test_weights_that_round_to_the_same_are_not_the_same(precompute, archives, m
     assert not torch.equal(logps(exact), logps(rounded))
 
 
-def test_the_policys_own_dtype_and_adapter_do_not_matter(precompute, archives):
-    """Whether the weights are hashed from the policy, or from the reference, which is loaded for it."""
+def test_cache_does_not_depend_on_the_policys_dtype_or_adapter(precompute, archives):
+    """The weights are hashed from the policy, or else from the reference, loaded for that."""
     expected, n_computed, was_loaded = precompute(archives["exact"])
     assert (n_computed, was_loaded) == (24, False)
     for overrides, is_loaded in (
@@ -82,13 +82,13 @@ def test_the_policys_own_dtype_and_adapter_do_not_matter(precompute, archives):
         torch.testing.assert_close(logps(trainer), logps(expected), rtol=0, atol=0)
 
 
-def test_a_reference_in_float16_is_not_loaded_where_all_is_known(precompute):
+def test_float16_reference_is_not_loaded_when_fully_cached(precompute):
     assert precompute("model.reference_dtype=float16")[1:] == (24, True)
     assert precompute("model.reference_dtype=float16")[1:] == (0, False)
 
 
 @pytest.mark.slow
-def test_mixed_precision_of_another_trainer_is_another_number(precompute, launcher):
+def test_mixed_precision_of_another_trainer_has_its_own_cache(precompute, launcher):
     """FSDP computes all in bfloat16, autocast some."""
     overrides = [*PRECOMPUTED, "lora={r:4}", "model.policy_mp=bfloat16", "debug=true"]
     for trainer in ("BasicTrainer", "FSDPTrainer"):

@@ -1,5 +1,6 @@
 """`reference_model`: a reference of its own, and `model.reference_dtype` where none is given."""
 
+import itertools
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ORACLE, REPOSITORY, read_jsonl
+from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl, trainers_in
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
@@ -34,16 +35,16 @@ def finished(trainer) -> str:
     return f"{trainer.run_dir}/LATEST"
 
 
-@pytest.fixture
-def sft(make_trainer) -> str:
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory) -> str:
     """The end of a short SFT run."""
-    return finished(make_trainer(*TOY, "loss=sft", "lr=3e-3"))
+    return finished(trainers_in(tmp_path_factory.mktemp("sft"))(*TOY, "loss=sft", "lr=3e-3"))
 
 
-@pytest.fixture
-def dpo(make_trainer, sft) -> str:
+@pytest.fixture(scope="module")
+def dpo(tmp_path_factory, sft) -> str:
     """The end of a short DPO run that began from it."""
-    return finished(make_trainer(*TOY, f"model.archive={sft}"))
+    return finished(trainers_in(tmp_path_factory.mktemp("dpo"))(*TOY, f"model.archive={sft}"))
 
 
 def hand_logps(directory: str, batch: dict, side: str) -> torch.Tensor:
@@ -61,7 +62,7 @@ def hand_losses(policy: str, reference: str, batch: dict, beta: float = 0.1) -> 
 
 
 @pytest.mark.parametrize("precompute", [False, True])
-def test_a_dpo_run_is_continued_against_its_sft_model(precompute, make_trainer, sft, dpo):
+def test_dpo_run_is_continued_against_its_sft_model(precompute, make_trainer, sft, dpo):
     overrides = [*TOY, f"model.archive={dpo}", f"precompute_ref_log_probs={precompute}"]
     trainer = make_trainer(*overrides, f"reference_model.archive={sft}")
     batch = trainer.eval_batches[0]
@@ -79,7 +80,7 @@ def test_a_dpo_run_is_continued_against_its_sft_model(precompute, make_trainer, 
     assert state["config"]["reference"] == "model"
 
 
-def test_a_new_adapter_against_a_model_of_its_own(make_trainer, sft, dpo):
+def test_new_adapter_trains_against_a_separate_reference_model(make_trainer, sft, dpo):
     trainer = make_trainer(*TOY, "lora={r:4}", f"model.archive={dpo}", f"reference_model.archive={sft}")
     assert trainer.reference.model is not trainer.policy
     assert not hasattr(trainer.reference.model, "peft_config")
@@ -88,7 +89,7 @@ def test_a_new_adapter_against_a_model_of_its_own(make_trainer, sft, dpo):
     assert losses == pytest.approx(hand_losses(dpo, sft, batch), rel=1e-9)
 
 
-def test_a_saved_adapter_against_the_adapter_before_it(make_trainer):
+def test_saved_adapter_trains_against_an_earlier_adapter(make_trainer):
     first = finished(make_trainer(*TOY, "loss=sft", "lora={r:4}", "lr=1e-2"))
     second = finished(make_trainer(*TOY, f"model.adapter={first}", "lr=1e-2"))
     trainer = make_trainer(*TOY, f"model.adapter={second}", f"reference_model.adapter={first}")
@@ -119,9 +120,19 @@ def test_each_reference_has_its_own_cache_whatever_the_policy_is(make_trainer, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
-@pytest.mark.parametrize("more", [[], ["precompute_ref_log_probs=true"], ["lora={r:4}"]], ids=str)
-def test_several_workers_continue_against_it_as_one_does(trainer, more, make_trainer, sft, dpo, launcher, tmp_path):
+@pytest.mark.parametrize(
+    ("trainer", "more"),
+    exhaustive_except(
+        itertools.product(
+            ["FSDPTrainer", "TensorParallelTrainer"], [[], ["precompute_ref_log_probs=true"], ["lora={r:4}"]]
+        ),
+        ("FSDPTrainer", []),
+    ),
+    ids=str,
+)
+def test_several_workers_train_against_a_reference_model_as_one(
+    trainer, more, make_trainer, sft, dpo, launcher, tmp_path
+):
     overrides = [*TOY, *more, f"model.archive={dpo}", f"reference_model.archive={sft}"]
     expected = make_trainer(*overrides)
     finished(expected)
@@ -161,7 +172,7 @@ def other(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])
-def test_a_reference_of_another_architecture_is_computed_in_its_own_way(tokenizer, make_trainer, other):
+def test_reference_of_another_architecture_uses_its_own_layout(tokenizer, make_trainer, other):
     directory = other(tokenizer)
     trainer = make_trainer(*TOY, f"reference_model.name_or_path={directory}")
     assert (
@@ -179,7 +190,7 @@ def test_fsdp_finds_the_blocks_of_a_reference_of_another_architecture(other, lau
     assert launcher.run(*overrides, *run, n_workers=2) == 0, launcher.output
 
 
-def test_a_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path):
+def test_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path):
     with pytest.raises(UserError, match=r"reference_model\.name_or_path=.*: it embeds 2000 tokens, the policy 2048"):
         make_trainer(*TOY, f"reference_model.name_or_path={other(vocab_size=2000)}")
     with pytest.raises(UserError, match=r"max_length=64: reference_model\.name_or_path=.* has only 48 positions"):
@@ -214,7 +225,7 @@ def test_a_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path)
     ],
     ids=str,
 )
-def test_a_reference_model_that_cannot_be_is_refused(overrides, message, train, tmp_path):
+def test_impossible_reference_model_is_refused(overrides, message, train, tmp_path):
     result = train(*TOY, *overrides)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -231,7 +242,7 @@ def test_weights_of_a_reference_that_do_not_fit_name_its_key(make_trainer, other
         make_trainer(*TOY, f"reference_model.archive={tmp_path}/bad.pt")
 
 
-def test_what_is_given_stands_upon_what_the_policy_has_below_it():
+def test_reference_model_inherits_lower_layers_and_drops_higher_ones():
     def source(scratch=False, **given) -> Source:
         model = {"name_or_path": "base", "archive": "weights", "adapter": "lora", "from_scratch": scratch}
         own = {"name_or_path": None, "archive": None, "adapter": None, **given}
@@ -268,7 +279,7 @@ ORACLE_RUN = ["model=blank_model", f"model.name_or_path={ORACLE}/model", *NO_DTY
     ],
     ids=str,
 )
-def test_on_a_cpu_the_reference_has_the_policys_dtype_unless_one_is_given(overrides, expected, make_trainer):
+def test_reference_has_the_policys_dtype_on_a_cpu_unless_given(overrides, expected, make_trainer):
     if torch.cuda.is_available():
         pytest.skip("this is of a CPU")
     path = [f"model.name_or_path={ORACLE}/model"] if "model=llama3-8b" in overrides else []
@@ -279,12 +290,12 @@ def test_on_a_cpu_the_reference_has_the_policys_dtype_unless_one_is_given(overri
 
 
 def said_of_changes(output: str) -> str:
-    """What a run that goes on says has changed."""
+    """Return the changes that a resumed run reports."""
     return output[output.index("Changed since the run began:") :].partition("Config, where it")[0]
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_references_dtype_that_it_began_with(launcher, tmp_path):
+def test_resumed_run_keeps_its_reference_dtype(launcher, tmp_path):
     run_dir = tmp_path / "run"
     assert launcher.run(*ORACLE_RUN, "model.reference_dtype=float16", f"local_run_dir={run_dir}") == 0, launcher.output
     # as an earlier version, whose default it was, has left it
@@ -297,7 +308,7 @@ def test_a_run_goes_on_with_the_references_dtype_that_it_began_with(launcher, tm
 
 
 @pytest.mark.slow
-def test_the_dtype_is_recorded_and_the_same_command_resumes(launcher, tmp_path):
+def test_reference_dtype_is_recorded_and_the_same_command_resumes(launcher, tmp_path):
     run_dir = tmp_path / "run"
     assert launcher.run(*ORACLE_RUN, f"local_run_dir={run_dir}") == 0, launcher.output
     assert "reference_dtype: float32" in (run_dir / "config.yaml").read_text()

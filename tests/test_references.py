@@ -1,5 +1,6 @@
-"""Every way to the reference's log-probabilities gives the same training, and the cache knows what it may reuse."""
+"""Every source of the reference's log-probabilities gives the same training; the cache reuses only what is valid."""
 
+import itertools
 import json
 import re
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import peft
 import pytest
 import torch
-from conftest import ORACLE, REPOSITORY, read_jsonl, trainers_in
+from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl, trainers_in
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,14 +56,14 @@ def assert_same_training(lines: list[dict], expected: list[dict]):
     assert expected[-1]["loss/train"] != pytest.approx(LN_2, abs=1e-3)  # something has been learnt
 
 
-def test_the_base_under_the_adapter_equals_a_second_model(make_trainer):
+def test_base_under_the_adapter_equals_a_second_model(make_trainer):
     expected = train_lines(make_trainer(*TOY, *LORA, "loss=dpo", "reference=model"))
     trainer = make_trainer(*TOY, *LORA, "loss=dpo")
     assert trainer.reference.model is trainer.policy
     assert_same_training(train_lines(trainer), expected)
 
 
-def test_a_copied_adapter_equals_a_second_model_and_stays_as_it_was(make_trainer, adapter):
+def test_copied_adapter_equals_a_second_model_and_stays_as_it_was(make_trainer, adapter):
     overrides = [*TOY, "loss=dpo", f"model.adapter={adapter}"]
     expected = train_lines(make_trainer(*overrides, "reference=model"))
     trainer = make_trainer(*overrides)
@@ -75,18 +76,30 @@ def test_a_copied_adapter_equals_a_second_model_and_stays_as_it_was(make_trainer
     assert expected[0]["loss/train"] == pytest.approx(LN_2, abs=1e-6)
 
 
-def test_the_base_as_reference_of_a_saved_adapter_differs_from_its_copy(make_trainer, adapter):
+def test_base_as_reference_of_a_saved_adapter_differs_from_its_copy(make_trainer, adapter):
     lines = train_lines(make_trainer(*TOY, "loss=dpo", f"model.adapter={adapter}", "reference=adapter_off"))
     assert lines[0]["loss/train"] != pytest.approx(LN_2, abs=1e-4)
 
 
+PRECOMPUTABLE = {
+    "model": [],
+    "model, averages": ["loss.average_log_prob=true", "loss.beta=10"],
+    "adapter_off": LORA,
+    "lora, model": [*LORA, "reference=model"],
+}
+
+
 @pytest.mark.parametrize(
-    "overrides",
-    [[], ["loss.average_log_prob=true", "loss.beta=10"], LORA, [*LORA, "reference=model"]],
-    ids=["model", "model, averages", "adapter_off", "lora, model"],
+    ("reference", "loss"),
+    exhaustive_except(
+        itertools.product(PRECOMPUTABLE, ("dpo", "ipo")),
+        ("model", "dpo"),
+        ("model, averages", "ipo"),
+        ("adapter_off", "dpo"),
+    ),
 )
-@pytest.mark.parametrize("loss", ["dpo", "ipo"])
-def test_precomputed_equals_online(overrides, loss, make_trainer):
+def test_precomputed_reference_trains_as_the_online_one(reference, loss, make_trainer):
+    overrides = PRECOMPUTABLE[reference]
     expected = train_lines(make_trainer(*TOY, *overrides, f"loss={loss}"))
     trainer = make_trainer(*TOY, *overrides, f"loss={loss}", "precompute_ref_log_probs=true")
     assert (trainer.reference is None) == (overrides != LORA)  # a second model is not kept
@@ -115,7 +128,7 @@ def test_reference_in_another_dtype_is_another_model(make_trainer):
 
 
 @pytest.mark.parametrize("kind", ["adapter_off", "adapter_copy"])
-def test_the_adapter_is_back_after_an_error_inside_the_reference(kind, make_trainer, adapter):
+def test_adapter_is_back_after_an_error_inside_the_reference(kind, make_trainer, adapter):
     trainer = make_trainer(*TOY, "loss=dpo", f"model.adapter={adapter}", f"reference={kind}")
     batch = trainer.eval_batches[0]
     trained = [parameter for parameter in trainer.policy.parameters() if parameter.requires_grad]
@@ -130,7 +143,7 @@ def test_the_adapter_is_back_after_an_error_inside_the_reference(kind, make_trai
     assert [p for p in trainer.policy.parameters() if p.requires_grad] == trained
 
 
-def test_an_adapter_that_changes_the_base_has_a_second_model_as_reference(make_trainer):
+def test_adapter_that_changes_the_base_has_a_second_model_as_reference(make_trainer):
     trainer = make_trainer(*TOY, "lora={r:4,bias:all}", "loss=dpo")
     assert trainer.reference.model is not trainer.policy
     lines = train_lines(trainer)
@@ -160,7 +173,7 @@ def test_dropout_of_a_saved_adapter_is_off(make_trainer, edited_adapter):
     assert torch.equal(first, second)
 
 
-def test_an_adapter_of_another_model_is_refused(make_trainer, edited_adapter, capsys):
+def test_adapter_of_another_model_is_refused(make_trainer, edited_adapter, capsys):
     renamed = edited_adapter({}, rename=("gpt_neox", "transformer"))
     with pytest.raises(UserError, match=r"model.adapter=.*missing adapter keys"):
         make_trainer(*TOY, "loss=dpo", f"model.adapter={renamed}")
@@ -170,7 +183,7 @@ def test_an_adapter_of_another_model_is_refused(make_trainer, edited_adapter, ca
 
 
 def n_computed(capsys) -> int:
-    """How many pairs the reference pass just made had to compute."""
+    """Return the number of pairs that the last reference pass computed."""
     return int(re.search(r"Reference log-probabilities: (\d+) computed", capsys.readouterr().out)[1])
 
 
@@ -186,7 +199,7 @@ def filled_cache(tmp_path_factory):
 
 @pytest.fixture
 def cached(filled_cache, tmp_path):
-    """All that `PRECOMPUTED` asks for is in the cache."""
+    """Fill the cache with everything that `PRECOMPUTED` needs."""
     shutil.copytree(filled_cache, tmp_path / "cache")
 
 
@@ -198,7 +211,7 @@ def cached(filled_cache, tmp_path):
     ids=str,
 )  # fmt: skip
 @pytest.mark.usefixtures("cached")
-def test_what_the_numbers_do_not_depend_on_reuses_the_cache(overrides, make_trainer, capsys):
+def test_irrelevant_settings_reuse_the_cache(overrides, make_trainer, capsys):
     trainer = make_trainer(*PRECOMPUTED, *overrides)
     assert n_computed(capsys) == 0
     assert trainer.reference is None
@@ -215,18 +228,18 @@ def test_what_the_numbers_do_not_depend_on_reuses_the_cache(overrides, make_trai
     ids=str,
 )
 @pytest.mark.usefixtures("cached")
-def test_what_the_numbers_depend_on_is_computed_anew(overrides, n_expected, make_trainer, capsys):
+def test_relevant_settings_recompute_the_cache(overrides, n_expected, make_trainer, capsys):
     make_trainer(*PRECOMPUTED, *overrides)
     assert n_computed(capsys) == n_expected
 
 
-def test_an_adapter_scaled_otherwise_is_computed_anew(make_trainer, edited_adapter, capsys):
+def test_adapter_with_another_scale_is_recomputed(make_trainer, edited_adapter, capsys):
     for settings in ({}, {"lora_alpha": 64}):
         make_trainer(*PRECOMPUTED, f"model.adapter={edited_adapter(settings)}")
         assert n_computed(capsys) == 32
 
 
-def test_another_archive_is_computed_anew_and_the_order_of_the_data_is_not(make_trainer, capsys, tmp_path):
+def test_another_archive_is_recomputed_and_another_data_order_is_not(make_trainer, capsys, tmp_path):
     (tmp_path / "hh").mkdir()
     for split, n_pairs in (("train", 24), ("test", 8)):
         lines = (ORACLE / "hh" / f"{split}.jsonl").read_text().splitlines(keepends=True)
@@ -242,7 +255,7 @@ def test_another_archive_is_computed_anew_and_the_order_of_the_data_is_not(make_
     assert n_computed(capsys) == 0
 
 
-def test_a_pass_that_is_cut_off_goes_on_where_it_stopped(make_trainer, capsys, monkeypatch):
+def test_interrupted_reference_pass_resumes(make_trainer, capsys, monkeypatch):
     fill_batch, windows = LogpsCache.fill_batch, []
 
     def fill_and_stop(self, *args):
@@ -265,9 +278,11 @@ def cache_files(tmp_path):
     return list((tmp_path / "cache").glob("*/reference_logps/*/*"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "not a cache file", "empty"])
+@pytest.mark.parametrize(
+    "damage", exhaustive_except(["truncated", "bit flipped", "not a cache file", "empty"], "truncated", "bit flipped")
+)
 @pytest.mark.usefixtures("cached")
-def test_a_damaged_file_is_noticed_and_computed_again(damage, make_trainer, capsys, tmp_path):
+def test_damaged_cache_file_is_recomputed(damage, make_trainer, capsys, tmp_path):
     (path, _) = sorted(cache_files(tmp_path), key=lambda path: -path.stat().st_size)  # of 24 and of 8 pairs
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
@@ -281,7 +296,7 @@ def test_a_damaged_file_is_noticed_and_computed_again(damage, make_trainer, caps
 
 
 @pytest.mark.usefixtures("cached")
-def test_a_half_written_file_is_no_part_of_the_cache(make_trainer, capsys, tmp_path):
+def test_half_written_cache_file_is_ignored(make_trainer, capsys, tmp_path):
     for path in cache_files(tmp_path):
         path.rename(f"{path}.partial")
     make_trainer(*PRECOMPUTED)
@@ -300,7 +315,7 @@ def test_two_runs_that_start_together_leave_a_whole_cache(launcher, make_trainer
 # ---- adapters on disk -----------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(make_trainer, adapter, tmp_path):
+def test_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(make_trainer, adapter, tmp_path):
     trainer = make_trainer(*TOY, "loss=sft", f"model.adapter={adapter}")
     ids = torch.arange(1, 9)[None]
     expected = trainer.policy(ids).logits
@@ -314,7 +329,7 @@ def test_an_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(mak
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 2048
 
 
-def test_the_merge_command_tells_a_mistake(launcher, adapter, tmp_path):
+def test_merge_command_tells_a_mistake(launcher, adapter, tmp_path):
     (tmp_path / "merged").mkdir()
     words = ["merge", adapter, tmp_path / "merged"]
     assert launcher.run(*words, script=REPOSITORY / "checkpoints.py", as_typed=True) == 1
@@ -341,6 +356,6 @@ def test_the_merge_command_tells_a_mistake(launcher, adapter, tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_go_together_is_an_error_that_says_what_can(overrides, message, make_trainer):
+def test_impossible_reference_says_what_is_possible(overrides, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer(*TOY, "loss=dpo", *overrides)

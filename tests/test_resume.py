@@ -1,5 +1,6 @@
-"""The plug may be pulled at any moment: a run that was cut off and resumed ends as one that never stopped."""
+"""A run that is killed at any moment and resumed ends exactly as one that never stopped."""
 
+import itertools
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 
 from checkpointing.preemption import EXIT_CODE
 from checkpointing.train_state import get_rng_state, set_rng_state
@@ -23,7 +24,7 @@ TOY = [*SMALL, "datasets=[toy]", "n_examples=80"]
 
 @pytest.fixture(scope="module")
 def few_pairs(tmp_path_factory) -> str:
-    """The override that makes hh so small that two epochs are short."""
+    """Return the override for a copy of hh so small that two epochs are short."""
     directory = tmp_path_factory.mktemp("hh")
     for split in ("train", "test"):
         lines = (ORACLE / "hh" / f"{split}.jsonl").read_text().splitlines(keepends=True)
@@ -69,29 +70,25 @@ def half_saved(run_dir) -> bool:
 def kill_at_random(launcher, run_dir, moments: random.Random, trained: float, when: str) -> bool:
     """SIGKILL the running process while it loads, trains or saves; `trained`: how long all of training takes (seconds).
 
-    Returns: whether it died while a checkpoint was being written.
+    Returns: True if it died while a checkpoint was being written.
     """
     if when == "loading":
         time.sleep(moments.uniform(0, 0.6))
     else:
-        wait_for(launcher, "Writing to")
+        launcher.wait_for("Writing to|This run is complete")
         time.sleep(moments.uniform(0, trained / 4))
-    deadline = time.monotonic() + 30
-    while when == "saving" and not half_saved(run_dir) and time.monotonic() < deadline:
+    while when == "saving" and launcher.runs[-1].is_running:
+        if half_saved(run_dir):
+            time.sleep(moments.uniform(0, 0.03))
+            launcher.kill(signal.SIGSTOP)
+            if half_saved(run_dir):
+                break
+            launcher.kill(signal.SIGCONT)  # it was faster: wait for the next checkpoint
         time.sleep(0.001)
-    if when == "saving":
-        time.sleep(moments.uniform(0, 0.03))
     launcher.kill(signal.SIGKILL)
     # near its end it may be done before
     assert launcher.wait() in (-signal.SIGKILL, 0), launcher.output
     return when != "loading" and half_saved(run_dir)
-
-
-def wait_for(run, text: str, seconds: float = 60):
-    deadline = time.monotonic() + seconds
-    while text not in run.output and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert text in run.output
 
 
 KINDS = {
@@ -103,14 +100,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launcher, few_pairs, tmp_path, request):
+@pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo"))
+def test_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launcher, few_pairs, tmp_path, request):
     overrides = [*TOY, *KINDS[kind], few_pairs]
     if "model.adapter={adapter}" in overrides:
         overrides[overrides.index("model.adapter={adapter}")] = f"model.adapter={request.getfixturevalue('adapter')}"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     launcher.start(*overrides, f"local_run_dir={whole}")
-    wait_for(launcher, "Writing to")
+    launcher.wait_for("Writing to")
     start = time.monotonic()
     assert launcher.wait() == 0, launcher.output
     trained = time.monotonic() - start
@@ -138,24 +135,28 @@ SIGNALLED = {  # when the signal comes: overrides, and between which two lines o
 
 @pytest.mark.parametrize(
     ("number", "where"),
-    [(signal.SIGTERM, "evaluation"), (signal.SIGINT, "sampling"), (signal.SIGUSR1, "training")],
+    exhaustive_except(
+        [(signal.SIGTERM, "evaluation"), (signal.SIGINT, "sampling"), (signal.SIGUSR1, "training")],
+        (signal.SIGTERM, "evaluation"),
+        (signal.SIGUSR1, "training"),
+    ),
     ids=str,
 )
-def test_a_signal_saves_and_ends_with_its_own_code_and_nothing_is_lost(number, where, launcher, tmp_path):
+def test_signal_saves_and_exits_with_75_and_nothing_is_lost(number, where, launcher, tmp_path):
     overrides, after, before = SIGNALLED[where]
     overrides = [*TOY, "loss=dpo", "save_every=1600", *overrides]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     launcher.start(*overrides, f"local_run_dir={whole}")
-    wait_for(launcher, after)
+    launcher.wait_for(after)
     start = time.monotonic()
-    wait_for(launcher, before)
+    launcher.wait_for(before)
     seconds = time.monotonic() - start
     assert launcher.wait() == 0, launcher.output
 
     for part in (0.25, 0.1, 0):  # sooner, where this run is so much faster than the first that the signal is late
         shutil.rmtree(cut, ignore_errors=True)
         launcher.start(*overrides, f"local_run_dir={cut}")
-        wait_for(launcher, after)
+        launcher.wait_for(after)
         time.sleep(seconds * part)
         launcher.kill(number)
         sent = time.monotonic()
@@ -163,7 +164,7 @@ def test_a_signal_saves_and_ends_with_its_own_code_and_nothing_is_lost(number, w
         if before not in launcher.output:
             break
     assert code == EXIT_CODE == 75, launcher.output
-    assert time.monotonic() - sent < 10
+    assert time.monotonic() - sent < 120
     last_line = launcher.output.splitlines()[-1]
     assert f"The last checkpoint is {cut}/LATEST" in last_line
     assert f"resume={cut}" in last_line
@@ -177,31 +178,31 @@ def test_a_signal_saves_and_ends_with_its_own_code_and_nothing_is_lost(number, w
     assert_same_run(cut, whole)
 
 
-def test_a_second_signal_ends_at_once(launcher, tmp_path):
-    launcher.start(*TOY, "n_eval_model_samples=8", f"local_run_dir={tmp_path}/run")
-    wait_for(launcher, "Writing to")
+def test_second_signal_ends_at_once(launcher, tmp_path):
+    launcher.start(*TOY, "n_eval_model_samples=8", "n_examples=4000", f"local_run_dir={tmp_path}/run")
+    launcher.wait_for("Writing to")
     time.sleep(0.2)
     launcher.kill(signal.SIGSTOP)  # so that it can't finish between the two
     launcher.kill(signal.SIGTERM)
     launcher.kill(signal.SIGCONT)
-    wait_for(launcher, "SIGTERM: stopping")
+    launcher.wait_for("SIGTERM: stopping")
     with_time = launcher.output
     launcher.kill(signal.SIGINT)
     assert launcher.wait() in (-signal.SIGINT, EXIT_CODE), with_time
 
 
-def test_a_crash_names_the_last_checkpoint_and_leaves_it(launcher, tmp_path):
+def test_crash_names_the_last_checkpoint(launcher, tmp_path):
     overrides = [*TOY, "sample_during_eval=false", "optimizer=SGD", "warmup_steps=0", "max_grad_norm=1e30"]
     assert launcher.run(*overrides, "n_examples=8", "lr=1e-5", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     code = launcher.run(*overrides, "n_examples=16", "lr=1e30", f"resume={tmp_path}/run", "resume_anyway=true")
     assert code == 1
     assert "training can't go on" in launcher.output
     last_line = launcher.output.splitlines()[-1]
-    assert f"The last checkpoint is {tmp_path}/run/step-8; to go on from it: python " in last_line
+    assert f"The last checkpoint is {tmp_path}/run/step-8; to resume from it: python " in last_line
     assert last_line.endswith(f"resume={tmp_path}/run")
 
 
-def test_random_generators_go_on_where_they_were():
+def test_random_generators_are_restored():
     set_rng_state(states := get_rng_state())
     drawn = torch.rand(3), random.random()
     torch.rand(100), random.random()
@@ -245,7 +246,7 @@ def run_dir(finished, tmp_path):
     ],
     ids=str,
 )
-def test_a_config_of_another_run_is_refused_and_nothing_is_touched(overrides, parts, launcher, run_dir):
+def test_config_of_another_run_is_refused_and_nothing_is_touched(overrides, parts, launcher, run_dir):
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     assert launcher.run(*FINISHED, *overrides, f"resume={run_dir}") == 1
     for part in parts:
@@ -254,7 +255,7 @@ def test_a_config_of_another_run_is_refused_and_nothing_is_touched(overrides, pa
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
-def test_longer_training_and_other_logging_are_said_and_go_on(launcher, run_dir):
+def test_longer_training_and_other_logging_are_reported_and_resume(launcher, run_dir):
     overrides = [*FINISHED, "n_examples=24", "eval_every=4", "gradient_accumulation_steps=2"]
     assert launcher.run(*overrides, f"resume={run_dir}") == 0, launcher.output
     assert "eval_every: 16 → 4\n  gradient_accumulation_steps: 1 → 2\n  n_examples: 16 → 24" in launcher.output
@@ -268,7 +269,7 @@ def test_resume_anyway_takes_the_new_settings(launcher, run_dir):
     assert log_lines(run_dir)[-2]["lr"] == 2e-3
 
 
-def test_an_earlier_checkpoint_is_not_gone_on_from_while_later_ones_are_there(launcher, run_dir, finished):
+def test_earlier_checkpoint_is_refused_while_later_ones_exist(launcher, run_dir, finished):
     assert launcher.run(*FINISHED, f"resume={run_dir}/step-8") == 1
     assert f"the run has got further: {run_dir}/LATEST, {run_dir}/step-12" in launcher.output
     for name in ("LATEST", "step-12"):
@@ -277,9 +278,19 @@ def test_an_earlier_checkpoint_is_not_gone_on_from_while_later_ones_are_there(la
     assert_same_run(run_dir, finished)
 
 
-@pytest.mark.parametrize("damaged", ["truncated", "bit flipped", "missing"])
-@pytest.mark.parametrize("name", ["policy.pt", "optimizer.pt", "rng.pt", "state.json", "SHA256SUMS"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(damaged, name, launcher, run_dir, finished):
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    exhaustive_except(
+        itertools.product(
+            ["policy.pt", "optimizer.pt", "rng.pt", "state.json", "SHA256SUMS"], ["truncated", "bit flipped", "missing"]
+        ),
+        ("policy.pt", "bit flipped"),
+        ("optimizer.pt", "missing"),
+        ("state.json", "truncated"),
+        ("SHA256SUMS", "missing"),
+    ),
+)
+def test_damaged_checkpoint_is_named_and_the_previous_one_resumes(damaged, name, launcher, run_dir, finished):
     path = run_dir / "LATEST" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -290,17 +301,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(damaged, n
     assert f"resume={run_dir}/LATEST is no whole checkpoint: " in launcher.output
     assert launcher.run(*FINISHED, "resume=auto", f"local_run_dir={run_dir}") == 0, launcher.output
     assert f"WARNING: {run_dir}/LATEST can't be used: " in launcher.output
-    assert f"Going on from {run_dir}/step-12" in launcher.output
+    assert f"Resuming from {run_dir}/step-12" in launcher.output
     assert_same_run(run_dir, finished)
 
 
-def test_nothing_to_go_on_from(launcher, run_dir, tmp_path):
+def test_resume_without_a_whole_checkpoint_is_an_error(launcher, run_dir, tmp_path):
     for name in ("LATEST", "step-4", "step-8", "step-12"):
         (run_dir / name / "policy.pt").write_bytes(b"")
     assert launcher.run(*FINISHED, f"resume={run_dir}") == 1
     assert "none of its checkpoints is whole" in launcher.output
     assert launcher.run(*FINISHED, "resume=auto") == 1
-    assert "resume=auto goes on with the run in local_run_dir: give that, too" in launcher.output
+    assert "resume=auto resumes the run in local_run_dir: give that, too" in launcher.output
     assert launcher.run(*FINISHED, "resume=nowhere") == 1
     assert "resume=nowhere: no such directory" in launcher.output
     (tmp_path / "empty").mkdir()
@@ -311,7 +322,7 @@ def test_nothing_to_go_on_from(launcher, run_dir, tmp_path):
 
 def test_two_processes_cannot_run_one_run(launcher, run_dir):
     first = launcher.start(*FINISHED, "n_examples=4000", f"resume={run_dir}")
-    wait_for(first, "Going on from")
+    first.wait_for("Resuming from")
     second = launcher.start(*FINISHED, f"resume={run_dir}")
     assert second.wait() == 1
     first.kill(signal.SIGKILL)
@@ -319,7 +330,7 @@ def test_two_processes_cannot_run_one_run(launcher, run_dir):
     assert "another process is running this run" in second.output
 
 
-def test_the_wandb_run_goes_on_under_its_id(launcher, tmp_path):
+def test_wandb_run_resumes_under_its_id(launcher, tmp_path):
     env = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
     overrides = [*FINISHED, "wandb.enabled=true"]
     assert launcher.run(*overrides, f"local_run_dir={tmp_path}/run", env=env) == 0, launcher.output

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load, save
@@ -20,7 +20,7 @@ NAMES = ("logps_train/chosen", "rewards_train/margins", "loss/train", "grad_norm
 
 
 def version(scale: float, **merged: str) -> dict[str, bytes]:
-    """A model whose weights are scaled, with `merged` in its tokenizer."""
+    """Return a model with scaled weights and `merged` in its tokenizer."""
     files = model_files()
     state = {name: tensor * scale for name, tensor in load(files["model.safetensors"]).items()}
     files["model.safetensors"] = save(state, {"format": "pt"})
@@ -71,7 +71,7 @@ def inputs(run_dir) -> dict[str, str]:
     return json.loads((run_dir / "LATEST/state.json").read_text())["inputs"]
 
 
-def test_a_run_with_a_revision_trains_that_and_records_its_commit(run_ok, hub, tmp_path):
+def test_run_trains_its_revision_and_records_the_commit(run_ok, hub, tmp_path):
     (tmp_path / "folder").mkdir()
     repository = hub.repository("models", PYTHIA)
     for name, content in repository.commits[repository.refs["v1"]].items():
@@ -94,7 +94,7 @@ def test_a_run_with_a_revision_trains_that_and_records_its_commit(run_ok, hub, t
         assert (tokenizer.encode("WHAT").ids == tokenizer.encode("what").ids) == is_lower_case
 
 
-def test_a_run_with_a_revision_goes_on_when_main_has_moved_and_not_when_the_tag_has(run, run_ok, hub, tmp_path):
+def test_run_of_a_revision_resumes_after_main_moves_but_not_after_the_tag_does(run, run_ok, hub, tmp_path):
     run_ok("whole", "model.revision=v1", "n_examples=8")
     run_ok("run", "model.revision=v1")
     repository = hub.repository("models", PYTHIA)
@@ -111,7 +111,7 @@ def test_a_run_with_a_revision_goes_on_when_main_has_moved_and_not_when_the_tag_
     assert "Traceback" not in result.stderr
 
 
-def test_a_run_of_main_that_has_moved_goes_on_with_the_commit_that_the_message_names(run, run_ok, hub, tmp_path):
+def test_run_of_a_moved_main_resumes_with_the_named_commit(run, run_ok, hub, tmp_path):
     run_ok("whole", "n_examples=8")
     run_ok("run")
     began_with = hub.repository("models", PYTHIA).refs["main"]
@@ -131,8 +131,10 @@ def test_a_run_of_main_that_has_moved_goes_on_with_the_commit_that_the_message_n
     assert steps(tmp_path / "run") == steps(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("key", ["reference_model.archive", "reference_model.name_or_path"])
-def test_a_reference_of_its_own_is_the_one_that_the_run_began_with(key, launcher, sft_archive, tmp_path):
+@pytest.mark.parametrize(
+    "key", exhaustive_except(["reference_model.archive", "reference_model.name_or_path"], "reference_model.archive")
+)
+def test_changed_reference_model_is_refused_on_resume(key, launcher, sft_archive, tmp_path):
     shutil.copytree(ORACLE / "model", tmp_path / "model")
     path = tmp_path / "model"
     if key.endswith("archive"):

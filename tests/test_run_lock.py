@@ -1,19 +1,18 @@
-"""A run directory belongs to one process at a time, and what isn't the run's stays as it is."""
+"""A run directory belongs to one process at a time, and files that aren't the run's are left untouched."""
 
 import errno
 import fcntl
 import os
 import signal
 import socket
-import time
 
 import psutil
 import pytest
 from conftest import read_jsonl
-from launcher import Run
+from launcher import Run, wait_until
 
 from checkpointing.integrity import recover_interrupted_saves
-from commands.run_directory import claimed
+from commands.run_directory import locked_run
 from utils import UserError
 
 RUN = [
@@ -33,19 +32,12 @@ def start(launcher, tmp_path):
     return start_command
 
 
-def wait_until(holds, seconds: float = 90):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["at once", "while it trains"])
-def test_of_two_runs_in_a_new_directory_one_trains(when, start, tmp_path):
+def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
     runs = [start()]
     if when == "while it trains":
-        wait_until(lambda: "First step: " in runs[0].output)
+        runs[0].wait_for("First step: ")
     runs.append(start())
     wait_until(lambda: any("error: " in run.output for run in runs))
     trains, refused = sorted(runs, key=lambda run: "error: " in run.output)
@@ -53,7 +45,7 @@ def test_of_two_runs_in_a_new_directory_one_trains(when, start, tmp_path):
     assert f"error: local_run_dir={tmp_path}/run: another process is running this run: process" in refused.output
     assert f"process {trains.children[0]} on {socket.gethostname()}" in refused.output
     assert "Traceback" not in refused.output
-    wait_until(lambda: "wrote" in trains.output)
+    trains.wait_for("wrote")
     trains.kill(signal.SIGTERM)
     assert trains.wait() == 75
     steps = [
@@ -70,58 +62,59 @@ def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     process = psutil.Process(*run.children)
     wait_until(lambda: len(process.children()) == 3)  # one of them tracks resources
     if when == "training":
-        wait_until(lambda: "First step: " in run.output)
+        run.wait_for("First step: ")
     children = process.children()
     run.kill(signal.SIGKILL)
     run.wait()
-    with claimed(str(tmp_path / "run")):
+    with locked_run(str(tmp_path / "run")):
         pass
-    wait_until(lambda: not any(child.is_running() for child in children), seconds=45)
+    wait_until(lambda: not any(child.is_running() for child in children))
     assert (tmp_path / "run/config.yaml").exists() == (when == "training")
 
 
-def test_a_claimed_directory_is_gone_again_unless_something_was_written(tmp_path):
-    with claimed(str(tmp_path / "new/run")):
+def test_claimed_directory_is_removed_unless_written_to(tmp_path):
+    with locked_run(str(tmp_path / "new/run")):
         assert os.listdir(tmp_path / "new/run") == [".lock"]
     assert os.listdir(tmp_path) == []
     (tmp_path / "there").mkdir()
-    with claimed(str(tmp_path / "there")), claimed(str(tmp_path / "new/run")):
+    with locked_run(str(tmp_path / "there")), locked_run(str(tmp_path / "new/run")):
         (tmp_path / "new/run/config.yaml").write_text("")
     assert sorted(os.listdir(tmp_path)) == ["new", "there"]
     assert os.listdir(tmp_path / "new/run") == ["config.yaml"]
 
 
-def test_a_forked_child_does_not_keep_the_lock(launcher, tmp_path):
+def test_forked_child_does_not_keep_the_lock(launcher, tmp_path):
     script = f"""
 import os, signal, sys, time
-from commands.run_directory import claimed
-with claimed({str(tmp_path / "run")!r}):
+from commands.run_directory import locked_run
+with locked_run({str(tmp_path / "run")!r}):
+    forked, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        print("forked", flush=True)
-        time.sleep(60)
-    time.sleep(0.5)
+        os.write(tell, b"x")
+        time.sleep(600)
+    os.read(forked, 1)
     print(child, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
     (tmp_path / "script.py").write_text(script)
     run = launcher.start(script=tmp_path / "script.py", as_typed=True)
     assert run.wait() == -signal.SIGKILL, run.output
-    child = int(run.output.split()[1])
+    child = int(run.output)
     assert psutil.Process(child).is_running()
-    with claimed(str(tmp_path / "run")):
+    with locked_run(str(tmp_path / "run")):
         os.kill(child, signal.SIGKILL)
 
 
-def test_many_that_come_and_go_never_hold_it_together(launcher, tmp_path):
+def test_competing_processes_never_hold_the_lock_together(launcher, tmp_path):
     script = f"""
 import os, sys
-from commands.run_directory import claimed
+from commands.run_directory import locked_run
 from utils import UserError
 n = 0
 while n < 150:
     try:
-        with claimed({str(tmp_path / "run")!r}):
+        with locked_run({str(tmp_path / "run")!r}):
             os.close(os.open({str(tmp_path / "held")!r}, os.O_CREAT | os.O_EXCL))
             os.remove({str(tmp_path / "held")!r})
             n += 1
@@ -134,20 +127,20 @@ while n < 150:
     assert set(tmp_path.rglob("*")) <= {tmp_path / "run", tmp_path / "script.py"}
 
 
-def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, capsys):
+def test_file_system_without_locks_warns(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with claimed(str(tmp_path / "run")):
+    with locked_run(str(tmp_path / "run")):
         assert "WARNING: local_run_dir=" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_in_its_place_is_named(tmp_path):
+def test_file_in_place_of_the_run_directory_is_named(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match=f"local_run_dir={tmp_path}/run: can't write there: .*Not a directory"):  # noqa: SIM117
-        with claimed(str(tmp_path / "run")):
+        with locked_run(str(tmp_path / "run")):
             pass
     assert (tmp_path / "run").read_text() == "mine"
 
@@ -164,7 +157,7 @@ def fill(directory, names):
         (directory / name / "file").write_text(name)
 
 
-def test_recovering_removes_only_what_a_run_has_made(tmp_path):
+def test_recovery_removes_only_what_a_run_made(tmp_path):
     fill(tmp_path, [*FOREIGN, *OWN])
     before = sorted(os.listdir(tmp_path))
     recover_interrupted_saves(str(tmp_path))
@@ -176,7 +169,7 @@ def test_recovering_removes_only_what_a_run_has_made(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_directory_that_is_no_run_is_left_alone(launcher, tmp_path):
+def test_directory_that_is_no_run_is_left_untouched(launcher, tmp_path):
     fill(tmp_path, [*FOREIGN, *OWN, "empty"])
     before = sorted(os.listdir(tmp_path))
     assert launcher.run(*RUN, f"resume={tmp_path}/empty") == 1

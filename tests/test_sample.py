@@ -6,9 +6,9 @@ import signal
 
 import pytest
 import torch
-from conftest import REPOSITORY, read_jsonl
+from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from launcher import wait_until
 from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
-from test_resume import wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.sample import SeededDraws
@@ -43,30 +43,41 @@ def test_draws_follow_the_softmax_and_depend_on_their_seed_alone():
     assert SeededDraws([7])(None, logits[None]).argmax(1) == drawn[7]
 
 
-def test_batch_size_and_workers_don_t_change_a_text(launcher, trained, prompts, tmp_path):  # noqa: F811
-    run_dir = trained("dpo")
-    ways = {
-        "one": (["eval_batch_size=1"], 1),
-        "four": (["eval_batch_size=4"], 1),
-        "FSDP": (["trainer=FSDPTrainer"], 2),
-        "TP": (["trainer=TensorParallelTrainer"], 2),
-    }
-    for name, (overrides, n_workers) in ways.items():
-        output = f"output={tmp_path}/{name}"
-        draw(launcher, f"run={run_dir}", prompts, "n=2", output, *overrides, n_workers=n_workers)
-    drawn = {name: read_jsonl(tmp_path / name) for name in ways}
-    assert {(line["prompt_index"], line["sample"]) for line in drawn["one"]} == {
-        (i, k) for i in range(9) for k in (0, 1)
-    }
-    assert len({line["response"] for line in drawn["one"]}) > 9
-    for name, lines in drawn.items():
-        assert texts(tmp_path / name) == texts(tmp_path / "one"), name
-        for line, expected in zip(lines, drawn["one"], strict=True):
-            for key in ("policy_logps", "reference_logps"):
-                assert line[key] == pytest.approx(expected[key], abs=1e-3), (name, key)
+WAYS = {  # overrides and number of workers
+    "one": (["eval_batch_size=1"], 1),
+    "four": (["eval_batch_size=4"], 1),
+    "FSDP": (["trainer=FSDPTrainer"], 2),
+    "TP": (["trainer=TensorParallelTrainer"], 2),
+}
 
 
-def test_log_probabilities_are_those_of_the_model(launcher, trained, prompts, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def drawn(launcher, trained, prompts, tmp_path_factory):  # noqa: F811
+    """A function that draws in one of the `WAYS`, once, and returns the file."""
+    directory = tmp_path_factory.mktemp("drawn")
+
+    def draw_in(way: str):
+        if not (directory / way).exists():
+            overrides, n_workers = WAYS[way]
+            words = [f"run={trained('dpo')}", prompts, "n=2", f"output={directory}/{way}", *overrides]
+            draw(launcher, *words, n_workers=n_workers)
+        return directory / way
+
+    return draw_in
+
+
+@pytest.mark.parametrize("way", exhaustive_except([way for way in WAYS if way != "one"], "four", "FSDP"))
+def test_batch_size_and_workers_do_not_change_a_sample(way, drawn):
+    ours, alone = read_jsonl(drawn(way)), read_jsonl(drawn("one"))
+    assert {(line["prompt_index"], line["sample"]) for line in alone} == {(i, k) for i in range(9) for k in (0, 1)}
+    assert len({line["response"] for line in alone}) > 9
+    assert texts(drawn(way)) == texts(drawn("one"))
+    for line, expected in zip(ours, alone, strict=True):
+        for key in ("policy_logps", "reference_logps"):
+            assert line[key] == pytest.approx(expected[key], abs=1e-3), key
+
+
+def test_sample_log_probabilities_equal_the_models(launcher, trained, prompts, tmp_path):  # noqa: F811
     run_dir = trained("dpo")
     draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/o", "temperature=0.7", "top_k=50", "top_p=0.9")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST").eval()
@@ -98,13 +109,11 @@ def test_temperature_0_takes_the_likeliest_token(launcher, trained, prompts, tmp
     assert line["response"] == tokenizer.decode(ids[0, n_prompt:], skip_special_tokens=True)
 
 
-def test_what_was_interrupted_ends_as_the_same_file(launcher, trained, prompts, tmp_path):  # noqa: F811
+def test_interrupted_sampling_ends_with_the_same_file(launcher, trained, prompts, tmp_path):  # noqa: F811
     run = [f"run={trained('dpo')}", prompts, "n=4", "max_new_tokens=24", "eval_batch_size=2"]
     draw(launcher, *run, f"output={tmp_path}/whole")
     launcher.start(*run, f"output={tmp_path}/cut", script=SAMPLE)
-    wait_for(launcher, "building policy")
-    while not (tmp_path / "cut").exists() or (tmp_path / "cut").stat().st_size < 600:
-        pass
+    wait_until(lambda: (tmp_path / "cut").exists() and (tmp_path / "cut").stat().st_size >= 600)
     launcher.kill(signal.SIGKILL)
     launcher.wait()
     with open(tmp_path / "cut", "a") as file:
@@ -119,7 +128,7 @@ def test_what_was_interrupted_ends_as_the_same_file(launcher, trained, prompts, 
     assert "samples drawn under other settings" in launcher.output
 
 
-def test_messages_several_checkpoints_and_alpaca_eval(launcher, trained, tmp_path):  # noqa: F811
+def test_sampling_writes_messages_checkpoints_and_alpaca_eval(launcher, trained, tmp_path):  # noqa: F811
     rows = [{"messages": [{"role": "user", "content": f"say {n}"}]} for n in range(2)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_dir = trained("lora")
@@ -134,7 +143,7 @@ def test_messages_several_checkpoints_and_alpaca_eval(launcher, trained, tmp_pat
     assert [entry["output"] for entry in entries] == [line["response"] for line in drawn["LATEST"]]
 
 
-def test_each_of_several_temperatures_has_a_file_that_says_so(launcher, trained, prompts, tmp_path):  # noqa: F811
+def test_each_temperature_has_a_file_of_its_own(launcher, trained, prompts, tmp_path):  # noqa: F811
     run_dir = trained("dpo")
     draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/o.jsonl", "temperature=[0,0.7]", "top_k=50")
     draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/alone.jsonl", "temperature=0.7", "top_k=50")
@@ -164,7 +173,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_can_t_be_drawn_is_told_before_a_model_is_loaded(name, launcher, trained):  # noqa: F811
+def test_impossible_sampling_is_refused_before_a_model_is_loaded(name, launcher, trained):  # noqa: F811
     overrides, message = BAD[name]
     run_dir = trained("dpo")
     code = launcher.run(*(word.replace("{run}", str(run_dir)) for word in overrides), script=SAMPLE)
@@ -181,7 +190,7 @@ def test_rows_without_a_prompt_are_named(launcher, trained, tmp_path):  # noqa: 
     assert "row 1: field 'prompt' is an empty string" in launcher.output
 
 
-def test_another_model_or_other_prompts_under_the_same_name_are_refused(launcher, trained, tmp_path):  # noqa: F811
+def test_output_of_another_model_or_other_prompts_is_refused(launcher, trained, tmp_path):  # noqa: F811
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     run_dir, asked = trained("dpo"), [f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o"]
     draw(launcher, *RUN, *asked, f"model.archive={run_dir}/step-8")
@@ -192,7 +201,7 @@ def test_another_model_or_other_prompts_under_the_same_name_are_refused(launcher
     assert "samples drawn under other settings" in launcher.output
 
 
-def test_a_broken_line_of_prompts_is_named(launcher, trained, tmp_path):  # noqa: F811
+def test_malformed_line_of_prompts_is_named(launcher, trained, tmp_path):  # noqa: F811
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": oops}\n')
     code = launcher.run(f"run={trained('dpo')}", f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o", script=SAMPLE)
     assert code == 1
@@ -200,7 +209,7 @@ def test_a_broken_line_of_prompts_is_named(launcher, trained, tmp_path):  # noqa
     assert "Traceback" not in launcher.output
 
 
-def test_the_reference_is_there_also_where_training_had_it_precomputed(launcher, trained, prompts, tmp_path):  # noqa: F811
+def test_sampling_computes_the_reference_that_training_had_precomputed(launcher, trained, prompts, tmp_path):  # noqa: F811
     draw(launcher, f"run={trained('precomputed')}", prompts, f"output={tmp_path}/o")
     lines = read_jsonl(tmp_path / "o")
     assert all(isinstance(line["reference_logps"], float) for line in lines)
@@ -217,7 +226,7 @@ OWN = {  # what is there: what is asked, and the message
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_a_file_that_isn_t_one_of_samples_is_left_as_it_is(name, launcher, trained, tmp_path):  # noqa: F811
+def test_file_that_holds_no_samples_is_left_untouched(name, launcher, trained, tmp_path):  # noqa: F811
     text, words, message = OWN[name]
     path = tmp_path / "mine.jsonl"
     path.write_text(text)
@@ -227,7 +236,7 @@ def test_a_file_that_isn_t_one_of_samples_is_left_as_it_is(name, launcher, train
     assert path.read_text() == text
 
 
-def test_a_folder_of_prompts_gives_all_of_them(launcher, trained, tmp_path):  # noqa: F811
+def test_folder_of_prompts_gives_all_its_prompts(launcher, trained, tmp_path):  # noqa: F811
     for name in ("train", "test"):
         (tmp_path / "prompts").mkdir(exist_ok=True)
         (tmp_path / f"prompts/{name}.jsonl").write_text(json.dumps({"prompt": f"The {name}"}) + "\n")
@@ -236,7 +245,7 @@ def test_a_folder_of_prompts_gives_all_of_them(launcher, trained, tmp_path):  # 
     assert {line["prompt"] for line in read_jsonl(tmp_path / "out.jsonl")} == {"The train", "The test"}
 
 
-def test_a_file_that_another_process_draws_into_is_left_to_it(launcher, trained, tmp_path):  # noqa: F811
+def test_output_of_another_running_process_is_refused(launcher, trained, tmp_path):  # noqa: F811
     path = tmp_path / "out.jsonl"
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

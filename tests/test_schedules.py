@@ -1,15 +1,17 @@
-"""The learning rate's schedules: the original's by default, those of Transformers by their names, exact on going on."""
+"""Learning rate schedules: the original's by default, Transformers' by name, exact after a resume."""
 
 import math
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from test_cli import TOY
 from test_resume import assert_same_run
 from transformers import get_scheduler
 
-from optimization import schedules
+from commands.command_line import compose_config
+from config_checks.checks import check_config
+from optimization import count_warmup_steps, make_optimizer, rate_warning, schedules
 
 RUN = [*TOY, "loss=dpo", "sample_during_eval=false", "do_first_eval=false", "warmup_steps=3", "lr=1e-3"]
 N_STEPS = 12
@@ -20,12 +22,24 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def make_config():
+    """Compose a config as the command line does, and check it."""
+
+    def compose(*overrides: str):
+        config = compose_config(*overrides, "wandb.enabled=false")
+        check_config(config)
+        return config
+
+    return compose
+
+
 def rates(run_dir) -> list[float]:
     return [line["lr"] for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "train"]
 
 
 def rates_of(trainer) -> list[float]:
-    """Of all its steps, as its scheduler gives them."""
+    """Return the learning rates of all steps, as the scheduler gives them."""
     values = []
     for _ in range(N_STEPS):
         values.append(trainer.scheduler.get_last_lr()[0])
@@ -34,14 +48,14 @@ def rates_of(trainer) -> list[float]:
     return values
 
 
-def test_the_default_is_the_originals(make_trainer):
+def test_default_schedule_is_the_originals(make_trainer):
     trainer = make_trainer(*RUN, f"n_examples={4 * N_STEPS}")
     assert rates_of(trainer) == [1e-3 * min(1.0, (step + 1) / 4) for step in range(N_STEPS)]
 
 
 @pytest.mark.parametrize("name", [name for name in schedules() if name != "constant_with_warmup"])
-def test_every_schedule_is_transformers_counted_from_one(name, make_trainer):
-    """As many steps of warmup as the default's, and no step at a rate of 0."""
+def test_every_schedule_equals_transformers_shifted_by_one_step(name, make_trainer):
+    """Warmup has as many steps as the default's, and no step has a rate of 0."""
     overrides = [f"lr_scheduler={name}", f"lr_scheduler_args={ARGUMENTS.get(name, '{}')}"]
     trainer = make_trainer(*RUN, f"n_examples={4 * N_STEPS}", *overrides)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
@@ -61,8 +75,8 @@ def test_every_schedule_is_transformers_counted_from_one(name, make_trainer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
-def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(trainer, launcher, tmp_path):
+@pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
+def test_resumed_run_follows_the_schedule_exactly(trainer, launcher, tmp_path):
     run = [*RUN, "lr_scheduler=cosine", f"n_examples={4 * N_STEPS}", "eval_every=8", f"trainer={trainer}"]
     n_workers = 1 if trainer == "BasicTrainer" else 2
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -75,7 +89,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(trainer, launcher,
         else:
             path.rename(tmp_path / f"aside-{name}")
     assert launcher.run(*run, f"local_run_dir={cut}", "resume=auto", n_workers=n_workers) == 0, launcher.output
-    assert "Going on from" in launcher.output and "16 examples" in launcher.output
+    assert "Resuming from" in launcher.output and "16 examples" in launcher.output
     assert rates(cut) == rates(whole)
     assert rates(whole)[2] == pytest.approx(7.5e-4)
     assert rates(whole)[-1] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 8 / 9)))
@@ -83,7 +97,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(trainer, launcher,
 
 
 @pytest.mark.slow
-def test_another_schedule_would_be_another_run(launcher, tmp_path):
+def test_another_schedule_is_refused_on_resume(launcher, tmp_path):
     run = [*RUN, "n_examples=8", "eval_every=4", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, launcher.output
     assert launcher.run(*run, "resume=auto", "n_examples=16", "lr_scheduler=linear") == 1
@@ -107,7 +121,64 @@ def test_another_schedule_would_be_another_run(launcher, tmp_path):
         (["lr_scheduler_args=3"], ["lr_scheduler_args"]),
     ],
 )
-def test_what_is_no_schedule_is_refused(overrides, parts, train):
+def test_unknown_or_invalid_schedule_is_refused(overrides, parts, train):
     result = train(*TOY, "loss=dpo", *overrides)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert all(part in result.stderr for part in parts), result.stderr
+
+
+# ---- rates that can work --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("warmup", "n_steps"), [(0.1, 12), (0.5, 3), (3, 12), (0, 12)])
+def test_warmup_between_0_and_1_is_a_fraction_of_the_steps(warmup, n_steps, make_trainer):
+    trainer = make_trainer(*RUN, f"n_examples={4 * n_steps}", f"warmup_steps={warmup}")
+    n_warmup = {0.1: 2, 0.5: 2, 3: 3, 0: 0}[warmup]  # rounded up, as transformers does
+    assert count_warmup_steps(trainer.config, n_steps) == n_warmup
+    assert rates_of(trainer)[:n_steps] == [1e-3 * min(1.0, (step + 1) / (n_warmup + 1)) for step in range(n_steps)]
+
+
+WARNED = {  # overrides, steps, parts of the warning
+    "warmup beyond the run": (
+        ["warmup_steps=150", "lr=5e-7"], 8,
+        ["largest learning rate of this run: 2.6e-08, 5% of lr=5e-07", "warmup_steps=150 exceeds its 8 steps"],
+    ),
+    "an adapter": (["lora.r=4", "lr=5e-7", "warmup_steps=0"], 8, ["lr=5e-07 hardly moves an adapter: 1e-5 to 1e-4"]),
+    "bfloat16 weights": (
+        ["model.policy_dtype=bfloat16", "lr=5e-7", "warmup_steps=0"], 8, ["policy_dtype=bfloat16 rounds most updates"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_rate_that_cannot_work_is_warned_of(case, make_config):
+    overrides, n_steps, parts = WARNED[case]
+    warning = rate_warning(make_config(*TOY, "loss=dpo", *overrides), n_steps)
+    assert warning.startswith("WARNING: ") and all(part in warning for part in parts)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["lr=5e-7"], ["lora.r=4", "lr=2e-5"], ["model.policy_dtype=bfloat16", "lr=1e-5"]]
+)
+def test_rate_that_can_work_is_not_warned_of(overrides, make_config):
+    assert rate_warning(make_config(*TOY, "loss=dpo", "warmup_steps=0", *overrides), 100) is None
+
+
+def test_data_report_ends_with_the_warning_of_the_rate(train, tmp_path):
+    result = train(*TOY, "loss=dpo", "data_only=true", "n_examples=32", "warmup_steps=150", "lr=1e-3")
+    assert result.returncode == 0, result.stderr
+    assert "WARNING: largest learning rate of this run: 5.3e-05, 5% of lr=0.001" in result.stdout
+
+
+def test_biases_and_norms_can_be_left_out_of_weight_decay(make_config):
+    """One step from a gradient of 0: what is decayed shrinks by lr * weight_decay, the rest stays."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).double()
+    settings = ["optimizer=AdamW", "optimizer_args.weight_decay=0.5", "lr=0.1", "decay_biases_and_norms=false"]
+    optimizer = make_optimizer(model, make_config(*TOY, *settings), torch.device("cpu"), {})
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 0.95 if name == "0.weight" else 1
+        torch.testing.assert_close(parameter.detach(), factor * before[name])

@@ -1,4 +1,4 @@
-"""The fast path against the original's computation: two padded sequences a pair, logits at every position."""
+"""The fast ways equal the original's computation: two padded sequences per pair, logits at every position."""
 
 import importlib
 from types import SimpleNamespace
@@ -76,7 +76,7 @@ class Tokenizer:
 
 
 def make_batch(*parts: tuple[int, int, int], max_length: int = MAX_LENGTH, same: bool = False) -> dict:
-    """A batch of pairs with these numbers of tokens in prompt, chosen and rejected (each response gets an end)."""
+    """Return pairs with these numbers of tokens in prompt, chosen and rejected (each response gets an end)."""
     generator = torch.Generator().manual_seed(1)
     texts = [[tuple(torch.randint(1, VOCAB, (n,), generator=generator).tolist()) for n in lengths] for lengths in parts]
     if same:
@@ -136,7 +136,7 @@ def test_pairs_sharing_a_prompt_give_the_gradients_of_the_original(architecture,
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_float32_differs_by_rounding_only(architecture):
+def test_shared_prompts_in_float32_differ_by_rounding_only(architecture):
     model, batch = make_model(CONFIGS[architecture], torch.float32), BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
     assert_same(loss_and_gradients(model, response_logps(model, shared_rows(batch)), "dpo"), expected, 1e-5)
@@ -153,7 +153,7 @@ def test_sft_with_the_head_on_responses_only_gives_the_gradients_of_the_original
     assert_same(loss_and_gradients(model, response_logps(model, padded_rows(batch)), "sft"), expected, 1e-9)
 
 
-def test_layout_of_a_shared_row():
+def test_shared_row_has_the_expected_layout():
     batch = make_batch((2, 1, 2))
     rows = shared_rows(batch)
     (prompt,), (chosen,), (rejected,) = (
@@ -192,7 +192,7 @@ def test_chunked_logits_give_the_same_gradients_whether_kept_or_made_again(kept_
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_the_original_models_and_todays_share_prompts(architecture):
+def test_supported_models_share_prompts(architecture):
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(CONFIGS[architecture], torch.float32).to(dtype)
         make_rows, whole_logits, _ = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH)
@@ -224,13 +224,13 @@ def test_models_that_cannot_share_prompts_fall_back_and_say_why(name):
     torch.testing.assert_close(logps.double(), original_logps(model, batch).double(), rtol=1e-6, atol=1e-6)
 
 
-def test_a_window_as_long_as_the_sequences_is_none():
+def test_window_as_long_as_the_sequences_allows_sharing():
     model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=MAX_LENGTH))
     assert choose_rows(model, BATCHES["ordinary"], True, MAX_LENGTH)[0] is shared_rows
 
 
 @pytest.mark.usefixtures("all_in_float64")
-def test_a_model_that_does_more_to_its_logits_than_the_head_has_them_taken_whole():
+def test_model_that_scales_its_logits_computes_them_whole():
     config = transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=4.0)
     model, batch = make_model(config), BATCHES["ordinary"]
     make_rows, whole_logits, _ = choose_rows(model, batch, "auto", MAX_LENGTH)
@@ -240,7 +240,7 @@ def test_a_model_that_does_more_to_its_logits_than_the_head_has_them_taken_whole
     assert_same(loss_and_gradients(model, ours, "dpo"), expected, 1e-9)
 
 
-def test_numbers_that_differ_without_a_known_reason_are_noticed(monkeypatch):
+def test_wrong_numbers_from_sharing_are_noticed(monkeypatch):
     def wrong_mask(segments, dtype):
         return tree_mask(torch.zeros_like(segments), dtype)  # the rejected response sees the chosen one
 
@@ -251,7 +251,7 @@ def test_numbers_that_differ_without_a_known_reason_are_noticed(monkeypatch):
     assert "differ" in why
 
 
-def test_false_is_two_sequences_a_pair():
+def test_shared_prompt_false_computes_two_sequences_per_pair():
     model = make_model(CONFIGS["llama"])
     assert choose_rows(model, BATCHES["ordinary"], False, MAX_LENGTH)[0] is padded_rows
 

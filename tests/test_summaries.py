@@ -15,7 +15,7 @@ DRAWN = {"run": "dpo", "checkpoint": "LATEST", "examples": 100, "temperature": 1
 
 
 def write_summary(path, origin: dict | None = None, **found) -> str:
-    """A summary as judge.py writes it, of made-up numbers; without what is "absent"."""
+    """Write a summary as judge.py does, with made-up numbers and without the values "absent"."""
     found = {"a": f"{path.stem}.jsonl", "b": "rows.jsonl", "judge": "model", "judge_model": "org/rm", "settings": "s",
              "b_digest": "d", "drawn": [DRAWN | (origin or {})], "kl": 2.0, "kl_se": 0.5, "n_kl": 10,
              **found}  # fmt: skip
@@ -33,7 +33,7 @@ def score(mean: float, error: float | None, **more) -> dict:
 
 @pytest.fixture
 def drawn_points(monkeypatch):
-    """By the labels of a picture's lines, their points and the ends of their bars, as matplotlib has them."""
+    """Collect the points and error bars of a picture's lines, by label, as matplotlib has them."""
     from matplotlib.figure import Figure
 
     read = {}
@@ -55,7 +55,7 @@ def drawn_points(monkeypatch):
 # ---- what a summary knows -------------------------------------------------------------------------------------------
 
 
-def test_the_error_of_a_mean_counts_prompts_not_their_samples():
+def test_standard_error_counts_prompts_not_samples():
     assert mean_and_error([1.0, 2.0, 6.0], "abc") == (3.0, pytest.approx(math.sqrt(7) / math.sqrt(3)))  # variance 14/2
     # two prompts, each of two samples that are the same: residuals -2 -2 and 2 2, sqrt(2/1 · (16 + 16)) / 4 = 2
     assert mean_and_error([1.0, 1.0, 5.0, 5.0], "aabb") == (3.0, 2.0)
@@ -98,7 +98,7 @@ def test_win_rates_are_drawn_by_checkpoint_and_temperature(tmp_path, drawn_point
     assert png_size(tmp_path / "w.png")[0] == 900
 
 
-def test_a_run_s_checkpoints_are_lines_of_their_own_and_files_without_a_run_go_by_their_names(tmp_path, drawn_points):
+def test_checkpoints_have_their_own_lines_and_other_files_their_names(tmp_path, drawn_points):
     files = [
         write_summary(tmp_path / "1.json", {"checkpoint": "step-50", "examples": 50}, **rate(0.5, 0.4, 0.6)),
         write_summary(tmp_path / "2.json", **rate(0.6, 0.5, 0.7)),
@@ -127,7 +127,7 @@ def test_rewards_are_drawn_against_the_kl_of_checkpoints(tmp_path, drawn_points)
     assert "1.000 ± 0.250" in table and "3.000 ± 0.250" in table
 
 
-def test_the_reward_may_be_a_win_rate(tmp_path, drawn_points):
+def test_reward_axis_may_be_a_win_rate(tmp_path, drawn_points):
     summary = write_summary(tmp_path / "1.json", **rate(0.6, 0.5, 0.8))
     assert frontier.main([summary, "--output", f"{tmp_path}/f"]) is None
     assert drawn_points["dpo"][0] == [(2.0, 0.6)]
@@ -152,7 +152,7 @@ BAD = {  # what the second of two files has, and the message
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_can_t_be_in_one_picture_is_told_with_its_file(name, tmp_path):
+def test_summary_that_cannot_join_a_picture_is_named(name, tmp_path):
     change, message = BAD[name]
     first = write_summary(tmp_path / "1.json", **HALF)
     second = write_summary(tmp_path / "2.json", **HALF | change)
@@ -161,7 +161,7 @@ def test_what_can_t_be_in_one_picture_is_told_with_its_file(name, tmp_path):
     assert not (tmp_path / "w.png").exists()
 
 
-def test_files_that_don_t_fit_the_picture_are_told(tmp_path):
+def test_summaries_of_the_wrong_kind_are_refused(tmp_path):
     scores = write_summary(tmp_path / "s.json", **score(1.0, 0.1))
     assert "s.json has scores, no win rates; give judge.py a file b" in win_rates.main([scores])
     unknown = {"kl": None, "kl_unknown": "its responses were drawn with temperature=0.5 top_p=1 top_k=0"}
@@ -175,7 +175,7 @@ def test_files_that_don_t_fit_the_picture_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("n", [4, 10, 51])
-def test_where_one_side_won_all_the_interval_ends_there(n, tmp_path, drawn_points):
+def test_interval_of_an_all_won_comparison_ends_at_1(n, tmp_path, drawn_points):
     low, high = wilson_interval(1.0, n)
     assert high == 1.0
     assert wilson_interval(0.0, n)[0] == 0.0
@@ -191,7 +191,7 @@ TEXTS, OTHERS = ("judge", "a", "b"), ("n_judged", "win_rate_ci95", "kl", "kl_se"
     [(key, value) for key in (*TEXTS, *OTHERS) for value in (..., [1], {})] + [(key, "x") for key in OTHERS],
     ids=str,
 )
-def test_a_summary_that_is_not_as_it_was_written_is_told_by_its_name(key, value, tmp_path):
+def test_edited_summary_is_named(key, value, tmp_path):
     path = write_summary(tmp_path / "s_summary.json", **rate(0.5, 0.4, 0.6))
     found = json.loads((tmp_path / "s_summary.json").read_text())
     found.pop(key, None)
@@ -203,7 +203,7 @@ def test_a_summary_that_is_not_as_it_was_written_is_told_by_its_name(key, value,
     assert not (tmp_path / "w.png").exists()
 
 
-def test_a_picture_takes_no_summary_s_place(tmp_path):
+def test_picture_never_overwrites_a_summary(tmp_path):
     path = write_summary(tmp_path / "s_summary.json", **rate(0.5, 0.4, 0.6))
     assert "is one of the summaries" in win_rates.main([path, "--output", path])
     assert "is what its table would be called" in win_rates.main([path, "--output", str(tmp_path / "w.txt")])

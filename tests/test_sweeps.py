@@ -5,12 +5,11 @@ import json
 import os
 import shlex
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT, read_jsonl
-from launcher import Run
+from conftest import read_jsonl
+from launcher import Run, wait_until
 from test_cli import TOY
 
 from checkpointing.preemption import EXIT_CODE
@@ -21,13 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 def table(output: str) -> list[list[str]]:
-    """The cells of the table at a sweep's end; overrides with a space in them are cells of their own."""
+    """Return the cells of the table at a sweep's end, split at spaces."""
     lines = output[output.rindex("== The sweep in ") :].splitlines()[1:]
     return [line.split() for line in itertools.takewhile(lambda line: line and "To go on" not in line, lines)]
 
 
 def printed_command(output: str) -> list[str]:
-    """The words of the command that is printed last."""
+    """Return the words of the command that is printed last."""
     return shlex.split(output.strip().splitlines()[-1].split("not complete: ")[1])
 
 
@@ -40,18 +39,16 @@ def run_printed(launcher, directory: Path) -> Run:
     return run
 
 
-def wait_for(condition, launcher):
-    deadline = time.monotonic() + TIMEOUT / 4
-    while not condition():
-        assert time.monotonic() < deadline, launcher.output
-        time.sleep(0.02)
+def wait_for_lines(path: Path, n: int, launcher):
+    """Wait until a file has so many whole lines."""
+    wait_until(lambda: path.exists() and path.read_text().count("\n") >= n, output=lambda: launcher.output)
 
 
 def files(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
-def test_one_directory_a_sweep_named_jobs_and_a_table_of_them(launcher, tmp_path):
+def test_sweep_has_one_directory_named_jobs_and_a_table(launcher, tmp_path):
     code = launcher.run("-m", *SHORT, "loss.beta=0.1,0.5", "optimizer=SGD", f"hydra.sweep.dir={tmp_path}/sweep")
     assert code == 0, launcher.output
     assert sorted(os.listdir(tmp_path / "sweep")) == ["loss.beta-0.1", "loss.beta-0.5", "multirun.yaml", "sweep.jsonl"]
@@ -77,7 +74,7 @@ def test_one_directory_a_sweep_named_jobs_and_a_table_of_them(launcher, tmp_path
     assert [row[2] for row in table(launcher.output)[1:]] == ["complete"] * 3
 
 
-def test_a_job_that_fails_is_told_where_it_happens_and_the_others_run(launcher, tmp_path):
+def test_failing_job_is_reported_and_the_others_run(launcher, tmp_path):
     sweep = ["max_length=64,32,4096,48", f"hydra.sweep.dir={tmp_path}/sweep"]  # 32: no room for a response; 4096: loads
     assert launcher.run("-m", *[word for word in SHORT if "max_length" not in word], *sweep, in_order=True) == 1
     output = launcher.output
@@ -96,11 +93,11 @@ def test_a_job_that_fails_is_told_where_it_happens_and_the_others_run(launcher, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_sweep_and_the_printed_command_goes_on_with_it(number, launcher, tmp_path):
+def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(number, launcher, tmp_path):
     overrides = [*SHORT, "n_examples=400", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
     launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
     second = tmp_path / "sweep/loss.beta-0.2/metrics.jsonl"
-    wait_for(lambda: second.exists() and len(read_jsonl(second)) > 5, launcher)
+    wait_for_lines(second, 6, launcher)
     launcher.kill(number)
     assert launcher.wait() == EXIT_CODE, launcher.output
     output = launcher.output
@@ -117,7 +114,7 @@ def test_a_signal_ends_the_sweep_and_the_printed_command_goes_on_with_it(number,
     assert again.code == 0, again.output
     assert files(tmp_path / "sweep/loss.beta-0.1") == before
     assert "This run is complete" in again.output
-    assert f"Going on from {tmp_path}/sweep/loss.beta-0.2/LATEST: {4 * n_lines} examples" in again.output
+    assert f"Resuming from {tmp_path}/sweep/loss.beta-0.2/LATEST: {4 * n_lines} examples" in again.output
     assert [row[2] for row in table(again.output)[1:]] == ["complete"] * 3
     for beta in (0.1, 0.2, 0.3):
         lines = read_jsonl(tmp_path / f"sweep/loss.beta-{beta}/metrics.jsonl")
@@ -125,21 +122,21 @@ def test_a_signal_ends_the_sweep_and_the_printed_command_goes_on_with_it(number,
         assert trained == list(range(4, 404, 4))
 
 
-def test_a_signal_while_a_job_loads_ends_the_sweep_too(launcher, tmp_path):
+def test_signal_while_a_job_loads_ends_the_sweep(launcher, tmp_path):
     overrides = [*SHORT, "loss.beta=0.1,0.2", "n_eval_examples=512", f"hydra.sweep.dir={tmp_path}/sweep"]
     launcher.start("-m", *overrides)
-    wait_for(lambda: "== Job 1 " in launcher.output, launcher)
+    launcher.wait_for("== Job 1 ")
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
     assert [row[2] for row in table(launcher.output)[1:]] == ["complete", "stopped"]
     assert run_printed(launcher, tmp_path).code == 0
 
 
-def test_a_signal_ends_a_sweep_whose_jobs_start_workers(launcher, tmp_path):
+def test_signal_ends_a_sweep_of_jobs_with_workers(launcher, tmp_path):
     overrides = [*SHORT, "n_examples=400", "seed=1,2", "trainer=FSDPTrainer", "world_size=2"]
-    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
+    launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep", forks_workers=True)
     first = tmp_path / "sweep/seed-1/metrics.jsonl"
-    wait_for(lambda: first.exists() and len(read_jsonl(first)) > 3, launcher)
+    wait_for_lines(first, 4, launcher)
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
     assert not (tmp_path / "sweep/seed-2").exists()
@@ -147,7 +144,7 @@ def test_a_signal_ends_a_sweep_whose_jobs_start_workers(launcher, tmp_path):
     assert words[-2:] == [f"hydra.sweep.dir={tmp_path}/sweep", "resume=auto"]
 
 
-def test_jobs_in_one_directory_are_refused_unless_it_is_their_own(launcher, tmp_path):
+def test_sweep_jobs_may_not_share_a_run_directory(launcher, tmp_path):
     sweep = [*SHORT, "debug=true", "n_epochs=1,2", f"hydra.sweep.dir={tmp_path}/sweep"]
     assert launcher.run("-m", *sweep, f"local_run_dir={tmp_path}/one", in_order=True) == 1
     assert f"error: local_run_dir={tmp_path}/one: an earlier job of this sweep wrote there" in launcher.output
@@ -168,7 +165,7 @@ NAMES = {  # overrides of a sweep: the directories of its jobs
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_directories_of_jobs_have_names_that_can_be_typed(name, launcher, tmp_path):
+def test_job_directories_have_typable_names(name, launcher, tmp_path):
     overrides, expected = NAMES[name]
     # so that no job is run
     assert launcher.run("-m", *TOY, "batch_size=0", *overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
@@ -180,7 +177,7 @@ def test_directories_of_jobs_have_names_that_can_be_typed(name, launcher, tmp_pa
         assert sorted(names) == sorted(expected)
 
 
-def test_a_sweep_that_a_config_asks_for_names_its_jobs_too(launcher, tmp_path):
+def test_sweep_from_a_config_names_its_jobs(launcher, tmp_path):
     (tmp_path / "conf/own").mkdir(parents=True)
     text = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 1,2\n"
     (tmp_path / "conf/own/seeds.yaml").write_text(text)
@@ -189,26 +186,26 @@ def test_a_sweep_that_a_config_asks_for_names_its_jobs_too(launcher, tmp_path):
     assert [row["job"] for row in read_jsonl(tmp_path / "sweep/sweep.jsonl")] == ["seed-1", "seed-2"], launcher.output
 
 
-def test_resume_of_one_run_is_refused_in_a_sweep(launcher, tmp_path):
+def test_sweep_refuses_resume_of_one_run(launcher, tmp_path):
     assert launcher.run("-m", *SHORT, "seed=1,2", f"resume={tmp_path}", f"hydra.sweep.dir={tmp_path}/sweep") == 1
     assert "a sweep goes on with all its jobs by resume=auto and hydra.sweep.dir=DIR" in launcher.output
 
 
-def test_the_resume_command_of_a_run_quotes_its_directory_for_hydra(launcher, tmp_path):
+def test_printed_resume_command_quotes_the_run_directory(launcher, tmp_path):
     run_dir = tmp_path / "it's a=b"
     typed = str(run_dir).replace("'", "\\'")
     overrides = [word for word in SHORT if not word.startswith("n_examples")]
     launcher.start(*overrides, "n_examples=4000", "do_first_eval=false", f"local_run_dir='{typed}'")
-    wait_for(lambda: (run_dir / "metrics.jsonl").exists() and read_jsonl(run_dir / "metrics.jsonl"), launcher)
+    wait_for_lines(run_dir / "metrics.jsonl", 1, launcher)
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
-    command = shlex.split(launcher.output.strip().splitlines()[-1].split("go on from it: ")[1])
+    command = shlex.split(launcher.output.strip().splitlines()[-1].split("resume from it: ")[1])
     examples = json.loads((run_dir / "LATEST/state.json").read_text())["examples"]
     assert launcher.run(*command[2:], f"n_examples={examples + 4}") == 0, launcher.output
-    assert f"Going on from {run_dir}/LATEST: {examples} examples" in launcher.output
+    assert f"Resuming from {run_dir}/LATEST: {examples} examples" in launcher.output
 
 
-def test_help_and_shown_configs_are_hydras(train_ok):
+def test_help_and_cfg_are_hydras_own(train_ok):
     assert "== Config ==" in train_ok("--help")
     shown = train_ok("--cfg", "job", "model=tiny", "loss=dpo")
     assert "beta: 0.1" in shown

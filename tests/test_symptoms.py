@@ -1,4 +1,4 @@
-"""What a run says of itself: when, once, with what to try, and nothing where all is well."""
+"""Warnings about a run that goes wrong: once, with advice, and none for a healthy run."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def said(symptoms: Symptoms, *evaluations: dict) -> list[str]:
     [("dpo", math.log(2)), ("ipo", 25.0), ("robust_dpo", math.log(2)), ("hinge", 1.0), ("exo", None), ("sft", None),
      ("simpo", None), ("dpo_nll", None), ("orpo", None)],
 )  # fmt: skip
-def test_what_the_loss_is_where_the_policy_is_its_reference(name, expected):
+def test_loss_at_the_reference_is_known_for_each_loss(name, expected):
     value = loss_at_reference(config(name=name).loss)
     if name == "exo":  # whatever it is, it is the same for every pair
         assert value is not None
@@ -45,7 +45,7 @@ def test_what_the_loss_is_where_the_policy_is_its_reference(name, expected):
     assert loss_at_reference(config(name="dpo", reference_free=True).loss) is None
 
 
-def test_every_loss_can_be_asked():
+def test_loss_at_the_reference_is_finite_or_none_for_every_loss():
     for name in LOSSES:
         options = LOSSES[name].options
         if not any(option.is_required for option in options.values()):
@@ -61,7 +61,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_each_is_said_once_after_so_many_evaluations_in_a_row(name):
+def test_symptom_is_reported_once_after_several_evaluations_in_a_row(name):
     symptoms, shown = Symptoms(config()), SHOWN[name]
     assert said(symptoms, *shown[:-1], evaluation(), *shown[:-1]) == []
     (text,) = said(symptoms, shown[0])
@@ -69,7 +69,7 @@ def test_each_is_said_once_after_so_many_evaluations_in_a_row(name):
     assert said(symptoms, evaluation(), *shown, *shown) == []
 
 
-def test_nothing_is_said_where_all_is_well_or_of_the_start():
+def test_healthy_run_reports_no_symptoms():
     good = [evaluation(0, 0.6931, 0.0, 0.0, 0.0)] * 5
     good += [evaluation(chosen=-2.0, rejected=-40.0), evaluation(0.4), evaluation(chosen=3.0, rejected=1.0)] * 4
     good += [evaluation(chosen=-1.0, rejected=-1.1)] * 5  # a twentieth of a nat per token
@@ -77,7 +77,7 @@ def test_nothing_is_said_where_all_is_well_or_of_the_start():
     assert said(Symptoms(config(name="simpo")), *[{"counters/examples": 8, "loss/eval": 9.0}] * 5) == []
 
 
-def test_a_gradient_that_is_always_clipped():
+def test_constant_clipping_is_reported():
     symptoms = Symptoms(config())
     steps = [{"grad_norm": 11.0, "counters/updates": i + 1} for i in range(5 + N_CLIPPED)]  # five of them of warmup
     texts = [symptoms.notice("train", step) for step in steps]
@@ -88,14 +88,14 @@ def test_a_gradient_that_is_always_clipped():
     assert not any(symptoms.notice("train", step) for step in mixed)
 
 
-def test_what_is_linked_is_there():
+def test_symptom_links_exist_in_the_docs():
     headings = re.findall(r"^#+ (.*)$", (REPOSITORY / "docs/metrics.md").read_text(), re.MULTILINE)
     anchors = {heading.lower().replace(" ", "-") for heading in headings}
     assert {*SHOWN, "always-clipped"} <= anchors
 
 
 @pytest.mark.slow
-def test_a_run_that_overfits_says_so(launcher, tmp_path):
+def test_overfitting_run_reports_it(launcher, tmp_path):
     """Trained for many epochs on a few pairs of the toy data."""
     for split, n in (("train", 16), ("test", 64)):
         pairs = [(prompt, entry["responses"], entry["pairs"][0]) for prompt, entry in get_toy(split)[:n]]

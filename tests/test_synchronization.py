@@ -53,7 +53,7 @@ def reads(monkeypatch):
 
 
 def on_meta(trainer: trainers.BasicTrainer) -> dict:
-    """A batch that is ready, once the models have gone to the meta device."""
+    """Move the models to the meta device; returns a prepared batch."""
     trainer.precompute_reference()
     batch = next(iter(trainer.train_iterator))
     trainer.policy.to(META)
@@ -72,7 +72,7 @@ CACHED = "loss=dpo precompute_ref_log_probs=true optimizer=AdamW"
     [f"{loss} padding_free={value}" for value in ("true", "false") for loss in ("loss=dpo", "loss=kto", CACHED)]
     + ["loss=sft padding_free=true"],
 )
-def test_a_step_reads_the_device_once(variant, make_trainer, reads):
+def test_training_step_reads_the_device_once(variant, make_trainer, reads):
     trainer = make_trainer(*RUN, *variant.split())
     batch = on_meta(trainer)
     assert len(batch["microbatches"]) > 1
@@ -84,7 +84,7 @@ def test_a_step_reads_the_device_once(variant, make_trainer, reads):
     assert copies.shapes == []
 
 
-def test_a_read_more_would_be_noticed(make_trainer, reads):
+def test_additional_device_read_would_be_noticed(make_trainer, reads):
     trainer = make_trainer(*RUN, "loss=sft")
     batch, losses = on_meta(trainer), trainer.get_batch_metrics
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
-    """By name and step, the last of them where a run has gone on."""
+    """Return the logged values by name and step; for a resumed run the last ones."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
@@ -32,23 +32,23 @@ def expected(run_dir: Path) -> dict[tuple[str, int], float]:
     }
 
 
-def test_event_files_have_all_that_metrics_jsonl_has_at_the_same_steps(launcher, tmp_path):
+def test_event_files_hold_everything_in_metrics_jsonl(launcher, tmp_path):
     assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run") == 0, launcher.output
     assert "WARNING" not in launcher.output
     assert scalars(tmp_path / "run") == expected(tmp_path / "run")
 
 
-def test_a_run_that_goes_on_replaces_what_was_logged_after_its_checkpoint(launcher, tmp_path):
+def test_resumed_run_replaces_events_after_its_checkpoint(launcher, tmp_path):
     run = [*RUN, "eval_every=4", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run, "n_examples=16") == 0, launcher.output
     for name in ("LATEST", "step-8", "step-12"):
         os.rename(tmp_path / "run" / name, tmp_path / name)
     assert launcher.run(*run, "n_examples=16", "resume=auto") == 0, launcher.output
-    assert "Going on from" in launcher.output
+    assert "Resuming from" in launcher.output
     assert scalars(tmp_path / "run") == expected(tmp_path / "run")
 
 
-def test_it_is_not_needed_when_it_is_off_and_named_when_it_is_on(launcher, tmp_path):
+def test_missing_tensorboard_matters_only_when_enabled(launcher, tmp_path):
     script = train_after("import sys; sys.modules['tensorboard'] = None", tmp_path)
     run = [*SHORT, "sample_during_eval=false"]
     assert launcher.run(*run, f"local_run_dir={tmp_path}/run", script=script) == 0, launcher.output
@@ -57,8 +57,8 @@ def test_it_is_not_needed_when_it_is_off_and_named_when_it_is_on(launcher, tmp_p
     assert not (tmp_path / "run2").exists()
 
 
-def test_trouble_with_it_is_said_once_and_training_goes_on(launcher, tmp_path):
-    """A file where its directory would be."""
+def test_unwritable_tensorboard_warns_once_and_training_continues(launcher, tmp_path):
+    """A file stands in place of TensorBoard's directory."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("")
     assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run") == 0, launcher.output

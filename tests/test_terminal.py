@@ -1,4 +1,4 @@
-"""What a run shows on terminals of 80 and 120 columns, and in a log file."""
+"""A run's output on terminals of 80 and 120 columns, and in a log file."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ESCAPE = re.compile(rb"\033\[[0-9;]*m")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120])
-def test_lines_on_a_terminal_are_aligned_whole_and_mixed_with_nothing(columns, launcher, tmp_path):
+def test_terminal_lines_are_aligned_and_never_mixed(columns, launcher, tmp_path):
     screen = run_on_terminal(launcher, *RUN, f"local_run_dir={tmp_path}/run", columns=columns)
     assert screen.code == 0, "\n".join(screen.lines)
     (header,) = [line for line in screen.lines if line.split()[:1] == ["examples"]]
@@ -50,7 +50,7 @@ def test_lines_on_a_terminal_are_aligned_whole_and_mixed_with_nothing(columns, l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_evaluations_stand_out_unless_colours_are_not_wanted(env, launcher, tmp_path):
+def test_evaluations_are_bold_unless_colours_are_off(env, launcher, tmp_path):
     overrides = [*RUN, "n_examples=8", "eval_every=8", "sample_during_eval=false", f"local_run_dir={tmp_path}/run"]
     screen = run_on_terminal(launcher, *overrides, columns=120, env=env)
     assert screen.code == 0
@@ -62,7 +62,7 @@ def test_evaluations_stand_out_unless_colours_are_not_wanted(env, launcher, tmp_
 
 
 @pytest.mark.slow
-def test_a_log_file_has_the_same_lines_and_nothing_of_a_terminal(launcher, tmp_path):
+def test_log_file_has_the_same_lines_without_escape_codes(launcher, tmp_path):
     launcher.start(*RUN, f"local_run_dir={tmp_path}/run", in_order=True)
     assert launcher.wait() == 0, launcher.output
     output = launcher.output
@@ -78,7 +78,7 @@ def test_a_log_file_has_the_same_lines_and_nothing_of_a_terminal(launcher, tmp_p
 
 
 @pytest.mark.slow
-def test_the_config_is_printed_where_it_is_not_the_default(launcher, tmp_path):
+def test_only_non_default_config_is_printed(launcher, tmp_path):
     run = ["n_examples=4", "sample_during_eval=false", "loss.beta=0.3", "do_first_eval=false"]
     assert launcher.run(*TOY, "loss=dpo", *run, "lora={r:4}", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     printed = launcher.output.split("building policy")[0]
@@ -90,8 +90,8 @@ def test_the_config_is_printed_where_it_is_not_the_default(launcher, tmp_path):
     assert re.search(r"parameters, [\d.]+ k of them trained \([\d.]+%\)", launcher.output)
 
 
-def test_a_line_gives_means_over_its_steps():
-    """Of equally large steps; a rate is that of all of them together, as half the speed takes twice the time."""
+def test_log_line_shows_means_over_its_steps():
+    """Steps are equally large; a rate is that of all steps together (the harmonic mean)."""
     steps = [
         {"counters/examples": 4, "loss/train": 1.0, "lr": 0.1, "examples_per_second": 10.0},
         {"counters/examples": 8, "loss/train": 2.0, "lr": 0.2, "examples_per_second": 30.0},
@@ -109,7 +109,7 @@ def metrics(examples: int, loss: float, accuracy: float, ties: float = 0.0) -> d
     }  # fmt: skip
 
 
-def test_an_evaluation_shows_what_has_changed_since_the_last_and_ties_as_ties():
+def test_evaluation_line_shows_changes_and_ties():
     table = RunTable(160_000, 160_000)
     first = table.evaluation(metrics(0, 0.6931, 0.0, ties=1.0))
     assert first[-1].split()[:5] == ["eval", "0", "0.00", "0.6931", "ties"]
@@ -121,7 +121,7 @@ def test_an_evaluation_shows_what_has_changed_since_the_last_and_ties_as_ties():
     assert goes_on.evaluation(metrics(60_000, 0.4, 0.70))[-1].split()[:3] == ["change", "-0.2000", "+0.0"]
 
 
-def test_a_header_comes_now_and_then():
+def test_table_header_is_repeated_now_and_then():
     table = RunTable(1000, 1000)
     printed = [line for i in range(60) for line in table.evaluation(metrics(i, 0.5, 0.75))]
     assert 2 <= sum(line.split()[0] == "examples" for line in printed) <= 4
@@ -129,7 +129,7 @@ def test_a_header_comes_now_and_then():
 
 @pytest.mark.parametrize("columns", [80, 100, 120])
 @pytest.mark.parametrize("n_examples", [8, 160_800, 10**9])
-def test_a_line_fits_whatever_the_numbers(columns, n_examples, monkeypatch):
+def test_log_line_fits_the_terminal_whatever_the_numbers(columns, n_examples, monkeypatch):
     monkeypatch.setattr(terminal, "width", lambda: columns - 1)
     for value in (-1e9, -12345.6, -0.00001, 0.0, 1e-12, 0.5, 99999.0, 1e9):
         table = RunTable(n_examples, n_examples)
@@ -140,7 +140,7 @@ def test_a_line_fits_whatever_the_numbers(columns, n_examples, monkeypatch):
         assert max(map(len, lines[-2:])) < columns, lines[-1]
 
 
-def test_numbers_are_short():
+def test_numbers_are_formatted_in_few_characters():
     for value in (0, 1, 0.6931, 12.3456, 999.99, 1234.5, 99999.4, 123456.7, 5.3e7, 1e6, 1e300, 4e-4, 1e-300):
         assert len(number(value)) <= 7, value
         assert float(number(value)) == pytest.approx(value, rel=0.3, abs=1e-4)
@@ -156,7 +156,7 @@ def samples(prompt: str, **of_models: str) -> list[dict]:
     ]
 
 
-def test_samples_stand_side_by_side_their_prompt_once(monkeypatch):
+def test_samples_are_shown_side_by_side_under_one_prompt(monkeypatch):
     monkeypatch.setattr(terminal, "width", lambda: 79)
     prompt = "\n\nHuman: " + "word " * 100 + "last?\n\nAssistant:"
     lines = samples_side_by_side(
@@ -167,7 +167,7 @@ def test_samples_stand_side_by_side_their_prompt_once(monkeypatch):
     assert max(map(len, lines)) <= 79
     (names,) = [line for line in lines if "policy" in line]
     at = names.index("reference")
-    assert any(line[at:].startswith("No. [2J Human: x") and "Yes, of course" in line for line in lines)
+    assert any(line[at:].startswith("No.\\x1b[2J Human: x") and "Yes, of course" in line for line in lines)
     assert [line[: at - 2].rstrip() for line in lines if "…" in line][-1].endswith("…")
     assert "\033" not in text and not re.search(r"\bcour\b|\bcours\b", text)
     wide = samples_side_by_side(samples("问", policy="很好" * 100))
@@ -176,7 +176,7 @@ def test_samples_stand_side_by_side_their_prompt_once(monkeypatch):
 
 
 @pytest.mark.slow
-def test_without_a_terminal_samples_and_their_divergence_are_told_once(launcher, tmp_path):
+def test_log_file_shows_samples_and_their_kl_once(launcher, tmp_path):
     assert launcher.run(*RUN, "n_examples=4", "eval_every=4", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     output = launcher.output
     assert output.count("Samples: 2 of 2, shortened") == 2
@@ -189,7 +189,7 @@ def test_without_a_terminal_samples_and_their_divergence_are_told_once(launcher,
 
 
 @pytest.mark.slow
-def test_no_warning_is_given_of_what_nobody_has_chosen(launcher, tmp_path):
+def test_rounded_default_of_eval_every_gives_no_warning(launcher, tmp_path):
     """The default of `eval_every` is divisible by few batch sizes: the quickstart's first run has 64."""
     run = ["batch_size=64", "n_examples=64", "sample_during_eval=false", "do_first_eval=false"]
     assert launcher.run(*TOY, *run, f"local_run_dir={tmp_path}/run") == 0, launcher.output

@@ -20,7 +20,7 @@ from data.toy import (
 )
 
 
-def test_every_response_reads_back_and_nothing_else_does():
+def test_every_response_parses_back_and_nothing_else_does():
     texts = [response_text(words) for words in ALL_RESPONSES]
     assert len(set(texts)) == 8**4
     assert all((response_words(text) == words).all() for text, words in zip(texts, ALL_RESPONSES, strict=True))
@@ -34,7 +34,7 @@ def test_true_reward_is_the_sum_of_the_words_weights():
     assert true_reward(np.array([7, 0, 4, 3])) == pytest.approx(0)  # 2 - 2 + 2/7 - 2/7
 
 
-def test_the_optimum_is_the_reference_times_the_exponential_of_the_reward():
+def test_optimum_is_the_reference_times_the_exponential_of_the_reward():
     # Eq. 4 of the paper over whole responses, against the product of the slots
     beta = 0.5
     for reference, optimum in zip(word_distribution(), word_distribution(beta), strict=True):
@@ -46,7 +46,7 @@ def test_the_optimum_is_the_reference_times_the_exponential_of_the_reward():
         np.testing.assert_allclose(optimum[slots, ALL_RESPONSES].prod(-1), expected, rtol=1e-10)
 
 
-def test_samples_follow_the_distribution():
+def test_toy_samples_follow_the_distribution():
     words = sample_words(np.random.RandomState(3), np.full(40_000, 2))
     counts = np.stack([np.bincount(words[:, slot], minlength=8) for slot in range(4)]) / 40_000
     np.testing.assert_allclose(counts, word_distribution()[2], atol=0.012)  # 5 standard deviations
@@ -65,7 +65,7 @@ def test_preferences_follow_bradley_terry():
         assert preferred[chosen].mean() == pytest.approx(expected, abs=5 * 0.5 / np.sqrt(chosen.sum()))
 
 
-def test_data_has_the_hh_format_and_is_the_same_every_time():
+def test_toy_data_has_the_hh_format_and_is_deterministic():
     data = get_toy("test")
     assert data == get_toy("test")
     assert {prompt for prompt, _ in data} == set(PROMPTS)
@@ -73,7 +73,7 @@ def test_data_has_the_hh_format_and_is_the_same_every_time():
     assert all(response_words(entry["sft_target"]) is not None for _, entry in data)
 
 
-def test_variants_flip_labels_keep_the_first_examples_and_imitate_the_preferred_response():
+def test_toy_variants_flip_labels_shrink_and_imitate_the_preferred_response():
     plain, flipped = get_toy("train"), get_toy("train", flipped=0.2)
     differ = np.mean([a["pairs"] != b["pairs"] for (_, a), (_, b) in zip(plain, flipped, strict=True)])
     assert differ == pytest.approx(0.2, abs=5 * 0.4 / np.sqrt(20_000))
@@ -84,7 +84,7 @@ def test_variants_flip_labels_keep_the_first_examples_and_imitate_the_preferred_
         assert entry["sft_target"] == entry["responses"][entry["pairs"][0][0]]
 
 
-def test_the_second_task_s_labels_know_reward_and_length_and_its_reward_knows_no_length():
+def test_length_tasks_labels_depend_on_reward_and_length():
     words, clauses = all_long_responses()
     of_text = {long_response_text(w, n): (true_reward(w), n) for w, n in zip(words, clauses, strict=True)}
     assert len(of_text) == 256

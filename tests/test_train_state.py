@@ -1,12 +1,12 @@
-"""What a run resumes from: a state of before, the keys that may change, and a reference pass that a signal stops."""
+"""The state a run resumes from: older states, keys that may change, and an interrupted reference pass."""
 
 import hashlib
 import json
 import shutil
 import signal
-import time
 
 import pytest
+from launcher import wait_until
 from omegaconf import OmegaConf
 from test_resume import FINISHED, TOY, log_lines
 
@@ -17,14 +17,14 @@ from config_checks.schema import default_config
 
 @pytest.fixture(scope="module")
 def finished(launcher):
-    """A DPO run of 16 examples, and one of 8 that is to become that."""
+    """A DPO run of 16 examples, and one of 8 to be continued to the same end."""
     for name, overrides in (("whole", []), ("half", ["n_examples=8"])):
         code = launcher.run(*FINISHED, *overrides, f"local_run_dir={launcher.directory}/{name}")
         assert code == 0, launcher.output
     return launcher.directory / "whole", launcher.directory / "half"
 
 
-def test_a_checkpoint_from_before_the_train_state_goes_on(launcher, finished, tmp_path):
+def test_checkpoint_from_before_the_train_state_resumes(launcher, finished, tmp_path):
     whole, run_dir = finished[0], tmp_path / "run"
     shutil.copytree(finished[1], run_dir)
     config = OmegaConf.load(run_dir / "config.yaml")
@@ -48,7 +48,7 @@ def test_a_checkpoint_from_before_the_train_state_goes_on(launcher, finished, tm
         assert (run_dir / "LATEST" / name).read_bytes() == (whole / "LATEST" / name).read_bytes()
 
 
-def test_every_key_decides_but_those_that_may_change():
+def test_every_key_must_stay_the_same_but_those_that_may_change():
     keys = set(default_config())
     assert {key for key in _MAY_CHANGE if not any(key == k or k.startswith(f"{key}.") for k in keys)} == set()
     deciding = keys - set(_MAY_CHANGE)
@@ -56,7 +56,7 @@ def test_every_key_decides_but_those_that_may_change():
         assert key in deciding
 
 
-def test_the_reference_that_auto_means_is_recorded(finished, make_trainer):
+def test_resolved_reference_is_recorded(finished, make_trainer):
     assert OmegaConf.load(finished[0] / "config.yaml").reference == "model"
     assert json.loads((finished[0] / "LATEST/state.json").read_text())["config"]["reference"] == "model"
     assert make_trainer(*TOY, "loss=dpo", "lora={r:4}").config.reference == "adapter_off"
@@ -64,9 +64,7 @@ def test_the_reference_that_auto_means_is_recorded(finished, make_trainer):
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
-def test_a_signal_while_the_reference_is_precomputed_ends_with_75_and_what_was_computed_stays(
-    n_workers, launcher, tmp_path
-):
+def test_signal_during_precomputation_exits_with_75_and_keeps_the_cache(n_workers, launcher, tmp_path):
     overrides = [
         *TOY,
         "loss=dpo",
@@ -79,10 +77,7 @@ def test_a_signal_while_the_reference_is_precomputed_ends_with_75_and_what_was_c
     cache = launcher.directory / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     launcher.start(*overrides, "n_examples=20000", n_workers=n_workers)
-    deadline = time.monotonic() + 120
-    while not list(cache.glob("*/reference_logps/*/*.safetensors")):
-        assert time.monotonic() < deadline, launcher.output
-        time.sleep(0.05)
+    wait_until(lambda: list(cache.glob("*/reference_logps/*/*.safetensors")), output=lambda: launcher.output)
     launcher.kill(signal.SIGUSR1)
     assert launcher.wait() == EXIT_CODE, launcher.output
     assert "stopped by SIGUSR1" in launcher.output

@@ -78,15 +78,16 @@ USER, ASSISTANT, IPYTHON = (HEADER.format(role) for role in ("user", "assistant"
 LLAMA_SYSTEM = f"<|begin_of_text|>{HEADER.format('system')}"
 QWEN_TOOLS = (
     "<|im_start|>system\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
-    "provided with function signatures within <tools></tools> XML tags:\n<tools>\n{tool}\n</tools>\n\nFor each function "
-    "call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
-    '{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call><|im_end|>\n'
+    "provided with function signatures within <tools></tools> XML tags:\n<tools>\n{tool}\n</tools>\n\nFor each "
+    "function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
+    '<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call><|im_end|>\n'
 )
 THREE_TURNS = {  # prompt [system, user], response [assistant, user, assistant]
     "llama 3": f"{LLAMA_SYSTEM}Be brief.<|eot_id|>{USER}Hi<|eot_id|>{ASSISTANT}|⟦Yes<|eot_id|>⟧{USER}And you?<|eot_id|>"
     f"{ASSISTANT}⟦Fine.<|eot_id|>⟧",
     "qwen 3": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n|"
-    "⟦Yes<|im_end|>⟧\n<|im_start|>user\nAnd you?<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nFine.<|im_end|>⟧",
+    "⟦Yes<|im_end|>⟧\n<|im_start|>user\nAnd you?<|im_end|>\n<|im_start|>assistant\n"
+    "⟦<think>\n\n</think>\n\nFine.<|im_end|>⟧",
     "gemma 3": "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n|⟦Yes<end_of_turn>⟧\n"
     "<start_of_turn>user\nAnd you?<end_of_turn>\n<start_of_turn>model\n⟦Fine.<end_of_turn>⟧",
     "mistral": "<s>[INST] Hi[/INST]|⟦ Yes</s>⟧[INST] And you?[/INST]⟦ Fine.</s>⟧",  # without the system turn
@@ -100,9 +101,11 @@ WITH_TOOLS = {  # prompt [user], response [assistant's call, tool, assistant]
     "⟦Warm.<|eot_id|>⟧",
     "qwen 3": QWEN_TOOLS.format(tool=json.dumps(TOOL)) + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n|"
     '⟦<tool_call>\n{"name": "warmth", "arguments": {"in": "Rome"}}\n</tool_call><|im_end|>⟧\n<|im_start|>user\n'
-    '<tool_response>\n30 "C"\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nWarm.<|im_end|>⟧',
+    '<tool_response>\n30 "C"\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
+    "⟦<think>\n\n</think>\n\nWarm.<|im_end|>⟧",
     "mistral": f"<s>[AVAILABLE_TOOLS] [{json.dumps(TOOL)}][/AVAILABLE_TOOLS][INST] Hi[/INST]|⟦[TOOL_CALLS] "
-    '[{"name": "warmth", "arguments": {"in": "Rome"}}]</s>⟧[TOOL_RESULTS] {"content": 30 "C"}[/TOOL_RESULTS]⟦ Warm.</s>⟧',
+    '[{"name": "warmth", "arguments": {"in": "Rome"}}]</s>⟧[TOOL_RESULTS] {"content": 30 "C"}[/TOOL_RESULTS]'
+    "⟦ Warm.</s>⟧",
 }
 QUICK = ("llama 3.1", "qwen 3", "mistral")
 
@@ -196,8 +199,8 @@ def reasoning_tokenizer():
 
 
 def test_stripped_reasoning_is_an_error_that_shows_it():
-    with pytest.raises(BadExample, match=r"doesn't write '<think>\\nLet me see.\\n</think>' of the assistant's message; "
-                       "verbatim_responses=true"):  # fmt: skip
+    missing = r"'<think>\\nLet me see.\\n</think>' of the assistant's message; verbatim_responses=true"
+    with pytest.raises(BadExample, match=f"doesn't write {missing}"):
         marked(reasoning_tokenizer(), Example([HI], [[THOUGHTS]]))
 
 
@@ -211,8 +214,8 @@ def test_verbatim_response_keeps_its_reasoning_after_the_generation_prompt():
     ]
     several = Example([HI], [[THOUGHTS, AND, THOUGHTS]])
     assert marked(reasoning_tokenizer(), several, verbatim_responses=True) == [
-        "<|User|>Hi<|Assistant|><think>\n|⟦Let me see.\n</think>\n\nIt is red.<|endoftext|>⟧<|User|>And you?<|Assistant|>"
-        "<think>\n⟦Let me see.\n</think>\n\nIt is red.<|endoftext|>⟧"
+        "<|User|>Hi<|Assistant|><think>\n|⟦Let me see.\n</think>\n\nIt is red.<|endoftext|>⟧<|User|>And you?"
+        "<|Assistant|><think>\n⟦Let me see.\n</think>\n\nIt is red.<|endoftext|>⟧"
     ]
 
 

@@ -6,7 +6,8 @@ vllm_stand_in.py stands for vLLM: it has the same names and arguments and draws 
 import shutil
 
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from launcher import train_after
 from test_evaluate import trained  # noqa: F401 (a fixture)
 from test_sample import prompts, texts  # noqa: F401 (a fixture)
 
@@ -14,22 +15,24 @@ SAMPLE = str(REPOSITORY / "sample.py")
 
 
 @pytest.fixture
-def draw(run_python, tmp_path):
+def draw(launcher, tmp_path):
     """Run sample.py where a package named vllm is; returns what it printed."""
     (tmp_path / "packages/vllm").mkdir(parents=True)
     shutil.copy(REPOSITORY / "tests/vllm_stand_in.py", tmp_path / "packages/vllm/__init__.py")
 
     def run(*overrides: str, fails: bool = False) -> str:
-        words = [*overrides, "max_new_tokens=8", f"local_dirs=[{tmp_path}/cache]"]
-        result = run_python(SAMPLE, *words, env={"PYTHONPATH": f"{tmp_path}/packages"})
-        assert (result.returncode != 0) == fails, result.stdout + result.stderr
-        return result.stdout + result.stderr
+        packages = f"{tmp_path}/packages"
+        script = train_after(f"import sys\nsys.path.insert(0, {packages!r})", tmp_path, "sample.py")
+        words = [*overrides, "max_new_tokens=8"]
+        code = launcher.run(*words, script=script, directory=tmp_path, env={"PYTHONPATH": packages})
+        assert (code != 0) == fails, launcher.output
+        return launcher.output
 
     return run
 
 
-@pytest.mark.parametrize("kind", ["dpo", "lora"])
-def test_the_likeliest_tokens_and_their_log_probabilities_are_those_of_transformers(
+@pytest.mark.parametrize("kind", exhaustive_except(["dpo", "lora"], "dpo"))
+def test_vllm_greedy_samples_equal_those_of_transformers(
     kind, draw, launcher, trained, prompts, tmp_path  # noqa: F811
 ):  # fmt: skip
     run_dir = trained(kind)
@@ -46,7 +49,7 @@ def test_the_likeliest_tokens_and_their_log_probabilities_are_those_of_transform
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
 
 
-def test_each_sample_has_its_seed_and_what_is_there_isn_t_drawn_again(draw, trained, prompts, tmp_path):  # noqa: F811
+def test_vllm_samples_have_their_own_seeds_and_are_drawn_once(draw, trained, prompts, tmp_path):  # noqa: F811
     common = [f"run={trained('dpo')}", prompts, "engine=vllm"]
     draw(*common, "n=2", f"output={tmp_path}/two.jsonl", "eval_batch_size=1")
     draw(*common, f"output={tmp_path}/one.jsonl")
@@ -55,11 +58,17 @@ def test_each_sample_has_its_seed_and_what_is_there_isn_t_drawn_again(draw, trai
     output = draw(*common, "n=2", f"output={tmp_path}/one.jsonl")
     assert "Drawing 9 samples by vLLM" in output and "9 samples drawn, 9 were there" in output
     assert sorted(texts(tmp_path / "one.jsonl")) == sorted(texts(tmp_path / "two.jsonl"))
+
+
+@pytest.mark.exhaustive
+def test_vllm_draws_each_temperature_into_its_own_file(draw, trained, prompts, tmp_path):  # noqa: F811
+    common = [f"run={trained('dpo')}", prompts, "engine=vllm"]
+    draw(*common, f"output={tmp_path}/one.jsonl")
     draw(*common, f"output={tmp_path}/w.jsonl", "temperature=[0.5,1]")
-    assert texts(tmp_path / "w_t1.jsonl") == one != texts(tmp_path / "w_t0.5.jsonl")
+    assert texts(tmp_path / "w_t1.jsonl") == texts(tmp_path / "one.jsonl") != texts(tmp_path / "w_t0.5.jsonl")
 
 
-def test_an_engine_that_fails_is_told(draw, trained, prompts, tmp_path):  # noqa: F811
+def test_failing_vllm_is_reported(draw, trained, prompts, tmp_path):  # noqa: F811
     output = draw(f"run={trained('dpo')}", prompts, "engine=vllm", "engine_args.nonsense=1", fails=True)
     assert "engine=vllm: vLLM ended with exit code 1; what it printed says why" in output
     assert "building policy" not in output
@@ -76,7 +85,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_it_is_refused_before_models_are_loaded(name, launcher, trained):  # noqa: F811
+def test_unusable_engine_is_refused_before_models_are_loaded(name, launcher, trained):  # noqa: F811
     overrides, message = BAD[name]
     assert launcher.run(f"run={trained('dpo')}", *overrides, script=SAMPLE) == 1
     assert message in launcher.output
@@ -93,7 +102,7 @@ BAD_WITH_IT = {
 
 
 @pytest.mark.parametrize("name", BAD_WITH_IT)
-def test_what_it_can_t_draw_from_is_refused(name, draw, trained):  # noqa: F811
+def test_vllm_refuses_what_it_cannot_sample_from(name, draw, trained):  # noqa: F811
     overrides, message = BAD_WITH_IT[name]
     run = [] if "model=tiny" in overrides else [f"run={trained('dpo')}"]
     assert message in draw(*run, "engine=vllm", *overrides, fails=True)

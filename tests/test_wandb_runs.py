@@ -1,4 +1,4 @@
-"""What wandb has recorded of runs, read back from its offline files."""
+"""wandb's records of runs, read back from its offline files."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a .wandb file: LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md)
+    """Parse a .wandb file: LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md)
     after a header of seven bytes, which belongs to the first block."""
     data, place, parts, records = path.read_bytes(), 7, b"", []
     assert data[:4] == b":W&B"
@@ -76,7 +76,7 @@ def assert_recorded(run: OfflineRun, run_dir: Path):
         assert {k: run.history[step][k] for k in values} == pytest.approx(values)
 
 
-def test_a_run_is_recorded_with_its_name_config_and_every_value(train_ok, tmp_path, no_account):
+def test_wandb_records_name_config_and_every_value(train_ok, tmp_path, no_account):
     output = train_ok(*RUN, "loss=dpo", f"local_run_dir={tmp_path}/run", env=no_account)
     assert "WARNING" not in output
     (run,) = offline_runs(tmp_path / "run")
@@ -93,7 +93,7 @@ def test_a_run_is_recorded_with_its_name_config_and_every_value(train_ok, tmp_pa
             assert table["data"] == [[step, s["prompt"], s["sample"]] for s in of_step]
 
 
-def test_a_run_that_fails_is_recorded_as_failed_with_what_it_had_logged(train, tmp_path, no_account):
+def test_wandb_records_a_failed_run_with_its_values(train, tmp_path, no_account):
     overrides = ["lr=1e30", "optimizer=SGD", "max_grad_norm=1e30", "warmup_steps=0"]
     result = train(*RUN, *overrides, f"local_run_dir={tmp_path}/run", env=no_account)
     assert result.returncode == 1
@@ -102,7 +102,7 @@ def test_a_run_that_fails_is_recorded_as_failed_with_what_it_had_logged(train, t
     assert_recorded(run, tmp_path / "run")
 
 
-def test_a_sweeps_jobs_are_runs_of_their_own(train_ok, tmp_path, no_account):
+def test_wandb_records_each_sweep_job_as_a_run(train_ok, tmp_path, no_account):
     output = train_ok("-m", *RUN, "loss=dpo", "loss.beta=0.1,0.5", f"hydra.sweep.dir={tmp_path}/sweep", env=no_account)
     assert "WARNING" not in output
     first, second = offline_runs(tmp_path / "sweep")
@@ -114,7 +114,7 @@ def test_a_sweeps_jobs_are_runs_of_their_own(train_ok, tmp_path, no_account):
         assert_recorded(run, tmp_path / f"sweep/loss.beta-{beta}")
 
 
-def test_at_a_terminal_without_an_account_nobody_is_asked(launcher, tmp_path, no_account):
+def test_wandb_never_prompts_for_an_account(launcher, tmp_path, no_account):
     screen = run_on_terminal(launcher, *RUN, f"local_run_dir={tmp_path}/run", columns=80, env=no_account)
     assert screen.code == 0
     text = screen.sent.decode()

@@ -8,10 +8,10 @@ import time
 
 import pytest
 from launcher import Run
-from process_pool import launcher_variables
+from process_pool import launcher_variables, reserve_port
 from test_launch import children_of
 
-from distributed import launch
+from distributed import connection
 
 pytestmark = pytest.mark.slow
 
@@ -27,29 +27,23 @@ def start(launcher, tmp_path):
     """Start a script of this file as one of several workers."""
 
     def start_script(script: str, *words: object, env: dict[str, str]) -> Run:
-        (tmp_path / "script.py").write_text(script)
-        return launcher.start(*words, env=env, script=tmp_path / "script.py", as_typed=True, in_order=True)
+        path = tmp_path / f"script-{len(list(tmp_path.iterdir()))}.py"  # one each: the last one may yet have to be read
+        path.write_text(script)
+        return launcher.start(*words, env=env, script=path, as_typed=True, in_order=True)
 
     return start_script
-
-
-def wait_for(run: Run, text: str, seconds: float = 120):
-    deadline = time.monotonic() + seconds
-    while text not in run.output:
-        assert time.monotonic() < deadline, run.output[-3000:]
-        time.sleep(0.05)
 
 
 # ---- finding each other ---------------------------------------------------------------------------------------------
 
 CONNECT = """
 import sys, time
-from distributed import launch
+from distributed import connection
 from utils import UserError
-launch._RENDEZVOUS_TIMEOUT = int(sys.argv[1])
+connection._RENDEZVOUS_TIMEOUT = int(sys.argv[1])
 start = time.monotonic()
 try:
-    with launch.process_group():
+    with connection.process_group():
         print("connected")
 except UserError as error:
     print("after", time.monotonic() - start, "s:", error)
@@ -59,21 +53,21 @@ except UserError as error:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc, set by the launcher: must be a whole number"),
-        ({"RANK": "x"}, "RANK=x, set by the launcher: must be a whole number"),
-        ({"RANK": "-1"}, "RANK=-1, set by the launcher: must be a whole number"),
-        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2, set by the launcher: ranks begin at 0 and stay below"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc, set by the launcher: must be an integer"),
+        ({"RANK": "x"}, "RANK=x, set by the launcher: must be an integer"),
+        ({"RANK": "-1"}, "RANK=-1, set by the launcher: must be an integer"),
+        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2, set by the launcher: ranks must be numbered from 0 to WORLD_SIZE - 1"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0, WORLD_SIZE=0, set by the launcher"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1, set by the launcher: must be a whole number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1, set by the launcher: must be an integer"),
         ({"LOCAL_RANK": "5"}, "LOCAL_RANK=5, RANK=0, set by the launcher"),
         ({"LOCAL_RANK": ""}, "RANK is set, but not LOCAL_RANK"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000, set by the launcher: must be a port"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, set by the launcher: must be a whole number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, set by the launcher: must be an integer"),
         ({"MASTER_ADDR": ""}, "RANK is set, but not MASTER_ADDR"),
     ],
     ids=str,
 )
-def test_variables_that_cannot_be_are_named(variables, message, launcher, tmp_path):
+def test_impossible_launcher_variable_is_named(variables, message, launcher, tmp_path):
     env = {**launcher_variables(2)[0], **variables}
     assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run", env=env) == 1
     assert f"error: {message}" in launcher.output, launcher.output
@@ -91,24 +85,27 @@ def test_variables_that_cannot_be_are_named(variables, message, launcher, tmp_pa
         (None, "fsdp_port={}: the workers don't find each other (.*address already in use): give a port that is free"),
     ],
 )
-def test_a_port_that_cannot_be_is_named(port, message, launcher, tmp_path):
+def test_impossible_port_is_named(port, message, launcher, tmp_path):
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
         listener.listen()
         port = port or str(listener.getsockname()[1])
         start = time.monotonic()
-        assert launcher.run(*RUN, "world_size=2", f"fsdp_port={port}", f"local_run_dir={tmp_path}/run") == 1
-    assert time.monotonic() - start < 60
+        assert (
+            launcher.run(*RUN, "world_size=2", f"fsdp_port={port}", f"local_run_dir={tmp_path}/run", forks_workers=True)
+            == 1
+        )
+    assert time.monotonic() - start < 120
     pattern = "error: " + message.format(port).replace("(", r"\(").replace(")", r"\)")
     assert len(re.findall(pattern, launcher.output)) == 1, launcher.output
     assert "Traceback" not in launcher.output
     assert not (tmp_path / "run").exists()
 
 
-def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start):
-    assert launch._RENDEZVOUS_TIMEOUT == 60
-    seconds = 15  # instead
-    ports = [variables["MASTER_PORT"] for _ in range(4) for variables in launcher_variables(1)]
+def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
+    assert connection._RENDEZVOUS_TIMEOUT == 60
+    seconds = 6  # instead
+    ports = [reserve_port() for _ in range(3)]
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -128,14 +125,14 @@ def test_workers_that_do_not_find_each_other_end_within_about_a_minute(start):
             address, port = cases[name]["MASTER_ADDR"], cases[name]["MASTER_PORT"]
             told = re.search(r"after (\S+) s: (MASTER_ADDR=(\S+) MASTER_PORT=(\S+), set by the launcher: .*)", log)
             assert told, log
-            assert seconds - 5 < float(told[1]) < seconds + 40
+            assert seconds - 2 < float(told[1]) < seconds + 60
             assert (told[3], told[4]) == (address, port)
             assert f"all WORLD_SIZE=2 workers must start within {seconds} seconds" in told[2]
             assert "Traceback" not in log
             assert "frame #0" not in log  # nor PyTorch's own
 
 
-def test_ranks_that_alternate_between_machines_are_refused(start):
+def test_ranks_alternating_between_machines_are_refused(start):
     common = launcher_variables(1)[0]
     workers = [
         start(CONNECT, 60, env={**common, "WORLD_SIZE": "4", "RANK": str(rank), "LOCAL_RANK": str(rank // 2)})
@@ -150,17 +147,19 @@ def test_ranks_that_alternate_between_machines_are_refused(start):
 
 
 @pytest.mark.parametrize("silent", [0, 1])
-def test_a_worker_that_falls_silent_is_named_and_ends_the_run(silent, launcher, tmp_path):
-    run = launcher.start(*RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True)
-    wait_for(run, "First step: ")
+def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
+    run = launcher.start(
+        *RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True, forks_workers=True
+    )
+    run.wait_for("First step: ")
     workers = children_of(*run.children)
     workers[silent].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     assert run.wait() == 1
-    assert 3 < time.monotonic() - stopped < 30
+    assert 3 < time.monotonic() - stopped < 120
     assert re.findall("error: .*", run.output) == [
         f"error: worker {silent} (process {workers[silent].pid} on {socket.gethostname()}) has given no sign of life "
-        "for 8 seconds (worker_timeout): the run ends. resume=auto goes on with it"
+        "for 8 seconds (worker_timeout): the run ends. Resume it with resume=auto"
     ]
     assert not any(worker.is_running() for worker in workers)
     assert ".lock" not in os.listdir(tmp_path / "run")
@@ -168,9 +167,9 @@ def test_a_worker_that_falls_silent_is_named_and_ends_the_run(silent, launcher, 
 
 SLOW = """
 import hashlib, os, sys, time
-from distributed import collectives, launch
+from distributed import collectives, connection
 rank, asleep, at_work = sys.argv[1:]
-with launch.process_group(worker_timeout=4):
+with connection.process_group(worker_timeout=4):
     print("connected", flush=True)
     if os.environ["RANK"] == rank:
         time.sleep(float(asleep))
@@ -182,15 +181,15 @@ with launch.process_group(worker_timeout=4):
 
 
 @pytest.mark.parametrize("slow", [0, 1])
-def test_a_worker_that_is_slow_is_waited_for(slow, start):
+def test_slow_worker_is_waited_for(slow, start):
     workers = [start(SLOW, slow, 7, 5, env=variables) for variables in launcher_variables(3)]
     assert [worker.wait() for worker in workers] == [0] * 3, workers[0].output
 
 
-def test_workers_that_are_suspended_together_go_on(start):
+def test_workers_suspended_together_continue(start):
     workers = [start(SLOW, 0, 3, 1, env=variables) for variables in launcher_variables(3)]
     for worker in workers:
-        wait_for(worker, "connected")
+        worker.wait_for("connected")
     for worker in workers:
         worker.kill(signal.SIGSTOP)
     time.sleep(10)
@@ -200,7 +199,7 @@ def test_workers_that_are_suspended_together_go_on(start):
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "soon", "null", "true"])
-def test_a_timeout_that_cannot_be_is_named(value, launcher, tmp_path):
+def test_impossible_worker_timeout_is_named(value, launcher, tmp_path):
     for n_workers in (1, 2):
         overrides = [f"worker_timeout={value}", f"local_run_dir={tmp_path}/run"]
         assert launcher.run(*RUN, *overrides, n_workers=n_workers) == 1

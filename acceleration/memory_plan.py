@@ -1,0 +1,217 @@
+"""Plan a GPU's memory at the start: what a run will hold, whether it fits, and how much is left for a microbatch."""
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from acceleration.capacity import Activations
+from acceleration.response_head import LOGITS_BYTES
+from distributed import collectives
+from distributed.strategies import STRATEGIES
+from losses import needs_reference
+from optimization import state_bytes, step_one_by_one, steps_by_foreach
+from references import resolved_reference
+from utils import UserError, rank0_print, transformer_blocks, unwrap_adapter
+
+_SHARE_FOR_ACTIVATIONS = 0.9  # of the memory that is left: the rest is for fragments and kernels' workspaces
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one GPU will hold, in bytes; `max_tokens` is the largest microbatch that the rest has room for."""
+
+    device: torch.device
+    held: dict[str, int]  # by what it is, from the first step on
+    total: int
+    token: float  # bytes of a token of a microbatch, at their most
+    max_tokens: int  # 0: what is held doesn't fit
+    foreach_fits: bool  # an optimizer step over all weights at once needs another copy of them
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_gb(n_bytes)}" for name, n_bytes in self.held.items() if n_bytes)
+        return (
+            f"Memory of {self.device} (GB): {parts}; {_gb(sum(self.held.values()))} of {_gb(self.total)} held, "
+            f"activations {self.token / 1e6:.3g} MB a token: up to {self.max_tokens:,} tokens a microbatch"
+        )
+
+
+def _gb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f}" if n_bytes >= 5e7 else f"{n_bytes / 1e9:.1g}"
+
+
+def plan_memory(
+    config: DictConfig,
+    policy: nn.Module,
+    reference: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    activations: Activations,
+    n_tokens: int,
+    gathers_blocks: bool,
+) -> int | None:
+    """Print what each GPU will hold, and let the optimizer take less where memory is short.
+
+    `n_tokens`: of an example of full length; for the other arguments see `memory_plans`.
+
+    Returns: the most tokens of a microbatch for which there is memory, the same for all workers; None without a GPU.
+    Raises: UserError if the run doesn't fit.
+    """
+    dtype = getattr(torch, config.model.policy_mp) if config.model.policy_mp else policy.dtype
+    plans = memory_plans(policy, reference, state_bytes(optimizer), activations, dtype, gathers_blocks)
+    for plan in plans:
+        rank0_print(plan)
+    if warning := check_fits(plans, config, n_tokens):
+        rank0_print(warning)
+    if plans and steps_by_foreach(optimizer, plans[0].device) and not all(plan.foreach_fits for plan in plans):
+        rank0_print("Optimizer: one weight tensor after the other, as memory is short")
+        step_one_by_one(optimizer)
+    cap = cap_of(plans)
+    return cap and -collectives.all_reduce_max(-cap)
+
+
+def memory_plans(
+    policy: nn.Module,
+    reference: nn.Module | None,
+    optimizer_bytes: dict[torch.device, int],
+    activations: Activations,
+    compute_dtype: torch.dtype,
+    gathers_blocks: bool = False,
+) -> list[MemoryPlan]:
+    """Plan the memory of each GPU that the policy is computed on, before gradients and optimizer state are allocated.
+
+    Args:
+        reference: a second model in memory, if there is one.
+        optimizer_bytes: see `optimization.state_bytes`.
+        compute_dtype: of the policy.
+        gathers_blocks: weights are gathered for each block in turn (FSDP).
+    """
+    weights, gradients, of_reference = Counter(), Counter(), Counter()
+    largest: Counter[torch.device] = Counter()
+    for parameter in policy.parameters():
+        device, n_bytes = parameter.device, _local_bytes(parameter)
+        weights[device] += n_bytes
+        if parameter.requires_grad:
+            gradients[device] += n_bytes
+            largest[device] = max(largest[device], 4 * parameter.numel())
+    for parameter in reference.parameters() if reference is not None else ():
+        of_reference[parameter.device] += _local_bytes(parameter)
+    plans = []
+    for device in sorted(activations.kept.keys(), key=str):
+        if device.type != "cuda":
+            continue
+        gathered = _gathered_bytes(policy, compute_dtype) if gathers_blocks else 0
+        held = {
+            "weights": weights[device],
+            "gradients": gradients[device],
+            "optimizer": optimizer_bytes.get(device, 0),
+            "reference": of_reference[device],
+            f"{str(compute_dtype)[6:]} copies": activations.casts.get(device, 0),
+            "gathered weights": gathered,
+        }
+        free, total = free_and_total_bytes(device)
+        # weights and reference are there already
+        left = free - sum(held.values()) + held["weights"] + held["reference"]
+        room = left - LOGITS_BYTES - 2 * largest[device]
+        token = activations.kept[device] + activations.backward.get(device, 0)
+        n_tokens = max(1, int(_SHARE_FOR_ACTIVATIONS * room / token)) if left > 0 else 0
+        copies = activations.casts.get(device, 0)  # released before the step
+        plans.append(MemoryPlan(device, held, total, token, n_tokens, left + copies >= gradients[device]))
+    return plans
+
+
+def free_and_total_bytes(device: torch.device) -> tuple[int, int]:
+    """Return how many bytes of a GPU this process can still allocate, and how many it has in all."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+def _local_bytes(parameter: torch.Tensor) -> int:
+    return getattr(parameter, "_local_tensor", parameter).nbytes
+
+
+def _gathered_bytes(policy: nn.Module, compute_dtype: torch.dtype) -> int:
+    """Return what FSDP gathers at a time: all outside the blocks, one block and the next, and one block's gradients."""
+
+    def size(modules: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in modules.parameters())
+
+    base = unwrap_adapter(policy)
+    blocks = [size(block) for block in transformer_blocks(base, None)]
+    outside, largest = size(base) - sum(blocks), max(blocks, default=0)
+    return (outside + 2 * largest) * compute_dtype.itemsize + 4 * max(outside, largest)
+
+
+def check_fits(plans: list[MemoryPlan], config: DictConfig, n_tokens: int) -> str | None:
+    """Return a warning if there is memory for what is held, but not for `n_tokens`, those of an example of full length.
+
+    Raises: UserError if what the run holds doesn't fit.
+    """
+    if not plans:
+        return None
+    fullest = min(plans, key=lambda plan: plan.max_tokens)
+    if fullest.max_tokens == 0:
+        raise UserError(f"this run doesn't fit. {_needs(fullest)}\n{remedies(config)}")
+    if fullest.max_tokens < n_tokens:
+        return (
+            f"WARNING: an example of max_length={config.max_length} takes {n_tokens:,} tokens, and there is memory for "
+            f"about {fullest.max_tokens:,}. {remedies(config)}"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(config: DictConfig) -> Iterator[None]:
+    """Raises: UserError with remedies where a GPU runs out of memory inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"a GPU is out of memory: {str(error).splitlines()[0]}\n{remedies(config)}") from error
+
+
+def _needs(plan: MemoryPlan) -> str:
+    parts = ", ".join(f"{name} {_gb(n_bytes)}" for name, n_bytes in plan.held.items() if n_bytes)
+    return f"{plan.device} has {_gb(plan.total)} GB and would hold {_gb(sum(plan.held.values()))} GB: {parts}"
+
+
+def remedies(config: DictConfig) -> str:
+    """Return which keys would make a run take less memory, of those that it doesn't use yet."""
+    model, trains_all = config.model, config.lora is None and config.model.adapter is None
+    second_model = needs_reference(config.loss) and resolved_reference(config) == "model"
+    strategy = STRATEGIES[config.trainer]
+    candidates = [
+        ("activation_checkpointing=true", not config.activation_checkpointing),
+        ("precompute_ref_log_probs=true", second_model and not config.precompute_ref_log_probs),
+        ("lora={}", trains_all),
+        ("model.policy_dtype=bfloat16", model.policy_dtype in ("float32", "float64")),
+        ("model.load_in_4bit=true with lora={}", not model.load_in_4bit),
+        ("model.reference_dtype=bfloat16", second_model and model.reference_dtype in ("float32", "float64")),
+        ("optimizer=RMSprop, which keeps one number a weight", config.optimizer != "RMSprop" and trains_all),
+        ("trainer=FSDPTrainer on more GPUs", not strategy.starts_workers),
+        ("fsdp_cpu_offload=true", "fsdp_cpu_offload" in strategy.config_keys and not config.fsdp_cpu_offload),
+        ("max_tokens_per_microbatch=N", config.max_tokens_per_microbatch is None),
+        (f"a smaller max_length (now {config.max_length})", True),
+    ]
+    return f"What takes less memory: {'; '.join(remedy for remedy, is_open in candidates if is_open)}"
+
+
+def cap_of(plans: list[MemoryPlan]) -> int | None:
+    """Return the most tokens of a microbatch for which every GPU has memory; None without a GPU."""
+    return min((plan.max_tokens for plan in plans), default=None)
+
+
+def resumed_cap(saved: int | None, fitting: int | None) -> tuple[int | None, str | None]:
+    """Return the cap of a resumed run, and a warning if it has to be another than the one that the run began with.
+
+    The memory that is free differs by a little each time; where it differs by more, it is another GPU.
+    """
+    if saved is None or fitting is None or saved <= math.ceil(1.1 * fitting):
+        return (fitting if saved is None else saved), None
+    return fitting, (
+        f"WARNING: this GPU has memory for microbatches of {fitting:,} tokens, the run began with {saved:,}: batches "
+        "are cut differently, so the weights will differ by rounding"
+    )

@@ -1,0 +1,47 @@
+"""Find out at the start whether a reference in float16 overflows, which would look like a learning rate too high."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from utils import UserError
+
+
+def check_no_overflow(model: nn.Module, compute: Callable[[nn.Module], torch.Tensor]):
+    """Refuse a float16 reference whose log-probabilities on a few examples are not finite.
+
+    `compute`: log-probabilities of examples under a model, the same ones on all workers.
+
+    Raises: UserError that names the first layer to overflow.
+    """
+    with torch.no_grad():
+        if model.dtype != torch.float16 or bool(compute(model).isfinite().all()):
+            return
+        layer = _first_overflow(model, compute)
+    raise UserError(
+        f"model.reference_dtype=float16: the reference's log-probabilities are not finite, as {layer} puts out numbers "
+        f"beyond {torch.finfo(torch.float16).max:g}, the largest of float16. Models that were trained in bfloat16 may; "
+        "use model.reference_dtype=bfloat16"
+    )
+
+
+def _first_overflow(model: nn.Module, compute: Callable[[nn.Module], torch.Tensor]) -> str:
+    """Return the name of the first layer whose output isn't finite."""
+    found: list[str] = []
+
+    def look(name: str, output: object):
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and not output.isfinite().all():
+            found.append(name)
+
+    layers = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))
+        for name, module in layers
+    ]
+    try:
+        compute(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "a step between its layers"

@@ -1,0 +1,156 @@
+"""Predicted beside measured memory, for the original's models and today's: `python benchmarks/gpu_memory.py`.
+
+Each model has its real width and few layers, with random weights; nothing is downloaded. Predicted is what the plan at
+the start of a run reckons with for a microbatch (`acceleration.memory_plan`): activations, weights cast for computing,
+logits. Measured is the peak of a forward and backward pass over what is there before. Where measured over predicted is
+above 1, the plan is too low. On a CPU it predicts only, at toy size, to be tried out.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import throughput
+
+from acceleration.capacity import measure_activations
+from acceleration.model_check import full_length_pair
+from acceleration.packed_attention import takes_packed_attention, use_packed_attention
+from acceleration.prefix_sharing import packed_shared_rows, shared_rows
+from acceleration.response_head import LOGITS_BYTES, response_logps
+from acceleration.shadow_weights import release_copies, shadow_linear_weights
+from utils import disable_dropout
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+MAX_LENGTH = 512
+LAYERS = 4  # of each model, so that any fits beside its gradients
+_LLAMA = {"num_hidden_layers": LAYERS, "max_position_embeddings": 2048}
+_GPT2 = {"n_layer": LAYERS, "n_positions": 2048}
+_NEOX = {"num_hidden_layers": LAYERS, "vocab_size": 50304, "max_position_embeddings": 2048}
+MODELS = {  # the first six are the original's
+    "gpt2-large": ("gpt2", {"n_embd": 1280, "n_head": 20, **_GPT2}),
+    "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_head": 25, **_GPT2}),
+    "gptj": ("gptj", {"n_embd": 4096, "n_head": 16, "rotary_dim": 64, **_GPT2}),
+    "llama7b": ("llama", {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+                          "vocab_size": 32000, **_LLAMA}),
+    "pythia28": ("gpt_neox", {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32, **_NEOX}),
+    "pythia69": ("gpt_neox", {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32, **_NEOX}),
+    "llama3-8b": ("llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+                            "num_key_value_heads": 8, "vocab_size": 128256, **_LLAMA}),
+    "qwen3-4b": ("qwen3", {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "head_dim": 128,
+                           "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True, **_LLAMA}),
+    "gemma3-4b": ("gemma3_text", {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8,
+                                  "head_dim": 256, "num_key_value_heads": 4, "vocab_size": 262144, **_LLAMA}),
+    "mixtral": ("mixtral", {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 16,
+                            "num_key_value_heads": 8, "num_local_experts": 8, "vocab_size": 32000, **_LLAMA}),
+}  # fmt: skip
+TOY = {"hidden_size": 64, "n_embd": 64, "intermediate_size": 128, "num_attention_heads": 4, "n_head": 4,
+       "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 16, "vocab_size": 512}  # fmt: skip
+WAYS = {  # weights, what autocast computes in, activation checkpointing
+    "mixed": (torch.float32, torch.bfloat16, False),
+    "mixed, checkpointing": (torch.float32, torch.bfloat16, True),
+    "bfloat16": (torch.bfloat16, None, False),
+}
+
+
+def build(name: str, dtype: torch.dtype, autocast_dtype: torch.dtype | None, checkpointing: bool) -> nn.Module:
+    architecture, options = MODELS[name]
+    if not HAS_GPU:
+        options = options | {key: value for key, value in TOY.items() if key in options}
+    config = transformers.AutoConfig.for_model(architecture, **options, bos_token_id=0, eos_token_id=0)
+    with DEVICE:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    disable_dropout(model)
+    if takes_packed_attention(model) and architecture != "gptj":  # whose attention is its own
+        use_packed_attention(model)
+    if autocast_dtype is not None:
+        shadow_linear_weights(model)
+    if checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def measure(name: str, way: str, n_pairs: int) -> dict:
+    """Predict and measure the memory of a microbatch of random pairs."""
+    dtype, autocast_dtype, checkpointing = WAYS[way]
+    model = build(name, dtype, autocast_dtype, checkpointing)
+    make_rows = shared_rows if MODELS[name][0] == "gptj" else packed_shared_rows
+    vocabulary = model.config.vocab_size
+    args = argparse.Namespace(seed=0, vocab=vocabulary, max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH // 2)
+    batch = throughput.collate(throughput.random_pairs(n_pairs, args))
+    rows, full = make_rows(batch), make_rows(full_length_pair(batch, MAX_LENGTH))
+    autocast = partial(torch.autocast, DEVICE.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext
+
+    def logps(rows) -> torch.Tensor:
+        with autocast():
+            return response_logps(model, rows)
+
+    found = measure_activations(model, partial(logps, full), full.input_ids.numel())
+    (kept,), backward = found.kept.values(), sum(found.backward.values())
+    n_tokens, casts = rows.input_ids.numel(), sum(found.casts.values())
+    logits = min(LOGITS_BYTES, 4 * 4 * vocabulary * len(rows.targets))
+    largest = 2 * 4 * max(parameter.numel() for parameter in model.parameters())
+    result = {
+        "model": name, "way": way, "tokens": n_tokens, "MB a token": (kept + backward) / 1e6,
+        "predicted GB": ((kept + backward) * n_tokens + casts + logits + largest) / 1e9,
+    }  # fmt: skip
+    if HAS_GPU:
+        for _ in range(2):  # the first allocates the gradients
+            release_copies(model)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            logps(rows).sum().backward()
+        result["measured GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        result["measured / predicted"] = result["measured GB"] / result["predicted GB"]
+    return result
+
+
+def table(results: list[dict]) -> str:
+    """Return the results as Markdown."""
+    header = ["model", "way", "tokens", "MB a token", "predicted GB", "measured GB", "measured / predicted"]
+    rows = [header, ["---"] * len(header)]
+    for result in results:
+        values = [
+            result.get(key, result.get("fails_with")) if key == "measured GB" else result.get(key) for key in header
+        ]
+        rows.append([f"{value:.3g}" if isinstance(value, float) else str(value or "-") for value in values])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", help="a file that gets the results")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--pairs", type=int, default=24 if HAS_GPU else 3, help="in the microbatch")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    results = []
+    for name in args.models:
+        for way in WAYS:
+            try:
+                results.append(measure(name, way, args.pairs))
+            except Exception as error:  # others may still run
+                results.append({"model": name, "way": way, "fails_with": f"{type(error).__name__}: {error}"[:100]})
+            print(json.dumps(results[-1]), flush=True)
+            gc.collect()
+            if HAS_GPU:
+                torch.cuda.empty_cache()
+    print(table(results))
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

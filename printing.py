@@ -1,0 +1,70 @@
+"""What is printed: by which process, and what of it may reach a terminal, a log or a document. It needs no torch."""
+
+import os
+import re
+import sys
+import unicodedata
+
+from tqdm import tqdm
+
+
+def on_rank0() -> bool:
+    """True for the process that writes and prints for all, by the variable RANK that launchers set."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+_SECRETS = ("OPENAI_API_KEY", "WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment variables
+_SHORTEST_SECRET = 6  # characters: local servers take any key, and masking "x" would spoil every message
+_CREDENTIALS = re.compile(r"""(?<=://)[^/?#\s"<>]*@""")  # user and password in a URL
+_JOINERS = "\u200c\u200d\u00ad"  # invisible, but parts of words and emoji
+
+
+def masked(text: str) -> str:
+    """Return the text with `***` in place of this process's keys and of users and passwords in URLs."""
+    for variable in _SECRETS:
+        secret = os.environ.get(variable, "").strip()
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "***")
+    return _CREDENTIALS.sub("***@", text)
+
+
+def printable(text: object) -> str:
+    """Return a text as it may be printed: secrets masked, and control sequences shown instead of carried out.
+
+    Whatever comes from data, files, names, endpoints or errors passes through here on its way to a terminal, a log, a
+    model card or a table. Line breaks and tabs stay.
+    """
+    text = masked(str(text)).replace("\r\n", "\n")
+    if text.isprintable():
+        return text
+    return "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_harmless(character: str) -> bool:
+    """False for what moves a cursor, hides text or reverses its direction."""
+    if character in "\n\t" or character in _JOINERS:
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def markdown(text: object) -> str:
+    """Return a text on one line for a Markdown paragraph or table, its markup shown as it is."""
+    line = " ".join(printable(text).split())
+    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", line)
+
+
+def rank0_print(*args, **kwargs):
+    """Print on rank 0 only, above a progress bar if there is one."""
+    if on_rank0():
+        with tqdm.external_write_mode(kwargs.get("file")):
+            print(*map(printable, args), **kwargs, flush=True)
+
+
+def uses_color() -> bool:
+    """True if standard output is a terminal that shows colours and NO_COLOR (https://no-color.org) isn't set."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+
+
+def hides_progress() -> bool | None:
+    """Return tqdm's `disable`: on rank 0 a bar is shown in a terminal, on other ranks never."""
+    return None if on_rank0() else True

@@ -1,0 +1,1 @@
+"""Files on disk: written whole or not at all, hashed, locked, and never written over what is not ours."""

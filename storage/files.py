@@ -1,0 +1,119 @@
+"""Files that are written whole or not at all, JSON Lines that a crash may have cut off, and hashes of whole files.
+
+It imports nothing but the standard library, so that commands which only read files start at once.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from typing import IO
+
+PARTIAL = r"\.partial-[0-9a-f]{8}"  # a regular expression: what the names of unfinished files end with
+
+
+@contextlib.contextmanager
+def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
+    """Lend a file to be written; then it replaces `path`, whole and on the disk. After an error `path` is unchanged."""
+    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
+
+
+def flush_to_disk(*paths: str):
+    """Flush files or directories to the disk, before anything that is written after them."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---- JSON Lines -----------------------------------------------------------------------------------------------------
+
+
+def read_json_lines(path: str, skips_damaged: bool = False) -> Iterator[tuple[dict, int]]:
+    """Yield the JSON object of each line, and the offset (bytes) where the line ends.
+
+    A last line without a line break was cut off by a crash; it is left out.
+
+    Args:
+        skips_damaged: leave out whole lines that hold no JSON object; otherwise they raise ValueError.
+    """
+    end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):  # nested too deeply
+                value = None
+            if isinstance(value, dict):
+                yield value, end
+            elif not skips_damaged:
+                raise ValueError(f"no JSON object: {line[:100]!r}")
+
+
+def append_json_line(path: str, value: dict):
+    """Add a line in one write; a line before it that a crash has cut off is ended first."""
+    with open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        is_cut_off = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        line = b"\n" * is_cut_off + json.dumps(value).encode() + b"\n"
+        if file.write(line) < len(line):  # a full disk
+            os.truncate(path, size)
+            raise OSError(28, os.strerror(28), path)
+
+
+# ---- hashes of whole files ------------------------------------------------------------------------------------------
+
+_SETTLED = 2  # seconds after its last change in which a file may change again without another timestamp
+
+
+def sha256(path: str) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class HashCache:
+    """SHA-256 of files' contents, read once: known again by device, inode, size, mtime and ctime.
+
+    ctime can't be set by programs, so that a file which tar, rsync or an image restored is read again. What the cache
+    can't tell is damage of the disk itself: checksums of checkpoints are computed without it.
+    """
+
+    def __init__(self, directory: str):
+        self.path = os.path.join(directory, "file_hashes.jsonl")
+        self.known: dict[tuple, str] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for line, _ in read_json_lines(self.path):
+                self.known[tuple(line["stat"])] = line["sha256"]
+
+    def sha256(self, path: str) -> str:
+        """Return the SHA-256 of a file's bytes, in hexadecimal."""
+        stat = os.stat(path)
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if key not in self.known:
+            digest = sha256(path)
+            if time.time() - stat.st_ctime < _SETTLED:
+                return digest
+            self.known[key] = digest
+            with contextlib.suppress(OSError):  # without the cache it is read again next time
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                append_json_line(self.path, {"stat": key, "sha256": digest})
+        return self.known[key]

@@ -1,0 +1,113 @@
+"""Locks that keep a second process out of a file or a directory."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+
+from storage.errors import UserError
+
+_held: set[int] = set()  # descriptors of locked files
+
+
+def _close_in_child():
+    """A lock lasts while anybody has its file open: a forked helper that outlives this process must not."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)  # programs started by exec don't inherit the file
+
+
+@contextlib.contextmanager
+def locked(path: str, origin: str, busy: str) -> Iterator[int]:
+    """Lock a file for this process alone and lend its descriptor; it is created if need be, and removed if still empty.
+
+    The lock is an flock, which ends with this process, however that ends. Between machines that share the directory it
+    holds where the file system passes flock on: NFS (Linux makes it a byte-range lock, which NFSv4 always has, NFSv3
+    with its lock service), Lustre mounted with `flock`, CephFS. When a machine crashes the server gives its locks up,
+    on NFS after a minute or two. A mount that keeps locks local (`nolock`, `local_lock`, `localflock`) looks the same
+    from here and shuts out this machine's processes alone. Where there are no locks at all, a warning is printed.
+
+    Args:
+        origin: key and value that name the file, for messages.
+        busy: what the error says if another process holds the lock.
+
+    Raises: UserError if another process holds it; OSError if it can't be opened.
+    """
+    descriptor = _open_locked(path, origin, busy)
+    try:
+        yield descriptor
+    finally:
+        with contextlib.suppress(OSError):
+            if os.fstat(descriptor).st_size == 0:
+                os.remove(path)
+        _close(descriptor)
+
+
+@contextlib.contextmanager
+def locked_directory(directory: str, origin: str, busy: str) -> Iterator[None]:
+    """Lock a directory for this process alone, by a file `.lock` in it that says who holds it.
+
+    The directory is created if need be, and removed again if it stays empty.
+
+    Raises: UserError if another process holds it, naming it, or if the directory can't be read and written.
+    """
+    path = os.path.abspath(directory)
+    created = []
+    while not os.path.lexists(path):
+        created.append(path)
+        path = os.path.dirname(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(locked(os.path.join(directory, ".lock"), origin, busy))
+                os.listdir(directory)
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                stack.callback(os.ftruncate, descriptor, 0)  # an empty lock file is removed
+            except OSError as error:
+                raise UserError(
+                    f"{origin}: can't write there: {error}; give a directory that can be written"
+                ) from error
+            yield
+    finally:
+        for path in created:
+            with contextlib.suppress(OSError):  # it isn't empty
+                os.rmdir(path)
+
+
+def _open_locked(path: str, origin: str, busy: str) -> int:
+    """Return a descriptor of the locked file; see `locked` for what is raised."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except FileNotFoundError:  # another process has just removed the directory, or it is new
+            parent = os.path.dirname(path) or "."
+            if os.path.islink(parent):
+                raise  # it leads nowhere
+            with contextlib.suppress(FileExistsError):  # another process creates it, too
+                os.makedirs(parent, exist_ok=True)
+            continue
+        _held.add(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            _close(descriptor)
+            who = f": {holder}" if holder.startswith("process ") else ""
+            raise UserError(f"{origin}: {busy}{who}; wait for its end, or give another place") from None
+        except OSError as error:
+            print(f"WARNING: {origin}: its file system has no locks ({error}): nothing keeps a second process out")
+            return descriptor
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        _close(descriptor)  # its holder has removed the file in the meantime
+
+
+def _close(descriptor: int):
+    _held.discard(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,247 @@
+"""What the report says of data, which pairs say nothing, and how many examples are used."""
+
+import re
+
+import pytest
+from conftest import REPOSITORY
+from test_formats import jsonl, parquet
+from test_own_data import RUN, numbered, pairs, write
+from transformers import AutoTokenizer
+
+from data.choice import Choice, Settings
+from preference_datasets import get_batch_iterator
+from utils import UserError
+
+TEMPLATE = str(REPOSITORY / "assets" / "human_assistant.jinja")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "assets" / "tiny")
+    tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+@pytest.fixture
+def batches(tokenizer, tmp_path):
+    """A function that opens the batches of a folder with these rows, the same to train and to evaluate on."""
+
+    def open_them(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
+        for name in ("train", "test"):
+            write(tmp_path / "data" / f"{name}.jsonl", rows)
+        choice = Choice(str(tmp_path / "data"), **kwargs.pop("choice", {}))
+        kwargs = {"n_epochs": 1, "drop_last": False, "cache_dir": str(tmp_path / "cache")} | kwargs
+        given = Settings(**({"chat_template": TEMPLATE} | (settings or {})))
+        return get_batch_iterator([choice], tokenizer, split, settings=given, **kwargs)
+
+    return open_them
+
+
+@pytest.fixture
+def report(make_trainer, tmp_path, capsys):
+    """A function that returns what is printed about the data of a run on a folder with these rows."""
+
+    def of(rows: list[dict], *overrides: str) -> str:
+        for split in ("train", "test"):
+            write(tmp_path / "data" / f"{split}.jsonl", rows)
+        make_trainer(*RUN, "batch_size=2", "eval_every=2", f"datasets=[{tmp_path}/data]", *overrides)
+        return capsys.readouterr().out
+
+    return of
+
+
+# ---- pairs that say nothing -----------------------------------------------------------------------------------------
+
+
+def long_pairs(n: int) -> list[dict]:
+    """Pairs that differ after 40 words."""
+    return [
+        {"prompt": f"Say {i}", "chosen": " same" * 40 + " good", "rejected": " same" * 40 + " bad"} for i in range(n)
+    ]
+
+
+def test_pairs_that_are_identical_once_cut_are_refused_or_left_out(batches, capsys):
+    rows = long_pairs(3) + pairs("a")
+    assert batches(rows, max_length=512).epoch_size == 4
+    with pytest.raises(
+        UserError, match=r"cut to max_length=24, chosen and rejected are identical in 3 of 4 pairs:\n  .*row 0\n"
+    ):
+        batches(rows, max_length=24, max_prompt_length=8)
+    kept = batches(rows, max_length=24, max_prompt_length=8, settings={"skips_bad": True})
+    assert [batch["prompt"] for batch in kept] == [["a?"]]
+    assert "(train): 3 pairs are left out, identical once cut to max_length" in capsys.readouterr().out
+    with pytest.raises(UserError, match="identical in all 3 pairs"):
+        batches(long_pairs(3), max_length=24, max_prompt_length=8)
+    with pytest.raises(UserError, match="no pair is left; raise max_length=24"):
+        batches(long_pairs(3), max_length=24, max_prompt_length=8, settings={"skips_bad": True})
+
+
+@pytest.mark.parametrize("max_length", range(20, 60, 7))
+def test_pairs_are_identical_once_cut_exactly_when_their_batch_is(max_length, batches):
+    rows = [
+        {"prompt": "Say" * n, "chosen": " same" * m + " good", "rejected": " same" * m}
+        for n in (1, 9)
+        for m in (3, 9, 30)
+    ]
+    lengths = {"max_length": max_length, "max_prompt_length": 8}
+    iterator = batches(rows, **lengths, settings={"skips_bad": True}, split="test")
+    assert all(b["chosen_input_ids"].tolist() != b["rejected_input_ids"].tolist() for b in iterator)
+    # those that are left out are identical when each is cut alone
+    n_identical = 0
+    for row in rows:
+        with_another = [row, {"prompt": "x", "chosen": " y", "rejected": " z"}]
+        n_identical += batches(with_another, **lengths, settings={"skips_bad": True}).epoch_size == 1
+    assert iterator.epoch_size == len(rows) - n_identical
+
+
+def test_responses_that_the_template_makes_identical_are_bad_rows(batches, tmp_path):
+    (tmp_path / "trims.jinja").write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content.strip() + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+
+    def row(chosen: str, rejected: str) -> dict:
+        sides = {"chosen": chosen, "rejected": rejected}
+        said = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+        return {"prompt": [{"role": "user", "content": "Hi"}], **said}
+
+    settings = {"chat_template": str(tmp_path / "trims.jinja")}
+    rows = [row("yes", "no"), row("yes", " yes ")]
+    with pytest.raises(UserError, match=r"line 2.*chosen and rejected are the same tokens once rendered"):
+        batches(rows, settings=settings)
+    assert batches(rows, settings=settings | {"skips_bad": True}).epoch_size == 1
+
+
+def test_equal_responses_with_different_scores_are_no_pair(report):
+    rows = [{"prompt": f"Q {i}", "responses": [" a", " a", " b"], "scores": [1, 2, 3]} for i in range(4)]
+    output = report(rows)
+    assert "4 prompts with 8 pairs for it; 4 pairs of identical responses left out" in output
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+def test_same_fault_in_all_rows_is_told_once(batches):
+    with pytest.raises(UserError) as error:
+        batches([{"prompt": f"Q {i}", "chosen": "", "rejected": "no"} for i in range(80)])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 6
+    assert lines[4] == "  and so on: all 80 rows (80 empty response)"
+
+
+def test_faults_of_several_kinds_are_counted(batches):
+    rows = [{"prompt": "a", "chosen": c, "rejected": "no"} for c in ["yes", "", None] * 20]
+    with pytest.raises(UserError, match=r"and so on: 40 rows \(20 empty response, 20 missing field\)"):
+        batches(rows)
+
+
+def test_text_that_ends_in_the_end_token_says_to_leave_it_out(batches):
+    rows = [{"prompt": f"Colour {i}?", "chosen": " It is red.<|endoftext|>", "rejected": " No."} for i in range(2)]
+    with pytest.raises(UserError, match="at its end; the end token is added to every response, so leave it out"):
+        batches(rows)
+    rows = [{"prompt": f"Colour {i}?", "chosen": " It <|endoftext|> is red.", "rejected": " No."} for i in range(2)]
+    with pytest.raises(UserError) as error:
+        batches(rows)
+    assert "leave it out:" not in str(error.value)
+
+
+def test_report_lists_what_is_not_used(report):
+    rows = [row | {"id": i, "source": "a site"} for i, row in enumerate(numbered(6))]
+    assert "(train): not used: id, source\n" in report(rows)
+    assert "not used" not in report(numbered(6))
+
+
+def test_report_says_that_sft_does_not_use_rejected_responses(report):
+    note = "loss=sft imitates the chosen responses; the rejected ones are not used (loss=dpo trains on both)"
+    assert note in report(numbered(6), "loss=sft")
+    assert note not in report(numbered(6))
+    assert note not in report([{"prompt": f"Q {i}", "completion": " yes"} for i in range(6)], "loss=sft")
+
+
+def test_report_says_that_the_template_is_not_applied_to_strings(report):
+    note = "to which the chat template isn't applied; apply_chat_template=true applies it"
+    template = f"chat_template={TEMPLATE}"
+    assert note in report(numbered(6), template)
+    assert note not in report(numbered(6))  # the model has no template
+    applied = report(numbered(6), template, "apply_chat_template=true")
+    assert note not in applied and re.search(r"\n\nHuman: Question \d\?\n\nAssistant:", applied)
+    dialogues = [{side: f"\n\nHuman: {i}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for i in range(6)]
+    assert note not in report(dialogues, template)  # nothing would apply it
+
+
+def test_report_counts_the_labels_and_says_that_the_rarer_is_repeated(report):
+    rows = [{"prompt": f"Q {i}", "completion": " yes", "label": i < 2} for i in range(8)]
+    assert "2 desirable, 6 undesirable responses; an epoch takes each desirable one 3 times" in report(rows, "loss=kto")
+    rows = [{"prompt": f"Q {i}", "completion": " yes", "label": i % 2 == 0} for i in range(8)]
+    assert "4 desirable, 4 undesirable responses\n" in report(rows, "loss=kto")
+
+
+def test_ignored_columns_are_of_the_config_or_of_an_entry(report, tmp_path):
+    rows = [row | {"persona": f"pirate {i}"} for i, row in enumerate(numbered(6))]
+    with pytest.raises(UserError, match=r"column 'persona' may belong to the prompt"):
+        report(rows)
+    assert "not used: persona" in report(rows, "ignored_columns=[persona]")
+    entry = f"datasets=[{{name: {tmp_path}/data, ignored_columns: [persona]}}]"
+    assert "not used: persona" in report(rows, entry)
+    for wrong in ("ignored_columns=persona", "ignored_columns=[1]"):
+        with pytest.raises(UserError, match=r"ignored_columns=.*: expected a list"):
+            report(rows, wrong)
+
+
+# ---- how many -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_examples", [1, 4, 5, 7, 12])
+def test_number_of_examples_of_a_dataset_is_exact_where_prompts_have_several_pairs(n_examples, batches):
+    rows = [{"prompt": f"Q {i}", "responses": [" a", f" b{i}", " c"], "scores": [1, 2, 3]} for i in range(4)]
+    iterator = batches(rows, choice={"n_examples": n_examples})
+    assert iterator.epoch_size == n_examples == sum(len(batch["prompt"]) for batch in iterator)
+    again = batches(rows, choice={"n_examples": n_examples})
+    assert [batch["prompt"] for batch in again] == [batch["prompt"] for batch in iterator]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_semicolons_separate_where_the_header_has_no_comma(tokenizer, tmp_path):
+    (tmp_path / "rows.csv").write_text('prompt;chosen;rejected\n"a; b";yes, yes;no\nc;d;"e\nf"\n')
+    settings = Settings(test_fraction=0.5)
+    found = set()
+    for split in ("train", "test"):
+        for batch in get_batch_iterator([str(tmp_path / "rows.csv")], tokenizer, split, n_epochs=1, drop_last=False,
+                                        cache_dir=str(tmp_path / "cache"), settings=settings):  # fmt: skip
+            found.add((batch["prompt"][0], batch["chosen_response_only"][0], batch["rejected_response_only"][0]))
+    assert found == {("a; b", "yes, yes", "no"), ("c", "d", "e\nf")}
+    (tmp_path / "rows.csv").write_text("prompt;chosen;rejected\na;b;c\nd;;f\n")
+    with pytest.raises(UserError, match=r"rows\.csv, line 3.*field 'chosen'"):
+        get_batch_iterator([str(tmp_path / "rows.csv")], tokenizer, n_epochs=1, cache_dir=str(tmp_path / "cache"))
+
+
+def test_keys_that_a_column_format_adds_are_no_arguments_of_a_call(tokenizer, tmp_path):
+    """Parquet gives all calls the arguments of any; JSON Lines keep a null that is given."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{% if m.tool_calls %}"
+        "{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}{% endfor %}"
+    )
+
+    def call(**arguments) -> dict:
+        function = {"name": "f", "arguments": arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+    def row(**arguments) -> dict:
+        no = [{"role": "assistant", "content": "no"}]
+        return {"prompt": [{"role": "user", "content": str(arguments)}], "chosen": [call(**arguments)], "rejected": no}
+
+    for name, content, expected in (
+        ("rows.parquet", parquet([row(city="Rome"), row(town="Bonn")]), ['{"city": "Rome"}', '{"town": "Bonn"}']),
+        ("rows.jsonl", jsonl([row(city="Rome", unit=None), row(town="Bonn")]),
+         ['{"city": "Rome", "unit": null}', '{"town": "Bonn"}']),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        found = set()
+        for split in ("train", "test"):
+            for batch in get_batch_iterator([str(tmp_path / name)], tokenizer, split, n_epochs=1, drop_last=False,
+                                            cache_dir=str(tmp_path / "cache"),
+                                            settings=Settings(chat_template=str(tmp_path / "t.jinja"))):  # fmt: skip
+                found |= set(batch["chosen_response_only"])
+        assert sorted(found) == sorted(f"assistant:{arguments}" for arguments in expected), name

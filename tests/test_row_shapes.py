@@ -1,0 +1,367 @@
+"""The shapes that rows, messages and tools come in, and what they say."""
+
+import json
+
+import pytest
+
+from data.formats import recognize
+
+
+def turn(role: str, content: str, **more) -> dict:
+    return {"role": role, "content": content, **more}
+
+
+def user(content: str) -> dict:
+    return turn("user", content)
+
+
+def assistant(content: str, **more) -> dict:
+    return turn("assistant", content, **more)
+
+
+def read(rows: list[dict], **settings) -> list[tuple]:
+    """What rows say: of each prompt, responses, preferred first, and tools if it has some."""
+    found = recognize(rows, settings.pop("fields", {}), "datasets=[x]", **settings)
+    said = []
+    for row in rows:
+        example = found.read(row)
+        order = example.pairs[0] if example.pairs else [example.target]
+        tools = [example.tools] if example.tools else []
+        said.append((example.prompt, *(example.responses[i] for i in order), *tools))
+    return said
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {}}}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}
+SAYS, NO = [assistant("A red rose.")], [assistant("No.")]
+ASKED = [user("Name a red thing.")]
+
+READ = {  # rows (of each the first is compared), settings, what the first one says
+    "Alpaca": (
+        [{"instruction": "To French.", "input": f"The {c} cat.", "output": f"Le chat {c}."} for c in ("red", "blue")],
+        {},
+        ("To French.\nThe red cat.", "Le chat red."),
+    ),
+    "Alpaca, preferences": (
+        [{"instruction": "To French.", "input": f"{c} cat", "chosen": f"chat {c}", "rejected": c} for c in "ab"],
+        {},
+        ("To French.\na cat", "chat a", "a"),
+    ),
+    "Alpaca without an input": (
+        [
+            {"instruction": "Count.", "input": "", "output": "1 2"},
+            {"instruction": "Say.", "input": "it", "output": "x"},
+        ],
+        {},
+        ("Count.", "1 2"),
+    ),
+    "Alpaca with its text written out": (
+        [
+            {
+                "instruction": f"Say {c}.",
+                "input": "",
+                "output": f"it: {c}",
+                "text": f"Below is a task. Say {c}. It: it: {c}",
+            }
+            for c in "ab"
+        ],
+        {},
+        ("Say a.", "it: a"),
+    ),
+    "Alpaca with system and history": (
+        [
+            {
+                "system": "Be brief.",
+                "history": [["Hi", "Hello"], ["Who?", "Me"]],
+                "instruction": "Sum.",
+                "input": f"1+{n}",
+                "output": "2",
+            }
+            for n in (1, 2)
+        ],
+        {},
+        (
+            [
+                turn("system", "Be brief."),
+                user("Hi"),
+                assistant("Hello"),
+                user("Who?"),
+                assistant("Me"),
+                user("Sum.\n1+1"),
+            ],
+            [assistant("2")],
+        ),
+    ),
+    "prompt called input": (
+        [
+            {"input": f"Colour of a {c} car?", "chosen": f"It is {c}.", "rejected": "It is a car."}
+            for c in ("red", "blue")
+        ],
+        {},
+        ("Colour of a red car?", "It is red.", "It is a car."),
+    ),
+    "prompt called query": (
+        [{"query": f"Say {c}", "chosen": c, "rejected": "no"} for c in "ab"],
+        {},
+        ("Say a", "a", "no"),
+    ),
+    "prompt called context": (
+        [{"context": f"Say {c}", "chosen": c, "rejected": "no"} for c in "ab"],
+        {},
+        ("Say a", "a", "no"),
+    ),
+    "prompt called input beside a system text": (
+        [{"system": "Be brief.", "input": f"Say {c}", "chosen": c, "rejected": "no"} for c in "ab"],
+        {},
+        ([turn("system", "Be brief."), user("Say a")], [assistant("a")], [assistant("no")]),
+    ),
+    "system text": (
+        [{"system": f"Style {c}.", "question": "Say hello.", "chosen": f"Hello {c}", "rejected": "Bye"} for c in "ab"],
+        {},
+        ([turn("system", "Style a."), user("Say hello.")], [assistant("Hello a")], [assistant("Bye")]),
+    ),
+    "system text that some rows lack": (
+        [{"system_prompt": s, "prompt": "Hello.", "chosen": "Hi", "rejected": "Bye"} for s in (None, "Be kind.")],
+        {},
+        ([user("Hello.")], [assistant("Hi")], [assistant("Bye")]),
+    ),
+    "system text beside messages": (
+        [{"system": "Be kind.", "prompt": [user("Hello.")], "chosen": [assistant(c)], "rejected": NO} for c in "ab"],
+        {},
+        ([turn("system", "Be kind."), user("Hello.")], [assistant("a")], NO),
+    ),
+    "system message that the messages begin with": (
+        [
+            {"system": "Be kind.", "prompt": [turn("system", "Be kind."), user(c)], "chosen": SAYS, "rejected": NO}
+            for c in "ab"
+        ],
+        {},
+        ([turn("system", "Be kind."), user("a")], SAYS, NO),
+    ),
+    "system text as messages": (
+        [{"system": [turn("system", "Be kind.")], "prompt": c, "chosen": "x", "rejected": "y"} for c in "ab"],
+        {},
+        ([turn("system", "Be kind."), user("a")], [assistant("x")], [assistant("y")]),
+    ),
+    "system text beside a dialogue": (
+        [{"system": "Be kind.", "messages": [user(c), assistant("x")]} for c in "ab"],
+        {},
+        ([turn("system", "Be kind."), user("a")], [assistant("x")]),
+    ),
+    "ShareGPT, preferences": (
+        [
+            {
+                "conversations": [{"from": "human", "value": "Name a red thing."}],
+                "chosen": {"from": "gpt", "value": "A red rose."},
+                "rejected": {"from": "gpt", "value": "No."},
+            }
+        ],
+        {},
+        (ASKED, SAYS, NO),
+    ),
+    "ShareGPT, preferences of several turns": (
+        [
+            {
+                "conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"}],
+                "chosen": [
+                    {"from": "gpt", "value": "A"},
+                    {"from": "human", "value": "B"},
+                    {"from": "gpt", "value": "C"},
+                ],
+                "rejected": [{"from": "gpt", "value": "No."}],
+            }
+        ],
+        {},
+        ([turn("system", "Be kind."), user("Hi")], [assistant("A"), user("B"), assistant("C")], NO),
+    ),
+    "ShareGPT, dialogue": (
+        [
+            {
+                "id": "x1",
+                "conversations": [
+                    {"from": "human", "value": "Name a red thing."},
+                    {"from": "gpt", "value": "A red rose."},
+                ],
+            }
+        ],
+        {},
+        (ASKED, SAYS),
+    ),
+    "ShareGPT with a system text, tools, calls and observations": (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "Weather?"},
+                    {
+                        "from": "function_call",
+                        "value": '{"name": "weather", "arguments": {"city": "Rome", "unit": null}}',
+                    },
+                    {"from": "observation", "value": "sun"},
+                    {"from": "gpt", "value": "Sunny."},
+                ],
+                "system": "Be kind.",
+                "tools": json.dumps([TOOL]),
+            }
+        ],
+        {},
+        (
+            [turn("system", "Be kind."), user("Weather?"), assistant("", tool_calls=[CALL]), turn("tool", "sun")],
+            [assistant("Sunny.")],
+            [TOOL],
+        ),
+    ),
+    "roles of other names": (
+        [
+            {"messages": [turn("Human", "Hi"), turn("GPT", "Yes")]},
+            {"messages": [turn("human", "Ho"), turn("bot", "No")]},
+        ],
+        {},
+        ([user("Hi")], [assistant("Yes")]),
+    ),
+    "dialogue as a JSON string": (
+        [{"messages": json.dumps([user(c), assistant("x")])} for c in "ab"],
+        {},
+        ([user("a")], [assistant("x")]),
+    ),
+    "messages as Python writes them": (
+        [{"prompt": str([user(c)]), "chosen": str(SAYS), "rejected": str(NO)} for c in "ab"],
+        {},
+        ([user("a")], SAYS, NO),
+    ),
+    "responses as a single message": ([{"prompt": ASKED, "chosen": SAYS[0], "rejected": NO[0]}], {}, (ASKED, SAYS, NO)),
+    "responses as strings to messages": (
+        [{"prompt": ASKED, "chosen": "A red rose.", "rejected": "No."}],
+        {},
+        (ASKED, SAYS, NO),
+    ),
+    "prompt as a string to messages": (
+        [{"prompt": "Name a red thing.", "chosen": SAYS, "rejected": NO}],
+        {},
+        (ASKED, SAYS, NO),
+    ),
+    "system message that only the responses repeat": (
+        [
+            {
+                "prompt": ASKED,
+                "chosen": [turn("system", "S"), *ASKED, *SAYS],
+                "rejected": [turn("system", "S"), *ASKED, *NO],
+            }
+        ],
+        {},
+        ([turn("system", "S"), *ASKED], SAYS, NO),
+    ),
+    "messages that repeat the chosen dialogue": (
+        [
+            {"prompt": c, "messages": [user(c), *SAYS], "chosen": [user(c), *SAYS], "rejected": [user(c), *NO]}
+            for c in "ab"
+        ],
+        {},
+        ([user("a")], SAYS, NO),
+    ),
+    "messages without an answer as the prompt of a response": (
+        [{"messages": [user(c)], "completion": "x"} for c in "ab"],
+        {},
+        ([user("a")], [assistant("x")]),
+    ),
+    "tools as JSON strings": (
+        [{"tools": [json.dumps(TOOL)], "prompt": ASKED, "chosen": [assistant("", tool_calls=[CALL])], "rejected": NO}],
+        {},
+        (ASKED, [assistant("", tool_calls=[CALL])], NO, [TOOL]),
+    ),
+    "tools and arguments as one JSON string each": (
+        [
+            {
+                "tools": json.dumps([TOOL]),
+                "prompt": ASKED,
+                "rejected": NO,
+                "chosen": [
+                    assistant(
+                        "",
+                        tool_calls=[
+                            {
+                                "type": "function",
+                                "function": {"name": "weather", "arguments": '{"city": "Rome", "unit": null}'},
+                            }
+                        ],
+                    )
+                ],
+            }
+        ],
+        {},
+        (ASKED, [assistant("", tool_calls=[CALL])], NO, [TOOL]),
+    ),
+    "tool calls as a JSON string": (
+        [
+            {
+                "tools": [TOOL],
+                "prompt": ASKED,
+                "chosen": [turn("assistant", None, tool_calls=json.dumps([CALL]))],
+                "rejected": [assistant("No.", tool_calls=None)],
+            }
+        ],
+        {},
+        (ASKED, [assistant("", tool_calls=[CALL])], NO, [TOOL]),
+    ),
+    "tools to strings": (
+        [{"tools": [TOOL], "prompt": c, "chosen": "x", "rejected": "y"} for c in "ab"],
+        {},
+        ([user("a")], [assistant("x")], [assistant("y")], [TOOL]),
+    ),
+    "content in parts": (
+        [{"messages": [turn("user", [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]), *SAYS]}],
+        {},
+        ([user("Hi you")], SAYS),
+    ),
+    "history of objects": (
+        [{"history": [{"user": "Hi", "assistant": "Ho"}], "prompt": c, "chosen": "x", "rejected": "y"} for c in "ab"],
+        {},
+        ([user("Hi"), assistant("Ho"), user("a")], [assistant("x")], [assistant("y")]),
+    ),
+    "history of messages": (
+        [{"history": [user("Hi"), assistant("Ho")], "prompt": c, "response": "x"} for c in "ab"],
+        {},
+        ([user("Hi"), assistant("Ho"), user("a")], [assistant("x")]),
+    ),
+    "fields within objects": (
+        [{"prompt": c, "pair": {"good": "x", "bad": "y"}} for c in "ab"],
+        {"fields": {"chosen": "pair.good", "rejected": "pair.bad"}},
+        ("a", "x", "y"),
+    ),
+    "context, named as the input": (
+        [{"instruction": "Sum up.", "context": f"Text {c} here.", "response": c} for c in "ab"],
+        {"fields": {"input": "context"}},
+        ("Sum up.\nText a here.", "a"),
+    ),
+    "column left out by name": (
+        [{"prompt": f"Say {c}", "persona": f"{c} pirate", "chosen": "x", "rejected": "y"} for c in "ab"],
+        {"ignored": ["persona"]},
+        ("Say a", "x", "y"),
+    ),
+    "strings as messages": (
+        [{"prompt": c, "chosen": "x", "rejected": "y"} for c in "ab"],
+        {"texts_as_messages": True},
+        ([user("a")], [assistant("x")], [assistant("y")]),
+    ),
+    "dialogues with a label": (
+        [
+            {"conversations": [{"from": "human", "value": c}, {"from": "gpt", "value": "x"}], "kto_tag": True}
+            for c in "ab"
+        ],
+        {},
+        ([user("a")], [assistant("x")]),
+    ),
+    "scored responses as messages": (
+        [
+            {"prompt": c, "completions": [turn("assistant", "x", score=1), turn("assistant", "y", score=2)]}
+            for c in "ab"
+        ],
+        {},
+        ([user("a")], [assistant("y")], [assistant("x")]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_row_is_read_as_written_by_hand(name):
+    rows, settings, expected = READ[name]
+    assert read(rows, **settings)[0] == expected
