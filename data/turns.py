@@ -137,6 +137,8 @@ class Dialogue:
         for cut in sorted(cuts - {0}, reverse=True):  # it may open a turn differently in a dialogue: in part, then
             if (at := self.text.rfind(header[:cut], position, content)) >= 0:
                 return at + cut
+        if not header:  # then white space before the first word is the turn's
+            return max(position, len(self.text[:content].rstrip()))
         return content
 
     def _end(self, number: int, start: int) -> int:
@@ -224,8 +226,11 @@ def _find(part: str, text: str, position: int, may_lack_reasoning: bool) -> int 
 
 
 def _missing(part: str, text: str, position: int) -> str:
-    """The part without the longest beginning or end of it that is in the text from a position on."""
+    """The words of a part without the longest beginning or end of it that is in the text from a position on."""
     sizes = range(1, len(part) + 1)
     n_start = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[:n], position) < 0)
     n_end = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[-n:], position) < 0)
-    return (part[n_start:] if n_start > n_end else part[: len(part) - n_end]).strip()
+    if n_start > n_end:
+        return part[re.search(r"\S*$", part[:n_start]).start() :].strip()
+    cut = len(part) - n_end
+    return part[: re.compile(r"\S*").match(part, cut).end()].strip()

@@ -231,7 +231,7 @@ ALTERED = {
         "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}",
         Example([SYSTEM, HI], [[YES]]), "'Be brief.' of the system's message"),
     "capitals": ("{% for m in messages %}{{ m.role + ':' + m.content | upper + eos_token }}{% endfor %}",
-                 Example([said("user", "HI")], [[said("assistant", "Ann")]]), "'nn' of the assistant's message"),
+                 Example([said("user", "HI")], [[said("assistant", "Ann")]]), "'Ann' of the assistant's message"),
     "calls that are dropped": (CHATML, Example([HI], [[CALL, RESULT, WARM]]), "'warmth' of the assistant's message"),
     "a field of reasoning": (CHATML, Example([HI], [[said("assistant", "Yes", reasoning_content="Hm, so.")]]),
                              "'Hm, so.' of the assistant's message"),
@@ -318,7 +318,7 @@ def test_layouts_predict_what_is_labelled_and_compute_the_rest(make_rows):
     expected = original_logps(model, batch)
     torch.testing.assert_close(response_logps(model, make_rows(batch)), expected, rtol=1e-9, atol=1e-9)
     n_trained = torch.cat([response_lengths(batch[f"{side}_labels"]) for side in ("chosen", "rejected")])
-    assert n_trained.tolist() == [4, 4, 1, 2, 5, 5, 2, 3]  # an empty prompt's first token is predicted by nothing
+    assert n_trained.tolist() == [4, 4, 1, 2, 5, 4, 2, 3]  # an empty prompt's first token is predicted by nothing
 
 
 def test_packed_rows_predict_the_same_tokens_as_padded_ones():
