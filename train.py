@@ -7,6 +7,7 @@ import textwrap
 from omegaconf import DictConfig, OmegaConf
 
 from acceleration.memory_plan import explained_out_of_memory
+from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.preemption import Stopped
 from checkpointing.resume import (
@@ -35,7 +36,6 @@ from config_checks.schema import changed_keys
 from distributed import collectives
 from losses import LOSSES
 from preference_datasets import open_batches
-from storage.outputs import Output, check_outputs, new_run, resumed_run
 from utils import UserError, on_rank0, rank0_print
 
 

@@ -11,12 +11,12 @@ from conftest import REPOSITORY
 from omegaconf import OmegaConf
 
 import export
+from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing.checkpoints import delete_oldest
 from checkpointing.integrity import atomic_directory
 from config_checks.schema import own_keys
 from evaluation import evaluate, judge_options, sample_options
 from reporting import compare, curves, frontier, win_rates
-from storage.outputs import Output, check_outputs, new_run, resumed_run
 from utils import UserError
 
 SAMPLES = '{"settings": "0123456789ab", "prompt_index": 0, "sample": 0, "prompt": "p", "response": "r"}\n'
