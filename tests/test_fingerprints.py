@@ -14,6 +14,7 @@ from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+import basics.files
 from basics.files import HashCache
 from checkpointing.fingerprints import changed_models, file_fingerprints, hub_revisions
 from checkpointing.integrity import atomic_directory
