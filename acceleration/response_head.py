@@ -1,5 +1,6 @@
 """Log-probabilities of responses from rows of tokens: the output head runs only where a response token is predicted."""
 
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
