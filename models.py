@@ -275,9 +275,25 @@ def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
         with warnings.catch_warnings():
             for message in _IGNORED:
                 warnings.filterwarnings("error", message=f".*{message}")
-            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+            model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     except Exception as error:  # values that PEFT doesn't check raise errors of any kind
         raise UserError(f"lora={config.lora}: {describe(error)}") from error
+    _check_tied_weights(model, f"lora={config.lora}")
+    return model
+
+
+def _check_tied_weights(model: nn.Module, origin: str):
+    """Refuse an adapter on one of two layers that share a weight: merging it would change the other layer, too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    layers = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    weights = {id(getattr(layer, "base_layer", layer).weight) for layer in layers}
+    if len(layers) == 2 and len(weights) == 1 and any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        raise UserError(
+            f"{origin}: this model's output head is its input embedding (tied weights); an adapter on either can't be "
+            "merged: leave it out of target_modules, or train all of it by lora.modules_to_save"
+        )
 
 
 def _check_names_in_model(fields: dict, model: nn.Module):
@@ -333,5 +349,6 @@ def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Mod
             raise ValueError(f"the model has no place for {', '.join(left_over[:10])}")
     except Exception as error:  # a folder that holds something else raises errors of any kind
         raise UserError(f"{origin}: can't load it as a PEFT adapter of this model: {describe(error, 500)}") from error
+    _check_tied_weights(model, origin)
     check_finite(model, origin)
     return model

@@ -53,6 +53,14 @@ def markdown(text: object) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", line)
 
 
+def markdown_code(text: object) -> str:
+    """Return a text as Markdown code on one line; no backtick in it ends the code."""
+    line = " ".join(printable(text).split()).replace("|", "\\|")  # a bar would end a table's cell
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
 def rank0_print(*args, **kwargs):
     """Print on rank 0 only, above a progress bar if there is one."""
     if on_rank0():

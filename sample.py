@@ -4,7 +4,8 @@ from omegaconf import DictConfig
 
 from commands import command_line
 from commands.run_config import check_hub_models, run_with_options
-from evaluation.sample import Options, make_options, sample_checkpoints
+from evaluation.sample import sample_checkpoints
+from evaluation.sample_options import Options, make_options
 
 
 def run(config: DictConfig):
@@ -16,8 +17,8 @@ def _sample(config: DictConfig, options: Options):
     from trainers import make_trainer  # which takes seconds
 
     def load():
-        trainer = make_trainer(config, trains=False)
-        check_hub_models(config, [drawing.checkpoint for drawing in options.drawings])
+        trainer = make_trainer(config, trains=False, reads_data=options.prompts is None)
+        check_hub_models(config, [file.checkpoint for file in options.files])
         return trainer
 
     sample_checkpoints(load, config, options)

@@ -11,14 +11,13 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
-from acceleration.layout import Layout
-from acceleration.memory_plan import explained_out_of_memory, plan_memory, resumed_cap
-from acceleration.model_check import choose_layout, full_length_pair
+from acceleration.layout import PLAIN, Layout
+from acceleration.memory_plan import explained_out_of_memory, resumed_cap
+from acceleration.model_check import choose_layout
 from acceleration.overflow import check_no_overflow
 from acceleration.reference_cache import LogpsCache, open_cache
-from acceleration.shadow_weights import shadow_if_equal
+from acceleration.speed_up import speed_up
 from checkpointing import best
 from checkpointing.checkpoints import (
     delete_oldest,
@@ -97,6 +96,7 @@ class BasicTrainer:
         rank: int = 0,
         world_size: int = 1,
         trains: bool = True,
+        reads_data: bool = True,
     ):
         """Load the data, then get the models and the optimizer ready.
 
@@ -108,6 +108,7 @@ class BasicTrainer:
             config: one that `check_config` has checked.
             reference_model: the model to compare with, or a function that loads it; called only if it is needed.
             trains: False loads the evaluation data alone.
+            reads_data: False loads no data at all and makes no optimizer, for commands that bring their own prompts.
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
@@ -118,11 +119,14 @@ class BasicTrainer:
         self.stop = StopSignal()
         self.run_log: RunLog | None = None
         self.tokenizer = load_tokenizer(config)
-        self._load_data(trains)
+        self.train_iterator = self.eval_iterator = self.optimizer = self.scheduler = None
+        if reads_data:
+            self._load_data(trains)
         self._set_up_policy(policy)
         self._set_up_reference(reference_model)
-        self._set_up_optimizer()
-        self._set_up_memory()
+        if reads_data:
+            self._set_up_optimizer()
+        self.microbatch_overhead, self.max_tokens = speed_up(self, trains)
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
@@ -169,6 +173,8 @@ class BasicTrainer:
 
     def _choose_layout(self, model: nn.Module) -> Layout:
         """Compare the faster ways to compute a model with the plain one, and choose the fastest that is right."""
+        if self.eval_iterator is None:  # no data to compare them on
+            return PLAIN
         return choose_layout(
             model, self.plain_logps, self.eval_iterator.first(2), self.config, self.strategy,
             functools.partial(self.autocast, model),
@@ -194,7 +200,8 @@ class BasicTrainer:
                 check_reference_can_move(model, self.policy, config)
             if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
                 self.reference_layout = self._choose_layout(model)
-            check_no_overflow(model, lambda model: self.response_logps(model, self.eval_iterator.first(2)))
+            if self.eval_iterator is not None:
+                check_no_overflow(model, lambda model: self.response_logps(model, self.eval_iterator.first(2)))
             if config.compile:
                 compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model
@@ -242,40 +249,6 @@ class BasicTrainer:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
         self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
-
-    def _set_up_memory(self):
-        """Cast weights once a step, choose the microbatch size from free memory, and compile."""
-        config = self.config
-        if self.policy_mp is not None and not self.strategy.splits_tensors:
-            batch = self.eval_iterator.first(2)
-            if not shadow_if_equal(self.policy, self.optimizer, lambda: self.response_logps(self.policy, batch)):
-                rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
-        self.microbatch_overhead = microbatch_overhead(self.policy, self.device)
-        fitting = self._plan_memory() if self.device.type == "cuda" else None
-        self.max_tokens = config.max_tokens_per_microbatch or fitting
-        if config.compile:
-            compile_blocks(self.policy, config.model.block_name)
-
-    def _plan_memory(self) -> int | None:
-        """Compute a pair of full length, and plan the GPU's memory by what that keeps; see `plan_memory`."""
-        pair = full_length_pair(self.eval_iterator.first(2), self.config.max_length)
-        n_tokens = int(computed_tokens(pair, self.layout.is_shared, padded=not self.layout.is_packed))
-        activations = measure_activations(
-            self.policy,
-            lambda: self.response_logps(self.policy, pair),
-            n_tokens,
-            counts_logits=self.layout.is_plain or self.layout.whole_logits,
-        )
-        is_second = self.reference is not None and self.reference.model is not self.policy
-        return plan_memory(
-            self.config,
-            self.policy,
-            self.reference.model if is_second else None,
-            self.optimizer,
-            activations,
-            n_tokens,
-            gathers_blocks=self.strategy.shards_batches,
-        )
 
     # ---- log-probabilities and loss -------------------------------------------------------------------------------
 
@@ -665,12 +638,12 @@ class TensorParallelTrainer(BasicTrainer):
     strategy_class = STRATEGIES["TensorParallelTrainer"]
 
 
-def make_trainer(config: DictConfig, trains: bool = True) -> BasicTrainer:
-    """Load the tokenizer, data, policy and reference that the config names; with `trains` False, no training data."""
+def make_trainer(config: DictConfig, trains: bool = True, reads_data: bool = True) -> BasicTrainer:
+    """Load the tokenizer, data, policy and reference that the config names; see `BasicTrainer` for what is left out."""
     quiet_libraries()
     use_expandable_segments()
     use_deterministic_algorithms(config.deterministic)
-    hub.use_cache_if_unreachable(hub_names(config))
+    hub.use_cache_if_unreachable(hub_names(config, reads_data))
     allow_own_code(config)
     trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
@@ -687,4 +660,6 @@ def make_trainer(config: DictConfig, trains: bool = True) -> BasicTrainer:
 
     ranks = collectives.rank_and_world_size()
     with explained_out_of_memory(config):
-        return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, trains=trains)
+        return trainer_class(
+            policy, config, config.seed, config.local_run_dir, reference_model, *ranks, trains, reads_data
+        )

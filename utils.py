@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import getpass
 import os
 import signal
@@ -13,6 +14,18 @@ from torch import nn
 
 from printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
 from storage.errors import UserError
+
+
+def is_short_of_files(error: BaseException | None) -> bool:
+    """True if an error, or one that caused it, says that this process may open no more files."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        is_limit = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+        if is_limit or "too many open files" in str(error).lower():  # libraries in Rust and C++ have no errno
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def closest_match(name: str, options: Iterable[str]) -> str:

@@ -91,7 +91,7 @@ class LogpsCache:
         compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]],
         split: Callable[[dict], list[dict]],
     ):
-        """Compute and add the pairs of the iterators' batches that are missing.
+        """Compute and add the missing log-probabilities for all pairs of the iterators.
 
         Args:
             iterators: by the name of their split.
@@ -107,10 +107,10 @@ class LogpsCache:
         rank0_print(f"Reference log-probabilities: {n_computed} computed, the others read from {self.directory}")
 
     def fill_batch(self, batch: dict, compute: Callable, split: Callable) -> int:
-        """Compute and add the pairs of a batch that are missing; return the number of distinct pairs added.
+        """Compute and add a batch's missing log-probabilities; return the number of distinct pairs added.
 
-        The forward pass is collective, so all workers must compute equally many: one that misses fewer pairs than
-        another computes its first pair again.
+        The forward pass is collective, so all workers must compute the same number of pairs: a worker with fewer
+        missing pairs fills up by computing its first pair again.
         """
         missing = [index for index, key in enumerate(pair_keys(batch)) if key not in self.logps]
         missing += [0] * (collectives.all_reduce_max(len(missing)) - len(missing))
@@ -173,8 +173,8 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
     Args:
         policy: the policy before its first update.
         kind: the kind of reference, see `references`.
-        reference: loads the reference. It is called only if the weights can't be read off the policy: a run that finds
-            all log-probabilities cached needs no reference in memory.
+        reference: loads the reference. It is called only if the policy doesn't have the reference's weights, so that a
+            run with a complete cache needn't load a second model.
     """
     details: dict[str, object] = {}
     if kind != "model":  # the policy itself serves as the reference, in its mixed precision

@@ -1,10 +1,13 @@
-"""Reading and tokenizing preference pairs, against the loop of the reference code: `python benchmarks/data.py`.
+"""Speed and memory of reading and tokenizing preference pairs, here and in the original: `python benchmarks/data.py`.
 
-Both read the same JSON Lines of dialogues of HH's lengths, made in code, to the end of what must be done before
-training can begin and what the first epoch then asks for: rows to a dict of prompts, and three calls of the tokenizer
-for each pair (https://github.com/eric-mitchell/direct-preference-optimization, preference_datasets.py). A first start
-here reads, checks, tokenizes and keeps all of them, a later start maps what is kept, and an epoch's batches are drawn
-from it. Every figure is of a process of its own; its memory is the largest RssAnon in /proc beyond that at its start.
+Both read the same JSON Lines file of generated dialogues that are as long as those of HH. Measured is all work before
+training can begin, plus the tokenization of the first epoch:
+- The original reads all rows into a dict of prompts and calls the tokenizer three times per pair
+  (https://github.com/eric-mitchell/direct-preference-optimization, preference_datasets.py).
+- Here, the first start reads, checks, tokenizes and caches all pairs; a later start only maps the cache into memory;
+  and an epoch draws its batches from it.
+
+Each measurement runs in a fresh process. Memory is the peak of RssAnon in /proc, minus its value at the start.
 """
 
 import argparse
@@ -22,12 +25,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
-WORDS = 20_000  # of the language that rows are written in, used as often as Zipf's law says
+WORDS = 20_000  # in the vocabulary of the generated dialogues; their frequencies follow Zipf's law
 MAX_LENGTH, MAX_PROMPT_LENGTH = 512, 256
 
 
 def write_rows(path: Path, n_rows: int):
-    """Dialogues of one to three turns; prompt and both responses together have some 200 to 400 tokens."""
+    """Write dialogues of one to three turns; prompt and both responses together have about 200 to 400 tokens."""
     choose = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(choose.choices(letters, k=choose.randint(1, 9))) for _ in range(WORDS)]
@@ -56,11 +59,11 @@ def load_tokenizer():
     return tokenizer
 
 
-# ---- the loop of the reference code ---------------------------------------------------------------------------------
+# ---- the original's loop --------------------------------------------------------------------------------------------
 
 
 def reference_loop(path: Path, cache_dir: str) -> dict[str, float]:
-    """The dict of prompts that `get_hh` made, and each pair tokenized as `tokenize_batch_element` did."""
+    """Build the original's dict of prompts (`get_hh`), and tokenize each pair as its `tokenize_batch_element` did."""
     import datasets
 
     tokenizer, start = load_tokenizer(), time.perf_counter()
@@ -82,7 +85,7 @@ def reference_loop(path: Path, cache_dir: str) -> dict[str, float]:
 
 
 def reference_element(prompt: str, chosen: str, rejected: str, tokenizer) -> dict:
-    """One pair: three calls, the end token, truncation that keeps a prompt's end, labels."""
+    """Tokenize one pair as the original: three calls, the end token, truncation that keeps a prompt's end, labels."""
     parts = [dict(tokenizer(text, add_special_tokens=False)) for text in (chosen, rejected, prompt)]
     for tokens in parts:
         assert tokenizer.eos_token_id not in tokens["input_ids"]
@@ -100,11 +103,11 @@ def reference_element(prompt: str, chosen: str, rejected: str, tokenizer) -> dic
     return batch
 
 
-# ---- what is measured of this repository ----------------------------------------------------------------------------
+# ---- this repository ------------------------------------------------------------------------------------------------
 
 
 def start_of_training(path: Path, cache_dir: str) -> dict[str, float]:
-    """All that a run does with its data before it loads a model."""
+    """Do all that a run does with its data before it loads a model."""
     from preference_datasets import get_batch_iterator
 
     tokenizer, start = load_tokenizer(), time.perf_counter()
@@ -113,7 +116,7 @@ def start_of_training(path: Path, cache_dir: str) -> dict[str, float]:
 
 
 def start_and_epoch(path: Path, cache_dir: str) -> dict[str, float]:
-    """A later start, and all batches of an epoch."""
+    """Start with everything cached, then iterate over all batches of an epoch."""
     from preference_datasets import get_batch_iterator
 
     tokenizer, start = load_tokenizer(), time.perf_counter()
@@ -125,13 +128,13 @@ def start_and_epoch(path: Path, cache_dir: str) -> dict[str, float]:
 
 
 def anonymous_memory() -> int:
-    """RssAnon of this process in bytes: without pages of files that are mapped."""
+    """Return this process's RssAnon in bytes: its memory without mapped files."""
     with open("/proc/self/status") as file:
         return 1024 * int(re.search(r"RssAnon:\s*(\d+)", file.read())[1])
 
 
-def measured(function, path: Path, cache_dir: str, connection):
-    """Run in this process; send what it returns and its peak of anonymous memory."""
+def measure(function, path: Path, cache_dir: str, connection):
+    """Call `function` in this process, and send its result together with the peak of anonymous memory, in MiB."""
     import datasets
     import transformers  # noqa: F401
 
@@ -147,46 +150,47 @@ def measured(function, path: Path, cache_dir: str, connection):
 
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    found = function(path, cache_dir)
+    result = function(path, cache_dir)
     is_done.set()
     sampler.join()
-    connection.send(found | {"memory": (max(peak[0], anonymous_memory()) - before) / 2**20})
+    connection.send(result | {"memory": (max(peak[0], anonymous_memory()) - before) / 2**20})
 
 
-def in_a_process(function, path: Path, cache_dir: str) -> dict[str, float]:
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=measured, args=(function, path, cache_dir, theirs))
+def measure_in_process(function, path: Path, cache_dir: str) -> dict[str, float]:
+    """Call `measure` in a fresh process; return what it sends."""
+    receiver, sender = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=measure, args=(function, path, cache_dir, sender))
     process.start()
-    theirs.close()
-    found = ours.recv()
+    sender.close()
+    result = receiver.recv()
     process.join()
-    return found
+    return result
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[160_000], help="numbers of pairs, one after the other")
-    parser.add_argument("--reference-rows", type=int, default=None, help="measure the reference's loop on so many, and "
-                        "reckon for all")  # fmt: skip
+    parser.add_argument("--rows", type=int, nargs="+", default=[160_000], help="numbers of pairs to measure with")
+    parser.add_argument("--reference-rows", type=int, default=None, help="measure the original's loop on only this "
+                        "many pairs")  # fmt: skip
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores\n")
-    print("| rows | what | seconds | pairs a second | memory, MiB |\n| --- | --- | --- | --- | --- |")
+    print("| rows | measured | seconds | pairs/s | memory, MiB |\n| --- | --- | --- | --- | --- |")
     for n_rows in args.rows:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "rows.jsonl"
             write_rows(path, n_rows)
-            for name, function in {"reference loop": reference_loop, "first start": start_of_training,
+            for name, function in {"original's loop": reference_loop, "first start": start_of_training,
                                    "later start": start_of_training, "epoch": start_and_epoch}.items():  # fmt: skip
                 part = path
                 if function is reference_loop and args.reference_rows is not None and args.reference_rows < n_rows:
                     part = Path(directory) / "part.jsonl"
                     write_rows(part, args.reference_rows)
                 cache_dir = f"{directory}/{'reference' if function is reference_loop else 'cache'}"
-                found = in_a_process(function, part, cache_dir)
-                seconds = found["read"] + found.get("tokenize", 0)
+                result = measure_in_process(function, part, cache_dir)
+                seconds = result["read"] + result.get("tokenize", 0)
                 print(
-                    f"| {n_rows:,} | {name} | {seconds:.1f} | {found['n_pairs'] / seconds:,.0f} | "
-                    f"{found['memory']:.0f} |",
+                    f"| {n_rows:,} | {name} | {seconds:.1f} | {result['n_pairs'] / seconds:,.0f} | "
+                    f"{result['memory']:.0f} |",
                     flush=True,
                 )
 

@@ -1,9 +1,9 @@
-"""A policy's exact figures on a task whose responses can all be listed, and the best that any policy can reach.
+"""Exact reward and KL of a policy on a task whose responses can all be listed, and the best that any policy can reach.
 
-Nothing is sampled: the log-probability of every response is computed, each token that responses share once (a row is
-[prompt, path, subtree] of the tree of all responses, and attends along the tree's paths, as training's shared prompts
-do). So reward and KL have no error but float32's, and can be held against the frontier of the KL-constrained reward,
-π*(y) ∝ π_ref(y) exp(r(y) / β) (Eq. 4 of https://arxiv.org/abs/2305.18290), of the same reference.
+Nothing is sampled: the log-probability of every response is computed. Responses form a prefix tree, and each shared
+prefix is computed once: a row is [prompt, path, subtree], in which each token attends along its path in the tree. So
+reward and KL are exact up to float32 rounding. They can be compared with the optimum of the KL-constrained reward for
+the same reference, π*(y) ∝ π_ref(y) exp(r(y) / β) (Eq. 4 of https://arxiv.org/abs/2305.18290).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts, all responses that the grammar has (to each prompt the same) and their true rewards."""
+    """A task's prompts, all responses of its grammar (the same for every prompt) and their true rewards."""
 
     prompts: list[str]
     responses: list[str]  # N
@@ -29,10 +29,14 @@ class ResponseTree:
     """The prefix tree of token sequences, packed into rows that a model computes."""
 
     def __init__(self, sequences: list[list[int]], max_row: int = 192):
-        """`sequences`: token ids, each with the end-of-sequence token. `max_row`: about how many tokens a row may have.
+        """Build the tree. Node 0 is the end of the prompt.
 
-        Node 0 is the end of the prompt. `tokens` and `parents` describe nodes, a parent before its children; `paths`,
+        `tokens` and `parents` hold each node's token and parent; parents come before their children. `paths`,
         (N, longest), holds the nodes of each sequence, padded with node 0.
+
+        Args:
+            sequences: token ids, each with the end-of-sequence token.
+            max_row: approximate limit on the tokens in a row.
         """
         self.tokens, self.parents, children = [-1], [-1], [{}]
         paths = []
@@ -51,11 +55,11 @@ class ResponseTree:
         self.paths = np.zeros((len(paths), self.lengths.max()), dtype=np.int64)
         for row, path in zip(self.paths, paths, strict=True):
             row[: len(path)] = path
-        self.rows = self._packed([list(of_node.values()) for of_node in children], max_row)
+        self.rows = self._pack_rows([list(node_children.values()) for node_children in children], max_row)
 
-    def _packed(self, children: list[list[int]], max_row: int) -> list[list[int]]:
-        """Inner nodes by rows: a path from the prompt, then the whole subtree at its end, parents before children."""
-        sizes = [int(bool(own)) for own in children]  # inner nodes in the subtree; leaves predict nothing
+    def _pack_rows(self, children: list[list[int]], max_row: int) -> list[list[int]]:
+        """Divide the inner nodes into rows: a path from the prompt, then the subtree at its end, parents first."""
+        sizes = [int(bool(nodes)) for nodes in children]  # inner nodes in each subtree; leaves predict nothing
         for node in range(len(children) - 1, 0, -1):
             sizes[self.parents[node]] += sizes[node]
         rows, stack = [], [(0, [])]
@@ -64,7 +68,7 @@ class ResponseTree:
             inner = [child for child in children[node] if children[child]]
             if len(path) + sizes[node] <= max_row or not inner:
                 subtree = [node]
-                for member in subtree:  # grows as it goes
+                for member in subtree:  # the list grows during the loop
                     subtree += [child for child in children[member] if children[child]]
                 rows.append([member for member in path + subtree if member != 0])
             else:
@@ -72,7 +76,7 @@ class ResponseTree:
         return sorted(rows, key=len)
 
     def row_mask(self, row: list[int]) -> np.ndarray:
-        """Which tokens of a row each may attend to, (T, T): those on its path, and itself."""
+        """Return the attention mask of a row, (T, T): each token attends to its path and to itself."""
         place = {node: index for index, node in enumerate(row)}
         mask = np.eye(len(row), dtype=bool)
         for index, node in enumerate(row):
@@ -85,7 +89,7 @@ class ResponseTree:
 def response_logps(
     model: nn.Module, tree: ResponseTree, prompts: list[list[int]], tokens_per_batch: int = 3000
 ) -> np.ndarray:
-    """log π(y|x) of each of the tree's N sequences after each of P prompts (token ids): (P, N), in nats, float64."""
+    """Return log π(y|x) of the tree's N sequences after each of P prompts (token ids): (P, N), in nats, float64."""
     model.eval()
     device = model.get_input_embeddings().weight.device
     children = _children(tree)
@@ -102,12 +106,13 @@ def response_logps(
         for tokens, depths, masks, predictors, nodes in prepared:
             values = _child_logps(model, prompt, tokens, depths, masks, predictors, nodes, tree, device)
             node_logps[nodes] = values
-        node_logps[0] = 0.0  # padding of paths
+        node_logps[0] = 0.0  # paths are padded with node 0
         logps[number] = node_logps[tree.paths].sum(1)
     return logps
 
 
 def _children(tree: ResponseTree) -> list[list[int]]:
+    """Return the children of each node."""
     children: list[list[int]] = [[] for _ in tree.tokens]
     for node, parent in enumerate(tree.parents[1:], 1):
         children[parent].append(node)
@@ -115,8 +120,11 @@ def _children(tree: ResponseTree) -> list[list[int]]:
 
 
 def _prepare(tree: ResponseTree, children: list[list[int]], rows: list[list[int]]):
-    """Rows of a batch, padded: tokens and depths (B, T), masks (B, T, T), and for each of M children of a row's nodes
-    the flat place of its parent in [end of prompt, row] and itself."""
+    """Pad the rows of a batch.
+
+    Returns: tokens and depths (B, T), masks (B, T, T), and, for the M children of the rows' nodes, predictors and nodes
+        (M,). A predictor is the index of the child's parent among the B * (1 + T) positions [end of prompt, row].
+    """
     length = max(map(len, rows))
     tokens, depths = (np.zeros((len(rows), length), dtype=np.int64) for _ in range(2))
     masks = np.zeros((len(rows), length, length), dtype=bool)
@@ -134,7 +142,7 @@ def _prepare(tree: ResponseTree, children: list[list[int]], rows: list[list[int]
 
 
 def _child_logps(model, prompt, tokens, depths, masks, predictors, nodes, tree, device) -> np.ndarray:
-    """log π(node | its path) of each of `nodes`, (M,), float64; arguments as `_prepare` returns them."""
+    """Return log π(node | its path) of each of `nodes`, (M,), in float64; see `_prepare` for the arguments."""
     n_rows, length = tokens.shape
     n_prompt = len(prompt)
     ids = torch.cat([torch.tensor(prompt).expand(n_rows, -1), torch.from_numpy(tokens)], dim=1).to(device)
@@ -146,7 +154,7 @@ def _child_logps(model, prompt, tokens, depths, masks, predictors, nodes, tree, 
     mask[:, n_prompt:, :n_prompt] = True
     mask[:, n_prompt:, n_prompt:] = torch.from_numpy(masks)
     mask = mask[:, None].to(device)
-    if model.config._attn_implementation == "eager":  # SDPA takes booleans
+    if model.config._attn_implementation == "eager":  # eager attention adds the mask; SDPA takes booleans
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=device).masked_fill(
             ~mask, torch.finfo(model.dtype).min
         )
@@ -160,45 +168,45 @@ def _child_logps(model, prompt, tokens, depths, masks, predictors, nodes, tree, 
     return (logits[inverse, targets].double() - normalizers[inverse]).cpu().numpy()
 
 
-# ---- figures of a policy, and the frontier --------------------------------------------------------------------------
+# ---- a policy's figures, and the frontier ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of a policy; expectations are under its distribution given that a response is of the grammar."""
+    """Exact figures of a policy, averaged over prompts. All but `outside` are for grammatical responses only."""
 
-    reward: float  # E[r], averaged over prompts
-    kl: float  # KL(policy || reference), nats, averaged over prompts
-    outside: float  # the probability of all that is not of the grammar, averaged over prompts
-    length: float  # mean number of tokens of a response, its end included
+    reward: float  # E[r]
+    kl: float  # KL(policy || reference), in nats
+    outside: float  # the probability of all responses outside the grammar
+    length: float  # the mean number of tokens of a response, including its end token
 
 
 def conditioned(logps: np.ndarray) -> np.ndarray:
-    """log-probabilities given that a response is of the grammar: (P, N) to (P, N)."""
+    """Return log-probabilities given that a response belongs to the grammar: (P, N) to (P, N)."""
     top = logps.max(1, keepdims=True)
     return logps - top - np.log(np.exp(logps - top).sum(1, keepdims=True))
 
 
 class Frontier:
-    """The rewards that π*(y) ∝ π_ref(y) exp(r(y) / β) reaches, one β for all prompts, against its KL."""
+    """Reward against KL of the optimal policies π*(y) ∝ π_ref(y) exp(r(y) / β), with one β for all prompts."""
 
     def __init__(self, reference_logps: np.ndarray, rewards: np.ndarray, lengths: np.ndarray):
-        """`reference_logps`: (P, N); `rewards`, `lengths` of the responses: (N,)."""
+        """Take the reference's log-probabilities (P, N), and the responses' rewards and lengths (N,)."""
         self.reference, self.rewards, self.lengths = conditioned(reference_logps), rewards, lengths
         self.reference_reward = self.at(0.0)[0]
 
     def optimum(self, inverse_beta: float) -> np.ndarray:
-        """log π* at 1 / β: (P, N)."""
+        """Return log π* at 1 / β: (P, N)."""
         return conditioned(self.reference + inverse_beta * self.rewards)
 
     def at(self, inverse_beta: float) -> tuple[float, float]:
-        """E[r] and KL of π* at 1 / β."""
+        """Return E[r] and KL of π* at 1 / β."""
         optimum = self.optimum(inverse_beta)
         p = np.exp(optimum)
         return float((p @ self.rewards).mean()), float((p * (optimum - self.reference)).sum(1).mean())
 
     def reward_at(self, kl: float) -> float:
-        """The largest E[r] of any policy with this KL or less."""
+        """Return the largest E[r] that a policy with at most this KL can have."""
         low, high = 0.0, 1.0
         while self.at(high)[1] < kl and high < 1e4:
             low, high = high, 2 * high
@@ -208,7 +216,7 @@ class Frontier:
         return self.at(high)[0]
 
     def figures(self, policy_logps: np.ndarray) -> Figures:
-        """Of a policy with these log-probabilities, (P, N)."""
+        """Return the figures of a policy with these log-probabilities, (P, N)."""
         policy = conditioned(policy_logps)
         p = np.exp(policy)
         return Figures(
@@ -219,6 +227,6 @@ class Frontier:
         )
 
     def fraction(self, figures: Figures) -> float:
-        """The policy's gain in reward over the reference, as a part of the largest gain possible at its KL."""
+        """Return the policy's gain in reward over the reference, as a fraction of the largest gain at its KL."""
         best = self.reward_at(figures.kl) - self.reference_reward
         return (figures.reward - self.reference_reward) / best if best > 1e-9 else 0.0

@@ -1,14 +1,14 @@
-"""Every objective's reward against KL, beside the best that any policy can reach: `python benchmarks/frontier.py`.
+"""Reward against KL for every objective, and the best that any policy can reach: `python benchmarks/frontier.py`.
 
-The paper's controlled-sentiment experiment (Figure 2, left, of https://arxiv.org/abs/2305.18290) on `toy`, whose true
-reward and optimum are known: SFT once; then each loss of `losses.LOSSES` at five strengths, from 10,000 pairs, by
-`train.run`, as `python train.py` would; then the same with a fifth of the labels flipped, with 300 pairs only, and on
-`toy_length`, whose labels are taken in by length. Nothing is sampled: see `exact.py`.
+This is the paper's controlled-sentiment experiment (Figure 2, left, of https://arxiv.org/abs/2305.18290) on `toy`, with
+known true reward and optimum. After one SFT run, it trains with each loss of `losses.LOSSES` at five strengths on
+10,000 pairs, by `train.run`, as `python train.py` would. It repeats this with a fifth of the labels flipped, with only
+300 pairs, and on `toy_length`, whose labels also favour length. Rewards and KL are exact: see `exact.py`.
 
-The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer (`--model tiny`: that itself, at
-three times the cost). All 126 runs are about an hour and a half of CPU time, for two processes; `--quick` (DPO and IPO)
-a few minutes. Each run leaves a JSON file under `--out`, and what is there is not done again; then tables are printed,
-and a picture is drawn.
+The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer; `--model tiny` uses the tiny model
+itself and takes three times as long. All 126 runs take about an hour and a half of CPU time in two processes; `--quick`
+(DPO and IPO) takes a few minutes. Each run writes a JSON file under `--out`, and runs that have one are skipped. In the
+end, tables are printed and a picture is drawn.
 """
 
 import argparse
@@ -54,31 +54,30 @@ DATASETS |= {
     "toy_preferred": Dataset(functools.partial(toy.get_toy, imitates_preferred=True)),
 }
 
-# ---- what is run ----------------------------------------------------------------------------------------------------
+# ---- runs -----------------------------------------------------------------------------------------------------------
 
-# (examples, part of the learning rate): a run goes on with a smaller learning rate once
+# A run is trained in legs: (examples at its end, factor of the learning rate)
 LEGS = ((7040, 1.0), (10016, 0.15))
-SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # batches of 64; AdamW's learning rates
+SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # (examples at its end, AdamW's learning rate)
 
 BETAS = (2.0, 1.5, 1.0, 0.7, 0.5)
-STRENGTHS = {  # an option of the loss and five values of it, from the closest to the reference to the farthest
-    "ipo": ("beta", (0.26, 0.2, 0.13, 0.09, 0.065)),  # 1/τ scales a probability of winning, not a reward
-    "simpo": ("beta", (40.0, 20.0, 10.0, 5.0, 2.0)),  # of a mean over 18 tokens
+STRENGTHS = {  # an option of the loss and five values, from closest to the reference to farthest
+    "ipo": ("beta", (0.26, 0.2, 0.13, 0.09, 0.065)),  # IPO's 1/τ scales a probability of winning, not a reward
+    "simpo": ("beta", (40.0, 20.0, 10.0, 5.0, 2.0)),  # SimPO's β scales a mean over about 18 tokens
     "orpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
     "cpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
 }
-# an objective that is no loss by itself: which loss it is, and with what
-VARIANTS = {
+VARIANTS = {  # objectives that are another loss with certain settings
     "cdpo": ("dpo", ("loss.label_smoothing=0.1",)),
     "tr_dpo": ("dpo", ("reference_update_every=32", "reference_update_alpha=0.6")),
 }
 CORE = ("dpo", "cdpo", "ipo", "robust_dpo")
-STEP_SIZE = 0.02  # of every objective, see `learning_rate`: for DPO a learning rate of 0.04 / β
+STEP_SIZE = 0.02  # the same for every objective; for DPO it means a learning rate of 0.04 / β, see `learning_rate`
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run from the SFT model: its name and what the command line says."""
+    """One training run from the SFT model, with its name and its command line."""
 
     objective: str
     strength: float | None
@@ -86,7 +85,7 @@ class Run:
     step_size: float = STEP_SIZE
     optimizer: tuple[str, ...] = ("optimizer=SGD",)
     legs: tuple[tuple[int, float], ...] = LEGS
-    every: int = 3520  # examples after which it is evaluated, besides the ends of its legs
+    every: int = 3520  # examples between evaluations; the end of each leg is evaluated, too
     extra: tuple[str, ...] = field(default=())
 
     @property
@@ -95,19 +94,21 @@ class Run:
 
     @property
     def name(self) -> str:
-        words = [self.data, self.objective, self.strength, f"step{self.step_size}"]
-        words += [word.split("=", 1)[1] for word in self.optimizer if word != "optimizer=SGD"] + list(self.extra)
-        return "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in str(word)) for word in words)
+        parts = [self.data, self.objective, self.strength, f"step{self.step_size}"]
+        parts += [word.split("=", 1)[1] for word in self.optimizer if word != "optimizer=SGD"] + list(self.extra)
+        return "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in str(part)) for part in parts)
 
     def overrides(self) -> list[str]:
-        fixed = VARIANTS.get(self.objective, (self.objective, ()))[1]
-        words = [f"loss={self.loss}", f"datasets=[{self.data}]", *fixed, *self.optimizer]
+        """Return the run's settings for the command line, without its learning rate."""
+        variant_settings = VARIANTS.get(self.objective, (self.objective, ()))[1]
+        overrides = [f"loss={self.loss}", f"datasets=[{self.data}]", *variant_settings, *self.optimizer]
         if self.strength is not None:
-            words.append(f"loss.{strength_option(self.objective)}={self.strength}")
-        loss, moves = LOSSES[self.loss], any(word.startswith("reference_update") for word in fixed)
-        if loss.needs_reference({}) and not loss.takes_kl_estimate and not moves:
-            words.append("precompute_ref_log_probs=true")
-        return [*words, "batch_size=32", "warmup_steps=10", f"save_every={self.every}", *self.extra]
+            overrides.append(f"loss.{strength_option(self.objective)}={self.strength}")
+        loss = LOSSES[self.loss]
+        updates_reference = any(word.startswith("reference_update") for word in variant_settings)
+        if loss.needs_reference({}) and not loss.takes_kl_estimate and not updates_reference:
+            overrides.append("precompute_ref_log_probs=true")
+        return [*overrides, "batch_size=32", "warmup_steps=10", f"save_every={self.every}", *self.extra]
 
 
 def strength_option(objective: str) -> str:
@@ -119,16 +120,17 @@ def strengths(objective: str) -> tuple[float, ...]:
 
 
 def objectives() -> list[str]:
-    """All losses of pairs, conservative DPO, and DPO with a reference that moves."""
+    """Return all losses of pairs, conservative DPO, and DPO with a reference that is updated."""
     names = [name for name, loss in LOSSES.items() if loss.needs_pairs]
     return [*names[:1], *VARIANTS, *names[1:]]
 
 
 def learning_rate(run: Run, n_tokens: int) -> float:
-    """step_size / |∂ loss / ∂ log π(preferred)| at the reference, for two responses of a likelihood.
+    """Return step_size / |∂ loss / ∂ log π(preferred)| at the reference, for two responses of equal likelihood.
 
-    So an objective's scale, and its strength, don't matter: 2 · step_size / β for DPO. SGD alone needs this. Where the
-    two sides differ (DPOP), that counts on which the preferred response has become less likely, the steeper one.
+    This makes SGD's steps independent of an objective's scale and strength; for DPO it is 2 · step_size / β. Other
+    optimizers don't need it. A loss with a kink at the reference (DPOP) is steeper where the preferred response has
+    become less likely, and that slope counts.
     """
     if not any(word == "optimizer=SGD" for word in run.optimizer):
         return run.step_size
@@ -139,15 +141,15 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
     inputs[KL_ESTIMATE] = torch.tensor(0.0)
     loss(inputs, options)[0].mean().backward()
-    of_mean = n_tokens if options.get("average_log_prob") else 1
-    return run.step_size / abs(inputs[LOGPS[0]].grad.item()) * of_mean
+    scale = n_tokens if options.get("average_log_prob") else 1
+    return run.step_size / abs(inputs[LOGPS[0]].grad.item()) * scale
 
 
-# ---- running it -----------------------------------------------------------------------------------------------------
+# ---- execution ------------------------------------------------------------------------------------------------------
 
 
 def tasks() -> dict[str, Task]:
-    """The two tasks, by the name of the dataset that SFT learns."""
+    """Return the two tasks, by the name of the dataset for SFT."""
     words, clauses = toy.all_long_responses()
     long_texts = [toy.long_response_text(w, n) for w, n in zip(words, clauses, strict=True)]
     texts = [toy.response_text(words) for words in toy.ALL_RESPONSES]
@@ -158,7 +160,7 @@ def tasks() -> dict[str, Task]:
 
 
 class Start:
-    """The SFT model of a task, from which all runs on it begin, with its exact figures."""
+    """A task's SFT model, from which all runs on that task start, and its exact log-probabilities."""
 
     def __init__(self, name: str, task: Task, bench: "Bench"):
         self.name, self.task, self.bench = name, task, bench
@@ -171,7 +173,7 @@ class Start:
         return ResponseTree([[*ids, tokenizer.eos_token_id] for ids in tokens])
 
     def logps(self, checkpoint: Path) -> np.ndarray:
-        """log π of all responses to all prompts under a checkpoint's policy, (P, N)."""
+        """Compute log π of all responses to all prompts under a checkpoint's policy, (P, N)."""
         model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
         prompts = self.bench.tokenizer(self.task.prompts, add_special_tokens=False)["input_ids"]
         return response_logps(model, self.tree, prompts)
@@ -185,11 +187,11 @@ class Start:
 
     @functools.cached_property
     def frontier(self) -> Frontier:
-        """That of the SFT model."""
+        """The frontier with the SFT model as its reference."""
         return Frontier(self.reference_logps, self.task.rewards, self.tree.lengths)
 
     def train(self):
-        """The SFT run: AdamW, 90,000 examples of 20,000, with a falling learning rate."""
+        """Train the SFT model with AdamW on 90,000 examples (4.5 epochs), with a falling learning rate."""
         state = self.directory / "LATEST/state.json"
         for n_examples, lr in SFT_LEGS:
             if state.exists() and json.loads(state.read_text())["examples"] >= n_examples:
@@ -199,7 +201,7 @@ class Start:
 
 
 class Bench:
-    """A directory of results, with the model, and the SFT runs that all others start from."""
+    """A directory with the model, the SFT runs that all others start from, and the results."""
 
     def __init__(self, out: Path, model: str):
         self.out, self.results = out, out / "results"
@@ -217,11 +219,11 @@ class Bench:
         return transformers.AutoTokenizer.from_pretrained(self.model)
 
     def start(self, data: str) -> Start:
-        """What a run on this dataset starts from."""
+        """Return the SFT model that a run on this dataset starts from."""
         return self.starts["toy_length" if data == "toy_length" else "toy"]
 
     def train(self, directory: Path, *overrides: str):
-        """`python train.py ...` in this process; what it prints goes to the directory's log."""
+        """Run `python train.py ...` in this process, with its output in the directory's log."""
         places = [f"model.name_or_path={self.model}", f"local_dirs=[{self.out}]", f"local_run_dir={directory}"]
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = compose("config", with_free_keys([*COMMON, *places, *overrides]))
@@ -229,64 +231,67 @@ class Bench:
             train.run(config)
 
     def execute(self, run: Run) -> str:
-        """Do a run and write its figures; its checkpoints are not kept."""
+        """Train a run, evaluate its checkpoints, write its figures and delete the checkpoints."""
         if self.result(run) is not None:
             return run.name
         path = self.results / f"{run.name}.json"
-        directory, began, checkpoints = self.out / "runs" / run.name, time.perf_counter(), []
+        directory, start_time, checkpoints = self.out / "runs" / run.name, time.perf_counter(), []
         shutil.rmtree(directory, ignore_errors=True)
         directory.parent.mkdir(exist_ok=True)
         start = self.start(run.data)
         lr = learning_rate(run, int(start.tree.lengths.mean()))
         archive, error = f"model.archive={start.directory}/LATEST/policy.pt", None
         try:
-            for n_examples, part in run.legs:
-                self.train(directory, *run.overrides(), archive, f"lr={lr * part}", f"n_examples={n_examples}")
-                done = [checkpoint["examples"] for checkpoint in checkpoints]
-                checkpoints += self.evaluate(start, directory, n_examples, done)
-        except train.UserError as user_error:  # a loss that is no longer finite
+            for n_examples, factor in run.legs:
+                self.train(directory, *run.overrides(), archive, f"lr={lr * factor}", f"n_examples={n_examples}")
+                evaluated = [checkpoint["examples"] for checkpoint in checkpoints]
+                checkpoints += self.evaluate(start, directory, n_examples, evaluated)
+        except train.UserError as user_error:  # the loss is no longer finite
             error = str(user_error).split("\n")[0]
         result = {"run": asdict(run), "lr": lr, "checkpoints": checkpoints, "error": error}
-        result["seconds"] = round(time.perf_counter() - began, 1)
+        result["seconds"] = round(time.perf_counter() - start_time, 1)
         path.with_suffix(".partial").write_text(json.dumps(result, indent=1))
         os.replace(path.with_suffix(".partial"), path)
         shutil.rmtree(directory, ignore_errors=True)
         return run.name
 
-    def evaluate(self, start: Start, directory: Path, n_examples: int, done: list[int]) -> list[dict]:
-        """Figures of the step-N checkpoints that a leg has left, and of its end."""
+    def evaluate(self, start: Start, directory: Path, n_examples: int, evaluated: list[int]) -> list[dict]:
+        """Return the figures of a leg's step-N checkpoints that aren't evaluated yet, and of its end."""
         steps = {int(path.name[5:]): path for path in directory.glob("step-*")} | {n_examples: directory / "LATEST"}
         checkpoints = []
-        for examples in sorted(steps.keys() - set(done)):
+        for examples in sorted(steps.keys() - set(evaluated)):
             figures = start.frontier.figures(start.logps(steps[examples]))
             fraction = start.frontier.fraction(figures)
             checkpoints.append({"examples": examples, "fraction": fraction, **asdict(figures)})
         return checkpoints
 
     def result(self, run: Run) -> dict | None:
-        """A run's figures, if it has been done with these settings."""
+        """Return a run's figures, or None if it hasn't been trained with these settings."""
         path = self.results / f"{run.name}.json"
         result = json.loads(path.read_text()) if path.exists() else {"run": None}
         return result if result["run"] == json.loads(json.dumps(asdict(run))) else None
 
 
-# ---- what belongs together ------------------------------------------------------------------------------------------
+# ---- groups of runs -------------------------------------------------------------------------------------------------
 
 
 def sweep(objective: str, data: str = "toy", which: tuple[int, ...] = (0, 1, 2, 3, 4)) -> list[Run]:
-    """An objective at some of its five strengths."""
+    """Return the runs of an objective at some of its five strengths."""
     every = 1760 if data == "toy_scarce" else 3520
     return [Run(objective, strengths(objective)[index], data, every=every) for index in which]
 
 
 def preferred_sft() -> Run:
-    """SFT on the preferred responses: the baseline that no temperature can take further than ln 2 nats."""
+    """Return a run of SFT on the preferred responses, a baseline whose KL can't exceed ln 2 nats."""
     return Run("sft", None, "toy_preferred", step_size=0.05)
 
 
 def optimizer_runs(rate: int) -> list[Run]:
-    """DPO at β = 0.5 under other optimizers, at the first or second of two constant learning rates; and what may
-    help."""
+    """Return runs of DPO at β = 0.5 with other optimizers, and with a larger eps or an NLL term, which may help.
+
+    Args:
+        rate: 0 or 1, for the smaller or the larger of two constant learning rates.
+    """
     runs = []
     for objective, optimizer, settings, rates in (
         ("dpo", "RMSprop", (), (1e-4, 3e-4)),
@@ -295,24 +300,24 @@ def optimizer_runs(rate: int) -> list[Run]:
         ("dpo", "AdamW", ("optimizer_args={eps:1e-3}",), (3e-4, 1e-3)),
         ("dpo_nll", "RMSprop", (), (1e-4, 3e-4)),
     ):
-        words = (f"optimizer={optimizer}", *settings)
-        runs.append(Run(objective, 0.5, step_size=rates[rate], optimizer=words, legs=((10016, 1.0),)))
+        overrides = (f"optimizer={optimizer}", *settings)
+        runs.append(Run(objective, 0.5, step_size=rates[rate], optimizer=overrides, legs=((10016, 1.0),)))
     return runs
 
 
 def length_runs(names: list[str]) -> list[Run]:
-    """On `toy_length`: objectives at their middle strength; of DPO also what is meant for length."""
+    """Return runs at the objectives' middle strength on `toy_length`; for DPO, also with remedies against length."""
     runs = [run for name in names for run in sweep(name, "toy_length", (2,))]
     if "dpo" in names:
-        penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and what a token of the bias amounts to
+        penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and the labels' bias per token
         runs += [Run("length_dpo", 1.0, "toy_length", extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
         runs.append(Run("dpo", 18.0, "toy_length", extra=("loss.average_log_prob=true",)))
     return runs
 
 
 def all_runs(quick: bool) -> list[Run]:
-    """What there is to do, what says most first."""
-    every = [name for name in objectives() if name != "length_dpo"]  # on responses of one length that is DPO
+    """Return all runs, the most informative ones first."""
+    every = [name for name in objectives() if name != "length_dpo"]  # if all responses are equally long, that is DPO
     if quick:
         return [*sweep("dpo", which=(0, 2, 4)), *sweep("ipo", which=(2,))]
     return [
@@ -336,7 +341,7 @@ _BENCH: Bench | None = None
 
 def _start_worker(out: Path, model: str):
     global _BENCH
-    torch.set_num_threads(1)  # as many processes as there are cores
+    torch.set_num_threads(1)  # there is one process per core
     transformers.utils.logging.disable_progress_bar()
     os.environ["TQDM_DISABLE"] = "1"
     _BENCH = Bench(out, model)
@@ -349,16 +354,16 @@ def _execute(run: Run) -> str:
 def _sft(name: str):
     start = _BENCH.starts[name]
     start.train()
-    start.frontier  # noqa: B018 (computed and kept)
+    start.frontier  # noqa: B018 (computes and caches it)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=REPOSITORY / ".cache/frontier", help="results; resumed from there")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / ".cache/frontier", help="folder for the results")
     parser.add_argument("--model", choices=["small", "tiny"], default="small")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="DPO and IPO alone")
-    parser.add_argument("--report", action="store_true", help="print and draw what there is, run nothing")
+    parser.add_argument("--quick", action="store_true", help="only DPO and IPO")
+    parser.add_argument("--report", action="store_true", help="report existing results without running anything")
     args = parser.parse_args()
     out = args.out.resolve() / args.model
     bench = Bench(out, args.model)

@@ -1,4 +1,4 @@
-"""Tables and pictures of what `frontier.py` has measured."""
+"""Tables and a picture of the results of `frontier.py`."""
 
 import json
 from pathlib import Path
@@ -7,24 +7,27 @@ import numpy as np
 
 
 def load(results: Path) -> list[dict]:
-    """All results, each with its run's settings and the figures of its checkpoints, in the order of their names."""
+    """Load all results, in the order of their names: each run's settings and the figures of its checkpoints."""
     return [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
 
 
 def select(results: list[dict], **settings: object) -> list[dict]:
-    """Those whose run has these settings."""
+    """Return the results of runs with these settings."""
     return [r for r in results if all(r["run"][key] == value for key, value in settings.items())]
 
 
 def best_checkpoint(results: list[dict]) -> dict | None:
-    """The checkpoint with the largest part of the optimum's gain, of those beyond 0.1 nats and with little leaked."""
+    """Return the checkpoint with the largest fraction of the optimum's gain.
+
+    Only checkpoints beyond 0.1 nats that leak less than 5 % count, if there are any.
+    """
     checkpoints = [c for r in results for c in r["checkpoints"]]
     moved = [c for c in checkpoints if c["kl"] > 0.1 and c["outside"] < 0.05] or checkpoints
     return max(moved, key=lambda c: c["fraction"], default=None)
 
 
 def ends(results: list[dict], objective: str, data: str = "toy") -> list[dict]:
-    """The ends of an objective's sweep over its strength, from the closest to the reference to the farthest."""
+    """Return the last checkpoint at each strength of an objective, from closest to the reference to farthest."""
     chosen = select(results, objective=objective, data=data, optimizer=["optimizer=SGD"], extra=[])
     chosen = [r for r in chosen if r["checkpoints"] and not r["error"]]
     return sorted(
@@ -38,7 +41,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 def sweep_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
     lines = [
-        "| objective | option | part of the optimum's gain at the policy's KL (nats) | leaked |",
+        "| objective | option | fraction of the optimum's gain at the policy's KL (nats) | leaked |",
         "|---|---|---|---|",
     ]
     for name, (option, _) in objectives.items():
@@ -59,7 +62,7 @@ CONDITIONS = {"toy": "10,000 pairs", "toy_flipped": "20 % flipped", "toy_scarce"
 
 
 def conditions_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
-    """The best checkpoint at the middle strength under each condition."""
+    """Return a table of the best checkpoint at the middle strength under each condition."""
     lines = [
         f"| objective | {' | '.join(CONDITIONS.values())} |",
         f"|---|{'---|' * len(CONDITIONS)}",
@@ -81,7 +84,7 @@ def conditions_table(results: list[dict], objectives: dict[str, tuple[str, float
 
 
 def optimizer_table(results: list[dict]) -> str:
-    lines = ["| loss | optimizer | lr | part of the optimum's gain | KL | leaked |", "|---|---|---|---|---|---|"]
+    lines = ["| loss | optimizer | lr | fraction of the optimum's gain | KL | leaked |", "|---|---|---|---|---|---|"]
     for result in results:
         run = result["run"]
         if run["optimizer"] != ["optimizer=SGD"] and result["checkpoints"]:
@@ -92,11 +95,11 @@ def optimizer_table(results: list[dict]) -> str:
 
 
 def length_table(bench, results: list[dict]) -> str:
-    """What becomes of length on `toy_length`, at the ends of the runs."""
+    """Return a table of the policies' mean lengths on `toy_length`, at the ends of the runs."""
     start = bench.starts["toy_length"]
     reference = start.frontier.figures(start.reference_logps)
     lines = [
-        "| objective | option | part of the optimum's gain | KL | leaked | mean length |",
+        "| objective | option | fraction of the optimum's gain | KL | leaked | mean length |",
         "|---|---|---|---|---|---|",
         f"| the reference | | | 0 | {percent(reference.outside)} | {reference.length:.1f} |",
     ]
@@ -113,7 +116,7 @@ MARKERS = "osD^vP*Xph<>dH8"
 
 
 def draw(frontier, results: list[dict], objectives: dict[str, tuple[str, float]], path: Path):
-    """Reward against KL, and the part of the optimum's gain against KL, of the ends of all sweeps: 1,200 pixels."""
+    """Draw reward, and the fraction of the optimum's gain, against KL at the end of every run: 1,200 pixels wide."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +124,7 @@ def draw(frontier, results: list[dict], objectives: dict[str, tuple[str, float]]
 
     curve = np.array([frontier.at(t) for t in np.geomspace(1e-3, 20, 300)])  # (300, 2) reward, KL
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), dpi=100, width_ratios=(1, 1))
-    left.plot(curve[:, 1], curve[:, 0], color="black", linewidth=2, label="the best that is possible", zorder=1)
+    left.plot(curve[:, 1], curve[:, 0], color="black", linewidth=2, label="best possible", zorder=1)
     right.axhline(100, color="black", linewidth=2)
     colours = plt.get_cmap("tab20")
     for number, name in enumerate(objectives):
@@ -150,16 +153,16 @@ def draw(frontier, results: list[dict], objectives: dict[str, tuple[str, float]]
 
 
 def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
-    """Draw the picture into the results' directory; returns the tables."""
+    """Draw the picture into the directory of results, and return the tables."""
     results = load(bench.results)
     start = bench.starts["toy"]
     draw(start.frontier, results, objectives, bench.out / "frontier.png")
     reference = start.frontier.figures(start.reference_logps)
     return "\n\n".join(
         [
-            f"The reference: E[r] = {reference.reward:+.2f}, {percent(reference.outside)} outside of the grammar.",
+            f"The reference: E[r] = {reference.reward:+.2f}, {percent(reference.outside)} outside the grammar.",
             sweep_table(results, objectives),
-            "Best part of the optimum's gain at its KL; leaked; mean length (tokens):",
+            "Best fraction of the optimum's gain at its KL; leaked; mean length (tokens):",
             conditions_table(results, objectives),
             "DPO at β = 0.5 under other optimizers, at a constant learning rate:",
             optimizer_table(results),

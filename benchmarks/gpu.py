@@ -1,10 +1,14 @@
-"""What a GPU does with each way to compute: `python benchmarks/gpu.py correctness|synchronization|profile|table`.
+"""Checks and profiles of training on a GPU: `python benchmarks/gpu.py correctness|synchronization|profile|table`.
 
-Needs torch and transformers alone. `correctness` holds the gradients of every way, in every precision, against padded
-rows in float32 on the same GPU; `synchronization` counts how often a step makes the host wait; `profile` lists the
-operations that a step spends its time in; `table` prints, from a folder of results, the one that the README takes.
-benchmarks/gpu.sh runs them, and throughput.py, one part after the other. On
-a CPU they run too, at toy size, to be tried out; but there is nothing to wait for.
+It needs only torch and transformers. benchmarks/gpu.sh runs its parts and throughput.py, one after the other.
+
+- `correctness` compares log-probabilities and gradients of every layout, in every precision, with those of padded rows
+  in float32 on the same GPU.
+- `synchronization` counts how often the host waits for the GPU during a step.
+- `profile` lists the operations that take most of a step's time.
+- `table` prints the README's table from a folder of results.
+
+On a CPU the parts run at toy size, to try them out; `synchronization` then has nothing to count.
 """
 
 import argparse
@@ -36,33 +40,36 @@ from losses import preference_loss
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 ARCHITECTURES = ("gpt_neox", "llama", "llama, grouped queries", "qwen3", "gpt2")
-PRECISIONS = {  # dtype of the weights, and what autocast computes in
+PRECISIONS = {  # dtype of the weights, autocast's dtype
     "float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "mixed": (torch.float32, torch.bfloat16),
 }  # fmt: skip
 
 
-def options(**changes) -> argparse.Namespace:
-    """Those of throughput.py, at the size of the preset on a GPU."""
+def throughput_options(**changes) -> argparse.Namespace:
+    """Return the options of throughput.py, with a preset's sizes on a GPU and toy sizes on a CPU."""
     sys.argv = ["throughput.py", *(["--preset", "pythia-2.8b"] if HAS_GPU else ["--vocab", "512", "--layers", "2"])]
     return argparse.Namespace(**{**vars(throughput.parse_args()), **changes})
 
 
-def loss_of(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
+def dpo_loss(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
     return preference_loss(*logps.chunk(2), *reference_logps.chunk(2), beta=throughput.BETA)[0].mean()
 
 
 def gradients(model: nn.Module, layout: Layout, batch: dict, reference_logps: torch.Tensor, autocast: torch.dtype):
+    """Return the log-probabilities of a batch's responses and the gradient of each parameter."""
     model.zero_grad()
     with torch.autocast(DEVICE.type, autocast) if autocast else nullcontext():
         logps = response_logps(model, layout.rows(batch))
-    loss_of(logps, reference_logps).backward()
+    dpo_loss(logps, reference_logps).backward()
     return logps.detach(), [parameter.grad.double() for parameter in model.parameters()]
 
 
 def correctness(results: list[dict]):
-    """Log-probabilities and gradients of all ways against padded rows in float32, without TF32."""
+    """Compare log-probabilities and gradients of all layouts with those of padded rows in float32, without TF32."""
     for name in ARCHITECTURES:
-        args = options(arch=name.split(",")[0], layers=4, batch_size=16, mixed_precision=False, dtype="float32")
+        args = throughput_options(
+            arch=name.split(",")[0], layers=4, batch_size=16, mixed_precision=False, dtype="float32"
+        )
         training = throughput.build_models(args)
         model = training.policy
         if "grouped" in name:
@@ -93,23 +100,27 @@ def correctness(results: list[dict]):
                 except Exception as error:
                     result["fails_with"] = f"{type(error).__name__}: {error}"[:200]
                 use_packed_attention(policy, False)
-                say(results, result)
+                record(results, result)
             autocasting = partial(torch.autocast, DEVICE.type, autocast) if autocast else nullcontext
             *_, why = choose_rows(policy, batch, "auto", args.max_length, padding_free="auto", autocast=autocasting)
-            say(results, {"model": name, "precision": precision, "chosen": why})
+            record(results, {"model": name, "precision": precision, "chosen": why})
 
 
 def one_step(training: throughput.Training, args: argparse.Namespace) -> None:
+    """Take one training step with packed rows on a batch of random pairs."""
     batches = [throughput.collate(throughput.random_pairs(args.batch_size, args))]
     throughput.WAYS["packed"][-1](training, batches, args)
 
 
 def synchronization(results: list[dict]):
-    """How often a step makes the host wait, as PyTorch sees it: once in training, for its metrics; here not at all."""
+    """Count how often the host waits during a step, as PyTorch reports it.
+
+    Training waits once per step, for the metrics. This step has none, so it should not wait at all.
+    """
     if not HAS_GPU:
-        say(results, {"waits": None, "of": "no GPU to wait for"})
+        record(results, {"waits": None, "of": "no GPU to wait for"})
         return
-    args = options(layers=4)
+    args = throughput_options(layers=4)
     training = throughput.build_models(args)
     training.reset()
     one_step(training, args)
@@ -119,12 +130,12 @@ def synchronization(results: list[dict]):
         one_step(training, args)
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message)[:200] for warning in caught if "synchroniz" in str(warning.message)]
-    say(results, {"waits": len(waits), "of": sorted(set(waits))})
+    record(results, {"waits": len(waits), "of": sorted(set(waits))})
 
 
 def profile(results: list[dict]):
-    """The operations that a step spends its time in."""
-    args = options()
+    """Print the operations that take most of a step's time."""
+    args = throughput_options()
     training = throughput.build_models(args)
     training.reset()
     for _ in range(2):
@@ -137,7 +148,7 @@ def profile(results: list[dict]):
 
 
 def readme_table(directory: Path) -> str:
-    """Return throughput.json and memory.json of a folder of results as the README's table and the line below it."""
+    """Return the README's table, and the line below it, from a folder's throughput.json and memory.json."""
     measured = json.loads((directory / "throughput.json").read_text())
     original = next(row["pairs_per_second"] for row in measured["ways"] if row["way"] == "original")
     lines = ["| way | pairs/s | over the original | peak memory, GB |", "|---|---|---|---|"]
@@ -155,7 +166,8 @@ def readme_table(directory: Path) -> str:
     return "\n".join([*lines, *failures, f"\n{measured['on']}"])
 
 
-def say(results: list[dict], result: dict):
+def record(results: list[dict], result: dict):
+    """Print a result and add it to the others."""
     print(json.dumps(result), flush=True)
     results.append(result)
 
@@ -164,7 +176,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parts = {"correctness": correctness, "synchronization": synchronization, "profile": profile}
     parser.add_argument("part", choices=[*parts, "table"])
-    parser.add_argument("--json", help="a file that gets the results")
+    parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--results", type=Path, help="the folder of results, for `table`")
     args = parser.parse_args()
     if args.part == "table":

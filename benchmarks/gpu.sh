@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What a GPU does: bash benchmarks/gpu.sh [DIRECTORY for the results]. Parts of less than ten minutes each, one by one:
-#   bash benchmarks/gpu.sh OUT memory | correctness | throughput | profile | runs | table
-# `runs` needs what training needs, the others torch and transformers alone. TRL is measured where it is installed.
+# All benchmarks and tests for a GPU: bash benchmarks/gpu.sh [DIRECTORY for the results]
+# To run one part, which takes less than ten minutes:
+#   bash benchmarks/gpu.sh DIRECTORY memory | correctness | throughput | profile | runs | table
+# `runs` needs everything that training needs, the others only torch and transformers. TRL is measured if installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu_results}
@@ -12,7 +13,7 @@ for part in $parts; do
     echo "== $part"
     case $part in
     memory)
-        # the original's six models and today's: a forward and backward pass, its memory beside the plan's
+        # the original's six models and four current ones: memory of a forward and backward pass, measured and predicted
         python3 benchmarks/gpu_memory.py --json "$out/memory.json"
         ;;
     correctness)
@@ -30,7 +31,7 @@ for part in $parts; do
             --max-prompt-length 1024 --steps 2 --repeats 1 --ways shared packed --json "$out/llama_2k.json" --arch llama
         ;;
     runs)
-        # the command line: one process, FSDP over NCCL, layers spread by device_map, 4 bits, a run that goes on
+        # the command line in one process, in mixed precision, with FSDP over NCCL, compiled, and a resumed run
         run="python3 train.py model=tiny datasets=[toy] loss=dpo n_examples=256 n_eval_examples=64 eval_every=128"
         run="$run batch_size=16 warmup_steps=0 wandb.enabled=false curves=false local_dirs=[$out/cache]"
         runs=$(mktemp -d "$out/runs.XXXX")

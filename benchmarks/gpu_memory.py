@@ -1,9 +1,10 @@
-"""Predicted beside measured memory, for the original's models and today's: `python benchmarks/gpu_memory.py`.
+"""Predicted and measured memory of the original's models and of current ones: `python benchmarks/gpu_memory.py`.
 
-Each model has its real width and few layers, with random weights; nothing is downloaded. Predicted is what the plan at
-the start of a run reckons with for a microbatch (`acceleration.memory_plan`): activations, weights cast for computing,
-logits. Measured is the peak of a forward and backward pass over what is there before. Where measured over predicted is
-above 1, the plan is too low. On a CPU it predicts only, at toy size, to be tried out.
+Each model has its real width, but only a few layers with random weights; nothing is downloaded. The prediction is that
+of the memory plan at the start of a run (`acceleration.memory_plan`) for one microbatch: activations, weights cast for
+computing, and logits. The measurement is the peak of a forward and backward pass, minus what was allocated before it.
+A ratio of measured to predicted above 1 means that the plan is too low. On a CPU the program only predicts, at toy
+size, to try it out.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import throughput
 
 from acceleration.capacity import measure_activations
 from acceleration.model_check import full_length_pair
-from acceleration.packed_attention import takes_packed_attention, use_packed_attention
+from acceleration.packed_attention import supports_packed_attention, use_packed_attention
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import LOGITS_BYTES, response_logps
 from acceleration.shadow_weights import release_copies, shadow_linear_weights
@@ -34,7 +35,7 @@ from utils import disable_dropout
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 MAX_LENGTH = 512
-LAYERS = 4  # of each model, so that any fits beside its gradients
+LAYERS = 4  # few enough that every model fits, with its gradients
 _LLAMA = {"num_hidden_layers": LAYERS, "max_position_embeddings": 2048}
 _GPT2 = {"n_layer": LAYERS, "n_positions": 2048}
 _NEOX = {"num_hidden_layers": LAYERS, "vocab_size": 50304, "max_position_embeddings": 2048}
@@ -57,7 +58,7 @@ MODELS = {  # the first six are the original's
 }  # fmt: skip
 TOY = {"hidden_size": 64, "n_embd": 64, "intermediate_size": 128, "num_attention_heads": 4, "n_head": 4,
        "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 16, "vocab_size": 512}  # fmt: skip
-WAYS = {  # weights, what autocast computes in, activation checkpointing
+WAYS = {  # dtype of the weights, autocast's dtype, activation checkpointing
     "mixed": (torch.float32, torch.bfloat16, False),
     "mixed, checkpointing": (torch.float32, torch.bfloat16, True),
     "bfloat16": (torch.bfloat16, None, False),
@@ -72,7 +73,7 @@ def build(name: str, dtype: torch.dtype, autocast_dtype: torch.dtype | None, che
     with DEVICE:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     disable_dropout(model)
-    if takes_packed_attention(model) and architecture != "gptj":  # whose attention is its own
+    if supports_packed_attention(model) and architecture != "gptj":  # GPT-J has an attention of its own
         use_packed_attention(model)
     if autocast_dtype is not None:
         shadow_linear_weights(model)
@@ -96,9 +97,9 @@ def measure(name: str, way: str, n_pairs: int) -> dict:
         with autocast():
             return response_logps(model, rows)
 
-    found = measure_activations(model, partial(logps, full), full.input_ids.numel())
-    (kept,), backward = found.kept.values(), sum(found.backward.values())
-    n_tokens, casts = rows.input_ids.numel(), sum(found.casts.values())
+    activations = measure_activations(model, partial(logps, full), full.input_ids.numel())
+    (kept,), backward = activations.kept.values(), sum(activations.backward.values())
+    n_tokens, casts = rows.input_ids.numel(), sum(activations.casts.values())
     logits = min(LOGITS_BYTES, 4 * 4 * vocabulary * len(rows.targets))
     largest = 2 * 4 * max(parameter.numel() for parameter in model.parameters())
     result = {
@@ -131,9 +132,9 @@ def table(results: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", help="a file that gets the results")
+    parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--pairs", type=int, default=24 if HAS_GPU else 3, help="in the microbatch")
+    parser.add_argument("--pairs", type=int, default=24 if HAS_GPU else 3, help="pairs in the microbatch")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     results = []
@@ -141,7 +142,7 @@ def main():
         for way in WAYS:
             try:
                 results.append(measure(name, way, args.pairs))
-            except Exception as error:  # others may still run
+            except Exception as error:  # the other models may still work
                 results.append({"model": name, "way": way, "fails_with": f"{type(error).__name__}: {error}"[:100]})
             print(json.dumps(results[-1]), flush=True)
             gc.collect()

@@ -1,9 +1,9 @@
-"""What logging costs a training step: `python benchmarks/log_overhead.py [--steps N]`, on a CPU in a few minutes.
+"""The cost of logging per training step: `python benchmarks/log_overhead.py [--steps N]`, a few minutes on a CPU.
 
-DPO steps of the tiny model on the toy data, in one process, each batch with and without what is logged: the metrics
-beside the original's, metrics.jsonl, the terminal's lines every second, TensorBoard, and looking after the process that
-draws. Which of the two comes first alternates, and the median of the ratios of pairs is taken, so what else the
-machine does falls on both. Seconds are of this process's CPU time; what the drawing process takes is told apart.
+It takes DPO steps with the tiny model on the toy data, each batch once with and once without logging. Logging includes
+the metrics that the original didn't have, metrics.jsonl, lines in the terminal every second, TensorBoard, and starting
+the process that draws curves. The order alternates, and the median ratio of the two is reported, so that other load on
+the machine affects both alike. Times are CPU time of this process; drawing a picture is measured separately.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from reporting.terminal import RunTable
 
 
 def make_trainer(directory: str, batch_size: int):
-    """A trainer with its log, ready for the first step."""
+    """Return a trainer with its log, ready for the first step."""
     overrides = [
         "model=tiny", "datasets=[toy]", "loss=dpo", "max_length=64", "max_prompt_length=32", "n_eval_examples=16",
         f"batch_size={batch_size}", "wandb.enabled=false", "tensorboard.enabled=true", 
@@ -49,7 +49,7 @@ def make_trainer(directory: str, batch_size: int):
 
 
 def main():
-    """Print the median step with and without logging, and what a picture takes."""
+    """Print the median time of a step with and without logging, and the time to draw a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="pairs of steps (default: 60)")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -60,26 +60,26 @@ def main():
         batches = trainer.train_iterator.batches()
         ratios, seconds = [], {True: [], False: []}
         for number, batch in zip(range(args.steps + 3), batches, strict=False):
-            of_step = {}
+            step_seconds = {}
             for is_logged in (True, False) if number % 2 else (False, True):
                 trainers.response_metrics = response_metrics if is_logged else lambda *_: {}
                 start = time.process_time()
                 metrics = trainer.train_step(batch)
                 if is_logged:
                     trainer.log("train", metrics)
-                of_step[is_logged] = time.process_time() - start
-            if number >= 3:  # the first ones set things up
-                ratios.append(of_step[True] / of_step[False])
-                for is_logged, value in of_step.items():
+                step_seconds[is_logged] = time.process_time() - start
+            if number >= 3:  # the first steps warm up
+                ratios.append(step_seconds[True] / step_seconds[False])
+                for is_logged, value in step_seconds.items():
                     seconds[is_logged].append(value)
         trainer.run_log.trackers.close(0)
         start = time.process_time()
         curves.draw([read_run(f"{directory}/run")], f"{directory}/run/curves.png")
         drawing = time.process_time() - start
     for is_logged, name in ((False, "without logging"), (True, "with logging")):
-        print(f"{name:>16}: {statistics.median(seconds[is_logged]) * 1e3:8.2f} ms a step")
-    print(f"{'more':>16}: {statistics.median(ratios) - 1:8.2%} (median over {len(ratios)} pairs of steps)")
-    print(f"{'a picture':>16}: {drawing:8.2f} s, in a process of its own, at most 2 % of the time until the end")
+        print(f"{name:>16}: {statistics.median(seconds[is_logged]) * 1e3:8.2f} ms per step")
+    print(f"{'overhead':>16}: {statistics.median(ratios) - 1:8.2%} (median over {len(ratios)} pairs of steps)")
+    print(f"{'a picture':>16}: {drawing:8.2f} s in another process, which draws at most 2 % of the time during the run")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Peak memory of training with each kind of reference, and what a sweep saves: `python benchmarks/references.py`.
+"""Peak memory of training with each kind of reference, and the savings in a sweep: `python benchmarks/references.py`.
 
-Every row is a run of `train.py` in a process of its own, on the toy data and a model with random weights. Peak memory
-is the largest resident set of that process. The runs with precomputed log-probabilities differ in β alone and share a
-cache, as in a sweep; the column 'pairs by the reference' says for how many pairs the reference was run.
+Every row is a run of `train.py` in its own process, on the toy data and a model with random weights. Peak memory is the
+largest resident set of that process. The runs with precomputed log-probabilities differ only in β and share a cache, as
+in a sweep. The column 'pairs by the reference' counts the pairs for which the reference was run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RUNS = {
 
 
 def make_model(directory: Path, hidden_size: int, n_layers: int) -> int:
-    """Write the config of a GPT-NeoX with the tiny model's tokenizer; returns the bytes of its float32 weights."""
+    """Write the config of a GPT-NeoX with the tiny model's tokenizer; return the bytes of its float32 weights."""
     shutil.copytree(REPOSITORY / "assets" / "tiny", directory)
     config = transformers.AutoConfig.from_pretrained(
         directory, hidden_size=hidden_size, num_hidden_layers=n_layers, intermediate_size=4 * hidden_size
@@ -41,7 +41,7 @@ def make_model(directory: Path, hidden_size: int, n_layers: int) -> int:
 
 
 def train(overrides: list[str], n_examples: int) -> tuple[int, float, int]:
-    """Run `train.py`; returns the process's peak memory in bytes, its seconds, and the pairs its reference computed."""
+    """Run `train.py`; return its peak memory in bytes, its seconds, and the number of pairs its reference computed."""
     command = [
         sys.executable, str(REPOSITORY / "train.py"), "model=blank_model", "model.from_scratch=true",
         "model.reference_dtype=float32", "datasets=[toy]", "loss=dpo", f"n_examples={n_examples}", "n_eval_examples=4",

@@ -1,20 +1,21 @@
-"""Speed, memory and gradients of DPO training, each way in turn on the same pairs in one process.
+"""Speed, memory and gradients of DPO training in several ways, on the same pairs in one process.
 
-`python benchmarks/throughput.py` is for a CPU with 24 GB, most of it for the original's way; `--preset pythia-2.8b` is
-for a GPU. Tokens and weights are random, nothing is downloaded; lengths are those of Anthropic's Helpful-Harmless
-dialogues (or `--data`, `--tokenizer`). TRL is measured where it is installed. All ways start from the same weights and
-take the same number of steps on the same batches, which are collated beforehand; what else a step needs is timed, on a
-CPU the kernel's work to provide memory too. The columns:
+`python benchmarks/throughput.py` is for a CPU with 24 GB, most of it for the original's way. `--preset pythia-2.8b` is
+for a GPU. Tokens and weights are random; nothing is downloaded. Lengths are those of Anthropic's Helpful-Harmless
+dialogues, unless `--data` and `--tokenizer` are given. TRL is measured if it is installed.
+
+All ways start from the same weights and take the same number of steps on the same batches. Collation is not timed;
+everything else in a step is. The columns:
   pairs/s                      from each step's median time over the rounds
-  computed tokens per pair     positions that pass through the policy, padding too, counted at its input embeddings
-  peak memory                  during steps, beyond what was in use before the way began: without the weights of policy
-                               and reference, which stay loaded throughout, even if reference log-probs are cached
-  largest gradient difference  max |g - g_original| / max |g_original|, the largest over the parameters: first batch,
-                               before clipping, computed in float32: in bfloat16 the original's own rounding is as large
-                               as some gradients (TRL's defaults stay what they are: bfloat16)
-  of the matmul peak           on a GPU: operations that a pair needs at least (each distinct token once, the head where
-                               a response token is predicted, backward twice the forward, the reference unless cached)
-                               per second, over those per second of a large matrix product of the same dtype
+  computed tokens per pair     positions that pass through the policy, with padding, counted at its input embeddings
+  peak memory                  during steps, beyond what was in use before the first step. So it excludes the weights of
+                               policy and reference, which stay loaded, even if the reference is cached
+  largest gradient difference  max |g - g_original| / max |g_original|, the largest over all parameters, for the first
+                               batch, before clipping. Computed in float32, because in bfloat16 the original's rounding
+                               errors are as large as some gradients; only TRL with its defaults stays in bfloat16
+  of the matmul peak           on a GPU: the operations per second that the pairs need at least, divided by those of a
+                               large matrix product in the same dtype. A pair needs each distinct token once, the head
+                               at each predicted token, twice as much backward, and the reference unless it is cached
 """
 
 import argparse
@@ -58,14 +59,14 @@ from losses import preference_loss
 from utils import disable_dropout, slice_and_move_batch_for_device
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 5e-7, 10.0
-EOS = 0  # token id; it pads too
+EOS = 0  # token id of the end token, also used for padding
 
-# Characters at these quantiles of HH, in prompts, chosen and rejected responses; the two ends are a guess
+# Quantiles of the number of characters in HH's prompts, chosen and rejected responses; the two ends are a guess
 QUANTILES = [0.0, 0.1, 0.5, 0.9, 0.99, 1.0]
 HH_CHARACTERS = [[20, 63, 363, 1101, 2194, 2852], [8, 31, 111, 384, 827, 1075], [8, 34, 145, 462, 1041, 1353]]
 CHARACTERS_PER_TOKEN = 4.45
 
-PRESETS = {  # as many pairs at once as on each of the original's four GPUs: 64 / (2 microbatches * 4)
+PRESETS = {  # microbatches as on each of the original's four GPUs: 64 pairs / (2 microbatches * 4)
     "pythia-2.8b": {
         "hidden": 2560, "layers": 32, "heads": 32, "mixed_precision": True, "batch_size": 64, "microbatch": 8,
     },
@@ -78,7 +79,7 @@ Pair = tuple[list[int], list[int], list[int]]  # token ids of prompt, chosen and
 
 
 def random_pairs(n: int, args: Namespace) -> list[Pair]:
-    """Pairs of random tokens; prompts and responses as long as those of HH, independently of each other."""
+    """Return pairs of random tokens, with the lengths of HH's prompts and responses, drawn independently."""
     generator = np.random.default_rng(args.seed)
 
     def part(quantiles: list[int]) -> list[int]:
@@ -89,9 +90,9 @@ def random_pairs(n: int, args: Namespace) -> list[Pair]:
 
 
 def hh_pairs(n: int, args: Namespace) -> list[Pair]:
-    """`n` pairs drawn from a JSON-lines file in the format of Anthropic/hh-rlhf.
+    """Draw `n` pairs from a JSON Lines file in the format of Anthropic/hh-rlhf.
 
-    Raises: ValueError if it has fewer, or the tokenizer has more tokens than the model.
+    Raises: ValueError if it has fewer, or if the tokenizer has more tokens than the model.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     if len(tokenizer) > args.vocab:
@@ -110,16 +111,16 @@ def hh_pairs(n: int, args: Namespace) -> list[Pair]:
 
 
 def truncated(prompt: list[int], chosen: list[int], rejected: list[int], eos: int, args: Namespace) -> Pair:
-    """A pair as training cuts it; `data.tokenization.tokenize_batch` does it too, but imports more than torch."""
+    """Truncate a pair as in training. `data.tokenization.tokenize_batch` does the same, but imports more than torch."""
     longer = max(len(chosen), len(rejected)) + 1
     if len(prompt) + longer > args.max_length:
         prompt = prompt[-args.max_prompt_length :]
-    n_most = args.max_length - args.max_prompt_length if len(prompt) + longer > args.max_length else longer
-    return prompt, [*chosen, eos][:n_most], [*rejected, eos][:n_most]
+    limit = args.max_length - args.max_prompt_length if len(prompt) + longer > args.max_length else longer
+    return prompt, [*chosen, eos][:limit], [*rejected, eos][:limit]
 
 
 def collate(pairs: list[Pair]) -> dict:
-    """A batch as `data.tokenization.get_collate_fn` makes it, less what only sampling needs."""
+    """Collate pairs like `data.tokenization.get_collate_fn`, without the keys that only sampling needs."""
     batch = {"prompt": [""] * len(pairs), "pair": pairs}
     for side, index in (("chosen", 1), ("rejected", 2)):
         ids = [torch.tensor(pair[0] + pair[index]) for pair in pairs]
@@ -130,7 +131,7 @@ def collate(pairs: list[Pair]) -> dict:
     return batch
 
 
-def in_batches(pairs: list[Pair], batch_size: int) -> list[dict]:
+def split_into_batches(pairs: list[Pair], batch_size: int) -> list[dict]:
     return [collate(pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size)]
 
 
@@ -138,12 +139,12 @@ def in_batches(pairs: list[Pair], batch_size: int) -> list[dict]:
 
 
 class Training(transformers.TrainerCallback):
-    """Policy and reference, and a record of the steps in which the policy is trained, by whatever trainer."""
+    """Policy and reference, with a record of the policy's training steps, whatever trainer takes them."""
 
     def __init__(self, policy: nn.Module, reference: nn.Module):
-        self.policy, self.reference = policy, reference  # the reference has the weights that every way starts from
+        self.policy, self.reference = policy, reference  # every way starts from the reference's weights
         self.device = policy.device
-        self.n_positions = n_positions = [0]  # computed by the policy; a list, which copies of it have in common
+        self.n_positions = n_positions = [0]  # positions computed by the policy; a list, so that its copies share it
 
         def count(module: nn.Module, inputs: tuple[torch.Tensor]):
             n_positions[0] += inputs[0].numel() if torch.is_grad_enabled() else 0
@@ -151,7 +152,7 @@ class Training(transformers.TrainerCallback):
         policy.get_input_embeddings().register_forward_pre_hook(count)
 
     def reset(self, keep_gradients: bool = False):
-        """Give the policy its first weights again and forget the steps."""
+        """Restore the policy's initial weights and forget the recorded steps."""
         with torch.no_grad():
             for parameter, initial in zip(self.policy.parameters(), self.reference.parameters(), strict=True):
                 parameter.copy_(initial)
@@ -160,30 +161,30 @@ class Training(transformers.TrainerCallback):
         self.keep_gradients, self.gradients = keep_gradients, {}
 
     def on_step_begin(self, *args, **kwargs):
-        """The batch is there, nothing is computed."""
+        """Called when the batch is ready and nothing is computed yet."""
         if not self.steps:
             reset_peak_memory(self.device)
         self.n_positions[0] = 0
         self.start = self._now()
 
     def on_pre_optimizer_step(self, *args, **kwargs):
-        """The gradient is complete."""
+        """Called when the gradient is complete."""
         if self.keep_gradients:
             for name, parameter in self.policy.named_parameters():
                 self.gradients[name] = parameter.grad.to("cpu", torch.float32, copy=True)
 
     def on_step_end(self, *args, **kwargs):
-        """The weights are new, the gradient is gone."""
+        """Called when the weights are updated and the gradient is freed."""
         self.steps.append((self._now() - self.start, self.n_positions[0]))
 
     def _now(self) -> float:
-        if self.device.type == "cuda":  # it may still be at work on what it was given
+        if self.device.type == "cuda":  # kernels run asynchronously
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
 def build_models(args: Namespace) -> Training:
-    """Two equal models with random weights, without dropout."""
+    """Build two equal models with random weights, without dropout."""
     head_size = args.hidden // args.heads
     options = {
         "vocab_size": args.vocab, "hidden_size": args.hidden, "intermediate_size": 4 * args.hidden,
@@ -204,26 +205,26 @@ def build_models(args: Namespace) -> Training:
     return Training(policy.train(), reference)
 
 
-# ---- the ways of this repository and the original's -----------------------------------------------------------------
+# ---- this repository's ways and the original's ----------------------------------------------------------------------
 
 
 def original_microbatches(batch: dict, training: Training, args: Namespace) -> list[dict]:
-    """Equal parts of a batch, all padded to the longest of the whole batch."""
+    """Split a batch into equal parts, all padded to the longest sequence of the whole batch."""
     return [slice_and_move_batch_for_device(batch, i, args.microbatch, training.device) for i in range(args.microbatch)]
 
 
 def planned_microbatches(batch: dict, training: Training, args: Namespace, layout: Layout) -> list[dict]:
-    """Parts as `trainers.py` makes them, with their rows."""
-    n_least = 1 if layout.is_packed and args.max_tokens else args.microbatch
+    """Split a batch as `trainers.py` does, and prepare the rows of each part."""
+    min_parts = 1 if layout.is_packed and args.max_tokens else args.microbatch
     overhead = microbatch_overhead(training.policy, training.device)
-    parts = microbatches(batch, n_least, layout.is_shared, overhead, layout.is_packed, args.max_tokens)
+    parts = microbatches(batch, min_parts, layout.is_shared, overhead, layout.is_packed, args.max_tokens)
     return [layout.prepare(part, pin_memory=training.device.type == "cuda") for part in parts]
 
 
 def original_logps(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Log-probabilities as the original computes them, but with Transformers' attention of today. (2B,)
+    """Compute log-probabilities as the original does, but with the current attention of Transformers: (2B,).
 
-    Two sequences a pair, logits and their log-softmax at every position.
+    There are two sequences per pair, with logits and their log-softmax at every position.
     """
     inputs = concatenated_inputs(batch)
     ids, mask, labels = (inputs[f"concatenated_{kind}"] for kind in ("input_ids", "attention_mask", "labels"))
@@ -236,20 +237,20 @@ def original_logps(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def with_reference_logps(batch: dict, training: Training, logps: Callable) -> dict:
-    """The batch with the reference's log-probabilities of the chosen and the rejected responses in it, (B, 2)."""
+    """Return the batch with the reference's log-probabilities added: (B, 2), for chosen and rejected responses."""
     with torch.no_grad():
         return batch | {"reference_logps": torch.stack(logps(training.reference, batch).chunk(2), dim=1)}
 
 
-def run_own(
+def train_ours(
     training: Training, batches: list[dict], args: Namespace, split: Callable, logps: Callable,
     cached_reference: bool = False,
 ):  # fmt: skip
-    """Train on the batches.
+    """Train on the batches with a loop like that of `trainers.py`.
 
     Args:
-        split: microbatches of (batch, training, args).
-        logps: log-probabilities of a microbatch's responses under a model, chosen before rejected.
+        split: (batch, training, args) to a list of microbatches.
+        logps: (model, microbatch) to the log-probabilities of its responses, chosen before rejected.
     """
     optimizer = torch.optim.RMSprop(training.policy.parameters(), lr=LEARNING_RATE)
     if cached_reference:
@@ -274,7 +275,7 @@ def run_own(
 
 
 def trl_data(batches: list[dict]) -> dict:
-    """The pairs of the batches as TRL's collator takes them, and a tokenizer, of which it reads the padding token."""
+    """Return the pairs in the format of TRL's collator, and a tokenizer, from which it reads the padding token."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -286,23 +287,25 @@ def trl_data(batches: list[dict]) -> dict:
     return {"train_dataset": Dataset.from_dict(columns), "processing_class": tokenizer}
 
 
-def run_trl(training: Training, batches: list[dict], args: Namespace, tuned: bool, cached_reference: bool = False):
+def train_with_trl(
+    training: Training, batches: list[dict], args: Namespace, tuned: bool, cached_reference: bool = False
+):
     """Train on the batches with TRL's `DPOTrainer`.
 
     Args:
-        tuned: dtype, activation checkpointing, optimizer and clipping as in the other ways, instead of its defaults.
+        tuned: use the dtype, activation checkpointing, optimizer and clipping of the other ways, not TRL's defaults.
     """
     from trl import DPOConfig, DPOTrainer
 
-    class TokenIdDPOTrainer(DPOTrainer):  # the data are token ids already
+    class TokenIdDPOTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *args):
-            return dataset
+            return dataset  # it is tokenized already
 
-    def sharing_weights(model: nn.Module) -> nn.Module:  # a copy to throw away, as TRL and Accelerate patch a model
+    def copy_sharing_weights(model: nn.Module) -> nn.Module:  # a copy, because TRL and Accelerate patch the model
         return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
-    policy = sharing_weights(training.policy)
-    reference = None if cached_reference else sharing_weights(training.reference)
+    policy = copy_sharing_weights(training.policy)
+    reference = None if cached_reference else copy_sharing_weights(training.reference)
     options, optimizer = {}, None
     if tuned:
         options = {"bf16": args.mixed_precision, "gradient_checkpointing": args.activation_checkpointing}
@@ -311,7 +314,7 @@ def run_trl(training: Training, batches: list[dict], args: Namespace, tuned: boo
         options["max_grad_norm"] = MAX_GRAD_NORM
         optimizer = torch.optim.RMSprop(policy.parameters(), lr=LEARNING_RATE)
     if training.keep_gradients:
-        options["max_grad_norm"] = 0.0  # no clipping: there is no event between it and the backward pass
+        options["max_grad_norm"] = 0.0  # don't clip: TRL has no callback between the backward pass and clipping
     with tempfile.TemporaryDirectory() as output_dir:
         config = DPOConfig(
             output_dir, max_steps=len(batches), per_device_train_batch_size=args.batch_size // args.microbatch,
@@ -322,7 +325,7 @@ def run_trl(training: Training, batches: list[dict], args: Namespace, tuned: boo
         trainer = TokenIdDPOTrainer(
             policy, reference, config, callbacks=[training], optimizers=(optimizer, None), **trl_data(batches)
         )
-        trainer.remove_callback(transformers.PrinterCallback)  # it would print into the table
+        trainer.remove_callback(transformers.PrinterCallback)  # or it would print into our table
         trainer.train()
         trainer.accelerator.free_memory()
 
@@ -330,8 +333,8 @@ def run_trl(training: Training, batches: list[dict], args: Namespace, tuned: boo
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def over_rows(make_rows: Callable, **options) -> Callable:
-    """Training as `trainers.py` does it, with one of its ways to lay out a batch."""
+def training_with(make_rows: Callable, **options) -> Callable:
+    """Return a function that trains as `trainers.py` does with one of its layouts."""
     layout = Layout(make_rows, whole_logits=False)
 
     def run(training: Training, batches: list[dict], args: Namespace):
@@ -341,7 +344,7 @@ def over_rows(make_rows: Callable, **options) -> Callable:
         if args.mixed_precision:
             shadow_linear_weights(training.policy)
         try:
-            run_own(training, batches, args, functools.partial(planned_microbatches, layout=layout),
+            train_ours(training, batches, args, functools.partial(planned_microbatches, layout=layout),
                     lambda model, batch: response_logps(model, layout.rows(batch)), **options)  # fmt: skip
         finally:
             for model in models if layout.is_packed else []:
@@ -354,24 +357,26 @@ def over_rows(make_rows: Callable, **options) -> Callable:
     return run
 
 
-WAYS = {  # key: name, whether the reference is cached, and what trains (training, batches, args)
-    "original": ("original", False, functools.partial(run_own, split=original_microbatches, logps=original_logps)),
-    "padded": ("padded, response-only head", False, over_rows(padded_rows)),
-    "shared": ("shared prompt", False, over_rows(shared_rows)),
-    "packed": ("shared prompt, packed", False, over_rows(packed_shared_rows)),
-    "cached": ("shared prompt, cached reference", True, over_rows(shared_rows, cached_reference=True)),
+WAYS = {  # key: (name, True if the reference is cached, function that trains on (training, batches, args))
+    "original": ("original", False, functools.partial(train_ours, split=original_microbatches, logps=original_logps)),
+    "padded": ("padded, response-only head", False, training_with(padded_rows)),
+    "shared": ("shared prompt", False, training_with(shared_rows)),
+    "packed": ("shared prompt, packed", False, training_with(packed_shared_rows)),
+    "cached": ("shared prompt, cached reference", True, training_with(shared_rows, cached_reference=True)),
     "packed-cached": (
-        "shared prompt, packed, cached reference", True, over_rows(packed_shared_rows, cached_reference=True)
+        "shared prompt, packed, cached reference", True, training_with(packed_shared_rows, cached_reference=True)
     ),
-    "trl-default": ("TRL, its defaults", False, functools.partial(run_trl, tuned=False)),
-    "trl": ("TRL, tuned", False, functools.partial(run_trl, tuned=True)),
-    "trl-cached": ("TRL, tuned, cached reference", True, functools.partial(run_trl, tuned=True, cached_reference=True)),
+    "trl-default": ("TRL, its defaults", False, functools.partial(train_with_trl, tuned=False)),
+    "trl": ("TRL, tuned", False, functools.partial(train_with_trl, tuned=True)),
+    "trl-cached": (
+        "TRL, tuned, cached reference", True, functools.partial(train_with_trl, tuned=True, cached_reference=True)
+    ),
 }  # fmt: skip
 
 
 @dataclass
 class Case:
-    """A row of the table: a way to train on some batches, and what was measured."""
+    """A row of the table: a way to train, the batches, and the measurements."""
 
     name: str
     cached_reference: bool
@@ -392,7 +397,7 @@ class Case:
 
 
 def measure(cases: list[Case], training: Training, args: Namespace):
-    """Train each case on its batches, the cases taking turns in every round."""
+    """Train each case on its batches; in every round, the cases take turns."""
     for n_round in range(1, args.repeats + 1):
         for case in cases:
             print(f"round {n_round} of {args.repeats}: {case.name}", file=sys.stderr, flush=True)
@@ -406,35 +411,35 @@ def measure(cases: list[Case], training: Training, args: Namespace):
 
 
 def resident_bytes(key: str) -> float:
-    """Memory of this process by its key in proc_pid_status(5); NaN where there is none."""
+    """Return this process's memory by its key in /proc/self/status; NaN if there is no such file."""
     status = Path("/proc/self/status")
     return 1024 * int(status.read_text().split(f"{key}:")[1].split()[0]) if status.exists() else math.nan
 
 
 def reset_peak_memory(device: torch.device) -> float:
-    """Let the peak of memory count from now on; returns the bytes in use."""
+    """Start counting peak memory from now on; return the bytes in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed but stayed resident would hide a later use of it
-        Path("/proc/self/clear_refs").write_text("5")  # makes what is resident now the peak: proc_pid_clear_refs(5)
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, or its reuse would not count
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
     return resident_bytes("VmRSS")
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most bytes in use since `reset_peak_memory`."""
+    """Return the most bytes in use since `reset_peak_memory`."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM")
 
 
 def compare_gradients(cases: list[Case], training: Training, args: Namespace):
-    """Note how far each case's first gradient is from the original's."""
+    """Compute how far each case's first gradient is from the original's."""
     if training.reference.dtype == torch.bfloat16:
         args = Namespace(**vars(args) | {"mixed_precision": False})
         training = Training(copy.deepcopy(training.policy).float(), copy.deepcopy(training.reference).float())
-        if args.batch_size % (2 * args.microbatch) == 0:  # or activations could be too large
+        if args.batch_size % (2 * args.microbatch) == 0:  # float32 activations need smaller microbatches
             args = Namespace(**vars(args) | {"microbatch": 2 * args.microbatch})
     torch.backends.cuda.matmul.allow_tf32 = False
     expected = None
@@ -452,9 +457,9 @@ def compare_gradients(cases: list[Case], training: Training, args: Namespace):
 
 
 def matmul_peak(dtype: torch.dtype, n: int = 8192, repeats: int = 20) -> float:
-    """Operations per second of the product of two random n x n matrices on the GPU."""
+    """Measure the operations per second of the product of two random n x n matrices on the GPU."""
     a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-    for n_products in (3, repeats):  # the first to warm up
+    for n_products in (3, repeats):  # the first round warms up
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(n_products):
@@ -464,7 +469,7 @@ def matmul_peak(dtype: torch.dtype, n: int = 8192, repeats: int = 20) -> float:
 
 
 def needed_operations(pairs: list[Pair], model: nn.Module, cached_reference: bool) -> float:
-    """Floating-point operations that training on a pair needs at least, mean over the pairs."""
+    """Return the least number of floating-point operations to train on a pair, averaged over the pairs."""
     config = model.config
     modules = [module for module in model.base_model.modules() if not isinstance(module, nn.Embedding)]
     n_weights = sum(p.numel() for module in modules for p in module.parameters(recurse=False) if p.ndim == 2)
@@ -483,7 +488,7 @@ def needed_operations(pairs: list[Pair], model: nn.Module, cached_reference: boo
 
 
 def description(pairs: list[Pair], training: Training, args: Namespace) -> str:
-    """Hardware, versions, model and data: what the figures hold for."""
+    """Describe the hardware, versions, model and data that the figures are for."""
     if training.device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     else:
@@ -504,7 +509,7 @@ def description(pairs: list[Pair], training: Training, args: Namespace) -> str:
 
 
 def print_table(cases: list[Case], pairs: list[Pair], training: Training):
-    """Print what was measured as Markdown; ratios are to the first row."""
+    """Print the measurements as a Markdown table, with ratios to the first row."""
     header = ["way", "pairs/s", "ms per pair", "computed tokens per pair", "peak memory, MiB"]
     header += [f"pairs/s over {cases[0].name}", "largest gradient difference"]
     peak = matmul_peak(training.reference.dtype) if training.device.type == "cuda" else None
@@ -523,7 +528,7 @@ def print_table(cases: list[Case], pairs: list[Pair], training: Training):
 
 
 def write_json(path: str, cases: list[Case], pairs: list[Pair], training: Training, args: Namespace):
-    """What was measured, with what it was measured on."""
+    """Write the measurements and the description of what they are for."""
     rows = [
         {"way": case.name, "pairs_per_second": case.pairs_per_second, "tokens_per_pair": case.tokens_per_pair,
          "peak_memory_bytes": case.peak_memory, "gradient_difference": case.gradient_difference,
@@ -535,7 +540,7 @@ def write_json(path: str, cases: list[Case], pairs: list[Pair], training: Traini
 
 
 def parse_args() -> Namespace:
-    """The options on the command line; those of a preset are other defaults."""
+    """Parse the command line; a preset changes the defaults."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, help="defaults for model, dtype, batch size and microbatches")
     parser.add_argument("--arch", default="gpt_neox", choices=["gpt_neox", "llama", "gpt2", "gptj", "qwen3"])
@@ -544,24 +549,26 @@ def parse_args() -> Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=50304, help="tokens in the vocabulary")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
-    parser.add_argument("--mixed-precision", action="store_true", help="compute the policy in bfloat16 under autocast, "
-                        "its weights in float32; the reference is in bfloat16")  # fmt: skip
-    parser.add_argument("--data", help="JSON lines (or .gz) in the format of Anthropic/hh-rlhf, not random tokens")
-    parser.add_argument("--tokenizer", help="for --data: a folder or a hub id")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens in prompt and response")
-    parser.add_argument("--max-prompt-length", type=int, default=256, help="tokens in the prompt of an over-long pair")
+    parser.add_argument("--mixed-precision", action="store_true", help="keep the policy in float32 and compute it in "
+                        "bfloat16 under autocast, with the reference in bfloat16")  # fmt: skip
+    parser.add_argument(
+        "--data", help="JSON Lines (or .gz) in the format of Anthropic/hh-rlhf, instead of random tokens"
+    )
+    parser.add_argument("--tokenizer", help="tokenizer for --data: a folder or a hub id")
+    parser.add_argument("--max-length", type=int, default=512, help="most tokens in prompt and response")
+    parser.add_argument("--max-prompt-length", type=int, default=256, help="most tokens in the prompt of a long pair")
     parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
-    parser.add_argument("--batch-sizes", help="measure only shared prompts, at these sizes: 8,16,32,64")
-    parser.add_argument("--microbatch", type=int, default=1, help="least number of microbatches a batch is cut into")
-    parser.add_argument("--max-tokens", type=int, help="in a microbatch, of this repository's ways")
-    parser.add_argument("--json", help="a file that gets what is measured")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="in all ways")
+    parser.add_argument("--batch-sizes", help="measure only shared prompts, with these batch sizes, e.g. 8,16,32")
+    parser.add_argument("--microbatch", type=int, default=1, help="least number of microbatches in a batch")
+    parser.add_argument("--max-tokens", type=int, help="most tokens in a microbatch (not for the original and TRL)")
+    parser.add_argument("--json", help="write the measurements to this file")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="use it in all ways")
     parser.add_argument("--steps", type=int, default=8, help="timed steps per way and round")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them, on the first batch")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed steps before them, on the first batch")
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which the ways take turns")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="of the CPU; PyTorch's default otherwise")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default as many as PyTorch chooses")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
     args = parser.parse_args()
@@ -590,9 +597,9 @@ def main():
     print(description(pairs, training, args), end="\n\n", flush=True)
     if args.batch_sizes:
         name, *way = WAYS["shared"]
-        cases = [Case(f"{name}, batches of {n}", *way, in_batches(pairs, n)) for n in args.batch_sizes]
+        cases = [Case(f"{name}, batches of {n}", *way, split_into_batches(pairs, n)) for n in args.batch_sizes]
     else:
-        batches = in_batches(pairs, args.batch_size)
+        batches = split_into_batches(pairs, args.batch_size)
         cases = [Case(*WAYS[key], batches) for key in args.ways]
         compare_gradients(cases, training, args)
     measure(cases, training, args)
@@ -600,7 +607,7 @@ def main():
     if args.json:
         write_json(args.json, cases, pairs, training, args)
     if not (args.has_trl or args.batch_sizes):
-        print("\nTRL is not installed and was left out: pip install trl==1.16.0")
+        print("\nTRL is not installed, so it was not measured: pip install trl==1.16.0")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Losses beside TRL's on the same pairs under the same two models: `pip install trl==1.16.0`, then run this.
+"""Our losses and TRL's on the same pairs and models: `pip install trl==1.16.0`, then `python benchmarks/trl_losses.py`.
 
-Neither trains: each computes the mean loss of one batch, in float32, of a small random policy and reference, ours from
-this repository's log-probabilities, TRL's by its own trainer's `compute_loss`, or by its function of log-probabilities.
+Nothing is trained. Both sides compute the mean loss of one batch in float32, with a small random policy and reference.
+Ours comes from this repository's log-probabilities; TRL's from its trainer's `compute_loss`, or from its function of
+log-probabilities.
 """
 
 import sys
@@ -23,18 +24,17 @@ from losses import LOGPS, LOSSES
 
 N_PAIRS, BETA = 8, 0.1
 SIZES = Namespace(vocab=512, seed=0, max_length=512, max_prompt_length=256)
-# our loss and its options, TRL's name and further settings, and why they differ where they do
-COMPARED = [
+COMPARED = [  # our loss, our options, TRL's name, TRL's options, the reason if they differ
     ("dpo", {}, "sigmoid", {}, ""),
     ("hinge", {}, "hinge", {}, ""),
     ("robust_dpo", {"label_smoothing": 0.1}, "robust", {"label_smoothing": 0.1}, ""),
     ("exo", {"label_smoothing": 0.001}, "exo_pair", {"label_smoothing": 0.001}, ""),
     ("ipo", {}, "ipo", {}, "TRL takes means over tokens, the paper's equation and the original sums"),
-    ("ipo", {"average_log_prob": True}, "ipo", {}, "with `average_log_prob` so do we"),
+    ("ipo", {"average_log_prob": True}, "ipo", {}, "with `average_log_prob` we take means over tokens, too"),
     ("dpo", {"average_log_prob": True}, "sigmoid_norm", {}, ""),
-    ("dpo_nll", {}, ("sigmoid", "sft"), {}, "TRL's NLL is a mean over a batch's tokens, the paper's over a response's"),
-    ("orpo", {}, "ORPO", {}, "the odds' term alone, of means over tokens"),
-    ("cpo", {}, "CPO", {}, "without the NLL, which both add"),
+    ("dpo_nll", {}, ("sigmoid", "sft"), {}, "TRL averages the NLL over a batch's tokens, the paper over a response's"),
+    ("orpo", {}, "ORPO", {}, "only the odds-ratio term"),
+    ("cpo", {}, "CPO", {}, "without the NLL term, which both add"),
     ("simpo", {"beta": 2.0, "gamma": 1.0}, "SimPO", {}, ""),
 ]  # fmt: skip
 
@@ -47,12 +47,12 @@ def small_model(seed: int) -> nn.Module:
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(4)  # so that the two differ by more than rounding
+        model.get_output_embeddings().weight.mul_(4)  # so that policy and reference differ by more than rounding
     return model
 
 
 def our_inputs(policy: nn.Module, reference: nn.Module, pairs: list) -> dict[str, torch.Tensor]:
-    """What losses take of each pair; (N_PAIRS,) each."""
+    """Compute the losses' inputs: log-probabilities and lengths of each pair, (N_PAIRS,) each."""
     batch = {"prompt": [""] * len(pairs)}
     for side, index in (("chosen", 1), ("rejected", 2)):
         for key, rows, pad in (
@@ -70,15 +70,15 @@ def our_inputs(policy: nn.Module, reference: nn.Module, pairs: list) -> dict[str
     return dict(zip(LOGPS, logps, strict=True)) | lengths
 
 
-def our_loss(name: str, options: dict, inputs: dict[str, torch.Tensor], of_term: str) -> float:
-    """The mean loss; of ORPO and CPO the term that TRL has a function of."""
+def our_loss(name: str, options: dict, inputs: dict[str, torch.Tensor], trl_kind: str) -> float:
+    """Return our mean loss; for ORPO and CPO without the NLL, which TRL's functions don't include."""
     options = {key: option.default for key, option in LOSSES[name].options.items()} | {"beta": BETA} | options
     if options.get("average_log_prob"):
         inputs = {key: v / inputs[f"{key.split('_')[1]}_lengths"] if "logps" in key else v for key, v in inputs.items()}
     losses = LOSSES[name](inputs, options)[0]
-    if of_term == "ORPO":
+    if trl_kind == "ORPO":
         losses = losses + inputs["policy_chosen_logps"] / inputs["chosen_lengths"]
-    if of_term == "CPO":
+    if trl_kind == "CPO":
         losses = losses + options["nll_weight"] * inputs["policy_chosen_logps"]
     return losses.mean().item()
 
@@ -86,14 +86,14 @@ def our_loss(name: str, options: dict, inputs: dict[str, torch.Tensor], of_term:
 def trl_loss(
     kind: str | tuple, settings: dict, policy, reference, pairs: list, inputs: dict[str, torch.Tensor]
 ) -> float:
-    """TRL's mean loss."""
+    """Return TRL's mean loss."""
     if kind in ("ORPO", "CPO", "SimPO"):
         return trl_function(kind, inputs)
     from trl import DPOConfig, DPOTrainer
 
-    class OfTokenIds(DPOTrainer):
+    class TokenIdDPOTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *args):
-            return dataset
+            return dataset  # it is tokenized already
 
     with tempfile.TemporaryDirectory() as directory:
         config = DPOConfig(
@@ -101,13 +101,13 @@ def trl_loss(
             gradient_checkpointing=False, use_cpu=True, report_to="none", train_sampling_strategy="sequential",
             loss_type=[kind] if isinstance(kind, str) else list(kind), disable_tqdm=True, **settings,
         )  # fmt: skip
-        trainer = OfTokenIds(policy, reference, config, **trl_data([{"pair": pairs}]))
+        trainer = TokenIdDPOTrainer(policy, reference, config, **trl_data([{"pair": pairs}]))
         with torch.no_grad():
             return trainer.compute_loss(policy, next(iter(trainer.get_train_dataloader()))).item()
 
 
 def trl_function(kind: str, inputs: dict[str, torch.Tensor]) -> float:
-    """Of ORPO, CPO and SimPO, whose trainers take text, the function of log-probabilities."""
+    """Return TRL's mean ORPO, CPO or SimPO loss by its function of log-probabilities, as these trainers need text."""
     chosen, rejected = inputs["policy_chosen_logps"], inputs["policy_rejected_logps"]
     accelerator = Namespace(device=torch.device("cpu"))
     if kind == "ORPO":
@@ -133,14 +133,16 @@ def main():
     pairs = random_pairs(N_PAIRS, SIZES)
     policy, reference = small_model(1), small_model(2)
     inputs = our_inputs(policy, reference, pairs)
-    print("| loss | options | TRL's | here | TRL | difference | why |\n|---|---|---|---|---|---|---|")
-    for name, options, kind, settings, why in COMPARED:
+    print("| loss | options | TRL's name | ours | TRL's | difference | reason |\n|---|---|---|---|---|---|---|")
+    for name, options, kind, settings, reason in COMPARED:
         ours = our_loss(name, options, inputs, str(kind))
         theirs = trl_loss(kind, settings, policy, reference, pairs, inputs)
-        given = ", ".join(f"`{key}` {value}" for key, value in options.items())
-        shown = kind if isinstance(kind, str) else " + ".join(kind)
+        our_options = ", ".join(f"`{key}` {value}" for key, value in options.items())
+        trl_name = kind if isinstance(kind, str) else " + ".join(kind)
+        difference = abs(ours - theirs)
         print(
-            f"| {name} | {given} | {shown} | {ours:.6f} | {theirs:.6f} | {abs(ours - theirs):.0e} | {why} |", flush=True
+            f"| {name} | {our_options} | {trl_name} | {ours:.6f} | {theirs:.6f} | {difference:.0e} | {reason} |",
+            flush=True,
         )
 
 

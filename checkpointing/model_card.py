@@ -14,6 +14,7 @@ from config_checks.datasets import chosen_datasets
 from data.reading import has_data_suffix
 from losses import needs_reference
 from preference_datasets import DATASETS
+from printing import markdown, markdown_code
 from references import policy_source
 from reporting.metric_names import ACCURACY, LOSS, MARGIN
 
@@ -105,19 +106,20 @@ def _datasets(config: DictConfig) -> list[tuple[str, str | None]]:
 
 def _introduction(config: DictConfig, state: dict, is_adapter: bool) -> str:
     source = policy_source(config)
-    base = f"`{source.name_or_path}`"
+    base = markdown_code(source.name_or_path)
     if (revision := _base_revision(config, state)) is not None:
         base += f" (revision `{revision}`)"
     start = f"weights drawn at random, of the shape of {base}" if source.from_scratch else base
     if source.archive is not None:
-        start = f"the weights of `{source.archive}`, of the shape of {base}"
+        start = f"the weights of {markdown_code(source.archive)}, of the shape of {base}"
     if source.adapter is not None:
-        start += f" with the adapter `{source.adapter}`"
+        start += f" with the adapter {markdown_code(source.adapter)}"
     name = os.path.basename(os.path.normpath(source.name_or_path))
     what = "A LoRA adapter, trained" if is_adapter else "A language model, trained"
     whole = "" if state.get("complete", True) else " Training was not over."
     return (
-        f"# {name}, trained with {config.loss.name.upper()}\n\n{what} with `{config.loss.name}` from {start}: "
+        f"# {markdown(name)}, trained with {config.loss.name.upper()}\n\n"
+        f"{what} with `{config.loss.name}` from {start}: "
         f"{state.get('examples', 0):,} examples, {state.get('updates', 0):,} optimizer steps.{whole}"
     )
 
@@ -133,20 +135,21 @@ def _use(config: DictConfig, is_adapter: bool) -> str:
     ]  # fmt: skip
     source = policy_source(config)
     if is_adapter and (source.archive is not None or source.from_scratch):
-        base = f"those of `{source.archive}`" if source.archive is not None else "drawn at random"
+        base = f"those of {markdown_code(source.archive)}" if source.archive is not None else "drawn at random"
         lines[-1] += (
-            f" **The weights beneath the adapter are not those of `{source.name_or_path}`, which PEFT would load, but "
-            f"{base}**: make a model of both by `python export.py run=RUN output=DIR`."
+            f" **The weights beneath the adapter are not those of {markdown_code(source.name_or_path)}, "
+            f"which PEFT would load, but {base}**: make a model of both by `python export.py run=RUN output=DIR`."
         )
     return "\n".join(lines)
 
 
 def _data(config: DictConfig, state: dict) -> str:
     lines = ["## Data", "", "| dataset | from |", "|---|---|"]
-    lines += [f"| {name} | {f'`{source}`' if source else 'made in code'} |" for name, source in _datasets(config)]
+    lines += [f"| {markdown(name)} | {markdown_code(source) if source else 'made in code'} |"
+              for name, source in _datasets(config)]  # fmt: skip
     lines += ["", *_settings(config, _OF_DATA)]
     inputs = state.get("inputs", {})
-    digests = [f"| {name} | `{digest}` |" for name, digest in inputs.items() if not is_of_model(name)]
+    digests = [f"| {markdown(name)} | `{digest}` |" for name, digest in inputs.items() if not is_of_model(name)]
     if digests:
         lines += ["", "| split | SHA-256 of its examples |", "|---|---|", *digests]
     return "\n".join(lines)
@@ -164,7 +167,7 @@ def _objective(config: DictConfig) -> str:
 def _training(config: DictConfig, state: dict, is_adapter: bool) -> str:
     lines = ["## Training", "", *_settings(config, _OF_TRAINING)]
     if config.lora is not None:
-        lines.append(f"- `lora`: {_shown(config.lora)}")
+        lines.append(f"- `lora`: {markdown(_shown(config.lora))}")
     versions = {**state.get("versions", {}), **({"peft": importlib.metadata.version("peft")} if is_adapter else {})}
     return "\n".join([*lines, f"- versions: {', '.join(f'{name} {v}' for name, v in versions.items())}"])
 
@@ -186,7 +189,9 @@ def _evaluation(n: int | None, state: dict) -> str:
 def _settings(config: DictConfig, keys: list[str] | tuple[str, ...]) -> list[str]:
     """Those keys of the config that have a value."""
     values = {key: OmegaConf.select(config, key) for key in keys}
-    return [f"- `{key}`: {_shown(value)}" for key, value in values.items() if value is not None and value != {}]
+    return [
+        f"- `{key}`: {markdown(_shown(value))}" for key, value in values.items() if value is not None and value != {}
+    ]
 
 
 def _shown(value: object) -> str:

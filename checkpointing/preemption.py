@@ -32,7 +32,7 @@ class StopSignal:
         self.received = signal.Signals(number).name
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        text = f"\n{self.received}: stopping after this step and a save; a second signal ends the run at once\n"
+        text = f"\n{self.received}: stopping as soon as this step is done and saved; a second signal ends it at once\n"
         with contextlib.suppress(OSError):  # nobody may read it any more
             os.write(1, text.encode())  # a print may be under way
 

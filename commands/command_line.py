@@ -1,5 +1,6 @@
 """The command line of every command: Hydra composes the config, errors become messages, `-m` sweeps."""
 
+import contextlib
 import os
 import re
 import sys
@@ -12,10 +13,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
+from commands.signals import INTERRUPTED, exit_on_signals
 from commands.sweeps import Sweep
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
 from distributed import launch
+from printing import printable
 from utils import get_local_dir
 
 
@@ -82,9 +85,11 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
             run(config)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+        with contextlib.nullcontext() if sweeps else exit_on_signals():
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     except SystemExit as error:
         if error.code == 2:  # of Hydra's parser of options
             print(explain_flags(sys.argv[1:]), file=sys.stderr)
@@ -92,7 +97,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
     except Exception as error:  # of Hydra composing what was typed, as jobs report their own
         if SHOWS_TRACEBACK:
             raise
-        sys.exit(f"error: {explain_hydra_error(error, config_name)}")
+        sys.exit(printable(f"error: {explain_hydra_error(error, config_name)}"))
     finally:
         sweep.report()
     if not sweep.complete:

@@ -1,6 +1,7 @@
 """Errors that end a command: a user's mistake as its message, a bug as its traceback, a signal as an exit code."""
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -10,9 +11,11 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from checkpointing.preemption import EXIT_CODE, Stopped
+from commands.signals import INTERRUPTED
 from config_checks.explanations import explain_hydra_error
 from distributed import environment, heartbeat
-from utils import UserError, rank0_print
+from printing import printable
+from utils import UserError, is_short_of_files, rank0_print
 
 # asked for by HYDRA_FULL_ERROR=1, which `main` then sets for reasons of its own; workers ask their parent's
 SHOWS_TRACEBACK = os.environ.setdefault("DPO_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
@@ -31,20 +34,40 @@ def errors_reported() -> Iterator[None]:
         if SHOWS_TRACEBACK:
             raise
         message = str(error) if isinstance(error, UserError) else explain_hydra_error(error)
-        sys.exit("\n".join([f"error: {message}", *getattr(error, "__notes__", [])]))
+        if is_short_of_files(error):
+            message = f"{message}\n{_TOO_MANY_FILES}"
+        sys.exit(printable("\n".join([f"error: {message}", *getattr(error, "__notes__", [])])))
     except Stopped as stopped:
         rank0_print("\n".join([f"stopped by {stopped}", *getattr(stopped, "__notes__", [])]), file=sys.stderr)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         is_consequence = heartbeat.is_lost_connection(error)
         if is_consequence and environment.is_local_rank0():
             message = f"error: another worker is gone ({str(error)[:200]}); what it or its launcher printed says why"
-            print("\n".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
+            text = printable("\n".join([message, *getattr(error, "__notes__", [])]))
+            print(text, file=sys.stderr, flush=True)
         heartbeat.wait_for_root_cause(error)
         if SHOWS_TRACEBACK:
             raise
+        if explanation := _explained(error):
+            notes = getattr(error, "__notes__", [])
+            sys.exit(printable("\n".join([f"error: {explanation}", *notes])))
         if not is_consequence:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), file=sys.stderr, end="", flush=True)
         sys.exit(1)
+
+
+_TOO_MANY_FILES = "too many open files: raise the limit on open files (ulimit -n)"
+
+
+def _explained(error: Exception) -> str | None:
+    """Return what is wrong with the machine rather than with this program: a full disk, too many open files."""
+    if is_short_of_files(error):
+        return _TOO_MANY_FILES
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; make room, and give the same command again: what is written is kept"
+    return None

@@ -92,7 +92,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
         enter_process_group(config, stack)
         prepared = None
         if on_rank0():
-            check_config(config)
+            check_config(config, reads_data=own.get("prompts") is None)
             checkpoints = find_checkpoints(own["run"], own["checkpoint"])
             if own["run"] is not None:
                 files = fingerprints.file_fingerprints(config)

@@ -3,12 +3,11 @@
 import contextlib
 import gc
 import json
-import multiprocessing
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,11 +17,12 @@ from checkpointing.preemption import EXIT_CODE
 from checkpointing.resume import SWEEP_DIR, resume_command
 from commands.errors import errors_reported
 from commands.run_directory import is_run_dir_given, job_overrides
+from commands.signals import exit_on_signals
 from distributed import environment
 from reporting.metric_names import ACCURACY, LOSS
 from storage.files import atomic_file, read_json_lines
 from storage.locks import locked_directory
-from utils import UserError, on_rank0, rank0_print, signals_handled
+from utils import UserError, on_rank0, rank0_print
 
 METRICS = (LOSS, ACCURACY)  # what the table shows of a job's last evaluation
 
@@ -90,7 +90,7 @@ class Sweep:
             origin = f"hydra.sweep.dir={self.directory}"
             self.stack.enter_context(locked_directory(self.directory, origin, "another sweep is running there"))
         self.log = SweepLog(self.directory)
-        self.stack.enter_context(_exit_on_signal())
+        self.stack.enter_context(exit_on_signals(interrupted=EXIT_CODE))
 
     def run_job(self, config: DictConfig):
         """Run a job and record how it ended; its errors are printed here.
@@ -147,16 +147,3 @@ class Sweep:
         if not self.complete:
             command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
             rank0_print(f"To go on with what is not complete: {command}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _exit_on_signal() -> Iterator[None]:
-    """Let a signal that comes while a job of a sweep loads end the sweep as one that comes while it trains."""
-
-    def end(_number: int, _frame):
-        for child in multiprocessing.active_children():
-            child.kill()
-        sys.exit(EXIT_CODE)
-
-    with signals_handled(end):
-        yield

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from commands.errors import errors_reported
 from commands.output import keep_output_going
+from commands.signals import exit_on_signals
 from data.row_sources import ROWS
 from distributed import connection, environment, launch
 from distributed.strategies import STRATEGIES
@@ -33,5 +34,5 @@ def _as_worker(rows: dict[str, list[dict]], work: Callable, config: DictConfig, 
     """Call `work` in a worker; `rows` is what `ROWS` holds in the process that started it."""
     keep_output_going()
     ROWS.update(rows)
-    with errors_reported(), connection.process_group(config.worker_timeout):
+    with errors_reported(), exit_on_signals(), connection.process_group(config.worker_timeout):
         work(config, *args)

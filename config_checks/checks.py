@@ -56,9 +56,12 @@ _TYPES_OF_NULL = dict.fromkeys(
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 
 
-def check_config(config: DictConfig):
+def check_config(config: DictConfig, reads_data: bool = True):
     """Refuse what can't work; round `eval_every` down to whole batches, resolve `reference=auto` and the reference's
     dtype.
+
+    Args:
+        reads_data: False for commands that use no dataset: then those of the config need not exist.
 
     Raises: UserError naming the key, its value and the remedy.
     """
@@ -73,7 +76,7 @@ def check_config(config: DictConfig):
     _check_loss(config)
     _check_keys_and_types(config)
     _check_ranges(config)
-    _check_names(config)
+    _check_names(config, reads_data)
     _check_optimizer(config)
     check_schedule(config.lr_scheduler, OmegaConf.to_container(config.lr_scheduler_args))
     _check_model(config)
@@ -171,14 +174,15 @@ def _check_ranges(config: DictConfig):
         raise UserError(f"seed={config.seed}: must be below 2**32")
 
 
-def _check_names(config: DictConfig):
+def _check_names(config: DictConfig, reads_data: bool):
     if isinstance(config.datasets, str):
         config.datasets = ListConfig([config.datasets])
     if not isinstance(config.datasets, ListConfig):
         raise UserError(f"datasets={config.datasets}: expected a list, e.g. datasets=[hh]")
     if not config.datasets:
         raise UserError("datasets=[]: name at least one dataset, e.g. datasets=[hh]")
-    _check_data(config)
+    if reads_data:
+        _check_data(config)
     if config.trainer not in STRATEGIES:
         raise UserError(
             f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "

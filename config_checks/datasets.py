@@ -93,11 +93,11 @@ def check_datasets(choices: list[Choice], paths: dict[str, str]):
             locate(choice.name)
 
 
-def hub_names(config: DictConfig) -> list[str]:
+def hub_names(config: DictConfig, reads_data: bool = True) -> list[str]:
     """What a run loads by name: ids on the hub or, as they may be, local folders."""
     model, reference = config.model, config.reference_model
     names = [model.name_or_path, model.tokenizer_name_or_path, model.archive, reference.name_or_path, reference.archive]
-    for choice in chosen_datasets(config):
+    for choice in chosen_datasets(config) if reads_data else []:
         is_local = choice.name in ROWS or os.path.exists(os.path.expanduser(choice.name)) or has_magic(choice.name)
         if choice.name in DATASETS:
             names.append(config.dataset_paths.get(choice.name) or DATASETS[choice.name].hub_id)

@@ -34,6 +34,7 @@ ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME
     "report_to": "wandb.enabled and tensorboard.enabled, true or false",
     "deepspeed": "trainer=FSDPTrainer divides weights, gradients and optimizer among GPUs",
 }
+_WITHOUT_TRAINING = ("judge", "export")  # configs that have no key of training
 _NO_LOSS = "it is not here; a loss is a function in losses.py and a file in config/loss"
 _OTHER_LOSSES = dict.fromkeys(("bco", "ppo", "grpo"), _NO_LOSS) | {
     "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
@@ -62,7 +63,7 @@ def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
     if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
         inner = re.search(r"full_key: (\S+)", text)  # where a whole section was given
         key = inner[1] if inner and inner[1].startswith(key[1]) else key[1]
-        if config_name == "judge":  # which has no key of training
+        if config_name in _WITHOUT_TRAINING:
             return unknown_key(key, config_name)
         return _why_not_set(key) if key in default_config() else unknown_key(key, config_name)
     if (key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text)) is not None:  # + and ~ read the default
@@ -99,8 +100,9 @@ def explain_flags(words: list[str]) -> str:
 
 def unknown_key(key: str, config_name: str = "config") -> str:
     """The message about a key that no config has, or that is no key but a section of them."""
-    if config_name == "judge":
-        return f"no config key {key!r}.{closest_match(key, own_keys(config_name))} config/judge.yaml lists all keys"
+    if config_name in _WITHOUT_TRAINING:
+        hint = closest_match(key, own_keys(config_name))
+        return f"no config key {key!r}.{hint} config/{config_name}.yaml lists all keys"
     if inside := [name for name in default_config() if name.startswith(f"{key}.")]:
         return f"{key} is a section of the config, set its keys: {', '.join(inside)}"
     if (whole := key.partition(".")[0]) in default_config():

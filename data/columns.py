@@ -32,6 +32,7 @@ _RESPONSE_NAMES = (  # what others call chosen and rejected
     ("response_j", "response_k"), ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
     ("chosen_answer", "rejected_answer"), ("winner_response", "loser_response"), ("choose", "reject"),
     ("chosen_text", "rejected_text"), ("chosen_completion", "rejected_completion"), ("selected", "rejected"),
+    ("preferred_output", "non_preferred_output"),
 )  # fmt: skip
 _METADATA = re.compile(  # words in the names of columns that say something about a row
     r"(^|_)(ids?|idx|index|uid|uuid|guid|hash|md5|sha\d*|sources?|origin|dataset|subset|split|urls?|uri|links?|models?|"
@@ -91,7 +92,7 @@ class Columns:
 
     def is_empty(self, name: str) -> bool:
         """True if the first rows hold nothing in this column."""
-        return all(map(is_blank, self.values(name)))
+        return all(is_blank(decoded(value)) for value in self.values(name))
 
 
 def value_at(row: dict, path: str) -> object:
@@ -136,7 +137,7 @@ def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: 
     """
     read = list(read)
     left = [name for name in unread(columns, read) if name not in columns.ignored and not columns.is_empty(name)]
-    if media := [name for name in left if name.lower() in MEDIA or _holds_media(columns.values(name))]:
+    if media := [name for name in left if _holds_media(columns, name)]:
         raise UserError(
             f"{where}: {_listed(media)}: images, audio and video can't be trained on; this program trains on text\n"
             f"{_ignoring(columns, media)} trains on the text alone"
@@ -153,7 +154,7 @@ def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: 
 
 def is_lost(name: str, value: object) -> bool:
     """True if a value must not be left unread in a column that was empty in the rows that told the format."""
-    if is_blank(value):
+    if is_blank(decoded(value)):
         return False
     return name.lower() in (*_OF_PROMPTS, *MEDIA) or (
         kind_of(value) in ("string", "messages") and not _is_note(name, value)
@@ -168,9 +169,12 @@ def _ignoring(columns: Columns, names: list[str]) -> str:
     return f"ignored_columns=[{', '.join([*columns.ignored, *names])}]"
 
 
-def _holds_media(values: list) -> bool:
-    """True for what the `datasets` library makes of images and recordings: {"bytes": ..., "path": ...}."""
-    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+def _holds_media(columns: Columns, name: str) -> bool:
+    """True for columns named after images and recordings, and for what the `datasets` library makes of these:
+    {"bytes": ..., "path": ...}."""
+    if set(_snake_case(name).split("_")) & set(MEDIA) and columns.kinds[name] not in ("number", "boolean"):
+        return True
+    items = [item for value in columns.values(name) for item in (value if isinstance(value, list) else [value])]
     return any(isinstance(item, dict) and {"bytes", "path"} <= set(item) for item in items)
 
 
@@ -232,6 +236,10 @@ def _strings(value: object):
 def hint_for(columns: Columns) -> str | None:
     """Suggest how to name the columns of data that has no known format; None if nothing is like one."""
     names, prompt = {name.lower(): name for name in columns.kinds}, columns.first(PROMPT)
+    if other_case := [name for name in columns.kinds if name not in FIELDS and name.lower() in FIELDS]:
+        return f"names are in lower case: fields={{{', '.join(f'{name.lower()}: {name}' for name in other_case)}}}"
+    if prompt and columns.known[prompt] == "object" and any("messages" in value for value in columns.values(prompt)):
+        prompt = f"{prompt}.messages"
     start = f"prompt: {prompt}, " if prompt not in (None, "prompt") else ""
     for chosen, rejected in _RESPONSE_NAMES:
         if chosen in names and rejected in names:
@@ -242,6 +250,8 @@ def hint_for(columns: Columns) -> str | None:
         near = closest_match(missing, [name for name in columns.kinds if name != there])
         as_target = f"; for loss=sft on {there}: fields={{completion: {there}}}" if prompt else ""
         return f"{missing!r} is missing beside {there!r}.{near} Name it: fields={{{missing}: COLUMN}}{as_target}"
+    if (dialogue := columns.first(DIALOGUE)) and columns.known[dialogue] != "messages":
+        return f"{dialogue!r} holds no messages: lists of objects with 'role' and 'content', or JSON that is one"
     for name, kind in columns.kinds.items():
         inner = {key for row in columns.rows if isinstance(row.get(name), dict) for key in row[name]}
         if kind == "object" and (found := [key for key in ("prompt", "chosen", "rejected") if key in inner]):

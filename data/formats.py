@@ -135,11 +135,11 @@ def _prompt_column(columns: Columns) -> str | None:
     return dialogue if sum(role != "assistant" for role in last_roles) > len(last_roles) / 2 else None
 
 
-def _last_role(value: object) -> str | None:
+def _last_role(value: object) -> str:
     try:
         return message_list(value, "")[-1]["role"]
     except BadExample:
-        return None
+        return "assistant"  # a dialogue, for all that is known
 
 
 def _holds_labels(columns: Columns, label: str) -> bool:

@@ -34,7 +34,9 @@ class BadExample(Exception):
 
 def is_message(value: object) -> bool:
     """True for an object with a role, under the key of chat templates or of ShareGPT."""
-    return isinstance(value, dict) and ("role" in value or ("from" in value and "value" in value))
+    return isinstance(value, dict) and (
+        "role" in value or ("from" in value and ("value" in value or "content" in value))
+    )
 
 
 def is_messages(value: object) -> bool:
@@ -83,7 +85,8 @@ def _message(given: dict, place: str) -> dict:
     role = message.pop("from" if is_sharegpt else "role", None)
     if not isinstance(role, str):
         raise BadExample("wrong type", f"{place}: its role is {role!r:.60}, expected a string")
-    content = message.pop("value" if is_sharegpt else "content", None)
+    contents = [message.pop(key) for key in ("content", "value") if key in message]
+    content = contents[0] if contents else None
     role = _known_role(role, is_sharegpt, place)
     for key in ("weight", "train"):
         if key in message and message[key] in (0, False):

@@ -46,9 +46,9 @@ def all_reduce_sum(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max(number: int, group: dist.ProcessGroup | None = None) -> int:
-    """Return the largest of all ranks' numbers, by gloo: NCCL would first wait for all that the GPU has to do.
+    """Return the largest of all ranks' numbers, using gloo: NCCL would first wait for the GPU to finish its work.
 
-    `group`: of a thread that works beside the main one; see `thread_group`.
+    Threads other than the main one must pass their own `group`; see `thread_group`.
     """
     if not dist.is_initialized():
         return number
@@ -58,11 +58,11 @@ def all_reduce_max(number: int, group: dist.ProcessGroup | None = None) -> int:
 
 
 def thread_group() -> dist.ProcessGroup | None:
-    """Return a gloo group of all ranks for one other thread, whose collectives must not mix with the main thread's."""
+    """Return a gloo group of all ranks for a second thread, whose collectives must not mix with the main thread's."""
     return _thread_group(dist.group.WORLD) if dist.is_initialized() else None
 
 
-@functools.lru_cache(maxsize=1)  # a group's connections and memory are there as long as it is
+@functools.lru_cache(maxsize=1)  # groups are never freed, so create only one
 def _thread_group(_world: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
@@ -74,16 +74,16 @@ def barrier():
 
 
 def local_group() -> tuple[int, dist.ProcessGroup]:
-    """Return the processes of this machine: the rank of the first, and their group, made on the first call."""
+    """Return the first rank on this machine, and the group of this machine's processes, created at the first call."""
     return _local_group(dist.group.WORLD)
 
 
 @functools.lru_cache(maxsize=1)
 def _local_group(_world: dist.ProcessGroup) -> tuple[int, dist.ProcessGroup]:
-    first = dist.get_rank() - int(os.environ["LOCAL_RANK"])
-    all_firsts = all_gather_object(first)
+    first_rank = dist.get_rank() - int(os.environ["LOCAL_RANK"])
+    first_ranks = all_gather_object(first_rank)  # of each rank's machine
     groups = {
-        key: dist.new_group([rank for rank, value in enumerate(all_firsts) if value == key])
-        for key in sorted(set(all_firsts))
+        machine: dist.new_group([rank for rank, first in enumerate(first_ranks) if first == machine])
+        for machine in sorted(set(first_ranks))
     }
-    return first, groups[first]
+    return first_rank, groups[first_rank]

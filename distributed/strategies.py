@@ -1,7 +1,7 @@
 """Parallel strategies: how a trainer distributes models and batches, clips gradients and stops sampling.
 
-To add a trainer, add a strategy here, its entry in `STRATEGIES`, and a class in trainers.py. Methods import what
-communicates only when called, so that a config can be checked against a strategy without torch.distributed.
+To add a trainer, add a strategy here, its entry in `STRATEGIES`, and a class in trainers.py. Methods import
+torch.distributed and what uses it when they are called, so that checking a config doesn't need it.
 """
 
 from collections.abc import Callable, Iterable
@@ -57,6 +57,8 @@ class SingleProcess:
 
 
 class _SeveralProcesses(SingleProcess):
+    """Trains in several processes, with every model split over them."""
+
     starts_workers = True
     splits_tensors = True
     device_map = "cpu"

@@ -1,51 +1,118 @@
 """A judge behind an OpenAI-compatible chat-completions endpoint (https://platform.openai.com/docs/api-reference/chat)."""
 
+import contextlib
 import email.utils
+import json
+import math
 import os
 import queue
 import random
 import threading
 import time
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from evaluation.pairs import Task
 from evaluation.prompts import fill, read_verdict
 from evaluation.verdicts import Verdict
-from utils import UserError
+from printing import masked
+from utils import UserError, is_short_of_files
 
-_FOR_NOW = (408, 409, 425, 429)  # statuses, beside those from 500 on, after which it's worth another try
+_KEY = "OPENAI_API_KEY"  # the environment variable
+_TEMPORARY = (408, 409, 425, 429)  # statuses, beside those from 500 on, after which a request is repeated
 _LONGEST_PAUSE = 600  # seconds
+_SHOWN = 300  # characters of an answer
 
 
-def check_url(url: str) -> str:
-    """The endpoint's base, that ends in /v1 or the like.
+class Endpoint:
+    """An endpoint's address and who asks there; as a string its URL without user and password."""
 
-    Raises: UserError if it is no URL, or OpenAI's own and there is no key.
+    def __init__(self, url: str):
+        """
+        Args:
+            url: its base, which ends in /v1 or the like. A user and password in it are sent unless there is a key.
+
+        Raises: UserError if it is no URL, if the key can't be sent, or if OpenAI's own endpoint is named without a key.
+        """
+        parts = _checked_parts(url)
+        host = parts.netloc.rpartition("@")[2]
+        path = parts.path.rstrip("/").removesuffix("/chat/completions")
+        self.shown = urlunsplit((parts.scheme, host, path, "", ""))
+        self.completions_url = urlunsplit((parts.scheme, host, f"{path}/chat/completions", parts.query, ""))
+        self.key = api_key()
+        self.user = (unquote(parts.username or ""), unquote(parts.password or ""))
+        if parts.hostname == "api.openai.com" and self.key is None:
+            raise UserError(f"judge_url={self.shown} needs a key; set the variable {_KEY}")
+
+    def __str__(self) -> str:
+        return self.shown
+
+    def authorize(self, request):
+        """Set the Authorization header of a request.
+
+        requests calls this in place of what it would do itself: replace the header by what .netrc has for the host.
+        """
+        import requests
+
+        if self.key is not None:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        elif any(self.user):
+            return requests.auth.HTTPBasicAuth(*(part.encode() for part in self.user))(request)
+        return request
+
+
+def api_key() -> str | None:
+    """Return the key from the environment, without white space around it; None if there is none.
+
+    Raises: UserError if it has a character that no HTTP header takes.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"judge_url={url}: expected a URL, e.g. judge_url=http://localhost:8000/v1")
-    if parts.hostname == "api.openai.com" and not os.environ.get("OPENAI_API_KEY"):
-        raise UserError(f"judge_url={url} needs a key; set the variable OPENAI_API_KEY")
-    return url.rstrip("/").removesuffix("/chat/completions")
+    key = os.environ.get(_KEY, "").strip()
+    for position, character in enumerate(key, 1):
+        if not "!" <= character <= "~":
+            raise UserError(
+                f"{_KEY}: its character {position} of {len(key)} is {character!a}, which no HTTP header takes; copy "
+                "the key once more"
+            )
+    return key or None
+
+
+def _checked_parts(url: str) -> SplitResult:
+    """Return a URL's parts.
+
+    Raises: UserError, which doesn't show user and password, if requests can't be sent there.
+    """
+    scheme, separator, rest = url.partition("://")
+    shown = f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    expected = "expected a URL, e.g. judge_url=http://localhost:8000/v1"
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # raises if it is no number, or too large
+        host = (parts.hostname or "").encode("idna").decode()  # raises for labels over 63 characters
+    except ValueError:  # its text may show a part of the password
+        raise UserError(f"judge_url={shown}: its host or port can't be one; {expected}") from None
+    if parts.scheme not in ("http", "https") or not host or port == 0 or any(not "!" <= c <= "~" for c in host):
+        raise UserError(f"judge_url={shown}: {expected}")
+    if parts.fragment:
+        raise UserError(f"judge_url={shown}: leave out what follows #; {expected}")
+    return parts
 
 
 class RateLimit:
-    """Lets requests of all threads start at most `per_minute` a minute, evenly; None: at once."""
+    """Lets requests of all threads start at most `per_minute` a minute, evenly; None: no limit."""
 
     def __init__(self, per_minute: float | None):
         self.gap = 60 / per_minute if per_minute else 0.0
         self.next, self.lock = 0.0, threading.Lock()
 
     def wait(self):
+        """Wait until the next request may start."""
         with self.lock:
             start = max(self.next, time.monotonic())
             self.next = start + self.gap
         time.sleep(max(0.0, start - time.monotonic()))
 
     def pause(self, seconds: float):
-        """Let nothing more start for so long."""
+        """Let no request start for this time."""
         with self.lock:
             self.next = max(self.next, time.monotonic() + seconds)
 
@@ -57,7 +124,7 @@ class ChatCompletions:
 
     def __init__(
         self,
-        url: str,
+        endpoint: Endpoint,
         model: str,
         template: str,
         arguments: dict,
@@ -70,19 +137,19 @@ class ChatCompletions:
         Args:
             template: with {prompt}, {a} and {b}.
             arguments: further fields of a request.
-            retries: how often what fails is asked again, after pauses that double from a second on.
+            retries: how often a failed request is repeated, after pauses that double from a second on.
             timeout: without an answer (seconds).
         """
-        self.url, self.model, self.template, self.arguments = url, model, template, arguments
+        self.endpoint, self.model, self.template, self.arguments = endpoint, model, template, arguments
         self.retries, self.timeout, self.concurrency = retries, timeout, concurrency
         self.limit = RateLimit(requests_per_minute)
 
     def n_characters(self, tasks: list[Task]) -> int:
-        """Of what is sent."""
+        """Return the number of characters that are sent for these tasks."""
         return sum(len(fill(self.template, task)) for task in tasks)
 
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
-        """Verdicts as they come, in any order.
+        """Yield verdicts as they come, in any order.
 
         Raises: UserError if the endpoint refuses this user, or has no such model.
         """
@@ -100,11 +167,11 @@ class ChatCompletions:
                     return
                 try:
                     done.put((task, self._ask(task)))
-                except BaseException as error:  # the main thread's to raise
+                except BaseException as error:  # raised in the main thread
                     done.put((task, error))
 
         for _ in range(min(self.concurrency, len(tasks))):
-            threading.Thread(target=work, daemon=True).start()  # the process doesn't wait for it where a signal ends it
+            threading.Thread(target=work, daemon=True).start()  # a signal ends the process without waiting for them
         try:
             for _ in tasks:
                 task, outcome = done.get()
@@ -115,6 +182,7 @@ class ChatCompletions:
             stopped.set()
 
     def _ask(self, task: Task) -> Verdict:
+        """Return the verdict on a task, after as many repetitions as it takes and `retries` allows."""
         content, tokens = fill(self.template, task), {"input_tokens": 0, "output_tokens": 0}
         verdict = Verdict(failure="nothing sent")
         for attempt in range(self.retries + 1):
@@ -122,7 +190,7 @@ class ChatCompletions:
                 time.sleep(min(2 ** (attempt - 1), 60) * random.uniform(0.75, 1.25))  # so that not all come at once
             self.limit.wait()
             verdict, may_be_repeated = self._request(content)
-            for name in tokens:  # of answers that can't be read, too: they are paid for
+            for name in tokens:  # an answer without a verdict is paid for, too
                 tokens[name] += verdict.details.pop(name, 0)
             if not may_be_repeated:
                 break
@@ -130,40 +198,55 @@ class ChatCompletions:
         return verdict
 
     def _request(self, content: str) -> tuple[Verdict, bool]:
-        """A verdict or why there is none, and whether it's worth another try."""
+        """Return a verdict or why there is none, and whether the request is worth repeating."""
         import requests
+        import urllib3
 
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **self.arguments}
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             response = requests.post(
-                f"{self.url}/chat/completions", json=body, headers=headers, timeout=self.timeout, allow_redirects=False
-            )
+                self.endpoint.completions_url, data=_as_json(body), headers={"Content-Type": "application/json"},
+                auth=self.endpoint.authorize, timeout=self.timeout, allow_redirects=False,
+            )  # fmt: skip
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+            raise UserError(f"judge_url={self.endpoint}: {error}") from error
         except requests.Timeout:
             return Verdict(failure="timeout"), True
-        except requests.RequestException as error:
-            return Verdict(failure="no connection", details={"answer": str(error)[:300]}), True
-        text = response.text[:300]
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            if is_short_of_files(error):
+                raise UserError(
+                    f"too many open files for judge_concurrency={self.concurrency}: give a smaller one, or raise the "
+                    "limit (ulimit -n)"
+                ) from error
+            return Verdict(failure="no connection", details={"answer": masked(str(error))[:_SHOWN]}), True
+        text = response.content.decode("utf-8", "replace")  # JSON is UTF-8, whatever charset the header names
+        shown = masked(text)[:_SHOWN]
         if response.status_code in (401, 403, 404):
-            remedy = "check judge_url and judge_model" if response.status_code == 404 else "check OPENAI_API_KEY"
-            raise UserError(f"{self.url} answers {response.status_code} for judge_model={self.model}: {text}\n{remedy}")
+            remedy = "check judge_url and judge_model" if response.status_code == 404 else f"check {_KEY}"
+            raise UserError(
+                f"{self.endpoint} answers {response.status_code} for judge_model={self.model}: {shown}\n{remedy}"
+            )
         if response.status_code != 200:
-            may_be_repeated = response.status_code in _FOR_NOW or response.status_code >= 500
+            may_be_repeated = response.status_code in _TEMPORARY or response.status_code >= 500
             if may_be_repeated:
                 self.limit.pause(retry_after(response.headers.get("Retry-After")))
-            return Verdict(failure=f"HTTP {response.status_code}", details={"answer": text}), may_be_repeated
+            return Verdict(failure=f"HTTP {response.status_code}", details={"answer": shown}), may_be_repeated
         try:
-            answer, tokens = _content(response.json())
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return Verdict(failure="no chat completion", details={"answer": text}), True
+            answer, tokens = _content(json.loads(text))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
+            return Verdict(failure="no chat completion", details={"answer": shown}), True
         verdict = read_verdict(answer)
         failure = None if verdict is not None else "no verdict in the answer"
-        return Verdict(verdict, failure, {"answer": answer, **tokens}), verdict is None
+        return Verdict(verdict, failure, {"answer": masked(answer), **tokens}), verdict is None
+
+
+def _as_json(body: dict) -> bytes:
+    """Return a request's body; characters that are no text (lone surrogates) are escaped."""
+    return json.dumps(body).encode()
 
 
 def _content(body: dict) -> tuple[str, dict[str, int]]:
-    """The text of a chat completion, and its tokens as the endpoint counts them."""
+    """Return the text of a chat completion, and its tokens as the endpoint counts them."""
     usage = body.get("usage") or {}
     tokens = {"input_tokens": usage.get("prompt_tokens"), "output_tokens": usage.get("completion_tokens")}
     content = body["choices"][0]["message"]["content"] or ""
@@ -171,12 +254,11 @@ def _content(body: dict) -> tuple[str, dict[str, int]]:
 
 
 def retry_after(value: str | None) -> float:
-    """The pause that a Retry-After header asks for, in seconds or until a date; at most ten minutes (seconds)."""
+    """Return the pause that a Retry-After header asks for, given in seconds or as a date; at most ten minutes (s)."""
+    seconds = 0.0
     try:
         seconds = float(value or 0)
     except ValueError:
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return min(max(seconds, 0.0), _LONGEST_PAUSE)
+    return min(max(seconds, 0.0), _LONGEST_PAUSE) if math.isfinite(seconds) else 0.0

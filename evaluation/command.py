@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from utils import UserError
 
 
 class Command:
-    """Reads a JSON object {prompt, a, b} a line, and prints a verdict a line: A (the first), B, or tie."""
+    """Reads lines of JSON, {prompt, a, b}, and prints a verdict for each: A (the first response), B, or tie."""
 
     sees_order = True
 
@@ -21,38 +23,48 @@ class Command:
         self.command = command
 
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
-        """Verdicts in the order of the tasks.
+        """Yield verdicts in the order of the tasks.
 
         Raises: UserError if a line is no verdict, or the command fails or prints more or fewer.
         """
         name = f"judge_command={self.command!r}"
-        process = subprocess.Popen(
-            self.command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-            errors="replace",
-        )  # fmt: skip
-
-        def write():  # beside reading, as a command may print only once it has read all
-            with contextlib.suppress(OSError), process.stdin:  # it has ended, which its exit code tells
-                for task in tasks:
-                    texts = dict(zip(("a", "b"), task.texts, strict=True))
-                    process.stdin.write(json.dumps({"prompt": task.pair.prompt, **texts}) + "\n")
-                    process.stdin.flush()
-
-        threading.Thread(target=write, daemon=True).start()
-        left = list(reversed(tasks))
-        try:
+        missing = list(reversed(tasks))
+        with _process_group(self.command) as process:
+            threading.Thread(target=_write_tasks, args=(process, tasks), daemon=True).start()
             for line in process.stdout:
                 if (winner := read_verdict(line)) is None:
                     raise UserError(f"{name} printed {line[:200]!r}: expected A, B or tie, a line for each pair")
-                if not left:
+                if not missing:
                     raise MisassignedVerdicts(f"{name} printed more verdicts than there are pairs; none is kept")
-                yield left.pop(), Verdict(winner)
+                yield missing.pop(), Verdict(winner)
             code = process.wait()
-        finally:
-            process.kill()
-            process.stdout.close()
-        if code != 0 or left:
+        if code != 0 or missing:
             raise UserError(
-                f"{name} ended with exit code {code} after {len(tasks) - len(left)} of {len(tasks)} verdicts, which "
-                "are kept; mend it, and the same command goes on"
+                f"{name} ended with exit code {code} after {len(tasks) - len(missing)} of {len(tasks)} verdicts, which "
+                "are kept; correct it, and the same command continues"
             )
+
+
+@contextlib.contextmanager
+def _process_group(command: str) -> Iterator[subprocess.Popen]:
+    """Start a shell command as a process group, which is killed at the end: with all that the command has started."""
+    process = subprocess.Popen(
+        command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def _write_tasks(process: subprocess.Popen, tasks: list[Task]):
+    """Write the tasks in a thread of its own, as a command may print only once it has read all."""
+    with contextlib.suppress(OSError, ValueError), process.stdin:  # a command that has ended is told by its exit code
+        for task in tasks:
+            texts = dict(zip(("a", "b"), task.texts, strict=True))
+            process.stdin.write(json.dumps({"prompt": task.pair.prompt, **texts}) + "\n")
+            process.stdin.flush()

@@ -1,4 +1,4 @@
-"""The figures of checkpoints on the evaluation data, with intervals: the body of `evaluate.py`."""
+"""Evaluates checkpoints: means with intervals, also by dataset and length; the body of `evaluate.py`."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,8 @@ from checkpointing import fingerprints
 from checkpointing.integrity import content_digest
 from data.batches import chosen_and_rejected
 from distributed import collectives
-from evaluation.statistics import Z, wilson_interval
+from evaluation.statistics import wilson_interval
+from reporting.intervals import mean_interval
 from reporting.metric_names import ACCURACY, LOSS, MARGIN, TIES
 from reporting.metrics import mean_metrics
 from storage.files import append_json_line, atomic_file, read_json_lines
@@ -21,14 +22,14 @@ from storage.outputs import Output, check_outputs, json_lines, new_file
 from utils import UserError, on_rank0, rank0_print
 
 _IN_TABLE = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "nll_eval/rejected")
-_SHARES = (ACCURACY, TIES)  # metrics that are 0 or 1 of each example
+_SHARES = (ACCURACY, TIES)  # metrics that are 0 or 1 for each example
 _N_BUCKETS = 4
 _EVALUATIONS = json_lines("evaluations", b'{"key": "', ("key", "metrics"))
 
 
 @dataclasses.dataclass
 class Options:
-    """What `evaluate.py` has beside the keys of training."""
+    """The checked keys that `evaluate.py` has beside those of training."""
 
     checkpoints: list[str | None]  # directories; None: the policy as it is loaded
     rows: str | None
@@ -51,37 +52,37 @@ def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) 
 
 def evaluate_checkpoints(trainer, options: Options):
     """Evaluate one checkpoint after the other; print and write the figures of each."""
-    done = _former(options.output) if on_rank0() else {}
+    earlier = _read_evaluations(options.output) if on_rank0() else {}
     with trainer.stop:
         trainer.precompute_reference()
         for checkpoint in options.checkpoints:
             if checkpoint is not None:
                 trainer.load_weights(checkpoint)
-            key = _key(trainer.config, checkpoint, trainer)
-            result = collectives.broadcast_object(done.get(key))
+            key = _settings_hash(trainer.config, checkpoint, trainer)
+            result = collectives.broadcast_object(earlier.get(key))
             if result is None or options.rows is not None:
                 result = _evaluate(trainer, key, checkpoint, options)
             else:
-                rank0_print(f"{checkpoint}: evaluated before, in {options.output}")
+                rank0_print(f"{checkpoint}: evaluated before; the figures are those in {options.output}")
             rank0_print(table(result))
 
 
-def _key(config: DictConfig, checkpoint: str | None, trainer) -> str:
-    """What decides an evaluation's figures."""
+def _settings_hash(config: DictConfig, checkpoint: str | None, trainer) -> str:
+    """Return a hash of what decides an evaluation's figures."""
     settings = ("loss", "max_length", "max_prompt_length", "n_eval_examples", "eval_batch_size", "seed", "reference",
                 "reference_model", "add_bos", "trainer", "truncation", "model", "shared_prompt")  # fmt: skip
-    decides = [
+    deciding = [
         checkpoint and content_digest(checkpoint),
         {name: OmegaConf.to_container(config)[name] for name in settings},
         trainer.eval_iterator.fingerprints(),
         fingerprints.file_fingerprints(config),
         fingerprints.hub_revisions(config),
     ]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
-def _former(output: str | None) -> dict[str, dict]:
-    """Evaluations that have been written before, by their keys."""
+def _read_evaluations(output: str | None) -> dict[str, dict]:
+    """Return the evaluations in a file, by their keys."""
     found = {}
     if output is not None and os.path.exists(output):
         for result, _ in read_json_lines(output, skips_damaged=True):
@@ -91,9 +92,10 @@ def _former(output: str | None) -> dict[str, dict]:
 
 
 def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> dict:
+    """Evaluate the policy as it is, write the results, and return the line for the output file (rank 0 only)."""
     all_metrics, indices = trainer.evaluate_examples()
     metrics = mean_metrics(all_metrics, trainer.n_eval_examples)
-    rows = _gathered(trainer, all_metrics, indices)
+    rows = _gather_rows(trainer, all_metrics, indices)
     if not on_rank0():
         return {}
     places = trainer.eval_iterator.places()
@@ -118,8 +120,8 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
     return result
 
 
-def _gathered(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int, dict[str, float]]:
-    """All workers' metrics of each example, by its number."""
+def _gather_rows(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int, dict[str, float]]:
+    """Return each example's metrics by its number, from all workers."""
     rows, start = {}, 0
     for metrics in all_metrics:
         columns = {name: values.double().tolist() for name, values in metrics.items()}
@@ -147,19 +149,21 @@ def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
 
 
 def _standard_error(values: list[float]) -> float | None:
-    """Of the mean; None: one value tells nothing of it."""
+    """Return the standard error of the mean; None for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _interval(name: str, values: list[float]) -> list[float] | None:
-    """95 % confidence interval of the mean: Wilson's of shares, else by the normal approximation."""
-    mean, error = float(np.mean(values)), _standard_error(values)
+    """Return the 95 % interval of the mean: Wilson's for shares, else by the normal approximation."""
+    mean = float(np.mean(values))
     if name in _SHARES:
         return wilson_interval(mean, len(values))
-    return [mean - Z * error, mean + Z * error] if error is not None else None
+    interval = mean_interval(mean, _standard_error(values))
+    return list(interval) if interval is not None else None
 
 
 def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
+    """Return the number of examples, and each metric's mean and standard error."""
     figures: dict[str, object] = {"n": len(rows)}
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -171,7 +175,7 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
 
 
 def table(result: dict) -> str:
-    """Means and 95 % intervals of all examples, and means of groups of them."""
+    """Return means and 95 % intervals of all examples, and means of groups of them, as lines to print."""
     if not result:
         return ""
     names = [name for name in _IN_TABLE if name in result["metrics"]]
@@ -195,6 +199,7 @@ def table(result: dict) -> str:
 
 
 def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_mode: bool):
+    """Write a line for each example: its place in the data, its texts and its metrics."""
     with atomic_file(path) as file:
         for index, metrics in rows.items():
             prompt, pair = places[index]

@@ -1,4 +1,4 @@
-"""Where responses come from, and how far the model that wrote them is from its reference."""
+"""Where responses come from, and the KL divergence of the model that wrote them from its reference."""
 
 import dataclasses
 import hashlib
@@ -9,20 +9,23 @@ from evaluation.statistics import mean_and_error
 
 
 def digest(responses: dict[Place, Response]) -> str:
-    """A short hash of all prompts and texts."""
+    """Return a short hash of all prompts and texts."""
     texts = sorted([*map(str, place), json.dumps(r.prompt), r.text] for place, r in responses.items())
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
 def origins(responses: dict[Place, Response]) -> list[dict]:
-    """What responses were drawn from, and how, each once; none where nothing says it of all."""
+    """Return the distinct origins of the responses; none unless every response has one."""
     found = dict.fromkeys(response.drawn for response in responses.values())
     return [dataclasses.asdict(drawn) for drawn in found if None not in found]
 
 
 def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:
-    """KL(policy ‖ reference) of responses (nats): the mean of their log-ratios, which it is if they were drawn from the
-    policy itself; its standard error, by prompts; and the number of responses. Or why it isn't known (`kl_unknown`)."""
+    """Estimate KL(policy ‖ reference) in nats a response, with its standard error over prompts.
+
+    It is the mean log-ratio of responses drawn from the policy's own softmax. For others `kl` is None, and `kl_unknown`
+    says why.
+    """
     unknown = {"kl": None, "kl_se": None, "n_kl": 0}
     if any(response.drawn is None for response in responses.values()):
         return {**unknown, "kl_unknown": "nothing says how its responses were drawn"}
@@ -30,7 +33,7 @@ def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:
         if (drawn.temperature, drawn.top_p, drawn.top_k) != (1, 1, 0):
             how = f"temperature={drawn.temperature:g} top_p={drawn.top_p:g} top_k={drawn.top_k}"
             return {**unknown, "kl_unknown": f"its responses were drawn with {how}, not from the policy's own softmax"}
-    # after an empty prompt nothing is drawn
+    # an empty prompt has an empty response without a log-ratio
     scored = {place: r.logratio for place, r in responses.items() if r.text or r.logratio is not None}
     if not scored or None in scored.values():
         return {**unknown, "kl_unknown": "it has responses without the reference's log-probabilities"}

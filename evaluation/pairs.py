@@ -1,4 +1,4 @@
-"""Responses of two models to the same prompts, read from files and put side by side."""
+"""Responses of two models to the same prompts, read from files and matched."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from utils import UserError
 
 Prompt = str | list[dict]  # text, or messages
-Place = tuple[int, int | None]  # of a response: its prompt's number, and which sample; None: there is one alone
+Place = tuple[int, int | None]  # a response's prompt number and sample number; None: the only one for its prompt
 _FORMATS = (
     "give JSON Lines as sample.py writes them (prompt_index, sample, prompt, response) or evaluate.py as rows (prompt, "
     "chosen), or JSON as AlpacaEval has it (instruction, output)"
@@ -18,7 +18,7 @@ _FORMATS = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """How `sample.py` drew a response, and from what; run and checkpoint by their names, None without a run."""
+    """How `sample.py` drew a response; run and checkpoint by their names, None without a run."""
 
     run: str | None
     checkpoint: str | None
@@ -30,8 +30,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Response:
-    """What a model wrote, and to what; as far as it is known, how it was drawn, and the policy's log-probability of it
-    less the reference's (nats)."""
+    """A model's response to a prompt; if known, how it was drawn, and its log-ratio of policy to reference (nats)."""
 
     prompt: Prompt
     text: str
@@ -41,7 +40,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to a prompt, or one, without `b`."""
+    """Two responses to a prompt, or a single one (`b` is None)."""
 
     index: int
     sample: int
@@ -52,18 +51,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class Task:
-    """A pair in the order that a judge gets to see; `first`: a or b."""
+    """A pair in the order in which a judge sees it; `first`: a or b."""
 
     pair: Pair
     first: str
 
     @property
     def key(self) -> tuple[int, int, str]:
+        """Prompt number, sample number, and whose response comes first."""
         return (self.pair.index, self.pair.sample, self.first)
 
     @property
     def texts(self) -> tuple[str, str]:
-        """The first response and the second."""
+        """The first response and the second, as the judge sees them."""
         return (self.pair.a, self.pair.b) if self.first == "a" else (self.pair.b, self.pair.a)
 
     @property
@@ -74,7 +74,7 @@ class Task:
 
 
 def first_shown(pair: Pair, seed: int) -> str:
-    """Whose response a judge sees first, a or b: drawn for each pair apart, so that it is the same beside others."""
+    """Draw whose response a judge sees first, a or b: by the pair alone, so that other pairs change nothing."""
     return "ab"[hashlib.sha256(f"{seed}/{pair.index}/{pair.sample}".encode()).digest()[0] & 1]
 
 
@@ -82,18 +82,18 @@ def first_shown(pair: Pair, seed: int) -> str:
 
 
 def read_responses(key: str, path: str) -> dict[Place, Response]:
-    """The responses in a file, by their places.
+    """Return the responses in a file, by their places.
 
-    Of rows of `evaluate.py` it is the preferred response of each prompt's first pair, prompts numbered as `sample.py`
-    does. These, and AlpacaEval's, have one response to a prompt, which goes with every sample of others.
+    Rows of `evaluate.py` give the preferred response of each prompt's first pair, prompts numbered as `sample.py` does.
+    They, and AlpacaEval's, have one response to a prompt, which is matched with every sample of the other file.
 
     Args:
-        key: of the config that gives it, for messages.
+        key: the config's key for the file, for messages.
 
-    Raises: UserError if it can't be read or has other rows, naming the first.
+    Raises: UserError if the file can't be read or has other rows, naming the first.
     """
     found: dict[Place, Response] = {}
-    numbers: dict[str, int] = {}  # of the prompts of rows
+    prompt_numbers: dict[str, int] = {}  # by the prompt as JSON, for rows of evaluate.py
     for number, (where, row) in enumerate(_rows(f"{key}={path}", path)):
         if {"prompt_index", "sample", "prompt", "response"} <= row.keys():
             place = (row["prompt_index"], row["sample"])
@@ -103,14 +103,14 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
             place, response = (number, None), Response([message], row["output"])
         elif {"prompt", "chosen"} <= row.keys():
             response = Response(row["prompt"], row["chosen"])
-            if json.dumps(response.prompt) in numbers:
+            if json.dumps(response.prompt) in prompt_numbers:
                 continue
-            place = (numbers.setdefault(json.dumps(response.prompt), len(numbers)), None)
+            place = (prompt_numbers.setdefault(json.dumps(response.prompt), len(prompt_numbers)), None)
         else:
             raise UserError(f"{where}: no response, its fields are {', '.join(row) or 'none'}; {_FORMATS}")
         _check(where, place, response)
         if place in found:
-            raise UserError(f"{where}: prompt_index={place[0]}, sample={place[1]} is there twice; leave one out")
+            raise UserError(f"{where}: prompt_index={place[0]}, sample={place[1]} is listed twice; leave one out")
         found[place] = response
     if not found:
         raise UserError(f"{key}={path}: it has no responses; {_FORMATS}")
@@ -130,7 +130,7 @@ def _logratio(row: dict) -> float | None:
 
 
 def _rows(where: str, path: str) -> Iterator[tuple[str, dict]]:
-    """A file's JSON objects, each with where it is."""
+    """Yield a file's JSON objects, each with its place in words."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -143,8 +143,9 @@ def _rows(where: str, path: str) -> Iterator[tuple[str, dict]]:
     for place, piece in pieces:
         try:
             value = json.loads(piece)
-        except ValueError as error:
-            raise UserError(f"{place}: no JSON: {error}; {_FORMATS}") from error
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise UserError(f"{place}: no JSON: {reason}; {_FORMATS}") from error
         for number, row in enumerate(value if is_array else [value], 1):
             inside = f"{place}, entry {number}" if is_array else place
             if not isinstance(row, dict):
@@ -158,24 +159,24 @@ def _check(where: str, place: tuple, response: Response):
         messages and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
     )
     if not is_prompt:
-        raise UserError(f"{where}: the prompt is neither a text nor messages with a role and a content each")
+        raise UserError(f"{where}: the prompt is neither a string nor messages with a role and a content each")
     if not isinstance(response.text, str):
-        raise UserError(f"{where}: the response is no text: {json.dumps(response.text)[:100]}")
+        raise UserError(f"{where}: the response is no string: {json.dumps(response.text)[:100]}")
     if not all(number is None or (isinstance(number, int) and number >= 0) for number in place):
         raise UserError(f"{where}: prompt_index and sample must be whole numbers")
 
 
-# ---- side by side ---------------------------------------------------------------------------------------------------
+# ---- matching -------------------------------------------------------------------------------------------------------
 
 
-def alone(a: dict[Place, Response]) -> list[Pair]:
-    """Each response without another."""
+def single_responses(a: dict[Place, Response]) -> list[Pair]:
+    """Return each response as a pair without `b`."""
     pairs = [Pair(index, sample or 0, response.prompt, response.text, None) for (index, sample), response in a.items()]
     return sorted(pairs, key=lambda pair: (pair.index, pair.sample))
 
 
 def match(a: dict[Place, Response], b: dict[Place, Response], allow_unmatched: bool) -> tuple[list[Pair], int]:
-    """The pairs of responses to the same prompt, by number and sample, and how many responses have no partner.
+    """Return the pairs of responses to the same prompt and sample number, and how many responses have no partner.
 
     Raises: UserError if prompts of the same number differ, or a response has no partner and that isn't allowed.
     """
@@ -211,7 +212,7 @@ def match(a: dict[Place, Response], b: dict[Place, Response], allow_unmatched: b
 
 
 def _same_prompt(one: Prompt, other: Prompt) -> Prompt | None:
-    """The fuller of two forms of a prompt, as AlpacaEval's is the last message alone; None if they differ."""
+    """Return the fuller of two forms of a prompt, as AlpacaEval keeps only the last message; None if they differ."""
     if one == other:
         return one
     short, full = sorted((one, other), key=lambda prompt: len(prompt) if isinstance(prompt, list) else 0)

@@ -1,4 +1,4 @@
-"""What a language model is asked, and how its answer is read."""
+"""The prompts that ask a language model for its verdict, and the verdict in its answer."""
 
 import os
 import re
@@ -44,7 +44,7 @@ new line, state only "A" or "B" to indicate which response is more helpful. Your
 Comparison: <one-sentence comparison and explanation>
 More helpful: <"A" or "B">""",
 }
-_PLACES = ("prompt", "a", "b")
+_PLACEHOLDERS = ("prompt", "a", "b")
 _VERDICT = re.compile(
     r"\W*(?:[a-z][a-z ]{0,40}:\W*)?(?:(?:response|summary|answer|option|assistant|output)\W+)?(a|b|tie)\W*",
     re.IGNORECASE,
@@ -52,9 +52,9 @@ _VERDICT = re.compile(
 
 
 def load_template(name: str) -> str:
-    """A prompt of the DPO paper by its name, or one in a file.
+    """Return a prompt of the DPO paper by its name, or one in a file.
 
-    Raises: UserError if there is none, or it lacks one of its places.
+    Raises: UserError if there is none, or if it lacks one of its placeholders.
     """
     if name in PROMPTS:
         return PROMPTS[name]
@@ -68,21 +68,21 @@ def load_template(name: str) -> str:
             template = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"judge_prompt={name}: can't read it: {error}; give a text file") from error
-    if missing := [place for place in _PLACES if f"{{{place}}}" not in template]:
-        listed = ", ".join(f"{{{place}}}" for place in missing)
+    if missing := [name for name in _PLACEHOLDERS if f"{{{name}}}" not in template]:
+        listed = ", ".join(f"{{{name}}}" for name in missing)
         raise UserError(f"judge_prompt={name}: it lacks {listed}; write that where the text belongs")
     return template
 
 
 def fill(template: str, task: Task) -> str:
-    """The template with a task's texts, without white space around them; A is the first response."""
-    texts = dict(zip(_PLACES, (prompt_text(task.pair.prompt), *task.texts), strict=True))
-    # in one pass, as a text may itself have such a place; not by str.format, as a template may have other braces
-    return re.sub(r"\{(prompt|a|b)\}", lambda place: texts[place[1]].strip(), template)
+    """Return the template with a task's texts, stripped of white space; A is the first response."""
+    texts = dict(zip(_PLACEHOLDERS, (prompt_text(task.pair.prompt), *task.texts), strict=True))
+    # in one pass, as a text may contain a placeholder; not by str.format, as a template may have other braces
+    return re.sub(r"\{(prompt|a|b)\}", lambda placeholder: texts[placeholder[1]].strip(), template)
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one text: of messages each after its role, of a single one its content."""
+    """Return a prompt as one text: messages each after its role, a single message as its content."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -91,7 +91,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def read_verdict(answer: str) -> str | None:
-    """'first', 'second' or 'tie' by the last line that is A, B or tie, after a label or not; None if none is."""
+    """Return 'first', 'second' or 'tie' by the last line that is A, B or tie, with or without a label; else None."""
     for line in reversed(answer.splitlines()):
         if (found := _VERDICT.fullmatch(line)) is not None:
             return {"a": "first", "b": "second", "tie": "tie"}[found[1].lower()]

@@ -27,7 +27,7 @@ class RewardModel:
             batch_size: how many responses are scored at a time.
             chat_template: a file; None: the tokenizer's own.
 
-        Raises: UserError if there is no such model, or it isn't one that scores.
+        Raises: UserError if there is no such model, or if it has no score.
         """
         self.name, self.batch_size, self.chat_template = name, batch_size, chat_template
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +40,7 @@ class RewardModel:
             self.model = load_pretrained(name, origin, auto_class, dtype="auto", cache_dir=cache_dir)
         except UserError:
             raise
-        except Exception as error:  # what a damaged config.json, weights or the hub's HTTP library raise may be any
+        except Exception as error:  # a damaged config.json, weights and the hub's HTTP library raise errors of any kind
             cause, remedy = hub.why_not(error, name, "model") or (
                 describe(error, 2000),
                 f"Give the id of a reward model (a sequence classifier) on the hub{access_hint(error)}",
@@ -53,7 +53,7 @@ class RewardModel:
         self._choose_padding()
 
     def _choose_padding(self):
-        """Make the model, which scores at a row's last token, and the tokenizer agree on which is padding."""
+        """Let model and tokenizer agree on the padding token: the model scores the last token that isn't padding."""
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
@@ -63,9 +63,9 @@ class RewardModel:
             self.batch_size = 1
 
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
-        """Verdicts by the scores, which are kept: [a's, b's]; of a response alone only its score, [a's].
+        """Yield verdicts by the scores, which are kept: [a's, b's], or a single response's, [a's].
 
-        Raises: UserError if there are messages that can't be rendered.
+        Raises: UserError if messages can't be rendered.
         """
         texts = {task.key: [text for text in (task.pair.a, task.pair.b) if text is not None] for task in tasks}
         encoded = iter(self._encode([(task.pair.prompt, text) for task in tasks for text in texts[task.key]]))
@@ -83,16 +83,16 @@ class RewardModel:
     @staticmethod
     def _verdict(task: Task, scores: list[float]) -> Verdict:
         a, b = scores if len(scores) == 2 else (scores[0], 0.0)
-        if math.isnan(a - b) or (len(scores) == 1 and math.isinf(a)):  # of two infinite scores, too
+        if math.isnan(a - b) or (len(scores) == 1 and math.isinf(a)):  # inf - inf is nan, too
             return Verdict(failure="a score that is no number")
         if len(scores) == 1:
             return Verdict("scored", details={"scores": scores})
-        is_tie = math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)  # rounding depends on the rows beside it
+        is_tie = math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)  # rounding depends on the other rows of a batch
         winner = "tie" if is_tie else "first" if (a > b) == (task.first == "a") else "second"
         return Verdict(winner, details={"scores": scores})
 
     def _encode(self, responses: list[tuple[Prompt, str]]) -> list[list[int]]:
-        """Token ids: of texts put together, or of messages as the model's chat template writes them."""
+        """Return the token ids of prompt and response: texts joined, messages as the chat template renders them."""
         renderer = chat.Renderer(self.tokenizer, self.chat_template)
         n_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(self.tokenizer.model_max_length, n_positions or 10**9)
@@ -102,7 +102,7 @@ class RewardModel:
             is_text = isinstance(prompt, str)
             whole = prompt + text if is_text else self._rendered(prompt, text, renderer)
             ids = self.tokenizer(whole, add_special_tokens=is_text)["input_ids"]
-            if len(ids) > longest:  # by the tokenizer, as there are some that open each text with a token of their own
+            if len(ids) > longest:  # by the tokenizer, which may begin each text with a token of its own
                 n_cut += 1
                 cut = {"truncation": True, "max_length": longest}
                 ids = self.tokenizer(whole, add_special_tokens=is_text, **cut)["input_ids"]

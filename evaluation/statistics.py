@@ -1,28 +1,29 @@
-"""What verdicts amount to: win rates and means with their intervals."""
+"""Win rates and means with their standard errors and intervals."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-Z = 1.959964  # of a normal distribution's central 95 %
-# inverse variances of normal priors on θ and φ, for where the verdicts alone don't tell: where a won all, or wrote all
-# the longer responses, or length decided everything; of the two, length then explains the verdicts
+from reporting.intervals import Z
+
+# Inverse variances of normal priors on θ and φ. They decide where the verdicts alone can't: if a won every pair, wrote
+# every longer response, or if length decided everything. φ's prior is wider, so that length then explains the verdicts.
 _PRECISIONS = np.array([0.1, 0.001])
 
 
 def wilson_interval(mean: float, n: int) -> list[float]:
-    """Wilson's 95 % interval of a share of `n` (https://doi.org/10.1080/01621459.1927.10502953)."""
+    """Return Wilson's 95 % interval of a share of `n` (https://doi.org/10.1080/01621459.1927.10502953)."""
     center, width = mean + Z**2 / (2 * n), Z * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
     low, high = ((center + sign * width) / (1 + Z**2 / n) for sign in (-1, 1))
-    return [min(low, mean), max(high, mean)]  # which rounding may undercut where all values are the same
+    return [min(low, mean), max(high, mean)]  # for shares of 0 and 1, which rounding would leave outside
 
 
 def mean_and_error(values: Sequence[float], clusters: Sequence[object]) -> tuple[float, float | None]:
-    """The mean, and its standard error where values of one cluster (samples for one prompt) may be alike.
+    """Return the mean and its cluster-robust standard error: values of a cluster (samples for one prompt) may be alike.
 
-    With G clusters of residuals e and N values it is sqrt(G / (G - 1) Σ_g (Σ_{i in g} e_i)²) / N, which for clusters of
-    one value is the usual one; None for a cluster alone.
+    With G clusters of residuals e and N values the error is sqrt(G / (G - 1) Σ_g (Σ_{i in g} e_i)²) / N, the usual one
+    for clusters of one value; None for a single cluster.
     """
     mean = sum(values) / len(values)
     sums: dict[object, float] = {}
@@ -34,15 +35,15 @@ def mean_and_error(values: Sequence[float], clusters: Sequence[object]) -> tuple
 
 
 def length_controlled(scores: Sequence[float], differences: Sequence[int]) -> tuple[float, list[float]]:
-    """The win rate as it would be between responses of equal length, and its 95 % interval.
+    """Return the win rate as it would be between responses of equal length, and its 95 % interval.
 
     As in https://arxiv.org/abs/2404.04475, without its term for how hard a prompt is: in the logistic regression
     P(a wins) = σ(θ + φ tanh(Δ / s)) it is σ(θ), the value at Δ = 0. s is the root mean square of Δ, which, unlike its
-    standard deviation, isn't 0 where all differences are the same.
+    standard deviation, isn't 0 if all differences are equal.
 
     Args:
-        scores: of each pair 1 (a wins), 0 (b wins) or 0.5 (a tie).
-        differences: Δ, how much longer a's response is (characters).
+        scores: 1 (a wins), 0 (b wins) or 0.5 (a tie) for each pair.
+        differences: Δ, how much longer a's response is than b's (characters).
     """
     y, delta = np.asarray(scores, dtype=float), np.asarray(differences, dtype=float)
     scale = math.sqrt(np.mean(delta**2)) or 1.0
@@ -56,7 +57,7 @@ def length_controlled(scores: Sequence[float], differences: Sequence[int]) -> tu
         return (x * (p * (1 - p))[:, None]).T @ x + np.diag(_PRECISIONS)  # (2, 2)
 
     beta = np.zeros(2)
-    for _ in range(500):  # Newton's method; the objective is concave, halved steps let it rise
+    for _ in range(500):  # Newton's method on a concave objective; a step that would lower it is halved
         p = _sigmoid(x @ beta)
         step = np.linalg.solve(curvature(p), x.T @ (y - p) - _PRECISIONS * beta)
         while objective(beta + step) < objective(beta) and np.abs(step).max() > 1e-9:

@@ -1,4 +1,4 @@
-"""What a judge says of a pair, and the file that keeps it."""
+"""Verdicts of judges, and the file that keeps them."""
 
 import contextlib
 import json
@@ -15,30 +15,30 @@ from utils import UserError
 
 @dataclass
 class Verdict:
-    """Which of the two responses that were shown is better, or why that isn't known; or a response's score alone."""
+    """Which of the two responses shown is better, or why there is no answer; or that a single response was scored."""
 
-    winner: str | None = None  # first, second or tie; of one response alone: scored
-    failure: str | None = None  # its kind
-    details: dict = field(default_factory=dict)  # what else is to be kept: an answer, scores, tokens
+    winner: str | None = None  # first, second or tie; scored for a single response
+    failure: str | None = None  # its kind, such as timeout
+    details: dict = field(default_factory=dict)  # kept with it: the answer, scores, tokens
 
 
 class Judge(Protocol):
-    """What judges have in common."""
+    """The interface of all judges."""
 
-    sees_order: bool  # whether its verdict may depend on which response comes first
+    sees_order: bool  # its verdict may depend on which response comes first
 
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
-        """Verdicts on tasks as they come, in any order, each once."""
+        """Yield a verdict on each task, once, in any order."""
 
 
 class MisassignedVerdicts(UserError):
-    """Which verdict belongs to which task isn't known, of any that came."""
+    """It isn't known which verdict belongs to which task, so none of them may be kept."""
 
 
 class VerdictFile:
-    """Verdicts as JSON Lines. One process at a time writes to it; a verdict is a line, written at once.
+    """A file of verdicts, JSON Lines: one process at a time writes to it, and each verdict is written as it comes.
 
-    Of lines on the same task the last counts, so a failure gives way to a verdict that comes later.
+    If a task has several lines the last one counts, so that a later verdict replaces a failure.
     """
 
     def __init__(self, path: str, settings: str):
@@ -46,7 +46,8 @@ class VerdictFile:
         Args:
             settings: a short hash of what decides a verdict.
 
-        Raises: UserError if another process has it open, or it has lines that are no verdicts, or other settings'.
+        Raises: UserError if another process writes to it, or if it holds something else or verdicts under other
+            settings.
         """
         self.path, self.settings, self.lines = path, settings, {}
         self.stack = contextlib.ExitStack()
@@ -75,10 +76,10 @@ class VerdictFile:
             raise UserError(f"output={self.path}: a file that isn't one of verdicts; give another") from None
         return end
 
-    def left(self, tasks: list[Task]) -> list[Task]:
-        """The tasks that have no verdict yet, those that failed among them.
+    def missing(self, tasks: list[Task]) -> list[Task]:
+        """Return the tasks that have no verdict yet, or only a failure.
 
-        Raises: UserError if there is a verdict on other texts.
+        Raises: UserError if the file has a verdict on other texts.
         """
         for task in tasks:
             if task.key in self.lines and self.lines[task.key]["texts"] != task.digest:
@@ -89,6 +90,10 @@ class VerdictFile:
         return [task for task in tasks if self.lines.get(task.key, {"verdict": None})["verdict"] is None]
 
     def add(self, task: Task, verdict: Verdict):
+        """Write a verdict, whole or not at all.
+
+        Raises: UserError if the disk is full.
+        """
         second = "b" if task.first == "a" else "a"
         line = {
             "settings": self.settings, "texts": task.digest, "prompt_index": task.pair.index,
@@ -96,17 +101,24 @@ class VerdictFile:
             "verdict": {"first": task.first, "second": second}.get(verdict.winner, verdict.winner),
             "failure": verdict.failure, **verdict.details,
         }  # fmt: skip
+        data, size = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n", self.size
+        try:
+            while data:
+                data = data[os.write(self.descriptor, data) :]
+        except OSError as error:
+            self.truncate(size)
+            raise UserError(
+                f"can't write to {self.path}: {error.strerror}; make room, and the same command continues it"
+            ) from error
         self.lines[task.key] = line
-        left = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-        while left:
-            left = left[os.write(self.descriptor, left) :]
 
     @property
     def size(self) -> int:
+        """The file's size (bytes)."""
         return os.fstat(self.descriptor).st_size
 
-    def cut(self, size: int):
-        """Take back all that was added since the file had this size (bytes)."""
+    def truncate(self, size: int):
+        """Remove what was added since the file had this size (bytes)."""
         os.ftruncate(self.descriptor, size)
 
     def close(self):

@@ -1,7 +1,7 @@
-"""Draws responses by vLLM (https://docs.vllm.ai), in a process of its own that gives the GPU's memory back as it ends.
+"""Draws responses by vLLM (https://docs.vllm.ai), in a process of its own, whose end frees the GPU's memory.
 
-As a script it is that process: `python vllm_engine.py JOB OUTPUT`. JOB is JSON of `Job`'s fields, OUTPUT
-gets a line of token ids for each prompt.
+It is that process's program, too: `python -m evaluation.vllm_engine JOB OUTPUT`. JOB is JSON of `Job`'s fields,
+OUTPUT gets a line of token ids for each prompt.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from utils import UserError, rank0_print
 
 @dataclasses.dataclass
 class Job:
-    """What one model is to draw."""
+    """The prompts that one model responds to, and how."""
 
     engine: dict  # arguments of vllm.LLM: model, dtype, max_model_len, ...
     prompts: list[list[int]]  # token ids
-    sampling: list[dict]  # of each prompt the arguments of vllm.SamplingParams
+    sampling: list[dict]  # for each prompt the arguments of vllm.SamplingParams
 
 
 def check_installed():
-    """Raises: UserError if vLLM isn't there."""
+    """Raise UserError if vLLM isn't installed."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "engine=vllm: vLLM isn't installed here. Install it on a machine with a GPU (pip install vllm), or leave "
@@ -42,12 +42,12 @@ def check_installed():
 
 
 def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, seed: int, ends: list[int]) -> dict:
-    """How one sample is drawn; its seed makes it the same whatever is drawn beside it.
+    """Return the sampling parameters of one sample, which its seed makes independent of the others.
 
     Args:
         top_k: 0 for all tokens.
-        n_new: the most tokens that it may have.
-        ends: the ids that end it, of which the first that comes stays in it.
+        n_new: the largest number of tokens.
+        ends: token ids that end the sample; the first one drawn stays in it.
     """
     return {
         "temperature": temperature, "top_p": top_p, "top_k": top_k or -1, "max_tokens": n_new, "seed": seed,
@@ -57,11 +57,11 @@ def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, se
 
 @contextlib.contextmanager
 def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[str]:
-    """Where vLLM finds the model, a folder or a hub id: a checkpoint with an adapter is merged for as long.
+    """Lend the folder or hub id from which vLLM loads the model; a checkpoint with an adapter is merged meanwhile.
 
     Args:
-        checkpoint: a directory; None: what `model.name_or_path` names.
-        beside: a directory that has room for a merged model.
+        checkpoint: a directory; None: the model of `model.name_or_path`.
+        beside: a directory with room for a merged model.
 
     Raises: UserError if it can't be merged.
     """
@@ -80,7 +80,7 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
 
 
 def end_tokens(name: str, tokenizer) -> list[int]:
-    """The ids that end a sample of the model in a folder, or of a hub id."""
+    """Return the ids that end a sample of the model in a folder, or with a hub id."""
     try:
         generation_config = GenerationConfig.from_pretrained(name)
     except OSError:  # it has none
@@ -89,7 +89,7 @@ def end_tokens(name: str, tokenizer) -> list[int]:
 
 
 def arguments(config: DictConfig, name: str, longest: int) -> dict:
-    """What `vllm.LLM` is given; `longest`: prompt and response (tokens)."""
+    """Return the arguments of `vllm.LLM`; `longest`: prompt and response (tokens)."""
     revision = {"revision": config.model.revision} if name == config.model.name_or_path else {}
     return {
         "model": name, **revision, "dtype": config.model.policy_mp or config.model.policy_dtype,
@@ -98,7 +98,7 @@ def arguments(config: DictConfig, name: str, longest: int) -> dict:
 
 
 def generate(job: Job) -> list[list[int]]:
-    """The token ids of a response to each prompt; nothing of vLLM is left in memory.
+    """Return the token ids of a response to each prompt; nothing of vLLM stays in memory.
 
     Raises: UserError if vLLM fails; what it printed says why.
     """
@@ -108,7 +108,8 @@ def generate(job: Job) -> list[list[int]]:
             json.dump(dataclasses.asdict(job), file)
         rank0_print(f"Drawing {len(job.prompts)} samples by vLLM from {job.engine['model']}")
         search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, os.path.abspath(__file__), *paths]  # as a script, so that no file here is imported
+        # -P: no module of the current directory stands in for one of vLLM's
+        command = [sys.executable, "-P", "-m", "evaluation.vllm_engine", *paths]
         code = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, stdin=subprocess.DEVNULL).returncode
         if code != 0:
             raise UserError(
@@ -120,7 +121,7 @@ def generate(job: Job) -> list[list[int]]:
 
 
 def main(job_path: str, output_path: str):
-    """Be the process: nothing but vLLM uses the GPU in it."""
+    """Draw what a job asks for; nothing but vLLM uses the GPU in this process."""
     from vllm import LLM, SamplingParams
 
     with open(job_path, encoding="utf-8") as file:

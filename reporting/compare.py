@@ -1,8 +1,7 @@
-"""Runs side by side: `python -m reporting.compare RUN [RUN ...]`, of run directories, sweeps' directories or patterns.
+"""Compare runs in a table: `python -m reporting.compare RUN [RUN ...]`; RUN: a run or sweep directory, or a pattern.
 
-A row for each run: the keys in which the runs differ, its last evaluation, and its best one by the metric that the rows
-are sorted by; means over the evaluation examples ± their standard errors. What is marked * can't be compared between
-these runs.
+Each run has a row: the keys that tell it apart, its last evaluation, and its best one by the metric that the rows are
+sorted by; means over the evaluation examples ± their standard errors. Columns marked * can't be compared between runs.
 """
 
 import argparse
@@ -12,24 +11,27 @@ import os
 import sys
 from dataclasses import dataclass
 
-from reporting.curves import COLORS, save_figure
+from printing import markdown, printable
+from reporting.curves import COLORS, plain, save_figure
 from reporting.metric_names import ACCURACY, KL, LOSS, MARGIN, larger_is_better
-from reporting.runs import NoRuns, Run, differing_keys, find_runs, shown
+from reporting.runs import NoRuns, Run, differing_keys, find_runs, short_values, telling_keys
+from reporting.terminal import LOG_FILE_WIDTH, aligned, width, wrapped
 from storage.errors import UserError
 from storage.outputs import Output, check_outputs, picture
 
 METRICS = (ACCURACY, LOSS, MARGIN, "nll_eval/chosen", "logratios_eval/chosen", KL)  # as far as measured
 _SHORT = {ACCURACY: "accuracy", LOSS: "loss", MARGIN: "margin", "nll_eval/chosen": "nll/token",
           "logratios_eval/chosen": "chosen log-ratio", KL: "KL/token"}  # fmt: skip
-# what is on the loss's own scale: DPO's margins grow with β, and losses of different names measure different things
+# metrics on the loss's own scale: DPO's margins grow with β, and different losses measure different things
 _SCALED = ("loss/", MARGIN, "rewards_eval/chosen", "rewards_eval/rejected")
-_OF_EVALUATIONS = ("datasets", "dataset_paths.", "n_eval_examples", "max_length", "max_prompt_length", "add_bos")
+_EVALUATION_KEYS = ("datasets", "dataset_paths.", "n_eval_examples", "max_length", "max_prompt_length", "add_bos")
 FORMATS = ("text", "csv", "markdown")
+_LONGEST_NAME = 24  # characters of a run's directory
 
 
 @dataclass
 class Comparison:
-    """The runs in the order of their rows, the keys in which they differ, and what is shown of them."""
+    """Runs in the order of their rows, the keys in which they differ, and the metrics that they were measured by."""
 
     runs: list[Run]
     keys: list[str]
@@ -37,32 +39,34 @@ class Comparison:
     sorted_by: str
 
     def incomparable(self, metric: str) -> bool:
-        """Whether a metric means something else in each of these runs."""
-        if any(key.startswith(_OF_EVALUATIONS) for key in self.keys):
+        """True if a metric means something else in each of these runs."""
+        if any(key.startswith(_EVALUATION_KEYS) for key in self.keys):
             return True
         return metric.startswith(_SCALED) and any(key.startswith("loss.") for key in self.keys)
 
     def best(self, run: Run) -> dict[str, float]:
-        """A run's best evaluation by the metric that the rows are sorted by; not that of the weights it began with."""
+        """Return a run's best evaluation by the metric that sorts the rows, leaving out the one before training."""
         trained = [line for line in run.eval if line["counters/examples"] > 0 and self.sorted_by in line]
         pick = max if larger_is_better(self.sorted_by) else min
         return pick(trained, key=lambda line: line[self.sorted_by], default={})
 
     def notes(self) -> list[str]:
-        """What must be known to read the table."""
+        """Return what a reader of the table must know."""
         notes = []
-        if any(key.startswith(_OF_EVALUATIONS) for key in self.keys):
-            notes.append("* the runs were evaluated on different examples: no metric of theirs can be compared")
+        if others := [key for key in self.keys if key not in telling_keys(self.runs)]:
+            notes.append(f"These keys differ, too, along with the ones shown: {', '.join(others)}")
+        if any(key.startswith(_EVALUATION_KEYS) for key in self.keys):
+            notes.append("* the runs were evaluated on different examples: none of their metrics can be compared")
         elif any(map(self.incomparable, self.metrics)):
             notes.append(
                 "* on the scale of each run's own loss (DPO's margins grow with loss.beta): not to be compared between "
-                "these runs;\n  accuracy, nll, log-ratios and KL can be"
+                "these runs; accuracy, nll, log-ratios and KL can be"
             )
         return notes
 
 
 def compare(runs: list[Run], sort: str | None = None) -> Comparison:
-    """Sort the runs that have been evaluated after training by their best evaluation.
+    """Return a comparison of the runs that were evaluated after training, sorted by their best evaluation.
 
     Raises: NoRuns if there are none, or none has the metric `sort`.
     """
@@ -83,19 +87,23 @@ def compare(runs: list[Run], sort: str | None = None) -> Comparison:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def cells(comparison: Comparison) -> list[list[str]]:
-    """The table's rows, the header first, for people."""
-    mark = {name: f"{_SHORT.get(name, name)}{'*' * comparison.incomparable(name)}" for name in comparison.metrics}
-    sort = comparison.sorted_by
-    header = ["run", *comparison.keys, "examples", *mark.values(), f"best {mark[sort]}", "at"]
-    rows = [header]
-    for run in comparison.runs:
-        last, best = run.eval[-1], comparison.best(run)
-        row = [os.path.basename(os.path.abspath(run.directory))]
-        row += [shown(run.config.get(key)) for key in comparison.keys]
-        row += [str(last["counters/examples"]), *(_mean_and_error(last, name) for name in comparison.metrics)]
-        rows.append([*row, _mean_and_error(best, sort), str(best.get("counters/examples", "-"))])
-    return rows
+def columns(comparison: Comparison) -> dict[str, list[str]]:
+    """Return the table's columns by their headings."""
+    marked = {name: f"{_SHORT.get(name, name)}{'*' * comparison.incomparable(name)}" for name in comparison.metrics}
+    runs, sort = comparison.runs, comparison.sorted_by
+    table = {"run": [_cut(os.path.basename(os.path.abspath(run.directory))) for run in runs]}
+    table |= {key: short_values([run.config.get(key) for run in runs]) for key in telling_keys(runs)}
+    table["examples"] = [str(run.eval[-1]["counters/examples"]) for run in runs]
+    table |= {heading: [_mean_and_error(run.eval[-1], name) for run in runs] for name, heading in marked.items()}
+    best = [comparison.best(run) for run in runs]
+    table[f"best {marked[sort]}"] = [_mean_and_error(line, sort) for line in best]
+    table["at"] = [str(line.get("counters/examples", "-")) for line in best]
+    return table
+
+
+def _cut(name: str) -> str:
+    """Return a directory's name, or its beginning and end if it is long."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2 - 1]}…{name[-_LONGEST_NAME // 2 :]}"
 
 
 def _mean_and_error(line: dict[str, float], name: str) -> str:
@@ -107,23 +115,41 @@ def _mean_and_error(line: dict[str, float], name: str) -> str:
 
 
 def as_text(comparison: Comparison) -> str:
-    """The table in aligned columns."""
-    rows = cells(comparison)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, *comparison.notes()])
+    """Return the table in aligned columns, as many of them as fit on a line."""
+    table, left_out = columns(comparison), []
+    for name in reversed(comparison.metrics):
+        if _width(table) <= max(width(), LOG_FILE_WIDTH):
+            break
+        if name != comparison.sorted_by:
+            heading = next(heading for heading in table if heading.rstrip("*") == _SHORT.get(name, name))
+            left_out.insert(0, heading)
+            del table[heading]
+    notes = comparison.notes()
+    if left_out:
+        notes.append(f"Not shown, as the line would be too long: {', '.join(left_out)}; --format csv has them")
+    return "\n".join([aligned(_rows(table)), *map(wrapped, notes)])
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """The table in Markdown."""
-    header, *rows = ([cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in cells(comparison))
+    """Return the table in Markdown."""
+    header, *rows = ([markdown(cell) for cell in row] for row in _rows(columns(comparison)))
     lines = [header, ["---"] * len(header), *rows]
-    notes = [f"\n{note.replace('*', chr(92) + '*', 1)}" for note in comparison.notes()]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *notes])
+    return "\n".join(
+        [*(f"| {' | '.join(line)} |" for line in lines), *(f"\n{markdown(n)}" for n in comparison.notes())]
+    )
+
+
+def _rows(table: dict[str, list[str]]) -> list[list[str]]:
+    return [list(table), *map(list, zip(*table.values(), strict=True))]
+
+
+def _width(table: dict[str, list[str]]) -> int:
+    """Return the columns of a terminal that the table takes."""
+    return sum(max(map(len, (heading, *cells))) + 2 for heading, cells in table.items()) - 2
 
 
 def as_csv(comparison: Comparison) -> str:
-    """The table's numbers in full, under the names of metrics.jsonl: `final/...` and `best/...`."""
+    """Return all keys and numbers in full, under the names of metrics.jsonl: `final/...` and `best/...`."""
     file = io.StringIO()
     measured = list(dict.fromkeys(name for run in comparison.runs for name in run.eval[-1] if "/" in name))
     columns = ["run", *comparison.keys, *(f"{which}/{name}" for which in ("final", "best") for name in measured)]
@@ -141,7 +167,7 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def draw(comparison: Comparison, path: str):
-    """Final and best evaluations of each run; and, where it was measured, what each has paid in divergence.
+    """Draw the final and best evaluation of each run and, if KL was measured, the metric against it.
 
     Raises: ImportError without matplotlib.
     """
@@ -166,12 +192,12 @@ def draw(comparison: Comparison, path: str):
         if with_kl and trained:
             x, y = [line[KL] for line in trained], [line[sort] for line in trained]
             others[0].plot(x, y, "-", color=color, linewidth=1, alpha=0.5)
-            others[0].plot(x[-1], y[-1], "o", color=color, label=run.label)
-    axis.set_yticks(places, [run.label for run in runs])
+            others[0].plot(x[-1], y[-1], "o", color=color, label=plain(run.label))
+    axis.set_yticks(places, [plain(run.label) for run in runs])
     axis.set_ylim(len(runs) - 0.5, -0.5)
     axis.set_xlabel(f"{_SHORT.get(sort, sort)}: last evaluation ± 2 standard errors; ring: the best")
     if with_kl:
-        others[0].set_xlabel("KL from the reference (nats a token); dot: the last evaluation")
+        others[0].set_xlabel("KL from the reference (nats a token)")
         others[0].set_ylabel(_SHORT.get(sort, sort))
     for each in axes[0]:
         each.grid(alpha=0.3)
@@ -179,7 +205,7 @@ def draw(comparison: Comparison, path: str):
 
 
 def main(words: list[str]) -> str | None:
-    """The command; returns what is wrong, if anything."""
+    """Run the command; return an error message, or None."""
     parser = argparse.ArgumentParser(
         prog="python -m reporting.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -197,7 +223,7 @@ def main(words: list[str]) -> str | None:
             draw(comparison, args.picture)
             print(args.picture, file=sys.stderr)
     except (NoRuns, UserError, OSError) as error:
-        return f"error: {error}"
+        return printable(f"error: {error}")
     except ImportError as error:
         return f"error: pictures need matplotlib (pip install matplotlib): {error}"
     return None

@@ -1,6 +1,6 @@
-"""Curves of a run, or of several over each other: `python -m reporting.curves RUN [RUN ...] [--output FILE]`.
+"""Draw the curves of one or several runs: `python -m reporting.curves RUN [RUN ...] [--output FILE]`.
 
-RUN is a run directory, a sweep's, or a pattern of some. Of one run the picture is its `curves.png`, of several
+RUN is a run or sweep directory, or a pattern. The picture of one run is `curves.png` in its directory, that of several
 `curves.png` in the current directory.
 """
 
@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 
+from printing import printable
 from reporting.runs import NoRuns, Run, find_runs
 from storage.errors import UserError
 from storage.files import atomic_file
@@ -16,7 +17,8 @@ from storage.outputs import PICTURE_OF, Output, check_outputs, picture
 # Okabe and Ito's colours, which the colour-blind can tell apart too
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _WIDTH, _HEIGHT, _DPI = 12, 6.6, 100  # inches: 1200 pixels
-# what a panel shows: its title, and its lines with their styles and names where a panel has several
+_LEGEND_CHARACTERS = 120  # in a line of the legend
+# each panel's title, and its lines as (metric, style, name)
 _PANELS = (
     ("loss", [("loss/{}", "-", "")]),
     ("accuracy: chosen has the larger reward", [("rewards_{}/accuracies", "-", "")]),
@@ -31,7 +33,7 @@ _PANELS = (
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
-    """The mean of each value and up to `window` - 1 before it."""
+    """Return the mean of each value and up to `window` - 1 values before it."""
     means, total = [], 0.0
     for i, value in enumerate(values):
         total += value - (values[i - window] if i >= window else 0)
@@ -40,7 +42,7 @@ def smoothed(values: list[float], window: int) -> list[float]:
 
 
 def window_of(n: int) -> int:
-    """Over how many steps `n` values are smoothed: a 25th of them."""
+    """Return the number of steps over which `n` values are smoothed: a 25th of them."""
     return max(1, n // 25)
 
 
@@ -61,10 +63,14 @@ def draw(runs: list[Run], path: str):
                                                 for split in ("train", "eval"))]  # fmt: skip
     n_columns = 3 if len(panels) > 4 else 2
     n_rows = -(-len(panels) // n_columns)
-    below = 0.35 + 0.2 * len(runs)
+    legend_height = 0.35 + 0.2 * -(-len(runs) // legend_columns(runs))
     with pyplot.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}):
         figure, axes = pyplot.subplots(
-            n_rows, n_columns, figsize=(_WIDTH, _HEIGHT * n_rows / 2 + below), squeeze=False, layout="constrained"
+            n_rows,
+            n_columns,
+            figsize=(_WIDTH, _HEIGHT * n_rows / 2 + legend_height),
+            squeeze=False,
+            layout="constrained",
         )
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw_panel(axis, panel, runs)
@@ -74,8 +80,18 @@ def draw(runs: list[Run], path: str):
         save_figure(figure, path)
 
 
+def plain(label: str) -> str:
+    """Return a label as matplotlib shows it as it is: it takes what is between dollars for mathematics."""
+    return printable(label).replace("$", r"\$")
+
+
+def legend_columns(runs: list[Run]) -> int:
+    """Return how many columns of labels fit beside the explanation of the lines."""
+    return max(1, _LEGEND_CHARACTERS // (max(len(run.label) for run in runs) + 6)) if len(runs) > 4 else 1
+
+
 def save_figure(figure, path: str):
-    """Write a figure as PNG, whole or not at all, and let go of it."""
+    """Write a figure as PNG, whole or not at all, and close it."""
     from matplotlib import pyplot
 
     try:
@@ -86,12 +102,12 @@ def save_figure(figure, path: str):
 
 
 def _series(run: Run, key: str, split: str) -> list[tuple[float, float]]:
-    """(training examples, value) of a metric."""
+    """Return (training examples, value) for each line that has the metric."""
     name = key.format(split)
-    if split == "eval" and name == key:  # of training alone
+    if split == "eval" and name == key:  # a metric of training only
         return []
     lines = [line for line in getattr(run, split) if name in line]
-    if "accuracies" in key:  # of ties, none is won and none is lost
+    if "accuracies" in key:  # where most pairs are ties an accuracy would mislead
         lines = [line for line in lines if line.get(f"rewards_{split}/ties", 0) < 0.5]
     return [(line["counters/examples"], line[name]) for line in lines]
 
@@ -143,13 +159,13 @@ def _draw_panel(axis, panel: tuple, runs: list[Run]):
 
 
 def _limits(runs: list[Run]) -> tuple[float, float]:
-    """Of the training examples that all panels show."""
+    """Return the range of training examples that all panels show."""
     last = max(line["counters/examples"] for run in runs for line in (*run.train[-1:], *run.eval[-1:]))
     return -0.02 * max(last, 1), 1.02 * max(last, 1)
 
 
 def colors(n: int) -> list:
-    """A colour for each of `n` runs."""
+    """Return a colour for each of `n` runs."""
     if n <= len(COLORS):
         return list(COLORS[:n])
     from matplotlib import colormaps
@@ -165,14 +181,15 @@ def _draw_legend(figure, runs: list[Run]):
         Line2D([], [], color="gray", linewidth=1.1, label="training, smoothed"),
         Line2D([], [], color="gray", marker="o", markersize=4, linewidth=1.6, label="evaluation ± 2 standard errors"),
     ]
-    which = [Line2D([], [], color=c, linewidth=3, label=run.label)
+    which = [Line2D([], [], color=c, linewidth=3, label=plain(run.label))
              for run, c in zip(runs, colors(len(runs)), strict=True)]  # fmt: skip
-    figure.legend(handles=which, loc="outside upper left", ncols=1, frameon=False, fontsize=10)
+    n_columns = legend_columns(runs)
+    figure.legend(handles=which, loc="outside upper left", ncols=n_columns, frameon=False, fontsize=10)
     figure.legend(handles=how, loc="outside upper right", ncols=3 if len(runs) == 1 else 1, frameon=False)
 
 
 def main(words: list[str]) -> str | None:
-    """The command; returns what is wrong, if anything."""
+    """Run the command; return an error message, or None."""
     parser = argparse.ArgumentParser(
         prog="python -m reporting.curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -185,7 +202,7 @@ def main(words: list[str]) -> str | None:
         check_outputs([Output("--output", path, picture)])
         draw(runs, path)
     except (NoRuns, UserError, OSError) as error:
-        return f"error: {error}"
+        return printable(f"error: {error}")
     except ImportError as error:
         return f"error: curves need matplotlib (pip install matplotlib): {error}"
     print(path)

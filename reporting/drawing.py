@@ -1,4 +1,4 @@
-"""`curves.png` in the run directory while training goes on, drawn by a process of its own: training never waits."""
+"""Draws `curves.png` in the run directory during training, in a process of its own: training never waits for it."""
 
 import contextlib
 import importlib.util
@@ -13,23 +13,23 @@ from tqdm import tqdm
 from reporting.terminal import warning
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_SHARE = 0.02  # of the run's time that drawing may take
-_LONGEST, _LONGEST_AFTER_FAILURE = 60, 5  # seconds that the last picture is waited for; a stopped job has few
+_SHARE = 0.02  # of the run's time, which drawing may take
+_LONGEST, _LONGEST_AFTER_FAILURE = 60, 5  # seconds to wait for the last picture; a stopped job has few
 
 
 class CurvesDrawer:
-    """Draws after evaluations, as often as that takes less than 2 % of the time, and at the end."""
+    """Draws curves after evaluations, as often as 2 % of the run's time allows, and at the end."""
 
     def __init__(self, run_dir: str):
         self.run_dir, self.start = os.path.abspath(run_dir), time.monotonic()
         self.process: subprocess.Popen | None = None
-        self.started, self.spent, self.last = 0.0, 0.0, 2.0  # seconds; `last`: what one picture takes, at first a guess
+        self.started, self.spent, self.last = 0.0, 0.0, 2.0  # seconds; `last`: of the last picture, at first a guess
         self.is_due, self.works = False, importlib.util.find_spec("matplotlib") is not None
         if not self.works:
             tqdm.write("No curves.png, as matplotlib is not installed: pip install matplotlib, or pass curves=false")
 
     def notice(self, is_evaluation: bool):
-        """Look after the process that draws, and start one where it is time to; at no cost."""
+        """Collect the process that draws if it has ended, and start one if it is time to; returns at once."""
         self.is_due |= is_evaluation
         if self.process is not None and self.process.poll() is not None:
             self._reap()
@@ -39,7 +39,7 @@ class CurvesDrawer:
                 self._draw()
 
     def finish(self, failed: bool = False):
-        """Draw all there is, and wait until it is there, but not for long if the run `failed` or was stopped."""
+        """Draw the last picture and wait for it, but not for long if the run `failed` or was stopped."""
         longest = _LONGEST_AFTER_FAILURE if failed else _LONGEST
         if self.process is not None:
             self._wait(longest)
@@ -64,7 +64,7 @@ class CurvesDrawer:
             self._give_up(str(error))
             return
         with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, self.process.pid, 10)  # what trains goes first
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, 10)  # training comes first
 
     def _wait(self, longest: float):
         try:

@@ -1,7 +1,7 @@
-"""Reward against KL: `python -m reporting.frontier SUMMARY [SUMMARY ...] [--output FILE]`.
+"""Draw reward against KL: `python -m reporting.frontier SUMMARY [SUMMARY ...] [--output FILE]`.
 
-SUMMARY is what judge.py wrote, on samples of one checkpoint at temperature 1: the mean score of the responses alone, or
-their win rate. A line for each run, through its checkpoints (figure 2, left, of https://arxiv.org/abs/2305.18290), with
+SUMMARY is a file that judge.py wrote on samples of one checkpoint at temperature 1, with their mean score or their win
+rate. A line for each run, through its checkpoints (figure 2, left, of https://arxiv.org/abs/2305.18290), with
 95 % intervals, and a table of the same numbers beside the picture. KL(policy ‖ reference) is the mean over the samples
 of the policy's log-probability less the reference's.
 """
@@ -13,15 +13,18 @@ from reporting.summaries import (
     Summary,
     command,
     draw_series,
-    in_columns,
     new_figure,
     what_is_measured,
     write,
 )
+from reporting.terminal import aligned
 
 
 def draw(summaries: list[Summary], path: str):
-    """Raises: BadSummary if the KL of one isn't known; ImportError without matplotlib."""
+    """Draw the figure and write its table.
+
+    Raises: BadSummary if a summary has no KL; ImportError without matplotlib.
+    """
     for summary in summaries:
         if summary.found["kl"] is None:
             raise BadSummary(
@@ -40,7 +43,7 @@ def draw(summaries: list[Summary], path: str):
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     rows = [("run", "checkpoint", "examples", "KL (nats)", "samples", what, "n")]
     rows += [_row(summary) for summary in summaries]
-    write(figure, axis, in_columns(rows), path)
+    write(figure, axis, aligned(rows), path)
 
 
 def _row(summary: Summary) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The names of what training and evaluation measure, and what is known about each.
+"""The names of the metrics of training and evaluation, and what is known about each.
 
 It needs no torch, so that reports start at once.
 """
@@ -18,7 +18,7 @@ WITH_ERRORS = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "logratios_eval/chosen
 
 
 def evaluation_metrics(loss: "Loss", config: "DictConfig") -> list[str]:
-    """Return what evaluations under this config measure, without standard errors."""
+    """Return the metrics of evaluations under this config, without standard errors."""
     sides = ("chosen", "rejected") if loss.needs_pairs else ("chosen",)
     of_sides = ["logps_eval", "nll_eval", "lengths_eval"]
     names = [LOSS]

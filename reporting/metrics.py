@@ -1,4 +1,4 @@
-"""Means of what training and evaluation measure, and what is said where they aren't finite."""
+"""Metrics of training and evaluation, their means, and the error if they aren't finite."""
 
 import math
 from collections import defaultdict
@@ -52,15 +52,15 @@ def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: t
 def response_metrics(
     split: str, inputs: dict[str, torch.Tensor], compares: bool, averaged: bool
 ) -> dict[str, torch.Tensor]:
-    """What can be compared across losses and settings, of each example: tensors of shape (batch_size,).
+    """Return metrics that can be compared across losses and settings: tensors of shape (batch_size,).
 
     `nll_*`: negative log-likelihood of a response per token; `lengths_*`: its tokens; `logratios_*`: log-probability
     under the policy less that under the reference, of the whole response (nats).
 
     Args:
-        inputs: of a loss, with log-probabilities and lengths.
-        compares: whether there are a reference's log-probabilities among them.
-        averaged: whether log-probabilities are means per token.
+        inputs: the loss's inputs, with log-probabilities and lengths.
+        compares: True if the reference's log-probabilities are among them.
+        averaged: True if log-probabilities are means per token.
     """
     metrics = {}
     for side in ("chosen", "rejected"):
@@ -76,10 +76,10 @@ def response_metrics(
 
 
 def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
-    """KL divergence of the policy from the reference (nats), estimated from samples of the policy's.
+    """Estimate the KL divergence of the policy from the reference (nats) on samples of the policy.
 
     Args:
-        samples: of each its log-probability under the policy less that under the reference, and its tokens.
+        samples: for each its log-ratio of policy to reference, and its length (tokens).
     """
     if not samples:
         return {}

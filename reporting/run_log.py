@@ -22,9 +22,9 @@ LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 class RunLog:
     """Writes every step and evaluation to the run directory.
 
-    The terminal gets a training line at most every `minimum_log_interval_secs`, with means over the steps since the last
-    line; trackers get the last step's numbers as often. Leaving `with` ends the trackers' runs, as failed ones after
-    an exception.
+    The terminal gets a training line at most every `minimum_log_interval_secs`, with means over the steps since the
+    line before; trackers get the last step's numbers as often. Leaving `with` ends the trackers' runs, as failed ones
+    after an exception.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RunLog:
             if present > size:
                 os.truncate(path, size)
             if present < size:
-                rank0_print(f"WARNING: {path} has {present} bytes, but had {size} in the checkpoint: lines are lost")
+                rank0_print(f"WARNING: {path} has {present} bytes, but had {size} at the checkpoint: lines are lost")
                 _cut_to_whole_lines(path)
             elif size and log_sha256.get(name) not in (None, sha256(path)):
                 rank0_print(f"WARNING: {path} has changed since the checkpoint was written: lines are damaged")

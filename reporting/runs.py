@@ -1,32 +1,36 @@
-"""Runs as they lie on the disk: finding them, their metrics, and the keys in which they differ.
+"""Runs as they are on the disk: finding them, their metrics, and the keys that tell them apart.
 
 It needs no torch, so that it starts at once.
 """
 
 import contextlib
 import glob
+import itertools
 import os
 from dataclasses import dataclass
 
 import yaml
 
+from printing import printable
 from storage.files import read_json_lines
 
-# keys that say where a run is and how it is watched, not what it is
+# keys that say where a run is and how it is watched, not what it computes
 _NOT_OF_THE_RUN = (
     "local_run_dir", "local_dirs", "exp_name", "resume", "resume_anyway", "wandb.", "tensorboard.", "curves", "debug",
     "minimum_log_interval_secs", "fsdp_port", "worker_timeout", "keep_checkpoints", "save_every", "save_optimizer",
     "sample_during_eval", "n_eval_model_samples", "do_first_eval",
 )  # fmt: skip
+_LONGEST_LABEL = 60  # characters
+_LONGEST_VALUE = 40
 
 
 class NoRuns(ValueError):
-    """What was given names no run; the message says so."""
+    """A path names no run; the message says which."""
 
 
 @dataclass
 class Run:
-    """A run directory's config, flat, and the lines of its metrics.jsonl by their split."""
+    """A run directory's config, with flat keys, and the lines of its metrics.jsonl by their split."""
 
     directory: str
     config: dict[str, object]
@@ -36,7 +40,7 @@ class Run:
 
 
 def read_run(directory: str) -> Run:
-    """A run as it stands, which may still go on.
+    """Read a run, which may still be training.
 
     Raises: NoRuns if the directory holds none.
     """
@@ -68,7 +72,7 @@ def flatten(config: dict, prefix: str = "") -> dict[str, object]:
 
 
 def find_runs(paths: list[str]) -> list[Run]:
-    """The runs that paths, patterns and the directories of sweeps name, each once, labelled by what sets it apart.
+    """Return the runs that paths, patterns and sweeps' directories name, each once, labelled by what tells it apart.
 
     Raises: NoRuns if one of them names none.
     """
@@ -80,16 +84,27 @@ def find_runs(paths: list[str]) -> list[Run]:
             raise NoRuns(f"{given}: no run directory, nor a directory or pattern of some: none has a metrics.jsonl")
         directories |= dict.fromkeys(map(os.path.normpath, found))
     runs = [read_run(directory) for directory in directories]
-    keys = differing_keys(runs)
-    if len(runs) > 1 and keys:
-        labels = [", ".join(f"{key}={shown(run.config.get(key))}" for key in keys) for run in runs]
-        for run, label in zip(runs, labels, strict=True):
-            run.label = label if labels.count(label) == 1 else f"{label} ({run.label})"
+    _label(runs)
     return runs
 
 
+def _label(runs: list[Run]):
+    """Label runs by the keys that tell them apart, or by their directories' names if those are shorter than that."""
+    keys = telling_keys(runs)
+    if len(runs) < 2 or not keys:
+        return
+    columns = [short_values([run.config.get(key) for run in runs]) for key in keys]
+    labels = [", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+              for values in zip(*columns, strict=True)]  # fmt: skip
+    names = [run.label for run in runs]
+    if max(map(len, labels)) > _LONGEST_LABEL and len(set(names)) == len(names):
+        return
+    for run, label in zip(runs, labels, strict=True):
+        run.label = label if labels.count(label) == 1 else f"{label} ({run.label})"
+
+
 def _run_dirs(path: str) -> list[str]:
-    """The path itself if it is a run's, else the runs in it."""
+    """Return the path itself if it is a run's, else the runs in it."""
     if os.path.exists(os.path.join(path, "metrics.jsonl")):
         return [path]
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
@@ -97,12 +112,51 @@ def _run_dirs(path: str) -> list[str]:
 
 
 def differing_keys(runs: list[Run]) -> list[str]:
-    """The keys of which not all runs have the same value, in their order in the config."""
+    """Return the keys whose values differ between runs, in their order in the config."""
     keys = dict.fromkeys(key for run in runs for key in run.config if not key.startswith(_NOT_OF_THE_RUN))
     return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
 
 
-def shown(value: object) -> str:
-    """A config's value as it is typed; of a long path only its end."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 40 else f"…{text[-39:]}"
+def telling_keys(runs: list[Run]) -> list[str]:
+    """Return as few keys as tell the runs apart, the shortest first; other keys may differ along with them.
+
+    The seed explains nothing: it is only among them if nothing else tells runs apart.
+    """
+    columns = {key: short_values([run.config.get(key) for run in runs]) for key in differing_keys(runs)}
+
+    def n_groups(keys: list[str]) -> int:
+        return len(set(zip(*(columns[key] for key in keys), strict=True))) if keys else 1
+
+    def length(key: str) -> int:
+        return len(key) + max(map(len, columns[key]))
+
+    by_length, telling = sorted(columns, key=length), []
+    for candidates in ([key for key in by_length if key != "seed"], by_length):
+        while n_groups(telling) < n_groups(candidates):
+            telling.append(max(candidates, key=lambda key: n_groups([*telling, key])))  # of equal ones the shortest
+    for key in sorted(telling, key=length, reverse=True):
+        rest = [other for other in telling if other != key]
+        telling = rest if n_groups(rest) == n_groups(telling) else telling
+    return sorted(telling, key=length)
+
+
+def short_values(values: list[object]) -> list[str]:
+    """Return values as they are typed; of paths only the parts that differ, of other long texts the end."""
+    texts = [printable(_typed(value)) for value in values]
+    paths = {text: text.split("/") for text in texts if text != "null"}
+    if all(len(parts) > 1 for parts in paths.values()):
+        for _ in range(2):  # cut off equal beginnings, then equal ends
+            n_equal = _n_equal_parts([*paths.values()])
+            paths = {text: parts[n_equal:][::-1] for text, parts in paths.items()}
+        texts = ["/".join(paths.get(text, [text])) for text in texts]
+    return [text if len(text) <= _LONGEST_VALUE else f"…{text[1 - _LONGEST_VALUE :]}" for text in texts]
+
+
+def _n_equal_parts(paths: list[list[str]]) -> int:
+    """Return how many parts all paths have in common at their beginnings, but leave each its last part."""
+    n_equal = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+    return min([n_equal, *(len(parts) - 1 for parts in paths)])
+
+
+def _typed(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""What `judge.py` found out, read from its summaries: what the figures of several runs are made of."""
+"""Summaries of `judge.py`, read and checked, and the parts of figures that show several of them."""
 
 import argparse
 import json
@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from reporting.curves import colors, save_figure
+from printing import printable
+from reporting.curves import colors, plain, save_figure
+from reporting.intervals import mean_interval
 from storage.errors import UserError
 from storage.files import atomic_file
 from storage.outputs import Output, check_outputs, document, picture
@@ -17,12 +19,12 @@ _DRAW = "draw them by sample.py, each checkpoint and temperature into a new file
 
 
 class BadSummary(ValueError):
-    """A file can't be used, or not beside the others; the message says why, and what to do."""
+    """A file can't be used, alone or with the others; the message says why, and what to do."""
 
 
 @dataclass
 class Summary:
-    """A summary of `judge.py`, and how the responses `a` that it is of were drawn (see `sample.py`)."""
+    """A summary of `judge.py`, and how its responses `a` were drawn (see `sample.py`)."""
 
     path: str
     found: dict
@@ -33,25 +35,26 @@ class Summary:
 
     @property
     def series(self) -> tuple[str, str | None]:
+        """Run and checkpoint."""
         return self.run, self.checkpoint
 
     @property
     def value_and_interval(self) -> tuple[float, float | None, float | None]:
-        """The win rate, or the mean score of responses alone, and the bounds of its 95 % interval, if it has one."""
+        """The win rate, or the mean score if there is no b, and the bounds of its 95 % interval, if it has one."""
         if "win_rate" in self.found:
             return self.found["win_rate"], *self.found["win_rate_ci95"]
         return self.interval_of("score")
 
     def interval_of(self, name: str) -> tuple[float, float | None, float | None]:
-        """A mean, and the bounds of its 95 % interval, if it has one."""
-        mean, error = self.found[name], self.found[f"{name}_se"]
-        return (mean, None, None) if error is None else (mean, mean - 1.959964 * error, mean + 1.959964 * error)
+        """Return a mean, and the bounds of its 95 % interval, if it has one."""
+        mean = self.found[name]
+        return mean, *(mean_interval(mean, self.found[f"{name}_se"]) or (None, None))
 
 
 def read_summaries(paths: list[str]) -> list[Summary]:
-    """The summaries in these files, all of one judge, who compared with the same responses or with none.
+    """Read summaries, which must come from one judge that compared all of them with the same responses b, or with none.
 
-    Raises: BadSummary if there are none such, naming the file and the remedy.
+    Raises: BadSummary naming the file and the remedy.
     """
     summaries = [_read(path) for path in paths]
     for other in summaries[1:]:
@@ -74,6 +77,7 @@ def read_summaries(paths: list[str]) -> list[Summary]:
 
 
 def _read(path: str) -> Summary:
+    """Read a summary, or raise BadSummary."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
@@ -83,7 +87,7 @@ def _read(path: str) -> Summary:
         raise BadSummary(f"{path}: no summary of judge.py; give files that it wrote, ..{_SUMMARY}")
     if "drawn" not in found:
         raise BadSummary(
-            f"{path}: it doesn't say how a was drawn, as it is of an earlier version; run the same judge.py command "
+            f"{path}: it doesn't say how a was drawn, as an earlier version wrote it; run the same judge.py command "
             "again, its verdicts are kept"
         )
     if fault := _fault(found):
@@ -102,7 +106,7 @@ def _read(path: str) -> Summary:
 
 
 def _fault(found: dict) -> str | None:
-    """What of a summary has no value, or one of another kind; None: nothing."""
+    """Return the key whose value is missing or of the wrong type; None if there is none."""
     number, text, count = (int, float, type(None)), (str, type(None)), int
     kinds = {"judge": str, "a": str, "judge_model": text, "kl": number, "kl_se": number, "n_kl": count}
     if "win_rate" in found:
@@ -129,9 +133,9 @@ def _fault(found: dict) -> str | None:
 
 
 def what_is_measured(summaries: list[Summary]) -> str:
-    """The quantity of `value_and_interval`, in words.
+    """Return the quantity of `value_and_interval` in words.
 
-    Raises: BadSummary if it isn't the same in all.
+    Raises: BadSummary if it isn't the same for all.
     """
     first = summaries[0]
     for other in summaries:
@@ -144,24 +148,27 @@ def what_is_measured(summaries: list[Summary]) -> str:
 
 
 def new_figure(xlabel: str, ylabel: str) -> tuple:
-    """A figure of one panel, and the panel."""
+    """Return a figure with one panel, and the panel."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+    axis.set_xlabel(plain(xlabel))
+    axis.set_ylabel(plain(ylabel))
     axis.grid(alpha=0.3)
     axis.set_axisbelow(True)
     return figure, axis
 
 
 def draw_series(axis, groups: dict[str, list[tuple[Summary, tuple, tuple]]]):
-    """A line with error bars for each group: of each of its points the summary, and x and y with their bounds.
+    """Draw a line with error bars for each group.
 
-    Groups are drawn side by side, a few points (72nds of an inch) apart, so that bars at the same x can be told apart.
+    Groups are shifted sideways by a few points (72nds of an inch), so that bars at the same x don't cover each other.
+
+    Args:
+        groups: by label, points of (summary, x with its bounds, y with its bounds).
     """
     from matplotlib.transforms import ScaledTranslation
 
@@ -171,16 +178,16 @@ def draw_series(axis, groups: dict[str, list[tuple[Summary, tuple, tuple]]]):
         (x, x_bars), (y, y_bars) = (_bars([point[i] for point in points]) for i in (1, 2))
         axis.errorbar(
             x, y, xerr=x_bars, yerr=y_bars, fmt="o-", markersize=5, color=color, linewidth=1.3, elinewidth=0.9,
-            capsize=2, label=label, transform=place,
+            capsize=2, label=plain(label), transform=place,
         )  # fmt: skip
-        for _, *intervals in points:  # the axes' limits take no notice of what is shifted
+        for _, *intervals in points:  # the axes' limits ignore what is shifted
             for i in (1, 2):
                 axis.update_datalim([[found[0] if found[i] is None else found[i] for found in intervals]])
     axis.autoscale_view()
 
 
 def _bars(values: list[tuple[float, float | None, float | None]]) -> tuple[list, list[list] | None]:
-    """Values, and how far their intervals reach below and above them, as far as there are some."""
+    """Return the values, and how far their intervals reach below and above them, if any has one."""
     if all(low is None for _, low, _ in values):
         return [value for value, _, _ in values], None
     below = [0 if low is None else value - low for value, low, _ in values]
@@ -188,13 +195,8 @@ def _bars(values: list[tuple[float, float | None, float | None]]) -> tuple[list,
     return [value for value, _, _ in values], [below, above]
 
 
-def in_columns(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
 def write(figure, axis, table: str, path: str):
-    """The picture, and beside it the table, as text."""
+    """Write the picture, and the table as text beside it; print the table."""
     axis.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
     text = f"{os.path.splitext(path)[0]}.txt"
@@ -204,10 +206,10 @@ def write(figure, axis, table: str, path: str):
 
 
 def command(name: str, description: str, output: str, work: Callable[[list[Summary], str], None]) -> Callable:
-    """The `main` of a figure's module: `work(summaries, path)` draws it."""
+    """Return the `main` of a figure's module, which draws it by `work(summaries, path)`."""
 
     def main(words: list[str]) -> str | None:
-        """The command; returns what is wrong, if anything."""
+        """Run the command; return an error message, or None."""
         parser = argparse.ArgumentParser(
             prog=f"python -m reporting.{name}", description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -226,7 +228,7 @@ def command(name: str, description: str, output: str, work: Callable[[list[Summa
             check_outputs(outputs, {f"summary {path}": path for path in args.summaries})
             work(read_summaries(args.summaries), args.output)
         except (BadSummary, UserError, OSError) as error:
-            return f"error: {error}"
+            return printable(f"error: {error}")
         except ImportError as error:
             return f"error: pictures need matplotlib (pip install matplotlib): {error}"
         return None

@@ -1,4 +1,4 @@
-"""What a run's numbers tell of it while it trains: each symptom is said once, in one line, with what to try."""
+"""Symptoms of trouble in a run's metrics: each gets one warning, with what to try."""
 
 import math
 
@@ -8,14 +8,16 @@ from omegaconf import DictConfig
 from losses import KL_ESTIMATE, LENGTHS, LOGPS, LOSSES
 from reporting.terminal import number, percent
 
-N_EVALUATIONS = 3  # in a row that show a symptom
-N_CLIPPED = 50  # steps in a row whose gradient was clipped
+N_EVALUATIONS = 3  # in a row with a symptom, before it is reported
+N_CLIPPED = 50  # steps in a row whose gradient was clipped, before that is reported
 _DOCS = "see docs/metrics.md#{}"
 
 
 def loss_at_reference(loss_config: DictConfig) -> float | None:
-    """What a loss is for any pair where the policy is its reference: ln 2 for DPO; None where that depends on the pair,
-    or there is no reference."""
+    """Return the loss of every pair while policy and reference are equal: ln 2 for DPO.
+
+    None if it depends on the pair, or without a reference.
+    """
     loss = LOSSES[loss_config.name]
     if not loss.needs_reference(loss_config):
         return None
@@ -30,25 +32,25 @@ def loss_at_reference(loss_config: DictConfig) -> float | None:
 
 
 class Symptoms:
-    """Watches the steps and evaluations of this process."""
+    """Watches the steps and evaluations of this process for symptoms."""
 
     def __init__(self, config: DictConfig):
         self.max_grad_norm, self.warmup_steps = config.max_grad_norm, config.warmup_steps
         self.loss_at_reference = loss_at_reference(config.loss)
-        self.counts: dict[str, int] = {}  # how often in a row each has shown
-        self.said: set[str] = set()
+        self.counts: dict[str, int] = {}  # how often in a row each symptom was seen
+        self.reported: set[str] = set()
 
     def notice(self, split: str, metrics: dict[str, float]) -> list[str]:
-        """What is to be said after this step or evaluation; nothing that has been said before."""
+        """Return the warnings after this step or evaluation, each symptom once."""
         if split == "train":
-            shown, n_needed = self._of_step(metrics), N_CLIPPED
+            symptoms, n_needed = self._of_step(metrics), N_CLIPPED
         else:
-            shown, n_needed = self._of_evaluation(metrics), N_EVALUATIONS
+            symptoms, n_needed = self._of_evaluation(metrics), N_EVALUATIONS
         texts = []
-        for name, text in shown.items():
+        for name, text in symptoms.items():
             self.counts[name] = self.counts.get(name, 0) + 1 if text else 0
-            if self.counts[name] >= n_needed and name not in self.said:
-                self.said.add(name)
+            if self.counts[name] >= n_needed and name not in self.reported:
+                self.reported.add(name)
                 texts.append(f"{text}; {_DOCS.format(name)}")
         return texts
 
@@ -62,7 +64,7 @@ class Symptoms:
         return {"always-clipped": text if is_clipped else ""}
 
     def _of_evaluation(self, metrics: dict[str, float]) -> dict[str, str]:
-        if metrics["counters/examples"] == 0:  # policy and reference are still the same
+        if metrics["counters/examples"] == 0:  # policy and reference are still equal
             return {}
         return {
             "overfitting": self._overfitting(metrics),
@@ -75,8 +77,8 @@ class Symptoms:
         if start is None or loss <= start:
             return ""
         return (
-            f"the evaluation loss ({number(loss)} now) has been above {number(start)}, where a policy that is its "
-            f"reference stands, for {N_EVALUATIONS} evaluations: what is learned doesn't hold for other pairs. Try a "
+            f"the evaluation loss ({number(loss)} now) has been above {number(start)}, the loss of the reference "
+            f"itself, for {N_EVALUATIONS} evaluations: what is learned doesn't hold for other pairs. Try a "
             "smaller lr, fewer epochs or a larger loss.beta; keep_best=loss/eval keeps the best checkpoint"
         )
 
@@ -87,7 +89,7 @@ class Symptoms:
             return ""
         return (
             f"the evaluation accuracy ({percent(accuracy)} ± {percent(error)} now) has been that of guessing for "
-            f"{N_EVALUATIONS} evaluations. Try a larger lr, look whether chosen and rejected can be told apart in the "
+            f"{N_EVALUATIONS} evaluations. Try a larger lr, check that chosen and rejected can be told apart in the "
             "data, and start from a model that has seen such responses (SFT)"
         )
 

@@ -96,8 +96,8 @@ class Progress:
     samples, verdicts.
     """
 
-    def __init__(self, what: str, total: int, unit: str):
-        """`unit`: what is counted, in the plural (examples, rows, ...)."""
+    def __init__(self, what: str, total: int | None, unit: str):
+        """`total`: None if it isn't known; `unit`: what is counted, in the plural (examples, rows, ...)."""
         self.what, self.total, self.unit, self.n_done = printable(what), total, unit, 0
         self.bar = tqdm(
             total=total, desc=self.what, leave=False, disable=hides_progress(), dynamic_ncols=True,
@@ -112,12 +112,14 @@ class Progress:
         if not self.bar.disable:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)
-        elif on_rank0() and time.monotonic() - self.last_line >= _PROGRESS_EVERY and self.n_done < self.total:
+        elif on_rank0() and time.monotonic() - self.last_line >= _PROGRESS_EVERY and self.n_done != self.total:
             rank0_print(self._line(time.monotonic() - self.last_line) + (f", {note}" if note else ""))
             self.last_line, self.n_at_last_line = time.monotonic(), self.n_done
 
     def _line(self, seconds: float) -> str:
         """`seconds`: since the last line, whose speed the time left is estimated by."""
+        if self.total is None:
+            return f"{self.what}: {self.n_done:,} {self.unit}"
         left = seconds / max(self.n_done - self.n_at_last_line, 1) * (self.total - self.n_done)
         return f"{self.what}: {self.n_done:,} of {self.total:,} {self.unit}, about {duration(left)} left"
 

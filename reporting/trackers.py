@@ -1,4 +1,4 @@
-"""wandb and TensorBoard, which show many runs. Trouble there is said once and never stops training."""
+"""wandb and TensorBoard. A tracker that fails gives one warning and is dropped; training goes on."""
 
 import os
 
@@ -10,13 +10,13 @@ from utils import get_local_dir
 
 
 class Trackers:
-    """Those that the config asks for and that can be started; `wandb_run_id` is None without wandb."""
+    """The trackers that the config enables and that could be started; `wandb_run_id` is None without wandb."""
 
     def __init__(self, config: DictConfig, run_dir: str, wandb_run_id: str | None, n_examples: int):
         """
         Args:
-            wandb_run_id: of the run that goes on.
-            n_examples: trained on so far: what TensorBoard has of later is replaced.
+            wandb_run_id: the wandb run to resume.
+            n_examples: number of examples trained on so far; what TensorBoard has beyond them is replaced.
         """
         self.run_dir, self.wandb_run_id = run_dir, wandb_run_id
         self.active: dict[str, WandbTracker | TensorBoardTracker] = {}
@@ -27,20 +27,20 @@ class Trackers:
         if config.tensorboard.enabled and not config.debug:
             try:
                 self.active["TensorBoard"] = TensorBoardTracker(run_dir, n_examples)
-            except Exception as error:  # its libraries may not fit each other
+            except Exception as error:  # such as incompatible versions of its libraries
                 print(warning(f"TensorBoard can't start: {error}"))
 
     def log(self, examples: int, metrics: dict[str, float], samples: list[dict]):
-        """Give metrics and samples to all, at the step `examples`."""
+        """Pass metrics and samples to all trackers, at the step `examples`."""
         for name, tracker in list(self.active.items()):
             try:
                 tracker.log(examples, metrics, samples)
-            except Exception as error:  # whatever fails there, training is worth more
-                tqdm.write(warning(f"{name} failed and gets no more of this run, {self.run_dir} does: {error}"))
+            except Exception as error:  # no failure of a tracker may end training
+                tqdm.write(warning(f"{name} failed and is dropped; {self.run_dir} still gets everything: {error}"))
                 del self.active[name]
 
     def close(self, exit_code: int):
-        """End them; the run failed if `exit_code` isn't 0."""
+        """End the trackers' runs, as failed ones unless `exit_code` is 0."""
         for name, tracker in self.active.items():
             try:
                 tracker.close(exit_code)
@@ -49,7 +49,7 @@ class Trackers:
 
 
 class WandbTracker:
-    """A wandb run: metrics, and a table of samples of each model."""
+    """A wandb run: metrics, and a table of samples for each model."""
 
     def __init__(self, run):
         self.run = run
@@ -67,14 +67,14 @@ class WandbTracker:
             self.run.log({f"{model}_samples": table}, step=examples)
 
     def close(self, exit_code: int):
-        """End the run and say how to upload it, if it was offline."""
+        """End the run; if it was offline, print how to upload it."""
         self.run.finish(exit_code=exit_code)
         if self.run.offline:
             print(f"wandb was offline; to upload this run: wandb sync {os.path.dirname(self.run.dir)}")
 
 
 class TensorBoardTracker:
-    """Event files in `run_dir`/tensorboard: metrics as scalars, samples as texts."""
+    """Event files in `run_dir`/tensorboard: metrics as scalars, samples as text."""
 
     def __init__(self, run_dir: str, n_examples: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -87,7 +87,9 @@ class TensorBoardTracker:
             self.writer.add_scalar(name, value, examples)
         for model in sorted({sample["model"] for sample in samples}):
             texts = [sample["sample"] for sample in samples if sample["model"] == model]
-            indented = "\n\n---\n\n".join("    " + text.replace("\n", "\n    ") for text in texts)  # as they are
+            indented = "\n\n---\n\n".join(
+                "    " + text.replace("\n", "\n    ") for text in texts
+            )  # as code: no Markdown in it
             self.writer.add_text(f"samples/{model}", indented, examples)
         self.writer.flush()
 
@@ -97,11 +99,9 @@ class TensorBoardTracker:
 
 
 def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
-    """A wandb run of its own in `run_dir`, offline where nobody is logged in: training never waits for an answer.
+    """Start a wandb run in `run_dir`, or resume the one with this id; return None if it can't start.
 
-    None if it can't start.
-
-    With the id of an earlier run it goes on with that.
+    It is offline if nobody is logged in: wandb must never wait for an answer at the terminal.
     """
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         os.environ.setdefault(variable, os.path.join(get_local_dir(config.local_dirs), "wandb"))
@@ -126,6 +126,7 @@ def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
                 id=run_id,
                 resume="allow" if run_id else None,
                 reinit="create_new",  # the next job of a sweep is another run
+                settings=wandb.Settings(quiet=True),  # no history of every metric at the end
             )
         except Exception as error:
             print(warning(f"wandb can't start ({attempt or 'online'} mode): {error}"))
@@ -135,6 +136,6 @@ def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
 def _logged_in(wandb) -> bool:
     try:
         return wandb.login(prompt=False)
-    except Exception as error:  # a key of a wrong form, say
+    except Exception as error:  # such as a malformed key
         print(warning(f"wandb: {error}"))
         return False

@@ -1,4 +1,4 @@
-"""What a run uses: parameters, tokens and operations a second, memory."""
+"""A run's parameters, tokens and operations per second, and memory."""
 
 import re
 import resource
@@ -29,16 +29,16 @@ def peak_flops(gpu: str) -> float | None:
 
 
 def n_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many are trained, and how many there are; of tensors that are spread over workers, all of them."""
+    """Return the numbers of trained and of all parameters; tensors that are sharded over workers count whole."""
     sizes = [(n_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
 class Throughput:
-    """Turns a step's time into rates."""
+    """Turns the time of a step into rates."""
 
     def __init__(self, policy: nn.Module, reference_model: nn.Module | None, n_workers: int):
-        """`reference_model`: None where none is computed in a step."""
+        """`reference_model`: None if steps compute none."""
         self.n_trained, self.n_parameters = n_parameters(policy)
         n_reference = n_parameters(reference_model)[1] if reference_model is not None else 0
         # a parameter takes 2 operations a token forward, as many back to what was before it, and as many for itself
@@ -48,8 +48,11 @@ class Throughput:
         self.peak = peak * n_gpus if peak else None
 
     def metrics(self, n_examples: int, n_tokens: int, seconds: float) -> dict[str, float]:
-        """Rates of a step on so many examples and tokens, of all workers; `model_flops_utilisation` (from 0 to 1) is of
-        what the GPU is sold with in bfloat16, as in https://arxiv.org/abs/2204.02311, without attention's share."""
+        """Return the rates of a step of all workers.
+
+        `model_flops_utilisation` (from 0 to 1) is the share of the GPU's advertised bfloat16 rate, as in
+        https://arxiv.org/abs/2204.02311, without attention.
+        """
         rates = {"examples_per_second": n_examples / seconds, "tokens_per_second": n_tokens / seconds}
         if self.peak:
             rates["model_flops_utilisation"] = n_tokens * self.flops_per_token / seconds / self.peak
@@ -57,7 +60,7 @@ class Throughput:
 
 
 def peak_memory() -> str:
-    """The most memory that this process has had, in words."""
+    """Return this process's peak memory in words."""
     n_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     parts = [f"{n_bytes / 1e9:.1f} GB of the host's"]
     if torch.cuda.is_available():
@@ -67,7 +70,7 @@ def peak_memory() -> str:
 
 
 def parameters_in_words(n_trained: int, n_all: int) -> str:
-    """Such as '1.2 M parameters, all of them trained'."""
+    """Return text such as '1.2 M parameters, all of them trained'."""
     if n_trained == n_all:
         return f"{_short(n_all)} parameters, all of them trained"
     return f"{_short(n_all)} parameters, {_short(n_trained)} of them trained ({n_trained / n_all:.2%})"

@@ -1,6 +1,6 @@
-"""Win rate against sampling temperature: `python -m reporting.win_rates SUMMARY [SUMMARY ...] [--output FILE]`.
+"""Draw win rates against sampling temperature: `python -m reporting.win_rates SUMMARY [SUMMARY ...] [--output FILE]`.
 
-SUMMARY is what judge.py wrote beside its verdicts, on samples of one checkpoint at one temperature. A line for each
+SUMMARY is a file that judge.py wrote on samples of one checkpoint at one temperature. A line for each
 checkpoint, with Wilson's 95 % intervals (figures 2, right, and 3 of https://arxiv.org/abs/2305.18290), and a table of
 the same numbers beside the picture.
 """
@@ -12,15 +12,18 @@ from reporting.summaries import (
     Summary,
     command,
     draw_series,
-    in_columns,
     new_figure,
     what_is_measured,
     write,
 )
+from reporting.terminal import aligned
 
 
 def draw(summaries: list[Summary], path: str):
-    """Raises: BadSummary if these are no win rates; ImportError without matplotlib."""
+    """Draw the figure and write its table.
+
+    Raises: BadSummary if a summary has scores instead of win rates; ImportError without matplotlib.
+    """
     for summary in summaries:
         if "win_rate" not in summary.found:
             raise BadSummary(f"{summary.path} has scores, no win rates; give judge.py a file b to compare with")
@@ -42,7 +45,7 @@ def draw(summaries: list[Summary], path: str):
         rate, low, high = summary.value_and_interval
         rows.append((summary.run, summary.checkpoint or "-", f"{summary.temperature:g}", f"{rate:.1%}",
                      f"{low:.1%} to {high:.1%}", str(summary.found["n_judged"])))  # fmt: skip
-    write(figure, axis, in_columns(rows), path)
+    write(figure, axis, aligned(rows), path)
 
 
 main = command("win_rates", __doc__, "win_rates.png", draw)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One run on several machines of a Slurm cluster, with one task per GPU. Submit it from the repository's directory:
+# Train on several machines of a Slurm cluster, with one task per GPU. Submit this from the repository's directory:
 #   sbatch scripts/slurm.sh model=pythia28 datasets=[hh] loss=dpo local_run_dir=/shared/run ...
 # local_run_dir must be on a file system that all machines see: a job that is preempted or out of time resumes there.
 #
-# Every task sees all GPUs of its machine and picks its own, so don't use --gpus-per-task. USR1 must go to every task (so
-# not B:USR1), early enough to write a checkpoint before the time is up.
+# Every task must see all GPUs of its machine, so don't use --gpus-per-task: it picks one by its local rank. Slurm must
+# send USR1 to every task (so not B:USR1), early enough to write a checkpoint before the time is up.
 #SBATCH --job-name=dpo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -21,8 +21,8 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 
-# When a task has ended, the others get one more minute. --kill-on-bad-exit=1 would kill them at once: after a signal,
-# tasks end one after the other, and a killed task would hide the exit code 75.
+# When a task has ended, the others get one more minute. We don't use --kill-on-bad-exit=1, which would kill them at
+# once: after a signal, tasks end one after the other, and a killed task would hide the exit code 75.
 srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     exec python -u train.py trainer=FSDPTrainer resume=auto "$@"' task "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One run on several machines without a cluster manager. Start the same command on each machine, with its own NODE_RANK;
-# the others connect to machine 0. For two machines with the repository and the data in the same place:
+# Train on several machines without a cluster manager. Start the same command on each machine, with its own NODE_RANK;
+# all connect to machine 0. For two machines with the repository and the data in the same place:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=machine0 bash scripts/torchrun.sh model=pythia28 datasets=[hh] loss=dpo ...
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=machine0 bash scripts/torchrun.sh model=pythia28 datasets=[hh] loss=dpo ...
 # Add local_run_dir=DIR resume=auto, with DIR on a file system that all machines see, to be able to restart after a

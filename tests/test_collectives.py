@@ -42,11 +42,11 @@ def test_threads_collectives_do_not_mix_with_the_main_threads(in_workers):
 
 def devices_of_reduced_numbers() -> set[str]:
     """Reduce a number where the worker's device would be a GPU."""
+    device, reduce, devices = collectives.device, dist.all_reduce, set()
     collectives.device = lambda: torch.device("meta")
-    reduce, devices = dist.all_reduce, set()
     dist.all_reduce = lambda tensor, *args, **kwargs: (devices.add(tensor.device.type), reduce(tensor, *args, **kwargs))
     assert collectives.all_reduce_max(dist.get_rank()) == 1
-    dist.all_reduce = reduce
+    collectives.device, dist.all_reduce = device, reduce  # the worker runs other tests, too
     return devices
 
 

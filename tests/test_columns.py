@@ -67,6 +67,26 @@ REFUSED = {  # rows, settings, what the message says
         {},
         r"fields=\{prompt: query, chosen: better, rejected: worse\}",
     ),
+    "names in another case": (
+        [{"Prompt": "a", "Chosen": "b", "Rejected": "c"}],
+        {},
+        r"fields=\{prompt: Prompt, chosen: Ch",
+    ),
+    "OpenAI preferences": (
+        [{"input": {"messages": ASKED}, "preferred_output": SAYS, "non_preferred_output": NO}],
+        {},
+        r"fields=\{prompt: input.messages, chosen: preferred_output, rejected: non_preferred_output\}",
+    ),
+    "a path of an image": (
+        [{"image_path": "a.png", "prompt": "<image>What?", **PAIR}],
+        {},
+        "column 'image_path': images",
+    ),
+    "messages as NumPy writes them": (
+        [{"messages": "[{'role': 'user'}\n {'role': 'b'}]"}],
+        {},
+        "'messages' holds no messages",
+    ),
     "no rejected": ([{"prompt": "a", "chosen": "b"}], {}, "'rejected' is missing beside 'chosen'.*loss=sft"),
     "no chosen": ([{"prompt": "a", "rejected": "b", "choosen": "c"}], {}, "'chosen' is missing.*Did you mean choosen"),
     "rows within an object": ([{"data": [{"prompt": "a", **PAIR}]}], {}, r"within 'data'.*jq -c '\.data\[\]'"),
@@ -105,6 +125,11 @@ BAD = {  # a good row before it tells the format; the bad row; what is wrong
         {"messages": [*ASKED, *SAYS]},
         {"messages": [turn("user", "Hi", images=["a"]), *SAYS]},
         "has 'images'",
+    ),
+    "content that is a number": (
+        {"messages": [*ASKED, *SAYS]},
+        {"messages": [*ASKED, turn("assistant", 5)]},
+        "its content is 5",
     ),
     "unknown role": (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},

@@ -13,7 +13,7 @@ from test_cli import TOY
 from test_curves import png_size
 
 from reporting.compare import as_csv, as_markdown, as_text, compare, draw, main
-from reporting.runs import NoRuns, find_runs
+from reporting.runs import NoRuns, find_runs, short_values
 
 
 def write_run(directory: Path, accuracies: list[float], kl: bool = True, **config) -> str:
@@ -65,6 +65,40 @@ def test_columns_that_cannot_be_compared_are_starred(sweep, tmp_path):
         write_run(tmp_path / f"data/{n}", [0.6], n_eval_examples=n)
     text = as_text(compare(find_runs([f"{tmp_path}/data"])))
     assert "accuracy*" in text and "different examples" in text
+
+
+def test_only_keys_that_tell_runs_apart_have_columns(tmp_path):
+    sft = "/data/runs/2026/{}/LATEST/policy.pt"
+    for i, (beta, lr) in enumerate([(0.1, 1e-6), (0.1, 2e-6), (0.5, 1e-6), (0.5, 2e-6)]):
+        model = {"archive": sft.format(f"sft_{beta}"), "name_or_path": "pythia"}
+        write_run(tmp_path / f"r/run_{'x' * 60}_{i}", [0.6 + i / 10], loss={"name": "dpo", "beta": beta}, lr=lr,
+                  model=model, seed=i)  # fmt: skip
+    runs = find_runs([f"{tmp_path}/r"])
+    assert [run.label for run in runs] == [f"lr={lr}, loss.beta={b}" for b in (0.1, 0.5) for lr in (1e-06, 2e-06)]
+    text = as_text(compare(runs))
+    assert text.splitlines()[0].split()[:4] == ["run", "lr", "loss.beta", "examples"]
+    assert "These keys differ, too, along with the ones shown: model.archive, seed" in text
+    assert max(map(len, text.splitlines())) <= 120
+    header = as_csv(compare(runs)).splitlines()[0]
+    assert {"model.archive", "seed"} <= set(header.split(","))  # the CSV has every key
+
+
+def test_paths_are_shown_by_what_differs():
+    assert short_values(["/a/b/x/LATEST/policy.pt", "/a/b/y/LATEST/policy.pt", None]) == ["x", "y", "null"]
+    assert short_values(["/a/b", "/a/b/c"]) == ["b", "b/c"]
+    assert short_values([True, 1e-6, "x" * 50]) == ["true", "1e-06", "…" + "x" * 39]
+    assert short_values(["a/x", "b/x", "c"]) == ["a/x", "b/x", "c"]
+
+
+def test_table_too_wide_for_120_columns_names_what_it_leaves_out(tmp_path):
+    for i in range(2):
+        path = Path(write_run(tmp_path / f"r/{i}", [0.6 + i / 10], lr=i, note="y" * 39 + str(i)))
+        rows = [line | {"nll_eval/chosen": 1.0, "nll_eval/chosen_se": 0.1, "logratios_eval/chosen": -1.0,
+                        "rewards_eval/margins_se": 0.1} for line in read_jsonl(path / "metrics.jsonl")]  # fmt: skip
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = as_text(compare(find_runs([f"{tmp_path}/r"])))
+    assert max(map(len, text.splitlines())) <= 120
+    assert "Not shown, as the line would be too long: chosen log-ratio, KL/token; --format csv has them" in text
 
 
 def test_csv_has_every_number_in_full_and_markdown_every_cell(sweep):

@@ -3,10 +3,12 @@
 import json
 import math
 import re
+import resource
 import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from evaluation.chat_completions import RateLimit, retry_after
 from evaluation.pairs import Pair, Response, Task, match, read_responses
 from evaluation.prompts import PROMPTS, fill, load_template, read_verdict
 from evaluation.statistics import length_controlled, wilson_interval
+from evaluation.verdicts import Verdict, VerdictFile
 from utils import UserError
 
 JUDGE = REPOSITORY / "judge.py"
@@ -466,6 +469,111 @@ def test_verdicts_of_other_settings_or_texts_are_not_mixed(judge, refused, endpo
     assert len(endpoint.seen) == 7
 
 
+SECRET = "sk-0123456789"
+
+
+def test_key_cannot_be_replaced_by_netrc_or_url_credentials(judge, endpoint, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hidden\n")
+    options = [word.replace("://", "://user:password@") for word in endpoint.options]
+    env = {"NETRC": str(tmp_path / "netrc"), "OPENAI_API_KEY": f" {SECRET}\n"}
+    judge(*options, env=env)
+    assert endpoint.keys == {f"Bearer {SECRET}"}
+    endpoint.keys.clear()
+    (tmp_path / "v.jsonl").unlink()
+    judge(*endpoint.options, env=env | {"OPENAI_API_KEY": " "})
+    assert endpoint.keys == {None}
+    (tmp_path / "v.jsonl").unlink()
+    endpoint.keys.clear()
+    judge(*options, env=env | {"OPENAI_API_KEY": ""})
+    assert endpoint.keys == {"Basic dXNlcjpwYXNzd29yZA=="}  # base64 of user:password
+
+
+def test_secrets_that_an_endpoint_echoes_are_masked(judge, endpoint, launcher, tmp_path):
+    def answer(number: int, a: str, b: str):
+        if number == 0:
+            return 400, {}, f"bad request by Bearer {SECRET}"
+        return f"{SECRET} says\nMore helpful: A"
+
+    endpoint.answer = answer
+    options = [word.replace("://", "://user:password@") for word in endpoint.options]
+    summary = judge(*options, "judge_retries=0", env={"OPENAI_API_KEY": SECRET})
+    assert summary["failures"] == {"HTTP 400": 1}
+    kept = (tmp_path / "v.jsonl").read_text() + (tmp_path / "v_summary.json").read_text() + launcher.output
+    assert SECRET not in kept and "password@" not in kept
+    assert "bad request by Bearer ***" in kept and "*** says" in kept
+    endpoint.answer = lambda *_: (401, {}, f"\x1b[2Jno such key: {SECRET}\x07")
+    (tmp_path / "v.jsonl").unlink()
+    words = ["a=a.jsonl", "b=b.jsonl", "output=v.jsonl", *options]
+    env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": SECRET}
+    assert launcher.run(*words, script=JUDGE, directory=tmp_path, of_training=False, env=env, in_order=True) == 1
+    assert "answers 401 for judge_model=m: \\x1b[2Jno such key: ***\\x07" in launcher.output
+
+
+def test_key_that_no_header_takes_is_refused_without_showing_it(launcher, files, endpoint, tmp_path):
+    for key in ("sk-0123\u20ac56789", "sk-0123\n456789"):
+        env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": key}
+        words = [*files, *endpoint.options]
+        assert launcher.run(*words, script=JUDGE, directory=tmp_path, of_training=False, env=env, in_order=True) == 1
+        assert "OPENAI_API_KEY: its character 8 of" in launcher.output and "Traceback" not in launcher.output
+        assert "sk-0123" not in launcher.output
+    assert endpoint.seen == []
+
+
+NO_COMPLETIONS = {
+    "nested too deeply": "[" * 100_000, "not finite": completion("A").replace("100", "Infinity"),
+    "no number": completion("A").replace("100", "NaN"), "a list": "[]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_COMPLETIONS)
+def test_malformed_answer_is_a_failed_verdict(name, launcher, files, endpoint, tmp_path):
+    endpoint.answer = lambda *_: (200, {"Content-Type": "text/html; charset=undefined"}, NO_COMPLETIONS[name])
+    words = [*files, *endpoint.options, "judge_retries=0"]
+    env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": ""}
+    assert launcher.run(*words, script=JUDGE, directory=tmp_path, of_training=False, env=env, in_order=True) == 1
+    assert "error: no pair could be judged: 7 no chat completion" in launcher.output
+    assert "Traceback" not in launcher.output
+
+
+def test_answer_in_an_unknown_charset_is_read_as_utf_8(judge, endpoint):
+    def answer(number: int, a: str, b: str):
+        return 200, {"Content-Type": "application/json; charset=undefined"}, completion(endpoint.longer(number, a, b))
+
+    endpoint.answer = answer
+    assert judge(*endpoint.options)["n_judged"] == 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_a_command_with_all_its_processes(number, launcher, files, tmp_path):
+    (tmp_path / "c.sh").write_text("sleep 1000 & echo $! > child; echo A; wait")
+    words = [*files, "judge=command", "judge_command='sh c.sh'"]
+    launcher.start(*words, script=JUDGE, directory=tmp_path, of_training=False, in_order=True)
+    verdicts, child = tmp_path / "v.jsonl", tmp_path / "child"
+    wait_until(lambda: child.exists() and child.read_text().strip() and verdicts.exists() and verdicts.stat().st_size)
+    launcher.kill(number)
+    assert launcher.wait() == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+    assert "Traceback" not in launcher.output
+    assert len(read_jsonl(verdicts)) == 1
+    assert not [path.name for path in tmp_path.iterdir() if "partial" in path.name]
+    status = Path(f"/proc/{int(child.read_text())}/stat")
+    wait_until(lambda: not status.exists() or status.read_text().split()[2] == "Z")
+
+
+def test_full_disk_leaves_whole_verdicts_and_no_traceback(tmp_path):
+    task, path = Task(Pair(0, 0, "p", "a", "b"), "a"), tmp_path / "v.jsonl"
+    file = VerdictFile(str(path), "s")
+    file.add(task, Verdict("first"))
+    whole = path.read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, hard))
+    try:
+        with pytest.raises(UserError, match=r"can't write to .*v.jsonl: File too large; make room"):
+            file.add(task, Verdict("second"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == whole
+
+
 # ---- a reward model -------------------------------------------------------------------------------------------------
 
 
@@ -575,9 +683,13 @@ BAD = {
     "no model": (["judge=model"], "judge=model needs judge_model"),
     "no endpoint": (ASKS, "judge=openai needs judge_url"),
     "no URL": ([*ASKS, "judge_url=localhost:8000"], "judge_url=localhost:8000: expected a URL"),
+    "a port that is none": ([*ASKS, "judge_url=http://h:abc/v1"], "judge_url=http://h:abc/v1: its host or port"),
+    "a label that is too long": (
+        [*ASKS, f"judge_url=http://{'a' * 64}.com/v1"], "aaa.com/v1: its host or port can't be one; expected a URL"
+    ),
     "no API key": ([*ASKS, "judge_url=https://api.openai.com/v1"], "set the variable OPENAI_API_KEY"),
     "orders of a reward model": (["judge=model", "judge_model=m", "both_orders=true"], "both_orders=True: judge=model"),
-    "a URL of a command": ([*COMMAND, "judge_url=u"], "judge_url=u: judge=command has no use for it"),
+    "a URL of a command": ([*COMMAND, "judge_url=u"], "judge_url=u: not used with judge=command"),
     "no such prompt": ([*OPENAI, "judge_prompt=dialog"], "judge_prompt=dialog: no such file. Did you mean dialogue?"),
     "a prompt that lacks b": ([*OPENAI, "judge_prompt=lacking.txt"], "judge_prompt=lacking.txt: it lacks {b}"),
     "no time": ([*OPENAI, "judge_timeout=0"], "judge_timeout=0: must be 0.001 to 100000"),
@@ -587,7 +699,7 @@ BAD = {
     "no such file": (["a=nowhere", *OPENAI], "a=nowhere: can't read it"),
     "a file of something else": (["a=other.jsonl", *OPENAI], "a=other.jsonl, line 2: no response, its fields are x"),
     "a file that is cut off": (["b=cut.jsonl", *OPENAI], "b=cut.jsonl, line 8: no JSON"),
-    "twice the same": (["b=twice.jsonl", *OPENAI], "line 9: prompt_index=0, sample=0 is there twice"),
+    "twice the same": (["b=twice.jsonl", *OPENAI], "line 9: prompt_index=0, sample=0 is listed twice"),
     "too few": (["b=few.jsonl", *OPENAI], "prompt_index=3, sample=0 is in a and not in b (5 responses are without"),
     "other prompts": (["b=prompts.jsonl", *OPENAI], "a and b have different prompts at prompt_index=0"),
     "an output that is an input": (["output=a.jsonl", *OPENAI], "output=a.jsonl holds responses"),

@@ -38,16 +38,15 @@ def updates(run_dir) -> list[int]:
 def start_run(launcher, tmp_path):
     """Start `train.py` with two workers of its own."""
 
-    def start_train(*overrides: str):
-        return launcher.start(
-            *RUN, "trainer=FSDPTrainer", "world_size=2", f"local_run_dir={tmp_path}/run", *overrides, directory=tmp_path
-        )
+    def start_train(*overrides: str, forks_workers: bool = True):
+        words = [*RUN, "trainer=FSDPTrainer", "world_size=2", f"local_run_dir={tmp_path}/run", *overrides]
+        return launcher.start(*words, directory=tmp_path, forks_workers=forks_workers)
 
     return start_train
 
 
 def test_killed_worker_ends_the_run_and_resume_completes_it(start_run, tmp_path):
-    run = start_run("n_examples=4000")
+    run = start_run("n_examples=4000", forks_workers=False)
     run.wait_for(r"wrote .*/step-32 ")
     workers = children_of(*run.children)
     assert len(workers) == 2

@@ -2,11 +2,14 @@
 
 import ast
 import graphlib
+import json
 import sys
 from collections.abc import Iterator
 
 import pytest
 from conftest import REPOSITORY
+from launcher import train_after
+from test_cli import TOY
 
 from distributed.strategies import STRATEGIES
 
@@ -98,3 +101,57 @@ def test_only_strategies_compare_with_a_trainers_name(module):
         if isinstance(node, ast.Compare | ast.pattern):
             constants = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
             assert not constants & STRATEGIES.keys(), f"line {node.lineno}"
+
+
+# ---- the road -------------------------------------------------------------------------------------------------------
+
+ROAD = {  # README: "read these, in this order"
+    "train", "preference_datasets", "models", "log_probabilities", "losses", "references", "trainers", "optimization",
+    "utils",
+}  # fmt: skip
+COMMANDS = {"evaluate", "sample", "judge", "export"}
+
+RECORD_FRAMES = """
+import json, sys
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+
+def recorded(function):
+    def call(*args, **kwargs):
+        frames, frame = [], sys._getframe(1)
+        while frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to({repository!r}) and "tests" not in path.parts:
+                frames.insert(0, f"{{path.relative_to({repository!r})}} {{frame.f_code.co_name}}")
+            frame = frame.f_back
+        if "trainers.py train_step" in frames:
+            Path({output!r}).write_text(json.dumps(frames))
+            sys.exit(0)
+        return function(*args, **kwargs)
+    return call
+
+torch.Tensor.log_softmax, F.cross_entropy = recorded(torch.Tensor.log_softmax), recorded(F.cross_entropy)
+"""
+
+
+def test_root_holds_the_road_and_the_commands_alone():
+    assert {path.stem for path in REPOSITORY.glob("*.py")} == ROAD | COMMANDS
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS - {"export"}))
+def test_commands_are_thin(name):
+    assert len((REPOSITORY / f"{name}.py").read_text().splitlines()) <= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "most"), [(["shared_prompt=false", "padding_free=false"], 12), ([], 14)], ids=["plain", "fast"]
+)
+def test_few_frames_lie_between_train_py_and_the_log_softmax(overrides, most, launcher, tmp_path):
+    output = tmp_path / "frames.json"
+    script = train_after(RECORD_FRAMES.format(repository=str(REPOSITORY), output=str(output)), tmp_path)
+    run = [*TOY, "loss=dpo", "do_first_eval=false", *overrides]
+    assert launcher.run(*run, script=script) == 0, launcher.output
+    frames = json.loads(output.read_text())
+    assert frames[0] == "train.py <module>" and len(frames) <= most, "\n".join(frames)

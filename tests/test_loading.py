@@ -4,8 +4,6 @@ adapters that don't fit, are errors that name them."""
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -387,6 +385,44 @@ def test_lora_accepts_module_names_that_exist(make_oracle):
     assert {name.split(".layers.")[1][0] for name in names if "lora_A" in name} == {"0"}
 
 
+@pytest.fixture
+def tied_dir(tmp_path):
+    """A tiny Llama whose output head is its input embedding, with the recorded runs' tokenizer."""
+    directory = shutil.copytree(ORACLE / "model", tmp_path / "tied")
+    (directory / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapter_on_a_tied_head_is_refused(target, tied_dir, make_trainer):
+    with pytest.raises(UserError, match=r"output head is its input embedding .*lora.modules_to_save"):
+        make_tied(make_trainer, tied_dir, f"r:2,target_modules:[q_proj,{target}]")
+
+
+@pytest.mark.parametrize("lora", ["r:2", "r:2,target_modules:[q_proj],modules_to_save:[lm_head]"])
+def test_adapter_of_a_tied_model_merges_right(lora, tied_dir, make_trainer, tmp_path):
+    policy = make_tied(make_trainer, tied_dir, lora).policy
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = policy(ids).logits
+        policy.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def make_tied(make_trainer, directory, lora: str):
+    return make_trainer("model=blank_model", f"model.name_or_path={directory}", *RUN, "loss=dpo", f"lora={{{lora}}}")
+
+
 # ---- optimizer and dtype --------------------------------------------------------------------------------------------
 
 
@@ -419,58 +455,6 @@ def test_valid_optimizer_arguments_are_accepted(make_trainer):
         ["optimizer=Adafactor", "optimizer_args={eps:[null,0.01]}"],
     ):
         make_trainer("model=tiny", *RUN, *overrides)
-
-
-# ---- merging --------------------------------------------------------------------------------------------------------
-
-
-def merge(*arguments, umask=0o022, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "checkpoints", "merge", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, umask=umask, **kwargs)
-
-
-@pytest.fixture
-def lora_run(make_oracle, tmp_path):
-    """A checkpoint with an adapter in a run directory of an earlier version, whose config lacks today's keys."""
-    policy = make_oracle("lora={r:2}").policy
-    policy.save_pretrained(tmp_path / "run" / "LATEST")
-    (tmp_path / "run/config.yaml").write_text(
-        f"model: {{name_or_path: {tmp_path}/model, tokenizer_name_or_path: null, archive: null, policy_dtype: float32,"
-        f" from_scratch: false, adapter: null}}\nlocal_dirs: [{tmp_path}]\n"
-    )
-    return tmp_path / "run" / "LATEST"
-
-
-@pytest.mark.slow
-def test_merged_model_has_the_umasks_permissions(lora_run, tmp_path):
-    result = merge(lora_run, tmp_path / "merged", umask=0o027)
-    assert result.returncode == 0, result.stderr
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "merged").iterdir()}
-    assert "model.safetensors" in modes
-    assert set(modes.values()) == {"0o640"}
-
-
-@pytest.mark.slow
-def test_failed_merge_leaves_nothing_and_says_why(lora_run, launcher, tmp_path):
-    (tmp_path / "file").write_text("")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    for output, edit, message in (
-        (tmp_path / "file/merged", None, r"can't write .*file/merged"),
-        (tmp_path / "merged", lambda: (tmp_path / "model/tokenizer.json").write_text("{"), r"can't load the tokenizer"),
-        (
-            tmp_path / "merged",
-            lambda: (lora_run.parent / "config.yaml").write_text("a: ["),
-            r"config\.yaml: can't read",
-        ),
-        (tmp_path / "merged", lambda: (lora_run.parent / "config.yaml").write_text("1"), r"config\.yaml: can't read"),
-    ):
-        if edit:
-            edit()
-        script = REPOSITORY / "checkpoints.py"
-        assert launcher.run("merge", lora_run, output, script=script, as_typed=True) == 1
-        assert "Traceback" not in launcher.output
-        assert re.search(rf"error: .*{message}", launcher.output), launcher.output
-        assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_torch_pickle_errors_are_shortened_to_their_reason(tmp_path):

@@ -10,8 +10,7 @@ import transformers
 from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
 
-import trainers
-from acceleration import memory_plan
+from acceleration import memory_plan, speed_up
 from acceleration.capacity import measure_activations
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
@@ -110,12 +109,12 @@ def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens, make_trainer, monkeypatch):
+def test_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens, make_trainer, monkeypatch):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "n_examples=4", "n_eval_examples=4", "max_length=64",
                            "max_prompt_length=32", *overrides)  # fmt: skip
     planned = []
-    monkeypatch.setattr(trainers, "plan_memory", lambda *args, **kwargs: planned.append((args, kwargs)))
-    trainer._plan_memory()
+    monkeypatch.setattr(speed_up, "plan_memory", lambda *args, **kwargs: planned.append((args, kwargs)))
+    speed_up._fitting_tokens(trainer)
     (((_, policy, reference, optimizer, activations, found), _),) = planned
     assert (policy, optimizer, found) == (trainer.policy, trainer.optimizer, n_tokens)
     assert (reference is None) == (overrides[0] == "loss=sft" or "lora.r=4" in overrides)

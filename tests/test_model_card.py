@@ -6,6 +6,7 @@ import os
 import pytest
 from conftest import ORACLE
 from huggingface_hub import ModelCard
+from omegaconf import OmegaConf
 from test_checkpoints import trained
 
 import export
@@ -44,7 +45,7 @@ def test_adapter_card_replaces_pefts_and_the_merged_model_has_one(make_trainer, 
     text = (run_dir / "LATEST/README.md").read_text()
     assert "[More Information Needed]" not in text
     assert "- `lora`: r 2" in text and "AutoPeftModelForCausalLM" in text and f"from `{ORACLE}/model`" in text
-    export.merge(str(run_dir / "LATEST"), f"{tmp_path}/merged/")
+    export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": "LATEST", "output": f"{tmp_path}/merged/"}))
     assert front_matter(tmp_path / "merged")["library_name"] == "transformers"
     merged = (tmp_path / "merged/README.md").read_text()
     assert "from transformers import AutoModelForCausalLM" in merged and "- `lora`: r 2" in merged

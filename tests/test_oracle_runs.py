@@ -66,6 +66,7 @@ TOGETHER = [
 TOGETHER += [
     ("dpo", 4, "trainer=FSDPTrainer fsdp_replicate=2 precompute_ref_log_probs=true"),
     ("dpo", 2, "trainer=FSDPTrainer fsdp_cpu_offload=true"),
+    ("dpo", 2, "trainer=FSDPTrainer padding_free=true activation_checkpointing=true"),
     ("dpo", 2, "trainer=TensorParallelTrainer precompute_ref_log_probs=true"),
 ]
 
@@ -75,7 +76,7 @@ BY_DEFAULT = [
     ("dpo", 1, "shared_prompt=false"),
     ("dpo", 1, "padding_free=true shared_prompt=true"),
     ("dpo", 1, "precompute_ref_log_probs=true"),
-    ("dpo", 2, "trainer=FSDPTrainer shared_prompt=false activation_checkpointing=false"),
+    ("dpo", 2, "trainer=FSDPTrainer padding_free=true activation_checkpointing=true"),
     ("dpo", 2, "trainer=TensorParallelTrainer shared_prompt=auto activation_checkpointing=true"),
 ]
 

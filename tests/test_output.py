@@ -104,9 +104,7 @@ def test_closed_pipe_of_both_streams_does_not_stop_training(start_piped, launche
     assert_complete(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "streams", exhaustive_except([">/dev/full", ">&-", "2>&-", ">&- 2>&-"], ">/dev/full", ">&- 2>&-")
-)
+@pytest.mark.parametrize("streams", exhaustive_except([">/dev/full", ">&-", "2>&-", ">&- 2>&-"], ">&- 2>&-"))
 def test_full_or_closed_streams_do_not_stop_training(streams, tmp_path):
     result = shell(f"$TRAIN {words()} {streams}", tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]

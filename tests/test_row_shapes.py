@@ -218,6 +218,28 @@ READ = {  # rows (of each the first is compared), settings, what the first one s
         {},
         ([user("Hi")], [assistant("Yes")]),
     ),
+    "roles and contents under other keys": (
+        [{"messages": [{"from": "human", "content": "Hi"}, {"role": "assistant", "value": "Yes"}]}],
+        {},
+        ([user("Hi")], [assistant("Yes")]),
+    ),
+    "tools that are empty everywhere": (
+        [{"tools": "[]", "prompt": "a", "chosen": "x", "rejected": "y"}],
+        {},
+        ("a", "x", "y"),
+    ),
+    "fields of an OpenAI preference": (
+        [{"input": {"messages": ASKED, "tools": [TOOL]}, "preferred_output": SAYS, "non_preferred_output": NO}],
+        {
+            "fields": {
+                "prompt": "input.messages",
+                "tools": "input.tools",
+                "chosen": "preferred_output",
+                "rejected": "non_preferred_output",
+            }
+        },
+        (ASKED, SAYS, NO, [TOOL]),
+    ),
     "dialogue as a JSON string": (
         [{"messages": json.dumps([user(c), assistant("x")])} for c in "ab"],
         {},

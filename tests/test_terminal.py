@@ -11,7 +11,8 @@ from test_cli import TOY
 
 from reporting import terminal
 from reporting.run_log import interval_means
-from reporting.terminal import RunTable, duration, number, samples_side_by_side
+from reporting.terminal import Progress, RunTable, duration, number, progressing, samples_side_by_side
+from reporting.time_left import TimeLeft
 
 RUN = [*TOY, "loss=dpo", "n_examples=64", "eval_every=32", "lr=1e-3", "curves=false", "wandb.enabled=false",
        "minimum_log_interval_secs=1e-9"]  # fmt: skip
@@ -196,3 +197,44 @@ def test_rounded_default_of_eval_every_gives_no_warning(launcher, tmp_path):
     assert "WARNING" not in launcher.output and "Setting eval_every to 19968" in launcher.output
     assert launcher.run(*TOY, *run, "eval_every=100", f"local_run_dir={tmp_path}/run2") == 0, launcher.output
     assert "WARNING: eval_every must be divisible by batch_size" in launcher.output
+
+
+def test_progress_in_a_log_is_a_line_a_minute_with_total_and_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    for _ in progressing(range(100), "Evaluating", "batches"):
+        now[0] += 10  # seconds
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "Evaluating: 6 of 100 batches, about 15m40s left", "Evaluating: 12 of 100 batches, about 14m40s left",
+    ]  # fmt: skip
+    assert len(lines) == 16  # none at the end
+    with Progress("Reading a\x1b file", None, "rows") as progress:
+        now[0] += 61
+        progress.update(1000, note="3 failed")
+    assert capsys.readouterr().out == "Reading a\\x1b file: 1,000 rows, 3 failed\n"
+
+
+def test_time_left_counts_evaluations_and_saves_to_come():
+    """100 steps of 2 s, an evaluation of 300 s every 160 examples and at the end, saves of 10 s."""
+    now = [0.0]
+    left = TimeLeft(400, batch_size=4, eval_every=160, save_every=160, clock=lambda: now[0])
+
+    def spend(seconds: float, kind: str):
+        now[0] += seconds
+        left.tick(kind)
+
+    spend(300, "evaluation")  # the first one, before training
+    spend(2, "step")
+    assert left.seconds(4) == 99 * 2 + 3 * 300  # at 160, at 320 and at the end; saves are unknown yet
+    for _ in range(39):
+        spend(2, "step")
+    assert left.seconds(160) == 60 * 2 + 3 * 300  # the one at 160 comes after the line
+    spend(300, "evaluation")
+    spend(10, "save")
+    spend(2, "step")
+    assert left.seconds(164) == 59 * 2 + 2 * (300 + 10)
+    for _ in range(100):
+        spend(1, "step")  # faster now
+    assert left.seconds(200) == 50 * 1 + 2 * (300 + 10)
+    assert left.seconds(400) == 300 + 10

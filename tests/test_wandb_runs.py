@@ -121,6 +121,7 @@ def test_wandb_never_prompts_for_an_account(launcher, tmp_path, no_account):
     assert "logging offline" in text
     assert "wandb login" in text
     assert "WANDB_API_KEY" in text
+    assert "Run history" not in text and "Run summary" not in text
     (run,) = offline_runs(tmp_path / "run")
     assert_recorded(run, tmp_path / "run")
     assert "wandb sync " in text

@@ -1,0 +1,51 @@
+"""Speed up a trainer whose models and optimizer are loaded: cast weights once a step, compile, plan memory."""
+
+from acceleration.capacity import measure_activations, microbatch_overhead
+from acceleration.compiled import compile_blocks
+from acceleration.memory_plan import plan_memory
+from acceleration.model_check import full_length_pair
+from acceleration.shadow_weights import shadow_if_equal
+from data.microbatches import computed_tokens
+from utils import rank0_print
+
+
+def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
+    """Get a trainer's policy ready to be computed fast.
+
+    Args:
+        trains: plan the memory for training; otherwise it is not planned.
+
+    Returns: how many tokens could be computed in the time that one more microbatch costs, and the most tokens of a
+        microbatch, None for any number.
+    """
+    config, policy = trainer.config, trainer.policy
+    if trainer.policy_mp is not None and not trainer.strategy.splits_tensors and trainer.eval_iterator is not None:
+        batch = trainer.eval_iterator.first(2)
+        if not shadow_if_equal(policy, trainer.optimizer, lambda: trainer.response_logps(policy, batch)):
+            rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
+    fitting = _fitting_tokens(trainer) if trains and trainer.device.type == "cuda" else None
+    if config.compile:
+        compile_blocks(policy, config.model.block_name)
+    return microbatch_overhead(policy, trainer.device), config.max_tokens_per_microbatch or fitting
+
+
+def _fitting_tokens(trainer) -> int | None:
+    """Compute a pair of full length, and plan the GPU's memory by what that keeps; see `plan_memory`."""
+    pair = full_length_pair(trainer.eval_iterator.first(2), trainer.config.max_length)
+    n_tokens = int(computed_tokens(pair, trainer.layout.is_shared, padded=not trainer.layout.is_packed))
+    activations = measure_activations(
+        trainer.policy,
+        lambda: trainer.response_logps(trainer.policy, pair),
+        n_tokens,
+        counts_logits=trainer.layout.is_plain or trainer.layout.whole_logits,
+    )
+    is_second = trainer.reference is not None and trainer.reference.model is not trainer.policy
+    return plan_memory(
+        trainer.config,
+        trainer.policy,
+        trainer.reference.model if is_second else None,
+        trainer.optimizer,
+        activations,
+        n_tokens,
+        gathers_blocks=trainer.strategy.shards_batches,
+    )

@@ -1,0 +1,167 @@
+"""Draws samples, each from a seed of its own, and scores them under policy and reference."""
+
+import hashlib
+import os
+
+import torch
+from omegaconf import DictConfig
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from data.tokenization import decode_response, get_collate_fn
+from distributed import collectives
+from evaluation import vllm_engine
+from evaluation.sample_options import Options
+from evaluation.sample_prompts import Request
+from evaluation.sampling import end_tokens, generate_scorable, target_ids
+from utils import slice_and_move_batch_for_device
+
+Item = tuple[Request, int]  # a prompt, and the number of the sample that is drawn for it
+Tokens = dict[tuple[int, int], list[int]]  # token ids of responses, by their prompt's index and their number
+
+
+def sample_seed(seed: int, prompt_index: int, number: int) -> int:
+    """Return the seed of a sample, which is the same under all models."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_index}/{number}".encode()).digest()[:8], "big") >> 1
+
+
+class SeededDraws(LogitsProcessor):
+    """Makes the likeliest token a draw from the softmax, by Gumbel noise from each row's own seed.
+
+    argmax(logits + g), g being Gumbel noise, is a draw from softmax(logits) (https://arxiv.org/abs/1411.0030). So what
+    a row draws depends on its seed, and not on the other rows of the batch.
+    """
+
+    def __init__(self, seeds: list[int]):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        exponential = [torch.empty(scores.shape[1], dtype=torch.float64) for _ in self.generators]
+        for values, generator in zip(exponential, self.generators, strict=True):
+            values.exponential_(generator=generator)
+        noise = -torch.stack(exponential).log()  # (B, V)
+        return scores.double() + noise.to(scores.device)
+
+
+def logits_processors(temperature: float, options: Options, seeds: list[int]) -> LogitsProcessorList:
+    """Return transformers' warpers for temperature, top_k and top_p, and then the draw; nothing at temperature 0."""
+    if temperature == 0:
+        return LogitsProcessorList()
+    warpers = LogitsProcessorList()
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if options.top_k:
+        warpers.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        warpers.append(TopPLogitsWarper(options.top_p))
+    return LogitsProcessorList([*warpers, SeededDraws(seeds)])
+
+
+def draw(trainer, items: list[Item], temperature: float, options: Options, tokens: Tokens | None) -> list[dict]:
+    """Draw a sample for each item, each worker its share; return them as lines of the output file.
+
+    Args:
+        tokens: the responses, if another engine has drawn them already.
+    """
+    index, count = trainer.strategy.batch_shard
+    own = items[index::count]
+    batch = own or items[:1]  # a worker without items generates too: the forward pass is collective
+    trainer.policy.eval()
+    if tokens is None:
+        targets, has_prompt = _generate(trainer, batch, temperature, options)
+    else:
+        targets, has_prompt = _as_sft_targets(trainer, batch, tokens)
+    lines = _scored_lines(trainer, own, targets, has_prompt)
+    if not trainer.is_sharded:
+        return lines
+    by_place = {
+        (line["prompt_index"], line["sample"]): line for part in collectives.all_gather_object(lines) for line in part
+    }
+    return [by_place[request.index, number] for request, number in items]
+
+
+def _scored_lines(trainer, items: list[Item], targets: dict, has_prompt: torch.Tensor) -> list[dict]:
+    """Return the lines of the first samples in `targets`, with log-probabilities under policy and reference."""
+    n_rows = len(has_prompt)
+    with torch.no_grad():
+        policy_logps = trainer.response_logps(trainer.policy, targets).tolist()
+        reference_logps = [None] * n_rows
+        if trainer.reference is not None:
+            with trainer.reference.active() as model:
+                reference_logps = trainer.response_logps(model, targets).tolist()
+    lines, ends = [], end_tokens(trainer.policy, trainer.tokenizer)
+    for row, (request, number) in enumerate(items):
+        prompt_ids, ids = target_ids(targets, row) if has_prompt[row] else ([], [])
+        if not has_prompt[row]:  # nothing was drawn
+            policy_logps[row] = reference_logps[row] = None
+        lines.append({
+            "prompt_index": request.index, "sample": number, "prompt": request.given,
+            "response": decode_response(prompt_ids, ids, trainer.tokenizer), "n_tokens": len(ids),
+            "finished": bool(ids) and ids[-1] in ends,
+            "policy_logps": policy_logps[row], "reference_logps": reference_logps[row],
+        })  # fmt: skip
+    return lines
+
+
+def _generate(trainer, items: list[Item], temperature: float, options: Options) -> tuple[dict, torch.Tensor]:
+    """Return samples as a batch of SFT targets, and which of them had a prompt; see `generate_scorable`."""
+    collate = get_collate_fn(trainer.tokenizer)
+    batch = collate([{"prompt_input_ids": r.ids, "prompt_attention_mask": [1] * len(r.ids)} for r, _ in items])
+    batch = slice_and_move_batch_for_device(batch, 0, 1, trainer.device)
+    seeds = [sample_seed(trainer.config.seed, request.index, number) for request, number in items]
+    with trainer.autocast(trainer.policy):
+        _, targets, has_prompt = generate_scorable(
+            trainer.policy, trainer.tokenizer, batch, options.max_new_tokens + batch["prompt_input_ids"].shape[1],
+            lambda: trainer.strategy.stops_sampling(trainer.stop.received is not None), synced=trainer.is_sharded,
+            processors=logits_processors(temperature, options, seeds),
+        )  # fmt: skip
+    trainer.stop.check()
+    return targets, has_prompt
+
+
+def _as_sft_targets(trainer, items: list[Item], tokens: Tokens) -> tuple[dict, torch.Tensor]:
+    """Return drawn responses as `_generate` does; an empty prompt is replaced by the end token."""
+    examples, end = [], trainer.tokenizer.eos_token_id
+    for request, number in items:
+        prompt, response = request.ids or [end], tokens.get((request.index, number), [])
+        ids, labels = prompt + response, [-100] * len(prompt) + response
+        examples.append({"chosen_input_ids": ids, "chosen_attention_mask": [1] * len(ids), "chosen_labels": labels})
+    return get_collate_fn(trainer.tokenizer)(examples), torch.tensor([bool(r.ids) for r, _ in items])
+
+
+def draw_by_vllm(
+    config: DictConfig, tokenizer, checkpoint: str | None, items: dict[str, list[Item]], options: Options
+) -> dict[str, Tokens]:
+    """Draw samples of one checkpoint for several files at once; no model is loaded in this process.
+
+    Args:
+        items: the samples that each file lacks, by its path.
+
+    Raises: UserError if vLLM fails.
+    """
+    places, job = [], vllm_engine.Job({}, [], [])
+    temperatures = {file.path: file.temperature for file in options.files}
+    with vllm_engine.folder(config, checkpoint, os.path.dirname(os.path.abspath(next(iter(items))))) as folder:
+        ends = vllm_engine.end_tokens(folder, tokenizer)
+        for path, of_file in items.items():
+            for request, number in of_file:
+                if not request.ids:
+                    continue
+                places.append((path, (request.index, number)))
+                job.prompts.append(request.ids)
+                job.sampling.append(vllm_engine.sampling_params(
+                    temperatures[path], options.top_p, options.top_k, options.max_new_tokens,
+                    sample_seed(config.seed, request.index, number), ends,
+                ))  # fmt: skip
+        tokens: dict[str, Tokens] = {path: {} for path in items}
+        if places:
+            longest = config.max_prompt_length + options.max_new_tokens
+            job.engine = vllm_engine.arguments(config, folder, longest) | options.engine_args
+            for (path, place), ids in zip(places, vllm_engine.generate(job), strict=True):
+                tokens[path][place] = ids
+    return tokens

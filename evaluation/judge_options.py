@@ -1,0 +1,122 @@
+"""The keys of `judge.py`: checked before a judge is asked, hashed for its verdicts, and turned into the judge."""
+
+import hashlib
+import json
+import os
+import re
+
+from checkpointing.fingerprints import folder_fingerprint
+from config_checks.explanations import unknown_key
+from config_checks.numbers import check_number
+from config_checks.schema import own_keys
+from evaluation.chat_completions import ChatCompletions, Endpoint
+from evaluation.command import Command
+from evaluation.prompts import load_template
+from evaluation.verdicts import Judge
+from storage.files import sha256
+from storage.outputs import Output, check_outputs, document, json_lines
+from utils import UserError, closest_match, get_local_dir
+
+_REQUIRED = ("a", "judge", "output")
+_KEYS = {  # by judge: the keys that it needs, and others that it alone has
+    "model": (("judge_model",), ("judge_batch_size", "chat_template")),
+    "openai": (
+        ("judge_url", "judge_model"),
+        ("judge_prompt", "judge_args", "judge_concurrency", "judge_requests_per_minute", "judge_timeout",
+         "judge_retries", "judge_input_price", "judge_output_price", "both_orders"),
+    ),
+    "command": (("judge_command",), ("both_orders",)),
+}  # fmt: skip
+_NUMBERS = {  # type, lowest, highest, and whether null is allowed
+    "seed": (int, 0, 2**63, False),
+    "judge_batch_size": (int, 1, 10**6, False),
+    "judge_concurrency": (int, 1, 1000, False),
+    "judge_requests_per_minute": (float, 0.01, 10**6, True),
+    "judge_timeout": (float, 0.001, 10**5, False),
+    "judge_retries": (int, 0, 100, False),
+    "judge_input_price": (float, 0, 10**9, True),
+    "judge_output_price": (float, 0, 10**9, True),
+}
+_VERDICTS = json_lines("verdicts", b'{"settings": "', ("texts", "prompt_index", "first", "verdict"))
+_SUMMARY = document("summaries", rb'\{\s*"a": ')
+
+
+def check_options(options: dict):
+    """Raise UserError if a key is missing, has a value that can't be used, or belongs to another judge."""
+    for key in _REQUIRED:
+        if options[key] in ("???", None):
+            example = "python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE"
+            raise UserError(f"{key}: give it, e.g. {example}; config/judge.yaml lists all keys")
+    if options["b"] is None and options["judge"] != "model":
+        raise UserError("b: give the responses that those of a are compared with; judge=model alone does without")
+    if options["b"] is None and options["allow_unmatched"]:
+        raise UserError("allow_unmatched=true: without b no response needs a partner; leave it out")
+    for key in (*_REQUIRED, "b", "judge_model", "judge_command", "judge_url", "judge_prompt", "chat_template"):
+        if options[key] is not None and not isinstance(options[key], str):
+            raise UserError(f"{key}={options[key]}: expected a string")
+    for key in ("allow_unmatched", "both_orders"):
+        if not isinstance(options[key], bool):
+            raise UserError(f"{key}={options[key]}: expected true or false")
+    for key, (kind, lowest, highest, may_be_null) in _NUMBERS.items():
+        if options[key] is not None or not may_be_null:
+            check_number(key, options[key], kind, lowest, highest)
+    if not isinstance(options["judge_args"], dict):
+        raise UserError(f"judge_args={options['judge_args']}: expected fields, e.g. judge_args.max_tokens=300")
+    _check_keys_of_judge(options)
+    get_local_dir(options["local_dirs"])
+    outputs = [Output("output", options["output"], _VERDICTS), Output("output", summary_path(options), _SUMMARY)]
+    check_outputs(outputs, {key: options[key] for key in ("a", "b")})
+
+
+def summary_path(options: dict) -> str:
+    """Return the file that gets the summary, beside the verdicts."""
+    return f"{os.path.splitext(options['output'])[0]}_summary.json"
+
+
+def _check_keys_of_judge(options: dict):
+    name, defaults = options["judge"], own_keys("judge")
+    if unknown := [key for key in options if key not in defaults]:
+        raise UserError(unknown_key(unknown[0], "judge"))
+    if name not in _KEYS:
+        raise UserError(f"judge={name}: no such judge.{closest_match(name, _KEYS)} There are: {', '.join(_KEYS)}")
+    needed, others = _KEYS[name]
+    if missing := [key for key in needed if not options[key]]:
+        raise UserError(f"judge={name} needs {missing[0]}; config/judge.yaml says what it is")
+    for key in dict.fromkeys(key for keys in _KEYS.values() for part in keys for key in part):
+        if key not in needed + others and options[key] != defaults[key]:
+            raise UserError(f"{key}={options[key]}: not used with judge={name}; leave it out")
+    if name == "openai":
+        Endpoint(options["judge_url"])
+        load_template(options["judge_prompt"])
+
+
+def settings_hash(options: dict) -> str:
+    """Return a short hash of what decides a verdict on given texts in a given order."""
+    keys = ("judge", "judge_model", "judge_command", "judge_url", "judge_args", "chat_template")
+    known = options | {"judge_url": re.sub(r"(?<=://)[^/?#]*@", "", options["judge_url"] or "") or None}
+    deciding = [known[key] for key in keys]  # with another password it is the same judge
+    deciding.append(load_template(options["judge_prompt"]) if options["judge"] == "openai" else None)
+    if options["judge"] == "model" and os.path.isdir(options["judge_model"]):
+        deciding.append(folder_fingerprint(options["judge_model"], options["local_dirs"]))
+    if options["chat_template"] is not None:
+        deciding.append(sha256(options["chat_template"]))
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def make_judge(options: dict) -> Judge:
+    """Return the judge that checked options name."""
+    if options["judge"] == "command":
+        return Command(options["judge_command"])
+    if options["judge"] == "openai":
+        return ChatCompletions(
+            Endpoint(options["judge_url"]), options["judge_model"], load_template(options["judge_prompt"]),
+            {key: value for key, value in options["judge_args"].items() if value is not None},
+            options["judge_retries"], options["judge_timeout"], options["judge_concurrency"],
+            options["judge_requests_per_minute"],
+        )  # fmt: skip
+    from evaluation.reward_model import RewardModel  # transformers takes a while to import
+
+    return RewardModel(
+        options["judge_model"], options["judge_batch_size"], options["chat_template"],
+        get_local_dir(options["local_dirs"]),
+    )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Files of samples, JSON Lines: nothing in a file is drawn twice.
+
+Each line begins with a hash of all settings that decide a sample, and says where it comes from.
+"""
+
+import hashlib
+import json
+import os
+
+from omegaconf import DictConfig, OmegaConf
+
+from checkpointing.fingerprints import file_fingerprints, hub_revisions
+from checkpointing.integrity import content_digest
+from evaluation.sample_options import Options, SampleFile
+from evaluation.sample_prompts import Request
+from storage.files import atomic_file, read_json_lines
+from utils import UserError, rank0_print
+
+
+def settings_hash(config: DictConfig, requests: list[Request], file: SampleFile, options: Options) -> str:
+    """Return a short hash of what decides a sample and its log-probabilities."""
+    deciding = [
+        file.checkpoint and content_digest(file.checkpoint), config.seed, config.max_prompt_length,
+        file.temperature, options.top_p, options.top_k, options.max_new_tokens,
+        [request.ids for request in requests], OmegaConf.to_container(config.model), config.reference,
+        OmegaConf.to_container(config.reference_model), file_fingerprints(config),
+    ]  # fmt: skip
+    if options.engine == "transformers":
+        deciding.append(hub_revisions(config))
+    else:  # vLLM loads the models itself, after this
+        deciding.append(options.engine)
+    return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:12]
+
+
+def origin(examples: int, file: SampleFile, options: Options) -> dict:
+    """Return what each line says of where it comes from: run and checkpoint by name, and the sampling settings."""
+    return {
+        "run": options.run and os.path.basename(os.path.abspath(options.run)),
+        "checkpoint": file.checkpoint and os.path.basename(file.checkpoint),
+        "examples": examples, "temperature": file.temperature, "top_p": options.top_p,
+        "top_k": options.top_k,
+    }  # fmt: skip
+
+
+def drawn_samples(path: str, settings: str) -> set[tuple[int, int]]:
+    """Return the prompt and sample numbers that a file has; a line that a crash has cut off is removed.
+
+    Raises: UserError if the file holds something else, or samples drawn under other settings.
+    """
+    drawn, end = set(), 0
+    if not os.path.exists(path):
+        return drawn
+    try:
+        for sample, line_end in read_json_lines(path):
+            if sample["settings"] != settings:
+                raise UserError(
+                    f"output={path} has samples drawn under other settings; give another file, or delete it"
+                )
+            drawn.add((sample["prompt_index"], sample["sample"]))
+            end = line_end
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"output={path}: a file that isn't one of samples; give another") from None
+    os.truncate(path, end)
+    return drawn
+
+
+def append_lines(path: str, lines: list[dict]):
+    """Add lines to a file, all or none of them: a full disk leaves the file as it was."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        data = memoryview("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError as error:
+            os.truncate(path, size)
+            raise UserError(
+                f"can't write to {path}: {error.strerror}; make room, and the same command continues it"
+            ) from error
+
+
+def write_alpaca_eval(path: str, samples_path: str, checkpoint: str | None):
+    """Write the first sample for each prompt as AlpacaEval reads it (JSON)."""
+    samples = sorted((line for line, _ in read_json_lines(samples_path)), key=lambda line: line["prompt_index"])
+    rows = [
+        {"instruction": line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"],
+         "output": line["response"], "generator": checkpoint or "policy"}
+        for line in samples if line["sample"] == 0
+    ]  # fmt: skip
+    with atomic_file(path) as file:
+        json.dump(rows, file, ensure_ascii=False, indent=1)
+    rank0_print(f"Written to {path}")

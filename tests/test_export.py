@@ -1,0 +1,158 @@
+"""`export.py`: a plain folder for `from_pretrained` of any checkpoint, or a message and nothing written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, trainers_in
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import export
+from checkpointing.integrity import find_corruption
+from commands.run_directory import create_run_dir
+from utils import UserError
+
+RUN = [
+    "datasets=[toy]", "loss=sft", "n_examples=8", "n_eval_examples=4", "lr=1e-2", "max_length=64",
+    "max_prompt_length=32", "sample_during_eval=false", "save_every=4", "eval_every=8", "warmup_steps=0",
+]  # fmt: skip
+IDS = torch.arange(1, 9)[None]
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def finished(request, tmp_path_factory):
+    """A finished run, its trainer and directory, whose base is a copy of the tiny model."""
+    directory = tmp_path_factory.mktemp("run")
+    base = shutil.copytree(REPOSITORY / "assets/tiny", directory / "base")
+    trainer = trainers_in(directory)("model=tiny", *RUN, "debug=true")
+    trainer.policy.save_pretrained(base)
+    kind = ["lora={r:2}"] if request.param == "lora" else []
+    trainer = trainers_in(directory)(
+        f"model.name_or_path={base}", *RUN, *kind, f"local_run_dir={directory}/run", "exp_name=x"
+    )
+    from checkpointing import fingerprints
+
+    trainer.state.inputs = fingerprints.file_fingerprints(trainer.config)
+    create_run_dir(trainer.config, trainer.state.inputs)
+    trainer.train()
+    trainer.save()
+    return trainer, directory
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """The same, to be changed: a directory with `run` and `base`."""
+    shutil.copytree(finished[1] / "run", tmp_path / "run", symlinks=True)
+    shutil.copytree(finished[1] / "base", tmp_path / "base")
+    path = tmp_path / "run/config.yaml"
+    path.write_text(path.read_text().replace(f"{finished[1]}/base", f"{tmp_path}/base"))
+    return tmp_path
+
+
+def run_export(run_dir: Path, output: Path, checkpoint: str = "LATEST"):
+    export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": checkpoint, "output": str(output)}))
+
+
+def test_exported_folder_is_the_policy_and_nothing_of_training(finished, copied):
+    run_export(copied / "run", copied / "plain")
+    model = AutoModelForCausalLM.from_pretrained(copied / "plain").eval()
+    torch.testing.assert_close(model(IDS).logits, finished[0].policy.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert len(AutoTokenizer.from_pretrained(copied / "plain")) == 2048
+    names = set(os.listdir(copied / "plain"))
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not names & {"policy.pt", "optimizer.pt", "scheduler.pt", "rng.pt", "state.json", "adapter_config.json"}
+    card = (copied / "plain/README.md").read_text()
+    assert "library_name: transformers" in card and "AutoPeftModel" not in card
+
+
+def test_earlier_checkpoint_is_exported_by_its_name(copied):
+    (copied / "plain").mkdir()  # an empty directory is as good as none
+    run_export(copied / "run", copied / "plain", "step-4")
+    assert "4 examples, 1 optimizer steps" in (copied / "plain/README.md").read_text()
+
+
+@pytest.mark.parametrize("output", ["run", "run/LATEST", "base", "file"])
+def test_output_that_holds_anything_is_refused(output, copied):
+    (copied / "file").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+    with pytest.raises(UserError, match=rf"output={copied}/{output}: .*(not empty|no directory)"):
+        run_export(copied / "run", copied / output)
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
+
+
+def damage_checkpoint(directory: Path):
+    (path,) = [*directory.glob("run/LATEST/policy.pt"), *directory.glob("run/LATEST/adapter_model.safetensors")]
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def change_base(directory: Path):
+    model = AutoModelForCausalLM.from_pretrained(directory / "base")
+    model.get_output_embeddings().weight.data[0] += 1
+    model.save_pretrained(directory / "base")
+
+
+@pytest.mark.parametrize(
+    ("edit", "checkpoint", "message"),
+    [
+        (damage_checkpoint, "LATEST", "run/LATEST can't be used: .* the file is damaged"),
+        (lambda d: (d / "run/config.yaml").write_text("a: ["), "LATEST", r"config\.yaml: can't read"),
+        (lambda d: (d / "run/config.yaml").write_text("1"), "LATEST", r"config\.yaml: can't read"),
+        (lambda d: (d / "run/config.yaml").unlink(), "LATEST", "no run there, as it has no config.yaml"),
+        (lambda _: None, "step-5", "checkpoint=step-5: .* has no such checkpoint; it has LATEST, step-4"),
+    ],
+)
+def test_unusable_checkpoint_is_refused_and_nothing_is_written(edit, checkpoint, message, copied):
+    edit(copied)
+    with pytest.raises(UserError, match=message):
+        run_export(copied / "run", copied / "plain", checkpoint)
+    assert sorted(os.listdir(copied)) == ["base", "run"]
+
+
+def test_adapter_is_not_merged_into_a_base_that_has_changed(finished, copied):
+    change_base(copied)
+    is_adapter = hasattr(finished[0].policy, "peft_config")
+    if not is_adapter:  # has all its weights, whatever became of those that it started from
+        run_export(copied / "run", copied / "plain")
+        return
+    with pytest.raises(UserError, match=rf"not what its run began with:\n  model\.name_or_path={copied}/base"):
+        run_export(copied / "run", copied / "plain")
+    assert sorted(os.listdir(copied)) == ["base", "run"]
+
+
+def test_full_disk_while_exporting_leaves_nothing(copied, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(UserError, match=r"No space left on device.*; make room, or choose another output"):
+        run_export(copied / "run", copied / "plain")
+    assert sorted(os.listdir(copied)) == ["base", "run"]
+
+
+@pytest.mark.slow
+def test_command_exports_with_the_umasks_permissions_and_tells_mistakes(copied):
+    command = [sys.executable, str(REPOSITORY / "export.py"), f"run={copied}/run"]
+    options = {"cwd": copied, "capture_output": True, "text": True, "umask": 0o027}
+    result = subprocess.run([*command, "output=plain"], **options)
+    assert result.returncode == 0, result.stderr
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (copied / "plain").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {"0o640"}
+    assert find_corruption(copied / "plain") == "SHA256SUMS doesn't list state.json"
+    assert json.loads((copied / "plain/config.json").read_text())["vocab_size"] == 2048
+    for words, message in (
+        ([], "output: give it"), (["output=plain"], "not empty"), (["ouput=x"], "Did you mean output?"),
+    ):  # fmt: skip
+        result = subprocess.run([*command, *words], **options)
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ") and message in result.stderr
+        assert "Traceback" not in result.stderr

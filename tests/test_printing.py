@@ -1,0 +1,81 @@
+"""What may be printed: control sequences and markup are shown instead of carried out, secrets are masked."""
+
+import re
+
+import pytest
+
+from checkpointing.model_card import write_card
+from printing import markdown, markdown_code, printable
+from reporting.curves import plain
+
+SHOWN = {
+    "a\x1b[2Jb": r"a\x1b[2Jb", "one\rtwo": r"one\rtwo", "bell\x07": r"bell\x07", "\x9b31m": r"\x9b31m",
+    "gnp.\u202etxt": r"gnp.\u202etxt", "line\u2028break": r"line\u2028break", "\ud800": r"\ud800",
+    "tab\tand\nline": "tab\tand\nline", "windows\r\nline": "windows\nline", "naïve 问 👩‍💻": "naïve 问 👩‍💻",
+    "می‌خواهم": "می‌خواهم", "no\xa0break": "no\xa0break",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SHOWN)
+def test_control_characters_are_shown_and_other_text_stays(text):
+    assert printable(text) == SHOWN[text]
+
+
+@pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "WANDB_API_KEY", "HF_TOKEN"])
+def test_keys_are_masked(variable, monkeypatch):
+    monkeypatch.setenv(variable, " sk-0123456789\n")
+    assert printable("no such key: sk-0123456789!") == "no such key: ***!"
+    monkeypatch.setenv(variable, "x")  # as local servers take: no secret
+    assert printable("an example") == "an example"
+
+
+def test_users_and_passwords_in_urls_are_masked():
+    assert (
+        printable("see http://me:p@ss@host:80/v1 and https://host/@me")
+        == "see http://***@host:80/v1 and https://host/@me"
+    )
+    assert printable('{"a":"http://h","mail":"me@h"}') == '{"a":"http://h","mail":"me@h"}'
+
+
+def test_markdown_shows_markup_on_one_line():
+    assert markdown("a|b\n<b>*c*</b> `d` [e](f) \x1b[1m") == (
+        r"a\|b \<b\>\*c\*\</b\> \`d\` \[e\](f) \\x1b\[1m"
+    )  # fmt: skip
+
+
+def test_markdown_code_cannot_be_left():
+    assert markdown_code("plain") == "`plain`"
+    assert markdown_code("a`b``c\n|d") == r"```a`b``c \|d```"
+    assert markdown_code("`x`") == "`` `x` ``"
+
+
+def test_model_card_shows_markup_of_names(make_trainer, tmp_path):
+    trainer = make_trainer("model=tiny", "datasets=[toy]", "n_examples=8", "batch_size=4", "n_eval_examples=8")
+    config, state = trainer.config.copy(), {"examples": 8, "updates": 2}
+    config.model.archive, config.datasets = "evil`<script>`\x1b[2J.pt", ["a|b*c*.jsonl"]
+    write_card(str(tmp_path), config, state, is_adapter=False)
+    text = (tmp_path / "README.md").read_text()
+    assert r"``evil`<script>`\x1b[2J.pt``" in text and "\x1b" not in text
+    assert r"| a\|b\*c\*.jsonl | `a\|b*c*.jsonl` |" in text
+
+
+def test_run_name_in_a_picture_is_no_formula(tmp_path):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.text(0, 0, plain("run$x^{2$ $\x1b"))
+    figure.savefig(tmp_path / "x.png")  # an unbalanced formula would raise
+    assert plain("$a\x1b") == r"\$a\x1b"
+
+
+def test_error_message_carries_out_nothing(launcher, tmp_path):
+    name = "no\x1b[2Jwhere"
+    assert launcher.run(f"run='{name}'", script=launcher_script("evaluate.py"), in_order=True) == 1
+    assert "\x1b" not in launcher.output and r"no\x1b[2Jwhere" in launcher.output
+    assert not re.search("Traceback", launcher.output)
+
+
+def launcher_script(name: str):
+    from conftest import REPOSITORY
+
+    return REPOSITORY / name
