@@ -10,7 +10,7 @@ import shutil
 from omegaconf import DictConfig, OmegaConf
 
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
-from checkpointing.integrity import CARD, atomic_directory, read_checksums
+from checkpointing.integrity import CARD, atomic_directory
 from checkpointing.model_card import write_card
 from checkpointing.resume import check_models_unchanged, find_checkpoints
 from checkpointing.train_state import read_state_json
@@ -20,6 +20,7 @@ from config_checks.paths import expand_config, expand_home
 from config_checks.schema import own_keys
 from models import end_at_turns, load_adapter, load_model, read_tokenizer
 from references import policy_source
+from storage.checksums import read_checksums
 from storage.outputs import Output, check_outputs, new_directory
 from utils import UserError
 

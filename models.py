@@ -14,6 +14,7 @@ from checkpointing.archives import check_finite, describe, load_archive, load_pr
 from checkpointing.integrity import verify_weights
 from data import chat, hub
 from references import REFERENCE_ADAPTER, Source, policy_source, reference_source
+from reporting.terminal import still_working
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
 
@@ -182,7 +183,8 @@ def _quantization(config: DictConfig):
 def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
     """Load the model to train: all its weights, a new LoRA adapter (`lora`), or a saved one (`model.adapter`)."""
     rank0_print("building policy")
-    policy = load_model(config, config.model.policy_dtype, device_map)
+    with still_working("Loading the policy"):
+        policy = load_model(config, config.model.policy_dtype, device_map)
     if config.lora is not None:
         policy = _add_lora(policy, config)
     if config.model.adapter is not None:
@@ -204,7 +206,8 @@ def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str
     plain = config.lora is None and config.model.adapter is None and not source.given
     if policy is not None and config.model.reference_dtype == config.model.policy_dtype and plain and one_device:
         return copy.deepcopy(policy)  # in memory, so that the checkpoint is read once
-    reference_model = load_model(config, config.model.reference_dtype, device_map, source)
+    with still_working("Loading the reference"):
+        reference_model = load_model(config, config.model.reference_dtype, device_map, source)
     if source.adapter is not None:
         reference_model = load_adapter(reference_model, source, is_trainable=False)
         disable_dropout(reference_model)

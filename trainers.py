@@ -179,6 +179,7 @@ class BasicTrainer:
             model, self.plain_logps, self.eval_iterator.first(2), self.config, self.strategy,
             functools.partial(self.autocast, model),
             is_unpaired=self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired,
+            is_trained=model is self.policy,
         )  # fmt: skip
 
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
@@ -198,10 +199,10 @@ class BasicTrainer:
                 check_reference_fits(model, self.policy, self.tokenizer, config)
             if self._moves_reference:
                 check_reference_can_move(model, self.policy, config)
+            if self.eval_iterator is not None:
+                check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first(2)))
             if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
                 self.reference_layout = self._choose_layout(model)
-            if self.eval_iterator is not None:
-                check_no_overflow(model, lambda model: self.response_logps(model, self.eval_iterator.first(2)))
             if config.compile:
                 compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model

@@ -31,7 +31,6 @@ class Rows:
     n_sequences: int  # S
     position_ids: torch.Tensor | None = None  # (B, T)
     segments: torch.Tensor | None = None  # (B, T) 0: prompt, 1: chosen, 2: rejected; None: plain causal attention
-    padding_mask: torch.Tensor | None = None  # (B, T) 1: a token, 0: padding; None: the model is given no mask
     packing: Packing | None = None  # the segments of a packed row (then B is 1)
 
     def __post_init__(self):

@@ -26,7 +26,10 @@ from data.prepared import SCHEMA, TEXTS, PreparedPrompts
 from data.row_sources import ROWS, BadRows, Rows, open_splits, rows_of_list
 from data.rows import Example
 from reporting.terminal import Progress
-from utils import UserError, get_local_dir
+from storage.checksums import read_checksums, verify_checksum, write_checksums
+from storage.files import HashCache, flush_to_disk
+from storage.outputs import CHECKSUMS
+from utils import UserError, get_local_dir, rank0_print
 
 VERSION = 3  # format of the files and of what formats read; raise it to have them rebuilt
 _CHUNK = 1024  # rows that are tokenized at a time
@@ -230,12 +233,17 @@ def prepare(
     try:
         os.makedirs(os.path.dirname(directory), exist_ok=True)
         with FileLock(f"{directory}.lock"):
+            if (reason := _find_damage(directory, cache_dir)) is not None:
+                rank0_print(f"WARNING: {directory} is damaged ({reason}): preparing it again")
+                shutil.rmtree(directory)
             if not os.path.exists(directory):
                 partial = f"{directory}.partial"
                 shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
                 os.makedirs(partial)
                 try:
                     _make(partial, sources, settings, renderer, read)
+                    write_checksums(partial)
+                    flush_to_disk(*(os.path.join(partial, name) for name in os.listdir(partial)), partial)
                     os.rename(partial, directory)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -245,6 +253,22 @@ def prepare(
             "place by local_dirs=[DIR]"
         ) from error
     return tuple(PreparedPrompts(directory, role, name, truncation_mode, loss_takes) for role in ("train", "test"))
+
+
+def _find_damage(directory: str, cache_dir: str) -> str | None:
+    """Return what is wrong with prepared data; None if it is whole, or isn't there yet."""
+    if not os.path.exists(directory):
+        return None
+    hash_file = HashCache(cache_dir).sha256
+    try:
+        checksums = read_checksums(directory)
+        if not {"info.json", "train.arrow", "test.arrow"} <= checksums.keys():
+            return f"{CHECKSUMS} lacks a file"
+        for name, digest in checksums.items():
+            verify_checksum(directory, name, digest, hash_file)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _recognized(sources: dict[str, Rows], settings: Settings, loss_takes: Sequence[str]) -> Format:

@@ -1,8 +1,10 @@
 """A run on a terminal and in a job's log file: aligned lines, samples side by side, progress, times, colour."""
 
+import contextlib
 import shutil
 import sys
 import textwrap
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,6 +138,22 @@ def progressing(items: Sequence, what: str, unit: str) -> Iterator:
         for item in items:
             yield item
             progress.update()
+
+
+@contextlib.contextmanager
+def still_working(what: str) -> Iterator[None]:
+    """Print a line a minute while something runs whose end can't be foreseen, such as loading a large model."""
+    start, done = time.monotonic(), threading.Event()
+
+    def report():
+        while not done.wait(_PROGRESS_EVERY):
+            rank0_print(f"{what}: {duration(time.monotonic() - start)} so far")
+
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def training_bar(batches: Iterable, n_batches: int, n_done: int) -> tqdm:
