@@ -89,6 +89,7 @@ def _check_data(config: DictConfig):
     for key, values in (
         ("truncation", (*TRUNCATIONS, None)),
         ("on_bad_example", ("error", "skip")),
+        ("trained_turns", ("all", "last")),
     ):
         if config[key] not in values:
             there_are = ", ".join("null" if value is None else value for value in values)
@@ -98,8 +99,8 @@ def _check_data(config: DictConfig):
     check_fields(config.fields, "config")
     check_ignored_columns(config.ignored_columns, "config")
     choices = chosen_datasets(config)
-    of_files = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template")
-    of_rows = [key for key in of_files if config[key]]
+    of_files = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template", "verbatim_responses")
+    of_rows = [key for key in of_files if config[key]] + ["trained_turns"] * (config.trained_turns != "all")
     if of_rows and all(choice.name in DATASETS for choice in choices):
         raise UserError(
             f"{of_rows[0]}={config[of_rows[0]]}: that is for files and hub ids; named datasets have their own"

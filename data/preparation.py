@@ -107,7 +107,8 @@ def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -
     usable = _usable(chunk, read, renderer, bad)
     tokenized = renderer.tokenize([rendered for *_, rendered in usable])
     records = []
-    for (number, place, example, rendered), (prompt_ids, response_ids) in zip(usable, tokenized, strict=True):
+    for (number, place, example, rendered), tokens in zip(usable, tokenized, strict=True):
+        prompt_ids, response_ids = tokens.prompt_ids, tokens.response_ids
         pairs = [(i, j) for i, j in example.pairs if response_ids[i] != response_ids[j]]
         if len(pairs) < len(example.pairs) and not read.is_ranked:
             bad.add(number, place, "identical responses", "chosen and rejected are the same tokens once rendered")
@@ -124,6 +125,7 @@ def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -
             "n_kept": int(has_bos),
             "prompt_ids": prompt_ids,
             "response_ids": response_ids,
+            "trained": tokens.trained,
         }
         records.append((_prompt_key(example), record))
     return records
@@ -160,7 +162,8 @@ def _make(directory: str, sources: dict[str, Rows], settings: Settings, renderer
         info = _make_once(directory, sources, settings, renderer, read, info["smallest"])
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
         about = {"format": read.description, "unread": read.unread, "ignored": settings.ignored_columns,
-                 "skips_template": read.could_be_chat and bool(renderer.template)}  # fmt: skip
+                 "skips_template": read.could_be_chat and bool(renderer.template),
+                 "unopened": sorted(renderer.unopened)}  # fmt: skip
         json.dump(info | about, file)
 
 
@@ -214,7 +217,9 @@ def prepare(
 
     Raises: UserError if rows can't be used, or are none of these, naming the place and the remedy.
     """
-    renderer = chat.Renderer(tokenizer, settings.chat_template)
+    renderer = chat.Renderer(
+        tokenizer, settings.chat_template, settings.verbatim_responses, settings.trained_turns == "last"
+    )
     if isinstance(source, list):
         sources = {"train": rows_of_list(name, source)}
     else:
