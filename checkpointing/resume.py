@@ -64,8 +64,6 @@ def locate_run(config: DictConfig, run_dir_given: bool):
 
     Raises: UserError if there is no such directory, or the two contradict each other.
     """
-    if config.resume is None:
-        return
     if config.resume == "auto":
         if not run_dir_given:
             raise UserError("resume=auto resumes the run in local_run_dir: give that, too, the same every time")
@@ -97,7 +95,7 @@ def find_checkpoint(config: DictConfig) -> str | None:
     Raises: UserError if there is none, if it is damaged, or if the run has got further than it.
     """
     run_dir = config.local_run_dir
-    if config.resume is None or not os.path.isdir(run_dir):
+    if not os.path.isdir(run_dir):
         return None
     recover_interrupted_saves(run_dir)
     if config.resume != "auto" and os.path.realpath(config.resume) != os.path.realpath(run_dir):
@@ -294,8 +292,6 @@ def _check_kind(config: DictConfig, checkpoint: str):
 
 def changed_inputs(config: DictConfig, checkpoint: str | None, inputs: dict[str, str]) -> list[str]:
     """Return which of these inputs are not those with which the run began, as lines of a message."""
-    if config.resume is None:
-        return []
     return _as_lines(config, _former_inputs(config, checkpoint), inputs)
 
 

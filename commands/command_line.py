@@ -43,13 +43,13 @@ def with_home(overrides: list[str]) -> list[str]:
 
 
 def compose_config(*overrides: str) -> DictConfig:
-    """The config that the command line would give `run`, for use from Python: `run(compose_config("model=tiny"))`.
+    """Return the config that the command line would give `run`, for Python: `run(compose_config("model=tiny"))`.
 
-    Raises: Hydra's errors for keys and values that can't be.
+    Raises: Hydra's errors for unknown keys and unreadable values.
     """
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra.compose("config", with_free_keys(list(overrides)), return_hydra_config=True)
-    HydraConfig.instance().set_config(config)  # what names and directories are made of
+    HydraConfig.instance().set_config(config)  # for names and directories
     with open_dict(config):
         del config["hydra"]
     return config
