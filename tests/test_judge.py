@@ -688,7 +688,7 @@ BAD = {
         [*ASKS, f"judge_url=http://{'a' * 64}.com/v1"], "aaa.com/v1: its host or port can't be one; expected a URL"
     ),
     "no API key": ([*ASKS, "judge_url=https://api.openai.com/v1"], "set the variable OPENAI_API_KEY"),
-    "orders of a reward model": (["judge=model", "judge_model=m", "both_orders=true"], "both_orders=True: not used with"),
+    "orders of a reward model": (["judge=model", "judge_model=m", "both_orders=true"], "both_orders=True: not used"),
     "a URL of a command": ([*COMMAND, "judge_url=u"], "judge_url=u: not used with judge=command"),
     "no such prompt": ([*OPENAI, "judge_prompt=dialog"], "judge_prompt=dialog: no such file. Did you mean dialogue?"),
     "a prompt that lacks b": ([*OPENAI, "judge_prompt=lacking.txt"], "judge_prompt=lacking.txt: it lacks {b}"),
