@@ -12,7 +12,7 @@ from torch import nn
 from acceleration.memory_plan import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
 from checkpointing.integrity import verify_weights
-from data import hub
+from data import chat, hub
 from references import REFERENCE_ADAPTER, Source, policy_source, reference_source
 from reporting.terminal import still_working
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
@@ -133,6 +133,8 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
         raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; leave it false")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
+    if config.chat_template is not None:
+        tokenizer.chat_template = chat.read_template(tokenizer, config.chat_template)  # saved with checkpoints
     return tokenizer
 
 
@@ -156,6 +158,14 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
     if n_tokens == 0:
         raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")
     return tokenizer
+
+
+def end_at_turns(model: nn.Module, tokenizer):
+    """Let the model's generation config, which is saved with it, end responses where they are trained to end."""
+    ends, generation_config = chat.end_token_ids(model.generation_config, tokenizer), model.generation_config
+    known = generation_config.eos_token_id
+    if ends != (known if isinstance(known, list) else [known]):
+        generation_config.eos_token_id = ends
 
 
 def _quantization(config: DictConfig):

@@ -84,7 +84,7 @@ class RunLog:
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
         """Record one optimizer step or evaluation: `metrics` are batch means and counters.
 
-        `samples` are dicts with the keys 'model' (policy or reference), 'prompt' and 'sample'.
+        `samples` are dicts with the keys 'model' (policy or reference), 'prompt', 'response' and 'sample' (both).
         """
         examples = metrics["counters/examples"]
         self.table.time_left.tick("step" if split == "train" else "evaluation")

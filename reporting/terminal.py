@@ -311,7 +311,7 @@ def samples_side_by_side(samples: list[dict], n_shown: int = 3, n_lines: int = 4
     lines = [styled(f"Samples: {min(n_shown, len(first))} of {len(first)}, shortened; all are in samples.jsonl", _BOLD)]
     for i, prompt in enumerate(sample["prompt"] for sample in first[:n_shown]):
         lines += [styled(line, _DIM) for line in _wrapped(prompt, total - 2, 2, keeps_end=True)]
-        texts = [of_model[i]["sample"].removeprefix(prompt) for of_model in by_model.values()]
+        texts = [of_model[i]["response"] for of_model in by_model.values()]
         parts = [_wrapped(text, column, n_lines) for text in texts]
         parts = [[model, *part] for model, part in zip(by_model, parts, strict=True)]
         for row in range(max(map(len, parts))):

@@ -708,7 +708,7 @@ BAD = {
     "a summary in the place of an input": (
         ["b=v_summary.json", *OPENAI], "the summary of output=v_summary.json is also the file of b; give another"
     ),
-    "scores of another judge": (["output=scores.jsonl", *OPENAI], "scores.jsonl has verdicts under other settings"),
+    "scores that are none": (["output=scores.jsonl", *OPENAI], "a file that isn't one of verdicts"),
     "nowhere to write": (["output=no/where.jsonl", *OPENAI], "output=no/where.jsonl: there is no such directory"),
     "a model that isn't there": (["judge=model", "judge_model=nowhere/x"], "can't load judge_model=nowhere/x"),
     "a model without a score": (["judge=model", f"judge_model={ORACLE}/model"], "score.weight"),

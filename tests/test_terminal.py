@@ -160,7 +160,10 @@ def test_numbers_are_formatted_in_few_characters():
 
 
 def samples(prompt: str, **of_models: str) -> list[dict]:
-    return [{"model": model, "prompt": prompt, "sample": prompt + text} for model, text in of_models.items()]
+    return [
+        {"model": model, "prompt": prompt, "response": text, "sample": prompt + text}
+        for model, text in of_models.items()
+    ]
 
 
 def test_samples_are_shown_side_by_side_under_one_prompt(monkeypatch):
