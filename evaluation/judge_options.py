@@ -64,7 +64,10 @@ def check_options(options: dict):
         raise UserError(f"judge_args={options['judge_args']}: expected fields, e.g. judge_args.max_tokens=300")
     _check_keys_of_judge(options)
     get_local_dir(options["local_dirs"])
-    outputs = [Output("output", options["output"], _VERDICTS), Output("output", summary_path(options), _SUMMARY)]
+    outputs = [
+        Output("output", options["output"], _VERDICTS),
+        Output("the summary of output", summary_path(options), _SUMMARY),
+    ]
     check_outputs(outputs, {key: options[key] for key in ("a", "b")})
 
 

@@ -64,11 +64,12 @@ class VerdictFile:
         end = 0
         try:
             for line, line_end in read_json_lines(self.path):
+                key = _checked_key(line)
                 if line["settings"] != self.settings:
                     raise UserError(
                         f"output={self.path} has verdicts under other settings; give another file, or delete it"
                     )
-                self.lines[_checked_key(line)] = line
+                self.lines[key] = line
                 end = line_end
         except UserError:
             raise
