@@ -1,7 +1,5 @@
 """Log-probabilities of responses from rows of tokens: the output head runs only where a response token is predicted."""
 
-import functools
-
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -88,13 +86,13 @@ def chunked_token_logps(
     chunk_size = max(1, chunk_bytes // bytes_per_token)
     recompute = torch.is_grad_enabled() and len(targets) * bytes_per_token > _KEPT_LOGITS_BYTES
 
-    token_logps = strategy.token_logps
-    if recompute:
-        token_logps = functools.partial(checkpoint, strategy.token_logps, use_reentrant=False)
-    kept = []
+    logps = []
     for chunk in zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True):
-        kept.append(token_logps(head, *chunk))
-    return torch.cat(kept)
+        if recompute:
+            logps.append(checkpoint(strategy.token_logps, head, *chunk, use_reentrant=False))
+        else:
+            logps.append(strategy.token_logps(head, *chunk))
+    return torch.cat(logps)
 
 
 def tree_mask(segments: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

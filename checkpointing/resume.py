@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from checkpointing import fingerprints
 from checkpointing.integrity import find_corruption, recover_interrupted_saves
 from checkpointing.train_state import read_state_json, training_settings, versions
@@ -18,7 +19,6 @@ from config_checks.schema import REPOSITORY, default_config
 from data.batches import split_name
 from distributed import environment
 from references import resolved_reference
-from storage.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from utils import UserError, rank0_print
 
 SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory, in all processes of its jobs

@@ -10,6 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from basics.printing import printable
 from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
@@ -18,7 +19,6 @@ from commands.sweeps import Sweep
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
 from distributed import launch
-from printing import printable
 from utils import get_local_dir
 
 

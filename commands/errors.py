@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from basics.printing import printable
 from checkpointing.preemption import EXIT_CODE, Stopped
 from commands.signals import INTERRUPTED
 from config_checks.explanations import explain_hydra_error
 from distributed import environment, heartbeat
-from printing import printable
 from utils import UserError, is_short_of_files, rank0_print
 
 # asked for by HYDRA_FULL_ERROR=1, which `main` then sets for reasons of its own; workers ask their parent's

@@ -13,9 +13,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from basics.files import atomic_file
+from basics.locks import locked_directory
 from checkpointing import fingerprints
-from storage.files import atomic_file
-from storage.locks import locked_directory
 from utils import UserError, get_local_run_dir
 
 

@@ -13,6 +13,8 @@ from datetime import timedelta
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from basics.files import atomic_file, read_json_lines
+from basics.locks import locked_directory
 from checkpointing.preemption import EXIT_CODE
 from checkpointing.resume import SWEEP_DIR, resume_command
 from commands.errors import errors_reported
@@ -20,8 +22,6 @@ from commands.run_directory import is_run_dir_given, job_overrides
 from commands.signals import exit_on_signals
 from distributed import environment
 from reporting.metric_names import ACCURACY, LOSS
-from storage.files import atomic_file, read_json_lines
-from storage.locks import locked_directory
 from utils import UserError, on_rank0, rank0_print
 
 METRICS = (LOSS, ACCURACY)  # what the table shows of a job's last evaluation

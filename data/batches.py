@@ -37,6 +37,7 @@ class Prompt:
     # where the texts have been tokenized before, their ids, those of responses with their end
     prompt_ids: list[int] | None = None
     response_ids: list[list[int]] = field(default_factory=list)
+    trained: list[list[int]] = field(default_factory=list)  # runs of trained tokens in each; see `make_element`
     target: int = 0  # which response is sft_target
     n_kept: int = 0  # tokens at the beginning of the prompt that stay, however it is cut
     # of unpaired data: the prompt that the dispreferred response of the only pair belongs to
@@ -159,18 +160,19 @@ class BatchIterator:
     def _known(self, prompt: Prompt, partner: Prompt, index: int) -> dict:
         """The element of texts that have been tokenized before."""
         texts, ids = chosen_and_rejected(partner, index, self.sft_mode)
+        runs = [partner.trained[i] for i in response_numbers(partner, index, self.sft_mode)]
 
-        def element(prompt: Prompt, texts: list[str], ids: list[list[int]]) -> dict:
+        def element(prompt: Prompt, texts: list[str], ids: list[list[int]], runs: list[list[int]]) -> dict:
             prompt_ids, n_kept = prompt.prompt_ids, prompt.n_kept
             if self.lengths.get("add_bos") and prompt_ids[:1] != [self.tokenizer.bos_token_id]:
                 prompt_ids, n_kept = [self.tokenizer.bos_token_id, *prompt_ids], n_kept + 1
             lengths = self.lengths["max_length"], self.lengths["max_prompt_length"], n_kept
-            return make_element([prompt.text, *texts], prompt_ids, ids, prompt.truncation_mode, *lengths)
+            return make_element([prompt.text, *texts], prompt_ids, ids, prompt.truncation_mode, *lengths, runs)
 
         if prompt.other is None:
-            return element(prompt, texts, ids)
-        chosen = element(prompt, [texts[0]] * 2, [ids[0]] * 2)
-        rejected = element(prompt.other, [texts[1]] * 2, [ids[1]] * 2)
+            return element(prompt, texts, ids, runs)
+        chosen = element(prompt, [texts[0]] * 2, [ids[0]] * 2, [runs[0]] * 2)
+        rejected = element(prompt.other, [texts[1]] * 2, [ids[1]] * 2, [runs[1]] * 2)
         return chosen | {key: value for key, value in rejected.items() if key.startswith("rejected")}
 
     def _shuffled(self) -> Iterator[MutableSequence[int]]:
@@ -249,6 +251,11 @@ def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[lis
         return [prompt.sft_target] * 2, [prompt.response_ids[prompt.target]] * 2 if prompt.response_ids else []
     pair = prompt.pairs[index]
     return [prompt.responses[i] for i in pair], [prompt.response_ids[i] for i in pair] if prompt.response_ids else []
+
+
+def response_numbers(prompt: Prompt, index: int, sft_mode: bool) -> tuple[int, int]:
+    """Which of a prompt's responses are chosen and rejected in one of its pairs; in SFT twice the target."""
+    return (prompt.target, prompt.target) if sft_mode else prompt.pairs[index]
 
 
 def partner_of(batch: list[tuple[Prompt, int]], index: int) -> int:

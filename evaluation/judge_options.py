@@ -5,6 +5,8 @@ import json
 import os
 import re
 
+from basics.files import sha256
+from basics.outputs import Output, check_outputs, document, json_lines
 from checkpointing.fingerprints import folder_fingerprint
 from config_checks.explanations import unknown_key
 from config_checks.numbers import check_number
@@ -13,8 +15,6 @@ from evaluation.chat_completions import ChatCompletions, Endpoint
 from evaluation.command import Command
 from evaluation.prompts import load_template
 from evaluation.verdicts import Judge
-from storage.files import sha256
-from storage.outputs import Output, check_outputs, document, json_lines
 from utils import UserError, closest_match, get_local_dir
 
 _REQUIRED = ("a", "judge", "output")

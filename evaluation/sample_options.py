@@ -5,12 +5,12 @@ import os
 
 from omegaconf import DictConfig
 
+from basics.outputs import Output, check_outputs, document, json_lines
 from config_checks.numbers import check_number
 from data.locations import locate
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from evaluation import vllm_engine
-from storage.outputs import Output, check_outputs, document, json_lines
 from utils import UserError, closest_match
 
 ENGINES = ("transformers", "vllm")

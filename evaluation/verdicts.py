@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from basics.files import read_json_lines
+from basics.locks import locked
 from evaluation.pairs import Task
-from storage.files import read_json_lines
-from storage.locks import locked
 from utils import UserError
 
 

@@ -69,7 +69,7 @@ def test_pairs_that_are_identical_once_cut_are_refused_or_left_out(batches, caps
         batches(rows, max_length=24, max_prompt_length=8)
     kept = batches(rows, max_length=24, max_prompt_length=8, settings={"skips_bad": True})
     assert [batch["prompt"] for batch in kept] == [["a?"]]
-    assert "(train): 3 pairs are left out, identical once cut to max_length" in capsys.readouterr().out
+    assert "(train): dropped 3 pairs that are identical once cut to max_length" in capsys.readouterr().out
     with pytest.raises(UserError, match="identical in all 3 pairs"):
         batches(long_pairs(3), max_length=24, max_prompt_length=8)
     with pytest.raises(UserError, match="no pair is left; raise max_length=24"):

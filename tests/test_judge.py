@@ -702,14 +702,14 @@ BAD = {
     "twice the same": (["b=twice.jsonl", *OPENAI], "line 9: prompt_index=0, sample=0 is listed twice"),
     "too few": (["b=few.jsonl", *OPENAI], "prompt_index=3, sample=0 is in a and not in b (5 responses are without"),
     "other prompts": (["b=prompts.jsonl", *OPENAI], "a and b have different prompts at prompt_index=0"),
-    "an output that is an input": (["output=a.jsonl", *OPENAI], "output=a.jsonl holds responses"),
+    "an output that is an input": (["output=a.jsonl", *OPENAI], "output=a.jsonl is also the file of a"),
     "an output of something else": (["output=other.jsonl", *OPENAI], "a file that isn't one of verdicts"),
     "an output of one line without an end": (["output=mine.json", *OPENAI], "a file that isn't one of verdicts"),
     "a summary in the place of an input": (
-        ["b=v_summary.json", *OPENAI], "v_summary.json holds responses; give another file"
+        ["b=v_summary.json", *OPENAI], "v_summary.json is also the file of b; give another"
     ),
     "scores that are none": (["output=scores.jsonl", *OPENAI], "a file that isn't one of verdicts"),
-    "nowhere to write": (["output=no/where.jsonl", *OPENAI], "output=no/where.jsonl: can't write there"),
+    "nowhere to write": (["output=no/where.jsonl", *OPENAI], "output=no/where.jsonl: there is no such directory"),
     "a model that isn't there": (["judge=model", "judge_model=nowhere/x"], "can't load judge_model=nowhere/x"),
     "a model without a score": (["judge=model", f"judge_model={ORACLE}/model"], "score.weight"),
 }  # fmt: skip

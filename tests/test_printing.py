@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from basics.printing import markdown, markdown_code, printable
 from checkpointing.model_card import write_card
-from printing import markdown, markdown_code, printable
 from reporting.curves import plain
 
 SHOWN = {

@@ -220,3 +220,15 @@ def test_tab_completion_knows_keys_and_groups(launcher):
     env = {"COMP_LINE": "python train.py loss=", "COMP_POINT": "21"}
     assert launcher.run("-sc", "query=bash", env=env, as_typed=True) == 0, launcher.output
     assert {"loss=dpo", "loss=ipo", "loss=sft"} <= set(launcher.output.split())
+
+
+def test_second_sweep_in_the_same_directory_is_refused_while_the_first_runs(launcher, tmp_path):
+    sweep = ["-m", *SHORT, f"hydra.sweep.dir={tmp_path}/sweep", "loss.beta=0.1,0.2"]
+    first = launcher.start(*sweep, "n_examples=4000")
+    wait_until(lambda: "Job 0" in first.output, output=lambda: first.output)
+    assert launcher.run(*sweep, "seed=7") == 1
+    assert f"error: hydra.sweep.dir={tmp_path}/sweep: another sweep is running there: process" in launcher.output
+    assert "Traceback" not in launcher.output
+    first.kill(signal.SIGTERM)
+    assert first.wait() == EXIT_CODE, first.output
+    assert ".lock" not in os.listdir(tmp_path / "sweep")
