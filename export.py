@@ -9,6 +9,8 @@ import shutil
 
 from omegaconf import DictConfig, OmegaConf
 
+from basics.checksums import read_checksums
+from basics.outputs import Output, check_outputs, new_directory
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.integrity import CARD, atomic_directory
 from checkpointing.model_card import write_card
@@ -20,8 +22,6 @@ from config_checks.paths import expand_config, expand_home
 from config_checks.schema import own_keys
 from models import end_at_turns, load_adapter, load_model, read_tokenizer
 from references import policy_source
-from storage.checksums import read_checksums
-from storage.outputs import Output, check_outputs, new_directory
 from utils import UserError
 
 # what only resuming needs

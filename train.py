@@ -7,6 +7,7 @@ import textwrap
 from omegaconf import DictConfig, OmegaConf
 
 from acceleration.memory_plan import explained_out_of_memory
+from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.preemption import Stopped
 from checkpointing.resume import (
@@ -35,7 +36,6 @@ from config_checks.schema import changed_keys
 from distributed import collectives
 from losses import LOSSES
 from preference_datasets import open_batches
-from storage.outputs import Output, check_outputs, new_run, resumed_run
 from utils import UserError, on_rank0, rank0_print
 
 
@@ -71,11 +71,13 @@ def prepare(
     """
     reference_dtype_given = OmegaConf.select(config, "model.reference_dtype") is not None
     check_config(config)
-    locate_run(config, run_dir_given)
+    if config.resume is not None:
+        locate_run(config, run_dir_given)
     stack.enter_context(locked_run(config.local_run_dir))
     check_outputs([Output("local_run_dir", config.local_run_dir, new_run if config.resume is None else resumed_run)])
-    checkpoint, files = find_checkpoint(config), fingerprints.file_fingerprints(config)
+    checkpoint, files = None, fingerprints.file_fingerprints(config)
     if config.resume is not None:
+        checkpoint = find_checkpoint(config)
         check_same_run(config, checkpoint, files, reference_dtype_given)
     changed = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(changed_keys(config))), "  ")
     rank0_print(f"Config, where it isn't the default (all of it will be in config.yaml):\n{changed}")
@@ -132,7 +134,7 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
     loaded, changed = {}, []
     if on_rank0():
         loaded = {**fingerprints.hub_revisions(config), **trainer.data_fingerprints()}
-        changed = changed_inputs(config, checkpoint, loaded)
+        changed = changed_inputs(config, checkpoint, loaded) if config.resume is not None else []
     loaded, changed = collectives.broadcast_object((loaded, changed))
     refuse_changed_inputs(config, changed)
     return loaded

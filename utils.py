@@ -12,8 +12,8 @@ from datetime import datetime
 import torch
 from torch import nn
 
-from printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
-from storage.errors import UserError
+from basics.errors import UserError
+from basics.printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
 
 
 def is_short_of_files(error: BaseException | None) -> bool:

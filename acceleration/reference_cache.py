@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from basics.files import atomic_file
 from data.batches import BatchIterator
 from distributed import collectives
 from distributed.dtensor import full_tensor
 from references import REFERENCE_ADAPTER, Reference, has_the_weights
 from reporting.terminal import Progress, progressing
-from storage.files import atomic_file
 from utils import UserError, get_local_dir, on_rank0, rank0_print, take
 
 

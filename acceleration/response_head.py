@@ -86,12 +86,13 @@ def chunked_token_logps(
     chunk_size = max(1, chunk_bytes // bytes_per_token)
     recompute = torch.is_grad_enabled() and len(targets) * bytes_per_token > _KEPT_LOGITS_BYTES
 
-    chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
-    if recompute:
-        kept = [checkpoint(strategy.token_logps, head, *chunk, use_reentrant=False) for chunk in chunks]
-    else:
-        kept = [strategy.token_logps(head, *chunk) for chunk in chunks]
-    return torch.cat(kept)
+    logps = []
+    for chunk in zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True):
+        if recompute:
+            logps.append(checkpoint(strategy.token_logps, head, *chunk, use_reentrant=False))
+        else:
+            logps.append(strategy.token_logps(head, *chunk))
+    return torch.cat(logps)
 
 
 def tree_mask(segments: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -14,11 +14,11 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from basics.checksums import read_checksums, verify_checksum
+from basics.outputs import CHECKSUMS
 from checkpointing.integrity import verify_weights
 from data import hub
 from distributed.dtensor import distribute_like
-from storage.checksums import read_checksums, verify_checksum
-from storage.outputs import CHECKSUMS
 from utils import UserError, rank0_print
 
 # Buffers that transformers wrote into state dicts in 2023; today's models compute them, so they are left out.

@@ -18,13 +18,13 @@ import transformers
 from omegaconf import DictConfig
 from torch import nn
 
+from basics.checksums import read_checksums
 from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
 from checkpointing.integrity import atomic_directory, replace_path
 from checkpointing.model_card import write_card
 from checkpointing.train_state import TrainState, read_state_json
 from distributed.dtensor import distribute_like, full_state_dict
 from references import REFERENCE_ADAPTER
-from storage.checksums import read_checksums
 from utils import UserError, rank0_print
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from storage.checksums import read_checksums, verify_checksum, write_checksums
-from storage.files import PARTIAL, flush_to_disk, sha256
-from storage.outputs import CHECKSUMS, is_checkpoint_name, is_run
+from basics.checksums import read_checksums, verify_checksum, write_checksums
+from basics.files import PARTIAL, flush_to_disk, sha256
+from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from utils import UserError
 
 CARD = "README.md"  # people write into it before they upload a checkpoint, so it has no checksum

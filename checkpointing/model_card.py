@@ -8,13 +8,13 @@ import huggingface_hub
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from omegaconf import DictConfig, OmegaConf
 
+from basics.printing import markdown, markdown_code
 from checkpointing.fingerprints import is_of_model
 from checkpointing.integrity import CARD
 from config_checks.datasets import chosen_datasets
 from data.reading import has_data_suffix
 from losses import needs_reference
 from preference_datasets import DATASETS
-from printing import markdown, markdown_code
 from references import policy_source
 from reporting.metric_names import ACCURACY, LOSS, MARGIN
 

@@ -12,6 +12,7 @@ import shutil
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from basics.outputs import why_not_writable
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.lora import check_adapter_fits, check_lora
 from config_checks.paths import expand_config
@@ -25,7 +26,6 @@ from optimization import check_schedule
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from storage.outputs import why_not_writable
 from utils import UserError, closest_match, closest_sibling, get_local_dir
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -16,6 +16,9 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from basics.checksums import read_checksums, verify_checksum, write_checksums
+from basics.files import HashCache, flush_to_disk
+from basics.outputs import CHECKSUMS
 from data import chat, diagnosis
 from data.batches import prefetched, split_name
 from data.choice import Choice, Settings
@@ -26,9 +29,6 @@ from data.prepared import SCHEMA, TEXTS, PreparedPrompts
 from data.row_sources import ROWS, BadRows, Rows, open_splits, rows_of_list
 from data.rows import Example
 from reporting.terminal import Progress
-from storage.checksums import read_checksums, verify_checksum, write_checksums
-from storage.files import HashCache, flush_to_disk
-from storage.outputs import CHECKSUMS
 from utils import UserError, get_local_dir, rank0_print
 
 VERSION = 3  # format of the files and of what formats read; raise it to have them rebuilt

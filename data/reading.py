@@ -13,9 +13,9 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from basics.files import content_hash
+from basics.printing import hides_progress
 from data import diagnosis, hub
-from printing import hides_progress
-from storage.files import content_hash
 from utils import UserError, closest_sibling, rank0_print
 
 if TYPE_CHECKING:

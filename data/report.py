@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from basics.printing import printable, uses_color
 from data import chat
 from data.batches import BatchIterator, Prompt, chosen_and_rejected
 from data.prepared import PreparedPrompts
-from printing import printable, uses_color
 from utils import rank0_print
 
 _MEASURED = 10_000  # examples of a dataset whose tokens aren't kept

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from basics.files import content_hash
 from data import diagnosis, reading
 from data.batches import split_name
 from data.choice import Settings
 from data.locations import Location, choose_splits
-from storage.files import content_hash
 from utils import UserError, rank0_print
 
 ROWS: dict[str, list[dict]] = {}  # rows given in Python, by a name that `datasets` then knows; see docs/data.md

@@ -8,12 +8,12 @@ import time
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from basics.files import sha256
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
-from storage.files import sha256
 from utils import UserError, rank0_print
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")

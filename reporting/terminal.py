@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from printing import hides_progress, on_rank0, printable, rank0_print, uses_color
+from basics.printing import hides_progress, on_rank0, printable, rank0_print, uses_color
 from reporting.time_left import TimeLeft
 
 LOG_FILE_WIDTH = 120  # columns, where output is not to a terminal

@@ -14,11 +14,11 @@ from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-import storage.files
+import basics.files
+from basics.files import HashCache
 from checkpointing.fingerprints import changed_models, file_fingerprints, hub_revisions
 from checkpointing.integrity import atomic_directory
 from data.batches import BatchIterator, Prompt
-from storage.files import HashCache
 
 pytestmark = pytest.mark.slow
 
@@ -214,9 +214,9 @@ def test_fingerprint_of_an_earlier_version_is_still_recognized(tmp_path):
 def test_file_is_hashed_once_and_again_once_it_has_changed_under_the_same_time(tmp_path, monkeypatch):
     path, n_read = tmp_path / "data.jsonl", []
     path.write_text("a" * 10)
-    hash_file = storage.files.sha256
-    monkeypatch.setattr("storage.files.sha256", lambda path: n_read.append(1) or hash_file(path))
-    monkeypatch.setattr("storage.files._SETTLED", 0)
+    hash_file = basics.files.sha256
+    monkeypatch.setattr("basics.files.sha256", lambda path: n_read.append(1) or hash_file(path))
+    monkeypatch.setattr("basics.files._SETTLED", 0)
     stat = os.stat(path)
     first = HashCache(str(tmp_path / "cache")).sha256(str(path))
     assert HashCache(str(tmp_path / "cache")).sha256(str(path)) == first == hash_file(path)

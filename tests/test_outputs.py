@@ -11,12 +11,12 @@ from conftest import REPOSITORY
 from omegaconf import OmegaConf
 
 import export
+from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing.checkpoints import delete_oldest
 from checkpointing.integrity import atomic_directory
 from config_checks.schema import own_keys
 from evaluation import evaluate, judge_options, sample_options
 from reporting import compare, curves, frontier, win_rates
-from storage.outputs import Output, check_outputs, new_run, resumed_run
 from utils import UserError
 
 SAMPLES = '{"settings": "0123456789ab", "prompt_index": 0, "sample": 0, "prompt": "p", "response": "r"}\n'
@@ -168,10 +168,10 @@ def test_files_are_opened_for_writing_only_where_it_is_known():
                 if node.func.id == "atomic_file" or any(set("wax+") & set(mode) for mode in modes):
                     found.add(str(path.relative_to(REPOSITORY)))
     assert found == {
-        "storage/files.py", "evaluation/evaluate.py", "evaluation/sample_file.py", "evaluation/judge.py",
+        "basics/files.py", "evaluation/evaluate.py", "evaluation/sample_file.py", "evaluation/judge.py",
         "evaluation/vllm_engine.py", "reporting/curves.py", "reporting/summaries.py", "reporting/run_log.py",
         "commands/run_directory.py", "commands/sweeps.py", "commands/output.py", "checkpointing/archives.py",
-        "checkpointing/checkpoints.py", "storage/checksums.py", "checkpointing/train_state.py",
+        "checkpointing/checkpoints.py", "basics/checksums.py", "checkpointing/train_state.py",
         "acceleration/reference_cache.py", "data/preparation.py",
     }  # fmt: skip
 

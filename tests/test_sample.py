@@ -222,9 +222,9 @@ def test_sampling_computes_the_reference_that_training_had_precomputed(launcher,
 
 OWN = {  # what is there: what is asked, and the message
     "one line without an end": ('{"my": "data"}', "output={path}", "a file that isn't one of samples"),
-    "the prompts": ('{"prompt": "The story"}\n', "prompts={path} output={path}", "is the file of prompts, too"),
+    "the prompts": ('{"prompt": "The story"}\n', "prompts={path} output={path}", "is also the file of prompts"),
     "the prompts, for AlpacaEval": (
-        '{"prompt": "The story"}', "prompts={path} output={path}.x alpaca_eval={path}", "is the file of prompts, too"
+        '{"prompt": "The story"}', "prompts={path} output={path}.x alpaca_eval={path}", "is also the file of prompts"
     ),
 }  # fmt: skip
 

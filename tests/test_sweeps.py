@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def table(output: str) -> list[list[str]]:
     """Return the cells of the table at a sweep's end, split at spaces."""
     lines = output[output.rindex("== The sweep in ") :].splitlines()[1:]
-    return [line.split() for line in itertools.takewhile(lambda line: line and "To go on" not in line, lines)]
+    return [line.split() for line in itertools.takewhile(lambda line: line and "To resume" not in line, lines)]
 
 
 def printed_command(output: str) -> list[str]:
@@ -188,7 +188,7 @@ def test_sweep_from_a_config_names_its_jobs(launcher, tmp_path):
 
 def test_sweep_refuses_resume_of_one_run(launcher, tmp_path):
     assert launcher.run("-m", *SHORT, "seed=1,2", f"resume={tmp_path}", f"hydra.sweep.dir={tmp_path}/sweep") == 1
-    assert "a sweep goes on with all its jobs by resume=auto and hydra.sweep.dir=DIR" in launcher.output
+    assert "a sweep resumes all its jobs by resume=auto and hydra.sweep.dir=DIR" in launcher.output
 
 
 def test_printed_resume_command_quotes_the_run_directory(launcher, tmp_path):

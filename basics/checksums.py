@@ -4,8 +4,8 @@ import os
 import re
 from collections.abc import Callable
 
-from storage.files import sha256
-from storage.outputs import CHECKSUMS
+from basics.files import sha256
+from basics.outputs import CHECKSUMS
 
 
 def write_checksums(directory: str, without: str | None = None):
