@@ -130,18 +130,22 @@ class Renderer:
         apply = functools.partial(self._apply, tools)
         dialogue = Dialogue(apply, prompt, response, self.end_token, self.marks_turns)
         lacking = dialogue.left_out()
-        altered = [n for n, _ in lacking if n >= len(prompt) and is_assistants(dialogue.messages[n])]
-        if altered and self.verbatim_responses:
-            dialogue.keep(altered)
-            lacking = dialogue.left_out()
+        answers = {n: m for n, m in enumerate(dialogue.messages) if n >= len(prompt) and is_assistants(m)}
+        altered = [n for n in lacking if n in answers and isinstance(answers[n].get("content"), str)]
         other = "give a template that does, by chat_template=FILE"
-        for number, part in lacking:
-            message = (
-                f"the chat template doesn't write {part!r:.100} of the {dialogue.messages[number]['role']}'s message"
+        if altered:
+            dialogue.keep(altered)
+            kept = dialogue.left_out()
+            # calls and fields of reasoning are lacking even so: only the template knows how to write them
+            if self.verbatim_responses or kept:
+                lacking = kept
+            else:
+                other = "verbatim_responses=true writes such responses as they are"
+        for number, part in lacking.items():
+            role = dialogue.messages[number]["role"]
+            raise BadExample(
+                _ALTERED, f"the chat template doesn't write {part!r:.100} of the {role}'s message; {other}"
             )
-            is_curable = number in altered and not self.verbatim_responses
-            remedy = "verbatim_responses=true writes such responses as they are" if is_curable else other
-            raise BadExample(_ALTERED, f"{message}; {remedy}")
         if tools and self._apply(None, dialogue.messages)[0] == self._apply(tools, dialogue.messages)[0]:
             message = "the chat template doesn't write the row's tools"
             raise BadExample(_ALTERED, f"{message}; {other}, or leave them out by ignored_columns=[tools]")

@@ -91,9 +91,9 @@ class Dialogue:
         """The prompt, and what opens the assistant's turn after it."""
         return self.render(self.messages[: self.n_prompt], add_generation_prompt=True)
 
-    def left_out(self) -> list[tuple[int, str]]:
-        """The number of each message that the text doesn't hold whole, and what is missing."""
-        return list(left_out(self.messages, self.n_prompt, self.text))
+    def left_out(self) -> dict[int, str]:
+        """What is missing of each message that the text doesn't hold whole, by the message's number."""
+        return dict(left_out(self.messages, self.n_prompt, self.text))
 
     def spans(self, opening: int | None) -> list[Span]:
         """What the assistant wrote in the response, each turn with its end token.
@@ -149,8 +149,9 @@ class Dialogue:
         if self.text.startswith(closed):
             if token is not None:
                 return token.end()
-            ends_in_space = str(self.messages[number].get("content", ""))[-1:].isspace()
-            return len(closed) if ends_in_space else max(start, len(closed.rstrip()))
+            content, end = str(self.messages[number].get("content", "")), max(start, len(closed.rstrip()))
+            own_space = content[len(content.rstrip()) :]  # the template may trim it, and add some of its own
+            return end + len(shared_start([own_space, closed[end:]]))
         if token is not None and (at := self.text.find(token[0], start)) >= 0:
             return at + len(token[0])
         return max(start, self._changed(number)[1])

@@ -221,7 +221,7 @@ def test_keys_that_a_column_format_adds_are_no_arguments_of_a_call(tokenizer, tm
     """Parquet gives all calls the arguments of any; JSON Lines keep a null that is given."""
     (tmp_path / "t.jinja").write_text(
         "{% for m in messages %}{{ m.role + ':' + m.content }}{% if m.tool_calls %}"
-        "{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}{% endfor %}"
+        "{{ m.tool_calls[0].function.name + m.tool_calls[0].function.arguments | tojson }}{% endif %}{% endfor %}"
     )
 
     def call(**arguments) -> dict:
@@ -244,4 +244,4 @@ def test_keys_that_a_column_format_adds_are_no_arguments_of_a_call(tokenizer, tm
                                             cache_dir=str(tmp_path / "cache"),
                                             settings=Settings(chat_template=str(tmp_path / "t.jinja"))):  # fmt: skip
                 found |= set(batch["chosen_response_only"])
-        assert sorted(found) == sorted(f"assistant:{arguments}" for arguments in expected), name
+        assert sorted(found) == sorted(f"assistant:f{arguments}" for arguments in expected), name

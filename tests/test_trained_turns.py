@@ -232,7 +232,8 @@ ALTERED = {
         Example([SYSTEM, HI], [[YES]]), "'Be brief.' of the system's message"),
     "capitals": ("{% for m in messages %}{{ m.role + ':' + m.content | upper + eos_token }}{% endfor %}",
                  Example([said("user", "HI")], [[said("assistant", "Ann")]]), "'Ann' of the assistant's message"),
-    "calls that are dropped": (CHATML, Example([HI], [[CALL, RESULT, WARM]]), "'warmth' of the assistant's message"),
+    "calls that are dropped": (CHATML, Example([HI], [[CALL, RESULT, WARM]]),
+                               "'warmth' of the assistant's message; give a template"),
     "a field of reasoning": (CHATML, Example([HI], [[said("assistant", "Yes", reasoning_content="Hm, so.")]]),
                              "'Hm, so.' of the assistant's message"),
     "tools": (CHATML, Example([HI], [[YES]], tools=[TOOL]), "the row's tools"),
@@ -265,6 +266,17 @@ def test_report_names_the_row_and_then_the_difference_from_the_generation_prompt
         batches(rows)
     print_report(batches(rows[:1]), batches(rows[:1]), tokenizer)
     assert r"generation prompt ends in '<think>\n', but rendered dialogues lack it" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("content", "written"), [("Yes ", "Yes"), ("Yes", "Yes")])
+def test_white_space_that_a_template_adds_without_an_end_token_is_not_trained(content, written):
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content | trim + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(template, (), None, "<|endoftext|>")
+    texts = marked(tokenizer, Example([HI], [[said("assistant", content)]]))
+    assert texts == [f"user: Hi\nassistant: |⟦{written}<|endoftext|>⟧"]
 
 
 # ---- ends of turns and samples --------------------------------------------------------------------------------------
