@@ -722,13 +722,12 @@ def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp
     contents = {
         "other.jsonl": lines[0] + '{"x": 1}\n', "cut.jsonl": "".join(lines)[:-5], "few.jsonl": "".join(lines[:3]),
         "twice.jsonl": "".join([*lines, lines[0]]), "prompts.jsonl": "".join(lines).replace("say", "tell"),
-        "lacking.txt": "{prompt} {a}", "mine.json": '{"my": "data"}',         "scores.jsonl": '{"settings": "s", "prompt_index": 0, "sample": 0, "first": "a", "texts": "t", '
+        "lacking.txt": "{prompt} {a}", "mine.json": '{"my": "data"}', "v_summary.json": "".join(lines),
+        "scores.jsonl": '{"settings": "s", "prompt_index": 0, "sample": 0, "first": "a", "texts": "t", '
                         '"failure": null, "verdict": "scored", "scores": []}\n',
     }  # fmt: skip
     if "b=v_summary.json" not in overrides:  # it would be refused before anything else
         del contents["v_summary.json"]
-    if "b=v_summary.json" in overrides:
-        contents["v_summary.json"] = "".join(lines)
     for file, content in contents.items():
         (tmp_path / file).write_text(content)
     given = {word.split("=")[0] for word in overrides}
