@@ -1,6 +1,5 @@
 """Log-probabilities of responses from rows of tokens: the output head runs only where a response token is predicted."""
 
-
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
