@@ -95,10 +95,16 @@ def test_config_error_names_key_and_remedy(name, train, tmp_path):
     assert_refused(train(*overrides), tmp_path, *parts)
 
 
-def test_train_py_trains_or_reports_a_mistake(run_python, tmp_path):
-    command = [REPOSITORY / "train.py", *SHORT, "sample_during_eval=false", "wandb.enabled=false", "curves=false"]
-    assert_refused(run_python(*command, "batchsize=4"), tmp_path, "Did you mean batch_size?")
-    result = run_python(*command, f"local_run_dir={tmp_path}/run")
+COMMAND = [REPOSITORY / "train.py", *SHORT, "sample_during_eval=false", "wandb.enabled=false", "curves=false"]
+
+
+@pytest.mark.exhaustive
+def test_train_py_reports_a_mistake(run_python, tmp_path):
+    assert_refused(run_python(*COMMAND, "batchsize=4"), tmp_path, "Did you mean batch_size?")
+
+
+def test_train_py_trains(run_python, tmp_path):
+    result = run_python(*COMMAND, f"local_run_dir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
     assert " 4/8 " in result.stdout
     assert sorted(path.name for path in (tmp_path / "run/LATEST").iterdir()) == CHECKPOINT_FILES

@@ -5,6 +5,7 @@ import re
 import shutil
 import textwrap
 
+import pytest
 import torch
 from conftest import ORACLE, REPOSITORY, read_jsonl
 from huggingface_hub import ModelCard
@@ -42,6 +43,7 @@ def test_documented_lines_merge_load_and_shrink_an_adapter(trained, launcher, tm
     assert all(line.startswith(NOT_RUN) for line in elsewhere.splitlines())
 
 
+@pytest.mark.exhaustive
 def test_documented_lines_train_a_reward_model_that_scores_responses(trained, launcher, tmp_path):  # noqa: F811
     (training,) = [block for block in blocks("The whole way on real preferences") if block.startswith("import ")]
     shutil.copytree(trained("sft") / "LATEST", tmp_path / "sft/LATEST")

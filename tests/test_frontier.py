@@ -193,6 +193,7 @@ def test_every_pairwise_loss_has_runs_with_valid_options():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_frontier_benchmark_trains_evaluates_and_reports_once(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "SFT_LEGS", ((64, 1e-3), (128, 1e-4)))
     bench = Bench(tmp_path, "small")

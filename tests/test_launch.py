@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import REPOSITORY, exhaustive_except, read_jsonl
 from launcher import ENVIRONMENT, wait_until
 from process_pool import launcher_variables
 
@@ -126,7 +126,8 @@ def agents(start, tmp_path, port: str, *overrides: str) -> list[subprocess.Popen
     ]  # fmt: skip
 
 
-def test_two_machines_train_fail_and_resume_together(start, tmp_path):
+@pytest.mark.parametrize("resumes", exhaustive_except([False, True], False))
+def test_two_machines_train_fail_and_resume_together(resumes, start, tmp_path):
     port = launcher_variables(2)[0]["MASTER_PORT"]
     machines = agents(start, tmp_path, port, "n_examples=4000")
     wait_until(lambda: re.search(r"wrote .*/step-32 ", (tmp_path / "log-0").read_text()))
@@ -140,6 +141,8 @@ def test_two_machines_train_fail_and_resume_together(start, tmp_path):
     assert "error: another worker is gone" in logs[0]
     assert re.search(r"The last checkpoint is .*/step-\d+; to resume from it: the launcher with .* resume=", logs[0])
 
+    if not resumes:
+        return
     n_examples = updates(tmp_path / "run")[-1] * 8 + 32
     machines = agents(start, tmp_path, port, f"n_examples={n_examples}")
     assert [machine.wait(300) for machine in machines] == [0, 0], (tmp_path / "log-0").read_text()[-3000:]

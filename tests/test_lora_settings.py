@@ -26,7 +26,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(
     "settings",
-    exhaustive_except(SETTINGS, "r:2", "modules_to_save:[embed_in]", "init_lora_weights:pissa", "lora_bias:true"),
+    exhaustive_except(SETTINGS, "r:2", "modules_to_save:[embed_in]"),
 )
 def test_adapter_checkpoint_restores_everything_trained(settings, make_trainer, tmp_path):
     trainer = make_trainer(*MODEL, "loss=dpo", f"lora={{{settings}}}")

@@ -389,7 +389,6 @@ def test_gemma_2_trains_the_model_that_it_exports(dtype, scale, lr, tolerance, m
     exhaustive_except(
         itertools.product(["FSDPTrainer", "TensorParallelTrainer"], ["sft", "dpo"]),
         ("FSDPTrainer", "dpo"),
-        ("TensorParallelTrainer", "sft"),
     ),
 )
 def test_workers_choose_the_layout_that_one_process_does(trainer, loss, launcher, model_dir, tmp_path):

@@ -75,17 +75,15 @@ def shapes(run_dir) -> dict:
     return {name: tensor.shape for name, tensor in load_file(path).items()}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "loss", "n_workers"),
-    exhaustive_except(
-        [
-            *((name, "dpo", 2) for name in CONFIGS),
-            *((name, "sft", 2) for name in ("gpt2", "llama3")),
-            ("llama", "ipo", 2),
-            ("qwen3", "dpo", 4),
-        ],
-        ("pythia", "dpo", 2),
-    ),
+    [
+        *((name, "dpo", 2) for name in CONFIGS),
+        *((name, "sft", 2) for name in ("gpt2", "llama3")),
+        ("llama", "ipo", 2),
+        ("qwen3", "dpo", 4),
+    ],
 )
 def test_every_architecture_trains_on_several_workers_as_on_one(name, loss, n_workers, run, models):
     overrides = [*RUN, f"model.name_or_path={models[name]}", f"loss={loss}"]

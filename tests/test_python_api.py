@@ -1,7 +1,7 @@
 """Training from Python on rows that are there: the lines that docs/data.md shows."""
 
 import pytest
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 
 import preference_datasets
 from data.row_sources import rows_of_list
@@ -20,7 +20,7 @@ run(compose_config("model=tiny", "datasets=[mine]", "loss=dpo", "batch_size=2", 
 """
 
 
-@pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
+@pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
 def test_few_lines_train_on_rows_given_in_python(trainer, launcher, tmp_path):
     options = f'"wandb.enabled=false", "local_dirs=[{tmp_path}/cache]", "local_run_dir={tmp_path}/run", '
     options += f'"curves=false", "sample_during_eval=false", "trainer={trainer}", "world_size=2"'

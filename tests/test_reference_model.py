@@ -184,6 +184,7 @@ def test_reference_of_another_architecture_uses_its_own_layout(tokenizer, make_t
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fsdp_finds_the_blocks_of_a_reference_of_another_architecture(other, launcher, tmp_path):
     overrides = [*TOY, "model.block_name=GPTNeoXLayer", f"reference_model.name_or_path={other()}"]
     run = ["trainer=FSDPTrainer", f"local_run_dir={tmp_path}/run"]

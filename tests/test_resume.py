@@ -129,7 +129,7 @@ def test_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launc
 SIGNALLED = {  # when the signal comes: overrides, and between which two lines of the log
     "evaluation": (["n_eval_examples=200", "n_examples=16"], "Writing to", "eval 0 "),
     "sampling": (["n_eval_model_samples=16", "n_eval_examples=16", "n_examples=16"], "Writing to", "eval 0 "),
-    "training": (["do_first_eval=false", "n_examples=1600", "eval_every=1600"], "First step: ", "eval 1600 "),
+    "training": (["do_first_eval=false", "n_examples=480", "eval_every=480"], "First step: ", "eval 480 "),
 }  # fmt: skip
 
 
@@ -144,7 +144,7 @@ SIGNALLED = {  # when the signal comes: overrides, and between which two lines o
 )
 def test_signal_saves_and_exits_with_75_and_nothing_is_lost(number, where, launcher, tmp_path):
     overrides, after, before = SIGNALLED[where]
-    overrides = [*TOY, "loss=dpo", "save_every=1600", *overrides]
+    overrides = [*TOY, "loss=dpo", "save_every=480", *overrides]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     launcher.start(*overrides, f"local_run_dir={whole}")
     launcher.wait_for(after)
@@ -170,7 +170,7 @@ def test_signal_saves_and_exits_with_75_and_nothing_is_lost(number, where, launc
     assert f"resume={cut}" in last_line
     assert f"stopped by {number.name}" in launcher.output
     state = json.loads((cut / "LATEST/state.json").read_text())
-    assert (0 < state["examples"] < 1600) if where == "training" else (state["examples"] == 0)
+    assert (0 < state["examples"] < 480) if where == "training" else (state["examples"] == 0)
     assert state["evaluated_at"] is None
     assert before not in launcher.output
 

@@ -123,7 +123,7 @@ def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(number, launch
 
 
 def test_signal_while_a_job_loads_ends_the_sweep(launcher, tmp_path):
-    overrides = [*SHORT, "loss.beta=0.1,0.2", "n_eval_examples=512", f"hydra.sweep.dir={tmp_path}/sweep"]
+    overrides = [*SHORT, "loss.beta=0.1,0.2", "n_eval_examples=128", f"hydra.sweep.dir={tmp_path}/sweep"]
     launcher.start("-m", *overrides)
     launcher.wait_for("== Job 1 ")
     launcher.kill(signal.SIGTERM)

@@ -49,12 +49,19 @@ def test_vllm_greedy_samples_equal_those_of_transformers(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
 
 
-def test_vllm_samples_have_their_own_seeds_and_are_drawn_once(draw, trained, prompts, tmp_path):  # noqa: F811
+def test_vllm_samples_have_seeds_of_their_own(draw, trained, prompts, tmp_path):  # noqa: F811
     common = [f"run={trained('dpo')}", prompts, "engine=vllm"]
     draw(*common, "n=2", f"output={tmp_path}/two.jsonl", "eval_batch_size=1")
     draw(*common, f"output={tmp_path}/one.jsonl")
     one = texts(tmp_path / "one.jsonl")
     assert sorted(text for text in texts(tmp_path / "two.jsonl") if text[1] == 0) == sorted(one)
+
+
+@pytest.mark.exhaustive
+def test_vllm_draws_only_missing_samples(draw, trained, prompts, tmp_path):  # noqa: F811
+    common = [f"run={trained('dpo')}", prompts, "engine=vllm"]
+    draw(*common, "n=2", f"output={tmp_path}/two.jsonl")
+    draw(*common, f"output={tmp_path}/one.jsonl")
     output = draw(*common, "n=2", f"output={tmp_path}/one.jsonl")
     assert "Drawing 9 samples by vLLM" in output and "9 samples drawn, 9 were there" in output
     assert sorted(texts(tmp_path / "one.jsonl")) == sorted(texts(tmp_path / "two.jsonl"))

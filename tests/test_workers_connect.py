@@ -7,6 +7,7 @@ import socket
 import time
 
 import pytest
+from conftest import exhaustive_except
 from launcher import Run
 from process_pool import launcher_variables, reserve_port
 from test_launch import children_of
@@ -146,7 +147,7 @@ def test_ranks_alternating_between_machines_are_refused(start):
 # ---- falling silent -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("silent", [0, 1])
+@pytest.mark.parametrize("silent", exhaustive_except([0, 1], 1))
 def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
     run = launcher.start(
         *RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True, forks_workers=True
@@ -180,7 +181,7 @@ with connection.process_group(worker_timeout=4):
 """
 
 
-@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize("slow", exhaustive_except([0, 1], 1))
 def test_slow_worker_is_waited_for(slow, start):
     workers = [start(SLOW, slow, 7, 5, env=variables) for variables in launcher_variables(3)]
     assert [worker.wait() for worker in workers] == [0] * 3, workers[0].output
