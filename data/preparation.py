@@ -90,7 +90,7 @@ def _usable(
     usable = []
     for number, place, row in chunk:
         try:
-            if isinstance(row, diagnosis.Fault):
+            if isinstance(row, Fault):
                 raise BadExample("broken row", row.reason)
             example = read.read(row)
             usable.append((number, place, example, renderer.render(example)))

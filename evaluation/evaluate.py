@@ -98,7 +98,7 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
     rows = _gather_rows(trainer, all_metrics, indices)
     if not on_rank0():
         return {}
-    places = trainer.eval_iterator.places()
+    places = trainer.eval_iterator.examples()
     groups = {f"dataset {name}": [i for i in rows if places[i][0].dataset == name] for name in
               dict.fromkeys(prompt.dataset for prompt, _ in places)}  # fmt: skip
     groups |= _length_buckets(rows)
