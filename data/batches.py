@@ -16,7 +16,6 @@ import torch
 from data.tokenization import get_collate_fn, make_element, tokenize_batch
 from utils import UserError
 
-
 _MISMATCHED = "mismatched_"  # prefix of the keys of prompts with other prompts' responses
 
 
@@ -134,7 +133,7 @@ class BatchIterator:
         return digests
 
     def _epoch_examples(self, order: MutableSequence[int]) -> Iterator[tuple[int, int]]:
-        """Yield the prompt's number and the pair's index of each example in an epoch; in SFT a prompt is one example."""
+        """Yield the prompt's number and the pair's index of each example; in SFT a prompt is one example."""
         n_pairs = self.prompts.n_pairs
         for number in order:
             for index in range(1 if self.sft_mode else int(n_pairs[number])):

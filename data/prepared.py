@@ -124,7 +124,7 @@ class PreparedPrompts(Sequence):
     # ---- lengths ----------------------------------------------------------------------------------------------------
 
     def lengths(self, sft_mode: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return each example's tokens in its prompt and in its longest response, and its prompt's number: (n_examples,)."""
+        """Return each example's tokens in prompt and longest response, and its prompt's number: (n_examples,) each."""
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])
         inner = [batch.column("response_ids").flatten().value_lengths().to_numpy() for batch in self.batches]

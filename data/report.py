@@ -18,7 +18,7 @@ _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 def example_lengths(
     part: Sequence[Prompt], sft_mode: bool, tokenizer, step: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each example's tokens in its prompt and in its longer response, and its prompt's number: (n_examples,).
+    """Return each example's tokens in prompt and longer response, and its prompt's number: (n_examples,) each.
 
     Responses are counted with their end token. Of named datasets, only every `step`-th prompt is measured.
     """

@@ -1,4 +1,4 @@
-"""Select the examples of a dataset that are used: not too long, not identical, by number and by weight."""
+"""Select the examples of a dataset by length, by difference of their responses, by `n_examples` and by weight."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -6,10 +6,10 @@ from omegaconf import DictConfig
 
 from data import chat
 from data.batches import BatchIterator
-from data.plain_reader import Fault
 from data.formats import prompt_example
 from data.locations import locate
 from data.messages import BadExample
+from data.plain_reader import Fault
 from data.row_sources import open_rows
 from reporting.terminal import Progress
 from utils import UserError, get_local_dir, rank0_print

@@ -171,7 +171,8 @@ def test_report_says_that_the_template_is_not_applied_to_strings(report):
 
 def test_report_counts_the_labels_and_says_that_the_rarer_is_repeated(report):
     rows = [{"prompt": f"Q {i}", "completion": " yes", "label": i < 2} for i in range(8)]
-    assert "2 desirable, 6 undesirable responses; each desirable one is used 3 times per epoch" in report(rows, "loss=kto")
+    output = report(rows, "loss=kto")
+    assert "2 desirable, 6 undesirable responses; each desirable one is used 3 times per epoch" in output
     rows = [{"prompt": f"Q {i}", "completion": " yes", "label": i % 2 == 0} for i in range(8)]
     assert "4 desirable, 4 undesirable responses\n" in report(rows, "loss=kto")
 

@@ -62,7 +62,9 @@ BAD_FILES = {  # the file, given the content of the split named first; what foll
     "number for a row": (J, LINE + b"5\n" + LINE, "line 2: a number instead of an object: 5", OBJECT),
     "list for a row": (J, LINE + b"[1]\n" + LINE, "line 2: a list instead of an object: [1]", OBJECT),
     "field twice": (J, LINE + b'{"chosen":"x","chosen":"y"}\n', "line 2: field 'chosen' is given twice", OBJECT),
-    "array cut": ("train.json", json.dumps([ROW] * 3, indent=1).encode()[:-40], "line 12: not JSON: Unterminated", COPY),
+    "array cut": (
+        "train.json", json.dumps([ROW] * 3, indent=1).encode()[:-40], "line 12: not JSON: Unterminated", COPY,
+    ),
     "gzip cut": ("train.jsonl.gz", GZ[:-20], "line 1997: the compressed data ends too early", COPY),
     "gzip damaged": ("train.jsonl.gz", damaged(GZ, 60), "the compressed data is damaged", COPY),
     "gzip that is none": ("train.jsonl.gz", LINE * 3, "it isn't compressed", "take the suffix off"),
