@@ -9,8 +9,10 @@ import shutil
 
 from omegaconf import DictConfig, OmegaConf
 
+from basics.checksums import read_checksums
+from basics.outputs import Output, check_outputs, new_directory
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
-from checkpointing.integrity import CARD, atomic_directory, read_checksums
+from checkpointing.integrity import CARD, atomic_directory
 from checkpointing.model_card import write_card
 from checkpointing.resume import check_models_unchanged, find_checkpoints
 from checkpointing.train_state import read_state_json
@@ -18,9 +20,8 @@ from commands import command_line
 from commands.run_config import read_run_config
 from config_checks.paths import expand_config, expand_home
 from config_checks.schema import own_keys
-from models import load_adapter, load_model, read_tokenizer
+from models import end_at_turns, load_adapter, load_model, read_tokenizer
 from references import policy_source
-from storage.outputs import Output, check_outputs, new_directory
 from utils import UserError
 
 # what only resuming needs
@@ -83,7 +84,9 @@ def merge_adapter(checkpoint: str, trained: DictConfig, output: str):
     bases = {key: digest for key, digest in files.items() if key.startswith("model.") and key != "model.adapter"}
     check_models_unchanged(trained, [checkpoint], bases)
     tokenizer = read_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config)
+    tokenizer.chat_template = read_tokenizer(checkpoint, config).chat_template or tokenizer.chat_template
     model = load_adapter(load_model(config, config.model.policy_dtype), source, is_trainable=False)
+    end_at_turns(model, tokenizer)
     check_models_unchanged(trained, [checkpoint], hub_revisions(config))
     with atomic_directory(output, _ROOM) as partial:
         model.merge_and_unload().save_pretrained(partial)

@@ -12,8 +12,9 @@ from torch import nn
 from acceleration.memory_plan import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
 from checkpointing.integrity import verify_weights
-from data import hub
+from data import chat, hub
 from references import REFERENCE_ADAPTER, Source, policy_source, reference_source
+from reporting.terminal import still_working
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
 
@@ -132,6 +133,8 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
         raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; leave it false")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
+    if config.chat_template is not None:
+        tokenizer.chat_template = chat.read_template(tokenizer, config.chat_template)  # saved with checkpoints
     return tokenizer
 
 
@@ -157,6 +160,14 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
     return tokenizer
 
 
+def end_at_turns(model: nn.Module, tokenizer):
+    """Let the model's generation config, which is saved with it, end responses where they are trained to end."""
+    ends, generation_config = chat.end_token_ids(model.generation_config, tokenizer), model.generation_config
+    known = generation_config.eos_token_id
+    if ends != (known if isinstance(known, list) else [known]):
+        generation_config.eos_token_id = ends
+
+
 def _quantization(config: DictConfig):
     """Return the settings of `model.load_in_4bit`: weights that compute in bfloat16 (QLoRA, arXiv 2305.14314)."""
     if not config.model.load_in_4bit:
@@ -172,7 +183,8 @@ def _quantization(config: DictConfig):
 def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
     """Load the model to train: all its weights, a new LoRA adapter (`lora`), or a saved one (`model.adapter`)."""
     rank0_print("building policy")
-    policy = load_model(config, config.model.policy_dtype, device_map)
+    with still_working("Loading the policy"):
+        policy = load_model(config, config.model.policy_dtype, device_map)
     if config.lora is not None:
         policy = _add_lora(policy, config)
     if config.model.adapter is not None:
@@ -194,7 +206,8 @@ def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str
     plain = config.lora is None and config.model.adapter is None and not source.given
     if policy is not None and config.model.reference_dtype == config.model.policy_dtype and plain and one_device:
         return copy.deepcopy(policy)  # in memory, so that the checkpoint is read once
-    reference_model = load_model(config, config.model.reference_dtype, device_map, source)
+    with still_working("Loading the reference"):
+        reference_model = load_model(config, config.model.reference_dtype, device_map, source)
     if source.adapter is not None:
         reference_model = load_adapter(reference_model, source, is_trainable=False)
         disable_dropout(reference_model)

@@ -441,6 +441,8 @@ def open_batches(
             skips_bad=config.on_bad_example == "skip",
             chat_template=config.chat_template,
             texts_as_messages=config.apply_chat_template,
+            trained_turns=config.trained_turns,
+            verbatim_responses=config.verbatim_responses,
         ),
     }
     if trains:

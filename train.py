@@ -7,6 +7,7 @@ import textwrap
 from omegaconf import DictConfig, OmegaConf
 
 from acceleration.memory_plan import explained_out_of_memory
+from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.preemption import Stopped
 from checkpointing.resume import (
@@ -35,14 +36,13 @@ from config_checks.schema import changed_keys
 from distributed import collectives
 from losses import LOSSES
 from preference_datasets import open_batches
-from storage.outputs import Output, check_outputs, new_run, resumed_run
 from utils import UserError, on_rank0, rank0_print
 
 
 def run(config: DictConfig):
-    """Check the config, then train: in this process, in several that it starts, or as one of a launcher's."""
+    """Check the config, then train: in this process, in workers that it starts, or as one of a launcher's workers."""
     run_dir_given = is_run_dir_given(config)
-    OmegaConf.to_container(config, resolve=True)  # where an interpolation fails this names the key, `resolve` doesn't
+    OmegaConf.to_container(config, resolve=True)  # names the key of an interpolation that fails
     OmegaConf.resolve(config)
     if in_sweep() and "exp_name" not in (varied := job_overrides()):  # wandb tells jobs apart by their names
         config.exp_name = " ".join([str(config.exp_name), *(f"{key}={value}" for key, value in varied.items())])
@@ -52,68 +52,65 @@ def run(config: DictConfig):
         config, checkpoint, complete, files = collectives.broadcast_object(prepared)
         if complete:
             rank0_print(f"This run is complete: {checkpoint}")
-            return
-        if config.data_only:
-            if on_rank0():
-                report_data(config)
-            return
-        if not needs_workers(config):
+        elif config.data_only:
+            report_data(config)
+        elif not needs_workers(config):
             train_from(config, checkpoint, files)
-            return
-        with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
-            run_in_workers(train_from, config, checkpoint, files)
+        else:
+            with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
+                run_in_workers(train_from, config, checkpoint, files)
 
 
 def prepare(
     config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack
 ) -> tuple[str | None, bool, dict[str, str]]:
-    """Check the config, claim the run directory for as long as `stack` is entered.
+    """Check the config, and lock the run directory for as long as `stack` is entered.
 
-    Returns: the checkpoint to go on from, whether there is nothing left to do, and fingerprints of the files that the
-        run starts from.
+    Returns: the checkpoint to resume from; True if there is nothing left to do; fingerprints of the files that the run
+        starts from.
     """
     reference_dtype_given = OmegaConf.select(config, "model.reference_dtype") is not None
     check_config(config)
-    locate_run(config, run_dir_given)
-    stack.enter_context(locked_run(config.local_run_dir))
-    refusal = new_run if config.resume is None else resumed_run
-    check_outputs([Output("local_run_dir", config.local_run_dir, refusal)])
-    checkpoint, files = find_checkpoint(config), fingerprints.file_fingerprints(config)
     if config.resume is not None:
+        locate_run(config, run_dir_given)
+    stack.enter_context(locked_run(config.local_run_dir))
+    check_outputs([Output("local_run_dir", config.local_run_dir, new_run if config.resume is None else resumed_run)])
+    checkpoint, files = None, fingerprints.file_fingerprints(config)
+    if config.resume is not None:
+        checkpoint = find_checkpoint(config)
         check_same_run(config, checkpoint, files, reference_dtype_given)
-    changed = OmegaConf.to_yaml(OmegaConf.create(changed_keys(config)))
-    print(f"Config, where it isn't the default (all of it will be in config.yaml):\n{textwrap.indent(changed, '  ')}")
+    changed = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(changed_keys(config))), "  ")
+    rank0_print(f"Config, where it isn't the default (all of it will be in config.yaml):\n{changed}")
     return checkpoint, checkpoint is not None and is_complete(config, checkpoint), files
 
 
 def report_data(config: DictConfig):
-    """Read and check all data, and say what there is; no model is loaded."""
+    """Read and check all data and print the data report; no model is loaded, and only rank 0 does it."""
     from data import hub
     from models import allow_own_code, load_tokenizer
 
+    if not on_rank0():
+        return
     hub.use_cache_if_unreachable(hub_names(config))
     allow_own_code(config)
-    loss = LOSSES[config.loss.name]
+    loss, tokenizer = LOSSES[config.loss.name], load_tokenizer(config)
     open_batches(
-        config,
-        chosen_datasets(config),
-        load_tokenizer(config),
-        not loss.needs_pairs,
-        config.seed,
-        (0, 1),
-        False,
+        config, chosen_datasets(config), tokenizer, not loss.needs_pairs, config.seed, (0, 1), False,
         mismatched=loss.takes_kl_estimate,
-    )
-    print("data_only=true: nothing is trained")
+    )  # fmt: skip
+    rank0_print("data_only=true: nothing is trained")
 
 
 def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
-    """Load what the run starts with, then the checkpoint if there is one, and train to the end."""
-    from trainers import make_trainer  # which takes seconds
+    """Load data and models, then the checkpoint if there is one, train to the end, and save.
 
-    trainer = make_trainer(config)
+    Args:
+        files: fingerprints of the files that the run starts from.
+    """
+    from trainers import make_trainer  # takes seconds
+
+    trainer, run_dir = make_trainer(config), config.local_run_dir
     trainer.state.inputs = {**files, **check_loaded(config, checkpoint, trainer)}
-    run_dir = config.local_run_dir
     with trainer.stop:
         with resume_hinted(run_dir, Stopped):
             trainer.precompute_reference()
@@ -130,14 +127,14 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
 
 
 def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[str, str]:
-    """Refuse to go on with a run on other data than it began with; rank 0 decides for all.
+    """Refuse to resume a run on other data, or other models from the hub, than it began with; rank 0 decides for all.
 
-    Returns: fingerprints of the data, and of what has been loaded from the hub.
+    Returns: fingerprints of the data and of what was loaded from the hub.
     """
     loaded, changed = {}, []
     if on_rank0():
         loaded = {**fingerprints.hub_revisions(config), **trainer.data_fingerprints()}
-        changed = changed_inputs(config, checkpoint, loaded)
+        changed = changed_inputs(config, checkpoint, loaded) if config.resume is not None else []
     loaded, changed = collectives.broadcast_object((loaded, changed))
     refuse_changed_inputs(config, changed)
     return loaded

@@ -52,6 +52,7 @@ from models import (
     check_reference_fits,
     check_tokenizer_fits,
     configured_dropout_rates,
+    end_at_turns,
     load_policy,
     load_reference,
     load_tokenizer,
@@ -163,6 +164,7 @@ class BasicTrainer:
         if policy is not None and config.model.block_name is not None:  # sharded blocks have classes of other names
             get_block_class_from_model(policy, config.model.block_name)
         self.policy = self.strategy.distribute(policy, is_policy=True)
+        end_at_turns(self.policy, self.tokenizer)
         self.device = self.strategy.device(self.policy)
         # for checkpoints; read now, as the hub may be out of reach by then
         self.dropout_rates = configured_dropout_rates(config) if self.rank == 0 else {}
@@ -177,6 +179,7 @@ class BasicTrainer:
             model, self.plain_logps, self.eval_iterator.first_examples(2), self.config, self.strategy,
             functools.partial(self.autocast, model),
             is_unpaired=self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired,
+            is_trained=model is self.policy,
         )  # fmt: skip
 
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
@@ -196,10 +199,10 @@ class BasicTrainer:
                 check_reference_fits(model, self.policy, self.tokenizer, config)
             if self._moves_reference:
                 check_reference_can_move(model, self.policy, config)
+            if self.eval_iterator is not None:
+                check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
             if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
                 self.reference_layout = self._choose_layout(model)
-            if self.eval_iterator is not None:
-                check_no_overflow(model, lambda model: self.response_logps(model, self.eval_iterator.first_examples(2)))
             if config.compile:
                 compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model
@@ -511,8 +514,14 @@ class BasicTrainer:
         return torch.tensor([i is not None for i in batch["index"]], device=self.device)
 
     def get_batch_samples(self, batch: dict) -> tuple[list[str], list[str]]:
-        """Draw a sample from the policy, and one from the reference if there is one, for each prompt of the batch."""
-        return sampling.sample_batch(self, batch)[:2]
+        """Draw a sample from the policy, and one from the reference if there is one, for each prompt of the batch.
+
+        Returns: the policy's and the reference's, each with its prompt before it.
+        """
+        policy, reference, _ = sampling.sample_batch(self, batch)
+        policy = [prompt + response for prompt, response in zip(batch["prompt"], policy, strict=True)]
+        reference = [prompt + response for prompt, response in zip(batch["prompt"], reference, strict=bool(reference))]
+        return policy, reference
 
     def evaluate_and_log(self):
         """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint.

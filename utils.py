@@ -12,8 +12,8 @@ from datetime import datetime
 import torch
 from torch import nn
 
-from printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
-from storage.errors import UserError
+from basics.errors import UserError
+from basics.printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
 
 
 def is_short_of_files(error: BaseException | None) -> bool:
@@ -146,12 +146,16 @@ def n_weights(parameter: torch.Tensor) -> int:
 def disable_dropout(model: nn.Module):
     """Turn off all dropout: modules, rates held as attributes (GPT-NeoX, Llama) or read from the config (GPT-J).
 
-    Policy and reference must compute the same function, and gradients must not depend on a random mask.
+    Policy and reference must compute the same function, and gradients must not depend on a random mask. So the noise
+    that routers of experts are trained with (Mixtral, DBRX) is turned off, too.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         _zero_dropout_rates(module)
+        for name in ("jitter_noise", "input_jitter_noise", "moe_jitter_eps"):
+            if getattr(module, name, None):
+                setattr(module, name, 0.0)
     if hasattr(model, "config"):
         _zero_dropout_rates(model.config)
 

@@ -9,6 +9,7 @@ from torch import nn
 from acceleration.prefix_sharing import PACKED, SHARED, Rows, packed_rows, padded_rows
 from acceleration.response_head import response_logps
 from distributed.strategies import SingleProcess
+from utils import unwrap_adapter
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Layout:
 
     def response_logps(self, model: nn.Module, batch: dict, strategy: type[SingleProcess]) -> torch.Tensor:
         """Return the log-probability of each of the batch's S responses, chosen before rejected: (S,), in nats."""
-        return response_logps(model, self.rows(batch), self.whole_logits, strategy)
+        model = unwrap_adapter(model)
+        return strategy.run_as_forward(model, response_logps, model, self.rows(batch), self.whole_logits, strategy)
 
     def prepare(self, batch: dict, pin_memory: bool) -> dict:
         """Return the batch with its rows, made ahead of time; pinned, a GPU copies them while it computes."""

@@ -31,7 +31,6 @@ class Rows:
     n_sequences: int  # S
     position_ids: torch.Tensor | None = None  # (B, T)
     segments: torch.Tensor | None = None  # (B, T) 0: prompt, 1: chosen, 2: rejected; None: plain causal attention
-    padding_mask: torch.Tensor | None = None  # (B, T) 1: a token, 0: padding; None: the model is given no mask
     packing: Packing | None = None  # the segments of a packed row (then B is 1)
 
     def __post_init__(self):
@@ -94,10 +93,13 @@ def shared_rows(batch: dict) -> Rows:
     from_rejected = rejected_ids.gather(1, position_ids.clamp(max=rejected_ids.shape[1] - 1))
     input_ids = torch.where(is_rejected, from_rejected, torch.where(t < end_of_chosen, from_chosen, 0))
 
+    # a response may hold tokens that aren't trained, such as a tool's output
+    chosen_targets = is_chosen & _is_target(batch, "chosen", t)
+    rejected_targets = is_rejected & _is_target(batch, "rejected", position_ids)
     # the prompt's last token predicts the first token of both responses
     predictors = torch.where(t == end_of_chosen, n_prompt, t) - 1
-    chosen = _predictions(input_ids, is_chosen, predictors, 0)
-    rejected = _predictions(input_ids, is_rejected, predictors, len(n_prompt))
+    chosen = _predictions(input_ids, chosen_targets, predictors, 0)
+    rejected = _predictions(input_ids, rejected_targets, predictors, len(n_prompt))
     return Rows(
         input_ids,
         *(torch.cat(parts) for parts in zip(chosen, rejected, strict=True)),
@@ -107,6 +109,12 @@ def shared_rows(batch: dict) -> Rows:
     )
 
 
+def _is_target(batch: dict, side: str, positions: torch.Tensor) -> torch.Tensor:
+    """Tell which positions of a side's sequences are trained: (B, T) to (B, T)."""
+    labels = batch[f"{side}_labels"]
+    return labels.gather(1, positions.clamp(max=labels.shape[1] - 1)) != -100
+
+
 def packed_rows(batch: dict, shared: bool = False) -> Rows:
     """Pack a batch's sequences into one row without padding; responses are numbered as in the other layouts.
 
@@ -114,13 +122,13 @@ def packed_rows(batch: dict, shared: bool = False) -> Rows:
         shared: compute the prompt of each pair once, with the chosen response.
     """
     sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
-    n_pairs, row = len(batch["chosen_labels"]), _PackedRow()
+    n_prompts, n_pairs, row = part_lengths(batch)[0].tolist(), len(batch["chosen_labels"]), _PackedRow()
     for number in range(n_pairs):
         for place, side in enumerate(sides):
-            is_target = batch[f"{side}_labels"][number] != -100
-            n_tokens, n_response = int(batch[f"{side}_attention_mask"][number].sum()), int(is_target.sum())
+            n_tokens = int(batch[f"{side}_attention_mask"][number].sum())
             ids = batch[f"{side}_input_ids"][number, :n_tokens]
-            row.add(ids, n_tokens - n_response, number + place * n_pairs, shares_prompt=shared and place == 1)
+            is_target = batch[f"{side}_labels"][number, :n_tokens] != -100
+            row.add(ids, is_target, number + place * n_pairs, n_shared=n_prompts[number] if shared and place else 0)
     return row.rows(n_pairs * len(sides))
 
 
@@ -139,32 +147,32 @@ class _PackedRow:
     def __init__(self):
         self.parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.query_starts, self.key_starts = [0], [0]
-        self.prompt_start = 0  # where the last prompt starts in the row
+        self.last_start = 0  # where the last sequence starts in the row
 
-    def add(self, ids: torch.Tensor, n_prompt: int, sequence: int, shares_prompt: bool):
+    def add(self, ids: torch.Tensor, is_target: torch.Tensor, sequence: int, n_shared: int):
         """Add a sequence of prompt and response, (n,).
 
         Args:
+            is_target: True for trained tokens.
             sequence: the number of the response.
-            shares_prompt: the prompt is the last one added, and isn't computed again.
+            n_shared: the first tokens that it shares with the last sequence added, and that aren't computed again.
         """
-        start, n_shared = self.query_starts[-1], n_prompt if shares_prompt else 0
-        self.prompt_start = self.prompt_start if shares_prompt else start
-        n_new, n_keys, key_start = len(ids) - n_shared, len(ids), self.key_starts[-1]
-        shared_tokens = torch.arange(self.prompt_start, self.prompt_start + n_shared)
-        response_start = start + n_prompt - n_shared
-        first_target = 0 if n_prompt else 1  # after an empty prompt, nothing predicts the first token
-        targets = ids[n_prompt + first_target :]
-        predictors = torch.arange(response_start - 1, response_start - 1 + len(ids) - n_prompt)
-        predictors[:1] = self.prompt_start + n_prompt - 1  # the prompt's last token predicts the response's first
+        start, key_start = self.query_starts[-1], self.key_starts[-1]
+        self.last_start = self.last_start if n_shared else start
+        n_new, n_keys = len(ids) - n_shared, len(ids)
+        shared_tokens = torch.arange(self.last_start, self.last_start + n_shared)
+        key_tokens = torch.cat(
+            [shared_tokens, torch.arange(start, start + n_new)]
+        )  # the place of each token in the row
+        predicted = is_target[1:].nonzero().squeeze(1) + 1  # nothing predicts the first token of all
         new_parts = {
             "input_ids": ids[n_shared:],
             "position_ids": torch.arange(n_shared, len(ids)),
-            "predictors": predictors[first_target:],
-            "targets": targets,
-            "sequences": torch.full_like(targets, sequence),
-            "offsets": torch.arange(len(targets)),
-            "key_tokens": torch.cat([shared_tokens, torch.arange(start, start + n_new)]),
+            "predictors": key_tokens[predicted - 1],
+            "targets": ids[predicted],
+            "sequences": torch.full_like(predicted, sequence),
+            "offsets": torch.arange(len(predicted)),
+            "key_tokens": key_tokens,
             "first_key": torch.arange(key_start + n_shared, key_start + n_keys),
             "second_key": torch.arange(key_start, key_start + n_shared),
         }

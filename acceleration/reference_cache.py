@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from basics.files import atomic_file
 from data.batches import BatchIterator
 from distributed import collectives
 from distributed.dtensor import full_tensor
 from references import REFERENCE_ADAPTER, Reference, has_the_weights
 from reporting.terminal import Progress, progressing
-from storage.files import atomic_file
 from utils import UserError, get_local_dir, on_rank0, rank0_print, take
 
 
@@ -125,16 +125,15 @@ class LogpsCache:
 
 
 def pair_keys(batch: dict) -> list[bytes]:
-    """Return a key for each pair that depends only on its token ids: prompt, chosen and rejected, after truncation."""
+    """Return a key for each pair that depends on its token ids, after truncation, and on which of them are trained."""
     keys = []
     for index in range(len(batch["prompt"])):
         digest = hashlib.sha256()
         for side in ("chosen", "rejected"):
-            ids, labels = batch[f"{side}_input_ids"][index], batch[f"{side}_labels"][index]
             n_tokens = int(batch[f"{side}_attention_mask"][index].sum())
-            n_response = int((labels != -100).sum())
-            digest.update(f"{n_tokens},{n_response};".encode())
-            digest.update(ids[:n_tokens].numpy().tobytes())
+            ids, is_trained = batch[f"{side}_input_ids"][index], batch[f"{side}_labels"][index] != -100
+            digest.update(f"{n_tokens};".encode())
+            digest.update(ids[:n_tokens].numpy().tobytes() + is_trained[:n_tokens].numpy().tobytes())
         keys.append(digest.digest())
     return keys
 

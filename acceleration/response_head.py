@@ -20,45 +20,61 @@ LOGITS_BYTES = _KEPT_LOGITS_BYTES + 3 * _ACCELERATOR_CHUNK_BYTES  # at most: tho
 def response_logps(
     model: nn.Module, rows: Rows, whole_logits: bool = False, strategy: type[SingleProcess] = SingleProcess
 ) -> torch.Tensor:
-    """Log-probability of each response in `rows` under `model`: (S,), in nats, in float32 or better.
+    """Return the log-probability of each response in `rows` under `model`: (S,), in nats, in float32 or better.
 
     Args:
         whole_logits: take the logits from the whole model at every position: for models that do more to them than
             apply the output head.
         strategy: where the model's tensors live.
     """
-    rows = rows.to(unwrap_adapter(model).get_input_embeddings().weight.device)
-    logps = token_logps(model, rows, whole_logits, strategy)
-    # summed over a table, as atomic additions on a GPU would come out differently every time
-    table = logps.new_zeros(rows.n_sequences, rows.longest_response)
-    return table.index_put((rows.sequences, rows.offsets), logps).sum(1)
-
-
-def token_logps(
-    model: nn.Module, rows: Rows, whole_logits: bool = False, strategy: type[SingleProcess] = SingleProcess
-) -> torch.Tensor:
-    """Log-probability of each predicted token: (N,), in nats; otherwise as `response_logps`."""
     model = unwrap_adapter(model)
-    return strategy.run_as_forward(model, _token_logps, model, rows, whole_logits, strategy)
-
-
-def _token_logps(model: nn.Module, rows: Rows, whole_logits: bool, strategy: type[SingleProcess]) -> torch.Tensor:
     device = model.get_input_embeddings().weight.device
     rows = rows.to(device)
-    kwargs = {} if rows.padding_mask is None else {"attention_mask": rows.padding_mask}
-    if rows.segments is not None:
-        additive = model.config._attn_implementation == "eager"  # SDPA takes booleans, under autocast nothing else
-        kwargs["attention_mask"] = tree_mask(rows.segments, model.dtype if additive else None)
-        kwargs["position_ids"] = rows.position_ids
-    if rows.packing is not None:
-        kwargs = {"attention_mask": no_mask(device), "position_ids": rows.position_ids, "packing": rows.packing}
+    kwargs = _mask_and_positions(model, rows, device)
     if whole_logits:
         outputs, head = model(rows.input_ids, use_cache=False, **kwargs).logits, nn.Identity()  # (B, T, V)
     else:
         outputs, head = model.base_model(rows.input_ids, use_cache=False, **kwargs)[0], model.get_output_embeddings()
     predicting = outputs.flatten(0, 1).index_select(0, rows.predictors.to(outputs.device))  # (N, H or V)
     vocab_size = model.config.get_text_config().vocab_size
-    return chunked_token_logps(predicting, head, rows.targets, vocab_size, strategy).to(device)
+    logps = chunked_token_logps(predicting, head, rows.targets, vocab_size, strategy).to(device)
+    # summed over a table, as atomic additions on a GPU would come out differently every time
+    table = logps.new_zeros(rows.n_sequences, rows.longest_response)
+    return table.index_put((rows.sequences, rows.offsets), logps).sum(1)
+
+
+def _mask_and_positions(model: nn.Module, rows: Rows, device: torch.device) -> dict[str, object]:
+    """Return what a model's forward is given beside the tokens."""
+    if rows.packing is not None:
+        return {"attention_mask": no_mask(device), "position_ids": rows.position_ids, "packing": rows.packing}
+    if rows.segments is not None:
+        additive = model.config._attn_implementation == "eager"  # SDPA takes booleans, under autocast nothing else
+        mask = tree_mask(rows.segments, model.dtype if additive else None)
+        return {"attention_mask": mask, "position_ids": rows.position_ids}
+    return {}
+
+
+def head_gives_logits(model: nn.Module, batch: dict) -> bool:
+    """Return whether a model's logits are its output head, applied to what its base puts out, and nothing more.
+
+    Both are compared to the last bit, as they are the same operation on the same tensor; with the base's output times
+    64, as a soft cap on the small logits of untrained weights would be lost in their rounding.
+    """
+    ids = batch["chosen_input_ids"][:1].to(model.get_input_embeddings().weight.device)
+    head, expected = model.get_output_embeddings(), []
+    if head is None or model.base_model is model:
+        return False
+    hook = model.base_model.register_forward_hook(lambda *call: expected.append(head(call[-1][0].mul_(64))))
+    try:
+        with torch.no_grad():
+            logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return torch.equal(expected.pop().to(logits), logits)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a base or a head of another form
+        return False
+    finally:
+        hook.remove()
 
 
 def chunked_token_logps(
@@ -70,12 +86,13 @@ def chunked_token_logps(
     chunk_size = max(1, chunk_bytes // bytes_per_token)
     recompute = torch.is_grad_enabled() and len(targets) * bytes_per_token > _KEPT_LOGITS_BYTES
 
-    chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
-    if recompute:
-        kept = [checkpoint(strategy.token_logps, head, *chunk, use_reentrant=False) for chunk in chunks]
-    else:
-        kept = [strategy.token_logps(head, *chunk) for chunk in chunks]
-    return torch.cat(kept)
+    logps = []
+    for chunk in zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True):
+        if recompute:
+            logps.append(checkpoint(strategy.token_logps, head, *chunk, use_reentrant=False))
+        else:
+            logps.append(strategy.token_logps(head, *chunk))
+    return torch.cat(logps)
 
 
 def tree_mask(segments: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

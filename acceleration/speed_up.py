@@ -2,8 +2,8 @@
 
 from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
+from acceleration.measurement import full_length_batch
 from acceleration.memory_plan import plan_memory
-from acceleration.model_check import full_length_pair
 from acceleration.shadow_weights import shadow_if_equal
 from data.microbatches import computed_tokens
 from utils import rank0_print
@@ -31,7 +31,7 @@ def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
 
 def _fitting_tokens(trainer) -> int | None:
     """Compute a pair of full length, and plan the GPU's memory by what that keeps; see `plan_memory`."""
-    pair = full_length_pair(trainer.eval_iterator.first_examples(2), trainer.config.max_length)
+    pair = full_length_batch(trainer.eval_iterator.first_examples(2), trainer.config.max_length)
     n_tokens = int(computed_tokens(pair, trainer.layout.is_shared, padded=not trainer.layout.is_packed))
     activations = measure_activations(
         trainer.policy,

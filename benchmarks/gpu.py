@@ -19,6 +19,7 @@ import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -30,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import throughput
 
 from acceleration.layout import Layout
-from acceleration.model_check import choose_rows
+from acceleration.model_check import find_layout
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention
 from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import shadow_linear_weights
+from log_probabilities import _get_batch_logps, concatenated_inputs
 from losses import preference_loss
 
 HAS_GPU = torch.cuda.is_available()
@@ -49,6 +51,14 @@ def throughput_options(**changes) -> argparse.Namespace:
     """Return the options of throughput.py, with a preset's sizes on a GPU and toy sizes on a CPU."""
     sys.argv = ["throughput.py", *(["--preset", "pythia-2.8b"] if HAS_GPU else ["--vocab", "512", "--layers", "2"])]
     return argparse.Namespace(**{**vars(throughput.parse_args()), **changes})
+
+
+def plain_logps(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Return the log-probability of each response as the original computes it: (2B,)."""
+    inputs = {name: tensor.to(DEVICE) for name, tensor in concatenated_inputs(batch).items()}
+    mask = inputs["concatenated_attention_mask"]
+    logits = model(inputs["concatenated_input_ids"], attention_mask=mask, use_cache=False).logits
+    return _get_batch_logps(logits.float(), inputs["concatenated_labels"])
 
 
 def dpo_loss(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
@@ -102,8 +112,9 @@ def correctness(results: list[dict]):
                 use_packed_attention(policy, False)
                 record(results, result)
             autocasting = partial(torch.autocast, DEVICE.type, autocast) if autocast else nullcontext
-            *_, why = choose_rows(policy, batch, "auto", args.max_length, padding_free="auto", autocast=autocasting)
-            record(results, {"model": name, "precision": precision, "chosen": why})
+            config = SimpleNamespace(shared_prompt="auto", padding_free="auto", max_length=args.max_length)
+            _, message = find_layout(policy, plain_logps, batch, config, autocast=autocasting)
+            record(results, {"model": name, "precision": precision, "chosen": message})
 
 
 def one_step(training: throughput.Training, args: argparse.Namespace) -> None:

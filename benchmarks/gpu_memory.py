@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import throughput
 
 from acceleration.capacity import measure_activations
-from acceleration.model_check import full_length_pair
+from acceleration.measurement import full_length_batch
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import LOGITS_BYTES, response_logps
@@ -90,7 +90,7 @@ def measure(name: str, way: str, n_pairs: int) -> dict:
     vocabulary = model.config.vocab_size
     args = argparse.Namespace(seed=0, vocab=vocabulary, max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH // 2)
     batch = throughput.collate(throughput.random_pairs(n_pairs, args))
-    rows, full = make_rows(batch), make_rows(full_length_pair(batch, MAX_LENGTH))
+    rows, full = make_rows(batch), make_rows(full_length_batch(batch, MAX_LENGTH))
     autocast = partial(torch.autocast, DEVICE.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext
 
     def logps(rows) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it goes on from there."""
+"""Checkpoints: what a run leaves on disk, and how it is resumed."""

@@ -1,4 +1,4 @@
-"""Files of tensors: weights that a run starts from, of today and of 2023, and what checkpoints hold."""
+"""Files of tensors: weights that a run starts from, today's and those of 2023, and what checkpoints hold."""
 
 import contextlib
 import json
@@ -14,10 +14,11 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from checkpointing.integrity import read_checksums, verify_checksum, verify_weights
+from basics.checksums import read_checksums, verify_checksum
+from basics.outputs import CHECKSUMS
+from checkpointing.integrity import verify_weights
 from data import hub
 from distributed.dtensor import distribute_like
-from storage.outputs import CHECKSUMS
 from utils import UserError, rank0_print
 
 # Buffers that transformers wrote into state dicts in 2023; today's models compute them, so they are left out.
@@ -36,7 +37,7 @@ def write_tensors(value: dict, path: str):
 
 
 def read_tensors(path: str, mmap: bool = False) -> dict:
-    """What `write_tensors` wrote; with `mmap` the tensors stay in the file until they are used.
+    """Read what `write_tensors` wrote; with `mmap` the tensors stay in the file until they are used.
 
     Raises: UserError if it can't be read, or holds anything but tensors and plain values.
     """
@@ -47,7 +48,7 @@ def read_tensors(path: str, mmap: bool = False) -> dict:
 
 
 def read_state_dict(path: str, mmap: bool = False) -> dict:
-    """The state dict in one of a checkpoint's .pt files.
+    """Read the state dict in one of a checkpoint's .pt files.
 
     Raises: UserError if it can't be read, or holds none.
     """
@@ -58,10 +59,9 @@ def read_state_dict(path: str, mmap: bool = False) -> dict:
 
 
 def describe(error: Exception, n_characters: int = 300) -> str:
-    """What is wrong with a file that can't be read.
+    """Return what is wrong with a file that can't be read.
 
-    Of what torch says of pickles only the reason is kept, not the advice to load them with `weights_only=False`, which
-    would run the code in them.
+    Torch advises to load pickles with `weights_only=False`, which would run the code in them: only its reason is kept.
     """
     text = str(error).strip()
     if "weights_only" in text:
@@ -121,7 +121,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
 
 
 def _check_tensors(state: dict):
-    """Raises ValueError unless it holds named tensors that have values, all of them."""
+    """Raise ValueError unless it holds only named tensors that have values."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"its state holds more than named tensors: {name!r} is a {type(tensor).__name__}")
@@ -135,7 +135,7 @@ def load_pretrained(
 ) -> nn.Module:
     """`auto_class.from_pretrained(name, **options)`, with every weight read from its files.
 
-    What belongs to a part that the model lacks altogether (a reward head) is left aside, which is said; so are buffers
+    Weights of a part that the model lacks altogether (a reward head) are left out, which is printed; so are buffers
     that models compute.
 
     Args:
@@ -156,12 +156,12 @@ def load_pretrained(
     _refuse_misfits(origin, missing, left_over - set(aside), shapes)
     if aside:
         shown = ", ".join(aside[:5]) + (f" and {len(aside) - 5} more" if len(aside) > 5 else "")
-        rank0_print(f"{origin}: left aside, as {type(model).__name__} has no such part: {shown}")
+        rank0_print(f"{origin}: left out, as {type(model).__name__} has no such part: {shown}")
     return model
 
 
 def _is_in_a_part_of(model: nn.Module, key: str) -> bool:
-    """Whether a weight of this name would be in one of the model's own parts: its embeddings, blocks, norms or head."""
+    """True if a weight of this name would be in one of the model's own parts: its embeddings, blocks, norms or head."""
     parts = {name for module in (model, model.base_model) for name, _ in module.named_children()}
     first = key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
     return first in parts
@@ -169,7 +169,7 @@ def _is_in_a_part_of(model: nn.Module, key: str) -> bool:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Let transformers not log its table of weights that don't fit; the error says it."""
+    """Keep transformers from logging its table of weights that don't fit; the error has it."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -183,7 +183,7 @@ def _without_report() -> Iterator[None]:
 
 
 def check_finite(model: nn.Module, origin: str):
-    """Raises UserError with the weights that hold NaN or infinity; `origin`: where they come from."""
+    """Raise UserError naming the weights that hold NaN or infinity; `origin`: where they come from."""
     bad = [name for name, parameter in model.named_parameters() if not _is_finite(parameter.detach())]
     if bad:
         shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
@@ -239,7 +239,7 @@ def _refuse_misfits(
     shapes: Iterable[tuple[str, tuple, tuple]],
     others: Iterable[str] = (),
 ):
-    """Raises UserError if there are any; `shapes`: names with the shape found and the model's."""
+    """Raise UserError if there are any; `shapes`: names with the shape found and the model's."""
     by_kind = [
         [f"missing: {name}" for name in missing],
         [f"left over: {name}" for name in left_over],

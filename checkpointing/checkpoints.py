@@ -3,8 +3,8 @@
 A checkpoint is a directory that appears whole or not at all. It has the original's files, `policy.pt`, `optimizer.pt`
 and `scheduler.pt`, each {'step_idx': training examples seen, 'state': a state dict, 'metrics': of the last evaluation};
 model and tokenizer for `from_pretrained`, and a model card; `state.json` and `rng.pt`, the train state; and
-`SHA256SUMS`, which tells a damaged one. Of a policy with an adapter it holds the adapter, in PEFT's format, in place
-of the model.
+`SHA256SUMS`, by which damage is noticed. If the policy has an adapter, it holds the adapter in PEFT's format instead of
+the model.
 """
 
 import json
@@ -18,8 +18,9 @@ import transformers
 from omegaconf import DictConfig
 from torch import nn
 
+from basics.checksums import read_checksums
 from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
-from checkpointing.integrity import atomic_directory, read_checksums, replace_path
+from checkpointing.integrity import atomic_directory, replace_path
 from checkpointing.model_card import write_card
 from checkpointing.train_state import TrainState, read_state_json
 from distributed.dtensor import distribute_like, full_state_dict
@@ -35,7 +36,7 @@ def full_state_dicts(
 ) -> dict[str, dict]:
     """Return the state dicts that a checkpoint holds, with full tensors on rank 0; all workers must call it.
 
-    Of a policy with an adapter it holds what is trained, and the adapter's frozen parts.
+    For a policy with an adapter they hold the trained weights and the adapter's frozen parts.
     """
     policy_state = dict(policy.state_dict(keep_vars=True))
     if hasattr(policy, "peft_config"):
@@ -67,16 +68,16 @@ def write_checkpoint(
     dropout_rates: dict[str, float],
     n_eval_examples: int,
 ):
-    """Write a checkpoint directory, in place of one that may be there.
+    """Write a checkpoint directory; it replaces an earlier one.
 
     Args:
         state_dicts: of full tensors, of 'policy', and, unless they are left out, of 'optimizer' and 'scheduler'; of a
             policy with an adapter at least what is trained, and what else belongs to the adapter.
         config: under which it was trained.
         dropout_rates: those that the model's config.json is to have; the policy's are 0.
-        n_eval_examples: on how many an evaluation is, for the model card.
+        n_eval_examples: how many examples an evaluation has, for the model card.
 
-    Raises: UserError if it can't be written; what was there before is then as it was.
+    Raises: UserError if it can't be written; an earlier checkpoint is then unchanged.
     """
     start_time = time.perf_counter()
     rank0_print(f"writing checkpoint to {path}...")
@@ -99,8 +100,8 @@ def write_checkpoint(
 
 
 def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates: dict[str, float]):
-    """Write the policy for `from_pretrained`, with the code that it may have brought."""
-    # FSDP gives it a class of its own making, which no code of the model's has
+    """Write the policy for `from_pretrained`, with the model's own code if it has any."""
+    # FSDP makes a class of its own, which the model's code lacks
     model_class = next(base for base in type(policy).__mro__ if not base.__module__.startswith("torch."))
     model = model_class.__new__(model_class)
     model.__dict__ = policy.__dict__
@@ -145,7 +146,7 @@ def point_latest(run_dir: str, name: str):
 
 
 def point_to(run_dir: str, link: str, name: str):
-    """Make `link` one to the checkpoint `name`."""
+    """Make `link` a link to the checkpoint `name`."""
     partial = os.path.join(run_dir, f"{link}.partial-{uuid.uuid4().hex[:8]}")
     try:
         os.symlink(name, partial)

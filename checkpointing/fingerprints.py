@@ -13,7 +13,7 @@ from collections.abc import Callable
 import huggingface_hub
 from omegaconf import DictConfig, OmegaConf
 
-from storage.files import HashCache
+from basics.files import HashCache
 from utils import UserError, get_local_dir
 
 _KEYS = (

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from storage.files import PARTIAL, flush_to_disk, sha256
-from storage.outputs import CHECKSUMS, is_checkpoint_name, is_run
+from basics.checksums import read_checksums, verify_checksum, write_checksums
+from basics.files import PARTIAL, flush_to_disk, sha256
+from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from utils import UserError
 
 CARD = "README.md"  # people write into it before they upload a checkpoint, so it has no checksum
@@ -41,7 +42,7 @@ def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
     try:
         os.makedirs(partial)
         yield partial
-        _write_checksums(partial)
+        write_checksums(partial, without=CARD)
         files = [os.path.join(partial, name) for name in os.listdir(partial)]
         for path_of_file in files:  # safetensors makes its files readable for their owner alone
             os.chmod(path_of_file, os.stat(partial).st_mode & 0o666)
@@ -100,33 +101,7 @@ def recover_interrupted_saves(run_dir: str):
                 os.rename(path, kept)
 
 
-# ---- checksums ------------------------------------------------------------------------------------------------------
-
-
-def _write_checksums(directory: str):
-    names = sorted(name for name in os.listdir(directory) if name != CARD)
-    lines = [f"{sha256(os.path.join(directory, name))}  {name}\n" for name in names]
-    with open(os.path.join(directory, CHECKSUMS), "w", encoding="utf-8") as file:
-        file.writelines(lines)
-
-
-def read_checksums(directory: str) -> dict[str, str]:
-    """Return the SHA-256 of each file of a checkpoint, in hexadecimal, as it was when it was written.
-
-    Raises: OSError; ValueError if a line isn't what `sha256sum` writes.
-    """
-    with open(os.path.join(directory, CHECKSUMS), encoding="utf-8") as file:
-        lines = file.read().splitlines()
-    matches = [re.fullmatch(r"([0-9a-f]{64})  ([^/\0]+)", line) for line in lines]
-    if None in matches:
-        raise ValueError(f"line {matches.index(None) + 1} of {CHECKSUMS} is not a SHA-256 and a file's name")
-    return {match[2]: match[1] for match in matches}
-
-
-def verify_checksum(directory: str, name: str, digest: str | None):
-    """Raise ValueError if a file of a checkpoint is not as it was written."""
-    if sha256(os.path.join(directory, name)) != digest:
-        raise ValueError(f"{name} is not what {CHECKSUMS} beside it says: the file is damaged")
+# ---- checksums of checkpoints ---------------------------------------------------------------------------------------
 
 
 def content_digest(directory: str) -> str:

@@ -8,13 +8,13 @@ import huggingface_hub
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from omegaconf import DictConfig, OmegaConf
 
+from basics.printing import markdown, markdown_code
 from checkpointing.fingerprints import is_of_model
 from checkpointing.integrity import CARD
 from config_checks.datasets import chosen_datasets
 from data.reading import has_data_suffix
 from losses import needs_reference
 from preference_datasets import DATASETS
-from printing import markdown, markdown_code
 from references import policy_source
 from reporting.metric_names import ACCURACY, LOSS, MARGIN
 
@@ -44,8 +44,8 @@ def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool
     Args:
         config: under which it was trained.
         state: the checkpoint's state.json.
-        is_adapter: whether the directory holds an adapter; otherwise it is a model.
-        n_eval_examples: on how many an evaluation was; None: as many as the config says.
+        is_adapter: the directory holds an adapter, not a model.
+        n_eval_examples: how many examples an evaluation had; None: as many as the config says.
     """
     on_hub = _base_revision(config, state) is not None
     data = huggingface_hub.ModelCardData(
@@ -66,7 +66,7 @@ def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a name is that of a repository on the hub, and not of something here."""
+    """True if a name is that of a repository on the hub, and not of a local file or folder."""
     if name is None or os.path.exists(os.path.expanduser(name)):
         return False
     try:
@@ -81,14 +81,14 @@ def _is_dataset_on_hub(source: str | None) -> bool:
 
 
 def _base_revision(config: DictConfig, state: dict) -> str | None:
-    """The commit on the hub of the base model; None of one that isn't from there."""
+    """Return the commit of the base model on the hub; None if it isn't from there."""
     known = state.get("inputs", {}).get("model.name_or_path")  # of a local one the fingerprint, which is longer
     on_hub = not config.model.from_scratch and is_hub_id(config.model.name_or_path)
     return known if on_hub and known is not None and len(known) == 40 else None
 
 
 def _datasets(config: DictConfig) -> list[tuple[str, str | None]]:
-    """Name and source of each dataset: an id on the hub, a path, or None of what is made in code."""
+    """Return name and source of each dataset: an id on the hub, a path, or None if it is made in code."""
     found = []
     for choice in chosen_datasets(config):
         named = DATASETS.get(choice.name)
@@ -187,7 +187,7 @@ def _evaluation(n: int | None, state: dict) -> str:
 
 
 def _settings(config: DictConfig, keys: list[str] | tuple[str, ...]) -> list[str]:
-    """Those keys of the config that have a value."""
+    """Return a line for each of these keys that has a value."""
     values = {key: OmegaConf.select(config, key) for key in keys}
     return [
         f"- `{key}`: {markdown(_shown(value))}" for key, value in values.items() if value is not None and value != {}

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from checkpointing import fingerprints
 from checkpointing.integrity import find_corruption, recover_interrupted_saves
 from checkpointing.train_state import read_state_json, training_settings, versions
@@ -18,7 +19,6 @@ from config_checks.schema import REPOSITORY, default_config
 from data.batches import split_name
 from distributed import environment
 from references import resolved_reference
-from storage.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from utils import UserError, rank0_print
 
 SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory, in all processes of its jobs
@@ -64,8 +64,6 @@ def locate_run(config: DictConfig, run_dir_given: bool):
 
     Raises: UserError if there is no such directory, or the two contradict each other.
     """
-    if config.resume is None:
-        return
     if config.resume == "auto":
         if not run_dir_given:
             raise UserError("resume=auto resumes the run in local_run_dir: give that, too, the same every time")
@@ -97,7 +95,7 @@ def find_checkpoint(config: DictConfig) -> str | None:
     Raises: UserError if there is none, if it is damaged, or if the run has got further than it.
     """
     run_dir = config.local_run_dir
-    if config.resume is None or not os.path.isdir(run_dir):
+    if not os.path.isdir(run_dir):
         return None
     recover_interrupted_saves(run_dir)
     if config.resume != "auto" and os.path.realpath(config.resume) != os.path.realpath(run_dir):
@@ -294,8 +292,6 @@ def _check_kind(config: DictConfig, checkpoint: str):
 
 def changed_inputs(config: DictConfig, checkpoint: str | None, inputs: dict[str, str]) -> list[str]:
     """Return which of these inputs are not those with which the run began, as lines of a message."""
-    if config.resume is None:
-        return []
     return _as_lines(config, _former_inputs(config, checkpoint), inputs)
 
 

@@ -1,4 +1,4 @@
-"""What training resumes from: its counters and random generators in one object, and the optimizer's state."""
+"""What training resumes from: counters and random generators in one object, and the optimizer's state."""
 
 import dataclasses
 import json
@@ -31,14 +31,14 @@ _ADDED_LATER = (
 
 @dataclass
 class TrainState:
-    """How far a run has got. In a checkpoint `state.json` holds it, and `rng.pt` the generators.
+    """The progress of a run. A checkpoint has it in `state.json`, and the random generators in `rng.pt`.
 
-    Beside it state.json says under which config, trainer, optimizer and versions it was written.
+    state.json also records the config, trainer, optimizer and versions under which it was written.
     """
 
     examples: int = 0  # trained on
     updates: int = 0  # optimizer steps
-    batches: int = 0  # of the training data that have been used: where the data go on
+    batches: int = 0  # of the training data that were used: training resumes after them
     evaluated_at: int | None = None  # `examples` at the last evaluation
     saved_at: int | None = None  # `examples` at the last step-N
     complete: bool = False  # trained to the end, and evaluated there
@@ -85,12 +85,12 @@ class TrainState:
         return state
 
 
-# what comes of content that has another form than it should
+# errors of content that has another form than it should
 _MISUSED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
 def read_state_json(checkpoint: str) -> dict:
-    """A checkpoint's state.json: the fields of `TrainState` and what it was written under.
+    """Return a checkpoint's state.json: the fields of `TrainState`, config, trainer, optimizer and versions.
 
     Raises: UserError if it can't be read, or a field is not of its type.
     """
@@ -110,7 +110,7 @@ def read_state_json(checkpoint: str) -> dict:
 
 
 def _is_of_type(value: object, kind: object) -> bool:
-    """Whether a value read from JSON is of a field's type; counts and sizes are 0 or more."""
+    """True if a value read from JSON is of a field's type; counts and sizes are 0 or more."""
     if typing.get_origin(kind) is dict:
         of_values = typing.get_args(kind)[1]
         return isinstance(value, dict) and all(_is_of_type(v, of_values) for v in value.values())
@@ -120,13 +120,13 @@ def _is_of_type(value: object, kind: object) -> bool:
 
 
 def training_settings(config: DictConfig) -> dict[str, object]:
-    """The config, flat, without what says only where the run is and how it was started."""
+    """Return the flat config, without the run's directory and how it was started."""
     where = ("local_run_dir", "resume", "resume_anyway")
     return {key: value for key, value in flatten(config).items() if key not in where}
 
 
 def versions() -> dict[str, str]:
-    """What the numbers may depend on besides the config."""
+    """Return the versions on which the numbers may depend."""
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -134,7 +134,7 @@ def versions() -> dict[str, str]:
 
 
 def _gpus() -> list[int]:
-    """The GPUs whose random generators are this worker's."""
+    """Return the GPUs whose random generators are this worker's."""
     return [torch.cuda.current_device()] if dist.is_initialized() else list(range(torch.cuda.device_count()))
 
 
@@ -145,7 +145,7 @@ def seed_generators(seed: int):
 
 
 def get_rng_state() -> dict:
-    """The states of this worker's random generators, as tensors and plain values."""
+    """Return the states of this worker's random generators, as tensors and plain values."""
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -156,9 +156,10 @@ def get_rng_state() -> dict:
 
 
 def restore_rng_state(states: list[dict], rank: int, world_size: int):
-    """Put this worker's random generators where they were when a checkpoint was written, if there was this worker then.
+    """Restore this worker's random generators from a checkpoint, if there was such a worker when it was saved.
 
-    `states`: of each worker of then.
+    Args:
+        states: one per worker when the checkpoint was saved.
     """
     if states and len(states) != world_size:
         rank0_print(f"WARNING: {len(states)} workers then, {world_size} now: samples will differ")
@@ -167,7 +168,7 @@ def restore_rng_state(states: list[dict], rank: int, world_size: int):
 
 
 def set_rng_state(state: dict):
-    """Put this worker's random generators where they were."""
+    """Restore this worker's random generators."""
     _set_cpu_rng_state(state)
     gpus = _gpus() if torch.cuda.is_available() else []
     if len(state["cuda"]) != len(gpus):
@@ -184,7 +185,7 @@ def _set_cpu_rng_state(state: dict):
 
 
 def _check_rng_states(states: list[dict]):
-    """Raises an error of any kind if these are not states that `get_rng_state` has returned."""
+    """Raise an error of any kind unless these are states that `get_rng_state` has returned."""
     former = get_rng_state()
     try:
         for state in states:
@@ -204,7 +205,7 @@ def load_optimizer_state(
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     config: DictConfig,
 ):
-    """Take the states of optimizer and scheduler from a checkpoint; the settings are those of the config.
+    """Load the states of optimizer and scheduler from a checkpoint; the settings are those of the config.
 
     Raises: UserError if it holds none for this optimizer, unless `resume_anyway` is true.
     """
@@ -222,8 +223,8 @@ def load_optimizer_state(
     except _MISUSED as error:
         message = f"{checkpoint} holds no state for optimizer={config.optimizer}: {error}"
         if not config.resume_anyway:
-            raise UserError(f"{message}; resume_anyway=true begins with a new one") from error
-        rank0_print(f"WARNING: {message}; beginning with a new one")
+            raise UserError(f"{message}; resume_anyway=true starts with a new one") from error
+        rank0_print(f"WARNING: {message}; starting with a new one")
         scheduler.last_epoch = saved["updates"]
     scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
     for group, scale in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
@@ -233,7 +234,7 @@ def load_optimizer_state(
 
 
 def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """An optimizer's state dict with its tensors sharded as the parameters are."""
+    """Return an optimizer's state dict with its tensors sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(parameters) != sum(len(group["params"]) for group in state["param_groups"]):
         raise ValueError("it is of another number of parameters")
@@ -253,6 +254,6 @@ def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def _fits(shape: torch.Size, parameter_shape: torch.Size) -> bool:
-    """Whether an optimizer may keep a tensor of that shape: one number, or one for each weight, row or column."""
+    """True if an optimizer may keep a tensor of that shape: one number, or one for each weight, row or column."""
     same_rank = len(shape) == len(parameter_shape)
     return len(shape) == 0 or (same_rank and all(n in (1, m) for n, m in zip(shape, parameter_shape, strict=True)))

@@ -10,6 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from basics.printing import printable
 from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
@@ -18,7 +19,6 @@ from commands.sweeps import Sweep
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
 from distributed import launch
-from printing import printable
 from utils import get_local_dir
 
 
@@ -43,13 +43,13 @@ def with_home(overrides: list[str]) -> list[str]:
 
 
 def compose_config(*overrides: str) -> DictConfig:
-    """The config that the command line would give `run`, for use from Python: `run(compose_config("model=tiny"))`.
+    """Return the config that the command line would give `run`, for Python: `run(compose_config("model=tiny"))`.
 
-    Raises: Hydra's errors for keys and values that can't be.
+    Raises: Hydra's errors for unknown keys and unreadable values.
     """
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra.compose("config", with_free_keys(list(overrides)), return_hydra_config=True)
-    HydraConfig.instance().set_config(config)  # what names and directories are made of
+    HydraConfig.instance().set_config(config)  # for names and directories
     with open_dict(config):
         del config["hydra"]
     return config

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from basics.printing import printable
 from checkpointing.preemption import EXIT_CODE, Stopped
 from commands.signals import INTERRUPTED
 from config_checks.explanations import explain_hydra_error
 from distributed import environment, heartbeat
-from printing import printable
 from utils import UserError, is_short_of_files, rank0_print
 
 # asked for by HYDRA_FULL_ERROR=1, which `main` then sets for reasons of its own; workers ask their parent's
@@ -60,12 +60,27 @@ def errors_reported() -> Iterator[None]:
         sys.exit(1)
 
 
+_FILES_TO_SPARE = 8  # what failed may have closed some of its own already
 _TOO_MANY_FILES = "too many open files: raise the limit on open files (ulimit -n)"
+
+
+def _can_open_files() -> bool:
+    """False if this process is at its limit of open files, which libraries report as errors of many kinds."""
+    descriptors = []
+    try:
+        for _ in range(_FILES_TO_SPARE):
+            descriptors.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return True
 
 
 def _explained(error: Exception) -> str | None:
     """Return what is wrong with the machine rather than with this program: a full disk, too many open files."""
-    if is_short_of_files(error):
+    if is_short_of_files(error) or not _can_open_files():
         return _TOO_MANY_FILES
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         place = f"{error.filename}: " if error.filename else ""

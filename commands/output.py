@@ -1,4 +1,4 @@
-"""Standard output and error that never end a run, whatever becomes of their readers."""
+"""Standard output and error that never end a run, even if nobody can read them any more."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import sys
 
 
 class _UnneededOutput(io.FileIO):
-    """A file descriptor that is written to as long as that works, and then silently not any more."""
+    """A file descriptor that is written to as long as that works; later writes are dropped."""
 
     def write(self, data) -> int:
         try:
@@ -23,7 +23,7 @@ class _UnneededOutput(io.FileIO):
 
 
 def keep_output_going():
-    """Let neither a character that the terminal can't show nor a reader that is gone (`| head`) raise in `print`."""
+    """Keep `print` from raising on characters that the terminal can't show or a reader that is gone (`| head`)."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started the process
@@ -45,7 +45,7 @@ def keep_output_going():
 
 
 def quiet_libraries():
-    """No bars of libraries among what a run prints; of downloads, which may take long, none without a terminal."""
+    """Turn off the progress bars of libraries; those of downloads, which may take long, only without a terminal."""
     import huggingface_hub
     import transformers
 

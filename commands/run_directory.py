@@ -13,9 +13,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from basics.files import atomic_file
+from basics.locks import locked_directory
 from checkpointing import fingerprints
-from storage.files import atomic_file
-from storage.locks import locked_directory
 from utils import UserError, get_local_run_dir
 
 
@@ -28,19 +28,19 @@ def locked_run(run_dir: str) -> contextlib.AbstractContextManager:
 
 
 def default_run_dir(exp_name: str, local_dirs: list[str]) -> str:
-    """The default of `local_run_dir`: a new path, or the directory of a sweep's job."""
+    """Return the default of `local_run_dir`: a new path, or the directory of a sweep's job."""
     return HydraConfig.get().runtime.output_dir if in_sweep() else get_local_run_dir(exp_name, local_dirs)
 
 
 def is_run_dir_given(config: DictConfig) -> bool:
-    """Whether `local_run_dir` is one that will be the same the next time."""
+    """True if the user fixed the run directory, rather than the timestamped default."""
     if "get_local_run_dir:" not in str(OmegaConf.to_container(config, resolve=False)["local_run_dir"]):
         return True
     return in_sweep() and any(word.startswith("hydra.sweep.dir=") for word in HydraConfig.get().overrides.hydra)
 
 
 def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
-    """Create the run directory with the config in it; nothing before this writes anything but caches and a lock.
+    """Create the run directory with its config.yaml; before this only caches and a lock are written.
 
     Args:
         inputs: fingerprints of what the run starts from.
@@ -57,12 +57,12 @@ def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
 
 
 def in_sweep() -> bool:
-    """Whether what runs now is a job of a sweep."""
+    """True in a job of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def job_name() -> str:
-    """The job's overrides as the name of a directory, such that its path can be typed in an override."""
+    """Return the job's overrides as the name of a directory, whose path can be typed in an override."""
     overrides = [f"{key}-{value}" for key, value in job_overrides().items()]
     name = re.sub(r"[^\w.+-]+", "_", "_".join(overrides)) or f"job_{OmegaConf.select(HydraConfig.get(), 'job.num')}"
     if len(name) > _LONGEST_NAME:
@@ -71,7 +71,7 @@ def job_name() -> str:
 
 
 def job_overrides() -> dict[str, str]:
-    """What the sweep varies, as it is in this job: {'loss.beta': '0.1', ...}."""
+    """Return what the sweep varies, with this job's values: {'loss.beta': '0.1', ...}."""
     parser, varied = OverridesParser.create(), set(HydraConfig.get().sweeper.get("params") or {})
     for word in sys.argv[1:]:
         with contextlib.suppress(HydraException):  # options with a minus

@@ -1,4 +1,4 @@
-"""Sweeps (`-m`): the names of their jobs, and the table of what has become of them."""
+"""Sweeps (`-m`): one job after the other, and a table of how they ended."""
 
 import contextlib
 import gc
@@ -13,6 +13,8 @@ from datetime import timedelta
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from basics.files import atomic_file, read_json_lines
+from basics.locks import locked_directory
 from checkpointing.preemption import EXIT_CODE
 from checkpointing.resume import SWEEP_DIR, resume_command
 from commands.errors import errors_reported
@@ -20,15 +22,13 @@ from commands.run_directory import is_run_dir_given, job_overrides
 from commands.signals import exit_on_signals
 from distributed import environment
 from reporting.metric_names import ACCURACY, LOSS
-from storage.files import atomic_file, read_json_lines
-from storage.locks import locked_directory
 from utils import UserError, on_rank0, rank0_print
 
 METRICS = (LOSS, ACCURACY)  # what the table shows of a job's last evaluation
 
 
 class SweepLog:
-    """What has become of a sweep's jobs, also when it goes on later: `sweep.jsonl`, and a table."""
+    """How the jobs of a sweep ended, also after it is resumed: `sweep.jsonl`, and a table."""
 
     def __init__(self, directory: str):
         self.path, self.rows = os.path.join(directory, "sweep.jsonl"), {}
@@ -36,7 +36,7 @@ class SweepLog:
             self.rows = {row["overrides"]: row for row, _ in read_json_lines(self.path, skips_damaged=True)}
 
     def add(self, run_dir: str, overrides: str, status: str, seconds: float):
-        """Record how a job has ended, now, after so long."""
+        """Record how a job has ended, after this many seconds."""
         last = _last_evaluation(run_dir)
         self.rows[overrides] = {
             "job": os.path.basename(run_dir),
@@ -53,7 +53,7 @@ class SweepLog:
             rank0_print(f"WARNING: can't write {self.path}: {error}")
 
     def table(self) -> str:
-        """A line for each job."""
+        """Return a table with a line for each job."""
         lines = [("job", "overrides", "status", *METRICS, "time")]
         for row in self.rows.values():
             metrics = ["-" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
@@ -64,7 +64,7 @@ class SweepLog:
 
 
 def _last_evaluation(run_dir: str) -> dict[str, float]:
-    """The metrics of a run's last evaluation; none where there was none."""
+    """Return the metrics of a run's last evaluation, an empty dict if there was none."""
     last = {}
     with contextlib.suppress(FileNotFoundError):
         for row, _ in read_json_lines(os.path.join(run_dir, "metrics.jsonl"), skips_damaged=True):
@@ -73,7 +73,7 @@ def _last_evaluation(run_dir: str) -> dict[str, float]:
 
 
 class Sweep:
-    """The jobs of a sweep (`-m`), one after the other: one that fails doesn't stop the others, a signal stops all."""
+    """The jobs of a sweep, one after the other: one that fails doesn't stop the others, a signal stops all."""
 
     def __init__(self, run: Callable[[DictConfig], None]):
         self.run = run
@@ -83,7 +83,7 @@ class Sweep:
         self.stack = contextlib.ExitStack()
 
     def start(self):
-        """Begin with the first job: only now the directory is known."""
+        """Lock the sweep's directory, which is known only in the first job."""
         self.directory = os.path.abspath(HydraConfig.get().sweep.dir)
         os.environ[SWEEP_DIR] = self.directory
         if on_rank0():
@@ -112,19 +112,19 @@ class Sweep:
             if isinstance(error.code, str):
                 print(error.code, file=sys.stderr, flush=True)
             status = "stopped" if error.code == EXIT_CODE else "failed"
-            if status == "stopped" or environment.is_launched():  # whose other workers could not follow
+            if status == "stopped" or environment.is_launched():  # a launcher's other workers could not follow
                 raise
         finally:
             self.complete &= status == "complete"
             if on_rank0():
                 self.log.add(run_dir, overrides, status, time.monotonic() - start)
-            gc.collect()  # a trainer is full of cycles, and its memory is the next one's
+            gc.collect()  # frees the trainer's memory, which reference cycles keep, for the next job
 
     def _claimed_dir(self, config: DictConfig) -> str:
-        """The directory of a job, which no other job has had."""
+        """Return the directory of a job, which no other job has had."""
         if config.resume not in (None, "auto"):
             raise UserError(
-                f"resume={config.resume}: a sweep goes on with all its jobs by resume=auto and hydra.sweep.dir=DIR"
+                f"resume={config.resume}: a sweep resumes all its jobs by resume=auto and hydra.sweep.dir=DIR"
             )
         if environment.is_launched_by_user() and not is_run_dir_given(config):
             raise UserError("a sweep under a launcher needs hydra.sweep.dir=DIR, the same for all workers")
@@ -138,7 +138,7 @@ class Sweep:
         return run_dir
 
     def report(self):
-        """Print the table of jobs and, if some are not complete, how to go on."""
+        """Print the table of jobs and, if some are not complete, the command that resumes them."""
         self.stack.close()
         if self.log is None:
             return
@@ -146,4 +146,4 @@ class Sweep:
         rank0_print(f"\nTo compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
         if not self.complete:
             command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
-            rank0_print(f"To go on with what is not complete: {command}", file=sys.stderr)
+            rank0_print(f"To resume what is not complete: {command}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where a command's work is done: in this process, in workers that it starts, or as one of a launcher's."""
+"""Start workers or join a launcher's: where a command's work is done."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from distributed.strategies import STRATEGIES
 
 
 def enter_process_group(config: DictConfig, stack: contextlib.ExitStack):
-    """Connect this process with the others while `stack` is entered, if a launcher has started it."""
+    """Connect this process with the other workers while `stack` is entered, if a launcher has started it."""
     if environment.is_launched():
         stack.enter_context(connection.process_group(config.worker_timeout))
 

@@ -1,1 +1,1 @@
-"""What a config may say, what it means, and every error message about it."""
+"""Every check of a config, and the messages about it."""

@@ -1,20 +1,23 @@
-"""What a config may say: every check on it that needs no model and no data, made before anything is loaded."""
+"""Every check of a config that needs no model and no data, before anything is loaded: what fits together.
+
+`config_checks.values` checks keys and single values.
+"""
 
 import importlib.util
 import inspect
-import math
 import os
 import re
 import shutil
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from basics.outputs import why_not_writable
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
-from config_checks.explanations import unknown_key
 from config_checks.lora import check_adapter_fits, check_lora
 from config_checks.paths import expand_config
-from config_checks.schema import FREE_KEYS, default_config, flatten, names_in
+from config_checks.schema import default_config, names_in
+from config_checks.values import check_values
 from data.choice import TRUNCATIONS
 from distributed import environment
 from distributed.strategies import STRATEGIES
@@ -23,7 +26,6 @@ from optimization import check_schedule
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from storage.outputs import why_not_writable
 from utils import UserError, closest_match, closest_sibling, get_local_dir
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -32,33 +34,14 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 _GPU_ATTENTION = {
     "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
 }  # fmt: skip
-_POSITIVE = (
-    "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
-    "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
-    "stop_when_worse", "max_tokens_per_microbatch",
-)  # fmt: skip
-_NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
-_HIGHEST = {
-    "max_grad_norm": math.inf,  # no clipping
-    "lr": 1e38,  # of float32
-    "n_eval_examples": 10**7,  # all are kept in memory
-}
-_MAY_BE_NULL = ("n_epochs", "n_examples", "n_eval_examples")
-# of keys whose default is null; the others are strings
-_TYPES_OF_NULL = dict.fromkeys(
-    (
-        "n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every",
-        "stop_when_worse", "max_tokens_per_microbatch",
-    ),
-    int,
-)  # fmt: skip
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 
 
 def check_config(config: DictConfig, reads_data: bool = True):
-    """Refuse what can't work; round `eval_every` down to whole batches, resolve `reference=auto` and the reference's
-    dtype.
+    """Refuse a config that can't work; set what it leaves open.
+
+    `~` is expanded in paths, `eval_every` and `save_every` are rounded down to whole batches, `reference=auto` and the
+    reference's dtype are resolved.
 
     Args:
         reads_data: False for commands that use no dataset: then those of the config need not exist.
@@ -73,9 +56,7 @@ def check_config(config: DictConfig, reads_data: bool = True):
         raise UserError(f"Got missing keys in config: {', '.join(missing_keys)}.{hint}")
     if isinstance(config.exp_name, int | float) and not isinstance(config.exp_name, bool):
         config.exp_name = str(config.exp_name)
-    _check_loss(config)
-    _check_keys_and_types(config)
-    _check_ranges(config)
+    check_values(config)
     _check_names(config, reads_data)
     _check_optimizer(config)
     check_schedule(config.lr_scheduler, OmegaConf.to_container(config.lr_scheduler_args))
@@ -85,93 +66,6 @@ def check_config(config: DictConfig, reads_data: bool = True):
     _check_reference(config)
     _check_best(config)
     _check_files(config)
-
-
-def _check_loss(config: DictConfig):
-    """The loss's options, as its signature declares them; those that the config leaves out get their defaults."""
-    name = OmegaConf.select(config, "loss.name")
-    if name not in LOSSES:
-        raise UserError(
-            f"loss.name={name}: no such loss.{closest_match(str(name), LOSSES)} There are: {', '.join(LOSSES)}"
-        )
-    options = LOSSES[name].options
-    for key in config.loss:
-        if key != "name" and key not in options:
-            hint = closest_match(key, options) or f" It has: {', '.join(options)}"
-            raise UserError(f"loss.{key}: loss={name} has no such option.{hint}")
-    for key, option in options.items():
-        if key not in config.loss:
-            if option.is_required:
-                raise UserError(f"loss.{key}: loss={name} has no default for it; give it in config/loss/{name}.yaml")
-            with open_dict(config.loss):
-                config.loss[key] = option.default
-        _check_type(f"loss.{key}", config.loss[key], option.type)
-        if option.type in (int, float):
-            value = config.loss[key]
-            violation = option.range.violation(value) if option.range else None
-            if violation or not math.isfinite(value):
-                raise UserError(f"loss.{key}={value}: {violation or 'must be a finite number'}")
-
-
-def _check_keys_and_types(config: DictConfig):
-    defaults = default_config()
-    known = [key for key in defaults if not key.startswith("loss.")]
-    given = flatten(config)
-    for key, value in given.items():
-        if key.startswith("loss."):
-            continue
-        if key not in known and not key.startswith(tuple(f"{holder}." for holder in FREE_KEYS)):
-            raise UserError(unknown_key(key))
-        _check_key_type(key, value, defaults.get(key))
-    for key in known:
-        if key not in given and not any(name.startswith(f"{key}.") for name in given):
-            hint = "; choose a model with model=NAME, and start its YAML with 'defaults: [blank_model]'"
-            raise UserError(f"the config lacks the key {key!r}{hint if key.startswith('model.') else ''}")
-
-
-def _check_key_type(key: str, value: object, default: object):
-    """The type of a key's value is its default's, with the exceptions that stand here."""
-    if value is None and (default is None or key in _MAY_BE_NULL):
-        return
-    if isinstance(value, str) and not value.strip():
-        remedy = "null" if default is None else "something"
-        raise UserError(f"{key}={value!r} is empty: give {remedy}, or leave it out")
-    if key == "datasets" and isinstance(value, str):
-        return
-    if key == "warmup_steps" and isinstance(value, float) and 0 < value < 1:  # a fraction of the steps
-        return
-    if key in ("shared_prompt", "padding_free"):
-        if not isinstance(value, bool) and value != "auto":
-            raise UserError(f"{key}={value}: must be auto, true or false")
-    elif key == "resume":
-        if not isinstance(value, str):
-            raise UserError(f"resume={value}: must be auto, a run directory or a checkpoint in one")
-    elif key == "lora":
-        if not isinstance(value, dict):
-            raise UserError(
-                f"lora={value}: expected fields of LoraConfig, e.g. lora.r=16 or 'lora={{r:16}}' (quoted for the shell)"
-            )
-    elif not key.startswith(("lora.", "optimizer_args.", "lr_scheduler_args.")):
-        _check_type(key, value, _TYPES_OF_NULL.get(key, str) if default is None else type(default))
-
-
-def _check_type(key: str, value: object, expected: type):
-    accepted = (int, float) if expected is float else (expected,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise UserError(f"{key}={value}: expected {names.get(expected, f'a {expected.__name__}')}")
-
-
-def _check_ranges(config: DictConfig):
-    for keys, lowest, wording in ((_POSITIVE, 1e-300, "above 0"), (_NON_NEGATIVE, 0, "0 or more")):
-        for key in keys:
-            value = OmegaConf.select(config, key)
-            highest = _HIGHEST.get(key, 2**53 if isinstance(value, int) else 1e300)
-            if value is not None and not lowest <= value <= highest:
-                bound = f" and at most {highest:g}" if highest < value < math.inf else ""
-                raise UserError(f"{key}={value}: must be a number {wording}{bound}")
-    if config.seed >= 2**32:
-        raise UserError(f"seed={config.seed}: must be below 2**32")
 
 
 def _check_names(config: DictConfig, reads_data: bool):
@@ -191,10 +85,11 @@ def _check_names(config: DictConfig, reads_data: bool):
 
 
 def _check_data(config: DictConfig):
-    """Which data, as far as it can be told without reading them."""
+    """Check the settings of data, as far as that is possible without reading them."""
     for key, values in (
         ("truncation", (*TRUNCATIONS, None)),
         ("on_bad_example", ("error", "skip")),
+        ("trained_turns", ("all", "last")),
     ):
         if config[key] not in values:
             there_are = ", ".join("null" if value is None else value for value in values)
@@ -204,8 +99,8 @@ def _check_data(config: DictConfig):
     check_fields(config.fields, "config")
     check_ignored_columns(config.ignored_columns, "config")
     choices = chosen_datasets(config)
-    of_files = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template")
-    of_rows = [key for key in of_files if config[key]]
+    of_files = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template", "verbatim_responses")
+    of_rows = [key for key in of_files if config[key]] + ["trained_turns"] * (config.trained_turns != "all")
     if of_rows and all(choice.name in DATASETS for choice in choices):
         raise UserError(
             f"{of_rows[0]}={config[of_rows[0]]}: that is for files and hub ids; named datasets have their own"
@@ -237,7 +132,7 @@ def _check_optimizer(config: DictConfig):
 
 
 def _check_optimizer_argument(key: str, value: object, parameter: inspect.Parameter):
-    """Refuse a text for a number, a number for true or false, and the like, as the optimizer's signature tells."""
+    """Refuse a string for a number, a number for true or false, and the like, by the optimizer's signature."""
     default, annotation = parameter.default, str(parameter.annotation)
     if value is None and default is None:
         return
@@ -257,7 +152,7 @@ def _is_no_number(value: object) -> bool:
 
 
 def _check_model(config: DictConfig):
-    """Where the model comes from and what it computes in; settles the reference's dtype."""
+    """Check where the model comes from and its dtypes; set the reference's dtype."""
     model = config.model
     for key in ("policy_dtype", "reference_dtype"):
         if model[key] not in DTYPES and (key, model[key]) != ("reference_dtype", None):
@@ -415,10 +310,10 @@ def _check_reference(config: DictConfig):
 
 
 def _check_kl_estimate(config: DictConfig):
-    """The divergence is estimated from prompts with other prompts' responses, which differ in every batch."""
+    """Check that the divergence can be estimated: from prompts with other prompts' responses, in every batch."""
     loss = f"loss={config.loss.name}"
     if config.precompute_ref_log_probs:
-        raise UserError(f"precompute_ref_log_probs=true: {loss} needs the reference on other texts in every batch")
+        raise UserError(f"precompute_ref_log_probs=true: {loss} pairs prompts anew in every batch")
     for key in ("batch_size", "eval_batch_size"):
         if config[key] < 2:
             raise UserError(f"{key}={config[key]}: {loss} needs two or more prompts a batch")
@@ -491,7 +386,7 @@ def _check_files(config: DictConfig):
 
 
 def _check_source(key: str, name: str | None):
-    """Refuse what is neither here nor of the form of a hub id, which is all that can be told without asking the hub."""
+    """Refuse what is neither a local folder nor of the form of a hub id; the hub itself is not asked."""
     if (
         name is not None
         and not os.path.exists(name)
@@ -501,7 +396,7 @@ def _check_source(key: str, name: str | None):
 
 
 def _may_be_hub_id(name: str) -> bool:
-    """Whether it has the form of owner/model and not that of a file in a directory that is here."""
+    """True for OWNER/MODEL that isn't a file in an existing directory."""
     owner, _, model = name.partition("/")
     is_file = os.path.exists(owner) or model.endswith((".pt", ".safetensors", ".bin"))
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not is_file

@@ -1,4 +1,4 @@
-"""Checks of `datasets` and of what belongs to it; which of its names are loaded from the hub."""
+"""Checks of `datasets` and its settings; the names that are loaded from the hub."""
 
 import os
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from utils import UserError, closest_match
 
 
 def chosen_datasets(config: DictConfig) -> list[Choice]:
-    """The entries of `datasets`, each with the config's settings where it has none of its own.
+    """Return the entries of `datasets`, with the config's settings where an entry has none of its own.
 
     Raises: UserError if an entry isn't one.
     """
@@ -34,7 +34,7 @@ def chosen_datasets(config: DictConfig) -> list[Choice]:
         choices.append(Choice(**settings))
     names = [choice.name for choice in choices]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"datasets: {twice} stands there twice; give it a weight: {{name: {twice}, weight: 2}}")
+        raise UserError(f"datasets: {twice} is listed twice; give it a weight: {{name: {twice}, weight: 2}}")
     return choices
 
 
@@ -62,7 +62,7 @@ def _check_entry(given: dict, shown: str):
 
 
 def check_fields(given: object, shown: str):
-    """Raises UserError unless it maps texts to texts."""
+    """Raise UserError unless it maps strings to strings."""
     if not isinstance(given, Mapping) or not all(isinstance(x, str) for item in given.items() for x in item):
         raise UserError(f"{shown}: fields={given}: expected a format's names and the data's, e.g. {{prompt: question}}")
 
@@ -79,7 +79,7 @@ def check_datasets(choices: list[Choice], paths: dict[str, str]):
     check_names([choice.name for choice in choices if choice.name in DATASETS], paths)
     for choice in choices:
         if choice.name in DATASETS and choice.name in ROWS:
-            raise UserError(f"datasets=[{choice.name}]: a named dataset is called so; give your rows another name")
+            raise UserError(f"datasets=[{choice.name}]: a built-in dataset has that name; give your rows another")
         if choice.name in DATASETS:
             for key in ("train_split", "test_split", "fields", "ignored_columns"):
                 if getattr(choice, key):
@@ -94,7 +94,7 @@ def check_datasets(choices: list[Choice], paths: dict[str, str]):
 
 
 def hub_names(config: DictConfig, reads_data: bool = True) -> list[str]:
-    """What a run loads by name: ids on the hub or, as they may be, local folders."""
+    """Return what a run loads by name: ids on the hub or local folders."""
     model, reference = config.model, config.reference_model
     names = [model.name_or_path, model.tokenizer_name_or_path, model.archive, reference.name_or_path, reference.archive]
     for choice in chosen_datasets(config) if reads_data else []:

@@ -1,4 +1,4 @@
-"""What to say of a command line or a config that says what there isn't."""
+"""Error messages for unknown keys, names and options, with the closest match."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from config_checks.schema import default_config, names_in, own_keys
 from utils import closest_match
 
-# What other libraries call what is here: theirs, ours.
+# Other libraries' names for our keys
 _SAME = {
     "learning_rate": "lr", "rank": "lora.r", "lora_rank": "lora.r", "lora_r": "lora.r",
     "per_device_eval_batch_size": "eval_batch_size", "num_train_epochs": "n_epochs", "epochs": "n_epochs",
@@ -35,7 +35,7 @@ ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME
     "deepspeed": "trainer=FSDPTrainer divides weights, gradients and optimizer among GPUs",
 }
 _WITHOUT_TRAINING = ("judge", "export")  # configs that have no key of training
-_NO_LOSS = "it is not here; a loss is a function in losses.py and a file in config/loss"
+_NO_LOSS = "it isn't implemented; a loss is a function in losses.py and a file in config/loss"
 _OTHER_LOSSES = dict.fromkeys(("bco", "ppo", "grpo"), _NO_LOSS) | {
     "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
     "sigmoid": "it is loss=dpo",
@@ -43,10 +43,10 @@ _OTHER_LOSSES = dict.fromkeys(("bco", "ppo", "grpo"), _NO_LOSS) | {
 
 
 def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
-    """The message for a config that can't be composed: Hydra's, with the closest match to what was not found.
+    """Return the message for a config that can't be composed: Hydra's, with the closest match to what was not found.
 
     Args:
-        config_name: of its file.
+        config_name: the config's file.
     """
     lines = f"{error}\n{error.__cause__ or ''}".strip().splitlines()
     text = "\n".join(line for line in lines if not line.strip().startswith(("object_type=", "reference_type=")))
@@ -68,7 +68,7 @@ def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
         return _why_not_set(key) if key in default_config() else unknown_key(key, config_name)
     if (key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text)) is not None:  # + and ~ read the default
         return f"{key[1]} can be set as {key[1]}=VALUE alone, without + or ~"
-    no_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"  # of which Hydra makes no text
+    no_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"  # which Hydra parses as no string
     groups = [word for word in sys.argv[1:] if re.fullmatch(no_name, word, re.IGNORECASE)]
     if groups and (isinstance(error, ValueError | TypeError) or "possible interpolation keys" in text):
         there_are = "; ".join(f"{group}=NAME with {', '.join(names_in(group))}" for group in ("loss", "model"))
@@ -79,7 +79,7 @@ def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
 
 
 def _why_not_set(key: str) -> str:
-    """Why a key that there may be isn't there to be set."""
+    """Return why a known key can't be set here."""
     section, _, name = key.partition(".")
     if not name:
         return f"{key} can't be set, as ~{key} has removed it; leave that out"
@@ -89,7 +89,7 @@ def _why_not_set(key: str) -> str:
 
 
 def explain_flags(words: list[str]) -> str:
-    """What to say after Hydra has refused options of the command line."""
+    """Return a hint for options of the command line that Hydra refuses."""
     names = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("-")]
     hints = [f"{ELSEWHERE[name]}. " for name in names if name in ELSEWHERE]
     return (
@@ -99,7 +99,7 @@ def explain_flags(words: list[str]) -> str:
 
 
 def unknown_key(key: str, config_name: str = "config") -> str:
-    """The message about a key that no config has, or that is no key but a section of them."""
+    """Return the message about a key that no config has, or that is a section of keys."""
     if config_name in _WITHOUT_TRAINING:
         hint = closest_match(key, own_keys(config_name))
         return f"no config key {key!r}.{hint} config/{config_name}.yaml lists all keys"

@@ -1,4 +1,4 @@
-"""What the key `lora` may say: PEFT takes much without a word and without effect."""
+"""Checks of the key `lora`: PEFT silently accepts settings that do nothing."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from config_checks.explanations import ELSEWHERE
 from distributed.strategies import STRATEGIES
 from utils import UserError, closest_match
 
-# fields of LoraConfig, or initializations, that PEFT would take without a word and without effect, and why
+# fields of LoraConfig, or initializations, that PEFT would silently ignore, and why
 _WITHOUT_EFFECT = {
     **dict.fromkeys(
         ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"), "PEFT fills it in itself"
@@ -27,8 +27,9 @@ _WITHOUT_EFFECT = {
 
 
 def check_lora(config: DictConfig):
-    """Names and types of LoraConfig's fields, and what PEFT would silently do without; what needs the model, `models`
-    checks.
+    """Check names and types of LoraConfig's fields, and refuse what PEFT would silently ignore.
+
+    `models` checks what needs the model.
 
     Raises: UserError naming the field, its value and the remedy.
     """
@@ -62,7 +63,7 @@ def check_adapter_fits(config: DictConfig, settings: Mapping):
 
 
 def _check_lora_field(name: str, value: object, kind: object):
-    """Refuse a value of another type than its field has; lists of names are left to whoever knows the model's."""
+    """Refuse a value of another type than its field has; `models` checks lists of names."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name == "r" and not (is_number and isinstance(value, int) and value > 0):
         raise UserError(f"lora.r={value}: the rank is a whole number above 0")

@@ -11,12 +11,16 @@ from reporting import runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
-# holders of names that are not ours: PEFT's, an optimizer's, a schedule's, those of datasets
+# sections whose names are not ours: PEFT's, an optimizer's, a schedule's, those of datasets
 FREE_KEYS = ("lora", "optimizer_args", "lr_scheduler_args", "dataset_paths", "fields")
 
 
 def default_config(loss_name: str | None = None) -> dict[str, object]:
-    """Every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}; those of one loss, or all."""
+    """Return every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}.
+
+    Args:
+        loss_name: leave out the options of other losses.
+    """
     flat = copy.deepcopy(_defaults_in_files())
     for loss in [LOSSES[loss_name]] if loss_name is not None else LOSSES.values():
         flat |= {f"loss.{name}": option.default for name, option in loss.options.items()}
@@ -31,7 +35,7 @@ def _defaults_in_files() -> dict[str, object]:
 
 
 def changed_keys(config: DictConfig) -> dict[str, object]:
-    """The keys whose values are not the defaults, without where the run is: {'lr': 1e-5, 'loss.beta': 0.5, ...}."""
+    """Return the keys that differ from the defaults, but for the run's directories: {'lr': 1e-5, ...}."""
     defaults = default_config(config.loss.name)
     flat = flatten(config)
     return {
@@ -42,7 +46,7 @@ def changed_keys(config: DictConfig) -> dict[str, object]:
 
 
 def own_keys(config_name: str) -> dict[str, object]:
-    """The keys that config/<config_name>.yaml has itself, with their defaults."""
+    """Return the keys that config/<config_name>.yaml has itself, with their defaults."""
     own = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))
     return {key: value for key, value in own.items() if key not in ("hydra", "defaults")}
 
@@ -53,5 +57,5 @@ def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
 
 
 def names_in(group: str) -> list[str]:
-    """What `GROUP=NAME` takes."""
+    """Return the names that `GROUP=NAME` takes."""
     return sorted(path.stem for path in CONFIG_DIR.glob(f"{group}/*.yaml"))

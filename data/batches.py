@@ -38,6 +38,7 @@ class Prompt:
     rows: list[int] = field(default_factory=list)  # of each pair
     prompt_ids: list[int] | None = None  # None: not tokenized yet
     response_ids: list[list[int]] = field(default_factory=list)  # with the end token
+    trained: list[list[int]] = field(default_factory=list)  # runs of trained tokens in each; see `make_element`
     target: int = 0  # index of sft_target in responses
     n_kept: int = 0  # leading tokens (such as BOS) that truncation never removes
     other: "Prompt | None" = None  # unpaired data: the prompt of the dispreferred response
@@ -164,18 +165,19 @@ class BatchIterator:
     def _element_of_ids(self, prompt: Prompt, partner: Prompt, index: int) -> dict:
         """Make the element of an example that is tokenized already."""
         texts, ids = chosen_and_rejected(partner, index, self.sft_mode)
+        runs = [partner.trained[i] for i in response_numbers(partner, index, self.sft_mode)]
 
-        def element(prompt: Prompt, texts: list[str], ids: list[list[int]]) -> dict:
+        def element(prompt: Prompt, texts: list[str], ids: list[list[int]], runs: list[list[int]]) -> dict:
             prompt_ids, n_kept = prompt.prompt_ids, prompt.n_kept
             if self.lengths.get("add_bos") and prompt_ids[:1] != [self.tokenizer.bos_token_id]:
                 prompt_ids, n_kept = [self.tokenizer.bos_token_id, *prompt_ids], n_kept + 1
             lengths = self.lengths["max_length"], self.lengths["max_prompt_length"], n_kept
-            return make_element([prompt.text, *texts], prompt_ids, ids, prompt.truncation_mode, *lengths)
+            return make_element([prompt.text, *texts], prompt_ids, ids, prompt.truncation_mode, *lengths, runs)
 
         if prompt.other is None:
-            return element(prompt, texts, ids)
-        chosen = element(prompt, [texts[0]] * 2, [ids[0]] * 2)
-        rejected = element(prompt.other, [texts[1]] * 2, [ids[1]] * 2)
+            return element(prompt, texts, ids, runs)
+        chosen = element(prompt, [texts[0]] * 2, [ids[0]] * 2, [runs[0]] * 2)
+        rejected = element(prompt.other, [texts[1]] * 2, [ids[1]] * 2, [runs[1]] * 2)
         return chosen | {key: value for key, value in rejected.items() if key.startswith("rejected")}
 
     def _epoch_orders(self) -> Iterator[MutableSequence[int]]:
@@ -251,6 +253,11 @@ def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[lis
         return [prompt.sft_target] * 2, [prompt.response_ids[prompt.target]] * 2 if prompt.response_ids else []
     pair = prompt.pairs[index]
     return [prompt.responses[i] for i in pair], [prompt.response_ids[i] for i in pair] if prompt.response_ids else []
+
+
+def response_numbers(prompt: Prompt, index: int, sft_mode: bool) -> tuple[int, int]:
+    """Return the indices of a pair's chosen and rejected responses; in SFT twice that of the target."""
+    return (prompt.target, prompt.target) if sft_mode else prompt.pairs[index]
 
 
 def next_other_prompt(batch: list[tuple[Prompt, int]], index: int) -> int:

@@ -1,123 +1,297 @@
-"""Messages as a model is used to see them: rendered by its chat template, and tokenized.
+"""Render messages by a model's chat template, and tokenize them.
 
 A template is a program in a tokenizer's files (https://huggingface.co/docs/transformers/chat_templating) that writes
-turns, and the tokens between them, as one text.
+turns, and the tokens between them, as one string. What is trained of it is what the assistant wrote (`data.turns`).
 """
 
+import functools
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+from transformers import GenerationConfig
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.messages import BadExample
 from data.rows import Example, shared_start
+from data.turns import STAND_IN, Dialogue, Span, is_assistants
 from utils import UserError
+
+_REFUSED, _ALTERED = "refused by the chat template", "altered by the chat template"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass
 class Rendered:
-    """An example as texts, and whether these hold all special tokens that belong there."""
+    """An example as strings.
+
+    A templated one holds all special tokens that belong there, and its responses end where the last trained turn does.
+    """
 
     prompt: str
     responses: list[str]
-    is_templated: bool
+    trained: list[list[Span]] | None = None  # in each response, what the assistant wrote; None: all, not templated
+
+    @property
+    def is_templated(self) -> bool:
+        """True if a chat template wrote it."""
+        return self.trained is not None
+
+
+@dataclass
+class Tokenized:
+    """Token ids of a prompt and of its responses, each response with its end."""
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    trained: list[list[int]]  # in each response, start and end of each run of trained tokens, one after the other
 
 
 class Renderer:
-    """Writes examples as texts, and tokenizes them."""
+    """Turns examples into strings, and tokenizes them."""
 
-    def __init__(self, tokenizer, template_path: str | None):
+    def __init__(
+        self,
+        tokenizer,
+        template_path: str | None,
+        verbatim_responses: bool = False,
+        last_turn_only: bool = False,
+    ):
         """Args:
-        template_path: a file with the chat template that messages are rendered with; None: the tokenizer's own.
+        template_path: a file with the chat template; None: the tokenizer's own.
+        verbatim_responses: write responses that the template alters as they are, instead of refusing them.
+        last_turn_only: of a response's turns of the assistant only the last one is trained.
 
         Raises: UserError if the file can't be read or is no template.
         """
-        self.tokenizer = tokenizer
-        self.template = _load_template(tokenizer, template_path)
+        self.tokenizer, self.verbatim_responses = tokenizer, verbatim_responses
+        self.last_turn_only = last_turn_only
+        self.template = read_template(tokenizer, template_path)
         added = tokenizer.added_tokens_decoder.items()
         special = {str(token): number for number, token in added if token.special}
         special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.special_ids = set(special.values())
-        # longest first, as one may begin like another
-        self.is_special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+        self.is_special = _any_of(special)
+        end = turn_end(tokenizer, self.template)
+        self.end_token = _any_of({*special, *([end] if end else [])})
+        self.marks_turns = bool(self.template and _GENERATION.search(self.template))
+        self.unopened: set[str] = set()  # what generation prompts end in, and rendered responses don't begin with
+
+    # ---- rendering --------------------------------------------------------------------------------------------------
 
     def render(self, example: Example) -> Rendered:
-        """An example's texts; messages are rendered by the chat template.
+        """Return an example's strings; messages are rendered by the chat template.
 
-        Raises: BadExample if a text contains special tokens that are the template's to place, or the template refuses.
+        Raises: BadExample if a text contains special tokens that are the template's to place, if the template refuses
+            the messages, or if it leaves something out of them.
         """
         if isinstance(example.prompt, str):
             for text in (example.prompt, *example.responses):
                 if self.tokenizer.eos_token in text:
                     _raise_special(text, self.tokenizer.eos_token, self.tokenizer.eos_token)
-            return Rendered(example.prompt, list(example.responses), False)
-        for messages in (example.prompt, *example.responses):
-            for message in messages:
-                if isinstance(message.get("content"), str) and (found := self.is_special.search(message["content"])):
-                    _raise_special(message["content"], found[0], self.tokenizer.eos_token)
+            return Rendered(example.prompt, list(example.responses))
+        prompt, responses = _with_shared_start(example.prompt, example.responses)
+        for messages in (prompt, *responses):
+            self._check_messages(messages)
+        dialogues = [self._dialogue(prompt, response, example.tools) for response in responses]
+        if dialogues:
+            return self._divided_dialogues(dialogues)
+        return Rendered(self._dialogue(prompt, [], example.tools).opened, [], [])
+
+    def render_dialogue(self, messages: list[dict]) -> str:
+        """Return whole messages as the template writes them. Raises: BadExample as `render` does."""
+        self._check_messages(messages)
+        return self._apply(None, messages)[0]
+
+    def _check_messages(self, messages: list[dict]):
+        for message in messages:
+            if isinstance(message.get("content"), str) and (found := self.is_special.search(message["content"])):
+                _raise_special(message["content"], found[0], self.tokenizer.eos_token)
         if self.template is None:
             raise UserError(
                 "messages need a chat template, and the tokenizer has none; take an instruct model's "
                 "(model.tokenizer_name_or_path), or give one: chat_template=FILE, e.g. "
                 "chat_template=assets/human_assistant.jinja for 'Human:' and 'Assistant:'"
             )
-        before = self._apply(example, example.prompt)
-        wholes = [self._apply(example, example.prompt + response) for response in example.responses]
-        # what opens the answer's turn is the prompt's
-        prompt = self._apply(example, example.prompt, add_generation_prompt=True)
-        if not all(whole.startswith(prompt) for whole in wholes):
-            # some templates open it otherwise in a prompt than in a dialogue: to the end of a line or special token
-            shared = shared_start([prompt, *wholes])
-            ends = [shared.rfind("\n") + 1, *(match.end() for match in self.is_special.finditer(shared))]
-            prompt = shared[: max(len(before) if shared.startswith(before) else 0, *ends)]
-        if not prompt.startswith(before):
-            reason = "the chat template writes the prompt otherwise where a response follows"
-            raise BadExample("refused by the chat template", reason)
-        return Rendered(prompt, [whole[len(prompt) :] for whole in wholes], True)
 
-    def _apply(self, example: Example, messages: list[dict], **kwargs) -> str:
+    def _apply(self, tools: list | None, messages: list[dict], **kwargs) -> tuple[str, list[Span]]:
+        """Render messages; and tell which parts the template marks as the assistant's, if it marks any."""
+        kwargs |= {"chat_template": self.template, "tools": tools}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tools=example.tools, tokenize=False, **kwargs
-            )
+            if not self.marks_turns:
+                return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs), []
+            kwargs |= self.tokenizer.special_tokens_map
+            texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **kwargs)
+            return texts[0], spans[0]
         except Exception as error:  # templates raise whatever they like, e.g. where roles don't alternate
-            raise BadExample("refused by the chat template", f"the chat template refuses it: {error}") from error
+            raise BadExample(_REFUSED, f"the chat template refuses it: {error}") from error
 
-    def tokenize(self, rendered: list[Rendered]) -> list[tuple[list[int], list[list[int]]]]:
-        """Token ids of each example's prompt and of its responses, each response with its end.
+    def _dialogue(self, prompt: list[dict], response: list[dict], tools: list | None) -> Dialogue:
+        """Render a prompt and a response. Raises: BadExample if the template leaves something out."""
+        apply = functools.partial(self._apply, tools)
+        dialogue = Dialogue(apply, prompt, response, self.end_token, self.marks_turns)
+        lacking = dialogue.left_out()
+        altered = [n for n, _ in lacking if n >= len(prompt) and is_assistants(dialogue.messages[n])]
+        if altered and self.verbatim_responses:
+            dialogue.keep(altered)
+            lacking = dialogue.left_out()
+        other = "give a template that does, by chat_template=FILE"
+        for number, part in lacking:
+            message = (
+                f"the chat template doesn't write {part!r:.100} of the {dialogue.messages[number]['role']}'s message"
+            )
+            is_curable = number in altered and not self.verbatim_responses
+            remedy = "verbatim_responses=true writes such responses as they are" if is_curable else other
+            raise BadExample(_ALTERED, f"{message}; {remedy}")
+        if tools and self._apply(None, dialogue.messages)[0] == self._apply(tools, dialogue.messages)[0]:
+            message = "the chat template doesn't write the row's tools"
+            raise BadExample(_ALTERED, f"{message}; {other}, or leave them out by ignored_columns=[tools]")
+        return dialogue
 
-        Texts are tokenized apart, as in the original, and a response gets the end-of-sequence token. In a template's
-        text prompt and response are tokenized together, as the template means it, and divided at the border; apart only
-        where one token would reach over it, as no prompt ends in half a token. The end is the template's; where it puts
-        no special token there, the end-of-sequence token.
+    def _divided_dialogues(self, dialogues: list[Dialogue]) -> Rendered:
+        """Divide dialogues, which begin with the same messages, into the prompt and what follows it."""
+        wholes = [dialogue.text for dialogue in dialogues]
+        opening = None if self.marks_turns else self._opening(dialogues)
+        spans = [dialogue.spans(opening) for dialogue in dialogues]
+        if self.last_turn_only:
+            spans = [found[-1:] for found in spans]
+        border, shared = min(found[0][0] for found in spans), shared_start(wholes)
+        if border > len(shared):  # they differ before the first word that is trained
+            border = max(self._cuts(shared))
+        prompt, opened = wholes[0][:border], dialogues[0].opened
+        if dialogues[0].begins_with_assistant and not wholes[0].startswith(opened) and opened.startswith(prompt):
+            self.unopened.add(opened[border:])
+        responses = [whole[border : found[-1][1]] for whole, found in zip(wholes, spans, strict=True)]
+        trained = [[(start - border, end - border) for start, end in found] for found in spans]
+        return Rendered(prompt, responses, trained)
+
+    def _opening(self, dialogues: list[Dialogue]) -> int | None:
+        """Where the responses begin, after what opens the assistant's turn; None: each must look for it itself.
+
+        Some templates open a turn differently in a prompt than in a dialogue: then it is where the two differ, at the
+        end of a line or special token.
         """
+        if not all(dialogue.begins_with_assistant for dialogue in dialogues):
+            return None
+        before, opened = dialogues[0].before, dialogues[0].opened
+        wholes = [dialogue.text for dialogue in dialogues]
+        if all(whole.startswith(opened) for whole in wholes):
+            return len(opened)
+        shared = shared_start([opened, *wholes])
+        if shared.startswith(before):
+            return max(len(before), *self._cuts(shared))
+        if any(dialogue.has_several for dialogue in dialogues):  # later turns may change how earlier ones are written
+            return None
+        raise BadExample(_REFUSED, "the chat template writes the prompt differently where a response follows")
+
+    def _cuts(self, text: str) -> list[int]:
+        """Where a prompt may end in a text: after each line and special token, or nowhere."""
+        return [0, text.rfind("\n") + 1, *(match.end() for match in self.is_special.finditer(text))]
+
+    # ---- tokenizing -------------------------------------------------------------------------------------------------
+
+    def tokenize(self, rendered: list[Rendered]) -> list[Tokenized]:
+        """Tokenize the strings of several examples, all in one call of the tokenizer.
+
+        Strings are tokenized apart, as in the original, and a response gets the end-of-sequence token. In a template's
+        string prompt and response are tokenized together, as the template means it, and divided at the borders of
+        turns; apart only where one token would reach over a border, as no prompt ends in half a token. The end is the
+        template's; where it puts no special token there, the end-of-sequence token.
+        """
+        borders = [_borders(one) for one in rendered]
         texts = []
-        for one in rendered:
-            texts += [one.prompt, *(one.prompt + r if one.is_templated else r for r in one.responses)]
+        for one, of_response in zip(rendered, borders, strict=True):
+            texts.append(one.prompt)
+            for response, ends in zip(one.responses, of_response, strict=True):
+                whole = one.prompt + response if one.is_templated else response
+                texts += [whole, *(whole[:end] for end in ends)]
         ids = iter(token_ids(texts, self.tokenizer))
-        tokenized = []
-        for one in rendered:
-            prompt, responses = next(ids), [next(ids) for _ in one.responses]
-            if one.is_templated:
-                responses = [
-                    whole[len(prompt) :] if whole[: len(prompt)] == prompt else token_ids([text], self.tokenizer)[0]
-                    for whole, text in zip(responses, one.responses, strict=True)
-                ]
-            for response in responses:
-                if not (one.is_templated and self._ends_turn(response)):
-                    response.append(self.tokenizer.eos_token_id)
-            tokenized.append((prompt, responses))
-        return tokenized
+        return [self._tokenized(one, of_response, ids) for one, of_response in zip(rendered, borders, strict=True)]
 
-    def _ends_turn(self, response: list[int]) -> bool:
-        """Whether a special token stands at the end, but for white space after it."""
-        for token in reversed(response):
-            if token in self.special_ids:
-                return True
-            if self.tokenizer.decode([token]).strip():
-                return False
-        return False
+    def _tokenized(self, one: Rendered, borders: list[list[int]], ids: Iterator[list[int]]) -> Tokenized:
+        """Args:
+        borders: those inside of each response.
+        ids: of the prompt and of each response, whole and up to each border.
+        """
+        prompt_ids, response_ids, trained = next(ids), [], []
+        for number, (response, ends) in enumerate(zip(one.responses, borders, strict=True)):
+            whole, starts = next(ids), [next(ids) for _ in ends]
+            if not one.is_templated:
+                response_ids.append([*whole, self.tokenizer.eos_token_id])
+                trained.append([0, len(whole) + 1])
+                continue
+            places = [len(one.prompt), *ends]
+            divided, counts = self._divided(one.prompt + response, places, whole, [prompt_ids, *starts])
+            tokens = divided[counts[0] :]
+            at = {place: count - counts[0] for place, count in zip(places, counts, strict=True)}
+            at[len(one.prompt) + len(response)] = len(tokens)
+            runs = [at[len(one.prompt) + place] for span in one.trained[number] for place in span]
+            if not self._ends_turn(response):
+                tokens.append(self.tokenizer.eos_token_id)
+                runs[-1] += 1
+            response_ids.append(tokens)
+            trained.append(runs)
+        return Tokenized(prompt_ids, response_ids, trained)
+
+    def _divided(
+        self, text: str, borders: list[int], ids: list[int], starts: list[list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of a text, and how many come before each border.
+
+        Args:
+            ids: of the whole text.
+            starts: ids of the text up to each border.
+        """
+        counts = []
+        for index, (border, start) in enumerate(zip(borders, starts, strict=True)):
+            if ids[: len(start)] != start:  # a token reaches over the border
+                rest, later = text[border:], [other - border for other in borders[index + 1 :]]
+                rest_ids, *rest_starts = token_ids([rest, *(rest[:other] for other in later)], self.tokenizer)
+                rest_ids, rest_counts = self._divided(rest, later, rest_ids, rest_starts)
+                return start + rest_ids, [*counts, len(start), *(len(start) + count for count in rest_counts)]
+            counts.append(len(start))
+        return ids, counts
+
+    def _ends_turn(self, response: str) -> bool:
+        """True if an end token stands at the end, but for white space after it."""
+        return self.marks_turns or any(
+            not response[match.end() :].strip() for match in self.end_token.finditer(response)
+        )
 
 
-def _load_template(tokenizer, path: str | None) -> str | None:
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    """A pattern that matches any of the tokens, the longest first, as one may begin like another."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _with_shared_start(prompt: list[dict], responses: list[list[dict]]) -> tuple[list[dict], list[list[dict]]]:
+    """Move what others say at the beginning of all responses, such as a tool's output, to the prompt."""
+    n = 0
+    while responses and all(
+        len(response) > n + 1 and not is_assistants(response[n]) and response[n] == responses[0][n]
+        for response in responses
+    ):
+        n += 1
+    return (prompt + responses[0][:n] if n else prompt), [response[n:] for response in responses]
+
+
+def _borders(one: Rendered) -> list[list[int]]:
+    """Where trained turns begin and end inside of each response, in characters of prompt and response."""
+    if not one.is_templated:
+        return [[] for _ in one.responses]
+    return [
+        sorted({len(one.prompt) + place for span in spans for place in span if 0 < place < len(response)})
+        for response, spans in zip(one.responses, one.trained, strict=True)
+    ]
+
+
+# ---- templates and what ends a turn ---------------------------------------------------------------------------------
+
+
+def read_template(tokenizer, path: str | None) -> str | None:
+    """Return the chat template in a file, or the tokenizer's own.
+
+    Raises: UserError if the file can't be read or is no template.
+    """
     if path is None:
         return tokenizer.chat_template and tokenizer.get_chat_template()
     try:
@@ -127,6 +301,30 @@ def _load_template(tokenizer, path: str | None) -> str | None:
     except Exception as error:  # jinja's
         raise UserError(f"chat_template={path}: {error}; give a file with a Jinja chat template") from error
     return template
+
+
+def turn_end(tokenizer, template: str | None) -> str | None:
+    """Return the token that ends an assistant's turn in a chat template; None if there is none."""
+    if template is None:
+        return None
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
+    try:
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except Exception:  # a template may refuse any messages
+        return None
+    known = _any_of({str(token) for token in tokenizer.added_tokens_decoder.values()} | {*tokenizer.all_special_tokens})
+    found = known.search(text, text.rfind(STAND_IN) + 1) if STAND_IN in text else None
+    return found and found[0]
+
+
+def end_token_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
+    """Return the ids that end a response: the tokenizer's, the model's, and what ends a turn in the chat template."""
+    ends = generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    if getattr(tokenizer, "chat_template", None):
+        end = turn_end(tokenizer, tokenizer.get_chat_template())
+        ends |= {tokenizer.convert_tokens_to_ids(end)} if end else set()
+    return sorted(ends - {None})
 
 
 def _raise_special(text: str, token: str, eos_token: str):

@@ -35,3 +35,5 @@ class Settings:
     skips_bad: bool = False  # skip examples that can't be used, instead of stopping
     chat_template: str | None = None  # a file; None means the tokenizer's own template
     texts_as_messages: bool = False  # render plain prompts and responses with the chat template, too
+    trained_turns: str = "all"  # which of the assistant's turns in a response: all, or last
+    verbatim_responses: bool = False  # write responses as they are where the chat template would alter them

@@ -1,4 +1,4 @@
-"""How a batch is cut into microbatches: parts that are computed one after the other, their gradients added up."""
+"""Cut a batch into microbatches: parts that are computed one after the other, their gradients added up."""
 
 from collections.abc import Callable
 
@@ -6,22 +6,38 @@ import torch
 
 from utils import take
 
-CPU_OVERHEAD = 64  # what one more microbatch costs on a CPU, in tokens
+CPU_OVERHEAD = 64  # cost of one more microbatch on a CPU, in tokens
 
 
 def part_lengths(batch: dict) -> list[torch.Tensor]:
-    """Tokens in each example's prompt and in its response or responses, each of shape (batch_size,)."""
+    """Return how many tokens an example's prompt has, and what follows it in each sequence: (batch_size,) each.
+
+    The prompt is what stands before the first trained token of both sequences, as far as they have it in common. What
+    follows may hold tokens that aren't trained: others' turns between those of the assistant.
+    """
     sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
-    prompts = batch["chosen_attention_mask"].sum(1) - (batch["chosen_labels"] != -100).sum(1)
-    return [prompts, *((batch[f"{side}_labels"] != -100).sum(1) for side in sides)]
+    n_tokens = [batch[f"{side}_attention_mask"].sum(1) for side in sides]
+    starts = [_first(batch[f"{side}_labels"] != -100) for side in sides]
+    if len(sides) == 2:
+        chosen_ids, rejected_ids = (batch[f"{side}_input_ids"] for side in sides)
+        width = min(chosen_ids.shape[1], rejected_ids.shape[1])
+        starts.append(_first(chosen_ids[:, :width] != rejected_ids[:, :width]))
+    n_prompt = torch.stack([*n_tokens, *starts]).amin(0)
+    return [n_prompt, *(n - n_prompt for n in n_tokens)]
+
+
+def _first(is_wanted: torch.Tensor) -> torch.Tensor:
+    """Return the first wanted position of each row, its length if there is none: (B, T) to (B,)."""
+    places = torch.arange(is_wanted.shape[1]).expand_as(is_wanted)
+    return places.masked_fill(~is_wanted, is_wanted.shape[1]).amin(1)
 
 
 def computed_tokens(batch: dict, shared: bool, padded: bool = False) -> torch.Tensor:
-    """Tokens that are computed for each example, (batch_size,).
+    """Return how many tokens are computed for each example, (batch_size,).
 
     Args:
         shared: a pair's prompt is computed once.
-        padded: with the padding of the shorter of an example's two rows.
+        padded: count the padding of the shorter of an example's two rows.
     """
     if shared:
         return sum(part_lengths(batch))
@@ -39,17 +55,17 @@ def microbatches(
     max_tokens: int | None = None,
     agree: Callable[[int], int] = lambda n: n,
 ) -> list[dict]:
-    """Cut a batch into microbatches, at least `n_least`, none with more than its `n_least`-th part of the examples.
+    """Cut a batch into at least `n_least` microbatches, none of which has more than 1 / `n_least` of the examples.
 
-    The examples are sorted by length first and cut where padding and the cost of one more microbatch come to least, so
-    a microbatch pads little. Together they hold each example once; weigh each by its number of examples.
+    Examples are sorted by length first, and cut where padding and the cost of one more microbatch are least. Each
+    example is in one microbatch; weigh a microbatch by its number of examples.
 
     Args:
         shared: a pair's prompt is computed once.
-        overhead: what one more microbatch costs, in tokens.
+        overhead: cost of one more microbatch, in tokens.
         packed: there is no padding.
-        max_tokens: in a microbatch, padding among them; an example that has more is one by itself.
-        agree: where several workers must make equally many, tells each the most that any of them makes.
+        max_tokens: the most tokens in a microbatch, padding included; a longer example gets one of its own.
+        agree: where all workers must make the same number, returns the largest number that any of them makes.
     """
     lengths = computed_tokens(batch, shared, padded=not packed)
     order = lengths.argsort(descending=True, stable=True)
@@ -63,9 +79,9 @@ def microbatches(
 def _cheapest_cuts(
     lengths: list[int], max_size: int, overhead: float, packed: bool = False, max_tokens: int | None = None
 ) -> list[int]:
-    """Sizes of the consecutive groups, at most `max_size` each, that cost least in all; `lengths` fall.
+    """Return the sizes of the cheapest consecutive groups of at most `max_size` examples; `lengths` must not increase.
 
-    A group costs its examples times its longest, or if packed the sum of their lengths, plus `overhead`.
+    A group costs its size times its longest length, or if packed the sum of its lengths, plus `overhead`.
     """
     best = [0.0] + [float("inf")] * len(lengths)  # cost of the first n examples
     last = [0] * (len(lengths) + 1)  # size of their last group

@@ -16,6 +16,9 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from basics.checksums import read_checksums, verify_checksum, write_checksums
+from basics.files import HashCache, flush_to_disk
+from basics.outputs import CHECKSUMS
 from data import chat
 from data.batches import prefetched, split_name
 from data.choice import Choice, Settings
@@ -27,9 +30,9 @@ from data.prepared import SCHEMA, TEXTS, PreparedPrompts
 from data.row_sources import ROWS, BadRows, Rows, open_splits, rows_of_list
 from data.rows import Example
 from reporting.terminal import Progress
-from utils import UserError, get_local_dir
+from utils import UserError, get_local_dir, rank0_print
 
-VERSION = 2  # of the cache's format and of how rows are read; bump to rebuild
+VERSION = 3  # of the cache's format and of how rows are read; bump to rebuild
 _CHUNK = 1024  # rows tokenized at a time
 _INSPECTED = 100  # rows that decide the format
 _COUNTED = 10_000  # rows in which bad ones are counted before the error is raised
@@ -101,7 +104,8 @@ def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -
     usable = _usable(chunk, read, renderer, bad)
     tokenized = renderer.tokenize([rendered for *_, rendered in usable])
     records = []
-    for (number, place, example, rendered), (prompt_ids, response_ids) in zip(usable, tokenized, strict=True):
+    for (number, place, example, rendered), tokens in zip(usable, tokenized, strict=True):
+        prompt_ids, response_ids = tokens.prompt_ids, tokens.response_ids
         pairs = [(i, j) for i, j in example.pairs if response_ids[i] != response_ids[j]]
         if len(pairs) < len(example.pairs) and not read.is_ranked:
             bad.add(number, place, "identical responses", "chosen and rejected are the same tokens once rendered")
@@ -118,6 +122,7 @@ def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -
             "n_kept": int(has_bos),
             "prompt_ids": prompt_ids,
             "response_ids": response_ids,
+            "trained": tokens.trained,
         }
         records.append((_prompt_hash(example), record))
     return records
@@ -156,7 +161,8 @@ def _write_files(directory: str, sources: dict[str, Rows], settings: Settings, r
         info = _write_splits(directory, sources, settings, renderer, read, info["smallest"])
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
         about = {"format": read.description, "unread": read.unread, "ignored": settings.ignored_columns,
-                 "skips_template": read.could_be_chat and bool(renderer.template)}  # fmt: skip
+                 "skips_template": read.could_be_chat and bool(renderer.template),
+                 "unopened": sorted(renderer.unopened)}  # fmt: skip
         json.dump(info | about, file)
 
 
@@ -212,7 +218,9 @@ def prepare(
 
     Raises: UserError with place and remedy if rows can't be used, or the loss doesn't accept them.
     """
-    renderer = chat.Renderer(tokenizer, settings.chat_template)
+    renderer = chat.Renderer(
+        tokenizer, settings.chat_template, settings.verbatim_responses, settings.trained_turns == "last"
+    )
     if isinstance(source, list):
         sources = {"train": rows_of_list(name, source)}
     else:
@@ -226,12 +234,17 @@ def prepare(
     try:
         os.makedirs(os.path.dirname(directory), exist_ok=True)
         with FileLock(f"{directory}.lock"):
+            if (reason := _find_damage(directory, cache_dir)) is not None:
+                rank0_print(f"WARNING: {directory} is damaged ({reason}): preparing it again")
+                shutil.rmtree(directory)
             if not os.path.exists(directory):
                 partial = f"{directory}.partial"
                 shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
                 os.makedirs(partial)
                 try:
                     _write_files(partial, sources, settings, renderer, read)
+                    write_checksums(partial)
+                    flush_to_disk(*(os.path.join(partial, name) for name in os.listdir(partial)), partial)
                     os.rename(partial, directory)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -241,6 +254,22 @@ def prepare(
             "another place with local_dirs=[DIR]"
         ) from error
     return tuple(PreparedPrompts(directory, role, name, truncation_mode, loss_takes) for role in ("train", "test"))
+
+
+def _find_damage(directory: str, cache_dir: str) -> str | None:
+    """Return the damage to prepared data; None if it is whole, or doesn't exist yet."""
+    if not os.path.exists(directory):
+        return None
+    hash_file = HashCache(cache_dir).sha256
+    try:
+        checksums = read_checksums(directory)
+        if not {"info.json", "train.arrow", "test.arrow"} <= checksums.keys():
+            return f"{CHECKSUMS} lacks a file"
+        for name, digest in checksums.items():
+            verify_checksum(directory, name, digest, hash_file)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _recognize(sources: dict[str, Rows], settings: Settings, loss_takes: Sequence[str]) -> Format:

@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         "n_kept": pa.int32(),
         "prompt_ids": IDS,
         "response_ids": pa.list_(IDS),
+        "trained": pa.list_(IDS),  # in each response: start, end, start, end, ... of the runs of trained tokens
     }
 )
 
@@ -90,6 +91,7 @@ class PreparedPrompts(Sequence):
             prompt.other = other = self._prompt(int(self.others[index]))
             prompt.responses = [*prompt.responses, *other.responses]
             prompt.response_ids = [*prompt.response_ids, *other.response_ids]
+            prompt.trained = [*prompt.trained, *other.trained]
             prompt.pairs = [(0, 1)]
         return prompt
 
@@ -117,6 +119,7 @@ class PreparedPrompts(Sequence):
             rows=[row] * max(1, len(pairs)),
             prompt_ids=batch.column("prompt_ids")[offset].values.to_numpy().tolist(),
             response_ids=[ids.values.to_numpy().tolist() for ids in batch.column("response_ids")[offset].values],
+            trained=[runs.values.to_numpy().tolist() for runs in batch.column("trained")[offset].values],
             target=target,
             n_kept=batch.column("n_kept")[offset].as_py(),
         )

@@ -12,9 +12,10 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from basics.files import content_hash
+from basics.printing import hides_progress
 from data import diagnosis, hub
 from data.plain_reader import csv_delimiter
-from printing import hides_progress
 from utils import UserError, closest_sibling, rank0_print
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def read_rows(
                 module = _MODULES[_suffix(files[0])]
             if _MODULES.get(_suffix(files[0])) == "csv":
                 kwargs |= _csv_options(files, csv_as_strings)
+            if cache_dir is not None:  # the library identifies files by their times, which tar and rsync restore
+                cache_dir = os.path.join(cache_dir, "rows", content_hash(files, cache_dir)[:32])
         builder = datasets.load_dataset_builder(module, name=config, cache_dir=cache_dir, **kwargs)
         files = list((builder.config.data_files or {}).get(split.partition("[")[0], []))
         if not silent:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
+from basics.printing import printable, uses_color
 from data import chat
 from data.batches import BatchIterator, Prompt, chosen_and_rejected
 from data.prepared import PreparedPrompts
-from printing import printable, uses_color
 from utils import rank0_print
 
 _MEASURED = 10_000  # prompts of a named dataset that are tokenized to estimate lengths
@@ -88,6 +89,12 @@ def _row_lines(part: Sequence[Prompt], split: str) -> list[str]:
             f"{part.dataset}: prompts and responses are plain strings, to which the chat template isn't applied; "
             "apply_chat_template=true applies it"
         )
+    if part.info["unopened"] and split == "train":
+        endings = " or ".join(map(repr, part.info["unopened"][:3]))
+        lines.append(
+            f"{part.dataset}: the chat template's generation prompt ends in {endings}, but rendered dialogues lack it, "
+            "and so do the trained prompts"
+        )
     return lines + labels
 
 
@@ -133,15 +140,24 @@ def format_example(batches: BatchIterator, tokenizer) -> str:
         mask = batch[f"{side}_attention_mask"][0].bool()
         ids, labels = batch[f"{side}_input_ids"][0][mask], batch[f"{side}_labels"][0][mask]
         start = int((labels != -100).int().argmax())
-        parts.append((side, ids[:start].tolist(), ids[start:].tolist()))
-    shown = [f"An example with {len(parts[0][1])} prompt tokens, and the responses trained on:"]
+        parts.append((side, ids[:start].tolist(), _runs(ids[start:], labels[start:])))
+    shown = [f"An example with {len(parts[0][1])} prompt tokens, and its responses with the trained tokens marked:"]
     last_prompt = None
     for side, prompt, response in parts:
         if prompt != last_prompt:
             shown.append(_shortened(prompt, tokenizer))
         last_prompt = prompt
-        shown.append(f"  {side}: {_marked(_shortened(response, tokenizer))}")
+        texts = [(_shortened(run, tokenizer), is_trained) for run, is_trained in response]
+        shown.append(f"  {side}: {''.join(_marked(text) if is_trained else text for text, is_trained in texts)}")
     return "\n".join(shown)
+
+
+def _runs(ids: torch.Tensor, labels: torch.Tensor) -> list[tuple[list[int], bool]]:
+    """Divide a response's ids where trained tokens begin and end; True for those that are trained."""
+    is_trained = labels != -100
+    borders = (is_trained[1:] != is_trained[:-1]).nonzero().flatten() + 1
+    parts = zip(ids.tensor_split(borders), is_trained.tensor_split(borders), strict=True)
+    return [(part.tolist(), bool(trained[0])) for part, trained in parts]
 
 
 def _shortened(ids: list[int], tokenizer) -> str:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from basics.files import content_hash
 from data import reading
 from data.batches import split_name
 from data.choice import Settings
@@ -106,7 +106,7 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
         if "[" in split or not (named and are_json_lines(named)):
             raise
         rank0_print(f"{label}: reading line by line, because the library failed: {str(error).splitlines()[0]}")
-        return Rows(where, label, split, _fingerprint(files), None, files=named)
+        return Rows(where, label, split, content_hash(files, cache_dir), None, files=named)
     cache_files = [file["filename"] for file in rows.cache_files]
 
     def place(row: int) -> str:
@@ -116,7 +116,8 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
     holds_json = "Json(" in str(rows.features)
     dataset = rows if holds_json else rows.with_format("arrow")
     adds_nulls = rows.builder_name not in ("json", "csv")
-    return Rows(where, label, split, _fingerprint(cache_files), len(rows), dataset, place, adds_nulls=adds_nulls)
+    fingerprint = content_hash(files or cache_files, cache_dir)
+    return Rows(where, label, split, fingerprint, len(rows), dataset, place, adds_nulls=adds_nulls)
 
 
 def rows_of_list(name: str, rows: list[dict]) -> Rows:
@@ -133,11 +134,6 @@ def rows_of_list(name: str, rows: list[dict]) -> Rows:
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: expected rows of strings, numbers, lists and dicts: {error}") from error
     return Rows(where, name, "train", digest, len(rows), rows)
-
-
-def _fingerprint(files: Iterable[str]) -> str:
-    stats = [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 class BadRows:

@@ -320,15 +320,20 @@ def _label(row: Row) -> bool | None:
 
 
 def read_dialogue(row: Row) -> Example:
-    """Read a dialogue; the last turn of the assistant is the response, and the turns before it are the prompt."""
+    """Read a dialogue: the response is all after its first question, or the assistant's last turn if it has a label.
+
+    Turns of others after the assistant's last one are dropped.
+    """
     messages, name = message_list(row.value("dialogue"), row.name("dialogue")), row.name("dialogue")
-    last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    if not last:
+    turns = [n for n, message in enumerate(messages) if n > 0 and message["role"] == "assistant"]
+    if not turns:
         raise BadExample("no response", f"field {name!r} has no assistant's turn after a prompt")
+    label = _label(row)
+    first, last = turns[0 if label is None else -1], turns[-1]
     if not str(messages[last].get("content", "")).strip() and "tool_calls" not in messages[last]:
         raise BadExample("empty response", f"field {name!r}: the assistant's last turn is empty")
-    prompt = _in_context(row, messages[:last])
-    return Example(prompt, [[messages[last]]], tools=row.tools(), label=_label(row))
+    prompt = _in_context(row, messages[:first])
+    return Example(prompt, [messages[first : last + 1]], tools=row.tools(), label=label)
 
 
 def read_text(row: Row) -> Example:

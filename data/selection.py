@@ -26,18 +26,20 @@ def without_overlong(
         return part
     prompts, responses, numbers = report.example_lengths(part, sft_mode, tokenizer)
     too_long = prompts + responses + int(lengths["add_bos"]) > lengths["max_length"]
-    if too_long.any() and choice.truncation == "error":
+    if not too_long.any():
+        return part
+    if choice.truncation == "error":
         places = "\n".join(f"  {part[int(n)].place(0)}" for n in numbers[too_long][:_SHOWN])
         raise UserError(
             f"truncation=error: {too_long.sum()} examples are longer than max_length={lengths['max_length']} tokens:\n"
             f"{places}\nShorten them, raise max_length, or choose truncation=drop, keep_end or keep_start"
         )
-    rank0_print(f"{choice.name} ({split}): dropped {too_long.sum()} examples longer than max_length")
-    if too_long.any() and too_long.all():
+    if too_long.all():
         raise UserError(
             f"{split_name(choice.name, split)}: truncation=drop leaves nothing; raise "
             f"max_length={lengths['max_length']}"
         )
+    rank0_print(f"{choice.name} ({split}): dropped {too_long.sum()} examples longer than max_length")
     return _without(part, numbers, too_long, sft_mode)
 
 

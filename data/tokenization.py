@@ -1,4 +1,4 @@
-"""From texts to token ids: preference pairs tokenized, cut to length, labelled, and collated into batches."""
+"""Tokenize preference pairs, cut them to length, label what is trained, and collate them into batches."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from utils import UserError
 
 
 def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, list | torch.Tensor]]:
-    """A function that turns a list of tokenized examples into a batch.
+    """Return a function that turns a list of tokenized examples into a batch.
 
     Lists of ids, masks and labels become tensors of shape (batch_size, longest): prompts padded on the left (for
     sampling), all else on the right. Strings are passed through as lists.
@@ -39,15 +39,15 @@ def tokenize_batch(
     max_prompt_length: int,
     add_bos: bool = False,
 ) -> list[dict]:
-    """Tokenize several (prompt, chosen, rejected, truncation_mode), all their texts in one call of the tokenizer.
+    """Tokenize several (prompt, chosen, rejected, truncation_mode), all in one call of the tokenizer.
 
-    The longer of an example's two sequences decides for both how they are cut: if prompt and response exceed
-    `max_length` tokens, the prompt is cut to `max_prompt_length` ('keep_start' or 'keep_end' of it); if they still do,
-    the responses are cut to `max_length - max_prompt_length`. A response ends with the end-of-sequence token unless it
-    was cut. Labels are the sequence's ids with -100 over the prompt. With `add_bos` every prompt, however it is cut,
-    begins with the beginning-of-sequence token, which is one of the tokens that both lengths count.
+    The longer of an example's two sequences decides how both are cut: if prompt and response exceed `max_length`
+    tokens, the prompt is cut to `max_prompt_length` ('keep_start' or 'keep_end' of it); if they still do, the responses
+    are cut to `max_length - max_prompt_length`. A response ends with the end-of-sequence token unless it was cut.
+    Labels are the sequence's ids, with -100 over the prompt. With `add_bos` every prompt, however it is cut, begins
+    with the beginning-of-sequence token, which both lengths count.
 
-    Raises: UserError if a text contains the end-of-sequence token.
+    Raises: UserError if a string contains the end-of-sequence token.
     """
     texts = [text for example in examples for text in example[:3]]
     ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
@@ -91,13 +91,15 @@ def make_element(
     max_length: int,
     max_prompt_length: int,
     n_kept: int = 0,
+    trained: list[list[int]] | None = None,
 ) -> dict:
-    """A tokenized pair, cut to length and labelled; see `tokenize_batch`.
+    """Cut a tokenized pair to length and label it; see `tokenize_batch`.
 
     Args:
         texts: prompt, chosen, rejected.
         response_ids: of both responses, each with its end.
-        n_kept: so many tokens at the beginning of the prompt stay, however it is cut.
+        n_kept: leading tokens of the prompt (such as BOS) that truncation never removes.
+        trained: in each response, start and end of each run of trained tokens, one after the other; None: all are.
     """
     longest = max(map(len, response_ids))
     if len(prompt_ids) + longest > max_length:
@@ -118,11 +120,33 @@ def make_element(
         "chosen_response_only": chosen,
         "rejected_response_only": rejected,
     }
-    for side, tokens in zip(("chosen", "rejected"), response_ids, strict=True):
+    trained = trained or [[0, len(tokens)] for tokens in response_ids]
+    for side, tokens, runs in zip(("chosen", "rejected"), response_ids, trained, strict=True):
         tokens = tokens[:response_length]
         element[f"{side}_input_ids"] = prompt_ids + tokens
         element[f"{side}_attention_mask"] = [1] * (len(prompt_ids) + len(tokens))
-        element[f"{side}_labels"] = [-100] * len(prompt_ids) + tokens
+        element[f"{side}_labels"] = [-100] * len(prompt_ids) + _labels(tokens, runs)
     element["prompt_input_ids"] = prompt_ids
     element["prompt_attention_mask"] = [1] * len(prompt_ids)
     return element
+
+
+def _labels(tokens: list[int], runs: list[int]) -> list[int]:
+    """The tokens, with -100 over those outside of the runs: start, end, start, end, ..."""
+    labels = [-100] * len(tokens)
+    for start, end in zip(runs[::2], runs[1::2], strict=True):
+        labels[start:end] = tokens[start:end]
+    return labels
+
+
+def decode_response(prompt_ids: list[int], response_ids: list[int], tokenizer) -> str:
+    """Decode the tokens of a response, without special tokens.
+
+    They are decoded after their prompt, as some tokenizers drop the space before the first word that they decode.
+    """
+    prompt, whole = (
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt_ids, [*prompt_ids, *response_ids])
+    )
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    return tokenizer.decode(response_ids, skip_special_tokens=True)

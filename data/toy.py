@@ -1,10 +1,10 @@
-"""`toy`: preference data made in code, whose true reward and optimal policy are known exactly.
+"""`toy`: synthetic preference data whose true reward and optimal policy are known exactly.
 
-A prompt asks for a short review; a response fills four slots with one of eight words each, independently, and ends.
-The words of a slot are listed from the worst to the best and weigh evenly from -2 to 2; the true reward r of a response
-is the sum of its words' weights. Of two responses drawn from p the preferred one is drawn by Bradley-Terry,
-P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from the reference p, π*(y) ∝ p(y) exp(r(y) / β)
-(Eq. 4 of the paper), is known slot by slot, and all 4,096 responses to a prompt can be summed over.
+A prompt asks for a short review. A response fills four slots with one of eight words each, independently, and ends. The
+words of a slot are listed from worst to best, with weights evenly spaced from -2 to 2; the true reward r of a response
+is the sum of its words' weights. Both responses of a pair are drawn from p, and Bradley-Terry decides which one is
+preferred: P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from the reference p is known slot by slot,
+π*(y) ∝ p(y) exp(r(y) / β) (Eq. 4 of the paper), and a prompt's 4,096 responses can be summed over.
 
 `python -m data.toy RUN_DIR` reports on the samples of a preference run on this data.
 """
@@ -28,7 +28,7 @@ SLOTS = [
     ["hopeless", "feeble", "abrupt", "flat", "fitting", "warm", "moving", "perfect"],
 ]
 N_SLOTS, N_WORDS = 4, 8
-WORD_REWARDS = np.linspace(-2, 2, N_WORDS)  # of the words of a slot, in their order
+WORD_REWARDS = np.linspace(-2, 2, N_WORDS)  # weights of a slot's words, from worst to best
 ALL_RESPONSES = np.stack(np.unravel_index(np.arange(N_WORDS**N_SLOTS), (N_WORDS,) * N_SLOTS), axis=1)  # (4096, 4)
 
 _GRAMMAR = re.compile(TEMPLATE.replace(".", r"\.").format(*("(" + "|".join(words) + ")" for words in SLOTS)))
@@ -36,26 +36,26 @@ _SPLITS = {"train": (20_000, 1), "test": (512, 2)}  # number of examples, seed
 
 
 def response_text(words: np.ndarray) -> str:
-    """The response with these words, given by their indices, shape (4,)."""
+    """Write the response with these words, given as indices of shape (4,)."""
     return TEMPLATE.format(*(SLOTS[slot][word] for slot, word in enumerate(words)))
 
 
 def response_words(text: str) -> np.ndarray | None:
-    """Indices of a response's words, shape (4,); None if the text is not a response of the grammar."""
+    """Return the indices of a response's words, shape (4,); None if it doesn't follow the grammar."""
     match = _GRAMMAR.fullmatch(text)
     return None if match is None else np.array([SLOTS[slot].index(word) for slot, word in enumerate(match.groups())])
 
 
 def true_reward(words: np.ndarray) -> np.ndarray:
-    """r(y) = Σ weights of its words, from -8 to 8; shape (..., 4) of indices to (...)."""
+    """Return r(y), the sum of the words' weights, from -8 to 8: indices of shape (..., 4) to (...)."""
     return WORD_REWARDS[words].sum(-1)
 
 
 def word_distribution(beta: float | None = None) -> np.ndarray:
-    """Probability of each word, shape (10 prompts, 4 slots, 8 words).
+    """Return the probability of each word, shape (10 prompts, 4 slots, 8 words).
 
-    Without `beta`, p: ∝ exp(N(0, 0.6) + N(0, 0.4)), the second part the prompt's own, from a fixed seed. With it, the
-    optimum of the KL-constrained reward, π* ∝ p · exp(r / β).
+    Without `beta` it is p ∝ exp(N(0, 0.6) + N(0, 0.4)), drawn from a fixed seed; the second term differs by prompt.
+    With `beta` it is the optimum of the KL-constrained reward, π* ∝ p · exp(r / β).
     """
     rng = np.random.RandomState(0)
     logits = rng.normal(0, 0.6, (1, N_SLOTS, N_WORDS)) + rng.normal(0, 0.4, (len(PROMPTS), N_SLOTS, N_WORDS))
@@ -66,7 +66,7 @@ def word_distribution(beta: float | None = None) -> np.ndarray:
 
 
 def sample_words(rng: np.random.RandomState, prompts: np.ndarray, beta: float | None = None) -> np.ndarray:
-    """A response to each of the prompts, given by their indices, shape (n,); returns indices of words, (n, 4)."""
+    """Draw a response to each prompt: indices of prompts, shape (n,), to indices of words, (n, 4)."""
     cumulative = word_distribution(beta)[prompts].cumsum(-1)  # (n, 4, 8)
     return (rng.random_sample((len(prompts), N_SLOTS, 1)) > cumulative[..., :-1]).sum(-1)
 
@@ -79,14 +79,14 @@ def get_toy(
     n_train: int | None = None,
     imitates_preferred: bool = False,
 ) -> list[tuple[str, dict]]:
-    """Examples (train 20,000, test 512), each a prompt with one preference pair and an SFT target of its own.
+    """Return examples (train 20,000, test 512): a prompt each, with one preference pair and an SFT target.
 
-    The two responses and the SFT target are independent draws from p. `silent` and `cache_dir` mean nothing here. The
-    other arguments make variants, e.g. `Dataset(functools.partial(get_toy, flipped=0.2))`.
+    The two responses and the SFT target are independent draws from p. `silent` and `cache_dir` are not used. The other
+    arguments make variants, e.g. `Dataset(functools.partial(get_toy, flipped=0.2))`.
 
     Args:
-        flipped: the probability that a label is turned round; of whatever reward.
-        n_train: only the first so many training examples.
+        flipped: the probability that a label is flipped, whatever the rewards.
+        n_train: return only the first `n_train` training examples.
         imitates_preferred: the SFT target is the pair's preferred response.
     """
     return _make_toy(split, flipped, imitates_preferred)[: n_train if split == "train" else None]
@@ -116,42 +116,42 @@ def _make_toy(split: str, flipped: float, imitates_preferred: bool) -> list[tupl
     return data
 
 
-# ---- a second task, where length can be exploited -------------------------------------------------------------------
+# ---- a second task, in which length can be exploited ----------------------------------------------------------------
 
 SHORT_TEMPLATE = " The plot was {} and the music {}."  # slots 1 and 2 above
 CLAUSES = [
     " It began at eight.",
     " The hall was small.",
     " It was a Tuesday.",
-]  # the tiny tokenizer makes 8 tokens of each
-CLAUSE_COUNTS = [0.4, 0.3, 0.2, 0.1]  # the probability of a response with the first 0, 1, 2 or 3 of them
-LENGTH_BIAS = 0.8  # by so much, in nats, a clause more raises the chance of being preferred
+]  # 8 tokens each with the tiny tokenizer
+CLAUSE_COUNTS = [0.4, 0.3, 0.2, 0.1]  # probability of a response with the first 0, 1, 2 or 3 of them
+LENGTH_BIAS = 0.8  # nats that each clause adds to the log-odds of being preferred
 
 
 def long_response_text(words: np.ndarray, n_clauses: int) -> str:
-    """The response of `toy_length` with these words, given by their indices, shape (2,)."""
+    """Write the response of `toy_length` with these words, given as indices of shape (2,)."""
     return SHORT_TEMPLATE.format(*(SLOTS[slot][word] for slot, word in zip((1, 2), words, strict=True))) + "".join(
         CLAUSES[:n_clauses]
     )
 
 
 def all_long_responses() -> tuple[np.ndarray, np.ndarray]:
-    """All 256 responses of `toy_length`: their words, (256, 2), and how many clauses they have, (256,)."""
+    """Return all 256 responses of `toy_length`: indices of words, (256, 2), and numbers of clauses, (256,)."""
     grid = np.stack(np.unravel_index(np.arange(N_WORDS**2 * 4), (N_WORDS, N_WORDS, 4)), axis=1)
     return grid[:, :2], grid[:, 2]
 
 
 @functools.cache
 def get_toy_length(split: str, silent: bool = False, cache_dir: str | None = None) -> list[tuple[str, dict]]:
-    """As `get_toy`, of responses that differ in length: two words, and up to three clauses that say nothing.
+    """Return examples like `get_toy`, with responses that differ in length: two words, and up to three empty clauses.
 
-    Whoever prefers is taken in by length: P(a over b) = σ(r(a) - r(b) + LENGTH_BIAS · (clauses of a - clauses of b)).
-    The true reward r, the sum of the words' weights, knows nothing of length.
+    The preference is biased towards length, P(a over b) = σ(r(a) - r(b) + LENGTH_BIAS · (clauses of a - those of b)).
+    The true reward r, the sum of the words' weights, does not depend on length.
     """
     n_examples, seed = _SPLITS[split]
     rng = np.random.RandomState(seed)
     prompts = rng.randint(len(PROMPTS), size=n_examples)
-    words = [sample_words(rng, prompts)[:, 1:3] for _ in range(3)]  # of both responses and the SFT target
+    words = [sample_words(rng, prompts)[:, 1:3] for _ in range(3)]  # both responses, and the SFT target
     clauses = [rng.choice(4, size=n_examples, p=CLAUSE_COUNTS) for _ in range(3)]
     margins = true_reward(words[0]) - true_reward(words[1]) + LENGTH_BIAS * (clauses[0] - clauses[1])
     first_preferred = rng.random_sample(n_examples) < 1 / (1 + np.exp(-margins))
@@ -165,15 +165,17 @@ def get_toy_length(split: str, silent: bool = False, cache_dir: str | None = Non
 
 
 def report(run_dir: Path, n_shown: int = 4) -> str:
-    """True rewards of the last samples that a preference run drew: from its reference (before), its policy (after)."""
+    """Report the true rewards of a run's last samples: from the reference (before) and from the policy (after)."""
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     if {sample["model"] for sample in samples} != {"policy", "reference"}:
         return f"{run_dir} has no samples of both policy and reference; train with loss=dpo sample_during_eval=true"
+    if "response" not in samples[-1]:
+        return f"{run_dir}: its samples are those of an earlier version; train again"
     last = max(sample["counters/examples"] for sample in samples)
     lines = []
     for model, title in (("reference", "before (the reference)"), ("policy", f"after {last:,} pairs (the policy)")):
         chosen = [s for s in samples if s["model"] == model and s["counters/examples"] == last]
-        texts = [sample["sample"].removeprefix(sample["prompt"]) for sample in chosen]
+        texts = [sample["response"] for sample in chosen]
         words = [response_words(text) for text in texts]
         rewards = [float(true_reward(w)) for w in words if w is not None]
         mean = f"{np.mean(rewards):+.2f}" if rewards else "none"

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
+from basics.printing import masked
 from evaluation.pairs import Task
 from evaluation.prompts import fill, read_verdict
 from evaluation.verdicts import Verdict
-from printing import masked
 from utils import UserError, is_short_of_files
 
 _KEY = "OPENAI_API_KEY"  # the environment variable

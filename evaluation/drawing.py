@@ -13,12 +13,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from data.tokenization import get_collate_fn
+from data.tokenization import decode_response, get_collate_fn
 from distributed import collectives
 from evaluation import vllm_engine
 from evaluation.sample_options import Options
 from evaluation.sample_prompts import Request
-from evaluation.sampling import end_tokens, generate_scorable
+from evaluation.sampling import end_tokens, generate_scorable, target_ids
 from utils import slice_and_move_batch_for_device
 
 Item = tuple[Request, int]  # a prompt, and the number of the sample that is drawn for it
@@ -96,13 +96,12 @@ def _scored_lines(trainer, items: list[Item], targets: dict, has_prompt: torch.T
                 reference_logps = trainer.response_logps(model, targets).tolist()
     lines, ends = [], end_tokens(trainer.policy, trainer.tokenizer)
     for row, (request, number) in enumerate(items):
-        ids = targets["chosen_labels"][row]
-        ids = ids[ids != -100].tolist() if has_prompt[row] else []
+        prompt_ids, ids = target_ids(targets, row) if has_prompt[row] else ([], [])
         if not has_prompt[row]:  # nothing was drawn
             policy_logps[row] = reference_logps[row] = None
         lines.append({
             "prompt_index": request.index, "sample": number, "prompt": request.given,
-            "response": trainer.tokenizer.decode(ids, skip_special_tokens=True), "n_tokens": len(ids),
+            "response": decode_response(prompt_ids, ids, trainer.tokenizer), "n_tokens": len(ids),
             "finished": bool(ids) and ids[-1] in ends,
             "policy_logps": policy_logps[row], "reference_logps": reference_logps[row],
         })  # fmt: skip

@@ -9,6 +9,8 @@ import os
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from basics.files import append_json_line, atomic_file, read_json_lines
+from basics.outputs import Output, check_outputs, json_lines, new_file
 from checkpointing import fingerprints
 from checkpointing.integrity import content_digest
 from data.batches import chosen_and_rejected
@@ -17,8 +19,6 @@ from evaluation.statistics import wilson_interval
 from reporting.intervals import mean_interval
 from reporting.metric_names import ACCURACY, LOSS, MARGIN, TIES
 from reporting.metrics import mean_metrics
-from storage.files import append_json_line, atomic_file, read_json_lines
-from storage.outputs import Output, check_outputs, json_lines, new_file
 from utils import UserError, on_rank0, rank0_print
 
 _IN_TABLE = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "nll_eval/rejected")

@@ -6,6 +6,8 @@ import math
 
 from omegaconf import DictConfig, OmegaConf
 
+from basics.files import atomic_file
+from basics.printing import rank0_print
 from config_checks.paths import expand_home
 from evaluation.chat_completions import ChatCompletions
 from evaluation.judge_options import check_options, make_judge, settings_hash, summary_path
@@ -13,9 +15,7 @@ from evaluation.judge_summary import cost, failures_in_words, summarize, summari
 from evaluation.origins import digest, kl_from_reference, origins
 from evaluation.pairs import Pair, Task, first_shown, match, read_responses, single_responses
 from evaluation.verdicts import Judge, MisassignedVerdicts, VerdictFile
-from printing import rank0_print
 from reporting.terminal import Progress
-from storage.files import atomic_file
 from utils import UserError
 
 _CHARACTERS_PER_TOKEN, _TOKENS_PER_ANSWER = 4, 100  # to estimate beforehand what calls cost

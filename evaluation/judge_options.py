@@ -5,6 +5,8 @@ import json
 import os
 import re
 
+from basics.files import sha256
+from basics.outputs import Output, check_outputs, document, json_lines
 from checkpointing.fingerprints import folder_fingerprint
 from config_checks.explanations import unknown_key
 from config_checks.numbers import check_number
@@ -13,8 +15,6 @@ from evaluation.chat_completions import ChatCompletions, Endpoint
 from evaluation.command import Command
 from evaluation.prompts import load_template
 from evaluation.verdicts import Judge
-from storage.files import sha256
-from storage.outputs import Output, check_outputs, document, json_lines
 from utils import UserError, closest_match, get_local_dir
 
 _REQUIRED = ("a", "judge", "output")
@@ -64,7 +64,10 @@ def check_options(options: dict):
         raise UserError(f"judge_args={options['judge_args']}: expected fields, e.g. judge_args.max_tokens=300")
     _check_keys_of_judge(options)
     get_local_dir(options["local_dirs"])
-    outputs = [Output("output", options["output"], _VERDICTS), Output("output", summary_path(options), _SUMMARY)]
+    outputs = [
+        Output("output", options["output"], _VERDICTS),
+        Output("the summary of output", summary_path(options), _SUMMARY),
+    ]
     check_outputs(outputs, {key: options[key] for key in ("a", "b")})
 
 

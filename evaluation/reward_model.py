@@ -10,7 +10,6 @@ from checkpointing.archives import check_finite, describe, load_pretrained
 from data import chat, hub
 from data.hub import access_hint
 from data.messages import BadExample
-from data.rows import Example
 from evaluation.pairs import Prompt, Task
 from evaluation.verdicts import Verdict
 from utils import UserError, rank0_print
@@ -115,10 +114,9 @@ class RewardModel:
     def _rendered(self, prompt: list[dict], text: str, renderer: chat.Renderer) -> str:
         try:
             answer = [{"role": "assistant", "content": text}]
-            rendered = renderer.render(Example(prompt, [answer]))
+            return renderer.render_dialogue(prompt + answer)
         except (BadExample, UserError) as error:
             raise UserError(f"judge_model={self.name}: a response can't be scored: {error}") from error
-        return rendered.prompt + rendered.responses[0]
 
     @torch.no_grad()
     def _scores(self, rows: list[list[int]]) -> list[float]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
+from basics.locks import locked
 from config_checks.datasets import chosen_datasets
 from distributed import collectives
 from evaluation import sample_file
@@ -15,7 +16,6 @@ from losses import LOSSES
 from models import load_tokenizer
 from preference_datasets import open_batches
 from reporting.terminal import Progress
-from storage.locks import locked
 from utils import UserError, on_rank0, rank0_print
 
 

@@ -9,11 +9,11 @@ import os
 
 from omegaconf import DictConfig, OmegaConf
 
+from basics.files import atomic_file, read_json_lines
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.integrity import content_digest
 from evaluation.sample_options import Options, SampleFile
 from evaluation.sample_prompts import Request
-from storage.files import atomic_file, read_json_lines
 from utils import UserError, rank0_print
 
 

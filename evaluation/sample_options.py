@@ -5,12 +5,12 @@ import os
 
 from omegaconf import DictConfig
 
+from basics.outputs import Output, check_outputs, document, json_lines
 from config_checks.numbers import check_number
 from data.locations import locate
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from evaluation import vllm_engine
-from storage.outputs import Output, check_outputs, document, json_lines
 from utils import UserError, closest_match
 
 ENGINES = ("transformers", "vllm")
@@ -76,8 +76,9 @@ def make_options(config: DictConfig, own: dict, checkpoints: list[str | None]) -
 
 def _check_outputs(own: dict, files: list[SampleFile]):
     """Raise UserError if an output would replace anything but what `sample.py` has written."""
-    prompts = locate(own["prompts"], "prompts").files if own["prompts"] is not None else {}
-    inputs = {f"prompts ({name})": path for paths in prompts.values() for name, path in enumerate(paths)}
+    splits = locate(own["prompts"], "prompts").files if own["prompts"] is not None else {}
+    prompts = [path for paths in splits.values() for path in paths]
+    inputs = {f"prompts ({path})" if len(prompts) > 1 else "prompts": path for path in prompts}
     outputs = [Output("output", file.path, _SAMPLES) for file in files]
     if own["alpaca_eval"] is not None:
         outputs.append(Output("alpaca_eval", own["alpaca_eval"], _ALPACA_EVAL))

@@ -1,4 +1,4 @@
-"""Samples during training: responses of policy and reference to evaluation prompts, and their distance."""
+"""Draw responses during training: those of policy and reference to evaluation prompts, and their distance."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,18 +7,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
+from data.chat import end_token_ids
+from data.tokenization import decode_response
 from distributed import collectives
 from log_probabilities import response_lengths
 from reporting.metrics import kl_metrics
 from reporting.terminal import progressing
 from utils import pad_to_length, slice_and_move_batch_for_device, take, unwrap_adapter
-
-
-def generate(
-    model: nn.Module, tokenizer, batch: dict, max_length: int, stops: Callable[[], bool], synced: bool
-) -> list[str]:
-    """A sample for each of the batch's prompts, prompt and response, from the model itself; see `generate_scorable`."""
-    return generate_scorable(model, tokenizer, batch, max_length, stops, synced)[0]
 
 
 def generate_scorable(
@@ -30,22 +25,22 @@ def generate_scorable(
     synced: bool,
     processors: LogitsProcessorList | None = None,
 ) -> tuple[list[str], dict, torch.Tensor]:
-    """A sample for each of the batch's prompts, prompt and response, from the model itself.
+    """Draw a response to each of the batch's prompts from the model's own distribution.
 
-    An empty prompt has no token to predict the first one from, so its sample is empty, too.
+    Nothing predicts the first token after an empty prompt, so its response is empty, too.
 
-    Returns: the texts; the samples' tokens as a batch of SFT targets, on the CPU; and which of them are whole, of shape
-        (batch_size,): not those of empty prompts.
+    Returns: the responses as strings; their tokens, after the prompts', as a batch of SFT targets, on the CPU; and True
+        for those that were drawn, (batch_size,): False after an empty prompt.
 
     Args:
         max_length: of prompt and response, in tokens.
-        stops: asked at every token; if True the samples end there.
-        synced: several workers gather the model for each token; those that are done go on with those that aren't.
-        processors: change the logits, of which the largest is taken then; None: tokens are drawn.
+        stops: called at every token; True ends all responses there.
+        synced: several workers gather the model for each token, so those that are done continue with the others.
+        processors: change the logits, whose largest is then taken; None: tokens are drawn.
     """
     prompt_ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]  # (batch_size, longest prompt)
     is_empty = mask.sum(1) == 0
-    if is_empty.any():  # something to compute with, as all workers must
+    if is_empty.any():  # the model needs a token to compute, and all workers must call it
         prompt_ids = pad_to_length(prompt_ids, 1, tokenizer.pad_token_id)
         last = torch.arange(prompt_ids.shape[1], device=mask.device) == prompt_ids.shape[1] - 1
         mask = pad_to_length(mask, 1, 0) | (is_empty[:, None] & last)
@@ -60,32 +55,37 @@ def generate_scorable(
             logits_processor=processors,
         )
     output = pad_to_length(output, max_length, tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    texts = ["" if empty else text for text, empty in zip(texts, is_empty.tolist(), strict=True)]
-    return texts, _as_targets(output.cpu(), mask.cpu(), end_tokens(model, tokenizer)), ~is_empty.cpu()
+    targets = _as_targets(output.cpu(), mask.cpu(), end_tokens(model, tokenizer))
+    responses = [
+        "" if empty else decode_response(*target_ids(targets, row), tokenizer)
+        for row, empty in enumerate(is_empty.tolist())
+    ]
+    return responses, targets, ~is_empty.cpu()
 
 
 def end_tokens(model: nn.Module, tokenizer) -> list[int]:
-    """The ids that end a sample."""
+    """Return the ids that end a response."""
     return end_token_ids(model.generation_config, tokenizer)
 
 
-def end_token_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
-    ends = generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+def target_ids(targets: dict[str, torch.Tensor], row: int) -> tuple[list[int], list[int]]:
+    """Return the ids of a prompt and of its response in a batch of SFT targets."""
+    ids, labels = targets["chosen_input_ids"][row], targets["chosen_labels"][row]
+    n_tokens, n_response = int(targets["chosen_attention_mask"][row].sum()), int((labels != -100).sum())
+    return ids[: n_tokens - n_response].tolist(), ids[n_tokens - n_response : n_tokens].tolist()
 
 
 def _as_targets(output: torch.Tensor, prompt_mask: torch.Tensor, ends: list[int]) -> dict[str, torch.Tensor]:
-    """Samples, their prompts padded on the left, as a batch of SFT targets: (batch_size, length) each.
+    """Return samples, whose prompts are padded on the left, as a batch of SFT targets: (batch_size, length) each.
 
-    A response counts up to the first token that ends it, and with it.
+    A response ends with the first token that ends it.
     """
     n_before = prompt_mask.shape[1]
     is_end = torch.isin(output[:, n_before:], torch.tensor(ends))
     is_response = is_end.cumsum(1) - is_end.int() == 0
     mask = torch.cat([prompt_mask.bool(), is_response], dim=1)
     labels = output.masked_fill(torch.cat([torch.ones_like(prompt_mask).bool(), ~is_response], dim=1), -100)
-    order = (~mask).int().argsort(dim=1, stable=True)  # padding goes to the end
+    order = (~mask).int().argsort(dim=1, stable=True)  # moves padding to the end
     return {
         "chosen_input_ids": output.gather(1, order),
         "chosen_attention_mask": mask.long().gather(1, order),
@@ -95,9 +95,9 @@ def _as_targets(output: torch.Tensor, prompt_mask: torch.Tensor, ends: list[int]
 
 @contextlib.contextmanager
 def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
-    """Inside, `model.generate` draws from the model's softmax: of its generation config only the token ids are left.
+    """Let `model.generate` draw from the model's softmax: only the token ids of its generation config are kept.
 
-    The config itself must be replaced, as `generate` takes from it whatever it isn't given.
+    The config itself must be replaced, as `generate` reads from it whatever it isn't given.
     """
     former = model.generation_config
     unaltered = GenerationConfig(
@@ -123,10 +123,10 @@ def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
 
 
 def sample_evaluation(trainer) -> tuple[list[dict], dict[str, float]]:
-    """Sample the first `n_eval_model_samples` evaluation prompts; all workers must call it.
+    """Draw responses to the first `n_eval_model_samples` evaluation prompts; all workers must call it.
 
-    Returns: samples, see `RunLog.log` for their form; and the policy's KL divergence from the reference on them, where
-        the reference is in memory.
+    Returns: samples, see `RunLog.log`; and the policy's KL divergence from the reference on them, if the reference is
+        in memory.
     """
     trainer.policy.eval()
     samples, logratios, n_samples = [], [], trainer.config.n_eval_model_samples
@@ -135,10 +135,13 @@ def sample_evaluation(trainer) -> tuple[list[dict], dict[str, float]]:
         trainer.stop.check()
         wanted = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
         batch = take(batch, torch.tensor(wanted or [0]))  # a worker without any generates too: forwards are collective
-        *texts, scores = sample_batch(trainer, slice_and_move_batch_for_device(batch, 0, 1, trainer.device))
+        *drawn, scores = sample_batch(trainer, slice_and_move_batch_for_device(batch, 0, 1, trainer.device))
         own = [
-            [{"model": model, "prompt": batch["prompt"][i], "sample": text} for i, text in enumerate(texts_of_model)]
-            for model, texts_of_model in zip(("policy", "reference"), texts, strict=True)
+            [
+                {"model": model, "prompt": prompt, "response": response, "sample": prompt + response}
+                for prompt, response in zip(batch["prompt"], responses, strict=bool(responses))
+            ]
+            for model, responses in zip(("policy", "reference"), drawn, strict=True)
         ]
         own = [*own, scores] if wanted else [[], [], []]
         parts = collectives.all_gather_object(own) if trainer.is_sharded else [own]
@@ -149,23 +152,23 @@ def sample_evaluation(trainer) -> tuple[list[dict], dict[str, float]]:
 
 
 def sample_batch(trainer, batch: dict) -> tuple[list[str], list[str], list[tuple[float, int]]]:
-    """Draw a sample from the policy, and one from the reference if it is in memory, for each prompt of the batch.
+    """Draw a response to each prompt of the batch from the policy, and from the reference if it is in memory.
 
-    Returns: the policy's texts, the reference's, and for each of the policy's its log-ratio to the reference (nats) and
-        its length (tokens).
+    Returns: the policy's responses; the reference's; and of each of the policy's its log-ratio to the reference (nats)
+        and its length (tokens).
     """
-    policy_texts, targets, is_whole = _generate(trainer, trainer.policy, batch)
+    policy_responses, targets, is_drawn = _generate(trainer, trainer.policy, batch)
     if trainer.reference is None:
-        return policy_texts, [], []
+        return policy_responses, [], []
     with trainer.reference.active() as model:
-        reference_texts = _generate(trainer, model, batch)[0]
+        reference_responses = _generate(trainer, model, batch)[0]
         with torch.no_grad():
             reference_logps = trainer.response_logps(model, targets)
     with torch.no_grad():
         logratios = trainer.response_logps(trainer.policy, targets) - reference_logps.to(trainer.device)
     lengths = response_lengths(targets["chosen_labels"])
-    scores = zip(logratios[is_whole].tolist(), lengths[is_whole].tolist(), strict=True)
-    return policy_texts, reference_texts, list(scores)
+    scores = zip(logratios[is_drawn].tolist(), lengths[is_drawn].tolist(), strict=True)
+    return policy_responses, reference_responses, list(scores)
 
 
 def _generate(trainer, model: nn.Module, batch: dict) -> tuple[list[str], dict, torch.Tensor]:

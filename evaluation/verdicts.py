@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from basics.files import read_json_lines
+from basics.locks import locked
 from evaluation.pairs import Task
-from storage.files import read_json_lines
-from storage.locks import locked
 from utils import UserError
 
 
@@ -64,11 +64,12 @@ class VerdictFile:
         end = 0
         try:
             for line, line_end in read_json_lines(self.path):
+                key = _checked_key(line)
                 if line["settings"] != self.settings:
                     raise UserError(
                         f"output={self.path} has verdicts under other settings; give another file, or delete it"
                     )
-                self.lines[_checked_key(line)] = line
+                self.lines[key] = line
                 end = line_end
         except UserError:
             raise

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from checkpointing.resume import quoted
 from config_checks.schema import REPOSITORY
-from evaluation.sampling import end_token_ids
+from data.chat import end_token_ids
 from utils import UserError, rank0_print
 
 

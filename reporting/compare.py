@@ -11,13 +11,13 @@ import os
 import sys
 from dataclasses import dataclass
 
-from printing import markdown, printable
+from basics.errors import UserError
+from basics.outputs import Output, check_outputs, picture
+from basics.printing import markdown, printable
 from reporting.curves import COLORS, plain, save_figure
 from reporting.metric_names import ACCURACY, KL, LOSS, MARGIN, larger_is_better
 from reporting.runs import NoRuns, Run, differing_keys, find_runs, short_values, telling_keys
 from reporting.terminal import LOG_FILE_WIDTH, aligned, width, wrapped
-from storage.errors import UserError
-from storage.outputs import Output, check_outputs, picture
 
 METRICS = (ACCURACY, LOSS, MARGIN, "nll_eval/chosen", "logratios_eval/chosen", KL)  # as far as measured
 _SHORT = {ACCURACY: "accuracy", LOSS: "loss", MARGIN: "margin", "nll_eval/chosen": "nll/token",

@@ -8,11 +8,11 @@ import argparse
 import os
 import sys
 
-from printing import printable
+from basics.errors import UserError
+from basics.files import atomic_file
+from basics.outputs import PICTURE_OF, Output, check_outputs, picture
+from basics.printing import printable
 from reporting.runs import NoRuns, Run, find_runs
-from storage.errors import UserError
-from storage.files import atomic_file
-from storage.outputs import PICTURE_OF, Output, check_outputs, picture
 
 # Okabe and Ito's colours, which the colour-blind can tell apart too
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")

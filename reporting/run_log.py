@@ -8,12 +8,12 @@ import time
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from basics.files import sha256
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
-from storage.files import sha256
 from utils import UserError, rank0_print
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
@@ -84,7 +84,7 @@ class RunLog:
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
         """Record one optimizer step or evaluation: `metrics` are batch means and counters.
 
-        `samples` are dicts with the keys 'model' (policy or reference), 'prompt' and 'sample'.
+        `samples` are dicts with the keys 'model' (policy or reference), 'prompt', 'response' and 'sample' (both).
         """
         examples = metrics["counters/examples"]
         self.table.time_left.tick("step" if split == "train" else "evaluation")

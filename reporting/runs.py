@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from printing import printable
-from storage.files import read_json_lines
+from basics.files import read_json_lines
+from basics.printing import printable
 
 # keys that say where a run is and how it is watched, not what it computes
 _NOT_OF_THE_RUN = (

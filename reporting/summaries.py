@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from printing import printable
+from basics.errors import UserError
+from basics.files import atomic_file
+from basics.outputs import Output, check_outputs, document, picture
+from basics.printing import printable
 from reporting.curves import colors, plain, save_figure
 from reporting.intervals import mean_interval
-from storage.errors import UserError
-from storage.files import atomic_file
-from storage.outputs import Output, check_outputs, document, picture
 
 _SUMMARY = "_summary.json"
 _TABLE = document("tables", rb"run +checkpoint ")

@@ -1,8 +1,10 @@
 """A run on a terminal and in a job's log file: aligned lines, samples side by side, progress, times, colour."""
 
+import contextlib
 import shutil
 import sys
 import textwrap
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from printing import hides_progress, on_rank0, printable, rank0_print, uses_color
+from basics.printing import hides_progress, on_rank0, printable, rank0_print, uses_color
 from reporting.time_left import TimeLeft
 
 LOG_FILE_WIDTH = 120  # columns, where output is not to a terminal
@@ -136,6 +138,22 @@ def progressing(items: Sequence, what: str, unit: str) -> Iterator:
         for item in items:
             yield item
             progress.update()
+
+
+@contextlib.contextmanager
+def still_working(what: str) -> Iterator[None]:
+    """Print a line a minute while something runs whose end can't be foreseen, such as loading a large model."""
+    start, done = time.monotonic(), threading.Event()
+
+    def report():
+        while not done.wait(_PROGRESS_EVERY):
+            rank0_print(f"{what}: {duration(time.monotonic() - start)} so far")
+
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def training_bar(batches: Iterable, n_batches: int, n_done: int) -> tqdm:
@@ -293,7 +311,7 @@ def samples_side_by_side(samples: list[dict], n_shown: int = 3, n_lines: int = 4
     lines = [styled(f"Samples: {min(n_shown, len(first))} of {len(first)}, shortened; all are in samples.jsonl", _BOLD)]
     for i, prompt in enumerate(sample["prompt"] for sample in first[:n_shown]):
         lines += [styled(line, _DIM) for line in _wrapped(prompt, total - 2, 2, keeps_end=True)]
-        texts = [of_model[i]["sample"].removeprefix(prompt) for of_model in by_model.values()]
+        texts = [of_model[i]["response"] for of_model in by_model.values()]
         parts = [_wrapped(text, column, n_lines) for text in texts]
         parts = [[model, *part] for model, part in zip(by_model, parts, strict=True)]
         for row in range(max(map(len, parts))):

@@ -216,6 +216,64 @@ content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
 {{%- endif %}}
 """
 
+LLAMA_3_1 = """\
+{{- bos_token }}{%- if messages[0].role == "system" %}{%- set system = messages[0].content | trim %}
+{%- set messages = messages[1:] %}{%- else %}{%- set system = "" %}{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" + system + "<|eot_id|>" }}
+{%- if tools %}{#- before the first question #}
+    {{- "<|start_header_id|>user<|end_header_id|>\\n\\n" }}
+    {%- for tool in tools %}{{- tool | tojson + "\\n\\n" }}{%- endfor %}
+    {{- messages[0].content | trim + "<|eot_id|>" }}{%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if "tool_calls" in message %}
+        {%- if message.tool_calls | length != 1 %}{{- raise_exception("one call at a time") }}{%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
+        {{- '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + "}<|eot_id|>" }}
+    {%- elif message.role == "tool" %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" + message.content | tojson + "<|eot_id|>" }}
+    {%- else %}
+        {{- "<|start_header_id|>" + message.role + "<|end_header_id|>\\n\\n" + message.content | trim + "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}{%- endif %}"""
+
+MISTRAL_V3 = """\
+{%- if messages[0].role == "system" %}{%- set system = messages[0].content %}
+{%- set messages = messages[1:] %}{%- endif %}
+{%- set questions = messages | selectattr("role", "equalto", "user") | list %}{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{#- tools and system text stand in the last question #}
+        {%- if tools and message == questions[-1] %}
+            {{- "[AVAILABLE_TOOLS] " + tools | tojson + "[/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+        {%- if loop.last and system is defined %}{{- "[INST] " + system + "\\n\\n" + message.content + "[/INST]" }}
+        {%- else %}{{- "[INST] " + message.content + "[/INST]" }}{%- endif %}
+    {%- elif message.tool_calls is defined %}
+        {{- "[TOOL_CALLS] " + message.tool_calls | map(attribute="function") | list | tojson + eos_token }}
+    {%- elif message.role == "assistant" %}{{- " " + message.content | trim + eos_token }}
+    {%- elif message.role == "tool" %}{{- '[TOOL_RESULTS] {"content": ' + message.content + "}[/TOOL_RESULTS]" }}
+    {%- endif %}
+{%- endfor %}"""
+
+GEMMA_3 = """\
+{{ bos_token }}{%- if messages[0].role == "system" %}{%- set start = messages[0].content + "\\n\\n" %}
+{%- set messages = messages[1:] %}{%- else %}{%- set start = "" %}{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}
+    {%- endif %}
+    {{- "<start_of_turn>" + ("model" if message.role == "assistant" else message.role) + "\\n" }}
+    {{- (start if loop.first else "") + message.content | trim + "<end_of_turn>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<start_of_turn>model\\n" }}{%- endif %}"""
+
+SMOLLM_2 = """\
+{% for message in messages %}{% if loop.first and message.role != "system" %}\
+{{ "<|im_start|>system\\nYou are SmolLM.<|im_end|>\\n" }}{% endif %}\
+{{ "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>" + "\\n" }}{% endfor %}\
+{% if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}"""
+
 _IM = ("<|im_start|>", "<|im_end|>")
 _QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
 _IM_TURN = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -238,20 +296,20 @@ MODELS = {
         MISTRAL, "<s>", "</s>", (), "<s>[INST] Hi [/INST]", "Yes</s>", None
     ),
     "Qwen/Qwen2.5-7B-Instruct": ChatModel(
-        QWEN_2_5, None, "<|im_end|>", _IM, f"{_QWEN_SYSTEM}{_IM_TURN}", "Yes<|im_end|>\n", _IM_SYSTEM, has_tools=True
+        QWEN_2_5, None, "<|im_end|>", _IM, f"{_QWEN_SYSTEM}{_IM_TURN}", "Yes<|im_end|>", _IM_SYSTEM, has_tools=True
     ),
     "Qwen/Qwen3-8B": ChatModel(
-        QWEN_3, None, "<|im_end|>", _IM, _IM_TURN, "<think>\n\n</think>\n\nYes<|im_end|>\n", _IM_SYSTEM, has_tools=True
+        QWEN_3, None, "<|im_end|>", _IM, _IM_TURN, "<think>\n\n</think>\n\nYes<|im_end|>", _IM_SYSTEM, has_tools=True
     ),
     "google/gemma-7b-it": ChatModel(
         GEMMA, "<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>"),
-        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "Yes<end_of_turn>\n", None,
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "Yes<end_of_turn>", None,
     ),
     "teknium/OpenHermes-2.5-Mistral-7B (ChatML)": ChatModel(
-        CHATML, "<s>", "<|im_end|>", ("<|im_start|>",), _IM_TURN, "Yes<|im_end|>\n", _IM_SYSTEM
+        CHATML, "<s>", "<|im_end|>", ("<|im_start|>",), _IM_TURN, "Yes<|im_end|>", _IM_SYSTEM
     ),
     "HuggingFaceH4/zephyr-7b-beta": ChatModel(
-        ZEPHYR, "<s>", "</s>", (), "<|user|>\nHi</s>\n<|assistant|>\n", "Yes</s>\n",
+        ZEPHYR, "<s>", "</s>", (), "<|user|>\nHi</s>\n<|assistant|>\n", "Yes</s>",
         "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\n",
     ),
 }  # fmt: skip

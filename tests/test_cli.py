@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 
 import pytest
@@ -202,12 +203,13 @@ def test_weights_that_the_last_step_made_infinite_are_not_saved(train, tmp_path)
 
 def test_directory_of_another_run_is_refused(train, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    config = f"local_run_dir: {tmp_path}/run\nseed: 0\n"
+    (tmp_path / "run" / "config.yaml").write_text(config)
     result = train(*SHORT, f"local_run_dir={tmp_path}/run")
     assert result.returncode == 1
     assert "holds another run" in result.stderr
     assert "resume=auto" in result.stderr
-    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
+    assert (tmp_path / "run" / "config.yaml").read_text() == config
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
@@ -357,3 +359,31 @@ def test_model_that_cannot_share_prompts_trains_without_or_is_refused(train, tmp
     result = train(*overrides, f"local_run_dir={tmp_path}/run")
     assert result.returncode == 0
     assert "BloomForCausalLM can't share them" in result.stdout
+
+
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["local_run_dir=~/run", "'local_run_dir=\"~/run\"'", "local_dirs=[~/cache]", "resume=~/missing",
+     "model.archive=~/p.pt", "chat_template=~/t.jinja", "datasets=[hh] dataset_paths.hh=~/hh",
+     "-m loss.beta=0.1 hydra.sweep.dir=~/sweep"],
+)  # fmt: skip
+def test_tilde_is_the_home_directory_in_every_path(word, train, tmp_path):
+    (tmp_path / "home").mkdir()
+    result = train(*SHORT, "debug=true", *shlex.split(word), env={"HOME": f"{tmp_path}/home"})
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("~")]
+    assert "~" not in result.stderr, result.stderr
+    if result.returncode:  # there is no such file, which is said of the whole path
+        assert f"{tmp_path}/home/" in result.stderr
+    else:
+        assert any((tmp_path / "home").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/../../../b"])
+def test_exp_name_cannot_leave_the_local_directory(name, train, tmp_path):
+    result = train(*SHORT, f"exp_name={name}")
+    assert result.returncode == 1
+    assert f"error: exp_name={name} leads out of" in result.stderr and "local_run_dir" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -136,7 +136,7 @@ REFUSED = {  # what is typed: parts of the message
     "model.archive=/x/a=b": ["can't read 'model.archive=/x/a=b'", "Quote values"],
     "lr=1e300": ["lr=1e+300: must be a number above 0 and at most 1e+38"],
     "n_eval_examples=1000000000000": ["n_eval_examples=1000000000000", "at most 1e+07"],
-    "exp_name=null": ["exp_name=None: expected a text"],
+    "exp_name=null": ["exp_name=None: expected a string"],
     "optimizer_args={maximize:x}": ["optimizer_args.maximize=x: expected true or false"],
     "optimizer_args={lr:1}": ["optimizer_args.lr: RMSprop takes no such argument", "key lr"],
     "hydra.run.dir=/proc/nope": ["/proc/nope"],

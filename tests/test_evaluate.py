@@ -131,10 +131,10 @@ def test_data_too_small_to_train_on_is_evaluated(launcher, trained, tmp_path):
 
 BAD = {
     "no run": (["run=nowhere"], "run=nowhere: no run there"),
-    "no checkpoint": (["run={run}", "checkpoint=step-7"], "has no such checkpoint; there are LATEST"),
-    "a checkpoint of nothing": (["checkpoint=step-8", *RUN], "checkpoint=step-8: of which run?"),
+    "no checkpoint": (["run={run}", "checkpoint=step-7"], "has no such checkpoint; it has LATEST"),
+    "a checkpoint of nothing": (["checkpoint=step-8", *RUN], "checkpoint=step-8 requires run=DIR"),
     "rows of several": (["run={run}", "checkpoint=[step-8,LATEST]", "rows=r"], "give one checkpoint at a time"),
-    "nowhere to write": (["run={run}", "output=/nowhere/o"], "output=/nowhere/o: can't write there"),
+    "nowhere to write": (["run={run}", "output=/nowhere/o"], "output=/nowhere/o: there is no such directory"),
     "an unknown key": (["run={run}", "beta=1"], "no config key 'beta'"),
     "a sweep": (["-m", "run={run}", "seed=1,2"], "-m sweeps over train.py alone"),
 }

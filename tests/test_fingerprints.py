@@ -6,14 +6,18 @@ import os
 import re
 import shutil
 import signal
+import time
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except
+from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from checkpointing.fingerprints import file_fingerprints, hub_revisions
+import basics.files
+from basics.files import HashCache
+from checkpointing.fingerprints import changed_models, file_fingerprints, hub_revisions
+from checkpointing.integrity import atomic_directory
 from data.batches import BatchIterator, Prompt
 
 pytestmark = pytest.mark.slow
@@ -55,7 +59,7 @@ def run_dir_and_adapter(launcher, tmp_path, inputs, name):
     if name == "adapter":
         adapter_run = [*inputs, "loss=sft", "lora={r:4}", f"local_run_dir={tmp_path}/sft"]
         assert launcher.run(*adapter_run) == 0, launcher.output
-        shutil.copytree(tmp_path / "sft/LATEST", tmp_path / "adapter")
+        shutil.copytree(tmp_path / "sft/LATEST", tmp_path / "adapter", ignore=shutil.ignore_patterns("SHA256SUMS"))
         return [f"model.adapter={tmp_path}/adapter"], "adapter/adapter_model.safetensors"
     if name == "archive":
         return [f"model.archive={tmp_path}/policy.pt"], "policy.pt"
@@ -169,7 +173,8 @@ def test_workers_report_a_changed_input_once(launcher, inputs, tmp_path):
 
 def archive_fingerprint(path) -> str:
     keys = {"name_or_path": "nobody/nothing", "tokenizer_name_or_path": None, "archive": str(path), "adapter": None}
-    return file_fingerprints(OmegaConf.create({"model": {**keys, "from_scratch": False}}))["model.archive"]
+    config = {"model": {**keys, "from_scratch": False}, "local_dirs": [str(path.parent)]}
+    return file_fingerprints(OmegaConf.create(config))["model.archive"]
 
 
 @pytest.mark.parametrize("megabytes", [0.5, 63.5, 64, 100])
@@ -179,7 +184,7 @@ def test_fingerprint_changes_with_a_files_ends_middle_and_size(megabytes, tmp_pa
     path.write_bytes((block * 101)[:size])
     before = archive_fingerprint(path)
     assert archive_fingerprint(path) == before
-    for place in (0, size // 63 * 30, size - 1):
+    for place in (0, size // 77, size // 63 * 30, size - 1):
         with open(path, "r+b") as file:
             file.seek(place)
             former = file.read(1)
@@ -192,6 +197,117 @@ def test_fingerprint_changes_with_a_files_ends_middle_and_size(megabytes, tmp_pa
     assert archive_fingerprint(path) == before
     os.truncate(path, size - 1)
     assert archive_fingerprint(path) != before
+
+
+def test_fingerprint_of_an_earlier_version_is_still_recognized(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(os.urandom(2**20) * 80)
+    keys = {"name_or_path": "nobody/nothing", "tokenizer_name_or_path": None, "archive": str(path), "adapter": None}
+    config = OmegaConf.create({"model": {**keys, "from_scratch": False}, "local_dirs": [str(tmp_path)]})
+    earlier, now = file_fingerprints(config, sampled=True), file_fingerprints(config)
+    assert earlier != now
+    assert changed_models(config, earlier, now) == changed_models(config, now, now) == []
+    path.write_bytes(os.urandom(2**20) * 80)
+    assert changed_models(config, earlier, file_fingerprints(config)) == ["model.archive"]
+
+
+def test_file_is_hashed_once_and_again_once_it_has_changed_under_the_same_time(tmp_path, monkeypatch):
+    path, n_read = tmp_path / "data.jsonl", []
+    path.write_text("a" * 10)
+    hash_file = basics.files.sha256
+    monkeypatch.setattr("basics.files.sha256", lambda path: n_read.append(1) or hash_file(path))
+    monkeypatch.setattr("basics.files._SETTLED", 0)
+    stat = os.stat(path)
+    first = HashCache(str(tmp_path / "cache")).sha256(str(path))
+    assert HashCache(str(tmp_path / "cache")).sha256(str(path)) == first == hash_file(path)
+    assert len(n_read) == 1
+    time.sleep(0.02)  # another tick of the file system's clock
+    path.write_text("b" * 10)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as tar, rsync -t and images do
+    assert HashCache(str(tmp_path / "cache")).sha256(str(path)) == hash_file(path) != first
+    with open(tmp_path / "cache/file_hashes.jsonl", "a") as file:
+        file.write('{"stat": [1, 2')  # cut off by a crash
+    assert HashCache(str(tmp_path / "cache")).sha256(str(path)) == hash_file(path)
+
+
+# ---- the other commands ---------------------------------------------------------------------------------------------
+
+COMMANDS = {  # by command: the words beside run=RUN
+    "evaluate": [],
+    "sample": ["max_new_tokens=4", "output={tmp}/samples.jsonl"],
+    "export": ["output={tmp}/plain"],
+}
+
+
+@pytest.fixture(scope="module")
+def lora_run(launcher, sft_archive):
+    """A LoRA run from a copied model folder: the directory with `model` and `run`."""
+    directory = launcher.directory / "lora"
+    shutil.copytree(ORACLE / "model", directory / "model")
+    run = [*SHORT, f"model.name_or_path={directory}/model", f"dataset_paths.hh={ORACLE}/hh", "lora={r:2}"]
+    assert launcher.run(*run, f"local_run_dir={directory}/run") == 0, launcher.output
+    return directory
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_a_run_whose_base_has_changed(command, launcher, lora_run, tmp_path):
+    words = [f"run={lora_run}/run", *(word.format(tmp=tmp_path) for word in COMMANDS[command])]
+    options = {"script": REPOSITORY / f"{command}.py", "of_training": command != "export", "as_typed": True}
+    weights = lora_run / "model/model.safetensors"
+    before = weights.read_bytes()
+    try:
+        change_weights(weights)
+        assert launcher.run(*words, **options) == 1, launcher.output
+    finally:
+        weights.write_bytes(before)
+    assert "Traceback" not in launcher.output
+    assert f"not what its run began with:\n  model.name_or_path={lora_run}/model\n" in launcher.output
+    assert os.listdir(tmp_path) == []
+    assert launcher.run(*words, **options) == 0, launcher.output
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_run_that_was_trained_anew_under_the_same_name_is_not_taken_for_the_old_one(
+    command, launcher, inputs, tmp_path
+):
+    words = [f"run={tmp_path}/run", f"output={tmp_path}/out.jsonl"]
+    words += ["max_new_tokens=4"] if command == "sample" else []
+    for lr in ("lr=1e-3", "lr=2e-3"):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert launcher.run(*inputs, lr, f"local_run_dir={tmp_path}/run") == 0, launcher.output
+        code = launcher.run(*words, script=REPOSITORY / f"{command}.py", as_typed=True)
+        if command == "sample" and lr == "lr=2e-3":
+            assert code == 1 and "samples drawn under other settings" in launcher.output
+        else:
+            assert code == 0, launcher.output
+    if command == "evaluate":
+        first, second = read_jsonl(tmp_path / "out.jsonl")
+        assert first["metrics"]["loss/eval"] != second["metrics"]["loss/eval"]
+
+
+@pytest.mark.parametrize("key", ["model.adapter", "reference_model.adapter", "model.name_or_path", "model.archive"])
+def test_damaged_weights_beside_checksums_are_refused_wherever_they_are_loaded(key, launcher, lora_run, tmp_path):
+    if "adapter" in key:
+        shutil.copytree(lora_run / "run/LATEST", tmp_path / "damaged")
+        given = [f"model.name_or_path={lora_run}/model"]
+    else:
+        with atomic_directory(str(tmp_path / "damaged")) as partial:
+            shutil.copytree(ORACLE / "model", partial, dirs_exist_ok=True)
+        given = [] if key == "model.name_or_path" else [f"model.name_or_path={lora_run}/model"]
+    (weights,) = (tmp_path / "damaged").glob("*model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 64
+    weights.write_bytes(content)
+    run = [
+        *SHORT,
+        *given,
+        f"{key}={tmp_path}/damaged",
+        f"dataset_paths.hh={ORACLE}/hh",
+        f"local_run_dir={tmp_path}/run",
+    ]
+    assert launcher.run(*run) == 1, launcher.output
+    assert f"{weights.name} is not what SHA256SUMS beside it says: the file is damaged" in launcher.output
+    assert "Traceback" not in launcher.output
 
 
 def test_fingerprint_covers_all_texts_and_pairs_of_a_split():

@@ -7,10 +7,11 @@ import torch
 from conftest import ORACLE, read_jsonl
 from test_shared_prompt import BATCHES, CONFIGS, MAX_LENGTH, loss_and_gradients, make_model
 
-from acceleration.model_check import choose_rows
+from acceleration.layout import Layout
 from acceleration.packed_attention import use_packed_attention
 from acceleration.prefix_sharing import packed_rows, packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
+from benchmarks.architectures import check_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 BATCH = BATCHES["ordinary"]
@@ -36,8 +37,8 @@ def test_the_kernel_gives_the_gradients_of_attention_segment_by_segment(architec
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "qwen3"])
 def test_rows_are_packed_where_the_kernel_takes_the_dtype(architecture):
     for dtype, expected in ((torch.bfloat16, packed_shared_rows), (torch.float32, shared_rows)):
-        chosen = choose_rows(on_gpu(architecture, dtype), BATCH, "auto", MAX_LENGTH, padding_free="auto")
-        assert chosen[0] is expected, chosen[2]
+        layout, message = check_model(on_gpu(architecture, dtype), BATCH, MAX_LENGTH, padding_free="auto")
+        assert layout == Layout(expected), message
 
 
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
@@ -49,7 +50,7 @@ def test_a_run_on_a_gpu_learns_what_one_on_a_cpu_does(trainer, launcher, tmp_pat
         f"local_run_dir={tmp_path}/run",
     ]  # fmt: skip
     assert launcher.run(*overrides) == 0, launcher.output
-    assert "in rows without padding" in launcher.output
+    assert "ows have no padding" in launcher.output
     losses = [line["loss/train"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if line["split"] == "train"]
     assert losses[0] == pytest.approx(0.6931, abs=0.01)
     assert losses[-1] < losses[0]

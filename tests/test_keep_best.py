@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -64,7 +65,7 @@ def test_stop_when_worse_ends_and_completes_the_run(launcher, tmp_path):
     )  # the lengths stay as they are: no evaluation is better than the first
     assert list(evaluations(tmp_path / "run")) == [0, 8, 16, 24]
     assert "Stopping early: lengths_eval/chosen was best after 8 examples" in launcher.output
-    assert "2 evaluations since were worse" in " ".join(launcher.output.split())
+    assert "2 evaluations since then were worse" in " ".join(launcher.output.split())
     state = json.loads((tmp_path / "run/LATEST/state.json").read_text())
     assert (state["complete"], state["examples"], state["worse"]) == (True, 24, 2)
     assert launcher.run(*run, "resume=auto") == 0, launcher.output
@@ -115,7 +116,7 @@ def test_workers_agree_on_the_best_checkpoint(trainer, launcher, tmp_path):
     [
         (["keep_best=loss"], ["keep_best=loss: no metric of these evaluations. Did you mean loss/eval?"]),
         (["keep_best=kl_eval/per_token", "sample_during_eval=false"], ["keep_best=kl_eval/per_token", "There are: "]),
-        (["keep_best=1"], ["keep_best=1: expected a text"]),
+        (["keep_best=1"], ["keep_best=1: expected a string"]),
         (["stop_when_worse=0"], ["stop_when_worse=0: must be a number above 0"]),
         (["loss=sft", "keep_best=rewards_eval/accuracies"], ["no metric of these evaluations"]),
     ],
@@ -147,9 +148,34 @@ def test_equal_metric_is_not_better_and_a_new_metric_starts_over(make_trainer):
         state.examples, state.metrics = examples, {"loss/eval": loss, "nll_eval/chosen": 2.0}
         best.judge(state, config)
     assert (state.best, state.best_at, state.worse) == ({"loss/eval": 0.5}, 8, 2)
-    config.keep_best = "nll_eval/chosen"
+    config.keep_best, config.stop_when_worse = "nll_eval/chosen", 2
+    assert not best.is_over(state, config)  # nothing was worse by the new metric yet
+    assert not best.should_save_best(state, config)
     best.judge(state, config)
     assert (state.best, state.best_at, state.worse) == ({"nll_eval/chosen": 2.0}, 24, 0)
     config.keep_best = "rewards_eval/accuracies"
     with pytest.raises(UserError, match="the evaluation has none"):
         best.judge(state, config)
+
+
+def test_resuming_without_keep_best_keeps_what_best_links_to(launcher, tmp_path):
+    run = [*RUN, "keep_checkpoints=1", "save_every=8", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run, "n_examples=16", "keep_best=lengths_eval/chosen") == 0, launcher.output
+    assert os.readlink(tmp_path / "run/BEST") == "step-8"
+    assert launcher.run(*run, "n_examples=40", "resume=auto") == 0, launcher.output
+    assert sorted(name for name in os.listdir(tmp_path / "run") if name.startswith("step-")) == ["step-32", "step-8"]
+    assert (tmp_path / "run/BEST/policy.pt").exists()
+
+
+def test_run_killed_between_its_last_step_and_latest_finishes_latest(launcher, tmp_path):
+    run = [*RUN, "n_examples=8", "keep_best=loss/eval", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run) == 0, launcher.output
+    assert json.loads((tmp_path / "run/step-8/state.json").read_text())["complete"]
+    shutil.copytree(tmp_path / "run", tmp_path / "whole", symlinks=True)
+    shutil.rmtree(tmp_path / "run/LATEST")
+    (tmp_path / "run/LATEST").symlink_to("step-8")  # as it is before LATEST is written at the end
+    for message in ("Resuming from", "This run is complete"):
+        assert launcher.run(*run, "resume=auto") == 0, launcher.output
+        assert message in launcher.output
+    assert not (tmp_path / "run/LATEST").is_symlink()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -29,7 +29,7 @@ LEVELS = [  # modules and folders; each imports from those below it alone, a fol
     {"distributed"},
     {"log_probabilities", "losses"},
     {"utils"},
-    {"printing", "storage"},
+    {"basics"},
 ]
 FOLDERS = [path.parent for path in REPOSITORY.glob("*/__init__.py")]
 MODULES = {  # their syntax trees by their names

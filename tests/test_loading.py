@@ -98,13 +98,13 @@ def test_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
     loaded = load_pretrained(str(tmp_path), "x", dtype=torch.float32)
     for key, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
-    assert "left aside" not in capsys.readouterr().out
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_extra_head_is_ignored_with_a_message(model_dir, capsys):
     edit_weights(model_dir / "model.safetensors", lambda s: {**s, "v_head.summary.weight": torch.ones(1, 64)})
     load_pretrained(str(model_dir), "model.name_or_path=x", dtype=torch.float32)
-    assert "model.name_or_path=x: left aside, as GPTNeoXForCausalLM has no such part: v_head.summary.weight" in (
+    assert "model.name_or_path=x: left out, as GPTNeoXForCausalLM has no such part: v_head.summary.weight" in (
         capsys.readouterr().out
     )
 

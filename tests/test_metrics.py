@@ -99,7 +99,7 @@ def test_kl_is_measured_on_the_policys_own_samples(overrides, make_trainer, monk
     samples, kl = sampling.sample_evaluation(trainer)
     logratios, n_tokens = [], 0
     targets = drawn[0][1]
-    assert [sample["sample"] for sample in samples if sample["model"] == "policy"] == drawn[0][0]
+    assert [sample["response"] for sample in samples if sample["model"] == "policy"] == drawn[0][0]
     for ids, mask, labels in zip(*targets.values(), strict=True):
         ids, labels = ids[mask.bool()][None], labels[mask.bool()][1:]
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The check of a model at the start of training: which fast ways it may use, and when it is refused."""
+"""The check at the start of training: which way a model is computed, and what it is refused for."""
 
 import itertools
 import json
@@ -9,17 +9,20 @@ import torch
 import transformers
 from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
 from launcher import train_after
-from test_shared_prompt import BATCHES, LLAMA_LIKE, SMALL
+from test_shared_prompt import BATCHES, CONFIGS, LLAMA_LIKE, SMALL, make_model
 
+import trainers
+from acceleration import packed_attention, response_head
 from acceleration.capacity import microbatch_overhead
-from acceleration.model_check import choose_rows, full_length_pair, synthetic_pair
+from acceleration.layout import PLAIN, Layout
+from acceleration.measurement import each_alone, full_length_batch, synthetic_batch
 from acceleration.prefix_sharing import padded_rows, shared_rows
-from acceleration.response_head import chunked_token_logps, token_logps
-from benchmarks.architectures import batch_of, own_logps, tiny_model
+from acceleration.response_head import chunked_token_logps
+from benchmarks.architectures import batch_of, check_model, compare, own_logps, tiny_model
 from data.microbatches import microbatches
 from distributed.strategies import SingleProcess
 from log_probabilities import concatenated_inputs
-from utils import UserError
+from utils import UserError, disable_dropout
 
 MAX_LENGTH = 192
 SHORT = batch_of(((9, 4, 7), (3, 6, 2)))
@@ -50,7 +53,7 @@ CAPPED_OR_SCALED = {
 @pytest.mark.parametrize("name", CAPPED_OR_SCALED)
 def test_capped_or_scaled_logits_are_noticed_even_when_tiny(name, dtype):
     model = as_initialized(CAPPED_OR_SCALED[name], dtype)
-    assert choose_rows(model, BATCHES["ordinary"], "auto", 24)[1], "the output head alone gives other logits"
+    assert check_model(model, BATCHES["ordinary"], 24)[0].whole_logits, "the output head alone gives other logits"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -60,105 +63,241 @@ def test_neutral_settings_leave_logits_to_the_output_head(dtype):
         transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=1.0),
     ]
     for config in configs:
-        make_rows, whole_logits, _ = choose_rows(as_initialized(config, dtype), BATCHES["ordinary"], "auto", 24)
-        assert (make_rows, whole_logits) == (shared_rows, False)
+        assert check_model(as_initialized(config, dtype), BATCHES["ordinary"], 24)[0] == Layout(shared_rows)
 
 
-# ---- which rows -----------------------------------------------------------------------------------------------------
+# ---- the examples ---------------------------------------------------------------------------------------------------
 
 
-def test_full_length_pair_has_the_longest_training_lengths():
-    pair = full_length_pair(SHORT, 64)
-    assert pair["chosen_input_ids"].shape == (1, 64)
-    assert pair["rejected_input_ids"].shape == (1, 16 + 36)
-    assert (pair["chosen_input_ids"][:, :16] == pair["rejected_input_ids"][:, :16]).all()
-    assert (pair["chosen_labels"] == -100).sum() == (pair["rejected_labels"] == -100).sum() == 16
-    assert set(pair["chosen_input_ids"].unique().tolist()) <= set(SHORT["chosen_input_ids"].unique().tolist())
-    assert shared_rows(synthetic_pair(SHORT, 0, 64, 64)).input_ids.shape == (1, 128)
+def test_examples_have_the_lengths_asked_for_and_tokens_of_the_data():
+    batch = synthetic_batch(SHORT, [(2, 5), (0, 8)])
+    assert batch["chosen_attention_mask"].sum(1).tolist() == batch["rejected_attention_mask"].sum(1).tolist() == [5, 8]
+    assert (
+        (batch["chosen_labels"] != -100).sum(1).tolist() == (batch["rejected_labels"] != -100).sum(1).tolist() == [3, 8]
+    )
+    assert (batch["chosen_input_ids"][0, :2] == batch["rejected_input_ids"][0, :2]).all()
+    assert (batch["chosen_input_ids"][0, 2:5] != batch["rejected_input_ids"][0, 2:5]).any()
+    assert set(batch["chosen_input_ids"][1].tolist()) <= set(SHORT["chosen_input_ids"].flatten().tolist())
+    alone = [example["chosen_input_ids"].shape for example in each_alone(batch)]
+    assert alone == [(1, 5), (1, 8)]
+    assert full_length_batch(SHORT, 64)["chosen_input_ids"].shape == (1, 64)
+
+
+# ---- which layout ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_attention_window_by_row_position_is_noticed(dtype):
     model = tiny_model("gpt_neo", window_size=32, max_position_embeddings=1024).to(dtype)
-    assert choose_rows(model, SHORT, True, 16)[0] is shared_rows  # whose rows are within the window
-    make_rows, whole_logits, why = choose_rows(model, SHORT, "auto", MAX_LENGTH)
-    assert (make_rows, whole_logits) == (padded_rows, False)
-    assert "can't share them: where the two responses share a row, its log-probabilities differ" in why
-    with torch.no_grad():
-        torch.testing.assert_close(token_logps(model, padded_rows(batch_of())), own_logps(model, batch_of()))
-    with pytest.raises(UserError, match=r"shared_prompt=true, but the model GPTNeoForCausalLM can't: .*differ"):
-        choose_rows(model, SHORT, True, MAX_LENGTH)
+    assert check_model(model, SHORT, 16, shared_prompt=True)[0].is_shared  # rows are within the window
+    layout, message = check_model(model, SHORT)
+    assert layout == Layout(padded_rows)
+    assert "Prefix sharing: off; it gives other log-probabilities than concatenated_forward (by " in message
+    if dtype != torch.bfloat16:
+        assert compare(model, layout)["gradient"] < 1e-4
+    with pytest.raises(UserError, match=r"shared_prompt=true, but the model GPTNeoForCausalLM can't: it gives other"):
+        check_model(model, SHORT, shared_prompt=True)
 
 
 @pytest.mark.parametrize(("window", "make_rows"), [(MAX_LENGTH - 2, padded_rows), (MAX_LENGTH - 1, shared_rows)])
 def test_window_one_token_too_short_is_noticed(window, make_rows):
     """The last token that predicts another has MAX_LENGTH - 2 tokens before it."""
     model = tiny_model("mistral", sliding_window=window).double()
-    assert choose_rows(model, SHORT, "auto", MAX_LENGTH)[0] is make_rows
+    assert check_model(model, SHORT)[0] == Layout(make_rows)
 
 
 def test_rows_longer_than_a_model_can_compute_are_noticed():
     model = tiny_model("gpt_neo", window_size=1024, max_position_embeddings=2 * MAX_LENGTH - 1)
-    make_rows, _, why = choose_rows(model, SHORT, "auto", MAX_LENGTH)
-    assert make_rows is padded_rows
-    assert "where a row has 384 tokens, its forward fails with RuntimeError" in why
-    with pytest.raises(UserError, match="where a row has 384 tokens"):
-        choose_rows(model, SHORT, True, MAX_LENGTH)
+    layout, message = check_model(model, SHORT)
+    assert layout == Layout(padded_rows)
+    assert message.startswith("Prefix sharing: off; its forward fails with RuntimeError")
+    with pytest.raises(UserError, match="its forward fails with RuntimeError"):
+        check_model(model, SHORT, shared_prompt=True)
 
 
 def test_sequences_longer_than_a_model_can_compute_are_refused():
     model = tiny_model("gpt_neo", max_position_embeddings=MAX_LENGTH - 1)
-    for setting in ("auto", False):
-        with pytest.raises(UserError, match=r"forward fails on sequences of 192 tokens.*lower max_length"):
-            choose_rows(model, SHORT, setting, MAX_LENGTH)
+    for settings in ({}, {"shared_prompt": False}, {"shared_prompt": False, "padding_free": False}):
+        with pytest.raises(UserError, match=r"forward fails on sequences of up to 192 tokens.*lower max_length"):
+            check_model(model, SHORT, **settings)
 
 
 @pytest.mark.parametrize("model_type", ["granitemoehybrid", "moshi", "qwen3_next"])
 def test_prompt_sharing_depends_on_layers_not_on_class_names(model_type):
-    """Layers of attention alone may be shared, whatever the model's class could hold."""
     types = {
         "granitemoehybrid": {"layer_types": ["attention"] * 4},
         "moshi": {},
         "qwen3_next": {"layer_types": ["full_attention"] * 4},
     }
     model = tiny_model(model_type, **types[model_type])
-    assert choose_rows(model, SHORT, True, MAX_LENGTH)[0] is shared_rows
-    with torch.no_grad():
-        logps = token_logps(model, shared_rows(batch_of()), choose_rows(model, SHORT, True, MAX_LENGTH)[1])
-        torch.testing.assert_close(logps, own_logps(model, batch_of()), rtol=1e-4, atol=1e-4)
+    layout, _ = check_model(model, SHORT, shared_prompt=True)
+    assert compare(model, layout)["gradient"] < 1e-3
 
 
-# ---- the last resort ------------------------------------------------------------------------------------------------
+def test_model_check_leaves_modes_hooks_gradients_and_random_numbers_untouched():
+    for is_training in (True, False):
+        model = tiny_model("opt").train(is_training)  # it draws random numbers in training
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        torch.manual_seed(7)
+        check_model(model, SHORT)
+        assert torch.equal(torch.rand(3), expected)
+        assert model.training == is_training
+        assert not any(module._forward_hooks for module in model.modules())
+        assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("setting", ["auto", True, False])
-def test_encoder_is_refused(setting, dtype):
-    model = tiny_model("bert").to(dtype)
-    with pytest.raises(UserError, match=r"BertLMHeadModel: without a padding mask .* differ .*causal language model"):
-        choose_rows(model, SHORT, setting, MAX_LENGTH)
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+PLAIN_SETTINGS = {"shared_prompt": False, "padding_free": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"shared_prompt": True}, PLAIN_SETTINGS], ids=str)
+@pytest.mark.parametrize("model_type", ["bert", "cpmant", "prophetnet"])
+def test_model_that_sees_what_it_predicts_is_refused(model_type, settings, dtype):
+    """CPM-Ant's prompts see the response, and ProphetNet's n-grams the tokens after them; padding changes either."""
+    model = tiny_model(model_type).to(dtype)
+    with pytest.raises(UserError, match=r"its predictions depend on the very tokens that they predict"):
+        check_model(model, SHORT, **settings)
 
 
 def test_encoder_is_refused_for_sft_too():
     batch = {key: value for key, value in SHORT.items() if "rejected" not in key}
     with pytest.raises(UserError, match="causal language model"):
-        choose_rows(tiny_model("bert"), batch, "auto", MAX_LENGTH)
+        check_model(tiny_model("bert"), batch)
 
 
 def test_encoder_configured_as_decoder_is_accepted():
     model = tiny_model("bert", is_decoder=True)
-    make_rows, whole_logits, _ = choose_rows(model, SHORT, "auto", MAX_LENGTH)
+    layout, _ = check_model(model, SHORT)
+    assert compare(model, layout)["gradient"] < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, PLAIN_SETTINGS], ids=str)
+def test_model_that_routes_at_random_in_training_is_refused(settings, dtype):
+    model = tiny_model("phimoe").to(dtype)
+    with pytest.raises(UserError, match=r"PhimoeForCausalLM: it computes at random in training.* differ by \d"):
+        check_model(model, SHORT, **settings)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "noise"), [("mixtral", {"router_jitter_noise": 0.1}), ("opt", {"layerdrop": 0.5})]
+)
+def test_noise_of_training_is_turned_off_with_dropout(model_type, noise):
+    model = tiny_model(model_type, **noise)
+    assert check_model(model, SHORT)[0].is_shared
+    model.train()
+    assert torch.equal(*(own_logps(model, SHORT) for _ in range(2)))
+
+
+class CountsFromTheEnd(transformers.GPT2LMHeadModel):
+    """Counts positions from the end of a row, padding included."""
+
+    def forward(self, input_ids, **kwargs):
+        kwargs["position_ids"] = torch.arange(255 - input_ids.shape[1], 255)[None]
+        return super().forward(input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("settings", [{"padding_free": False}, PLAIN_SETTINGS], ids=str)
+def test_model_whose_padding_changes_what_it_computes_is_refused(settings):
+    torch.manual_seed(0)
+    model = CountsFromTheEnd(transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256))
     with torch.no_grad():
-        logps = token_logps(model, make_rows(batch_of()), whole_logits)
-        torch.testing.assert_close(logps, own_logps(model, batch_of()), rtol=1e-4, atol=1e-4)
+        model.transformer.wpe.weight.normal_(0, 0.3)
+    disable_dropout(model)
+    with pytest.raises(UserError, match=r"CountsFromTheEnd: padding changes what it computes.*padding_free=true"):
+        check_model(model, SHORT, **settings)
 
 
-def test_model_check_leaves_modes_hooks_and_gradients_untouched():
-    model = tiny_model("llama").train()
-    choose_rows(model, SHORT, "auto", MAX_LENGTH)
-    assert model.training
-    assert not any(module._forward_hooks for module in model.modules())
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_weights_that_are_not_finite_are_refused():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        next(model.parameters())[:] = torch.inf
+    with pytest.raises(UserError, match="LlamaForCausalLM: its log-probabilities or their gradient aren't finite"):
+        check_model(model, SHORT)
+
+
+# ---- what steps aside -----------------------------------------------------------------------------------------------
+
+
+class TooSteep(torch.autograd.Function):
+    """Changes no number, but makes gradients 1.1 times as large."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return 1.1 * gradient
+
+
+def test_wrong_backward_of_packed_attention_is_noticed(monkeypatch):
+    attend = packed_attention._by_segment
+    monkeypatch.setattr(packed_attention, "_by_segment", lambda *args: TooSteep.apply(attend(*args)))
+    model = make_model(CONFIGS["llama"], torch.float32)
+    with pytest.raises(
+        UserError, match=r"padding_free=true, .*it gives another gradient than concatenated_forward \(by"
+    ):
+        check_model(model, BATCHES["ordinary"], 24, padding_free=True)
+
+
+def test_wrong_backward_of_the_output_head_is_noticed(monkeypatch):
+    compute = response_head.chunked_token_logps
+    monkeypatch.setattr(
+        response_head, "chunked_token_logps", lambda hidden, *args: compute(TooSteep.apply(hidden), *args)
+    )
+    layout, message = check_model(make_model(CONFIGS["llama"], torch.float32), BATCHES["ordinary"], 24)
+    assert layout == PLAIN
+    assert message == (
+        "Prefix sharing: off; it gives another gradient than concatenated_forward (by 10 %), which is used instead"
+    )
+
+
+EDITED = ["model=blank_model", f"model.name_or_path={ORACLE}/model", f"dataset_paths.hh={ORACLE}/hh", "max_length=128",
+          "max_prompt_length=64", "batch_size=4", "n_examples=4", "n_eval_examples=4", "eval_batch_size=4",
+          "do_first_eval=false", "sample_during_eval=false", "eval_every=4"]  # fmt: skip
+
+
+def first_step(trainer: trainers.BasicTrainer) -> dict[str, float]:
+    return trainer.train_step(next(trainer.train_iterator.batches(0)))
+
+
+@pytest.mark.parametrize(("loss", "metric"), [("dpo", "logps_train/chosen"), ("sft", "loss/train")])
+def test_whoever_edits_get_batch_logps_changes_what_is_trained(loss, metric, make_trainer, monkeypatch, capsys):
+    expected = first_step(make_trainer(*EDITED, f"loss={loss}"))
+    line = "" if loss == "sft" else "Prefix sharing: on\n"
+    assert line in capsys.readouterr().out
+    original = trainers._get_batch_logps
+    monkeypatch.setattr(trainers, "_get_batch_logps", lambda *args, **kwargs: 2 * original(*args, **kwargs))
+    trainer = make_trainer(*EDITED, f"loss={loss}")
+    assert trainer.layout == PLAIN
+    subject, plain = {"dpo": ("Prefix sharing", "concatenated_forward"),
+                      "sft": ("Output head at responses only", "target_forward")}[loss]  # fmt: skip
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "which is used instead" in line]
+    assert line.startswith(f"{subject}: off; it gives other log-probabilities than {plain} (by ")
+    assert line.endswith(" nats), which is used instead")
+    step = first_step(trainer)
+    assert step[metric] == pytest.approx(2 * expected[metric], rel=1e-5)
+    if loss == "sft":
+        assert step["grad_norm"] == pytest.approx(2 * expected["grad_norm"], rel=1e-4)
+
+
+def test_subclass_that_edits_concatenated_forward_changes_what_is_trained(make_trainer, monkeypatch, capsys):
+    class Edited(trainers.BasicTrainer):
+        """Trains on half of each log-probability."""
+
+        def concatenated_forward(self, model, batch):
+            return tuple(logps / 2 for logps in super().concatenated_forward(model, batch))
+
+    expected = first_step(make_trainer(*EDITED, "loss=dpo"))
+    monkeypatch.setattr("conftest.BasicTrainer", Edited)
+    step = first_step(make_trainer(*EDITED, "loss=dpo"))
+    assert "than concatenated_forward (by" in capsys.readouterr().out
+    assert step["logps_train/rejected"] == pytest.approx(expected["logps_train/rejected"] / 2, rel=1e-5)
+    assert step["grad_norm"] == pytest.approx(expected["grad_norm"] / 2, rel=1e-3)
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
@@ -263,7 +402,7 @@ def test_workers_choose_the_layout_that_one_process_does(trainer, loss, launcher
     for run_dir, n_workers, choice in ((tmp_path / "1", 1, []), (tmp_path / "2", 2, [f"trainer={trainer}"])):
         code = launcher.run(*overrides, *choice, f"local_run_dir={run_dir}", n_workers=n_workers)
         assert code == 0, launcher.output
-        assert "its logits whole, as the model does more than apply its output head" in launcher.output
+        assert "ogits of whole sequences, as the model changes what its output head gives" in launcher.output
         last[n_workers] = read_jsonl(run_dir / "metrics.jsonl")[-1]
     for key in last[1].keys() - {"split", "examples_per_second", "tokens_per_second"}:
         assert last[2][key] == pytest.approx(last[1][key], rel=1e-5, abs=1e-5), key
@@ -276,7 +415,7 @@ def test_workers_fall_back_together_and_refuse_together(launcher, model_dir, tmp
     path = model_dir(transformers.GPTNeoConfig(**sizes, window_size=1024))
     overrides = [*RUN, f"model.name_or_path={path}", "loss=dpo", "trainer=FSDPTrainer", "model.reference_dtype=float32"]
     assert launcher.run(*overrides, f"local_run_dir={tmp_path}/run", n_workers=2) == 0, launcher.output
-    assert "where a row has 256 tokens, its forward fails with RuntimeError" in launcher.output
+    assert "Prefix sharing: off; its forward fails with RuntimeError" in launcher.output
     assert launcher.run(*overrides, "shared_prompt=true", f"local_run_dir={tmp_path}/no", n_workers=2) == 1
     assert "error: shared_prompt=true, but the model GPTNeoForCausalLM can't" in launcher.output
     assert "Traceback" not in launcher.output
@@ -287,7 +426,7 @@ def test_workers_fall_back_together_and_refuse_together(launcher, model_dir, tmp
 def test_workers_that_compute_in_16_bits_share_prompts(launcher, tmp_path):
     overrides = [*RUN, "model=tiny", "loss=dpo", "trainer=FSDPTrainer", "model.policy_mp=bfloat16", "debug=true"]
     assert launcher.run(*overrides, f"local_run_dir={tmp_path}/run", n_workers=2) == 0, launcher.output
-    assert "Shared prompts: each prompt is computed once a pair\n" in launcher.output
+    assert "Prefix sharing: on\n" in launcher.output
 
 
 @pytest.mark.slow
@@ -296,7 +435,7 @@ def test_flex_attention_without_gradients_is_refused(launcher, model_dir, tmp_pa
     script = train_after("import torch; torch._dynamo.config.disable = True", tmp_path)  # compiling takes long
     run = [*RUN, f"model.name_or_path={path}", "loss=sft", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run, script=script) == 1
-    assert "error: LlamaForCausalLM: its own forward fails" in launcher.output
+    assert "error: LlamaForCausalLM: target_forward fails" in launcher.output
     assert "attn_implementation=flex_attention now; sdpa and eager" in launcher.output
     assert "Traceback" not in launcher.output
     assert not (tmp_path / "run").exists()

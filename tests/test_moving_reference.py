@@ -1,10 +1,12 @@
 """A reference that follows the policy (TR-DPO): how far it moves, on one worker and several, and across a resume."""
 
 import math
+import shutil
 
 import pytest
 import torch
-from conftest import exhaustive_except, read_jsonl
+from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from commands.run_directory import create_run_dir
 from utils import UserError
@@ -90,6 +92,33 @@ def test_resumed_run_restores_the_moved_reference(trainer, launcher, tmp_path):
 def test_moving_reference_with_incompatible_settings_is_refused(overrides, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer(*TOY, "reference_update_every=2", *overrides)
+
+
+def test_reference_that_cannot_follow_the_policy_is_refused_at_the_start(make_trainer, tmp_path):
+    train(make_trainer, "lora={r:2}", f"local_run_dir={tmp_path}/lora")
+    with pytest.raises(UserError, match=r"reference_model\.adapter=.* has weights that the policy lacks"):
+        make_trainer(*TOY, "reference_update_every=2", f"reference_model.adapter={tmp_path}/lora/LATEST")
+    config = AutoConfig.from_pretrained(REPOSITORY / "assets/tiny")
+    config.num_hidden_layers += 1
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "larger")
+    with pytest.raises(
+        UserError, match=r"the reference has another architecture .*\(gpt_neox.layers.*the policy's is absent"
+    ):
+        make_trainer(*TOY, "reference_update_every=2", f"reference_model.name_or_path={tmp_path}/larger")
+
+
+def test_reference_with_tied_embeddings_follows_a_tied_policy_only(make_trainer, tmp_path):
+    shutil.copytree(REPOSITORY / "assets/tiny", tmp_path / "tied")
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 128, "vocab_size": 2048}
+    GPT2Config(**sizes, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "tied")
+    policy = ["model=tiny", f"model.name_or_path={tmp_path}/tied"]
+    trainer = train(make_trainer, *policy, "reference_update_every=1", f"local_run_dir={tmp_path}/run")
+    assert losses(tmp_path / "run") == pytest.approx([math.log(2)] * 6, abs=1e-6)
+    trainer.resume(f"{tmp_path}/run/LATEST")
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "untied")
+    with pytest.raises(UserError, match=r"\(lm_head.weight: \(2048, 32\), the policy's is absent\)"):
+        make_trainer(*TOY, *policy, "reference_update_every=1", f"reference_model.name_or_path={tmp_path}/untied")
 
 
 def test_checkpoint_without_the_moved_reference_is_refused(make_trainer, tmp_path):

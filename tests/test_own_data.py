@@ -457,7 +457,7 @@ def test_reference_is_precomputed_for_ranked_data_and_refused_for_unpaired(kind,
         write(tmp_path / "data" / f"{split}.jsonl", rows)
     run = [*RUN, f"datasets=[{tmp_path}/data]"]
     if kind == "unpaired":
-        with pytest.raises(UserError, match="loss=kto needs the reference on other texts in every batch"):
+        with pytest.raises(UserError, match="loss=kto pairs prompts anew in every batch"):
             make_trainer(*run, "loss=kto", "precompute_ref_log_probs=true")
         return
     online, precomputed = (make_trainer(*run, f"precompute_ref_log_probs={value}") for value in ("false", "true"))
@@ -477,7 +477,7 @@ REFUSED = {
     "unknown setting": (["datasets=[{name: rows.jsonl, wieght: 2}]"], "no setting 'wieght'. Did you mean weight?"),
     "weight": (["datasets=[{name: rows.jsonl, weight: 0}]"], "weight=0: must be a number above 0"),
     "n_examples": (["datasets=[{name: rows.jsonl, n_examples: 1.5}]"], "n_examples=1.5: must be a whole number"),
-    "twice": (["datasets=[rows.jsonl,rows.jsonl]"], "stands there twice; give it a weight"),
+    "twice": (["datasets=[rows.jsonl,rows.jsonl]"], "is listed twice; give it a weight"),
     "truncation": (["datasets=[rows.jsonl]", "truncation=keep"], "truncation=keep: must be one of"),
     "fraction": (["datasets=[rows.jsonl]", "test_fraction=1"], "test_fraction=1: must be above 0 and below 1"),
     "on_bad_example": (["datasets=[rows.jsonl]", "on_bad_example=drop"], "on_bad_example=drop: must be one of"),

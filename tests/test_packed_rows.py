@@ -22,10 +22,12 @@ from test_shared_prompt import (
     original_logps,
 )
 
-from acceleration.model_check import choose_rows
+from acceleration.layout import Layout
 from acceleration.packed_attention import Packing, _GatherKeys, packed_attention, use_packed_attention
 from acceleration.prefix_sharing import packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
+from benchmarks.architectures import check_model
+from distributed.strategies import SingleProcess
 from log_probabilities import _get_batch_logps
 from utils import UserError
 
@@ -153,17 +155,17 @@ def test_packed_rows_hold_no_padding():
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
 def test_supported_models_get_packed_rows(architecture, dtype):
     model = make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32).to(dtype)
-    make_rows, _, why = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH, padding_free=True)
-    assert make_rows is packed_shared_rows
-    assert why == "each prompt is computed once a pair, in rows without padding"
-    assert choose_rows(model, BATCHES["ordinary"], False, MAX_LENGTH, padding_free=True)[0] is packed_rows
+    chosen = check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free=True)
+    assert chosen == (Layout(packed_shared_rows), "Prefix sharing: on; rows have no padding")
+    chosen = check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=False, padding_free=True)
+    assert chosen == (Layout(packed_rows), "Rows have no padding")
 
 
 def test_model_check_runs_under_autocast():
     model = make_model(copy.deepcopy(CONFIGS["qwen3"]), torch.float32)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
-    chosen = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH, padding_free=True, autocast=autocast)
-    assert chosen[0] is packed_shared_rows
+    layout, _ = check_model(model, BATCHES["ordinary"], MAX_LENGTH, autocast, padding_free=True)
+    assert layout == Layout(packed_shared_rows)
     with torch.no_grad(), autocast():
         ours = response_logps(model, packed_shared_rows(BATCHES["ordinary"]))
         expected = response_logps(model, shared_rows(BATCHES["ordinary"]))
@@ -172,21 +174,22 @@ def test_model_check_runs_under_autocast():
 
 def test_rows_are_packed_on_a_cpu_only_on_request():
     model = make_model(CONFIGS["llama"])
-    assert choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH, padding_free="auto")[0] is shared_rows
+    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free="auto")[0] == Layout(shared_rows)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_models_with_windows_share_prompts_only_in_packed_rows():
     config = transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=8)
     model = make_model(config)
-    assert choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH)[0] is padded_rows
-    assert choose_rows(model, BATCHES["ordinary"], True, MAX_LENGTH, padding_free=True)[0] is packed_shared_rows
+    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH)[0] == Layout(padded_rows)
+    layout, _ = check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=True, padding_free=True)
+    assert layout == Layout(packed_shared_rows)
 
 
 CANNOT = {
     "attention of its own": (CONFIGS["gptj"], "attn_implementation=eager takes no packed rows"),
     "a class of attention of its own": (
-        transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "in a packed row its log-probabilities differ"
+        transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "it gives other log-probabilities"
     ),
     "sinks": (
         transformers.GptOssConfig(**SMALL, **LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1, head_dim=8),
@@ -198,7 +201,7 @@ CANNOT = {
             linear_num_value_heads=4, linear_num_key_heads=2,
             linear_key_head_dim=8, linear_value_head_dim=8,
         ),
-        "in a packed row",
+        "it gives other log-probabilities|its forward fails",
     ),
 }  # fmt: skip
 
@@ -209,11 +212,11 @@ def test_unsupported_models_are_refused_or_fall_back(name):
     model, batch = make_model(config, torch.float32), BATCHES["ordinary"]
     before = model.config._attn_implementation
     with pytest.raises(UserError, match=rf"padding_free=true, but the model .* can't: .*({reason}).*padding_free=auto"):
-        choose_rows(model, batch, "auto", MAX_LENGTH, padding_free=True)
+        check_model(model, batch, MAX_LENGTH, padding_free=True)
     assert model.config._attn_implementation == before
-    make_rows, whole_logits, _ = choose_rows(model, batch, "auto", MAX_LENGTH, padding_free="auto")
-    assert make_rows in (shared_rows, padded_rows)
-    logps = response_logps(model, make_rows(batch), whole_logits)
+    layout, _ = check_model(model, batch, MAX_LENGTH, padding_free="auto")
+    assert layout.make_rows in (shared_rows, padded_rows)
+    logps = layout.response_logps(model, batch, SingleProcess)
     torch.testing.assert_close(logps, original_logps(model, batch), rtol=1e-4, atol=1e-4)
 
 
@@ -274,7 +277,7 @@ def test_run_with_packed_rows_equals_the_run_without(variant, n_workers, launche
         overrides = [*RUN, *variant.split(), f"padding_free={setting}", f"local_run_dir={run_dir}"]
         overrides += ["sample_during_eval=false"] if n_workers > 1 else []
         assert launcher.run(*overrides, n_workers=n_workers) == 0, launcher.output
-        assert ("in rows without padding" in launcher.output) == (setting == "true")
+        assert ("ows have no padding" in launcher.output) == (setting == "true")
         lines[setting] = read_jsonl(run_dir / "metrics.jsonl")
     assert len(lines["true"]) == len(lines["false"])
     for ours, expected in zip(lines["true"], lines["false"], strict=True):

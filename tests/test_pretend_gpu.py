@@ -13,7 +13,7 @@ import transformers
 
 from acceleration import memory_plan
 from acceleration.capacity import measure_activations
-from acceleration.model_check import full_length_pair
+from acceleration.measurement import full_length_batch
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention, with_tensors
 from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
@@ -166,7 +166,7 @@ def predicted_and_saved(family: str, rows_name: str, weights: str, lora: bool = 
     """Compare the plan's bytes for a batch of several pairs with those that its graph saves, on each GPU."""
     warnings.filterwarnings("ignore")
     make_rows = ROWS[rows_name]
-    full = make_rows(full_length_pair(pair_batch((25, 75, 56)), MAX_LENGTH))
+    full = make_rows(full_length_batch(pair_batch((25, 75, 56)), MAX_LENGTH))
     pairs = [(25, 75, 56), (30, 70, 51), (20, 80, 61)]  # the same total, in other parts
     if make_rows in PACKED:
         pairs += [(3, 9, 33), (11, 5, 2)]
@@ -200,7 +200,7 @@ def plan(family: str, n_gpus: int, free: int, weights: str = "mixed", lora: bool
     dtype, autocast_dtype = WEIGHTS[weights]
     models = [meta_model(family, dtype, lora), meta_model(family, torch.bfloat16, False)]
     memory_plan.free_and_total_bytes = lambda device: (free, 10**9)
-    rows = packed_shared_rows(full_length_pair(pair_batch((25, 75, 56)), MAX_LENGTH))
+    rows = packed_shared_rows(full_length_batch(pair_batch((25, 75, 56)), MAX_LENGTH))
     with pretend_gpu.pretend_gpus():
         for model in models:
             put_on_gpus(model, autocast_dtype, n_gpus=n_gpus)

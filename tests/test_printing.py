@@ -1,11 +1,16 @@
 """What may be printed: control sequences and markup are shown instead of carried out, secrets are masked."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
+from launcher import ENVIRONMENT
 
+from basics.printing import markdown, markdown_code, printable
 from checkpointing.model_card import write_card
-from printing import markdown, markdown_code, printable
 from reporting.curves import plain
 
 SHOWN = {
@@ -70,12 +75,23 @@ def test_run_name_in_a_picture_is_no_formula(tmp_path):
 
 def test_error_message_carries_out_nothing(launcher, tmp_path):
     name = "no\x1b[2Jwhere"
-    assert launcher.run(f"run='{name}'", script=launcher_script("evaluate.py"), in_order=True) == 1
+    assert launcher.run(f"run='{name}'", script=REPOSITORY / "evaluate.py", in_order=True) == 1
     assert "\x1b" not in launcher.output and r"no\x1b[2Jwhere" in launcher.output
     assert not re.search("Traceback", launcher.output)
 
 
-def launcher_script(name: str):
-    from conftest import REPOSITORY
-
-    return REPOSITORY / name
+def test_too_many_open_files_are_named(tmp_path):
+    script = (
+        "import os, resource\n"
+        "from commands.errors import errors_reported\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "with errors_reported():\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))\n"
+        "    files = [os.dup(0) for _ in range(17)]\n"
+        "    raise RuntimeError('Cannot resolve 127.0.0.1 to a (local) address')\n"  # as gloo has it
+    )
+    env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: too many open files: raise the limit")
+    assert "Traceback" not in result.stderr and "memory" not in result.stderr

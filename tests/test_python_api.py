@@ -45,7 +45,11 @@ RUN = ["model=tiny", "loss=dpo", "batch_size=1", "eval_every=1", "max_length=64"
         ("mine", [{"prompt": "a", "chosen": "b"}, ["c"]], r"datasets=\[mine\], row 1: \['c'\] isn't a dict of fields"),
         ("mine", [{"prompt": "a", "chosen": {1, 2}}], "expected rows of strings, numbers, lists and dicts"),
         ("mine", [], r"datasets=\[mine\].*there are no rows"),
-        ("hh", [{"prompt": "a", "chosen": "b", "rejected": "c"}], "a named dataset is called so; give your rows anoth"),
+        (
+            "hh",
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+            "a built-in dataset has that name; give your rows anoth",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(name, rows, message, make_trainer, monkeypatch):

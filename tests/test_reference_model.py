@@ -221,7 +221,7 @@ def test_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path):
         (["reference=adapter_copy", "reference_model.name_or_path=x"], r"reference_model\.name_or_path makes it"),
         (["reference_model.archiv=x"], "Did you mean reference_model.archive"),
         (["reference_model=x"], "reference_model"),
-        (["reference_model.archive=1"], r"reference_model\.archive=1: expected a text"),
+        (["reference_model.archive=1"], r"reference_model\.archive=1: expected a string"),
     ],
     ids=str,
 )

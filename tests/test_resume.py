@@ -242,6 +242,14 @@ def run_dir(finished, tmp_path):
         (["lora={r:4}"], ["lora.r: absent → 4"]),
         (["max_length=60", "lr=1"], ["max_length: 64 → 60", "lr: 0.001 → 1"]),
         (["n_examples=8"], ["4 steps behind it", "n_examples=8 ask for 2 in all"]),
+        (
+            ["lora={r:4}", "resume_anyway=true"],
+            ["lora={'r': 4}: ", "holds all weights, not an adapter"],
+        ),
+        (
+            ["reference_update_every=2", "resume_anyway=true"],
+            ["reference_update_every=2: ", "has no reference.pt, as its run's reference stayed as it was"],
+        ),
         (["local_run_dir=elsewhere"], ["local_run_dir=elsewhere, but resume=", "leave local_run_dir out"]),
     ],
     ids=str,

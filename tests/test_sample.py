@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import resource
 import signal
 
 import pytest
@@ -12,6 +14,8 @@ from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.drawing import SeededDraws
+from evaluation.sample_file import append_lines
+from utils import UserError
 
 SAMPLE = REPOSITORY / "sample.py"
 PROMPTS = [f"\n\nHuman: say {'very ' * (n % 4)}much {n}\n\nAssistant:" for n in range(9)]
@@ -218,9 +222,9 @@ def test_sampling_computes_the_reference_that_training_had_precomputed(launcher,
 
 OWN = {  # what is there: what is asked, and the message
     "one line without an end": ('{"my": "data"}', "output={path}", "a file that isn't one of samples"),
-    "the prompts": ('{"prompt": "The story"}\n', "prompts={path} output={path}", "is the file of prompts, too"),
+    "the prompts": ('{"prompt": "The story"}\n', "prompts={path} output={path}", "is also the file of prompts"),
     "the prompts, for AlpacaEval": (
-        '{"prompt": "The story"}', "prompts={path} output={path}.x alpaca_eval={path}", "is the file of prompts, too"
+        '{"prompt": "The story"}', "prompts={path} output={path}.x alpaca_eval={path}", "is also the file of prompts"
     ),
 }  # fmt: skip
 
@@ -267,3 +271,37 @@ def test_prompts_in_a_file_need_neither_data_nor_an_optimizer(launcher, trained,
     for line, expected in zip(read_jsonl(tmp_path / "file"), texts_of_data, strict=True):
         assert line["response"] == expected["response"]
         assert line["policy_logps"] == pytest.approx(expected["policy_logps"], abs=1e-3)
+
+
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "loading"), (signal.SIGINT, "loading"),
+                                                (signal.SIGTERM, "drawing"), (signal.SIGINT, "drawing")])  # fmt: skip
+def test_signal_ends_sampling_with_whole_lines(number, moment, launcher, trained, prompts, tmp_path):  # noqa: F811
+    run_dir, path = trained("dpo"), tmp_path / "o.jsonl"
+    words = [f"run={run_dir}", prompts, "n=200", "eval_batch_size=1", f"output={path}"]
+    launcher.start(*words, script=SAMPLE, in_order=True)
+    if moment == "loading":
+        wait_until(lambda: "building policy" in launcher.output)
+    else:
+        wait_until(lambda: path.exists() and path.stat().st_size)
+    launcher.kill(number)
+    assert launcher.wait() in (75, 130), launcher.output
+    assert launcher.wait() == 75 or number == signal.SIGINT
+    assert "Traceback" not in launcher.output and f"stopped by {number.name}" in launcher.output
+    assert path.exists() == (moment == "drawing")
+    if moment == "drawing":
+        assert 0 < len(read_jsonl(path)) < 1800
+    assert not [name for name in os.listdir(tmp_path) if "partial" in name]
+
+
+def test_full_disk_leaves_the_file_of_samples_as_it_was(tmp_path):
+    path = tmp_path / "o.jsonl"
+    append_lines(str(path), [{"settings": "s", "response": "whole"}])
+    whole = path.read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, hard))
+    try:
+        with pytest.raises(UserError, match=r"can't write to .*o.jsonl: File too large; make room"):
+            append_lines(str(path), [{"settings": "s", "response": "cut off"}] * 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == whole

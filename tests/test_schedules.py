@@ -118,7 +118,7 @@ def test_another_schedule_is_refused_on_resume(launcher, tmp_path):
         (["lr_scheduler=polynomial", "lr_scheduler_args={power:x}"], ["lr_scheduler=polynomial", "power"]),
         (["lr_scheduler=warmup_stable_decay"], ["lr_scheduler=warmup_stable_decay", "num_decay_steps"]),
         (["lr_scheduler=cosine", "lr_scheduler_args={num_cycles:nan}"], ["lr_scheduler_args.num_cycles=nan", "finite"]),
-        (["lr_scheduler=null"], ["lr_scheduler=None: expected a text"]),
+        (["lr_scheduler=null"], ["lr_scheduler=None: expected a string"]),
         (["lr_scheduler_args=3"], ["lr_scheduler_args"]),
     ],
 )

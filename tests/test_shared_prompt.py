@@ -8,9 +8,10 @@ import torch
 import transformers
 
 from acceleration import response_head
-from acceleration.model_check import choose_rows
+from acceleration.layout import PLAIN, Layout
 from acceleration.prefix_sharing import padded_rows, shared_rows
 from acceleration.response_head import chunked_token_logps, response_logps, tree_mask
+from benchmarks.architectures import check_model
 from data.tokenization import get_collate_fn, tokenize_batch
 from distributed.strategies import SingleProcess
 from log_probabilities import _get_batch_logps, concatenated_inputs
@@ -195,9 +196,9 @@ def test_chunked_logits_give_the_same_gradients_whether_kept_or_made_again(kept_
 def test_supported_models_share_prompts(architecture):
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(CONFIGS[architecture], torch.float32).to(dtype)
-        make_rows, whole_logits, _ = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH)
-        assert make_rows is shared_rows
-        assert not whole_logits
+        layout, message = check_model(model, BATCHES["ordinary"], MAX_LENGTH)
+        assert layout == Layout(shared_rows, whole_logits=False)
+        assert message == "Prefix sharing: on"
 
 
 FALLBACKS = {
@@ -215,28 +216,30 @@ FALLBACKS = {
 def test_models_that_cannot_share_prompts_fall_back_and_say_why(name):
     config, reason = FALLBACKS[name]
     model, batch = make_model(config), BATCHES["ordinary"]
-    make_rows, whole_logits, why = choose_rows(model, batch, "auto", MAX_LENGTH)
-    assert make_rows is padded_rows
-    with pytest.raises(UserError, match=reason):
-        choose_rows(model, batch, True, MAX_LENGTH)
-    assert type(model).__name__ in why
-    logps = response_logps(model, make_rows(batch), whole_logits=whole_logits)
+    layout, message = check_model(model, batch, MAX_LENGTH)
+    assert layout.make_rows is padded_rows
+    assert message.startswith("Prefix sharing: off; it")
+    with pytest.raises(
+        UserError, match=f"shared_prompt=true, but the model {type(model).__name__} can't: .*({reason})"
+    ):
+        check_model(model, batch, MAX_LENGTH, shared_prompt=True)
+    logps = layout.response_logps(model, batch, SingleProcess)
     torch.testing.assert_close(logps.double(), original_logps(model, batch).double(), rtol=1e-6, atol=1e-6)
 
 
 def test_window_as_long_as_the_sequences_allows_sharing():
     model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=MAX_LENGTH))
-    assert choose_rows(model, BATCHES["ordinary"], True, MAX_LENGTH)[0] is shared_rows
+    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=True)[0].is_shared
 
 
 @pytest.mark.usefixtures("all_in_float64")
 def test_model_that_scales_its_logits_computes_them_whole():
     config = transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=4.0)
     model, batch = make_model(config), BATCHES["ordinary"]
-    make_rows, whole_logits, _ = choose_rows(model, batch, "auto", MAX_LENGTH)
-    assert (make_rows, whole_logits) == (shared_rows, True)
+    layout, _ = check_model(model, batch, MAX_LENGTH)
+    assert layout == Layout(shared_rows, whole_logits=True)
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
-    ours = response_logps(model, make_rows(batch), whole_logits=whole_logits)
+    ours = layout.response_logps(model, batch, SingleProcess)
     assert_same(loss_and_gradients(model, ours, "dpo"), expected, 1e-9)
 
 
@@ -246,14 +249,16 @@ def test_wrong_numbers_from_sharing_are_noticed(monkeypatch):
 
     monkeypatch.setattr(response_head, "tree_mask", wrong_mask)
     model = make_model(CONFIGS["llama"], torch.float32)
-    make_rows, _, why = choose_rows(model, BATCHES["ordinary"], "auto", MAX_LENGTH)
-    assert make_rows is padded_rows
-    assert "differ" in why
+    layout, message = check_model(model, BATCHES["ordinary"], MAX_LENGTH)
+    assert layout == Layout(padded_rows)
+    assert message.startswith("Prefix sharing: off; it gives other log-probabilities than concatenated_forward (by ")
 
 
 def test_shared_prompt_false_computes_two_sequences_per_pair():
     model = make_model(CONFIGS["llama"])
-    assert choose_rows(model, BATCHES["ordinary"], False, MAX_LENGTH)[0] is padded_rows
+    for padding_free, layout in (("auto", Layout(padded_rows)), (False, PLAIN)):
+        settings = {"shared_prompt": False, "padding_free": padding_free}
+        assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, **settings) == (layout, "")
 
 
 def test_dropout_is_off_everywhere():

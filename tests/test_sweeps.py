@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def table(output: str) -> list[list[str]]:
     """Return the cells of the table at a sweep's end, split at spaces."""
     lines = output[output.rindex("== The sweep in ") :].splitlines()[1:]
-    return [line.split() for line in itertools.takewhile(lambda line: line and "To go on" not in line, lines)]
+    return [line.split() for line in itertools.takewhile(lambda line: line and "To resume" not in line, lines)]
 
 
 def printed_command(output: str) -> list[str]:
@@ -188,7 +188,7 @@ def test_sweep_from_a_config_names_its_jobs(launcher, tmp_path):
 
 def test_sweep_refuses_resume_of_one_run(launcher, tmp_path):
     assert launcher.run("-m", *SHORT, "seed=1,2", f"resume={tmp_path}", f"hydra.sweep.dir={tmp_path}/sweep") == 1
-    assert "a sweep goes on with all its jobs by resume=auto and hydra.sweep.dir=DIR" in launcher.output
+    assert "a sweep resumes all its jobs by resume=auto and hydra.sweep.dir=DIR" in launcher.output
 
 
 def test_printed_resume_command_quotes_the_run_directory(launcher, tmp_path):
@@ -220,3 +220,15 @@ def test_tab_completion_knows_keys_and_groups(launcher):
     env = {"COMP_LINE": "python train.py loss=", "COMP_POINT": "21"}
     assert launcher.run("-sc", "query=bash", env=env, as_typed=True) == 0, launcher.output
     assert {"loss=dpo", "loss=ipo", "loss=sft"} <= set(launcher.output.split())
+
+
+def test_second_sweep_in_the_same_directory_is_refused_while_the_first_runs(launcher, tmp_path):
+    sweep = ["-m", *SHORT, f"hydra.sweep.dir={tmp_path}/sweep", "loss.beta=0.1,0.2"]
+    first = launcher.start(*sweep, "n_examples=4000")
+    wait_until(lambda: "Job 0" in first.output, output=lambda: first.output)
+    assert launcher.run(*sweep, "seed=7") == 1
+    assert f"error: hydra.sweep.dir={tmp_path}/sweep: another sweep is running there: process" in launcher.output
+    assert "Traceback" not in launcher.output
+    first.kill(signal.SIGTERM)
+    assert first.wait() == EXIT_CODE, first.output
+    assert ".lock" not in os.listdir(tmp_path / "sweep")

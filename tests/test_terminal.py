@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 
 import pytest
 from conftest import read_jsonl
@@ -11,7 +12,15 @@ from test_cli import TOY
 
 from reporting import terminal
 from reporting.run_log import interval_means
-from reporting.terminal import Progress, RunTable, duration, number, progressing, samples_side_by_side
+from reporting.terminal import (
+    Progress,
+    RunTable,
+    duration,
+    number,
+    progressing,
+    samples_side_by_side,
+    still_working,
+)
 from reporting.time_left import TimeLeft
 
 RUN = [*TOY, "loss=dpo", "n_examples=64", "eval_every=32", "lr=1e-3", "curves=false", "wandb.enabled=false",
@@ -151,7 +160,10 @@ def test_numbers_are_formatted_in_few_characters():
 
 
 def samples(prompt: str, **of_models: str) -> list[dict]:
-    return [{"model": model, "prompt": prompt, "sample": prompt + text} for model, text in of_models.items()]
+    return [
+        {"model": model, "prompt": prompt, "response": text, "sample": prompt + text}
+        for model, text in of_models.items()
+    ]
 
 
 def test_samples_are_shown_side_by_side_under_one_prompt(monkeypatch):
@@ -235,3 +247,13 @@ def test_time_left_counts_evaluations_and_saves_to_come():
         spend(1, "step")  # faster now
     assert left.seconds(200) == 50 * 1 + 2 * (300 + 10)
     assert left.seconds(400) == 300 + 10
+
+
+def test_loading_reports_every_minute_that_it_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_PROGRESS_EVERY", 0.01)
+    with still_working("Loading the policy"):
+        time.sleep(0.2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and set(lines) == {"Loading the policy: 0s so far"}
+    time.sleep(0.05)
+    assert capsys.readouterr().out == ""

@@ -107,7 +107,7 @@ def test_report_gives_mean_reward_and_share_outside_the_grammar_of_the_last_samp
     best, worst = response_text([7, 7, 7, 7]), response_text([0, 0, 0, 0])
     rows = [("policy", 0, worst), ("policy", 8, best), ("policy", 8, " What?"), ("reference", 8, worst)]
     lines = [
-        {"counters/examples": n, "model": model, "prompt": PROMPTS[0], "sample": PROMPTS[0] + text}
+        {"counters/examples": n, "model": model, "prompt": PROMPTS[0], "response": text, "sample": PROMPTS[0] + text}
         for model, n, text in rows
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

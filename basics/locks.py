@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-from storage.errors import UserError
+from basics.errors import UserError
 
 _held: set[int] = set()  # descriptors of locked files
 

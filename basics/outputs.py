@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from storage.errors import UserError
+from basics.errors import UserError
 
 CHECKSUMS = "SHA256SUMS"  # in every checkpoint; `sha256sum -c` reads it
 CONFIG_HEADER = b"# SHA-256 of what the run started from"  # the beginning of a run's config.yaml

@@ -9,7 +9,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 PARTIAL = r"\.partial-[0-9a-f]{8}"  # a regular expression: what the names of unfinished files end with
@@ -117,3 +117,9 @@ class HashCache:
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
                 append_json_line(self.path, {"stat": key, "sha256": digest})
         return self.known[key]
+
+
+def content_hash(paths: Iterable[str], cache_dir: str | None) -> str:
+    """Return a SHA-256 of the content of files, in their order; what is known of them is kept in `cache_dir`."""
+    hash_file = HashCache(cache_dir).sha256 if cache_dir is not None else sha256
+    return hashlib.sha256("".join(map(hash_file, paths)).encode()).hexdigest()

@@ -1,0 +1,200 @@
+"""Measure one way of computing a model: its log-probabilities, one gradient, and how far rounding moves them."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from log_probabilities import response_lengths
+from utils import computed_dtype, take, unwrap_adapter
+
+SIDES = ("chosen", "rejected")
+_SMALL = 1 / 16  # times log-probabilities: gradients about as small as a loss's, which float16 can hold
+_TOKEN_WEIGHTS = torch.randn(997, generator=torch.Generator().manual_seed(0))  # of a token id, modulo 997
+# A sum of float32 in float32 is off by so many times its last digit; in 16 bits, what is rounded was summed in float32.
+_ACCUMULATED = 32
+
+
+# ---- examples -------------------------------------------------------------------------------------------------------
+
+
+def synthetic_batch(batch: dict, lengths: list[tuple[int, int]]) -> dict:
+    """Return examples with these numbers of tokens in the prompt and in all; both responses are equally long.
+
+    Tokens are drawn from the batch's own, so that none means something special.
+    """
+    seen = batch["chosen_input_ids"][batch["chosen_attention_mask"].bool()]
+    generator = torch.Generator().manual_seed(0)
+    n_prompt, n_tokens = torch.tensor(lengths).T[..., None]  # (B, 1) each
+    t = torch.arange(int(n_tokens.max()))  # (T,)
+    chosen, rejected = seen[torch.randint(len(seen), (2, len(lengths), len(t)), generator=generator)]
+    made = take(batch, torch.arange(len(lengths)) % len(batch["prompt"]))
+    for side, ids in zip(SIDES, (chosen, torch.where(t < n_prompt, chosen, rejected)), strict=True):
+        if f"{side}_labels" in batch:
+            made[f"{side}_input_ids"] = torch.where(t < n_tokens, ids, 0)
+            made[f"{side}_attention_mask"] = (t < n_tokens).to(ids.dtype)
+            made[f"{side}_labels"] = torch.where((n_prompt <= t) & (t < n_tokens), ids, -100)
+    return made
+
+
+def full_length_batch(batch: dict, max_length: int) -> dict:
+    """Return a batch of one example whose sequences have `max_length` tokens each, a quarter of them the prompt."""
+    return synthetic_batch(batch, [(max(1, max_length // 4), max_length)])
+
+
+def each_alone(batch: dict) -> Iterator[dict]:
+    """Yield each example of a synthetic batch by itself, without padding."""
+    padded = [f"{side}_{kind}" for side in SIDES for kind in ("input_ids", "attention_mask", "labels")]
+    for index in range(len(batch["prompt"])):
+        example = take(batch, torch.tensor([index]))
+        n_tokens = int(example["chosen_attention_mask"].sum())
+        yield example | {key: example[key][:, :n_tokens] for key in padded if key in example}
+
+
+# ---- log-probabilities and a gradient -------------------------------------------------------------------------------
+
+
+@dataclass
+class Numbers:
+    """What one way of computing gives for several batches of E examples in all."""
+
+    logps: torch.Tensor  # (1 or 2, E) of chosen and rejected responses, in nats
+    gradient: torch.Tensor  # (batches, H); of each batch, a projection of a gradient
+    leak: float  # the share of the gradient that reaches the last tokens, which no causal model's predictions depend on
+
+    def is_finite(self) -> bool:
+        return bool(self.logps.isfinite().all() and self.gradient.isfinite().all())
+
+
+def measure(
+    model: nn.Module,
+    compute: Callable[[nn.Module, dict], torch.Tensor],
+    batches: list[dict],
+    autocast: Callable[[], contextlib.AbstractContextManager],
+    alone: bool = False,
+) -> Numbers:
+    """Compute batches, or with `alone` each of their examples by itself, whose gradients are summed up.
+
+    Args:
+        compute: gives the log-probability of each response, chosen before rejected: (S,).
+    """
+    logps, gradients, leaks = [], [], []
+    for batch in batches:
+        parts = each_alone(batch) if alone else [batch]
+        results = [_forward_and_backward(model, compute, part, autocast) for part in parts]
+        logps += [result[0] for result in results]
+        gradients.append(torch.stack([result[1] for result in results]).sum(0))
+        leaks += [result[2] for result in results]
+    return Numbers(torch.cat(logps, 1), torch.stack(gradients), max(leaks))
+
+
+def _forward_and_backward(
+    model: nn.Module, compute: Callable, batch: dict, autocast: Callable
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return log-probabilities (sides, B), the projected gradient of chosen minus rejected ones (H,), and its leak.
+
+    The gradient is taken in the embedded tokens: every layer's backward is on its way, no parameter's is needed. It is
+    weighted by token id and summed over tokens, so that it is the same wherever a way of computing puts a token.
+    """
+    with _embeddings_as_leaves(unwrap_adapter(model)) as embedded, torch.enable_grad(), autocast():
+        logps = compute(model, batch)
+    logps = logps.view(-1, len(batch["prompt"]))  # chosen, rejected
+    if not embedded:  # by a layer that the model calls
+        raise RuntimeError("the model doesn't call the layer that get_input_embeddings() returns")
+    ids, leaves = zip(*embedded, strict=True)
+    objective = _SMALL * (logps[0].sum() - logps[1:].sum())
+    gradients = [gradient.cpu().double() for gradient in torch.autograd.grad(objective, leaves, materialize_grads=True)]
+    weights = [_TOKEN_WEIGHTS[of_tokens.cpu() % len(_TOKEN_WEIGHTS)].unsqueeze(-1) for of_tokens in ids]
+    projection = sum((w * g).flatten(0, -2).sum(0) for w, g in zip(weights, gradients, strict=True))
+    leak = max(float(gradient[:, -1].norm() / gradient.norm().clamp(min=1e-30)) for gradient in gradients)
+    return logps.detach().cpu().double(), projection, leak
+
+
+@contextlib.contextmanager
+def _embeddings_as_leaves(model: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield a list that collects the token ids and the embedded tokens of each forward, the latter to be derived by."""
+    embedded = []
+
+    def make_leaf(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        leaf = output.detach().requires_grad_()
+        embedded.append((inputs[0], leaf))
+        return leaf * 1  # some models change it in place, which a leaf doesn't allow
+
+    hook = model.get_input_embeddings().register_forward_hook(make_leaf)
+    try:
+        yield embedded
+    finally:
+        hook.remove()
+
+
+# ---- rounding -------------------------------------------------------------------------------------------------------
+
+
+class Standard:
+    """Numbers that others are compared with, and how far rounding moves them."""
+
+    def __init__(self, numbers: Numbers, rounded: Numbers, batches: list[dict]):
+        """Args: `rounded`: the same `batches` once more, under `rounded_otherwise`."""
+        self.numbers = numbers
+        sides = [
+            [response_lengths(batch[f"{side}_labels"]) for batch in batches] for side in SIDES[: len(numbers.logps)]
+        ]
+        self.lengths = torch.stack([torch.cat(side) for side in sides]).clamp(min=1)  # (sides, E) in tokens
+        size = float((numbers.logps / self.lengths.sqrt()).square().mean().sqrt())
+        last_digits = 2 * torch.finfo(torch.float32).eps * size, 2 * torch.finfo(torch.float32).eps
+        self.rounding = [max(pair) for pair in zip(self.distances(rounded), last_digits, strict=True)]
+
+    def distances(self, ours: Numbers) -> tuple[float, float]:
+        """Return root mean squares of differences: of log-probabilities, in nats by the root of a response's tokens,
+        and of gradients, relative. `ours` may be those of the first batches alone."""
+        n_examples, n_batches = ours.logps.shape[1], len(ours.gradient)
+        logps, gradient = self.numbers.logps[:, :n_examples], self.numbers.gradient[:n_batches]
+        of_logps = (ours.logps - logps) / self.lengths[:, :n_examples].sqrt()
+        of_gradient = (ours.gradient - gradient).norm(dim=1) / gradient.norm(dim=1).clamp(min=1e-30)
+        return tuple(float(difference.square().mean().sqrt()) for difference in (of_logps, of_gradient))
+
+    def multiples(self, ours: Numbers) -> list[float]:
+        """Return the same distances as multiples of what rounding makes."""
+        return [distance / rounding for distance, rounding in zip(self.distances(ours), self.rounding, strict=True)]
+
+    def nats(self, ours: Numbers) -> float:
+        """Return the largest difference of a response's log-probability, in nats."""
+        return float((ours.logps - self.numbers.logps[:, : ours.logps.shape[1]]).abs().max())
+
+
+@contextlib.contextmanager
+def rounded_otherwise(model: nn.Module) -> Iterator[None]:
+    """Let the output of every layer but the head, and the gradient in it, be off by up to its rounding, at random.
+
+    This is Monte Carlo arithmetic (D. S. Parker, UCLA CSD-970002, 1997) at the granularity of layers. The noise of the
+    n-th output is drawn from the seed n, so that workers that compute the same draw the same.
+    """
+    counter = itertools.count()
+
+    def perturb(module: nn.Module, inputs: tuple, output: object) -> torch.Tensor | None:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return None
+        generator = torch.Generator(output.device).manual_seed(next(counter))
+        error = torch.empty(output.shape, device=output.device).uniform_(-1, 1, generator=generator)
+        return (output * (1 + _rounding_error(output) * error)).to(output.dtype)
+
+    layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    hooks = [layer.register_forward_hook(perturb) for layer in layers if layer is not model.get_output_embeddings()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounding_error(tensor: torch.Tensor) -> float:
+    """Return how far what is computed in a tensor's dtype may be off by rounding, relative to its size."""
+    dtype = computed_dtype(tensor)  # to which the next layer rounds what it takes, at the latest
+    if dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
+        return torch.finfo(dtype).eps / 2
+    if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32:  # which has as many digits as float16
+        return torch.finfo(torch.float16).eps / 2
+    return _ACCUMULATED * torch.finfo(torch.float32).eps / 2

@@ -1,0 +1,35 @@
+"""SHA256SUMS: the checksums of a directory's files, beside them, as `sha256sum` writes and checks them."""
+
+import os
+import re
+from collections.abc import Callable
+
+from basics.files import sha256
+from basics.outputs import CHECKSUMS
+
+
+def write_checksums(directory: str, without: str | None = None):
+    """Write the SHA-256 of all files in a directory, but for one."""
+    names = sorted(name for name in os.listdir(directory) if name != without)
+    lines = [f"{sha256(os.path.join(directory, name))}  {name}\n" for name in names]
+    with open(os.path.join(directory, CHECKSUMS), "w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def read_checksums(directory: str) -> dict[str, str]:
+    """Return the SHA-256 of each file, in hexadecimal, as it was when it was written.
+
+    Raises: OSError; ValueError if a line isn't what `sha256sum` writes.
+    """
+    with open(os.path.join(directory, CHECKSUMS), encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ([^/\0]+)", line) for line in lines]
+    if None in matches:
+        raise ValueError(f"line {matches.index(None) + 1} of {CHECKSUMS} is not a SHA-256 and a file's name")
+    return {match[2]: match[1] for match in matches}
+
+
+def verify_checksum(directory: str, name: str, digest: str | None, hash_file: Callable[[str], str] = sha256):
+    """Raise ValueError if a file is not as it was written."""
+    if hash_file(os.path.join(directory, name)) != digest:
+        raise ValueError(f"{name} is not what {CHECKSUMS} beside it says: the file is damaged")

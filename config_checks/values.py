@@ -1,0 +1,129 @@
+"""Checks of a config's keys and single values: known keys, types, ranges, and the options of the loss."""
+
+import math
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from config_checks.explanations import unknown_key
+from config_checks.schema import FREE_KEYS, default_config, flatten
+from losses import LOSSES
+from utils import UserError, closest_match
+
+_POSITIVE = (
+    "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
+    "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
+    "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
+    "stop_when_worse", "max_tokens_per_microbatch",
+)  # fmt: skip
+_NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
+_HIGHEST = {
+    "max_grad_norm": math.inf,  # no clipping
+    "lr": 1e38,  # of float32
+    "n_eval_examples": 10**7,  # all are kept in memory
+}
+_MAY_BE_NULL = ("n_epochs", "n_examples", "n_eval_examples")
+# of keys whose default is null; the others are strings
+_TYPES_OF_NULL = dict.fromkeys(
+    (
+        "n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every",
+        "stop_when_worse", "max_tokens_per_microbatch",
+    ),
+    int,
+)  # fmt: skip
+
+
+def check_values(config: DictConfig):
+    """Check every key and its value; add the defaults of loss options that are left out.
+
+    Raises: UserError naming the key, its value and the remedy.
+    """
+    _check_loss(config)
+    _check_keys_and_types(config)
+    _check_ranges(config)
+
+
+def _check_loss(config: DictConfig):
+    """Check the loss's options by its signature; those that the config leaves out get their defaults."""
+    name = OmegaConf.select(config, "loss.name")
+    if name not in LOSSES:
+        raise UserError(
+            f"loss.name={name}: no such loss.{closest_match(str(name), LOSSES)} There are: {', '.join(LOSSES)}"
+        )
+    options = LOSSES[name].options
+    for key in config.loss:
+        if key != "name" and key not in options:
+            hint = closest_match(key, options) or f" It has: {', '.join(options)}"
+            raise UserError(f"loss.{key}: loss={name} has no such option.{hint}")
+    for key, option in options.items():
+        if key not in config.loss:
+            if option.is_required:
+                raise UserError(f"loss.{key}: loss={name} has no default for it; give it in config/loss/{name}.yaml")
+            with open_dict(config.loss):
+                config.loss[key] = option.default
+        _check_type(f"loss.{key}", config.loss[key], option.type)
+        if option.type in (int, float):
+            value = config.loss[key]
+            violation = option.range.violation(value) if option.range else None
+            if violation or not math.isfinite(value):
+                raise UserError(f"loss.{key}={value}: {violation or 'must be a finite number'}")
+
+
+def _check_keys_and_types(config: DictConfig):
+    defaults = default_config()
+    known = [key for key in defaults if not key.startswith("loss.")]
+    given = flatten(config)
+    for key, value in given.items():
+        if key.startswith("loss."):
+            continue
+        if key not in known and not key.startswith(tuple(f"{holder}." for holder in FREE_KEYS)):
+            raise UserError(unknown_key(key))
+        _check_key_type(key, value, defaults.get(key))
+    for key in known:
+        if key not in given and not any(name.startswith(f"{key}.") for name in given):
+            hint = "; choose a model with model=NAME, and start its YAML with 'defaults: [blank_model]'"
+            raise UserError(f"the config lacks the key {key!r}{hint if key.startswith('model.') else ''}")
+
+
+def _check_key_type(key: str, value: object, default: object):
+    """Refuse a value of another type than its default's, with the exceptions listed here."""
+    if value is None and (default is None or key in _MAY_BE_NULL):
+        return
+    if isinstance(value, str) and not value.strip():
+        remedy = "null" if default is None else "something"
+        raise UserError(f"{key}={value!r} is empty: give {remedy}, or leave it out")
+    if key == "datasets" and isinstance(value, str):
+        return
+    if key == "warmup_steps" and isinstance(value, float) and 0 < value < 1:  # a fraction of the steps
+        return
+    if key in ("shared_prompt", "padding_free"):
+        if not isinstance(value, bool) and value != "auto":
+            raise UserError(f"{key}={value}: must be auto, true or false")
+    elif key == "resume":
+        if not isinstance(value, str):
+            raise UserError(f"resume={value}: must be auto, a run directory or a checkpoint in one")
+    elif key == "lora":
+        if not isinstance(value, dict):
+            raise UserError(
+                f"lora={value}: expected fields of LoraConfig, e.g. lora.r=16 or 'lora={{r:16}}' (quoted for the shell)"
+            )
+    elif not key.startswith(("lora.", "optimizer_args.", "lr_scheduler_args.")):
+        _check_type(key, value, _TYPES_OF_NULL.get(key, str) if default is None else type(default))
+
+
+def _check_type(key: str, value: object, expected: type):
+    accepted = (int, float) if expected is float else (expected,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise UserError(f"{key}={value}: expected {names.get(expected, f'a {expected.__name__}')}")
+
+
+def _check_ranges(config: DictConfig):
+    for keys, lowest, wording in ((_POSITIVE, 1e-300, "above 0"), (_NON_NEGATIVE, 0, "0 or more")):
+        for key in keys:
+            value = OmegaConf.select(config, key)
+            highest = _HIGHEST.get(key, 2**53 if isinstance(value, int) else 1e300)
+            if value is not None and not lowest <= value <= highest:
+                bound = f" and at most {highest:g}" if highest < value < math.inf else ""
+                raise UserError(f"{key}={value}: must be a number {wording}{bound}")
+    if config.seed >= 2**32:
+        raise UserError(f"seed={config.seed}: must be below 2**32")

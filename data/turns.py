@@ -1,0 +1,236 @@
+"""The turns of a rendered dialogue: which characters the assistant wrote, and which the chat template left out.
+
+A chat template says nothing about who wrote what, unless it marks it by `{% generation %}`. So turns are found by
+rendering the dialogue up to each of them, and where the template writes an unfinished dialogue differently (Qwen 3
+drops reasoning from earlier turns, Mistral moves tools to the last question), by rendering it with the turn changed.
+"""
+
+import bisect
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+
+from data.messages import BadExample
+from data.rows import shared_start
+
+Span = tuple[int, int]  # start and end, in characters
+STAND_IN = "\ue000"  # private use: no message holds it, and trimming, changing case or JSON leave it as it is
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_REFUSED = "refused by the chat template"
+
+
+def is_assistants(message: dict) -> bool:
+    """True for a message of the assistant."""
+    return message["role"] == "assistant"
+
+
+class Dialogue:
+    """A prompt and a response to it, rendered by a chat template; it knows what the assistant wrote."""
+
+    def __init__(
+        self,
+        apply: Callable[..., tuple[str, list[Span]]],
+        prompt: list[dict],
+        response: list[dict],
+        end_token: re.Pattern,
+        is_marked: bool,
+    ):
+        """Args:
+        apply: renders messages, and tells what the template marks as the assistant's; with `add_generation_prompt` it
+            opens the assistant's next turn.
+        end_token: matches tokens that may end a turn.
+        is_marked: the template marks what the assistant wrote.
+        """
+        self.apply, self.end_token, self.is_marked = apply, end_token, is_marked
+        self.messages, self.n_prompt = prompt + response, len(prompt)
+        self._stand_ins: dict[int, str] = {}  # for the contents of messages that the template must not alter, by `id`
+        self.text = self.render(self.messages)
+
+    def render(self, messages: list[dict], **kwargs) -> str:
+        """Render some of the messages."""
+        return self._render(messages, **kwargs)[0]
+
+    def _render(self, messages: list[dict], **kwargs) -> tuple[str, list[Span]]:
+        shown = [
+            message | {"content": self._stand_ins[id(message)]} if id(message) in self._stand_ins else message
+            for message in messages
+        ]
+        text, spans = self.apply(shown, **kwargs)
+        for message in messages:
+            stand_in = self._stand_ins.get(id(message))
+            if stand_in is not None and (at := text.find(stand_in)) >= 0:
+                text = text[:at] + message["content"] + text[at + len(stand_in) :]
+                grown = len(message["content"]) - len(stand_in)
+                spans = [(start + grown * (start > at), end + grown * (end > at)) for start, end in spans]
+        return text, spans
+
+    def keep(self, numbers: list[int]):
+        """Render these messages with their contents as they are, whatever the template does to contents."""
+        for number in numbers:
+            self._stand_ins[id(self.messages[number])] = f"{STAND_IN}{number}{STAND_IN}"
+        self.text = self.render(self.messages)
+
+    @property
+    def begins_with_assistant(self) -> bool:
+        """True if the response begins with a turn of the assistant."""
+        return is_assistants(self.messages[self.n_prompt])
+
+    @property
+    def has_several(self) -> bool:
+        """True if the response has several messages."""
+        return len(self.messages) > self.n_prompt + 1
+
+    @functools.cached_property
+    def before(self) -> str:
+        """The prompt alone."""
+        return self.render(self.messages[: self.n_prompt])
+
+    @functools.cached_property
+    def opened(self) -> str:
+        """The prompt, and what opens the assistant's turn after it."""
+        return self.render(self.messages[: self.n_prompt], add_generation_prompt=True)
+
+    def left_out(self) -> list[tuple[int, str]]:
+        """The number of each message that the text doesn't hold whole, and what is missing."""
+        return list(left_out(self.messages, self.n_prompt, self.text))
+
+    def spans(self, opening: int | None) -> list[Span]:
+        """What the assistant wrote in the response, each turn with its end token.
+
+        Args:
+            opening: where the response begins, if its first message is the assistant's; None: it is looked for.
+
+        Raises: BadExample if it can't be told, or if there is nothing.
+        """
+        found = self._marked() if self.is_marked else self._found(opening)
+        if not found:
+            raise BadExample("no response", "the assistant wrote nothing in a response")
+        return found
+
+    def _marked(self) -> list[Span]:
+        n_before = len(self._render(self.messages[: self.n_prompt])[1]) if self.n_prompt else 0
+        return [(start, end) for start, end in self._render(self.messages)[1][n_before:] if start < end]
+
+    def _found(self, opening: int | None) -> list[Span]:
+        found, position = [], 0
+        for number in range(self.n_prompt, len(self.messages)):
+            if is_assistants(self.messages[number]):
+                is_first = number == self.n_prompt and opening is not None
+                start = opening if is_first else self._start(number, position)
+                position = self._end(number, start)
+                found.append((start, position))
+        return found
+
+    def _start(self, number: int, position: int) -> int:
+        """Where the assistant begins to write a turn: after what the generation prompt opens it with.
+
+        Args:
+            position: where the assistant's turn before this one ends.
+        """
+        opened = self.render(self.messages[:number], add_generation_prompt=True)
+        if self.text.startswith(opened):
+            return len(opened)
+        before, (content, _) = self.render(self.messages[:number]), self._changed(number)
+        header = opened[len(before) :] if opened.startswith(before) else ""
+        cuts = {len(header), *(match.end() for match in re.finditer(rf"\n|{self.end_token.pattern}", header))}
+        for cut in sorted(cuts - {0}, reverse=True):  # it may open a turn differently in a dialogue: in part, then
+            if (at := self.text.rfind(header[:cut], position, content)) >= 0:
+                return at + cut
+        if not header:  # then white space before the first word is the turn's
+            return max(position, len(self.text[:content].rstrip()))
+        return content
+
+    def _end(self, number: int, start: int) -> int:
+        """Where a turn ends: after its end token, or, where the template has none, after its last word."""
+        is_last = number == len(self.messages) - 1
+        closed = self.text if is_last else self.render(self.messages[: number + 1])
+        token = self._last_token(closed)
+        if self.text.startswith(closed):
+            if token is not None:
+                return token.end()
+            ends_in_space = str(self.messages[number].get("content", ""))[-1:].isspace()
+            return len(closed) if ends_in_space else max(start, len(closed.rstrip()))
+        if token is not None and (at := self.text.find(token[0], start)) >= 0:
+            return at + len(token[0])
+        return max(start, self._changed(number)[1])
+
+    def _last_token(self, text: str) -> re.Match | None:
+        """The end token that a text ends in, but for white space."""
+        found = list(self.end_token.finditer(text))
+        return found[-1] if found and not text[found[-1].end() :].strip() else None
+
+    def _changed(self, number: int) -> Span:
+        """Which part of the text differs if a message has another content."""
+        message = self.messages[number]
+        for other in ({"role": message["role"], "content": STAND_IN}, {**message, "content": STAND_IN}):
+            try:
+                changed = self.render([*self.messages[:number], other, *self.messages[number + 1 :]])
+            except BadExample:  # such as a tool's output that no call precedes
+                continue
+            if changed != self.text:
+                start = len(shared_start([self.text, changed]))
+                n_after = len(shared_start([self.text[start:][::-1], changed[start:][::-1]]))
+                return start, len(self.text) - n_after
+        raise BadExample(_REFUSED, f"can't tell which part of its rendering message {number} is; its turns are unclear")
+
+
+# ---- what a rendering leaves out ------------------------------------------------------------------------------------
+
+
+def left_out(messages: list[dict], n_prompt: int, text: str) -> Iterator[tuple[int, str]]:
+    """Yield the number of each message that a rendering doesn't hold whole, and the part that is missing.
+
+    White space around a content doesn't count, nor does reasoning in the prompt's earlier answers, which a model
+    doesn't see again. Tools' outputs may be rendered as JSON.
+    """
+    position = 0  # messages are looked for one after the other, so that none is found in another
+    for number, message in enumerate(messages):
+        is_movable = message["role"] in ("system", "developer")  # into the first question, or the last
+        may_lack_reasoning = number < n_prompt and is_assistants(message)
+        ends = [position]
+        for part in _parts(message, with_reasoning=number >= n_prompt):
+            end = _find(part, text, 0 if is_movable else position, may_lack_reasoning)
+            if end is None:
+                yield number, _missing(part.strip(), text, position)
+                break
+            ends.append(end)
+        position = position if is_movable else max(ends[:2])
+
+
+def _parts(message: dict, with_reasoning: bool) -> list[str]:
+    """The strings that a rendering must hold: content, reasoning, names of called functions and what they are given."""
+    values = [message.get(key) for key in ("content", *(REASONING if with_reasoning else ()))]
+    parts = [value for value in values if isinstance(value, str)]
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        parts += _strings([function.get("name"), function.get("arguments")])
+    return list(dict.fromkeys(parts))
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _find(part: str, text: str, position: int, may_lack_reasoning: bool) -> int | None:
+    """Where a part of a message ends in the text at or after a position; None if it isn't there."""
+    forms = [part, *(json.dumps(part, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (False, True))]
+    if may_lack_reasoning:
+        forms.append(part.rpartition("</think>")[2])
+    found = [(at, form) for form in map(str.strip, forms) if (at := text.find(form, position)) >= 0]
+    return min(at + len(form) for at, form in found) if found else None
+
+
+def _missing(part: str, text: str, position: int) -> str:
+    """The words of a part without the longest beginning or end of it that is in the text from a position on."""
+    sizes = range(1, len(part) + 1)
+    n_start = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[:n], position) < 0)
+    n_end = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[-n:], position) < 0)
+    if n_start > n_end:
+        return part[re.search(r"\S*$", part[:n_start]).start() :].strip()
+    cut = len(part) - n_end
+    return part[: re.compile(r"\S*").match(part, cut).end()].strip()

@@ -1,0 +1,249 @@
+"""No command writes over what it did not write: every command, every file and directory that it is told to write."""
+
+import ast
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from omegaconf import OmegaConf
+
+import export
+from basics.outputs import Output, check_outputs, new_run, resumed_run
+from checkpointing.checkpoints import delete_oldest
+from checkpointing.integrity import atomic_directory
+from config_checks.schema import own_keys
+from evaluation import evaluate, judge_options, sample_options
+from reporting import compare, curves, frontier, win_rates
+from utils import UserError
+
+SAMPLES = '{"settings": "0123456789ab", "prompt_index": 0, "sample": 0, "prompt": "p", "response": "r"}\n'
+VERDICTS = '{"settings": "0123456789ab", "texts": "0", "prompt_index": 0, "sample": 0, "first": "a", "verdict": "a"}\n'
+EVALUATIONS = '{"key": "0", "metrics": {}}\n'
+SUMMARY = json.dumps({"a": "x", "b": None}, indent=1)
+ALPACA_EVAL = json.dumps([{"instruction": "i", "output": "o", "generator": "g"}], indent=1)
+OWN_PICTURE = b"\x89PNG\r\n\x1a\n....tEXtCreator\0direct-preference-optimization"
+TABLE = "run    checkpoint  win rate\n"
+EVERYTHING = {
+    "samples": SAMPLES, "verdicts": VERDICTS, "evaluations": EVALUATIONS, "a summary": SUMMARY,
+    "AlpacaEval's outputs": ALPACA_EVAL, "a picture": OWN_PICTURE, "a table": TABLE, "a text": "my notes\n",
+    "a text without an end": "my notes", "rows": '{"prompt": "p", "chosen": "c"}\n', "JSON": "[1, 2]",
+    "bytes": b"\xff\xfe\0",
+    "a photo": b"\x89PNG\r\n\x1a\n....IDAT", "a long line": "x" * 10**6, "YAML": "seed: 0\n",
+}  # fmt: skip
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate_with(key: str, path: Path):
+    evaluate.make_options(None, {"run": None, "rows": None, "output": None} | {key: str(path)}, [None])
+
+
+def sample_with(key: str, path: Path):
+    own = own_keys("sample") | {"output": str(path.parent / "other.jsonl"), "max_new_tokens": 4} | {key: str(path)}
+    config = OmegaConf.create({"model": {}, "lora": None})
+    sample_options.make_options(config, own, [None])
+
+
+def judge_with(key: str, path: Path):
+    given = {"a": str(path.parent / "a.jsonl"), "judge": "model", "judge_model": "nobody/nothing"}
+    output = path if key == "output" else Path(str(path).removesuffix("_summary.json") + ".jsonl")
+    judge_options.check_options(own_keys("judge") | given | {"output": str(output)})
+
+
+def reporting_with(main: Callable, *words: str) -> Callable[[str, Path], None]:
+    def run(_key: str, path: Path):
+        given = path.with_suffix(".png") if path.suffix == ".txt" else path
+        message = main([*words, str(given)])
+        if message != BEYOND:
+            raise UserError(message)
+
+    return run
+
+
+BEYOND = "error: beyond the check"  # what the commands get to do if an output is accepted
+OUTPUTS = {  # name of the output -> command, key, name of the file, and what it may hold already
+    "evaluate rows": (evaluate_with, "rows", "x.jsonl", set()),
+    "evaluate output": (evaluate_with, "output", "x.jsonl", {"evaluations"}),
+    "sample output": (sample_with, "output", "x.jsonl", {"samples"}),
+    "sample alpaca_eval": (sample_with, "alpaca_eval", "x.json", {"AlpacaEval's outputs"}),
+    "judge output": (judge_with, "output", "x.jsonl", {"verdicts"}),
+    "judge summary": (judge_with, "summary", "x_summary.json", {"a summary"}),
+    "compare --picture": (reporting_with(compare.main, "RUN", "--picture"), "--picture", "x.png", {"a picture"}),
+    "curves --output": (reporting_with(curves.main, "RUN", "--output"), "--output", "x.png", {"a picture"}),
+    "win_rates --output": (reporting_with(win_rates.main, "S", "--output"), "--output", "x.png", {"a picture"}),
+    "win_rates table": (reporting_with(win_rates.main, "S", "--output"), "--output", "x.txt", {"a table"}),
+    "frontier --output": (reporting_with(frontier.main, "S", "--output"), "--output", "x.png", {"a picture"}),
+    "frontier table": (reporting_with(frontier.main, "S", "--output"), "--output", "x.txt", {"a table"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def accepted(monkeypatch):
+    """Let reporting commands end where they would begin to work."""
+
+    def end(*_, **__):
+        raise OSError("beyond the check")
+
+    for name in ("reporting.compare.compare", "reporting.curves.draw", "reporting.summaries.read_summaries"):
+        monkeypatch.setattr(name, end)
+    for name in ("reporting.curves.find_runs", "reporting.compare.find_runs"):
+        monkeypatch.setattr(name, lambda _: [None])
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_existing_file_is_refused_unless_the_same_command_wrote_it(output, tmp_path):
+    check, key, name, own = OUTPUTS[output]
+    path = tmp_path / name
+    check(key, path)
+    for what, content in EVERYTHING.items():
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        before = path.read_bytes()
+        if what in own:
+            check(key, path)
+        else:
+            with pytest.raises(UserError, match=f"{path}"):
+                check(key, path)
+        assert path.read_bytes() == before, what
+    path.write_bytes(b"")
+    if output != "evaluate rows":
+        check(key, path)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_directory_link_to_nowhere_and_missing_folder_are_refused(output, tmp_path):
+    check, key, name, _ = OUTPUTS[output]
+    (tmp_path / "directory" / name).mkdir(parents=True)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / name).symlink_to("nowhere")
+    for folder in ("directory", "link", "missing"):
+        with pytest.raises(UserError, match=f"{tmp_path}/{folder}"):
+            check(key, tmp_path / folder / name)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_file_in_a_checkpoint_is_refused(output, tmp_path):
+    check, key, name, _ = OUTPUTS[output]
+    with atomic_directory(str(tmp_path / "LATEST")) as partial:
+        Path(partial, "state.json").write_text("{}")
+    with pytest.raises(UserError, match="a checkpoint's directory"):
+        check(key, tmp_path / "LATEST" / name)
+
+
+@pytest.mark.parametrize("output", ["evaluate rows", "evaluate output", "sample output", "judge output"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml", "step-4"])
+def test_file_that_a_run_writes_itself_is_refused(output, name, tmp_path):
+    check, key, *_ = OUTPUTS[output]
+    (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
+    with pytest.raises(UserError, match=r"the run writes that file itself|it exists"):
+        check(key, tmp_path / name)
+
+
+def test_output_that_is_an_input_or_another_output_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(SAMPLES)
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(UserError, match=r"output=.*link\.jsonl is also the file of a"):
+        judge_with("output", tmp_path / "link.jsonl")
+    with pytest.raises(UserError, match="is also the file of a"):
+        judge_with("output", tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="is also the file of rows"):
+        evaluate.make_options(None, {"run": None, "rows": f"{tmp_path}/x", "output": f"{tmp_path}/x"}, [None])
+    with pytest.raises(UserError, match="is also the file of output"):
+        own = own_keys("sample") | {"max_new_tokens": 4, "output": f"{tmp_path}/x", "alpaca_eval": f"{tmp_path}/x"}
+        sample_options.make_options(OmegaConf.create({"model": {}, "lora": None}), own, [None])
+
+
+def test_files_are_opened_for_writing_only_where_it_is_known():
+    """Whoever adds an output has to name it here, and to check it with `check_outputs`."""
+    found = set()
+    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py")]:
+        if path.parts[len(REPOSITORY.parts)] in ("tests", "benchmarks"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("open", "atomic_file"):
+                modes = [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
+                if node.func.id == "atomic_file" or any(set("wax+") & set(mode) for mode in modes):
+                    found.add(str(path.relative_to(REPOSITORY)))
+    assert found == {
+        "basics/files.py", "evaluation/evaluate.py", "evaluation/sample_file.py", "evaluation/judge.py",
+        "evaluation/vllm_engine.py", "reporting/curves.py", "reporting/summaries.py", "reporting/run_log.py",
+        "commands/run_directory.py", "commands/sweeps.py", "commands/output.py", "checkpointing/archives.py",
+        "checkpointing/checkpoints.py", "basics/checksums.py", "checkpointing/train_state.py",
+        "acceleration/reference_cache.py", "data/preparation.py",
+    }  # fmt: skip
+
+
+# ---- directories ----------------------------------------------------------------------------------------------------
+
+
+def fill(path: Path, kind: str):
+    if kind == "directory":
+        path.mkdir(parents=True)
+        (path / "thesis.txt").write_text("mine")
+    elif kind == "link":
+        (path.parent / "elsewhere").mkdir(exist_ok=True)
+        path.symlink_to("elsewhere")
+    else:
+        path.write_text("mine")
+
+
+@pytest.mark.parametrize("refusal", [new_run, resumed_run], ids=["resume=null", "resume=auto"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("LATEST", "directory"), ("step-16", "directory"), ("BEST", "directory"), ("BEST", "link"), ("LATEST", "file"),
+        ("metrics.jsonl", "file"), ("samples.jsonl", "file"), ("curves.png", "file"), ("config.yaml", "file"),
+        ("config.yaml", "directory"), ("metrics.jsonl", "directory"),
+    ],
+)  # fmt: skip
+def test_run_directory_with_files_of_others_is_refused(name, kind, refusal, tmp_path):
+    fill(tmp_path / name, kind)
+    with pytest.raises(UserError, match=f"local_run_dir={tmp_path}: {tmp_path}/{name} is no"):
+        check_outputs([Output("local_run_dir", str(tmp_path), refusal)])
+
+
+def test_directory_with_other_names_may_become_a_run(tmp_path):
+    for name in ("notes.txt", "LATEST.old", "step-by-step", "data.jsonl"):
+        fill(tmp_path / name, "file")
+    for refusal in (new_run, resumed_run):
+        check_outputs([Output("local_run_dir", str(tmp_path), refusal)])
+
+
+def test_run_that_has_a_foreign_checkpoint_is_not_resumed(tmp_path):
+    (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
+    (tmp_path / "metrics.jsonl").write_text("damaged")
+    with atomic_directory(str(tmp_path / "step-4")) as partial:
+        Path(partial, "state.json").write_text("{}")
+    (tmp_path / "LATEST").symlink_to("step-4")
+    check_outputs([Output("local_run_dir", str(tmp_path), resumed_run)])
+    with pytest.raises(UserError, match=r"it holds another run; .*resume=auto"):
+        check_outputs([Output("local_run_dir", str(tmp_path), new_run)])
+    fill(tmp_path / "step-16", "directory")
+    with pytest.raises(UserError, match=f"{tmp_path}/step-16 is not a run's"):
+        check_outputs([Output("local_run_dir", str(tmp_path), resumed_run)])
+
+
+def test_deleting_the_oldest_spares_what_best_links_to_and_what_no_run_wrote(tmp_path):
+    for step in (4, 8, 12, 16):
+        with atomic_directory(str(tmp_path / f"step-{step}")) as partial:
+            Path(partial, "state.json").write_text("{}")
+    fill(tmp_path / "step-6", "directory")
+    (tmp_path / "step-10").symlink_to("step-12")
+    (tmp_path / "BEST").symlink_to("step-4")
+    delete_oldest(str(tmp_path), 1, 16)
+    assert sorted(os.listdir(tmp_path)) == ["BEST", "step-10", "step-16", "step-4", "step-6"]
+    assert (tmp_path / "step-6/thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["file", "directory", "run"])
+def test_export_writes_only_into_a_new_or_empty_directory(name, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    fill(tmp_path / "directory", "directory")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("local_run_dir: x")
+    options = {"run": f"{tmp_path}/run", "checkpoint": "LATEST", "output": f"{tmp_path}/{name}"}
+    with pytest.raises(UserError, match=f"output={tmp_path}/{name}: (it is no directory|the directory exists)"):
+        export.run(OmegaConf.create(options))
