@@ -56,7 +56,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files and the hub's HTTP library raise errors of any kind
-        cause, remedy = hub.why_not(error, name, "model") or (
+        cause, remedy = hub.explain_failure(error, name, "model") or (
             describe(error, 2000),
             f"Give the id of a causal language model on the hub{hub.access_hint(error)}{_code_hint(error)}",
         )
@@ -147,7 +147,7 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **_hub_options(config, Source(name)))
         n_tokens = len(tokenizer("Hello", add_special_tokens=False)["input_ids"])
     except Exception as error:  # the tokenizers library raises bare ones
-        cause, remedy = hub.why_not(error, name, "model") or (
+        cause, remedy = hub.explain_failure(error, name, "model") or (
             describe(error, 2000),
             f"Name a model that has one{hub.access_hint(error)}{_code_hint(error)}",
         )

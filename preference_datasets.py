@@ -402,7 +402,7 @@ def get_batch_iterator(
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
         raise UserError(
-            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_left_out} examples are less "
+            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_dropped} examples are less "
             f"than one batch of {batch_size}; make batch_size smaller or add data"
         )
     return batches

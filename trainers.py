@@ -39,7 +39,7 @@ from checkpointing.train_state import (
 from commands.output import quiet_libraries
 from config_checks.datasets import chosen_datasets, hub_names
 from data import hub
-from data.batches import mismatch, prefetched
+from data.batches import mismatched_batch, prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
 from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
@@ -176,7 +176,7 @@ class BasicTrainer:
         if self.eval_iterator is None:  # no data to compare them on
             return PLAIN
         return choose_layout(
-            model, self.plain_logps, self.eval_iterator.first(2), self.config, self.strategy,
+            model, self.plain_logps, self.eval_iterator.first_examples(2), self.config, self.strategy,
             functools.partial(self.autocast, model),
             is_unpaired=self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired,
             is_trained=model is self.policy,
@@ -200,7 +200,7 @@ class BasicTrainer:
             if self._moves_reference:
                 check_reference_can_move(model, self.policy, config)
             if self.eval_iterator is not None:
-                check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first(2)))
+                check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
             if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
                 self.reference_layout = self._choose_layout(model)
             if config.compile:
@@ -341,7 +341,7 @@ class BasicTrainer:
         gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
         """
         sum_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for microbatch in self.microbatches(mismatch(batch), n_least=1):
+        for microbatch in self.microbatches(mismatched_batch(batch), n_least=1):
             with torch.no_grad():
                 policy_logps = self.response_logps(self.policy, microbatch).view(2, -1)  # (2, B)
             counted = self._counted(microbatch)

@@ -20,7 +20,7 @@ def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
     """
     config, policy = trainer.config, trainer.policy
     if trainer.policy_mp is not None and not trainer.strategy.splits_tensors and trainer.eval_iterator is not None:
-        batch = trainer.eval_iterator.first(2)
+        batch = trainer.eval_iterator.first_examples(2)
         if not shadow_if_equal(policy, trainer.optimizer, lambda: trainer.response_logps(policy, batch)):
             rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
     fitting = _fitting_tokens(trainer) if trains and trainer.device.type == "cuda" else None
@@ -31,7 +31,7 @@ def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
 
 def _fitting_tokens(trainer) -> int | None:
     """Compute a pair of full length, and plan the GPU's memory by what that keeps; see `plan_memory`."""
-    pair = full_length_batch(trainer.eval_iterator.first(2), trainer.config.max_length)
+    pair = full_length_batch(trainer.eval_iterator.first_examples(2), trainer.config.max_length)
     n_tokens = int(computed_tokens(pair, trainer.layout.is_shared, padded=not trainer.layout.is_packed))
     activations = measure_activations(
         trainer.policy,

@@ -107,7 +107,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
     except UserError:
         raise
     except Exception as error:  # a file that holds something else raises errors of any kind
-        if explanation := hub.why_not(error, path, "model"):
+        if explanation := hub.explain_failure(error, path, "model"):
             raise UserError(f"{key}={path}: {explanation[0]}\n{explanation[1]}") from error
         raise UserError(
             f"{key}={path}: can't read it as a checkpoint ({describe(error)}). "

@@ -1,4 +1,4 @@
-"""Batches: the order of examples, epochs, and the shards that workers compute."""
+"""Batches of tokenized examples: their order, epochs, and a shard for each worker."""
 
 import hashlib
 import itertools
@@ -16,15 +16,17 @@ import torch
 from data.tokenization import get_collate_fn, make_element, tokenize_batch
 from utils import UserError
 
+_MISMATCHED = "mismatched_"  # prefix of the keys of prompts with other prompts' responses
+
 
 def split_name(dataset: str, split: str) -> str:
-    """A dataset's split, for messages."""
+    """Name a dataset's split in messages."""
     return f"datasets=[{dataset}], {split} split"
 
 
 @dataclass
 class Prompt:
-    """A prompt with everything that is trained on after it, and where it came from."""
+    """A prompt with its responses, their preferences, and its place in the data."""
 
     text: str
     responses: list[str]
@@ -33,32 +35,32 @@ class Prompt:
     dataset: str
     split: str
     truncation_mode: str  # which end of an over-long prompt is kept: keep_end or keep_start
-    rows: list[int] = field(default_factory=list)
-    # where the texts have been tokenized before, their ids, those of responses with their end
-    prompt_ids: list[int] | None = None
-    response_ids: list[list[int]] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # of each pair
+    prompt_ids: list[int] | None = None  # None: not tokenized yet
+    response_ids: list[list[int]] = field(default_factory=list)  # with the end token
     trained: list[list[int]] = field(default_factory=list)  # runs of trained tokens in each; see `make_element`
-    target: int = 0  # which response is sft_target
-    n_kept: int = 0  # tokens at the beginning of the prompt that stay, however it is cut
-    # of unpaired data: the prompt that the dispreferred response of the only pair belongs to
-    other: "Prompt | None" = None
+    target: int = 0  # index of sft_target in responses
+    n_kept: int = 0  # leading tokens (such as BOS) that truncation never removes
+    other: "Prompt | None" = None  # unpaired data: the prompt of the dispreferred response
 
     def place(self, pair: int) -> str:
-        """Where a pair comes from, for messages."""
+        """Name the dataset, split and row of a pair, for messages."""
         row = f"row {self.rows[pair]}" if pair < len(self.rows) else f"prompt {self.text!r:.200}"
         return f"{split_name(self.dataset, self.split)}, {row}"
 
 
 def shard_indices(n_examples: int, shard: tuple[int, int]) -> list[int | None]:
-    """Which of a batch's examples belong to a shard (index, count) of it. All shards have equally many: None stands
-    where there are no more, and the last example is taken again."""
+    """Return the indices of a batch's examples in one shard, given as (index, count).
+
+    All shards have the same size; None fills the last ones up, in whose place the batch's last example is repeated.
+    """
     index, count = shard
     size = -(-n_examples // count)
     return [i if i < n_examples else None for i in range(index * size, (index + 1) * size)]
 
 
 def example_counts(prompts: Sequence[Prompt]) -> np.ndarray:
-    """How many pairs each prompt has, (N,)."""
+    """Return the number of pairs of each prompt, (n_prompts,)."""
     counts = getattr(prompts, "n_pairs", None)
     return np.array([len(prompt.pairs) for prompt in prompts], dtype=np.int64) if counts is None else counts
 
@@ -69,7 +71,7 @@ class Mixture(Sequence):
     def __init__(self, parts: list[Sequence[Prompt]]):
         self.parts = parts
         self.ends = np.cumsum([len(part) for part in parts])
-        self.n_pairs = np.concatenate([example_counts(part) for part in parts])  # (N,)
+        self.n_pairs = np.concatenate([example_counts(part) for part in parts])  # (n_prompts,)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -80,21 +82,22 @@ class Mixture(Sequence):
 
 
 class BatchIterator:
-    """The batches of a split, in order; made by `preference_datasets.get_batch_iterator`.
+    """Iterates over the batches of a split, in order; made by `preference_datasets.get_batch_iterator`.
 
-    `n_batches` and `n_examples` are how many there will be, `epoch_size` how many examples of them an epoch has,
-    `n_left_out` how many of each epoch fill no whole batch, `n_distinct` how many different ones there are in all.
-
-    With a `shard` (index, count) it yields only that one of `count` shards of each batch, and tokenizes no other.
-    With `mismatched` an example has its prompt with another's responses, too, under keys that begin so; see `mismatch`.
+    Attributes:
+        n_batches, n_examples: totals over all epochs.
+        epoch_size: examples per epoch, without the `n_dropped` that don't fill a batch.
+        n_distinct: distinct examples over all epochs.
     """
 
     def __init__(self, parts: list[Sequence[Prompt]], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool,
                  seed: int, n_epochs: int | None, n_examples: int | None, drop_last: bool, shard: tuple[int, int],
                  mismatched: bool = False, order: Iterable[int] | None = None, **lengths: int):  # fmt: skip
-        """Args:
-        parts: the prompts of each dataset.
-        order: which of all their prompts, counted through, an epoch has before it is shuffled; None: each once.
+        """See `preference_datasets.get_batch_iterator` for the other arguments.
+
+        Args:
+            parts: the prompts of each dataset.
+            order: the prompts of an epoch before shuffling, numbered through all datasets; None: each once.
         """
         self.prompts, self.tokenizer, self.lengths, self.shard = Mixture(parts), tokenizer, lengths, shard
         self.order = array("I", range(len(self.prompts)) if order is None else order)
@@ -102,8 +105,8 @@ class BatchIterator:
         self.mismatched = mismatched
 
         available = len(self.order) if sft_mode else int(self.prompts.n_pairs[self.order].sum())
-        self.n_left_out = available % batch_size if drop_last else 0
-        self.epoch_size = available - self.n_left_out
+        self.n_dropped = available % batch_size if drop_last else 0
+        self.epoch_size = available - self.n_dropped
         totals = [n_epochs * self.epoch_size] if n_epochs is not None else [] if drop_last else [self.epoch_size]
         if n_examples is not None:
             totals.append(-(-n_examples // batch_size) * batch_size if drop_last else n_examples)
@@ -113,11 +116,11 @@ class BatchIterator:
 
     @property
     def is_unpaired(self) -> bool:
-        """Whether some examples are two single responses, each with a prompt of its own."""
+        """True if some examples are two single responses, each with its own prompt."""
         return any(getattr(part, "others", None) is not None for part in self.prompts.parts)
 
     def fingerprints(self) -> dict[str, str]:
-        """A SHA-256, in hexadecimal, of all texts and pairs of each dataset in their order, by `split_name`."""
+        """Return the SHA-256 of each dataset's texts and pairs, in order and in hexadecimal, by `split_name`."""
         digests = {}
         for part in self.prompts.parts:
             if (known := getattr(part, "fingerprint", None)) is not None:
@@ -126,12 +129,12 @@ class BatchIterator:
             digest = hashlib.sha256()
             for prompt in part:
                 entry = [prompt.text, prompt.responses, prompt.pairs, prompt.sft_target]
-                digest.update(json.dumps(entry, default=int).encode())  # a dataset's function may give numpy's integers
+                digest.update(json.dumps(entry, default=int).encode())  # loaders may return numpy integers
             digests[split_name(part[0].dataset, part[0].split)] = digest.hexdigest()
         return digests
 
-    def _epoch(self, order: MutableSequence[int]) -> Iterator[tuple[int, int]]:
-        """One epoch's examples: the number of a prompt and which of its pairs; in SFT a prompt has one example."""
+    def _epoch_examples(self, order: MutableSequence[int]) -> Iterator[tuple[int, int]]:
+        """Yield the prompt's number and the pair's index of each example; in SFT a prompt is one example."""
         n_pairs = self.prompts.n_pairs
         for number in order:
             for index in range(1 if self.sft_mode else int(n_pairs[number])):
@@ -140,7 +143,7 @@ class BatchIterator:
     def _tokenize(
         self, examples: list[tuple[Prompt, int]], partners: list[tuple[Prompt, int]] | None = None
     ) -> list[dict]:
-        """Tokenize the prompt of each example with its own responses, or with its partner's."""
+        """Tokenize the prompt of each example with its own responses, or with those of its partner."""
         whole = [(prompt, *partner) for (prompt, _), partner in zip(examples, partners or examples, strict=True)]
         texts = [
             (prompt.text, *chosen_and_rejected(partner, index, self.sft_mode)[0], prompt.truncation_mode)
@@ -152,13 +155,15 @@ class BatchIterator:
         except UserError as error:
             places = "\n".join(f"  {prompt.place(index)}" for prompt, index in examples)
             raise UserError(f"{error}\nIt is one of:\n{places}") from error
-        elements = [next(tokenized) if example[0].prompt_ids is None else self._known(*example) for example in whole]
+        elements = [
+            next(tokenized) if example[0].prompt_ids is None else self._element_of_ids(*example) for example in whole
+        ]
         if self.sft_mode:
             elements = [{k: v for k, v in element.items() if "rejected" not in k} for element in elements]
         return elements
 
-    def _known(self, prompt: Prompt, partner: Prompt, index: int) -> dict:
-        """The element of texts that have been tokenized before."""
+    def _element_of_ids(self, prompt: Prompt, partner: Prompt, index: int) -> dict:
+        """Make the element of an example that is tokenized already."""
         texts, ids = chosen_and_rejected(partner, index, self.sft_mode)
         runs = [partner.trained[i] for i in response_numbers(partner, index, self.sft_mode)]
 
@@ -175,8 +180,8 @@ class BatchIterator:
         rejected = element(prompt.other, [texts[1]] * 2, [ids[1]] * 2, [runs[1]] * 2)
         return chosen | {key: value for key, value in rejected.items() if key.startswith("rejected")}
 
-    def _shuffled(self) -> Iterator[MutableSequence[int]]:
-        """The numbers of the prompts in the order of each epoch; each shuffles the order of the one before."""
+    def _epoch_orders(self) -> Iterator[MutableSequence[int]]:
+        """Yield the prompts' numbers in each epoch's order; an epoch shuffles the order of the previous one."""
         epoch_seeds = np.random.RandomState(self.seed)
         order = self.order[:]
         while True:
@@ -185,60 +190,57 @@ class BatchIterator:
             yield order
 
     def distinct_examples(self, chunk_size: int = 1024) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """Each example that a batch holds, once, in chunks: this shard of a chunk, and how many all shards have."""
-        examples = itertools.islice(self._epoch(next(self._shuffled())), self.n_distinct)
+        """Yield every distinct example once, in chunks: this shard of the chunk, and the number in all shards."""
+        examples = itertools.islice(self._epoch_examples(next(self._epoch_orders())), self.n_distinct)
         while chunk := list(itertools.islice(examples, chunk_size)):
-            yield self._collated(chunk, self.shard), len(chunk)
+            yield self._collate(chunk, self.shard), len(chunk)
 
     def indices(self, batch_index: int) -> list[int | None]:
-        """Which of all examples, counted from 0, this shard of a batch holds; None: see `shard_indices`."""
+        """Return the indices among all examples of this shard of a batch; for None see `shard_indices`."""
         start = batch_index * self.batch_size
         indices = shard_indices(min(self.batch_size, self.n_examples - start), self.shard)
         return [start + i if i is not None else None for i in indices]
 
-    def places(self) -> list[tuple[Prompt, int]]:
-        """Of each example that a batch may hold, by `indices`, its prompt and which of its pairs it is."""
-        return [(self.prompts[number], index) for number, index in self.numbers()]
+    def examples(self) -> list[tuple[Prompt, int]]:
+        """Return the prompt and the pair's index of every example, over all epochs."""
+        return [(self.prompts[number], index) for number, index in self.example_numbers()]
 
-    def numbers(self) -> list[tuple[int, int]]:
-        """Of each example that a batch may hold, by `indices`, the number of its prompt and which of its pairs it is;
-        one that comes several times has the same."""
-        return list(itertools.islice(self._repeated(), self.n_examples))
+    def example_numbers(self) -> list[tuple[int, int]]:
+        """Return the prompt's number and the pair's index of every example, over all epochs."""
+        epochs = (itertools.islice(self._epoch_examples(order), self.epoch_size) for order in self._epoch_orders())
+        return list(itertools.islice(itertools.chain.from_iterable(epochs), self.n_examples))
 
-    def _repeated(self) -> Iterator[tuple[int, int]]:
-        for order in self._shuffled():
-            yield from itertools.islice(self._epoch(order), self.epoch_size)
+    def first_examples(self, n: int) -> dict[str, list | torch.Tensor]:
+        """Return the first `n` examples as a batch, the same on all shards."""
+        return self._collate(list(itertools.islice(self._epoch_examples(next(self._epoch_orders())), n)), (0, 1))
 
-    def first(self, n: int) -> dict[str, list | torch.Tensor]:
-        """The first `n` examples as a batch, whatever the shard."""
-        return self._collated(list(itertools.islice(self._epoch(next(self._shuffled())), n)), (0, 1))
-
-    def _collated(self, numbers: list[tuple[int, int]], shard: tuple[int, int]) -> dict[str, list | torch.Tensor]:
+    def _collate(self, numbers: list[tuple[int, int]], shard: tuple[int, int]) -> dict[str, list | torch.Tensor]:
+        """Tokenize and pad one shard of a batch of examples, given by their numbers."""
         batch = [(self.prompts[number], index) for number, index in numbers]
-        own = [i if i is not None else -1 for i in shard_indices(len(batch), shard)]
-        examples = [batch[i] for i in own]
+        in_shard = [i if i is not None else -1 for i in shard_indices(len(batch), shard)]
+        examples = [batch[i] for i in in_shard]
         elements = self._tokenize(examples)
         if self.mismatched:
-            others = self._tokenize(examples, [batch[i] for i in (partner_of(batch, i) for i in own)])
+            others = self._tokenize(examples, [batch[i] for i in (next_other_prompt(batch, i) for i in in_shard)])
             for element, other in zip(elements, others, strict=True):
-                element |= {f"mismatched_{key}": value for key, value in other.items()}
+                element |= {f"{_MISMATCHED}{key}": value for key, value in other.items()}
         return get_collate_fn(self.tokenizer)(elements)
 
     def _batches(self, skip: int) -> Iterator[dict[str, list | torch.Tensor]]:
         remaining = self.n_examples
-        for order in self._shuffled():
+        for order in self._epoch_orders():
             if remaining <= 0:
                 return
-            examples = itertools.islice(self._epoch(order), min(self.epoch_size, remaining))
+            examples = itertools.islice(self._epoch_examples(order), min(self.epoch_size, remaining))
             while batch := list(itertools.islice(examples, self.batch_size)):
                 remaining -= len(batch)
                 if skip > 0:
                     skip -= 1
                 else:
-                    yield self._collated(batch, self.shard)
+                    yield self._collate(batch, self.shard)
 
     def batches(self, skip: int = 0) -> Iterator[dict[str, list | torch.Tensor]]:
-        """The batches without the first `skip`, which are not tokenized."""
+        """Yield the batches without the first `skip`, which are not tokenized."""
         return prefetched(self._batches(skip))
 
     def __iter__(self) -> Iterator[dict[str, list | torch.Tensor]]:
@@ -246,7 +248,7 @@ class BatchIterator:
 
 
 def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[list[str], list[list[int]]]:
-    """Texts of the two responses of a prompt's pair, and their ids where they are known; in SFT twice the target's."""
+    """Return the texts of a pair's responses, and their ids if they are tokenized; in SFT twice those of the target."""
     if sft_mode:
         return [prompt.sft_target] * 2, [prompt.response_ids[prompt.target]] * 2 if prompt.response_ids else []
     pair = prompt.pairs[index]
@@ -254,28 +256,24 @@ def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[lis
 
 
 def response_numbers(prompt: Prompt, index: int, sft_mode: bool) -> tuple[int, int]:
-    """Which of a prompt's responses are chosen and rejected in one of its pairs; in SFT twice the target."""
+    """Return the indices of a pair's chosen and rejected responses; in SFT twice that of the target."""
     return (prompt.target, prompt.target) if sft_mode else prompt.pairs[index]
 
 
-def partner_of(batch: list[tuple[Prompt, int]], index: int) -> int:
-    """The next example of a batch that has another prompt, the first one being next to the last; if none, the next."""
+def next_other_prompt(batch: list[tuple[Prompt, int]], index: int) -> int:
+    """Return the index of the next example of a batch, cyclically, that has another prompt; if none has, the next."""
     after = [(index + step) % len(batch) for step in range(1, len(batch) + 1)]
     return next((i for i in after if batch[i][0].text != batch[index][0].text), after[0])
 
 
-def mismatch(batch: dict) -> dict:
-    """The batch of prompts with other prompts' responses that a batch holds beside its own, where `mismatched`.
-
-    Which of all examples they are ('index') is kept.
-    """
-    prefix = "mismatched_"
-    others = {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)}
+def mismatched_batch(batch: dict) -> dict:
+    """Return the prompts of a batch with other prompts' responses, from its keys 'mismatched_...'; 'index' is kept."""
+    others = {key.removeprefix(_MISMATCHED): value for key, value in batch.items() if key.startswith(_MISMATCHED)}
     return others | {key: batch[key] for key in ("index",) if key in batch}
 
 
 def prefetched(items: Iterator, n_ahead: int = 4) -> Iterator:
-    """The same items, made by a thread that stays up to `n_ahead` of them ahead."""
+    """Yield the items of an iterator; a thread computes up to `n_ahead` of them in advance."""
     end = object()
     with ThreadPoolExecutor(max_workers=1) as executor:
         ahead = deque(executor.submit(next, items, end) for _ in range(n_ahead))

@@ -1,7 +1,6 @@
-"""Decide what each column of a dataset is: a field of its format, one that isn't needed, or one that must not be lost.
+"""Decide for each column of a dataset: a field of its format, a note that isn't needed, or part of the prompt.
 
-A column that may belong to the prompt and that no format reads is an error: training on prompts without it would train
-on something else than what the data says.
+An unread column that may belong to the prompt is an error, because the prompts would be incomplete without it.
 """
 
 import re
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from data.messages import MEDIA, decoded, is_message, is_messages
 from utils import UserError, closest_match
 
-# names of columns that hold the same field
+# alternative column names of each field
 PROMPT = ("prompt", "instruction", "question", "query", "input", "context")
 COMPLETIONS = ("completions", "responses", "answers")
 COMPLETION = ("completion", "response", "output", "answer")
@@ -24,8 +23,8 @@ FIELDS = (
     *PROMPT, *COMPLETIONS, *COMPLETION, *DIALOGUE, *SYSTEM, *LABEL, SCORES, RANKS, "history", "tools", "chosen",
     "rejected", "text", "labels",
 )  # fmt: skip
-_OF_PROMPTS = (*PROMPT, *DIALOGUE, *SYSTEM, "history", "tools", "contexts", "documents", "passages", "functions")
-_RESPONSE_NAMES = (  # what others call chosen and rejected
+_PROMPT_PARTS = (*PROMPT, *DIALOGUE, *SYSTEM, "history", "tools", "contexts", "documents", "passages", "functions")
+_RESPONSE_NAMES = (  # other names for chosen and rejected
     ("winner", "loser"), ("winning", "losing"), ("win", "lose"), ("won", "lost"), ("preferred", "dispreferred"),
     ("preferred", "rejected"), ("accepted", "rejected"), ("better", "worse"), ("best", "worst"), ("good", "bad"),
     ("positive", "negative"), ("pos", "neg"), ("y_w", "y_l"), ("yw", "yl"), ("response_w", "response_l"),
@@ -34,7 +33,7 @@ _RESPONSE_NAMES = (  # what others call chosen and rejected
     ("chosen_text", "rejected_text"), ("chosen_completion", "rejected_completion"), ("selected", "rejected"),
     ("preferred_output", "non_preferred_output"),
 )  # fmt: skip
-_METADATA = re.compile(  # words in the names of columns that say something about a row
+_METADATA = re.compile(  # words in the names of metadata columns
     r"(^|_)(ids?|idx|index|uid|uuid|guid|hash|md5|sha\d*|sources?|origin|dataset|subset|split|urls?|uri|links?|models?|"
     r"authors?|annotators?|worker|date|time|timestamp|created|updated|lang|language|category|categories|type|task|tags?|"
     r"domain|licen[sc]e|version|meta|metadata|status|scores?|ratings?|margin|difficulty|file|filename|path)(_|$)"
@@ -48,7 +47,7 @@ def is_blank(value: object) -> bool:
 
 
 def kind_of(value: object) -> str:
-    """Name the kind of a value, as messages show it."""
+    """Name the kind of a value, for error messages."""
     whole = decoded(value)
     if is_messages(whole) or is_message(whole):
         return "messages"
@@ -61,13 +60,13 @@ def kind_of(value: object) -> str:
 
 @dataclass
 class Columns:
-    """The columns of a dataset, as its first rows have them, under the names that formats know."""
+    """The columns in the first rows of a dataset, under the names that formats know."""
 
     rows: list[dict]  # the first ones
     fields: dict[str, str] = field(default_factory=dict)  # name of a format's field: the data's column
     ignored: tuple[str, ...] = ()
-    kinds: dict[str, str] = field(init=False)  # of each column; most rows decide, so that a bad one doesn't
-    known: dict[str, str] = field(init=False)  # kinds by the names that formats know
+    kinds: dict[str, str] = field(init=False)  # by column: the kind of most values, as single rows may be bad
+    known: dict[str, str] = field(init=False)  # kinds by the fields' names
 
     def __post_init__(self):
         counts: dict[str, Counter] = {}
@@ -82,12 +81,12 @@ class Columns:
             self.known[ours] = of_field.most_common(1)[0][0]
 
     def values(self, name: str) -> list:
-        """The values of a field in the first rows, without nulls."""
+        """Return the values of a field in the first rows, without nulls."""
         values = (value_at(row, self.fields.get(name, name)) for row in self.rows)
         return [value for value in values if value is not None]
 
     def first(self, names: tuple[str, ...], *kinds: str) -> str | None:
-        """The first of these names that there is a column for, of one of these kinds if any are given."""
+        """Return the first of these names that has a column, of one of these kinds if any are given."""
         return next((name for name in names if name in self.known and (not kinds or self.known[name] in kinds)), None)
 
     def is_empty(self, name: str) -> bool:
@@ -96,7 +95,7 @@ class Columns:
 
 
 def value_at(row: dict, path: str) -> object:
-    """The value of a column; 'a.b' is the value of 'b' in the object in column 'a'."""
+    """Return the value of a column; 'a.b' is key 'b' of the object in column 'a'."""
     if path in row:
         return row[path]
     outer, _, inner = path.partition(".")
@@ -105,7 +104,7 @@ def value_at(row: dict, path: str) -> object:
 
 
 def check_names(columns: Columns, where: str):
-    """Raises: UserError if `fields` or `ignored_columns` name what isn't there."""
+    """Raise UserError if `fields` or `ignored_columns` name a field or column that doesn't exist."""
     for ours, theirs in columns.fields.items():
         if ours not in FIELDS:
             hint = closest_match(ours, FIELDS)
@@ -119,45 +118,45 @@ def check_names(columns: Columns, where: str):
             raise UserError(f"{where}: ignored_columns=[{name}]: there is no such column.{hint}")
 
 
-# ---- columns that no format reads -----------------------------------------------------------------------------------
+# ---- unread columns -------------------------------------------------------------------------------------------------
 
 
 def unread(columns: Columns, read: Iterable[str]) -> list[str]:
-    """Return the columns that aren't among these, nor hold one of these within objects: 'a.b' is in column 'a'."""
+    """Return the columns that aren't read, not even in part: reading 'a.b' reads column 'a'."""
     outer = {name if name in columns.kinds else name.partition(".")[0] for name in read}
     return [name for name in columns.kinds if name not in outer]
 
 
 def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: bool):
-    """Raise UserError for columns that aren't read and may belong to the prompt, with what to do about each.
+    """Raise UserError, with remedies, for unread columns that may belong to the prompt.
 
     Args:
-        read: the names of the columns that are read.
-        has_prompt: False if the prompt is only what chosen and rejected have in common.
+        read: the columns that are read.
+        has_prompt: False if the prompt is the shared start of chosen and rejected.
     """
     read = list(read)
     left = [name for name in unread(columns, read) if name not in columns.ignored and not columns.is_empty(name)]
     if media := [name for name in left if _holds_media(columns, name)]:
         raise UserError(
             f"{where}: {_listed(media)}: images, audio and video can't be trained on; this program trains on text\n"
-            f"{_ignoring(columns, media)} trains on the text alone"
+            f"Train on the text alone with {_ignoring(columns, media)}"
         )
-    lost = [name for name in left if _may_be_of_prompt(columns, name, read, has_prompt)]
+    lost = [name for name in left if _may_belong_to_prompt(columns, name, read, has_prompt)]
     if lost:
         field, meaning = ("input", " to append it to the prompt") if has_prompt else ("prompt", "")
         raise UserError(
-            f"{where}: {_listed(lost)} may belong to the prompt, and would not be read\nSay what it is: fields="
-            f"{{{field}: {lost[0]}}}{meaning}, fields={{system: {lost[0]}}} for a system message; or leave it out: "
+            f"{where}: {_listed(lost)} may belong to the prompt, but would not be read\nMap it to a field: fields="
+            f"{{{field}: {lost[0]}}}{meaning}, fields={{system: {lost[0]}}} for a system message; or ignore it: "
             f"{_ignoring(columns, lost)}"
         )
 
 
 def is_lost(name: str, value: object) -> bool:
-    """True if a value must not be left unread in a column that was empty in the rows that told the format."""
+    """True if a value can't be ignored in a column that was empty in the rows that decided the format."""
     if is_blank(decoded(value)):
         return False
-    return name.lower() in (*_OF_PROMPTS, *MEDIA) or (
-        kind_of(value) in ("string", "messages") and not _is_note(name, value)
+    return name.lower() in (*_PROMPT_PARTS, *MEDIA) or (
+        kind_of(value) in ("string", "messages") and not _is_metadata(name, value)
     )
 
 
@@ -170,16 +169,15 @@ def _ignoring(columns: Columns, names: list[str]) -> str:
 
 
 def _holds_media(columns: Columns, name: str) -> bool:
-    """True for columns named after images and recordings, and for what the `datasets` library makes of these:
-    {"bytes": ..., "path": ...}."""
+    """True for columns named after media, or with the library's form of media: {"bytes": ..., "path": ...}."""
     if set(_snake_case(name).split("_")) & set(MEDIA) and columns.kinds[name] not in ("number", "boolean"):
         return True
     items = [item for value in columns.values(name) for item in (value if isinstance(value, list) else [value])]
     return any(isinstance(item, dict) and {"bytes", "path"} <= set(item) for item in items)
 
 
-def _is_note(name: str, value: object) -> bool:
-    """True if a string says something about the row, by the column's name or by its form."""
+def _is_metadata(name: str, value: object) -> bool:
+    """True if a column's name or a string's form is that of metadata about the row."""
     return bool(_METADATA.search(_snake_case(name))) or (
         isinstance(value, str) and bool(_ONE_WORD.fullmatch(value.strip()))
     )
@@ -189,34 +187,35 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])|[\s.-]+", "_", name).lower()
 
 
-def _may_be_of_prompt(columns: Columns, name: str, read: list[str], has_prompt: bool) -> bool:
+def _may_belong_to_prompt(columns: Columns, name: str, read: list[str], has_prompt: bool) -> bool:
+    """True unless the column holds numbers, repetitions, metadata or a few recurring strings such as categories."""
     kind, values = columns.kinds[name], [value for value in columns.values(name) if not is_blank(value)]
     if kind in ("number", "boolean", "empty"):
         return False
-    if all(_repeats(row.get(name), row, read) for row in columns.rows):
+    if all(_repeats_read_columns(row.get(name), row, read) for row in columns.rows):
         return False
-    if name.lower() in _OF_PROMPTS:
+    if name.lower() in _PROMPT_PARTS:
         return True
     if kind == "messages":
         return True
-    if kind != "string" or all(_is_note(name, value) for value in values):
+    if kind != "string" or all(_is_metadata(name, value) for value in values):
         return False
-    n_different = len(set(map(str, values)))
-    return n_different > len(columns.rows) / 2 or (not has_prompt and n_different > 1)
+    n_distinct = len(set(map(str, values)))
+    return n_distinct > len(columns.rows) / 2 or (not has_prompt and n_distinct > 1)
 
 
-def _repeats(value: object, row: dict, read: list[str]) -> bool:
-    """True if all strings in a value are in columns that are read, or if it holds a whole example once more."""
+def _repeats_read_columns(value: object, row: dict, read: list[str]) -> bool:
+    """True if all strings in a value are in columns that are read, or if it is the whole example as one string."""
     strings = list(_strings(value))
     known = {string for name in read for string in _strings(value_at(row, name))}
     if all(string in known for string in strings):
         return True
-    # such as a prompt and its response written out by a template
+    # such as a prompt and its response rendered by a template
     return isinstance(value, str) and len(known) > 1 and all(string in value for string in known)
 
 
 def _strings(value: object):
-    """All strings in a value, without the white space around them."""
+    """Yield all strings in a value, stripped."""
     value = decoded(value)
     if isinstance(value, str):
         if value.strip():
@@ -230,14 +229,16 @@ def _strings(value: object):
             yield from _strings(item)
 
 
-# ---- no format ------------------------------------------------------------------------------------------------------
+# ---- unknown formats------------------------------------------------------------------------------------------------
 
 
 def hint_for(columns: Columns) -> str | None:
-    """Suggest how to name the columns of data that has no known format; None if nothing is like one."""
+    """Suggest how to map the columns of data without a known format; None if no column looks like a field."""
     names, prompt = {name.lower(): name for name in columns.kinds}, columns.first(PROMPT)
     if other_case := [name for name in columns.kinds if name not in FIELDS and name.lower() in FIELDS]:
-        return f"names are in lower case: fields={{{', '.join(f'{name.lower()}: {name}' for name in other_case)}}}"
+        return (
+            f"field names are in lower case: fields={{{', '.join(f'{name.lower()}: {name}' for name in other_case)}}}"
+        )
     if prompt and columns.known[prompt] == "object" and any("messages" in value for value in columns.values(prompt)):
         prompt = f"{prompt}.messages"
     start = f"prompt: {prompt}, " if prompt not in (None, "prompt") else ""
@@ -246,16 +247,18 @@ def hint_for(columns: Columns) -> str | None:
             return f"perhaps fields={{{start}chosen: {names[chosen]}, rejected: {names[rejected]}}}"
     if ("chosen" in columns.known) != ("rejected" in columns.known):
         missing = "rejected" if "chosen" in columns.known else "chosen"
-        there = "chosen" if missing == "rejected" else "rejected"
-        near = closest_match(missing, [name for name in columns.kinds if name != there])
-        as_target = f"; for loss=sft on {there}: fields={{completion: {there}}}" if prompt else ""
-        return f"{missing!r} is missing beside {there!r}.{near} Name it: fields={{{missing}: COLUMN}}{as_target}"
+        present = "chosen" if missing == "rejected" else "rejected"
+        near = closest_match(missing, [name for name in columns.kinds if name != present])
+        as_target = f"; for loss=sft on {present}: fields={{completion: {present}}}" if prompt else ""
+        return (
+            f"{present!r} is there, but {missing!r} is missing.{near} Map it: fields={{{missing}: COLUMN}}{as_target}"
+        )
     if (dialogue := columns.first(DIALOGUE)) and columns.known[dialogue] != "messages":
-        return f"{dialogue!r} holds no messages: lists of objects with 'role' and 'content', or JSON that is one"
+        return f"{dialogue!r} holds no messages: expected lists of objects with 'role' and 'content', or JSON of such"
     for name, kind in columns.kinds.items():
         inner = {key for row in columns.rows if isinstance(row.get(name), dict) for key in row[name]}
         if kind == "object" and (found := [key for key in ("prompt", "chosen", "rejected") if key in inner]):
-            return f"they are within {name!r}: fields={{{', '.join(f'{key}: {name}.{key}' for key in found)}}}"
+            return f"the fields are within {name!r}: fields={{{', '.join(f'{key}: {name}.{key}' for key in found)}}}"
         if kind == "list of objects" and len(columns.rows) == 1:
-            return f"the rows are within {name!r}; write them one a line: jq -c '.{name}[]' FILE > rows.jsonl"
+            return f"the rows are within {name!r}; write one per line: jq -c '.{name}[]' FILE > rows.jsonl"
     return None

@@ -1,8 +1,8 @@
-"""The formats of preference data, recognized by their fields.
+"""Recognize the format of preference data by its columns.
 
-They are those of TRL (https://huggingface.co/docs/trl/dataset_formats), of UltraFeedback, Alpaca and ShareGPT, and
-dialogues as one string each, like Anthropic's. Where strings stand there may be messages: lists of {"role": ...,
-"content": ...}, or what `data.messages` turns into such. `data.rows` reads the rows of each.
+The formats are those of TRL (https://huggingface.co/docs/trl/dataset_formats), UltraFeedback, Alpaca and ShareGPT, and
+dialogues as one string each, like Anthropic's. Strings may be replaced by messages: lists of {"role": ..., "content":
+...}, or anything that `data.messages` turns into such lists. `data.rows` reads the rows of each format.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,36 +18,36 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Format:
-    """How the rows of a dataset are read: which columns are which fields of which format."""
+    """The format of a dataset: a reader of its rows, and the columns of the reader's fields."""
 
     description: str
     read_row: Callable[[Row], Example]
     columns: dict[str, str]  # name of a field that is read: the data's column
     kinds: dict[str, str] = field(default_factory=dict)  # of these fields
-    is_chat: bool = False  # prompt and responses are messages, or are made into such
+    is_chat: bool = False  # prompt and responses are messages, or are turned into messages
     has_pairs: bool = True
     is_unpaired: bool = False
-    unread: tuple[str, ...] = ()  # columns that no field of the format is in
-    empty: tuple[str, ...] = ()  # such columns in which the rows that told the format hold nothing
+    unread: tuple[str, ...] = ()  # columns without a field
+    empty: tuple[str, ...] = ()  # unread columns that were empty in the rows that decided the format
 
     def read(self, row: dict) -> Example:
-        """Return what a row says. Raises: BadExample if it can't be used."""
+        """Return the example in a row. Raises: BadExample if it can't be used."""
         for name in self.empty:
             if names.is_lost(name, row.get(name)):
                 raise BadExample(
                     "unread column",
-                    f"column {name!r} is {row[name]!r:.60}, and was empty in the rows that told the format: name it in "
-                    f"fields, such as fields={{system: {name}}}, or in ignored_columns=[{name}]",
+                    f"column {name!r} is {row[name]!r:.60}, but was empty in the first rows, which decided the "
+                    f"format: map it with fields={{system: {name}}}, or ignore it with ignored_columns=[{name}]",
                 )
         return self.read_row(Row(row, self.columns, self.kinds, self.is_chat))
 
     def check_columns(self, rows: Sequence[dict], ignored: Sequence[str], where: str):
-        """Raise UserError if rows have columns that may belong to the prompt and that the format doesn't read."""
+        """Raise UserError if rows have unread columns that may belong to the prompt."""
         names.check_unread(Columns(list(rows), ignored=tuple(ignored)), self.columns.values(), where, self.has_prompt)
 
     @property
     def could_be_chat(self) -> bool:
-        """True if prompts and responses are strings, and `texts_as_messages` would make them messages."""
+        """True if prompts and responses are strings that `texts_as_messages` would turn into messages."""
         return not self.is_chat and "prompt" in self.columns
 
     @property
@@ -57,7 +57,7 @@ class Format:
 
     @property
     def has_prompt(self) -> bool:
-        """False if the prompt is only what chosen and rejected have in common as strings."""
+        """False if the prompt is the shared start of chosen and rejected strings."""
         return self.read_row is not read.read_transcripts
 
 
@@ -68,15 +68,15 @@ def recognize(
     ignored: Sequence[str] = (),
     texts_as_messages: bool = False,
 ) -> Format:
-    """Return how a dataset is read, by the columns of its first rows.
+    """Return the format of a dataset, from the columns of its first rows.
 
     Args:
-        fields: names that a format's fields have in this data: {'prompt': 'question'}.
-        where: the dataset, for messages.
-        ignored: columns that are left out.
-        texts_as_messages: make plain prompts and responses the messages of a user and an assistant.
+        fields: columns of fields whose names differ, such as {'prompt': 'question'}.
+        where: the dataset, for error messages.
+        ignored: columns not to read.
+        texts_as_messages: turn plain prompts and responses into user and assistant messages.
 
-    Raises: UserError if it can't be trained on, or a column that may belong to the prompt isn't read, with the remedy.
+    Raises: UserError with the remedy if no format fits, or a column that may belong to the prompt isn't read.
     """
     columns = Columns(list(rows), dict(fields), tuple(ignored))
     names.check_names(columns, where)
@@ -91,7 +91,7 @@ def recognize(
 
 
 def _format_of(columns: Columns, texts_as_messages: bool) -> Format | str:
-    """The format with these columns; or why there is none."""
+    """Return the format with these columns, or the reason why there is none."""
     prompt, completions = _prompt_column(columns), columns.first(names.COMPLETIONS)
     completion, label = columns.first(names.COMPLETION), columns.first(names.LABEL)
     dialogue = columns.first(names.DIALOGUE, "messages")
@@ -100,7 +100,7 @@ def _format_of(columns: Columns, texts_as_messages: bool) -> Format | str:
         return make.preferences()
     if prompt and completions and columns.known[completions].startswith(("list", "messages")):
         if "labels" in columns.known:
-            return "steps with labels each (stepwise supervision) are for reward models, which aren't trained here"
+            return "labelled steps (stepwise supervision) are for reward models, which aren't trained here"
         return make.ranked(completions)
     if prompt and completion:
         if label and (completion == "completion" or _holds_labels(columns, label)):
@@ -117,17 +117,17 @@ def _format_of(columns: Columns, texts_as_messages: bool) -> Format | str:
     if "text" in columns.known:
         return make.text()
     if hint := names.hint_for(columns):
-        return f"no format that is known: {hint}"
+        return f"unknown format: {hint}"
     if prompt:
-        return "prompts alone can't be trained on; give responses, too"
+        return "there are prompts but no responses to train on; add responses"
     return (
-        "no format that is known: expected are e.g. prompt, chosen and rejected; fields={prompt: ..., chosen: ..., "
-        "rejected: ...} maps other names"
+        "unknown format: expected e.g. prompt, chosen and rejected; map other names with fields={prompt: ..., "
+        "chosen: ..., rejected: ...}"
     )
 
 
 def _prompt_column(columns: Columns) -> str | None:
-    """The column that holds prompts alone: one of their names, or a dialogue that doesn't end with an answer."""
+    """Return the column of the prompts, by its name or as dialogues that don't end with an answer; None if none."""
     if prompt := columns.first(names.PROMPT, "string", "messages") or columns.first(names.PROMPT):
         return prompt
     dialogue = columns.first(names.DIALOGUE, "messages")
@@ -139,17 +139,17 @@ def _last_role(value: object) -> str:
     try:
         return message_list(value, "")[-1]["role"]
     except BadExample:
-        return "assistant"  # a dialogue, for all that is known
+        return "assistant"  # treat bad messages as a whole dialogue, whose reader reports them
 
 
 def _holds_labels(columns: Columns, label: str) -> bool:
-    """True for truth values, and for any column whose name has no other meaning."""
+    """True if the column has booleans, or a name other than 'label', which may also mean a class or a score."""
     return columns.known[label] == "boolean" or label != "label"
 
 
 @dataclass
 class _Maker:
-    """Makes formats of the columns that they read, and of those that stand before a prompt."""
+    """Makes formats from a dataset's columns, with those of the prompt's context."""
 
     columns: Columns
     prompt: str | None
@@ -157,7 +157,7 @@ class _Maker:
 
     def preferences(self) -> Format:
         fields, known = {"chosen": "chosen", "rejected": "rejected"}, self.columns.known
-        shared = "" if self.prompt else "their shared start being the prompt"
+        shared = "" if self.prompt else "their shared start is the prompt"
         if "messages" in (known["chosen"], known["rejected"]):
             return self("preferences", read.read_messages, fields, shared, is_chat=True)
         if self.prompt is None:
@@ -168,7 +168,7 @@ class _Maker:
         return self._plain("texts without a prompt", read.read_text, {"text": "text"}, "for loss=sft", has_pairs=False)
 
     def _plain(self, description: str, read_row: Callable, fields: dict[str, str], note: str, **kwargs) -> Format:
-        """A format of strings that have no prompt of their own, so that nothing can stand before it."""
+        """Make a format of strings without a prompt column, which can't have a context."""
         columns = {name: self.columns.fields.get(name, name) for name in fields}
         kinds = {name: self.columns.known[name] for name in fields}
         return Format(f"{description} ({', '.join(fields)}, {note})", read_row, columns, kinds, **kwargs)
@@ -189,14 +189,16 @@ class _Maker:
         is_chat: bool = False,
         **kwargs: bool,
     ) -> Format:
-        """Args:
-        read_row: None: as strings or as messages, whichever they are.
-        fields: besides the prompt and what belongs to it.
-        note: what else the description says.
+        """Make a format with a prompt or a dialogue.
+
+        Args:
+            read_row: None: a reader of preferences, as strings or as messages.
+            fields: the fields besides the prompt and its context.
+            note: an addition to the description.
         """
-        before = self._context() | ({} if "dialogue" in fields else self._prompt())
-        is_chat = is_chat or self.texts_as_messages or bool({"system", "history", "tools"} & set(before))
-        fields = before | fields
+        prompt_fields = self._context() | ({} if "dialogue" in fields else self._prompt())
+        is_chat = is_chat or self.texts_as_messages or bool({"system", "history", "tools"} & set(prompt_fields))
+        fields = prompt_fields | fields
         kinds = {name: self.columns.known[column] for name, column in fields.items()}
         is_chat = is_chat or "messages" in kinds.values()
         if read_row is None:
@@ -208,30 +210,30 @@ class _Maker:
         return Format(described, read_row, columns, kinds, is_chat, **kwargs)
 
     def _context(self) -> dict[str, str]:
-        """The columns that stand before a prompt, and that only a chat template can write, unless they are empty."""
+        """Return the non-empty columns of the prompt's context, which only a chat template can render."""
         found = {"system": self.columns.first(names.SYSTEM, "string", "messages")}
         found |= {name: self.columns.first((name,)) for name in ("history", "tools")}
         if self.columns.known.get("history") == "string" and "history" not in self.columns.fields:
-            del found["history"]  # perhaps the prompt
+            del found["history"]  # a string may be the prompt itself
         return {name: column for name, column in found.items() if column and self._is_filled(column)}
 
     def _prompt(self) -> dict[str, str]:
-        """The prompt's column, and Alpaca's input, which is appended to an instruction, or where `fields` says so."""
+        """Return the prompt's column, and the input's after an instruction (Alpaca) or if `fields` has input."""
         if self.prompt is None:
             return {}
-        is_meant = self.prompt == "instruction" or "input" in self.columns.fields
-        has_input = is_meant and self.prompt != "input" and "input" in self.columns.known
+        may_have_input = self.prompt == "instruction" or "input" in self.columns.fields
+        has_input = may_have_input and self.prompt != "input" and "input" in self.columns.known
         return {"prompt": self.prompt} | ({"input": "input"} if has_input else {})
 
     def _is_filled(self, column: str) -> bool:
         return column in self.columns.fields or not self.columns.is_empty(column)
 
 
-# ---- prompts alone --------------------------------------------------------------------------------------------------
+# ---- prompts only ---------------------------------------------------------------------------------------------------
 
 
 def prompt_example(row: dict, texts_as_messages: bool = False) -> Example:
-    """Return the prompt of a row of prompts, with what belongs to it, as an example without responses.
+    """Return the prompt in a row without responses, with its context, as an example.
 
     Raises: BadExample if it has none.
     """
@@ -245,5 +247,5 @@ def prompt_example(row: dict, texts_as_messages: bool = False) -> Example:
     if isinstance(example.prompt, str):
         values.text("prompt")
     elif example.prompt[-1]["role"] == "assistant":
-        raise BadExample("no prompt", "its last turn is the assistant's; leave it out")
+        raise BadExample("no prompt", "its last turn is the assistant's; remove that turn")
     return example

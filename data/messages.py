@@ -1,7 +1,7 @@
-"""Read messages in the shapes that data has them in: always as lists of {"role": ..., "content": ...}.
+"""Normalize messages of several formats to lists of {"role": ..., "content": ...}.
 
-Known are ShareGPT's turns ({"from": ..., "value": ...}), a single message in place of a list, histories as pairs of
-strings, and messages, tools and tool calls stored as JSON strings.
+The formats are ShareGPT's turns ({"from": ..., "value": ...}), a single message instead of a list, histories as pairs
+of strings, and messages, tools and tool calls stored as JSON strings.
 """
 
 import ast
@@ -9,8 +9,8 @@ import json
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values")
 _MEDIA_PARTS = (*MEDIA, "image_url", "input_image", "input_audio", "video_url", "file")
-_CALL = "function call"  # a turn of the assistant that only calls functions
-_ROLES = {  # names that other formats have for the roles of chat templates, which are in the first line
+_CALL = "function call"  # an assistant turn that only calls functions
+_ROLES = {  # other formats' names for the roles of chat templates, which are in the first line
     "user": "user", "assistant": "assistant", "system": "system", "tool": "tool", "developer": "developer",
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "chatbot": "assistant",
     "ai": "assistant", "model": "assistant", "bing": "assistant", "bard": "assistant",
@@ -22,7 +22,7 @@ _ASSISTANT_KEYS = ("assistant", "gpt", "bot", "response", "answer", "output", "c
 
 
 class BadExample(Exception):
-    """A row can't be used. `kind` groups such rows in counts; the message says what exactly is wrong."""
+    """Raised if a row can't be used, with the reason; `kind` groups such rows in counts."""
 
     def __init__(self, kind: str, reason: str | None = None):
         super().__init__(reason or kind)
@@ -40,12 +40,12 @@ def is_message(value: object) -> bool:
 
 
 def is_messages(value: object) -> bool:
-    """True for a list of messages that isn't empty."""
+    """True for a non-empty list of messages."""
     return isinstance(value, list) and bool(value) and all(map(is_message, value))
 
 
 def decoded(value: object) -> object:
-    """Return the list or object that a string holds as JSON or as Python's `str` writes it, or the value itself."""
+    """Return the list or object that a string holds as JSON or as a Python literal; otherwise the value itself."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     for parse in (json.loads, ast.literal_eval):
@@ -66,9 +66,9 @@ def as_turn(text: str, role: str) -> list[dict]:
 
 
 def message_list(value: object, column: str) -> list[dict]:
-    """Return messages, or a single one, with roles that chat templates know and without keys that hold null.
+    """Return messages, or a single one, with the roles of chat templates and without keys that hold null.
 
-    Raises: BadExample if they are no messages, or not of strings alone.
+    Raises: BadExample if the value isn't messages, or their contents aren't strings.
     """
     messages = decoded(value)
     messages = [messages] if is_message(messages) else messages
@@ -90,7 +90,9 @@ def _message(given: dict, place: str) -> dict:
     role = _known_role(role, is_sharegpt, place)
     for key in ("weight", "train"):
         if key in message and message[key] in (0, False):
-            raise BadExample("untrained message", f"{place}: {key}={message[key]}: single messages can't be left out")
+            raise BadExample(
+                "untrained message", f"{place}: {key}={message[key]}: single messages can't be left untrained"
+            )
     if found := next((key for key in MEDIA if message.get(key)), None):
         raise BadExample("images, audio or video", f"{place} has {found!r}; this program trains on text")
     if role == _CALL:
@@ -113,7 +115,7 @@ def _known_role(role: str, is_sharegpt: bool, place: str) -> str:
         if role == "function":
             return "tool"
         raise BadExample("unknown role", f"{place}: unknown role {role!r}; known are {', '.join(_ROLES)}")
-    return known or role  # whatever else the template knows
+    return known or role  # the template may know it
 
 
 def _joined_parts(content: object, place: str) -> object:
@@ -134,7 +136,7 @@ def _tool_calls(value: object, place: str) -> list[dict]:
     calls = decoded(value)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not calls:
-        raise BadExample("wrong type", f"{place}: {value!r:.60}, expected a list of calls, or JSON that is one")
+        raise BadExample("wrong type", f"{place}: {value!r:.60}, expected a list of calls, or such a list as JSON")
     return [_tool_call(decoded(call), place) for call in calls]
 
 
@@ -144,9 +146,7 @@ def _tool_call(call: object, place: str) -> dict:
     elif isinstance(call, dict) and "name" in call:
         call = {"type": "function", "function": call}
     else:
-        raise BadExample(
-            "wrong type", f"{place}: {call!r:.60} is no call of a function, which has a name and arguments"
-        )
+        raise BadExample("wrong type", f"{place}: {call!r:.60} isn't a function call with name and arguments")
     function = {key: item for key, item in call["function"].items() if item is not None}
     if isinstance(arguments := function.get("arguments"), str):
         function["arguments"] = decoded(arguments) if arguments.strip() else {}
@@ -158,25 +158,25 @@ def _tool_call(call: object, place: str) -> dict:
 def tool_list(value: object, column: str) -> list | None:
     """Return the tools of a row for the chat template; None if it has none.
 
-    Raises: BadExample if they are neither objects nor JSON.
+    Raises: BadExample if they aren't objects, or JSON of such.
     """
     tools = decoded(value)
     if tools is None or tools == [] or (isinstance(tools, str) and not tools.strip()):
         return None
     tools = [tools] if isinstance(tools, dict) else tools
     if isinstance(tools, str):
-        raise BadExample("wrong type", f"field {column!r} is {tools!r:.60}, a string that is no JSON")
+        raise BadExample("wrong type", f"field {column!r} is {tools!r:.60}, a string that isn't JSON")
     tools = [decoded(tool) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadExample("wrong type", f"field {column!r} is {value!r:.60}, expected a list of objects")
     return tools
 
 
-# ---- what stands before a prompt ------------------------------------------------------------------------------------
+# ---- context of a prompt --------------------------------------------------------------------------------------------
 
 
 def system_messages(value: object, column: str) -> list[dict]:
-    """Return a system text, or messages, as messages; none if it is empty."""
+    """Return a system text, or messages, as messages; an empty list if there are none."""
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return []
     if isinstance(value, str) and not is_messages(decoded(value)):
@@ -185,7 +185,7 @@ def system_messages(value: object, column: str) -> list[dict]:
 
 
 def history_messages(value: object, column: str) -> list[dict]:
-    """Return earlier turns, given as messages or as pairs of a user's and an assistant's text.
+    """Return earlier turns, given as messages or as pairs of user and assistant texts.
 
     Raises: BadExample if they are neither.
     """
@@ -197,12 +197,13 @@ def history_messages(value: object, column: str) -> list[dict]:
     if isinstance(turns, list):
         pairs = [_pair(turn) for turn in turns]
         if all(pairs):
-            return [message for asked, said in pairs for message in as_turn(asked, "user") + as_turn(said, "assistant")]
-    reason = f"field {column!r} is {value!r:.60}, expected messages or pairs of a user's and an assistant's text"
+            return [message for pair in pairs for message in as_turn(pair[0], "user") + as_turn(pair[1], "assistant")]
+    reason = f"field {column!r} is {value!r:.60}, expected messages or pairs of user and assistant texts"
     raise BadExample("wrong type", reason)
 
 
 def _pair(turn: object) -> tuple[str, str] | None:
+    """Return the user's and the assistant's text of a turn given as a pair or an object; None if it is neither."""
     if isinstance(turn, dict) and len(turn) == 2:
         turn = [next((turn[key] for key in keys if key in turn), None) for keys in (_USER_KEYS, _ASSISTANT_KEYS)]
     if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):

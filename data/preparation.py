@@ -1,6 +1,6 @@
-"""Read, check and tokenize a dataset once, into files that every worker of every run then maps into memory.
+"""Read, check and tokenize a dataset once, into files that every worker of every run maps into memory.
 
-The files are named by the rows, the settings and the tokenizer; the first process that needs them writes them, the
+A hash of the rows, the settings and the tokenizer names the files. The first process that needs them writes them; the
 others wait.
 """
 
@@ -19,29 +19,30 @@ from filelock import FileLock
 from basics.checksums import read_checksums, verify_checksum, write_checksums
 from basics.files import HashCache, flush_to_disk
 from basics.outputs import CHECKSUMS
-from data import chat, diagnosis
+from data import chat
 from data.batches import prefetched, split_name
 from data.choice import Choice, Settings
 from data.formats import Format, recognize
 from data.locations import Location, locate
 from data.messages import BadExample
+from data.plain_reader import Fault
 from data.prepared import SCHEMA, TEXTS, PreparedPrompts
 from data.row_sources import ROWS, BadRows, Rows, open_splits, rows_of_list
 from data.rows import Example
 from reporting.terminal import Progress
 from utils import UserError, get_local_dir, rank0_print
 
-VERSION = 3  # format of the files and of what formats read; raise it to have them rebuilt
-_CHUNK = 1024  # rows that are tokenized at a time
-_RECOGNIZED_BY = 100  # rows that tell the format
-_CHECKED = 10_000  # rows in which bad ones are counted, once there are enough of them to stop for
+VERSION = 3  # of the cache's format and of how rows are read; bump to rebuild
+_CHUNK = 1024  # rows tokenized at a time
+_INSPECTED = 100  # rows that decide the format
+_COUNTED = 10_000  # rows in which bad ones are counted before the error is raised
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
 
 class _Writer:
-    """Writes the prompts of a split to a file, and counts."""
+    """Writes the prompts of a split to an Arrow file; counts and hashes them."""
 
     def __init__(self, path: str):
         self.sink = pa.OSFile(path, "wb")
@@ -56,7 +57,7 @@ class _Writer:
         self.n_prompts += len(records)
         if records:
             columns = ([record[name] for record in records] for name in SCHEMA.names)
-            arrays = [_array(values, of.type) for values, of in zip(columns, SCHEMA, strict=True)]
+            arrays = [_array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
             self.writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
 
     def close(self) -> dict:
@@ -66,7 +67,7 @@ class _Writer:
 
 
 def _array(values: list, kind: pa.DataType) -> pa.Array:
-    """As `pa.array`, but lists of numbers in a fraction of its time."""
+    """Do the same as `pa.array`, but much faster for lists of numbers."""
     if not pa.types.is_list(kind) or kind == TEXTS:
         return np.fromiter(values, np.int32, len(values)) if kind == pa.int32() else pa.array(values, kind)
     ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
@@ -76,24 +77,20 @@ def _array(values: list, kind: pa.DataType) -> pa.Array:
 # ---- examples of rows ------------------------------------------------------------------------------------------------
 
 
-def _prompt_key(example: Example) -> bytes:
-    """What tells prompts apart, whatever the tokenizer; texts without a prompt are told apart by themselves."""
-    told_by = example.prompt or example.responses
-    return hashlib.sha256(json.dumps(told_by, sort_keys=True).encode()).digest()[:8]
-
-
-def _number(key: bytes) -> float:
-    return int.from_bytes(key, "big") / 2**64
+def _prompt_hash(example: Example) -> float:
+    """Hash a prompt, or the text of an example without one, into [0, 1); it doesn't depend on the tokenizer."""
+    identity = json.dumps(example.prompt or example.responses, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
 
 
 def _usable(
     chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows
 ) -> list[tuple[int, str, Example, chat.Rendered]]:
-    """Number, place, example and texts of each row of a chunk that can be used; the others are counted."""
+    """Return number, place, example and rendered texts of a chunk's usable rows; add the others to `bad`."""
     usable = []
     for number, place, row in chunk:
         try:
-            if isinstance(row, diagnosis.Fault):
+            if isinstance(row, Fault):
                 raise BadExample("broken row", row.reason)
             example = read.read(row)
             usable.append((number, place, example, renderer.render(example)))
@@ -102,8 +99,8 @@ def _usable(
     return usable
 
 
-def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -> list[tuple[bytes, dict]]:
-    """The rows of a chunk that can be used, as `SCHEMA` has them, with the keys of their prompts."""
+def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -> list[tuple[float, dict]]:
+    """Return the prompt's hash and the record (see `SCHEMA`) of each usable row of a chunk."""
     usable = _usable(chunk, read, renderer, bad)
     tokenized = renderer.tokenize([rendered for *_, rendered in usable])
     records = []
@@ -127,39 +124,41 @@ def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -
             "response_ids": response_ids,
             "trained": tokens.trained,
         }
-        records.append((_prompt_key(example), record))
+        records.append((_prompt_hash(example), record))
     return records
 
 
 def _checked_chunks(
     rows: Rows, read: Format, renderer: chat.Renderer, bad: BadRows, skips_bad: bool
-) -> Iterator[tuple[int, list[tuple[bytes, dict]]]]:
-    """Yield how many rows each chunk has, and its records; none once there are enough bad rows to stop for, which are
-    then only counted."""
+) -> Iterator[tuple[int, list[tuple[float, dict]]]]:
+    """Yield the number of rows and the records of each chunk.
+
+    Once there are enough bad rows for an error, further ones are only counted, and no records are made.
+    """
     for chunk in rows.chunks(_CHUNK):
-        stops = bad.has_enough and not skips_bad
-        if stops and bad.n_read >= _CHECKED:
-            bad.is_whole = False
+        will_fail = bad.has_enough and not skips_bad
+        if will_fail and bad.n_read >= _COUNTED:
+            bad.is_complete = False
             return
         bad.n_read += len(chunk)
-        if stops:
+        if will_fail:
             _usable(chunk, read, renderer, bad)
-        yield len(chunk), [] if stops else _records(chunk, read, renderer, bad)
+        yield len(chunk), [] if will_fail else _records(chunk, read, renderer, bad)
 
 
 # ---- preparing ------------------------------------------------------------------------------------------------------
 
 
-def _make(directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, read: Format):
-    """Write the files of both splits, and what there is to say of them, into a directory.
+def _write_files(directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, read: Format):
+    """Write the files of both splits, and `info.json` about them, into a directory.
 
-    Without a source for 'test' it holds a part of the other's prompts: those with the smallest hashes.
+    Without a source for 'test', the training prompts with the smallest hashes are held out for it.
     """
     limit = 0.0 if "test" in sources else settings.test_fraction
-    info = _make_once(directory, sources, settings, renderer, read, limit)
+    info = _write_splits(directory, sources, settings, renderer, read, limit)
     if "test" not in sources and info["test"]["n_prompts"] == 0 and info["smallest"] is not None:
-        # few prompts, and none fell into the part: hold out one
-        info = _make_once(directory, sources, settings, renderer, read, info["smallest"])
+        # there are few prompts, and none has a hash below the limit: hold out one
+        info = _write_splits(directory, sources, settings, renderer, read, info["smallest"])
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
         about = {"format": read.description, "unread": read.unread, "ignored": settings.ignored_columns,
                  "skips_template": read.could_be_chat and bool(renderer.template),
@@ -167,21 +166,22 @@ def _make(directory: str, sources: dict[str, Rows], settings: Settings, renderer
         json.dump(info | about, file)
 
 
-def _make_once(directory, sources, settings, renderer, read, limit) -> dict:
+def _write_splits(directory, sources, settings, renderer, read, limit) -> dict:
+    """Write both splits, holding out the prompts with hashes up to `limit`, and return their counts."""
     writers = {role: _Writer(os.path.join(directory, f"{role}.arrow")) for role in ("train", "test")}
     info, smallest = {}, None
     for role, rows in sources.items():
         bad = BadRows(rows)
         with Progress(f"Tokenizing {rows.label}", rows.n_rows, "rows") as progress:
-            # in a thread: a tokenizer uses all cores while others are written
+            # a thread tokenizes the next chunks on all cores while this one is written
             chunks = prefetched(_checked_chunks(rows, read, renderer, bad, settings.skips_bad), n_ahead=2)
             for n_rows, records in chunks:
                 held_out = []
                 if "test" not in sources:
-                    smallest = min([_number(key) for key, _ in records] + ([smallest] if smallest is not None else []),
-                                   default=None)  # fmt: skip
-                    held_out = [record for key, record in records if _number(key) <= limit]
-                    records = [item for item in records if _number(item[0]) > limit]
+                    hashes = [hashed for hashed, _ in records] + ([smallest] if smallest is not None else [])
+                    smallest = min(hashes, default=None)
+                    held_out = [record for hashed, record in records if hashed <= limit]
+                    records = [item for item in records if item[0] > limit]
                 writers[role].write([record for _, record in records])
                 writers["test"].write(held_out)
                 progress.update(n_rows)
@@ -193,6 +193,7 @@ def _make_once(directory, sources, settings, renderer, read, limit) -> dict:
 
 
 def _tokenizer_fingerprint(tokenizer) -> str:
+    """Hash a tokenizer's vocabulary, rules and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     tokens = json.dumps([type(tokenizer).__name__, tokenizer.special_tokens_map], sort_keys=True, default=str)
@@ -209,13 +210,13 @@ def prepare(
     cache_dir: str,
     silent: bool,
 ) -> tuple["PreparedPrompts", "PreparedPrompts"]:
-    """Training and evaluation prompts of a dataset, made if they aren't there yet.
+    """Return the training and evaluation prompts of a dataset, from the cache or prepared now.
 
     Args:
-        source: where its rows are, or the rows.
-        loss_takes: what can be trained on: 'pairs', 'targets', 'unpaired'.
+        source: the place of its rows, or the rows.
+        loss_takes: kinds of data that the loss accepts: 'pairs', 'targets', 'unpaired'.
 
-    Raises: UserError if rows can't be used, or are none of these, naming the place and the remedy.
+    Raises: UserError with place and remedy if rows can't be used, or the loss doesn't accept them.
     """
     renderer = chat.Renderer(
         tokenizer, settings.chat_template, settings.verbatim_responses, settings.trained_turns == "last"
@@ -224,7 +225,7 @@ def prepare(
         sources = {"train": rows_of_list(name, source)}
     else:
         sources = open_splits(source, settings, cache_dir, silent)
-    read = _recognized(sources, settings, loss_takes)
+    read = _recognize(sources, settings, loss_takes)
     key = json.dumps(
         [VERSION, {role: [rows.fingerprint, rows.split, rows.n_rows] for role, rows in sources.items()},
          asdict(settings), renderer.template, _tokenizer_fingerprint(tokenizer), read.description], sort_keys=True,
@@ -238,10 +239,10 @@ def prepare(
                 shutil.rmtree(directory)
             if not os.path.exists(directory):
                 partial = f"{directory}.partial"
-                shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+                shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
                 os.makedirs(partial)
                 try:
-                    _make(partial, sources, settings, renderer, read)
+                    _write_files(partial, sources, settings, renderer, read)
                     write_checksums(partial)
                     flush_to_disk(*(os.path.join(partial, name) for name in os.listdir(partial)), partial)
                     os.rename(partial, directory)
@@ -249,14 +250,14 @@ def prepare(
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"datasets=[{name}]: can't keep what is tokenized in {directory}: {error}\nMake room, or choose another "
-            "place by local_dirs=[DIR]"
+            f"datasets=[{name}]: can't write the tokenized data to {directory}: {error}\nMake room, or choose "
+            "another place with local_dirs=[DIR]"
         ) from error
     return tuple(PreparedPrompts(directory, role, name, truncation_mode, loss_takes) for role in ("train", "test"))
 
 
 def _find_damage(directory: str, cache_dir: str) -> str | None:
-    """Return what is wrong with prepared data; None if it is whole, or isn't there yet."""
+    """Return the damage to prepared data; None if it is whole, or doesn't exist yet."""
     if not os.path.exists(directory):
         return None
     hash_file = HashCache(cache_dir).sha256
@@ -271,26 +272,25 @@ def _find_damage(directory: str, cache_dir: str) -> str | None:
     return None
 
 
-def _recognized(sources: dict[str, Rows], settings: Settings, loss_takes: Sequence[str]) -> Format:
+def _recognize(sources: dict[str, Rows], settings: Settings, loss_takes: Sequence[str]) -> Format:
     """Return the format of the training rows.
 
-    Raises: UserError if the loss can't train on it, or if a split has columns that may belong to the prompt and that
-        it doesn't read.
+    Raises: UserError if the loss can't train on it, or a split has unread columns that may belong to the prompt.
     """
     rows, ignored = sources["train"], settings.ignored_columns
     read = recognize(_first_rows(rows), settings.fields, rows.where, ignored, settings.texts_as_messages)
     if "test" in sources and (others := _first_rows(sources["test"])):
         read.check_columns(others, ignored, sources["test"].where)
     if read.is_unpaired and not {"unpaired", "targets"} & set(loss_takes):
-        raise UserError(f"{rows.where}: it has {read.description}: train with loss=kto, or loss=sft on the desirable")
+        raise UserError(f"{rows.where}: it has {read.description}: use loss=kto, or loss=sft for the desirable ones")
     if not read.has_pairs and not read.is_unpaired and "targets" not in loss_takes:
-        raise UserError(f"{rows.where}: it has {read.description}, and no pairs of responses: take loss=sft")
+        raise UserError(f"{rows.where}: it has {read.description}, and no pairs of responses: use loss=sft")
     return read
 
 
 def _first_rows(rows: Rows) -> list[dict]:
-    """The rows that tell the format. Raises: UserError if none of them can be read, or there are none."""
-    first = next(rows.chunks(_RECOGNIZED_BY), [])
+    """Return the rows that decide the format. Raises: UserError if there are none, or none can be read."""
+    first = next(rows.chunks(_INSPECTED), [])
     if good := [row for *_, row in first if isinstance(row, dict)]:
         return good
     bad = BadRows(rows)
@@ -309,7 +309,7 @@ def prepared_split(
     cache_dir: str | None,
     silent: bool,
 ) -> PreparedPrompts:
-    """The prompts of a dataset that isn't a named one."""
+    """Return the prompts of a split of a dataset that isn't a named one."""
     source = ROWS[choice.name] if choice.name in ROWS else locate(choice.name)
     own = {
         key: getattr(choice, key)
@@ -320,5 +320,5 @@ def prepared_split(
                    cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
     prompts = both[0 if split == "train" else 1]
     if len(prompts) == 0:
-        raise UserError(f"{split_name(choice.name, split)}: no row is left for it; add data, or set test_fraction")
+        raise UserError(f"{split_name(choice.name, split)}: no row is left for it; add data, or change test_fraction")
     return prompts

@@ -1,4 +1,4 @@
-"""Prompts that have been read, checked and tokenized, in a memory-mapped file; `data.preparation` writes it."""
+"""Tokenized prompts in a memory-mapped file that `data.preparation` writes."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
 
 
 class PreparedPrompts(Sequence):
-    """The prompts of a split, tokenized, in a memory-mapped file: made of it one by one as they are asked for."""
+    """The tokenized prompts of a split; each is read from the memory-mapped file when it is indexed."""
 
     def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, loss_takes: Sequence[str]):
         self.directory, self.role, self.dataset, self.split = directory, role, dataset, role
@@ -40,20 +40,23 @@ class PreparedPrompts(Sequence):
         self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         self.ends = np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)
         self._all_pairs = self._flat("pairs").reshape(-1, 2)
-        self.kept = np.ones(len(self._all_pairs), dtype=bool)  # which of them are used
+        self.kept = np.ones(len(self._all_pairs), dtype=bool)  # mask of the pairs in use
         counts = self._list_lengths("pairs") // 2
         self._number_of_pair = np.repeat(np.arange(len(counts)), counts)
         self._first_pair = np.concatenate([[0], counts.cumsum()])
-        self.numbers, self.others = np.arange(len(counts)), None  # rows of the file; of unpaired data: both sides'
+        self.numbers = np.arange(len(counts))  # rows of the file
+        self.others = None  # unpaired data: rows of the undesirable responses, with the desirable ones in `numbers`
         self.n_pairs = counts
-        self.n_labelled: dict[str, int] = {}  # of unpaired data: how many responses of each label there are
+        self.n_labelled: dict[str, int] = {}  # unpaired data: number of responses by label
         labels = self._column("label")
         if len(labels) and labels.null_count == 0:
-            self._match(labels.to_numpy(zero_copy_only=False), loss_takes)
+            self._pair_by_label(labels.to_numpy(zero_copy_only=False), loss_takes)
 
-    def _match(self, labels: np.ndarray, loss_takes: Sequence[str]):
-        """Choose among single responses: for SFT the desirable ones; otherwise each with one of the other label, those
-        of the rarer label several times."""
+    def _pair_by_label(self, labels: np.ndarray, loss_takes: Sequence[str]):
+        """Pair each desirable response with an undesirable one, repeating the rarer ones; for SFT, keep the desirable.
+
+        Raises: UserError if all have the same label.
+        """
         desirable, undesirable = np.flatnonzero(labels), np.flatnonzero(~labels)
         self.n_labelled = {"desirable": len(desirable), "undesirable": len(undesirable)}
         if "unpaired" not in loss_takes:
@@ -62,7 +65,7 @@ class PreparedPrompts(Sequence):
         if min(len(desirable), len(undesirable)) == 0:
             raise UserError(
                 f"{split_name(self.dataset, self.split)}: all {len(labels)} responses have the same label; "
-                "loss=kto needs both kinds; add data, or have more held out by test_fraction"
+                "loss=kto needs both kinds; add data, or hold out more with test_fraction"
             )
         n = max(len(desirable), len(undesirable))
         self.numbers, self.others = np.resize(desirable, n), np.resize(np.roll(undesirable, -1), n)
@@ -92,13 +95,13 @@ class PreparedPrompts(Sequence):
             prompt.pairs = [(0, 1)]
         return prompt
 
-    def _place(self, number: int) -> tuple[int, pa.RecordBatch]:
-        """The offset of a row within its batch of the file, and the batch."""
+    def _find(self, number: int) -> tuple[pa.RecordBatch, int]:
+        """Return the record batch of a row of the file, and the row's offset in it."""
         part = int(np.searchsorted(self.ends, number, side="right"))
-        return number - (int(self.ends[part - 1]) if part else 0), self.batches[part]
+        return self.batches[part], number - (int(self.ends[part - 1]) if part else 0)
 
     def _prompt(self, number: int) -> Prompt:
-        offset, batch = self._place(number)
+        batch, offset = self._find(number)
         responses = batch.column("responses")[offset].as_py()
         first, end = self._first_pair[number], self._first_pair[number + 1]
         pairs = self._all_pairs[first:end]
@@ -124,7 +127,7 @@ class PreparedPrompts(Sequence):
     # ---- lengths ----------------------------------------------------------------------------------------------------
 
     def lengths(self, sft_mode: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens in each example's prompt, in its longest response, and its prompt's number: (n_examples,) each."""
+        """Return each example's tokens in prompt and longest response, and its prompt's number: (n_examples,) each."""
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])
         inner = [batch.column("response_ids").flatten().value_lengths().to_numpy() for batch in self.batches]
@@ -141,12 +144,12 @@ class PreparedPrompts(Sequence):
         both = of_response[first_response[number][:, None] + pairs]
         return of_prompt[number], both.max(1, initial=0), number
 
-    def count_empty(self) -> int:
-        """How many prompts have no token."""
+    def count_empty_prompts(self) -> int:
+        """Count the prompts without tokens."""
         return int((self._list_lengths("prompt_ids")[self.numbers] == 0).sum())
 
-    def leave_out(self, unwanted: np.ndarray, sft_mode: bool):
-        """Leave these examples out: a mask of those that `lengths` counts."""
+    def drop(self, unwanted: np.ndarray, sft_mode: bool):
+        """Drop the examples in a mask over those of `lengths`."""
         if sft_mode or self.others is not None:
             self.numbers = self.numbers[~unwanted]
             self.others = self.others[~unwanted] if self.others is not None else None
@@ -155,9 +158,9 @@ class PreparedPrompts(Sequence):
         self.kept[np.flatnonzero(self.kept)[unwanted]] = False
         self.n_pairs = np.bincount(self._number_of_pair[self.kept], minlength=len(self.n_pairs)).astype(np.int64)
 
-    def are_identical_when_cut(self, max_length: int, max_prompt_length: int, add_bos: bool) -> np.ndarray:
-        """Tell of each pair whether its responses are the same tokens once they are cut; see `make_element`."""
-        if self.others is not None:  # the two have prompts of their own
+    def are_identical_when_truncated(self, max_length: int, max_prompt_length: int, add_bos: bool) -> np.ndarray:
+        """Return a mask of the pairs whose responses are the same tokens after truncation; see `make_element`."""
+        if self.others is not None:  # the two have different prompts
             return np.zeros(len(self), dtype=bool)
         prompts, responses, numbers = self.lengths(sft_mode=False)
         if add_bos:
@@ -165,7 +168,7 @@ class PreparedPrompts(Sequence):
         is_cut = (prompts + responses > max_length) & (np.minimum(prompts, max_prompt_length) + responses > max_length)
         identical, pairs = np.zeros(len(numbers), dtype=bool), self._all_pairs[self.kept]
         for index in np.flatnonzero(is_cut):
-            offset, batch = self._place(int(numbers[index]))
+            batch, offset = self._find(int(numbers[index]))
             all_ids = batch.column("response_ids")[offset].values
             cut = [all_ids[int(i)].values[: max_length - max_prompt_length] for i in pairs[index]]
             identical[index] = cut[0].equals(cut[1])

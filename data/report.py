@@ -1,4 +1,4 @@
-"""What there is to say of data before it is trained on: how long it is, what is cut, and what the model will see."""
+"""The data report printed before training: rows, lengths, truncation, and an example as the model sees it."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,17 @@ from data.batches import BatchIterator, Prompt, chosen_and_rejected
 from data.prepared import PreparedPrompts
 from utils import rank0_print
 
-_MEASURED = 10_000  # examples of a dataset whose tokens aren't kept
-_SHOWN_TOKENS = 200  # of prompt and response each
+_MEASURED = 10_000  # prompts of a named dataset that are tokenized to estimate lengths
+_SHOWN_TOKENS = 200  # of the prompt, and of each response
 _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 
 
-def lengths(
+def example_lengths(
     part: Sequence[Prompt], sft_mode: bool, tokenizer, step: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens in each example's prompt, in the longer of its responses with its end, and its prompt's number.
+    """Return each example's tokens in prompt and longer response, and its prompt's number: (n_examples,) each.
 
-    Of those whose tokens aren't kept only the prompts of every `step`-th number are taken. (n_examples,) each.
+    Responses are counted with their end token. Of named datasets, only every `step`-th prompt is measured.
     """
     if isinstance(part, PreparedPrompts):
         return part.lengths(sft_mode)
@@ -31,15 +31,15 @@ def lengths(
         for index in range(1 if sft_mode else len(prompt.pairs)):
             texts += [prompt.text, *chosen_and_rejected(prompt, index, sft_mode)[0]]
             numbers.append(number)
-    different = list(dict.fromkeys(texts))  # a prompt recurs with each of its pairs
-    n_tokens = dict(zip(different, map(len, chat.token_ids(different, tokenizer)), strict=True))
+    distinct = list(dict.fromkeys(texts))  # a prompt recurs with each of its pairs
+    n_tokens = dict(zip(distinct, map(len, chat.token_ids(distinct, tokenizer)), strict=True))
     counts = np.array([n_tokens[text] for text in texts], dtype=np.int64).reshape(-1, 3)
     return counts[:, 0], counts[:, 1:].max(1, initial=0) + 1, np.array(numbers, dtype=np.int64)
 
 
-def lines(batches: BatchIterator, tokenizer, split: str) -> list[str]:
-    """What a split holds: rows read and left out, lengths, and what will be cut."""
-    found = [line for part in batches.prompts.parts for line in _read_lines(part, split)]
+def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
+    """Return lines that list rows read and dropped, lengths, and truncation of a split."""
+    lines = [line for part in batches.prompts.parts for line in _row_lines(part, split)]
     prompts, responses, note = _all_lengths(batches, tokenizer)
     prompts = prompts + int(batches.lengths["add_bos"])
     quantiles = "/".join(f"{q:.0%}" for q in _QUANTILES[:-1])
@@ -47,76 +47,77 @@ def lines(batches: BatchIterator, tokenizer, split: str) -> list[str]:
         "/".join(str(int(n)) for n in np.quantile(values, _QUANTILES, method="higher"))
         for values in (prompts, responses)
     )
-    found.append(
+    lines.append(
         f"Tokens ({split}, {quantiles}/longest{note}): prompt {of_prompts}, longer response {of_responses}; "
-        f"{_cut_line(prompts, responses, **batches.lengths)}"
+        f"{_truncation(prompts, responses, **batches.lengths)}"
     )
-    return found
+    return lines
 
 
 def count_empty_prompts(batches: BatchIterator) -> int:
-    """How many prompts have no token."""
+    """Count the prompts without tokens."""
     return sum(
-        part.count_empty() if isinstance(part, PreparedPrompts) else sum(not prompt.text for prompt in part)
+        part.count_empty_prompts() if isinstance(part, PreparedPrompts) else sum(not prompt.text for prompt in part)
         for part in batches.prompts.parts
     )
 
 
-def _read_lines(part: Sequence[Prompt], split: str) -> list[str]:
-    """Say how many rows of a file were read, and what isn't used of them."""
+def _row_lines(part: Sequence[Prompt], split: str) -> list[str]:
+    """Report the rows of a dataset that were read and dropped, and the columns that aren't used."""
     if not isinstance(part, PreparedPrompts):
         return []
     labels = [_label_line(part, split)] if part.others is not None else []
     rows = part.info.get(f"{split}_rows")
     if rows is None:
-        share = f"{len(part):,} prompts held out of the others"
-        return [f"{part.dataset} ({split}): {share}, the same ones whenever it is read", *labels]
+        share = f"{len(part):,} prompts held out from the training data"
+        return [f"{part.dataset} ({split}): {share}, the same ones in every run", *labels]
     bad = ", ".join(f"{count:,} {kind}" for kind, count in rows["bad"].items())
-    left_out = f"; left out: {bad}" if bad else ""
+    dropped = f"; dropped: {bad}" if bad else ""
     without = int((part.n_pairs == 0).sum())
-    undecided = f"; {without:,} prompts without a preference" if without and part.n_pairs.any() else ""
+    no_pair = f"; {without:,} prompts without a preference" if without and part.n_pairs.any() else ""
     identical = rows["n_identical_pairs"]
-    undecided += f"; {identical:,} pairs of identical responses left out" if identical else ""
+    no_pair += f"; dropped {identical:,} pairs of identical responses" if identical else ""
     pairs = f" with {int(part.n_pairs.sum()):,} pairs" if part.n_pairs.any() else ""
-    found = [
-        f"{part.dataset} ({split}): {part.info['format']}; {rows['n_read']:,} rows read, {len(part):,} prompts{pairs} "
-        f"for it{left_out}{undecided}"
+    lines = [
+        f"{part.dataset} ({split}): {part.info['format']}; {rows['n_read']:,} rows read, {len(part):,} prompts{pairs}"
+        f"{dropped}{no_pair}"
     ]
     if unread := part.info["unread"]:
-        found.append(f"{part.dataset} ({split}): not used: {', '.join(unread)}")
+        lines.append(f"{part.dataset} ({split}): not used: {', '.join(unread)}")
     if part.info["skips_template"] and split == "train":
-        found.append(
+        lines.append(
             f"{part.dataset}: prompts and responses are plain strings, to which the chat template isn't applied; "
             "apply_chat_template=true applies it"
         )
     if part.info["unopened"] and split == "train":
         endings = " or ".join(map(repr, part.info["unopened"][:3]))
-        found.append(
+        lines.append(
             f"{part.dataset}: the chat template's generation prompt ends in {endings}, but rendered dialogues lack it, "
             "and so do the trained prompts"
         )
-    return found + labels
+    return lines + labels
 
 
 def _label_line(part: PreparedPrompts, split: str) -> str:
-    """Say how many responses of each label there are, and how often the rarer ones are taken."""
+    """Report the number of responses by label, and how often the rarer ones are repeated."""
     (rarer, n_rarer), (_, n) = sorted(part.n_labelled.items(), key=lambda item: item[1])
     counted = ", ".join(f"{count:,} {label}" for label, count in part.n_labelled.items())
-    repeated = f"; an epoch takes each {rarer} one {n / n_rarer:.3g} times" if n > n_rarer else ""
+    repeated = f"; each {rarer} one is used {n / n_rarer:.3g} times per epoch" if n > n_rarer else ""
     return f"{part.dataset} ({split}): {counted} responses{repeated}"
 
 
 def _all_lengths(batches: BatchIterator, tokenizer) -> tuple[np.ndarray, np.ndarray, str]:
-    """Lengths of the prompts and of the longer responses of all datasets, and how they were measured."""
+    """Return the lengths of prompts and longer responses of all datasets, and a note if they are a sample."""
     measured, note = [], ""
     for part in batches.prompts.parts:
         step = 1 if isinstance(part, PreparedPrompts) else -(-len(part) // _MEASURED)
-        note = note or (f", of one prompt in {step}" if step > 1 else "")
-        measured.append(lengths(part, batches.sft_mode, tokenizer, step)[:2])
+        note = note or (f", one prompt in {step}" if step > 1 else "")
+        measured.append(example_lengths(part, batches.sft_mode, tokenizer, step)[:2])
     return *(np.concatenate(values) for values in zip(*measured, strict=True)), note
 
 
-def _cut_line(prompts: np.ndarray, responses: np.ndarray, max_length: int, max_prompt_length: int, **_) -> str:
+def _truncation(prompts: np.ndarray, responses: np.ndarray, max_length: int, max_prompt_length: int, **_) -> str:
+    """Describe how many examples are truncated."""
     too_long = prompts + responses > max_length
     if not too_long.any():
         return f"none is longer than max_length={max_length}"
@@ -129,9 +130,9 @@ def _cut_line(prompts: np.ndarray, responses: np.ndarray, max_length: int, max_p
     )
 
 
-def example(batches: BatchIterator, tokenizer) -> str:
-    """One example as the model sees it, the tokens that are trained on coloured on a terminal, or else in brackets."""
-    batch = batches.first(1)
+def format_example(batches: BatchIterator, tokenizer) -> str:
+    """Decode the first example; the trained tokens are coloured on a terminal, otherwise in brackets."""
+    batch = batches.first_examples(1)
     parts = []
     for side in ("chosen", "rejected"):
         if f"{side}_labels" not in batch:
@@ -140,12 +141,12 @@ def example(batches: BatchIterator, tokenizer) -> str:
         ids, labels = batch[f"{side}_input_ids"][0][mask], batch[f"{side}_labels"][0][mask]
         start = int((labels != -100).int().argmax())
         parts.append((side, ids[:start].tolist(), _runs(ids[start:], labels[start:])))
-    shown = [f"An example of {len(parts[0][1])} prompt tokens, and what is trained on:"]
-    before = None
+    shown = [f"An example with {len(parts[0][1])} prompt tokens, and its responses with the trained tokens marked:"]
+    last_prompt = None
     for side, prompt, response in parts:
-        if prompt != before:
+        if prompt != last_prompt:
             shown.append(_shortened(prompt, tokenizer))
-        before = prompt
+        last_prompt = prompt
         texts = [(_shortened(run, tokenizer), is_trained) for run, is_trained in response]
         shown.append(f"  {side}: {''.join(_marked(text) if is_trained else text for text, is_trained in texts)}")
     return "\n".join(shown)
@@ -172,22 +173,22 @@ def _marked(text: str) -> str:
 
 
 def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):
-    """Print what there is to train on, if it is trained, and to evaluate on."""
+    """Print the report of the training data, if any, and of the evaluation data."""
     opened = {"train": train, "test": test} if train is not None else {"test": test}
     for split, batches in opened.items():
-        print("\n".join(lines(batches, tokenizer, split)))
-    print(example(test if train is None else train, tokenizer))
+        print("\n".join(split_report(batches, tokenizer, split)))
+    print(format_example(test if train is None else train, tokenizer))
     if train is not None:
         if train.sft_mode and train.prompts.n_pairs.any():
             print("loss=sft imitates the chosen responses; the rejected ones are not used (loss=dpo trains on both)")
-        dropped = f"; dropped {train.n_left_out} examples that don't fill a batch" if train.n_left_out else ""
+        dropped = f"; dropped {train.n_dropped} examples that don't fill a batch" if train.n_dropped else ""
         print(
-            f"Training data: {train.epoch_size} examples an epoch in batches of {train.batch_size}{dropped}; "
-            f"{train.n_batches} steps in all"
+            f"Training data: {train.epoch_size} examples per epoch in batches of {train.batch_size}{dropped}; "
+            f"{train.n_batches} steps in total"
         )
     print(f"Evaluation data: {test.n_examples} examples, each once, in {test.n_batches} batches", flush=True)
     if not test.lengths["add_bos"] and (n_empty := sum(map(count_empty_prompts, opened.values()))):
         rank0_print(
-            f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, which is left "
-            "out, and no samples are drawn for them; add_bos=true begins every prompt with a token"
+            f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, so it isn't "
+            "trained on, and no samples are drawn for them; add_bos=true begins every prompt with a token"
         )

@@ -1,4 +1,4 @@
-"""Where the rows of a dataset come from: files, the hub, or Python; each split is read a chunk at a time."""
+"""Open the rows of a dataset, from files, the hub or Python; each split is read in chunks."""
 
 import hashlib
 import json
@@ -9,35 +9,36 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from basics.files import content_hash
-from data import diagnosis, reading
+from data import reading
 from data.batches import split_name
 from data.choice import Settings
 from data.locations import Location, choose_splits
+from data.plain_reader import Fault, are_json_lines, readable_rows
 from utils import UserError, rank0_print
 
-ROWS: dict[str, list[dict]] = {}  # rows given in Python, by a name that `datasets` then knows; see docs/data.md
+ROWS: dict[str, list[dict]] = {}  # rows given in Python, by their name in `datasets`; see docs/data.md
 
-_ANNOUNCED: set[str] = set()  # splits that were announced as being read
-_SHOWN = 10  # bad rows
-_SHOWN_OF_A_KIND = 3  # of them, where all bad rows have the same fault
+_ANNOUNCED: set[str] = set()  # splits whose files were printed
+_SHOWN = 10  # bad rows listed in an error message
+_SHOWN_OF_ONE_KIND = 3  # if all bad rows are of one kind
 
 
 @dataclass
 class Rows:
-    """The rows of a split, a chunk at a time, and where they are."""
+    """The rows of a split, to be read in chunks, and their place in files."""
 
     where: str
     label: str
     split: str
     fingerprint: str
     n_rows: int | None
-    dataset: object = None  # of the datasets library; or a list
-    place: Callable[[int], str] | None = None  # returns where the row of a number is, in words
-    lines: list[tuple[str, str]] = field(default_factory=list)  # files, read line by line
-    adds_nulls: bool = False  # the file's format gives all objects of a column the same keys
+    dataset: object = None  # a dataset of the library, or a list; None: read `files` line by line
+    place: Callable[[int], str] | None = None  # from a row's number to its file and line, in words
+    files: list[tuple[str, str]] = field(default_factory=list)  # name and path
+    adds_nulls: bool = False  # True if the file format gives all objects of a column the same keys
 
-    def chunks(self, size: int) -> Iterator[list[tuple[int, str, dict | diagnosis.Fault]]]:
-        """Yield lists of number, place (or an empty string) and row, or what is wrong with it."""
+    def chunks(self, size: int) -> Iterator[list[tuple[int, str, dict | Fault]]]:
+        """Yield lists of (number, place or an empty string, row or its fault)."""
         if self.dataset is not None:
             for start in range(0, self.n_rows, size):
                 rows = _row_dicts(self.dataset[start : start + size])
@@ -45,7 +46,7 @@ class Rows:
                 yield [(start + number, "", row) for number, row in enumerate(rows)]
             return
         chunk = []
-        for number, (place, row) in enumerate(diagnosis.readable_rows(self.lines)):
+        for number, (place, row) in enumerate(readable_rows(self.files)):
             chunk.append((number, place, row))
             if len(chunk) == size:
                 yield chunk
@@ -63,7 +64,7 @@ def _row_dicts(rows: list[dict] | pa.Table | dict[str, list]) -> list[dict]:
 
 
 def _without_added_nulls(row: dict) -> dict:
-    """The row without keys that hold null in its objects; its columns stay."""
+    """Drop the keys that hold null from the objects in a row; columns that are null stay."""
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -74,60 +75,60 @@ def _without_nulls(value: object) -> object:
 
 
 def open_splits(location: Location, settings: Settings, cache_dir: str, silent: bool) -> dict[str, Rows]:
-    """Open the rows to train on and, where there is a split for it, to evaluate on."""
+    """Open the rows to train on and, if there is an evaluation split, those to evaluate on."""
     if location.files is not None:
-        there = list(location.files)
+        available = list(location.files)
     else:
-        there = reading.split_names(location.where, location.path, location.config, cache_dir, "give local files")
-    train, test = choose_splits(there, settings.train_split, settings.test_split, location.where)
+        available = reading.split_names(location.where, location.path, location.config, cache_dir, "give local files")
+    train, test = choose_splits(available, settings.train_split, settings.test_split, location.where)
     splits = {"train": train} | ({"test": test} if test is not None else {})
     return {role: open_rows(location, split, cache_dir, silent) for role, split in splits.items()}
 
 
 def open_rows(location: Location, split: str, cache_dir: str | None, silent: bool) -> Rows:
-    """Open the rows of a split. JSON Lines that the library can't read are read line by line.
+    """Open the rows of a split; read JSON Lines line by line if the library can't read them.
 
-    Raises: UserError if they can't be read, naming the file, the line and the remedy.
+    Raises: UserError with file, line and remedy if they can't be read.
     """
-    where, label = split_name(location.given, split), f"{location.given} ({split})"
-    silent = silent or label in _ANNOUNCED  # both splits are prepared whenever one is needed
+    where, label = split_name(location.name, split), f"{location.name} ({split})"
+    silent = silent or label in _ANNOUNCED  # each split is opened twice, as both are prepared whenever one is needed
     _ANNOUNCED.add(label)
     files = location.files[split.partition("[")[0]] if location.files is not None else None
-    if files and (reason := reading.why_not_these(files)):
+    if files and (reason := reading.problem_with_files(files)):
         raise UserError(f"{where}: {reason}")
     try:
         rows = reading.read_rows(
             where, location.path, split, files, cache_dir, "give local files", location.config, silent, label,
-            csv_as_texts=True,
+            csv_as_strings=True,
         )  # fmt: skip
     except reading.UnreadableRows as error:
         named = [(file, file) for file in files or []]
-        if "[" in split or not (named and diagnosis.are_json_lines(named)):
+        if "[" in split or not (named and are_json_lines(named)):
             raise
-        rank0_print(f"{label}: read line by line, as the library can't: {str(error).splitlines()[0]}")
-        return Rows(where, label, split, content_hash(files, cache_dir), None, lines=named)
-    made_of = [file["filename"] for file in rows.cache_files]
+        rank0_print(f"{label}: reading line by line, because the library failed: {str(error).splitlines()[0]}")
+        return Rows(where, label, split, content_hash(files, cache_dir), None, files=named)
+    cache_files = [file["filename"] for file in rows.cache_files]
 
     def place(row: int) -> str:
         return reading.row_place(location.path, split, row, cache_dir, files)
 
-    # objects whose fields differ from row to row are kept as JSON, which the library has to decode
+    # the library stores objects whose fields differ between rows as JSON, and must decode them
     holds_json = "Json(" in str(rows.features)
     dataset = rows if holds_json else rows.with_format("arrow")
     adds_nulls = rows.builder_name not in ("json", "csv")
-    fingerprint = content_hash(files or made_of, cache_dir)
+    fingerprint = content_hash(files or cache_files, cache_dir)
     return Rows(where, label, split, fingerprint, len(rows), dataset, place, adds_nulls=adds_nulls)
 
 
 def rows_of_list(name: str, rows: list[dict]) -> Rows:
     """Open rows given in Python.
 
-    Raises: UserError if they are no rows.
+    Raises: UserError if one isn't a dict of JSON values.
     """
     where = f"datasets=[{name}]"
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise UserError(f"{where}, row {number}: {row!r:.60} is no dict of fields")
+            raise UserError(f"{where}, row {number}: {row!r:.60} isn't a dict of fields")
     try:
         digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     except (TypeError, ValueError) as error:
@@ -136,12 +137,12 @@ def rows_of_list(name: str, rows: list[dict]) -> Rows:
 
 
 class BadRows:
-    """The rows of a split that can't be used: how many of each kind, and the first few."""
+    """Collects the rows of a split that can't be used: the number of each kind, and the first few."""
 
     def __init__(self, rows: Rows):
         self.rows, self.kinds, self.first = rows, Counter(), []
-        self.n_read, self.is_whole = 0, True  # rows that were looked at, bad or not; True if these are all
-        self.n_identical_pairs = 0  # in rows that can be used, which have others
+        self.n_read, self.is_complete = 0, True  # rows checked, good or bad; False if reading stopped early
+        self.n_identical_pairs = 0  # dropped from rows that keep other pairs
 
     def add(self, number: int, place: str, kind: str, reason: str):
         """Count a bad row."""
@@ -151,23 +152,23 @@ class BadRows:
 
     @property
     def has_enough(self) -> bool:
-        """True once there are as many as a message shows."""
+        """True once there are as many as an error message lists."""
         return len(self.first) >= _SHOWN
 
     def raise_if_any(self):
-        """Raise UserError naming the first bad rows, and how many of each kind there are."""
+        """Raise UserError with the first bad rows and the number of each kind, if there are any."""
         if not self.first:
             return
-        first = self.first[:_SHOWN_OF_A_KIND] if len(self.kinds) == 1 else self.first
+        first = self.first[:_SHOWN_OF_ONE_KIND] if len(self.kinds) == 1 else self.first
         lines = [f"  {self._place(number, place)}: {reason}" for number, place, reason in first]
         total = sum(self.kinds.values())
         if total > len(first):
-            within = "" if self.is_whole else f" of the first {self.n_read:,}"
+            within = "" if self.is_complete else f" of the first {self.n_read:,}"
             counted = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
-            lines.append(f"  and so on: {'all ' if total == self.n_read else ''}{total:,} rows{within} ({counted})")
+            lines.append(f"  ... {'all ' if total == self.n_read else ''}{total:,} rows{within} ({counted})")
         raise UserError(
-            f"{self.rows.where}: rows that can't be used:\n" + "\n".join(lines) + "\nCorrect them, or leave out and "
-            "count all such rows by on_bad_example=skip"
+            f"{self.rows.where}: rows that can't be used:\n" + "\n".join(lines) + "\nCorrect them, or drop and "
+            "count such rows with on_bad_example=skip"
         )
 
     def _place(self, number: int, place: str) -> str:

@@ -1,4 +1,4 @@
-"""Read what a row of each format says: a prompt, responses, and which of them is preferred."""
+"""Read the rows of each format into examples: a prompt, responses, and preferences between them."""
 
 import itertools
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ from data.messages import (
 )
 
 Text = str | list[dict]  # a string, or messages
-TURN = "\n\nAssistant:"  # what the last turn of a prompt ends with, in dialogues as one string
+TURN = "\n\nAssistant:"  # the end of a prompt, in dialogues as one string
 
-# keys of a response that is an object
+# possible keys of a response given as an object
 _TEXT_OF = ("content", "text", "response", "completion", "value")
 _SCORE_OF = ("score", "overall_score", "pm_score", "rating")
 _RANK_OF = "rank"
-_LABELS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # as strings: in CSV
+_LABELS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # CSV has strings
 
 
 @dataclass
 class Example:
-    """What a row says: a prompt, responses to it, and which is preferred to which.
+    """A prompt, responses to it, and preferences between them.
 
     Prompt and responses are all strings or all messages.
     """
@@ -37,9 +37,9 @@ class Example:
     prompt: Text
     responses: list[Text]
     pairs: list[tuple[int, int]] = field(default_factory=list)  # indices into responses: preferred, dispreferred
-    target: int = 0  # which response SFT imitates
+    target: int = 0  # index of the response that SFT imitates
     tools: list | None = None  # for the chat template
-    label: bool | None = None  # of unpaired data: True if the only response is desirable
+    label: bool | None = None  # unpaired data: True if the only response is desirable
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,28 @@ class Row:
 
     values: dict
     columns: Mapping[str, str]  # name of a field that is read: the data's column
-    kinds: Mapping[str, str]  # of most rows, by the names of fields
-    is_chat: bool  # prompt and responses are messages, or are made into such
+    kinds: Mapping[str, str]  # by field: the kind of most rows' values
+    is_chat: bool  # prompt and responses are messages, or are turned into messages
 
     def name(self, field: str) -> str:
-        """The data's name of a field, for messages."""
+        """Return the column of a field, for error messages."""
         return self.columns[field]
 
     def get(self, field: str) -> object:
-        """The value of a field, decoded where messages are stored as JSON; None if it isn't read."""
+        """Return the value of a field; None if it isn't read. Messages stored as JSON are decoded."""
         if field not in self.columns:
             return None
         value = value_at(self.values, self.columns[field])
         return decoded(value) if self.kinds.get(field) == "messages" else value
 
     def value(self, field: str) -> object:
-        """The value of a field. Raises: BadExample if there is none."""
+        """Return the value of a field. Raises: BadExample if it is missing or null."""
         if (value := self.get(field)) is None:
             raise BadExample("missing field", f"field {self.name(field)!r} is missing or empty")
         return value
 
     def text(self, field: str, may_be_empty: bool = False) -> str:
-        """The value of a field that must be a string. Raises: BadExample if it isn't, or is empty."""
+        """Return the string in a field. Raises: BadExample if it isn't a string, or is empty."""
         value = self.value(field)
         if not isinstance(value, str):
             raise BadExample("wrong type", f"field {self.name(field)!r} is {value!r:.60}, expected a string")
@@ -78,14 +78,14 @@ class Row:
         return value
 
     def turns(self, field: str, role: str) -> list[dict]:
-        """The value of a field as messages; a string is the turn of this role."""
+        """Return the value of a field as messages; a string becomes a turn of `role`."""
         value = self.value(field)
         if isinstance(value, str) and self.kinds[field] != "messages":
             return as_turn(self.text(field, may_be_empty=role == "user"), role)
         return message_list(value, self.name(field))
 
     def tools(self) -> list | None:
-        """The tools that the row offers; None if there are none."""
+        """Return the tools in the row; None if there are none."""
         return tool_list(self.get("tools"), self.name("tools")) if "tools" in self.columns else None
 
 
@@ -93,7 +93,7 @@ class Row:
 
 
 def read_prompt(row: Row) -> Text:
-    """The prompt, with an input below it, and in a chat with the system text and the history before it."""
+    """Return the prompt followed by its input; in a chat, preceded by system message and history."""
     if not row.is_chat:
         return _with_input(row, row.text("prompt", may_be_empty=True))
     value = row.value("prompt")
@@ -105,18 +105,20 @@ def read_prompt(row: Row) -> Text:
 
 
 def _with_input(row: Row, prompt: str) -> str:
-    """Alpaca's prompt: the instruction and, on a line of its own, the input that it is about."""
+    """Return Alpaca's prompt: the instruction and, on a new line, its input."""
     return prompt if is_blank(row.get("input")) else f"{prompt}\n{row.text('input')}"
 
 
 def _in_context(row: Row, messages: list[dict]) -> list[dict]:
-    """The messages with the row's system message and earlier turns before them."""
+    """Return messages preceded by the row's system message and earlier turns."""
     system = system_messages(row.get("system"), row.name("system")) if "system" in row.columns else []
     history = history_messages(row.get("history"), row.name("history")) if "history" in row.columns else []
     if system and messages and messages[0] == system[0]:
-        system = []  # they begin with it already
+        system = []  # the messages already begin with it
     if any(message["role"] == "system" for message in messages) and (system or history):
-        raise BadExample("two system texts", "the messages have a system message besides the row's other fields")
+        raise BadExample(
+            "two system texts", "the messages have a system message, but the row has system or history, too"
+        )
     return system + history + messages
 
 
@@ -124,21 +126,21 @@ def _in_context(row: Row, messages: list[dict]) -> list[dict]:
 
 
 def read_texts(row: Row) -> Example:
-    """A prompt, a chosen and a rejected response, all strings."""
+    """Read a prompt, a chosen and a rejected response, all strings."""
     responses = [row.text("chosen"), row.text("rejected")]
-    return Example(read_prompt(row), _differing(responses), [(0, 1)])
+    _check_different(responses)
+    return Example(read_prompt(row), responses, [(0, 1)])
 
 
-def _differing(responses: list[Text]) -> list[Text]:
+def _check_different(responses: list[Text]):
     if responses[0] == responses[1]:
         raise BadExample("identical responses", "chosen and rejected are the same")
-    return responses
 
 
 def shared_start(texts: list[str]) -> str:
-    """The longest string that all of these begin with."""
+    """Return the longest common prefix of strings."""
     shortest = min(texts, key=len)
-    low, high = 0, len(shortest)  # the first `low` characters are shared; found in a few comparisons of whole slices
+    low, high = 0, len(shortest)  # binary search: the first `low` characters are shared
     while low < high:
         middle = (low + high + 1) // 2
         if all(text.startswith(shortest[low:middle], low) for text in texts):
@@ -149,9 +151,9 @@ def shared_start(texts: list[str]) -> str:
 
 
 def read_transcripts(row: Row) -> Example:
-    """Two whole dialogues as strings; the prompt is what they have in common, up to the last turn or word."""
+    """Read two whole dialogues as strings; the prompt is their shared start, up to the last turn or word."""
     chosen, rejected = row.text("chosen"), row.text("rejected")
-    _differing([chosen, rejected])
+    _check_different([chosen, rejected])
     shared = shared_start([chosen, rejected])
     if (turn := shared.rfind(TURN)) >= 0:
         border = turn + len(TURN)
@@ -161,36 +163,37 @@ def read_transcripts(row: Row) -> Example:
         border = _word_border(shared, chosen, rejected)
     responses = [chosen[border:], rejected[border:]]
     if not all(response.strip() for response in responses):
-        raise BadExample("empty response", "one of chosen and rejected is the beginning of the other")
+        raise BadExample("empty response", "chosen is the beginning of rejected, or the reverse")
     return Example(chosen[:border], responses, [(0, 1)])
 
 
 def _word_border(shared: str, *texts: str) -> int:
-    """Where the shared start of texts ends between words, which are tokens with the space before them."""
+    """Return the end of the shared start's last whole word; the next word keeps its leading space, as in tokens."""
     border = len(shared)
-    if any(_is_of_word(text[border : border + 1]) for text in texts):
-        while border > 0 and _is_of_word(shared[border - 1]):
+    if any(_is_word_character(text[border : border + 1]) for text in texts):
+        while border > 0 and _is_word_character(shared[border - 1]):
             border -= 1
     return border - 1 if shared[:border].endswith(" ") else border
 
 
-def _is_of_word(character: str) -> bool:
-    return character.isalnum() and character < "\u2e80"  # from there on scripts put no spaces between words
+def _is_word_character(character: str) -> bool:
+    return character.isalnum() and character < "\u2e80"  # later scripts (CJK) have no spaces between words
 
 
 def read_messages(row: Row) -> Example:
-    """A prompt, a chosen and a rejected response as messages; responses may hold the prompt once more."""
+    """Read a prompt, a chosen and a rejected response as messages; the responses may repeat the prompt."""
     sides = [row.turns(side, "assistant") for side in ("chosen", "rejected")]
-    prompt, sides = _divided(row, sides)
+    prompt, sides = _split_off_prompt(row, sides)
     if not prompt:
-        raise BadExample("no shared prompt", "chosen and rejected share no messages to begin with")
-    for response in _differing(sides):
+        raise BadExample("no shared prompt", "chosen and rejected share no first messages")
+    _check_different(sides)
+    for response in sides:
         _check_response(response)
     return Example(prompt, sides, [(0, 1)], tools=row.tools())
 
 
-def _divided(row: Row, sides: list[list[dict]]) -> tuple[list[dict], list[list[dict]]]:
-    """The prompt, and both sides without it."""
+def _split_off_prompt(row: Row, sides: list[list[dict]]) -> tuple[list[dict], list[list[dict]]]:
+    """Return the prompt, and both sides without it."""
     shared = [a for a, b in itertools.takewhile(lambda both: both[0] == both[1], zip(*sides, strict=False))]
     while shared and shared[-1]["role"] == "assistant":  # a response isn't part of its prompt
         shared.pop()
@@ -203,11 +206,11 @@ def _divided(row: Row, sides: list[list[dict]]) -> tuple[list[dict], list[list[d
     given = row.get("prompt")
     if isinstance(given, str):
         if not any(given.strip() in str(message.get("content", "")) for message in shared):
-            reason = f"chosen and rejected begin with other messages than field {row.name('prompt')!r}"
+            reason = f"chosen and rejected don't begin with the prompt in field {row.name('prompt')!r}"
             raise BadExample("no shared prompt", reason)
         return _in_context(row, shared), after_shared
     given = message_list(given, row.name("prompt"))
-    if shared[-len(given) :] == given:  # with more before it, such as a system message
+    if shared[-len(given) :] == given:  # perhaps after other messages, such as a system message
         return _in_context(row, shared), after_shared
     return read_prompt(row), [_without_start(side, given) for side in sides]
 
@@ -217,7 +220,7 @@ def _without_start(side: list[dict], prompt: list[dict]) -> list[dict]:
 
 
 def _check_response(response: list[dict]):
-    """Raises: BadExample if a response says nothing, or begins with another's turn."""
+    """Raise BadExample if a response is empty, or begins with a turn of the user or the system."""
     if not any(str(message.get("content", "")).strip() or "tool_calls" in message for message in response):
         raise BadExample("empty response", "a response has no content")
     if response[0]["role"] in ("user", "system"):
@@ -229,7 +232,7 @@ def _check_response(response: list[dict]):
 
 
 def read_ranked(row: Row) -> Example:
-    """A prompt and several responses with scores or ranks; each two that differ in them are a pair."""
+    """Read a prompt and several responses with scores or ranks; every two with different ones are a pair."""
     completions, name = row.value("completions"), row.name("completions")
     if not isinstance(completions, list) or not completions:
         raise BadExample("wrong type", f"field {name!r} is {completions!r:.60}, expected responses")
@@ -247,7 +250,7 @@ def read_ranked(row: Row) -> Example:
 
 
 def _scores(row: Row, completions: list) -> list[float]:
-    """A number for each response, the greater the better."""
+    """Return a number for each response; greater is better."""
     scores_field = next((name for name in ("scores", RANKS) if name in row.columns), None)
     if scores_field is None:
         scores = [_score(completion, row.name("completions")) for completion in completions]
@@ -260,10 +263,11 @@ def _scores(row: Row, completions: list) -> list[float]:
         raise BadExample("wrong type", f"scores {scores!r:.60}, expected numbers")
     if any(score != score for score in scores):
         raise BadExample("wrong type", "a score is not a number (NaN)")
-    return [-score for score in scores] if scores_field == RANKS else scores  # the first is the best
+    return [-score for score in scores] if scores_field == RANKS else scores  # rank 1 is the best
 
 
 def _response(completion: object, name: str) -> Text:
+    """Return the text or the messages of a response, which may be an object with its text."""
     if is_messages(completion) or (is_message(completion) and "tool_calls" in completion):
         messages = message_list(completion, name)
         _check_response(messages)
@@ -281,6 +285,7 @@ def _response(completion: object, name: str) -> Text:
 
 
 def _score(completion: object, name: str) -> float:
+    """Return the score of a response given as an object with a score or rank."""
     keys = [key for key in (*_SCORE_OF, _RANK_OF) if isinstance(completion, dict) and completion.get(key) is not None]
     if not keys:
         raise BadExample("missing field", f"a response in {name!r} has no score ({', '.join(_SCORE_OF)})")
@@ -292,7 +297,7 @@ def _score(completion: object, name: str) -> float:
 
 
 def read_single(row: Row) -> Example:
-    """A prompt and a response; with a label that says if it is desirable."""
+    """Read a prompt and a response, and the label if there is one."""
     label = _label(row)
     prompt = read_prompt(row)
     if not row.is_chat:
@@ -303,10 +308,11 @@ def read_single(row: Row) -> Example:
 
 
 def _label(row: Row) -> bool | None:
+    """Return True for desirable, False for undesirable, None without a label."""
     if "label" not in row.columns:
         return None
     label = row.value("label")
-    is_number = isinstance(label, int | float)  # true and false are numbers, too
+    is_number = isinstance(label, int | float)  # so are true and false
     is_desirable = _LABELS.get(label.lower() if isinstance(label, str) else label if is_number else None)
     if is_desirable is None:
         raise BadExample("wrong type", f"field {row.name('label')!r} is {label!r:.60}, expected true or false")
@@ -314,9 +320,9 @@ def _label(row: Row) -> bool | None:
 
 
 def read_dialogue(row: Row) -> Example:
-    """A dialogue: the response is what follows its first question, or, if the row labels it, the assistant's last turn.
+    """Read a dialogue: the response is all after its first question, or the assistant's last turn if it has a label.
 
-    What others say after the assistant's last turn is left out.
+    Turns of others after the assistant's last one are dropped.
     """
     messages, name = message_list(row.value("dialogue"), row.name("dialogue")), row.name("dialogue")
     turns = [n for n, message in enumerate(messages) if n > 0 and message["role"] == "assistant"]
@@ -331,5 +337,5 @@ def read_dialogue(row: Row) -> Example:
 
 
 def read_text(row: Row) -> Example:
-    """A text without a prompt."""
+    """Read a text without a prompt."""
     return Example("", [row.text("text")])

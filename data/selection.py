@@ -1,4 +1,4 @@
-"""Select the examples of a dataset that are used: not too long, not identical, by number and by weight."""
+"""Select the examples of a dataset by length, by difference of their responses, by `n_examples` and by weight."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ def without_overlong(
     """
     if choice.truncation not in ("drop", "error"):
         return part
-    prompts, responses, numbers = report.lengths(part, sft_mode, tokenizer)
+    prompts, responses, numbers = report.example_lengths(part, sft_mode, tokenizer)
     too_long = prompts + responses + int(lengths["add_bos"]) > lengths["max_length"]
     if not too_long.any():
         return part
@@ -46,7 +46,7 @@ def without_overlong(
 def _without(part: Sequence[Prompt], numbers: np.ndarray, unwanted: np.ndarray, sft_mode: bool) -> Sequence[Prompt]:
     """Return the prompts without the unwanted examples; `numbers` holds the prompt's number of each example."""
     if isinstance(part, PreparedPrompts):
-        part.leave_out(unwanted, sft_mode)
+        part.drop(unwanted, sft_mode)
         return part
     dropped = set(_masked_examples(numbers, unwanted))
     kept = []
@@ -67,7 +67,7 @@ def without_identical(part: Sequence[Prompt], choice: Choice, split: str, skips_
     """
     if not isinstance(part, PreparedPrompts):
         return
-    identical = part.are_identical_when_cut(**lengths)
+    identical = part.are_identical_when_truncated(**lengths)
     if not identical.any():
         return
     n, where = int(identical.sum()), split_name(choice.name, split)
@@ -81,7 +81,7 @@ def without_identical(part: Sequence[Prompt], choice: Choice, split: str, skips_
             "on_bad_example=skip or truncation=drop"
         )
     rank0_print(f"{choice.name} ({split}): dropped {n:,} pairs that are identical once cut to max_length")
-    part.leave_out(identical, sft_mode=False)
+    part.drop(identical, sft_mode=False)
     if not part.n_pairs.any():
         raise UserError(f"{where}: no pair is left; raise max_length={lengths['max_length']}")
 

@@ -98,9 +98,9 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
     rows = _gather_rows(trainer, all_metrics, indices)
     if not on_rank0():
         return {}
-    places = trainer.eval_iterator.places()
-    groups = {f"dataset {name}": [i for i in rows if places[i][0].dataset == name] for name in
-              dict.fromkeys(prompt.dataset for prompt, _ in places)}  # fmt: skip
+    examples = trainer.eval_iterator.examples()
+    groups = {f"dataset {name}": [i for i in rows if examples[i][0].dataset == name] for name in
+              dict.fromkeys(prompt.dataset for prompt, _ in examples)}  # fmt: skip
     groups |= _length_buckets(rows)
     result = {
         "key": key,
@@ -113,7 +113,7 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
         "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
     }  # fmt: skip
     if options.rows is not None:
-        _write_rows(options.rows, rows, places, trainer.eval_iterator.sft_mode)
+        _write_rows(options.rows, rows, examples, trainer.eval_iterator.sft_mode)
     if options.output is not None:
         append_json_line(options.output, result)
         rank0_print(f"Written to {options.output}")

@@ -41,7 +41,7 @@ class RewardModel:
         except UserError:
             raise
         except Exception as error:  # a damaged config.json, weights and the hub's HTTP library raise errors of any kind
-            cause, remedy = hub.why_not(error, name, "model") or (
+            cause, remedy = hub.explain_failure(error, name, "model") or (
                 describe(error, 2000),
                 f"Give the id of a reward model (a sequence classifier) on the hub{access_hint(error)}",
             )

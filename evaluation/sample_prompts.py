@@ -6,10 +6,10 @@ from omegaconf import DictConfig
 
 from data import chat
 from data.batches import BatchIterator
-from data.diagnosis import Fault
 from data.formats import prompt_example
 from data.locations import locate
 from data.messages import BadExample
+from data.plain_reader import Fault
 from data.row_sources import open_rows
 from reporting.terminal import Progress
 from utils import UserError, get_local_dir, rank0_print
@@ -36,7 +36,7 @@ def read_requests(
     Raises: UserError naming the first row without a prompt.
     """
     if prompts is None:
-        given = rendered = list(dict.fromkeys(prompt.text for prompt, _ in eval_iterator.places()))
+        given = rendered = list(dict.fromkeys(prompt.text for prompt, _ in eval_iterator.examples()))
     else:
         given, rendered = _prompts_in_file(config, tokenizer, prompts)
     ids = chat.token_ids(rendered, tokenizer)

@@ -87,7 +87,7 @@ REFUSED = {  # rows, settings, what the message says
         {},
         "'messages' holds no messages",
     ),
-    "no rejected": ([{"prompt": "a", "chosen": "b"}], {}, "'rejected' is missing beside 'chosen'.*loss=sft"),
+    "no rejected": ([{"prompt": "a", "chosen": "b"}], {}, "'chosen' is there, but 'rejected' is missing.*loss=sft"),
     "no chosen": ([{"prompt": "a", "rejected": "b", "choosen": "c"}], {}, "'chosen' is missing.*Did you mean choosen"),
     "rows within an object": ([{"data": [{"prompt": "a", **PAIR}]}], {}, r"within 'data'.*jq -c '\.data\[\]'"),
     "responses within an object": (
@@ -149,12 +149,12 @@ BAD = {  # a good row before it tells the format; the bad row; what is wrong
     "tools that are no JSON": (
         {"messages": [*ASKED, *SAYS], "tools": [TOOL]},
         {"messages": [*ASKED, *SAYS], "tools": "weather"},
-        "a string that is no JSON",
+        "a string that isn't JSON",
     ),
     "two system texts": (
         {"system": "A", "messages": [*ASKED, *SAYS]},
         {"system": "A", "messages": [turn("system", "B"), *ASKED, *SAYS]},
-        "a system message besides",
+        "a system message, but the row has",
     ),
     "a system text that comes late": (
         {"system": "", "prompt": "a", **PAIR},
@@ -174,7 +174,7 @@ BAD = {  # a good row before it tells the format; the bad row; what is wrong
     "prompt that isn't in the messages": (
         {"prompt": "Name a red thing.", "chosen": [*ASKED, *SAYS], "rejected": [*ASKED, *NO]},
         {"prompt": "Something else", "chosen": [*ASKED, *SAYS], "rejected": [*ASKED, *NO]},
-        "begin with other messages than",
+        "don't begin with the prompt in field",
     ),
     "history of another form": (
         {"history": [["a", "b"]], "prompt": "a", **PAIR},

@@ -115,7 +115,7 @@ def test_responses_that_the_template_makes_identical_are_bad_rows(batches, tmp_p
 def test_equal_responses_with_different_scores_are_no_pair(report):
     rows = [{"prompt": f"Q {i}", "responses": [" a", " a", " b"], "scores": [1, 2, 3]} for i in range(4)]
     output = report(rows)
-    assert "4 prompts with 8 pairs for it; 4 pairs of identical responses left out" in output
+    assert "4 prompts with 8 pairs; dropped 4 pairs of identical responses" in output
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------
@@ -126,12 +126,12 @@ def test_same_fault_in_all_rows_is_told_once(batches):
         batches([{"prompt": f"Q {i}", "chosen": "", "rejected": "no"} for i in range(80)])
     lines = str(error.value).splitlines()
     assert len(lines) == 6
-    assert lines[4] == "  and so on: all 80 rows (80 empty response)"
+    assert lines[4] == "  ... all 80 rows (80 empty response)"
 
 
 def test_faults_of_several_kinds_are_counted(batches):
     rows = [{"prompt": "a", "chosen": c, "rejected": "no"} for c in ["yes", "", None] * 20]
-    with pytest.raises(UserError, match=r"and so on: 40 rows \(20 empty response, 20 missing field\)"):
+    with pytest.raises(UserError, match=r"\.\.\. 40 rows \(20 empty response, 20 missing field\)"):
         batches(rows)
 
 
@@ -171,7 +171,8 @@ def test_report_says_that_the_template_is_not_applied_to_strings(report):
 
 def test_report_counts_the_labels_and_says_that_the_rarer_is_repeated(report):
     rows = [{"prompt": f"Q {i}", "completion": " yes", "label": i < 2} for i in range(8)]
-    assert "2 desirable, 6 undesirable responses; an epoch takes each desirable one 3 times" in report(rows, "loss=kto")
+    output = report(rows, "loss=kto")
+    assert "2 desirable, 6 undesirable responses; each desirable one is used 3 times per epoch" in output
     rows = [{"prompt": f"Q {i}", "completion": " yes", "label": i % 2 == 0} for i in range(8)]
     assert "4 desirable, 4 undesirable responses\n" in report(rows, "loss=kto")
 

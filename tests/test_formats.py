@@ -81,7 +81,7 @@ FORMATS = {  # loss, rows, what the log calls it, and of each example prompt, ch
     ),
     "preference, conversational, the prompt being the shared start": (
         "dpo", [{"chosen": ask + SAY[a], "rejected": ask + SAY[b]} for ask, (a, b) in zip(ASK, SIDES, strict=True)],
-        "their shared start being the prompt", CHAT_PAIRS,
+        "their shared start is the prompt", CHAT_PAIRS,
     ),
     "ultrafeedback_binarized": (
         "dpo",
@@ -269,14 +269,14 @@ def test_all_formats_at_once_train_from_the_command_line(loss, train_ok, tmp_pat
 
 
 REFUSED = {  # loss, rows, what the message says
-    "prompts alone": ("dpo", [{"prompt": "The sky is"}], "prompts alone can't be trained on"),
+    "prompts alone": ("dpo", [{"prompt": "The sky is"}], "there are prompts but no responses to train on"),
     "stepwise supervision": (
         "dpo", [{"prompt": "Which?", "completions": ["One.", "Two."], "labels": [True, False]}], "stepwise supervision",
     ),
-    "no format": ("dpo", [{"a": "x", "b": 1}], "no format that is known.*its fields are a \\(string\\), b \\(number"),
-    "responses for dpo": ("dpo", [{"prompt": "a", "completion": "b"}], "take loss=sft"),
-    "unpaired for dpo": ("dpo", [{"prompt": "a", "completion": "b", "label": True}], "train with loss=kto"),
-    "responses for kto": ("kto", [{"prompt": "a", "completion": "b"}], "take loss=sft"),
+    "no format": ("dpo", [{"a": "x", "b": 1}], "unknown format.*its fields are a \\(string\\), b \\(number"),
+    "responses for dpo": ("dpo", [{"prompt": "a", "completion": "b"}], "use loss=sft"),
+    "unpaired for dpo": ("dpo", [{"prompt": "a", "completion": "b", "label": True}], "use loss=kto"),
+    "responses for kto": ("kto", [{"prompt": "a", "completion": "b"}], "use loss=sft"),
     "all of one label": ("kto", [{"prompt": "a", "completion": "b", "label": True}] * 2, "have the same label"),
 }  # fmt: skip
 

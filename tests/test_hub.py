@@ -151,7 +151,7 @@ def test_dpo_trains_on_named_datasets_from_the_hub(name, repo_id, n_pairs, onlin
     commit = hub.repository("datasets", repo_id).refs["main"][:7]
     assert f"of {repo_id} at commit {commit}\n" in output
     if n_pairs is not None:
-        assert f"Training data: {n_pairs - n_pairs % 4} examples an epoch" in output
+        assert f"Training data: {n_pairs - n_pairs % 4} examples per epoch" in output
     assert re.search(r"^ *4/\d+ ", output, re.MULTILINE)
     downloads = hub.downloads()
     assert set(downloads.values()) == {1}
@@ -271,15 +271,15 @@ def test_gated_model_trains_with_a_granted_token(online_ok, hub, bodies):
 @pytest.mark.parametrize(
     ("word", "part"),
     [
-        ("model.safetensors", f"model.name_or_path={PYTHIA}: the hub is busy or out of order (500 for "),
-        ("tokenizer.json", f"the tokenizer of model.name_or_path={PYTHIA}: the hub is busy"),
-        ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub is busy or out of order (500 for "),
+        ("model.safetensors", f"model.name_or_path={PYTHIA}: the hub is overloaded or down (500 for "),
+        ("tokenizer.json", f"the tokenizer of model.name_or_path={PYTHIA}: the hub is overloaded"),
+        ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub is overloaded or down (500 for "),
     ],
 )
 def test_server_error_is_not_reported_as_a_missing_file(word, part, online, hub, tmp_path):
     hub.status[word] = 500, ""
     refused = online(*DPO)
-    assert_refused(refused, tmp_path, part, f"/{word})", "Start again later; what has come down is kept")
+    assert_refused(refused, tmp_path, part, f"/{word})", "Start again later; downloaded files are kept")
 
 
 def test_interrupted_download_resumes(online_ok, hub, tmp_path):
@@ -315,7 +315,7 @@ def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, impat
         first.cut_off[file] = 1000
         first.on_cut_off = first.stop
         refused = impatient(*DPO)
-    assert_refused(refused, tmp_path, part, "can't be reached", "start again; what has come down is kept")
+    assert_refused(refused, tmp_path, part, "can't be reached", "start again; downloaded files are kept")
     with open_hub() as second:
         result = impatient(*DPO)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -339,8 +339,8 @@ def test_damaged_hub_file_is_named_with_its_cached_copy(online, hub, bodies, tmp
         refused,
         tmp_path,
         f"{name}, line ",
-        "the compressed data breaks off here",
-        "delete that to have it loaded again",
+        "the compressed data ends too early",
+        "delete that to download it again",
     )
     assert f"snapshots/{commit}/helpful-base/train.jsonl.gz" in refused.stderr
 

@@ -5,7 +5,7 @@ import torch
 from conftest import ORACLE, exhaustive_except, read_jsonl
 from transformers import AutoTokenizer
 
-from data.batches import mismatch
+from data.batches import mismatched_batch
 from preference_datasets import get_batch_iterator
 from utils import UserError
 
@@ -24,7 +24,7 @@ def test_kto_pairs_every_prompt_with_another_prompts_responses():
     kwargs = {"batch_size": 5, "n_examples": 10, "paths": paths, "silent": True, "mismatched": True}
     whole = list(get_batch_iterator(["hh"], tokenizer, **kwargs))
     for batch in whole:
-        others = mismatch(batch)
+        others = mismatched_batch(batch)
         assert others["prompt"] == batch["prompt"]
         prompts = list(dict.fromkeys(batch["prompt"]))
         for i, prompt in enumerate(batch["prompt"]):
@@ -32,8 +32,8 @@ def test_kto_pairs_every_prompt_with_another_prompts_responses():
             assert others["chosen"][i] == prompt + batch["chosen_response_only"][j]
             assert others["rejected"][i] == prompt + batch["rejected_response_only"][j]
     halves = [list(get_batch_iterator(["hh"], tokenizer, **kwargs, shard=(k, 2))) for k in range(2)]
-    texts = [mismatch(half[0])["chosen"] for half in halves]
-    assert (texts[0] + texts[1])[:5] == mismatch(whole[0])["chosen"]
+    texts = [mismatched_batch(half[0])["chosen"] for half in halves]
+    assert (texts[0] + texts[1])[:5] == mismatched_batch(whole[0])["chosen"]
 
 
 def test_kl_estimate_is_the_mean_log_ratio_of_mismatched_responses(make_trainer):
@@ -43,7 +43,7 @@ def test_kl_estimate_is_the_mean_log_ratio_of_mismatched_responses(make_trainer)
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
             parameter.mul_(1.05)
-        others = mismatch(batch)
+        others = mismatched_batch(batch)
         policy_logps = torch.cat(trainer.concatenated_forward(trainer.policy, others))
         logratios = policy_logps - torch.cat(trainer.reference_logps(others))
     assert abs(logratios.mean().item()) > 1e-3

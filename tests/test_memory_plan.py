@@ -341,7 +341,7 @@ def test_reference_that_overflows_later_is_blamed_instead_of_lr():
 def test_log_probabilities_of_a_reference_go_to_the_policys_device(make_trainer):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=4", "n_eval_examples=4")
     trainer.device = torch.device("meta")  # where a GPU would be that isn't the reference's
-    assert {logps.device.type for logps in trainer.reference_logps(trainer.eval_iterator.first(2))} == {"meta"}
+    assert {logps.device.type for logps in trainer.reference_logps(trainer.eval_iterator.first_examples(2))} == {"meta"}
 
 
 def test_samples_are_drawn_in_the_precision_in_which_they_are_scored(make_trainer):

@@ -77,7 +77,7 @@ def test_small_split_is_evaluated_whole_and_once_whatever_the_batch_size(make_tr
         trainer = make_trainer(*DPO, *data, *sizes)
         prompts = trainer.eval_iterator.prompts
         assert sum(len(batch["prompt"]) for batch in trainer.eval_batches) == sum(len(p.pairs) for p in prompts) < 32
-        assert len(set(trainer.eval_iterator.numbers())) == trainer.eval_iterator.n_examples
+        assert len(set(trainer.eval_iterator.example_numbers())) == trainer.eval_iterator.n_examples
         means.append(trainer.evaluate())
     for other in means[1:]:
         for name in ("nll_eval/chosen", "nll_eval/chosen_se", "logps_eval/rejected"):

@@ -14,7 +14,7 @@ from test_cli import assert_refused
 from test_formats import jsonl, parquet
 from transformers import AutoTokenizer
 
-from data.batches import mismatch
+from data.batches import mismatched_batch
 from data.choice import Choice, Settings
 from preference_datasets import get_batch_iterator
 from utils import UserError
@@ -295,12 +295,12 @@ def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
     run = [*RUN, f"datasets=[{tmp_path}/data]", "on_bad_example=skip", "batch_size=1", "eval_every=1"]
     make_trainer(*run)
     output = capsys.readouterr().out
-    assert "6 rows read, 5 prompts with 5 pairs for it; left out: 1 identical responses" in output
+    assert "6 rows read, 5 prompts with 5 pairs; dropped: 1 identical responses" in output
     assert "2 of 5 (40.0%) are longer than max_length=64: 0 prompts are cut to max_prompt_length=32, 2 have " in output
     make_trainer(*run, "truncation=drop")
     output = capsys.readouterr().out
     assert "dropped 2 examples longer than max_length" in output
-    assert "none is longer than max_length=64" in output and "Training data: 3 examples an epoch" in output
+    assert "none is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
 
 
 @pytest.mark.parametrize("datasets", ["[toy]", "[toy,{}]"])
@@ -320,7 +320,7 @@ def test_data_only_needs_no_weights_and_leaves_no_run(train_ok, tmp_path):
     output = train_ok(*RUN, f"model.name_or_path={tmp_path}/model", f"datasets=[{path}]", "data_only=true",
                       f"local_run_dir={tmp_path}/run")  # fmt: skip
     assert f"{path} (train): preferences (prompt, chosen, rejected); 40 rows read" in output
-    assert "prompts held out of the others" in output
+    assert "prompts held out from the training data" in output
     assert re.search(r"chosen: ⟦ Question \d+ yes<\|endoftext\|>⟧", output)
     assert "data_only=true: nothing is trained" in output
     assert not (tmp_path / "run").exists()
@@ -333,7 +333,7 @@ def test_unusable_rows_are_reported_at_the_command_line(train, tmp_path):
                    "field 'rejected' is 3, expected a string", "on_bad_example=skip")  # fmt: skip
     result = train(*RUN, f"datasets=[{path}]", "on_bad_example=skip", "n_examples=null", "batch_size=1", "eval_every=1")
     assert result.returncode == 0, result.stderr
-    assert "4 rows read, 2 prompts with 2 pairs for it; left out: 1 wrong type" in result.stdout
+    assert "4 rows read, 2 prompts with 2 pairs; dropped: 1 wrong type" in result.stdout
 
 
 # ---- the hub --------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ configs:
             assert said in result.stdout
         result = run("lab/prefs:honest", "data_only=true")
         assert result.returncode == 0, result.stdout + result.stderr
-        assert "10 rows read" in result.stdout and "held out of the others" in result.stdout
+        assert "10 rows read" in result.stdout and "held out from the training data" in result.stdout
         assert_refused(
             run("lab/prefs:helpful"), tmp_path / "none", "no split 'train'; its splits are train_prefs, test"
         )
@@ -416,7 +416,7 @@ def test_kto_on_unpaired_data_equals_its_equation(make_trainer, tmp_path):
         batch = next(iter(trainer.train_iterator))
         labels = {(row["prompt"], row["completion"]): row["label"] for row in UNPAIRED}
         singles, others = [], []
-        for source, found in ((batch, singles), (mismatch(batch), others)):
+        for source, found in ((batch, singles), (mismatched_batch(batch), others)):
             for side in ("chosen", "rejected"):
                 for ids, mask, y in zip(source[f"{side}_input_ids"], source[f"{side}_attention_mask"],
                                         source[f"{side}_labels"], strict=True):  # fmt: skip
@@ -470,9 +470,9 @@ def test_reference_is_precomputed_for_ranked_data_and_refused_for_unpaired(kind,
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "no file": (["datasets=[rowz.jsonl]"], "no such file or folder, seen from .* Did you mean rows.jsonl?"),
-    "no file for a pattern": (["datasets=['*.csv']"], "no file fits this pattern"),
-    "not a file of rows": (["datasets=[notes.txt]"], "notes.txt is no file of rows by its name"),
+    "no file": (["datasets=[rowz.jsonl]"], "no such file or folder .* Did you mean rows.jsonl?"),
+    "no file for a pattern": (["datasets=['*.csv']"], "no file matches this pattern"),
+    "not a file of rows": (["datasets=[notes.txt]"], "notes.txt has no suffix of a data file"),
     "unknown name": (["datasets=[hhh]"], "no such dataset. Did you mean hh?"),
     "unknown setting": (["datasets=[{name: rows.jsonl, wieght: 2}]"], "no setting 'wieght'. Did you mean weight?"),
     "weight": (["datasets=[{name: rows.jsonl, weight: 0}]"], "weight=0: must be a number above 0"),

@@ -42,7 +42,7 @@ RUN = ["model=tiny", "loss=dpo", "batch_size=1", "eval_every=1", "max_length=64"
     ("name", "rows", "message"),
     [
         ("mine", [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2, r"row 0: chosen and rejected are the same"),
-        ("mine", [{"prompt": "a", "chosen": "b"}, ["c"]], r"datasets=\[mine\], row 1: \['c'\] is no dict of fields"),
+        ("mine", [{"prompt": "a", "chosen": "b"}, ["c"]], r"datasets=\[mine\], row 1: \['c'\] isn't a dict of fields"),
         ("mine", [{"prompt": "a", "chosen": {1, 2}}], "expected rows of strings, numbers, lists and dicts"),
         ("mine", [], r"datasets=\[mine\].*there are no rows"),
         (

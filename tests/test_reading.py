@@ -47,12 +47,12 @@ def folder(directory, files: dict[str, bytes]) -> str:
 PARQUET = parquet(*[ROW | {"chosen": ROW["chosen"] + str(i) * 9} for i in range(100)])
 
 BAD_FILES = {  # the file, given the content of the split named first; what follows the folder; the remedy
-    "no JSON": (J, LINE * 3 + b'{"chosen": oops}\n' + LINE, "line 4: no JSON: Expecting value", OBJECT),
-    "no JSON far behind": (J, LINE * 150_000 + b"{oops\n", "line 150001: no JSON", OBJECT),
-    "cut within its last line": (J, LINE * 3 + LINE[:40], "line 4: breaks off in the middle", COPY),
-    "cut within a line": (J, LINE * 3 + LINE[:40] + b"\n" + LINE, "line 4: no JSON", OBJECT),
-    "NUL bytes in a line": (J, LINE + LINE.replace(b"a", b"\0"), "line 2: NUL bytes, from byte", COPY),
-    "NUL bytes at the end": (J, LINE * 3 + b"\0" * 512, "line 4: NUL bytes, from byte 1", COPY),
+    "no JSON": (J, LINE * 3 + b'{"chosen": oops}\n' + LINE, "line 4: not JSON: Expecting value", OBJECT),
+    "no JSON far behind": (J, LINE * 150_000 + b"{oops\n", "line 150001: not JSON", OBJECT),
+    "cut within its last line": (J, LINE * 3 + LINE[:40], "line 4: the line is incomplete", COPY),
+    "cut within a line": (J, LINE * 3 + LINE[:40] + b"\n" + LINE, "line 4: not JSON", OBJECT),
+    "NUL bytes in a line": (J, LINE + LINE.replace(b"a", b"\0"), "line 2: NUL bytes, starting at byte", COPY),
+    "NUL bytes at the end": (J, LINE * 3 + b"\0" * 512, "line 4: NUL bytes, starting at byte 1", COPY),
     "lone high surrogate": (
         J, LINE + LINE.replace(b": a", b": \\ud83d"), "line 2: field 'chosen' holds half a char", "whole",
     ),
@@ -61,15 +61,17 @@ BAD_FILES = {  # the file, given the content of the split named first; what foll
     ),
     "number for a row": (J, LINE + b"5\n" + LINE, "line 2: a number instead of an object: 5", OBJECT),
     "list for a row": (J, LINE + b"[1]\n" + LINE, "line 2: a list instead of an object: [1]", OBJECT),
-    "field twice": (J, LINE + b'{"chosen":"x","chosen":"y"}\n', "line 2: the field 'chosen' stands", OBJECT),
-    "array cut": ("train.json", json.dumps([ROW] * 3, indent=1).encode()[:-40], "line 12: no JSON: Unterminated", COPY),
-    "gzip cut": ("train.jsonl.gz", GZ[:-20], "line 1997: the compressed data breaks off here", COPY),
+    "field twice": (J, LINE + b'{"chosen":"x","chosen":"y"}\n', "line 2: field 'chosen' is given twice", OBJECT),
+    "array cut": (
+        "train.json", json.dumps([ROW] * 3, indent=1).encode()[:-40], "line 12: not JSON: Unterminated", COPY,
+    ),
+    "gzip cut": ("train.jsonl.gz", GZ[:-20], "line 1997: the compressed data ends too early", COPY),
     "gzip damaged": ("train.jsonl.gz", damaged(GZ, 60), "the compressed data is damaged", COPY),
     "gzip that is none": ("train.jsonl.gz", LINE * 3, "it isn't compressed", "take the suffix off"),
-    "gzip with a bad line": ("train.jsonl.gz", gzip.compress(LINE * 3 + b"{oops\n"), "line 4: no JSON", OBJECT),
+    "gzip with a bad line": ("train.jsonl.gz", gzip.compress(LINE * 3 + b"{oops\n"), "line 4: not JSON", OBJECT),
     "empty": (J, b"", "the file is empty", "Fill it, or remove it"),
     "blank lines alone": (J, b"\n\n", "the file has no rows", "Fill it, or remove it"),
-    "other encoding": (J, LINE + LINE.replace(b" a", b" \xe9"), "line 2: no valid UTF-8: byte 0xe9", "iconv"),
+    "other encoding": (J, LINE + LINE.replace(b" a", b" \xe9"), "line 2: not UTF-8: byte 0xe9", "iconv"),
     "UTF-16": (J, (LINE * 3).decode().encode("utf-16"), "line 1: it is UTF-16, not UTF-8", "iconv"),
     "Git LFS pointer": (J, b"version https://git-lfs.github.com/spec/v1\n", "line 1: it is a Git LFS", "pull"),
     "web page": (J, b"<!DOCTYPE html>\n<html>\n", "line 1: it is a web page", "Download the file itself"),
@@ -77,8 +79,8 @@ BAD_FILES = {  # the file, given the content of the split named first; what foll
     "Parquet damaged": ("train.parquet", damaged(PARQUET, len(PARQUET) // 2), "rows 50 to 99 (row group 1): d", COPY),
     "Parquet that is none": ("train.parquet", b"hello", "damaged: Parquet file size is 5 bytes", COPY),
     "CSV with too many fields": ("train.csv", CSV + b"a,b,c\n", "line 7: 3 fields, the header has 2", "in quotes"),
-    "CSV with an open quote": ("train.csv", CSV + b'"a,b\n', "line 7: no CSV: unexpected end", "close the quote"),
-    "CSV in another encoding": ("train.csv", CSV + b"\xe9,x\n", "line 7: no valid UTF-8: byte 0xe9", "iconv"),
+    "CSV with an open quote": ("train.csv", CSV + b'"a,b\n', "line 7: not CSV: unexpected end", "close the quote"),
+    "CSV in another encoding": ("train.csv", CSV + b"\xe9,x\n", "line 7: not UTF-8: byte 0xe9", "iconv"),
 }  # fmt: skip
 
 
@@ -196,7 +198,7 @@ def test_files_read_are_printed_in_one_line(tmp_path, capsys):
     [
         (
             {"train.jsonl": LINE, "train.jsonl.gz": gzip.compress(LINE)},
-            "train.jsonl.gz and {}/train.jsonl are the same",
+            "train.jsonl.gz and {}/train.jsonl hold the same rows",
         ),
         (
             {"train-new.jsonl": LINE, "train-old.csv": CSV},
@@ -223,19 +225,19 @@ def test_cache_inside_a_data_folder_is_not_read(tmp_path):
 
 def test_columns_missing_from_earlier_rows_are_named_with_their_file(tmp_path):
     path = folder(tmp_path / "hh", {"train-1.jsonl": LINE * 2, "train-2.jsonl": LINE + lines({**ROW, "note": "x"})})
-    with pytest.raises(UserError, match=r"train-2.jsonl, line 2: a column 'note' that the rows before it don't have"):
+    with pytest.raises(UserError, match=r"train-2.jsonl, line 2: a column 'note' that earlier rows don't have"):
         read(path, tmp_path)
     path = folder(tmp_path / "two", {"train-1.parquet": parquet(ROW), "train-2.parquet": parquet({**ROW, "note": "x"})})
-    with pytest.raises(UserError, match=r"train-2.parquet: the columns .*note"):
+    with pytest.raises(UserError, match=r"train-2.parquet: the columns are .*note"):
         read(path, tmp_path)
     path = folder(tmp_path / "types", {"train-1.jsonl": lines({**ROW, "chosen": 5}), "train-2.jsonl": LINE})
-    with pytest.raises(UserError, match=r"train-2.jsonl, line 1: field 'chosen' is a text, in rows before it a number"):
+    with pytest.raises(UserError, match=r"train-2.jsonl, line 1: field 'chosen' is a string, in earlier rows a number"):
         read(path, tmp_path)
 
 
 NO_FILES = {
     "empty folder": ({}, "is empty", "train.jsonl"),
-    "script": ({"hh.py": b"import datasets\n"}, "holds no data files but a loading script (hh.py)", "/train.jsonl"),
+    "script": ({"hh.py": b"import datasets\n"}, "has no data files, but a loading script (hh.py)", "/train.jsonl"),
     "other files": ({"train.txt": b"x"}, "has no data files, but train.txt", "JSON Lines"),
     "other split": ({"test.jsonl": LINE, "dev.jsonl": LINE}, "has files for test, validation and none for train", J),
 }  # fmt: skip
@@ -266,7 +268,7 @@ def test_unreadable_file_is_named(tmp_path):
         ("", ["dataset_paths.hh='' is empty"]),
         ("hh/train.jsonl", ["dataset_paths.hh=hh/train.jsonl is a file", "Give the folder that holds it"]),
         ("./hj", ["dataset_paths.hh=./hj: there is no such folder. Did you mean ./hh?"]),
-        ("hh", ["/hh/test.jsonl, line 2: breaks off in the middle", "\nWrite, copy or download"]),
+        ("hh", ["/hh/test.jsonl, line 2: the line is incomplete", "\nWrite, copy or download"]),
         ("only_train", ["/only_train has files for train and none for test", "e.g. test.jsonl"]),
     ],
 )
@@ -292,4 +294,4 @@ def test_local_dirs_within_the_data_folder_train_on_each_row_once_every_time(tra
     for _ in range(2):
         output = train_ok(*overrides, "n_eval_examples=4", "exp_name=train")
         assert f"hh (train): reading train.jsonl of {path}\n" in output
-        assert "Training data: 240 examples an epoch" in output
+        assert "Training data: 240 examples per epoch" in output

@@ -205,8 +205,8 @@ READ = {  # rows (of each the first is compared), settings, what the first one s
         ],
         {},
         (
-            [turn("system", "Be kind."), user("Weather?"), assistant("", tool_calls=[CALL]), turn("tool", "sun")],
-            [assistant("Sunny.")],
+            [turn("system", "Be kind."), user("Weather?")],
+            [assistant("", tool_calls=[CALL]), turn("tool", "sun"), assistant("Sunny.")],
             [TOOL],
         ),
     ),

@@ -209,7 +209,7 @@ def test_malformed_line_of_prompts_is_named(launcher, trained, tmp_path):  # noq
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": oops}\n')
     code = launcher.run(f"run={trained('dpo')}", f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o", script=SAMPLE)
     assert code == 1
-    assert "row 1: no JSON" in launcher.output
+    assert "row 1: not JSON" in launcher.output
     assert "Traceback" not in launcher.output
 
 
