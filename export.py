@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from basics.checksums import read_checksums
 from basics.outputs import Output, check_outputs, new_directory
+from checkpointing.atomic_directory import CARD, atomic_directory
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
-from checkpointing.integrity import CARD, atomic_directory
 from checkpointing.model_card import write_card
 from checkpointing.resume import check_models_unchanged, find_checkpoints
 from checkpointing.train_state import read_state_json

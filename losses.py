@@ -59,7 +59,8 @@ def preference_loss(
         beta: temperature of the implied KL penalty; for IPO the regularization τ.
         label_smoothing: probability that a preference label is flipped, in [0, 0.5); 0 is plain DPO.
         ipo: use the IPO loss instead (label_smoothing does not apply).
-        reference_free: let the *loss* take the reference as uniform; the rewards returned still subtract it.
+        reference_free: the *loss* takes the reference as uniform. As in the original, the rewards subtract the
+            reference's log-probabilities as they are given; the trainers then load no reference and give zeros.
 
     Returns: losses, chosen_rewards, rejected_rewards, each of shape (batch_size,); the rewards carry no gradient.
     """

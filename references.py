@@ -21,91 +21,6 @@ from utils import UserError
 REFERENCE_ADAPTER = "reference"  # the name of the frozen adapter beside the trained one, "default"
 
 
-class Reference:
-    """A frozen model to compare the policy with; `with reference.active() as model` lends it for forward passes."""
-
-    def __init__(
-        self, model: nn.Module, switch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    ):
-        self.model, self.switch = model, switch
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        """Lend the reference, without gradients; the policy is restored afterwards, also after an error."""
-        with torch.no_grad(), self.switch():
-            yield self.model
-
-
-def move_reference(reference: Reference, policy: nn.Module, alpha: float):
-    """Let a second model follow the policy (TR-DPO, https://arxiv.org/abs/2404.09656).
-
-    Its weights become `alpha` times the policy's plus 1 - `alpha` times its own, in its own dtype.
-    """
-    with torch.no_grad():
-        for moved, towards in zip(reference.model.parameters(), policy.parameters(), strict=True):
-            moved.lerp_(towards.to(moved.device, moved.dtype), alpha)
-
-
-def check_reference_can_move(reference_model: nn.Module, policy: nn.Module, config: DictConfig):
-    """Refuse a reference whose weights can't follow the policy's, as they have other names or shapes.
-
-    Raises: UserError naming the key and the first weight that differs.
-    """
-    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (reference_model, policy)]
-    differing = sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
-    if differing:
-        name = differing[0]
-        found, own = (of_model.get(name, "absent") for of_model in shapes)
-        raise UserError(
-            f"reference_update_every={config.reference_update_every}: the reference has another architecture than the "
-            f"policy ({name}: {found}, the policy's is {own}), so it can't follow it; leave it null"
-        )
-
-
-def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) -> Reference:
-    """Make the reference of this kind; `load` loads the second model where one is needed."""
-    if kind == "model":
-        model = load()
-        return Reference(model if model is policy else model.eval().requires_grad_(False))
-    if kind == "adapter_off":
-        return Reference(policy, policy.disable_adapter)
-    return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
-
-
-def make_starting_reference(
-    kind: str, policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]
-) -> Reference:
-    """Make the reference as it is before training; the policy itself serves if it is the same function, bit for bit."""
-    same_dtype = config.model.reference_dtype == config.model.policy_dtype and config.model.policy_mp is None
-    if kind == "model" and same_dtype and has_the_weights(policy, config):
-        return Reference(policy.eval())
-    return make_reference(kind, policy, load)
-
-
-def has_the_weights(policy: nn.Module, config: DictConfig) -> bool:
-    """True if the policy before training, cast to the reference's dtype, has the weights of a second model.
-
-    False if it has an adapter, which has a dtype of its own and may change the base, and if its dtype is narrower:
-    rounding twice gives other weights than rounding once.
-    """
-    dtypes = [getattr(torch, config.model[key]) for key in ("policy_dtype", "reference_dtype")]
-    is_another = any(value is not None for value in config.reference_model.values())
-    return not is_another and not hasattr(policy, "peft_config") and torch.promote_types(*dtypes) == dtypes[0]
-
-
-@contextlib.contextmanager
-def _adapter_switched(model: nn.Module, name: str) -> Iterator[None]:
-    trained = model.active_adapter
-    model.set_adapter(name, inference_mode=True)  # or it would become trainable
-    try:
-        yield
-    finally:
-        model.set_adapter(trained)
-
-
-# ---- log-probabilities kept on disk ---------------------------------------------------------------------------------
-
-
 REFERENCES = ("model", "adapter_off", "adapter_copy")
 
 
@@ -205,3 +120,88 @@ def saved_settings(key: str, adapter: str) -> dict:
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise UserError(f"{key}={adapter}: its adapter_config.json is not a LoRA adapter's (peft_type: LORA)")
     return settings
+
+
+# ---- the model that is compared with --------------------------------------------------------------------------------
+
+
+class Reference:
+    """A frozen model to compare the policy with; `with reference.active() as model` lends it for forward passes."""
+
+    def __init__(
+        self, model: nn.Module, switch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    ):
+        self.model, self.switch = model, switch
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """Lend the reference, without gradients; the policy is restored afterwards, also after an error."""
+        with torch.no_grad(), self.switch():
+            yield self.model
+
+
+def move_reference(reference: Reference, policy: nn.Module, alpha: float):
+    """Let a second model follow the policy (TR-DPO, https://arxiv.org/abs/2404.09656).
+
+    Its weights become `alpha` times the policy's plus 1 - `alpha` times its own, in its own dtype.
+    """
+    with torch.no_grad():
+        for moved, towards in zip(reference.model.parameters(), policy.parameters(), strict=True):
+            moved.lerp_(towards.to(moved.device, moved.dtype), alpha)
+
+
+def check_reference_can_move(reference_model: nn.Module, policy: nn.Module, config: DictConfig):
+    """Refuse a reference whose weights can't follow the policy's, as they have other names or shapes.
+
+    Raises: UserError naming the key and the first weight that differs.
+    """
+    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (reference_model, policy)]
+    differing = sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
+    if differing:
+        name = differing[0]
+        found, own = (of_model.get(name, "absent") for of_model in shapes)
+        raise UserError(
+            f"reference_update_every={config.reference_update_every}: the reference has another architecture than the "
+            f"policy ({name}: {found}, the policy's is {own}), so it can't follow it; leave it null"
+        )
+
+
+def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) -> Reference:
+    """Make the reference of this kind; `load` loads the second model where one is needed."""
+    if kind == "model":
+        model = load()
+        return Reference(model if model is policy else model.eval().requires_grad_(False))
+    if kind == "adapter_off":
+        return Reference(policy, policy.disable_adapter)
+    return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
+
+
+def make_starting_reference(
+    kind: str, policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]
+) -> Reference:
+    """Make the reference as it is before training; the policy itself serves if it is the same function, bit for bit."""
+    same_dtype = config.model.reference_dtype == config.model.policy_dtype and config.model.policy_mp is None
+    if kind == "model" and same_dtype and has_the_weights(policy, config):
+        return Reference(policy.eval())
+    return make_reference(kind, policy, load)
+
+
+def has_the_weights(policy: nn.Module, config: DictConfig) -> bool:
+    """True if the policy before training, cast to the reference's dtype, has the weights of a second model.
+
+    False if it has an adapter, which has a dtype of its own and may change the base, and if its dtype is narrower:
+    rounding twice gives other weights than rounding once.
+    """
+    dtypes = [getattr(torch, config.model[key]) for key in ("policy_dtype", "reference_dtype")]
+    is_another = any(value is not None for value in config.reference_model.values())
+    return not is_another and not hasattr(policy, "peft_config") and torch.promote_types(*dtypes) == dtypes[0]
+
+
+@contextlib.contextmanager
+def _adapter_switched(model: nn.Module, name: str) -> Iterator[None]:
+    trained = model.active_adapter
+    model.set_adapter(name, inference_mode=True)  # or it would become trainable
+    try:
+        yield
+    finally:
+        model.set_adapter(trained)

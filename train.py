@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from acceleration.memory_plan import explained_out_of_memory
 from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
-from checkpointing.preemption import Stopped
 from checkpointing.resume import (
     changed_inputs,
     check_same_run,
@@ -20,6 +19,7 @@ from checkpointing.resume import (
     refuse_changed_inputs,
     resume_hinted,
 )
+from checkpointing.stop_signal import Stopped
 from commands import command_line
 from commands.command_line import compose_config  # noqa: F401 (for users: `run(compose_config(...))`)
 from commands.run_directory import (

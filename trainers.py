@@ -27,7 +27,7 @@ from checkpointing.checkpoints import (
     point_latest,
     write_checkpoint,
 )
-from checkpointing.preemption import Stopped, StopSignal
+from checkpointing.stop_signal import Stopped, StopSignal
 from checkpointing.train_state import (
     TrainState,
     get_rng_state,
@@ -289,7 +289,8 @@ class BasicTrainer:
             return layout.response_logps(model, batch, self.strategy)
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Mixed precision, for the policy alone."""
+        """Compute the policy in `model.policy_mp`. FSDP also casts weights as it gathers them (`distributed.fsdp`); other
+        trainers cast them once a step (`acceleration.shadow_weights`)."""
         if self.policy_mp is None or model is not self.policy:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)

@@ -20,7 +20,7 @@ from torch import nn
 
 from basics.checksums import read_checksums
 from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
-from checkpointing.integrity import atomic_directory, replace_path
+from checkpointing.atomic_directory import atomic_directory, replace_path
 from checkpointing.model_card import write_card
 from checkpointing.train_state import TrainState, read_state_json
 from distributed.dtensor import distribute_like, full_state_dict

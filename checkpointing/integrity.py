@@ -1,107 +1,12 @@
-"""Directories that are written whole or not at all, and checksums that tell if one of their files has changed."""
+"""Checksums of checkpoints, which tell if one of their files is damaged."""
 
 import contextlib
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator
 
-from safetensors import SafetensorError
-
-from basics.checksums import read_checksums, verify_checksum, write_checksums
-from basics.files import PARTIAL, flush_to_disk, sha256
-from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
-from utils import UserError
-
-CARD = "README.md"  # people write into it before they upload a checkpoint, so it has no checksum
-_INTERRUPTED = re.compile(  # names of what was being written or deleted when a run was killed
-    rf"(?:step-[0-9]+|LATEST|BEST|config\.yaml|curves\.png){PARTIAL}|step-[0-9]+\.partial-deleted|config\.yaml\.partial-new"
-)
-
-
-# ---- written whole or not at all ------------------------------------------------------------------------------------
-
-
-_REMEDY = (
-    "earlier checkpoints are as they were. Make room or choose another local_run_dir; keep_checkpoints=N keeps only "
-    "the last N, save_optimizer=false leaves the optimizer out"
-)
-
-
-@contextlib.contextmanager
-def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
-    """Lend an empty directory to be filled; then it replaces `path`, whole and on the disk.
-
-    Args:
-        remedy: what an error tells the user to do.
-
-    Raises: UserError if it can't be written; nothing of it remains then, and `path` is as it was.
-    """
-    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        os.makedirs(partial)
-        yield partial
-        write_checksums(partial, without=CARD)
-        files = [os.path.join(partial, name) for name in os.listdir(partial)]
-        for path_of_file in files:  # safetensors makes its files readable for their owner alone
-            os.chmod(path_of_file, os.stat(partial).st_mode & 0o666)
-        flush_to_disk(*files, partial)
-        replace_path(partial, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
-        raise UserError(
-            f"can't write the checkpoint {path} ({type(cause).__name__}: {str(cause)[:300]}); {remedy}"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def replace_path(new: str, path: str):
-    """Rename `new` to `path`; a directory or link that is there is renamed first and then removed.
-
-    If a crash comes between the two, `recover_interrupted_saves` puts the older one back.
-    """
-    older = f"{path}.replaced"
-    if os.path.lexists(path):
-        os.rename(path, older)
-    try:
-        os.rename(new, path)
-    except OSError:
-        if os.path.lexists(older):
-            os.rename(older, path)
-        raise
-    flush_to_disk(os.path.dirname(path) or ".")
-    _remove(older)
-
-
-def _remove(path: str):
-    if os.path.islink(path) or os.path.isfile(path):
-        os.remove(path)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def recover_interrupted_saves(run_dir: str):
-    """Repair what a crash during a save left: remove what is not whole, put back what was about to be replaced.
-
-    Nothing else is touched, and nothing in a directory that isn't a run's.
-    """
-    for name in os.listdir(run_dir) if is_run(run_dir) else []:
-        path = os.path.join(run_dir, name)
-        if _INTERRUPTED.fullmatch(name):
-            _remove(path)
-        elif name.endswith(".replaced") and is_checkpoint_name(name.removesuffix(".replaced")):
-            kept = path.removesuffix(".replaced")
-            if os.path.lexists(kept):
-                _remove(path)
-            else:
-                os.rename(path, kept)
-
-
-# ---- checksums of checkpoints ---------------------------------------------------------------------------------------
+from basics.checksums import read_checksums, verify_checksum
+from basics.files import sha256
+from basics.outputs import CHECKSUMS
 
 
 def content_digest(directory: str) -> str:

@@ -9,8 +9,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from omegaconf import DictConfig, OmegaConf
 
 from basics.printing import markdown, markdown_code
+from checkpointing.atomic_directory import CARD
 from checkpointing.fingerprints import is_of_model
-from checkpointing.integrity import CARD
 from config_checks.datasets import chosen_datasets
 from data.reading import has_data_suffix
 from losses import needs_reference

@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from basics.printing import printable
 from commands.errors import SHOWS_TRACEBACK, errors_reported
+from commands.exit_on_signals import INTERRUPTED, exit_on_signals
 from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
-from commands.signals import INTERRUPTED, exit_on_signals
 from commands.sweeps import Sweep
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in

@@ -11,8 +11,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from basics.printing import printable
-from checkpointing.preemption import EXIT_CODE, Stopped
-from commands.signals import INTERRUPTED
+from checkpointing.stop_signal import EXIT_CODE, Stopped
+from commands.exit_on_signals import INTERRUPTED
 from config_checks.explanations import explain_hydra_error
 from distributed import environment, heartbeat
 from utils import UserError, is_short_of_files, rank0_print

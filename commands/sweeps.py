@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 
 from basics.files import atomic_file, read_json_lines
 from basics.locks import locked_directory
-from checkpointing.preemption import EXIT_CODE
 from checkpointing.resume import SWEEP_DIR, resume_command
+from checkpointing.stop_signal import EXIT_CODE
 from commands.errors import errors_reported
+from commands.exit_on_signals import exit_on_signals
 from commands.run_directory import is_run_dir_given, job_overrides
-from commands.signals import exit_on_signals
 from distributed import environment
 from reporting.metric_names import ACCURACY, LOSS
 from utils import UserError, on_rank0, rank0_print

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from omegaconf import DictConfig
 
 from commands.errors import errors_reported
+from commands.exit_on_signals import exit_on_signals
 from commands.output import keep_output_going
-from commands.signals import exit_on_signals
 from data.row_sources import ROWS
 from distributed import connection, environment, launch
 from distributed.strategies import STRATEGIES

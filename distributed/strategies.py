@@ -69,9 +69,9 @@ class _SeveralProcesses(SingleProcess):
         return collectives.device()
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-        from distributed import dtensor
+        from distributed.gradient_clipping import clip_grad_norm
 
-        return dtensor.clip_grad_norm(parameters, max_norm)
+        return clip_grad_norm(parameters, max_norm)
 
 
 class FullySharded(_SeveralProcesses):

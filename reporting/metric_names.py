@@ -1,4 +1,4 @@
-"""The names of the metrics of training and evaluation, and what is known about each.
+"""The names of the metrics of evaluations, and whether each should rise. `metrics.py` and the trainers compute them.
 
 It needs no torch, so that reports start at once.
 """

@@ -13,8 +13,9 @@ from conftest import ORACLE, trainers_in
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing.archives import load_archive
+from checkpointing.atomic_directory import atomic_directory, recover_interrupted_saves
 from checkpointing.checkpoints import point_latest
-from checkpointing.integrity import atomic_directory, find_corruption, recover_interrupted_saves
+from checkpointing.integrity import find_corruption
 from commands.run_directory import create_run_dir
 from utils import UserError, disable_dropout
 

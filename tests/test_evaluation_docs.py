@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from test_evaluate import trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
-from checkpointing.integrity import CARD
+from checkpointing.atomic_directory import CARD
 
 NOT_RUN = ("vllm serve", "hf upload")  # they need a GPU, or an account
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import basics.files
 from basics.files import HashCache
+from checkpointing.atomic_directory import atomic_directory
 from checkpointing.fingerprints import changed_models, file_fingerprints, hub_revisions
-from checkpointing.integrity import atomic_directory
 from data.batches import BatchIterator, Prompt
 
 pytestmark = pytest.mark.slow

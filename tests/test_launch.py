@@ -13,7 +13,7 @@ from conftest import REPOSITORY, exhaustive_except, read_jsonl
 from launcher import ENVIRONMENT, wait_until
 from process_pool import launcher_variables
 
-from checkpointing.preemption import EXIT_CODE
+from checkpointing.stop_signal import EXIT_CODE
 
 RUN = [
     "model=tiny", "datasets=[toy]", "loss=dpo", "max_length=64", "max_prompt_length=32", "batch_size=8",

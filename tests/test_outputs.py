@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 import export
 from basics.outputs import Output, check_outputs, new_run, resumed_run
+from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import delete_oldest
-from checkpointing.integrity import atomic_directory
 from config_checks.schema import own_keys
 from evaluation import evaluate, judge_options, sample_options
 from reporting import compare, curves, frontier, win_rates

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ORACLE, exhaustive_except, read_jsonl
 
-from checkpointing.preemption import EXIT_CODE
+from checkpointing.stop_signal import EXIT_CODE
 from checkpointing.train_state import get_rng_state, set_rng_state
 
 SMALL = [

@@ -11,7 +11,7 @@ import pytest
 from conftest import read_jsonl
 from launcher import Run, wait_until
 
-from checkpointing.integrity import recover_interrupted_saves
+from checkpointing.atomic_directory import recover_interrupted_saves
 from commands.run_directory import locked_run
 from utils import UserError
 

@@ -12,7 +12,7 @@ from conftest import exhaustive_except, read_jsonl
 from launcher import Run, wait_until
 from test_cli import TOY
 
-from checkpointing.preemption import EXIT_CODE
+from checkpointing.stop_signal import EXIT_CODE
 
 SHORT = [*TOY, "n_examples=8", "sample_during_eval=false", "lr=1e-3", "loss=dpo"]
 

@@ -11,8 +11,8 @@ from launcher import wait_until
 from omegaconf import OmegaConf
 from test_resume import FINISHED, TOY, log_lines
 
-from checkpointing.preemption import EXIT_CODE
 from checkpointing.resume import _MAY_CHANGE
+from checkpointing.stop_signal import EXIT_CODE
 from config_checks.schema import default_config
 
 

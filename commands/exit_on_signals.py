@@ -1,4 +1,4 @@
-"""Signals that end a process which has nothing to save. (Training stops by `checkpointing.preemption.StopSignal`.)"""
+"""Signals that end a process which has nothing to save. (Training stops by `checkpointing.stop_signal.StopSignal`.)"""
 
 import contextlib
 import multiprocessing
@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from checkpointing.preemption import EXIT_CODE
+from checkpointing.stop_signal import EXIT_CODE
 from utils import signals_handled
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
