@@ -289,8 +289,11 @@ class BasicTrainer:
             return layout.response_logps(model, batch, self.strategy)
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Compute the policy in `model.policy_mp`. FSDP also casts weights as it gathers them (`distributed.fsdp`); other
-        trainers cast them once a step (`acceleration.shadow_weights`)."""
+        """Compute the policy in `model.policy_mp` inside.
+
+        FSDP also casts weights as it gathers them (`distributed.fsdp`); other trainers cast them once a step
+        (`acceleration.shadow_weights`).
+        """
         if self.policy_mp is None or model is not self.policy:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
