@@ -74,8 +74,8 @@ def checked_rows(
 
     Raises: RowError naming dataset, split and row.
     """
-    rows = rows if silent else progressing(rows, f"Processing {name} ({split})", "rows")
-    for index, row in enumerate(rows):
+    shown = rows if silent else progressing(rows, f"Processing {name} ({split})", "rows")
+    for index, row in enumerate(shown):
         index = row.get("row", index)
         for key, expected in fields.items():
             if not isinstance(row[key], expected):

@@ -123,7 +123,7 @@ def refusal(words: list[str], directory: Path) -> str | None:
         patch.chdir(directory)
         patch.setattr(sys, "argv", ["train.py", *words])
         patch.setattr(train, "train_from", loads)
-        patch.setattr(train.launch, "run_workers", loads)
+        patch.setattr("commands.workers.launch.run_workers", loads)
         try:
             train.main()
         except Loads:

@@ -33,6 +33,7 @@ ACCEPTED = {
     "fsdp_cpu_offload": [False],
     "datasets": [],
     "apply_chat_template": [False],  # toy is a named dataset
+    "verbatim_responses": [False],
     "wandb.entity": [None, *TEXTS[2:]],
     "wandb.project": TEXTS[2:],
     "local_dirs": [["x"]],
@@ -157,7 +158,7 @@ REFUSED = {  # what is typed: parts of the message
     "optimizer=adamw": ["Did you mean AdamW?"],
     "optimizer=rmsprop": ["Did you mean RMSprop?"],
     "loss=DPO": ["no loss=DPO", "Did you mean dpo?"],
-    "loss=ppo": ["no loss=ppo: it is not here", "There are: chi_po, cpo, dpo"],
+    "loss=ppo": ["no loss=ppo: it isn't implemented", "There are: chi_po, cpo, dpo"],
     "loss=cdpo": ["loss=dpo with loss.label_smoothing above 0"],
     "per_device_train_batch_size=4": ["batch_size is that of all devices"],
     "num_train_epochs=1": ["num_train_epochs is called n_epochs here"],

@@ -117,8 +117,11 @@ def test_training_draws_curves_png(launcher, tmp_path):
     assert launcher.run(*run, f"local_run_dir={tmp_path}/run") == 0, launcher.output
     assert png_size(tmp_path / "run/curves.png")[0] == 1200
     assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
-    assert "WARNING" not in launcher.output
-    assert "warmup_steps=150 exceeds its 2 steps" in launcher.output
+    assert (
+        "WARNING: largest learning rate" in launcher.output
+        and "warmup_steps=150 exceeds its 2 steps" in launcher.output
+    )
+    assert launcher.output.count("WARNING") == 1
 
 
 @pytest.mark.slow

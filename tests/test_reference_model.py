@@ -218,8 +218,11 @@ def test_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path):
         (["reference_model.archive=x.pt"], r"reference_model\.archive=x\.pt: no such file"),
         (["reference_model.adapter=x"], r"reference_model\.adapter=x: no adapter_config\.json there"),
         (["reference_model.name_or_path=./x/y"], r"reference_model\.name_or_path=\./x/y: no such folder"),
-        (["lora={}", "reference=adapter_off", "reference_model.archive=x.pt"], r"reference_model\.archive makes it"),
-        (["reference=adapter_copy", "reference_model.name_or_path=x"], r"reference_model\.name_or_path makes it"),
+        (
+            ["lora={}", "reference=adapter_off", "reference_model.archive=x.pt"],
+            r"reference_model\.archive names a second",
+        ),
+        (["reference=adapter_copy", "reference_model.name_or_path=x"], r"reference_model\.name_or_path names a second"),
         (["reference_model.archiv=x"], "Did you mean reference_model.archive"),
         (["reference_model=x"], "reference_model"),
         (["reference_model.archive=1"], r"reference_model\.archive=1: expected a string"),
