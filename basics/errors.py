@@ -1,4 +1,4 @@
-"""The error for a user's mistake, where every module can import it without importing torch."""
+"""The error for a user's mistake, in a module that doesn't import torch."""
 
 
 class UserError(ValueError):

@@ -72,7 +72,7 @@ CONFIG_ERRORS = {
     "resume from nowhere": (["model=tiny", "resume=nowhere"], ["resume=nowhere: no such directory"]),
     "no end": (["model=tiny", "n_epochs=null"], ["n_epochs and n_examples are both null"]),
     "text for a number": (["model=tiny", "lr=fast"], ["lr=fast: expected a number"]),
-    "fraction for a whole number": (["model=tiny", "batch_size=1.5"], ["batch_size=1.5: expected a whole number"]),
+    "fraction for a whole number": (["model=tiny", "batch_size=1.5"], ["batch_size=1.5: expected an integer"]),
     "negative": (["model=tiny", "n_examples=-1"], ["n_examples=-1: must be a number above 0"]),
     "label smoothing too large": (["model=tiny", "loss=dpo", "loss.label_smoothing=0.5"], ["must be below 0.5"]),
     "shared prompts neither on nor off": (["model=tiny", "shared_prompt=maybe"], ["auto, true or false"]),

@@ -107,7 +107,7 @@ def test_checkpoint_all_evaluates_each_checkpoint_once(launcher, trained):
     run_dir = trained("lora")
     output = run_dir / "curve.jsonl"
     evaluate(launcher, f"run={run_dir}", "checkpoint=[step-8]", f"output={output}")
-    assert "evaluated before" in evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}")
+    assert "already evaluated" in evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}")
     assert [result["examples"] for result in read_jsonl(output)] == [8, 16]
     evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}", "n_eval_examples=20")
     assert [result["n_eval_examples"] for result in read_jsonl(output)] == [12, 12, 20, 20]

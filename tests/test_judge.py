@@ -638,7 +638,7 @@ def test_messages_are_scored_through_the_chat_template(judge, refused, reward_mo
 def test_texts_longer_than_the_reward_model_are_truncated_with_a_warning(judge, reward_model, tmp_path, launcher):
     write_samples(tmp_path / "a.jsonl", ["long " * 400 + A[0], *A[1:]])
     judge("judge=model", f"judge_model={reward_model()}")
-    assert "1 of 14 texts are cut, prompt and response, to the last 256 tokens" in launcher.output
+    assert "truncated 1 of 14 texts (prompt + response) to their last 256 tokens" in launcher.output
     line = next(line for line in read_jsonl(tmp_path / "v.jsonl") if line["prompt_index"] == 0)
     assert line["scores"][0] == pytest.approx(expected_score("long " + A[0]), abs=1e-4)
 
@@ -655,7 +655,7 @@ def test_responses_without_opponents_are_scored_alone(pad, judge, reward_model, 
     assert (summary["n_scored"], summary["n_failed"], summary["b"], summary["drawn"]) == (8, 0, None, [])
     assert "8 responses scored, to 8 prompts" in launcher.output
     judge(*options, files=["a=a.jsonl", "output=v.jsonl"])
-    assert "8 scores are there" in launcher.output
+    assert "8 scored already" in launcher.output
 
 
 def test_summary_records_sampling_settings_and_kl(judge, command, tmp_path):
@@ -679,7 +679,7 @@ BAD = {
     "no judge": ([], "judge: give it, e.g. python judge.py"),
     "another judge": (["judge=opennai"], "judge=opennai: no such judge. Did you mean openai? There are: model"),
     "nothing to compare with": (["b=null", *OPENAI], "b: give the responses that those of a are compared with"),
-    "no partners": (["b=null", "judge=model", "judge_model=m", "allow_unmatched=true"], "without b no response needs"),
+    "no partners": (["b=null", "judge=model", "judge_model=m", "allow_unmatched=true"], "no effect without b"),
     "no model": (["judge=model"], "judge=model needs judge_model"),
     "no endpoint": (ASKS, "judge=openai needs judge_url"),
     "no URL": ([*ASKS, "judge_url=localhost:8000"], "judge_url=localhost:8000: expected a URL"),
@@ -693,7 +693,7 @@ BAD = {
     "no such prompt": ([*OPENAI, "judge_prompt=dialog"], "judge_prompt=dialog: no such file. Did you mean dialogue?"),
     "a prompt that lacks b": ([*OPENAI, "judge_prompt=lacking.txt"], "judge_prompt=lacking.txt: it lacks {b}"),
     "no time": ([*OPENAI, "judge_timeout=0"], "judge_timeout=0: must be 0.001 to 100000"),
-    "half a try": ([*OPENAI, "judge_retries=0.5"], "judge_retries=0.5: expected a whole number"),
+    "half a try": ([*OPENAI, "judge_retries=0.5"], "judge_retries=0.5: expected an integer"),
     "an unknown key": (["judge_promt=x"], "no config key 'judge_promt'. Did you mean judge_prompt? config/judge.yaml"),
     "a key of training": (["lora.r=2", *OPENAI], "no config key 'lora'"),
     "no such file": (["a=nowhere", *OPENAI], "a=nowhere: can't read it"),

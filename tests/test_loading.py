@@ -104,7 +104,7 @@ def test_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
 def test_extra_head_is_ignored_with_a_message(model_dir, capsys):
     edit_weights(model_dir / "model.safetensors", lambda s: {**s, "v_head.summary.weight": torch.ones(1, 64)})
     load_pretrained(str(model_dir), "model.name_or_path=x", dtype=torch.float32)
-    assert "model.name_or_path=x: left out, as GPTNeoXForCausalLM has no such part: v_head.summary.weight" in (
+    assert "model.name_or_path=x: ignored weights of parts that GPTNeoXForCausalLM lacks: v_head.summary.weight" in (
         capsys.readouterr().out
     )
 
@@ -330,7 +330,7 @@ def test_adapter_that_does_not_fit_is_refused(edit, message, make_oracle, adapte
 
 
 BAD_LORA = {
-    "lora={r:0}": r"lora\.r=0: the rank is a whole number above 0",
+    "lora={r:0}": r"lora\.r=0: the rank must be an integer above 0",
     "lora={r:-1}": r"lora\.r=-1",
     "lora={r:abc}": r"lora\.r=abc",
     "lora={r:1.5}": r"lora\.r=1\.5",
@@ -351,9 +351,9 @@ BAD_LORA = {
     "lora={modules_to_save:embed_in}": r"lora\.modules_to_save=embed_in: expected a list of names",
     "lora={target_parameters:[foo]}": r"target_parameters.*no 'foo'\. It has: .*dense\.weight",
     "lora={rank_pattern:{foo:4}}": r"lora=.*rank_pattern",
-    "lora={layers_to_transform:[0,99]}": r"lora=.*the model has only the numbers 0 to 1 alone",
-    "lora={trainable_token_indices:[]}": r"lora=.*the model has only the numbers 0 to \d+ alone",
-    "lora={trainable_token_indices:{embed_in:[-1]}}": r"lora=.*the model has only the numbers 0 to \d+ alone",
+    "lora={layers_to_transform:[0,99]}": r"lora=.*the model only has the numbers 0 to 1",
+    "lora={trainable_token_indices:[]}": r"lora=.*the model only has the numbers 0 to \d+",
+    "lora={trainable_token_indices:{embed_in:[-1]}}": r"lora=.*the model only has the numbers 0 to \d+",
     "lora={fan_in_fan_out:true}": r"lora=.*fan_in_fan_out is set to True but",
     "lora={loftq_config:{loftq_bits:4}}": r"lora=.*will be ignored",
     "lora={ensure_weight_tying:true}": r"lora=.*no tied modules",

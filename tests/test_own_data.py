@@ -87,7 +87,7 @@ def test_one_prompt_is_held_out_of_few(read, tmp_path):
         train, test = read(path), read(path, split="test")
         assert len(test) == 1 and len(train) == n - 1
     path = write(tmp_path / "one.jsonl", numbered(1) * 3)
-    with pytest.raises(UserError, match="train split: no row is left for it; add data"):
+    with pytest.raises(UserError, match="train split: no rows left for it; add data"):
         read(path)
 
 
@@ -236,7 +236,7 @@ def test_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, 
     write(tmp_path / "rows.jsonl", [*numbered(39), *pairs("Another question")])
     more = [*run, "n_examples=32", f"local_run_dir={tmp_path}/parts", "resume=auto"]
     assert launcher.run(*more) == 1
-    assert "is not what the run began with:\n" in launcher.output
+    assert "inputs have changed since the run began:\n" in launcher.output
     assert f"  datasets=[{path}], train split\n" in launcher.output
     assert "Traceback" not in launcher.output
     write(tmp_path / "rows.jsonl", numbered(40))  # as it was: written at another time
@@ -476,7 +476,7 @@ REFUSED = {
     "unknown name": (["datasets=[hhh]"], "no such dataset. Did you mean hh?"),
     "unknown setting": (["datasets=[{name: rows.jsonl, wieght: 2}]"], "no setting 'wieght'. Did you mean weight?"),
     "weight": (["datasets=[{name: rows.jsonl, weight: 0}]"], "weight=0: must be a number above 0"),
-    "n_examples": (["datasets=[{name: rows.jsonl, n_examples: 1.5}]"], "n_examples=1.5: must be a whole number"),
+    "n_examples": (["datasets=[{name: rows.jsonl, n_examples: 1.5}]"], "n_examples=1.5: must be an integer"),
     "twice": (["datasets=[rows.jsonl,rows.jsonl]"], "is listed twice; give it a weight"),
     "truncation": (["datasets=[rows.jsonl]", "truncation=keep"], "truncation=keep: must be one of"),
     "fraction": (["datasets=[rows.jsonl]", "test_fraction=1"], "test_fraction=1: must be above 0 and below 1"),

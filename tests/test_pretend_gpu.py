@@ -266,7 +266,7 @@ def test_what_is_held_is_counted_to_the_byte(on_gpu):
         norms = {"gpt2": 2 * 5 * HIDDEN, "llama": 5 * HIDDEN}[family]
         embeddings = {"gpt2": 256 * HIDDEN, "llama": VOCAB * HIDDEN}[family]
         assert held["bfloat16 copies"] == 2 * (n - norms - embeddings)
-        assert "Memory of cuda:0 (GB): weights " in line and "tokens a microbatch" in line
+        assert "Memory of cuda:0 (GB): weights " in line and "tokens per microbatch" in line
 
 
 def test_cap_is_what_the_rest_has_room_for(on_gpu):

@@ -237,7 +237,7 @@ def test_columns_missing_from_earlier_rows_are_named_with_their_file(tmp_path):
 
 NO_FILES = {
     "empty folder": ({}, "is empty", "train.jsonl"),
-    "script": ({"hh.py": b"import datasets\n"}, "has no data files, but a loading script (hh.py)", "/train.jsonl"),
+    "script": ({"hh.py": b"import datasets\n"}, "has no data files, only a loading script (hh.py)", "/train.jsonl"),
     "other files": ({"train.txt": b"x"}, "has no data files, but train.txt", "JSON Lines"),
     "other split": ({"test.jsonl": LINE, "dev.jsonl": LINE}, "has files for test, validation and none for train", J),
 }  # fmt: skip

@@ -196,7 +196,7 @@ def test_crash_names_the_last_checkpoint(launcher, tmp_path):
     assert launcher.run(*overrides, "n_examples=8", "lr=1e-5", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     code = launcher.run(*overrides, "n_examples=16", "lr=1e30", f"resume={tmp_path}/run", "resume_anyway=true")
     assert code == 1
-    assert "training can't go on" in launcher.output
+    assert "training can't continue" in launcher.output
     last_line = launcher.output.splitlines()[-1]
     assert f"The last checkpoint is {tmp_path}/run/step-8; to resume from it: python " in last_line
     assert last_line.endswith(f"resume={tmp_path}/run")

@@ -124,9 +124,9 @@ def test_interrupted_sampling_ends_with_the_same_file(launcher, trained, prompts
         file.write('{"settings": "cut o')
     n_before = len((tmp_path / "cut").read_text().splitlines()) - 1
     assert 0 < n_before < 36
-    assert f"{36 - n_before} samples drawn, {n_before} were there" in draw(launcher, *run, f"output={tmp_path}/cut")
+    assert f"{36 - n_before} samples drawn, {n_before} already in " in draw(launcher, *run, f"output={tmp_path}/cut")
     assert texts(tmp_path / "cut") == texts(tmp_path / "whole")
-    assert "0 samples drawn, 36 were there" in draw(launcher, *run, f"output={tmp_path}/cut")
+    assert "0 samples drawn, 36 already in " in draw(launcher, *run, f"output={tmp_path}/cut")
     code = launcher.run(*run, "temperature=0.5", f"output={tmp_path}/cut", script=SAMPLE)
     assert code == 1
     assert "samples drawn under other settings" in launcher.output
@@ -166,7 +166,7 @@ BAD = {
     "no prompts": (["run={run}", "prompts=nowhere.jsonl"], "prompts=nowhere.jsonl: there is no such file"),
     "a negative temperature": (["run={run}", "temperature=-1"], "temperature=-1: must be 0 to 1e+06"),
     "a top_p of nothing": (["run={run}", "top_p=0"], "top_p=0: must be"),
-    "half a sample": (["run={run}", "n=0.5"], "n=0.5: expected a whole number"),
+    "half a sample": (["run={run}", "n=0.5"], "n=0.5: expected an integer"),
     "nowhere to write": (RUN, "output: name the file"),
     "no temperature": (["run={run}", "temperature=[]"], "temperature=[]: give one, or several that differ"),
     "a temperature twice": (["run={run}", "temperature=[1,1.0]"], "give one, or several that differ"),

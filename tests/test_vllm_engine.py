@@ -63,7 +63,7 @@ def test_vllm_draws_only_missing_samples(draw, trained, prompts, tmp_path):  # n
     draw(*common, "n=2", f"output={tmp_path}/two.jsonl")
     draw(*common, f"output={tmp_path}/one.jsonl")
     output = draw(*common, "n=2", f"output={tmp_path}/one.jsonl")
-    assert "Drawing 9 samples by vLLM" in output and "9 samples drawn, 9 were there" in output
+    assert "Drawing 9 samples by vLLM" in output and "9 samples drawn, 9 already in " in output
     assert sorted(texts(tmp_path / "one.jsonl")) == sorted(texts(tmp_path / "two.jsonl"))
 
 

@@ -82,7 +82,7 @@ def test_impossible_launcher_variable_is_named(variables, message, launcher, tmp
         ("-1", "fsdp_port=-1: must be a port, 1 to 65535, or null"),
         ("70000", "fsdp_port=70000: must be a port"),
         ("0", "fsdp_port=0: must be a port"),
-        ("x", "fsdp_port=x: expected a whole number"),
+        ("x", "fsdp_port=x: expected an integer"),
         (None, "fsdp_port={}: the workers don't find each other (.*address already in use): give a port that is free"),
     ],
 )
