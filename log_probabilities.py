@@ -1,4 +1,4 @@
-"""The log-probability of each response of a batch, computed plainly: the definition that faster ways must match."""
+"""The log-probability of each response of a batch, computed plainly; faster ways must match it."""
 
 import torch
 

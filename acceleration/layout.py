@@ -1,4 +1,4 @@
-"""The layout that a model computes batches in: making rows, and the forward pass over them."""
+"""The layout of a model's batches: making rows, and the forward pass over them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

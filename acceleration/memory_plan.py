@@ -24,7 +24,7 @@ _SHARE_FOR_ACTIVATIONS = 0.9  # of free memory; the rest is for fragmentation an
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The bytes that one GPU will hold, and `max_tokens`, the largest microbatch that fits into the rest."""
+    """One GPU's memory in bytes: what it will hold, and `max_tokens`, the largest microbatch that fits into the rest."""
 
     device: torch.device
     held: dict[str, int]  # bytes by kind, from the first step on

@@ -1,4 +1,4 @@
-"""The error for a user's mistake, in a module that doesn't import torch."""
+"""`UserError`, in a module of its own that doesn't import torch."""
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""The state that training resumes from: counters and random generators in one object, and the optimizer's state."""
+"""The state of training in a checkpoint: counters and random generators in one object, and the optimizer's state."""
 
 import dataclasses
 import json

@@ -169,7 +169,7 @@ class Renderer:
         return Rendered(prompt, responses, trained)
 
     def _opening(self, dialogues: list[Dialogue]) -> int | None:
-        """Return where the responses begin, after the opening of the assistant's turn; None if they begin differently.
+        """Return where the responses begin, after the opening of the assistant's turn; None to search each one.
 
         Some templates open a turn differently in a prompt than in a dialogue. Then the responses begin where the two
         differ, after a line or special token.

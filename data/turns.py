@@ -92,7 +92,7 @@ class Dialogue:
         return self.render(self.messages[: self.n_prompt], add_generation_prompt=True)
 
     def left_out(self) -> dict[int, str]:
-        """The missing part of each message that the text doesn't hold whole, by the message's number."""
+        """Missing parts of messages, by the message's number."""
         return dict(left_out(self.messages, self.n_prompt, self.text))
 
     def spans(self, opening: int | None) -> list[Span]:

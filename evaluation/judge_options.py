@@ -1,4 +1,4 @@
-"""The keys of `judge.py`: check them, hash the settings that decide a verdict, and make the judge."""
+"""The keys of `judge.py`: check them, hash the settings behind a verdict, and make the judge."""
 
 import hashlib
 import json

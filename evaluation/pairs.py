@@ -18,7 +18,7 @@ _FORMATS = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """The run, checkpoint and settings that `sample.py` drew a response with; run and checkpoint may be None."""
+    """Origin of a response by `sample.py`: run and checkpoint by name (None without a run), and sampling settings."""
 
     run: str | None
     checkpoint: str | None

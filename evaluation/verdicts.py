@@ -15,7 +15,7 @@ from utils import UserError
 
 @dataclass
 class Verdict:
-    """The better of the two responses shown, or why there is no answer; or that a single response was scored."""
+    """The better of the two responses shown, or the kind of failure; a single response is only scored."""
 
     winner: str | None = None  # first, second or tie; scored for a single response
     failure: str | None = None  # its kind, such as timeout

@@ -1,4 +1,4 @@
-"""A run resumes only with the weights and data it started from, wherever they are stored by then."""
+"""A run resumes only with the weights and data it started from, even if they have moved."""
 
 import hashlib
 import json
@@ -92,7 +92,7 @@ def test_overwritten_input_is_named_and_refused_on_resume(name, named, launcher,
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     assert launcher.run(*run, "n_examples=12", "resume_anyway=true") == 0, launcher.output
     assert f"WARNING: these inputs have changed since the run began:\n  {named.format(tmp_path)}\n" in launcher.output
-    assert launcher.run(*run, "n_examples=16") == 0, launcher.output  # its last checkpoint knows the new
+    assert launcher.run(*run, "n_examples=16") == 0, launcher.output  # its last checkpoint has the new fingerprint
 
 
 def test_moved_inputs_are_accepted_on_resume(launcher, inputs, tmp_path):

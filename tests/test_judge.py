@@ -1,4 +1,4 @@
-"""`judge.py`: verdicts of judges whose rule is known, counted by hand; none lost, and none asked for twice."""
+"""`judge.py`: verdicts of judges with a known rule, counted by hand; none is lost, and none is requested twice."""
 
 import json
 import math
@@ -281,7 +281,7 @@ class Endpoint:
                 endpoint.most_running = max(endpoint.running, endpoint.most_running)
                 try:
                     self.reply()
-                except OSError:  # whoever asked has gone
+                except OSError:  # the client has gone
                     pass
                 finally:
                     endpoint.running -= 1
@@ -395,14 +395,14 @@ def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, lau
     summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=3")
     released.set()
     first, again = (moment for moment, seen in zip(endpoint.moments, endpoint.seen, strict=True) if seen[0] == 0)
-    assert again - first >= 2  # as Retry-After says; by itself it would be a second
+    assert again - first >= 2  # as Retry-After says; the default is a second
     kinds = {"no verdict in the answer": 1, "no chat completion": 1, "HTTP 400": 1, "timeout": 1}
     assert summary["failures"] == kinds
     assert (summary["n_judged"], summary["n_failed"]) == (4, 4)
     assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 1, 1)  # 1, 7; 4; 0
     assert [endpoint.times(number) for number in range(8)] == [2, 2, 2, 2, 0, 1, 2, 1]
     assert "4 pairs FAILED and are not counted" in launcher.output
-    assert summary["input_tokens"] == 100 * 5  # with the two answers that had no verdict
+    assert summary["input_tokens"] == 100 * 5  # including the two answers without a verdict
     endpoint.answer = endpoint.longer
     summary = judge(*endpoint.options, "judge_retries=1")
     assert (summary["wins"], summary["ties"], summary["losses"], summary["failures"]) == (2, 2, 4, {})
@@ -438,9 +438,9 @@ def test_killed_judge_loses_no_verdict_and_repeats_none(judge, endpoint, launche
     kept = read_jsonl(tmp_path / "v.jsonl")
     assert 8 <= len(kept) < n
     n_asked = len(endpoint.seen)
-    assert n_asked <= len(kept) + 2 + 1  # those that waited, and one that was about to be written
+    assert n_asked <= len(kept) + 2 + 1  # two in flight, and one about to be written
     with open(tmp_path / "v.jsonl", "a") as file:
-        file.write(json.dumps({**kept[0], "verdict": "a"})[:-1])  # what a crash has cut off
+        file.write(json.dumps({**kept[0], "verdict": "a"})[:-1])  # cut off by a crash
     summary = judge(*endpoint.options, "judge_concurrency=2")
     assert len(endpoint.seen) - n_asked == n - len(kept)
     lines = read_jsonl(tmp_path / "v.jsonl")
@@ -579,7 +579,7 @@ def test_full_disk_leaves_whole_verdicts_and_no_traceback(tmp_path):
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
-    """A function that saves a model whose score is cos(π · the last token's id / 512) and returns its path."""
+    """Return a function that saves a model whose score is cos(π · the last token's id / 512) and returns its path."""
 
     def save(n_labels: int = 1, pad: bool = True, chat_template: str | None = None):
         path = tmp_path_factory.mktemp("reward_model")
@@ -726,7 +726,7 @@ def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp
         "scores.jsonl": '{"settings": "s", "prompt_index": 0, "sample": 0, "first": "a", "texts": "t", '
                         '"failure": null, "verdict": "scored", "scores": []}\n',
     }  # fmt: skip
-    if "b=v_summary.json" not in overrides:  # it would be refused before anything else
+    if "b=v_summary.json" not in overrides:  # that is refused earlier
         del contents["v_summary.json"]
     for file, content in contents.items():
         (tmp_path / file).write_text(content)

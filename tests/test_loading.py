@@ -1,5 +1,7 @@
-"""What a run starts from is what its files say: weights that are missing, left over, damaged or of another kind, and
-adapters that don't fit, are errors that name them."""
+"""Loading refuses weights that are missing, left over, damaged or of the wrong type, and adapters that don't fit.
+
+The error names the weights or the file.
+"""
 
 import json
 import re
@@ -22,7 +24,7 @@ RUN = ["datasets=[toy]", "n_examples=8", "n_eval_examples=8", "max_length=64", "
 
 @pytest.fixture
 def model_dir(tmp_path):
-    """A copy of the recorded runs' model folder, to be damaged."""
+    """Return a copy of the recorded runs' model folder, to be damaged."""
     return shutil.copytree(ORACLE / "model", tmp_path / "model")
 
 
@@ -46,7 +48,7 @@ def edit_json(path, **values):
 # ---- the base model -------------------------------------------------------------------------------------------------
 
 FIRST, LAST = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight", "gpt_neox.final_layer_norm.weight"
-MISFITS = {  # what is done to weights and config.json, and what the error says
+MISFITS = {  # an edit of the weights, changes to config.json, and the message
     "tensors removed": (lambda s: {k: v for k, v in s.items() if k not in (FIRST, LAST)}, {},
                         f"missing: {LAST}\n  missing: {FIRST}"),
     "a key renamed": (lambda s: {k.replace(LAST, "gpt_neox.final_norm.weight"): v for k, v in s.items()}, {},
@@ -91,7 +93,7 @@ def test_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
         for layer in range(config.num_hidden_layers):
             for buffer in LAYER_BUFFERS[config.model_type]:
                 state[buffer.format(layer)] = torch.ones(1, 1, 4, 4)
-        # GPT-2's on the hub are those of the model without its head
+        # GPT-2's files on the hub are those of the base model
         return {k.removeprefix("transformer.") if config.model_type == "gpt2" else k: v for k, v in state.items()}
 
     edit_weights(tmp_path / "model.safetensors", as_then)
@@ -119,7 +121,7 @@ def test_tied_weights_are_saved_once_and_required(tmp_path):
         load_pretrained(str(tmp_path), "x", dtype=torch.float32)
 
 
-BROKEN_MODELS = {  # a file of the model's folder, and what it holds instead
+BROKEN_MODELS = {  # a file of the model's folder, and its new content
     "config.json: no JSON": ("config.json", "{"),
     "config.json: empty": ("config.json", ""),
     "config.json: a list": ("config.json", "[1]"),
@@ -265,7 +267,7 @@ def test_untied_archive_of_a_tied_model_is_refused(make_trainer, tmp_path):
 
 @pytest.fixture(scope="module")
 def new_adapter(tmp_path_factory):
-    """A new adapter's directory."""
+    """Return the directory of a new adapter."""
     directory = tmp_path_factory.mktemp("adapter")
     overrides = ["model=blank_model", f"model.name_or_path={ORACLE}/model", *RUN, "lora={r:2}", "loss=sft"]
     trainers_in(directory)(*overrides).policy.save_pretrained(directory / "adapter")
@@ -274,7 +276,7 @@ def new_adapter(tmp_path_factory):
 
 @pytest.fixture
 def adapter(new_adapter, tmp_path):
-    """A copy of `new_adapter` to be damaged."""
+    """Return a copy of `new_adapter`, to be damaged."""
     return shutil.copytree(new_adapter, tmp_path / "adapter")
 
 
@@ -387,7 +389,7 @@ def test_lora_accepts_module_names_that_exist(make_oracle):
 
 @pytest.fixture
 def tied_dir(tmp_path):
-    """A tiny Llama whose output head is its input embedding, with the recorded runs' tokenizer."""
+    """Return the folder of a tiny Llama with tied embeddings and the recorded runs' tokenizer."""
     directory = shutil.copytree(ORACLE / "model", tmp_path / "tied")
     (directory / "model.safetensors").unlink()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""`model.revision` from a hub on loopback (see hub_server.py): what is loaded, what is recorded, and going on later."""
+"""`model.revision` from a hub on loopback (see hub_server.py): loading, recording and resuming."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def version(scale: float, **merged: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(hub_place):
-    """Two versions of a model: its main branch, and the tag v1 with other weights and another tokenizer."""
+    """A hub with two versions of a model: the main branch, and the tag v1 with other weights and another tokenizer."""
     with Hub(hub_place) as hub:
         repository = hub.repository("models", PYTHIA)
         repository.commit(version(1.1, normalizer={"type": "Lowercase"}), "v1")
