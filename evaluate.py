@@ -13,7 +13,7 @@ def run(config: DictConfig):
 
 
 def _evaluate(config: DictConfig, options: Options):
-    from trainers import make_trainer  # which takes seconds
+    from trainers import make_trainer  # takes seconds
 
     trainer = make_trainer(config, trains=False)
     check_hub_models(config, options.checkpoints)

@@ -24,7 +24,7 @@ from models import end_at_turns, load_adapter, load_model, read_tokenizer
 from references import policy_source
 from utils import UserError
 
-# what only resuming needs
+# files that only resuming needs
 _TRAINING_STATE = {"policy.pt", "reference.pt", "optimizer.pt", "scheduler.pt", "rng.pt", "state.json"}
 _ROOM = "make room, or choose another output"
 

@@ -1,6 +1,6 @@
-"""Which of two models answers better: `python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE`.
+"""Judge which of two models answers better: `python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE`.
 
-Without `b`, what a reward model gives to the responses of `a`.
+Without `b`, a reward model scores the responses of `a`.
 """
 
 from commands import command_line

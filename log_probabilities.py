@@ -1,4 +1,4 @@
-"""The log-probability of each response of a batch, computed plainly: this is what training means."""
+"""The log-probability of each response of a batch, computed plainly; faster ways must match it."""
 
 import torch
 
@@ -6,7 +6,7 @@ from utils import pad_to_length
 
 
 def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_prob: bool = False) -> torch.Tensor:
-    """Log-probability of each sequence's labels: Σ_t log π(label_t | what stands before it).
+    """Log-probability of each sequence's labels: Σ_t log π(label_t | the tokens before it).
 
     Args:
         logits: unnormalized, shape (batch_size, sequence_length, vocab_size).
@@ -28,7 +28,7 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
 def response_lengths(labels: torch.Tensor) -> torch.Tensor:
     """Predicted tokens in each response: (batch_size, sequence_length) labels to (batch_size,).
 
-    A sequence's first token is predicted by nothing, so it doesn't count even where there is no prompt.
+    Nothing predicts a sequence's first token, so it doesn't count, even without a prompt.
     """
     return (labels[:, 1:] != -100).sum(-1)
 

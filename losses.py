@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may take, given in its annotation: `gamma: Annotated[float, Range(above=0)]`."""
+    """The range of an option, given in its annotation: `gamma: Annotated[float, Range(above=0)]`."""
 
     above: float | None = None
     at_least: float | None = None

@@ -42,7 +42,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
                 model_config, dtype=torch.float32, **attention, **trusted
             )
             device = "cuda" if torch.cuda.is_available() and device_map != "cpu" else "cpu"
-            model = model.to(device, getattr(torch, dtype))  # drawn in one dtype, so that all have the same weights
+            model = model.to(device, getattr(torch, dtype))  # every dtype rounds the same random weights
         else:
             model = load_pretrained(
                 name,
@@ -71,7 +71,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
 
 
 def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map: str):
-    """Refuse a model of which accelerate has left a part in the CPU's memory, as the GPUs have no room for it.
+    """Refuse a model that doesn't fit on the GPUs, so that accelerate left a part of it in the CPU's memory.
 
     Raises: UserError with the memory that it takes, and remedies.
     """
@@ -331,7 +331,7 @@ def _check_numbers_in_model(fields: dict, model: nn.Module):
         numbers = [value] if field == "layers_to_transform" and isinstance(value, int) else value
         are_numbers = isinstance(numbers, list) and numbers and all(type(number) is int for number in numbers)
         if value is not None and not (are_numbers and min(numbers) >= 0 and max(numbers) < n_there):
-            raise UserError(f"lora={{{field}: {fields[field]}}}: the model has only the numbers 0 to {n_there - 1}")
+            raise UserError(f"lora={{{field}: {fields[field]}}}: the model only has the numbers 0 to {n_there - 1}")
 
 
 def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The optimizer (any of torch.optim) and the learning rate schedule (any of transformers that depends on the step)."""
+"""Make the optimizer (any of torch.optim) and the schedule (any of transformers' that depends on the step only)."""
 
 import inspect
 import math
@@ -12,7 +12,7 @@ from torch import nn
 from utils import UserError, closest_match, rank0_print
 
 DEFAULT_SCHEDULE = "constant_with_warmup"
-_SMALL_FOR_ADAPTERS = 2e-6  # a learning rate that leaves an adapter nearly where it starts
+_SMALL_FOR_ADAPTERS = 2e-6  # a learning rate at which an adapter hardly moves
 _SMALL_IN_16_BITS = 1e-5  # one whose updates are mostly less than half the last digit of a weight
 _SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
@@ -44,7 +44,7 @@ def make_optimizer(policy: nn.Module, config: DictConfig, device: torch.device, 
         probe.grad = torch.ones_like(probe)
         optimizer_class([probe], lr=config.lr, **args).step()  # some settings are refused only here
         return optimizer_class(groups, lr=config.lr, **args)
-    except Exception as error:  # whatever the optimizer refuses them with
+    except Exception as error:  # the optimizer may raise anything
         settings = f"optimizer={config.optimizer} lr={config.lr} optimizer_args={config.optimizer_args}"
         raise UserError(f"{settings}: {error}") from error
 
@@ -92,7 +92,7 @@ def _state_bytes_per_weight(optimizer: torch.optim.Optimizer, dtype: torch.dtype
 
 
 def step_one_by_one(optimizer: torch.optim.Optimizer):
-    """Let an optimizer change one weight tensor after the other: all at once (foreach) takes a copy of all of them."""
+    """Let an optimizer update one tensor at a time; all at once (foreach) needs a copy of all of them."""
     for settings in (optimizer.defaults, *optimizer.param_groups):
         settings["foreach"] = False
 
@@ -148,7 +148,7 @@ def _multiplier(config: DictConfig, n_steps: int) -> Callable[[int], float]:
     try:
         multiplier = _transformers_multiplier(probe, config.lr_scheduler, args, warmup_steps + 1, n_steps + 1)
         checked = {step: multiplier(step + 1) for step in (0, warmup_steps, n_steps // 2, n_steps - 1)}
-    except Exception as error:  # whatever the schedule refuses them with
+    except Exception as error:  # the schedule may raise anything
         raise UserError(f"{settings}: {error}") from error
     for step, value in checked.items():
         if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
@@ -170,7 +170,7 @@ def _transformers_multiplier(
 
 
 def schedules() -> dict[str, list[str]]:
-    """Return the values of `lr_scheduler`, and the `lr_scheduler_args` that each takes."""
+    """Return the values of `lr_scheduler`, and the `lr_scheduler_args` of each."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     arguments = {}

@@ -68,7 +68,7 @@ def sources(config: DictConfig) -> list[Source]:
 
 
 def resolved_reference(config: DictConfig) -> str:
-    """Return the kind of reference that a config means: what `reference=auto` stands for, auto if the loss needs none.
+    """Return a config's kind of reference, with `reference=auto` resolved; auto if the loss needs none.
 
     Raises: UserError if the policy rules this kind out, naming the possible ones.
     """
@@ -81,7 +81,7 @@ def resolved_reference(config: DictConfig) -> str:
             )
         return "model"
     has_adapter, settings = config.model.adapter is not None, _adapter_settings(config)
-    # trained biases and some initializations change the base itself, which is then no reference
+    # trained biases and some initializations change the base, so that it can't serve as the reference
     base_is_kept = settings.get("bias", "none") == "none" and settings.get("init_lora_weights", True) in (
         True,
         "gaussian",

@@ -14,7 +14,7 @@ def run(config: DictConfig):
 
 
 def _sample(config: DictConfig, options: Options):
-    from trainers import make_trainer  # which takes seconds
+    from trainers import make_trainer  # takes seconds
 
     def load():
         trainer = make_trainer(config, trains=False, reads_data=options.prompts is None)

@@ -80,8 +80,8 @@ torch.backends.cuda.matmul.allow_tf32 = True
 class BasicTrainer:
     """Trains a language model with SFT or a preference loss in one process.
 
-    Where there are several GPUs, the model's layers have been spread over them as it was loaded: their memory adds up,
-    they compute in turn.
+    On a machine with several GPUs, loading spreads the model's layers over them: their memory adds up, but they compute
+    in turn.
     """
 
     strategy_class = STRATEGIES["BasicTrainer"]
@@ -133,7 +133,7 @@ class BasicTrainer:
     # ---- setting up -------------------------------------------------------------------------------------------------
 
     def _load_data(self, trains: bool):
-        """Open the training batches and load all evaluation batches, of each this worker's shard."""
+        """Open the training batches and load all evaluation batches: this worker's shard of each."""
         config, sft_mode = self.config, not self.loss.needs_pairs
         self.train_iterator, self.eval_iterator = open_batches(
             config,
@@ -161,7 +161,7 @@ class BasicTrainer:
         config = self.config
         if not (policy is None or isinstance(policy, nn.Module)):
             policy = policy()
-        if policy is not None and config.model.block_name is not None:  # sharded blocks have classes of other names
+        if policy is not None and config.model.block_name is not None:  # sharding renames the blocks' classes
             get_block_class_from_model(policy, config.model.block_name)
         self.policy = self.strategy.distribute(policy, is_policy=True)
         end_at_turns(self.policy, self.tokenizer)
@@ -172,7 +172,7 @@ class BasicTrainer:
         self.layout = self.reference_layout = self._choose_layout(self.policy)
 
     def _choose_layout(self, model: nn.Module) -> Layout:
-        """Compare the faster ways to compute a model with the plain one, and choose the fastest that is right."""
+        """Compare the faster layouts with the plain forward, and choose the fastest that agrees with it."""
         if self.eval_iterator is None:  # no data to compare them on
             return PLAIN
         return choose_layout(
@@ -183,7 +183,7 @@ class BasicTrainer:
         )  # fmt: skip
 
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
-        """Get the reference ready, except one that is to be precomputed: `precompute_reference` loads it."""
+        """Prepare the reference, unless it is precomputed: then `precompute_reference` loads it."""
         self.reference: Reference | None = None
         self.reference_cache: LogpsCache | None = None
         config = self.config
@@ -219,7 +219,7 @@ class BasicTrainer:
         The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
         freed, unless it is the policy under another adapter.
 
-        Raises: Stopped if a signal asked for it; the cache then holds what was computed, to 1,024 pairs.
+        Raises: Stopped after a signal; the cache then has all that was computed, except up to 1,024 pairs.
         """
         config = self.config
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
@@ -256,7 +256,7 @@ class BasicTrainer:
     def concatenated_forward(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities of the chosen and the rejected responses, each (batch_size,), in nats.
 
-        This forward pass and `_get_batch_logps` say what is trained: where a faster way gives other numbers, it is not
+        This forward pass and `_get_batch_logps` define the computation. A faster way that gives other numbers is not
         used (`acceleration.model_check`).
         """
         inputs = slice_and_move_batch_for_device(concatenated_inputs(batch), 0, 1, self.device)
@@ -281,7 +281,7 @@ class BasicTrainer:
         return self.target_forward(model, batch)
 
     def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the same as `plain_logps`, computed in the way that was chosen for the model."""
+        """Return the same as `plain_logps`, computed in the model's layout."""
         layout = self.layout if model is self.policy else self.reference_layout
         with self.autocast(model):
             if layout.is_plain:
@@ -315,7 +315,7 @@ class BasicTrainer:
         """Return the mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
 
         Args:
-            kl_estimate: of the batch that this is a microbatch of, for losses that take one; None estimates it here.
+            kl_estimate: the estimate for the whole batch, for losses that need one; None estimates it from this batch.
         """
         split, sides = "train" if train else "eval", ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
         policy_logps = self.response_logps(self.policy, batch).chunk(len(sides))
@@ -361,7 +361,7 @@ class BasicTrainer:
     def train(self):
         """Train to the end of the data, evaluating and saving on the way, and evaluate once more.
 
-        Raises: Stopped if a signal asked for it; LATEST is then where training stands.
+        Raises: Stopped after a signal; LATEST then holds the current state.
         """
         self.precompute_reference()
         seed_generators(self.seed + self.strategy.batch_shard[0])  # other samples for other prompts
@@ -395,7 +395,7 @@ class BasicTrainer:
                 raise
 
     def _evaluate_and_save_where_due(self):
-        """Evaluate every `eval_every` examples, save every `save_every`; once each at the same place."""
+        """Evaluate every `eval_every` examples, save every `save_every`; never twice at the same number of examples."""
         examples = self.state.examples
         evaluates = examples % self.config.eval_every == 0 and (examples > 0 or self.config.do_first_eval)
         saves = examples % (self.config.save_every or self.config.eval_every) == 0 and examples > 0
@@ -408,7 +408,7 @@ class BasicTrainer:
     def train_step(self, batch: dict) -> dict[str, float]:
         """Take one optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches.
 
-        A GPU is waited for once: where its metrics are read, before the weights change.
+        The host waits for the GPU once, to read metrics before the weights change.
 
         Returns: mean metrics.
         Raises: UserError, before the weights change, if loss or gradient are not finite.
@@ -444,14 +444,16 @@ class BasicTrainer:
         return {**metrics, **self.throughput.metrics(self.config.batch_size, n_tokens, seconds)}
 
     def _training_batches(self, skip: int) -> Iterator[dict]:
-        """Yield the training batches after the first `skip`, prepared ahead of time in a thread, where workers agree on
-        the number of microbatches in a group of their own."""
+        """Yield the training batches after the first `skip`, prepared ahead of time in a thread.
+
+        That thread has its own process group, in which workers agree on the number of microbatches.
+        """
         agree = functools.partial(collectives.all_reduce_max, group=collectives.thread_group())
         prepare = functools.partial(self.prepare, agree=agree)
         return prefetched(map(prepare, self.train_iterator.batches(skip)), n_ahead=2)
 
     def prepare(self, batch: dict, agree: Callable[[int], int] = collectives.all_reduce_max) -> dict:
-        """Return the batch with its microbatches, and these with their rows; `agree`: see `microbatches`."""
+        """Return the batch with its microbatches and their rows; `agree`: see `microbatches`."""
         layouts, pin_memory = dict.fromkeys([self.layout, self.reference_layout]), self.device.type == "cuda"
         parts = self.microbatches(batch, self.config.gradient_accumulation_steps, agree)
         for layout in layouts:
@@ -463,7 +465,7 @@ class BasicTrainer:
     ) -> list[dict]:
         """Cut the batch into microbatches of similar length; see `data.microbatches`.
 
-        `agree`: tells each of several workers the most microbatches that any of them makes.
+        `agree`: returns the largest number of microbatches that any worker makes.
         """
         options = {"agree": agree} if self.is_sharded else {}
         return microbatches(
@@ -512,7 +514,7 @@ class BasicTrainer:
         return all_metrics, indices
 
     def _counted(self, batch: dict) -> torch.Tensor:
-        """Return which examples count, (batch_size,): not those that fill up an evaluation batch for all workers."""
+        """Return a mask of examples that count, (batch_size,): without those that fill up an evaluation batch."""
         if "index" not in batch:  # a training batch
             return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)
         return torch.tensor([i is not None for i in batch["index"]], device=self.device)
@@ -520,7 +522,7 @@ class BasicTrainer:
     def get_batch_samples(self, batch: dict) -> tuple[list[str], list[str]]:
         """Draw a sample from the policy, and one from the reference if there is one, for each prompt of the batch.
 
-        Returns: the policy's and the reference's, each with its prompt before it.
+        Returns: the policy's and the reference's samples, each preceded by its prompt.
         """
         policy, reference, _ = sampling.sample_batch(self, batch)
         policy = [prompt + response for prompt, response in zip(batch["prompt"], policy, strict=True)]
@@ -530,7 +532,7 @@ class BasicTrainer:
     def evaluate_and_log(self):
         """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint.
 
-        Raises: Stopped if a signal asked for it, as if the evaluation had not begun.
+        Raises: Stopped after a signal, as if the evaluation had not begun.
         """
         rng_state = get_rng_state()
         try:
@@ -547,7 +549,7 @@ class BasicTrainer:
     # ---- output ---------------------------------------------------------------------------------------------------
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict] | None = None):
-        """Log metrics and samples, with the counters as they now stand."""
+        """Log metrics and samples with the current counters."""
         counters = {"counters/examples": self.state.examples, "counters/updates": self.state.updates}
         if self.run_log is not None:
             self.run_log.log(split, {**counters, **metrics}, samples or [])
@@ -576,7 +578,7 @@ class BasicTrainer:
         collectives.barrier()
 
     def _current_state(self) -> TrainState:
-        """Return the train state with what others know: all workers' generators, the logs, whether training is over."""
+        """Return the train state, completed with all workers' generators, the logs, and if training is complete."""
         return dataclasses.replace(
             self.state,
             complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
@@ -603,9 +605,9 @@ class BasicTrainer:
             self.run_log.table.time_left.tick("save")
 
     def resume(self, checkpoint: str):
-        """Restore everything to where training stood when this checkpoint was written.
+        """Restore the state of training from a checkpoint.
 
-        Raises: UserError if it doesn't fit the model, lies beyond the end of training, or has no optimizer's state.
+        Raises: UserError if it doesn't fit the model, is beyond the end of training, or has no optimizer state.
         """
         self.precompute_reference()  # before the weights change: it starts from the same ones
         state, n_batches = TrainState.load(checkpoint), self.train_iterator.n_batches

@@ -47,13 +47,13 @@ def closest_sibling(path: str) -> str:
     return closest_match(path, [os.path.join(parent, name) for name in names])
 
 
-# they ask a run to stop; schedulers can be told to send SIGUSR1 before they kill
+# signals that ask a run to stop; schedulers can send SIGUSR1 before they kill
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
 def signals_handled(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Let `handler` have the signals that ask a run to stop, as long as this is entered."""
+    """Handle the signals that ask a run to stop with `handler` inside the block."""
     former = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

@@ -1,1 +1,1 @@
-"""Ways to compute the same in less time: attention over packed rows, weights cast once a step."""
+"""Faster ways to compute the same numbers: attention over packed rows, weights cast once per step."""

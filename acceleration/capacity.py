@@ -1,4 +1,4 @@
-"""What a model takes of a device: the bytes that a token keeps for the backward pass, and what a microbatch costs."""
+"""Estimate bytes per token kept for the backward pass, and the cost of one more microbatch."""
 
 import contextlib
 from collections import Counter
@@ -14,14 +14,14 @@ from acceleration.shadow_weights import release_copies
 from data.microbatches import CPU_OVERHEAD
 from utils import n_weights, transformer_blocks, unwrap_adapter
 
-# Launching the kernels of one layer, forward and backward, takes a host about so long (seconds), during which ...
+# seconds that a host takes to launch the kernels of one layer, forward and backward
 _LAUNCH_SECONDS = 5e-4
-_OPERATIONS_PER_SECOND = 4e14  # ... a GPU of today does so many operations a second in bfloat16.
+_OPERATIONS_PER_SECOND = 4e14  # of a current GPU, in bfloat16
 _OPERATIONS_PER_PARAMETER = 6  # for a token, forward and backward
 
 
 def microbatch_overhead(policy: nn.Module, device: torch.device) -> float:
-    """Return what one more microbatch costs, in tokens that could be computed in its time.
+    """Return the cost of one more microbatch, in tokens that could be computed in the same time.
 
     On a GPU these are the launches of its kernels, which a small model waits for: by the constants above about 400
     tokens for 2.8 billion parameters, 10,000 for 70 million (with 19 million outside the embeddings). Not measured.
@@ -37,7 +37,7 @@ def microbatch_overhead(policy: nn.Module, device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Activations:
-    """What a training forward pass was seen to keep on each device, in bytes."""
+    """Bytes that a training forward pass keeps on each device, as measured."""
 
     kept: dict[torch.device, float]  # for each token, from the forward to the backward pass; logits not counted
     backward: dict[torch.device, float]  # for each token, the gradients within one block: as much as the block keeps
@@ -54,8 +54,8 @@ def measure_activations(
 
     Args:
         compute: the log-probabilities of a few responses under the policy.
-        n_tokens: of these, with their prompts.
-        counts_logits: False where only so many logits are kept, whatever the number of tokens (`response_head`).
+        n_tokens: tokens in these responses and their prompts.
+        counts_logits: False if the memory for logits doesn't grow with the number of tokens (`response_head`).
     """
     release_copies(policy)
     graph, weights = _Graph(), _WeightStorages(policy)
@@ -72,7 +72,7 @@ def measure_activations(
     of_tokens = {key: tensor for key, tensor in graph.kept.items() if key not in weights.storages}
     of_weights = {key: tensor for key, tensor in graph.kept.items() if key in weights.derived}
     kept = _bytes_by_device(of_tokens)
-    if counts_logits:  # of every position, in float32, and their gradient
+    if counts_logits:  # the logits of every position, in float32, and their gradient
         vocabulary = policy.config.get_text_config().vocab_size
         kept[logps.device] = kept.get(logps.device, 0) + 2 * logps.element_size() * vocabulary * n_tokens
     in_block = _bytes_by_device({key: tensor for key, tensor in of_tokens.items() if key in graph.of_block})
@@ -106,7 +106,7 @@ def _watched_modules(policy: nn.Module, graph: "_Graph", counts_logits: bool) ->
 
 
 class _Graph:
-    """The tensors that autograd saves, by storage."""
+    """Records the storages of the tensors that autograd saves."""
 
     def __init__(self):
         self.kept: dict[int, torch.Tensor] = {}
@@ -138,11 +138,11 @@ def _bytes_by_device(tensors: dict[int, torch.Tensor]) -> dict[torch.device, int
 
 
 class _WeightStorages(TorchDispatchMode):
-    """Knows the storages of a model's weights and buffers, and of all that is computed from these alone."""
+    """Records the storages of a model's weights and buffers, and of tensors computed from these alone."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        # the tensors too, so that no other gets their address
+        # keep the tensors alive, so that no other tensor gets their address
         self.storages = {_storage_id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.derived: set[int] = set()
         self.casts: dict[int, torch.Tensor] = {}
@@ -170,7 +170,7 @@ def _storage_id(tensor: torch.Tensor) -> int:
 
 
 def _last_block(policy: nn.Module) -> nn.Module:
-    """Return the last transformer block; of a model that doesn't name its blocks, all of its base."""
+    """Return the last transformer block, or the whole base model if the model doesn't name its blocks."""
     base = unwrap_adapter(policy)
     checkpointed = [module for module in base.modules() if _is_checkpointed(module)]
     return (checkpointed or transformer_blocks(base, None) or [base.base_model])[-1]
@@ -182,7 +182,7 @@ def _is_checkpointed(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _training(policy: nn.Module) -> Iterator[None]:
-    """In training mode, without which nothing is checkpointed."""
+    """Put the policy into training mode inside the block; otherwise nothing would be checkpointed."""
     modes = {module: module.training for module in policy.modules()}
     policy.train()
     try:

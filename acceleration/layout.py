@@ -1,4 +1,4 @@
-"""The faster way to compute a model's responses, behind one object: how batches are laid out, and the forward."""
+"""The layout of a model's batches: making rows, and the forward pass over them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from utils import unwrap_adapter
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model's batches are laid out. `model_check.choose_layout` finds it and compares it with the plain way."""
+    """A layout of batches. `model_check.choose_layout` chooses it, after comparing it with the plain forward."""
 
     make_rows: Callable[[dict], Rows] | None  # None: the plain way, as the original computes
     whole_logits: bool = False  # the model does more to its logits than apply the output head

@@ -14,7 +14,7 @@ from utils import computed_dtype, take, unwrap_adapter
 SIDES = ("chosen", "rejected")
 _SMALL = 1 / 16  # times log-probabilities: gradients about as small as a loss's, which float16 can hold
 _TOKEN_WEIGHTS = torch.randn(997, generator=torch.Generator().manual_seed(0))  # of a token id, modulo 997
-# A sum of float32 in float32 is off by so many times its last digit; in 16 bits, what is rounded was summed in float32.
+# Error of a float32 sum, in units of its last digit. (16-bit results are summed in float32, then rounded once.)
 _ACCUMULATED = 32
 
 
@@ -59,7 +59,7 @@ def each_alone(batch: dict) -> Iterator[dict]:
 
 @dataclass
 class Numbers:
-    """What one way of computing gives for several batches of E examples in all."""
+    """Results of one way of computing several batches, E examples in all."""
 
     logps: torch.Tensor  # (1 or 2, E) of chosen and rejected responses, in nats
     gradient: torch.Tensor  # (batches, H); of each batch, a projection of a gradient
@@ -115,7 +115,7 @@ def _forward_and_backward(
 
 @contextlib.contextmanager
 def _embeddings_as_leaves(model: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Yield a list that collects the token ids and the embedded tokens of each forward, the latter to be derived by."""
+    """Yield a list that collects token ids and embedded tokens of each forward; gradients reach the latter."""
     embedded = []
 
     def make_leaf(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ class Standard:
         return tuple(float(difference.square().mean().sqrt()) for difference in (of_logps, of_gradient))
 
     def multiples(self, ours: Numbers) -> list[float]:
-        """Return the same distances as multiples of what rounding makes."""
+        """Return the same distances as multiples of rounding noise."""
         return [distance / rounding for distance, rounding in zip(self.distances(ours), self.rounding, strict=True)]
 
     def nats(self, ours: Numbers) -> float:
@@ -192,7 +192,7 @@ def rounded_otherwise(model: nn.Module) -> Iterator[None]:
 
 def _rounding_error(tensor: torch.Tensor) -> float:
     """Return how far what is computed in a tensor's dtype may be off by rounding, relative to its size."""
-    dtype = computed_dtype(tensor)  # to which the next layer rounds what it takes, at the latest
+    dtype = computed_dtype(tensor)  # the next layer rounds its input to it, at the latest
     if dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
         return torch.finfo(dtype).eps / 2
     if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32:  # which has as many digits as float16

@@ -19,17 +19,17 @@ from optimization import state_bytes, step_one_by_one, steps_by_foreach
 from references import resolved_reference
 from utils import UserError, rank0_print, transformer_blocks, unwrap_adapter
 
-_SHARE_FOR_ACTIVATIONS = 0.9  # of the memory that is left: the rest is for fragments and kernels' workspaces
+_SHARE_FOR_ACTIVATIONS = 0.9  # of free memory; the rest is for fragmentation and kernel workspaces
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one GPU will hold, in bytes; `max_tokens` is the largest microbatch that the rest has room for."""
+    """One GPU's memory in bytes: what it will hold, and `max_tokens`, the largest microbatch that fits into the rest."""
 
     device: torch.device
-    held: dict[str, int]  # by what it is, from the first step on
+    held: dict[str, int]  # bytes by kind, from the first step on
     total: int
-    token: float  # bytes of a token of a microbatch, at their most
+    token: float  # peak bytes per token of a microbatch
     max_tokens: int  # 0: what is held doesn't fit
     foreach_fits: bool  # an optimizer step over all weights at once needs another copy of them
 
@@ -37,7 +37,7 @@ class MemoryPlan:
         parts = ", ".join(f"{name} {_gb(n_bytes)}" for name, n_bytes in self.held.items() if n_bytes)
         return (
             f"Memory of {self.device} (GB): {parts}; {_gb(sum(self.held.values()))} of {_gb(self.total)} held, "
-            f"activations {self.token / 1e6:.3g} MB a token: up to {self.max_tokens:,} tokens a microbatch"
+            f"activations {self.token / 1e6:.3g} MB per token: up to {self.max_tokens:,} tokens per microbatch"
         )
 
 
@@ -54,11 +54,11 @@ def plan_memory(
     n_tokens: int,
     gathers_blocks: bool,
 ) -> int | None:
-    """Print what each GPU will hold, and let the optimizer take less where memory is short.
+    """Print each GPU's memory plan. If memory is short, let the optimizer update one tensor at a time.
 
-    `n_tokens`: of an example of full length; for the other arguments see `memory_plans`.
+    `n_tokens`: tokens in an example of full length; for the other arguments see `memory_plans`.
 
-    Returns: the most tokens of a microbatch for which there is memory, the same for all workers; None without a GPU.
+    Returns: the most tokens that fit into a microbatch, the same on all workers; None without a GPU.
     Raises: UserError if the run doesn't fit.
     """
     dtype = getattr(torch, config.model.policy_mp) if config.model.policy_mp else policy.dtype
@@ -68,7 +68,7 @@ def plan_memory(
     if warning := check_fits(plans, config, n_tokens):
         rank0_print(warning)
     if plans and steps_by_foreach(optimizer, plans[0].device) and not all(plan.foreach_fits for plan in plans):
-        rank0_print("Optimizer: one weight tensor after the other, as memory is short")
+        rank0_print("Optimizer: updating one weight tensor at a time, because memory is short")
         step_one_by_one(optimizer)
     cap = cap_of(plans)
     return cap and -collectives.all_reduce_max(-cap)
@@ -87,7 +87,7 @@ def memory_plans(
     Args:
         reference: a second model in memory, if there is one.
         optimizer_bytes: see `optimization.state_bytes`.
-        compute_dtype: of the policy.
+        compute_dtype: the dtype of the policy's forward pass.
         gathers_blocks: weights are gathered for each block in turn (FSDP).
     """
     weights, gradients, of_reference = Counter(), Counter(), Counter()
@@ -114,7 +114,7 @@ def memory_plans(
             "gathered weights": gathered,
         }
         free, total = free_and_total_bytes(device)
-        # weights and reference are there already
+        # weights and reference are allocated already
         left = free - sum(held.values()) + held["weights"] + held["reference"]
         room = left - LOGITS_BYTES - 2 * largest[device]
         token = activations.kept[device] + activations.backward.get(device, 0)
@@ -135,7 +135,7 @@ def _local_bytes(parameter: torch.Tensor) -> int:
 
 
 def _gathered_bytes(policy: nn.Module, compute_dtype: torch.dtype) -> int:
-    """Return what FSDP gathers at a time: all outside the blocks, one block and the next, and one block's gradients."""
+    """Return the bytes FSDP gathers at a time: all outside the blocks, two blocks, and one block's gradients."""
 
     def size(modules: nn.Module) -> int:
         return sum(parameter.numel() for parameter in modules.parameters())
@@ -147,7 +147,7 @@ def _gathered_bytes(policy: nn.Module, compute_dtype: torch.dtype) -> int:
 
 
 def check_fits(plans: list[MemoryPlan], config: DictConfig, n_tokens: int) -> str | None:
-    """Return a warning if there is memory for what is held, but not for `n_tokens`, those of an example of full length.
+    """Return a warning if the run fits into memory, but not with an example of full length (`n_tokens`).
 
     Raises: UserError if what the run holds doesn't fit.
     """
@@ -166,7 +166,7 @@ def check_fits(plans: list[MemoryPlan], config: DictConfig, n_tokens: int) -> st
 
 @contextlib.contextmanager
 def explained_out_of_memory(config: DictConfig) -> Iterator[None]:
-    """Raises: UserError with remedies where a GPU runs out of memory inside."""
+    """Turn an out-of-memory error of a GPU inside the block into a UserError with remedies."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -179,7 +179,7 @@ def _needs(plan: MemoryPlan) -> str:
 
 
 def remedies(config: DictConfig) -> str:
-    """Return which keys would make a run take less memory, of those that it doesn't use yet."""
+    """Name the keys that would reduce the run's memory and that it doesn't use yet."""
     model, trains_all = config.model, config.lora is None and config.model.adapter is None
     second_model = needs_reference(config.loss) and resolved_reference(config) == "model"
     strategy = STRATEGIES[config.trainer]
@@ -190,24 +190,24 @@ def remedies(config: DictConfig) -> str:
         ("model.policy_dtype=bfloat16", model.policy_dtype in ("float32", "float64")),
         ("model.load_in_4bit=true with lora={}", not model.load_in_4bit),
         ("model.reference_dtype=bfloat16", second_model and model.reference_dtype in ("float32", "float64")),
-        ("optimizer=RMSprop, which keeps one number a weight", config.optimizer != "RMSprop" and trains_all),
+        ("optimizer=RMSprop, which keeps one number per weight", config.optimizer != "RMSprop" and trains_all),
         ("trainer=FSDPTrainer on more GPUs", not strategy.starts_workers),
         ("fsdp_cpu_offload=true", "fsdp_cpu_offload" in strategy.config_keys and not config.fsdp_cpu_offload),
         ("max_tokens_per_microbatch=N", config.max_tokens_per_microbatch is None),
         (f"a smaller max_length (now {config.max_length})", True),
     ]
-    return f"What takes less memory: {'; '.join(remedy for remedy, is_open in candidates if is_open)}"
+    return f"To use less memory: {'; '.join(remedy for remedy, is_open in candidates if is_open)}"
 
 
 def cap_of(plans: list[MemoryPlan]) -> int | None:
-    """Return the most tokens of a microbatch for which every GPU has memory; None without a GPU."""
+    """Return the most tokens of a microbatch that fit on every GPU; None without a GPU."""
     return min((plan.max_tokens for plan in plans), default=None)
 
 
 def resumed_cap(saved: int | None, fitting: int | None) -> tuple[int | None, str | None]:
-    """Return the cap of a resumed run, and a warning if it has to be another than the one that the run began with.
+    """Return the cap of a resumed run, and a warning if it must differ from the cap that the run began with.
 
-    The memory that is free differs by a little each time; where it differs by more, it is another GPU.
+    Free memory varies a little between starts; a larger difference means another GPU.
     """
     if saved is None or fitting is None or saved <= math.ceil(1.1 * fitting):
         return (fitting if saved is None else saved), None

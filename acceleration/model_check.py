@@ -22,20 +22,20 @@ from distributed import collectives
 from distributed.strategies import SingleProcess
 from utils import UserError, rank0_print, unwrap_adapter
 
-# How far from the standard a faster way may be, as a multiple of what rounding does to the standard, and at most: log-
-# probabilities in nats by the root of a response's tokens, gradients relative. Over the architectures of
-# docs/architectures.md right ways are within 0.6 times rounding; in 16 bits some wrong ones are, and beyond the latter.
+# Limits on a faster way's distance from the standard: a multiple of the standard's rounding noise, and absolute limits
+# for log-probabilities (nats / √tokens of the response) and gradients (relative). On docs/architectures.md's models,
+# correct ways stay within 0.6 times rounding. In 16 bits some wrong ones do too; the absolute limits catch those.
 CHOSEN_WITHIN, CHOSEN_AT_MOST = 2, (0.1, 0.15)
 _ANY = float("inf"), float("inf")
-REFUSED_BEYOND = 8  # the same multiple for the plain forward of a padded batch, as there is nothing else to choose
-_RANDOM_BEYOND = 0.1  # ... and of the same batch again, by a model that draws random numbers
-_LEAK = 5e-4  # the share of a gradient that is none; a causal model's is 0
+REFUSED_BEYOND = 8  # the multiple for the plain forward of a padded batch, to which there is no alternative
+_RANDOM_BEYOND = 0.1  # the multiple for a repetition of the same batch by a model that draws random numbers
+_LEAK = 5e-4  # a gradient's `leak` (see `Numbers`) up to which it counts as 0, as a causal model's is
 _DENSE_MASKS = ("eager", "sdpa")  # attention implementations that take a (B, 1, T, T) mask; others may crash on one
-_SLOW_PARAMETERS = 50_000_000  # the check of a larger model is announced
+_SLOW_PARAMETERS = 50_000_000  # for larger models the check takes long enough to print that it runs
 
 
 def choose_layout(model: nn.Module, *args, is_trained: bool = True, **kwargs) -> Layout:
-    """Choose the fastest right way to compute a model, and print what is on; takes what `find_layout` takes."""
+    """Choose the fastest correct layout for a model, and print it; takes the arguments of `find_layout`."""
     if sum(parameter.numel() for parameter in model.parameters()) > _SLOW_PARAMETERS:
         rank0_print(f"Comparing faster ways to compute {_name(model)} with the plain forward ...")
     layout, message = find_layout(model, *args, is_trained=is_trained, **kwargs)
@@ -54,7 +54,7 @@ def find_layout(
     is_unpaired: bool = False,
     is_trained: bool = True,
 ) -> tuple[Layout, str]:
-    """Return the fastest layout that gives what `plain` gives, and a line that says what is on; all workers alike.
+    """Return the fastest layout that agrees with `plain`, and the line to print; the same on all workers.
 
     Args:
         plain: gives the log-probability of each of a batch's S responses, chosen before rejected: (S,), in nats.
@@ -65,7 +65,7 @@ def find_layout(
         is_unpaired: the two responses of an example have prompts of their own.
         is_trained: check the model in training mode; a reference is computed in evaluation mode.
 
-    Raises: UserError if the plain forward itself can't be trained, or if a setting is true that the model can't have.
+    Raises: UserError if the plain forward itself can't be trained, or the model doesn't support a setting that is true.
     """
     if is_unpaired and config.shared_prompt is True:
         raise UserError("shared_prompt=true: the two responses of unpaired data have prompts of their own")
@@ -103,7 +103,7 @@ def _ways(config, may_share: bool, must_share: bool, on_gpu: bool) -> list[Calla
 
 
 def _in_words(layout: Layout, reasons: dict[Callable, str], may_share: bool, plain_name: str) -> str:
-    """Return the line that tells a user what is on and why not more; empty if there is nothing to say."""
+    """Return the line that names the chosen layout, and why no faster one is used; it may be empty."""
     unshared = reasons.get(shared_rows) or reasons.get(packed_shared_rows)
     unpacked = next((reasons[way] for way in PACKED if way in reasons), None)
     parts = []
@@ -178,7 +178,7 @@ class ModelCheck:
             raise UserError(f"{_name(self.model)}: {problem}")
 
     def check_padding(self):
-        """Raises: UserError if the plain forward of a padded batch gives other numbers than of each example alone."""
+        """Raise UserError if the plain forward of a padded batch differs from that of each example alone."""
         if problem := self._why_not(self.plain, self.batches[:1], REFUSED_BEYOND):
             raise UserError(
                 f"{_name(self.model)}: padding changes what it computes. Of a padded batch {problem} of each example "
@@ -187,7 +187,7 @@ class ModelCheck:
             )
 
     def why_not(self, layout: Layout) -> str | None:
-        """Return why a layout isn't to be used; None: it gives the standard, and the model is ready for it."""
+        """Return why a layout can't be used; None if it agrees with the standard. The model is then ready for it."""
         attention, reads_masks = self.base.config._attn_implementation, layout.is_shared and not layout.is_packed
         if layout.is_packed and not supports_packed_attention(self.base):
             return f"attn_implementation={attention} takes no packed rows; sdpa does"
@@ -209,7 +209,7 @@ class ModelCheck:
         return reason
 
     def does_more_than_the_head(self) -> bool:
-        """Return whether the logits of all positions have to be taken from the model: on all workers, if on any."""
+        """True, on all workers, if any worker has to take the logits of all positions from the model."""
         return bool(collectives.all_reduce_max(int(not head_gives_logits(self.base, self.batches[0]))))
 
     def _alone(self, batches: list[dict], seed: int) -> tuple[Numbers, bool]:
@@ -228,10 +228,10 @@ class ModelCheck:
     def _why_not(
         self, compute: Callable, batches: list[dict], within: float, at_most=_ANY, longest: dict | None = None
     ) -> str | None:
-        """Return by how much a way of computing differs from the standard, or how it fails; None if it is right.
+        """Return how a way of computing differs from the standard, or how it fails; None if it is correct.
 
         Args:
-            longest: a batch that it must be able to compute, whatever comes out.
+            longest: a batch that it must be able to compute; the result isn't compared.
         """
         try:
             reason = self._difference(measure(self.model, compute, batches, self.autocast), within, at_most)
@@ -240,12 +240,12 @@ class ModelCheck:
                     compute(self.model, longest)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a forward of another form, or a compiler, may raise
+        except Exception as error:  # a forward of another form, or a compiler, may raise anything
             reason = f"its forward fails with {_shortened(error)}"
         return self._agreed(reason)
 
     def _difference(self, ours: Numbers, within: float, at_most: tuple[float, float]) -> str | None:
-        """Return in words how numbers differ from the standard's; None if by no more than is allowed."""
+        """Describe how numbers differ from the standard's; None if they are within the limits."""
         distances = self.standard.distances(ours)
         pairs = zip(distances, at_most, self.standard.multiples(ours), strict=True)
         logps_agree, gradients_agree = (distance <= most and multiple <= within for distance, most, multiple in pairs)
@@ -271,7 +271,7 @@ class ModelCheck:
 
 
 def _known_reason(model: nn.Module, max_length: int) -> str | None:
-    """Return what of a model's design forbids rows that share a prompt, to explain what was measured."""
+    """Return the part of a model's design that rules out shared prompts, to explain the measurement."""
     config = model.config.get_text_config()
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "the model takes no position_ids"

@@ -9,10 +9,10 @@ from acceleration.prefix_sharing import Rows
 from distributed.strategies import SingleProcess
 from utils import unwrap_adapter
 
-# The head's logits are made in chunks of this many bytes, which suit a CPU's caches or an accelerator's throughput ...
+# The head's logits are computed in chunks of this many bytes, chosen for a CPU's caches or an accelerator's throughput.
 _CHUNK_BYTES = {"cpu": 2**25}
 _ACCELERATOR_CHUNK_BYTES = 2**28
-# ... and made again in the backward pass where all of them together would take more than this.
+# If all of them together would take more than this, they are recomputed in the backward pass.
 _KEPT_LOGITS_BYTES = 2**30
 LOGITS_BYTES = _KEPT_LOGITS_BYTES + 3 * _ACCELERATOR_CHUNK_BYTES  # at most: those kept, a chunk and its gradient
 
@@ -44,7 +44,7 @@ def response_logps(
 
 
 def _mask_and_positions(model: nn.Module, rows: Rows, device: torch.device) -> dict[str, object]:
-    """Return what a model's forward is given beside the tokens."""
+    """Return the keyword arguments for a model's forward."""
     if rows.packing is not None:
         return {"attention_mask": no_mask(device), "position_ids": rows.position_ids, "packing": rows.packing}
     if rows.segments is not None:
@@ -55,7 +55,7 @@ def _mask_and_positions(model: nn.Module, rows: Rows, device: torch.device) -> d
 
 
 def head_gives_logits(model: nn.Module, batch: dict) -> bool:
-    """Return whether a model's logits are its output head, applied to what its base puts out, and nothing more.
+    """True if a model's logits are exactly its output head applied to its base's output.
 
     Both are compared to the last bit, as they are the same operation on the same tensor; with the base's output times
     64, as a soft cap on the small logits of untrained weights would be lost in their rounding.
@@ -96,10 +96,10 @@ def chunked_token_logps(
 
 
 def tree_mask(segments: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Who may attend to whom: causal, but nobody from a rejected response to a chosen one. (B, T) to (B, 1, T, T).
+    """Return the attention mask: causal, but rejected responses don't see chosen ones. (B, T) to (B, 1, T, T).
 
-    With a dtype the mask is to be added to attention scores, without it is boolean. Padding stands at the end: no
-    token sees it, and itself sees something, so that no softmax is empty.
+    With a dtype, the mask is added to attention scores; without one, it is boolean. Padding is at the end: no token
+    sees it, but it sees other tokens, so that no softmax is empty.
     """
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()

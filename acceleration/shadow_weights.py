@@ -1,11 +1,11 @@
 """Weights in the dtype that autocast computes in, kept beside their float32 masters and cast once a step.
 
 Autocast casts the weights of every linear layer again in every forward pass: with eight microbatches, and the
-reference's passes between them, eight times a step. Here the copy stays until the weight has changed. The graph is
-autocast's own, less the cast: gradients go through it into the masters, which alone the optimizer, checkpoints and
-everybody else know. So all numbers are autocast's, bit for bit (but for an output head whose logits are made in several
-chunks: their gradients are summed in float32, as autocast sums them in its own dtype). It takes 2 bytes a weight, as
-much as autocast takes while a forward pass runs.
+reference's passes between them, eight times a step. Here the copy stays until the weight has changed. Gradients pass
+through the copy into the master; the optimizer, checkpoints and all other code see only masters. All numbers are
+autocast's, bit for bit, with one exception: if an output head makes its logits in several chunks, their gradients are
+summed in float32, where autocast sums them in its own dtype. A copy takes 2 bytes per weight, as much as autocast takes
+during a forward pass.
 """
 
 import types
@@ -19,7 +19,7 @@ from utils import computed_dtype
 
 
 class _AsCopied(torch.autograd.Function):
-    """A master's copy, through which gradients go to the master."""
+    """Returns a master's copy, and passes gradients on to the master."""
 
     @staticmethod
     def forward(ctx, master: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ class ShadowedLinear(nn.Linear):
         return _AsCopied.apply(master, copy)
 
     def forget_copies(self):
-        """Let the weights be cast again, as they have changed."""
+        """Drop the copies of weights that have changed, so that they are cast again."""
         self.__dict__.pop("_copies", None)
 
     def __getstate__(self) -> dict:
@@ -60,7 +60,7 @@ class ShadowedLinear(nn.Linear):
 
 
 def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
-    """Let a model's plain linear layers keep such copies; not those that share their weight with an embedding.
+    """Let a model's plain linear layers keep such copies, except those that share their weight with an embedding.
 
     `optimizer`: of the model's weights; before each of its steps the copies of what it trains are released. The step
     gets their memory, and fused optimizers change weights without a trace in their versions.

@@ -10,7 +10,7 @@ from utils import rank0_print
 
 
 def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
-    """Get a trainer's policy ready to be computed fast.
+    """Apply all speed-ups to a trainer's policy.
 
     Args:
         trains: plan the memory for training; otherwise it is not planned.
@@ -30,7 +30,7 @@ def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
 
 
 def _fitting_tokens(trainer) -> int | None:
-    """Compute a pair of full length, and plan the GPU's memory by what that keeps; see `plan_memory`."""
+    """Compute a pair of full length, measure what it keeps, and plan the GPU's memory; see `plan_memory`."""
     pair = full_length_batch(trainer.eval_iterator.first_examples(2), trainer.config.max_length)
     n_tokens = int(computed_tokens(pair, trainer.layout.is_shared, padded=not trainer.layout.is_packed))
     activations = measure_activations(

@@ -1,1 +1,1 @@
-"""What every module may use: whole files, locks, outputs, printing, the error for a user's mistake. No torch."""
+"""Helpers for every module: whole files, locks, outputs, printing, the error for a user's mistake. No torch."""

@@ -1,4 +1,4 @@
-"""The error for a user's mistake, where every module can import it without importing torch."""
+"""`UserError`, in a module of its own that doesn't import torch."""
 
 
 class UserError(ValueError):

@@ -12,12 +12,12 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import IO
 
-PARTIAL = r"\.partial-[0-9a-f]{8}"  # a regular expression: what the names of unfinished files end with
+PARTIAL = r"\.partial-[0-9a-f]{8}"  # regular expression for the suffix of unfinished files
 
 
 @contextlib.contextmanager
 def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
-    """Lend a file to be written; then it replaces `path`, whole and on the disk. After an error `path` is unchanged."""
+    """Open a temporary file that replaces `path`, flushed to disk, on exit. After an error `path` is unchanged."""
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
     try:
         with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8") as file:
@@ -32,7 +32,7 @@ def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
 
 
 def flush_to_disk(*paths: str):
-    """Flush files or directories to the disk, before anything that is written after them."""
+    """Flush files or directories to the disk, so that nothing written later gets there first."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -81,7 +81,7 @@ def append_json_line(path: str, value: dict):
 
 # ---- hashes of whole files ------------------------------------------------------------------------------------------
 
-_SETTLED = 2  # seconds after its last change in which a file may change again without another timestamp
+_SETTLED = 2  # seconds; a file changed more recently may change again without a new timestamp
 
 
 def sha256(path: str) -> str:
@@ -91,10 +91,10 @@ def sha256(path: str) -> str:
 
 
 class HashCache:
-    """SHA-256 of files' contents, read once: known again by device, inode, size, mtime and ctime.
+    """Caches SHA-256 hashes of files, which are identified by device, inode, size, mtime and ctime.
 
-    ctime can't be set by programs, so that a file which tar, rsync or an image restored is read again. What the cache
-    can't tell is damage of the disk itself: checksums of checkpoints are computed without it.
+    Programs can't set ctime, so a file restored by tar, rsync or a disk image is read again. The cache can't notice
+    damage to the disk itself, so checksums of checkpoints are computed without it.
     """
 
     def __init__(self, directory: str):
@@ -113,13 +113,13 @@ class HashCache:
             if time.time() - stat.st_ctime < _SETTLED:
                 return digest
             self.known[key] = digest
-            with contextlib.suppress(OSError):  # without the cache it is read again next time
+            with contextlib.suppress(OSError):  # not cached: it is read again next time
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
                 append_json_line(self.path, {"stat": key, "sha256": digest})
         return self.known[key]
 
 
 def content_hash(paths: Iterable[str], cache_dir: str | None) -> str:
-    """Return a SHA-256 of the content of files, in their order; what is known of them is kept in `cache_dir`."""
+    """Return a SHA-256 of the contents of files, in order; each file's hash is cached in `cache_dir`."""
     hash_file = HashCache(cache_dir).sha256 if cache_dir is not None else sha256
     return hashlib.sha256("".join(map(hash_file, paths)).encode()).hexdigest()

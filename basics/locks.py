@@ -12,7 +12,7 @@ _held: set[int] = set()  # descriptors of locked files
 
 
 def _close_in_child():
-    """A lock lasts while anybody has its file open: a forked helper that outlives this process must not."""
+    """Close locked files in a forked child: a lock lasts as long as any process has its file open."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -23,13 +23,13 @@ os.register_at_fork(after_in_child=_close_in_child)  # programs started by exec 
 
 @contextlib.contextmanager
 def locked(path: str, origin: str, busy: str) -> Iterator[int]:
-    """Lock a file for this process alone and lend its descriptor; it is created if need be, and removed if still empty.
+    """Lock a file for this process alone and yield its descriptor; create it if needed, remove it if still empty.
 
     The lock is an flock, which ends with this process, however that ends. Between machines that share the directory it
     holds where the file system passes flock on: NFS (Linux makes it a byte-range lock, which NFSv4 always has, NFSv3
     with its lock service), Lustre mounted with `flock`, CephFS. When a machine crashes the server gives its locks up,
     on NFS after a minute or two. A mount that keeps locks local (`nolock`, `local_lock`, `localflock`) looks the same
-    from here and shuts out this machine's processes alone. Where there are no locks at all, a warning is printed.
+    from here and shuts out only this machine's processes. If the file system has no locks at all, a warning is printed.
 
     Args:
         origin: key and value that name the file, for messages.

@@ -1,7 +1,7 @@
-"""May a command write here? `check_outputs` decides it for all commands: nothing that is not ours is written over.
+"""`check_outputs` refuses outputs that would overwrite files which these commands didn't write.
 
-What a command writes over, or adds to, has to be recognized: a run's directory by its config.yaml or its checkpoints,
-other files by how their content begins.
+A file that a command overwrites or appends to must be recognizable: a run's directory by its config.yaml or its
+checkpoints, other files by how their content begins.
 """
 
 import errno

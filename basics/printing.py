@@ -1,4 +1,4 @@
-"""What is printed: by which process, and what of it may reach a terminal, a log or a document. It needs no torch."""
+"""Print on rank 0, with secrets masked and control sequences escaped. It needs no torch."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 def on_rank0() -> bool:
-    """True for the process that writes and prints for all, by the variable RANK that launchers set."""
+    """True on rank 0, which writes and prints for all; launchers set the variable RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -29,9 +29,9 @@ def masked(text: str) -> str:
 
 
 def printable(text: object) -> str:
-    """Return a text as it may be printed: secrets masked, and control sequences shown instead of carried out.
+    """Return a text that is safe to print: secrets masked, control sequences escaped.
 
-    Whatever comes from data, files, names, endpoints or errors passes through here on its way to a terminal, a log, a
+    All text from data, files, names, endpoints or errors passes through here before it reaches a terminal, a log, a
     model card or a table. Line breaks and tabs stay.
     """
     text = masked(str(text)).replace("\r\n", "\n")
@@ -41,14 +41,14 @@ def printable(text: object) -> str:
 
 
 def _is_harmless(character: str) -> bool:
-    """False for what moves a cursor, hides text or reverses its direction."""
+    """False for characters that move the cursor, hide text or reverse its direction."""
     if character in "\n\t" or character in _JOINERS:
         return True
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def markdown(text: object) -> str:
-    """Return a text on one line for a Markdown paragraph or table, its markup shown as it is."""
+    """Return a text on one line for a Markdown paragraph or table, with its markup escaped."""
     line = " ".join(printable(text).split())
     return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", line)
 

@@ -1,9 +1,9 @@
-"""Which causal language models share prompts: `python benchmarks/architectures.py` tries every type of transformers.
+"""Try shared prompts with every causal language model of transformers: `python benchmarks/architectures.py`.
 
 Each is built at a tiny size with random weights, checked as training does at its start (`model_check.find_layout`), and
-computed as the check decided; log-probabilities and gradients are held against those of the model's own forward of each
-sequence alone. Windows are as long as the config's defaults. Writes docs/architectures.md, or with names of types
-prints their rows alone.
+computed as the check decided. Log-probabilities and gradients are compared with those of the model's own forward of
+each sequence alone. Windows are as long as the config's defaults. Writes docs/architectures.md; if types are named,
+prints only their rows.
 """
 
 import argparse
@@ -40,7 +40,7 @@ DTYPES = ("float64", "float32", "bfloat16")
 _KEYS = ("input_ids", "attention_mask", "labels")
 LENGTHS = ((40, 120, 152), (3, 60, 189), (100, 92, 1))  # tokens in prompt, chosen and rejected response
 
-# What the fields of configs are called, and what they are to be: they are set where a config has them.
+# Names of config fields, and their values; a field is set if the config has it.
 _FIELDS = {
     VOCAB: "vocab_size vocab_size_per_layer_input padded_vocab_size",
     32: "hidden_size n_embd d_model dim embedding_size emb_dim word_embed_proj_dim lru_width embed_dim width "
@@ -82,7 +82,7 @@ _OF_TYPE = {
 
 
 def tiny_sizes(config_class: type) -> dict:
-    """Arguments that make a config of this class, and those within it, tiny."""
+    """Return arguments that make a config of this class, and those within it, tiny."""
     default, sizes = config_class(), {}
     for name, value in _SIZES.items():
         if name in vars(default) or name in config_class.attribute_map:
@@ -96,7 +96,7 @@ def tiny_sizes(config_class: type) -> dict:
 
 
 def tiny_model(model_type: str, **overrides) -> nn.Module:
-    """A tiny causal language model of that type in float32; its weights are so large that attention matters.
+    """Return a tiny causal language model of this type in float32, with weights so large that attention matters.
 
     Raises: RuntimeError if it stays large.
     """
@@ -133,20 +133,20 @@ def batch_of(lengths: tuple[tuple[int, int, int], ...] = LENGTHS) -> dict:
 
 
 def plain_logps(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The log-probability of each response as a trainer computes it plainly: (S,)."""
+    """Return the log-probability of each response by the trainer's plain forward: (S,)."""
     trainer = BasicTrainer.__new__(BasicTrainer)
     trainer.device = model.get_input_embeddings().weight.device
     return trainer.plain_logps(model, batch)
 
 
 def check_model(model: nn.Module, batch: dict, max_length: int = MAX_LENGTH, autocast=nullcontext, **settings):
-    """The layout that the check at the start of training chooses for a model, and what it prints."""
+    """Return the layout that the check at the start of training chooses for a model, and the line it prints."""
     config = OmegaConf.create({"shared_prompt": "auto", "padding_free": False, "max_length": max_length, **settings})
     return find_layout(model, plain_logps, batch, config, autocast=autocast)
 
 
 def own_logps(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The log-probability of each response by the model's forward of each sequence alone, without padding: (S,)."""
+    """Return each response's log-probability by the model's forward of its sequence alone, unpadded: (S,)."""
     logps = []
     for side in ("chosen", "rejected"):
         for row, mask, labels in zip(*(batch[f"{side}_{key}"] for key in _KEYS), strict=True):
@@ -159,7 +159,7 @@ def own_logps(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def logps_and_gradient(model: nn.Module, compute: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-probabilities of a batch's responses, (S,), and the gradient of a combination in all parameters."""
+    """Return log-probabilities of a batch's responses, (S,), and the gradient of a combination of them."""
     model.zero_grad()
     logps = compute(model, batch_of())
     logps.mul(torch.linspace(0.5, 1.5, len(logps))).sum().backward()
@@ -168,7 +168,7 @@ def logps_and_gradient(model: nn.Module, compute: Callable) -> tuple[torch.Tenso
 
 
 def compare(model: nn.Module, layout: Layout) -> dict:
-    """How far a layout's numbers are from those of each sequence alone, in training mode."""
+    """Return the distance of a layout's numbers from those of each sequence alone, in training mode."""
     compute = plain_logps if layout.is_plain else partial(layout.response_logps, strategy=SingleProcess)
     model.train()
     expected, expected_gradient = logps_and_gradient(model, own_logps)
@@ -181,13 +181,13 @@ def compare(model: nn.Module, layout: Layout) -> dict:
 
 
 def name_of(layout: Layout) -> str:
-    """What a table calls a layout."""
+    """Return a layout's name in the table."""
     kind = "plain" if layout.is_plain else "shared" if layout.is_shared else "padded"
     return f"{kind}, whole logits" if layout.whole_logits else kind
 
 
 def try_model(model: nn.Module) -> dict:
-    """How the check at the start of training decides on a model, and what comes of it."""
+    """Run the check at the start of training on a model; return its decision and the distances measured."""
     short = batch_of(((9, 4, 7), (3, 6, 2)))
     try:
         layout, why = check_model(model, short)
@@ -224,7 +224,7 @@ def try_type(model_type: str, results: multiprocessing.SimpleQueue):
 
 
 def try_in_process(model_type: str, time_limit: float) -> dict:
-    """The results of `try_type` in a process of its own: {'class': ..., dtype: result, ...}, {None: why not}."""
+    """Run `try_type` in a separate process: {'class': ..., dtype: result, ...}, or {None: why not}."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     process = context.Process(target=try_type, args=(model_type, results))
@@ -253,8 +253,7 @@ def _in_table(result: dict) -> str:
 
 
 def is_wrong(results: dict) -> bool:
-    """Whether what was chosen gives other numbers than each sequence alone: as is seen in float64 or float32. What is
-    chosen in 16 bits alone, is wrong."""
+    """True if the chosen layout differs from single sequences in float64 or float32, or is chosen in 16 bits only."""
     exact = results.get("float64") or results.get("float32")
     if exact is None or exact["decision"] == "refused":
         return exact is not None and results.get("bfloat16", exact)["decision"] != "refused"
@@ -286,7 +285,7 @@ def row_of(model_type: str, results: dict) -> str:
 
 
 def note(why: str) -> str:
-    """Why a model isn't computed the fastest way, for a table's cell."""
+    """Return, for a table's cell, why a model isn't computed in the fastest way."""
     if why == "Prefix sharing: on":
         return ""
     return " ".join(why.removeprefix("Prefix sharing: off; ").split()).replace("|", "\\|")[:300]

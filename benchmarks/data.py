@@ -1,7 +1,7 @@
 """Speed and memory of reading and tokenizing preference pairs, here and in the original: `python benchmarks/data.py`.
 
-Both read the same JSON Lines file of generated dialogues that are as long as those of HH. Measured is all work before
-training can begin, plus the tokenization of the first epoch:
+Both read the same JSON Lines file of generated dialogues that are as long as those of HH. The benchmark measures all
+work before training can begin, plus the tokenization of the first epoch:
 - The original reads all rows into a dict of prompts and calls the tokenizer three times per pair
   (https://github.com/eric-mitchell/direct-preference-optimization, preference_datasets.py).
 - Here, the first start reads, checks, tokenizes and caches all pairs; a later start only maps the cache into memory;

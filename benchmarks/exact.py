@@ -26,7 +26,7 @@ class Task:
 
 
 class ResponseTree:
-    """The prefix tree of token sequences, packed into rows that a model computes."""
+    """A prefix tree of token sequences, packed into rows that a model computes."""
 
     def __init__(self, sequences: list[list[int]], max_row: int = 192):
         """Build the tree. Node 0 is the end of the prompt.

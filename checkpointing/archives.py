@@ -1,4 +1,4 @@
-"""Files of tensors: weights that a run starts from, today's and those of 2023, and what checkpoints hold."""
+"""Files of tensors: the weights that a run starts from, in today's and 2023's formats, and checkpoints."""
 
 import contextlib
 import json
@@ -59,7 +59,7 @@ def read_state_dict(path: str, mmap: bool = False) -> dict:
 
 
 def describe(error: Exception, n_characters: int = 300) -> str:
-    """Return what is wrong with a file that can't be read.
+    """Describe why a file can't be read.
 
     Torch advises to load pickles with `weights_only=False`, which would run the code in them: only its reason is kept.
     """
@@ -133,10 +133,10 @@ def _check_tensors(state: dict):
 def load_pretrained(
     name: str, origin: str, auto_class: type = transformers.AutoModelForCausalLM, **options
 ) -> nn.Module:
-    """`auto_class.from_pretrained(name, **options)`, with every weight read from its files.
+    """Call `auto_class.from_pretrained(name, **options)`, and require every weight to be in its files.
 
-    Weights of a part that the model lacks altogether (a reward head) are left out, which is printed; so are buffers
-    that models compute.
+    Weights of a part that the model lacks altogether (a reward head) are ignored with a message; buffers that models
+    compute are ignored silently.
 
     Args:
         origin: where it comes from, for messages.
@@ -156,7 +156,7 @@ def load_pretrained(
     _refuse_misfits(origin, missing, left_over - set(aside), shapes)
     if aside:
         shown = ", ".join(aside[:5]) + (f" and {len(aside) - 5} more" if len(aside) > 5 else "")
-        rank0_print(f"{origin}: left out, as {type(model).__name__} has no such part: {shown}")
+        rank0_print(f"{origin}: ignored weights of parts that {type(model).__name__} lacks: {shown}")
     return model
 
 
@@ -197,7 +197,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def fit_state(state: dict, model: nn.Module, path: str) -> dict:
-    """`state` under the names of `model`'s parameters, sharded as they are; see `load_archive` for what is raised."""
+    """Return `state` under the names of `model`'s parameters, sharded like them; raises as `load_archive` does."""
     expected = model.state_dict(keep_vars=True)
     fitted = {}
     if strange := sorted(str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)):

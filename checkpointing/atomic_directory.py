@@ -30,10 +30,10 @@ _REMEDY = (
 
 @contextlib.contextmanager
 def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
-    """Lend an empty directory to be filled; then it replaces `path`, whole and on the disk.
+    """Yield an empty directory that replaces `path`, whole and flushed to disk, on exit.
 
     Args:
-        remedy: what an error tells the user to do.
+        remedy: the remedy in the error message.
 
     Raises: UserError if it can't be written; nothing of it remains then, and `path` is as it was.
     """
@@ -84,9 +84,9 @@ def _remove(path: str):
 
 
 def recover_interrupted_saves(run_dir: str):
-    """Repair what a crash during a save left: remove what is not whole, put back what was about to be replaced.
+    """Repair a run directory after a crash during a save: remove partial files, put back what was being replaced.
 
-    Nothing else is touched, and nothing in a directory that isn't a run's.
+    Other files, and directories that aren't a run's, are left untouched.
     """
     for name in os.listdir(run_dir) if is_run(run_dir) else []:
         path = os.path.join(run_dir, name)

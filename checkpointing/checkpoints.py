@@ -1,10 +1,11 @@
-"""Checkpoint directories: writing one, reading a policy from one, and which of them a run keeps.
+"""Checkpoint directories: writing one, reading a policy from one, and deleting old ones.
 
-A checkpoint is a directory that appears whole or not at all. It has the original's files, `policy.pt`, `optimizer.pt`
-and `scheduler.pt`, each {'step_idx': training examples seen, 'state': a state dict, 'metrics': of the last evaluation};
-model and tokenizer for `from_pretrained`, and a model card; `state.json` and `rng.pt`, the train state; and
-`SHA256SUMS`, by which damage is noticed. If the policy has an adapter, it holds the adapter in PEFT's format instead of
-the model.
+A checkpoint is a directory that appears whole or not at all. It contains:
+- the original's files, `policy.pt`, `optimizer.pt` and `scheduler.pt`, each {'step_idx': training examples seen,
+  'state': a state dict, 'metrics': those of the last evaluation};
+- model and tokenizer for `from_pretrained` (if the policy has an adapter, only that, in PEFT's format), a model card;
+- `state.json` and `rng.pt`, the train state;
+- `SHA256SUMS`, to detect damage.
 """
 
 import json
@@ -71,11 +72,11 @@ def write_checkpoint(
     """Write a checkpoint directory; it replaces an earlier one.
 
     Args:
-        state_dicts: of full tensors, of 'policy', and, unless they are left out, of 'optimizer' and 'scheduler'; of a
-            policy with an adapter at least what is trained, and what else belongs to the adapter.
-        config: under which it was trained.
-        dropout_rates: those that the model's config.json is to have; the policy's are 0.
-        n_eval_examples: how many examples an evaluation has, for the model card.
+        state_dicts: by 'policy' and, optionally, 'optimizer' and 'scheduler', with full tensors. For a policy with an
+            adapter, the trained weights and the adapter's other parts are enough.
+        config: the run's config.
+        dropout_rates: written to the model's config.json in place of the policy's, which are 0.
+        n_eval_examples: the number of examples in an evaluation, for the model card.
 
     Raises: UserError if it can't be written; an earlier checkpoint is then unchanged.
     """
@@ -101,7 +102,7 @@ def write_checkpoint(
 
 def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates: dict[str, float]):
     """Write the policy for `from_pretrained`, with the model's own code if it has any."""
-    # FSDP makes a class of its own, which the model's code lacks
+    # FSDP replaces the class by one that the model's code lacks
     model_class = next(base for base in type(policy).__mro__ if not base.__module__.startswith("torch."))
     model = model_class.__new__(model_class)
     model.__dict__ = policy.__dict__
@@ -115,7 +116,7 @@ def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates:
 
 
 def load_model_state(path: str, model: nn.Module):
-    """Give a model the weights of one file of a checkpoint, bit for bit.
+    """Load the weights in one file of a checkpoint into a model, bit for bit.
 
     Raises: UserError if it isn't there or doesn't fit.
     """
@@ -123,7 +124,7 @@ def load_model_state(path: str, model: nn.Module):
 
 
 def load_policy_state(directory: str, policy: nn.Module):
-    """Give a policy the weights of a checkpoint, bit for bit."""
+    """Load the weights of a checkpoint into a policy, bit for bit."""
     if not hasattr(policy, "peft_config"):
         load_model_state(os.path.join(directory, "policy.pt"), policy)
         return
@@ -152,7 +153,7 @@ def point_to(run_dir: str, link: str, name: str):
         os.symlink(name, partial)
         replace_path(partial, os.path.join(run_dir, link))
     except OSError as error:
-        raise UserError(f"can't make {run_dir}/{link} a link to {name}, which is whole: {error}") from error
+        raise UserError(f"can't link {run_dir}/{link} to {name} (the checkpoint is complete): {error}") from error
 
 
 def delete_oldest(run_dir: str, n_kept: int | None, examples: int):

@@ -1,4 +1,4 @@
-"""Fingerprints of the models that a run starts from: is this still what it was, wherever it is now?
+"""Fingerprints of the models that a run starts from, to notice changes when it resumes, even if files have moved.
 
 They are in every checkpoint's state.json and, for a run that has no checkpoint yet, in the first line of its
 config.yaml.
@@ -30,7 +30,7 @@ _HEADERS = (_HEADER, "# SHA-256 of what the run started from, compared when it g
 def file_fingerprints(config: DictConfig, sampled: bool = False) -> dict[str, str]:
     """Return a SHA-256 of each local file or folder that weights and tokenizer come from, by its config key.
 
-    It covers the content, and the names of files in a folder; not the path or the name of what the key gives.
+    It covers the content, and the names of files in a folder, but not the path itself.
 
     Args:
         sampled: as earlier versions did, read only 64 blocks of files above 64 MiB.
@@ -104,11 +104,11 @@ def hub_revisions(config: DictConfig) -> dict[str, str]:
 
 
 def changed_models(config: DictConfig, former: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Return the keys whose fingerprint was another when the run began.
+    """Return the keys whose fingerprint has changed since the run began.
 
     Args:
         former: fingerprints when the run began; models without one aren't compared.
-        now: today's, of files or of commits on the hub.
+        now: today's fingerprints of files, or commits on the hub.
     """
     changed = [key for key, digest in now.items() if former.get(key, digest) != digest]
     if not any(is_of_model(key) for key in changed):
@@ -123,7 +123,7 @@ def is_of_model(name: str) -> bool:
 
 
 def header(fingerprints: dict[str, str]) -> str:
-    """Return the first line of a run's config.yaml: fingerprints, by what they are of."""
+    """Return the first line of a run's config.yaml: fingerprints by config key."""
     return f"{_HEADER}{json.dumps(fingerprints)}\n"
 
 

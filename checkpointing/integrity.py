@@ -28,7 +28,7 @@ def verify_weights(directory: str):
 
 
 def find_corruption(directory: str) -> str | None:
-    """Return what is wrong with a checkpoint directory, or None if every file is as it was written."""
+    """Describe the damage to a checkpoint directory; None if every file is as it was written."""
     try:
         checksums = read_checksums(directory)
         if "state.json" not in checksums:

@@ -1,4 +1,4 @@
-"""The model card, README.md, that a checkpoint has for whoever finds it on the hub: what it is, and how to load it."""
+"""The model card (README.md) of a checkpoint: a description for the hub, and how to load it."""
 
 import importlib.metadata
 import os
@@ -39,13 +39,13 @@ _CITATION = """\
 def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool, n_eval_examples: int | None = None):
     """Write README.md, in place of one that PEFT may have written.
 
-    Its front matter names models and datasets of the hub alone; what is local, the text has as the config gives it.
+    Its front matter names only models and datasets on the hub; local ones are in the text, as the config gives them.
 
     Args:
-        config: under which it was trained.
+        config: the run's config.
         state: the checkpoint's state.json.
         is_adapter: the directory holds an adapter, not a model.
-        n_eval_examples: how many examples an evaluation had; None: as many as the config says.
+        n_eval_examples: the number of examples in an evaluation; None: the config's.
     """
     on_hub = _base_revision(config, state) is not None
     data = huggingface_hub.ModelCardData(

@@ -1,4 +1,4 @@
-"""Resuming a run: from which checkpoint, and whether it is still the same run under today's config."""
+"""Resume a run: find the checkpoint, and check that today's config is still that of the same run."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ from utils import UserError, rank0_print
 
 SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory, in all processes of its jobs
 
-# These may change when a run is resumed; another value of any other key makes it another run.
+# Keys that may change when a run is resumed; a change of any other key makes it a different run.
 _MAY_CHANGE = (
     "activation_checkpointing", "compile", "curves", "data_only", "debug", "deterministic", "do_first_eval",
     "eval_batch_size", "eval_every", "exp_name", "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate",
@@ -41,7 +41,7 @@ _MAY_CHANGE = (
 
 
 def _examples(checkpoint: str) -> int:
-    """Return how many examples a checkpoint was trained on; by its name if its state.json is damaged."""
+    """Return the number of examples trained on; from the checkpoint's name if its state.json is damaged."""
     name = os.path.basename(checkpoint)
     try:
         return int(read_state_json(checkpoint)["examples"])
@@ -91,7 +91,7 @@ def locate_run(config: DictConfig, run_dir_given: bool):
 
 
 def find_checkpoint(config: DictConfig) -> str | None:
-    """Return the checkpoint that `resume` means, which is whole. None: start from the beginning.
+    """Return the undamaged checkpoint that `resume` means; None: start from the beginning.
 
     Raises: UserError if there is none, if it is damaged, or if the run has got further than it.
     """
@@ -223,11 +223,11 @@ def _former_inputs(config: DictConfig, checkpoint: str | None) -> dict[str, str]
 def check_same_run(
     config: DictConfig, checkpoint: str | None, files: dict[str, str], reference_dtype_given: bool = True
 ):
-    """Refuse a config that makes another run of the one that is resumed; print what has changed.
+    """Refuse a config that would make the resumed run a different one; print the changes.
 
     Args:
-        files: today's `file_fingerprints`: a file may have moved, but not changed.
-        reference_dtype_given: by the user; otherwise the dtype stays what the run began with.
+        files: today's `file_fingerprints`; a file may have moved, but not changed.
+        reference_dtype_given: True if the user gave the dtype; otherwise the run keeps the one it began with.
 
     Raises: UserError naming what differs, unless `resume_anyway` is true.
     """
@@ -247,7 +247,7 @@ def check_same_run(
         rank0_print("Changed since the run began:\n  " + "\n  ".join(changes.values()))
     changed = set(fingerprints.changed_models(config, former_inputs, files))
     only_moved = (files.keys() & former_inputs.keys()) - changed
-    if former_inputs.get("model.name_or_path", "") == now["model.revision"]:  # the commit that it has been all along
+    if former_inputs.get("model.name_or_path", "") == now["model.revision"]:  # the commit is unchanged
         only_moved.add("model.revision")
     # the content of data is compared once it is loaded
     only_moved |= {f"dataset_paths.{name}" for name in config.dataset_paths
@@ -292,7 +292,7 @@ def _check_kind(config: DictConfig, checkpoint: str):
 
 
 def changed_inputs(config: DictConfig, checkpoint: str | None, inputs: dict[str, str]) -> list[str]:
-    """Return which of these inputs are not those with which the run began, as lines of a message."""
+    """Return a line of a message for each of these inputs that has changed since the run began."""
     return _as_lines(config, _former_inputs(config, checkpoint), inputs)
 
 
@@ -309,7 +309,7 @@ def refuse_changed_inputs(config: DictConfig, changed: list[str]):
     """Raise UserError if there are `changed_inputs`; with `resume_anyway`, print a warning instead."""
     if not changed:
         return
-    message = "what is there is not what the run began with:\n  " + "\n  ".join(changed)
+    message = "these inputs have changed since the run began:\n  " + "\n  ".join(changed)
     if not config.resume_anyway:
         raise UserError(
             f"resume={config.resume}: {message}\nPut back what was there, start a new run, or resume nevertheless with "
@@ -321,11 +321,11 @@ def refuse_changed_inputs(config: DictConfig, changed: list[str]):
 def check_models_unchanged(
     config: DictConfig, checkpoints: list[str | None], models: dict[str, str], given: Collection[str] = ()
 ):
-    """Refuse checkpoints whose run began with other models than are there now.
+    """Refuse checkpoints if the models that their run began with have changed.
 
     Args:
-        models: today's fingerprints, of files or of commits on the hub.
-        given: keys that the command line gives, which need not be the run's.
+        models: today's fingerprints of files, or commits on the hub.
+        given: keys on the command line, which may differ from the run's.
 
     Raises: UserError naming what has changed.
     """
@@ -334,7 +334,7 @@ def check_models_unchanged(
         former = read_state_json(checkpoint).get("inputs", {})
         if changed := _as_lines(config, former, models):
             raise UserError(
-                f"{checkpoint}: what is there is not what its run began with:\n  " + "\n  ".join(changed) + "\n"
+                f"{checkpoint}: these inputs have changed since its run began:\n  " + "\n  ".join(changed) + "\n"
                 "Put back what was there; a key given on the command line chooses another model"
             )
 

@@ -1,4 +1,4 @@
-"""What training resumes from: counters and random generators in one object, and the optimizer's state."""
+"""The state of training in a checkpoint: counters and random generators in one object, and the optimizer's state."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # the best value so far of the metric that `keep_best` names
     best_at: int | None = None  # `examples` there
     worse: int = 0  # evaluations since
-    max_tokens: int | None = None  # the largest microbatch: with another one batches are cut, and rounded, differently
+    max_tokens: int | None = None  # tokens in the largest microbatch; another value would change rounding
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file
@@ -68,7 +68,7 @@ class TrainState:
 
     @classmethod
     def load(cls, checkpoint: str) -> "TrainState":
-        """Raises: UserError if the files can't be read, lack something, or hold anything else."""
+        """Read state.json and rng.pt. Raises: UserError if they can't be read, are incomplete or hold anything else."""
         saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "rng.pt")
         names = [f.name for f in dataclasses.fields(cls) if f.name != "rng_states"]
         try:
@@ -85,7 +85,7 @@ class TrainState:
         return state
 
 
-# errors of content that has another form than it should
+# raised for content of an unexpected form
 _MISUSED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
@@ -254,6 +254,6 @@ def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def _fits(shape: torch.Size, parameter_shape: torch.Size) -> bool:
-    """True if an optimizer may keep a tensor of that shape: one number, or one for each weight, row or column."""
+    """True if an optimizer may keep a tensor of this shape: one number, or one per weight, row or column."""
     same_rank = len(shape) == len(parameter_shape)
     return len(shape) == 0 or (same_rank and all(n in (1, m) for n, m in zip(shape, parameter_shape, strict=True)))

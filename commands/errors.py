@@ -17,7 +17,7 @@ from config_checks.explanations import explain_hydra_error
 from distributed import environment, heartbeat
 from utils import UserError, is_short_of_files, rank0_print
 
-# asked for by HYDRA_FULL_ERROR=1, which `main` then sets for reasons of its own; workers ask their parent's
+# the user's HYDRA_FULL_ERROR=1, read before `main` sets it itself; workers read their parent's
 SHOWS_TRACEBACK = os.environ.setdefault("DPO_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
 
 
@@ -25,7 +25,7 @@ SHOWS_TRACEBACK = os.environ.setdefault("DPO_FULL_ERROR", os.environ.get("HYDRA_
 def errors_reported() -> Iterator[None]:
     """Let errors end the process (SystemExit) once they have been printed, a bug's with its traceback.
 
-    A user's mistake, a lost connection and a signal are told in a message alone.
+    For a user's mistake, a lost connection and a signal, only the message is printed.
     """
     try:
         yield
@@ -60,7 +60,7 @@ def errors_reported() -> Iterator[None]:
         sys.exit(1)
 
 
-_FILES_TO_SPARE = 8  # what failed may have closed some of its own already
+_FILES_TO_SPARE = 8  # the failed code may have closed some of its files already
 _TOO_MANY_FILES = "too many open files: raise the limit on open files (ulimit -n)"
 
 
@@ -79,7 +79,7 @@ def _can_open_files() -> bool:
 
 
 def _explained(error: Exception) -> str | None:
-    """Return what is wrong with the machine rather than with this program: a full disk, too many open files."""
+    """Return an error's message if the machine is the cause, not this program: a full disk, too many open files."""
     if is_short_of_files(error) or not _can_open_files():
         return _TOO_MANY_FILES
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

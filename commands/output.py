@@ -13,11 +13,11 @@ class _UnneededOutput(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:  # the reader of a pipe has ended, a terminal is gone, a disk is full
-            with contextlib.suppress(OSError):  # that the other stream is read isn't sure either
-                text = f"WARNING: nothing more is printed ({error}); the run goes on, and its files are written\n"
+            with contextlib.suppress(OSError):  # the other stream may have no reader, either
+                text = f"WARNING: nothing more is printed ({error}); the run continues, and still writes its files\n"
                 os.write({1: 2, 2: 1}[self.fileno()], text.encode())
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # for all that write there otherwise: libraries, signal handlers, workers
+            os.dup2(nowhere, self.fileno())  # for other writers: libraries, signal handlers, workers
             os.close(nowhere)
             return len(memoryview(data))
 

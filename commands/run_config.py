@@ -1,4 +1,4 @@
-"""The config of commands that work on a run: the run's, with keys of their own beside it."""
+"""Config for commands that work on a run: the run's config, plus the command's own keys."""
 
 import contextlib
 import os
@@ -36,13 +36,13 @@ def read_run_config(run_dir: str) -> DictConfig:
 
 
 def _given_keys() -> list[str]:
-    """Return the keys that the command line gives."""
+    """Return the keys on the command line."""
     parser = OverridesParser.create()
     return [parser.parse_override(word).key_or_group for word in HydraConfig.get().overrides.task]
 
 
 def _config_without(config: DictConfig, own: dict) -> DictConfig:
-    """Return the config of training without the command's own keys: the run's if there is one, with what is given.
+    """Return the training config, without the command's own keys: the run's, if any, with the given overrides.
 
     Raises: UserError if there is no such run, or its config can't be read.
     """
@@ -79,10 +79,10 @@ def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
 
 
 def run_with_options(config: DictConfig, config_name: str, make_options: Callable, work: Callable):
-    """Call `work(config, options)`: in this process, in several that it starts, or as one of a launcher's.
+    """Call `work(config, options)` in this process, in workers that it starts, or as one of a launcher's workers.
 
     Args:
-        config_name: of the file whose keys are beside those of training.
+        config_name: the config file with the command's own keys.
         make_options: returns `options` for the config of training, the values of these keys and the checkpoints that
             they name; it may raise UserError.
     """

@@ -24,11 +24,11 @@ from distributed import environment
 from reporting.metric_names import ACCURACY, LOSS
 from utils import UserError, on_rank0, rank0_print
 
-METRICS = (LOSS, ACCURACY)  # what the table shows of a job's last evaluation
+METRICS = (LOSS, ACCURACY)  # metrics of a job's last evaluation in the table
 
 
 class SweepLog:
-    """How the jobs of a sweep ended, also after it is resumed: `sweep.jsonl`, and a table."""
+    """Records how each job of a sweep ended, across resumes: `sweep.jsonl`, and a table."""
 
     def __init__(self, directory: str):
         self.path, self.rows = os.path.join(directory, "sweep.jsonl"), {}
@@ -73,7 +73,7 @@ def _last_evaluation(run_dir: str) -> dict[str, float]:
 
 
 class Sweep:
-    """The jobs of a sweep, one after the other: one that fails doesn't stop the others, a signal stops all."""
+    """Runs the jobs of a sweep, one after the other: a failing job doesn't stop the others, a signal stops all."""
 
     def __init__(self, run: Callable[[DictConfig], None]):
         self.run = run
@@ -95,7 +95,7 @@ class Sweep:
     def run_job(self, config: DictConfig):
         """Run a job and record how it ended; its errors are printed here.
 
-        Raises: SystemExit if a signal asked for it.
+        Raises: SystemExit after a signal.
         """
         if self.log is None:
             with errors_reported():
@@ -121,7 +121,7 @@ class Sweep:
             gc.collect()  # frees the trainer's memory, which reference cycles keep, for the next job
 
     def _claimed_dir(self, config: DictConfig) -> str:
-        """Return the directory of a job, which no other job has had."""
+        """Return the directory of a job; no two jobs share one."""
         if config.resume not in (None, "auto"):
             raise UserError(
                 f"resume={config.resume}: a sweep resumes all its jobs by resume=auto and hydra.sweep.dir=DIR"

@@ -1,4 +1,4 @@
-"""Every check of a config that needs no model and no data, before anything is loaded: what fits together.
+"""Check that the keys of a config fit together, before any model or data is loaded.
 
 `config_checks.values` checks keys and single values.
 """
@@ -30,7 +30,7 @@ from utils import UserError, closest_match, closest_sibling, get_local_dir
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
-# what they need on a GPU; on a CPU, torch's compiler ends the process under flex_attention
+# packages that they need on a GPU; on a CPU, flex_attention crashes torch's compiler
 _GPU_ATTENTION = {
     "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
 }  # fmt: skip
@@ -38,7 +38,7 @@ NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation wh
 
 
 def check_config(config: DictConfig, reads_data: bool = True):
-    """Refuse a config that can't work; set what it leaves open.
+    """Refuse a config that can't work; fill in what it leaves open.
 
     `~` is expanded in paths, `eval_every` and `save_every` are rounded down to whole batches, `reference=auto` and the
     reference's dtype are resolved.
@@ -114,7 +114,7 @@ def _check_optimizer(config: DictConfig):
     base = torch.optim.Optimizer
     classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
     optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]
-    for name in ("LBFGS", "SparseAdam"):  # the one needs the loss several times a step, the other sparse gradients
+    for name in ("LBFGS", "SparseAdam"):  # LBFGS needs several losses per step, the other sparse gradients
         optimizers.remove(name)
     if config.optimizer not in optimizers:
         raise UserError(
@@ -225,7 +225,7 @@ def _check_lengths_and_batches(config: DictConfig):
             )
         if config[key] % config.batch_size != 0:
             rounded = config[key] - config[key] % config.batch_size
-            if config[key] != default_config()[key]:  # a default fits no batch_size in particular
+            if config[key] != default_config()[key]:  # a default needn't be divisible by batch_size
                 print(f"WARNING: {key} must be divisible by batch_size")
             print(f"Setting {key} to", rounded)
             config[key] = rounded

@@ -51,7 +51,7 @@ def _check_entry(given: dict, shown: str):
         raise UserError(f"{shown}: weight={number}: must be a number above 0, at most 1000")
     number = given.get("n_examples")
     if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-        raise UserError(f"{shown}: n_examples={number}: must be a whole number above 0")
+        raise UserError(f"{shown}: n_examples={number}: must be an integer above 0")
     if given.get("truncation") not in (None, *TRUNCATIONS):
         raise UserError(f"{shown}: truncation={given['truncation']}: must be one of {', '.join(TRUNCATIONS)}")
     for key in ("train_split", "test_split"):
@@ -68,14 +68,16 @@ def check_fields(given: object, shown: str):
 
 
 def check_ignored_columns(given: object, shown: str):
-    """Raises UserError unless it is a list of names."""
+    """Raise UserError unless it is a list of names."""
     if not isinstance(given, list | ListConfig) or not all(isinstance(name, str) for name in given):
         raise UserError(f"{shown}: ignored_columns={given}: expected a list of columns, e.g. ignored_columns=[source]")
 
 
 def check_datasets(choices: list[Choice], paths: dict[str, str]):
-    """Raises UserError if a dataset isn't there, or a setting isn't for it, as far as it can be told without reading;
-    see `check_names`."""
+    """Raise UserError if a dataset doesn't exist or a setting isn't for it, as far as can be told without reading it.
+
+    See also `check_names`.
+    """
     check_names([choice.name for choice in choices if choice.name in DATASETS], paths)
     for choice in choices:
         if choice.name in DATASETS and choice.name in ROWS:
@@ -94,7 +96,7 @@ def check_datasets(choices: list[Choice], paths: dict[str, str]):
 
 
 def hub_names(config: DictConfig, reads_data: bool = True) -> list[str]:
-    """Return what a run loads by name: ids on the hub or local folders."""
+    """Return the names that a run loads: ids on the hub or local folders."""
     model, reference = config.model, config.reference_model
     names = [model.name_or_path, model.tokenizer_name_or_path, model.archive, reference.name_or_path, reference.archive]
     for choice in chosen_datasets(config) if reads_data else []:

@@ -66,7 +66,7 @@ def _check_lora_field(name: str, value: object, kind: object):
     """Refuse a value of another type than its field has; `models` checks lists of names."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name == "r" and not (is_number and isinstance(value, int) and value > 0):
-        raise UserError(f"lora.r={value}: the rank is a whole number above 0")
+        raise UserError(f"lora.r={value}: the rank must be an integer above 0")
     if kind in (int, float) and not is_number:
         raise UserError(f"lora.{name}={value}: expected a number")
     if name == "lora_alpha" and value == 0:

@@ -6,6 +6,6 @@ from utils import UserError
 def check_number(key: str, value: object, kind: type, lowest: float, highest: float):
     """Raise UserError unless it is a number of this type in the range."""
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-        raise UserError(f"{key}={value}: expected a {'whole ' if kind is int else ''}number")
+        raise UserError(f"{key}={value}: expected {'an integer' if kind is int else 'a number'}")
     if not lowest <= value <= highest:
         raise UserError(f"{key}={value}: must be {lowest:g} to {highest:g}")

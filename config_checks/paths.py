@@ -9,7 +9,7 @@ _KEYS = (
     "reference_model.name_or_path", "reference_model.archive", "reference_model.adapter", "chat_template", "local_dirs",
     "dataset_paths", "datasets",
 )  # fmt: skip
-# of the other commands; what is no path in them doesn't begin with ~/
+# keys of the other commands; values that aren't paths don't begin with ~/
 _OWN_KEYS = (
     "run", "rows", "output", "prompts", "alpaca_eval", "a", "b", "judge_model", "judge_prompt", "chat_template",
     "local_dirs",

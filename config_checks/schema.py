@@ -1,4 +1,4 @@
-"""The keys that a config may have, with their defaults."""
+"""Keys that a config may have, with their defaults."""
 
 import copy
 import functools

@@ -113,7 +113,7 @@ def _check_key_type(key: str, value: object, default: object):
 def _check_type(key: str, value: object, expected: type):
     accepted = (int, float) if expected is float else (expected,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
         raise UserError(f"{key}={value}: expected {names.get(expected, f'a {expected.__name__}')}")
 
 

@@ -1,1 +1,1 @@
-"""From rows of text to batches of token ids."""
+"""Turn rows of text into batches of token ids."""

@@ -35,7 +35,7 @@ class Prompt:
     dataset: str
     split: str
     truncation_mode: str  # which end of an over-long prompt is kept: keep_end or keep_start
-    rows: list[int] = field(default_factory=list)  # of each pair
+    rows: list[int] = field(default_factory=list)  # the row number of each pair
     prompt_ids: list[int] | None = None  # None: not tokenized yet
     response_ids: list[list[int]] = field(default_factory=list)  # with the end token
     trained: list[list[int]] = field(default_factory=list)  # runs of trained tokens in each; see `make_element`
@@ -52,7 +52,7 @@ class Prompt:
 def shard_indices(n_examples: int, shard: tuple[int, int]) -> list[int | None]:
     """Return the indices of a batch's examples in one shard, given as (index, count).
 
-    All shards have the same size; None fills the last ones up, in whose place the batch's last example is repeated.
+    All shards have the same size. None fills the last ones up: there the batch's last example is repeated.
     """
     index, count = shard
     size = -(-n_examples // count)

@@ -1,7 +1,7 @@
 """Render messages by a model's chat template, and tokenize them.
 
 A template is a program in a tokenizer's files (https://huggingface.co/docs/transformers/chat_templating) that writes
-turns, and the tokens between them, as one string. What is trained of it is what the assistant wrote (`data.turns`).
+turns, and the tokens between them, as one string. Only what the assistant wrote is trained (`data.turns`).
 """
 
 import functools
@@ -25,7 +25,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Rendered:
     """An example as strings.
 
-    A templated one holds all special tokens that belong there, and its responses end where the last trained turn does.
+    A templated example has all its special tokens, and its responses end with the last trained turn.
     """
 
     prompt: str
@@ -60,7 +60,7 @@ class Renderer:
         """Args:
         template_path: a file with the chat template; None: the tokenizer's own.
         verbatim_responses: write responses that the template alters as they are, instead of refusing them.
-        last_turn_only: of a response's turns of the assistant only the last one is trained.
+        last_turn_only: train only the last of the assistant's turns in a response.
 
         Raises: UserError if the file can't be read or is no template.
         """
@@ -74,7 +74,7 @@ class Renderer:
         end = turn_end(tokenizer, self.template)
         self.end_token = _any_of({*special, *([end] if end else [])})
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
-        self.unopened: set[str] = set()  # what generation prompts end in, and rendered responses don't begin with
+        self.unopened: set[str] = set()  # endings of generation prompts that rendered responses don't begin with
 
     # ---- rendering --------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ class Renderer:
             )
 
     def _apply(self, tools: list | None, messages: list[dict], **kwargs) -> tuple[str, list[Span]]:
-        """Render messages; and tell which parts the template marks as the assistant's, if it marks any."""
+        """Render messages; also return the parts that the template marks as the assistant's, if it marks any."""
         kwargs |= {"chat_template": self.template, "tools": tools}
         try:
             if not self.marks_turns:
@@ -122,7 +122,7 @@ class Renderer:
             kwargs |= self.tokenizer.special_tokens_map
             texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **kwargs)
             return texts[0], spans[0]
-        except Exception as error:  # templates raise whatever they like, e.g. where roles don't alternate
+        except Exception as error:  # templates may raise anything, e.g. if roles don't alternate
             raise BadExample(_REFUSED, f"the chat template refuses it: {error}") from error
 
     def _dialogue(self, prompt: list[dict], response: list[dict], tools: list | None) -> Dialogue:
@@ -136,7 +136,7 @@ class Renderer:
         if altered:
             dialogue.keep(altered)
             kept = dialogue.left_out()
-            # calls and fields of reasoning are lacking even so: only the template knows how to write them
+            # tool calls and reasoning can't be written verbatim: only the template knows their form
             if self.verbatim_responses or kept:
                 lacking = kept
             else:
@@ -152,7 +152,7 @@ class Renderer:
         return dialogue
 
     def _divided_dialogues(self, dialogues: list[Dialogue]) -> Rendered:
-        """Divide dialogues, which begin with the same messages, into the prompt and what follows it."""
+        """Divide dialogues that begin with the same messages into the prompt and the rest."""
         wholes = [dialogue.text for dialogue in dialogues]
         opening = None if self.marks_turns else self._opening(dialogues)
         spans = [dialogue.spans(opening) for dialogue in dialogues]
@@ -169,10 +169,10 @@ class Renderer:
         return Rendered(prompt, responses, trained)
 
     def _opening(self, dialogues: list[Dialogue]) -> int | None:
-        """Where the responses begin, after what opens the assistant's turn; None: each must look for it itself.
+        """Return where the responses begin, after the opening of the assistant's turn; None to search each one.
 
-        Some templates open a turn differently in a prompt than in a dialogue: then it is where the two differ, at the
-        end of a line or special token.
+        Some templates open a turn differently in a prompt than in a dialogue. Then the responses begin where the two
+        differ, after a line or special token.
         """
         if not all(dialogue.begins_with_assistant for dialogue in dialogues):
             return None
@@ -188,7 +188,7 @@ class Renderer:
         raise BadExample(_REFUSED, "the chat template writes the prompt differently where a response follows")
 
     def _cuts(self, text: str) -> list[int]:
-        """Where a prompt may end in a text: after each line and special token, or nowhere."""
+        """Return the positions where a prompt may end in a text: after each line and special token, or none."""
         return [0, text.rfind("\n") + 1, *(match.end() for match in self.is_special.finditer(text))]
 
     # ---- tokenizing -------------------------------------------------------------------------------------------------
@@ -196,10 +196,10 @@ class Renderer:
     def tokenize(self, rendered: list[Rendered]) -> list[Tokenized]:
         """Tokenize the strings of several examples, all in one call of the tokenizer.
 
-        Strings are tokenized apart, as in the original, and a response gets the end-of-sequence token. In a template's
-        string prompt and response are tokenized together, as the template means it, and divided at the borders of
-        turns; apart only where one token would reach over a border, as no prompt ends in half a token. The end is the
-        template's; where it puts no special token there, the end-of-sequence token.
+        Without a template, prompt and response are tokenized separately, as in the original, and the response gets the
+        end-of-sequence token. A rendered prompt and response are tokenized together and divided at the borders of
+        turns; separately only if a token would cross a border. They end as the template ends them, or with the
+        end-of-sequence token if it ends them without a special token.
         """
         borders = [_borders(one) for one in rendered]
         texts = []
@@ -213,8 +213,8 @@ class Renderer:
 
     def _tokenized(self, one: Rendered, borders: list[list[int]], ids: Iterator[list[int]]) -> Tokenized:
         """Args:
-        borders: those inside of each response.
-        ids: of the prompt and of each response, whole and up to each border.
+        borders: positions of borders inside each response.
+        ids: token ids of the prompt and of each response, whole and up to each border.
         """
         prompt_ids, response_ids, trained = next(ids), [], []
         for number, (response, ends) in enumerate(zip(one.responses, borders, strict=True)):
@@ -239,15 +239,15 @@ class Renderer:
     def _divided(
         self, text: str, borders: list[int], ids: list[int], starts: list[list[int]]
     ) -> tuple[list[int], list[int]]:
-        """Return the ids of a text, and how many come before each border.
+        """Return the ids of a text, and the number of ids before each border.
 
         Args:
-            ids: of the whole text.
+            ids: token ids of the whole text.
             starts: ids of the text up to each border.
         """
         counts = []
         for index, (border, start) in enumerate(zip(borders, starts, strict=True)):
-            if ids[: len(start)] != start:  # a token reaches over the border
+            if ids[: len(start)] != start:  # a token crosses the border
                 rest, later = text[border:], [other - border for other in borders[index + 1 :]]
                 rest_ids, *rest_starts = token_ids([rest, *(rest[:other] for other in later)], self.tokenizer)
                 rest_ids, rest_counts = self._divided(rest, later, rest_ids, rest_starts)
@@ -256,19 +256,19 @@ class Renderer:
         return ids, counts
 
     def _ends_turn(self, response: str) -> bool:
-        """True if an end token stands at the end, but for white space after it."""
+        """True if the text ends with an end token, perhaps followed by white space."""
         return self.marks_turns or any(
             not response[match.end() :].strip() for match in self.end_token.finditer(response)
         )
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern:
-    """A pattern that matches any of the tokens, the longest first, as one may begin like another."""
+    """Return a pattern that matches any of the tokens, the longest first, as one may begin like another."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _with_shared_start(prompt: list[dict], responses: list[list[dict]]) -> tuple[list[dict], list[list[dict]]]:
-    """Move what others say at the beginning of all responses, such as a tool's output, to the prompt."""
+    """Move turns of others that begin all responses, such as a tool's output, to the prompt."""
     n = 0
     while responses and all(
         len(response) > n + 1 and not is_assistants(response[n]) and response[n] == responses[0][n]
@@ -279,7 +279,7 @@ def _with_shared_start(prompt: list[dict], responses: list[list[dict]]) -> tuple
 
 
 def _borders(one: Rendered) -> list[list[int]]:
-    """Where trained turns begin and end inside of each response, in characters of prompt and response."""
+    """Return where trained turns begin and end in each response, in characters from the start of the prompt."""
     if not one.is_templated:
         return [[] for _ in one.responses]
     return [
@@ -322,7 +322,7 @@ def turn_end(tokenizer, template: str | None) -> str | None:
 
 
 def end_token_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
-    """Return the ids that end a response: the tokenizer's, the model's, and what ends a turn in the chat template."""
+    """Return the ids that end a response: the tokenizer's, the model's, and the chat template's end of a turn."""
     ends = generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     if getattr(tokenizer, "chat_template", None):
@@ -340,12 +340,12 @@ def _raise_special(text: str, token: str, eos_token: str):
 
 
 def token_ids(texts: list[str], tokenizer) -> list[list[int]]:
-    """Token ids of each text, without any that aren't in it; on all cores, where the tokenizer is a fast one."""
+    """Return the token ids of each text, without added special tokens; a fast tokenizer uses all cores."""
     if not texts:
         return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
-    backend.no_truncation()  # a tokenizer's file may ask for both
+    backend.no_truncation()  # a tokenizer's file may turn on both
     backend.no_padding()
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -60,7 +60,7 @@ def kind_of(value: object) -> str:
 
 @dataclass
 class Columns:
-    """The columns in the first rows of a dataset, under the names that formats know."""
+    """Columns in the first rows of a dataset, by the formats' field names."""
 
     rows: list[dict]  # the first ones
     fields: dict[str, str] = field(default_factory=dict)  # name of a format's field: the data's column

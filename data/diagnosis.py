@@ -1,6 +1,6 @@
 """Find the bad line after the `datasets` library failed to load a file.
 
-That is the first line that can't be read; if all can, the first whose columns or types differ from earlier ones.
+It is the first line that can't be read. If all can be read, it is the first one whose columns or types differ.
 """
 
 import itertools

@@ -10,10 +10,10 @@ CPU_OVERHEAD = 64  # cost of one more microbatch on a CPU, in tokens
 
 
 def part_lengths(batch: dict) -> list[torch.Tensor]:
-    """Return how many tokens an example's prompt has, and what follows it in each sequence: (batch_size,) each.
+    """Return the tokens in each example's prompt, and in the rest of each sequence: (batch_size,) each.
 
-    The prompt is what stands before the first trained token of both sequences, as far as they have it in common. What
-    follows may hold tokens that aren't trained: others' turns between those of the assistant.
+    The prompt is the part that both sequences share before their first trained token. The rest may hold tokens that
+    aren't trained: others' turns between those of the assistant.
     """
     sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
     n_tokens = [batch[f"{side}_attention_mask"].sum(1) for side in sides]
@@ -65,7 +65,7 @@ def microbatches(
         overhead: cost of one more microbatch, in tokens.
         packed: there is no padding.
         max_tokens: the most tokens in a microbatch, padding included; a longer example gets one of its own.
-        agree: where all workers must make the same number, returns the largest number that any of them makes.
+        agree: returns the largest number of microbatches that any worker makes, if all must make the same number.
     """
     lengths = computed_tokens(batch, shared, padded=not packed)
     order = lengths.argsort(descending=True, stable=True)

@@ -49,7 +49,7 @@ class FaultFound(Exception):
 
 
 def file_format(name: str) -> str:
-    """Return the suffix of a file without that of its compression: .jsonl for x.jsonl.gz."""
+    """Return a file's suffix, ignoring that of its compression: .jsonl for x.jsonl.gz."""
     stem, suffix = os.path.splitext(name)
     return (os.path.splitext(stem)[1] if suffix in _OPENERS else suffix).lower()
 

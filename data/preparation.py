@@ -86,7 +86,7 @@ def _prompt_hash(example: Example) -> float:
 def _usable(
     chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows
 ) -> list[tuple[int, str, Example, chat.Rendered]]:
-    """Return number, place, example and rendered texts of a chunk's usable rows; add the others to `bad`."""
+    """Return (number, place, example, rendered texts) of each usable row of a chunk; add the others to `bad`."""
     usable = []
     for number, place, row in chunk:
         try:
@@ -133,7 +133,7 @@ def _checked_chunks(
 ) -> Iterator[tuple[int, list[tuple[float, dict]]]]:
     """Yield the number of rows and the records of each chunk.
 
-    Once there are enough bad rows for an error, further ones are only counted, and no records are made.
+    Once there are enough bad rows for an error, the rest are only counted, and no records are made.
     """
     for chunk in rows.chunks(_CHUNK):
         will_fail = bad.has_enough and not skips_bad
@@ -157,7 +157,7 @@ def _write_files(directory: str, sources: dict[str, Rows], settings: Settings, r
     limit = 0.0 if "test" in sources else settings.test_fraction
     info = _write_splits(directory, sources, settings, renderer, read, limit)
     if "test" not in sources and info["test"]["n_prompts"] == 0 and info["smallest"] is not None:
-        # there are few prompts, and none has a hash below the limit: hold out one
+        # with few prompts, none may have a hash below the limit: hold out one
         info = _write_splits(directory, sources, settings, renderer, read, info["smallest"])
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
         about = {"format": read.description, "unread": read.unread, "ignored": settings.ignored_columns,
@@ -213,7 +213,7 @@ def prepare(
     """Return the training and evaluation prompts of a dataset, from the cache or prepared now.
 
     Args:
-        source: the place of its rows, or the rows.
+        source: where its rows are, or the rows themselves.
         loss_takes: kinds of data that the loss accepts: 'pairs', 'targets', 'unpaired'.
 
     Raises: UserError with place and remedy if rows can't be used, or the loss doesn't accept them.
@@ -320,5 +320,5 @@ def prepared_split(
                    cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
     prompts = both[0 if split == "train" else 1]
     if len(prompts) == 0:
-        raise UserError(f"{split_name(choice.name, split)}: no row is left for it; add data, or change test_fraction")
+        raise UserError(f"{split_name(choice.name, split)}: no rows left for it; add data, or change test_fraction")
     return prompts

@@ -36,13 +36,13 @@ class UnreadableRows(UserError):
 
 
 def _suffix(file: str) -> str:
-    """Return the suffix of a file without that of its compression: .jsonl for x.jsonl.gz."""
+    """Return a file's suffix, ignoring that of its compression: .jsonl for x.jsonl.gz."""
     stem, suffix = os.path.splitext(file.lower())
     return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
 
 
 def has_data_suffix(file: str) -> bool:
-    """True if a file's suffix is one of a data file."""
+    """True if a file has the suffix of a data file."""
     return _suffix(file) in _SUFFIXES
 
 
@@ -100,7 +100,7 @@ def read_rows(
     """
     import datasets  # the import takes a second
 
-    # its exception repeats what it logs about an unreadable file
+    # its log of an unreadable file only repeats its exception
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     if hides_progress() or not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -152,7 +152,7 @@ def _csv_options(files: list[str], as_strings: bool) -> dict:
 def split_names(where: str, path: str, config: str | None, cache_dir: str | None, remedy: str) -> list[str]:
     """Return the splits of a dataset on the hub, or of a folder whose card lists its files.
 
-    Raises: UserError with cause and remedy if they can't be found out.
+    Raises: UserError with cause and remedy if they can't be determined.
     """
     import datasets
 
@@ -174,7 +174,7 @@ def row_place(path: str, split: str, row: int, cache_dir: str | None, files: lis
         if files is None:
             files = (datasets.load_dataset_builder(path, cache_dir=cache_dir).config.data_files or {}).get(split, [])
         place = diagnosis.place_of_row(_local_copies(files), row)
-    except Exception:  # it only adds to an error message, and must not replace it
+    except Exception:  # this only adds to another error's message, and must not replace that error
         return ""
     return f" ({place})" if place else ""
 
@@ -252,7 +252,7 @@ def _why_no_files(folder: str, split: str, other_splits: list[str]) -> str:
     remedy = f"Name a file or folder there after the split, e.g. {split}.jsonl; formats: {FORMATS}"
     if scripts := [entry for entry in entries if entry.endswith(".py")]:
         return (
-            f"{folder} has no data files, but a loading script ({scripts[0]}), and scripts are not run\n"
+            f"{folder} has no data files, only a loading script ({scripts[0]}), which is not run\n"
             f"Write the rows that it yields to {os.path.join(folder, split)}.jsonl; formats: {FORMATS}"
         )
     if not entries:
@@ -274,7 +274,7 @@ def _card_names_files(folder: str) -> bool:
 
 
 def caches_and_runs(folder: str) -> list[str]:
-    """Return the directories under `folder` that programs wrote: Arrow caches, models from the hub, runs."""
+    """Return directories under `folder` that don't hold the user's data: Arrow caches, models from the hub, runs."""
     found = []
     for directory, subdirectories, files in os.walk(folder, followlinks=True):
         subdirectories[:] = [name for name in subdirectories if not name.startswith((".", "__"))]

@@ -44,7 +44,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Row:
-    """The fields of a row, under the names that formats know."""
+    """The fields of a row, by the formats' field names."""
 
     values: dict
     columns: Mapping[str, str]  # name of a field that is read: the data's column

@@ -132,7 +132,7 @@ def make_element(
 
 
 def _labels(tokens: list[int], runs: list[int]) -> list[int]:
-    """The tokens, with -100 over those outside of the runs: start, end, start, end, ..."""
+    """Return the tokens with -100 outside the runs, which are given as start, end, start, end, ..."""
     labels = [-100] * len(tokens)
     for start, end in zip(runs[::2], runs[1::2], strict=True):
         labels[start:end] = tokens[start:end]

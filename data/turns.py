@@ -1,8 +1,8 @@
-"""The turns of a rendered dialogue: which characters the assistant wrote, and which the chat template left out.
+"""Find the turns of a rendered dialogue: the characters that the assistant wrote, and parts that are missing.
 
-A chat template says nothing about who wrote what, unless it marks it by `{% generation %}`. So turns are found by
-rendering the dialogue up to each of them, and where the template writes an unfinished dialogue differently (Qwen 3
-drops reasoning from earlier turns, Mistral moves tools to the last question), by rendering it with the turn changed.
+A chat template doesn't show who wrote what, unless it marks it by `{% generation %}`. So turns are found by rendering
+the dialogue up to each of them. Some templates write an unfinished dialogue differently (Qwen 3 drops reasoning from
+earlier turns, Mistral moves tools to the last question); then the dialogue is rendered with the turn changed.
 """
 
 import bisect
@@ -26,7 +26,7 @@ def is_assistants(message: dict) -> bool:
 
 
 class Dialogue:
-    """A prompt and a response to it, rendered by a chat template; it knows what the assistant wrote."""
+    """A prompt and a response to it, rendered by a chat template, with the assistant's parts marked."""
 
     def __init__(
         self,
@@ -37,14 +37,14 @@ class Dialogue:
         is_marked: bool,
     ):
         """Args:
-        apply: renders messages, and tells what the template marks as the assistant's; with `add_generation_prompt` it
-            opens the assistant's next turn.
+        apply: renders messages, and returns the parts that the template marks as the assistant's; with
+            `add_generation_prompt` it opens the assistant's next turn.
         end_token: matches tokens that may end a turn.
         is_marked: the template marks what the assistant wrote.
         """
         self.apply, self.end_token, self.is_marked = apply, end_token, is_marked
         self.messages, self.n_prompt = prompt + response, len(prompt)
-        self._stand_ins: dict[int, str] = {}  # for the contents of messages that the template must not alter, by `id`
+        self._stand_ins: dict[int, str] = {}  # placeholders for contents to keep unaltered, by message `id`
         self.text = self.render(self.messages)
 
     def render(self, messages: list[dict], **kwargs) -> str:
@@ -66,7 +66,7 @@ class Dialogue:
         return text, spans
 
     def keep(self, numbers: list[int]):
-        """Render these messages with their contents as they are, whatever the template does to contents."""
+        """Render these messages with unaltered contents, whatever the template does to them."""
         for number in numbers:
             self._stand_ins[id(self.messages[number])] = f"{STAND_IN}{number}{STAND_IN}"
         self.text = self.render(self.messages)
@@ -88,18 +88,18 @@ class Dialogue:
 
     @functools.cached_property
     def opened(self) -> str:
-        """The prompt, and what opens the assistant's turn after it."""
+        """The prompt, followed by the opening of the assistant's turn."""
         return self.render(self.messages[: self.n_prompt], add_generation_prompt=True)
 
     def left_out(self) -> dict[int, str]:
-        """What is missing of each message that the text doesn't hold whole, by the message's number."""
+        """Missing parts of messages, by the message's number."""
         return dict(left_out(self.messages, self.n_prompt, self.text))
 
     def spans(self, opening: int | None) -> list[Span]:
-        """What the assistant wrote in the response, each turn with its end token.
+        """Return the parts of the response that the assistant wrote, each turn with its end token.
 
         Args:
-            opening: where the response begins, if its first message is the assistant's; None: it is looked for.
+            opening: where the response begins, if its first message is the assistant's; None: search for it.
 
         Raises: BadExample if it can't be told, or if there is nothing.
         """
@@ -123,7 +123,7 @@ class Dialogue:
         return found
 
     def _start(self, number: int, position: int) -> int:
-        """Where the assistant begins to write a turn: after what the generation prompt opens it with.
+        """Return where the assistant's part of a turn begins: after the opening by the generation prompt.
 
         Args:
             position: where the assistant's turn before this one ends.
@@ -134,7 +134,7 @@ class Dialogue:
         before, (content, _) = self.render(self.messages[:number]), self._changed(number)
         header = opened[len(before) :] if opened.startswith(before) else ""
         cuts = {len(header), *(match.end() for match in re.finditer(rf"\n|{self.end_token.pattern}", header))}
-        for cut in sorted(cuts - {0}, reverse=True):  # it may open a turn differently in a dialogue: in part, then
+        for cut in sorted(cuts - {0}, reverse=True):  # a dialogue may have only part of the opening
             if (at := self.text.rfind(header[:cut], position, content)) >= 0:
                 return at + cut
         if not header:  # then white space before the first word is the turn's
@@ -142,7 +142,7 @@ class Dialogue:
         return content
 
     def _end(self, number: int, start: int) -> int:
-        """Where a turn ends: after its end token, or, where the template has none, after its last word."""
+        """Return where a turn ends: after its end token, or after its last word if the template has no end token."""
         is_last = number == len(self.messages) - 1
         closed = self.text if is_last else self.render(self.messages[: number + 1])
         token = self._last_token(closed)
@@ -157,12 +157,12 @@ class Dialogue:
         return max(start, self._changed(number)[1])
 
     def _last_token(self, text: str) -> re.Match | None:
-        """The end token that a text ends in, but for white space."""
+        """Return the end token at the end of a text, ignoring white space."""
         found = list(self.end_token.finditer(text))
         return found[-1] if found and not text[found[-1].end() :].strip() else None
 
     def _changed(self, number: int) -> Span:
-        """Which part of the text differs if a message has another content."""
+        """Return the part of the text that changes if a message gets another content."""
         message = self.messages[number]
         for other in ({"role": message["role"], "content": STAND_IN}, {**message, "content": STAND_IN}):
             try:
@@ -200,7 +200,7 @@ def left_out(messages: list[dict], n_prompt: int, text: str) -> Iterator[tuple[i
 
 
 def _parts(message: dict, with_reasoning: bool) -> list[str]:
-    """The strings that a rendering must hold: content, reasoning, names of called functions and what they are given."""
+    """Return the strings that a rendering must hold: content, reasoning, names and arguments of called functions."""
     values = [message.get(key) for key in ("content", *(REASONING if with_reasoning else ()))]
     parts = [value for value in values if isinstance(value, str)]
     for call in message.get("tool_calls") or []:
@@ -218,7 +218,7 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def _find(part: str, text: str, position: int, may_lack_reasoning: bool) -> int | None:
-    """Where a part of a message ends in the text at or after a position; None if it isn't there."""
+    """Return where a part of a message ends in the text at or after a position; None if it isn't there."""
     forms = [part, *(json.dumps(part, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (False, True))]
     if may_lack_reasoning:
         forms.append(part.rpartition("</think>")[2])
@@ -227,7 +227,7 @@ def _find(part: str, text: str, position: int, may_lack_reasoning: bool) -> int 
 
 
 def _missing(part: str, text: str, position: int) -> str:
-    """The words of a part without the longest beginning or end of it that is in the text from a position on."""
+    """Return the missing words of a part: all but its longest prefix or suffix in the text after a position."""
     sizes = range(1, len(part) + 1)
     n_start = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[:n], position) < 0)
     n_end = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[-n:], position) < 0)

@@ -1,4 +1,4 @@
-"""Start a run's workers on this machine, and end them together when one fails.
+"""Start a run's workers on this machine, and end all of them if one fails.
 
 For several machines, workers are started by a launcher instead: torchrun (scripts/torchrun.sh) or srun
 (scripts/slurm.sh).

@@ -1,1 +1,1 @@
-"""Which of two responses is better: pairs of them, judges, and what their verdicts amount to."""
+"""Evaluation of responses: pairs of them, judges, verdicts, and summaries."""

@@ -1,4 +1,4 @@
-"""Evaluates checkpoints: means with intervals, also by dataset and length; the body of `evaluate.py`."""
+"""Evaluate checkpoints: means with intervals, overall and by dataset and length; the body of `evaluate.py`."""
 
 import dataclasses
 import hashlib
@@ -29,9 +29,9 @@ _EVALUATIONS = json_lines("evaluations", b'{"key": "', ("key", "metrics"))
 
 @dataclasses.dataclass
 class Options:
-    """The checked keys that `evaluate.py` has beside those of training."""
+    """The checked values of `evaluate.py`'s own keys."""
 
-    checkpoints: list[str | None]  # directories; None: the policy as it is loaded
+    checkpoints: list[str | None]  # directories; None means the policy as loaded
     rows: str | None
     output: str | None
 
@@ -51,7 +51,7 @@ def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) 
 
 
 def evaluate_checkpoints(trainer, options: Options):
-    """Evaluate one checkpoint after the other; print and write the figures of each."""
+    """Evaluate each checkpoint; print and write its figures."""
     earlier = _read_evaluations(options.output) if on_rank0() else {}
     with trainer.stop:
         trainer.precompute_reference()
@@ -63,12 +63,12 @@ def evaluate_checkpoints(trainer, options: Options):
             if result is None or options.rows is not None:
                 result = _evaluate(trainer, key, checkpoint, options)
             else:
-                rank0_print(f"{checkpoint}: evaluated before; the figures are those in {options.output}")
+                rank0_print(f"{checkpoint}: already evaluated; showing the figures in {options.output}")
             rank0_print(table(result))
 
 
 def _settings_hash(config: DictConfig, checkpoint: str | None, trainer) -> str:
-    """Return a hash of what decides an evaluation's figures."""
+    """Hash everything that an evaluation's figures depend on."""
     settings = ("loss", "max_length", "max_prompt_length", "n_eval_examples", "eval_batch_size", "seed", "reference",
                 "reference_model", "add_bos", "trainer", "truncation", "model", "shared_prompt")  # fmt: skip
     deciding = [
@@ -92,7 +92,7 @@ def _read_evaluations(output: str | None) -> dict[str, dict]:
 
 
 def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> dict:
-    """Evaluate the policy as it is, write the results, and return the line for the output file (rank 0 only)."""
+    """Evaluate the current policy, write the results, and return the line for the output file (rank 0 only)."""
     all_metrics, indices = trainer.evaluate_examples()
     metrics = mean_metrics(all_metrics, trainer.n_eval_examples)
     rows = _gather_rows(trainer, all_metrics, indices)
@@ -135,7 +135,7 @@ def _gather_rows(trainer, all_metrics: list[dict], indices: list[int]) -> dict[i
 
 
 def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
-    """Divide the examples by the tokens of their chosen response: into quarters, or fewer groups of few lengths."""
+    """Group the examples by length of the chosen response: in quartiles, or fewer groups if few lengths differ."""
     lengths = {i: int(row["lengths_eval/chosen"]) for i, row in rows.items()}
     quartiles = np.quantile(list(lengths.values()), np.linspace(0, 1, _N_BUCKETS + 1), method="higher")
     starts = sorted({int(n) for n in quartiles[:-1]})  # the shortest of each group
@@ -175,7 +175,7 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
 
 
 def table(result: dict) -> str:
-    """Return means and 95 % intervals of all examples, and means of groups of them, as lines to print."""
+    """Return the lines to print: means and 95 % intervals over all examples, and means of each group."""
     if not result:
         return ""
     names = [name for name in _IN_TABLE if name in result["metrics"]]
@@ -199,7 +199,7 @@ def table(result: dict) -> str:
 
 
 def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_mode: bool):
-    """Write a line for each example: its place in the data, its texts and its metrics."""
+    """Write a line per example: its place in the data, its texts and its metrics."""
     with atomic_file(path) as file:
         for index, metrics in rows.items():
             prompt, pair = places[index]

@@ -1,4 +1,4 @@
-"""Which of two models answers better, or how a reward model scores one: the body of `judge.py`."""
+"""Judge which of two models answers better, or score one with a reward model: the body of `judge.py`."""
 
 import contextlib
 import json
@@ -18,11 +18,11 @@ from evaluation.verdicts import Judge, MisassignedVerdicts, VerdictFile
 from reporting.terminal import Progress
 from utils import UserError
 
-_CHARACTERS_PER_TOKEN, _TOKENS_PER_ANSWER = 4, 100  # to estimate beforehand what calls cost
+_CHARACTERS_PER_TOKEN, _TOKENS_PER_ANSWER = 4, 100  # to estimate the cost of calls beforehand
 
 
 def run(config: DictConfig):
-    """Check the keys, let the judge decide what it hasn't decided yet, and write and print the summary."""
+    """Check the keys, get the verdicts that are still missing, and write and print the summary."""
     options = expand_home(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
     check_options(options)
     a = read_responses("a", options["a"])
@@ -46,7 +46,7 @@ def run(config: DictConfig):
 
 
 def _judged_lines(pairs: list[Pair], n_unmatched: int, options: dict, settings: str) -> list[dict]:
-    """Return a line of verdict for each task, asking the judge for those that the output file lacks."""
+    """Return a verdict's line for each task; the judge gives those that the output file lacks."""
     tasks = make_tasks([pair for pair in pairs if pair.a != pair.b], options)
     verdicts = VerdictFile(options["output"], settings)
     try:
@@ -72,7 +72,7 @@ def make_tasks(pairs: list[Pair], options: dict) -> list[Task]:
 
 def _print_counts(pairs: list[Pair], n_unmatched: int, n_there: int, options: dict):
     if options["b"] is None:
-        rank0_print(f"{len(pairs)} responses to be scored; {n_there} scores are there")
+        rank0_print(f"{len(pairs)} responses to score; {n_there} scored already")
         return
     n_identical = sum(pair.a == pair.b for pair in pairs)
     rank0_print(
@@ -82,7 +82,7 @@ def _print_counts(pairs: list[Pair], n_unmatched: int, n_there: int, options: di
 
 
 def _print_expected_cost(judge: Judge, tasks: list[Task], options: dict):
-    """Print how many calls an endpoint gets and, if prices are given, about what they cost."""
+    """Print the number of calls to the endpoint and, if prices are given, their approximate cost."""
     if not isinstance(judge, ChatCompletions):
         return
     n_input = math.ceil(judge.n_characters(tasks) / _CHARACTERS_PER_TOKEN)
@@ -103,7 +103,7 @@ def _collect(judge: Judge, tasks: list[Task], verdicts: VerdictFile):
     size, n_failed = verdicts.size, 0
     with Progress("Judging", len(tasks), "verdicts") as progress:
         try:
-            with contextlib.closing(judge.judge(tasks)) as outcomes:  # whatever happens, a command's processes end
+            with contextlib.closing(judge.judge(tasks)) as outcomes:  # ends a command's processes in any case
                 for task, verdict in outcomes:
                     verdicts.add(task, verdict)
                     n_failed += verdict.winner is None

@@ -1,4 +1,4 @@
-"""The keys of `judge.py`: checked before a judge is asked, hashed for its verdicts, and turned into the judge."""
+"""The keys of `judge.py`: check them, hash the settings behind a verdict, and make the judge."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from evaluation.verdicts import Judge
 from utils import UserError, closest_match, get_local_dir
 
 _REQUIRED = ("a", "judge", "output")
-_KEYS = {  # by judge: the keys that it needs, and others that it alone has
+_KEYS = {  # for each judge: required keys, and other keys that only it has
     "model": (("judge_model",), ("judge_batch_size", "chat_template")),
     "openai": (
         ("judge_url", "judge_model"),
@@ -48,9 +48,9 @@ def check_options(options: dict):
             example = "python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE"
             raise UserError(f"{key}: give it, e.g. {example}; config/judge.yaml lists all keys")
     if options["b"] is None and options["judge"] != "model":
-        raise UserError("b: give the responses that those of a are compared with; judge=model alone does without")
+        raise UserError("b: give the responses to compare those of a with; only judge=model works without b")
     if options["b"] is None and options["allow_unmatched"]:
-        raise UserError("allow_unmatched=true: without b no response needs a partner; leave it out")
+        raise UserError("allow_unmatched=true has no effect without b; leave it out")
     for key in (*_REQUIRED, "b", "judge_model", "judge_command", "judge_url", "judge_prompt", "chat_template"):
         if options[key] is not None and not isinstance(options[key], str):
             raise UserError(f"{key}={options[key]}: expected a string")
@@ -72,7 +72,7 @@ def check_options(options: dict):
 
 
 def summary_path(options: dict) -> str:
-    """Return the file that gets the summary, beside the verdicts."""
+    """Return the path of the summary, beside the verdicts."""
     return f"{os.path.splitext(options['output'])[0]}_summary.json"
 
 
@@ -94,10 +94,10 @@ def _check_keys_of_judge(options: dict):
 
 
 def settings_hash(options: dict) -> str:
-    """Return a short hash of what decides a verdict on given texts in a given order."""
+    """Return a short hash of the settings that decide a verdict on given texts in a given order."""
     keys = ("judge", "judge_model", "judge_command", "judge_url", "judge_args", "chat_template")
     known = options | {"judge_url": re.sub(r"(?<=://)[^/?#]*@", "", options["judge_url"] or "") or None}
-    deciding = [known[key] for key in keys]  # with another password it is the same judge
+    deciding = [known[key] for key in keys]  # the password doesn't matter
     deciding.append(load_template(options["judge_prompt"]) if options["judge"] == "openai" else None)
     if options["judge"] == "model" and os.path.isdir(options["judge_model"]):
         deciding.append(folder_fingerprint(options["judge_model"], options["local_dirs"]))
@@ -107,7 +107,7 @@ def settings_hash(options: dict) -> str:
 
 
 def make_judge(options: dict) -> Judge:
-    """Return the judge that checked options name."""
+    """Make the judge that the checked options name."""
     if options["judge"] == "command":
         return Command(options["judge_command"])
     if options["judge"] == "openai":

@@ -60,7 +60,7 @@ def summarize_scores(pairs: list[Pair], lines: list[dict]) -> dict:
 
 
 def cost(n_input: int, n_output: int, options: dict) -> float | None:
-    """Return what tokens sent and received cost; None if no price is given."""
+    """Return the cost of the tokens sent and received; None if no price is given."""
     prices = (options["judge_input_price"], options["judge_output_price"])
     if prices == (None, None):
         return None
@@ -68,7 +68,7 @@ def cost(n_input: int, n_output: int, options: dict) -> float | None:
 
 
 def failures_in_words(summary: dict) -> str:
-    """Return how often what failed: '3 timeout, 1 HTTP 400'."""
+    """Return the number of failures of each kind in words: '3 timeout, 1 HTTP 400'."""
     return ", ".join(f"{count} {kind}" for kind, count in summary["failures"].items())
 
 

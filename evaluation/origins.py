@@ -1,4 +1,4 @@
-"""Where responses come from, and the KL divergence of the model that wrote them from its reference."""
+"""Origins of responses, and the KL divergence of the model that wrote them from its reference."""
 
 import dataclasses
 import hashlib

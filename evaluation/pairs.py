@@ -18,7 +18,7 @@ _FORMATS = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """How `sample.py` drew a response; run and checkpoint by their names, None without a run."""
+    """Origin of a response by `sample.py`: run and checkpoint by name (None without a run), and sampling settings."""
 
     run: str | None
     checkpoint: str | None
@@ -74,7 +74,7 @@ class Task:
 
 
 def first_shown(pair: Pair, seed: int) -> str:
-    """Draw whose response a judge sees first, a or b: by the pair alone, so that other pairs change nothing."""
+    """Draw whose response a judge sees first, a or b; the draw depends on this pair only."""
     return "ab"[hashlib.sha256(f"{seed}/{pair.index}/{pair.sample}".encode()).digest()[0] & 1]
 
 
@@ -163,7 +163,7 @@ def _check(where: str, place: tuple, response: Response):
     if not isinstance(response.text, str):
         raise UserError(f"{where}: the response is no string: {json.dumps(response.text)[:100]}")
     if not all(number is None or (isinstance(number, int) and number >= 0) for number in place):
-        raise UserError(f"{where}: prompt_index and sample must be whole numbers")
+        raise UserError(f"{where}: prompt_index and sample must be integers")
 
 
 # ---- matching -------------------------------------------------------------------------------------------------------

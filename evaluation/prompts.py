@@ -1,4 +1,4 @@
-"""The prompts that ask a language model for its verdict, and the verdict in its answer."""
+"""Prompts that ask a language model for its verdict, and parsing its answer."""
 
 import os
 import re

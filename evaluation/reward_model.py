@@ -24,7 +24,7 @@ class RewardModel:
         """
         Args:
             name: an id on the hub, or a local folder.
-            batch_size: how many responses are scored at a time.
+            batch_size: the number of responses to score at a time.
             chat_template: a file; None: the tokenizer's own.
 
         Raises: UserError if there is no such model, or if it has no score.
@@ -63,7 +63,7 @@ class RewardModel:
             self.batch_size = 1
 
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
-        """Yield verdicts by the scores, which are kept: [a's, b's], or a single response's, [a's].
+        """Yield verdicts with their scores: [a's, b's], or [a's] for a single response.
 
         Raises: UserError if messages can't be rendered.
         """
@@ -92,7 +92,7 @@ class RewardModel:
         return Verdict(winner, details={"scores": scores})
 
     def _encode(self, responses: list[tuple[Prompt, str]]) -> list[list[int]]:
-        """Return the token ids of prompt and response: texts joined, messages as the chat template renders them."""
+        """Return token ids of prompt and response: strings are concatenated, messages rendered by the chat template."""
         renderer = chat.Renderer(self.tokenizer, self.chat_template)
         n_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(self.tokenizer.model_max_length, n_positions or 10**9)
@@ -102,13 +102,13 @@ class RewardModel:
             is_text = isinstance(prompt, str)
             whole = prompt + text if is_text else self._rendered(prompt, text, renderer)
             ids = self.tokenizer(whole, add_special_tokens=is_text)["input_ids"]
-            if len(ids) > longest:  # by the tokenizer, which may begin each text with a token of its own
+            if len(ids) > longest:  # the tokenizer counts, as it may add a token at the start of each text
                 n_cut += 1
                 cut = {"truncation": True, "max_length": longest}
                 ids = self.tokenizer(whole, add_special_tokens=is_text, **cut)["input_ids"]
             encoded.append(ids)
         if n_cut:
-            rank0_print(f"{n_cut} of {len(encoded)} texts are cut, prompt and response, to the last {longest} tokens")
+            rank0_print(f"truncated {n_cut} of {len(encoded)} texts (prompt + response) to their last {longest} tokens")
         return encoded
 
     def _rendered(self, prompt: list[dict], text: str, renderer: chat.Renderer) -> str:

@@ -1,4 +1,4 @@
-"""Responses drawn from checkpoints, with log-probabilities under policy and reference: the body of `sample.py`."""
+"""Draw responses from checkpoints, with log-probabilities under policy and reference: the body of `sample.py`."""
 
 import contextlib
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from utils import UserError, on_rank0, rank0_print
 
 
 def sample_checkpoints(make_trainer: Callable[[], object], config: DictConfig, options: Options):
-    """Fill one file after the other; a signal ends it, and what is written stays.
+    """Fill each file with its samples; after a signal, those already written stay.
 
     Args:
-        make_trainer: loads the models; called after vLLM, which needs the GPU for itself.
+        make_trainer: loads the models; called once vLLM has finished, which needs the GPU for itself.
     """
     drawn_by_vllm = _draw_by_vllm(config, options) if options.engine == "vllm" else {}
     trainer = make_trainer()
@@ -47,7 +47,7 @@ def _fill_file(trainer, requests: list[Request], file: SampleFile, options: Opti
     """Draw the samples that a file lacks, and add a line for each as they come.
 
     Args:
-        tokens: the responses, if another engine has drawn them already.
+        tokens: the responses, if another engine drew them already.
     """
     examples = trainer.state.examples
     settings = sample_file.settings_hash(trainer.config, requests, file, options)
@@ -67,7 +67,7 @@ def _fill_file(trainer, requests: list[Request], file: SampleFile, options: Opti
                 if on_rank0():
                     sample_file.append_lines(file.path, [{**about, **line} for line in lines])
                 progress.update(len(batch))
-    rank0_print(f"{len(items)} samples drawn, {len(drawn)} were there: {file.path}")
+    rank0_print(f"{len(items)} samples drawn, {len(drawn)} already in {file.path}")
     if options.alpaca_eval is not None and on_rank0():
         sample_file.write_alpaca_eval(options.alpaca_eval, file.path, file.checkpoint)
 

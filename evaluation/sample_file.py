@@ -1,6 +1,6 @@
 """Files of samples, JSON Lines: nothing in a file is drawn twice.
 
-Each line begins with a hash of all settings that decide a sample, and says where it comes from.
+Each line begins with a hash of all settings that decide a sample, and names its origin.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def settings_hash(config: DictConfig, requests: list[Request], file: SampleFile,
 
 
 def origin(examples: int, file: SampleFile, options: Options) -> dict:
-    """Return what each line says of where it comes from: run and checkpoint by name, and the sampling settings."""
+    """Return the origin that each line names: run and checkpoint, and the sampling settings."""
     return {
         "run": options.run and os.path.basename(os.path.abspath(options.run)),
         "checkpoint": file.checkpoint and os.path.basename(file.checkpoint),

@@ -29,7 +29,7 @@ class SampleFile:
 
 @dataclasses.dataclass
 class Options:
-    """The checked keys that `sample.py` has beside those of training."""
+    """The checked values of `sample.py`'s own keys."""
 
     run: str | None  # its directory
     files: list[SampleFile]
@@ -59,7 +59,7 @@ def make_options(config: DictConfig, own: dict, checkpoints: list[str | None]) -
     if max_new_tokens is None:
         max_new_tokens = config.max_length - config.max_prompt_length
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: must be a whole number above 0")
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be an integer above 0")
     for key in ("prompts", "output", "alpaca_eval"):
         if own[key] is not None and not isinstance(own[key], str):
             raise UserError(f"{key}={own[key]}: expected the name of a file")
@@ -108,7 +108,7 @@ def _check_engine(config: DictConfig, own: dict):
 
 
 def _temperatures(given: object) -> list[tuple[float, str]]:
-    """Return each temperature with what it adds to a file's name: nothing if only one is given, not in a list.
+    """Return each temperature with the suffix for a file's name, which is empty for a single one outside a list.
 
     Raises: UserError if one is out of range or given twice.
     """
@@ -126,7 +126,7 @@ def _temperatures(given: object) -> list[tuple[float, str]]:
 def _sample_files(own: dict, checkpoints: list[str | None], temperatures: list[tuple[float, str]]) -> list[SampleFile]:
     """Return a file for each checkpoint at each temperature.
 
-    Raises: UserError if it isn't clear what the files are to be called.
+    Raises: UserError if the names of the files aren't clear.
     """
     if own["output"] is None and own["run"] is None:
         raise UserError("output: name the file that gets the samples, as there is no run to keep them in")

@@ -1,4 +1,4 @@
-"""The prompts that `sample.py` draws responses to: rows of a file, or those of the evaluation data, as tokens."""
+"""Tokenized prompts for `sample.py`: rows of a file, or prompts of the evaluation data."""
 
 import dataclasses
 

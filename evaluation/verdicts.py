@@ -15,7 +15,7 @@ from utils import UserError
 
 @dataclass
 class Verdict:
-    """Which of the two responses shown is better, or why there is no answer; or that a single response was scored."""
+    """The better of the two responses shown, or the kind of failure; a single response is only scored."""
 
     winner: str | None = None  # first, second or tie; scored for a single response
     failure: str | None = None  # its kind, such as timeout
@@ -32,7 +32,7 @@ class Judge(Protocol):
 
 
 class MisassignedVerdicts(UserError):
-    """It isn't known which verdict belongs to which task, so none of them may be kept."""
+    """Raised if verdicts can't be matched with tasks, so that none of them may be kept."""
 
 
 class VerdictFile:

@@ -25,7 +25,7 @@ from utils import UserError, rank0_print
 
 @dataclasses.dataclass
 class Job:
-    """The prompts that one model responds to, and how."""
+    """One model's prompts and sampling settings."""
 
     engine: dict  # arguments of vllm.LLM: model, dtype, max_model_len, ...
     prompts: list[list[int]]  # token ids
@@ -57,7 +57,7 @@ def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, se
 
 @contextlib.contextmanager
 def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[str]:
-    """Lend the folder or hub id from which vLLM loads the model; a checkpoint with an adapter is merged meanwhile.
+    """Yield the folder or hub id for vLLM to load; an adapter is merged into a temporary folder.
 
     Args:
         checkpoint: a directory; None: the model of `model.name_or_path`.
@@ -108,7 +108,7 @@ def generate(job: Job) -> list[list[int]]:
             json.dump(dataclasses.asdict(job), file)
         rank0_print(f"Drawing {len(job.prompts)} samples by vLLM from {job.engine['model']}")
         search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # -P: no module of the current directory stands in for one of vLLM's
+        # -P: modules in the current directory can't shadow vLLM's
         command = [sys.executable, "-P", "-m", "evaluation.vllm_engine", *paths]
         code = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, stdin=subprocess.DEVNULL).returncode
         if code != 0:
@@ -121,7 +121,7 @@ def generate(job: Job) -> list[list[int]]:
 
 
 def main(job_path: str, output_path: str):
-    """Draw what a job asks for; nothing but vLLM uses the GPU in this process."""
+    """Draw a job's samples; only vLLM uses the GPU in this process."""
     from vllm import LLM, SamplingParams
 
     with open(job_path, encoding="utf-8") as file:

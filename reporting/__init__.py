@@ -1,1 +1,1 @@
-"""Where a run's numbers and samples go."""
+"""Logs, tables and pictures of a run's numbers and samples."""

@@ -1,4 +1,4 @@
-"""The names of the metrics of evaluations, and whether each should rise. `metrics.py` and the trainers compute them.
+"""Names of evaluation metrics, and whether each should rise. `metrics.py` and the trainers compute them.
 
 It needs no torch, so that reports start at once.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LOSS, ACCURACY, MARGIN, TIES = "loss/eval", *(f"rewards_eval/{name}" for name in ("accuracies", "margins", "ties"))
 KL = "kl_eval/per_token"
 
-# of an evaluation's metrics, those whose means have standard errors, under the same name and `_se`
+# evaluation metrics with a standard error, which is logged as NAME_se
 WITH_ERRORS = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "logratios_eval/chosen")
 
 
@@ -33,6 +33,8 @@ def evaluation_metrics(loss: "Loss", config: "DictConfig") -> list[str]:
 
 
 def larger_is_better(metric: str) -> bool:
-    """True if a metric should rise: accuracies, margins and what is of chosen responses; not losses, likelihoods per
-    token, divergences, ties, lengths, and what is of rejected ones."""
+    """True if a metric should rise: accuracies, margins, and metrics of chosen responses.
+
+    Losses, likelihoods per token, divergences, ties, lengths and metrics of rejected responses should not.
+    """
     return not metric.startswith(("loss/", "nll_", "kl_", "lengths_")) and not metric.endswith(("/rejected", "/ties"))

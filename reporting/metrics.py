@@ -1,4 +1,4 @@
-"""Metrics of training and evaluation, their means, and the error if they aren't finite."""
+"""Compute metrics of training and evaluation and their means; stop the run if they aren't finite."""
 
 import math
 from collections import defaultdict
@@ -14,11 +14,12 @@ TIE = 1e-5  # smaller differences of rewards are rounding noise: ties
 
 
 def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None = None) -> dict[str, float]:
-    """Mean over the examples of several batches, all workers', for each metric; the one place where metrics leave the
-    device.
+    """Return the mean of each metric over the examples of several batches, on all workers.
 
-    `n_examples`: how many there are of all workers. If it is given and there are two or more, the standard errors of
-    the means of those `WITH_ERRORS` are returned, too, under the same name and `_se`.
+    Only here do metrics leave the device.
+
+    `n_examples`: the number of examples on all workers. If it is 2 or more, the standard errors of the metrics in
+    `WITH_ERRORS` are returned, too, as NAME_se.
     """
     collected = defaultdict(list)
     for metrics in batches:
@@ -38,7 +39,7 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None 
 
 
 def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the original's metrics of rewards (nats), each of shape (batch_size,); and which pairs are ties."""
+    """Return the original's metrics of rewards (nats), and a metric for ties: tensors of shape (batch_size,)."""
     margins = chosen_rewards - rejected_rewards
     return {
         f"rewards_{split}/chosen": chosen_rewards,
@@ -54,12 +55,12 @@ def response_metrics(
 ) -> dict[str, torch.Tensor]:
     """Return metrics that can be compared across losses and settings: tensors of shape (batch_size,).
 
-    `nll_*`: negative log-likelihood of a response per token; `lengths_*`: its tokens; `logratios_*`: log-probability
-    under the policy less that under the reference, of the whole response (nats).
+    `nll_*`: negative log-likelihood of a response per token. `lengths_*`: its tokens. `logratios_*`: log-probability of
+    the whole response under the policy minus that under the reference (nats).
 
     Args:
         inputs: the loss's inputs, with log-probabilities and lengths.
-        compares: True if the reference's log-probabilities are among them.
+        compares: True if the inputs include the reference's log-probabilities.
         averaged: True if log-probabilities are means per token.
     """
     metrics = {}
@@ -76,10 +77,10 @@ def response_metrics(
 
 
 def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
-    """Estimate the KL divergence of the policy from the reference (nats) on samples of the policy.
+    """Estimate the policy's KL divergence from the reference (nats) on samples of the policy.
 
     Args:
-        samples: for each its log-ratio of policy to reference, and its length (tokens).
+        samples: (log-ratio of policy to reference, length in tokens) of each sample.
     """
     if not samples:
         return {}
@@ -92,9 +93,9 @@ def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
 
 
 def check_finite(where: str, prompts: list[str], config: DictConfig, metrics: dict[str, float], **numbers: float):
-    """Raise UserError with step or evaluation, the batch's prompts and what to try, if a number isn't finite.
+    """Raise UserError if a number isn't finite, with the step or evaluation, the batch's prompts and remedies.
 
-    `metrics`: means that tell whether it is the reference that overflows.
+    `metrics`: means that show if the reference overflows.
     """
     if all(math.isfinite(number) for number in numbers.values()):
         return
@@ -111,7 +112,7 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, metrics: di
             f"The prompts of the batch end with:\n{shown}"
         )
     raise UserError(
-        f"{where}: {values}; training can't go on. "
+        f"{where}: {values}; training can't continue. "
         f"The prompts of the batch end with:\n{shown}\n"
         f"Try a smaller lr (now {config.lr}) or max_grad_norm (now {config.max_grad_norm}), more "
         f"warmup_steps (now {config.warmup_steps}), {also}or model.policy_dtype=float32 (now "

@@ -1,4 +1,4 @@
-"""Where a run's numbers and samples go: `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
+"""Log a run's numbers and samples: to `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ class RunLog:
 
     @property
     def wandb_run_id(self) -> str | None:
-        """The id by which a resumed run finds its wandb run again."""
+        """The id of the wandb run, for resuming it."""
         return self.trackers.wandb_run_id
 
     def _truncate(self, log_bytes: dict[str, int], log_sha256: dict[str, str]):

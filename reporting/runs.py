@@ -1,4 +1,4 @@
-"""Runs as they are on the disk: finding them, their metrics, and the keys that tell them apart.
+"""Runs on disk: find them, read their metrics, and find the keys that tell them apart.
 
 It needs no torch, so that it starts at once.
 """
@@ -14,7 +14,7 @@ import yaml
 from basics.files import read_json_lines
 from basics.printing import printable
 
-# keys that say where a run is and how it is watched, not what it computes
+# keys for a run's place and logging, which don't change what it computes
 _NOT_OF_THE_RUN = (
     "local_run_dir", "local_dirs", "exp_name", "resume", "resume_anyway", "wandb.", "tensorboard.", "curves", "debug",
     "minimum_log_interval_secs", "fsdp_port", "worker_timeout", "keep_checkpoints", "save_every", "save_optimizer",

@@ -1,4 +1,4 @@
-"""The time that a training run still needs."""
+"""Estimate the remaining time of a training run."""
 
 import collections
 import time
@@ -11,8 +11,8 @@ _RECENT_PAUSES = 3  # evaluations and saves
 class TimeLeft:
     """Estimates the time to the end: remaining steps at their recent speed, evaluations and saves at theirs.
 
-    One clock runs through the run, and whoever ends a step, an evaluation or a save tells it: so each second counts
-    once, with the waiting for data in it.
+    There is one clock, read at the end of each step, evaluation and save. So each second counts once, and waiting for
+    data is included.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TimeLeft:
         return n_steps * self._mean("step") + pauses
 
     def _n_to_come(self, kind: str, examples: int) -> int:
-        """Return how often the trainer will still evaluate or save: where it is due, and at the end."""
+        """Return the number of evaluations or saves to come: those that are due, and one at the end."""
         every = self.every[kind] or self.n_examples
         next_one = -(-max(examples, 1) // every) * every  # at `examples` itself it comes after the line that asks
         return max(0, -(-(self.n_examples - next_one) // every)) + 1

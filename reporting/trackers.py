@@ -1,4 +1,4 @@
-"""wandb and TensorBoard. A tracker that fails gives one warning and is dropped; training goes on."""
+"""wandb and TensorBoard. A tracker that fails gives one warning and is dropped; training continues."""
 
 import os
 
@@ -10,7 +10,7 @@ from utils import get_local_dir
 
 
 class Trackers:
-    """The trackers that the config enables and that could be started; `wandb_run_id` is None without wandb."""
+    """All trackers that are enabled and could be started; `wandb_run_id` is None without wandb."""
 
     def __init__(self, config: DictConfig, run_dir: str, wandb_run_id: str | None, n_examples: int):
         """

@@ -15,11 +15,11 @@ _PEAK_FLOPS = {
     "B200": 2250e12, "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "A6000": 155e12, "A40": 150e12,
     "A10": 125e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-_OTHER_MODELS = {"ti", "d", "laptop", "super", "max", "mobile"}  # words that make another GPU of it
+_OTHER_MODELS = {"ti", "d", "laptop", "super", "max", "mobile"}  # words that mark a different GPU
 
 
 def peak_flops(gpu: str) -> float | None:
-    """Return the operations a second that a GPU is sold with; None where they aren't known."""
+    """Return a GPU's advertised operations per second; None if unknown."""
     words = re.split(r"[\s-]+", gpu)
     if _OTHER_MODELS.intersection(word.lower() for word in words):
         return None
@@ -41,7 +41,7 @@ class Throughput:
         """`reference_model`: None if steps compute none."""
         self.n_trained, self.n_parameters = n_parameters(policy)
         n_reference = n_parameters(reference_model)[1] if reference_model is not None else 0
-        # a parameter takes 2 operations a token forward, as many back to what was before it, and as many for itself
+        # operations per parameter and token: 2 forward, 2 backward for the inputs, 2 for a trained parameter's gradient
         self.flops_per_token = 4 * self.n_parameters + 2 * self.n_trained + 2 * n_reference
         n_gpus = n_workers * len({parameter.device for parameter in policy.parameters() if parameter.is_cuda})
         peak = peak_flops(torch.cuda.get_device_name()) if n_gpus else None

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A model's template, and what its tokenizer calls beginning and end.
+    """A model's template, and its tokenizer's names for beginning and end.
 
-    `prompt` and `response` are what 'Hi' and the answer 'Yes' are to become, `system` what 'Be brief.' before it.
+    `prompt`, `response`, `system` are the expected renderings of 'Hi', of the answer 'Yes', and of 'Be brief.' with 'Hi'.
     """
 
     template: str
     bos: str | None
     eos: str
-    special: tuple[str, ...]  # others that the template uses
+    special: tuple[str, ...]  # other special tokens in the template
     prompt: str
     response: str
     system: str | None  # the prompt after a system turn; None: refused

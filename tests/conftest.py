@@ -23,13 +23,13 @@ from config_checks.schema import CONFIG_DIR
 from models import load_policy, load_reference
 from trainers import BasicTrainer
 
-os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"]  # for what tests start
+os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"]  # for processes that tests start
 torch.set_num_threads(1)
 
 ORACLE = REPOSITORY / "tests" / "oracle"
 
 
-SLOW_FIXTURES = {"launcher", "run_python", "start", "in_workers", "train_from_hub"}  # they start processes
+SLOW_FIXTURES = {"launcher", "run_python", "start", "in_workers", "train_from_hub"}  # fixtures that start processes
 
 
 def pytest_collection_modifyitems(config, items):
@@ -104,7 +104,7 @@ def train(launcher, tmp_path):
 
 @pytest.fixture
 def train_ok(train):
-    """As `train`, for commands that must succeed; returns what they printed."""
+    """Like `train`, for commands that must succeed; returns their output."""
 
     def run_command(*overrides: str, **kwargs) -> str:
         result = train(*overrides, **kwargs)
@@ -116,7 +116,7 @@ def train_ok(train):
 
 @pytest.fixture
 def run_python(tmp_path):
-    """Run a command in a Python of its own, as a user would, in an empty directory or `directory`."""
+    """Run a command in a new Python process, as a user would, in an empty directory or `directory`."""
 
     def run_command(
         *words: str, directory: Path = tmp_path, env: dict[str, str] | None = None
@@ -131,7 +131,7 @@ def run_python(tmp_path):
 
 @pytest.fixture
 def train_alone(run_python, tmp_path):
-    """As `train`, in a new Python process: for variables that are read when libraries are imported."""
+    """Like `train`, in a new Python process: for variables that are read when libraries are imported."""
 
     def run_command(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         words = [*overrides, f"local_dirs=[{tmp_path}/cache]"]
@@ -157,7 +157,7 @@ def hub_fork_server(hub_place):
 
 @pytest.fixture
 def train_from_hub(hub_fork_server, hub_place, tmp_path, tmp_path_factory):
-    """As `train`, in processes that use the hub at `hub_place`, with an empty download cache."""
+    """Like `train`, in processes that use the hub at `hub_place`, with an empty download cache."""
     shutil.rmtree(hub_place.home, ignore_errors=True)
     launcher = Launcher(hub_fork_server, tmp_path_factory.mktemp("launcher"))
     yield train_with(launcher, tmp_path)
@@ -168,11 +168,11 @@ def train_from_hub(hub_fork_server, hub_place, tmp_path, tmp_path_factory):
 def in_workers(request):
     """Run a function of the test's module in `n` processes: see `ProcessPool.run`.
 
-    They live as long as the module's tests; its `prepare_worker`, if it has one, is called at the start of each.
+    The processes are shared by the module's tests. If the module has a function `prepare_worker`, each calls it first.
     """
     pool = ProcessPool(getattr(request.module, "prepare_worker", None))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the process that they are forked from
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the server process that forks them
         yield pool.run
     pool.stop()
 
@@ -182,7 +182,7 @@ def in_workers(request):
 
 @pytest.fixture(scope="session")
 def sft_archive(tmp_path_factory) -> Path:
-    """Write the end of the recorded SFT run as the policy.pt that preference runs start from."""
+    """Write the final weights of the recorded SFT run as the policy.pt that preference runs start from."""
     path = tmp_path_factory.mktemp("archive") / "policy.pt"
     state = load_file(ORACLE / "figures" / "sft_weights.safetensors")
     torch.save({"step_idx": 96, "state": state, "metrics": {}}, path)
@@ -191,7 +191,7 @@ def sft_archive(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def oracle_model() -> list[str]:
-    """Overrides that choose the recorded runs' model and data."""
+    """Return overrides that choose the recorded runs' model and data."""
     return [
         "model=blank_model",
         f"model.name_or_path={ORACLE}/model",
@@ -202,8 +202,10 @@ def oracle_model() -> list[str]:
 
 
 def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
-    """A function that makes a trainer in this process, from overrides as on the command line; all that its reference
-    is to precompute is computed; its data, caches and runs are in the directory."""
+    """Return a function that makes a trainer in this process, from overrides as on the command line.
+
+    If the reference is precomputed, that is done, too. Data, caches and runs are in the directory.
+    """
 
     def make(*overrides: str) -> BasicTrainer:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

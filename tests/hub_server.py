@@ -1,9 +1,9 @@
-"""A server on loopback that speaks enough of the Hugging Face hub's API for what the libraries ask when they load a
-model or a dataset by its id: file metadata and downloads (https://huggingface.co/docs/hub/api), repository info and
-trees, revisions, the dataset viewer's `/info`, and the errors with their X-Error-Code.
+"""A server on loopback with the part of the Hugging Face hub's API that libraries use to load a model or dataset by id.
 
-It is the hub by HF_ENDPOINT, and everybody's proxy, so that what is asked of any other host arrives here, too, and is
-refused.
+It serves file metadata and downloads (https://huggingface.co/docs/hub/api), repository info and trees, revisions, the
+dataset viewer's `/info`, and errors with their X-Error-Code.
+
+HF_ENDPOINT and the proxy variables point to it, so that requests to any other host arrive here, too, and are refused.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-TOKEN = "hf_accepted"  # of a user to whom gated repositories are open
-BIG = (".safetensors", ".bin", ".gz", ".parquet")  # kept elsewhere: a redirect to where they are, as for LFS files
+TOKEN = "hf_accepted"  # the token of a user with access to gated repositories
+BIG = (".safetensors", ".bin", ".gz", ".parquet")  # served by a redirect, as LFS files are
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
-    viewer_info: dict | None = None  # what the dataset viewer knows of it, by config
+    viewer_info: dict | None = None  # the dataset viewer's information, by config
 
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
-        """Make these files what a branch or tag holds; returns the commit's id."""
+        """Commit these files to a branch or tag; return the commit's id."""
         parts = [f"{path}\0{hashlib.sha1(content).hexdigest()}" for path, content in sorted(files.items())]
         sha = hashlib.sha1("\n".join(parts).encode()).hexdigest()
         self.commits[sha] = files
@@ -44,9 +44,9 @@ class Repository:
 
 
 class Place:
-    """An address at which one hub after the other may be, and a directory, `home`, for what comes down from them.
+    """An address for one hub after the other, and a directory, `home`, for downloads from them.
 
-    It is held as long as this lives: while no hub is there, connections are refused.
+    The address stays reserved: while no hub is there, connections are refused.
     """
 
     def __init__(self, home: Path):
@@ -57,24 +57,22 @@ class Place:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def environment(self) -> dict[str, str]:
-        """Variables with which a process takes who is there for the hub, keeps its cache in `home`, and reaches nobody
-        else."""
+        """Environment variables that make a process use this hub, keep its cache in `home`, and reach no other host."""
         proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), self.url)
         names = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
         return {**names, **proxies, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "ALL_PROXY": "", "all_proxy": ""}
 
 
 class _Server(ThreadingHTTPServer):
-    allow_reuse_port = True  # which a `Place` holds
+    allow_reuse_port = True  # a `Place` reserves the port
 
 
 class Hub:
     """The server: `with Hub(place) as hub`, `hub.repository("models", "owner/name").commit({...})`.
 
-    `requests` is what it was asked, as (method, path, Range header or None), the path being ID#FILE where a file itself
-    was asked for. `cut_off[name]` is after how many bytes
-    the next download of a file of that name breaks off, `on_cut_off` what happens then; `status[word]` the status and
-    the X-Error-Code that requests get whose path holds that word.
+    `requests` lists requests as (method, path, Range header or None); the path of a download is ID#FILE. The next
+    download of a file named `name` breaks off after `cut_off[name]` bytes, and `on_cut_off` is called. Requests whose
+    path contains `word` are answered with `status[word]`, a status and an X-Error-Code.
     """
 
     def __init__(self, place: Place):
@@ -122,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def finish(self):
         self.hub.connections.discard(self.request)
-        with contextlib.suppress(OSError):  # there may be nobody any more to flush the last words to
+        with contextlib.suppress(OSError):  # the client may have gone
             super().finish()
 
     def log_message(self, *_):
@@ -137,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self._handle(self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
-    def do_CONNECT(self):  # another host, by way of the proxy
+    def do_CONNECT(self):  # a request to another host, through the proxy
         self.hub.requests.append(("CONNECT", self.path, None))
         self._error(403, "")
 
@@ -164,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def _resolve(self, kind: str, parts: list[str]):
-        """/{id}/resolve/{revision}/{path}: where the file is, and what it is."""
+        """Answer /{id}/resolve/{revision}/{path} with the file's location and metadata."""
         cut = parts.index("resolve") if "resolve" in parts else 0
         repo_id, revision, path = "/".join(parts[:cut]), "/".join(parts[cut + 1 : cut + 2]), "/".join(parts[cut + 2 :])
         repository, sha = self._open(kind, repo_id, revision)
@@ -177,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             location = f"{self.hub.url}/cdn/{kind}/{repo_id}/{sha}/{path}"
             linked = {"X-Linked-Size": headers.pop("Content-Length"), "X-Linked-Etag": headers.pop("ETag")}
             return self._send(302, b"", {**headers, **linked, "Location": location})
-        if "resolve-cache" not in self.path and kind == "models":  # as the hub does for small files: on the same host
+        if "resolve-cache" not in self.path and kind == "models":  # the hub, too, serves small files from the same host
             location = f"/api/resolve-cache/{kind}/{repo_id}/{sha}/{path}"
             return self._send(307, b"", {**headers, "Content-Length": "0", "Location": location})
         return self._content(kind, repo_id, sha, path)
@@ -187,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"ETag": etag, "X-Repo-Commit": sha, "Content-Length": str(len(content)), "Accept-Ranges": "bytes"}
 
     def _content(self, kind: str, repo_id: str, sha: str, path: str):
-        """The file itself, or the Range of it that was asked for; broken off where `cut_off` says so."""
+        """Send a file, or the requested Range of it; break off as `cut_off` says."""
         method, _, start = self.hub.requests[self.request_index]
         self.hub.requests[self.request_index] = (method, f"{repo_id}#{path}", start)
         content = self.hub.repositories[kind, repo_id].commits[sha][path]
@@ -205,13 +203,13 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- repositories -----------------------------------------------------------------------------------------------
 
     def _open(self, kind: str, repo_id: str, revision: str) -> tuple[Repository, str] | tuple[None, None]:
-        """The repository and the commit, once it is known that this user may see them; otherwise answers why not."""
+        """Return the repository and the commit if this user may see them; otherwise answer with the reason."""
         repository = self.hub.repositories.get((kind, repo_id))
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if repository is None:
-            # to those who aren't logged in the hub doesn't tell what is missing and what is private
+            # to users who aren't logged in, the hub doesn't tell missing repositories from private ones
             self._error(404 if token else 401, "RepoNotFound", message="Repository not found")
-        elif repository.gated and token != TOKEN and "/api/" not in self.path:  # what there is, anybody may know
+        elif repository.gated and token != TOKEN and "/api/" not in self.path:  # the list of files is public
             message = f"Access to {kind.removesuffix('s')} {repo_id} is restricted."
             self._error(403 if token else 401, "GatedRepo", message=message)
         elif (sha := repository.resolve(revision)) is None:
@@ -221,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None, None
 
     def _api(self, kind: str, parts: list[str], query: str, body: bytes):
-        """/api/{kind}/{id}, .../revision/{revision}, .../tree/{revision}/{path}, .../paths-info/{revision}."""
+        """Answer /api/{kind}/{id}, .../revision/{revision}, .../tree/{revision}/{path} and .../paths-info/{revision}."""
         if kind == "resolve-cache":
             return self._resolve(parts[0], [*parts[1:3], "resolve", *parts[3:]])
         repo_id, call = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "revision"
@@ -276,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _tree(files: dict[str, bytes]) -> list[dict]:
-    """Files and folders as the hub lists them."""
+    """Return files and folders as the hub lists them."""
     folders = {"/".join(path.split("/")[:depth]) for path in files for depth in range(1, path.count("/") + 1)}
     entries = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders]
     for path, content in files.items():

@@ -1,6 +1,6 @@
-"""`train.py`, and scripts like it, in processes that need not import anything: they are forked from one that has.
+"""Run `train.py`, and scripts like it, in processes that are forked from one that has all imports.
 
-As a script, this is that process.
+Run as a script, this file is that process.
 """
 
 import atexit
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parent.parent
 # no network, no GPU; one thread a process, as the models are small, and two processes run at a time
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 600  # seconds
-PRELOADED = (  # what scripts and their libraries import, much of it late
+PRELOADED = (  # imports of scripts and their libraries, many of them lazy
     "checkpointing.resume", "config_checks.checks", "config_checks.explanations", "config_checks.schema", "data.toy",
     "datasets", "distributed.fsdp", "distributed.tensor_parallel", "hydra._internal.hydra", "hydra.core.plugins",
     "hydra.main", "peft", "commands.sweeps", "trainers", "transformers.conversion_mapping",
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def output(self) -> str:
-        """What the run has printed so far."""
+        """The run's output so far."""
         return "".join(path.read_text() for path in dict.fromkeys((self.stdout, self.stderr)))
 
     @property
@@ -101,8 +101,10 @@ class Run:
                 os.kill(child, number)
 
     def wait(self) -> int:
-        """Its exit code, or minus the signal that killed it. Where one of several workers fails, the others are ended,
-        as launchers do, and it is that one's."""
+        """Wait for the run's end; return its exit code, or minus the signal that killed it.
+
+        If one of several workers fails, the others are ended, as launchers do, and its exit code is returned.
+        """
         if self.code is None:
             self.code = self.launcher.ask("wait", self.children, or_else=lambda: self.kill(signal.SIGKILL))
         return self.code
@@ -116,13 +118,13 @@ def _is_running(pid: int) -> bool:
 
 
 class Launcher:
-    """Starts runs in a directory that also holds their cache; `kill`, `wait`, `output` ... are the last one's."""
+    """Starts runs in a directory that also holds their cache; `kill`, `wait`, `output` ... refer to the last run."""
 
     def __init__(self, server: subprocess.Popen, directory: Path):
         self.server, self.directory, self.runs = server, directory, []
 
     def ask(self, method: str, argument: object, or_else: Callable = lambda: None):
-        """What a method of the `Server` returns; `or_else` is called if it takes too long."""
+        """Call a method of the `Server` and return its result; call `or_else` if that takes too long."""
         self.server.stdin.write(json.dumps([method, argument]) + "\n")
         self.server.stdin.flush()
         in_time = select.select([self.server.stdout], [], [], TIMEOUT)[0]
@@ -146,12 +148,12 @@ class Launcher:
         printed_to: str | None = None,
         forks_workers: bool = False,
     ) -> Run:
-        """Start a run, without wandb and curves unless they are asked for; `n_workers` as a launcher starts them.
+        """Start a run, without wandb and curves by default; with `n_workers`, as a launcher starts workers.
 
-        `in_order`: stdout and stderr are one, as on a terminal. `of_training`: whether the script has training's keys.
-        `as_typed`: nothing is added to the words. `terminal`: the device that all three streams are. `printed_to`: what
-        stdout and stderr are instead of files. `forks_workers`: fork the workers that the script itself starts
-        (world_size=N), which saves them the imports.
+        `in_order`: write stdout and stderr to one file. `of_training`: the script has training's keys. `as_typed`: add
+        nothing to the words. `terminal`: the device for all three streams. `printed_to`: replaces the files for stdout
+        and stderr. `forks_workers`: fork the workers that the script itself starts (world_size=N), which saves them the
+        imports.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
@@ -173,7 +175,7 @@ class Launcher:
         return self.runs[-1]
 
     def run(self, *overrides: object, **kwargs) -> int:
-        """`start` and `wait`."""
+        """Start a run and wait for it."""
         return self.start(*overrides, **kwargs).wait()
 
     def kill(self, number: int):
@@ -190,7 +192,7 @@ class Launcher:
         return self.runs[-1].output
 
     def stop(self):
-        """Kill what a failed test has left running."""
+        """Kill processes that a failed test has left running."""
         for run in self.runs:
             if run.code is None:
                 run.kill(signal.SIGKILL)
@@ -201,11 +203,11 @@ class Launcher:
 
 
 class Server:
-    """Answers each line of stdin, the name of a method and its argument, by a line."""
+    """Reads the name of a method and its argument from each line of stdin, and answers with a line."""
 
     def __init__(self):
         self.running: set[int] = set()
-        self.codes: dict[int, int] = {}  # of those that have ended, in the order of their ends
+        self.codes: dict[int, int] = {}  # of processes that have ended, in that order
 
     def serve(self):
         modules = {name: importlib.import_module(name) for name in PRELOADED}
@@ -214,11 +216,11 @@ class Server:
         modules["config_checks.schema"].default_config()
         for split in ("train", "test"):
             modules["data.toy"].get_toy(split)
-        gc.freeze()  # or garbage collection would let each child copy all of it
+        gc.freeze()  # otherwise garbage collection would copy this memory in each child
         for line in sys.stdin:
             method, argument = json.loads(line)
             print(json.dumps({"start": self.start, "wait": self.wait}[method](argument)), flush=True)
-        os._exit(0)  # to take all apart that was imported would take a second
+        os._exit(0)  # skip the interpreter's teardown, which would take a second
 
     def start(self, job: dict) -> list[int]:
         """Process ids, one for each of the job's environments."""
@@ -233,14 +235,14 @@ class Server:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
             children.append(child)
-            self.codes.pop(child, None)  # the number may have been another's
+            self.codes.pop(child, None)  # an earlier process may have had this id
         for stream in streams:
             os.close(stream)
         self.running.update(children)
         return children
 
     def wait(self, children: list[int]) -> int:
-        """The exit code of the first that fails."""
+        """Wait for all; return the exit code of the first that fails."""
         while self.running.intersection(children):
             if any(self.codes.get(child) for child in children):
                 self.end(children)
@@ -249,7 +251,7 @@ class Server:
         return next((code for child, code in self.codes.items() if child in children and code != 0), 0)
 
     def end(self, children: list[int]):
-        """Wait a second for those that still run, then kill them."""
+        """Wait a second for processes that still run, then kill them."""
         deadline = time.monotonic() + 1
         while left := self.running.intersection(children):
             for child in left if time.monotonic() > deadline else ():
@@ -265,7 +267,7 @@ class Server:
 
 
 def run_script(job: dict, env: dict[str, str], streams: list[int]) -> int:
-    """Be the script; returns the exit code."""
+    """Run the script in this process; return the exit code."""
     os.chdir(job["directory"])
     if job["on_terminal"]:
         os.setsid()

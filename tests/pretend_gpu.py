@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_name("pretend_guard.cpp")
 
 
 def why_not() -> str | None:
-    """Return why there can be no pretend GPU here; None if there can."""
+    """Return why pretend GPUs don't work here; None if they do."""
     if torch.cuda.is_available():
         return "there is a real GPU"
     return None if shutil.which("g++") else "there is no C++ compiler (g++) for the device guard"
@@ -44,13 +44,13 @@ def load_guard(library: Path):
     """Register the guard, for the rest of this process."""
     ctypes.CDLL(str(library))
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    # on a GPU the kernel for experts takes float32 too, which PyTorch's description of it for fake tensors denies
+    # a GPU's kernel for experts accepts float32, but PyTorch's version for fake tensors doesn't
     moe._can_use_grouped_mm = lambda input, weight, offs: weight.dtype == torch.bfloat16
 
 
 @contextlib.contextmanager
 def pretend_gpus() -> Iterator[FakeTensorMode]:
-    """Inside, tensors are made on any device, and without data."""
+    """Make tensors without data, on any device, inside the block."""
     with FakeTensorMode() as mode:
         yield mode
 

@@ -63,7 +63,7 @@ class Workers:
 
 
 def work(pipe, variables: dict[str, str], prepare: Callable | None):
-    """In a worker: answer each (function, args, kwargs) with (error, result)."""
+    """Run in a worker: answer each (function, args, kwargs) with (error, result)."""
     os.environ.update(variables)
     torch.set_num_threads(1)
     if prepare is not None:
@@ -73,13 +73,16 @@ def work(pipe, variables: dict[str, str], prepare: Callable | None):
             function, args, kwargs = pipe.recv()
             try:
                 pipe.send((None, function(*args, **kwargs)))
-            except BaseException:  # what pytest.raises raises is no Exception
+            except BaseException:  # pytest's failures aren't Exceptions
                 pipe.send((traceback.format_exc(), None))
 
 
 class ProcessPool:
-    """Workers for each world size that was asked for. Where a function fails, some may wait for others: all of that
-    size are killed, and new ones are started when they are asked for."""
+    """Workers for each world size in use.
+
+    If a function fails in one worker, the others may wait for it forever. So all workers of that size are killed, and
+    new ones are started at the next call.
+    """
 
     def __init__(self, prepare: Callable | None = None):
         self.prepare = prepare

@@ -14,19 +14,19 @@ from launcher import TIMEOUT, Launcher
 
 @dataclass
 class Screen:
-    """Its lines from the first one on, whatever has scrolled away; all that was sent to it; the exit code."""
+    """All lines, including those that have scrolled away; the raw output; the exit code."""
 
     lines: list[str]
     sent: bytes
     code: int
 
     def rows(self, *beginnings: str) -> list[list[str]]:
-        """The words of lines that begin with one of these."""
+        """Return the words of lines that begin with one of these."""
         return [line.split() for line in self.lines if line.lstrip().startswith(beginnings)]
 
 
 def run_on_terminal(launcher: Launcher, *overrides: str, columns: int, env: dict[str, str] | None = None) -> Screen:
-    """Run `train.py` with all three streams on a pseudo-terminal, at which nobody types anything."""
+    """Run `train.py` with all three streams on a pseudo-terminal, without input."""
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = {"TERM": "xterm-256color", "COLUMNS": "", **(env or {})}

@@ -51,7 +51,7 @@ def tokenize(prompt: str, chosen: str, rejected: str, mode: str, max_length: int
         ("10 11 12", "20", "keep_end", (5, 3), [BOS, 11, 12], [20, EOS]),  # one token too long with it
         ("10 11 12", "20", "keep_start", (5, 3), [BOS, 10, 11], [20, EOS]),
         ("10 11 12", "20 21 22", "keep_end", (5, 3), [BOS, 11, 12], [20, 21]),  # both are cut
-        ("10 11 12", "20", "keep_end", (4, 1), [BOS], [20, EOS]),  # nothing of the prompt is left
+        ("10 11 12", "20", "keep_end", (4, 1), [BOS], [20, EOS]),  # the prompt is cut away
         ("10 11 12", "20", "keep_start", (4, 1), [BOS], [20, EOS]),
         ("10", "20 21 22 23", "keep_end", (5, 3), [BOS, 10], [20, 21]),  # a short prompt stays whole
         ("", "20", "keep_end", (5, 3), [BOS], [20, EOS]),

@@ -1,4 +1,4 @@
-"""Architectures that tell ways of computing apart: what is decided on each, and that it gives the model's own numbers.
+"""Architectures that rule out some layouts: the layout chosen for each, and equality with the model's own numbers.
 
 benchmarks/architectures.py does the same for every type.
 """

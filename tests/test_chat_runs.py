@@ -1,4 +1,4 @@
-"""Runs on conversations: samples show responses, and what is saved ends them and writes turns as training did."""
+"""Runs on conversations: samples show responses, and saved models end turns as in training."""
 
 import json
 

@@ -117,7 +117,7 @@ def test_several_turns_equal_the_templates_rendering_of_the_whole_dialogue(name,
         whole = tokenizer.apply_chat_template(turns[:3] + turn, tokenize=True, return_dict=False)
         read_ids = prompt + response
         assert read_ids == whole[: len(read_ids)]
-        assert tokenizer.decode(whole[len(read_ids) :]).strip() == ""  # what follows the end of a turn
+        assert tokenizer.decode(whole[len(read_ids) :]).strip() == ""  # the rest follows the end of the turn
         assert response[-1] == tokenizer.eos_token_id or tokenizer.decode(response[-1:]) == "<end_of_turn>"
     n_before = 1 if kind == "SFT" else 3  # SFT imitates all turns of the assistant
     opened = tokenizer.apply_chat_template(
@@ -149,7 +149,7 @@ def test_truncated_prompt_keeps_bos_and_response_keeps_its_end(name, read):
     tokenizer = make_tokenizer(name)
     row = row_of(messages(("user", "word " * 100)))
     whole = read(tokenizer, row)
-    for add_bos in (False, True):  # it is there already
+    for add_bos in (False, True):  # the template adds it already
         prompt, chosen, _ = read(tokenizer, row, max_length=48, max_prompt_length=16, add_bos=add_bos)
         assert prompt == [tokenizer.bos_token_id, *whole[0][-15:]]
         assert chosen == whole[1]

@@ -193,7 +193,7 @@ def test_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, mo
         done.append(paths)
 
     monkeypatch.setattr(os, "rename", rename_or_die)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a dead process removes nothing
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process removes nothing
     if n_renames < 2:
         with pytest.raises(SystemExit):
             write(tmp_path / "LATEST", "new")
@@ -277,7 +277,7 @@ def test_unwritable_run_directory_is_named(launcher, mounted, tmp_path):
 
 
 class Intruder:
-    """Unpickled, it would create a file."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)

@@ -72,7 +72,7 @@ CONFIG_ERRORS = {
     "resume from nowhere": (["model=tiny", "resume=nowhere"], ["resume=nowhere: no such directory"]),
     "no end": (["model=tiny", "n_epochs=null"], ["n_epochs and n_examples are both null"]),
     "text for a number": (["model=tiny", "lr=fast"], ["lr=fast: expected a number"]),
-    "fraction for a whole number": (["model=tiny", "batch_size=1.5"], ["batch_size=1.5: expected a whole number"]),
+    "fraction for an integer": (["model=tiny", "batch_size=1.5"], ["batch_size=1.5: expected an integer"]),
     "negative": (["model=tiny", "n_examples=-1"], ["n_examples=-1: must be a number above 0"]),
     "label smoothing too large": (["model=tiny", "loss=dpo", "loss.label_smoothing=0.5"], ["must be below 0.5"]),
     "shared prompts neither on nor off": (["model=tiny", "shared_prompt=maybe"], ["auto, true or false"]),
@@ -137,7 +137,7 @@ def broken_files(tmp_path):
     (tmp_path / "model_with_pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
 
 
-LOADING_ERRORS = {  # the model is tiny where none is named
+LOADING_ERRORS = {  # the model is tiny unless one is named
     "unknown dataset": (["datasets=[hhh]"], ["no such dataset", "Did you mean hh?", "toy"]),
     "dataset out of reach": (["datasets=[hh]"], ["Anthropic/hh-rlhf", "dataset_paths.hh=DIR"]),
     "row without a field": (["datasets=[hh]", "dataset_paths.hh=no_field"], ["[hh], train split, row 0", "'rejected'"]),
@@ -383,7 +383,7 @@ def test_tilde_is_the_home_directory_in_every_path(word, train, tmp_path):
     result = train(*SHORT, "debug=true", *shlex.split(word), env={"HOME": f"{tmp_path}/home"})
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("~")]
     assert "~" not in result.stderr, result.stderr
-    if result.returncode:  # there is no such file, which is said of the whole path
+    if result.returncode:  # no such file: the message has the whole path
         assert f"{tmp_path}/home/" in result.stderr
     else:
         assert any((tmp_path / "home").iterdir())

@@ -1,4 +1,4 @@
-"""Workers agree on numbers by gloo, in the main thread and beside it, and make each group once."""
+"""Workers reduce numbers by gloo, in the main thread and in another one, and create each group once."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from distributed import collectives
 
 
 def agreements_of_two_threads(n: int) -> tuple[list[int], list[int]]:
-    """Reduce numbers in the main thread and in another at once; each worker is at another pace in each."""
+    """Reduce numbers in the main thread and in another one at the same time, at a different pace in each worker."""
     rank, group = dist.get_rank(), collectives.thread_group()
     beside: list[int] = []
 
@@ -41,12 +41,12 @@ def test_threads_collectives_do_not_mix_with_the_main_threads(in_workers):
 
 
 def devices_of_reduced_numbers() -> set[str]:
-    """Reduce a number where the worker's device would be a GPU."""
+    """Reduce a number as if the worker's device were a GPU."""
     device, reduce, devices = collectives.device, dist.all_reduce, set()
     collectives.device = lambda: torch.device("meta")
     dist.all_reduce = lambda tensor, *args, **kwargs: (devices.add(tensor.device.type), reduce(tensor, *args, **kwargs))
     assert collectives.all_reduce_max(dist.get_rank()) == 1
-    collectives.device, dist.all_reduce = device, reduce  # the worker runs other tests, too
+    collectives.device, dist.all_reduce = device, reduce  # restore them for other tests in this worker
     return devices
 
 
@@ -75,7 +75,7 @@ def test_groups_are_made_once(in_workers):
 
 
 def prepared_batches(directory: str) -> tuple[set[bool], list[list[int]]]:
-    """Prepare all training batches of a worker; returns whether the main thread did, and the microbatches' sizes."""
+    """Prepare all training batches of a worker; return {True if in the main thread}, and the microbatches' sizes."""
     config = compose_config(
         "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "n_examples=64", "n_eval_examples=4",
         "batch_size=16", "trainer=FSDPTrainer", "max_tokens_per_microbatch=400", f"local_dirs=[{directory}]",
@@ -94,7 +94,7 @@ def prepared_batches(directory: str) -> tuple[set[bool], list[list[int]]]:
     sizes = []
     for batch in trainer._training_batches(0):
         sizes.append([len(part["prompt"]) for part in batch["microbatches"]])
-        trainer.stop.check()  # a collective of the main thread, between those of the other
+        trainer.stop.check()  # a collective of the main thread, between the other thread's
     return in_main_thread, sizes
 
 

@@ -11,7 +11,7 @@ from data.messages import BadExample
 from utils import UserError
 
 PAIR = {"chosen": "A red rose.", "rejected": "No."}
-REFUSED = {  # rows, settings, what the message says
+REFUSED = {  # rows, settings, parts of the message
     "images": (
         [{"images": ["a.png"], "prompt": "<image>What?", **PAIR}],
         {},
@@ -115,7 +115,7 @@ def test_column_that_would_be_lost_is_refused_with_the_remedy(name):
         read(rows, **settings)
 
 
-BAD = {  # a good row before it tells the format; the bad row; what is wrong
+BAD = {  # a good row, which decides the format; the bad row; the message
     "image part": (
         {"messages": [*ASKED, *SAYS]},
         {"messages": [turn("user", [{"type": "image"}]), *SAYS]},

@@ -1,4 +1,4 @@
-"""Whatever is typed, alone or together: the run is refused by one message that names a key, or trains to its end."""
+"""Random command lines: the run trains to its end, or is refused by a single message that names a key."""
 
 import json
 import math
@@ -20,7 +20,7 @@ TINY = [
     "max_prompt_length=32", "sample_during_eval=false", "wandb.enabled=false", "warmup_steps=0", "local_dirs=[cache]",
 ]  # fmt: skip
 
-# ---- what is typed --------------------------------------------------------------------------------------------------
+# ---- command lines --------------------------------------------------------------------------------------------------
 
 DEFAULTS = default_config()
 KEYS = [
@@ -40,7 +40,7 @@ NASTY = [
     "x,y", "range(3)", "choice(1,2)", "int(x)", "str(1)", "float(nan)", "sort(b,a)", "glob(*)", "[", "}", "a=b", "a:b",
     "", "%s", "{{}}", "\\", "#", "'\n'", "1_000", "tiny", "dpo", "toy", "auto", "cpu", "bfloat16", "Adam",
 ]  # fmt: skip
-PLAUSIBLE = {  # what may well come to training
+PLAUSIBLE = {  # values that may get as far as training
     "loss": names_in("loss"), "model": names_in("model"), "batch_size": ["1", "2", "8", "3"], "debug": ["true"],
     "eval_batch_size": ["1", "2", "3"], "gradient_accumulation_steps": ["2", "4"], "lr": ["1e-3", "1", "1e-45", "1e38"],
     "datasets": ["toy", "[toy]", "[toy,toy]", "[hh]"], "max_grad_norm": ["inf", "1e-300", "1"], "n_epochs": ["null"],
@@ -91,16 +91,16 @@ losses = st.sampled_from([f"loss={name}" for name in names_in("loss")])
 
 
 def command_lines(*overrides: st.SearchStrategy) -> st.SearchStrategy:
-    """A loss and some overrides, drawn from any of these."""
+    """Return a strategy for a loss and some overrides, drawn from any of these."""
     several = st.lists(st.one_of(*overrides), min_size=1, max_size=5, unique_by=lambda word: word.split("=")[0])
     return st.builds(lambda loss, words: [loss, *words], losses, several)
 
 
-# ---- what becomes of it ---------------------------------------------------------------------------------------------
+# ---- outcomes -------------------------------------------------------------------------------------------------------
 
 
 def assert_names_a_key(output: str, words: list[str]):
-    """Check that it ends with one message that names one of the words."""
+    """Check that the output ends with one message that names one of the words."""
     assert "Traceback" not in output, (words, output)
     assert len(re.findall("^error: ", output, re.MULTILINE)) == 1, (words, output)
     message = output[re.search("^error: ", output, re.MULTILINE).start() :]
@@ -110,7 +110,7 @@ def assert_names_a_key(output: str, words: list[str]):
 
 
 class Loads(BaseException):
-    """Checks are over: what would now be loaded isn't. No Exception, so that nothing takes it for an error."""
+    """Raised in place of loading anything, once all checks have passed; no Exception, so that nothing catches it."""
 
 
 def refusal(words: list[str], directory: Path) -> str | None:

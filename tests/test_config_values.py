@@ -1,4 +1,4 @@
-"""Whatever is typed for a key works or is refused by a message that names it; nothing is a traceback or ignored."""
+"""Any value of a key works, or is refused by a message that names the key; no traceback, and nothing is ignored."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ TEXTS = ["", " ", "x", "a b", "é", "1", "null"]
 VALUES = [None, True, False, *NUMBERS, *TEXTS, [], [1], ["x"], [None], {}, {"a": 1}]
 SOME_VALUES = [None, True, -1, 0, 0.5, 3, 1e300, math.nan, "", "x", [1], {"a": 1}]
 
-# What check_config lets pass; for the others, of their default's type, that is nothing but what stands below.
+# Values that check_config accepts. For keys that aren't listed, only values of the default's type, listed below.
 POSITIVE_WHOLE = [1, 3, 1000]
 ACCEPTED = {
     "seed": [0, 1, 3, 1000],
@@ -60,9 +60,9 @@ ACCEPTED = {
     "eval_every": [1000],
     "save_every": [None, 1000],
     "keep_checkpoints": [None, *POSITIVE_WHOLE],
-    "resume": [None, *TEXTS[2:]],  # it is looked at before
+    "resume": [None, *TEXTS[2:]],  # checked earlier
     "minimum_log_interval_secs": [-0.0, 0, 0.5, 1, 3, 1000, 1e300, 1e-320],
-    "model.name_or_path": ["x", "1", "null"],  # which may be on the hub
+    "model.name_or_path": ["x", "1", "null"],  # it may be on the hub
     "model.tokenizer_name_or_path": [None, "x", "1", "null"],
     "model.archive": [None],
     "model.adapter": [None],
@@ -79,7 +79,7 @@ ACCEPTED = {
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory):
-    """A function that returns the composed config of model=tiny with a loss."""
+    """Return a function that composes the config of model=tiny with a loss."""
     local = tmp_path_factory.mktemp("local")
 
     def compose_with(*overrides: str):
@@ -103,7 +103,7 @@ def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, values, co
     loss = next(name for name in LOSSES if option in LOSSES[name].options) if option else "sft"
     accepted = ACCEPTED.get(key, [True, False] if isinstance(default, bool) else None)
     if key.startswith("dataset_paths."):
-        accepted = TEXTS[2:]  # of datasets that are not asked for
+        accepted = TEXTS[2:]  # settings of datasets that aren't used
     for value in values:
         config = composed(loss)
         passes = any(same(value, other) for other in accepted or [])
@@ -113,7 +113,7 @@ def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, values, co
             check_config(config)
         except (UserError, OmegaConfBaseException) as error:
             assert not passes, f"{key}={value!r} is refused: {error}"
-            names = (key, key.split(".")[0], "trains in one process")  # the last is what world_size is told
+            names = (key, key.split(".")[0], "trains in one process")  # the last is in the message about world_size
             assert any(name in str(error) for name in names), f"{key}={value!r}: {error}"
         else:
             assert passes or accepted is None, f"{key}={value!r} is accepted as {OmegaConf.select(config, key)!r}"
@@ -121,7 +121,7 @@ def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, values, co
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
-REFUSED = {  # what is typed: parts of the message
+REFUSED = {  # override: parts of the message
     "loss=null": ["loss=null", "expected the name of a file", "dpo"],
     "model=null": ["model=null", "expected the name of a file", "pythia28"],
     "loss=1": ["loss=1", "expected the name of a file"],
@@ -150,7 +150,7 @@ REFUSED = {  # what is typed: parts of the message
     "model.name_or_path=/no/where": ["model.name_or_path=/no/where: no such folder, and no id on the hub"],
     "model.tokenizer_name_or_path=a/b/c": ["model.tokenizer_name_or_path=a/b/c: no such folder"],
     "model.policy_mp=bfloat16 model.policy_dtype=float16": ["model.policy_dtype=float16"],
-    # names that others have for it
+    # other libraries' names for it
     "learning_rate=1": ["'learning_rate'", "learning_rate is called lr here"],
     "lora.rank=8": ["lora.rank: LoraConfig has no such field", "rank is called lora.r here"],
     "lora={bias:nope}": ["lora.bias=nope: must be one of none, all, lora_only"],
@@ -172,7 +172,7 @@ REFUSED = {  # what is typed: parts of the message
     "warmup_ratio=0.1": ["warmup_steps between 0 and 1 is a fraction of the steps"],
     "Seed=1": ["Did you mean seed?"],
 }
-LATE = {  # only once the model is there
+LATE = {  # refused only once the model is loaded
     "optimizer=Adam optimizer_args={capturable:true}": ["optimizer=Adam", "capturable"],
     "optimizer=AdamW lr=1e38": ["lr=1e+38", "overflow"],
     "lora={inference_mode:true}": ["the model has no trainable parameters"],

@@ -1,4 +1,4 @@
-"""Pictures of runs: that a run draws its own without waiting for it, and that they show the run's numbers."""
+"""Pictures of runs show the run's numbers, and training doesn't wait for them."""
 
 import json
 import os
@@ -70,8 +70,8 @@ def test_picture_shows_the_runs_numbers(monkeypatch, tmp_path):
             assert (x, [line[key] for line in getattr(run, split)]) in panels[title], (title, split)
     ((x, y),) = [line for line in panels["learning rate"]]
     assert (x[0], x[-1], set(y)) == (4, 160, {1e-5})
-    assert len(panels["log-probability of responses (nats)"]) == 2 * 3  # raw, smoothed and evaluations of either
-    assert [0.0, 1.0] in [list(x) for x, y in panels["gradient norm, before clipping"]]  # where it is clipped
+    assert len(panels["log-probability of responses (nats)"]) == 2 * 3  # raw, smoothed, evaluations; of either response
+    assert [0.0, 1.0] in [list(x) for x, y in panels["gradient norm, before clipping"]]  # the line at max_grad_norm
     assert png_size(tmp_path / "picture.png")[0] == 1200
     assert sorted(os.listdir(tmp_path)) == ["picture.png", "run"]
 
@@ -150,7 +150,7 @@ def test_drawing_error_warns_once(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_training_never_waits_for_drawing_and_drawing_keeps_to_its_share(tmp_path, monkeypatch):
-    """The drawing process here ends when its stdin is closed."""
+    """The drawing process of this test ends when its stdin is closed."""
     write_run(tmp_path / "run")
     started = []
     popen = subprocess.Popen
@@ -163,7 +163,7 @@ def test_training_never_waits_for_drawing_and_drawing_keeps_to_its_share(tmp_pat
     stdin = subprocess.PIPE
     drawer = CurvesDrawer(str(tmp_path / "run"))
     drawer.notice(is_evaluation=True)
-    assert not started  # a picture is believed to take 2 seconds, so 100 have to go by
+    assert not started  # a picture is assumed to take 2 seconds, so 100 must pass first
     drawer.start -= 100_000
     for _ in range(100):
         drawer.notice(is_evaluation=True)
@@ -174,7 +174,7 @@ def test_training_never_waits_for_drawing_and_drawing_keeps_to_its_share(tmp_pat
     assert len(started) == 2  # one was still due
     started[1].stdin.close()
     started[1].wait()
-    drawer.start = time.monotonic()  # the two have now taken more than their share
+    drawer.start = time.monotonic()  # the two pictures have now used more than their share
     drawer.notice(is_evaluation=True)
     assert len(started) == 2 and drawer.process is None
     stdin = subprocess.DEVNULL

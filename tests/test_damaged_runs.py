@@ -35,7 +35,7 @@ def run_dir(finished, tmp_path):
 
 
 def write_sums(checkpoint):
-    """Make a checkpoint's SHA256SUMS those of its files: whoever changed them did that, too."""
+    """Update a checkpoint's SHA256SUMS to its changed files."""
     lines = [
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
         for path in sorted(checkpoint.iterdir())

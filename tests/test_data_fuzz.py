@@ -1,4 +1,4 @@
-"""Whatever stands in a file: it is read, or refused in a message; what isn't trained on is counted."""
+"""Any content of a file is read, or refused in a message; rows that aren't trained on are counted."""
 
 import csv
 import gzip
@@ -52,7 +52,7 @@ FORMATS = [
 
 
 def mutated(fields: dict[str, st.SearchStrategy]) -> st.SearchStrategy:
-    """Rows of a format, some of which lack a field or hold something else in it, or further fields."""
+    """Draw rows of a format, some with a missing field, a field of the wrong type, or extra fields."""
     good = st.fixed_dictionaries(fields)
     bad = st.fixed_dictionaries(
         {}, optional={name: st.one_of(of_field, anything) for name, of_field in fields.items()} | {"more": anything}
@@ -153,7 +153,7 @@ def test_random_parquet_is_read_or_refused(rows):
         table = pyarrow.Table.from_pylist(rows)
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(table, buffer)
-    except (pyarrow.ArrowException, OverflowError):  # no such table
+    except (pyarrow.ArrowException, OverflowError):  # Arrow can't hold these rows
         return
     check("rows.parquet", buffer.getvalue(), len(rows))
 

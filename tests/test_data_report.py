@@ -1,4 +1,4 @@
-"""What the report says of data, which pairs say nothing, and how many examples are used."""
+"""The data report, pairs of identical responses, and the number of examples in use."""
 
 import re
 
@@ -24,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture
 def batches(tokenizer, tmp_path):
-    """A function that opens the batches of a folder with these rows, the same to train and to evaluate on."""
+    """Return a function that opens the batches of a folder with these rows, both to train and to evaluate on."""
 
     def open_them(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
         for name in ("train", "test"):
@@ -39,7 +39,7 @@ def batches(tokenizer, tmp_path):
 
 @pytest.fixture
 def report(make_trainer, tmp_path, capsys):
-    """A function that returns what is printed about the data of a run on a folder with these rows."""
+    """Return a function that returns the data report of a run on a folder with these rows."""
 
     def of(rows: list[dict], *overrides: str) -> str:
         for split in ("train", "test"):
@@ -86,7 +86,7 @@ def test_pairs_are_identical_once_cut_exactly_when_their_batch_is(max_length, ba
     lengths = {"max_length": max_length, "max_prompt_length": 8}
     iterator = batches(rows, **lengths, settings={"skips_bad": True}, split="test")
     assert all(b["chosen_input_ids"].tolist() != b["rejected_input_ids"].tolist() for b in iterator)
-    # those that are left out are identical when each is cut alone
+    # the dropped pairs are identical when each response is cut alone
     n_identical = 0
     for row in rows:
         with_another = [row, {"prompt": "x", "chosen": " y", "rejected": " z"}]
@@ -118,7 +118,7 @@ def test_equal_responses_with_different_scores_are_no_pair(report):
     assert "4 prompts with 8 pairs; dropped 4 pairs of identical responses" in output
 
 
-# ---- what is said ---------------------------------------------------------------------------------------------------
+# ---- the report -----------------------------------------------------------------------------------------------------
 
 
 def test_same_fault_in_all_rows_is_told_once(batches):
@@ -166,7 +166,7 @@ def test_report_says_that_the_template_is_not_applied_to_strings(report):
     applied = report(numbered(6), template, "apply_chat_template=true")
     assert note not in applied and re.search(r"\n\nHuman: Question \d\?\n\nAssistant:", applied)
     dialogues = [{side: f"\n\nHuman: {i}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for i in range(6)]
-    assert note not in report(dialogues, template)  # nothing would apply it
+    assert note not in report(dialogues, template)  # no dataset would use it
 
 
 def test_report_counts_the_labels_and_says_that_the_rarer_is_repeated(report):
@@ -219,7 +219,7 @@ def test_semicolons_separate_where_the_header_has_no_comma(tokenizer, tmp_path):
 
 
 def test_keys_that_a_column_format_adds_are_no_arguments_of_a_call(tokenizer, tmp_path):
-    """Parquet gives all calls the arguments of any; JSON Lines keep a null that is given."""
+    """Parquet gives every call the arguments of all calls, as nulls; JSON Lines keep explicit nulls."""
     (tmp_path / "t.jinja").write_text(
         "{% for m in messages %}{{ m.role + ':' + m.content }}{% if m.tool_calls %}"
         "{{ m.tool_calls[0].function.name + m.tool_calls[0].function.arguments | tojson }}{% endif %}{% endfor %}"

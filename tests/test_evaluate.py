@@ -1,4 +1,4 @@
-"""`evaluate.py`: the figures of training's own evaluation, of any checkpoint, and more about them."""
+"""`evaluate.py` repeats training's evaluation for any checkpoint, and adds intervals, groups and rows."""
 
 import json
 import math
@@ -24,7 +24,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def trained(launcher, tmp_path_factory):
-    """A function that trains a run of a kind, once, and returns its directory."""
+    """Return a function that trains one run of each kind, and returns its directory."""
     directories = {}
 
     def train(kind: str):
@@ -107,7 +107,7 @@ def test_checkpoint_all_evaluates_each_checkpoint_once(launcher, trained):
     run_dir = trained("lora")
     output = run_dir / "curve.jsonl"
     evaluate(launcher, f"run={run_dir}", "checkpoint=[step-8]", f"output={output}")
-    assert "evaluated before" in evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}")
+    assert "already evaluated" in evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}")
     assert [result["examples"] for result in read_jsonl(output)] == [8, 16]
     evaluate(launcher, f"run={run_dir}", "checkpoint=all", f"output={output}", "n_eval_examples=20")
     assert [result["n_eval_examples"] for result in read_jsonl(output)] == [12, 12, 20, 20]
@@ -132,7 +132,7 @@ def test_data_too_small_to_train_on_is_evaluated(launcher, trained, tmp_path):
 BAD = {
     "no run": (["run=nowhere"], "run=nowhere: no run there"),
     "no checkpoint": (["run={run}", "checkpoint=step-7"], "has no such checkpoint; it has LATEST"),
-    "a checkpoint of nothing": (["checkpoint=step-8", *RUN], "checkpoint=step-8 requires run=DIR"),
+    "a checkpoint without a run": (["checkpoint=step-8", *RUN], "checkpoint=step-8 requires run=DIR"),
     "rows of several": (["run={run}", "checkpoint=[step-8,LATEST]", "rows=r"], "give one checkpoint at a time"),
     "nowhere to write": (["run={run}", "output=/nowhere/o"], "output=/nowhere/o: there is no such directory"),
     "an unknown key": (["run={run}", "beta=1"], "no config key 'beta'"),

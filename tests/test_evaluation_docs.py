@@ -1,4 +1,4 @@
-"""The code of docs/evaluation.md runs as it is written there."""
+"""The commands in docs/evaluation.md run as written."""
 
 import json
 import re

@@ -72,7 +72,7 @@ def test_exported_folder_is_the_policy_and_nothing_of_training(finished, copied)
 
 
 def test_earlier_checkpoint_is_exported_by_its_name(copied):
-    (copied / "plain").mkdir()  # an empty directory is as good as none
+    (copied / "plain").mkdir()  # an empty directory is accepted
     run_export(copied / "run", copied / "plain", "step-4")
     assert "4 examples, 1 optimizer steps" in (copied / "plain/README.md").read_text()
 
@@ -119,10 +119,12 @@ def test_unusable_checkpoint_is_refused_and_nothing_is_written(edit, checkpoint,
 def test_adapter_is_not_merged_into_a_base_that_has_changed(finished, copied):
     change_base(copied)
     is_adapter = hasattr(finished[0].policy, "peft_config")
-    if not is_adapter:  # has all its weights, whatever became of those that it started from
+    if not is_adapter:  # it has all its weights, so the base may have changed
         run_export(copied / "run", copied / "plain")
         return
-    with pytest.raises(UserError, match=rf"not what its run began with:\n  model\.name_or_path={copied}/base"):
+    with pytest.raises(
+        UserError, match=rf"inputs have changed since its run began:\n  model\.name_or_path={copied}/base"
+    ):
         run_export(copied / "run", copied / "plain")
     assert sorted(os.listdir(copied)) == ["base", "run"]
 

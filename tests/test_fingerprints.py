@@ -1,4 +1,4 @@
-"""A run resumes only with the weights and data it started from, wherever they are stored by then."""
+"""A run resumes only with the weights and data it started from, even if they have moved."""
 
 import hashlib
 import json
@@ -86,13 +86,13 @@ def test_overwritten_input_is_named_and_refused_on_resume(name, named, launcher,
     (change_data if path.endswith("jsonl") else change_weights)(tmp_path / path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert launcher.run(*run, "n_examples=12") == 1, launcher.output
-    changed = re.search(r"what is there is not what the run began with:\n((?:  .*\n)+)", launcher.output)
+    changed = re.search(r"these inputs have changed since the run began:\n((?:  .*\n)+)", launcher.output)
     assert changed[1] == f"  {named.format(tmp_path)}\n"
     assert "Traceback" not in launcher.output
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     assert launcher.run(*run, "n_examples=12", "resume_anyway=true") == 0, launcher.output
-    assert f"WARNING: what is there is not what the run began with:\n  {named.format(tmp_path)}\n" in launcher.output
-    assert launcher.run(*run, "n_examples=16") == 0, launcher.output  # its last checkpoint knows the new
+    assert f"WARNING: these inputs have changed since the run began:\n  {named.format(tmp_path)}\n" in launcher.output
+    assert launcher.run(*run, "n_examples=16") == 0, launcher.output  # its last checkpoint has the new fingerprint
 
 
 def test_moved_inputs_are_accepted_on_resume(launcher, inputs, tmp_path):
@@ -113,7 +113,7 @@ def test_moved_inputs_are_accepted_on_resume(launcher, inputs, tmp_path):
 
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "changed")
     for change, name, message in (
-        (change_data, "hh/train.jsonl", "is not what the run began with:\n  datasets=[hh], train split\n"),
+        (change_data, "hh/train.jsonl", "inputs have changed since the run began:\n  datasets=[hh], train split\n"),
         (change_weights, "start.pt", f"it would be another run:\n  model.archive: {tmp_path}/elsewhere/start.pt → "),
     ):
         change(tmp_path / "changed" / name)
@@ -131,7 +131,7 @@ def test_inputs_are_remembered_before_the_first_checkpoint(launcher, inputs, tmp
     assert not (tmp_path / "run/LATEST").exists()
     change_data(tmp_path / "hh/train.jsonl")
     assert launcher.run(*run) == 1
-    assert "not what the run began with:\n  datasets=[hh], train split\n" in launcher.output
+    assert "inputs have changed since the run began:\n  datasets=[hh], train split\n" in launcher.output
     assert OmegaConf.load(tmp_path / "run/config.yaml").datasets == ["hh"]
 
 
@@ -163,7 +163,7 @@ def test_workers_report_a_changed_input_once(launcher, inputs, tmp_path):
     assert launcher.run(*run, n_workers=2) == 0, launcher.output
     change_data(tmp_path / "hh/test.jsonl")
     assert launcher.run(*run, "n_examples=16", n_workers=2) == 1
-    assert launcher.output.count("not what the run began with:\n  datasets=[hh], test split\n") == 1
+    assert launcher.output.count("inputs have changed since the run began:\n  datasets=[hh], test split\n") == 1
     assert "Traceback" not in launcher.output
     assert launcher.run(*run, "n_examples=16", "resume_anyway=true", n_workers=2) == 0, launcher.output
 
@@ -261,7 +261,7 @@ def test_every_command_refuses_a_run_whose_base_has_changed(command, launcher, l
     finally:
         weights.write_bytes(before)
     assert "Traceback" not in launcher.output
-    assert f"not what its run began with:\n  model.name_or_path={lora_run}/model\n" in launcher.output
+    assert f"inputs have changed since its run began:\n  model.name_or_path={lora_run}/model\n" in launcher.output
     assert os.listdir(tmp_path) == []
     assert launcher.run(*words, **options) == 0, launcher.output
 
@@ -341,4 +341,4 @@ def test_hub_models_fingerprint_is_its_commit(launcher, tmp_path):
     assert launcher.run(*SHORT, *run) == 0, launcher.output
     (folder / "refs/main").write_text("b" * 40)
     assert launcher.run(*SHORT, *run, "n_examples=12", "resume=auto") == 1
-    assert "not what the run began with:\n  model.name_or_path=somebody/tiny\n" in launcher.output
+    assert "inputs have changed since the run began:\n  model.name_or_path=somebody/tiny\n" in launcher.output

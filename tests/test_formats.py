@@ -69,7 +69,7 @@ def ultrafeedback(prompt: str, scores: dict[str, float]) -> dict:
     return row | {"correct_answers": ["None"], "incorrect_answers": ["None"]}
 
 
-FORMATS = {  # loss, rows, what the log calls it, and of each example prompt, chosen and rejected, or prompt and target
+FORMATS = {  # loss, rows, the format's name in the log, and each example: prompt, chosen, rejected; or prompt, target
     "preference": ("dpo", TEXTS, "preferences (prompt, chosen, rejected)", PAIRS),
     "preference, the prompt being the shared start": (
         "dpo", [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in TEXTS],
@@ -192,8 +192,10 @@ def tokenizer():
 
 @pytest.fixture
 def examples(tokenizer, tmp_path):
-    """What a loss trains and evaluates on, all of it: [(prompt, chosen with its end, rejected with its end)] as token
-    ids, sorted; labels are checked on the way."""
+    """Return all training and evaluation examples, sorted: (prompt, chosen with its end, rejected with its end).
+
+    They are token ids. The labels are checked, too.
+    """
 
     def read(dataset: str, loss: str = "dpo", **settings) -> list[tuple[list[int], ...]]:
         settings = Settings(**({"chat_template": str(TEMPLATE)} | settings))
@@ -216,7 +218,7 @@ def _parts(batch: dict) -> tuple[list[int], ...]:
             ids, labels = batch[f"{side}_input_ids"][0].tolist(), batch[f"{side}_labels"][0].tolist()
             start = len(parts[0])
             assert ids[:start] == parts[0]
-            assert labels == [-100] * start + ids[start:]  # trained on: the response and its end
+            assert labels == [-100] * start + ids[start:]  # only the response and its end are trained
             parts.append(ids[start:])
     return tuple(parts)
 
@@ -233,7 +235,7 @@ def expected_ids(tokenizer, examples: list[tuple[str, ...]]) -> list[tuple[list[
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_format_gives_the_tokens_written_by_hand(name, examples, tokenizer, tmp_path):
     loss, rows, _, expected = FORMATS[name]
-    # another row, in the held-out part or not, as a dataset of one row has nothing to evaluate on
+    # a dataset of one row has nothing to evaluate on, so add another row
     (tmp_path / "train.jsonl").write_bytes(jsonl(rows))
     (tmp_path / "test.jsonl").write_bytes(jsonl(rows))
     assert examples(f"{tmp_path}/*.jsonl", loss) == sorted(2 * expected_ids(tokenizer, expected))
@@ -257,7 +259,7 @@ def test_all_formats_at_once_train_from_the_command_line(loss, train_ok, tmp_pat
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
         descriptions[f"{tmp_path}/{name}"] = "preferences (prompt, chosen, rejected)"
-        n_examples += 1  # the other is held out
+        n_examples += 1  # the other row is held out
     chosen = ",".join(f"'{name}'" for name in descriptions)
     output = train_ok(
         *SHORT, f"loss={loss}", f"datasets=[{chosen}]", f"local_run_dir={tmp_path}/run", "n_examples=null", "n_epochs=1"
@@ -268,7 +270,7 @@ def test_all_formats_at_once_train_from_the_command_line(loss, train_ok, tmp_pat
     assert lines[-1]["counters/examples"] == n_examples // 2 * 2
 
 
-REFUSED = {  # loss, rows, what the message says
+REFUSED = {  # loss, rows, parts of the message
     "prompts alone": ("dpo", [{"prompt": "The sky is"}], "there are prompts but no responses to train on"),
     "stepwise supervision": (
         "dpo", [{"prompt": "Which?", "completions": ["One.", "Two."], "labels": [True, False]}], "stepwise supervision",

@@ -1,4 +1,4 @@
-"""Exact figures of a policy against plain sums and samples, and the frontier against what is known of it."""
+"""Exact figures of a policy equal plain sums and agree with samples; the frontier has its known properties."""
 
 import sys
 
@@ -40,7 +40,7 @@ def all_responses(tokenizer) -> list[list[int]]:
 
 
 def make_model(dtype: torch.dtype, **settings) -> torch.nn.Module:
-    """A small GPT-NeoX with the tiny model's vocabulary and weights so large that context matters."""
+    """Make a small GPT-NeoX with the tiny model's vocabulary, and weights so large that context matters."""
     config = transformers.AutoConfig.from_pretrained(
         TINY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **settings
     )
@@ -80,7 +80,7 @@ def test_logps_of_the_whole_grammar_equal_plain_forwards(attention, tokenizer, a
 
 @pytest.mark.parametrize("max_row", [1, 5, 1000])
 def test_response_tree_handles_any_lengths_and_row_sizes(max_row):
-    # one is the beginning of others, one shares nothing, one is the end alone
+    # one is a prefix of others, one shares nothing, one is only the end token
     responses = [[5, 6, 0], [5, 0], [5, 6, 7, 8, 9, 0], [11, 12, 0], [0], [5, 6, 7, 8, 10, 0], [5, 6, 7, 0]]
     model = make_model(torch.float64)
     tree = ResponseTree(responses, max_row)
@@ -155,7 +155,7 @@ def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokeni
     prompts = token_ids(tokenizer, toy.PROMPTS, end=False)
     logps = response_logps(trainer.policy, ResponseTree(all_responses), prompts)
     figures = Frontier(logps, REWARDS, np.full(4096, 18)).figures(logps)
-    assert 0.02 < figures.outside < 0.9  # or there would be nothing to compare
+    assert 0.02 < figures.outside < 0.9  # otherwise there would be nothing to compare
 
     ids = torch.tensor(prompts)  # all of one length
     batch = {"prompt_input_ids": ids, "prompt_attention_mask": torch.ones_like(ids)}
@@ -165,7 +165,7 @@ def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokeni
     words = [toy.response_words(text) for text in texts]
     inside = np.array([w is not None for w in words])
     assert 1 - inside.mean() == pytest.approx(figures.outside, abs=4 * np.sqrt(figures.outside / len(texts)))
-    # the figures give each prompt the same weight, however much of its mass is of the grammar
+    # the figures weigh each prompt equally, whatever the probability of its grammatical responses
     of_prompt = [[toy.true_reward(w) for w in words[p::10] if w is not None] for p in range(10)]
     error = np.sqrt(sum(np.var(r) / len(r) for r in of_prompt)) / 10
     assert np.mean([np.mean(r) for r in of_prompt]) == pytest.approx(figures.reward, abs=4 * error)

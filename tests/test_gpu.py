@@ -1,4 +1,4 @@
-"""What needs a GPU: the kernels' numbers against those of a CPU, and what is decided there."""
+"""Tests that need a GPU: the kernels' numbers against a CPU's, and the choices made for a GPU."""
 
 import copy
 

@@ -40,8 +40,10 @@ def jsonl(rows: list) -> bytes:
 
 
 def hh_files() -> dict[str, bytes]:
-    """Folders and files as in Anthropic/hh-rlhf: compressed JSON Lines, two splits in each of four folders, and red
-    team attempts of another format, which belong to no split."""
+    """Return files as in Anthropic/hh-rlhf: compressed JSON Lines, two splits in each of four folders.
+
+    There are also red-team attempts in another format, which belong to no split.
+    """
     files = {
         "README.md": CARD,
         ".gitattributes": b"",
@@ -63,7 +65,7 @@ def hh_viewer_info() -> dict:
 
 
 def shp_files() -> dict[str, bytes]:
-    """As in stanfordnlp/SHP: a folder for each subreddit, three splits of JSON Lines in it."""
+    """Return files as in stanfordnlp/SHP: a folder for each subreddit, with three splits of JSON Lines."""
     files, rows = {"README.md": CARD}, read_jsonl(ORACLE / "shp/train.jsonl")
     for i, subreddit in enumerate(("askacademia", "askbaking")):
         of_subreddit = rows[i::2]
@@ -73,7 +75,7 @@ def shp_files() -> dict[str, bytes]:
 
 
 def se_files() -> dict[str, bytes]:
-    """As in HuggingFaceH4/stack-exchange-preferences: Parquet in data/, one split, answers as a list of structs."""
+    """Return files as in HuggingFaceH4/stack-exchange-preferences: Parquet in data/, answers as lists of structs."""
     files = {"README.md": CARD}
     for site in ("ai", "cooking"):
         rows = []
@@ -103,7 +105,7 @@ def hub(bodies, hub_place):
         yield hub
 
 
-# the library retries soon, where by itself it waits up to 8 seconds each time
+# make the library retry at once; by default it waits up to 8 seconds each time
 IMPATIENT = """
 import time, types
 from huggingface_hub.utils import _http
@@ -214,7 +216,7 @@ def test_second_run_downloads_nothing_and_third_needs_no_hub(online_ok, hub):
         assert f"hh (train): reading {HH} from the cache" in offline
         assert ("can't be reached" in offline) == (env == {})
         rows = [re.search(r"^ *4/\d+ .*$", text, re.MULTILINE)[0].split()[:-2] for text in (output, offline)]
-        assert rows[0] == rows[1]  # but for the times
+        assert rows[0] == rows[1]  # except for times
 
 
 @pytest.mark.parametrize("env", exhaustive_except([{}, {"HF_HUB_OFFLINE": "1"}], {}))
@@ -236,7 +238,7 @@ NOT_LOGGED_IN = ["it is gated, and you are not logged in", "Ask for access on ht
 NO_ACCESS = ["it is gated, and your account has no access", "Ask for access on https://huggingface.co/", *LOGIN]
 TOKENIZER = "model.tokenizer_name_or_path"
 LLAMA = "meta-llama/Llama-3.1-8B"
-REFUSALS = {  # what is asked for, the user's token, and the message
+REFUSALS = {  # overrides, the user's token, and the message
     "gated model, no token": (["model=llama3-8b"], "", [f"model.name_or_path={LLAMA}: ", *NOT_LOGGED_IN]),
     "gated model, another's token": (["model=llama3-8b"], "hf_other", [f"model.name_or_path={LLAMA}: ", *NO_ACCESS]),
     "no such model": (["model=gptj"], "", ["model.name_or_path=EleutherAI/gpt-j-6b: ", *UNKNOWN]),

@@ -1,4 +1,4 @@
-"""`model.revision`, `model.attn_implementation`, `model.trust_remote_code`, and what is said where the hub refuses."""
+"""`model.revision`, `model.attn_implementation`, `model.trust_remote_code`, and messages when the hub refuses."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def hub_model(tmp_path, monkeypatch) -> str:
         save_file({**state, LAST: state[LAST] * scale}, snapshot / "model.safetensors", metadata={"format": "pt"})
         (root / "refs").mkdir(exist_ok=True)
         (root / "refs" / revision).write_text(commit)
-    # so that it is seen which one the tokenizer is read from
+    # shows which version the tokenizer is read from
     path = root / "snapshots" / ("1" * 40) / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
     return "someone/small"
@@ -125,7 +125,7 @@ def own_code(tmp_path) -> str:
     (directory / "modeling_own.py").write_text(MODELING)
     classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config = json.loads((directory / "config.json").read_text())
-    # the head is renamed as it is read only for the model types that transformers knows
+    # transformers renames the head at loading, but only for model types that it knows
     state = load_file(directory / "model.safetensors")
     state["lm_head.weight"] = state.pop("embed_out.weight")
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})

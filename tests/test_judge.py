@@ -1,4 +1,4 @@
-"""`judge.py`: verdicts of judges whose rule is known, counted by hand; none lost, and none asked for twice."""
+"""`judge.py`: verdicts of judges with a known rule, counted by hand; none is lost, and none is requested twice."""
 
 import json
 import math
@@ -281,7 +281,7 @@ class Endpoint:
                 endpoint.most_running = max(endpoint.running, endpoint.most_running)
                 try:
                     self.reply()
-                except OSError:  # whoever asked has gone
+                except OSError:  # the client has gone
                     pass
                 finally:
                     endpoint.running -= 1
@@ -395,14 +395,14 @@ def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, lau
     summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=3")
     released.set()
     first, again = (moment for moment, seen in zip(endpoint.moments, endpoint.seen, strict=True) if seen[0] == 0)
-    assert again - first >= 2  # as Retry-After says; by itself it would be a second
+    assert again - first >= 2  # as Retry-After says; the default is a second
     kinds = {"no verdict in the answer": 1, "no chat completion": 1, "HTTP 400": 1, "timeout": 1}
     assert summary["failures"] == kinds
     assert (summary["n_judged"], summary["n_failed"]) == (4, 4)
     assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 1, 1)  # 1, 7; 4; 0
     assert [endpoint.times(number) for number in range(8)] == [2, 2, 2, 2, 0, 1, 2, 1]
     assert "4 pairs FAILED and are not counted" in launcher.output
-    assert summary["input_tokens"] == 100 * 5  # with the two answers that had no verdict
+    assert summary["input_tokens"] == 100 * 5  # including the two answers without a verdict
     endpoint.answer = endpoint.longer
     summary = judge(*endpoint.options, "judge_retries=1")
     assert (summary["wins"], summary["ties"], summary["losses"], summary["failures"]) == (2, 2, 4, {})
@@ -438,9 +438,9 @@ def test_killed_judge_loses_no_verdict_and_repeats_none(judge, endpoint, launche
     kept = read_jsonl(tmp_path / "v.jsonl")
     assert 8 <= len(kept) < n
     n_asked = len(endpoint.seen)
-    assert n_asked <= len(kept) + 2 + 1  # those that waited, and one that was about to be written
+    assert n_asked <= len(kept) + 2 + 1  # two in flight, and one about to be written
     with open(tmp_path / "v.jsonl", "a") as file:
-        file.write(json.dumps({**kept[0], "verdict": "a"})[:-1])  # what a crash has cut off
+        file.write(json.dumps({**kept[0], "verdict": "a"})[:-1])  # cut off by a crash
     summary = judge(*endpoint.options, "judge_concurrency=2")
     assert len(endpoint.seen) - n_asked == n - len(kept)
     lines = read_jsonl(tmp_path / "v.jsonl")
@@ -579,7 +579,7 @@ def test_full_disk_leaves_whole_verdicts_and_no_traceback(tmp_path):
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
-    """A function that saves a model whose score is cos(π · the last token's id / 512) and returns its path."""
+    """Return a function that saves a model whose score is cos(π · the last token's id / 512) and returns its path."""
 
     def save(n_labels: int = 1, pad: bool = True, chat_template: str | None = None):
         path = tmp_path_factory.mktemp("reward_model")
@@ -638,7 +638,7 @@ def test_messages_are_scored_through_the_chat_template(judge, refused, reward_mo
 def test_texts_longer_than_the_reward_model_are_truncated_with_a_warning(judge, reward_model, tmp_path, launcher):
     write_samples(tmp_path / "a.jsonl", ["long " * 400 + A[0], *A[1:]])
     judge("judge=model", f"judge_model={reward_model()}")
-    assert "1 of 14 texts are cut, prompt and response, to the last 256 tokens" in launcher.output
+    assert "truncated 1 of 14 texts (prompt + response) to their last 256 tokens" in launcher.output
     line = next(line for line in read_jsonl(tmp_path / "v.jsonl") if line["prompt_index"] == 0)
     assert line["scores"][0] == pytest.approx(expected_score("long " + A[0]), abs=1e-4)
 
@@ -655,7 +655,7 @@ def test_responses_without_opponents_are_scored_alone(pad, judge, reward_model, 
     assert (summary["n_scored"], summary["n_failed"], summary["b"], summary["drawn"]) == (8, 0, None, [])
     assert "8 responses scored, to 8 prompts" in launcher.output
     judge(*options, files=["a=a.jsonl", "output=v.jsonl"])
-    assert "8 scores are there" in launcher.output
+    assert "8 scored already" in launcher.output
 
 
 def test_summary_records_sampling_settings_and_kl(judge, command, tmp_path):
@@ -679,7 +679,7 @@ BAD = {
     "no judge": ([], "judge: give it, e.g. python judge.py"),
     "another judge": (["judge=opennai"], "judge=opennai: no such judge. Did you mean openai? There are: model"),
     "nothing to compare with": (["b=null", *OPENAI], "b: give the responses that those of a are compared with"),
-    "no partners": (["b=null", "judge=model", "judge_model=m", "allow_unmatched=true"], "without b no response needs"),
+    "no partners": (["b=null", "judge=model", "judge_model=m", "allow_unmatched=true"], "no effect without b"),
     "no model": (["judge=model"], "judge=model needs judge_model"),
     "no endpoint": (ASKS, "judge=openai needs judge_url"),
     "no URL": ([*ASKS, "judge_url=localhost:8000"], "judge_url=localhost:8000: expected a URL"),
@@ -693,7 +693,7 @@ BAD = {
     "no such prompt": ([*OPENAI, "judge_prompt=dialog"], "judge_prompt=dialog: no such file. Did you mean dialogue?"),
     "a prompt that lacks b": ([*OPENAI, "judge_prompt=lacking.txt"], "judge_prompt=lacking.txt: it lacks {b}"),
     "no time": ([*OPENAI, "judge_timeout=0"], "judge_timeout=0: must be 0.001 to 100000"),
-    "half a try": ([*OPENAI, "judge_retries=0.5"], "judge_retries=0.5: expected a whole number"),
+    "half a try": ([*OPENAI, "judge_retries=0.5"], "judge_retries=0.5: expected an integer"),
     "an unknown key": (["judge_promt=x"], "no config key 'judge_promt'. Did you mean judge_prompt? config/judge.yaml"),
     "a key of training": (["lora.r=2", *OPENAI], "no config key 'lora'"),
     "no such file": (["a=nowhere", *OPENAI], "a=nowhere: can't read it"),
@@ -726,7 +726,7 @@ def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp
         "scores.jsonl": '{"settings": "s", "prompt_index": 0, "sample": 0, "first": "a", "texts": "t", '
                         '"failure": null, "verdict": "scored", "scores": []}\n',
     }  # fmt: skip
-    if "b=v_summary.json" not in overrides:  # it would be refused before anything else
+    if "b=v_summary.json" not in overrides:  # that is refused earlier
         del contents["v_summary.json"]
     for file, content in contents.items():
         (tmp_path / file).write_text(content)

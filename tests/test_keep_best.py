@@ -1,4 +1,4 @@
-"""`keep_best` and `stop_when_worse`: which checkpoint BEST is, when a run ends, and that both survive going on."""
+"""`keep_best` and `stop_when_worse`: the checkpoint that BEST links to, the end of a run, and resuming."""
 
 import json
 import os
@@ -143,7 +143,7 @@ def test_equal_metric_is_not_better_and_a_new_metric_starts_over(make_trainer):
     config = make_trainer(*TOY, "loss=dpo", "n_examples=4", "keep_best=loss/eval").config
     state = TrainState(examples=0, metrics={"loss/eval": 0.1, "nll_eval/chosen": 2.0})
     best.judge(state, config)
-    assert (state.best, state.worse) == ({}, 0)  # of the weights that training starts from
+    assert (state.best, state.worse) == ({}, 0)  # the evaluation before training doesn't count
     for examples, loss in ((8, 0.5), (16, 0.5), (24, 0.6)):
         state.examples, state.metrics = examples, {"loss/eval": loss, "nll_eval/chosen": 2.0}
         best.judge(state, config)

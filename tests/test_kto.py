@@ -1,4 +1,4 @@
-"""KTO's estimate of the divergence: of which texts it is made, and that microbatches and workers change nothing."""
+"""KTO's estimate of the divergence: its inputs, and independence of microbatches and workers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs of several processes: how they start on one machine and on two, and end together."""
+"""Runs of several processes start on one machine and on two, and end together."""
 
 import os
 import re
@@ -20,17 +20,17 @@ RUN = [
     "n_eval_examples=8", "eval_batch_size=4", "sample_during_eval=false", "lr=1e-3", "warmup_steps=2", "eval_every=400",
     "save_every=16", "keep_checkpoints=2",
 ]  # fmt: skip
-LIMIT = 120  # seconds that a run may take to end once a worker has died: it would else wait for hours
+LIMIT = 120  # seconds within which a run must end after a worker has died; without that it would wait for hours
 
 
 def children_of(pid: int) -> list[psutil.Process]:
-    """Return a process's workers in their order."""
+    """Return a process's workers, in order of rank."""
     children = psutil.Process(pid).children()
     return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
 
 def updates(run_dir) -> list[int]:
-    """Which optimizer steps the run's log holds."""
+    """Return the numbers of the optimizer steps in the run's log."""
     return [line["counters/updates"] for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "train"]
 
 
@@ -89,7 +89,7 @@ def test_users_mistake_in_a_worker_is_reported_once(start_run, tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a command in a directory of its own; what still runs at the end of the test is killed."""
+    """Start a command in the test's directory; kill those that still run at its end."""
     processes = []
 
     def start_command(*command: str, log: str, env: dict[str, str] | None = None) -> subprocess.Popen:
@@ -114,7 +114,7 @@ def start(tmp_path):
 
 
 def agents(start, tmp_path, port: str, *overrides: str) -> list[subprocess.Popen]:
-    """Two machines' torchrun, each with one worker, of one run."""
+    """Start a run by two torchrun agents, as on two machines, with one worker each."""
     return [
         start(
             "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1",

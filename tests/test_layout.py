@@ -1,4 +1,4 @@
-"""How the code is laid out, read from its source: who imports whom, and who knows a trainer's name."""
+"""The layout of the code: allowed imports between modules, and uses of trainers' names."""
 
 import ast
 import graphlib
@@ -13,7 +13,7 @@ from test_cli import TOY
 
 from distributed.strategies import STRATEGIES
 
-LEVELS = [  # modules and folders; each imports from those below it alone, a folder's modules one another, too
+LEVELS = [  # modules and folders; each imports only from those below it, and modules of a folder from one another
     {"train", "evaluate", "sample", "judge", "export"},
     {"trainers"},
     {"evaluation"},
@@ -39,7 +39,7 @@ MODULES = {  # their syntax trees by their names
 
 
 def imported(node: ast.AST, in_functions: bool) -> Iterator[str]:
-    """What a module imports, as `a.b` for `from a import b`; with `in_functions` also where a function does."""
+    """Return a module's imports, `from a import b` as `a.b`; with `in_functions`, also those inside functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
@@ -51,13 +51,13 @@ def imported(node: ast.AST, in_functions: bool) -> Iterator[str]:
 
 
 def modules_imported(module: str, in_functions: bool = True) -> set[str]:
-    """Those of the repository, folders of modules among them."""
+    """Return the repository's modules and folders that a module imports."""
     names = [name.split(".") for name in imported(MODULES[module], in_functions)]
     return {".".join(parts[:n]) for parts in names for n in range(1, len(parts) + 1)} & MODULES.keys() - {module}
 
 
 def level(module: str) -> int:
-    """Counted from the top."""
+    """Return a module's level, counted from the top."""
     (number,) = (n for n, names in enumerate(LEVELS) if module.split(".")[0] in names)
     return number
 

@@ -1,5 +1,7 @@
-"""What a run starts from is what its files say: weights that are missing, left over, damaged or of another kind, and
-adapters that don't fit, are errors that name them."""
+"""Loading refuses weights that are missing, left over, damaged or of the wrong type, and adapters that don't fit.
+
+The error names the weights or the file.
+"""
 
 import json
 import re
@@ -22,7 +24,7 @@ RUN = ["datasets=[toy]", "n_examples=8", "n_eval_examples=8", "max_length=64", "
 
 @pytest.fixture
 def model_dir(tmp_path):
-    """A copy of the recorded runs' model folder, to be damaged."""
+    """Return a copy of the recorded runs' model folder, to be damaged."""
     return shutil.copytree(ORACLE / "model", tmp_path / "model")
 
 
@@ -46,7 +48,7 @@ def edit_json(path, **values):
 # ---- the base model -------------------------------------------------------------------------------------------------
 
 FIRST, LAST = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight", "gpt_neox.final_layer_norm.weight"
-MISFITS = {  # what is done to weights and config.json, and what the error says
+MISFITS = {  # an edit of the weights, changes to config.json, and the message
     "tensors removed": (lambda s: {k: v for k, v in s.items() if k not in (FIRST, LAST)}, {},
                         f"missing: {LAST}\n  missing: {FIRST}"),
     "a key renamed": (lambda s: {k.replace(LAST, "gpt_neox.final_norm.weight"): v for k, v in s.items()}, {},
@@ -91,7 +93,7 @@ def test_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
         for layer in range(config.num_hidden_layers):
             for buffer in LAYER_BUFFERS[config.model_type]:
                 state[buffer.format(layer)] = torch.ones(1, 1, 4, 4)
-        # GPT-2's on the hub are those of the model without its head
+        # GPT-2's files on the hub are those of the base model
         return {k.removeprefix("transformer.") if config.model_type == "gpt2" else k: v for k, v in state.items()}
 
     edit_weights(tmp_path / "model.safetensors", as_then)
@@ -104,7 +106,7 @@ def test_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
 def test_extra_head_is_ignored_with_a_message(model_dir, capsys):
     edit_weights(model_dir / "model.safetensors", lambda s: {**s, "v_head.summary.weight": torch.ones(1, 64)})
     load_pretrained(str(model_dir), "model.name_or_path=x", dtype=torch.float32)
-    assert "model.name_or_path=x: left out, as GPTNeoXForCausalLM has no such part: v_head.summary.weight" in (
+    assert "model.name_or_path=x: ignored weights of parts that GPTNeoXForCausalLM lacks: v_head.summary.weight" in (
         capsys.readouterr().out
     )
 
@@ -119,7 +121,7 @@ def test_tied_weights_are_saved_once_and_required(tmp_path):
         load_pretrained(str(tmp_path), "x", dtype=torch.float32)
 
 
-BROKEN_MODELS = {  # a file of the model's folder, and what it holds instead
+BROKEN_MODELS = {  # a file of the model's folder, and its new content
     "config.json: no JSON": ("config.json", "{"),
     "config.json: empty": ("config.json", ""),
     "config.json: a list": ("config.json", "[1]"),
@@ -265,7 +267,7 @@ def test_untied_archive_of_a_tied_model_is_refused(make_trainer, tmp_path):
 
 @pytest.fixture(scope="module")
 def new_adapter(tmp_path_factory):
-    """A new adapter's directory."""
+    """Return the directory of a new adapter."""
     directory = tmp_path_factory.mktemp("adapter")
     overrides = ["model=blank_model", f"model.name_or_path={ORACLE}/model", *RUN, "lora={r:2}", "loss=sft"]
     trainers_in(directory)(*overrides).policy.save_pretrained(directory / "adapter")
@@ -274,7 +276,7 @@ def new_adapter(tmp_path_factory):
 
 @pytest.fixture
 def adapter(new_adapter, tmp_path):
-    """A copy of `new_adapter` to be damaged."""
+    """Return a copy of `new_adapter`, to be damaged."""
     return shutil.copytree(new_adapter, tmp_path / "adapter")
 
 
@@ -330,7 +332,7 @@ def test_adapter_that_does_not_fit_is_refused(edit, message, make_oracle, adapte
 
 
 BAD_LORA = {
-    "lora={r:0}": r"lora\.r=0: the rank is a whole number above 0",
+    "lora={r:0}": r"lora\.r=0: the rank must be an integer above 0",
     "lora={r:-1}": r"lora\.r=-1",
     "lora={r:abc}": r"lora\.r=abc",
     "lora={r:1.5}": r"lora\.r=1\.5",
@@ -351,9 +353,9 @@ BAD_LORA = {
     "lora={modules_to_save:embed_in}": r"lora\.modules_to_save=embed_in: expected a list of names",
     "lora={target_parameters:[foo]}": r"target_parameters.*no 'foo'\. It has: .*dense\.weight",
     "lora={rank_pattern:{foo:4}}": r"lora=.*rank_pattern",
-    "lora={layers_to_transform:[0,99]}": r"lora=.*the model has only the numbers 0 to 1 alone",
-    "lora={trainable_token_indices:[]}": r"lora=.*the model has only the numbers 0 to \d+ alone",
-    "lora={trainable_token_indices:{embed_in:[-1]}}": r"lora=.*the model has only the numbers 0 to \d+ alone",
+    "lora={layers_to_transform:[0,99]}": r"lora=.*the model only has the numbers 0 to 1",
+    "lora={trainable_token_indices:[]}": r"lora=.*the model only has the numbers 0 to \d+",
+    "lora={trainable_token_indices:{embed_in:[-1]}}": r"lora=.*the model only has the numbers 0 to \d+",
     "lora={fan_in_fan_out:true}": r"lora=.*fan_in_fan_out is set to True but",
     "lora={loftq_config:{loftq_bits:4}}": r"lora=.*will be ignored",
     "lora={ensure_weight_tying:true}": r"lora=.*no tied modules",
@@ -387,7 +389,7 @@ def test_lora_accepts_module_names_that_exist(make_oracle):
 
 @pytest.fixture
 def tied_dir(tmp_path):
-    """A tiny Llama whose output head is its input embedding, with the recorded runs' tokenizer."""
+    """Return the folder of a tiny Llama with tied embeddings and the recorded runs' tokenizer."""
     directory = shutil.copytree(ORACLE / "model", tmp_path / "tied")
     (directory / "model.safetensors").unlink()
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_activations_of_a_linear_layer_are_counted_by_hand():
-    """Of tanh(x W) the graph keeps x and the tanh's output; W is a weight."""
+    """For tanh(x W), the graph keeps x and the tanh's output; W is a weight."""
 
     class Base(nn.Module):
         def __init__(self):
@@ -119,7 +119,7 @@ def test_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens
     assert (policy, optimizer, found) == (trainer.policy, trainer.optimizer, n_tokens)
     assert (reference is None) == (overrides[0] == "loss=sft" or "lora.r=4" in overrides)
     hidden, n_layers = policy.config.hidden_size, policy.config.num_hidden_layers
-    least = 2 * hidden * n_layers  # bytes: what goes into each layer, in 16 bits
+    least = 2 * hidden * n_layers  # bytes: each layer's input, in 16 bits
     assert least < activations.kept[CPU] < 200 * least + 16 * policy.config.vocab_size
     assert memory_plan.memory_plans(policy, reference, {}, activations, torch.float32) == []  # on a CPU
     assert trainer.max_tokens is None
@@ -150,7 +150,7 @@ def test_stepping_one_by_one_lasts_and_gives_the_same_weights():
         optimizer = torch.optim.RMSprop([weight], lr=0.1, foreach=True)
         if one_by_one:
             step_one_by_one(optimizer)
-            optimizer.param_groups[0].update(optimizer.defaults)  # as a checkpoint's state is loaded
+            optimizer.param_groups[0].update(optimizer.defaults)  # loading a checkpoint's state does this, too
             assert optimizer.param_groups[0]["foreach"] is False
         for _ in range(3):
             weight.square().sum().backward()
@@ -236,9 +236,9 @@ def llama_on_meta() -> nn.Module:
 def test_model_larger_than_the_gpu_is_refused(monkeypatch):
     model, config = llama_on_meta(), compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU, so this is where it should be
+    _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # without a GPU, it belongs there
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _check_on_gpus(model, "model.name_or_path=x", config, "cpu")  # on its way to several workers
+    _check_on_gpus(model, "model.name_or_path=x", config, "cpu")  # before it is sent to several workers
     with pytest.raises(UserError, match=r"model.name_or_path=x has 0.4 GB of weights in float32") as error:
         _check_on_gpus(model, "model.name_or_path=x", config, "balanced")
     assert n_bytes / 1e9 == pytest.approx(0.4, abs=0.05)
@@ -283,7 +283,7 @@ def test_packed_4_bit_weights_count_whole():
 @pytest.mark.parametrize("key", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     gpu_settings.use_expandable_segments()
     assert gpu_settings.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
@@ -312,7 +312,7 @@ def test_deterministic_algorithms_are_used_and_left_again(monkeypatch):
 def test_reference_that_overflows_in_float16_is_refused_at_the_start(make_trainer, tmp_path):
     source = compose_config("model=tiny").model.name_or_path
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source))
-    with torch.no_grad():  # what bfloat16 and float32 hold, but float16 doesn't
+    with torch.no_grad():  # values that fit bfloat16 and float32, but not float16
         for layer in model.model.layers if hasattr(model, "model") else model.gpt_neox.layers:
             for weight in layer.mlp.parameters():
                 weight.mul_(2000)
@@ -340,7 +340,7 @@ def test_reference_that_overflows_later_is_blamed_instead_of_lr():
 
 def test_log_probabilities_of_a_reference_go_to_the_policys_device(make_trainer):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=4", "n_eval_examples=4")
-    trainer.device = torch.device("meta")  # where a GPU would be that isn't the reference's
+    trainer.device = torch.device("meta")  # in place of a GPU other than the reference's
     assert {logps.device.type for logps in trainer.reference_logps(trainer.eval_iterator.first_examples(2))} == {"meta"}
 
 

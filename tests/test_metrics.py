@@ -1,4 +1,4 @@
-"""The metrics that the original lacks, against their definitions."""
+"""Metrics that the original lacks equal their definitions."""
 
 import math
 
@@ -18,7 +18,7 @@ DPO = [*SHORT, "loss=dpo", "sample_during_eval=false"]
 
 @pytest.fixture
 def trainer(make_trainer):
-    """A trainer whose policy differs from its reference, so that no metric is 0."""
+    """Return a trainer whose policy differs from its reference, so that no metric is 0."""
     trainer = make_trainer(*DPO, "batch_size=8")
     torch.manual_seed(1)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_standard_errors_are_those_of_the_mean(trainer):
         values = torch.cat([metrics[name] for metrics in every]).double().numpy()
         assert metrics[f"{name}_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)), rel=1e-4)
     assert "rewards_eval/chosen_se" not in metrics
-    assert mean_metrics([{"loss/eval": torch.tensor([2.0])}], n_examples=1) == {"loss/eval": 2.0}  # it has no error
+    assert mean_metrics([{"loss/eval": torch.tensor([2.0])}], n_examples=1) == {"loss/eval": 2.0}  # no error
 
 
 def test_small_split_is_evaluated_whole_and_once_whatever_the_batch_size(make_trainer):
@@ -115,11 +115,14 @@ def test_kl_is_measured_on_the_policys_own_samples(overrides, make_trainer, monk
     assert kl["kl_eval/per_token"] == pytest.approx(sum(logratios) / n_tokens, rel=1e-3, abs=1e-5)
     assert kl["kl_eval/per_response_se"] == pytest.approx(np.std(logratios, ddof=1) / math.sqrt(6), rel=1e-2)
     assert kl_metrics([]) == {}
-    assert kl_metrics([(1.5, 3)]) == {"kl_eval/per_response": 1.5, "kl_eval/per_token": 0.5}  # one has no error
+    assert kl_metrics([(1.5, 3)]) == {
+        "kl_eval/per_response": 1.5,
+        "kl_eval/per_token": 0.5,
+    }  # no error
 
 
 def test_flop_utilisation_counts_what_the_parameters_need(make_trainer):
-    """2 operations a parameter and token forward, 2 backward for what is before it, 2 for itself if trained."""
+    """Per parameter and token: 2 operations forward, 2 backward for the inputs, 2 for its gradient if trained."""
     trainer = make_trainer(*DPO)
     n = sum(parameter.numel() for parameter in trainer.policy.parameters())
     assert "model_flops_utilisation" not in trainer.throughput.metrics(8, 1000, 2.0)  # there is no GPU

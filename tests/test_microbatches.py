@@ -63,7 +63,7 @@ def test_computed_tokens_match_each_layout():
     assert computed_tokens(batch, shared=True).tolist() == [9 + 5 + 8, 3 + 7 + 3]
     assert computed_tokens(batch, shared=False).tolist() == [2 * 9 + 5 + 8, 2 * 3 + 7 + 3]
     assert computed_tokens(batch, shared=False, padded=True).tolist() == [2 * (9 + 8), 2 * (3 + 7)]
-    own_prompts = make_batch((9, 4, 4), (3, 6, 6))  # of unpaired data the two sequences have prompts of their own
+    own_prompts = make_batch((9, 4, 4), (3, 6, 6))  # the two sequences of unpaired data have different prompts
     other = make_batch((2, 1, 1), (12, 0, 0))
     own_prompts |= {key: value for key, value in other.items() if "rejected" in key}
     assert computed_tokens(own_prompts, shared=False).tolist() == [9 + 5 + 2 + 2, 3 + 7 + 12 + 1]

@@ -1,4 +1,4 @@
-"""The check at the start of training: which way a model is computed, and what it is refused for."""
+"""The check at the start of training: the layout it chooses, and the models it refuses."""
 
 import itertools
 import json
@@ -101,7 +101,7 @@ def test_attention_window_by_row_position_is_noticed(dtype):
 
 @pytest.mark.parametrize(("window", "make_rows"), [(MAX_LENGTH - 2, padded_rows), (MAX_LENGTH - 1, shared_rows)])
 def test_window_one_token_too_short_is_noticed(window, make_rows):
-    """The last token that predicts another has MAX_LENGTH - 2 tokens before it."""
+    """MAX_LENGTH - 2 tokens precede the last token that predicts another one."""
     model = tiny_model("mistral", sliding_window=window).double()
     assert check_model(model, SHORT)[0] == Layout(make_rows)
 
@@ -156,7 +156,7 @@ PLAIN_SETTINGS = {"shared_prompt": False, "padding_free": False}
 @pytest.mark.parametrize("settings", [{}, {"shared_prompt": True}, PLAIN_SETTINGS], ids=str)
 @pytest.mark.parametrize("model_type", ["bert", "cpmant", "prophetnet"])
 def test_model_that_sees_what_it_predicts_is_refused(model_type, settings, dtype):
-    """CPM-Ant's prompts see the response, and ProphetNet's n-grams the tokens after them; padding changes either."""
+    """CPM-Ant's prompts see the response, ProphetNet's n-grams later tokens; padding changes the result of both."""
     model = tiny_model(model_type).to(dtype)
     with pytest.raises(UserError, match=r"its predictions depend on the very tokens that they predict"):
         check_model(model, SHORT, **settings)

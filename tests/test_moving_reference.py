@@ -1,4 +1,4 @@
-"""A reference that follows the policy (TR-DPO): how far it moves, on one worker and several, and across a resume."""
+"""A reference that follows the policy (TR-DPO) moves by the same amount with several workers and after a resume."""
 
 import math
 import shutil

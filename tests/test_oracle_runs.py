@@ -1,4 +1,4 @@
-"""Whole runs through the command line, against the runs of the original repository."""
+"""Whole runs by the command line reproduce the runs of the original repository."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,10 @@ SETTINGS = (
 
 
 def n_evaluated_once(run: dict) -> int:
-    """Evaluation examples before the original begins its second pass; where the split has fewer than it is asked for,
-    it evaluates some of them again, and we evaluate each once."""
+    """Return the number of evaluation examples before the original repeats any.
+
+    If the split has too few examples, the original evaluates some of them again; we evaluate each once.
+    """
     data = get_hh("test", silent=True, path=str(ORACLE / "hh"))
     is_sft = run["config"]["loss"]["name"] == "sft"
     n_in_split = len(data) if is_sft else sum(len(entry["pairs"]) for entry in data.values())
@@ -34,7 +36,7 @@ def overrides_of(run: dict) -> list[str]:
 
 
 def batch_means(microbatches: list[dict], n_examples: int | None = None) -> dict[int, dict[str, float]]:
-    """Recorded microbatches as means over each batch, or its first examples: {examples before: {metric: mean}}."""
+    """Average recorded microbatches over each batch, or its first examples: {examples before: {metric: mean}}."""
     lists: dict[int, dict[str, list]] = {}
     for microbatch in microbatches:
         batch = lists.setdefault(microbatch["examples_before"], {})
@@ -97,7 +99,7 @@ def test_run_gives_the_numbers_of_the_original(name, n_workers, variant, launche
         ("eval", batch_means(run["eval_microbatches"], n_evaluated_once(run))),
     ):
         ours = {line["counters/examples"]: line for line in lines if line["split"] == split}
-        assert len(ours) == len(recorded) + (split == "eval")  # an evaluation at the end is ours
+        assert len(ours) == len(recorded) + (split == "eval")  # only we evaluate at the end
         for examples_before, expected in recorded.items():
             line = ours[examples_before + (batch_size if split == "train" else 0)]
             for key, value in expected.items():

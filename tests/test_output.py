@@ -1,4 +1,4 @@
-"""Runs whose output can't be displayed or isn't read, and caches that can't be written."""
+"""Runs survive output that can't be displayed or isn't read, and caches that can't be written."""
 
 import itertools
 import os
@@ -32,7 +32,7 @@ def assert_complete(run_dir: Path, n_examples: int = 8):
 
 
 def shell(command: str, directory: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run a bash command in which $TRAIN is the command line's beginning; the exit code is that of the pipe's first."""
+    """Run a bash command with `python train.py` in $TRAIN; its exit code is that of the pipe's first part."""
     environment = {**os.environ, **LOCAL_ENV, "TRAIN": f"{sys.executable} {REPOSITORY}/train.py", **env}
     return subprocess.run(
         ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=directory, env=environment, capture_output=True,
@@ -54,7 +54,7 @@ def test_ascii_only_terminal_trains_and_escapes_other_letters(how, train, tmp_pa
     result = train(*SHORT, *overrides, env=env)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.isascii()
-    if how == "variable":  # else the words typed are no letters either
+    if how == "variable":  # otherwise the words on the command line aren't ASCII either
         assert "exp_name: \\u03b2 \\u2192 \\xe9" in result.stdout
     assert_complete(tmp_path / "run")
     result = train(
@@ -66,7 +66,7 @@ def test_ascii_only_terminal_trains_and_escapes_other_letters(how, train, tmp_pa
 
 @pytest.fixture
 def start_piped(launcher, tmp_path):
-    """Start a run whose output and errors go to a pipe, `2>&1 |`, whose reader ends after some lines; returns them."""
+    """Start a run whose output goes to a pipe (`2>&1 |`) with a reader that ends after some lines; return those."""
 
     def start(n_lines: int, *overrides: str) -> list[str]:
         os.mkfifo(tmp_path / "pipe")

@@ -1,4 +1,4 @@
-"""No command writes over what it did not write: every command, every file and directory that it is told to write."""
+"""No command overwrites files of others: every command, with every file and directory that it can write."""
 
 import ast
 import json
@@ -64,8 +64,8 @@ def reporting_with(main: Callable, *words: str) -> Callable[[str, Path], None]:
     return run
 
 
-BEYOND = "error: beyond the check"  # what the commands get to do if an output is accepted
-OUTPUTS = {  # name of the output -> command, key, name of the file, and what it may hold already
+BEYOND = "error: beyond the check"  # raised in place of the command's work, once an output is accepted
+OUTPUTS = {  # name of the output -> command, key, name of the file, and contents that may be overwritten
     "evaluate rows": (evaluate_with, "rows", "x.jsonl", set()),
     "evaluate output": (evaluate_with, "output", "x.jsonl", {"evaluations"}),
     "sample output": (sample_with, "output", "x.jsonl", {"samples"}),
@@ -83,7 +83,7 @@ OUTPUTS = {  # name of the output -> command, key, name of the file, and what it
 
 @pytest.fixture(autouse=True)
 def accepted(monkeypatch):
-    """Let reporting commands end where they would begin to work."""
+    """End reporting commands where their work would begin."""
 
     def end(*_, **__):
         raise OSError("beyond the check")
@@ -157,7 +157,7 @@ def test_output_that_is_an_input_or_another_output_is_refused(tmp_path):
 
 
 def test_files_are_opened_for_writing_only_where_it_is_known():
-    """Whoever adds an output has to name it here, and to check it with `check_outputs`."""
+    """A new output must be listed here, and be checked by `check_outputs`."""
     found = set()
     for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py")]:
         if path.parts[len(REPOSITORY.parts)] in ("tests", "benchmarks"):

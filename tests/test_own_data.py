@@ -1,4 +1,4 @@
-"""Training on files, folders and hub ids: which rows are trained and evaluated on, in which order, how they are cut."""
+"""Training on files, folders and hub ids: selection, order and truncation of the rows."""
 
 import json
 import random
@@ -87,7 +87,7 @@ def test_one_prompt_is_held_out_of_few(read, tmp_path):
         train, test = read(path), read(path, split="test")
         assert len(test) == 1 and len(train) == n - 1
     path = write(tmp_path / "one.jsonl", numbered(1) * 3)
-    with pytest.raises(UserError, match="train split: no row is left for it; add data"):
+    with pytest.raises(UserError, match="train split: no rows left for it; add data"):
         read(path)
 
 
@@ -138,9 +138,9 @@ def test_glob_pattern_reads_the_matching_files(read, tmp_path):
     }  # fmt: skip
     assert {prompt.split()[0] for prompt in found["test"]} == {"a/test.jsonl"}
     (tmp_path / "b/run").mkdir()
-    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl"):  # what a run leaves
+    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl"):  # files of a run
         (tmp_path / "b/run" / name).write_text("{}\n")
-    (tmp_path / "b/loop").symlink_to("..")  # leads to all of them again
+    (tmp_path / "b/loop").symlink_to("..")  # a link that leads to all of them again
     assert read(f"{tmp_path}/**/*.jsonl") == found["train"]
     write(tmp_path / "[x]*.jsonl", numbered(2))  # a name is not a pattern
     assert len(read(f"{tmp_path}/[x]*.jsonl")) == 1
@@ -158,7 +158,7 @@ def test_caches_and_runs_in_a_data_folder_are_not_read_as_data(launcher, tmp_pat
             assert f"({split}): preferences (prompt, chosen, rejected); {n_rows} rows read" in launcher.output
     metrics = [read_jsonl(folder / f"run-{number}" / "metrics.jsonl") for number in range(3)]
     assert [len(lines) for lines in metrics] == [len(metrics[0])] * 3
-    assert list(folder.rglob("prepared/*/train.arrow"))  # what it must not have read
+    assert list(folder.rglob("prepared/*/train.arrow"))  # must not be read
 
 
 # ---- which examples, in which order ---------------------------------------------------------------------------------
@@ -179,9 +179,9 @@ def test_weight_and_n_examples_set_how_often_each_dataset_is_seen(read, tmp_path
     assert counts(one, Choice(other, n_examples=7)) == {"a": 20, "b": 7}
     assert counts(one, Choice(other, weight=1.5, n_examples=8)) == {"a": 20, "b": 12}
     chosen = read(Choice(other, n_examples=7), n_epochs=3)
-    assert len(set(chosen)) == 7 and len(chosen) == 21  # always the same
+    assert len(set(chosen)) == 7 and len(chosen) == 21  # the same every time
     assert set(read(Choice(other, n_examples=7), seed=1)) != set(chosen)
-    assert len(read(Choice(other, weight=0.5), split="test")) == 1  # evaluation is whole
+    assert len(read(Choice(other, weight=0.5), split="test")) == 1  # weights don't affect evaluation
 
 
 def test_order_follows_the_seed_and_shards_split_it(read, tmp_path):
@@ -236,7 +236,7 @@ def test_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, 
     write(tmp_path / "rows.jsonl", [*numbered(39), *pairs("Another question")])
     more = [*run, "n_examples=32", f"local_run_dir={tmp_path}/parts", "resume=auto"]
     assert launcher.run(*more) == 1
-    assert "is not what the run began with:\n" in launcher.output
+    assert "inputs have changed since the run began:\n" in launcher.output
     assert f"  datasets=[{path}], train split\n" in launcher.output
     assert "Traceback" not in launcher.output
     write(tmp_path / "rows.jsonl", numbered(40))  # as it was: written at another time
@@ -476,7 +476,7 @@ REFUSED = {
     "unknown name": (["datasets=[hhh]"], "no such dataset. Did you mean hh?"),
     "unknown setting": (["datasets=[{name: rows.jsonl, wieght: 2}]"], "no setting 'wieght'. Did you mean weight?"),
     "weight": (["datasets=[{name: rows.jsonl, weight: 0}]"], "weight=0: must be a number above 0"),
-    "n_examples": (["datasets=[{name: rows.jsonl, n_examples: 1.5}]"], "n_examples=1.5: must be a whole number"),
+    "n_examples": (["datasets=[{name: rows.jsonl, n_examples: 1.5}]"], "n_examples=1.5: must be an integer"),
     "twice": (["datasets=[rows.jsonl,rows.jsonl]"], "is listed twice; give it a weight"),
     "truncation": (["datasets=[rows.jsonl]", "truncation=keep"], "truncation=keep: must be one of"),
     "fraction": (["datasets=[rows.jsonl]", "test_fraction=1"], "test_fraction=1: must be above 0 and below 1"),

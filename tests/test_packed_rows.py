@@ -1,4 +1,4 @@
-"""Packed rows: a batch in one row without padding gives the original's numbers, and models that can't are noticed."""
+"""Packed rows give the original's numbers, and models that don't support them are detected."""
 
 import copy
 from functools import partial
@@ -31,7 +31,7 @@ from distributed.strategies import SingleProcess
 from log_probabilities import _get_batch_logps
 from utils import UserError
 
-TAKE_PACKED = [name for name in CONFIGS if name != "gptj"]  # whose attention is its own
+TAKE_PACKED = [name for name in CONFIGS if name != "gptj"]  # GPT-J has its own attention
 
 
 def model_for_packed_rows(architecture: str, dtype=torch.float64, **changes) -> torch.nn.Module:

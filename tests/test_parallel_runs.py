@@ -1,4 +1,4 @@
-"""Runs on several workers equal runs on one: whole `train.py` processes over gloo."""
+"""Whole runs on several workers (`train.py` over gloo) equal runs on one."""
 
 import itertools
 
@@ -56,7 +56,7 @@ def run(launcher, tmp_path):
 
 
 def assert_same_numbers(run_dir, expected, tolerance: float):
-    """Two run directories hold the same metrics, and checkpoints of the same form."""
+    """Check that two run directories hold the same metrics, and checkpoints of the same form."""
     lines, expected_lines = (read_jsonl(path / "metrics.jsonl") for path in (run_dir, expected))
     assert len(lines) == len(expected_lines)
     for line, expected_line in zip(lines, expected_lines, strict=True):
@@ -145,7 +145,7 @@ def test_adapters_train_on_several_workers_as_on_one(reference, trainer, run, mo
 
 @pytest.fixture(scope="module")
 def adapter(launcher, models) -> str:
-    """A LoRA adapter that SFT has trained."""
+    """Return a LoRA adapter that SFT has trained."""
     run_dir = launcher.directory / "adapter"
     overrides = [*RUN, "loss=sft", "lora={r:4}", f"model.name_or_path={models['llama3']}", f"local_run_dir={run_dir}"]
     assert launcher.run(*overrides) == 0, launcher.output
@@ -169,7 +169,7 @@ def test_several_workers_sample_the_same_prompts_as_one(trainer, n_workers, run,
     assert [s["model"] for s in samples] == [s["model"] for s in expected]
     assert [s["prompt"] for s in samples] == [s["prompt"] for s in expected]
     assert all(s["sample"].startswith(s["prompt"][:20]) for s in samples)
-    if trainer == "TensorParallelTrainer":  # one draws for all: the same
+    if trainer == "TensorParallelTrainer":  # one worker draws for all
         assert samples == expected
 
 

@@ -1,4 +1,4 @@
-"""Prepared data: known by the content of files, and prepared again if it is damaged."""
+"""Prepared data is identified by the content of files, and prepared again if it is damaged."""
 
 import json
 import os

@@ -56,7 +56,7 @@ GPU, OTHER_GPU = torch.device("cuda", 0), torch.device("cuda", 1)
 def on_gpu(tmp_path_factory):
     """Run a function of this file, with its arguments, in a process that has pretend GPUs."""
     library = pretend_gpu.compile_guard(tmp_path_factory.mktemp("guard"))
-    context = multiprocessing.get_context("fork")  # with all that is imported; the guard is loaded in the child alone
+    context = multiprocessing.get_context("fork")  # the child inherits all imports; only the child loads the guard
     with ProcessPoolExecutor(1, context, initializer=pretend_gpu.load_guard, initargs=(library,)) as process:
         yield lambda function, *args, **kwargs: process.submit(function, *args, **kwargs).result(timeout=300)
 
@@ -93,7 +93,7 @@ def spread_over_two(model: torch.nn.Module):
     import accelerate.big_modeling
     import accelerate.hooks
 
-    # what would copy weights, and look for real GPUs
+    # skip the parts that would copy weights and look for real GPUs
     accelerate.big_modeling.check_device_map = lambda *args, **kwargs: None
     accelerate.hooks.set_module_tensor_to_device = lambda *args, **kwargs: None
     base = model.base_model
@@ -120,7 +120,7 @@ def spread_over_two(model: torch.nn.Module):
 
 
 def put_on_gpus(model: torch.nn.Module, autocast_dtype: torch.dtype | None, checkpointing=False, n_gpus=1):
-    """Put a model on pretend GPUs and make it ready for all rows, as a trainer does."""
+    """Put a model on pretend GPUs and prepare it for all layouts, as a trainer does."""
     if n_gpus == 1:
         pretend_gpu.move(model, lambda _name: "cuda:0")
     else:
@@ -219,7 +219,7 @@ def plan(family: str, n_gpus: int, free: int, weights: str = "mixed", lora: bool
 @pytest.mark.parametrize("family", CONFIGS)
 def test_plan_predicts_what_a_graph_saves(family, on_gpu):
     for rows_name in ROWS:
-        if family == "gptj" and ROWS[rows_name] in PACKED:  # whose attention is its own
+        if family == "gptj" and ROWS[rows_name] in PACKED:  # GPT-J has its own attention
             continue
         check_prediction(on_gpu(predicted_and_saved, family, rows_name, "mixed"))
 
@@ -266,7 +266,7 @@ def test_what_is_held_is_counted_to_the_byte(on_gpu):
         norms = {"gpt2": 2 * 5 * HIDDEN, "llama": 5 * HIDDEN}[family]
         embeddings = {"gpt2": 256 * HIDDEN, "llama": VOCAB * HIDDEN}[family]
         assert held["bfloat16 copies"] == 2 * (n - norms - embeddings)
-        assert "Memory of cuda:0 (GB): weights " in line and "tokens a microbatch" in line
+        assert "Memory of cuda:0 (GB): weights " in line and "tokens per microbatch" in line
 
 
 def test_cap_is_what_the_rest_has_room_for(on_gpu):

@@ -1,4 +1,4 @@
-"""What may be printed: control sequences and markup are shown instead of carried out, secrets are masked."""
+"""Printed text: control sequences and markup are escaped, secrets are masked."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def test_control_characters_are_shown_and_other_text_stays(text):
 def test_keys_are_masked(variable, monkeypatch):
     monkeypatch.setenv(variable, " sk-0123456789\n")
     assert printable("no such key: sk-0123456789!") == "no such key: ***!"
-    monkeypatch.setenv(variable, "x")  # as local servers take: no secret
+    monkeypatch.setenv(variable, "x")  # a key for a local server, not a secret
     assert printable("an example") == "an example"
 
 
@@ -88,7 +88,7 @@ def test_too_many_open_files_are_named(tmp_path):
         "with errors_reported():\n"
         "    resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))\n"
         "    files = [os.dup(0) for _ in range(17)]\n"
-        "    raise RuntimeError('Cannot resolve 127.0.0.1 to a (local) address')\n"  # as gloo has it
+        "    raise RuntimeError('Cannot resolve 127.0.0.1 to a (local) address')\n"  # gloo's message
     )
     env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Training from Python on rows that are there: the lines that docs/data.md shows."""
+"""Training from Python on rows in memory, by the code in docs/data.md."""
 
 import pytest
 from conftest import exhaustive_except, read_jsonl

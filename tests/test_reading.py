@@ -1,4 +1,4 @@
-"""Local folders of data: which files are read, and what is said of files that can't be."""
+"""Local folders of data: the files that are read, and the messages about files that can't be."""
 
 import gzip
 import io
@@ -46,7 +46,7 @@ def folder(directory, files: dict[str, bytes]) -> str:
 
 PARQUET = parquet(*[ROW | {"chosen": ROW["chosen"] + str(i) * 9} for i in range(100)])
 
-BAD_FILES = {  # the file, given the content of the split named first; what follows the folder; the remedy
+BAD_FILES = {  # (file, content, message after the folder's name, remedy)
     "no JSON": (J, LINE * 3 + b'{"chosen": oops}\n' + LINE, "line 4: not JSON: Expecting value", OBJECT),
     "no JSON far behind": (J, LINE * 150_000 + b"{oops\n", "line 150001: not JSON", OBJECT),
     "cut within its last line": (J, LINE * 3 + LINE[:40], "line 4: the line is incomplete", COPY),
@@ -96,7 +96,7 @@ def test_file_that_cannot_be_read_is_named_with_line_reason_and_remedy(case, tmp
     assert remedy in last
 
 
-BAD_ROWS = {  # the split's files, and where the first bad row is
+BAD_ROWS = {  # (the split's files, the message about the first bad row, its place)
     "number": ({J: LINE * 3 + lines({**ROW, "chosen": 5}) + LINE}, "row 3: field 'chosen' is 5", "l, line 4"),
     "list": ({J: LINE + lines({**ROW, "chosen": ["x"]})}, "row 1: field 'chosen' is ['x']", "l, line 2"),
     "null for a row": ({J: LINE + b"null\n"}, "row 1: field 'chosen' is empty", "l, line 2"),
@@ -180,7 +180,7 @@ GOOD_FILES = {  # 3 rows each
 
 @pytest.mark.parametrize("case", GOOD_FILES)
 def test_readable_files_give_all_their_rows(case, tmp_path):
-    name = "hh" if case == "card that names its files" else "hh [1]*"  # which the library itself can't take
+    name = "hh" if case == "card that names its files" else "hh [1]*"  # the library alone can't read such a folder
     assert read(folder(tmp_path / name, GOOD_FILES[case]), tmp_path) == 3
 
 
@@ -237,7 +237,7 @@ def test_columns_missing_from_earlier_rows_are_named_with_their_file(tmp_path):
 
 NO_FILES = {
     "empty folder": ({}, "is empty", "train.jsonl"),
-    "script": ({"hh.py": b"import datasets\n"}, "has no data files, but a loading script (hh.py)", "/train.jsonl"),
+    "script": ({"hh.py": b"import datasets\n"}, "has no data files, only a loading script (hh.py)", "/train.jsonl"),
     "other files": ({"train.txt": b"x"}, "has no data files, but train.txt", "JSON Lines"),
     "other split": ({"test.jsonl": LINE, "dev.jsonl": LINE}, "has files for test, validation and none for train", J),
 }  # fmt: skip

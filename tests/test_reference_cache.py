@@ -1,4 +1,4 @@
-"""A key of the reference cache stands for one number, whichever run computes it."""
+"""A key of the reference cache has the same value in every run that computes it."""
 
 import re
 
@@ -15,7 +15,7 @@ PRECOMPUTED = [*TOY, "precompute_ref_log_probs=true"]
 
 @pytest.fixture
 def archives(make_trainer, tmp_path) -> dict[str, str]:
-    """Weights in float32, and the same rounded to bfloat16."""
+    """Return weights in float32, and the same weights rounded to bfloat16."""
     make_trainer(*TOY).policy.save_pretrained(tmp_path / "exact")
     path = tmp_path / "exact/model.safetensors"
     rounded = {name: tensor.bfloat16().float() for name, tensor in load_file(path).items()}
@@ -25,7 +25,7 @@ def archives(make_trainer, tmp_path) -> dict[str, str]:
 
 @pytest.fixture
 def precompute(make_trainer, capsys):
-    """Run the reference pass; returns its trainer, how many pairs were computed, and whether a model was loaded."""
+    """Run the reference pass; return the trainer, the number of pairs computed, and True if a model was loaded."""
 
     def run(*overrides: str):
         capsys.readouterr()
@@ -51,7 +51,7 @@ def test_precomputed_bfloat16_reference_equals_the_online_one(policy, precompute
 
 def test_policy_under_autocast_does_not_serve_as_the_reference(precompute):
     assert precompute("model.reference_dtype=bfloat16", "model.policy_mp=bfloat16")[2]
-    assert not precompute("model.reference_dtype=bfloat16", "model.policy_dtype=bfloat16")[2]  # nor is that needed
+    assert not precompute("model.reference_dtype=bfloat16", "model.policy_dtype=bfloat16")[2]  # no model is loaded
 
 
 def test_archives_that_differ_only_in_float32_have_separate_caches(precompute, archives, make_trainer):
@@ -67,7 +67,7 @@ def test_archives_that_differ_only_in_float32_have_separate_caches(precompute, a
 
 
 def test_cache_does_not_depend_on_the_policys_dtype_or_adapter(precompute, archives):
-    """The weights are hashed from the policy, or else from the reference, loaded for that."""
+    """Weights are hashed from the policy if possible; otherwise the reference is loaded."""
     expected, n_computed, was_loaded = precompute(archives["exact"])
     assert (n_computed, was_loaded) == (24, False)
     for overrides, is_loaded in (
@@ -75,7 +75,7 @@ def test_cache_does_not_depend_on_the_policys_dtype_or_adapter(precompute, archi
         (["model.policy_dtype=float64"], False),
         (["model.policy_mp=bfloat16"], False),
         (["lora={r:4}", "reference=model"], True),
-        (["lora={r:4,init_lora_weights:pissa}"], True),  # which changes the policy's base
+        (["lora={r:4,init_lora_weights:pissa}"], True),  # PiSSA changes the policy's base
     ):
         trainer, n_computed, was_loaded = precompute(archives["exact"], *overrides)
         assert (n_computed, was_loaded) == (0, is_loaded), overrides
@@ -89,7 +89,7 @@ def test_float16_reference_is_not_loaded_when_fully_cached(precompute):
 
 @pytest.mark.slow
 def test_mixed_precision_of_another_trainer_has_its_own_cache(precompute, launcher):
-    """FSDP computes all in bfloat16, autocast some."""
+    """FSDP computes everything in bfloat16, autocast only some operations."""
     overrides = [*PRECOMPUTED, "lora={r:4}", "model.policy_mp=bfloat16", "debug=true"]
     for trainer in ("BasicTrainer", "FSDPTrainer"):
         run = [f"trainer={trainer}", "local_run_dir=" + str(launcher.directory / trainer)]

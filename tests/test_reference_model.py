@@ -1,4 +1,4 @@
-"""`reference_model`: a reference of its own, and `model.reference_dtype` where none is given."""
+"""`reference_model` names a separate reference; the default of `model.reference_dtype`."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ LN_2 = 0.6931471805599453
 
 
 def finished(trainer) -> str:
-    """Train and save; the run's LATEST."""
+    """Train and save; return the run's LATEST."""
     create_run_dir(trainer.config)
     trainer.train()
     trainer.save()
@@ -37,18 +37,18 @@ def finished(trainer) -> str:
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory) -> str:
-    """The end of a short SFT run."""
+    """Return the last checkpoint of a short SFT run."""
     return finished(trainers_in(tmp_path_factory.mktemp("sft"))(*TOY, "loss=sft", "lr=3e-3"))
 
 
 @pytest.fixture(scope="module")
 def dpo(tmp_path_factory, sft) -> str:
-    """The end of a short DPO run that began from it."""
+    """Return the last checkpoint of a short DPO run that started from it."""
     return finished(trainers_in(tmp_path_factory.mktemp("dpo"))(*TOY, f"model.archive={sft}"))
 
 
 def hand_logps(directory: str, batch: dict, side: str) -> torch.Tensor:
-    """log π(y|x) of a batch's responses by the model in a checkpoint directory, as transformers computes it."""
+    """Compute log π(y|x) of a batch's responses with transformers, from a checkpoint directory."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
     with torch.no_grad():
         logits = model(batch[f"{side}_input_ids"], attention_mask=batch[f"{side}_attention_mask"]).logits
@@ -151,7 +151,7 @@ def test_several_workers_train_against_a_reference_model_as_one(
 
 @pytest.fixture
 def other(tmp_path):
-    """A folder with a model of another architecture (whose attention has a window) and the tiny model's tokenizer."""
+    """Return a folder with a model of another architecture (with sliding windows) and the tiny model's tokenizer."""
 
     def save(tokenizer: bool = True, **settings) -> str:
         directory = tmp_path / f"other_{len(list(tmp_path.iterdir()))}"
@@ -177,7 +177,7 @@ def test_reference_of_another_architecture_uses_its_own_layout(tokenizer, make_t
     trainer = make_trainer(*TOY, f"reference_model.name_or_path={directory}")
     assert (
         trainer.layout.make_rows is not trainer.reference_layout.make_rows
-    )  # the policy shares prompts, this one can't
+    )  # the policy shares prompts; this model can't
     batch = trainer.eval_batches[0]
     for ours, side in zip(trainer.reference_logps(batch), ("chosen", "rejected"), strict=True):
         torch.testing.assert_close(ours, hand_logps(directory, batch, side), rtol=1e-6, atol=1e-6)
@@ -302,7 +302,7 @@ def said_of_changes(output: str) -> str:
 def test_resumed_run_keeps_its_reference_dtype(launcher, tmp_path):
     run_dir = tmp_path / "run"
     assert launcher.run(*ORACLE_RUN, "model.reference_dtype=float16", f"local_run_dir={run_dir}") == 0, launcher.output
-    # as an earlier version, whose default it was, has left it
+    # the default of an earlier version
     resumed = [*ORACLE_RUN, f"resume={run_dir}", "n_examples=24"]
     assert launcher.run(*resumed) == 0, launcher.output
     assert "reference_dtype: float16" in (run_dir / "config.yaml").read_text()

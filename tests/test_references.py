@@ -1,4 +1,4 @@
-"""Every source of the reference's log-probabilities gives the same training; the cache reuses only what is valid."""
+"""Every source of the reference's log-probabilities gives the same training; the cache reuses only valid ones."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ LN_2 = 0.6931471805599453
 
 
 def train_lines(trainer) -> list[dict]:
-    """Train and save; returns the training lines of the run's metrics."""
+    """Train and save; return the training lines of the run's metrics."""
     create_run_dir(trainer.config)
     trainer.train()
     trainer.save()
@@ -43,7 +43,7 @@ def trainer_dir(trainer):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """The directory of an adapter that SFT has trained."""
+    """Return the directory of an adapter trained by SFT."""
     trainer = trainers_in(tmp_path_factory.mktemp("adapter"))(*TOY, *LORA, "loss=sft", "lr=1e-2")
     train_lines(trainer)
     return trainer_dir(trainer) / "LATEST"
@@ -153,11 +153,11 @@ def test_adapter_that_changes_the_base_has_a_second_model_as_reference(make_trai
 
 @pytest.fixture
 def edited_adapter(adapter, tmp_path):
-    """Copies of the adapter with another adapter_config.json or other names of its weights."""
+    """Return copies of the adapter with another adapter_config.json or other names of its weights."""
 
     def copy(settings: dict, rename: tuple[str, str] = ("", "")) -> str:
         target = tmp_path / f"adapter_{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(adapter, target, ignore=shutil.ignore_patterns("SHA256SUMS"))  # as its files are edited
+        shutil.copytree(adapter, target, ignore=shutil.ignore_patterns("SHA256SUMS"))  # its files are edited below
         config = json.loads((target / "adapter_config.json").read_text())
         (target / "adapter_config.json").write_text(json.dumps(config | settings))
         weights = load_file(target / "adapter_model.safetensors")

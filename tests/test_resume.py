@@ -34,7 +34,7 @@ def few_pairs(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def adapter(launcher):
-    """The directory of an adapter that SFT has trained."""
+    """Return the directory of an adapter trained by SFT."""
     run_dir = launcher.directory / "adapter"
     code = launcher.run(*TOY, "lora={r:4}", "n_examples=8", "sample_during_eval=false", f"local_run_dir={run_dir}")
     assert code == 0, launcher.output
@@ -47,7 +47,7 @@ def log_lines(run_dir) -> list[dict]:
 
 
 def assert_same_run(run_dir, expected):
-    """Two run directories hold the same, bit for bit, but for what depends on time, place and how often it stopped."""
+    """Check that two run directories are equal, bit for bit, except for times, paths and the number of stops."""
     assert log_lines(run_dir) == log_lines(expected)
     assert (run_dir / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
     assert sorted(os.listdir(run_dir)) == sorted(os.listdir(expected))
@@ -59,7 +59,7 @@ def assert_same_run(run_dir, expected):
             assert same, f"{checkpoint.name}/{name}"
         states = [json.loads((d / checkpoint.name / "state.json").read_text()) for d in (run_dir, expected)]
         for state in states:
-            del state["log_bytes"], state["log_sha256"]  # the speeds are others
+            del state["log_bytes"], state["log_sha256"]  # speeds differ
         assert states[0] == states[1]
 
 
@@ -68,7 +68,7 @@ def half_saved(run_dir) -> bool:
 
 
 def kill_at_random(launcher, run_dir, moments: random.Random, trained: float, when: str) -> bool:
-    """SIGKILL the running process while it loads, trains or saves; `trained`: how long all of training takes (seconds).
+    """SIGKILL the running process while it loads, trains or saves; `trained`: the seconds that all of training takes.
 
     Returns: True if it died while a checkpoint was being written.
     """
@@ -83,10 +83,10 @@ def kill_at_random(launcher, run_dir, moments: random.Random, trained: float, wh
             launcher.kill(signal.SIGSTOP)
             if half_saved(run_dir):
                 break
-            launcher.kill(signal.SIGCONT)  # it was faster: wait for the next checkpoint
+            launcher.kill(signal.SIGCONT)  # the save had finished: wait for the next checkpoint
         time.sleep(0.001)
     launcher.kill(signal.SIGKILL)
-    # near its end it may be done before
+    # near the end, the run may finish first
     assert launcher.wait() in (-signal.SIGKILL, 0), launcher.output
     return when != "loading" and half_saved(run_dir)
 
@@ -126,7 +126,7 @@ def test_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launc
     assert {path: path.stat().st_mtime_ns for path in cut.rglob("*")} == before
 
 
-SIGNALLED = {  # when the signal comes: overrides, and between which two lines of the log
+SIGNALLED = {  # time of the signal: overrides, and the lines of the log before and after it
     "evaluation": (["n_eval_examples=200", "n_examples=16"], "Writing to", "eval 0 "),
     "sampling": (["n_eval_model_samples=16", "n_eval_examples=16", "n_examples=16"], "Writing to", "eval 0 "),
     "training": (["do_first_eval=false", "n_examples=480", "eval_every=480"], "First step: ", "eval 480 "),
@@ -153,7 +153,7 @@ def test_signal_saves_and_exits_with_75_and_nothing_is_lost(number, where, launc
     seconds = time.monotonic() - start
     assert launcher.wait() == 0, launcher.output
 
-    for part in (0.25, 0.1, 0):  # sooner, where this run is so much faster than the first that the signal is late
+    for part in (0.25, 0.1, 0):  # earlier each time, as a run faster than the first one gets its signal too late
         shutil.rmtree(cut, ignore_errors=True)
         launcher.start(*overrides, f"local_run_dir={cut}")
         launcher.wait_for(after)
@@ -196,7 +196,7 @@ def test_crash_names_the_last_checkpoint(launcher, tmp_path):
     assert launcher.run(*overrides, "n_examples=8", "lr=1e-5", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     code = launcher.run(*overrides, "n_examples=16", "lr=1e30", f"resume={tmp_path}/run", "resume_anyway=true")
     assert code == 1
-    assert "training can't go on" in launcher.output
+    assert "training can't continue" in launcher.output
     last_line = launcher.output.splitlines()[-1]
     assert f"The last checkpoint is {tmp_path}/run/step-8; to resume from it: python " in last_line
     assert last_line.endswith(f"resume={tmp_path}/run")
@@ -216,7 +216,7 @@ def test_random_generators_are_restored():
 
 @pytest.fixture(scope="module")
 def finished(launcher):
-    """A run of 16 examples with the checkpoints step-4, step-8, step-12 and LATEST."""
+    """Return a run of 16 examples with the checkpoints step-4, step-8, step-12 and LATEST."""
     run_dir = launcher.directory / "finished"
     assert launcher.run(*FINISHED, f"local_run_dir={run_dir}") == 0, launcher.output
     return run_dir

@@ -1,4 +1,4 @@
-"""`model.revision` from a hub on loopback (see hub_server.py): what is loaded, what is recorded, and going on later."""
+"""`model.revision` from a hub on loopback (see hub_server.py): loading, recording and resuming."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def version(scale: float, **merged: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(hub_place):
-    """Two versions of a model: its main branch, and the tag v1 with other weights and another tokenizer."""
+    """A hub with two versions of a model: the main branch, and the tag v1 with other weights and another tokenizer."""
     with Hub(hub_place) as hub:
         repository = hub.repository("models", PYTHIA)
         repository.commit(version(1.1, normalizer={"type": "Lowercase"}), "v1")
@@ -107,7 +107,7 @@ def test_run_of_a_revision_resumes_after_main_moves_but_not_after_the_tag_does(r
     repository.commit(version(0.5), "v1")
     result = run("run", "model.revision=v1", "n_examples=12", "resume=auto")
     assert result.returncode == 1
-    assert f"not what the run began with:\n  model.name_or_path={PYTHIA}\n" in result.stderr
+    assert f"inputs have changed since the run began:\n  model.name_or_path={PYTHIA}\n" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -119,7 +119,8 @@ def test_run_of_a_moved_main_resumes_with_the_named_commit(run, run_ok, hub, tmp
     result = run("run", "n_examples=8", "resume=auto")
     assert result.returncode == 1
     remedy = re.search(
-        r"not what the run began with:\n  model\.name_or_path=\S+\n    (model\.revision=\S+) is", result.stderr
+        r"inputs have changed since the run began:\n  model\.name_or_path=\S+\n    (model\.revision=\S+) is",
+        result.stderr,
     )
     assert remedy[1] == f"model.revision={began_with}"
     shutil.copytree(tmp_path / "run", tmp_path / "kept")
@@ -148,4 +149,4 @@ def test_changed_reference_model_is_refused_on_resume(key, launcher, sft_archive
         path = path / "model.safetensors"
         path.write_bytes(save({n: w * 1.1 for n, w in load(path.read_bytes()).items()}, {"format": "pt"}))
     assert launcher.run(*run, "n_examples=8", "resume=auto") == 1
-    assert f"not what the run began with:\n  {key}={tmp_path}/" in launcher.output
+    assert f"inputs have changed since the run began:\n  {key}={tmp_path}/" in launcher.output

@@ -1,4 +1,4 @@
-"""The shapes that rows, messages and tools come in, and what they say."""
+"""Rows, messages and tools in all supported shapes, and the examples read from them."""
 
 import json
 
@@ -20,7 +20,7 @@ def assistant(content: str, **more) -> dict:
 
 
 def read(rows: list[dict], **settings) -> list[tuple]:
-    """What rows say: of each prompt, responses, preferred first, and tools if it has some."""
+    """Return, for each prompt in the rows, its responses, preferred first, and its tools if any."""
     found = recognize(rows, settings.pop("fields", {}), "datasets=[x]", **settings)
     said = []
     for row in rows:
@@ -36,7 +36,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 SAYS, NO = [assistant("A red rose.")], [assistant("No.")]
 ASKED = [user("Name a red thing.")]
 
-READ = {  # rows (of each the first is compared), settings, what the first one says
+READ = {  # rows (only the first of each is compared), settings, the example in the first row
     "Alpaca": (
         [{"instruction": "To French.", "input": f"The {c} cat.", "output": f"Le chat {c}."} for c in ("red", "blue")],
         {},

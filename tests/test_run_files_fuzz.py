@@ -1,4 +1,4 @@
-"""Whatever becomes of a file in a run's directory: the run goes on to the same results, or says which file it is."""
+"""After any damage to a file of a run, resuming gives the same results or names the file."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def flip(path: Path, fraction: float):
 
 
 def edit_number(path: Path, fraction: float):
-    """Another digit in place of one, in a file of text."""
+    """Replace one digit in a text file."""
     assume(path.suffix in (".json", ".yaml", ".jsonl"))
     text = path.read_text()
     digits = list(re.finditer(r"\d", text))
@@ -99,7 +99,7 @@ def damages(draw):
 
     def apply(run_dir: Path) -> list[str]:
         files = files_in(run_dir)
-        # the few beside the checkpoints as often as the many in them
+        # choose the few files outside the checkpoints as often as the many inside
         files = [name for name in files if "/" not in name] * 4 + files
         names = [files[int(place * len(files))] for place in places]
         if damage is not None:
@@ -141,7 +141,7 @@ def lines_of(path: Path) -> list[dict | bytes]:
 
 
 def results(run_dir: Path) -> dict[str, object]:
-    """Metrics, samples, and the digests of the last weights and the optimizer's state."""
+    """Return metrics, samples, and digests of the last weights and the optimizer's state."""
     names = {"policy.pt", "adapter_model.safetensors", "optimizer.pt"} & set(os.listdir(run_dir / "LATEST"))
     return {
         **{name: lines_of(run_dir / f"{name}.jsonl") for name in ("metrics", "samples")},
@@ -150,7 +150,7 @@ def results(run_dir: Path) -> dict[str, object]:
 
 
 class Finished:
-    """A finished run of each kind, and its results after resuming undamaged."""
+    """Return a finished run of each kind, and its results after resuming undamaged."""
 
     def __init__(self, launcher):
         self.launcher, self.runs = launcher, {}
@@ -167,7 +167,7 @@ class Finished:
         return self.launcher.run(*RUN, *overrides)
 
     def check(self, kind: str, damage: Callable[[Path], list[str]], resume: str):
-        """Damage a copy and let it go on."""
+        """Damage a copy and resume it."""
         whole, expected = self.runs[kind]
         run_dir = self.launcher.directory / "damaged"
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -181,7 +181,7 @@ class Finished:
             is_told = any(str(run_dir / name) in line for line in warned for name in names)
             ours = results(run_dir)
             assert ours["state"] == expected["state"]
-            for name in ("metrics", "samples"):  # of a damaged log what is new is the same
+            for name in ("metrics", "samples"):  # in a damaged log, the new lines are the same
                 n_new = len(expected[name]) - len(lines_of(whole / f"{name}.jsonl"))
                 assert ours[name][-n_new:] == expected[name][-n_new:]
                 assert is_told or ours[name] == expected[name], names

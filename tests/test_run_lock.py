@@ -24,7 +24,7 @@ RUN = [
 
 @pytest.fixture
 def start(launcher, tmp_path):
-    """Start the same run's command."""
+    """Start the command of the same run."""
 
     def start_command(*overrides: str) -> Run:
         return launcher.start(*RUN, f"local_run_dir={tmp_path}/run", *overrides, in_order=True)
@@ -161,7 +161,7 @@ def test_recovery_removes_only_what_a_run_made(tmp_path):
     fill(tmp_path, [*FOREIGN, *OWN])
     before = sorted(os.listdir(tmp_path))
     recover_interrupted_saves(str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == before  # it isn't known to be a run's
+    assert sorted(os.listdir(tmp_path)) == before  # nothing proves that it is a run's
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "config.yaml.partial-new").write_text("")
     recover_interrupted_saves(str(tmp_path))

@@ -1,4 +1,4 @@
-"""`sample.py`: the same texts whatever is computed beside them, and nothing drawn twice or lost."""
+"""`sample.py`: samples don't depend on the rest of the batch, and none is drawn twice or lost."""
 
 import fcntl
 import json
@@ -57,7 +57,7 @@ WAYS = {  # overrides and number of workers
 
 @pytest.fixture(scope="module")
 def drawn(launcher, trained, prompts, tmp_path_factory):  # noqa: F811
-    """A function that draws in one of the `WAYS`, once, and returns the file."""
+    """Return a function that draws in one of the `WAYS`, once, and returns the file."""
     directory = tmp_path_factory.mktemp("drawn")
 
     def draw_in(way: str):
@@ -90,7 +90,7 @@ def test_sample_log_probabilities_equal_the_models(launcher, trained, prompts, t
         prompt = tokenizer(line["prompt"], add_special_tokens=False)["input_ids"]
         response = tokenizer(line["response"], add_special_tokens=False)["input_ids"]
         if len(response) != line["n_tokens"] or tokenizer.decode(response) != line["response"]:
-            continue  # such a text has other tokens when it is read
+            continue  # reading this text gives other tokens
         with torch.no_grad():
             logps = model(torch.tensor([prompt + response])).logits[0, :-1].log_softmax(-1)
         logps = logps[len(prompt) - 1 :].gather(1, torch.tensor(response)[:, None]).sum()
@@ -124,9 +124,9 @@ def test_interrupted_sampling_ends_with_the_same_file(launcher, trained, prompts
         file.write('{"settings": "cut o')
     n_before = len((tmp_path / "cut").read_text().splitlines()) - 1
     assert 0 < n_before < 36
-    assert f"{36 - n_before} samples drawn, {n_before} were there" in draw(launcher, *run, f"output={tmp_path}/cut")
+    assert f"{36 - n_before} samples drawn, {n_before} already in " in draw(launcher, *run, f"output={tmp_path}/cut")
     assert texts(tmp_path / "cut") == texts(tmp_path / "whole")
-    assert "0 samples drawn, 36 were there" in draw(launcher, *run, f"output={tmp_path}/cut")
+    assert "0 samples drawn, 36 already in " in draw(launcher, *run, f"output={tmp_path}/cut")
     code = launcher.run(*run, "temperature=0.5", f"output={tmp_path}/cut", script=SAMPLE)
     assert code == 1
     assert "samples drawn under other settings" in launcher.output
@@ -166,8 +166,8 @@ BAD = {
     "no prompts": (["run={run}", "prompts=nowhere.jsonl"], "prompts=nowhere.jsonl: there is no such file"),
     "a negative temperature": (["run={run}", "temperature=-1"], "temperature=-1: must be 0 to 1e+06"),
     "a top_p of nothing": (["run={run}", "top_p=0"], "top_p=0: must be"),
-    "half a sample": (["run={run}", "n=0.5"], "n=0.5: expected a whole number"),
-    "nowhere to write": (RUN, "output: name the file"),
+    "half a sample": (["run={run}", "n=0.5"], "n=0.5: expected an integer"),
+    "no output file": (RUN, "output: name the file"),
     "no temperature": (["run={run}", "temperature=[]"], "temperature=[]: give one, or several that differ"),
     "a temperature twice": (["run={run}", "temperature=[1,1.0]"], "give one, or several that differ"),
     "one of several negative": (["run={run}", "temperature=[1,-1]"], "temperature=-1: must be 0 to 1e+06"),
@@ -220,7 +220,7 @@ def test_sampling_computes_the_reference_that_training_had_precomputed(launcher,
     assert any(line["reference_logps"] != line["policy_logps"] for line in lines)
 
 
-OWN = {  # what is there: what is asked, and the message
+OWN = {  # (content of the file, overrides, message)
     "one line without an end": ('{"my": "data"}', "output={path}", "a file that isn't one of samples"),
     "the prompts": ('{"prompt": "The story"}\n', "prompts={path} output={path}", "is also the file of prompts"),
     "the prompts, for AlpacaEval": (

@@ -12,7 +12,7 @@ from evaluation.sampling import generate_scorable
 
 N_SAMPLES, N_TOKENS = 4096, 8
 
-BENT = {  # what a model's own generation config may say
+BENT = {  # settings that a model's own generation config may have
     "nothing": {},
     "temperature": {"do_sample": True, "temperature": 0.2, "top_k": 3, "top_p": 0.5},
     "repetition_penalty": {"repetition_penalty": 100.0},
@@ -38,7 +38,7 @@ def tokenizer():
 
 
 def small_model():
-    """A model whose softmax over 512 tokens leaves about eight of them likely, 5, 6, 7 and 9 among them."""
+    """A model for which about eight of 512 tokens are likely, among them 5, 6, 7 and 9."""
     model = AutoModelForCausalLM.from_pretrained(ORACLE / "model").eval()
     head = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.full((512,), -20.0))

@@ -55,7 +55,7 @@ def test_default_schedule_is_the_originals(make_trainer):
 
 @pytest.mark.parametrize("name", [name for name in schedules() if name != "constant_with_warmup"])
 def test_every_schedule_equals_transformers_shifted_by_one_step(name, make_trainer):
-    """Warmup has as many steps as the default's, and no step has a rate of 0."""
+    """Warmup has as many steps as with the default schedule, and no step has a rate of 0."""
     overrides = [f"lr_scheduler={name}", f"lr_scheduler_args={ARGUMENTS.get(name, '{}')}"]
     trainer = make_trainer(*RUN, f"n_examples={4 * N_STEPS}", *overrides)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
@@ -172,7 +172,7 @@ def test_data_report_ends_with_the_warning_of_the_rate(train, tmp_path):
 
 
 def test_biases_and_norms_can_be_left_out_of_weight_decay(make_config):
-    """One step from a gradient of 0: what is decayed shrinks by lr * weight_decay, the rest stays."""
+    """After one step with a zero gradient, decayed weights have shrunk by lr * weight_decay, others are unchanged."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).double()
     settings = ["optimizer=AdamW", "optimizer_args.weight_decay=0.5", "lr=0.1", "decay_biases_and_norms=false"]
     optimizer = make_optimizer(model, make_config(*TOY, *settings), torch.device("cpu"), {})

@@ -1,4 +1,4 @@
-"""Weights that are cast once a step: the numbers are autocast's, bit for bit."""
+"""Casting weights once per step gives autocast's numbers, bit for bit."""
 
 import copy
 import itertools
@@ -81,7 +81,7 @@ def test_hundred_steps_with_shadow_weights_equal_autocast(architecture):
     ids=str,
 )
 def test_steps_of_fused_and_foreach_optimizers_are_noticed(name, options):
-    """Fused optimizers leave the versions of what they change as they were."""
+    """Fused optimizers change weights without increasing their versions."""
     model = small_model()
     shadowed = copy.deepcopy(model)
     shadow_linear_weights(shadowed)

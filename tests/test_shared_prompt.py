@@ -68,7 +68,7 @@ def all_in_float64(monkeypatch):
 
 
 class Tokenizer:
-    """Texts are lists of ids."""
+    """A tokenizer whose texts are lists of ids."""
 
     eos_token_id = pad_token_id = 0
 
@@ -104,7 +104,7 @@ def original_logps(model, batch: dict) -> torch.Tensor:
 
 
 def loss_and_gradients(model, logps: torch.Tensor, loss_name: str) -> dict[str, torch.Tensor]:
-    """Mean loss over the batch and its gradient in every parameter; the reference is arbitrary but fixed."""
+    """Return the mean loss of the batch and its gradient in every parameter; the reference is arbitrary but fixed."""
     if loss_name == "sft":
         loss = LOSSES["sft"].function(logps).mean()
     else:

@@ -1,4 +1,4 @@
-"""Models spread over workers: real processes, over gloo."""
+"""Models distributed over workers, in real processes connected by gloo."""
 
 import copy
 
@@ -44,7 +44,7 @@ def split(model: nn.Module, how: str):
 
 
 def placed_is_whole(name: str, how: str) -> dict[str, tuple[int, int]]:
-    """Place a model that the first worker alone has; returns (local, whole) number of elements of each parameter."""
+    """Distribute a model that only the first worker has; return each parameter's (local, total) number of elements."""
     expected = make_model(name)
     given = copy.deepcopy(expected) if dist.get_rank() == 0 else None
     placed = distribute_model(given, lambda model: split(model, how))
@@ -88,7 +88,7 @@ def test_model_of_one_worker_is_spread_over_all(name, how, n_workers, n_shards, 
         spread = {key: size for key, size in sizes.items() if how != "tensor parallel" or size[0] < size[1]}
         local, total = (sum(size[i] for size in spread.values()) for i in (0, 1))
         assert total >= 0.9 * sum(size[1] for size in sizes.values())
-        assert local == pytest.approx(total / n_shards, rel=0.05)  # 61 tokens don't divide
+        assert local == pytest.approx(total / n_shards, rel=0.05)  # 61 tokens don't divide evenly
 
 
 def no_blocks():
@@ -101,7 +101,7 @@ def test_model_without_known_blocks_is_refused(in_workers):
 
 
 def clipped(max_norm: float):
-    """Gradients of parameters sharded in two ways, in two meshes, and whole ones, against all of them whole."""
+    """Clip gradients on two meshes, with different shards and none; compare with clipping all of them unsharded."""
     torch.manual_seed(0)
     mesh, other_mesh = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     dense = [nn.Parameter(torch.randn(5, 6, dtype=torch.float64)) for _ in range(4)]

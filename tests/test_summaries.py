@@ -1,4 +1,4 @@
-"""Figures of several runs from judge.py's summaries: their numbers, by hand, and what is refused."""
+"""Figures of several runs from judge.py's summaries: numbers computed by hand, and summaries that are refused."""
 
 import json
 import math
@@ -138,7 +138,7 @@ def test_reward_axis_may_be_a_win_rate(tmp_path, drawn_points):
 
 HALF = rate(0.5, 0.4, 0.6)
 COLD = DRAWN | {"temperature": 0.5}
-BAD = {  # what the second of two files has, and the message
+BAD = {  # changes to the second of two files, and the message
     "several temperatures": ({"drawn": [DRAWN, COLD]}, "mixes responses of several temperatures (0.5, 1); draw them"),
     "several runs": ({"drawn": [COLD, COLD | {"run": "b"}]}, "mixes responses of several origins; draw them"),
     "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; draw them by sample.py"),

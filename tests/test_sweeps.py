@@ -1,4 +1,4 @@
-"""Sweeps (`-m`) under Hydra's own sweeper and launcher: their directory, their table, failures, signals, going on."""
+"""Sweeps (`-m`) under Hydra's own sweeper and launcher: directories, the table, failures, signals, resuming."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ def printed_command(output: str) -> list[str]:
 
 
 def run_printed(launcher, directory: Path) -> Run:
-    """Run the command that was printed last as it is, in a shell's place, to its end."""
+    """Run the command that was printed last, as a shell would, to its end."""
     python, script, *words = printed_command(launcher.output)
     assert python == "python"
     run = launcher.start(*words, script=directory / script, directory=directory, as_typed=True)
@@ -40,7 +40,7 @@ def run_printed(launcher, directory: Path) -> Run:
 
 
 def wait_for_lines(path: Path, n: int, launcher):
-    """Wait until a file has so many whole lines."""
+    """Wait until a file has `n` whole lines."""
     wait_until(lambda: path.exists() and path.read_text().count("\n") >= n, output=lambda: launcher.output)
 
 
@@ -167,7 +167,7 @@ NAMES = {  # overrides of a sweep: the directories of its jobs
 @pytest.mark.parametrize("name", NAMES)
 def test_job_directories_have_typable_names(name, launcher, tmp_path):
     overrides, expected = NAMES[name]
-    # so that no job is run
+    # raises before any job runs
     assert launcher.run("-m", *TOY, "batch_size=0", *overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
     names = [row["job"] for row in read_jsonl(tmp_path / "sweep/sweep.jsonl")]
     if expected is None:

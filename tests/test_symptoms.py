@@ -1,4 +1,4 @@
-"""Warnings about a run that goes wrong: once, with advice, and none for a healthy run."""
+"""A run that goes wrong gives each warning once, with advice; a healthy run gives none."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def said(symptoms: Symptoms, *evaluations: dict) -> list[str]:
 )  # fmt: skip
 def test_loss_at_the_reference_is_known_for_each_loss(name, expected):
     value = loss_at_reference(config(name=name).loss)
-    if name == "exo":  # whatever it is, it is the same for every pair
+    if name == "exo":  # the same for every pair
         assert value is not None
     else:
         assert value == (None if expected is None else pytest.approx(expected, rel=1e-4))

@@ -1,8 +1,8 @@
-"""How often a training step makes the host wait for a GPU, seen on the meta device, whose tensors hold no data.
+"""A training step makes the host wait for a GPU once, as tested on the meta device, whose tensors hold no data.
 
-Whatever reads data of the device (a number, which entries are true, a copy to the host) fails there, as it would wait
-on a GPU. So a whole step runs on it, forward, backward, clipping and update, save for the one place where its metrics
-are read; and whatever is copied to the device is copied without waiting.
+Operations that make the host wait for a GPU (reading a number, finding true entries, copying to the host) fail on the
+meta device. So a whole step runs there: forward, backward, clipping and update. Only the one place where metrics are
+read is replaced. Copies to the device must not wait, either.
 """
 
 import pytest
@@ -21,7 +21,7 @@ META = torch.device("meta")
 
 
 class WaitingCopies(TorchDispatchMode):
-    """Collects the shapes of what is copied from one device to another so that the host waits."""
+    """Collects the shapes of tensors whose copy to another device makes the host wait."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class WaitingCopies(TorchDispatchMode):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Let metrics be read from the meta device, as ones; collects the names that were read together."""
+    """Read metrics on the meta device as ones; collect the names that are read together."""
     collected = []
 
     def read(parts, n_examples=None):

@@ -1,4 +1,4 @@
-"""Models split over workers against the same models whole: real processes, 2 and 4, in float64."""
+"""Models split over 2 and 4 workers (real processes) equal the same models unsplit, in float64."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ SIZES = {
 }  # fmt: skip
 ALL_HEADS = {**SIZES, "num_key_value_heads": 8}
 GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 64}
-CONFIGS = {  # the vocabulary of 61 can't be dealt out evenly
+CONFIGS = {  # a vocabulary of 61 doesn't divide evenly
     "gpt2": transformers.GPT2Config(**SMALL, **GPT2_SIZES),
     "gpt2_untied": transformers.GPT2Config(**SMALL, **GPT2_SIZES, tie_word_embeddings=False),
     "gptj": transformers.GPTJConfig(**SMALL, **GPT2_SIZES, rotary_dim=4),
@@ -69,7 +69,7 @@ MODEL_MODULES = [  # most compute parts in float32, whatever their dtype
 
 
 def prepare_worker():
-    """Let all that the models compute be in float64."""
+    """Make the models compute everything in float64."""
     for name in MODEL_MODULES:
         importlib.import_module(name).torch = DoubleTorch()
 
@@ -93,7 +93,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def outputs_and_gradients(model: nn.Module, rows: str) -> dict[str, torch.Tensor]:
-    """The batch's log-probabilities, or all logits, and the gradient of a random weighting of them."""
+    """Return the batch's log-probabilities, or all logits, and the gradient of a random weighting of them."""
     if rows == "logits":
         outputs = model(BATCH["chosen_input_ids"], attention_mask=BATCH["chosen_attention_mask"]).logits
     else:
@@ -200,7 +200,7 @@ def check_adapters(name: str):
 
 
 def check_training(name: str, optimizer: str):
-    """Three steps, gradients added up over two microbatches."""
+    """Take three steps, with gradients accumulated over two microbatches."""
     models = both(name)
     for model in models:
         update = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3)
@@ -217,7 +217,7 @@ def check_training(name: str, optimizer: str):
 
 def check_autocast(name: str):
     models = both(name, torch.float32)
-    dtypes = {}, {}  # of what each module computes, in either model
+    dtypes = {}, {}  # of each module's output, in both models
     for model, ours in zip(models, dtypes, strict=True):
         for n, module in model.named_modules():
             module.register_forward_hook(lambda _m, _i, out, n=n, ours=ours: ours.update({n: getattr(out, "dtype", 0)}))
@@ -240,7 +240,7 @@ def check_chunks(name: str):
 
 
 def check_large_logits(name: str):
-    """Logits of some thousands, whose exponentials can't be represented, and log-probabilities alike."""
+    """Logits of several thousand overflow when exponentiated; their log-probabilities are as large."""
     models = both(name)
     for model in models:
         with torch.no_grad():
@@ -251,7 +251,7 @@ def check_large_logits(name: str):
 
 
 def numbers_sent(name: str) -> tuple[int, int]:
-    """Tokens, and the size of all tensors that are gathered or summed to get log-probabilities from hidden states."""
+    """Return the tokens, and the elements gathered or summed to get log-probabilities from hidden states."""
     _, split = both(name)
     rows = padded_rows(BATCH)
     hidden_states, head = torch.randn(len(rows.targets), 32).double(), split.get_output_embeddings()
@@ -338,7 +338,7 @@ def test_log_probabilities_take_three_numbers_a_token(n_workers, name, in_worker
 
 @pytest.mark.parametrize(("name", "n_backward"), [("gpt2", 2), ("gptj", 1), ("llama3", 2)])
 def test_block_takes_two_all_reduces_each_way(name, n_backward, in_workers):
-    """The embedding takes one more. GPT-J's attention and MLP read the same hidden states."""
+    """The embedding needs one more. GPT-J's attention and MLP read the same hidden states."""
     n_layers = 2
     assert set(in_workers(2, count_all_reduces, name)) == {(2 * n_layers + 1, n_backward * n_layers)}
 

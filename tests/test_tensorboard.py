@@ -58,7 +58,7 @@ def test_missing_tensorboard_matters_only_when_enabled(launcher, tmp_path):
 
 
 def test_unwritable_tensorboard_warns_once_and_training_continues(launcher, tmp_path):
-    """A file stands in place of TensorBoard's directory."""
+    """TensorBoard's directory can't be made, because a file has its name."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("")
     assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run") == 0, launcher.output

@@ -1,4 +1,4 @@
-"""The state a run resumes from: older states, keys that may change, and an interrupted reference pass."""
+"""Resuming from older states, with changed keys, and after an interrupted reference pass."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from config_checks.schema import default_config
 
 @pytest.fixture(scope="module")
 def finished(launcher):
-    """A DPO run of 16 examples, and one of 8 to be continued to the same end."""
+    """Return a DPO run of 16 examples, and one of 8 that is to be resumed to the same end."""
     for name, overrides in (("whole", []), ("half", ["n_examples=8"])):
         code = launcher.run(*FINISHED, *overrides, f"local_run_dir={launcher.directory}/{name}")
         assert code == 0, launcher.output

@@ -1,4 +1,4 @@
-"""Only what the assistant wrote is trained: turn by turn, on templates as models have them, in every layout."""
+"""Only the assistant's words are trained: turn by turn, with real models' templates, in every layout."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def said(role: str, content: str, **more) -> dict:
 
 
 def marked(tokenizer, example: Example, **kwargs) -> list[str]:
-    """Each dialogue with its trained tokens in brackets, token by token; prompt and response with '|' between them."""
+    """Show each dialogue with its trained tokens in brackets, and '|' between prompt and response."""
     renderer = Renderer(tokenizer, None, **kwargs)
     tokens = renderer.tokenize([renderer.render(example)])[0]
     texts = []
@@ -111,7 +111,7 @@ QUICK = ("llama 3.1", "qwen 3", "mistral")
 
 
 def named(names):
-    """Models, all but a few of them in the exhaustive run alone."""
+    """Return the models, all but a few of them only in the exhaustive run."""
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.exhaustive) for name in names]
 
 
@@ -126,7 +126,7 @@ def test_users_turn_in_a_response_is_not_trained(name):
     no = {"qwen 3": "<think>\n\n</think>\n\nNo", "mistral": " No"}.get(name, "No")
     assert rejected == f"{chosen.split('|⟦')[0]}|⟦{no}{end}⟧"
     assert marked(tokenizer, Example(prompt, [[*response, said("user", "Bye")]]))[0] == (
-        THREE_TURNS[name].replace("<think>\n\n</think>\n\n", "")  # which Qwen writes in the last turn alone
+        THREE_TURNS[name].replace("<think>\n\n</think>\n\n", "")  # Qwen writes this only in the last turn
     )
 
 
@@ -138,7 +138,7 @@ def test_tools_output_in_a_response_is_not_trained(name):
 
 
 def test_template_that_moves_the_system_text_to_the_last_question_is_divided_where_turns_are():
-    """As Mistral's does: the prompt alone would hold it, the dialogue has it later."""
+    """Like Mistral's template, which puts it into the prompt, but later into a whole dialogue."""
     tokenizer = make_tokenizer(*SPECIAL["mistral"])
     dialogue = "<s>[INST] Hi[/INST]|⟦ Yes</s>⟧[INST] Be brief.\n\nAnd you?[/INST]⟦ Fine.</s>⟧"
     tokenizer.chat_template = MISTRAL_V3.replace("loop.last and system", "message == questions[-1] and system")
@@ -179,7 +179,7 @@ def test_marked_turns_are_those_that_transformers_masks(name):
         n = len(found["chosen_input_ids"])
         assert found["chosen_input_ids"] == expected["input_ids"][:n] and sum(expected["assistant_masks"][n:]) == 0
         masks = expected["assistant_masks"][:n]
-        if len(response) == 1:  # turns of the prompt are not trained
+        if len(response) == 1:  # turns in the prompt are not trained
             masks = [0] * len(tokens.prompt_ids) + masks[len(tokens.prompt_ids) :]
         assert [label != -100 for label in found["chosen_labels"]] == list(map(bool, masks))
 
@@ -205,7 +205,7 @@ def test_stripped_reasoning_is_an_error_that_shows_it():
 
 
 def test_verbatim_response_keeps_its_reasoning_after_the_generation_prompt():
-    """`<think>`, with which the generation prompt ends, is the prompt's, and not written twice."""
+    """The generation prompt ends with `<think>`, which then belongs to the prompt and isn't written twice."""
     other = said("assistant", "<think>\nHm.\n</think>\n\nNo idea.")
     texts = marked(reasoning_tokenizer(), Example([HI], [[THOUGHTS], [other]], [(0, 1)]), verbatim_responses=True)
     assert texts == [
@@ -302,7 +302,7 @@ def test_response_is_decoded_without_its_prompt_whose_special_tokens_are_not_sho
 
 
 def masked_batch() -> dict:
-    """Pairs whose responses have gaps; in the last, responses begin with tokens that aren't trained and differ."""
+    """Return pairs whose responses have untrained gaps; those of the last begin with different untrained tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(n: int) -> list[int]:

@@ -1,6 +1,6 @@
-"""`engine=vllm`: what is refused without vLLM, and the way to it and back.
+"""`engine=vllm`: errors without vLLM, and exchanging prompts and samples with it.
 
-vllm_stand_in.py stands for vLLM: it has the same names and arguments and draws by transformers. vLLM itself isn't run.
+vllm_stand_in.py replaces vLLM: it has the same names and arguments, and draws with transformers. vLLM itself isn't run.
 """
 
 import shutil
@@ -16,7 +16,7 @@ SAMPLE = str(REPOSITORY / "sample.py")
 
 @pytest.fixture
 def draw(launcher, tmp_path):
-    """Run sample.py where a package named vllm is; returns what it printed."""
+    """Run sample.py with a package named vllm; return its output."""
     (tmp_path / "packages/vllm").mkdir(parents=True)
     shutil.copy(REPOSITORY / "tests/vllm_stand_in.py", tmp_path / "packages/vllm/__init__.py")
 
@@ -63,7 +63,7 @@ def test_vllm_draws_only_missing_samples(draw, trained, prompts, tmp_path):  # n
     draw(*common, "n=2", f"output={tmp_path}/two.jsonl")
     draw(*common, f"output={tmp_path}/one.jsonl")
     output = draw(*common, "n=2", f"output={tmp_path}/one.jsonl")
-    assert "Drawing 9 samples by vLLM" in output and "9 samples drawn, 9 were there" in output
+    assert "Drawing 9 samples by vLLM" in output and "9 samples drawn, 9 already in " in output
     assert sorted(texts(tmp_path / "one.jsonl")) == sorted(texts(tmp_path / "two.jsonl"))
 
 

@@ -1,4 +1,4 @@
-"""wandb's records of runs, read back from its offline files."""
+"""wandb's offline files, read back, hold the runs' records."""
 
 import json
 import struct
@@ -40,7 +40,7 @@ def key(item) -> str:
 
 
 class OfflineRun:
-    """Name, id, project, config, history and exit code of a recorded run."""
+    """A recorded run: name, id, project, config, history and exit code."""
 
     def __init__(self, directory: Path):
         (path,), self.files = directory.glob("*.wandb"), directory / "files"

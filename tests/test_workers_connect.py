@@ -1,4 +1,4 @@
-"""Workers that can't find each other end soon and say why; one that falls silent ends the run, a slow one doesn't."""
+"""Workers that can't find each other soon end with the reason; a silent worker ends the run, a slow one doesn't."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def start(launcher, tmp_path):
     """Start a script of this file as one of several workers."""
 
     def start_script(script: str, *words: object, env: dict[str, str]) -> Run:
-        path = tmp_path / f"script-{len(list(tmp_path.iterdir()))}.py"  # one each: the last one may yet have to be read
+        path = tmp_path / f"script-{len(list(tmp_path.iterdir()))}.py"  # the last may not have been read yet
         path.write_text(script)
         return launcher.start(*words, env=env, script=path, as_typed=True, in_order=True)
 
@@ -82,7 +82,7 @@ def test_impossible_launcher_variable_is_named(variables, message, launcher, tmp
         ("-1", "fsdp_port=-1: must be a port, 1 to 65535, or null"),
         ("70000", "fsdp_port=70000: must be a port"),
         ("0", "fsdp_port=0: must be a port"),
-        ("x", "fsdp_port=x: expected a whole number"),
+        ("x", "fsdp_port=x: expected an integer"),
         (None, "fsdp_port={}: the workers don't find each other (.*address already in use): give a port that is free"),
     ],
 )
@@ -130,7 +130,7 @@ def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
             assert (told[3], told[4]) == (address, port)
             assert f"all WORLD_SIZE=2 workers must start within {seconds} seconds" in told[2]
             assert "Traceback" not in log
-            assert "frame #0" not in log  # nor PyTorch's own
+            assert "frame #0" not in log  # nor PyTorch's own stack trace
 
 
 def test_ranks_alternating_between_machines_are_refused(start):

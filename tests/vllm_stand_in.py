@@ -1,6 +1,6 @@
-"""Stands for vLLM in a test: the names and arguments that generation/vllm_engine.py uses, by transformers.
+"""Replaces vLLM in tests: the names and arguments that evaluation/vllm_engine.py uses, implemented by transformers.
 
-It knows nothing of what vLLM itself does with them.
+It can't show how vLLM itself treats them.
 """
 
 import types
