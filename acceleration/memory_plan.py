@@ -24,7 +24,7 @@ _SHARE_FOR_ACTIVATIONS = 0.9  # of free memory; the rest is for fragmentation an
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One GPU's memory in bytes: what it will hold, and `max_tokens`, the largest microbatch that fits into the rest."""
+    """The bytes to be held on one GPU, and `max_tokens`, the largest microbatch for which the rest is enough."""
 
     device: torch.device
     held: dict[str, int]  # bytes by kind, from the first step on

@@ -92,8 +92,8 @@ def _check_data(config: DictConfig):
         ("trained_turns", ("all", "last")),
     ):
         if config[key] not in values:
-            there_are = ", ".join("null" if value is None else value for value in values)
-            raise UserError(f"{key}={config[key]}: must be one of {there_are}")
+            allowed = ", ".join("null" if value is None else value for value in values)
+            raise UserError(f"{key}={config[key]}: must be one of {allowed}")
     if not 0 < config.test_fraction < 1:
         raise UserError(f"test_fraction={config.test_fraction}: must be above 0 and below 1")
     check_fields(config.fields, "config")
@@ -235,9 +235,9 @@ def _check_workers(config: DictConfig):
     trainer, strategy = config.trainer, STRATEGIES[config.trainer]
     world_size = environment.get_world_size(strategy.starts_workers, config.world_size)
     for_tensors = ", ".join(name for name, other in STRATEGIES.items() if not other.splits_tensors)
-    if not strategy.starts_workers and (asked := max(world_size, config.world_size or 1)) > 1:
+    if not strategy.starts_workers and (n_workers := max(world_size, config.world_size or 1)) > 1:
         others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if other.starts_workers)
-        raise UserError(f"trainer={trainer} trains in one process, not in {asked} (world_size); choose {others}")
+        raise UserError(f"trainer={trainer} trains in one process, not in {n_workers} (world_size); choose {others}")
     for key in ("world_size", "fsdp_port"):
         if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
             who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
@@ -288,8 +288,8 @@ def _check_reference(config: DictConfig):
         raise UserError(
             "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
         )
-    asked = config.reference != "auto" or config.precompute_ref_log_probs or reference_source(config).given
-    if not needs_reference(config.loss) and asked:
+    sets_reference = config.reference != "auto" or config.precompute_ref_log_probs or reference_source(config).given
+    if not needs_reference(config.loss) and sets_reference:
         why = "reference_free" if config.loss.get("reference_free") else f"loss={config.loss.name}"
         raise UserError(
             f"{why} uses no reference: leave reference, reference_model and precompute_ref_log_probs at their defaults"

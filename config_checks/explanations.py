@@ -71,8 +71,8 @@ def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
     no_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"  # which Hydra parses as no string
     groups = [word for word in sys.argv[1:] if re.fullmatch(no_name, word, re.IGNORECASE)]
     if groups and (isinstance(error, ValueError | TypeError) or "possible interpolation keys" in text):
-        there_are = "; ".join(f"{group}=NAME with {', '.join(names_in(group))}" for group in ("loss", "model"))
-        return f"{' '.join(groups)}: expected the name of a file: {there_are}"
+        choices = "; ".join(f"{group}=NAME with {', '.join(names_in(group))}" for group in ("loss", "model"))
+        return f"{' '.join(groups)}: expected the name of a file: {choices}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return f"Hydra can't do that: {type(error).__name__}: {error}"
     return text

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class ChatModel:
     """A model's template, and its tokenizer's names for beginning and end.
 
-    `prompt`, `response`, `system` are the expected renderings of 'Hi', of the answer 'Yes', and of 'Be brief.' with 'Hi'.
+    `prompt`, `response`, `system`: the expected renderings of 'Hi', the answer 'Yes', and 'Be brief.' before 'Hi'.
     """
 
     template: str

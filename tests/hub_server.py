@@ -219,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None, None
 
     def _api(self, kind: str, parts: list[str], query: str, body: bytes):
-        """Answer /api/{kind}/{id}, .../revision/{revision}, .../tree/{revision}/{path} and .../paths-info/{revision}."""
+        """Answer /api/{kind}/{id}, .../revision/{revision}, .../tree/{revision}/{path}, .../paths-info/{revision}."""
         if kind == "resolve-cache":
             return self._resolve(parts[0], [*parts[1:3], "resolve", *parts[3:]])
         repo_id, call = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "revision"
@@ -242,8 +242,8 @@ class _Handler(BaseHTTPRequestHandler):
                 within = [entry for entry in within if entry["path"].count("/") + 1 == depth]
             return self._json(within) if within or not folder else self._error(404, "EntryNotFound")
         if call == "paths-info":
-            asked = urllib.parse.parse_qs(body.decode())["paths"] if b"paths=" in body else json.loads(body)["paths"]
-            return self._json([entry for entry in entries if entry["path"] in asked])
+            wanted = urllib.parse.parse_qs(body.decode())["paths"] if b"paths=" in body else json.loads(body)["paths"]
+            return self._json([entry for entry in entries if entry["path"] in wanted])
         return self._error(404, "")
 
     def _viewer(self, query: dict[str, list[str]]):

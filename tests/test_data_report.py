@@ -102,8 +102,8 @@ def test_responses_that_the_template_makes_identical_are_bad_rows(batches, tmp_p
 
     def row(chosen: str, rejected: str) -> dict:
         sides = {"chosen": chosen, "rejected": rejected}
-        said = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
-        return {"prompt": [{"role": "user", "content": "Hi"}], **said}
+        responses = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+        return {"prompt": [{"role": "user", "content": "Hi"}], **responses}
 
     settings = {"chat_template": str(tmp_path / "trims.jinja")}
     rows = [row("yes", "no"), row("yes", " yes ")]

@@ -166,18 +166,18 @@ def test_damaged_checkpoint_is_refused(launcher, trained, tmp_path):
 def test_changed_model_or_data_is_evaluated_again(launcher, trained, tmp_path):
     rows = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = [f"datasets=[{tmp_path}/mine.jsonl]", "n_eval_examples=null", f"output={tmp_path}/o"]
+    options = [f"datasets=[{tmp_path}/mine.jsonl]", "n_eval_examples=null", f"output={tmp_path}/o"]
     run_dir = trained("dpo")
     for archive in ("step-8", "LATEST"):
         evaluate(
-            launcher, *RUN, *asked, f"model.archive={run_dir}/{archive}", f"reference_model.archive={run_dir}/step-8"
+            launcher, *RUN, *options, f"model.archive={run_dir}/{archive}", f"reference_model.archive={run_dir}/step-8"
         )
     first, second = read_jsonl(tmp_path / "o")
     assert first["metrics"]["rewards_eval/margins"] == 0 != second["metrics"]["rewards_eval/margins"]
-    evaluate(launcher, f"run={run_dir}", *asked)
+    evaluate(launcher, f"run={run_dir}", *options)
     rows = [row | {"chosen": " yes"} for row in rows]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate(launcher, f"run={run_dir}", *asked)
+    evaluate(launcher, f"run={run_dir}", *options)
     third, fourth = read_jsonl(tmp_path / "o")[2:]
     assert third["metrics"]["loss/eval"] != fourth["metrics"]["loss/eval"]
 

@@ -349,9 +349,9 @@ def test_damaged_hub_file_is_named_with_its_cached_copy(online, hub, bodies, tmp
 
 def test_saving_makes_no_hub_requests(online_ok, hub):
     online_ok(*DPO)
-    asked = []
+    n_requests = []
     for save_every in (16, 4):
         hub.requests.clear()
         online_ok(*DPO, "n_examples=16", f"save_every={save_every}")
-        asked.append(len(hub.requests))
-    assert asked[0] == asked[1]
+        n_requests.append(len(hub.requests))
+    assert n_requests[0] == n_requests[1]

@@ -346,11 +346,11 @@ def test_verdicts_of_an_endpoint_are_counted(judge, endpoint, launcher, tmp_path
     assert (summary["wins"], summary["ties"], summary["losses"], summary["n_failed"]) == (2, 2, 4, 0)
     assert (summary["input_tokens"], summary["output_tokens"]) == (700, 70)
     assert summary["cost"] == pytest.approx((700 * 10 + 70 * 1000) / 10**6)
-    said = launcher.output
-    assert said.index("7 calls to m at http://127.0.0.1") < said.index("win rate of a")
-    assert "cost about 0.70" in said  # 7 * 100 tokens of 1000 a million, and the few that are sent
+    output = launcher.output
+    assert output.index("7 calls to m at http://127.0.0.1") < output.index("win rate of a")
+    assert "cost about 0.70" in output  # 7 * 100 tokens of 1000 a million, and the few that are sent
     assert endpoint.keys == {"Bearer secret"}
-    assert "secret" not in said + (tmp_path / "v.jsonl").read_text()
+    assert "secret" not in output + (tmp_path / "v.jsonl").read_text()
     assert all(body["temperature"] == 0 and body["max_tokens"] == 50 for body in endpoint.bodies)
     assert 1 <= endpoint.most_running <= 3
     for line in read_jsonl(tmp_path / "v.jsonl"):

@@ -225,9 +225,9 @@ def test_packed_attention_rejects_arguments_it_does_not_support():
     packing = Packing(torch.tensor([0, 4]), torch.tensor([0, 4]), 4, 4)
     attend = partial(packed_attention, None, states, states, states, None, packing=packing)
     assert attend()[0].shape == (1, 4, 2, 8)
-    for asked in ({"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}, {"position_bias": states}):
-        with pytest.raises(NotImplementedError, match=next(iter(asked))):
-            attend(**asked)
+    for unsupported in ({"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}, {"position_bias": states}):
+        with pytest.raises(NotImplementedError, match=next(iter(unsupported))):
+            attend(**unsupported)
 
 
 def test_packed_attention_changes_neither_generation_nor_the_saved_config(tmp_path):

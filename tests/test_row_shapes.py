@@ -22,13 +22,13 @@ def assistant(content: str, **more) -> dict:
 def read(rows: list[dict], **settings) -> list[tuple]:
     """Return, for each prompt in the rows, its responses, preferred first, and its tools if any."""
     found = recognize(rows, settings.pop("fields", {}), "datasets=[x]", **settings)
-    said = []
+    examples = []
     for row in rows:
         example = found.read(row)
         order = example.pairs[0] if example.pairs else [example.target]
         tools = [example.tools] if example.tools else []
-        said.append((example.prompt, *(example.responses[i] for i in order), *tools))
-    return said
+        examples.append((example.prompt, *(example.responses[i] for i in order), *tools))
+    return examples
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {}}}}}

@@ -196,12 +196,12 @@ def test_rows_without_a_prompt_are_named(launcher, trained, tmp_path):  # noqa: 
 
 def test_output_of_another_model_or_other_prompts_is_refused(launcher, trained, tmp_path):  # noqa: F811
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    run_dir, asked = trained("dpo"), [f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o"]
-    draw(launcher, *RUN, *asked, f"model.archive={run_dir}/step-8")
-    assert launcher.run(*RUN, *asked, f"model.archive={run_dir}/LATEST", "max_new_tokens=8", script=SAMPLE) == 1
+    run_dir, options = trained("dpo"), [f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o"]
+    draw(launcher, *RUN, *options, f"model.archive={run_dir}/step-8")
+    assert launcher.run(*RUN, *options, f"model.archive={run_dir}/LATEST", "max_new_tokens=8", script=SAMPLE) == 1
     assert "samples drawn under other settings" in launcher.output
     (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n')
-    assert launcher.run(*RUN, *asked, f"model.archive={run_dir}/step-8", "max_new_tokens=8", script=SAMPLE) == 1
+    assert launcher.run(*RUN, *options, f"model.archive={run_dir}/step-8", "max_new_tokens=8", script=SAMPLE) == 1
     assert "samples drawn under other settings" in launcher.output
 
 
@@ -234,8 +234,8 @@ def test_file_that_holds_no_samples_is_left_untouched(name, launcher, trained, t
     text, words, message = OWN[name]
     path = tmp_path / "mine.jsonl"
     path.write_text(text)
-    asked = [word.format(path=path) for word in words.split()]
-    assert launcher.run(f"run={trained('dpo')}", *asked, "max_new_tokens=2", script=SAMPLE) == 1
+    options = [word.format(path=path) for word in words.split()]
+    assert launcher.run(f"run={trained('dpo')}", *options, "max_new_tokens=2", script=SAMPLE) == 1
     assert message in launcher.output
     assert path.read_text() == text
 
@@ -244,8 +244,8 @@ def test_folder_of_prompts_gives_all_its_prompts(launcher, trained, tmp_path):  
     for name in ("train", "test"):
         (tmp_path / "prompts").mkdir(exist_ok=True)
         (tmp_path / f"prompts/{name}.jsonl").write_text(json.dumps({"prompt": f"The {name}"}) + "\n")
-    asked = [f"prompts={tmp_path}/prompts", f"output={tmp_path}/out.jsonl", "max_new_tokens=2"]
-    assert launcher.run(f"run={trained('dpo')}", *asked, script=SAMPLE) == 0, launcher.output
+    options = [f"prompts={tmp_path}/prompts", f"output={tmp_path}/out.jsonl", "max_new_tokens=2"]
+    assert launcher.run(f"run={trained('dpo')}", *options, script=SAMPLE) == 0, launcher.output
     assert {line["prompt"] for line in read_jsonl(tmp_path / "out.jsonl")} == {"The train", "The test"}
 
 

@@ -124,11 +124,11 @@ def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
             assert process.wait() == 0
             log = process.output
             address, port = cases[name]["MASTER_ADDR"], cases[name]["MASTER_PORT"]
-            told = re.search(r"after (\S+) s: (MASTER_ADDR=(\S+) MASTER_PORT=(\S+), set by the launcher: .*)", log)
-            assert told, log
-            assert seconds - 2 < float(told[1]) < seconds + 60
-            assert (told[3], told[4]) == (address, port)
-            assert f"all WORLD_SIZE=2 workers must start within {seconds} seconds" in told[2]
+            message = re.search(r"after (\S+) s: (MASTER_ADDR=(\S+) MASTER_PORT=(\S+), set by the launcher: .*)", log)
+            assert message, log
+            assert seconds - 2 < float(message[1]) < seconds + 60
+            assert (message[3], message[4]) == (address, port)
+            assert f"all WORLD_SIZE=2 workers must start within {seconds} seconds" in message[2]
             assert "Traceback" not in log
             assert "frame #0" not in log  # nor PyTorch's own stack trace
 
