@@ -33,7 +33,7 @@ def expected(run_dir: Path) -> dict[tuple[str, int], float]:
 
 
 def test_event_files_hold_everything_in_metrics_jsonl(launcher, tmp_path):
-    assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    assert launcher.run(*RUN, "warmup_steps=0", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     assert "WARNING" not in launcher.output
     assert scalars(tmp_path / "run") == expected(tmp_path / "run")
 
@@ -61,6 +61,6 @@ def test_unwritable_tensorboard_warns_once_and_training_continues(launcher, tmp_
     """TensorBoard's directory can't be made, because a file has its name."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("")
-    assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run") == 0, launcher.output
+    assert launcher.run(*RUN, "warmup_steps=0", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     assert launcher.output.count("WARNING: TensorBoard") == 1
     assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 4
