@@ -46,7 +46,7 @@ def run(config: DictConfig):
     trained = read_run_config(run_dir)
     (checkpoint,) = find_checkpoints(run_dir, options["checkpoint"])
     if os.path.exists(os.path.join(checkpoint, "adapter_config.json")):
-        merge_adapter(checkpoint, trained, output)
+        merge_adapter(checkpoint, trained, output, options["trust_remote_code"] is True)
     else:
         copy_model(checkpoint, output)
     print(f"Wrote the model of {checkpoint} to {output}")
@@ -63,11 +63,12 @@ def copy_model(checkpoint: str, output: str):
                 shutil.copyfile(os.path.join(checkpoint, name), os.path.join(partial, name))
 
 
-def merge_adapter(checkpoint: str, trained: DictConfig, output: str):
+def merge_adapter(checkpoint: str, trained: DictConfig, output: str, trust_remote_code: bool):
     """Load the base as the run's config says, add the adapter's changes to its weights, and write it.
 
     Args:
         trained: the run's config.
+        trust_remote_code: allow the base's own code to run, whatever the run's config says.
     """
     state = read_state_json(checkpoint)
     try:
@@ -75,6 +76,7 @@ def merge_adapter(checkpoint: str, trained: DictConfig, output: str):
         expand_config(trained)
         config = trained.copy()
         config.model.load_in_4bit, config.model.adapter = False, checkpoint
+        config.model.trust_remote_code = trust_remote_code
         source = policy_source(config)
         files = file_fingerprints(trained)
     except UserError:

@@ -15,6 +15,7 @@ from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from checkpointing import fingerprints
 from checkpointing.atomic_directory import recover_interrupted_saves
 from checkpointing.integrity import find_corruption
+from checkpointing.saved_config import read_saved_config
 from checkpointing.train_state import read_state_json, training_settings, versions
 from config_checks.schema import REPOSITORY, default_config
 from data.batches import split_name
@@ -194,7 +195,7 @@ def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, obje
     if checkpoint is None and not os.path.exists(path):
         return None
     try:
-        former = OmegaConf.load(path)
+        former = read_saved_config(path)
         former.reference = resolved_reference(former)
         former = training_settings(former)
         if former["model.name_or_path"].endswith("/models/tiny"):  # where model=tiny was before 0.2

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
+from checkpointing.saved_config import read_saved_config
 from commands.workers import enter_process_group, needs_workers, run_in_workers
 from config_checks.checks import check_config
 from config_checks.paths import expand_home
@@ -27,12 +28,9 @@ def read_run_config(run_dir: str) -> DictConfig:
     if not os.path.isfile(path):
         raise UserError(f"run={run_dir}: no run there, as it has no config.yaml.{closest_sibling(run_dir)}")
     try:
-        config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig):
-            raise ValueError("it holds no keys")
+        return read_saved_config(path)
     except Exception as error:  # the YAML library raises errors of any kind
         raise UserError(f"{path}: can't read it: {' '.join(str(error).split())[:300]}") from error
-    return config
 
 
 def _given_keys() -> list[str]:
@@ -62,15 +60,19 @@ def _config_without(config: DictConfig, own: dict) -> DictConfig:
 def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
     """Return the config of a run, in which keys of the command line replace the run's.
 
+    A run can't allow code to be run: `model.trust_remote_code` counts from the command line alone.
+
     Args:
         config: composed from the command line and the defaults, for keys that are newer than the run.
     """
-    former = read_run_config(run_dir)
+    former, given = read_run_config(run_dir), _given_keys()
     result = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     with open_dict(result):
         for key, value in OmegaConf.to_container(former, resolve=False).items():
             result[key] = value
-        for key in _given_keys():
+        if isinstance(result.get("model"), DictConfig) and "model.trust_remote_code" not in given:
+            result.model.trust_remote_code = False
+        for key in given:
             if key.split(".")[0] not in own:
                 OmegaConf.update(result, key, OmegaConf.select(config, key, throw_on_missing=True), merge=False)
         result.local_run_dir = run_dir

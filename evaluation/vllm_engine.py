@@ -73,6 +73,7 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
         # in a process of its own, as it may need the GPU
         run_dir, name = os.path.split(os.path.abspath(checkpoint))
         words = [f"run={quoted(run_dir)}", f"checkpoint={name}", f"output={quoted(merged)}"]
+        words.append(f"trust_remote_code={str(config.model.trust_remote_code).lower()}")
         command = [sys.executable, str(REPOSITORY / "export.py"), *words]
         if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
             raise UserError(f"engine=vllm: the adapter of {checkpoint} can't be merged; what was printed says why")

@@ -1,0 +1,29 @@
+"""The config.yaml of a run, which may be a stranger's, read as data."""
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+_MOST_CHARACTERS = 1_000_000
+
+
+def read_saved_config(path: str) -> DictConfig:
+    """Read a run's config.yaml.
+
+    It holds plain values. Interpolations could read this process's environment, and aliases of aliases grow without
+    end, so a file with either is refused.
+
+    Raises: OSError; yaml.YAMLError; ValueError if it is refused or holds no keys.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read(_MOST_CHARACTERS + 1)
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError(f"it is longer than {_MOST_CHARACTERS:,} characters")
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.AliasToken):
+            raise ValueError(f"line {token.start_mark.line + 1} has a YAML alias; a run's config has none")
+        if isinstance(token, yaml.ScalarToken) and "${" in token.value:
+            raise ValueError(f"line {token.start_mark.line + 1} has an interpolation; a run's config has values only")
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise ValueError("it holds no keys")
+    return config

@@ -1,0 +1,34 @@
+"""A run's config.yaml may be a stranger's: it is read as data, and can't allow anything."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from checkpointing.saved_config import read_saved_config
+from commands.command_line import compose_config
+from commands.run_config import _config_of_run
+
+REFUSED = {  # the file's text, and a part of the error
+    "interpolation of a variable": ("exp_name: ${oc.env:HOME}\n", "line 1 has an interpolation"),
+    "interpolation of a key": ("seed: 0\nlr: '${seed}'\n", "line 2 has an interpolation"),
+    "interpolation in a key": ("'${oc.env:HOME}': 1\n", "line 1 has an interpolation"),
+    "aliases of aliases": ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", "line 2 has a YAML alias"),
+    "a million characters": ("a: " + "x" * 1_000_000, "longer than 1,000,000 characters"),
+    "a list": ("- 1\n", "holds no keys"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_config_of_a_run_that_is_more_than_values_is_refused(case, tmp_path):
+    text, message = REFUSED[case]
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_saved_config(str(tmp_path / "config.yaml"))
+
+
+@pytest.mark.parametrize(("overrides", "allowed"), [([], False), (["model.trust_remote_code=true"], True)])
+def test_remote_code_is_allowed_by_the_command_line_alone(overrides, allowed, tmp_path):
+    of_run = compose_config("model=tiny", "model.trust_remote_code=true", f"local_run_dir={tmp_path}", "lr=0.5")
+    OmegaConf.resolve(of_run)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(of_run))
+    config = _config_of_run(compose_config(*overrides, "model=tiny"), str(tmp_path), {})
+    assert (config.model.trust_remote_code, config.lr) == (allowed, 0.5)
