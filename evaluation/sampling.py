@@ -97,9 +97,11 @@ def _as_targets(output: torch.Tensor, prompt_mask: torch.Tensor, ends: list[int]
 def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
     """Let `model.generate` draw from the model's softmax: only the token ids of its generation config are kept.
 
-    The config itself must be replaced, as `generate` reads from it whatever it isn't given.
+    The config itself must be replaced, as `generate` reads from it whatever it isn't given. A mixture of experts gives
+    no router logits inside: their auxiliary loss fails on a mask that is longer than the step's tokens.
     """
-    former = model.generation_config
+    former, text_config = model.generation_config, model.config.get_text_config()
+    returns_router_logits = getattr(text_config, "output_router_logits", None)
     unaltered = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -112,9 +114,13 @@ def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
     holders = {id(holder): holder for holder in (model, unwrap_adapter(model))}.values()
     for holder in holders:
         holder.generation_config = unaltered
+    if returns_router_logits:
+        text_config.output_router_logits = False
     try:
         yield
     finally:
+        if returns_router_logits:
+            text_config.output_router_logits = True
         for holder in holders:
             holder.generation_config = former
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ORACLE, exhaustive_except
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 from evaluation.sampling import generate_scorable
 
@@ -67,6 +67,19 @@ def generate(model, tokenizer, batch: dict, max_length: int) -> list[str]:
 
 def generate_ids(model, batch: dict, max_length: int) -> list[list[int]]:
     return [list(map(ord, response)) for response in generate(model, Ids, batch, max_length)]
+
+
+def test_mixture_of_experts_that_returns_router_logits_is_sampled():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, output_router_logits=True, eos_token_id=0,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    batch = one_token_prompts(2)
+    assert len(generate(model, Ids, batch, max_length=8)) == 2
+    assert model.config.output_router_logits
+    assert model(batch["prompt_input_ids"]).aux_loss is not None  # as before
 
 
 @pytest.mark.parametrize(
