@@ -76,7 +76,7 @@ def measure(
     autocast: Callable[[], contextlib.AbstractContextManager],
     alone: bool = False,
 ) -> Numbers:
-    """Compute batches, or with `alone` each of their examples by itself, whose gradients are summed up.
+    """Compute batches; with `alone`, compute each example separately and sum the gradients of a batch.
 
     Args:
         compute: gives the log-probability of each response, chosen before rejected: (S,).
@@ -149,7 +149,7 @@ class Standard:
 
     def distances(self, ours: Numbers) -> tuple[float, float]:
         """Return root mean squares of differences: of log-probabilities, in nats by the root of a response's tokens,
-        and of gradients, relative. `ours` may be those of the first batches alone."""
+        and of gradients, relative. `ours` may be those of only the first batches."""
         n_examples, n_batches = ours.logps.shape[1], len(ours.gradient)
         logps, gradient = self.numbers.logps[:, :n_examples], self.numbers.gradient[:n_batches]
         of_logps = (ours.logps - logps) / self.lengths[:, :n_examples].sqrt()

@@ -213,7 +213,7 @@ class ModelCheck:
         return bool(collectives.all_reduce_max(int(not head_gives_logits(self.base, self.batches[0]))))
 
     def _alone(self, batches: list[dict], seed: int) -> tuple[Numbers, bool]:
-        """Return the plain numbers of each example alone, and whether random numbers were drawn for them."""
+        """Return the plain numbers of each example alone, and True if random numbers were drawn for them."""
         torch.manual_seed(seed)
         before = self._random_state()
         numbers = measure(self.model, self.plain, batches, self.autocast, alone=True)

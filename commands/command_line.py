@@ -71,7 +71,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
         sweeps: the command may be run with `-m`, once for each combination of values.
     """
     keep_output_going()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands every error on as it is
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra pass every error on unchanged
     sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
     sweep = Sweep(run)
 
@@ -81,7 +81,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
                 sys.exit("error: -m sweeps over train.py alone")
             sweep.run_job(config)
             return
-        with errors_reported():  # above errors that reach Hydra it prints a line of its own
+        with errors_reported():  # Hydra would print a line of its own above an error
             run(config)
 
     try:
@@ -91,10 +91,10 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except SystemExit as error:
-        if error.code == 2:  # of Hydra's parser of options
+        if error.code == 2:  # raised by Hydra's option parser
             print(explain_flags(sys.argv[1:]), file=sys.stderr)
         raise
-    except Exception as error:  # of Hydra composing what was typed, as jobs report their own
+    except Exception as error:  # raised while Hydra composes the config; jobs report their own errors
         if SHOWS_TRACEBACK:
             raise
         sys.exit(printable(f"error: {explain_hydra_error(error, config_name)}"))

@@ -99,7 +99,7 @@ def _row_lines(part: Sequence[Prompt], split: str) -> list[str]:
 
 
 def _label_line(part: PreparedPrompts, split: str) -> str:
-    """Report the number of responses by label, and how often the rarer ones are repeated."""
+    """Report the number of responses by label, and the repetitions of the rarer ones."""
     (rarer, n_rarer), (_, n) = sorted(part.n_labelled.items(), key=lambda item: item[1])
     counted = ", ".join(f"{count:,} {label}" for label, count in part.n_labelled.items())
     repeated = f"; each {rarer} one is used {n / n_rarer:.3g} times per epoch" if n > n_rarer else ""

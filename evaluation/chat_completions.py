@@ -25,7 +25,7 @@ _SHOWN = 300  # characters of an answer
 
 
 class Endpoint:
-    """An endpoint's address and who asks there; as a string its URL without user and password."""
+    """An endpoint's address and credentials; `str` gives its URL without user and password."""
 
     def __init__(self, url: str):
         """
@@ -86,7 +86,7 @@ def _checked_parts(url: str) -> SplitResult:
     expected = "expected a URL, e.g. judge_url=http://localhost:8000/v1"
     try:
         parts = urlsplit(url)
-        port = parts.port  # raises if it is no number, or too large
+        port = parts.port  # raises ValueError for a port that isn't a number, or is too large
         host = (parts.hostname or "").encode("idna").decode()  # raises for labels over 63 characters
     except ValueError:  # its text may show a part of the password
         raise UserError(f"judge_url={shown}: its host or port can't be one; {expected}") from None
@@ -138,7 +138,7 @@ class ChatCompletions:
             template: with {prompt}, {a} and {b}.
             arguments: further fields of a request.
             retries: how often a failed request is repeated, after pauses that double from a second on.
-            timeout: without an answer (seconds).
+            timeout: of a request (seconds).
         """
         self.endpoint, self.model, self.template, self.arguments = endpoint, model, template, arguments
         self.retries, self.timeout, self.concurrency = retries, timeout, concurrency
@@ -182,7 +182,7 @@ class ChatCompletions:
             stopped.set()
 
     def _ask(self, task: Task) -> Verdict:
-        """Return the verdict on a task, after as many repetitions as it takes and `retries` allows."""
+        """Return the verdict on a task; retry failed requests up to `retries` times."""
         content, tokens = fill(self.template, task), {"input_tokens": 0, "output_tokens": 0}
         verdict = Verdict(failure="nothing sent")
         for attempt in range(self.retries + 1):
@@ -198,7 +198,7 @@ class ChatCompletions:
         return verdict
 
     def _request(self, content: str) -> tuple[Verdict, bool]:
-        """Return a verdict or why there is none, and whether the request is worth repeating."""
+        """Return a verdict, which may be a failure, and True if the request is worth repeating."""
         import requests
         import urllib3
 

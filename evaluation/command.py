@@ -47,7 +47,7 @@ class Command:
 
 @contextlib.contextmanager
 def _process_group(command: str) -> Iterator[subprocess.Popen]:
-    """Start a shell command as a process group, which is killed at the end: with all that the command has started."""
+    """Start a shell command in its own process group, and kill that group, with all its processes, at the end."""
     process = subprocess.Popen(
         command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
         errors="replace", start_new_session=True,
@@ -62,8 +62,8 @@ def _process_group(command: str) -> Iterator[subprocess.Popen]:
 
 
 def _write_tasks(process: subprocess.Popen, tasks: list[Task]):
-    """Write the tasks in a thread of its own, as a command may print only once it has read all."""
-    with contextlib.suppress(OSError, ValueError), process.stdin:  # a command that has ended is told by its exit code
+    """Write the tasks in a separate thread, because a command may read all of them before it prints anything."""
+    with contextlib.suppress(OSError, ValueError), process.stdin:  # the exit code shows if the command has failed
         for task in tasks:
             texts = dict(zip(("a", "b"), task.texts, strict=True))
             process.stdin.write(json.dumps({"prompt": task.pair.prompt, **texts}) + "\n")

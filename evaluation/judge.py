@@ -62,7 +62,7 @@ def _judged_lines(pairs: list[Pair], n_unmatched: int, options: dict, settings: 
 
 
 def make_tasks(pairs: list[Pair], options: dict) -> list[Task]:
-    """Return the questions for the judge: each pair in the order drawn for it, or in both orders."""
+    """Return the judge's tasks: each pair in the order drawn for it, or in both orders."""
     if options["both_orders"]:
         return [Task(pair, first) for pair in pairs for first in "ab"]
     if options["b"] is None:

@@ -63,7 +63,7 @@ class Task:
 
     @property
     def texts(self) -> tuple[str, str]:
-        """The first response and the second, as the judge sees them."""
+        """The two responses in the order in which the judge sees them."""
         return (self.pair.a, self.pair.b) if self.first == "a" else (self.pair.b, self.pair.a)
 
     @property

@@ -35,8 +35,8 @@ def generate_scorable(
     Args:
         max_length: of prompt and response, in tokens.
         stops: called at every token; True ends all responses there.
-        synced: several workers gather the model for each token, so those that are done continue with the others.
-        processors: change the logits, whose largest is then taken; None: tokens are drawn.
+        synced: workers gather the model together for each token, so those that are done continue until all are.
+        processors: change the logits, of which the largest is then taken; None: draw tokens from the softmax.
     """
     prompt_ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]  # (batch_size, longest prompt)
     is_empty = mask.sum(1) == 0

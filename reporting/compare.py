@@ -51,7 +51,7 @@ class Comparison:
         return pick(trained, key=lambda line: line[self.sorted_by], default={})
 
     def notes(self) -> list[str]:
-        """Return what a reader of the table must know."""
+        """Return the notes below the table."""
         notes = []
         if others := [key for key in self.keys if key not in telling_keys(self.runs)]:
             notes.append(f"These keys differ, too, along with the ones shown: {', '.join(others)}")

@@ -81,7 +81,7 @@ def draw(runs: list[Run], path: str):
 
 
 def plain(label: str) -> str:
-    """Return a label as matplotlib shows it as it is: it takes what is between dollars for mathematics."""
+    """Escape the dollar signs in a label: matplotlib reads text between two of them as mathematics."""
     return printable(label).replace("$", r"\$")
 
 

@@ -1,9 +1,9 @@
 """Draw reward against KL: `python -m reporting.frontier SUMMARY [SUMMARY ...] [--output FILE]`.
 
 SUMMARY is a file that judge.py wrote on samples of one checkpoint at temperature 1, with their mean score or their win
-rate. A line for each run, through its checkpoints (figure 2, left, of https://arxiv.org/abs/2305.18290), with
-95 % intervals, and a table of the same numbers beside the picture. KL(policy ‖ reference) is the mean over the samples
-of the policy's log-probability less the reference's.
+rate. The picture has a line for each run, through its checkpoints, with 95 % intervals (figure 2, left, of
+https://arxiv.org/abs/2305.18290); a table of the same numbers is written beside it. KL(policy ‖ reference) is the mean
+over the samples of the policy's log-probability minus the reference's.
 """
 
 import sys

@@ -141,7 +141,7 @@ def telling_keys(runs: list[Run]) -> list[str]:
 
 
 def short_values(values: list[object]) -> list[str]:
-    """Return values as they are typed; of paths only the parts that differ, of other long texts the end."""
+    """Return values as typed on a command line, paths cut to the parts that differ, other long texts to their end."""
     texts = [printable(_typed(value)) for value in values]
     paths = {text: text.split("/") for text in texts if text != "null"}
     if all(len(parts) > 1 for parts in paths.values()):
@@ -153,7 +153,7 @@ def short_values(values: list[object]) -> list[str]:
 
 
 def _n_equal_parts(paths: list[list[str]]) -> int:
-    """Return how many parts all paths have in common at their beginnings, but leave each its last part."""
+    """Return the number of leading parts that all paths share, not counting any path's last part."""
     n_equal = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
     return min([n_equal, *(len(parts) - 1 for parts in paths)])
 

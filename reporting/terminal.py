@@ -119,7 +119,7 @@ class Progress:
             self.last_line, self.n_at_last_line = time.monotonic(), self.n_done
 
     def _line(self, seconds: float) -> str:
-        """`seconds`: since the last line, whose speed the time left is estimated by."""
+        """`seconds`: the time since the last line; the time left is estimated from the speed since then."""
         if self.total is None:
             return f"{self.what}: {self.n_done:,} {self.unit}"
         left = seconds / max(self.n_done - self.n_at_last_line, 1) * (self.total - self.n_done)

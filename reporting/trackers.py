@@ -94,7 +94,7 @@ class TensorBoardTracker:
         self.writer.flush()
 
     def close(self, _exit_code: int):
-        """Write what is left."""
+        """Flush and close the event file."""
         self.writer.close()
 
 
