@@ -46,7 +46,7 @@ def run(config: DictConfig):
     trained = read_run_config(run_dir)
     (checkpoint,) = find_checkpoints(run_dir, options["checkpoint"])
     if os.path.exists(os.path.join(checkpoint, "adapter_config.json")):
-        merge_adapter(checkpoint, trained, output, options["trust_remote_code"] is True)
+        merge_adapter(checkpoint, trained, output, options.get("trust_remote_code") is True)
     else:
         copy_model(checkpoint, output)
     print(f"Wrote the model of {checkpoint} to {output}")
