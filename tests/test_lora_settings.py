@@ -41,4 +41,5 @@ def test_adapter_checkpoint_restores_everything_trained(settings, make_trainer, 
     load_policy_state(str(tmp_path / "checkpoint"), again.policy)
     assert again.evaluate() == trained
     loaded = make_trainer(*MODEL, "loss=dpo", f"model.adapter={tmp_path}/checkpoint", "reference=model")
-    assert loaded.evaluate()["logps_eval/chosen"] == trained["logps_eval/chosen"]
+    # up to rounding: an adapter that is random in training (MonteCLoRA) may be computed plainly once it is trained
+    assert loaded.evaluate()["logps_eval/chosen"] == pytest.approx(trained["logps_eval/chosen"], rel=1e-6)
