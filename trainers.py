@@ -49,6 +49,7 @@ from log_probabilities import _get_batch_logps, concatenated_inputs, response_le
 from losses import LOSSES, preference_loss  # noqa: F401 (users of the original import it from here)
 from models import (
     allow_own_code,
+    check_has_router,
     check_reference_fits,
     check_tokenizer_fits,
     configured_dropout_rates,
@@ -56,6 +57,7 @@ from models import (
     load_policy,
     load_reference,
     load_tokenizer,
+    router_losses,
 )
 from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
@@ -169,6 +171,8 @@ class BasicTrainer:
         # for checkpoints; read now, as the hub may be out of reach by then
         self.dropout_rates = configured_dropout_rates(config) if self.rank == 0 else {}
         check_tokenizer_fits(self.policy, self.tokenizer, config)
+        if config.model.router_aux_loss_coef is not None:
+            check_has_router(self.policy, config.model.router_aux_loss_coef)
         self.layout = self.reference_layout = self._choose_layout(self.policy)
 
     def _choose_layout(self, model: nn.Module) -> Layout:
@@ -318,7 +322,9 @@ class BasicTrainer:
             kl_estimate: the estimate for the whole batch, for losses that need one; None estimates it from this batch.
         """
         split, sides = "train" if train else "eval", ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-        policy_logps = self.response_logps(self.policy, batch).chunk(len(sides))
+        router_coef = self.config.model.router_aux_loss_coef
+        with contextlib.nullcontext() if router_coef is None else router_losses(self.policy) as aux_losses:
+            policy_logps = self.response_logps(self.policy, batch).chunk(len(sides))
         inputs = {f"policy_{side}_logps": logps for side, logps in zip(sides, policy_logps, strict=True)}
         if self.loss.needs_pairs:
             inputs["reference_chosen_logps"], inputs["reference_rejected_logps"] = self.reference_logps(batch)
@@ -332,6 +338,10 @@ class BasicTrainer:
 
         losses, *rewards = self.loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
+        if router_coef is not None:
+            aux_loss = aux_losses[0].to(losses.device)
+            losses = losses + router_coef * aux_loss
+            metrics[f"aux_loss/{split}"] = aux_loss.detach().expand(len(losses))  # of the microbatch, for each example
         for side in reversed(sides):
             metrics[f"logps_{split}/{side}"] = inputs[f"policy_{side}_logps"].detach()
         metrics[f"loss/{split}"] = losses.detach()

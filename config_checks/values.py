@@ -15,7 +15,13 @@ _POSITIVE = (
     "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
     "stop_when_worse", "max_tokens_per_microbatch",
 )  # fmt: skip
-_NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
+_NON_NEGATIVE = (
+    "seed",
+    "warmup_steps",
+    "n_eval_model_samples",
+    "minimum_log_interval_secs",
+    "model.router_aux_loss_coef",
+)
 _HIGHEST = {
     "max_grad_norm": math.inf,  # no clipping
     "lr": 1e38,  # of float32
@@ -29,7 +35,7 @@ _TYPES_OF_NULL = dict.fromkeys(
         "stop_when_worse", "max_tokens_per_microbatch",
     ),
     int,
-)  # fmt: skip
+) | {"model.router_aux_loss_coef": float}  # fmt: skip
 
 
 def check_values(config: DictConfig):
