@@ -15,6 +15,7 @@ from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.exit_on_signals import INTERRUPTED, exit_on_signals
 from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
+from commands.start_again import with_config_of_run
 from commands.sweeps import Sweep
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
@@ -72,6 +73,9 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra pass every error on unchanged
+    if config_name == "config" and re.search(r"^(--config-path|-cp)(=|$)", "\n".join(sys.argv), re.MULTILINE):
+        with errors_reported():
+            sys.argv[1:] = with_config_of_run(sys.argv[1:])
     sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
     sweep = Sweep(run)
 
