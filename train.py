@@ -36,11 +36,16 @@ from config_checks.schema import changed_keys
 from distributed import collectives
 from losses import LOSSES
 from preference_datasets import open_batches
+from reporting.runs import last_evaluation
 from utils import UserError, on_rank0, rank0_print
 
 
-def run(config: DictConfig):
-    """Check the config, then train: in this process, in workers that it starts, or as one of a launcher's workers."""
+def run(config: DictConfig) -> tuple[dict[str, float], str]:
+    """Check the config, then train: in this process, in workers that it starts, or as one of a launcher's workers.
+
+    Returns: the metrics of the run's last evaluation, and the run directory.
+    Raises: UserError with the message that the command line prints.
+    """
     run_dir_given = is_run_dir_given(config)
     OmegaConf.to_container(config, resolve=True)  # names the key of an interpolation that fails
     OmegaConf.resolve(config)
@@ -59,6 +64,7 @@ def run(config: DictConfig):
         else:
             with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
                 run_in_workers(train_from, config, checkpoint, files)
+        return last_evaluation(config.local_run_dir), config.local_run_dir
 
 
 def prepare(

@@ -20,7 +20,7 @@ from commands.sweeps import Sweep
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
 from distributed import launch
-from utils import get_local_dir
+from utils import UserError, get_local_dir
 
 
 def with_free_keys(overrides: list[str]) -> list[str]:
@@ -40,16 +40,21 @@ def _with_model_written_out(word: str) -> list[str]:
 def with_home(overrides: list[str]) -> list[str]:
     """Expand `~` at the beginning of values and of list items, which Hydra's grammar doesn't take."""
     home = os.path.expanduser("~")
-    return [re.sub(r"""(?<==)(["']?)~(?=/|$)|(?<=[\[,])~(?=/)""", rf"\g<1>{home}", word) for word in overrides]
+    start = r"""((?<==)["']?)~(?=/|$)|([\[,:]\s*)~(?=/)"""
+    return [re.sub(start, lambda match: (match[1] or match[2] or "") + home, word) for word in overrides]
 
 
 def compose_config(*overrides: str) -> DictConfig:
     """Return the config that the command line would give `run`, for Python: `run(compose_config("model=tiny"))`.
 
-    Raises: Hydra's errors for unknown keys and unreadable values.
+    Raises: UserError for unknown keys and unreadable values.
     """
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = hydra.compose("config", with_free_keys(list(overrides)), return_hydra_config=True)
+    words = with_home(with_free_keys(list(overrides)))
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = hydra.compose("config", words, return_hydra_config=True)
+    except Exception as error:  # Hydra raises errors of many kinds
+        raise UserError(explain_hydra_error(error, words=words)) from error
     HydraConfig.instance().set_config(config)  # for names and directories
     with open_dict(config):
         del config["hydra"]

@@ -22,6 +22,7 @@ from commands.exit_on_signals import exit_on_signals
 from commands.run_directory import is_run_dir_given, job_overrides
 from distributed import environment
 from reporting.metric_names import ACCURACY, LOSS
+from reporting.runs import last_evaluation
 from utils import UserError, on_rank0, rank0_print
 
 METRICS = (LOSS, ACCURACY)  # metrics of a job's last evaluation in the table
@@ -37,7 +38,7 @@ class SweepLog:
 
     def add(self, run_dir: str, overrides: str, status: str, seconds: float):
         """Record how a job has ended, after this many seconds."""
-        last = _last_evaluation(run_dir)
+        last = last_evaluation(run_dir)
         self.rows[overrides] = {
             "job": os.path.basename(run_dir),
             "overrides": overrides,
@@ -61,15 +62,6 @@ class SweepLog:
             lines.append((row["job"], row["overrides"], row["status"], *metrics, time))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def _last_evaluation(run_dir: str) -> dict[str, float]:
-    """Return the metrics of a run's last evaluation, an empty dict if there was none."""
-    last = {}
-    with contextlib.suppress(FileNotFoundError):
-        for row, _ in read_json_lines(os.path.join(run_dir, "metrics.jsonl"), skips_damaged=True):
-            last = row if row.get("split") == "eval" else last
-    return last
 
 
 class Sweep:

@@ -53,7 +53,8 @@ def _check_loss(config: DictConfig):
     name = OmegaConf.select(config, "loss.name")
     if name not in LOSSES:
         raise UserError(
-            f"loss.name={name}: no such loss.{closest_match(str(name), LOSSES)} There are: {', '.join(LOSSES)}"
+            f"loss.name={name}: no such loss.{closest_match(str(name), LOSSES)} There are: {', '.join(LOSSES)}; one "
+            "that is defined elsewhere is there only in the script that adds it (docs/objectives.md)"
         )
     options = LOSSES[name].options
     for key in config.loss:
