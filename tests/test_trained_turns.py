@@ -69,6 +69,7 @@ def marked(tokenizer, example: Example, **kwargs) -> list[str]:
 SYSTEM, HI, YES = said("system", "Be brief."), said("user", "Hi"), said("assistant", "Yes")
 AND, FINE = said("user", "And you?"), said("assistant", "Fine.")
 TOOL = {"type": "function", "function": {"name": "warmth", "parameters": {"type": "object", "properties": {}}}}
+DESCRIBED = {"type": "function", "function": {**TOOL["function"], "description": "Ask how warm it is."}}
 CALL = said(
     "assistant", "", tool_calls=[{"type": "function", "function": {"name": "warmth", "arguments": {"in": "Rome"}}}]
 )
@@ -236,7 +237,19 @@ ALTERED = {
                                "'warmth' of the assistant's message; give a template"),
     "a field of reasoning": (CHATML, Example([HI], [[said("assistant", "Yes", reasoning_content="Hm, so.")]]),
                              "'Hm, so.' of the assistant's message"),
-    "tools": (CHATML, Example([HI], [[YES]], tools=[TOOL]), "the row's tools"),
+    "calls whose name is in the text": (
+        CHATML, Example([HI], [[{**CALL, "content": "I ask warmth in Rome."}, RESULT, WARM]]),
+        "the tool calls of message 1"),
+    "calls with numbers alone, in the prompt": (
+        CHATML, Example([said("user", "warmth?"), said("assistant", "warmth", tool_calls=[
+            {"type": "function", "function": {"name": "warmth", "arguments": {"n": 3}}}]), RESULT], [[WARM]]),
+        "the tool calls of message 1"),
+    "tools": (CHATML, Example([HI], [[YES]], tools=[TOOL]), "'warmth' of the row's tools"),
+    "all of the tools but their names": (
+        "{{ tools[0].function.name if tools }}" + CHATML, Example([HI], [[YES]], tools=[DESCRIBED]),
+        "'Ask how warm it is.' of the row's tools"),
+    "tools, whose name is in a message": (
+        CHATML, Example([said("user", "warmth")], [[YES]], tools=[TOOL]), "the row's tools"),
 }  # fmt: skip
 
 
@@ -245,6 +258,11 @@ def test_what_a_template_leaves_out_is_named(case):
     template, example, missing = ALTERED[case]
     with pytest.raises(BadExample, match=re.escape(f"the chat template doesn't write {missing}")):
         marked(make_tokenizer(template, IM, None, "<|endoftext|>"), example)
+
+
+def test_prompt_that_ends_with_an_answer_is_refused_with_the_remedy():
+    with pytest.raises(BadExample, match="the prompt ends with an answer: end it with a question"):
+        marked(make_tokenizer(*SPECIAL["qwen 3"]), Example([HI, YES], [[FINE]]))
 
 
 def test_report_names_the_row_and_then_the_difference_from_the_generation_prompt(tmp_path, capfd):
