@@ -138,6 +138,41 @@ def test_tools_output_in_a_response_is_not_trained(name):
     assert marked(tokenizer, example)[0] == WITH_TOOLS[name]
 
 
+_CALLED = '{{"name": "warmth", "{}": {{"in": "Rome"}}}}'
+ALL_TURNS = {  # prompt [system, user], response [call, tool, assistant, user, assistant], with tools
+    "llama 3.1": f"{LLAMA_SYSTEM}Be brief.<|eot_id|>{USER}{json.dumps(TOOL)}\n\nHi<|eot_id|>{ASSISTANT}|"
+    f'⟦{_CALLED.format("parameters")}<|eot_id|>⟧{IPYTHON}"30 \\"C\\""<|eot_id|>{ASSISTANT}⟦Warm.<|eot_id|>⟧'
+    f"{USER}And you?<|eot_id|>{ASSISTANT}⟦Fine.<|eot_id|>⟧",
+    "qwen 3": QWEN_TOOLS.format(tool=json.dumps(TOOL)).replace("system\n#", "system\nBe brief.\n\n#")
+    + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n|"
+    f"⟦<tool_call>\n{_CALLED.format('arguments')}\n</tool_call><|im_end|>⟧\n<|im_start|>user\n<tool_response>\n"
+    '30 "C"\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦Warm.<|im_end|>⟧\n<|im_start|>user\nAnd you?<|im_end|>'
+    "\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nFine.<|im_end|>⟧",
+    # without the system turn; its template moves the tools to the last question
+    "mistral": f"<s>[INST] Hi[/INST]|⟦[TOOL_CALLS] [{_CALLED.format('arguments')}]</s>⟧[TOOL_RESULTS] "
+    f'{{"content": 30 "C"}}[/TOOL_RESULTS]⟦ Warm.</s>⟧[AVAILABLE_TOOLS] [{json.dumps(TOOL)}][/AVAILABLE_TOOLS]'
+    "[INST] And you?[/INST]⟦ Fine.</s>⟧",
+}
+
+
+@pytest.mark.parametrize("name", ALL_TURNS)
+def test_system_tools_calls_and_three_answers_are_told_apart(name):
+    prompt = [HI] if name == "mistral" else [SYSTEM, HI]
+    example = Example(prompt, [[CALL, RESULT, WARM, AND, FINE]], tools=[TOOL])
+    assert marked(make_tokenizer(*SPECIAL[name]), example) == [ALL_TURNS[name]]
+
+
+@pytest.mark.parametrize("name", ["llama 3", "gemma 3", "chatml", "smollm 2"])
+def test_template_without_tools_refuses_them(name):
+    tokenizer = make_tokenizer(*SPECIAL[name])
+    for example, missing in (
+        (Example([HI], [[YES]], tools=[TOOL]), "'warmth' of the row's tools"),
+        (Example([HI], [[CALL]]), "'warmth' of the assistant's message"),
+    ):
+        with pytest.raises(BadExample, match=f"the chat template doesn't write {missing}"):
+            marked(tokenizer, example)
+
+
 def test_template_that_moves_the_system_text_to_the_last_question_is_divided_where_turns_are():
     """Like Mistral's template, which puts it into the prompt, but later into a whole dialogue."""
     tokenizer = make_tokenizer(*SPECIAL["mistral"])
