@@ -13,7 +13,7 @@ from acceleration.out_of_memory import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
 from checkpointing.integrity import verify_weights
 from data import chat, hub
-from references import REFERENCE_ADAPTER, Source, policy_source, reference_source
+from references import REFERENCE_ADAPTER, Source, has_the_weights, policy_source, reference_source
 from reporting.terminal import still_working
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
@@ -198,14 +198,14 @@ def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
 def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str = "balanced") -> nn.Module:
     """Load a second model in `model.reference_dtype`: the one that `reference_model` names, by default the policy's.
 
-    Where `policy` is given and has the same weights, it is copied in memory.
+    A `policy` with the same weights in the same dtype is copied, rather than read again.
     """
     rank0_print("building reference model")
     source = reference_source(config)
-    one_device = len(set(getattr(policy, "hf_device_map", {}).values())) <= 1
-    plain = config.lora is None and config.model.adapter is None and not source.given
-    if policy is not None and config.model.reference_dtype == config.model.policy_dtype and plain and one_device:
-        return copy.deepcopy(policy)  # in memory, so that the checkpoint is read once
+    is_on_one_device = len(set(getattr(policy, "hf_device_map", {}).values())) <= 1
+    same_dtype = config.model.reference_dtype == config.model.policy_dtype
+    if policy is not None and is_on_one_device and same_dtype and has_the_weights(policy, config):
+        return copy.deepcopy(policy)
     with still_working("Loading the reference"):
         reference_model = load_model(config, config.model.reference_dtype, device_map, source)
     if source.adapter is not None:

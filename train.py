@@ -34,7 +34,6 @@ from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
 from config_checks.schema import changed_keys
 from distributed import collectives
-from losses import LOSSES
 from optimization import rate_warning
 from preference_datasets import open_batches
 from utils import UserError, on_rank0, rank0_print
@@ -94,11 +93,7 @@ def report_data(config: DictConfig):
         return
     hub.use_cache_if_unreachable(hub_names(config))
     allow_own_code(config)
-    loss, tokenizer = LOSSES[config.loss.name], load_tokenizer(config)
-    train_batches, _ = open_batches(
-        config, chosen_datasets(config), tokenizer, not loss.needs_pairs, config.seed, (0, 1), False,
-        mismatched=loss.takes_kl_estimate,
-    )  # fmt: skip
+    train_batches, _ = open_batches(config, chosen_datasets(config), load_tokenizer(config), config.seed)
     if warning := rate_warning(config, train_batches.n_batches):
         rank0_print(warning)
     rank0_print("data_only=true: nothing is trained")

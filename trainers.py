@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
@@ -71,7 +72,7 @@ from reporting.metrics import check_finite, mean_metrics, response_metrics, rewa
 from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device
+from utils import UserError, get_block_class_from_model, rank0_print
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -132,17 +133,9 @@ class BasicTrainer:
 
     def _load_data(self, trains: bool):
         """Open the training batches and load all evaluation batches: this worker's shard of each."""
-        config, sft_mode = self.config, not self.loss.needs_pairs
+        config, shard = self.config, self.strategy.batch_shard
         self.train_iterator, self.eval_iterator = open_batches(
-            config,
-            chosen_datasets(config),
-            self.tokenizer,
-            sft_mode,
-            self.seed,
-            self.strategy.batch_shard,
-            silent=self.rank != 0,
-            mismatched=self.loss.takes_kl_estimate,
-            trains=trains,
+            config, chosen_datasets(config), self.tokenizer, self.seed, shard, trains
         )
         if trains and (warning := rate_warning(config, self.train_iterator.n_batches)):
             rank0_print(warning)
@@ -175,10 +168,11 @@ class BasicTrainer:
         """Compare the faster layouts with the plain forward, and choose the fastest that agrees with it."""
         if self.eval_iterator is None:  # no data to compare them on
             return PLAIN
+        opened = [split for split in (self.train_iterator, self.eval_iterator) if split is not None]
         return choose_layout(
             model, self.plain_logps, self.eval_iterator.first_examples(2), self.config, self.strategy,
             functools.partial(self.autocast, model),
-            is_unpaired=self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired,
+            is_unpaired=any(split.is_unpaired for split in opened),
             is_trained=model is self.policy,
         )  # fmt: skip
 
@@ -191,15 +185,15 @@ class BasicTrainer:
             return
         if reference_model is None:
             raise ValueError(f"loss={config.loss.name} needs a reference_model")
-        self.load_reference = functools.partial(self._load_reference, reference_model)
+        self._reference_model = reference_model
         rank0_print(f"Reference: {config.reference}{', precomputed' if config.precompute_ref_log_probs else ''}")
         if not config.precompute_ref_log_probs:
             self.reference = make_reference(config.reference, self.policy, self.load_reference)
 
-    def _load_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None]) -> nn.Module:
+    def load_reference(self) -> nn.Module:
         """Load a second model as the reference, and check that the policy can be compared with it."""
-        config, is_another = self.config, bool(reference_source(self.config).given)
-        model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
+        config, is_another, model = self.config, bool(reference_source(self.config).given), self._reference_model
+        model = model if isinstance(model, nn.Module) else model()
         model = self.strategy.distribute(model, is_policy=False)
         if is_another:
             check_reference_fits(model, self.policy, self.tokenizer, config)
@@ -207,7 +201,7 @@ class BasicTrainer:
             check_reference_can_move(model, self.policy, config)
         if self.eval_iterator is not None and model.dtype == torch.float16:
             check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-        if is_another or self.layout.is_packed:  # packed rows depend on the dtype, too
+        if is_another or self.layout.is_packed:  # whether packed rows agree depends on the dtype
             self.reference_layout = self._choose_layout(model)
         if config.compile:
             compile_blocks(model, None if is_another else config.model.block_name)
@@ -222,7 +216,7 @@ class BasicTrainer:
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
         if is_needed and self.reference_cache is None:
             self.reference_cache = fill_cache(self)
-            if config.reference != "model":  # it takes no memory, and samples are drawn from it
+            if config.reference != "model":  # it shares the policy's memory, and samples are drawn from it
                 self.reference = make_reference(config.reference, self.policy, self.load_reference)
             elif config.sample_during_eval:
                 rank0_print("Reference freed: samples come from the policy only")
@@ -242,7 +236,7 @@ class BasicTrainer:
         This forward pass and `_get_batch_logps` define the computation. A faster way that gives other numbers is not
         used (`acceleration.model_check`).
         """
-        inputs = slice_and_move_batch_for_device(concatenated_inputs(batch), 0, 1, self.device)
+        inputs = {key: value.to(self.device) for key, value in concatenated_inputs(batch).items()}
         logits = model(
             inputs["concatenated_input_ids"], attention_mask=inputs["concatenated_attention_mask"], use_cache=False
         ).logits  # (2B, T, V)
@@ -250,18 +244,17 @@ class BasicTrainer:
         all_logps = _get_batch_logps(logits, inputs["concatenated_labels"])
         return all_logps.chunk(2)
 
-    def target_forward(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the log-probabilities of the SFT targets, (batch_size,), in nats: the plain forward, as above."""
+    def plain_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
+        """Return the log-probability of each response by the plain forward, in nats: all chosen, then all rejected.
+
+        Shape: (2 * batch_size,); in SFT, (batch_size,).
+        """
+        if "rejected_labels" in batch:
+            return torch.cat(self.concatenated_forward(model, batch))
         keys = ("chosen_input_ids", "chosen_attention_mask", "chosen_labels")
         input_ids, attention_mask, labels = (batch[key].to(self.device) for key in keys)
         logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
         return _get_batch_logps(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-
-    def plain_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the log-probability of each of the batch's S responses, chosen before rejected, plainly: (S,)."""
-        if "rejected_labels" in batch:
-            return torch.cat(self.concatenated_forward(model, batch))
-        return self.target_forward(model, batch)
 
     def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
         """Return the same as `plain_logps`, computed in the model's layout."""
@@ -272,7 +265,7 @@ class BasicTrainer:
             return layout.response_logps(model, batch, self.strategy)
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Compute the policy in `model.policy_mp` inside.
+        """Return a context in which the policy computes in `model.policy_mp`; no other model is affected.
 
         FSDP also casts weights as it gathers them (`distributed.fsdp`); other trainers cast them once a step
         (`acceleration.shadow_weights`).
@@ -307,6 +300,7 @@ class BasicTrainer:
             inputs["reference_chosen_logps"], inputs["reference_rejected_logps"] = self.reference_logps(batch)
         lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides])
         lengths = dict(zip(sides, lengths.to(self.device, non_blocking=True), strict=True))
+        of_responses = response_metrics(split, inputs, lengths, compares=self.loss.needs_reference(loss_config))
         if loss_config.get("average_log_prob", False):
             inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
         inputs |= {f"{side}_lengths": length for side, length in lengths.items()}
@@ -315,11 +309,10 @@ class BasicTrainer:
 
         losses, *rewards = self.loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
-        for side in reversed(sides):
+        for side in sides:
             metrics[f"logps_{split}/{side}"] = inputs[f"policy_{side}_logps"].detach()
         metrics[f"loss/{split}"] = losses.detach()
-        compares, averaged = self.loss.needs_reference(loss_config), loss_config.get("average_log_prob", False)
-        return losses.mean(), metrics | response_metrics(split, inputs, compares, averaged)
+        return losses.mean(), metrics | of_responses
 
     def estimate_kl(self, batch: dict) -> torch.Tensor:
         """Estimate the policy's KL divergence from the reference (nats) for a whole batch of all workers, as KTO does.
@@ -347,7 +340,7 @@ class BasicTrainer:
         Raises: Stopped after a signal; LATEST then holds the current state.
         """
         self.precompute_reference()
-        seed_generators(self.seed + self.strategy.batch_shard[0])  # other samples for other prompts
+        seed_generators(self.seed + self.strategy.batch_shard[0])  # workers with other prompts draw other samples
         restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
             self.run_log = RunLog(
@@ -388,7 +381,7 @@ class BasicTrainer:
     def train_step(self, batch: dict) -> dict[str, float]:
         """Take one optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches.
 
-        The host waits for the GPU once, to read metrics before the weights change.
+        The host waits for the GPU once, to read the metrics, before the weights change.
 
         Returns: mean metrics.
         Raises: UserError, before the weights change, if loss or gradient are not finite.
@@ -397,9 +390,9 @@ class BasicTrainer:
         start_time = time.perf_counter()
         kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
         all_metrics = []
-        for microbatch in batch.get("microbatches") or self.prepare(batch)["microbatches"]:
+        for microbatch in batch.get("microbatches") or self.with_microbatches(batch)["microbatches"]:
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
-            # several workers' gradients are averaged
+            # not divided by the number of workers, as FSDP averages their gradients
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
             n_tokens = computed_tokens(microbatch, self.layout.is_shared).double()
             all_metrics.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
@@ -426,31 +419,28 @@ class BasicTrainer:
     def _training_batches(self, skip: int) -> Iterator[dict]:
         """Yield the training batches after the first `skip`, prepared ahead of time in a thread.
 
-        That thread has its own process group, in which workers agree on the number of microbatches.
+        That thread needs its own process group: its collectives must not mix with those of training.
         """
-        agree = functools.partial(collectives.all_reduce_max, group=collectives.thread_group())
-        prepare = functools.partial(self.prepare, agree=agree)
-        return prefetched(map(prepare, self.train_iterator.batches(skip)), n_ahead=2)
+        group = collectives.thread_group()
+        batches = (self.with_microbatches(batch, group) for batch in self.train_iterator.batches(skip))
+        return prefetched(batches, n_ahead=2)
 
-    def prepare(self, batch: dict, agree: Callable[[int], int] = collectives.all_reduce_max) -> dict:
-        """Return the batch with its microbatches and their rows; `agree`: see `microbatches`."""
+    def with_microbatches(self, batch: dict, group: ProcessGroup | None = None) -> dict:
+        """Return the batch with its microbatches and their rows; `group`: see `microbatches`."""
         layouts, pin_memory = dict.fromkeys([self.layout, self.reference_layout]), self.device.type == "cuda"
-        parts = self.microbatches(batch, self.config.gradient_accumulation_steps, agree)
+        parts = self.microbatches(batch, self.config.gradient_accumulation_steps, group)
         for layout in layouts:
             parts = [layout.prepare(part, pin_memory) for part in parts]
         return batch | {"microbatches": parts}
 
-    def microbatches(
-        self, batch: dict, n_least: int, agree: Callable[[int], int] = collectives.all_reduce_max
-    ) -> list[dict]:
-        """Cut the batch into microbatches of similar length; see `data.microbatches`.
+    def microbatches(self, batch: dict, n_least: int, group: ProcessGroup | None = None) -> list[dict]:
+        """Cut the batch into microbatches of similar length, as many as the other workers; see `data.microbatches`.
 
-        `agree`: returns the largest number of microbatches that any worker makes.
+        `group`: the process group in which workers agree on the number, by default that of the main thread.
         """
-        options = {"agree": agree} if self.is_sharded else {}
         return microbatches(
-            batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed,
-            self.max_tokens, **options,
+            batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed, self.max_tokens,
+            functools.partial(collectives.all_reduce_max, group=group) if self.is_sharded else lambda n: n,
         )  # fmt: skip
 
     @property
@@ -472,7 +462,7 @@ class BasicTrainer:
         return mean_metrics(self.evaluate_examples()[0], self.n_eval_examples)
 
     def evaluate_examples(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-        """Return the metrics of this worker's evaluation examples, in microbatches, and the numbers of these examples.
+        """Return the metrics of this worker's evaluation examples, by microbatch, and the indices of these examples.
 
         Raises: UserError if the loss of a batch isn't finite.
         """
@@ -494,7 +484,7 @@ class BasicTrainer:
         return all_metrics, indices
 
     def _counted(self, batch: dict) -> torch.Tensor:
-        """Return a mask of examples that count, (batch_size,): without those that fill up an evaluation batch."""
+        """Return a mask, (batch_size,): False for repetitions that only fill up the last shard of an evaluation."""
         if "index" not in batch:  # a training batch
             return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)
         return torch.tensor([i is not None for i in batch["index"]], device=self.device)
@@ -535,7 +525,7 @@ class BasicTrainer:
             self.run_log.log(split, {**counters, **metrics}, samples or [])
 
     def save(self, output_dir: str | None = None, metrics: dict | None = None):
-        """Write a checkpoint to `output_dir`, by default LATEST; with the metrics of the last evaluation."""
+        """Write a checkpoint to `output_dir`, by default LATEST; `metrics` replaces those of the last evaluation."""
         if self.config.debug:
             rank0_print("skipping save in debug mode")
             return
@@ -558,7 +548,7 @@ class BasicTrainer:
         collectives.barrier()
 
     def _current_state(self) -> TrainState:
-        """Return the train state, completed with all workers' generators, the logs, and if training is complete."""
+        """Return the train state with all workers' random generators, the logs' sizes, and if training is complete."""
         return dataclasses.replace(
             self.state,
             complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
@@ -593,8 +583,8 @@ class BasicTrainer:
         state, n_batches = TrainState.load(checkpoint), self.train_iterator.n_batches
         if state.batches > n_batches:
             raise UserError(
-                f"{checkpoint} has {state.batches} steps behind it, n_epochs={self.config.n_epochs} and "
-                f"n_examples={self.config.n_examples} ask for {n_batches} in all"
+                f"{checkpoint} is after step {state.batches}, but n_epochs={self.config.n_epochs} "
+                f"n_examples={self.config.n_examples} end the run at step {n_batches}"
             )
         rank0_print(f"Resuming from {checkpoint}: {state.examples} examples, {state.updates} steps")
         self.load_weights(checkpoint)
@@ -634,16 +624,17 @@ def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
     allow_own_code(config)
     trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
-    copied: list[nn.Module] = []  # the policy, for a reference that is a copy of it
+    loads = environment.is_local_rank0()
 
     def policy() -> nn.Module | None:
-        model = load_policy(config, device_map) if environment.is_local_rank0() else None
-        copied.extend([model] if device_map == "balanced" and model is not None else [])
-        return model
+        return load_policy(config, device_map) if loads else None
+
+    if device_map == "balanced":
+        policy = functools.cache(policy)  # the reference may be a copy of it
 
     def reference_model() -> nn.Module | None:
-        first = copied[0] if copied else None
-        return load_reference(config, first, device_map) if environment.is_local_rank0() else None
+        to_copy = policy() if device_map == "balanced" else None
+        return load_reference(config, to_copy, device_map) if loads else None
 
     ranks = collectives.rank_and_world_size()
     with explained_out_of_memory(config):

@@ -134,7 +134,7 @@ class ModelCheck:
         self.short = synthetic_batch(batch, [(min(n, max_length) // 2, min(n, max_length)) for n in (12, 32, 64)])
         self.full_length = full_length_batch(batch, max_length)
         self.longest = synthetic_batch(batch, [(0, max_length)])  # a row of both responses without a prompt
-        self.plain_name = "concatenated_forward" if "rejected_labels" in batch else "target_forward"
+        self.plain_name = "concatenated_forward" if "rejected_labels" in batch else "plain_logps"
 
     @contextlib.contextmanager
     def mode(self, is_trained: bool) -> Iterator[None]:

@@ -189,7 +189,8 @@ def fill_cache(trainer) -> LogpsCache:
     def split(batch: dict) -> list[dict]:
         return trainer.microbatches(batch, n_least=-(-len(batch["prompt"]) // config.eval_batch_size))
 
-    cache.fill({"training": trainer.train_iterator, "evaluation": trainer.eval_iterator}, compute, split)
+    iterators = {"training": trainer.train_iterator, "evaluation": trainer.eval_iterator}
+    cache.fill({name: iterator for name, iterator in iterators.items() if iterator is not None}, compute, split)
     return cache
 
 

@@ -84,7 +84,7 @@ def write_data(args: argparse.Namespace, directory: str) -> tuple[str, str]:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     config = compose_config(*our_keys(args, str(folder), directory))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    train, _ = open_batches(config, chosen_datasets(config), tokenizer, False, config.seed, (0, 1), silent=True)
+    train, _ = open_batches(config, chosen_datasets(config), tokenizer, config.seed)
     order = [prompt.rows[index] for prompt, index in train.examples()]
     path = Path(directory) / "trl.jsonl"
     path.write_text("".join(json.dumps(fitting[row]) + "\n" for row in order))

@@ -51,7 +51,7 @@ def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: t
 
 
 def response_metrics(
-    split: str, inputs: dict[str, torch.Tensor], compares: bool, averaged: bool
+    split: str, logps: dict[str, torch.Tensor], lengths: dict[str, torch.Tensor], compares: bool
 ) -> dict[str, torch.Tensor]:
     """Return metrics that can be compared across losses and settings: tensors of shape (batch_size,).
 
@@ -59,20 +59,17 @@ def response_metrics(
     the whole response under the policy minus that under the reference (nats).
 
     Args:
-        inputs: the loss's inputs, with log-probabilities and lengths.
-        compares: True if the inputs include the reference's log-probabilities.
-        averaged: True if log-probabilities are means per token.
+        logps: `policy_chosen_logps` and the like, sums over each response.
+        lengths: tokens of the responses, by side.
+        compares: True if `logps` includes a reference's.
     """
     metrics = {}
-    for side in ("chosen", "rejected"):
-        if f"policy_{side}_logps" not in inputs:
-            continue
-        logps, lengths = inputs[f"policy_{side}_logps"].detach(), inputs[f"{side}_lengths"].clamp(min=1)
-        metrics[f"nll_{split}/{side}"] = -logps if averaged else -logps / lengths
+    for side, length in lengths.items():
+        policy_logps = logps[f"policy_{side}_logps"].detach()
+        metrics[f"nll_{split}/{side}"] = -policy_logps / length.clamp(min=1)
         if compares:
-            logratios = logps - inputs[f"reference_{side}_logps"].detach()
-            metrics[f"logratios_{split}/{side}"] = logratios * lengths if averaged else logratios
-        metrics[f"lengths_{split}/{side}"] = inputs[f"{side}_lengths"]
+            metrics[f"logratios_{split}/{side}"] = policy_logps - logps[f"reference_{side}_logps"].detach()
+        metrics[f"lengths_{split}/{side}"] = length
     return metrics
 
 
