@@ -16,13 +16,13 @@ from basics.outputs import why_not_writable
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.lora import check_adapter_fits, check_lora
 from config_checks.paths import expand_config
+from config_checks.schedules import check_schedule
 from config_checks.schema import default_config, names_in
 from config_checks.values import check_values
 from data.choice import TRUNCATIONS
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from losses import LOSSES, needs_reference
-from optimization import check_schedule
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
