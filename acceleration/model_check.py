@@ -163,7 +163,7 @@ class ModelCheck:
             raise self._cannot_compute(error) from error
         self.standard = Standard(numbers, rounded, [self.short, self.full_length])
         problem = None
-        if not numbers.is_finite():
+        if not (numbers.logps.isfinite().all() and numbers.gradient.isfinite().all()):
             problem = "its log-probabilities or their gradient aren't finite. Are its weights? Is its dtype too narrow?"
         elif numbers.leak > _LEAK:
             problem = (
