@@ -352,7 +352,7 @@ class BasicTrainer:
             try:
                 for batch in bar:
                     self._evaluate_and_save_where_due()
-                    if best.is_over(self.state, self.config):
+                    if best.ends_run(self.state, self.config):
                         best.print_stop_reason(self.state)
                         break
                     self.log("train", self.train_step(batch))
@@ -551,16 +551,14 @@ class BasicTrainer:
         """Return the train state with all workers' random generators, the logs' sizes, and if training is complete."""
         return dataclasses.replace(
             self.state,
-            complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
+            complete=self._is_over() and self.state.evaluated_at == self.state.examples,
             max_tokens=self.max_tokens,
             rng_states=collectives.all_gather_object(get_rng_state()),
-            wandb_run_id=self.run_log.wandb_run_id if self.run_log else None,
-            log_bytes=self.run_log.log_bytes() if self.run_log else {},
-            log_sha256=self.run_log.log_sha256() if self.run_log else {},
+            **(self.run_log.recorded() if self.run_log else {}),
         )
 
-    def _is_over(self, state: TrainState) -> bool:
-        return state.batches == self.train_iterator.n_batches or best.is_over(state, self.config)
+    def _is_over(self) -> bool:
+        return self.state.batches == self.train_iterator.n_batches or best.ends_run(self.state, self.config)
 
     def _save_step(self):
         """Write step-N, point LATEST to it, delete the checkpoints that `keep_checkpoints` drops."""
@@ -587,15 +585,15 @@ class BasicTrainer:
                 f"n_examples={self.config.n_examples} end the run at step {n_batches}"
             )
         rank0_print(f"Resuming from {checkpoint}: {state.examples} examples, {state.updates} steps")
-        self.load_weights(checkpoint)
+        self.load_checkpoint(checkpoint)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
         if self.config.max_tokens_per_microbatch is None:
             self.max_tokens, warning = resumed_cap(state.max_tokens, self.max_tokens)
             if warning:
                 rank0_print(warning)
-        self.state.complete = self.state.complete and self._is_over(self.state)
+        self.state.complete = self.state.complete and self._is_over()
 
-    def load_weights(self, checkpoint: str):
+    def load_checkpoint(self, checkpoint: str):
         """Load the policy, a reference that moves, and the counters from a checkpoint of this run."""
         load_policy_state(checkpoint, self.policy)
         if self._moves_reference:

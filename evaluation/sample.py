@@ -37,7 +37,7 @@ def sample_checkpoints(make_trainer: Callable[[], object], config: DictConfig, o
         loaded = None
         for file in options.files:
             if file.checkpoint != loaded:
-                trainer.load_weights(file.checkpoint)
+                trainer.load_checkpoint(file.checkpoint)
                 loaded = file.checkpoint
             _fill_file(trainer, requests, file, options, drawn_by_vllm.get(file.path))
 
