@@ -13,7 +13,7 @@ from acceleration.memory_plan import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
 from checkpointing.integrity import verify_weights
 from data import chat, hub
-from references import REFERENCE_ADAPTER, Source, policy_source, reference_source
+from references import REFERENCE_ADAPTER, Source, policy_source, reference_dtype, reference_source
 from reporting.terminal import still_working
 from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
 
@@ -196,18 +196,18 @@ def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
 
 
 def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str = "balanced") -> nn.Module:
-    """Load a second model in `model.reference_dtype`: the one that `reference_model` names, by default the policy's.
+    """Load a second model: the one that `reference_model` names, by default the policy's.
 
     Where `policy` is given and has the same weights, it is copied in memory.
     """
     rank0_print("building reference model")
-    source = reference_source(config)
+    source, dtype = reference_source(config), reference_dtype(config)
     one_device = len(set(getattr(policy, "hf_device_map", {}).values())) <= 1
     plain = config.lora is None and config.model.adapter is None and not source.given
-    if policy is not None and config.model.reference_dtype == config.model.policy_dtype and plain and one_device:
+    if policy is not None and dtype == config.model.policy_dtype and plain and one_device:
         return copy.deepcopy(policy)  # in memory, so that the checkpoint is read once
     with still_working("Loading the reference"):
-        reference_model = load_model(config, config.model.reference_dtype, device_map, source)
+        reference_model = load_model(config, dtype, device_map, source)
     if source.adapter is not None:
         reference_model = load_adapter(reference_model, source, is_trainable=False)
         disable_dropout(reference_model)

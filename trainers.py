@@ -16,6 +16,7 @@ from acceleration.layout import PLAIN, Layout
 from acceleration.memory_plan import explained_out_of_memory, resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.overflow import check_no_overflow
+from acceleration.packed_attention import use_packed_attention
 from acceleration.reference_cache import LogpsCache, open_cache
 from acceleration.speed_up import speed_up
 from checkpointing import best
@@ -62,6 +63,7 @@ from preference_datasets import open_batches
 from references import (
     Reference,
     check_reference_can_move,
+    is_computed_as_policy,
     make_reference,
     make_starting_reference,
     move_reference,
@@ -72,7 +74,7 @@ from reporting.run_log import RunLog
 from reporting.terminal import RunTable, progressing, training_bar
 from reporting.time_left import TimeLeft
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device
+from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device, unwrap_adapter
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -201,8 +203,10 @@ class BasicTrainer:
                 check_reference_can_move(model, self.policy, config)
             if self.eval_iterator is not None:
                 check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-            if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
-                self.reference_layout = self._choose_layout(model)
+            if reference_source(config).given or (self.layout.is_packed and not is_computed_as_policy(config)):
+                self.reference_layout = self._choose_layout(model)  # packed rows depend on the dtype, too
+            elif self.layout.is_packed:
+                use_packed_attention(unwrap_adapter(model))
             if config.compile:
                 compile_blocks(model, None if reference_source(config).given else config.model.block_name)
             return model
@@ -234,10 +238,14 @@ class BasicTrainer:
             with reference().active() as model:
                 return self.response_logps(model, batch).chunk(2)
 
-        def split(batch: dict) -> list[dict]:
-            return self.microbatches(batch, n_least=-(-len(batch["prompt"]) // config.eval_batch_size))
+        def split(batch: dict, n_least: int) -> list[dict]:
+            return self.microbatches(batch, min(n_least, len(batch["prompt"])))
 
-        cache.fill({"training": self.train_iterator, "evaluation": self.eval_iterator}, compute, split)
+        iterators = {
+            "training": (self.train_iterator, config.gradient_accumulation_steps),
+            "evaluation": (self.eval_iterator, 1),
+        }
+        cache.fill(iterators, compute, split)
         self.reference_cache = cache
         if kind != "model":  # it takes no memory, and samples are drawn from it
             self.reference = make_reference(kind, self.policy, self._load_reference)
@@ -289,12 +297,12 @@ class BasicTrainer:
             return layout.response_logps(model, batch, self.strategy)
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Compute the policy in `model.policy_mp` inside.
+        """Compute a model in `model.policy_mp` inside, unless it is a reference with a dtype of its own.
 
         FSDP also casts weights as it gathers them (`distributed.fsdp`); other trainers cast them once a step
         (`acceleration.shadow_weights`).
         """
-        if self.policy_mp is None or model is not self.policy:
+        if self.policy_mp is None or not (model is self.policy or is_computed_as_policy(self.config)):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 

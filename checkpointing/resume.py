@@ -221,22 +221,19 @@ def _former_inputs(config: DictConfig, checkpoint: str | None) -> dict[str, str]
         ) from error
 
 
-def check_same_run(
-    config: DictConfig, checkpoint: str | None, files: dict[str, str], reference_dtype_given: bool = True
-):
+def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
     """Refuse a config that would make the resumed run a different one; print the changes.
 
     Args:
         files: today's `file_fingerprints`; a file may have moved, but not changed.
-        reference_dtype_given: True if the user gave the dtype; otherwise the run keeps the one it began with.
 
     Raises: UserError naming what differs, unless `resume_anyway` is true.
     """
     former, former_inputs = _former_config(config, checkpoint), _former_inputs(config, checkpoint)
     if former is None:
         return
-    if not reference_dtype_given and former.get("model.reference_dtype") is not None:
-        config.model.reference_dtype = former["model.reference_dtype"]
+    if config.model.reference_dtype is None:  # earlier versions had another default
+        config.model.reference_dtype = former.get("model.reference_dtype")
     now, defaults = training_settings(config), default_config(config.loss.name)
     former = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **former}  # keys added since then
     changes = {

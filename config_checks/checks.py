@@ -152,7 +152,7 @@ def _is_no_number(value: object) -> bool:
 
 
 def _check_model(config: DictConfig):
-    """Check where the model comes from and its dtypes; set the reference's dtype."""
+    """Check where the model comes from and its dtypes."""
     model = config.model
     for key in ("policy_dtype", "reference_dtype"):
         if model[key] not in DTYPES and (key, model[key]) != ("reference_dtype", None):
@@ -172,8 +172,6 @@ def _check_model(config: DictConfig):
             f"model.policy_mp={config.model.policy_mp}: must be bfloat16 or null; float16 gradients would need "
             "loss scaling, which no trainer here does"
         )
-    if model.reference_dtype is None:  # on a CPU, float16 is the slowest of all
-        model.reference_dtype = "float16" if torch.cuda.is_available() else model.policy_dtype
     if model.revision is not None and os.path.isdir(model.name_or_path):
         raise UserError(
             f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is a local folder, which has no "
@@ -196,7 +194,7 @@ def _check_attention(model: DictConfig):
     if not torch.cuda.is_available() or importlib.util.find_spec(package) is None:
         raise UserError(f"model.attn_implementation={name} needs a GPU and the package {package}; sdpa needs neither")
     for key in ("reference_dtype", "policy_dtype" if model.policy_mp is None else "policy_mp"):
-        if name.startswith("flash") and model[key] not in ("float16", "bfloat16"):
+        if name.startswith("flash") and model[key] not in ("float16", "bfloat16") and model[key] is not None:
             raise UserError(
                 f"model.attn_implementation={name} computes in bfloat16 or float16, not model.{key}={model[key]}"
             )

@@ -105,7 +105,7 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, metrics: di
     others = {key: config[key] for key in ("optimizer_args", "lora") if config[key]}
     others |= {f"loss.{name}": value for name, value in config.loss.items() if isinstance(value, float)}
     also = "".join(f"another {key} (now {value}), " for key, value in others.items())
-    if _reference_overflows(metrics):
+    if config.model.reference_dtype is not None and _reference_overflows(metrics):
         raise UserError(
             f"{where}: {values}; the policy's log-probabilities are finite, the reference's are not: it overflows in "
             f"model.reference_dtype={config.model.reference_dtype}. Use model.reference_dtype=bfloat16 or float32. "
