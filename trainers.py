@@ -13,11 +13,12 @@ from torch import nn
 
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
-from acceleration.memory_plan import explained_out_of_memory, resumed_cap
+from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
+from acceleration.out_of_memory import explained_out_of_memory
 from acceleration.overflow import check_no_overflow
 from acceleration.packed_attention import use_packed_attention
-from acceleration.reference_cache import LogpsCache, open_cache
+from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
 from checkpointing import best
 from checkpointing.checkpoints import (
@@ -28,11 +29,11 @@ from checkpointing.checkpoints import (
     point_latest,
     write_checkpoint,
 )
+from checkpointing.optimizer_state import load_optimizer_state
 from checkpointing.stop_signal import Stopped, StopSignal
 from checkpointing.train_state import (
     TrainState,
     get_rng_state,
-    load_optimizer_state,
     restore_rng_state,
     seed_generators,
     set_rng_state,
@@ -58,21 +59,19 @@ from models import (
     load_reference,
     load_tokenizer,
 )
-from optimization import make_optimizer, make_scheduler
+from optimization import make_optimizer, make_scheduler, rate_warning
 from preference_datasets import open_batches
 from references import (
     Reference,
     check_reference_can_move,
     is_computed_as_policy,
     make_reference,
-    make_starting_reference,
     move_reference,
     reference_source,
 )
 from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
-from reporting.terminal import RunTable, progressing, training_bar
-from reporting.time_left import TimeLeft
+from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
 from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device, unwrap_adapter
 
@@ -97,8 +96,7 @@ class BasicTrainer:
         reference_model: nn.Module | Callable[[], nn.Module | None] | None = None,
         rank: int = 0,
         world_size: int = 1,
-        trains: bool = True,
-        reads_data: bool = True,
+        purpose: str = "train",
     ):
         """Load the data, then get the models and the optimizer ready.
 
@@ -109,8 +107,8 @@ class BasicTrainer:
             policy: the model to train, or a function that loads it; it is called after the data have been read.
             config: one that `check_config` has checked.
             reference_model: the model to compare with, or a function that loads it; called only if it is needed.
-            trains: False loads the evaluation data alone.
-            reads_data: False loads no data at all and makes no optimizer, for commands that bring their own prompts.
+            purpose: what is loaded besides the models. "train": all data and an optimizer; "evaluate": evaluation data;
+                "sample": nothing.
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
@@ -122,13 +120,13 @@ class BasicTrainer:
         self.run_log: RunLog | None = None
         self.tokenizer = load_tokenizer(config)
         self.train_iterator = self.eval_iterator = self.optimizer = self.scheduler = None
-        if reads_data:
-            self._load_data(trains)
+        if purpose != "sample":
+            self._load_data(trains=purpose == "train")
         self._set_up_policy(policy)
         self._set_up_reference(reference_model)
-        if reads_data:
+        if purpose == "train":
             self._set_up_optimizer()
-        self.microbatch_overhead, self.max_tokens = speed_up(self, trains)
+        self.microbatch_overhead, self.max_tokens = speed_up(self)
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
@@ -148,6 +146,8 @@ class BasicTrainer:
             mismatched=self.loss.takes_kl_estimate,
             trains=trains,
         )
+        if trains and (warning := rate_warning(config, self.train_iterator.n_batches)):
+            rank0_print(warning)
         self.eval_batches = [
             {**batch, "index": self.eval_iterator.indices(number)} for number, batch in enumerate(self.eval_iterator)
         ]
@@ -193,64 +193,43 @@ class BasicTrainer:
             return
         if reference_model is None:
             raise ValueError(f"loss={config.loss.name} needs a reference_model")
-
-        def load() -> nn.Module:
-            model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
-            model = self.strategy.distribute(model, is_policy=False)
-            if reference_source(config).given:
-                check_reference_fits(model, self.policy, self.tokenizer, config)
-            if self._moves_reference:
-                check_reference_can_move(model, self.policy, config)
-            if self.eval_iterator is not None:
-                check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-            if reference_source(config).given or (self.layout.is_packed and not is_computed_as_policy(config)):
-                self.reference_layout = self._choose_layout(model)  # packed rows depend on the dtype, too
-            elif self.layout.is_packed:
-                use_packed_attention(unwrap_adapter(model))
-            if config.compile:
-                compile_blocks(model, None if reference_source(config).given else config.model.block_name)
-            return model
-
-        kind = config.reference
-        rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
-        self._load_reference = load
+        self.load_reference = functools.partial(self._load_reference, reference_model)
+        rank0_print(f"Reference: {config.reference}{', precomputed' if config.precompute_ref_log_probs else ''}")
         if not config.precompute_ref_log_probs:
-            self.reference = make_reference(kind, self.policy, load)
+            self.reference = make_reference(config.reference, self.policy, self.load_reference)
+
+    def _load_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None]) -> nn.Module:
+        """Load a second model as the reference, and check that the policy can be compared with it."""
+        config, is_another = self.config, bool(reference_source(self.config).given)
+        model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
+        model = self.strategy.distribute(model, is_policy=False)
+        if is_another:
+            check_reference_fits(model, self.policy, self.tokenizer, config)
+        if self._moves_reference:
+            check_reference_can_move(model, self.policy, config)
+        if self.eval_iterator is not None and model.dtype == torch.float16:
+            check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
+        if is_another or (self.layout.is_packed and not is_computed_as_policy(config)):
+            self.reference_layout = self._choose_layout(model)  # packed rows depend on the dtype, too
+        elif self.layout.is_packed:
+            use_packed_attention(unwrap_adapter(model))
+        if config.compile:
+            compile_blocks(model, None if is_another else config.model.block_name)
+        return model
 
     def precompute_reference(self):
-        """With `precompute_ref_log_probs`, fill the cache with the reference's log-probabilities of all pairs, once.
+        """With `precompute_ref_log_probs`, compute the reference's log-probabilities of all pairs, once.
 
-        The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
-        freed, unless it is the policy under another adapter.
-
-        Raises: Stopped after a signal; the cache then has all that was computed, except up to 1,024 pairs.
+        Raises: Stopped after a signal.
         """
         config = self.config
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
-        if not is_needed or self.reference_cache is not None:
-            return
-        kind = config.reference
-        reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
-        cache = open_cache(self.policy, kind, config, reference)
-
-        def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-            self.stop.check()
-            with reference().active() as model:
-                return self.response_logps(model, batch).chunk(2)
-
-        def split(batch: dict, n_least: int) -> list[dict]:
-            return self.microbatches(batch, min(n_least, len(batch["prompt"])))
-
-        iterators = {
-            "training": (self.train_iterator, config.gradient_accumulation_steps),
-            "evaluation": (self.eval_iterator, 1),
-        }
-        cache.fill(iterators, compute, split)
-        self.reference_cache = cache
-        if kind != "model":  # it takes no memory, and samples are drawn from it
-            self.reference = make_reference(kind, self.policy, self._load_reference)
-        elif config.sample_during_eval:
-            rank0_print("Reference freed: samples come from the policy only")
+        if is_needed and self.reference_cache is None:
+            self.reference_cache = fill_cache(self)
+            if config.reference != "model":  # it takes no memory, and samples are drawn from it
+                self.reference = make_reference(config.reference, self.policy, self.load_reference)
+            elif config.sample_during_eval:
+                rank0_print("Reference freed: samples come from the policy only")
 
     def _set_up_optimizer(self):
         config = self.config
@@ -375,12 +354,9 @@ class BasicTrainer:
         seed_generators(self.seed + self.strategy.batch_shard[0])  # other samples for other prompts
         restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
-            n_examples, epoch_size, state = self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
-            every = self.config.eval_every, self.config.save_every or self.config.eval_every
-            time_left = TimeLeft(n_examples, self.config.batch_size, *every)
-            table = RunTable(n_examples, epoch_size, state.examples, state.metrics, time_left)
-            logged = state.log_bytes, state.wandb_run_id, state.log_sha256
-            self.run_log = RunLog(self.config, self.run_dir, table, *logged)
+            self.run_log = RunLog(
+                self.config, self.run_dir, self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
+            )
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
         bar = training_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
@@ -653,12 +629,12 @@ class TensorParallelTrainer(BasicTrainer):
     strategy_class = STRATEGIES["TensorParallelTrainer"]
 
 
-def make_trainer(config: DictConfig, trains: bool = True, reads_data: bool = True) -> BasicTrainer:
-    """Load the tokenizer, data, policy and reference that the config names; see `BasicTrainer` for what is left out."""
+def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
+    """Load the tokenizer, data, policy and reference that the config names; for `purpose` see `BasicTrainer`."""
     quiet_libraries()
     use_expandable_segments()
     use_deterministic_algorithms(config.deterministic)
-    hub.use_cache_if_unreachable(hub_names(config, reads_data))
+    hub.use_cache_if_unreachable(hub_names(config, reads_data=purpose != "sample"))
     allow_own_code(config)
     trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
@@ -675,6 +651,4 @@ def make_trainer(config: DictConfig, trains: bool = True, reads_data: bool = Tru
 
     ranks = collectives.rank_and_world_size()
     with explained_out_of_memory(config):
-        return trainer_class(
-            policy, config, config.seed, config.local_run_dir, reference_model, *ranks, trains, reads_data
-        )
+        return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, purpose)

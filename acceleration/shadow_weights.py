@@ -87,7 +87,9 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
     ]
 
 
-def shadow_if_equal(model: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable[[], torch.Tensor]) -> bool:
+def shadow_if_equal(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, compute: Callable[[], torch.Tensor]
+) -> bool:
     """Let a model keep such copies if they give the same numbers on the device at hand, bit for bit; True if they do.
 
     `compute`: log-probabilities of a few examples as in training.

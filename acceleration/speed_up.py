@@ -10,11 +10,8 @@ from references import is_computed_as_policy
 from utils import rank0_print
 
 
-def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
-    """Apply all speed-ups to a trainer's policy.
-
-    Args:
-        trains: plan the memory for training; otherwise it is not planned.
+def speed_up(trainer) -> tuple[float, int | None]:
+    """Apply all speed-ups to a trainer's policy; without an optimizer, no memory is planned.
 
     Returns: how many tokens could be computed in the time that one more microbatch costs, and the most tokens of a
         microbatch, None for any number.
@@ -28,7 +25,7 @@ def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
         batch, reference = trainer.eval_iterator.first_examples(2), trainer.reference.model
         if not round_if_equal(reference, trainer.policy_mp, lambda: trainer.response_logps(reference, batch)):
             rank0_print(f"The reference keeps its {config.model.policy_dtype} weights: rounded, it gives other numbers")
-    fitting = _fitting_tokens(trainer) if trains and trainer.device.type == "cuda" else None
+    fitting = _fitting_tokens(trainer) if trainer.optimizer and trainer.device.type == "cuda" else None
     if config.compile:
         compile_blocks(policy, config.model.block_name)
     return microbatch_overhead(policy, trainer.device), config.max_tokens_per_microbatch or fitting
