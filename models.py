@@ -15,7 +15,7 @@ from checkpointing.integrity import verify_weights
 from data import chat, hub
 from references import REFERENCE_ADAPTER, Source, policy_source, reference_dtype, reference_source
 from reporting.terminal import still_working
-from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
+from utils import UserError, closest_match, default_device, disable_dropout, get_local_dir, rank0_print
 
 
 def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", source: Source | None = None) -> nn.Module:
@@ -41,7 +41,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
             model = transformers.AutoModelForCausalLM.from_config(
                 model_config, dtype=torch.float32, **attention, **trusted
             )
-            device = "cuda" if torch.cuda.is_available() and device_map != "cpu" else "cpu"
+            device = "cpu" if device_map == "cpu" else default_device()
             model = model.to(device, getattr(torch, dtype))  # every dtype rounds the same random weights
         else:
             model = load_pretrained(

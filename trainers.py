@@ -73,7 +73,14 @@ from reporting.metrics import check_finite, mean_metrics, response_metrics, rewa
 from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device, unwrap_adapter
+from utils import (
+    UserError,
+    get_block_class_from_model,
+    rank0_print,
+    slice_and_move_batch_for_device,
+    unwrap_adapter,
+    widest_dtype,
+)
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -331,13 +338,13 @@ class BasicTrainer:
         It is the mean log-ratio of responses to other prompts of the batch, or 0 if that is negative; shape (), without
         gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
         """
-        sum_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sum_and_count = torch.zeros(2, dtype=widest_dtype(self.device), device=self.device)
         for microbatch in self.microbatches(mismatched_batch(batch), n_least=1):
             with torch.no_grad():
                 policy_logps = self.response_logps(self.policy, microbatch).view(2, -1)  # (2, B)
             counted = self._counted(microbatch)
             logratios = (policy_logps - torch.stack(self.reference_logps(microbatch))).where(counted, 0)
-            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).double()
+            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
         if self.is_sharded:
             sum_and_count = collectives.all_reduce_sum(sum_and_count)
         kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
@@ -405,7 +412,7 @@ class BasicTrainer:
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
             # several workers' gradients are averaged
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
-            n_tokens = computed_tokens(microbatch, self.layout.is_shared).double()
+            n_tokens = computed_tokens(microbatch, self.layout.is_shared).to(widest_dtype(self.device))
             all_metrics.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
 
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)

@@ -107,6 +107,16 @@ def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, dev
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in sliced.items()}
 
 
+def default_device() -> str:
+    """Return the kind of device that one process computes on: an NVIDIA or AMD GPU, Apple's, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for long sums on a device: float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def computed_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Return the dtype in which a matrix product takes this tensor: autocast's under autocast, else its own."""
     device = tensor.device.type

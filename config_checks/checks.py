@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import shutil
+import sys
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -26,7 +27,7 @@ from optimization import check_schedule
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from utils import UserError, closest_match, closest_sibling, get_local_dir
+from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
@@ -157,6 +158,8 @@ def _check_model(config: DictConfig):
     for key in ("policy_dtype", "reference_dtype"):
         if model[key] not in DTYPES and (key, model[key]) != ("reference_dtype", None):
             raise UserError(f"model.{key}={model[key]}: must be one of {', '.join(DTYPES)}")
+        if model[key] == "float64" and default_device() == "mps":
+            raise UserError(f"model.{key}=float64: Apple's GPUs have no float64; use float32")
     if model.policy_dtype == "float16":
         raise UserError(
             "model.policy_dtype=float16: float16 gradients need loss scaling, which no trainer here does; use "
@@ -236,6 +239,11 @@ def _check_workers(config: DictConfig):
     if not strategy.starts_workers and (n_workers := max(world_size, config.world_size or 1)) > 1:
         others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if other.starts_workers)
         raise UserError(f"trainer={trainer} trains in one process, not in {n_workers} (world_size); choose {others}")
+    if strategy.starts_workers and sys.platform == "win32":
+        raise UserError(
+            f"trainer={trainer} runs several processes, which this program can't do on Windows: choose "
+            f"{for_tensors.replace(', ', ' or ')}, or run it in WSL, which is Linux"
+        )
     for key in ("world_size", "fsdp_port"):
         if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
             who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
