@@ -67,9 +67,10 @@ def _kill_group(process: subprocess.Popen):
         return
     import psutil
 
-    for child in [*psutil.Process(process.pid).children(recursive=True), process]:  # Windows has no process groups
-        with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess):  # Windows has no process groups
+        for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
+    process.kill()
 
 
 def _write_tasks(process: subprocess.Popen, tasks: list[Task]):
