@@ -14,9 +14,9 @@ from checkpointing.archives import check_finite, describe, load_archive, load_pr
 from checkpointing.integrity import verify_weights
 from config_checks.lora import check_lora_fits
 from data import chat, hub
-from references import REFERENCE_ADAPTER, Source, has_the_weights, policy_source, reference_source
+from references import REFERENCE_ADAPTER, Source, has_the_weights, policy_source, reference_dtype, reference_source
 from reporting.terminal import still_working
-from utils import UserError, disable_dropout, get_local_dir, rank0_print
+from utils import UserError, default_device, disable_dropout, get_local_dir, rank0_print
 
 
 def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", source: Source | None = None) -> nn.Module:
@@ -42,7 +42,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
             model = transformers.AutoModelForCausalLM.from_config(
                 model_config, dtype=torch.float32, **attention, **trusted
             )
-            device = "cuda" if torch.cuda.is_available() and device_map != "cpu" else "cpu"
+            device = "cpu" if device_map == "cpu" else default_device()
             model = model.to(device, getattr(torch, dtype))  # the same random weights in every dtype, rounded to it
         else:
             model = load_pretrained(
@@ -197,18 +197,18 @@ def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
 
 
 def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str = "balanced") -> nn.Module:
-    """Load a second model in `model.reference_dtype`: the one that `reference_model` names, by default the policy's.
+    """Load a second model: the one that `reference_model` names, by default the policy's.
 
     A `policy` with the same weights in the same dtype is copied, rather than read again.
     """
     rank0_print("building reference model")
-    source = reference_source(config)
+    source, dtype = reference_source(config), reference_dtype(config)
     is_on_one_device = len(set(getattr(policy, "hf_device_map", {}).values())) <= 1
-    same_dtype = config.model.reference_dtype == config.model.policy_dtype
+    same_dtype = dtype == config.model.policy_dtype
     if policy is not None and is_on_one_device and same_dtype and has_the_weights(policy, config):
         return copy.deepcopy(policy)
     with still_working("Loading the reference"):
-        reference_model = load_model(config, config.model.reference_dtype, device_map, source)
+        reference_model = load_model(config, dtype, device_map, source)
     if source.adapter is not None:
         reference_model = load_adapter(reference_model, source, is_trainable=False)
         disable_dropout(reference_model)

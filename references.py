@@ -177,12 +177,23 @@ def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) 
     return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
 
 
+def is_computed_as_policy(config: DictConfig) -> bool:
+    """True if the reference rounds as the policy does: `model.reference_dtype` names no dtype of its own."""
+    return config.model.reference_dtype is None
+
+
+def reference_dtype(config: DictConfig) -> str:
+    """Return the dtype of a second model's weights."""
+    return config.model.reference_dtype or config.model.policy_dtype
+
+
 def make_starting_reference(
     kind: str, policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]
 ) -> Reference:
     """Make the reference as it is before training: the policy itself if that gives the same numbers, bit for bit."""
-    same_dtype = config.model.reference_dtype == config.model.policy_dtype and config.model.policy_mp is None
-    if kind == "model" and same_dtype and has_the_weights(policy, config):
+    same_dtype = reference_dtype(config) == config.model.policy_dtype
+    same_rounding = is_computed_as_policy(config) or (same_dtype and config.model.policy_mp is None)
+    if kind == "model" and same_rounding and has_the_weights(policy, config):
         return Reference(policy.eval())
     return make_reference(kind, policy, load)
 
@@ -193,12 +204,9 @@ def has_the_weights(policy: nn.Module, config: DictConfig) -> bool:
     It hasn't if it has an adapter, which has its own dtype and may change the base, or if its dtype is narrower, as
     rounding twice gives other weights than rounding once.
     """
-    dtypes = [getattr(torch, config.model[key]) for key in ("policy_dtype", "reference_dtype")]
-    return (
-        not reference_source(config).given
-        and not hasattr(policy, "peft_config")
-        and torch.promote_types(*dtypes) == dtypes[0]
-    )
+    dtypes = [getattr(torch, name) for name in (config.model.policy_dtype, reference_dtype(config))]
+    has_own = hasattr(policy, "peft_config") or bool(reference_source(config).given)
+    return not has_own and torch.promote_types(*dtypes) == dtypes[0]
 
 
 @contextlib.contextmanager

@@ -69,7 +69,6 @@ def check_and_lock(
     Returns: the checkpoint to resume from; True if nothing is left to do; fingerprints of the files that the run starts
         from.
     """
-    reference_dtype_given = OmegaConf.select(config, "model.reference_dtype") is not None
     check_config(config)
     if config.resume is not None:
         locate_run(config, run_dir_given)
@@ -78,7 +77,7 @@ def check_and_lock(
     checkpoint, file_hashes = None, fingerprints.file_fingerprints(config)
     if config.resume is not None:
         checkpoint = find_checkpoint(config)
-        check_same_run(config, checkpoint, file_hashes, reference_dtype_given)
+        check_same_run(config, checkpoint, file_hashes)
     changed = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(changed_keys(config))), "  ")
     rank0_print(f"Config, where it isn't the default (all of it will be in config.yaml):\n{changed}")
     return checkpoint, checkpoint is not None and is_complete(config, checkpoint), file_hashes

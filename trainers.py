@@ -18,6 +18,7 @@ from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.out_of_memory import explained_out_of_memory
 from acceleration.overflow import check_no_overflow
+from acceleration.packed_attention import use_packed_attention
 from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
 from checkpointing import best
@@ -64,6 +65,7 @@ from preference_datasets import open_batches
 from references import (
     Reference,
     check_reference_can_move,
+    is_computed_as_policy,
     make_reference,
     move_reference,
     reference_source,
@@ -72,7 +74,7 @@ from reporting.metrics import check_finite, mean_metrics, response_metrics, rewa
 from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import UserError, get_block_class_from_model, rank0_print
+from utils import UserError, get_block_class_from_model, rank0_print, unwrap_adapter, widest_dtype
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -201,8 +203,10 @@ class BasicTrainer:
             check_reference_can_move(model, self.policy, config)
         if self.eval_iterator is not None and model.dtype == torch.float16:
             check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-        if is_another or self.layout.is_packed:  # whether packed rows agree depends on the dtype
-            self.reference_layout = self._choose_layout(model)
+        if is_another or (self.layout.is_packed and not is_computed_as_policy(config)):
+            self.reference_layout = self._choose_layout(model)  # whether packed rows agree depends on the dtype
+        elif self.layout.is_packed:
+            use_packed_attention(unwrap_adapter(model))
         if config.compile:
             compile_blocks(model, None if is_another else config.model.block_name)
         return model
@@ -265,12 +269,12 @@ class BasicTrainer:
             return layout.response_logps(model, batch, self.strategy)
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Return a context in which the policy computes in `model.policy_mp`; no other model is affected.
+        """Return a context for computing in `model.policy_mp`; it does nothing for a reference with its own dtype.
 
         FSDP also casts weights as it gathers them (`distributed.fsdp`); other trainers cast them once a step
         (`acceleration.shadow_weights`).
         """
-        if self.policy_mp is None or model is not self.policy:
+        if self.policy_mp is None or not (model is self.policy or is_computed_as_policy(self.config)):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 
@@ -320,13 +324,13 @@ class BasicTrainer:
         It is the mean log-ratio of responses to other prompts of the batch, or 0 if that is negative; shape (), without
         gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
         """
-        sum_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sum_and_count = torch.zeros(2, dtype=widest_dtype(self.device), device=self.device)
         for microbatch in self.microbatches(mismatched_batch(batch), n_least=1):
             with torch.no_grad():
                 policy_logps = self.response_logps(self.policy, microbatch).view(2, -1)  # (2, B)
             counted = self._counted(microbatch)
             logratios = (policy_logps - torch.stack(self.reference_logps(microbatch))).where(counted, 0)
-            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).double()
+            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
         if self.is_sharded:
             sum_and_count = collectives.all_reduce_sum(sum_and_count)
         kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
@@ -394,7 +398,7 @@ class BasicTrainer:
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
             # not divided by the number of workers, as FSDP averages their gradients
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
-            n_tokens = computed_tokens(microbatch, self.layout.is_shared).double()
+            n_tokens = computed_tokens(microbatch, self.layout.is_shared).to(widest_dtype(self.device))
             all_metrics.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
 
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)

@@ -42,13 +42,14 @@ def closest_match(name: str, options: Iterable[str]) -> str:
 
 def closest_sibling(path: str) -> str:
     """Return ' Did you mean X?' for a path that doesn't exist, or an empty string."""
-    parent = os.path.dirname(path.rstrip("/"))
+    parent = os.path.dirname(path.rstrip("/" + os.sep))
     names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     return closest_match(path, [os.path.join(parent, name) for name in names])
 
 
-# signals that ask a run to stop; schedulers can send SIGUSR1 before they kill
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# signals that ask a run to stop; schedulers can send SIGUSR1 before they kill. Windows has others.
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 @contextlib.contextmanager
@@ -74,8 +75,8 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
         raise UserError(f"local_dirs={prefixes_to_resolve}: expected a list of directories, e.g. local_dirs=[.cache]")
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a user id that has no name
-        user = f"uid{os.getuid()}"
+    except (KeyError, OSError, ImportError):  # a container may run under a user id that has no name
+        user = f"uid{os.getuid()}" if hasattr(os, "getuid") else "user"
     prefixes = [os.path.expanduser(prefix) for prefix in prefixes_to_resolve]
     for prefix in prefixes:
         if os.access(prefix, os.W_OK | os.X_OK):
@@ -111,6 +112,16 @@ def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, dev
 def on_device(batch: dict, device: torch.device | str) -> dict:
     """Return a batch with its tensors on `device`."""
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def default_device() -> str:
+    """Return the kind of device that one process computes on: an NVIDIA or AMD GPU, Apple's, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for long sums on a device: float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def computed_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -190,11 +190,11 @@ class BatchIterator:
                 random.Random(int(epoch_seeds.randint(0, 2**32))).shuffle(order)
             yield order
 
-    def distinct_examples(self, chunk_size: int = 1024) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """Yield every distinct example once, in chunks: this shard of the chunk, and the number in all shards."""
+    def distinct_examples(self) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
+        """Yield every distinct example once, in the first epoch's batches: this shard, and the number in all shards."""
         examples = itertools.islice(self._epoch_examples(next(self._epoch_orders())), self.n_distinct)
-        while chunk := list(itertools.islice(examples, chunk_size)):
-            yield self._collate(chunk, self.shard), len(chunk)
+        while batch := list(itertools.islice(examples, self.batch_size)):
+            yield self._collate(batch, self.shard), len(batch)
 
     def indices(self, batch_index: int) -> list[int | None]:
         """Return the indices among all examples of this shard of a batch; for None see `shard_indices`."""

@@ -134,7 +134,7 @@ class RunLog:
     def _append(self, filename: str, rows: list[dict]):
         path = os.path.join(self.run_dir, filename)
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             raise UserError(f"can't write to {path}: {error}") from error

@@ -52,8 +52,8 @@ def read_run(directory: str) -> Run:
                 lines[line["split"]].append(line)
     except OSError as error:
         raise NoRuns(f"{directory}: no run that has logged anything: {error}") from error
-    config = {}
-    with contextlib.suppress(OSError, yaml.YAMLError), open(os.path.join(directory, "config.yaml")) as file:
+    config, path = {}, os.path.join(directory, "config.yaml")
+    with contextlib.suppress(OSError, yaml.YAMLError), open(path, encoding="utf-8") as file:
         flat = flatten(yaml.safe_load(file) or {})
         config = {key: value for key, value in flat.items() if value != {}}
     name = os.path.basename(os.path.normpath(os.path.abspath(directory)))

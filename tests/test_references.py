@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
+from acceleration import reference_cache
 from acceleration.reference_cache import LogpsCache
 from commands.run_directory import create_run_dir
-from data.batches import BatchIterator
 from references import REFERENCE_ADAPTER
 from utils import UserError
 
@@ -274,13 +274,13 @@ def test_interrupted_reference_pass_resumes(make_trainer, capsys, monkeypatch):
         return windows[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(BatchIterator.distinct_examples, "__defaults__", (16,))
+        patch.setattr(reference_cache, "_PAIRS_PER_FILE", 4)
         patch.setattr(LogpsCache, "fill_batch", fill_and_stop)
         with pytest.raises(KeyboardInterrupt):
             make_trainer(*PRECOMPUTED)
     make_trainer(*PRECOMPUTED)
-    assert windows == [16]
-    assert n_computed(capsys) == 32 - 16
+    assert windows == [4]
+    assert n_computed(capsys) == 32 - 4
 
 
 def cache_files(tmp_path):
