@@ -11,6 +11,7 @@ from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
     changed_inputs,
+    check_restartable,
     check_same_run,
     find_checkpoint,
     is_complete,
@@ -71,6 +72,7 @@ def prepare(
     """
     reference_dtype_given = OmegaConf.select(config, "model.reference_dtype") is not None
     check_config(config)
+    check_restartable(config, run_dir_given)
     if config.resume is not None:
         locate_run(config, run_dir_given)
     stack.enter_context(locked_run(config.local_run_dir))

@@ -91,6 +91,22 @@ def locate_run(config: DictConfig, run_dir_given: bool):
     config.local_run_dir = run_dir
 
 
+def check_restartable(config: DictConfig, run_dir_given: bool):
+    """Refuse a command that its launcher would give again after a failure, but that would not resume the run then.
+
+    Raises: UserError naming the remedy.
+    """
+    if not (restarts := environment.max_restarts()) or (run_dir_given and config.resume == "auto"):
+        return
+    if config.resume is not None and is_run(config.resume):
+        return
+    anew = "in a new directory" if not run_dir_given else f"with resume={config.resume or 'null'}"
+    raise UserError(
+        f"the launcher restarts a failed run (torchrun --max-restarts={restarts}), which would begin again {anew}: "
+        "give resume=auto and local_run_dir=DIR, the same for every attempt and machine, or use --max-restarts=0"
+    )
+
+
 def find_checkpoint(config: DictConfig) -> str | None:
     """Return the undamaged checkpoint that `resume` means; None: start from the beginning.
 
