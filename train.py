@@ -142,7 +142,9 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
     return loaded
 
 
-main = functools.partial(command_line.main, run, sweeps=True)
+main = functools.partial(command_line.main, run, can_sweep=True)
 
 if __name__ == "__main__":
+    from train import main  # other processes, of sweeps and workers, can import what it calls
+
     main()

@@ -23,7 +23,7 @@ from distributed import environment
 from references import resolved_reference
 from utils import UserError, rank0_print
 
-SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory, in all processes of its jobs
+SWEEP = "DPO_SWEEP"  # an environment variable of all processes of a sweep and its jobs
 
 # Keys that may change when a run is resumed; a change of any other key makes it a different run.
 _MAY_CHANGE = (
@@ -175,7 +175,7 @@ def resume_hint(run_dir: str) -> str:
     """Return the last line of a run that ended early: its last checkpoint, and the command that resumes from it."""
     for path in _newest_first(run_dir):
         if os.path.exists(os.path.join(path, CHECKSUMS)):
-            if SWEEP_DIR in os.environ:  # the sweep says how to resume all its jobs
+            if SWEEP in os.environ:  # the sweep says how to resume all its jobs
                 return f"The last checkpoint is {path}"
             command = resume_command({"local_run_dir": None, "resume": run_dir})
             return f"The last checkpoint is {path}; to resume from it: {command}"

@@ -6,6 +6,7 @@ import re
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,18 +28,32 @@ class Agents:
         self.rendezvous, self.port, self.attempts = rendezvous, reserve_port(), itertools.count()
         self.machines = [self.start_machine(number) for number in range(n_machines)]
 
-    def start_machine(self, number: int, n_examples: int = 100000) -> subprocess.Popen:
+    def start_machine(self, number: int) -> subprocess.Popen:
         options = {
             "static": [f"--node-rank={number}", "--master-addr=127.0.0.1", f"--master-port={self.port}"],
             "c10d": ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}",
                      f"--rdzv-conf=is_host={int(number == 0)}"],
+            "torchrun.sh": [],
+        }[self.rendezvous]  # fmt: skip
+        command = [
+            "-m", "torch.distributed.run", f"--nnodes={self.n_machines}", f"--nproc-per-node={self.n_workers}",
+            "--max-restarts=2", *options, str(REPOSITORY / "train.py"), "trainer=FSDPTrainer", "resume=auto",
+        ]  # fmt: skip
+        if self.rendezvous == "torchrun.sh":
+            command = [
+                "-c",
+                "import os, sys; os.execvp('bash', ['bash', *sys.argv[1:]])",
+                str(REPOSITORY / "scripts/torchrun.sh"),
+            ]
+        env = {
+            "NNODES": str(self.n_machines), "NODE_RANK": str(number), "NPROC_PER_NODE": str(self.n_workers),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port),
+            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
         }  # fmt: skip
         return self.start(
-            "-m", "torch.distributed.run", f"--nnodes={self.n_machines}", f"--nproc-per-node={self.n_workers}",
-            "--max-restarts=2", *options[self.rendezvous], str(REPOSITORY / "train.py"), *RUN, "trainer=FSDPTrainer",
-            f"local_run_dir={self.directory}/run", f"local_dirs=[{self.directory}/cache]", "resume=auto",
+            *command, *RUN, f"local_run_dir={self.directory}/run", f"local_dirs=[{self.directory}/cache]",
             "wandb.enabled=false", "curves=false", "do_first_eval=false", "worker_timeout=8", "n_examples=100000",
-            "eval_every=100000", log=f"log-{number}-{next(self.attempts)}",
+            "eval_every=100000", log=f"log-{number}-{next(self.attempts)}", env=env,
         )  # fmt: skip
 
     @property
@@ -77,11 +92,15 @@ def crash_machine(agents: Agents):
 CASES = [
     (fail, rendezvous, n_machines, n_workers)
     for n_machines, n_workers in ((1, 2), (2, 1), (2, 2))
-    for rendezvous in ("static", "c10d")
+    for rendezvous in ("static", "c10d", "torchrun.sh")
     for fail in (kill, freeze, crash_machine)
-    # nothing is left to restart one machine; with static rendezvous, an agent learns only from its own workers
-    if not (fail is crash_machine and (n_machines == 1 or rendezvous == "static"))
+    # nothing is left to restart one machine
+    if not (fail is crash_machine and n_machines == 1)
+    # with c10d as torchrun sets it up, a new agent waits for an address that only the first round is given
+    and not (fail is crash_machine and rendezvous != "torchrun.sh")
+    # with static rendezvous, an agent learns only from its own workers
     and not (fail is freeze and rendezvous == "static" and n_workers == 1)
+    and not (rendezvous == "torchrun.sh" and n_machines == 1)
 ]
 
 
