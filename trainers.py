@@ -418,8 +418,10 @@ class BasicTrainer:
         start_time = time.perf_counter()
         kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
         all_metrics = []
-        for microbatch in batch.get("microbatches") or self.prepare(batch)["microbatches"]:
+        parts = batch.get("microbatches") or self.prepare(batch)["microbatches"]
+        for number, microbatch in enumerate(parts, 1):
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
+            self.strategy.prepare_backward(self.policy, is_last=number == len(parts))
             # several workers' gradients are averaged
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
             n_tokens = computed_tokens(microbatch, self.layout.is_shared).double()
