@@ -539,8 +539,9 @@ class BasicTrainer:
         """
         rng_state = get_rng_state()
         try:
-            metrics = self.evaluate()
-            samples, kl = sampling.sample_evaluation(self) if self.config.sample_during_eval else ([], {})
+            start_time, metrics, samples, kl = time.perf_counter(), self.evaluate(), [], {}
+            if self.config.sample_during_eval:
+                samples, kl = sampling.sample_evaluation(self, time.perf_counter() - start_time)
             metrics |= kl
         except Stopped:
             set_rng_state(rng_state)

@@ -200,14 +200,14 @@ class _Sweep:
         rows = [row for row in self.log.rows().values() if row.get("sweep") == self.id] if on_rank0() else []
         if not rows:
             return
-        rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}")
+        rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}\n")
         for row in rows:
             if row["error"]:
                 rank0_print(f"{row['overrides']}: {row['error']}")
         if results := {row["overrides"]: row["result"] for row in rows if row["result"] is not None}:
             best = (max if larger_is_better(self.metric) else min)(results, key=results.get)
             rank0_print(f"Best by {self.metric}: {best} ({results[best]:.4f})")
-        rank0_print(f"\nTo compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
+        rank0_print(f"To compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
         statuses = {row["status"] for row in rows}
         if statuses != {"complete"}:
             command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})

@@ -31,7 +31,7 @@ def test_jobs_of_a_launcher_are_named_recorded_and_printed(name, trainer, launch
     words += ["world_size=2"] if trainer == "FSDPTrainer" else []
     sweep = ["-m", *words, "max_length=64,32", *LAUNCHERS[name], f"hydra.sweep.dir={tmp_path}/sweep"]
     assert launcher.run(*sweep) == 1, launcher.output
-    failed, complete = sorted(row[:3] for row in table(launcher.output)[1:3])
+    failed, complete = sorted(row[:3] for row in table(launcher.output)[1:])
     assert failed == ["max_length-32", "max_length=32", "failed"]
     assert complete == ["max_length-64", "max_length=64", "complete"]
     assert "max_length=32: error: max_prompt_length=32 must be below max_length=32" in launcher.output
@@ -50,12 +50,12 @@ def test_signal_stops_the_jobs_of_a_pool_and_the_printed_command_resumes_them(la
     wait_until(lambda: all(log.exists() and log.read_text().count("\n") >= 4 for log in logs))
     launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
-    assert [row[2] for row in table(launcher.output)[1:3]] == ["stopped", "stopped"]
+    assert [row[2] for row in table(launcher.output)[1:]] == ["stopped", "stopped"]
     assert not (tmp_path / "sweep/loss.beta-0.3").exists()
     again = run_printed(launcher, tmp_path)
     assert again.code == 0, again.output
     assert again.output.count("Resuming from") == 2
-    assert [row[2] for row in table(again.output)[1:4]] == ["complete"] * 3
+    assert [row[2] for row in table(again.output)[1:]] == ["complete"] * 3
 
 
 OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=1"]
@@ -76,7 +76,15 @@ def test_optuna_minimizes_the_loss_and_gets_the_result_of_a_repeated_trial(launc
 
 
 def test_optuna_maximizes_the_metric_that_keep_best_names(launcher, tmp_path):
-    words = ["-m", *SHORT, "n_examples=16", "eval_every=4", "lr=0.1,0.2", "keep_best=rewards_eval/accuracies", *OPTUNA]
+    words = [
+        "-m",
+        *SHORT,
+        "n_examples=16",
+        "eval_every=4",
+        "loss.beta=0.1,0.2",
+        "keep_best=rewards_eval/accuracies",
+        *OPTUNA,
+    ]
     words += ["hydra.sweeper.n_trials=1", f"hydra.sweep.dir={tmp_path}/sweep"]
     assert launcher.run(*words) == 1
     assert "error: hydra.sweeper.direction=minimize: a job returns rewards_eval/accuracies" in launcher.output
@@ -93,6 +101,6 @@ def test_failed_trial_is_reported_and_optuna_chooses_among_the_others(launcher, 
     overrides = ["max_length=choice(32,64)", *OPTUNA, "hydra.sweeper.n_trials=4", "hydra.sweeper.max_failure_rate=1"]
     words = [word for word in SHORT if "max_length=" not in word]
     assert launcher.run("-m", *words, *overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
-    assert {row[2] for row in table(launcher.output)[1:3]} == {"complete", "failed"}
+    assert {row[2] for row in table(launcher.output)[1:]} == {"complete", "failed"}
     best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
     assert best["best_params"] == {"max_length": 64}
