@@ -11,6 +11,7 @@ from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
     changed_inputs,
+    check_restartable,
     check_same_run,
     find_checkpoint,
     is_complete,
@@ -70,6 +71,7 @@ def check_and_lock(
         from.
     """
     check_config(config)
+    check_restartable(config, run_dir_given)
     if config.resume is not None:
         locate_run(config, run_dir_given)
     stack.enter_context(locked_run(config.local_run_dir))
@@ -138,7 +140,9 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
     return loaded
 
 
-main = functools.partial(command_line.main, run, sweeps=True)
+main = functools.partial(command_line.main, run, can_sweep=True)
 
 if __name__ == "__main__":
+    from train import main  # other processes, of sweeps and workers, can import what it calls
+
     main()

@@ -394,8 +394,10 @@ class BasicTrainer:
         start_time = time.perf_counter()
         kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
         all_metrics = []
-        for microbatch in batch.get("microbatches") or self.with_microbatches(batch)["microbatches"]:
+        parts = batch.get("microbatches") or self.with_microbatches(batch)["microbatches"]
+        for number, microbatch in enumerate(parts, 1):
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
+            self.strategy.prepare_backward(self.policy, is_last=number == len(parts))
             # not divided by the number of workers, as FSDP averages their gradients
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
             n_tokens = computed_tokens(microbatch, self.layout.is_shared).to(widest_dtype(self.device))
@@ -510,8 +512,9 @@ class BasicTrainer:
         """
         rng_state = get_rng_state()
         try:
-            metrics = self.evaluate()
-            samples, kl = sampling.sample_evaluation(self) if self.config.sample_during_eval else ([], {})
+            start_time, metrics, samples, kl = time.perf_counter(), self.evaluate(), [], {}
+            if self.config.sample_during_eval:
+                samples, kl = sampling.sample_evaluation(self, time.perf_counter() - start_time)
             metrics |= kl
         except Stopped:
             set_rng_state(rng_state)

@@ -11,11 +11,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from basics.printing import printable
+from commands import sweeps
 from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.exit_on_signals import INTERRUPTED, exit_on_signals
 from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
-from commands.sweeps import Sweep
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
 from distributed import launch
@@ -62,30 +62,29 @@ OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=T
 
 
 @launch.exit_code_kept()
-def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps: bool = False):
+def main(run: Callable[[DictConfig], None], config_name: str = "config", can_sweep: bool = False):
     """Call `run` with the config that Hydra composes from the command line.
 
     A user's mistake ends the process with its message alone; HYDRA_FULL_ERROR=1 shows the traceback, too.
 
     Args:
-        sweeps: the command may be run with `-m`, once for each combination of values.
+        run: with `can_sweep`, a function that other processes can import.
+        can_sweep: the command may be run with `-m`, once for each combination of values.
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra pass every error on unchanged
     sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
-    sweep = Sweep(run)
 
-    def job(config: DictConfig):
+    def job(config: DictConfig) -> float | None:  # Hydra's launchers may send it to other processes
         if in_sweep():
-            if not sweeps:
+            if not can_sweep:
                 sys.exit("error: -m sweeps over train.py alone")
-            sweep.run_job(config)
-            return
+            return sweeps.run_job(run, config)
         with errors_reported():  # Hydra would print a line of its own above an error
             run(config)
 
     try:
-        with contextlib.nullcontext() if sweeps else exit_on_signals():
+        with contextlib.nullcontext() if can_sweep else exit_on_signals():
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -99,6 +98,4 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
             raise
         sys.exit(printable(f"error: {explain_hydra_error(error, config_name)}"))
     finally:
-        sweep.report()
-    if not sweep.complete:
-        sys.exit(1)
+        sweeps.report()
