@@ -9,28 +9,10 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from objectives.declaration import (  # noqa: F401 (a loss of your own may need any of them)
-    KL_ESTIMATE,
-    LENGTHS,
-    LOGPS,
-    FlipProbability,
-    Loss,
-    NonNegative,
-    Outputs,
-    Positive,
-    Range,
-)
-from objectives.with_reference import (
-    chi_po_loss,
-    dpo_nll_loss,
-    dpop_loss,
-    exo_loss,
-    hinge_loss,
-    kto_loss,
-    length_dpo_loss,
-    robust_dpo_loss,
-)
-from objectives.without_reference import cpo_loss, orpo_loss, simpo_loss
+from objectives import whole_batch, with_reference, without_reference
+from objectives.declaration import Loss, Memory, Outputs, WholeBatch  # noqa: F401 (for a loss of your own, as below)
+from objectives.mix import MIX, Mix
+from objectives.options import FlipProbability, Momentum, NonNegative, OneOf, Positive, Range  # noqa: F401
 
 
 def preference_loss(
@@ -78,22 +60,40 @@ def sft_loss(policy_chosen_logps: torch.Tensor) -> torch.Tensor:
 
 LOSSES = {
     "sft": Loss(sft_loss),
-    "dpo": Loss(functools.partial(preference_loss, ipo=False)),
-    "ipo": Loss(functools.partial(preference_loss, ipo=True, label_smoothing=0.0)),
-    "robust_dpo": Loss(robust_dpo_loss),
-    "hinge": Loss(hinge_loss),
-    "dpop": Loss(dpop_loss),
-    "dpo_nll": Loss(dpo_nll_loss),
-    "length_dpo": Loss(length_dpo_loss),
-    "exo": Loss(exo_loss),
-    "chi_po": Loss(chi_po_loss),
-    "kto": Loss(kto_loss),
-    "simpo": Loss(simpo_loss),
-    "orpo": Loss(orpo_loss),
-    "cpo": Loss(cpo_loss),
+    "sft_tokens": Loss(whole_batch.sft_tokens_loss),
+    "dpo": Loss(functools.partial(preference_loss, ipo=False), of_margin=True),
+    "ipo": Loss(functools.partial(preference_loss, ipo=True, label_smoothing=0.0), of_margin=True),
+    "robust_dpo": Loss(with_reference.robust_dpo_loss, of_margin=True),
+    "hinge": Loss(with_reference.hinge_loss, of_margin=True),
+    "dpop": Loss(with_reference.dpop_loss),
+    "dpo_nll": Loss(with_reference.dpo_nll_loss),
+    "dpo_norm": Loss(with_reference.dpo_norm_loss),
+    "length_dpo": Loss(with_reference.length_dpo_loss),
+    "exo": Loss(with_reference.exo_loss, of_margin=True),
+    "discopop": Loss(with_reference.discopop_loss, of_margin=True),
+    "chi_po": Loss(with_reference.chi_po_loss),
+    "apo_zero": Loss(with_reference.apo_zero_loss, unpaired=True),
+    "apo_down": Loss(with_reference.apo_down_loss),
+    "nca": Loss(with_reference.nca_loss, unpaired=True),
+    "sppo": Loss(with_reference.sppo_loss, unpaired=True),
+    "kto": Loss(with_reference.kto_loss, unpaired=True),
+    "bco": Loss(whole_batch.bco_loss, unpaired=True),
+    "beta_dpo": Loss(whole_batch.beta_dpo_loss),
+    "aot": Loss(whole_batch.aot_loss),
+    "aot_unpaired": Loss(whole_batch.aot_unpaired_loss, unpaired=True),
+    "simpo": Loss(without_reference.simpo_loss),
+    "orpo": Loss(without_reference.orpo_loss),
+    "cpo": Loss(without_reference.cpo_loss),
 }
+
+
+def find_loss(loss_config) -> Loss | Mix:
+    """Return the loss of a config's `loss` section: the named one, or a sum of several (`mix`)."""
+    if loss_config.name == MIX:
+        return Mix({name: LOSSES[name] for name in loss_config.parts})
+    return LOSSES[loss_config.name]
 
 
 def needs_reference(loss_config) -> bool:
     """True if the loss of a config's `loss` section compares the policy with a reference model."""
-    return LOSSES[loss_config.name].needs_reference(loss_config)
+    return find_loss(loss_config).needs_reference(loss_config)

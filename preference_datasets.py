@@ -352,6 +352,7 @@ def get_batch_iterator(
     drop_last: bool = True,
     shard: tuple[int, int] = (0, 1),
     mismatched: bool = False,
+    unpaired: bool = False,
     add_bos: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (it can't be changed)
 ) -> BatchIterator:
@@ -369,8 +370,8 @@ def get_batch_iterator(
         drop_last: drop the examples of an epoch that don't fill a batch, and round n_examples up to whole batches.
             Otherwise the last batch may be smaller, and n_examples takes no example twice.
         shard: (index, count): yield only this one of `count` shards of each batch.
-        mismatched: add each prompt with another prompt's responses, under keys 'mismatched_...'. Losses that need this
-            also accept unpaired data.
+        mismatched: add each prompt with another prompt's responses, under keys 'mismatched_...'.
+        unpaired: accept unpaired data, too: single responses, each marked good or bad.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
         settings: how to read data that isn't a named dataset.
 
@@ -384,7 +385,7 @@ def get_batch_iterator(
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
     choices = [name if isinstance(name, Choice) else Choice(name) for name in names]
-    accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if mismatched else ("pairs",)
+    accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if unpaired else ("pairs",)
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
@@ -417,6 +418,7 @@ def open_batches(
     shard: tuple[int, int],
     silent: bool,
     mismatched: bool = False,
+    unpaired: bool = False,
     trains: bool = True,
 ) -> tuple[BatchIterator, BatchIterator]:
     """Open the training and the evaluation batches of a config (see `get_batch_iterator`), and print a data report.
@@ -436,6 +438,7 @@ def open_batches(
         "paths": config.dataset_paths,
         "shard": shard,
         "mismatched": mismatched,
+        "unpaired": unpaired,
         "settings": Settings(
             test_fraction=config.test_fraction,
             skips_bad=config.on_bad_example == "skip",

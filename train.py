@@ -34,7 +34,7 @@ from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
 from config_checks.schema import changed_keys
 from distributed import collectives
-from losses import LOSSES
+from losses import find_loss
 from preference_datasets import open_batches
 from utils import UserError, on_rank0, rank0_print
 
@@ -93,10 +93,10 @@ def report_data(config: DictConfig):
         return
     hub.use_cache_if_unreachable(hub_names(config))
     allow_own_code(config)
-    loss, tokenizer = LOSSES[config.loss.name], load_tokenizer(config)
+    loss, tokenizer = find_loss(config.loss), load_tokenizer(config)
     open_batches(
         config, chosen_datasets(config), tokenizer, not loss.needs_pairs, config.seed, (0, 1), False,
-        mismatched=loss.takes_kl_estimate,
+        mismatched=loss.takes_kl_estimate, unpaired=loss.accepts_unpaired,
     )  # fmt: skip
     rank0_print("data_only=true: nothing is trained")
 

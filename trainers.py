@@ -42,11 +42,12 @@ from data import hub
 from data.batches import mismatched_batch, prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
+from distributed.batch_losses import linearized, mean_length
 from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
 from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths
-from losses import LOSSES, preference_loss  # noqa: F401 (users of the original import it from here)
+from losses import find_loss, preference_loss  # noqa: F401 (users of the original import it from here)
 from models import (
     allow_own_code,
     check_reference_fits,
@@ -57,6 +58,7 @@ from models import (
     load_reference,
     load_tokenizer,
 )
+from objectives.declaration import Memory, Result
 from optimization import make_optimizer, make_scheduler
 from preference_datasets import open_batches
 from references import (
@@ -112,7 +114,7 @@ class BasicTrainer:
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
-        self.loss = LOSSES[config.loss.name]
+        self.loss, self.loss_memory = find_loss(config.loss), Memory()
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
         self.state = TrainState()
@@ -144,6 +146,7 @@ class BasicTrainer:
             self.strategy.batch_shard,
             silent=self.rank != 0,
             mismatched=self.loss.takes_kl_estimate,
+            unpaired=self.loss.accepts_unpaired,
             trains=trains,
         )
         self.eval_batches = [
@@ -309,34 +312,58 @@ class BasicTrainer:
         with self.reference.active() as model:
             return self.response_logps(model, batch).to(self.device).chunk(2)  # it may be on another GPU
 
-    def get_batch_metrics(
-        self, batch: dict, loss_config: DictConfig, train: bool = True, kl_estimate: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
-
-        Args:
-            kl_estimate: the estimate for the whole batch, for losses that need one; None estimates it from this batch.
-        """
-        split, sides = "train" if train else "eval", ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
+    def loss_inputs(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Return what losses are computed from, for each example: log-probabilities (nats) and lengths (tokens)."""
+        sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
         policy_logps = self.response_logps(self.policy, batch).chunk(len(sides))
         inputs = {f"policy_{side}_logps": logps for side, logps in zip(sides, policy_logps, strict=True)}
         if self.loss.needs_pairs:
             inputs["reference_chosen_logps"], inputs["reference_rejected_logps"] = self.reference_logps(batch)
         lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides])
-        lengths = dict(zip(sides, lengths.to(self.device, non_blocking=True), strict=True))
-        if loss_config.get("average_log_prob", False):
-            inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
-        inputs |= {f"{side}_lengths": length for side, length in lengths.items()}
-        if self.loss.takes_kl_estimate:
-            inputs["kl_estimate"] = self.estimate_kl(batch) if kl_estimate is None else kl_estimate
+        lengths = lengths.to(self.device, non_blocking=True)
+        return inputs | {f"{side}_lengths": length for side, length in zip(sides, lengths, strict=True)}
 
-        losses, *rewards = self.loss(inputs, loss_config)
+    def batch_losses(self, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
+        """Return the loss of each microbatch, a function of its inputs and options, for a batch of all workers.
+
+        What the loss takes from the whole batch is computed here: see `objectives.declaration.Loss`.
+        """
+        of_batch: dict = {"memory": self.loss_memory}
+        self.loss_memory.is_frozen = not train
+        if self.loss.takes_kl_estimate:
+            of_batch["kl_estimate"] = self.estimate_kl(batch)
+        if self.loss.takes_mean_length:
+            of_batch["mean_chosen_length"] = mean_length(batch, self._counted(batch), self.is_sharded)
+
+        def loss(inputs: dict, loss_config: DictConfig) -> Result:
+            return self.loss.compute(inputs | of_batch, loss_config)
+
+        if not self.loss.takes_whole_batch or (len(microbatches) == 1 and not self.is_sharded):
+            return [loss] * len(microbatches)
+        with torch.no_grad():
+            inputs = [self.loss_inputs(microbatch) for microbatch in microbatches]
+        counted = [self._counted(microbatch) for microbatch in microbatches]
+        return linearized(functools.partial(loss, loss_config=self.config.loss), inputs, counted, self.is_sharded)
+
+    def get_batch_metrics(
+        self, batch: dict, loss_config: DictConfig, train: bool = True, loss: Callable | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
+
+        Args:
+            loss: that of a microbatch, from `batch_losses`; None takes this batch for a whole one.
+        """
+        split, inputs = "train" if train else "eval", self.loss_inputs(batch)
+        loss = loss or self.batch_losses(batch, [batch], train)[0]
+        losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
-        for side in reversed(sides):
-            metrics[f"logps_{split}/{side}"] = inputs[f"policy_{side}_logps"].detach()
+        averaged = loss_config.get("average_log_prob", False)
+        for side in ("rejected", "chosen") if self.loss.needs_pairs else ("chosen",):
+            logps = inputs[f"policy_{side}_logps"].detach()
+            metrics[f"logps_{split}/{side}"] = logps / inputs[f"{side}_lengths"] if averaged else logps
         metrics[f"loss/{split}"] = losses.detach()
-        compares, averaged = self.loss.needs_reference(loss_config), loss_config.get("average_log_prob", False)
-        return losses.mean(), metrics | response_metrics(split, inputs, compares, averaged)
+        metrics |= {f"loss_{split}/{name}": values for name, values in parts.items()}
+        return losses.mean(), metrics | response_metrics(split, inputs, self.loss.needs_reference(loss_config))
 
     def estimate_kl(self, batch: dict) -> torch.Tensor:
         """Estimate the policy's KL divergence from the reference (nats) for a whole batch of all workers, as KTO does.
@@ -415,10 +442,10 @@ class BasicTrainer:
         """
         self.policy.train()
         start_time = time.perf_counter()
-        kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
         all_metrics = []
-        for microbatch in batch.get("microbatches") or self.prepare(batch)["microbatches"]:
-            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
+        microbatches = batch.get("microbatches") or self.prepare(batch)["microbatches"]
+        for microbatch, loss_function in zip(microbatches, self.batch_losses(batch, microbatches, True), strict=True):
+            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, loss_function)
             # several workers' gradients are averaged
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
             n_tokens = computed_tokens(microbatch, self.layout.is_shared).double()
@@ -501,10 +528,10 @@ class BasicTrainer:
         for batch in progressing(self.eval_batches, "Evaluating", "batches"):
             self.stop.check()
             batch_metrics = []
-            kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
-            for microbatch in self.microbatches(batch, n_least=1):
+            parts = self.microbatches(batch, n_least=1)
+            for microbatch, loss in zip(parts, self.batch_losses(batch, parts, False), strict=True):
                 with torch.no_grad():
-                    metrics = self.get_batch_metrics(microbatch, self.config.loss, False, kl_estimate)[1]
+                    metrics = self.get_batch_metrics(microbatch, self.config.loss, False, loss)[1]
                 counted = self._counted(microbatch)
                 batch_metrics.append({key: values[counted] for key, values in metrics.items()})
                 indices += [index for index in microbatch["index"] if index is not None]
@@ -583,6 +610,7 @@ class BasicTrainer:
             self.state,
             complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
             max_tokens=self.max_tokens,
+            loss_memory={name: float(average) for name, average in self.loss_memory.averages.items()},
             rng_states=collectives.all_gather_object(get_rng_state()),
             wandb_run_id=self.run_log.wandb_run_id if self.run_log else None,
             log_bytes=self.run_log.log_bytes() if self.run_log else {},
@@ -631,6 +659,8 @@ class BasicTrainer:
         if self._moves_reference:
             load_model_state(os.path.join(checkpoint, "reference.pt"), self.reference.model)
         self.state = dataclasses.replace(TrainState.load(checkpoint), inputs=self.state.inputs)
+        averages = self.state.loss_memory.items()
+        self.loss_memory = Memory({name: torch.tensor(value, dtype=torch.float64) for name, value in averages})
 
 
 class FSDPTrainer(BasicTrainer):

@@ -37,7 +37,8 @@ import train
 from commands.command_line import with_free_keys
 from config_checks.schema import CONFIG_DIR, REPOSITORY
 from data import toy
-from losses import KL_ESTIMATE, LOGPS, LOSSES
+from losses import LOSSES
+from objectives.declaration import KL_ESTIMATE, LOGPS, MEAN_LENGTH, MEMORY, Memory
 from preference_datasets import DATASETS, Dataset
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
@@ -63,6 +64,7 @@ SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # (exam
 BETAS = (2.0, 1.5, 1.0, 0.7, 0.5)
 STRENGTHS = {  # an option of the loss and five values, from closest to the reference to farthest
     "ipo": ("beta", (0.26, 0.2, 0.13, 0.09, 0.065)),  # IPO's 1/τ scales a probability of winning, not a reward
+    "sppo": ("beta", (0.52, 0.4, 0.26, 0.18, 0.13)),  # its 1/β is the log-ratio of a certain pair
     "simpo": ("beta", (40.0, 20.0, 10.0, 5.0, 2.0)),  # SimPO's β scales a mean over about 18 tokens
     "orpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
     "cpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
@@ -139,10 +141,9 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     options = {name: option.default for name, option in loss.options.items()} | dict(given)
     inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | {LOGPS[0]: torch.tensor([-8.0001], requires_grad=True)}
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
-    inputs[KL_ESTIMATE] = torch.tensor(0.0)
+    inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(float(n_tokens)), MEMORY: Memory()}
     loss(inputs, options)[0].mean().backward()
-    scale = n_tokens if options.get("average_log_prob") else 1
-    return run.step_size / abs(inputs[LOGPS[0]].grad.item()) * scale
+    return run.step_size / abs(inputs[LOGPS[0]].grad.item())
 
 
 # ---- execution ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from throughput import random_pairs, trl_data
 from acceleration.prefix_sharing import padded_rows
 from acceleration.response_head import response_logps
 from log_probabilities import response_lengths
-from losses import LOGPS, LOSSES
+from losses import LOSSES
+from objectives.declaration import LOGPS
 
 N_PAIRS, BETA = 8, 0.1
 SIZES = Namespace(vocab=512, seed=0, max_length=512, max_prompt_length=256)

@@ -21,7 +21,7 @@ from config_checks.values import check_values
 from data.choice import TRUNCATIONS
 from distributed import environment
 from distributed.strategies import STRATEGIES
-from losses import LOSSES, needs_reference
+from losses import find_loss, needs_reference
 from optimization import check_schedule
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
@@ -296,7 +296,7 @@ def _check_reference(config: DictConfig):
         )
     config.reference = resolved_reference(config)
     _check_moving_reference(config)
-    if LOSSES[config.loss.name].takes_kl_estimate:
+    if find_loss(config.loss).takes_kl_estimate:
         _check_kl_estimate(config)
     if config.model.load_in_4bit:
         if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
@@ -346,7 +346,7 @@ def _check_moving_reference(config: DictConfig):
 
 
 def _check_best(config: DictConfig):
-    known = evaluation_metrics(LOSSES[config.loss.name], config)
+    known = evaluation_metrics(find_loss(config.loss), config)
     if config.keep_best is not None and config.keep_best not in known:
         raise UserError(
             f"keep_best={config.keep_best}: no metric of these evaluations.{closest_match(config.keep_best, known)} "

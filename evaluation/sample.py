@@ -12,7 +12,7 @@ from evaluation import sample_file
 from evaluation.drawing import Item, Tokens, draw, draw_by_vllm
 from evaluation.sample_options import Options, SampleFile
 from evaluation.sample_prompts import Request, read_requests
-from losses import LOSSES
+from losses import find_loss
 from models import load_tokenizer
 from preference_datasets import open_batches
 from reporting.terminal import Progress
@@ -83,9 +83,10 @@ def _draw_by_vllm(config: DictConfig, options: Options) -> dict[str, Tokens]:
     """Return the token ids of the samples that each file lacks, by the file's path."""
     tokenizer, eval_iterator = load_tokenizer(config), None
     if options.prompts is None:
-        sft_mode = not LOSSES[config.loss.name].needs_pairs
+        loss = find_loss(config.loss)
         eval_iterator = open_batches(
-            config, chosen_datasets(config), tokenizer, sft_mode, config.seed, (0, 1), silent=True, trains=False
+            config, chosen_datasets(config), tokenizer, not loss.needs_pairs, config.seed, (0, 1), silent=True,
+            unpaired=loss.accepts_unpaired, trains=False,
         )[1]  # fmt: skip
     requests = read_requests(config, tokenizer, eval_iterator, options.prompts)
     tokens = {}

@@ -9,7 +9,8 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 
-from objectives.declaration import FlipProbability, NonNegative, Outputs, Positive, Range
+from objectives.declaration import Outputs
+from objectives.options import FlipProbability, NonNegative, Positive, Range
 
 
 def robust_dpo_loss(
@@ -171,3 +172,111 @@ def kto_loss(
     desirable = desirable_weight * (1 - torch.sigmoid(beta * (chosen_logratios - kl_estimate)))
     undesirable = undesirable_weight * (1 - torch.sigmoid(beta * (kl_estimate - rejected_logratios)))
     return (desirable + undesirable) / 2, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def apo_zero_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """APO-zero (https://arxiv.org/abs/2408.06266): chosen responses become likelier, rejected ones less likely.
+
+    Eq. 7: 1 - σ(β r(chosen)) + σ(β r(rejected)), r being a response's log-ratio.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = torch.sigmoid(-chosen_rewards) + torch.sigmoid(rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def apo_down_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """APO-down (https://arxiv.org/abs/2408.06266): both become less likely, rejected responses more so.
+
+    Eq. 8: σ(β r(chosen)) + 1 - σ(β (r(chosen) - r(rejected))), for a model better than the chosen responses.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = torch.sigmoid(chosen_rewards) + torch.sigmoid(rejected_rewards - chosen_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def nca_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """NCA on pairs (https://arxiv.org/abs/2402.05369): the likelihood of the chosen response itself matters.
+
+    -log σ(β r(chosen)) - ½ log σ(-β r(chosen)) - ½ log σ(-β r(rejected)).
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = -F.logsigmoid(chosen_rewards) - (F.logsigmoid(-chosen_rewards) + F.logsigmoid(-rejected_rewards)) / 2
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def sppo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """SPPO with hard labels (https://arxiv.org/abs/2405.00675): the log-ratio of each response goes to ±1/(2β).
+
+    (r(chosen) - 1/(2β))² + (r(rejected) + 1/(2β))²: Eq. 4.7 with η = 1/β, the chosen response winning with probability
+    1 and the rejected one with 0.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    losses = (chosen_logratios - 1 / (2 * beta)) ** 2 + (rejected_logratios + 1 / (2 * beta)) ** 2
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def discopop_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.05,
+    tau: Annotated[float, Range(above=0, below=1)] = 0.05,
+) -> Outputs:
+    """DiscoPOP, the log-ratio modulated loss that a language model found (https://arxiv.org/abs/2406.08414).
+
+    Eq. 5: (1 - σ(βh/τ)) (-log σ(βh)) + σ(βh/τ) e^-βh.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    margins = chosen_rewards - rejected_rewards
+    exponential = (F.logsigmoid(margins / tau) - margins).exp()  # the product in one exponent, which can't overflow
+    losses = torch.sigmoid(-margins / tau) * -F.logsigmoid(margins) + exponential
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def dpo_norm_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: Positive = 5.0,
+) -> Outputs:
+    """Length-normalized DPO, Tülu 3's (https://arxiv.org/abs/2411.15124): log-ratios are means over tokens.
+
+    -log σ(β r(chosen) / |chosen| - β r(rejected) / |rejected|). It is `dpo` with `average_log_prob` and a larger β.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps) / chosen_lengths
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps) / rejected_lengths
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()

@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from objectives.declaration import NonNegative, Outputs, Positive
+from objectives.declaration import Outputs
+from objectives.options import NonNegative, Positive
 
 
 def simpo_loss(

@@ -189,7 +189,7 @@ def test_every_pairwise_loss_has_runs_with_valid_options():
         loss = LOSSES[Run(name, 1.0).loss]
         assert frontier.strength_option(name) in loss.options
         assert len(frontier.strengths(name)) == 5
-    assert {*objectives(), "sft"} == {*LOSSES, "cdpo", "tr_dpo"}
+    assert {*objectives(), "sft", "sft_tokens"} == {*LOSSES, "cdpo", "tr_dpo"}
 
 
 @pytest.mark.slow
