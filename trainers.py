@@ -46,7 +46,14 @@ from distributed.batch_losses import linearized, mean_length
 from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
-from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths
+from log_probabilities import (
+    _get_batch_logps,
+    concatenated_inputs,
+    cut_to_shared_lengths,
+    on_policy_weights,
+    response_lengths,
+    shared_lengths,
+)
 from losses import find_loss, preference_loss  # noqa: F401 (users of the original import it from here)
 from models import (
     allow_own_code,
@@ -315,13 +322,49 @@ class BasicTrainer:
     def loss_inputs(self, batch: dict) -> dict[str, torch.Tensor]:
         """Return what losses are computed from, for each example: log-probabilities (nats) and lengths (tokens)."""
         sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-        policy_logps = self.response_logps(self.policy, batch).chunk(len(sides))
-        inputs = {f"policy_{side}_logps": logps for side, logps in zip(sides, policy_logps, strict=True)}
+        of_models = {"policy": self._responses_of(self.policy, batch)}
         if self.loss.needs_pairs:
-            inputs["reference_chosen_logps"], inputs["reference_rejected_logps"] = self.reference_logps(batch)
-        lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides])
-        lengths = lengths.to(self.device, non_blocking=True)
-        return inputs | {f"{side}_lengths": length for side, length in zip(sides, lengths, strict=True)}
+            of_models["reference"] = self._responses_of_reference(batch)
+        lengths = torch.cat([response_lengths(batch[f"{side}_labels"]) for side in sides])
+        inputs = dict(
+            zip((f"{side}_lengths" for side in sides), lengths.to(self.device).chunk(len(sides)), strict=True)
+        )
+        for model, values in of_models.items():
+            for name, of_sides in values.items():
+                parts = zip(sides, of_sides.chunk(len(sides)), strict=True)
+                inputs |= {f"{model}_{side}_{name}": part for side, part in parts}
+        if self.loss.needs_weights(self.config.loss):
+            weights = self.on_policy_weights(batch).chunk(2)
+            inputs["chosen_weights"], inputs["rejected_weights"] = weights
+        return inputs
+
+    def _responses_of(self, model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        """Return the responses' log-probabilities, (S,), and if the loss needs them those up to the shared length."""
+        if not self.loss.needs_shared_logps(self.config.loss):
+            return {"logps": self.response_logps(model, batch)}
+        layout = self.layout if model is self.policy else self.reference_layout
+        with self.autocast(model):
+            if layout.is_plain:
+                both = [self.plain_logps(model, labelled) for labelled in (batch, cut_to_shared_lengths(batch))]
+            else:
+                both = layout.response_logps(model, batch, self.strategy, shared_lengths(batch))
+        return dict(zip(("logps", "shared_logps"), both, strict=True))
+
+    def _responses_of_reference(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Return the same under the reference."""
+        if self.reference is None or self.reference_cache is not None:
+            return dict.fromkeys(("logps", "shared_logps"), torch.cat(self.reference_logps(batch)))
+        with self.reference.active() as model:
+            return {name: logps.to(self.device) for name, logps in self._responses_of(model, batch).items()}
+
+    def on_policy_weights(self, batch: dict) -> torch.Tensor:
+        """Return WPO's weight of each response, (2 * batch_size,), without gradient: another plain forward pass."""
+        inputs = slice_and_move_batch_for_device(concatenated_inputs(batch), 0, 1, self.device)
+        names = ("concatenated_input_ids", "concatenated_attention_mask", "concatenated_labels")
+        input_ids, attention_mask, labels = (inputs[name] for name in names)
+        with torch.no_grad(), self.autocast(self.policy):
+            logits = self.policy(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2B, T, V)
+        return on_policy_weights(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
     def batch_losses(self, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
         """Return the loss of each microbatch, a function of its inputs and options, for a batch of all workers.

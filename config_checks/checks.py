@@ -298,6 +298,11 @@ def _check_reference(config: DictConfig):
     _check_moving_reference(config)
     if find_loss(config.loss).takes_kl_estimate:
         _check_kl_estimate(config)
+    if find_loss(config.loss).needs_shared_logps(config.loss) and config.precompute_ref_log_probs:
+        raise UserError(
+            "precompute_ref_log_probs=true keeps the log-probabilities of whole responses alone; loss.ld_alpha needs "
+            "those up to the shared length, too: use precompute_ref_log_probs=false"
+        )
     if config.model.load_in_4bit:
         if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")

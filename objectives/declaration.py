@@ -100,11 +100,19 @@ class Loss:
         if MEMORY in self.inputs and not self.takes_whole_batch:
             raise TypeError(f"{function}: memory holds averages over whole batches; annotate inputs with WholeBatch")
         if not takes_lengths and not self.takes_kl_estimate:
-            self.options |= modifiers.options(self.needs_pairs, of_margin)
+            self.options |= modifiers.options(self.needs_pairs, self.takes_whole_batch, of_margin)
 
     def needs_reference(self, loss_config) -> bool:
         """True if the loss compares the policy with a reference under these options."""
         return self._compares and not loss_config.get("reference_free", False)
+
+    def needs_shared_logps(self, loss_config) -> bool:
+        """True if a modifier needs the log-probabilities of the tokens up to the length of the shorter response."""
+        return modifiers.needs_shared_logps(loss_config)
+
+    def needs_weights(self, loss_config) -> bool:
+        """True if a modifier needs the weights of the responses (WPO)."""
+        return modifiers.needs_weights(loss_config)
 
     def compute(self, inputs: dict, loss_config) -> Result:
         """Return the losses of a batch, and rewards if there are any; `inputs` hold at least those that it declares."""
@@ -113,7 +121,7 @@ class Loss:
         options = {name: loss_config[name] for name in self._own_options if name in loss_config}
         output = self.function(**arguments, **options)
         losses, *rewards = output if isinstance(output, tuple) else (output,)
-        return Result(losses, tuple(rewards))
+        return Result(modifiers.weighted(losses, inputs, loss_config), tuple(rewards))
 
     def __call__(self, inputs: dict, loss_config) -> tuple[torch.Tensor, ...]:
         """Return the losses, or losses, chosen rewards and rejected rewards."""

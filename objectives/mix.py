@@ -30,6 +30,14 @@ class Mix:
         """True if a part compares the policy with a reference under its options."""
         return any(loss.needs_reference(loss_config[name]) for name, loss in self.parts.items())
 
+    def needs_shared_logps(self, loss_config) -> bool:
+        """True if a part does under its options."""
+        return any(loss.needs_shared_logps(loss_config[name]) for name, loss in self.parts.items())
+
+    def needs_weights(self, loss_config) -> bool:
+        """True if a part does under its options."""
+        return any(loss.needs_weights(loss_config[name]) for name, loss in self.parts.items())
+
     def compute(self, inputs: dict, loss_config) -> Result:
         """Return the weighted sum for a batch, and each part alone."""
         results = {}

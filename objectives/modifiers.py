@@ -4,6 +4,7 @@ In this order, each with its default off:
 
 - `ld_alpha`, LD-DPO (https://arxiv.org/abs/2409.06411): tokens beyond the length of the shorter response count α times;
 - `average_log_prob`: log-probabilities are means over a response's tokens;
+- `wpo`, WPO (https://arxiv.org/abs/2406.11827): pairs count less that the policy itself would hardly give;
 - `f_divergence`, f-DPO (https://arxiv.org/abs/2309.16240): another divergence than the reverse KL regularizes.
 """
 
@@ -20,22 +21,35 @@ F_DIVERGENCE = {
     "f_divergence": Option(str, "reverse_kl", OneOf("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")),
     "f_alpha": Option(float, 0.5, Range(above=0, below=1)),
 }
-UNLISTED = {**LENGTH_DESENSITIZED, **F_DIVERGENCE}  # options that the losses' YAML files don't repeat
+WEIGHTED = {"wpo": Option(bool, False)}
+UNLISTED = {**LENGTH_DESENSITIZED, **WEIGHTED, **F_DIVERGENCE}  # options that the losses' YAML files don't repeat
 _MAX_EXPONENT = 80  # larger ones overflow in float32
 
 
-def options(of_pairs: bool, of_margin: bool) -> dict[str, Option]:
+def options(of_pairs: bool, of_batch: bool, of_margin: bool) -> dict[str, Option]:
     """Return the modifiers that fit a loss of log-probabilities alone.
 
     Args:
+        of_batch: the loss needs the whole batch, so that its pairs can't be weighted one by one.
         of_margin: the loss depends on the difference of the two log-ratios alone.
     """
-    return MEAN | (LENGTH_DESENSITIZED if of_pairs else {}) | (F_DIVERGENCE if of_margin else {})
+    of_each_pair = WEIGHTED if of_pairs and not of_batch else {}
+    return MEAN | (LENGTH_DESENSITIZED if of_pairs else {}) | of_each_pair | (F_DIVERGENCE if of_margin else {})
 
 
 def needs_shared_logps(loss_config) -> bool:
     """True if a loss takes the log-probabilities of the tokens up to the shared length, too."""
     return loss_config.get("ld_alpha", 1.0) != 1.0
+
+
+def needs_weights(loss_config) -> bool:
+    """True if a loss takes WPO's weights, too."""
+    return loss_config.get("wpo", False)
+
+
+def weighted(losses: torch.Tensor, inputs: dict, loss_config) -> torch.Tensor:
+    """Return the losses of a batch, weighted by how likely both responses of a pair are on-policy (WPO, Eq. 2)."""
+    return losses * inputs["chosen_weights"] * inputs["rejected_weights"] if needs_weights(loss_config) else losses
 
 
 def modified(inputs: dict, loss_config) -> dict:

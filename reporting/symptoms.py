@@ -29,6 +29,7 @@ def loss_at_reference(loss_config: DictConfig) -> float | None:
         inputs |= {name: torch.tensor([of_sides[name.split("_")[0]][1]]) for name in LENGTHS}
         inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(1.0), MEMORY: Memory()}
         inputs |= {name.replace("_logps", "_shared_logps"): inputs[name] for name in LOGPS}
+        inputs |= {f"{side}_weights": torch.tensor(1.0) for side in of_sides}
         values.append(loss.compute(inputs, loss_config).losses.item())
     return values[0] if math.isclose(*values, rel_tol=1e-4) else None
 

@@ -70,9 +70,8 @@ def test_loss_inputs_and_options_come_from_its_signature():
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_yaml_holds_the_options_and_defaults_of_the_signature(name):
     yaml = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "loss" / f"{name}.yaml"))
-    assert yaml == {"name": name} | {
-        k: option.default for k, option in LOSSES[name].options.items() if k not in UNLISTED
-    }
+    defaults = {key: option.default for key, option in LOSSES[name].options.items() if key not in UNLISTED}
+    assert yaml == {"name": name, **defaults}
 
 
 @pytest.mark.parametrize("name", LOSSES)
