@@ -67,8 +67,9 @@ FORMULAS = {
         (sign * 0.1 * (b.c - b.r)).sigmoid() * (logsigmoid(sign * 0.1 * (b.c - b.r)) - math.log(label))
         for sign, label in ((1, 0.999), (-1, 0.001))
     ),
-    "discopop": lambda b, seen: (1 - (b.c - b.r).sigmoid()) * nll(0.05 * (b.c - b.r))
-    + (b.c - b.r).sigmoid() * (-0.05 * (b.c - b.r)).exp(),
+    "discopop": lambda b, seen: (
+        (1 - (b.c - b.r).sigmoid()) * nll(0.05 * (b.c - b.r)) + (b.c - b.r).sigmoid() * (-0.05 * (b.c - b.r)).exp()
+    ),
     "chi_po": lambda b, seen: nll((0.1 * (phi(b.c) - phi(b.r))).clamp(-20, 20)),
     "apo_zero": lambda b, seen: 1 - (0.1 * b.c).sigmoid() + (0.1 * b.r).sigmoid(),
     "apo_down": lambda b, seen: (0.1 * b.c).sigmoid() + 1 - (0.1 * (b.c - b.r)).sigmoid(),
@@ -173,7 +174,7 @@ def shared_trainers(tmp_path_factory):
 
 
 def set_loss(trainer, words: list[str]):
-    """Give a trainer another loss, checked as on the command line, and the weights it started from."""
+    """Give a trainer another loss, checked as on the command line, and weights that differ from the reference's."""
     name, *options = words
     section = OmegaConf.from_dotlist(options).get("loss", OmegaConf.create())
     config = OmegaConf.merge(trainer.config, {"reference": "auto"})
@@ -181,7 +182,7 @@ def set_loss(trainer, words: list[str]):
     check_config(config)
     trainer.config, trainer.loss, trainer.loss_memory = config, find_loss(config.loss), Memory()
     if not hasattr(trainer, "start"):
-        trainer.start = copy.deepcopy(trainer.policy.state_dict())
+        trainer.start = {name: 1.03 * value for name, value in trainer.policy.state_dict().items()}
     trainer.policy.load_state_dict(trainer.start)
     trainer.scheduler.last_epoch = 0
     return trainer
@@ -189,7 +190,8 @@ def set_loss(trainer, words: list[str]):
 
 def train_by_hand(trainer, formula) -> tuple[torch.nn.Module, list[float]]:
     """Train a copy of the policy by the formula; return it and the losses of the steps."""
-    policy, reference, seen, losses = copy.deepcopy(trainer.policy), copy.deepcopy(trainer.policy), {}, []
+    policy, seen, losses = copy.deepcopy(trainer.policy), {}, []
+    reference = trainer.reference.model if trainer.reference else policy
     for batch, _ in zip(trainer.train_iterator, range(N_STEPS), strict=False):
         loss = formula(Batch(policy, reference, batch), seen).mean()
         losses.append(loss.item())
@@ -221,3 +223,87 @@ def test_three_steps_in_microbatches_equal_the_formula_of_the_whole_batch(words,
     for (name, value), other in zip(trainer.policy.state_dict().items(), expected.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-8, atol=1e-10, msg=name)
         assert "weight" not in name or not torch.equal(value, start[name])
+
+
+# ---- whole batches, whatever the microbatches and workers -----------------------------------------------------------
+
+OF_BATCHES = [
+    *RUN, "loss=mix", "loss.parts={bco:1,beta_dpo:0.5,aot:0.3,aot_unpaired:0.2,sft_tokens:0.1,dpo:1,kto:0.5}",
+    "loss.dpo.ld_alpha=0.4", "loss.dpo.wpo=true", "loss.bco.momentum=0.5", "optimizer=RMSprop", "lr=1e-3",
+]  # fmt: skip
+WAYS = {
+    "FSDP": ["trainer=FSDPTrainer"],
+    "FSDP padded": ["trainer=FSDPTrainer", "gradient_accumulation_steps=4", "shared_prompt=false"],
+    "TP": ["trainer=TensorParallelTrainer"],
+    "packed rows": ["padding_free=true"],
+    "plain": ["shared_prompt=false", "padding_free=false"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", exhaustive_except(WAYS, "FSDP"))
+def test_losses_of_whole_batches_depend_on_neither_microbatches_nor_workers(way, launcher, tmp_path):
+    lines = []
+    for name, overrides in (("one", ["gradient_accumulation_steps=1"]), (way, WAYS[way])):
+        n_workers = 2 if "trainer" in "".join(overrides) else 1
+        code = launcher.run(*OF_BATCHES, *overrides, f"local_run_dir={tmp_path}/{name}", n_workers=n_workers)
+        assert code == 0, launcher.output
+        lines.append(read_jsonl(tmp_path / name / "metrics.jsonl"))
+    assert {"loss_train/bco", "loss_eval/aot", "loss_eval/sft_tokens"} <= {key for line in lines[0] for key in line}
+    for expected, line in zip(*lines, strict=True):
+        for key in line.keys() - {"split", "examples_per_second", "tokens_per_second"}:
+            if "accuracies" not in key:
+                assert line[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-6), key
+
+
+def test_moving_averages_of_a_loss_resume_with_the_run(make_trainer, tmp_path):
+    words = [*RUN, "loss=mix", "loss.parts={bco:1,beta_dpo:1}", f"local_run_dir={tmp_path}/run"]
+    trainer = make_trainer(*words)
+    batches = list(trainer.train_iterator)
+    for batch in batches[:2]:
+        trainer.train_step(batch)
+    trainer.save()
+    expected = trainer.train_step(batches[2])
+
+    resumed = make_trainer(*words)
+    resumed.resume(str(tmp_path / "run/LATEST"))
+    assert resumed.loss_memory.averages.keys() == {"bco_shift", "beta_dpo_margin"}
+    metrics = resumed.train_step(batches[2])
+    for key in ("loss/train", "loss_train/bco", "loss_train/beta_dpo", "grad_norm"):
+        assert metrics[key] == expected[key], key
+
+    forgetful = make_trainer(*words)
+    forgetful.resume(str(tmp_path / "run/LATEST"))
+    forgetful.loss_memory = Memory()
+    assert forgetful.train_step(batches[2])["loss_train/bco"] != expected["loss_train/bco"]
+
+
+def test_evaluations_leave_moving_averages_alone(make_trainer):
+    trainer = make_trainer(*RUN, "loss=bco")
+    trainer.train_step(next(iter(trainer.train_iterator)))
+    before = dict(trainer.loss_memory.averages)
+    assert trainer.evaluate()["loss/eval"] > 0
+    assert trainer.loss_memory.averages == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loss=dpo", "loss.ld_alpha=0.5", "precompute_ref_log_probs=true"], "loss.ld_alpha needs those up to"),
+        (["loss=dpo", "loss.ld_alpha=1.5"], "loss.ld_alpha=1.5: must be at most 1"),
+        (["loss=dpo", "loss.f_divergence=kl"], "loss.f_divergence=kl: must be one of reverse_kl, forward_kl"),
+        (["loss=kto", "loss.ld_alpha=0.5"], "loss.ld_alpha: loss=kto has no such option"),
+        (["loss=aot", "loss.wpo=true"], "loss.wpo: loss=aot has no such option"),
+        (["loss=bco", "loss.momentum=1"], "loss.momentum=1: must be below 1"),
+        (["loss=mix"], "loss=mix needs the weight of each of its losses"),
+        (["loss=mix", "loss.parts={sigmoid:1}"], "loss.parts=sigmoid: no such loss: sigmoid is dpo here"),
+        (["loss=mix", "loss.parts={dpo:-1}"], "loss.parts.dpo=-1: must be a number above 0"),
+        (["loss=mix", "loss.parts={dpo:1}", "loss.dpo.bta=1"], "loss.dpo.bta: loss=dpo has no such option"),
+        (["loss=mix", "loss.parts={dpo:1}", "loss.ipo.beta=1"], "loss.ipo: loss=mix has no such option"),
+        (["loss=mix", "loss.parts={simpo:1}", "precompute_ref_log_probs=true"], "loss=mix uses no reference"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_do_not_fit_are_refused_in_words(words, message, make_trainer):
+    with pytest.raises(UserError, match=message):
+        make_trainer(*RUN, *words)
