@@ -318,7 +318,8 @@ def length_runs(names: list[str]) -> list[Run]:
 
 def all_runs(quick: bool) -> list[Run]:
     """Return all runs, the most informative ones first."""
-    every = [name for name in objectives() if name != "length_dpo"]  # if all responses are equally long, that is DPO
+    # if all responses are equally long, these are DPO
+    every = [name for name in objectives() if name not in ("length_dpo", "dpo_norm")]
     if quick:
         return [*sweep("dpo", which=(0, 2, 4)), *sweep("ipo", which=(2,))]
     return [
