@@ -115,6 +115,7 @@ def length_table(bench, results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+GREY = "0.75"
 HIGHLIGHTED = {  # the others are grey
     "dpo": "tab:blue", "ipo": "tab:green", "exo": "tab:purple", "simpo": "tab:orange", "kto": "tab:red",
     "apo_zero": "tab:brown", "cpo": "tab:pink", "orpo": "tab:olive",
@@ -137,14 +138,12 @@ def draw(table: str, path: Path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(12, 6), dpi=100)
+    labels: list[tuple[float, float, str, str]] = []
     for name, row in sorted(points(table).items(), key=lambda item: item[0] in HIGHLIGHTED):
         kl, lost = [kl for kl, _ in row], [100 - 100 * fraction for _, fraction in row]
-        colour = HIGHLIGHTED.get(name, "0.7")
+        colour = HIGHLIGHTED.get(name, GREY)
         axes.plot(kl, lost, "o-", color=colour, linewidth=2.2 if name in HIGHLIGHTED else 1, markersize=5)
-        axes.annotate(
-            name, (kl[-1], lost[-1]), (6, 0), textcoords="offset points", va="center", fontsize=9,
-            color=colour if name in HIGHLIGHTED else "0.5",
-        )  # fmt: skip
+        labels.append((kl[-1], lost[-1], name, colour))
     axes.set_yscale("log")
     axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10, 20], ["0.1", "0.2", "0.5", "1", "2", "5", "10", "20"])
     axes.minorticks_off()
@@ -155,8 +154,24 @@ def draw(table: str, path: Path):
     axes.set_title("What each objective loses against the best policy at its KL (higher is better)")
     axes.grid(alpha=0.3)
     figure.tight_layout()
+    _label(axes, labels)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _label(axes, labels: list[tuple[float, float, str, str]]):
+    """Write each name, at (x, y) in its colour, beside its point, and below other names that are in the way."""
+    taken: list[tuple[float, float]] = []
+    for x, y, name, colour in labels[::-1]:
+        left, height = axes.transData.transform((x, y))
+        below = 0
+        while any(abs(left - x) < 75 and abs(height - below - y) < 13 for x, y in taken):
+            below += 4
+        taken.append((left, height - below))
+        axes.annotate(
+            name, (x, y), (7, -0.72 * below), textcoords="offset points", va="center", fontsize=9,
+            color="0.45" if colour == GREY else colour,
+        )  # fmt: skip
 
 
 def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
