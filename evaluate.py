@@ -13,9 +13,9 @@ def run(config: DictConfig):
 
 
 def _evaluate(config: DictConfig, options: Options):
-    from trainers import make_trainer  # takes seconds
+    from trainers import make_trainer  # takes seconds to import
 
-    trainer = make_trainer(config, trains=False)
+    trainer = make_trainer(config, purpose="evaluate")
     check_hub_models(config, options.checkpoints)
     evaluate_checkpoints(trainer, options)
 

@@ -39,13 +39,13 @@ def shared_lengths(batch: dict) -> torch.Tensor:
     return torch.minimum(*lengths).repeat(2)
 
 
-def cut_to_shared_lengths(batch: dict) -> dict:
-    """Return the batch without the labels of tokens beyond the length of the pair's shorter response."""
-    until, cut = shared_lengths(batch).chunk(2)[0][:, None], dict(batch)
-    for side in ("chosen", "rejected"):
+def with_first_labels(batch: dict, until: torch.Tensor) -> dict:
+    """Return the batch with the labels of the first `until` tokens of each response alone; (2 * batch_size,)."""
+    cut = dict(batch)
+    for side, n_tokens in zip(("chosen", "rejected"), until.chunk(2), strict=True):
         labels = batch[f"{side}_labels"].clone()
         predicted = labels[:, 1:]
-        predicted[(predicted != -100).cumsum(1) > until] = -100
+        predicted[(predicted != -100).cumsum(1) > n_tokens[:, None]] = -100
         cut[f"{side}_labels"] = labels
     return cut
 

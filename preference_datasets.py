@@ -26,9 +26,8 @@ from data.row_sources import ROWS  # noqa: F401 (re-exported)
 from data.selection import epoch_order, first_examples, without_identical, without_overlong
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
-from optimization import rate_warning
 from reporting.terminal import progressing
-from utils import UserError, closest_match, get_local_dir, on_rank0, rank0_print
+from utils import UserError, closest_match, get_local_dir, on_rank0
 
 if TYPE_CHECKING:
     import datasets
@@ -457,8 +456,6 @@ def open_batches(
     train = train if trains else test
     if on_rank0():
         print_report(train if trains else None, test, tokenizer)
-        if trains and (warning := rate_warning(config, train.n_batches)) is not None:
-            rank0_print(warning)
     return train, test
 
 

@@ -6,7 +6,7 @@ import textwrap
 
 from omegaconf import DictConfig, OmegaConf
 
-from acceleration.memory_plan import explained_out_of_memory
+from acceleration.out_of_memory import explained_out_of_memory
 from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
@@ -35,6 +35,7 @@ from config_checks.datasets import chosen_datasets, hub_names
 from config_checks.schema import changed_keys
 from distributed import collectives
 from losses import find_loss
+from optimization import rate_warning
 from preference_datasets import open_batches
 from utils import UserError, on_rank0, rank0_print
 
@@ -94,10 +95,12 @@ def report_data(config: DictConfig):
     hub.use_cache_if_unreachable(hub_names(config))
     allow_own_code(config)
     loss, tokenizer = find_loss(config.loss), load_tokenizer(config)
-    open_batches(
+    train_batches, _ = open_batches(
         config, chosen_datasets(config), tokenizer, not loss.needs_pairs, config.seed, (0, 1), False,
         mismatched=loss.takes_kl_estimate, unpaired=loss.accepts_unpaired,
     )  # fmt: skip
+    if warning := rate_warning(config, train_batches.n_batches):
+        rank0_print(warning)
     rank0_print("data_only=true: nothing is trained")
 
 
@@ -107,7 +110,7 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
     Args:
         files: fingerprints of the files that the run starts from.
     """
-    from trainers import make_trainer  # takes seconds
+    from trainers import make_trainer  # takes seconds to import
 
     trainer, run_dir = make_trainer(config), config.local_run_dir
     trainer.state.inputs = {**files, **check_loaded(config, checkpoint, trainer)}

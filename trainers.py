@@ -11,12 +11,15 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from acceleration.batch_losses import batch_losses
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
-from acceleration.memory_plan import explained_out_of_memory, resumed_cap
+from acceleration.loss_inputs import loss_inputs, tokens_that_count
+from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
+from acceleration.out_of_memory import explained_out_of_memory
 from acceleration.overflow import check_no_overflow
-from acceleration.reference_cache import LogpsCache, open_cache
+from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
 from checkpointing import best
 from checkpointing.checkpoints import (
@@ -27,11 +30,11 @@ from checkpointing.checkpoints import (
     point_latest,
     write_checkpoint,
 )
+from checkpointing.optimizer_state import load_optimizer_state
 from checkpointing.stop_signal import Stopped, StopSignal
 from checkpointing.train_state import (
     TrainState,
     get_rng_state,
-    load_optimizer_state,
     restore_rng_state,
     seed_generators,
     set_rng_state,
@@ -42,18 +45,10 @@ from data import hub
 from data.batches import mismatched_batch, prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
-from distributed.batch_losses import linearized, mean_length
 from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
-from log_probabilities import (
-    _get_batch_logps,
-    concatenated_inputs,
-    cut_to_shared_lengths,
-    on_policy_weights,
-    response_lengths,
-    shared_lengths,
-)
+from log_probabilities import _get_batch_logps, concatenated_inputs, with_first_labels
 from losses import find_loss, preference_loss  # noqa: F401 (users of the original import it from here)
 from models import (
     allow_own_code,
@@ -65,21 +60,19 @@ from models import (
     load_reference,
     load_tokenizer,
 )
-from objectives.declaration import Memory, Result
-from optimization import make_optimizer, make_scheduler
+from objectives.declaration import Memory
+from optimization import make_optimizer, make_scheduler, rate_warning
 from preference_datasets import open_batches
 from references import (
     Reference,
     check_reference_can_move,
     make_reference,
-    make_starting_reference,
     move_reference,
     reference_source,
 )
 from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
-from reporting.terminal import RunTable, progressing, training_bar
-from reporting.time_left import TimeLeft
+from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
 from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device
 
@@ -104,8 +97,7 @@ class BasicTrainer:
         reference_model: nn.Module | Callable[[], nn.Module | None] | None = None,
         rank: int = 0,
         world_size: int = 1,
-        trains: bool = True,
-        reads_data: bool = True,
+        purpose: str = "train",
     ):
         """Load the data, then get the models and the optimizer ready.
 
@@ -116,8 +108,8 @@ class BasicTrainer:
             policy: the model to train, or a function that loads it; it is called after the data have been read.
             config: one that `check_config` has checked.
             reference_model: the model to compare with, or a function that loads it; called only if it is needed.
-            trains: False loads the evaluation data alone.
-            reads_data: False loads no data at all and makes no optimizer, for commands that bring their own prompts.
+            purpose: what is loaded besides the models. "train": all data and an optimizer; "evaluate": evaluation data;
+                "sample": nothing.
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
@@ -129,13 +121,13 @@ class BasicTrainer:
         self.run_log: RunLog | None = None
         self.tokenizer = load_tokenizer(config)
         self.train_iterator = self.eval_iterator = self.optimizer = self.scheduler = None
-        if reads_data:
-            self._load_data(trains)
+        if purpose != "sample":
+            self._load_data(trains=purpose == "train")
         self._set_up_policy(policy)
         self._set_up_reference(reference_model)
-        if reads_data:
+        if purpose == "train":
             self._set_up_optimizer()
-        self.microbatch_overhead, self.max_tokens = speed_up(self, trains)
+        self.microbatch_overhead, self.max_tokens = speed_up(self)
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
@@ -156,6 +148,8 @@ class BasicTrainer:
             unpaired=self.loss.accepts_unpaired,
             trains=trains,
         )
+        if trains and (warning := rate_warning(config, self.train_iterator.n_batches)):
+            rank0_print(warning)
         self.eval_batches = [
             {**batch, "index": self.eval_iterator.indices(number)} for number, batch in enumerate(self.eval_iterator)
         ]
@@ -201,58 +195,41 @@ class BasicTrainer:
             return
         if reference_model is None:
             raise ValueError(f"loss={config.loss.name} needs a reference_model")
-
-        def load() -> nn.Module:
-            model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
-            model = self.strategy.distribute(model, is_policy=False)
-            if reference_source(config).given:
-                check_reference_fits(model, self.policy, self.tokenizer, config)
-            if self._moves_reference:
-                check_reference_can_move(model, self.policy, config)
-            if self.eval_iterator is not None:
-                check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-            if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
-                self.reference_layout = self._choose_layout(model)
-            if config.compile:
-                compile_blocks(model, None if reference_source(config).given else config.model.block_name)
-            return model
-
-        kind = config.reference
-        rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
-        self._load_reference = load
+        self.load_reference = functools.partial(self._load_reference, reference_model)
+        rank0_print(f"Reference: {config.reference}{', precomputed' if config.precompute_ref_log_probs else ''}")
         if not config.precompute_ref_log_probs:
-            self.reference = make_reference(kind, self.policy, load)
+            self.reference = make_reference(config.reference, self.policy, self.load_reference)
+
+    def _load_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None]) -> nn.Module:
+        """Load a second model as the reference, and check that the policy can be compared with it."""
+        config, is_another = self.config, bool(reference_source(self.config).given)
+        model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
+        model = self.strategy.distribute(model, is_policy=False)
+        if is_another:
+            check_reference_fits(model, self.policy, self.tokenizer, config)
+        if self._moves_reference:
+            check_reference_can_move(model, self.policy, config)
+        if self.eval_iterator is not None and model.dtype == torch.float16:
+            check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
+        if is_another or self.layout.is_packed:  # packed rows depend on the dtype, too
+            self.reference_layout = self._choose_layout(model)
+        if config.compile:
+            compile_blocks(model, None if is_another else config.model.block_name)
+        return model
 
     def precompute_reference(self):
-        """With `precompute_ref_log_probs`, fill the cache with the reference's log-probabilities of all pairs, once.
+        """With `precompute_ref_log_probs`, compute the reference's log-probabilities of all pairs, once.
 
-        The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
-        freed, unless it is the policy under another adapter.
-
-        Raises: Stopped after a signal; the cache then has all that was computed, except up to 1,024 pairs.
+        Raises: Stopped after a signal.
         """
         config = self.config
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
-        if not is_needed or self.reference_cache is not None:
-            return
-        kind = config.reference
-        reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
-        cache = open_cache(self.policy, kind, config, reference)
-
-        def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-            self.stop.check()
-            with reference().active() as model:
-                return self.response_logps(model, batch).chunk(2)
-
-        def split(batch: dict) -> list[dict]:
-            return self.microbatches(batch, n_least=-(-len(batch["prompt"]) // config.eval_batch_size))
-
-        cache.fill({"training": self.train_iterator, "evaluation": self.eval_iterator}, compute, split)
-        self.reference_cache = cache
-        if kind != "model":  # it takes no memory, and samples are drawn from it
-            self.reference = make_reference(kind, self.policy, self._load_reference)
-        elif config.sample_during_eval:
-            rank0_print("Reference freed: samples come from the policy only")
+        if is_needed and self.reference_cache is None:
+            self.reference_cache = fill_cache(self)
+            if config.reference != "model":  # it takes no memory, and samples are drawn from it
+                self.reference = make_reference(config.reference, self.policy, self.load_reference)
+            elif config.sample_during_eval:
+                rank0_print("Reference freed: samples come from the policy only")
 
     def _set_up_optimizer(self):
         config = self.config
@@ -290,13 +267,18 @@ class BasicTrainer:
             return torch.cat(self.concatenated_forward(model, batch))
         return self.target_forward(model, batch)
 
-    def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the same as `plain_logps`, computed in the model's layout."""
+    def response_logps(self, model: nn.Module, batch: dict, until: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the same as `plain_logps`, computed in the model's layout.
+
+        `until`: (S,) number of tokens; the log-probability of that many first ones is returned, too: (2, S).
+        """
         layout = self.layout if model is self.policy else self.reference_layout
         with self.autocast(model):
-            if layout.is_plain:
+            if not layout.is_plain:
+                return layout.response_logps(model, batch, self.strategy, until)
+            if until is None:
                 return self.plain_logps(model, batch)
-            return layout.response_logps(model, batch, self.strategy)
+            return torch.stack([self.plain_logps(model, part) for part in (batch, with_first_labels(batch, until))])
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """Compute the policy in `model.policy_mp` inside.
@@ -308,7 +290,7 @@ class BasicTrainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 
-    def reference_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_logps(self, batch: dict, until: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
         if self.reference_cache is not None:
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
@@ -317,76 +299,7 @@ class BasicTrainer:
             zeros = torch.zeros(len(batch["prompt"]), device=self.device)
             return zeros, zeros
         with self.reference.active() as model:
-            return self.response_logps(model, batch).to(self.device).chunk(2)  # it may be on another GPU
-
-    def loss_inputs(self, batch: dict) -> dict[str, torch.Tensor]:
-        """Return what losses are computed from, for each example: log-probabilities (nats) and lengths (tokens)."""
-        sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-        of_models = {"policy": self._responses_of(self.policy, batch)}
-        if self.loss.needs_pairs:
-            of_models["reference"] = self._responses_of_reference(batch)
-        lengths = torch.cat([response_lengths(batch[f"{side}_labels"]) for side in sides])
-        inputs = dict(
-            zip((f"{side}_lengths" for side in sides), lengths.to(self.device).chunk(len(sides)), strict=True)
-        )
-        for model, values in of_models.items():
-            for name, of_sides in values.items():
-                parts = zip(sides, of_sides.chunk(len(sides)), strict=True)
-                inputs |= {f"{model}_{side}_{name}": part for side, part in parts}
-        if self.loss.needs_weights(self.config.loss):
-            weights = self.on_policy_weights(batch).chunk(2)
-            inputs["chosen_weights"], inputs["rejected_weights"] = weights
-        return inputs
-
-    def _responses_of(self, model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
-        """Return the responses' log-probabilities, (S,), and if the loss needs them those up to the shared length."""
-        if not self.loss.needs_shared_logps(self.config.loss):
-            return {"logps": self.response_logps(model, batch)}
-        layout = self.layout if model is self.policy else self.reference_layout
-        with self.autocast(model):
-            if layout.is_plain:
-                both = [self.plain_logps(model, labelled) for labelled in (batch, cut_to_shared_lengths(batch))]
-            else:
-                both = layout.response_logps(model, batch, self.strategy, shared_lengths(batch))
-        return dict(zip(("logps", "shared_logps"), both, strict=True))
-
-    def _responses_of_reference(self, batch: dict) -> dict[str, torch.Tensor]:
-        """Return the same under the reference."""
-        if self.reference is None or self.reference_cache is not None:
-            return dict.fromkeys(("logps", "shared_logps"), torch.cat(self.reference_logps(batch)))
-        with self.reference.active() as model:
-            return {name: logps.to(self.device) for name, logps in self._responses_of(model, batch).items()}
-
-    def on_policy_weights(self, batch: dict) -> torch.Tensor:
-        """Return WPO's weight of each response, (2 * batch_size,), without gradient: another plain forward pass."""
-        inputs = slice_and_move_batch_for_device(concatenated_inputs(batch), 0, 1, self.device)
-        names = ("concatenated_input_ids", "concatenated_attention_mask", "concatenated_labels")
-        input_ids, attention_mask, labels = (inputs[name] for name in names)
-        with torch.no_grad(), self.autocast(self.policy):
-            logits = self.policy(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2B, T, V)
-        return on_policy_weights(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-
-    def batch_losses(self, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
-        """Return the loss of each microbatch, a function of its inputs and options, for a batch of all workers.
-
-        What the loss takes from the whole batch is computed here: see `objectives.declaration.Loss`.
-        """
-        of_batch: dict = {"memory": self.loss_memory}
-        self.loss_memory.is_frozen = not train
-        if self.loss.takes_kl_estimate:
-            of_batch["kl_estimate"] = self.estimate_kl(batch)
-        if self.loss.takes_mean_length:
-            of_batch["mean_chosen_length"] = mean_length(batch, self._counted(batch), self.is_sharded)
-
-        def loss(inputs: dict, loss_config: DictConfig) -> Result:
-            return self.loss.compute(inputs | of_batch, loss_config)
-
-        if not self.loss.takes_whole_batch or (len(microbatches) == 1 and not self.is_sharded):
-            return [loss] * len(microbatches)
-        with torch.no_grad():
-            inputs = [self.loss_inputs(microbatch) for microbatch in microbatches]
-        counted = [self._counted(microbatch) for microbatch in microbatches]
-        return linearized(functools.partial(loss, loss_config=self.config.loss), inputs, counted, self.is_sharded)
+            return self.response_logps(model, batch, until).to(self.device).chunk(2, dim=-1)  # it may be on another GPU
 
     def get_batch_metrics(
         self, batch: dict, loss_config: DictConfig, train: bool = True, loss: Callable | None = None
@@ -396,8 +309,9 @@ class BasicTrainer:
         Args:
             loss: that of a microbatch, from `batch_losses`; None takes this batch for a whole one.
         """
-        split, inputs = "train" if train else "eval", self.loss_inputs(batch)
-        loss = loss or self.batch_losses(batch, [batch], train)[0]
+        split, until = "train" if train else "eval", tokens_that_count(self, batch)
+        inputs = loss_inputs(self, batch, self.response_logps(self.policy, batch, until))
+        loss = loss or batch_losses(self, batch, [batch], train)[0]
         losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
         averaged = loss_config.get("average_log_prob", False)
@@ -418,7 +332,7 @@ class BasicTrainer:
         for microbatch in self.microbatches(mismatched_batch(batch), n_least=1):
             with torch.no_grad():
                 policy_logps = self.response_logps(self.policy, microbatch).view(2, -1)  # (2, B)
-            counted = self._counted(microbatch)
+            counted = self.counted(microbatch)
             logratios = (policy_logps - torch.stack(self.reference_logps(microbatch))).where(counted, 0)
             sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).double()
         if self.is_sharded:
@@ -437,12 +351,9 @@ class BasicTrainer:
         seed_generators(self.seed + self.strategy.batch_shard[0])  # other samples for other prompts
         restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
-            n_examples, epoch_size, state = self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
-            every = self.config.eval_every, self.config.save_every or self.config.eval_every
-            time_left = TimeLeft(n_examples, self.config.batch_size, *every)
-            table = RunTable(n_examples, epoch_size, state.examples, state.metrics, time_left)
-            logged = state.log_bytes, state.wandb_run_id, state.log_sha256
-            self.run_log = RunLog(self.config, self.run_dir, table, *logged)
+            self.run_log = RunLog(
+                self.config, self.run_dir, self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
+            )
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
         bar = training_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
@@ -487,7 +398,7 @@ class BasicTrainer:
         start_time = time.perf_counter()
         all_metrics = []
         microbatches = batch.get("microbatches") or self.prepare(batch)["microbatches"]
-        for microbatch, loss_function in zip(microbatches, self.batch_losses(batch, microbatches, True), strict=True):
+        for microbatch, loss_function in zip(microbatches, batch_losses(self, batch, microbatches, True), strict=True):
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, loss_function)
             # several workers' gradients are averaged
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
@@ -572,10 +483,10 @@ class BasicTrainer:
             self.stop.check()
             batch_metrics = []
             parts = self.microbatches(batch, n_least=1)
-            for microbatch, loss in zip(parts, self.batch_losses(batch, parts, False), strict=True):
+            for microbatch, loss in zip(parts, batch_losses(self, batch, parts, False), strict=True):
                 with torch.no_grad():
                     metrics = self.get_batch_metrics(microbatch, self.config.loss, False, loss)[1]
-                counted = self._counted(microbatch)
+                counted = self.counted(microbatch)
                 batch_metrics.append({key: values[counted] for key, values in metrics.items()})
                 indices += [index for index in microbatch["index"] if index is not None]
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
@@ -583,7 +494,7 @@ class BasicTrainer:
             all_metrics += batch_metrics
         return all_metrics, indices
 
-    def _counted(self, batch: dict) -> torch.Tensor:
+    def counted(self, batch: dict) -> torch.Tensor:
         """Return a mask of examples that count, (batch_size,): without those that fill up an evaluation batch."""
         if "index" not in batch:  # a training batch
             return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)
@@ -718,12 +629,12 @@ class TensorParallelTrainer(BasicTrainer):
     strategy_class = STRATEGIES["TensorParallelTrainer"]
 
 
-def make_trainer(config: DictConfig, trains: bool = True, reads_data: bool = True) -> BasicTrainer:
-    """Load the tokenizer, data, policy and reference that the config names; see `BasicTrainer` for what is left out."""
+def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
+    """Load the tokenizer, data, policy and reference that the config names; for `purpose` see `BasicTrainer`."""
     quiet_libraries()
     use_expandable_segments()
     use_deterministic_algorithms(config.deterministic)
-    hub.use_cache_if_unreachable(hub_names(config, reads_data))
+    hub.use_cache_if_unreachable(hub_names(config, reads_data=purpose != "sample"))
     allow_own_code(config)
     trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
@@ -740,6 +651,4 @@ def make_trainer(config: DictConfig, trains: bool = True, reads_data: bool = Tru
 
     ranks = collectives.rank_and_world_size()
     with explained_out_of_memory(config):
-        return trainer_class(
-            policy, config, config.seed, config.local_run_dir, reference_model, *ranks, trains, reads_data
-        )
+        return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, purpose)

@@ -1,6 +1,7 @@
 """A cache on disk for the reference's log-probabilities, which are computed once, before training."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from basics.files import atomic_file
 from data.batches import BatchIterator
 from distributed import collectives
 from distributed.dtensor import full_tensor
-from references import REFERENCE_ADAPTER, Reference, has_the_weights
+from references import REFERENCE_ADAPTER, Reference, has_the_weights, make_starting_reference
 from reporting.terminal import Progress, progressing
 from utils import UserError, get_local_dir, on_rank0, rank0_print, take
 
@@ -165,6 +166,31 @@ def _fingerprint(model: nn.Module, with_adapter: bool, cast_to: torch.dtype | No
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def fill_cache(trainer) -> LogpsCache:
+    """Return the reference's log-probabilities of all of a trainer's pairs, before its first step.
+
+    The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
+    freed, unless it is the policy under another adapter.
+
+    Raises: Stopped after a signal; the cache then has all that was computed, except up to 1,024 pairs.
+    """
+    config, kind = trainer.config, trainer.config.reference
+    make = functools.partial(make_starting_reference, kind, trainer.policy, config, trainer.load_reference)
+    reference = functools.cache(make)
+    cache = open_cache(trainer.policy, kind, config, reference)
+
+    def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        trainer.stop.check()
+        with reference().active() as model:
+            return trainer.response_logps(model, batch).chunk(2)
+
+    def split(batch: dict) -> list[dict]:
+        return trainer.microbatches(batch, n_least=-(-len(batch["prompt"]) // config.eval_batch_size))
+
+    cache.fill({"training": trainer.train_iterator, "evaluation": trainer.eval_iterator}, compute, split)
+    return cache
 
 
 def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Callable[[], Reference]) -> LogpsCache:

@@ -9,11 +9,8 @@ from data.microbatches import computed_tokens
 from utils import rank0_print
 
 
-def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
-    """Apply all speed-ups to a trainer's policy.
-
-    Args:
-        trains: plan the memory for training; otherwise it is not planned.
+def speed_up(trainer) -> tuple[float, int | None]:
+    """Apply all speed-ups to a trainer's policy; without an optimizer, no memory is planned.
 
     Returns: how many tokens could be computed in the time that one more microbatch costs, and the most tokens of a
         microbatch, None for any number.
@@ -23,7 +20,7 @@ def speed_up(trainer, trains: bool) -> tuple[float, int | None]:
         batch = trainer.eval_iterator.first_examples(2)
         if not shadow_if_equal(policy, trainer.optimizer, lambda: trainer.response_logps(policy, batch)):
             rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
-    fitting = _fitting_tokens(trainer) if trains and trainer.device.type == "cuda" else None
+    fitting = _fitting_tokens(trainer) if trainer.optimizer and trainer.device.type == "cuda" else None
     if config.compile:
         compile_blocks(policy, config.model.block_name)
     return microbatch_overhead(policy, trainer.device), config.max_tokens_per_microbatch or fitting

@@ -128,7 +128,9 @@ def objectives() -> list[str]:
 
 
 def learning_rate(run: Run, n_tokens: int) -> float:
-    """Return step_size / |∂ loss / ∂ log π(preferred)| at the reference, for two responses of equal likelihood.
+    """Return step_size / |∂ loss / ∂ log π| at the reference, for two responses of equal likelihood.
+
+    The derivative is the larger of those with respect to the preferred and the dispreferred response.
 
     This makes SGD's steps independent of an objective's scale and strength; for DPO it is 2 · step_size / β. Other
     optimizers don't need it. A loss with a kink at the reference (DPOP) is steeper where the preferred response has
@@ -139,11 +141,14 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     loss = LOSSES[run.loss]
     given = OmegaConf.from_dotlist([word for word in run.overrides() if word.startswith("loss.")]).get("loss", {})
     options = {name: option.default for name, option in loss.options.items()} | dict(given)
-    inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | {LOGPS[0]: torch.tensor([-8.0001], requires_grad=True)}
+    trained = {
+        name: torch.tensor([logp], requires_grad=True) for name, logp in zip(LOGPS[:2], (-8.0001, -8.0), strict=True)
+    }
+    inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | trained
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
     inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(float(n_tokens)), MEMORY: Memory()}
     loss(inputs, options)[0].mean().backward()
-    return run.step_size / abs(inputs[LOGPS[0]].grad.item())
+    return run.step_size / max(abs(logps.grad.item()) for logps in trained.values())
 
 
 # ---- execution ------------------------------------------------------------------------------------------------------

@@ -9,9 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from transformers import GenerationConfig
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from data.messages import BadExample
 from data.rows import Example, shared_start
 from data.turns import STAND_IN, Dialogue, Span, is_assistants
@@ -120,6 +117,8 @@ class Renderer:
             if not self.marks_turns:
                 return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs), []
             kwargs |= self.tokenizer.special_tokens_map
+            from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds
+
             texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **kwargs)
             return texts[0], spans[0]
         except Exception as error:  # templates may raise anything, e.g. if roles don't alternate
@@ -321,7 +320,7 @@ def turn_end(tokenizer, template: str | None) -> str | None:
     return found and found[0]
 
 
-def end_token_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
+def end_token_ids(generation_config, tokenizer) -> list[int]:
     """Return the ids that end a response: the tokenizer's, the model's, and the chat template's end of a turn."""
     ends = generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}

@@ -58,7 +58,8 @@ def modified(inputs: dict, loss_config) -> dict:
     names = [name for name in inputs if name.endswith("_logps") and not name.endswith("_shared_logps")]
     for name in names:
         if needs_shared_logps(loss_config):
-            shared = inputs[name.replace("_logps", "_shared_logps")]
+            # without a reference, its log-probabilities are zeros
+            shared = inputs.get(name.replace("_logps", "_shared_logps"), inputs[name])
             inputs[name] = shared + loss_config["ld_alpha"] * (inputs[name] - shared)
         if loss_config.get("average_log_prob", False):
             inputs[name] = inputs[name] / inputs[f"{_side(name)}_lengths"]

@@ -12,6 +12,7 @@ from basics.files import sha256
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
+from reporting.time_left import TimeLeft
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
 from utils import UserError, rank0_print
@@ -27,26 +28,25 @@ class RunLog:
     after an exception.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        run_dir: str,
-        table: RunTable,
-        log_bytes: dict[str, int] | None = None,
-        wandb_run_id: str | None = None,
-        log_sha256: dict[str, str] | None = None,
-    ):
-        """A resumed run passes the log sizes, digests and the wandb id that its checkpoint holds."""
+    def __init__(self, config: DictConfig, run_dir: str, n_examples: int, epoch_size: int, state):
+        """Open the logs; a resumed run's are cut to what the checkpoint's `state`, a `TrainState`, knows of.
+
+        Args:
+            n_examples: number of training examples at the end of the run.
+            epoch_size: number of training examples in an epoch.
+        """
         os.makedirs(run_dir, exist_ok=True)
-        self.run_dir, self.table, self.batch_size = run_dir, table, config.batch_size
-        self._truncate(log_bytes or {}, log_sha256 or {})
+        time_left = TimeLeft(n_examples, config.batch_size, config.eval_every, config.save_every or config.eval_every)
+        self.table = RunTable(n_examples, epoch_size, state.examples, state.metrics, time_left)
+        self.run_dir, self.batch_size = run_dir, config.batch_size
+        self._truncate(state.log_bytes, state.log_sha256)
         self.interval = config.minimum_log_interval_secs  # seconds
         self.last_train_log = -float("inf")
         self.unprinted: list[dict[str, float]] = []  # steps since the last line
         self.recent = ""  # time left, loss and accuracy of the last line, for a bar
         self.n_steps, self.n_tokens, self.seconds = 0, 0.0, 0.0  # of this process
         self.symptoms = Symptoms(config)
-        self.trackers = Trackers(config, run_dir, wandb_run_id, table.n_done)
+        self.trackers = Trackers(config, run_dir, state.wandb_run_id, state.examples)
         self.curves = CurvesDrawer(run_dir) if config.curves else None
 
     @property

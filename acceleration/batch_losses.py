@@ -6,24 +6,50 @@ log-probabilities once more, and has the same loss, with that derivative as its 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from acceleration.loss_inputs import forward
 from distributed import collectives
 from log_probabilities import response_lengths
 from objectives.declaration import Result
 
 
-def mean_length(batch: dict, counted: torch.Tensor, is_sharded: bool) -> torch.Tensor:
-    """Return the mean number of trained tokens of a batch's responses, on all workers, shape ()."""
+def batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
+    """Return the loss of each microbatch, a function of its inputs and options, for a batch of all workers.
+
+    What the loss takes from the whole batch is computed here: see `objectives.declaration.Loss`.
+    """
+    loss, of_batch = trainer.loss, {"memory": trainer.loss_memory}
+    trainer.loss_memory.is_frozen = not train
+    if loss.takes_kl_estimate:
+        of_batch["kl_estimate"] = trainer.estimate_kl(batch)
+    if loss.takes_mean_length:
+        of_batch["mean_chosen_length"] = _mean_length(trainer, batch)
+
+    def compute(inputs: dict, loss_config) -> Result:
+        return loss.compute(inputs | of_batch, loss_config)
+
+    if not loss.takes_whole_batch or (len(microbatches) == 1 and not trainer.is_sharded):
+        return [compute] * len(microbatches)
+    with torch.no_grad():
+        inputs = [forward(trainer, microbatch) for microbatch in microbatches]
+    counted = [trainer.counted(microbatch) for microbatch in microbatches]
+    return _linearized(partial(compute, loss_config=trainer.config.loss), inputs, counted, trainer.is_sharded)
+
+
+def _mean_length(trainer, batch: dict) -> torch.Tensor:
+    """Return the mean number of trained tokens of a batch's chosen responses, on all workers, shape ()."""
+    counted = trainer.counted(batch)
     lengths = response_lengths(batch["chosen_labels"]).to(counted.device)
-    sum_and_count = torch.stack([(lengths * counted).sum(), counted.sum()]).double()
-    if is_sharded:
+    sum_and_count = torch.stack([(lengths * counted).sum(), counted.sum()]).to(torch.float32)
+    if trainer.is_sharded:
         sum_and_count = collectives.all_reduce_sum(sum_and_count)
-    return (sum_and_count[0] / sum_and_count[1]).float()
+    return sum_and_count[0] / sum_and_count[1]
 
 
-def linearized(
+def _linearized(
     loss: Callable[[dict], Result], inputs: list[dict], counted: list[torch.Tensor], is_sharded: bool
 ) -> list[Callable]:
     """Return a loss for each microbatch, which has the values and the gradient of the loss of the whole batch.
