@@ -148,7 +148,7 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
     inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(float(n_tokens)), MEMORY: Memory()}
     loss(inputs, options)[0].mean().backward()
-    return run.step_size / max(abs(logps.grad.item()) for logps in trained.values())
+    return run.step_size / max(abs(logps.grad.item()) for logps in trained.values() if logps.grad is not None)
 
 
 # ---- execution ------------------------------------------------------------------------------------------------------

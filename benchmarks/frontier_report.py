@@ -118,7 +118,7 @@ def length_table(bench, results: list[dict]) -> str:
 GREY = "0.75"
 HIGHLIGHTED = {  # the others are grey
     "dpo": "tab:blue", "ipo": "tab:green", "exo": "tab:purple", "simpo": "tab:orange", "kto": "tab:red",
-    "apo_zero": "tab:brown", "cpo": "tab:pink", "orpo": "tab:olive",
+    "bco": "tab:brown", "cpo": "tab:pink", "orpo": "tab:olive",
 }  # fmt: skip
 
 
