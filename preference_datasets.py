@@ -27,7 +27,7 @@ from data.row_sources import ROWS  # noqa: F401 (re-exported)
 from data.selection import epoch_order, first_examples, without_identical, without_overlong
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
-from losses import LOSSES
+from losses import find_loss
 from reporting.terminal import progressing
 from utils import UserError, closest_match, get_local_dir, on_rank0
 
@@ -353,6 +353,7 @@ def get_batch_iterator(
     drop_last: bool = True,
     shard: tuple[int, int] = (0, 1),
     mismatched: bool = False,
+    unpaired: bool = False,
     add_bos: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (it can't be changed)
 ) -> BatchIterator:
@@ -371,7 +372,8 @@ def get_batch_iterator(
             rounded up. False: the last batch may be smaller, and n_examples takes no example twice.
         shard: (index, count): yield only this one of `count` shards of each batch.
         mismatched: add, under keys 'mismatched_...', each prompt with another prompt's responses, for KTO's estimate of
-            the KL divergence; unpaired data is accepted, too.
+            the KL divergence.
+        unpaired: accept unpaired data, too: single responses, each marked good or bad.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
         settings: how to read data that isn't a named dataset.
 
@@ -385,7 +387,7 @@ def get_batch_iterator(
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
     choices = [name if isinstance(name, Choice) else Choice(name) for name in names]
-    accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if mismatched else ("pairs",)
+    accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if unpaired else ("pairs",)
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
@@ -422,7 +424,7 @@ def open_batches(
     Args:
         trains: False reads no training data, and returns None for them.
     """
-    loss = LOSSES[config.loss.name]
+    loss = find_loss(config.loss)
     open_split = functools.partial(
         get_batch_iterator,
         names=choices,
@@ -432,6 +434,7 @@ def open_batches(
         add_bos=config.add_bos,
         sft_mode=not loss.needs_pairs,
         mismatched=loss.takes_kl_estimate,
+        unpaired=loss.accepts_unpaired,
         seed=seed,
         silent=not on_rank0(),
         cache_dir=get_local_dir(config.local_dirs),

@@ -12,8 +12,10 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from acceleration.batch_losses import batch_losses
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
+from acceleration.loss_inputs import loss_inputs, tokens_that_count
 from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.out_of_memory import explained_out_of_memory
@@ -48,8 +50,8 @@ from distributed import collectives, environment
 from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
-from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths
-from losses import LOSSES, preference_loss  # noqa: F401 (users of the original import it from here)
+from log_probabilities import _get_batch_logps, concatenated_inputs, with_first_labels
+from losses import find_loss, preference_loss  # noqa: F401 (users of the original import it from here)
 from models import (
     allow_own_code,
     check_reference_fits,
@@ -60,6 +62,7 @@ from models import (
     load_reference,
     load_tokenizer,
 )
+from objectives.declaration import Memory
 from optimization import make_optimizer, make_scheduler, rate_warning
 from preference_datasets import open_batches
 from references import (
@@ -113,7 +116,7 @@ class BasicTrainer:
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
-        self.loss = LOSSES[config.loss.name]
+        self.loss, self.loss_memory = find_loss(config.loss), Memory()
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
         self.state = TrainState()
@@ -260,13 +263,18 @@ class BasicTrainer:
         logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
         return _get_batch_logps(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
-    def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the same as `plain_logps`, computed in the model's layout."""
+    def response_logps(self, model: nn.Module, batch: dict, until: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the same as `plain_logps`, computed in the model's layout.
+
+        `until`: (S,) number of tokens; the log-probability of that many first ones is returned, too: (2, S).
+        """
         layout = self.layout if model is self.policy else self.reference_layout
         with self.autocast(model):
-            if layout.is_plain:
+            if not layout.is_plain:
+                return layout.response_logps(model, batch, self.strategy, until)
+            if until is None:
                 return self.plain_logps(model, batch)
-            return layout.response_logps(model, batch, self.strategy)
+            return torch.stack([self.plain_logps(model, part) for part in (batch, with_first_labels(batch, until))])
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """Return a context for computing in `model.policy_mp`; it does nothing for a reference with its own dtype.
@@ -278,7 +286,7 @@ class BasicTrainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 
-    def reference_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_logps(self, batch: dict, until: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
         if self.reference_cache is not None:
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
@@ -287,36 +295,28 @@ class BasicTrainer:
             zeros = torch.zeros(len(batch["prompt"]), device=self.device)
             return zeros, zeros
         with self.reference.active() as model:
-            return self.response_logps(model, batch).to(self.device).chunk(2)  # it may be on another GPU
+            return self.response_logps(model, batch, until).to(self.device).chunk(2, dim=-1)  # it may be on another GPU
 
     def get_batch_metrics(
-        self, batch: dict, loss_config: DictConfig, train: bool = True, kl_estimate: torch.Tensor | None = None
+        self, batch: dict, loss_config: DictConfig, train: bool = True, loss: Callable | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
 
         Args:
-            kl_estimate: the estimate for the whole batch, for losses that need one; None estimates it from this batch.
+            loss: that of a microbatch, from `batch_losses`; None takes this batch for a whole one.
         """
-        split, sides = "train" if train else "eval", ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-        policy_logps = self.response_logps(self.policy, batch).chunk(len(sides))
-        inputs = {f"policy_{side}_logps": logps for side, logps in zip(sides, policy_logps, strict=True)}
-        if self.loss.needs_pairs:
-            inputs["reference_chosen_logps"], inputs["reference_rejected_logps"] = self.reference_logps(batch)
-        lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides])
-        lengths = dict(zip(sides, lengths.to(self.device, non_blocking=True), strict=True))
-        of_responses = response_metrics(split, inputs, lengths, compares=self.loss.needs_reference(loss_config))
-        if loss_config.get("average_log_prob", False):
-            inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
-        inputs |= {f"{side}_lengths": length for side, length in lengths.items()}
-        if self.loss.takes_kl_estimate:
-            inputs["kl_estimate"] = self.estimate_kl(batch) if kl_estimate is None else kl_estimate
-
-        losses, *rewards = self.loss(inputs, loss_config)
+        split, until = "train" if train else "eval", tokens_that_count(self, batch)
+        inputs = loss_inputs(self, batch, self.response_logps(self.policy, batch, until))
+        loss = loss or batch_losses(self, batch, [batch], train)[0]
+        losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
-        for side in sides:
-            metrics[f"logps_{split}/{side}"] = inputs[f"policy_{side}_logps"].detach()
+        averaged = loss_config.get("average_log_prob", False)
+        for side in ("rejected", "chosen") if self.loss.needs_pairs else ("chosen",):
+            logps = inputs[f"policy_{side}_logps"].detach()
+            metrics[f"logps_{split}/{side}"] = logps / inputs[f"{side}_lengths"] if averaged else logps
         metrics[f"loss/{split}"] = losses.detach()
-        return losses.mean(), metrics | of_responses
+        metrics |= {f"loss_{split}/{name}": values for name, values in parts.items()}
+        return losses.mean(), metrics | response_metrics(split, inputs, self.loss.needs_reference(loss_config))
 
     def estimate_kl(self, batch: dict) -> torch.Tensor:
         """Estimate the policy's KL divergence from the reference (nats) for a whole batch of all workers, as KTO does.
@@ -328,7 +328,7 @@ class BasicTrainer:
         for microbatch in self.microbatches(mismatched_batch(batch), n_least=1):
             with torch.no_grad():
                 policy_logps = self.response_logps(self.policy, microbatch).view(2, -1)  # (2, B)
-            counted = self._counted(microbatch)
+            counted = self.counted(microbatch)
             logratios = (policy_logps - torch.stack(self.reference_logps(microbatch))).where(counted, 0)
             sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
         if self.is_sharded:
@@ -392,11 +392,11 @@ class BasicTrainer:
         """
         self.policy.train()
         start_time = time.perf_counter()
-        kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
         all_metrics = []
         parts = batch.get("microbatches") or self.with_microbatches(batch)["microbatches"]
-        for number, microbatch in enumerate(parts, 1):
-            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
+        losses = batch_losses(self, batch, parts, train=True)
+        for number, (microbatch, loss_function) in enumerate(zip(parts, losses, strict=True), 1):
+            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, loss_function)
             self.strategy.prepare_backward(self.policy, is_last=number == len(parts))
             # not divided by the number of workers, as FSDP averages their gradients
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
@@ -477,11 +477,11 @@ class BasicTrainer:
         for batch in progressing(self.eval_batches, "Evaluating", "batches"):
             self.stop.check()
             batch_metrics = []
-            kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
-            for microbatch in self.microbatches(batch, n_least=1):
+            parts = self.microbatches(batch, n_least=1)
+            for microbatch, loss in zip(parts, batch_losses(self, batch, parts, False), strict=True):
                 with torch.no_grad():
-                    metrics = self.get_batch_metrics(microbatch, self.config.loss, False, kl_estimate)[1]
-                counted = self._counted(microbatch)
+                    metrics = self.get_batch_metrics(microbatch, self.config.loss, False, loss)[1]
+                counted = self.counted(microbatch)
                 batch_metrics.append({key: values[counted] for key, values in metrics.items()})
                 indices += [index for index in microbatch["index"] if index is not None]
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
@@ -489,7 +489,7 @@ class BasicTrainer:
             all_metrics += batch_metrics
         return all_metrics, indices
 
-    def _counted(self, batch: dict) -> torch.Tensor:
+    def counted(self, batch: dict) -> torch.Tensor:
         """Return a mask, (batch_size,): False for repetitions that only fill up the last shard of an evaluation."""
         if "index" not in batch:  # a training batch
             return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)
@@ -560,6 +560,7 @@ class BasicTrainer:
             self.state,
             complete=self._is_over() and self.state.evaluated_at == self.state.examples,
             max_tokens=self.max_tokens,
+            loss_memory={name: float(average) for name, average in self.loss_memory.averages.items()},
             rng_states=collectives.all_gather_object(get_rng_state()),
             **(self.run_log.recorded() if self.run_log else {}),
         )
@@ -606,6 +607,8 @@ class BasicTrainer:
         if self._moves_reference:
             load_model_state(os.path.join(checkpoint, "reference.pt"), self.reference.model)
         self.state = dataclasses.replace(TrainState.load(checkpoint), inputs=self.state.inputs)
+        averages = self.state.loss_memory.items()
+        self.loss_memory = Memory({name: torch.tensor(value, dtype=torch.float64) for name, value in averages})
 
 
 class FSDPTrainer(BasicTrainer):

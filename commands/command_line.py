@@ -19,13 +19,18 @@ from commands.run_directory import default_run_dir, in_sweep, job_name
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
 from distributed import launch
+from objectives.modifiers import UNLISTED
 from utils import get_local_dir
+
+_MODIFIERS = "|".join(UNLISTED)
+# settings with names of others, of a loss's modifiers, and of the parts of loss=mix
+_FREE = re.compile(rf"(?:{'|'.join(FREE_KEYS)}|judge_args|engine_args|loss\.(?:{_MODIFIERS})=|loss\.parts|loss\.\w+\.)")
 
 
 def with_free_keys(overrides: list[str]) -> list[str]:
     """Return the overrides as Hydra takes them: keys with free names are marked, `model=PATH_OR_ID` is written out."""
     words = [part for word in overrides for part in _with_model_written_out(word)]
-    return [f"++{word}" if word.startswith((*FREE_KEYS, "judge_args", "engine_args")) else word for word in words]
+    return [f"++{word}" if _FREE.match(word) else word for word in words]
 
 
 def _with_model_written_out(word: str) -> list[str]:

@@ -23,7 +23,7 @@ from config_checks.values import check_values
 from data.choice import TRUNCATIONS
 from distributed import environment
 from distributed.strategies import STRATEGIES
-from losses import LOSSES, needs_reference
+from losses import find_loss, needs_reference
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
@@ -302,8 +302,13 @@ def _check_reference(config: DictConfig):
         )
     config.reference = resolved_reference(config)
     _check_moving_reference(config)
-    if LOSSES[config.loss.name].takes_kl_estimate:
+    if find_loss(config.loss).takes_kl_estimate:
         _check_kl_estimate(config)
+    if find_loss(config.loss).needs_shared_logps(config.loss) and config.precompute_ref_log_probs:
+        raise UserError(
+            "precompute_ref_log_probs=true keeps the log-probabilities of whole responses alone; loss.ld_alpha needs "
+            "those up to the shared length, too: use precompute_ref_log_probs=false"
+        )
     if config.model.load_in_4bit:
         if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
@@ -352,7 +357,7 @@ def _check_moving_reference(config: DictConfig):
 
 
 def _check_best(config: DictConfig):
-    known = evaluation_metrics(LOSSES[config.loss.name], config)
+    known = evaluation_metrics(find_loss(config.loss), config)
     if config.keep_best is not None and config.keep_best not in known:
         raise UserError(
             f"keep_best={config.keep_best}: no metric of these evaluations.{closest_match(config.keep_best, known)} "

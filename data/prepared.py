@@ -65,7 +65,7 @@ class PreparedPrompts(Sequence):
         if min(len(desirable), len(undesirable)) == 0:
             raise UserError(
                 f"{split_name(self.dataset, self.split)}: all {len(labels)} responses have the same label; "
-                "loss=kto needs both kinds; add data, or hold out more with test_fraction"
+                "unpaired data need both kinds; add data, or hold out more with test_fraction"
             )
         n = max(len(desirable), len(undesirable))
         self.numbers, self.others = np.resize(desirable, n), np.resize(np.roll(undesirable, -1), n)

@@ -50,26 +50,25 @@ def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: t
     }
 
 
-def response_metrics(
-    split: str, logps: dict[str, torch.Tensor], lengths: dict[str, torch.Tensor], compares: bool
-) -> dict[str, torch.Tensor]:
+def response_metrics(split: str, inputs: dict[str, torch.Tensor], compares: bool) -> dict[str, torch.Tensor]:
     """Return metrics that can be compared across losses and settings: tensors of shape (batch_size,).
 
     `nll_*`: negative log-likelihood of a response per token. `lengths_*`: its tokens. `logratios_*`: log-probability of
     the whole response under the policy minus that under the reference (nats).
 
     Args:
-        logps: `policy_chosen_logps` and the like, sums over each response.
-        lengths: tokens of the responses, by side.
-        compares: True if `logps` includes a reference's.
+        inputs: the loss's inputs: log-probabilities, summed over each response, and lengths.
+        compares: True if the inputs include the reference's log-probabilities.
     """
     metrics = {}
-    for side, length in lengths.items():
-        policy_logps = logps[f"policy_{side}_logps"].detach()
-        metrics[f"nll_{split}/{side}"] = -policy_logps / length.clamp(min=1)
+    for side in ("chosen", "rejected"):
+        if f"policy_{side}_logps" not in inputs:
+            continue
+        logps, lengths = inputs[f"policy_{side}_logps"].detach(), inputs[f"{side}_lengths"]
+        metrics[f"nll_{split}/{side}"] = -logps / lengths.clamp(min=1)
         if compares:
-            metrics[f"logratios_{split}/{side}"] = policy_logps - logps[f"reference_{side}_logps"].detach()
-        metrics[f"lengths_{split}/{side}"] = length
+            metrics[f"logratios_{split}/{side}"] = logps - inputs[f"reference_{side}_logps"].detach()
+        metrics[f"lengths_{split}/{side}"] = lengths
     return metrics
 
 
