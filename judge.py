@@ -3,8 +3,12 @@
 Without `b`, a reward model scores the responses of `a`.
 """
 
+import functools
+
 from commands import command_line
 from evaluation.judge import run
 
+main = functools.partial(command_line.main, run, "judge")
+
 if __name__ == "__main__":
-    command_line.main(run, "judge")
+    main()

@@ -1,8 +1,10 @@
 """The models of a run: policy, reference, LoRA adapters, and the tokenizer."""
 
+import contextlib
 import copy
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 import transformers
@@ -16,7 +18,7 @@ from config_checks.lora import check_lora_fits
 from data import chat, hub
 from references import REFERENCE_ADAPTER, Source, has_the_weights, policy_source, reference_dtype, reference_source
 from reporting.terminal import still_working
-from utils import UserError, default_device, disable_dropout, get_local_dir, rank0_print
+from utils import UserError, default_device, disable_dropout, get_local_dir, rank0_print, unwrap_adapter
 
 
 def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", source: Source | None = None) -> nn.Module:
@@ -258,6 +260,54 @@ def check_reference_fits(
             raise UserError(f"{what}: its tokenizer and the policy's differ in {len(differing)} entries: {shown}")
 
 
+# ---- mixtures of experts --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def router_losses(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the auxiliary loss of the router in each forward pass, as transformers computes it: of shape ()."""
+    losses: list[torch.Tensor] = []
+
+    def request(_model, args: tuple, kwargs: dict) -> tuple:
+        return args, kwargs | {"output_router_logits": True}
+
+    hooks = [
+        model.register_forward_pre_hook(request, with_kwargs=True),
+        model.register_forward_hook(lambda _model, _args, output: losses.append(getattr(output, "aux_loss", None))),
+    ]
+    try:
+        yield losses
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_has_router(model: nn.Module, coefficient: float):
+    """Raise UserError if a model gives no auxiliary loss of a router; computes two tokens."""
+    token_ids, reason = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device), ""
+    losses: list[torch.Tensor | None] = []
+    _register_outputs(model)
+    try:
+        with torch.no_grad(), router_losses(model) as losses:
+            model(token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:  # output_router_logits is unknown, or no layer
+        reason = f" ({describe(error, 200)})"
+    if not losses or not isinstance(losses[0], torch.Tensor):
+        raise UserError(
+            f"model.router_aux_loss_coef={coefficient}: {type(unwrap_adapter(model)).__name__} gives no auxiliary loss "
+            f"of a router{reason}; that is for mixtures of experts like Mixtral or Qwen3-MoE. Leave it null"
+        )
+
+
+def _register_outputs(model: nn.Module):
+    """Register what transformers can record of a model; its constructor does so, but workers unpickle their copies."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+
+
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +318,17 @@ _IGNORED = (
 )  # fmt: skip
 
 
+@contextlib.contextmanager
+def _peft_warnings(as_errors: list[str]) -> Iterator[None]:
+    """Raise these of PEFT's warnings as errors, and silence those that a user can do nothing about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers deprecates
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # PEFT sets them for fused experts
+        for text in as_errors:
+            warnings.filterwarnings("error", message=f".*{text}")
+        yield
+
+
 def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
     import peft
 
@@ -275,9 +336,7 @@ def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
     check_lora_fits(fields, model)
     try:
         torch.manual_seed(config.seed)
-        with warnings.catch_warnings():
-            for message in _IGNORED:
-                warnings.filterwarnings("error", message=f".*{message}")
+        with _peft_warnings([text for text in _IGNORED if not text.endswith("_pattern") or text in fields]):
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     except Exception as error:  # values that PEFT doesn't check raise errors of any kind
         raise UserError(f"lora={config.lora}: {describe(error)}") from error
@@ -310,8 +369,7 @@ def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Mod
     try:
         verify_weights(source.adapter)
         weights = peft.utils.load_peft_weights(source.adapter, device="cpu")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        with _peft_warnings(["missing adapter keys"]):
             model = peft.PeftModel.from_pretrained(model, source.adapter, is_trainable=is_trainable)
         if left_over := sorted(peft.set_peft_model_state_dict(model, weights).unexpected_keys):
             raise ValueError(f"the model has no place for {', '.join(left_over[:10])}")

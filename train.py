@@ -37,11 +37,16 @@ from config_checks.schema import changed_keys
 from distributed import collectives
 from optimization import rate_warning
 from preference_datasets import open_batches
+from reporting.runs import last_evaluation
 from utils import UserError, on_rank0, rank0_print
 
 
-def run(config: DictConfig):
-    """Check the config, then train: in this process, in workers that it starts, or as a worker of torchrun or Slurm."""
+def run(config: DictConfig) -> tuple[dict[str, float], str]:
+    """Check the config, then train: in this process, in workers that it starts, or as a worker of torchrun or Slurm.
+
+    Returns: the metrics of the run's last evaluation, and the run directory.
+    Raises: UserError with the message that the command line prints.
+    """
     run_dir_given = is_run_dir_given(config)
     OmegaConf.to_container(config, resolve=True)  # unlike `resolve`, it names the key of an interpolation that fails
     OmegaConf.resolve(config)
@@ -60,6 +65,7 @@ def run(config: DictConfig):
         else:
             with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
                 run_in_workers(train_from, config, checkpoint, file_hashes)
+        return last_evaluation(config.local_run_dir), config.local_run_dir
 
 
 def check_and_lock(

@@ -54,6 +54,7 @@ from log_probabilities import _get_batch_logps, concatenated_inputs, with_first_
 from losses import find_loss, preference_loss  # noqa: F401 (users of the original import it from here)
 from models import (
     allow_own_code,
+    check_has_router,
     check_reference_fits,
     check_tokenizer_fits,
     configured_dropout_rates,
@@ -61,6 +62,7 @@ from models import (
     load_policy,
     load_reference,
     load_tokenizer,
+    router_losses,
 )
 from objectives.declaration import Memory
 from optimization import make_optimizer, make_scheduler, rate_warning
@@ -167,6 +169,8 @@ class BasicTrainer:
         # for checkpoints; read now, as the hub may be out of reach by then
         self.dropout_rates = configured_dropout_rates(config) if self.rank == 0 else {}
         check_tokenizer_fits(self.policy, self.tokenizer, config)
+        if config.model.router_aux_loss_coef is not None:
+            check_has_router(self.policy, config.model.router_aux_loss_coef)
         self.layout = self.reference_layout = self._choose_layout(self.policy)
 
     def _choose_layout(self, model: nn.Module) -> Layout:
@@ -306,10 +310,17 @@ class BasicTrainer:
             loss: that of a microbatch, from `batch_losses`; None takes this batch for a whole one.
         """
         split, until = "train" if train else "eval", tokens_that_count(self, batch)
-        inputs = loss_inputs(self, batch, self.response_logps(self.policy, batch, until))
+        router_coef = self.config.model.router_aux_loss_coef
+        with contextlib.nullcontext() if router_coef is None else router_losses(self.policy) as aux_losses:
+            policy_logps = self.response_logps(self.policy, batch, until)
+        inputs = loss_inputs(self, batch, policy_logps)
         loss = loss or batch_losses(self, batch, [batch], train)[0]
         losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
+        if router_coef is not None:
+            aux_loss = aux_losses[0].to(losses.device)
+            losses = losses + router_coef * aux_loss
+            metrics[f"aux_loss/{split}"] = aux_loss.detach().expand(len(losses))  # of the microbatch, for each example
         averaged = loss_config.get("average_log_prob", False)
         for side in ("rejected", "chosen") if self.loss.needs_pairs else ("chosen",):
             logps = inputs[f"policy_{side}_logps"].detach()

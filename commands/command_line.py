@@ -16,11 +16,12 @@ from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.exit_on_signals import INTERRUPTED, exit_on_signals
 from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
+from commands.start_again import with_config_of_run
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
 from distributed import launch
 from objectives.modifiers import UNLISTED
-from utils import get_local_dir
+from utils import UserError, get_local_dir
 
 _MODIFIERS = "|".join(UNLISTED)
 # settings with names of others, of a loss's modifiers, and of the parts of loss=mix
@@ -44,16 +45,21 @@ def _with_model_written_out(word: str) -> list[str]:
 def with_home(overrides: list[str]) -> list[str]:
     """Expand `~` at the beginning of values and of list items, which Hydra's grammar doesn't take."""
     home = os.path.expanduser("~")
-    return [re.sub(r"""(?<==)(["']?)~(?=/|$)|(?<=[\[,])~(?=/)""", rf"\g<1>{home}", word) for word in overrides]
+    start = r"""((?<==)["']?)~(?=/|$)|([\[,:]\s*)~(?=/)"""
+    return [re.sub(start, lambda match: (match[1] or match[2] or "") + home, word) for word in overrides]
 
 
 def compose_config(*overrides: str) -> DictConfig:
     """Return the config that the command line would give `run`, for Python: `run(compose_config("model=tiny"))`.
 
-    Raises: Hydra's errors for unknown keys and unreadable values.
+    Raises: UserError for unknown keys and unreadable values.
     """
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = hydra.compose("config", with_free_keys(list(overrides)), return_hydra_config=True)
+    words = with_home(with_free_keys(list(overrides)))
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = hydra.compose("config", words, return_hydra_config=True)
+    except Exception as error:  # Hydra raises errors of many kinds
+        raise UserError(explain_hydra_error(error, words=words)) from error
     HydraConfig.instance().set_config(config)  # for names and directories
     with open_dict(config):
         del config["hydra"]
@@ -78,6 +84,9 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra pass every error on unchanged
+    if config_name == "config" and re.search(r"^(--config-path|-cp)(=|$)", "\n".join(sys.argv), re.MULTILINE):
+        with errors_reported():
+            sys.argv[1:] = with_config_of_run(sys.argv[1:])
     sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
 
     def job(config: DictConfig) -> float | None:  # Hydra's launchers may send it to other processes

@@ -27,7 +27,7 @@ from losses import find_loss, needs_reference
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir
+from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir, rank0_print
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
@@ -181,6 +181,19 @@ def _check_model(config: DictConfig):
             "revisions; leave it null"
         )
     _check_attention(model)
+    if model.router_aux_loss_coef is not None:
+        _turn_off_faster_layouts(config)
+
+
+def _turn_off_faster_layouts(config: DictConfig):
+    """Compute plainly: the router's auxiliary loss depends on the very tokens of the forward pass, padding aside."""
+    coefficient = f"model.router_aux_loss_coef={config.model.router_aux_loss_coef}"
+    for key in ("shared_prompt", "padding_free", "compile"):
+        if config[key] is True:
+            raise UserError(f"{coefficient} needs the plain forward pass: leave {key} out")
+    if (config.shared_prompt, config.padding_free) != (False, False):
+        rank0_print(f"Prefix sharing and packed rows: off, as {coefficient} needs the plain forward pass")
+    config.shared_prompt = config.padding_free = False
 
 
 def _check_attention(model: DictConfig):
