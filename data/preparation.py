@@ -29,6 +29,7 @@ from data.plain_reader import Fault
 from data.prepared import SCHEMA, TEXTS, PreparedPrompts
 from data.row_sources import ROWS, BadRows, Rows, open_splits, rows_of_list
 from data.rows import Example
+from data.template_limits import TemplateLimit
 from reporting.terminal import Progress
 from utils import UserError, get_local_dir, rank0_print
 
@@ -96,6 +97,8 @@ def _usable(
             usable.append((number, place, example, renderer.render(example)))
         except BadExample as error:
             bad.add(number, place, error.kind, str(error))
+        except TemplateLimit as error:  # the same may happen in every row
+            raise UserError(f"{bad.rows.where}, {bad.place(number, place)}: {error}") from error
     return usable
 
 
