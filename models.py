@@ -9,7 +9,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from acceleration.memory_plan import remedies
+from acceleration.out_of_memory import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
 from checkpointing.integrity import verify_weights
 from data import chat, hub

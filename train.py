@@ -6,7 +6,7 @@ import textwrap
 
 from omegaconf import DictConfig, OmegaConf
 
-from acceleration.memory_plan import explained_out_of_memory
+from acceleration.out_of_memory import explained_out_of_memory
 from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (

@@ -13,8 +13,9 @@ from torch import nn
 
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
-from acceleration.memory_plan import explained_out_of_memory, resumed_cap
+from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
+from acceleration.out_of_memory import explained_out_of_memory
 from acceleration.overflow import check_no_overflow
 from acceleration.reference_cache import LogpsCache, open_cache
 from acceleration.speed_up import speed_up
@@ -27,11 +28,11 @@ from checkpointing.checkpoints import (
     point_latest,
     write_checkpoint,
 )
+from checkpointing.optimizer_state import load_optimizer_state
 from checkpointing.stop_signal import Stopped, StopSignal
 from checkpointing.train_state import (
     TrainState,
     get_rng_state,
-    load_optimizer_state,
     restore_rng_state,
     seed_generators,
     set_rng_state,

@@ -59,10 +59,10 @@ def each_alone(batch: dict) -> Iterator[dict]:
 
 @dataclass
 class Numbers:
-    """Results of one way of computing several batches, E examples in all."""
+    """Results of one way of computing E examples: short ones, and one of full length unless it was left out."""
 
     logps: torch.Tensor  # (1 or 2, E) of chosen and rejected responses, in nats
-    gradient: torch.Tensor  # (batches, H); of each batch, a projection of a gradient
+    gradient: torch.Tensor  # (H,), a projection of the short examples' gradient
     leak: float  # the share of the gradient that reaches the last tokens, which no causal model's predictions depend on
 
     def is_finite(self) -> bool:
@@ -72,23 +72,25 @@ class Numbers:
 def measure(
     model: nn.Module,
     compute: Callable[[nn.Module, dict], torch.Tensor],
-    batches: list[dict],
+    short: dict,
+    full_length: dict | None,
     autocast: Callable[[], contextlib.AbstractContextManager],
     alone: bool = False,
 ) -> Numbers:
-    """Compute batches; with `alone`, compute each example separately and sum the gradients of a batch.
+    """Compute a batch of short examples, forward and backward, and the forward pass of a batch of full length.
 
     Args:
         compute: gives the log-probability of each response, chosen before rejected: (S,).
+        alone: compute each short example separately.
     """
-    logps, gradients, leaks = [], [], []
-    for batch in batches:
-        parts = each_alone(batch) if alone else [batch]
-        results = [_forward_and_backward(model, compute, part, autocast) for part in parts]
-        logps += [result[0] for result in results]
-        gradients.append(torch.stack([result[1] for result in results]).sum(0))
-        leaks += [result[2] for result in results]
-    return Numbers(torch.cat(logps, 1), torch.stack(gradients), max(leaks))
+    parts = list(each_alone(short)) if alone else [short]
+    logps, gradients, leaks = zip(
+        *(_forward_and_backward(model, compute, part, autocast) for part in parts), strict=True
+    )
+    if full_length is not None:
+        with torch.no_grad(), autocast():
+            logps += (compute(model, full_length).view(-1, 1).cpu().double(),)
+    return Numbers(torch.cat(logps, 1), sum(gradients), max(leaks))
 
 
 def _forward_and_backward(
@@ -137,7 +139,7 @@ class Standard:
     """Numbers that others are compared with, and how far rounding moves them."""
 
     def __init__(self, numbers: Numbers, rounded: Numbers, batches: list[dict]):
-        """Args: `rounded`: the same `batches` once more, under `rounded_otherwise`."""
+        """Args: `rounded`: the short examples once more, under `rounded_otherwise`; `batches`: what was computed."""
         self.numbers = numbers
         sides = [
             [response_lengths(batch[f"{side}_labels"]) for batch in batches] for side in SIDES[: len(numbers.logps)]
@@ -148,13 +150,15 @@ class Standard:
         self.rounding = [max(pair) for pair in zip(self.distances(rounded), last_digits, strict=True)]
 
     def distances(self, ours: Numbers) -> tuple[float, float]:
-        """Return root mean squares of differences: of log-probabilities, in nats by the root of a response's tokens,
-        and of gradients, relative. `ours` may be those of only the first batches."""
-        n_examples, n_batches = ours.logps.shape[1], len(ours.gradient)
-        logps, gradient = self.numbers.logps[:, :n_examples], self.numbers.gradient[:n_batches]
-        of_logps = (ours.logps - logps) / self.lengths[:, :n_examples].sqrt()
-        of_gradient = (ours.gradient - gradient).norm(dim=1) / gradient.norm(dim=1).clamp(min=1e-30)
-        return tuple(float(difference.square().mean().sqrt()) for difference in (of_logps, of_gradient))
+        """Return how far numbers are from these; they may lack the example of full length.
+
+        The first is the root mean square difference of log-probabilities, in nats by the root of a response's tokens;
+        the second the relative difference of the gradient.
+        """
+        n = ours.logps.shape[1]
+        of_logps = (ours.logps - self.numbers.logps[:, :n]) / self.lengths[:, :n].sqrt()
+        of_gradient = (ours.gradient - self.numbers.gradient).norm() / self.numbers.gradient.norm().clamp(min=1e-30)
+        return float(of_logps.square().mean().sqrt()), float(of_gradient)
 
     def multiples(self, ours: Numbers) -> list[float]:
         """Return the same distances as multiples of rounding noise."""

@@ -1,9 +1,10 @@
 """Choose the fastest way to compute a model that gives what the trainer's plain forward gives.
 
 The check runs where training starts: on the model, the device and the precision of the run, in training mode. The
-standard is the plain forward (`concatenated_forward`) of one pair at a time, without padding: its log-probabilities and
-one gradient. A faster way computes the same pairs together, and is used if it agrees up to rounding. How far rounding
-moves the standard is measured, as that depends on dtype, depth and weights.
+standard is the plain forward (`concatenated_forward`) of one pair at a time, without padding: log-probabilities and one
+gradient of short pairs, and the log-probabilities of a pair of full length, which attention windows alter. A faster way
+computes the same pairs together, and is used if it agrees up to rounding. How far rounding moves the standard is
+measured, as that depends on dtype, depth and weights.
 """
 
 import contextlib
@@ -130,8 +131,8 @@ class ModelCheck:
         self.model, self.base, self.plain = model, unwrap_adapter(model), plain
         self.strategy, self.autocast, self.max_length = strategy, autocast, max_length
         self.device = self.base.get_input_embeddings().weight.device
-        short = synthetic_batch(batch, [(min(n, max_length) // 2, min(n, max_length)) for n in (12, 32, 64)])
-        self.batches = [short, full_length_batch(batch, max_length)]  # of full length for windows
+        self.short = synthetic_batch(batch, [(min(n, max_length) // 2, min(n, max_length)) for n in (12, 32, 64)])
+        self.full_length = full_length_batch(batch, max_length)
         self.longest = synthetic_batch(batch, [(0, max_length)])  # a row of both responses without a prompt
         self.plain_name = "concatenated_forward" if "rejected_labels" in batch else "target_forward"
 
@@ -152,15 +153,15 @@ class ModelCheck:
         Raises: UserError if the model fails, sees the tokens that it is to predict, or computes at random.
         """
         try:
-            numbers, draws = self._alone(self.batches, seed=0)
+            numbers, draws = self._alone(self.full_length, seed=0)
             with rounded_otherwise(self.base):
-                rounded = self._alone(self.batches, seed=0)[0]
-            again = self._alone(self.batches[:1], seed=1)[0] if collectives.all_reduce_max(int(draws)) else None
+                rounded = self._alone(None, seed=0)[0]
+            again = self._alone(None, seed=1)[0] if collectives.all_reduce_max(int(draws)) else None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise self._cannot_compute(error) from error
-        self.standard = Standard(numbers, rounded, self.batches)
+        self.standard = Standard(numbers, rounded, [self.short, self.full_length])
         problem = None
         if not numbers.is_finite():
             problem = "its log-probabilities or their gradient aren't finite. Are its weights? Is its dtype too narrow?"
@@ -179,7 +180,7 @@ class ModelCheck:
 
     def check_padding(self):
         """Raise UserError if the plain forward of a padded batch differs from that of each example alone."""
-        if problem := self._why_not(self.plain, self.batches[:1], REFUSED_BEYOND):
+        if problem := self._why_not(self.plain, None, REFUSED_BEYOND):
             raise UserError(
                 f"{_name(self.model)}: padding changes what it computes. Of a padded batch {problem} of each example "
                 "alone, and so it would be trained on wrong numbers. padding_free=true computes without padding, if "
@@ -199,8 +200,9 @@ class ModelCheck:
 
         if layout.is_packed:
             use_packed_attention(self.base)
-        longest = self.longest if reads_masks else None
-        reason = self._why_not(compute, self.batches, CHOSEN_WITHIN, CHOSEN_AT_MOST, longest)
+        n_positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 0
+        longest = self.longest if reads_masks and n_positions < 2 * self.max_length else None
+        reason = self._why_not(compute, self.full_length, CHOSEN_WITHIN, CHOSEN_AT_MOST, longest)
         if reason and layout.is_packed:
             use_packed_attention(self.base, False)
         known = _known_reason(self.base, self.max_length) if reason and reads_masks else None
@@ -210,13 +212,13 @@ class ModelCheck:
 
     def does_more_than_the_head(self) -> bool:
         """True, on all workers, if any worker has to take the logits of all positions from the model."""
-        return bool(collectives.all_reduce_max(int(not head_gives_logits(self.base, self.batches[0]))))
+        return bool(collectives.all_reduce_max(int(not head_gives_logits(self.base, self.short))))
 
-    def _alone(self, batches: list[dict], seed: int) -> tuple[Numbers, bool]:
+    def _alone(self, full_length: dict | None, seed: int) -> tuple[Numbers, bool]:
         """Return the plain numbers of each example alone, and True if random numbers were drawn for them."""
         torch.manual_seed(seed)
         before = self._random_state()
-        numbers = measure(self.model, self.plain, batches, self.autocast, alone=True)
+        numbers = measure(self.model, self.plain, self.short, full_length, self.autocast, alone=True)
         return numbers, not torch.equal(self._random_state(), before)
 
     def _random_state(self) -> torch.Tensor:
@@ -226,7 +228,7 @@ class ModelCheck:
         return list({parameter.device for parameter in self.model.parameters() if parameter.device.type == "cuda"})
 
     def _why_not(
-        self, compute: Callable, batches: list[dict], within: float, at_most=_ANY, longest: dict | None = None
+        self, compute: Callable, full_length: dict | None, within: float, at_most=_ANY, longest: dict | None = None
     ) -> str | None:
         """Return how a way of computing differs from the standard, or how it fails; None if it is correct.
 
@@ -234,7 +236,8 @@ class ModelCheck:
             longest: a batch that it must be able to compute; the result isn't compared.
         """
         try:
-            reason = self._difference(measure(self.model, compute, batches, self.autocast), within, at_most)
+            numbers = measure(self.model, compute, self.short, full_length, self.autocast)
+            reason = self._difference(numbers, within, at_most)
             if longest is not None and reason is None:
                 with torch.no_grad(), self.autocast():
                     compute(self.model, longest)

@@ -9,9 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from transformers import GenerationConfig
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from data.messages import BadExample
 from data.rows import Example, shared_start
 from data.template_limits import TemplateLimit, check_length, limited
@@ -124,6 +121,8 @@ class Renderer:
             if not self.marks_turns:
                 text, spans = self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs), []
             else:
+                from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds
+
                 kwargs |= self.tokenizer.special_tokens_map
                 (text,), (spans,) = render_jinja_template([messages], return_assistant_tokens_mask=True, **kwargs)
         except MemoryError:  # reported by `limited`
@@ -337,7 +336,7 @@ def turn_end(tokenizer, template: str | None) -> str | None:
     return found and found[0]
 
 
-def end_token_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
+def end_token_ids(generation_config, tokenizer) -> list[int]:
     """Return the ids that end a response: the tokenizer's, the model's, and the chat template's end of a turn."""
     ends = generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}

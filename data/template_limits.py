@@ -13,10 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-from jinja2.filters import do_round
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers.utils import chat_template_utils
-
 from utils import UserError
 
 SECONDS = 20  # for one row, which usually takes less than a millisecond
@@ -24,7 +20,6 @@ _MEMORY = 2**30  # bytes, beyond what the process has
 _LONGEST, _LARGEST_FACTOR = 1_000_000, 100  # characters, and how many for each that was given
 _TICK = 0.5  # seconds
 _PAGE = resource.getpagesize()
-_LARGEST, _LARGEST_EXPONENT, _DIGITS = 2**63, 64, 300
 _REMEDY = "correct the template, or give another: chat_template=FILE"
 
 
@@ -41,6 +36,8 @@ def limited(template: str) -> Iterator[None]:
 
     Raises: TemplateLimit.
     """
+    import data.template_arithmetic  # noqa: F401 (here, as Transformers takes seconds to import)
+
     try:
         try:
             _watch.start()
@@ -76,7 +73,7 @@ class _Watch:
 
     Signals would only reach the main thread. The watching thread counts its own ticks, so that time in which the whole
     process is stopped doesn't count; it ends once nothing is rendered. A single call of a function in C isn't
-    interrupted: `_BoundedEnvironment` and the memory limit keep those short.
+    interrupted: `data.template_arithmetic` and the memory limit keep those short.
     """
 
     def __init__(self):
@@ -123,7 +120,10 @@ _watch = _Watch()
 
 
 class _MemoryLimit:
-    """Limits what this process may allocate, beyond what it has, while any of its threads renders. Only Linux does it."""
+    """Limits what this process may allocate, beyond what it has, while any of its threads renders.
+
+    Only Linux enforces it.
+    """
 
     def __init__(self):
         self.lock, self.n_rendering = threading.Lock(), 0
@@ -162,30 +162,3 @@ def _allocated() -> float:
 
 
 _memory = _MemoryLimit()
-
-
-# ---- arithmetic -----------------------------------------------------------------------------------------------------
-
-
-class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Refuses large integers: one operation on them may take hours."""
-
-    intercepted_binops = frozenset({"*", "**", "//", "%"})
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.filters["round"] = _round
-
-    def call_binop(self, context, operator: str, left: object, right: object) -> object:
-        largest = _LARGEST_EXPONENT if operator == "**" else _LARGEST
-        for value, limit in ((left, _LARGEST), (right, largest)):
-            if isinstance(value, int) and abs(value) > limit:
-                raise OverflowError(f"an integer beyond {limit} in {operator}")
-        return super().call_binop(context, operator, left, right)
-
-
-def _round(value: float, precision: int = 0, method: str = "common") -> float:
-    return do_round(value, max(-_DIGITS, min(_DIGITS, precision)), method)
-
-
-chat_template_utils.ImmutableSandboxedEnvironment = _BoundedEnvironment  # which Transformers compiles templates with
