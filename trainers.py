@@ -108,8 +108,8 @@ class BasicTrainer:
             policy: the model to train, or a function that loads it; it is called after the data have been read.
             config: one that `check_config` has checked.
             reference_model: the model to compare with, or a function that loads it; called only if it is needed.
-            trains: False loads the evaluation data alone.
-            reads_data: False loads no data at all and makes no optimizer, for commands that bring their own prompts.
+            trains: False loads the evaluation data alone, and makes no optimizer.
+            reads_data: False loads no data at all, for commands that bring their own prompts.
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
@@ -125,7 +125,7 @@ class BasicTrainer:
             self._load_data(trains)
         self._set_up_policy(policy)
         self._set_up_reference(reference_model)
-        if reads_data:
+        if trains:
             self._set_up_optimizer()
         self.microbatch_overhead, self.max_tokens = speed_up(self, trains)
         rank0_print(parameters_in_words(*n_parameters(self.policy)))

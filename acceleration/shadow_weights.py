@@ -78,7 +78,9 @@ def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | N
         optimizer.register_step_pre_hook(lambda *_: release_copies(model))
 
 
-def shadow_if_equal(model: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable[[], torch.Tensor]) -> bool:
+def shadow_if_equal(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, compute: Callable[[], torch.Tensor]
+) -> bool:
     """Let a model keep such copies if they give the same numbers on the device at hand, bit for bit; True if they do.
 
     `compute`: log-probabilities of a few examples as in training.

@@ -28,7 +28,8 @@ TEMPLATES = {
     "loops in a marked turn": (f"{{% generation %}}{LOOPS}{{% endgeneration %}}", "takes more than 0.4 seconds"),
     "loop inside a filter": ("{{ lipsum(n=10**9) }}", "takes more than 0.4 seconds"),
     "macro that calls itself twice": (
-        "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(60) }}", "takes more than 0.4 seconds",
+        "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
+        "takes more than 0.4 seconds",
     ),
     "long range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
     "doubled string": (GROWS.replace("START", "'a'").replace("OP", "~"), "GiB of memory"),
