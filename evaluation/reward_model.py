@@ -20,12 +20,13 @@ class RewardModel:
 
     sees_order = False
 
-    def __init__(self, name: str, batch_size: int, chat_template: str | None, cache_dir: str):
+    def __init__(self, name: str, batch_size: int, chat_template: str | None, cache_dir: str, revision: str | None):
         """
         Args:
             name: an id on the hub, or a local folder.
             batch_size: the number of responses to score at a time.
             chat_template: a file; None: the tokenizer's own.
+            revision: the commit on the hub; None: the newest, or a local folder.
 
         Raises: UserError if there is no such model, or if it has no score.
         """
@@ -34,10 +35,11 @@ class RewardModel:
         origin = f"judge_model={name}"
         hub.use_cache_if_unreachable([name])
         rank0_print(f"Loading judge {name}")
+        options = {"cache_dir": cache_dir} | ({"revision": revision} if revision is not None else {})
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
             auto_class = transformers.AutoModelForSequenceClassification
-            self.model = load_pretrained(name, origin, auto_class, dtype="auto", cache_dir=cache_dir)
+            self.model = load_pretrained(name, origin, auto_class, dtype="auto", **options)
         except UserError:
             raise
         except Exception as error:  # a damaged config.json, weights and the hub's HTTP library raise errors of any kind
