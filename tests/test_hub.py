@@ -347,6 +347,19 @@ def test_damaged_hub_file_is_named_with_its_cached_copy(online, hub, bodies, tmp
     assert f"snapshots/{commit}/helpful-base/train.jsonl.gz" in refused.stderr
 
 
+def test_damaged_arrow_files_of_a_hub_dataset_are_read_again(online, online_ok, hub, tmp_path):
+    only_data = [*DPO, "datasets=[hh]", "data_only=true"]
+    online_ok(*only_data)
+    for n_warnings in (1, 0):
+        if n_warnings:
+            (path,) = tmp_path.rglob("hh-rlhf-train.arrow")
+            path.write_bytes(path.read_bytes().replace(b"Human", b"Hum\0n"))
+        assert online_ok(*only_data).count(f"WARNING: {path.parent} is damaged (hh-rlhf-train.arrow") == n_warnings
+    path.write_bytes(path.read_bytes().replace(b"Human", b"Hum\0n"))
+    hub.stop()
+    assert_refused(online(*only_data), tmp_path, f"{path.parent} is damaged", "Start once where the hub can be reached")
+
+
 def test_saving_makes_no_hub_requests(online_ok, hub):
     online_ok(*DPO)
     n_requests = []
