@@ -1,5 +1,10 @@
 """Train a language model with SFT, DPO or another loss: `python train.py model=tiny datasets=[toy] loss=sft`."""
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import contextlib
 import functools
 import textwrap

@@ -13,10 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from basics.links import followed, link_target
 from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
+from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.atomic_directory import recover_interrupted_saves
 from checkpointing.integrity import find_corruption
-from checkpointing.saved_config import read_saved_config
 from checkpointing.train_state import read_state_json, training_settings, versions
 from config_checks.schema import REPOSITORY, default_config
 from data.batches import split_name

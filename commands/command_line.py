@@ -10,10 +10,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from basics.interrupts import interrupts_reported
 from basics.printing import printable
 from commands import sweeps
 from commands.errors import SHOWS_TRACEBACK, errors_reported
-from commands.exit_on_signals import INTERRUPTED, exit_on_signals
+from commands.exit_on_signals import exit_on_signals
 from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
 from commands.start_again import with_config_of_run
@@ -98,11 +99,8 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
             run(config)
 
     try:
-        with contextlib.nullcontext() if can_sweep else exit_on_signals():
+        with interrupts_reported(), contextlib.nullcontext() if can_sweep else exit_on_signals():
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED)
     except SystemExit as error:
         if error.code == 2:  # raised by Hydra's option parser
             print(explain_flags(sys.argv[1:]), file=sys.stderr)

@@ -4,12 +4,18 @@ RUN is a run or sweep directory, or a pattern. The picture of one run is `curves
 `curves.png` in the current directory.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import argparse
 import os
 import sys
 
 from basics.errors import UserError
 from basics.files import atomic_file
+from basics.interrupts import interrupts_reported
 from basics.outputs import PICTURE_OF, Output, check_outputs, picture
 from basics.printing import printable
 from reporting.runs import NoRuns, Run, find_runs
@@ -205,4 +211,5 @@ def main(words: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with interrupts_reported():
+        sys.exit(main(sys.argv[1:]))
