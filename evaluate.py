@@ -1,5 +1,10 @@
 """Evaluate a run's checkpoints, or any model: `python evaluate.py run=RUN`, with the keys of train.py."""
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import functools
 
 from omegaconf import DictConfig
@@ -15,9 +20,9 @@ def run(config: DictConfig):
 
 
 def _evaluate(config: DictConfig, options: Options):
-    from trainers import make_trainer  # takes seconds
+    from trainers import make_trainer  # takes seconds to import
 
-    trainer = make_trainer(config, trains=False)
+    trainer = make_trainer(config, purpose="evaluate")
     check_hub_models(config, options.checkpoints)
     evaluate_checkpoints(trainer, options)
 

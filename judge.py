@@ -3,6 +3,11 @@
 Without `b`, a reward model scores the responses of `a`.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import functools
 
 from commands import command_line

@@ -22,9 +22,9 @@ _ACCUMULATED = 32
 
 
 def synthetic_batch(batch: dict, lengths: list[tuple[int, int]]) -> dict:
-    """Return examples with these numbers of tokens in the prompt and in all; both responses are equally long.
+    """Return examples with these numbers of tokens (prompt, whole sequence); both responses are equally long.
 
-    Tokens are drawn from the batch's own, so that none means something special.
+    Tokens are drawn from those in `batch`, to avoid special ones.
     """
     seen = batch["chosen_input_ids"][batch["chosen_attention_mask"].bool()]
     generator = torch.Generator().manual_seed(0)
@@ -59,36 +59,35 @@ def each_alone(batch: dict) -> Iterator[dict]:
 
 @dataclass
 class Numbers:
-    """Results of one way of computing several batches, E examples in all."""
+    """Results of one way of computing E examples: short ones, and one of full length unless it was left out."""
 
     logps: torch.Tensor  # (1 or 2, E) of chosen and rejected responses, in nats
-    gradient: torch.Tensor  # (batches, H); of each batch, a projection of a gradient
+    gradient: torch.Tensor  # (H,), a projection of the short examples' gradient
     leak: float  # the share of the gradient that reaches the last tokens, which no causal model's predictions depend on
-
-    def is_finite(self) -> bool:
-        return bool(self.logps.isfinite().all() and self.gradient.isfinite().all())
 
 
 def measure(
     model: nn.Module,
     compute: Callable[[nn.Module, dict], torch.Tensor],
-    batches: list[dict],
+    short: dict,
+    full_length: dict | None,
     autocast: Callable[[], contextlib.AbstractContextManager],
     alone: bool = False,
 ) -> Numbers:
-    """Compute batches; with `alone`, compute each example separately and sum the gradients of a batch.
+    """Compute a batch of short examples, forward and backward, and the forward pass of a batch of full length.
 
     Args:
         compute: gives the log-probability of each response, chosen before rejected: (S,).
+        alone: compute each short example separately.
     """
-    logps, gradients, leaks = [], [], []
-    for batch in batches:
-        parts = each_alone(batch) if alone else [batch]
-        results = [_forward_and_backward(model, compute, part, autocast) for part in parts]
-        logps += [result[0] for result in results]
-        gradients.append(torch.stack([result[1] for result in results]).sum(0))
-        leaks += [result[2] for result in results]
-    return Numbers(torch.cat(logps, 1), torch.stack(gradients), max(leaks))
+    parts = list(each_alone(short)) if alone else [short]
+    logps, gradients, leaks = zip(
+        *(_forward_and_backward(model, compute, part, autocast) for part in parts), strict=True
+    )
+    if full_length is not None:
+        with torch.no_grad(), autocast():
+            logps += (compute(model, full_length).view(-1, 1).cpu().double(),)
+    return Numbers(torch.cat(logps, 1), sum(gradients), max(leaks))
 
 
 def _forward_and_backward(
@@ -96,13 +95,13 @@ def _forward_and_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return log-probabilities (sides, B), the projected gradient of chosen minus rejected ones (H,), and its leak.
 
-    The gradient is taken in the embedded tokens: every layer's backward is on its way, no parameter's is needed. It is
-    weighted by token id and summed over tokens, so that it is the same wherever a way of computing puts a token.
+    The gradient is taken with respect to the embedded tokens, so it passes through every layer's backward. It is
+    weighted by token id and summed over tokens, so that it doesn't depend on where a layout puts a token.
     """
     with _embeddings_as_leaves(unwrap_adapter(model)) as embedded, torch.enable_grad(), autocast():
         logps = compute(model, batch)
     logps = logps.view(-1, len(batch["prompt"]))  # chosen, rejected
-    if not embedded:  # by a layer that the model calls
+    if not embedded:
         raise RuntimeError("the model doesn't call the layer that get_input_embeddings() returns")
     ids, leaves = zip(*embedded, strict=True)
     objective = _SMALL * (logps[0].sum() - logps[1:].sum())
@@ -137,7 +136,7 @@ class Standard:
     """Numbers that others are compared with, and how far rounding moves them."""
 
     def __init__(self, numbers: Numbers, rounded: Numbers, batches: list[dict]):
-        """Args: `rounded`: the same `batches` once more, under `rounded_otherwise`."""
+        """Args: `rounded`: numbers of the short examples under `rounded_otherwise`; `batches`: all examples."""
         self.numbers = numbers
         sides = [
             [response_lengths(batch[f"{side}_labels"]) for batch in batches] for side in SIDES[: len(numbers.logps)]
@@ -148,13 +147,15 @@ class Standard:
         self.rounding = [max(pair) for pair in zip(self.distances(rounded), last_digits, strict=True)]
 
     def distances(self, ours: Numbers) -> tuple[float, float]:
-        """Return root mean squares of differences: of log-probabilities, in nats by the root of a response's tokens,
-        and of gradients, relative. `ours` may be those of only the first batches."""
-        n_examples, n_batches = ours.logps.shape[1], len(ours.gradient)
-        logps, gradient = self.numbers.logps[:, :n_examples], self.numbers.gradient[:n_batches]
-        of_logps = (ours.logps - logps) / self.lengths[:, :n_examples].sqrt()
-        of_gradient = (ours.gradient - gradient).norm(dim=1) / gradient.norm(dim=1).clamp(min=1e-30)
-        return tuple(float(difference.square().mean().sqrt()) for difference in (of_logps, of_gradient))
+        """Return how far `ours` are from the standard; they may lack the example of full length.
+
+        The first is the root mean square difference of log-probabilities, in nats by the root of a response's tokens;
+        the second the relative difference of the gradient.
+        """
+        n = ours.logps.shape[1]
+        of_logps = (ours.logps - self.numbers.logps[:, :n]) / self.lengths[:, :n].sqrt()
+        of_gradient = (ours.gradient - self.numbers.gradient).norm() / self.numbers.gradient.norm().clamp(min=1e-30)
+        return float(of_logps.square().mean().sqrt()), float(of_gradient)
 
     def multiples(self, ours: Numbers) -> list[float]:
         """Return the same distances as multiples of rounding noise."""
@@ -167,7 +168,7 @@ class Standard:
 
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module) -> Iterator[None]:
-    """Let the output of every layer but the head, and the gradient in it, be off by up to its rounding, at random.
+    """Perturb the output of every layer but the head, and its gradient, by random errors of the size of rounding.
 
     This is Monte Carlo arithmetic (D. S. Parker, UCLA CSD-970002, 1997) at the granularity of layers. The noise of the
     n-th output is drawn from the seed n, so that workers that compute the same draw the same.
@@ -191,7 +192,7 @@ def rounded_otherwise(model: nn.Module) -> Iterator[None]:
 
 
 def _rounding_error(tensor: torch.Tensor) -> float:
-    """Return how far what is computed in a tensor's dtype may be off by rounding, relative to its size."""
+    """Return the largest relative rounding error of results in a tensor's dtype."""
     dtype = computed_dtype(tensor)  # the next layer rounds its input to it, at the latest
     if dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
         return torch.finfo(dtype).eps / 2

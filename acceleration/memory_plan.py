@@ -1,9 +1,7 @@
 """Plan a GPU's memory at the start: what a run will hold, whether it fits, and how much is left for a microbatch."""
 
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +9,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from acceleration.capacity import Activations
+from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
+from acceleration.out_of_memory import remedies
 from acceleration.response_head import LOGITS_BYTES
 from distributed import collectives
-from distributed.strategies import STRATEGIES
-from losses import needs_reference
-from optimization import state_bytes, step_one_by_one, steps_by_foreach
-from references import resolved_reference
 from utils import UserError, rank0_print, transformer_blocks, unwrap_adapter
 
 _SHARE_FOR_ACTIVATIONS = 0.9  # of free memory; the rest is for fragmentation and kernel workspaces
@@ -164,39 +160,9 @@ def check_fits(plans: list[MemoryPlan], config: DictConfig, n_tokens: int) -> st
     return None
 
 
-@contextlib.contextmanager
-def explained_out_of_memory(config: DictConfig) -> Iterator[None]:
-    """Turn an out-of-memory error of a GPU inside the block into a UserError with remedies."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"a GPU is out of memory: {str(error).splitlines()[0]}\n{remedies(config)}") from error
-
-
 def _needs(plan: MemoryPlan) -> str:
     parts = ", ".join(f"{name} {_gb(n_bytes)}" for name, n_bytes in plan.held.items() if n_bytes)
     return f"{plan.device} has {_gb(plan.total)} GB and would hold {_gb(sum(plan.held.values()))} GB: {parts}"
-
-
-def remedies(config: DictConfig) -> str:
-    """Name the keys that would reduce the run's memory and that it doesn't use yet."""
-    model, trains_all = config.model, config.lora is None and config.model.adapter is None
-    second_model = needs_reference(config.loss) and resolved_reference(config) == "model"
-    strategy = STRATEGIES[config.trainer]
-    candidates = [
-        ("activation_checkpointing=true", not config.activation_checkpointing),
-        ("precompute_ref_log_probs=true", second_model and not config.precompute_ref_log_probs),
-        ("lora={}", trains_all),
-        ("model.policy_dtype=bfloat16", model.policy_dtype in ("float32", "float64")),
-        ("model.load_in_4bit=true with lora={}", not model.load_in_4bit),
-        ("model.reference_dtype=bfloat16", second_model and model.reference_dtype in ("float32", "float64")),
-        ("optimizer=RMSprop, which keeps one number per weight", config.optimizer != "RMSprop" and trains_all),
-        ("trainer=FSDPTrainer on more GPUs", not strategy.starts_workers),
-        ("fsdp_cpu_offload=true", "fsdp_cpu_offload" in strategy.config_keys and not config.fsdp_cpu_offload),
-        ("max_tokens_per_microbatch=N", config.max_tokens_per_microbatch is None),
-        (f"a smaller max_length (now {config.max_length})", True),
-    ]
-    return f"To use less memory: {'; '.join(remedy for remedy, is_open in candidates if is_open)}"
 
 
 def cap_of(plans: list[MemoryPlan]) -> int | None:

@@ -1,6 +1,7 @@
-"""The state of training in a checkpoint: counters and random generators in one object, and the optimizer's state."""
+"""The state of training in a checkpoint: counters and random generators."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
@@ -11,12 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from omegaconf import DictConfig
 
-from checkpointing.archives import read_state_dict, read_tensors, write_tensors
 from config_checks.schema import flatten
-from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 
 _ADDED_LATER = (
@@ -26,6 +24,7 @@ _ADDED_LATER = (
     "best_at",
     "worse",
     "max_tokens",
+    "loss_memory",
 )  # fields that checkpoints of earlier versions lack
 
 
@@ -38,7 +37,7 @@ class TrainState:
 
     examples: int = 0  # trained on
     updates: int = 0  # optimizer steps
-    batches: int = 0  # of the training data that were used: training resumes after them
+    batches: int = 0  # batches of training data used so far; training resumes after them
     evaluated_at: int | None = None  # `examples` at the last evaluation
     saved_at: int | None = None  # `examples` at the last step-N
     complete: bool = False  # trained to the end, and evaluated there
@@ -46,6 +45,7 @@ class TrainState:
     best_at: int | None = None  # `examples` there
     worse: int = 0  # evaluations since
     max_tokens: int | None = None  # tokens in the largest microbatch; another value would change rounding
+    loss_memory: dict[str, float] = field(default_factory=dict)  # moving averages of the loss, if it keeps any
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file
@@ -62,6 +62,8 @@ class TrainState:
             "config": training_settings(config),
             "versions": versions(),
         }
+        from checkpointing.archives import write_tensors  # loads Transformers, which takes seconds
+
         write_tensors({"workers": self.rng_states}, os.path.join(directory, "rng.pt"))
         with open(os.path.join(directory, "state.json"), "w", encoding="utf-8") as file:
             json.dump({**counters, **origin}, file, indent=2)
@@ -69,6 +71,8 @@ class TrainState:
     @classmethod
     def load(cls, checkpoint: str) -> "TrainState":
         """Read state.json and rng.pt. Raises: UserError if they can't be read, are incomplete or hold anything else."""
+        from checkpointing.archives import read_tensors
+
         saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "rng.pt")
         names = [f.name for f in dataclasses.fields(cls) if f.name != "rng_states"]
         try:
@@ -78,7 +82,7 @@ class TrainState:
         try:
             state.rng_states = read_tensors(path)["workers"]
             _check_rng_states(state.rng_states)
-        except _MISUSED as error:
+        except MISUSED as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: it doesn't hold the states of random generators: {str(error)[:300]}") from error
@@ -86,7 +90,7 @@ class TrainState:
 
 
 # raised for content of an unexpected form
-_MISUSED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
+MISUSED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
 def read_state_json(checkpoint: str) -> dict:
@@ -127,7 +131,8 @@ def training_settings(config: DictConfig) -> dict[str, object]:
 
 def versions() -> dict[str, str]:
     """Return the versions on which the numbers may depend."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    transformers = importlib.metadata.version("transformers")  # without importing it
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers}
 
 
 # ---- random generators ----------------------------------------------------------------------------------------------
@@ -150,6 +155,7 @@ def get_rng_state() -> dict:
     return {
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _gpus()] if torch.cuda.is_available() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
     }
@@ -162,7 +168,7 @@ def restore_rng_state(states: list[dict], rank: int, world_size: int):
         states: one per worker when the checkpoint was saved.
     """
     if states and len(states) != world_size:
-        rank0_print(f"WARNING: {len(states)} workers then, {world_size} now: samples will differ")
+        rank0_print(f"WARNING: saved by {len(states)} workers, resumed by {world_size}: samples will differ")
     if rank < len(states):
         set_rng_state(states[rank])
 
@@ -172,9 +178,11 @@ def set_rng_state(state: dict):
     _set_cpu_rng_state(state)
     gpus = _gpus() if torch.cuda.is_available() else []
     if len(state["cuda"]) != len(gpus):
-        rank0_print(f"WARNING: {len(state['cuda'])} GPUs then, {len(gpus)} now: samples will differ")
+        rank0_print(f"WARNING: saved with {len(state['cuda'])} GPUs, resumed with {len(gpus)}: samples will differ")
     for gpu, gpu_state in zip(gpus, state["cuda"], strict=False):
         torch.cuda.set_rng_state(gpu_state, gpu)
+    if state.get("mps") and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"][0])
 
 
 def _set_cpu_rng_state(state: dict):
@@ -194,66 +202,3 @@ def _check_rng_states(states: list[dict]):
                 raise ValueError("a GPU's state is not made of bytes")
     finally:
         _set_cpu_rng_state(former)
-
-
-# ---- the optimizer --------------------------------------------------------------------------------------------------
-
-
-def load_optimizer_state(
-    checkpoint: str,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
-    config: DictConfig,
-):
-    """Load the states of optimizer and scheduler from a checkpoint; the settings are those of the config.
-
-    Raises: UserError if it holds none for this optimizer, unless `resume_anyway` is true.
-    """
-    saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "optimizer.pt")
-    try:
-        if not os.path.exists(path):
-            raise ValueError("it was written with save_optimizer=false")
-        if saved["optimizer"] != config.optimizer:
-            raise ValueError(f"it is of {saved['optimizer']}")
-        scheduler_state = read_state_dict(os.path.join(checkpoint, "scheduler.pt"))
-        if not all(isinstance(scheduler_state[name], int) for name in ("last_epoch", "_step_count")):
-            raise ValueError("its scheduler.pt counts no steps")
-        optimizer.load_state_dict(_sharded(read_state_dict(path, mmap=True), optimizer))
-        scheduler.load_state_dict(scheduler_state)
-    except _MISUSED as error:
-        message = f"{checkpoint} holds no state for optimizer={config.optimizer}: {error}"
-        if not config.resume_anyway:
-            raise UserError(f"{message}; resume_anyway=true starts with a new one") from error
-        rank0_print(f"WARNING: {message}; starting with a new one")
-        scheduler.last_epoch = saved["updates"]
-    scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
-    for group, scale in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-        lr = config.lr * scale(scheduler.last_epoch)
-        group.update({**optimizer.defaults, "initial_lr": config.lr, "lr": lr})
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-
-
-def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """Return an optimizer's state dict with its tensors sharded as the parameters are."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if len(parameters) != sum(len(group["params"]) for group in state["param_groups"]):
-        raise ValueError("it is of another number of parameters")
-    for number, values in state["state"].items():
-        shape = parameters[number].shape
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor) and not _fits(value.shape, shape):
-                raise ValueError(f"{key} of parameter {number} has the shape {tuple(value.shape)}, not {tuple(shape)}")
-    sharded = {
-        number: {
-            key: distribute_like(parameters[number], value).clone() if isinstance(value, torch.Tensor) else value
-            for key, value in values.items()
-        }
-        for number, values in state["state"].items()
-    }
-    return {**state, "state": sharded}
-
-
-def _fits(shape: torch.Size, parameter_shape: torch.Size) -> bool:
-    """True if an optimizer may keep a tensor of this shape: one number, or one per weight, row or column."""
-    same_rank = len(shape) == len(parameter_shape)
-    return len(shape) == 0 or (same_rank and all(n in (1, m) for n, m in zip(shape, parameter_shape, strict=True)))

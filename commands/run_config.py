@@ -8,9 +8,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
-from checkpointing.saved_config import read_saved_config
 from commands.workers import enter_process_group, needs_workers, run_in_workers
 from config_checks.checks import check_config
 from config_checks.paths import expand_home
@@ -60,7 +60,7 @@ def _config_without(config: DictConfig, own: dict) -> DictConfig:
 def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
     """Return the config of a run, in which keys of the command line replace the run's.
 
-    A run can't allow code to be run: `model.trust_remote_code` counts from the command line alone.
+    `model.trust_remote_code` counts only on the command line: a run's config can't allow code to run.
 
     Args:
         config: composed from the command line and the defaults, for keys that are newer than the run.
@@ -107,7 +107,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
 
 
 def check_hub_models(config: DictConfig, checkpoints: list[str | None]):
-    """Refuse checkpoints whose run began with other commits on the hub than were loaded; rank 0 decides for all."""
+    """Refuse checkpoints whose run started from other hub commits than those loaded; rank 0 decides for all."""
     error = None
     if on_rank0():
         try:

@@ -4,7 +4,7 @@ import os
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from checkpointing.saved_config import read_saved_config
+from basics.saved_config import read_saved_config
 from config_checks.schema import changed_keys
 from utils import UserError
 

@@ -37,10 +37,43 @@ ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME
 }
 _WITHOUT_TRAINING = ("judge", "export")  # configs that have no key of training
 _NO_LOSS = "it isn't implemented; a loss is a function in losses.py and a file in config/loss"
-_OTHER_LOSSES = dict.fromkeys(("bco", "ppo", "grpo"), _NO_LOSS) | {
-    "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
-    "sigmoid": "it is loss=dpo",
+# Other libraries' and papers' names for our losses
+_SAME_LOSS = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo_norm",
+    "robust": "robust_dpo",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "bco_pair": "bco",
+    "sppo_hard": "sppo",
+    "aot_pair": "aot",
+    "slic": "hinge",
+    "slichf": "hinge",
+    "rdpo": "length_dpo",
+    "r_dpo": "length_dpo",
+    "rpo": "dpo_nll",
+    "apo_zero_unpaired": "apo_zero",
+    "xpo": "chi_po",
+    "chipo": "chi_po",
+    "lrml": "discopop",
+    "log_ratio_modulated": "discopop",
+    "nll": "sft",
+    "infonca": "nca",
 }
+_OTHER_LOSSES = dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "tdpo"), _NO_LOSS) | {
+    "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
+    "ld_dpo": "it is loss=dpo with loss.ld_alpha below 1",
+    "f_dpo": "it is loss=dpo with loss.f_divergence",
+    "mpo": "it is loss=mix, e.g. loss.parts={dpo: 0.8, bco: 0.2, sft: 1.0}",
+    "tr_dpo": "it is any loss with reference_update_every=N",
+    **{theirs: f"{theirs} is {ours} here" for theirs, ours in _SAME_LOSS.items()},
+}
+
+
+def other_loss(name: str) -> str:
+    """Return the sentence that says what a loss of another library is here; empty if none is known."""
+    known = _OTHER_LOSSES.get(name.lower().replace("-", "_"))
+    return f": {known}." if known else ""
 
 
 def explain_hydra_error(error: Exception, config_name: str = "config", words: list[str] | None = None) -> str:
@@ -57,8 +90,8 @@ def explain_hydra_error(error: Exception, config_name: str = "config", words: li
         return text.partition(raised)[2].partition("\n    full_key")[0]
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group == "loss" and name.lower() in _OTHER_LOSSES:
-            return f"no loss={name}: {_OTHER_LOSSES[name.lower()]}. There are: {', '.join(error.options)}"
+        if group == "loss" and (other := other_loss(name)):
+            return f"no loss={name}{other} There are: {', '.join(error.options)}"
         return f"no {group}={name}.{closest_match(name, error.options)} There are: {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return explain_override(str(error.override), words)

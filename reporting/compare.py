@@ -4,6 +4,11 @@ Each run has a row: the keys that tell it apart, its last evaluation, and its be
 sorted by; means over the evaluation examples ± their standard errors. Columns marked * can't be compared between runs.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import argparse
 import csv
 import io
@@ -12,6 +17,7 @@ import sys
 from dataclasses import dataclass
 
 from basics.errors import UserError
+from basics.interrupts import interrupts_reported
 from basics.outputs import Output, check_outputs, picture
 from basics.printing import markdown, printable
 from reporting.curves import COLORS, plain, save_figure
@@ -197,7 +203,7 @@ def draw(comparison: Comparison, path: str):
     axis.set_ylim(len(runs) - 0.5, -0.5)
     axis.set_xlabel(f"{_SHORT.get(sort, sort)}: last evaluation ± 2 standard errors; ring: the best")
     if with_kl:
-        others[0].set_xlabel("KL from the reference (nats a token)")
+        others[0].set_xlabel("KL from the reference (nats per token)")
         others[0].set_ylabel(_SHORT.get(sort, sort))
     for each in axes[0]:
         each.grid(alpha=0.3)
@@ -230,4 +236,5 @@ def main(words: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with interrupts_reported():
+        sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,18 @@
 """Draw win rates against sampling temperature: `python -m reporting.win_rates SUMMARY [SUMMARY ...] [--output FILE]`.
 
-SUMMARY is a file that judge.py wrote on samples of one checkpoint at one temperature. A line for each
-checkpoint, with Wilson's 95 % intervals (figures 2, right, and 3 of https://arxiv.org/abs/2305.18290), and a table of
-the same numbers beside the picture.
+SUMMARY is a file that judge.py wrote on samples of one checkpoint at one temperature. The picture has a line for each
+checkpoint, with Wilson's 95 % intervals (figures 2, right, and 3 of https://arxiv.org/abs/2305.18290); a table of
+the same numbers is written beside it.
 """
+
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
 
 import sys
 
+from basics.interrupts import interrupts_reported
 from reporting.summaries import (
     BadSummary,
     Summary,
@@ -51,4 +57,5 @@ def draw(summaries: list[Summary], path: str):
 main = command("win_rates", __doc__, "win_rates.png", draw)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with interrupts_reported():
+        sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -15,14 +16,17 @@ import pytest
 import torch
 from conftest import ORACLE, REPOSITORY, read_jsonl
 from launcher import wait_until
+from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from config_checks.schema import own_keys
 from evaluation.chat_completions import RateLimit, retry_after
+from evaluation.judge import run
 from evaluation.pairs import Pair, Response, Task, match, read_responses
 from evaluation.prompts import PROMPTS, fill, load_template, read_verdict
 from evaluation.statistics import length_controlled, wilson_interval
 from evaluation.verdicts import Verdict, VerdictFile
-from utils import UserError
+from utils import UserError, get_local_dir
 
 JUDGE = REPOSITORY / "judge.py"
 A = ["yes", "quite long an answer", "no", "it is so", "same", "b is longer here", "x", "the longest of all of them"]
@@ -658,6 +662,36 @@ def test_responses_without_opponents_are_scored_alone(pad, judge, reward_model, 
     assert "8 scored already" in launcher.output
 
 
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_verdicts_of_a_retrained_reward_model_are_not_mixed(place, reward_model, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    root = Path(get_local_dir([f"{tmp_path}/cache"])) / "models--someone--judge"
+
+    def score(output: str) -> dict:
+        name = "someone/judge" if place == "hub" else str(tmp_path / "model")
+        given = {"a": "a.jsonl", "output": output, "judge": "model", "judge_model": name}
+        return run(OmegaConf.create(own_keys("judge") | given | {"local_dirs": [f"{tmp_path}/cache"]}))
+
+    def publish(path: Path, commit: str):
+        folder = tmp_path / "model" if place == "folder" else root / "snapshots" / commit
+        shutil.copytree(path, folder, dirs_exist_ok=True)
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs/main").write_text(commit)
+
+    publish(path := reward_model(), "0" * 40)
+    score("v.jsonl")
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    model.score.weight.data.neg_()
+    model.save_pretrained(path)
+    publish(path, "1" * 40)
+    with pytest.raises(UserError, match="has verdicts under other settings"):
+        score("v.jsonl")
+    score("w.jsonl")
+    before, after = ([line["scores"][0] for line in read_jsonl(tmp_path / f"{name}.jsonl")] for name in "vw")
+    assert after == pytest.approx([-value for value in before])
+
+
 def test_summary_records_sampling_settings_and_kl(judge, command, tmp_path):
     origin = {"run": "dpo", "checkpoint": "LATEST", "examples": 9, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     lines = [{**line, **origin, "policy_logps": -5.0, "reference_logps": -5.0 - i % 2}
@@ -676,9 +710,9 @@ ASKS = ["judge=openai", "judge_model=m"]
 OPENAI = [*ASKS, "judge_url=http://127.0.0.1:9/v1"]
 COMMAND = ["judge=command", "judge_command=x"]
 BAD = {
-    "no judge": ([], "judge: give it, e.g. python judge.py"),
+    "no judge": ([], "judge is required, e.g. python judge.py"),
     "another judge": (["judge=opennai"], "judge=opennai: no such judge. Did you mean openai? There are: model"),
-    "nothing to compare with": (["b=null", *OPENAI], "b: give the responses to compare those of a with"),
+    "nothing to compare with": (["b=null", *OPENAI], "b is required: the responses to compare those of a with"),
     "no partners": (["b=null", "judge=model", "judge_model=m", "allow_unmatched=true"], "no effect without b"),
     "no model": (["judge=model"], "judge=model needs judge_model"),
     "no endpoint": (ASKS, "judge=openai needs judge_url"),
@@ -703,12 +737,12 @@ BAD = {
     "too few": (["b=few.jsonl", *OPENAI], "prompt_index=3, sample=0 is in a and not in b (5 responses are without"),
     "other prompts": (["b=prompts.jsonl", *OPENAI], "a and b have different prompts at prompt_index=0"),
     "an output that is an input": (["output=a.jsonl", *OPENAI], "output=a.jsonl is also the file of a"),
-    "an output of something else": (["output=other.jsonl", *OPENAI], "a file that isn't one of verdicts"),
-    "an output of one line without an end": (["output=mine.json", *OPENAI], "a file that isn't one of verdicts"),
+    "an output of something else": (["output=other.jsonl", *OPENAI], "doesn't hold verdicts"),
+    "an output of one line without an end": (["output=mine.json", *OPENAI], "doesn't hold verdicts"),
     "a summary in the place of an input": (
         ["b=v_summary.json", *OPENAI], "the summary of output=v_summary.json is also the file of b; give another"
     ),
-    "scores that are none": (["output=scores.jsonl", *OPENAI], "a file that isn't one of verdicts"),
+    "scores that are none": (["output=scores.jsonl", *OPENAI], "doesn't hold verdicts"),
     "nowhere to write": (["output=no/where.jsonl", *OPENAI], "output=no/where.jsonl: there is no such directory"),
     "a model that isn't there": (["judge=model", "judge_model=nowhere/x"], "can't load judge_model=nowhere/x"),
     "a model without a score": (["judge=model", f"judge_model={ORACLE}/model"], "score.weight"),
@@ -739,4 +773,4 @@ def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp
 
 
 def test_judge_sweep_is_refused(refused, files):
-    assert "-m sweeps over train.py alone" in refused(*OPENAI, files=["-m", *files])
+    assert "only train.py supports sweeps with -m" in refused(*OPENAI, files=["-m", *files])

@@ -3,9 +3,10 @@
 import pytest
 from omegaconf import OmegaConf
 
-from checkpointing.saved_config import read_saved_config
+from basics.saved_config import read_saved_config
 from commands.command_line import compose_config
 from commands.run_config import _config_of_run
+from reporting.runs import read_run
 
 REFUSED = {  # the file's text, and a part of the error
     "interpolation of a variable": ("exp_name: ${oc.env:HOME}\n", "line 1 has an interpolation"),
@@ -15,6 +16,7 @@ REFUSED = {  # the file's text, and a part of the error
     "a million characters": ("a: " + "x" * 1_000_000, "longer than 1,000,000 characters"),
     "a list": ("- 1\n", "holds no keys"),
 }
+BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 20))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -23,6 +25,14 @@ def test_config_of_a_run_that_is_more_than_values_is_refused(case, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_saved_config(str(tmp_path / "config.yaml"))
+
+
+@pytest.mark.parametrize("text", [REFUSED["interpolation of a variable"][0], BOMB, "- 1\n", "\0"])
+def test_reports_on_runs_read_no_such_config(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text('{"split": "eval", "loss/eval": 1.0}\n')
+    run = read_run(str(tmp_path))
+    assert run.config == {} and len(run.eval) == 1
 
 
 @pytest.mark.parametrize(("overrides", "allowed"), [([], False), (["model.trust_remote_code=true"], True)])

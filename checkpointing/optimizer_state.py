@@ -1,0 +1,71 @@
+"""Load the optimizer's and the scheduler's state from a checkpoint."""
+
+import os
+
+import torch
+from omegaconf import DictConfig
+
+from checkpointing.archives import read_state_dict
+from checkpointing.train_state import MISUSED, read_state_json
+from distributed.dtensor import distribute_like
+from utils import UserError, rank0_print
+
+
+def load_optimizer_state(
+    checkpoint: str,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    config: DictConfig,
+):
+    """Load the states of optimizer and scheduler from a checkpoint; the settings are those of the config.
+
+    Raises: UserError if it holds none for this optimizer, unless `resume_anyway` is true.
+    """
+    saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "optimizer.pt")
+    try:
+        if not os.path.exists(path):
+            raise ValueError("it was written with save_optimizer=false")
+        if saved["optimizer"] != config.optimizer:
+            raise ValueError(f"it was saved with optimizer={saved['optimizer']}")
+        scheduler_state = read_state_dict(os.path.join(checkpoint, "scheduler.pt"))
+        if not all(isinstance(scheduler_state[name], int) for name in ("last_epoch", "_step_count")):
+            raise ValueError("its scheduler.pt counts no steps")
+        optimizer.load_state_dict(_sharded(read_state_dict(path, mmap=True), optimizer))
+        scheduler.load_state_dict(scheduler_state)
+    except MISUSED as error:
+        message = f"{checkpoint} holds no state for optimizer={config.optimizer}: {error}"
+        if not config.resume_anyway:
+            raise UserError(f"{message}; resume_anyway=true starts with a new one") from error
+        rank0_print(f"WARNING: {message}; starting with a new one")
+        scheduler.last_epoch = saved["updates"]
+    scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
+    for group, scale in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        lr = config.lr * scale(scheduler.last_epoch)
+        group.update({**optimizer.defaults, "initial_lr": config.lr, "lr": lr})
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """Return an optimizer's state dict with its tensors sharded as the parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(parameters) != sum(len(group["params"]) for group in state["param_groups"]):
+        raise ValueError("it is of another number of parameters")
+    for number, values in state["state"].items():
+        shape = parameters[number].shape
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and not _fits(value.shape, shape):
+                raise ValueError(f"{key} of parameter {number} has the shape {tuple(value.shape)}, not {tuple(shape)}")
+    sharded = {
+        number: {
+            key: distribute_like(parameters[number], value).clone() if isinstance(value, torch.Tensor) else value
+            for key, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": sharded}
+
+
+def _fits(shape: torch.Size, parameter_shape: torch.Size) -> bool:
+    """True if an optimizer may keep a tensor of this shape: one number, or one per weight, row or column."""
+    same_rank = len(shape) == len(parameter_shape)
+    return len(shape) == 0 or (same_rank and all(n in (1, m) for n, m in zip(shape, parameter_shape, strict=True)))
