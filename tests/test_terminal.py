@@ -241,7 +241,8 @@ def test_run_into_a_pipe_prints_lines_within_every_long_stretch(run_python, tmp_
     """Each stretch is a single batch or a single call, so that its lines come from the clock alone."""
     (tmp_path / "impatient.py").write_text(IMPATIENT)
     result = run_python(
-        "impatient.py", *TOY, "loss=dpo", "lora.r=2", "lr=1e-3", "precompute_ref_log_probs=true", "n_eval_examples=16",
+        "impatient.py", *TOY, "n_examples=16", "batch_size=8", "eval_every=16", "loss=dpo", "lora.r=2",
+        "lr=1e-3", "precompute_ref_log_probs=true", "n_eval_examples=16",
         "eval_batch_size=16", f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]", "wandb.enabled=false",
         "sample_during_eval=true", "n_eval_model_samples=2", env={"PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
