@@ -1,6 +1,7 @@
 """Sweeps under Hydra's other launchers and sweepers, joblib, submitit and optuna: jobs in processes of their own."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -91,7 +92,7 @@ def test_optuna_maximizes_the_metric_that_keep_best_names(launcher, tmp_path):
     assert "Traceback" not in launcher.output
     assert launcher.run(*words, "hydra.sweeper.direction=maximize") == 0, launcher.output
     (row,) = read_jsonl(tmp_path / "sweep/sweep.jsonl")
-    log = read_jsonl(f"{row['local_run_dir']}/metrics.jsonl")
+    log = read_jsonl(Path(row["local_run_dir"]) / "metrics.jsonl")
     accuracies = [line["rewards_eval/accuracies"] for line in log if line["split"] == "eval"]
     assert row["result"] == max(accuracies[1:])  # without the evaluation before training
     assert yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())["best_value"] == row["result"]
