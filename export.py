@@ -4,6 +4,11 @@ The folder has the model, the tokenizer and a model card. A policy with all its 
 into its base.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import os
 import shutil
 
@@ -20,7 +25,6 @@ from commands import command_line
 from commands.run_config import read_run_config
 from config_checks.paths import expand_config, expand_home
 from config_checks.schema import own_keys
-from models import end_at_turns, load_adapter, load_model, read_tokenizer
 from references import policy_source
 from utils import UserError
 
@@ -70,6 +74,8 @@ def merge_adapter(checkpoint: str, trained: DictConfig, output: str, trust_remot
         trained: the run's config.
         trust_remote_code: allow the base's own code to run, whatever the run's config says.
     """
+    from models import end_at_turns, load_adapter, load_model, read_tokenizer  # takes seconds to import
+
     state = read_state_json(checkpoint)
     try:
         trained = OmegaConf.merge(own_keys("config") | {"model": own_keys("model/blank_model")}, trained)

@@ -16,7 +16,7 @@ def check_no_overflow(model: nn.Module, compute: Callable[[nn.Module], torch.Ten
     Raises: UserError that names the first layer to overflow.
     """
     with torch.no_grad():
-        if model.dtype != torch.float16 or bool(compute(model).isfinite().all()):
+        if bool(compute(model).isfinite().all()):
             return
         layer = _first_overflow(model, compute)
     raise UserError(

@@ -24,6 +24,7 @@ _ADDED_LATER = (
     "best_at",
     "worse",
     "max_tokens",
+    "loss_memory",
 )  # fields that checkpoints of earlier versions lack
 
 
@@ -44,6 +45,7 @@ class TrainState:
     best_at: int | None = None  # `examples` there
     worse: int = 0  # evaluations since
     max_tokens: int | None = None  # tokens in the largest microbatch; another value would change rounding
+    loss_memory: dict[str, float] = field(default_factory=dict)  # moving averages of the loss, if it keeps any
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file
@@ -153,6 +155,7 @@ def get_rng_state() -> dict:
     return {
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _gpus()] if torch.cuda.is_available() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
     }
@@ -178,6 +181,8 @@ def set_rng_state(state: dict):
         rank0_print(f"WARNING: {len(state['cuda'])} GPUs then, {len(gpus)} now: samples will differ")
     for gpu, gpu_state in zip(gpus, state["cuda"], strict=False):
         torch.cuda.set_rng_state(gpu_state, gpu)
+    if state.get("mps") and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"][0])
 
 
 def _set_cpu_rng_state(state: dict):

@@ -7,10 +7,9 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from basics.interrupts import INTERRUPTED
 from checkpointing.stop_signal import EXIT_CODE
 from utils import SIGNALS, signals_handled
-
-INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import itertools
 import os
-import resource
 import socket
 import threading
 import time
@@ -131,6 +130,9 @@ def _check_local_ranks(local_ranks: list[int]):
 
 def _raise_open_file_limit():
     """Raise the limit on open files: every worker connects to all others and opens every shard of the data."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit; macOS refuses "unlimited"
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -28,7 +28,7 @@ class SingleProcess:
         self.config = config
 
     def distribute(self, model: nn.Module | None, is_policy: bool) -> nn.Module:
-        """Place a model on this strategy's devices; only the policy computes in `model.policy_mp`."""
+        """Place a model on this strategy's devices."""
         return model
 
     def device(self, policy: nn.Module) -> torch.device:
@@ -94,7 +94,10 @@ class FullySharded(_SeveralProcesses):
         from distributed import dtensor, fsdp
 
         options, offload = self.config.model, self.config.fsdp_cpu_offload
-        compute_dtype = getattr(torch, options.policy_mp) if options.policy_mp and is_policy else None
+        in_mixed_precision = options.policy_mp and (is_policy or options.reference_dtype is None)
+        compute_dtype = getattr(torch, options.policy_mp) if in_mixed_precision else None
+        if compute_dtype and not is_policy and self.config.reference_update_every is None and model is not None:
+            fsdp.round_parameters(model, compute_dtype)
         # model.block_name names the policy's blocks; a reference of another architecture has different ones
         is_other_architecture = not is_policy and self.config.reference_model.name_or_path is not None
         split = partial(

@@ -208,7 +208,7 @@ def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
     If the reference is precomputed, that is done, too. Data, caches and runs are in the directory.
     """
 
-    def make(*overrides: str) -> BasicTrainer:
+    def make(*overrides: str, purpose: str = "train") -> BasicTrainer:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             names = [
                 f"exp_name={next(counter)}",
@@ -221,7 +221,7 @@ def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
         check_config(config)
         policy = load_policy(config)
         load = functools.partial(load_reference, config, policy)
-        trainer = BasicTrainer(policy, config, config.seed, config.local_run_dir, reference_model=load)
+        trainer = BasicTrainer(policy, config, config.seed, config.local_run_dir, load, purpose=purpose)
         trainer.precompute_reference()
         return trainer
 
