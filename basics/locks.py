@@ -96,6 +96,24 @@ def _busy(path: str, origin: str, busy: str) -> UserError:
 
 
 @contextlib.contextmanager
+def waiting_lock(path: str) -> Iterator[None]:
+    """Hold a file's lock inside the block, as soon as no other process does; the file is created if needed.
+
+    If the file system has no locks, nothing keeps others out.
+    """
+    if fcntl is None:
+        import filelock
+
+        with filelock.FileLock(f"{path}.lock"):
+            yield
+        return
+    with open(path, "ab") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def locked_directory(directory: str, origin: str, busy: str) -> Iterator[None]:
     """Lock a directory for this process alone, by a file `.lock` in it that says who holds it.
 
