@@ -209,8 +209,11 @@ def fill_cache(trainer) -> LogpsCache:
     def split(batch: dict, n_least: int) -> list[dict]:
         return trainer.microbatches(batch, min(n_least, len(batch["prompt"])))
 
-    training = trainer.train_iterator, config.gradient_accumulation_steps
-    cache.fill({"training": training, "evaluation": (trainer.eval_iterator, 1)}, compute, split)
+    iterators = {
+        "training": (trainer.train_iterator, config.gradient_accumulation_steps),
+        "evaluation": (trainer.eval_iterator, 1),
+    }
+    cache.fill({name: parts for name, parts in iterators.items() if parts[0] is not None}, compute, split)
     return cache
 
 

@@ -31,7 +31,7 @@ def judge(state: TrainState, config: DictConfig):
         state.worse += 1
 
 
-def is_over(state: TrainState, config: DictConfig) -> bool:
+def ends_run(state: TrainState, config: DictConfig) -> bool:
     """True if `stop_when_worse` ends the run here, by the metric that `keep_best` names now."""
     is_counted = (config.keep_best or LOSS) in state.best
     return config.stop_when_worse is not None and is_counted and state.worse >= config.stop_when_worse

@@ -13,10 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from basics.links import followed, link_target
 from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
+from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.atomic_directory import recover_interrupted_saves
 from checkpointing.integrity import find_corruption
-from checkpointing.saved_config import read_saved_config
 from checkpointing.train_state import read_state_json, training_settings, versions
 from config_checks.schema import REPOSITORY, default_config
 from data.batches import split_name
@@ -24,7 +24,7 @@ from distributed import environment
 from references import resolved_reference
 from utils import UserError, rank0_print
 
-SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory, in all processes of its jobs
+SWEEP = "DPO_SWEEP"  # an environment variable of all processes of a sweep and its jobs
 
 # Keys that may change when a run is resumed; a change of any other key makes it a different run.
 _MAY_CHANGE = (
@@ -90,6 +90,22 @@ def locate_run(config: DictConfig, run_dir_given: bool):
             "local_run_dir out; model.archive starts a new run from a checkpoint's weights"
         )
     config.local_run_dir = run_dir
+
+
+def check_restartable(config: DictConfig, run_dir_given: bool):
+    """Refuse a command that its launcher would give again after a failure, but that would not resume the run then.
+
+    Raises: UserError naming the remedy.
+    """
+    if not (restarts := environment.max_restarts()) or (run_dir_given and config.resume == "auto"):
+        return
+    if config.resume is not None and is_run(config.resume):
+        return
+    anew = "in a new directory" if not run_dir_given else f"with resume={config.resume or 'null'}"
+    raise UserError(
+        f"the launcher restarts a failed run (torchrun --max-restarts={restarts}), which would begin again {anew}: "
+        "give resume=auto and local_run_dir=DIR, the same for every attempt and machine, or use --max-restarts=0"
+    )
 
 
 def find_checkpoint(config: DictConfig) -> str | None:
@@ -160,7 +176,7 @@ def resume_hint(run_dir: str) -> str:
     """Return the last line of a run that ended early: its last checkpoint, and the command that resumes from it."""
     for path in _newest_first(run_dir):
         if os.path.exists(os.path.join(path, CHECKSUMS)):
-            if SWEEP_DIR in os.environ:  # the sweep says how to resume all its jobs
+            if SWEEP in os.environ:  # the sweep says how to resume all its jobs
                 return f"The last checkpoint is {path}"
             command = resume_command({"local_run_dir": None, "resume": run_dir})
             return f"The last checkpoint is {path}; to resume from it: {command}"

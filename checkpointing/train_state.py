@@ -24,6 +24,7 @@ _ADDED_LATER = (
     "best_at",
     "worse",
     "max_tokens",
+    "loss_memory",
 )  # fields that checkpoints of earlier versions lack
 
 
@@ -44,6 +45,7 @@ class TrainState:
     best_at: int | None = None  # `examples` there
     worse: int = 0  # evaluations since
     max_tokens: int | None = None  # tokens in the largest microbatch; another value would change rounding
+    loss_memory: dict[str, float] = field(default_factory=dict)  # moving averages of the loss, if it keeps any
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file

@@ -17,17 +17,17 @@ from basics.outputs import why_not_writable
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.lora import check_adapter_fits, check_lora
 from config_checks.paths import expand_config
+from config_checks.schedules import check_schedule
 from config_checks.schema import default_config, names_in
 from config_checks.values import check_values
 from data.choice import TRUNCATIONS
 from distributed import environment
 from distributed.strategies import STRATEGIES
-from losses import LOSSES, needs_reference
-from optimization import check_schedule
+from losses import find_loss, needs_reference
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir
+from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir, rank0_print
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
@@ -181,6 +181,19 @@ def _check_model(config: DictConfig):
             "revisions; leave it null"
         )
     _check_attention(model)
+    if model.router_aux_loss_coef is not None:
+        _turn_off_faster_layouts(config)
+
+
+def _turn_off_faster_layouts(config: DictConfig):
+    """Compute plainly: the router's auxiliary loss depends on the very tokens of the forward pass, padding aside."""
+    coefficient = f"model.router_aux_loss_coef={config.model.router_aux_loss_coef}"
+    for key in ("shared_prompt", "padding_free", "compile"):
+        if config[key] is True:
+            raise UserError(f"{coefficient} needs the plain forward pass: leave {key} out")
+    if (config.shared_prompt, config.padding_free) != (False, False):
+        rank0_print(f"Prefix sharing and packed rows: off, as {coefficient} needs the plain forward pass")
+    config.shared_prompt = config.padding_free = False
 
 
 def _check_attention(model: DictConfig):
@@ -302,8 +315,13 @@ def _check_reference(config: DictConfig):
         )
     config.reference = resolved_reference(config)
     _check_moving_reference(config)
-    if LOSSES[config.loss.name].takes_kl_estimate:
+    if find_loss(config.loss).takes_kl_estimate:
         _check_kl_estimate(config)
+    if find_loss(config.loss).needs_shared_logps(config.loss) and config.precompute_ref_log_probs:
+        raise UserError(
+            "precompute_ref_log_probs=true keeps the log-probabilities of whole responses alone; loss.ld_alpha needs "
+            "those up to the shared length, too: use precompute_ref_log_probs=false"
+        )
     if config.model.load_in_4bit:
         if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
@@ -352,7 +370,7 @@ def _check_moving_reference(config: DictConfig):
 
 
 def _check_best(config: DictConfig):
-    known = evaluation_metrics(LOSSES[config.loss.name], config)
+    known = evaluation_metrics(find_loss(config.loss), config)
     if config.keep_best is not None and config.keep_best not in known:
         raise UserError(
             f"keep_best={config.keep_best}: no metric of these evaluations.{closest_match(config.keep_best, known)} "

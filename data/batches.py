@@ -165,7 +165,8 @@ class BatchIterator:
     def _element_of_ids(self, prompt: Prompt, partner: Prompt, index: int) -> dict:
         """Make the element of an example that is tokenized already."""
         texts, ids = chosen_and_rejected(partner, index, self.sft_mode)
-        runs = [partner.trained[i] for i in response_numbers(partner, index, self.sft_mode)]
+        numbers = (partner.target, partner.target) if self.sft_mode else partner.pairs[index]  # chosen, rejected
+        runs = [partner.trained[number] for number in numbers]
 
         def element(prompt: Prompt, texts: list[str], ids: list[list[int]], runs: list[list[int]]) -> dict:
             prompt_ids, n_kept = prompt.prompt_ids, prompt.n_kept
@@ -253,11 +254,6 @@ def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[lis
         return [prompt.sft_target] * 2, [prompt.response_ids[prompt.target]] * 2 if prompt.response_ids else []
     pair = prompt.pairs[index]
     return [prompt.responses[i] for i in pair], [prompt.response_ids[i] for i in pair] if prompt.response_ids else []
-
-
-def response_numbers(prompt: Prompt, index: int, sft_mode: bool) -> tuple[int, int]:
-    """Return the indices of a pair's chosen and rejected responses; in SFT twice that of the target."""
-    return (prompt.target, prompt.target) if sft_mode else prompt.pairs[index]
 
 
 def next_other_prompt(batch: list[tuple[Prompt, int]], index: int) -> int:

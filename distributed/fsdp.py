@@ -73,3 +73,8 @@ def run_as_forward(model: nn.Module, function: Callable, *args):
         model._run_as_forward = lambda function, *args: function(*args)
         register_fsdp_forward_method(model, "_run_as_forward")
     return model._run_as_forward(function, *args)
+
+
+def set_sums_over_replicas(model: nn.Module, enabled: bool):
+    """With several replicas, sum gradients over them in the next backward pass, or only add to this replica's part."""
+    unwrap_adapter(model).set_requires_all_reduce(enabled)

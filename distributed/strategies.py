@@ -47,6 +47,9 @@ class SingleProcess:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
+    def prepare_backward(self, policy: nn.Module, is_last: bool):
+        """Get ready for the backward pass of a microbatch, the last one of its step or not."""
+
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Scale the gradient down if its norm exceeds `max_norm`; return the norm before that, of shape ()."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -111,6 +114,12 @@ class FullySharded(_SeveralProcesses):
         from distributed import fsdp
 
         return fsdp.run_as_forward(model, function, *args)
+
+    def prepare_backward(self, policy: nn.Module, is_last: bool):
+        if self.config.fsdp_replicate > 1:
+            from distributed import fsdp
+
+            fsdp.set_sums_over_replicas(policy, is_last)
 
 
 class TensorParallel(_SeveralProcesses):

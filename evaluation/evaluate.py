@@ -57,7 +57,7 @@ def evaluate_checkpoints(trainer, options: Options):
         trainer.precompute_reference()
         for checkpoint in options.checkpoints:
             if checkpoint is not None:
-                trainer.load_weights(checkpoint)
+                trainer.load_checkpoint(checkpoint)
             key = _settings_hash(trainer.config, checkpoint, trainer)
             result = collectives.broadcast_object(earlier.get(key))
             if result is None or options.rows is not None:

@@ -50,29 +50,25 @@ def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: t
     }
 
 
-def response_metrics(
-    split: str, inputs: dict[str, torch.Tensor], compares: bool, averaged: bool
-) -> dict[str, torch.Tensor]:
+def response_metrics(split: str, inputs: dict[str, torch.Tensor], compares: bool) -> dict[str, torch.Tensor]:
     """Return metrics that can be compared across losses and settings: tensors of shape (batch_size,).
 
     `nll_*`: negative log-likelihood of a response per token. `lengths_*`: its tokens. `logratios_*`: log-probability of
     the whole response under the policy minus that under the reference (nats).
 
     Args:
-        inputs: the loss's inputs, with log-probabilities and lengths.
+        inputs: the loss's inputs: log-probabilities, summed over each response, and lengths.
         compares: True if the inputs include the reference's log-probabilities.
-        averaged: True if log-probabilities are means per token.
     """
     metrics = {}
     for side in ("chosen", "rejected"):
         if f"policy_{side}_logps" not in inputs:
             continue
-        logps, lengths = inputs[f"policy_{side}_logps"].detach(), inputs[f"{side}_lengths"].clamp(min=1)
-        metrics[f"nll_{split}/{side}"] = -logps if averaged else -logps / lengths
+        logps, lengths = inputs[f"policy_{side}_logps"].detach(), inputs[f"{side}_lengths"]
+        metrics[f"nll_{split}/{side}"] = -logps / lengths.clamp(min=1)
         if compares:
-            logratios = logps - inputs[f"reference_{side}_logps"].detach()
-            metrics[f"logratios_{split}/{side}"] = logratios * lengths if averaged else logratios
-        metrics[f"lengths_{split}/{side}"] = inputs[f"{side}_lengths"]
+            metrics[f"logratios_{split}/{side}"] = logps - inputs[f"reference_{side}_logps"].detach()
+        metrics[f"lengths_{split}/{side}"] = lengths
     return metrics
 
 

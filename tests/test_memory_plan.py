@@ -12,6 +12,7 @@ from torch import nn
 
 from acceleration import memory_plan, speed_up
 from acceleration.capacity import measure_activations
+from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
 from acceleration.out_of_memory import explained_out_of_memory
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
@@ -22,7 +23,6 @@ from distributed.dtensor import distribute_model
 from distributed.fsdp import fsdp_mesh, shard_model
 from distributed.strategies import FullySharded, SingleProcess
 from models import _check_on_gpus
-from optimization import state_bytes, step_one_by_one, steps_by_foreach
 from reporting.metrics import check_finite
 from reporting.usage import n_parameters, peak_flops
 from utils import UserError

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 
@@ -189,6 +190,13 @@ def n_computed(capsys) -> int:
 
 
 PRECOMPUTED = [*TOY, "loss=dpo", "precompute_ref_log_probs=true"]
+
+
+def test_evaluation_reads_and_precomputes_evaluation_pairs_alone(make_trainer, capsys):
+    trainer = make_trainer(*PRECOMPUTED, purpose="evaluate")
+    assert (trainer.train_iterator, trainer.optimizer) == (None, None)
+    assert n_computed(capsys) == trainer.n_eval_examples == len(trainer.reference_cache.logps)
+    assert trainer.evaluate()["loss/eval"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.fixture(scope="module")
