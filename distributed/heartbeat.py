@@ -37,8 +37,15 @@ class _Worker(NamedTuple):
 
 
 def _start_time(pid: int) -> str:
-    """Return when a process of this machine started, in the kernel's ticks."""
-    with open(f"/proc/{pid}/stat") as file:
+    """Return when a process of this machine started, in the system's own terms. Raises: OSError if there is none."""
+    if sys.platform != "linux":
+        import psutil
+
+        try:
+            return str(psutil.Process(pid).create_time())
+        except psutil.Error as error:
+            raise ProcessLookupError(str(error)) from error
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
         return file.read().rpartition(")")[2].split()[19]
 
 
