@@ -96,24 +96,6 @@ def _busy(path: str, origin: str, busy: str) -> UserError:
 
 
 @contextlib.contextmanager
-def waiting_lock(path: str) -> Iterator[None]:
-    """Hold a file's lock inside the block, as soon as no other process does; the file is created if needed.
-
-    If the file system has no locks, nothing keeps others out.
-    """
-    if fcntl is None:
-        import filelock
-
-        with filelock.FileLock(f"{path}.lock"):
-            yield
-        return
-    with open(path, "ab") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
 def locked_directory(directory: str, origin: str, busy: str) -> Iterator[None]:
     """Lock a directory for this process alone, by a file `.lock` in it that says who holds it.
 
@@ -143,6 +125,24 @@ def locked_directory(directory: str, origin: str, busy: str) -> Iterator[None]:
         for path in created:
             with contextlib.suppress(OSError):  # it isn't empty
                 os.rmdir(path)
+
+
+@contextlib.contextmanager
+def in_turn(path: str) -> Iterator[None]:
+    """Let one process at a time change a file, where the file system has locks; others wait.
+
+    Raises: OSError if it can't be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is None:
+            import filelock
+
+            stack.enter_context(filelock.FileLock(f"{path}.lock"))
+        else:
+            file = stack.enter_context(open(path, "ab"))
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _open_locked(path: str, origin: str, busy: str) -> int:

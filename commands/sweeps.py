@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from basics.files import append_json_line, read_json_lines
-from basics.locks import locked_directory, waiting_lock
+from basics.locks import in_turn, locked_directory
 from checkpointing.resume import resume_command
 from checkpointing.stop_signal import EXIT_CODE
 from commands.errors import errors_reported
@@ -53,7 +53,7 @@ class SweepLog:
     def add(self, row: dict):
         """Add the row of a job that has ended; `seconds` are added to those of its earlier rows."""
         try:
-            with waiting_lock(self.path):  # other jobs may end at the same time
+            with in_turn(self.path):  # other jobs may end at the same time
                 before = self.rows().get(row["overrides"], {}).get("seconds", 0)
                 append_json_line(self.path, row | {"seconds": round(row["seconds"] + before, 1)})
         except OSError as error:

@@ -38,11 +38,18 @@ class _Worker(NamedTuple):
 
 
 def _start_time(pid: int) -> str:
-    """Return when a process of this machine started, in the kernel's ticks; an empty string if it can't be told."""
+    """Return when a process of this machine started, in the system's own terms; an empty string if there is none."""
+    if sys.platform != "linux":
+        import psutil
+
+        try:
+            return str(psutil.Process(pid).create_time())
+        except psutil.Error:
+            return ""
     try:
-        with open(f"/proc/{pid}/stat") as file:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[19]
-    except OSError:  # only Linux has it
+    except OSError:
         return ""
 
 
