@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 from basics.errors import UserError
+from basics.printing import rank0_print
 
 _held: set[int] = set()  # descriptors of locked files
 
@@ -100,7 +101,9 @@ def _open_locked(path: str, origin: str, busy: str) -> int:
             who = f": {holder}" if holder.startswith("process ") else ""
             raise UserError(f"{origin}: {busy}{who}; wait for its end, or give another place") from None
         except OSError as error:
-            print(f"WARNING: {origin}: its file system has no locks ({error}): nothing keeps a second process out")
+            rank0_print(
+                f"WARNING: {origin}: its file system has no locks ({error}): nothing keeps a second process out"
+            )
             return descriptor
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):

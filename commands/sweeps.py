@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from basics.files import atomic_file, read_json_lines
 from basics.locks import locked_directory
+from basics.printing import printable
 from checkpointing.resume import SWEEP_DIR, resume_command
 from checkpointing.stop_signal import EXIT_CODE
 from commands.errors import errors_reported
@@ -110,7 +111,7 @@ class Sweep:
             status = "complete"
         except SystemExit as error:
             if isinstance(error.code, str):
-                print(error.code, file=sys.stderr, flush=True)
+                print(printable(error.code), file=sys.stderr, flush=True)
             status = "stopped" if error.code == EXIT_CODE else "failed"
             if status == "stopped" or environment.is_launched():  # a launcher's other workers could not follow
                 raise

@@ -26,7 +26,7 @@ from optimization import check_schedule
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from utils import UserError, closest_match, closest_sibling, get_local_dir
+from utils import UserError, closest_match, closest_sibling, get_local_dir, rank0_print
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
@@ -226,8 +226,8 @@ def _check_lengths_and_batches(config: DictConfig):
         if config[key] % config.batch_size != 0:
             rounded = config[key] - config[key] % config.batch_size
             if config[key] != default_config()[key]:  # a default needn't be divisible by batch_size
-                print(f"WARNING: {key} must be divisible by batch_size")
-            print(f"Setting {key} to", rounded)
+                rank0_print(f"WARNING: {key} must be divisible by batch_size")
+            rank0_print(f"Setting {key} to", rounded)
             config[key] = rounded
 
 

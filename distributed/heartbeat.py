@@ -10,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from basics.printing import printable
 from distributed import environment
 
 # A worker waits this long (seconds) before it reports an error that another worker may report too, or may have caused.
@@ -65,7 +66,7 @@ class Heartbeat:
                 self.seconds_waited = 0.0
         except RuntimeError as error:
             time.sleep(2 * _LOST_CONNECTION_DELAY)  # the main thread may be about to report more
-            print(f"error: another worker is gone ({str(error)[:200]})", file=sys.stderr, flush=True)
+            print(printable(f"error: another worker is gone ({str(error)[:200]})"), file=sys.stderr, flush=True)
             os._exit(1)
 
     def _exchange_once(self) -> bool:
@@ -94,12 +95,11 @@ class Heartbeat:
             self.seconds_waited += min(time.monotonic() - before, 2 * tick)
             if self.seconds_waited > limit:
                 if self.rank <= 1 or environment.is_local_rank0():
-                    print(
+                    text = (
                         f"error: worker {self.awaited_rank} ({self.workers[self.awaited_rank]}) has given no sign of "
-                        f"life for {self.timeout:g} seconds (worker_timeout): the run ends. Resume it with resume=auto",
-                        file=sys.stderr,
-                        flush=True,
+                        f"life for {self.timeout:g} seconds (worker_timeout): the run ends. Resume it with resume=auto"
                     )
+                    print(printable(text), file=sys.stderr, flush=True)
                 os._exit(1)
 
 

@@ -164,7 +164,7 @@ class RunLog:
                 f"{rate(n_examples / self.seconds)} a second, {self.n_tokens / self.n_steps:,.0f} tokens a step; "
                 f"memory at its peak: {peak_memory()}"
             )
-            print(wrapped(text), flush=True)
+            rank0_print(wrapped(text))
         if self.curves is not None:
             self.curves.finish(failed=exit_code != 0)
 
