@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 
 from basics.errors import UserError
+from basics.printing import rank0_print
 
 try:
     import fcntl
@@ -164,7 +165,9 @@ def _open_locked(path: str, origin: str, busy: str) -> int:
             _close(descriptor)
             raise _busy(path, origin, busy) from None
         except OSError as error:
-            print(f"WARNING: {origin}: its file system has no locks ({error}): nothing keeps a second process out")
+            rank0_print(
+                f"WARNING: {origin}: its file system has no locks ({error}): nothing keeps a second process out"
+            )
             return descriptor
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):

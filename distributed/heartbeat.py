@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from basics.printing import printable
 from distributed import environment
 
 # A worker waits this long (seconds) before it reports an error that another worker may report too, or may have caused.
@@ -99,7 +100,7 @@ class Heartbeat:
                 self.seconds_waited = 0.0
         except RuntimeError as error:
             time.sleep(2 * _LOST_CONNECTION_DELAY)  # the main thread may be about to report more
-            print(f"error: another worker is gone ({str(error)[:200]})", file=sys.stderr, flush=True)
+            print(printable(f"error: another worker is gone ({str(error)[:200]})"), file=sys.stderr, flush=True)
             os._exit(1)
 
     def _exchange_once(self) -> bool:
@@ -149,12 +150,11 @@ class Heartbeat:
         """End this process; under a launcher also the silent one if it is here, for which the launcher would wait."""
         silent = self.workers[silent_rank]
         if self.rank <= 1 or environment.is_local_rank0():
-            print(
+            text = (
                 f"error: worker {silent_rank} (process {silent.pid} on {silent.machine}) has given no sign of life for "
-                f"{self.timeout:g} seconds (worker_timeout): the run ends. Resume it with resume=auto",
-                file=sys.stderr,
-                flush=True,
+                f"{self.timeout:g} seconds (worker_timeout): the run ends. Resume it with resume=auto"
             )
+            print(printable(text), file=sys.stderr, flush=True)
         if environment.is_launched_by_user():
             silent.kill()
         os._exit(1)

@@ -195,6 +195,7 @@ def fill(path: Path, kind: str):
     ("name", "kind"),
     [
         ("LATEST", "directory"), ("step-16", "directory"), ("BEST", "directory"), ("BEST", "link"), ("LATEST", "file"),
+        ("LATEST.replaced", "directory"), ("step-16.replaced", "file"),
         ("metrics.jsonl", "file"), ("samples.jsonl", "file"), ("curves.png", "file"), ("config.yaml", "file"),
         ("config.yaml", "directory"), ("metrics.jsonl", "directory"),
     ],
