@@ -1,5 +1,12 @@
 """Evaluate a run's checkpoints, or any model: `python evaluate.py run=RUN`, with the keys of train.py."""
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
+import functools
+
 from omegaconf import DictConfig
 
 from commands import command_line
@@ -20,5 +27,7 @@ def _evaluate(config: DictConfig, options: Options):
     evaluate_checkpoints(trainer, options)
 
 
+main = functools.partial(command_line.main, run, "evaluate")
+
 if __name__ == "__main__":
-    command_line.main(run, "evaluate")
+    main()

@@ -4,6 +4,11 @@ The folder has the model, the tokenizer and a model card. A policy with all its 
 into its base.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import os
 import shutil
 

@@ -3,8 +3,17 @@
 Without `b`, a reward model scores the responses of `a`.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
+import functools
+
 from commands import command_line
 from evaluation.judge import run
 
+main = functools.partial(command_line.main, run, "judge")
+
 if __name__ == "__main__":
-    command_line.main(run, "judge")
+    main()

@@ -1,4 +1,7 @@
-"""The log-probability of each response of a batch, computed plainly; faster ways must match it."""
+"""The log-probability of each response of a batch, the plain way, as the original computes it.
+
+`acceleration/` has faster ways, which are checked against this one.
+"""
 
 import torch
 
@@ -11,7 +14,7 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
     Args:
         logits: unnormalized, shape (batch_size, sequence_length, vocab_size).
         labels: token ids, shape (batch_size, sequence_length); positions labelled -100 are left out.
-        average_log_prob: divide by the number of labelled tokens.
+        average_log_prob: divide by the number of labelled tokens; the trainers divide later (`get_batch_metrics`).
 
     Returns: shape (batch_size,), in nats.
     """
@@ -28,7 +31,7 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
 def response_lengths(labels: torch.Tensor) -> torch.Tensor:
     """Predicted tokens in each response: (batch_size, sequence_length) labels to (batch_size,).
 
-    Nothing predicts a sequence's first token, so it doesn't count, even without a prompt.
+    The first token of a sequence has nothing before it to predict it, so it never counts.
     """
     return (labels[:, 1:] != -100).sum(-1)
 

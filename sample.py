@@ -1,5 +1,12 @@
 """Draw responses from a run's checkpoints, or from any model: `python sample.py run=RUN`, with the keys of train.py."""
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
+import functools
+
 from omegaconf import DictConfig
 
 from commands import command_line
@@ -24,5 +31,7 @@ def _sample(config: DictConfig, options: Options):
     sample_checkpoints(load, config, options)
 
 
+main = functools.partial(command_line.main, run, "sample")
+
 if __name__ == "__main__":
-    command_line.main(run, "sample")
+    main()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from acceleration.batch_losses import batch_losses
 from acceleration.compiled import compile_blocks
@@ -19,6 +20,7 @@ from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.out_of_memory import explained_out_of_memory
 from acceleration.overflow import check_no_overflow
+from acceleration.packed_attention import use_packed_attention
 from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
 from checkpointing import best
@@ -52,6 +54,7 @@ from log_probabilities import _get_batch_logps, concatenated_inputs, with_first_
 from losses import find_loss, preference_loss  # noqa: F401 (users of the original import it from here)
 from models import (
     allow_own_code,
+    check_has_router,
     check_reference_fits,
     check_tokenizer_fits,
     configured_dropout_rates,
@@ -59,6 +62,7 @@ from models import (
     load_policy,
     load_reference,
     load_tokenizer,
+    router_losses,
 )
 from objectives.declaration import Memory
 from optimization import make_optimizer, make_scheduler, rate_warning
@@ -66,6 +70,7 @@ from preference_datasets import open_batches
 from references import (
     Reference,
     check_reference_can_move,
+    is_computed_as_policy,
     make_reference,
     move_reference,
     reference_source,
@@ -74,7 +79,7 @@ from reporting.metrics import check_finite, mean_metrics, response_metrics, rewa
 from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device
+from utils import UserError, get_block_class_from_model, rank0_print, unwrap_adapter, widest_dtype
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -135,18 +140,9 @@ class BasicTrainer:
 
     def _load_data(self, trains: bool):
         """Open the training batches and load all evaluation batches: this worker's shard of each."""
-        config, sft_mode = self.config, not self.loss.needs_pairs
+        config, shard = self.config, self.strategy.batch_shard
         self.train_iterator, self.eval_iterator = open_batches(
-            config,
-            chosen_datasets(config),
-            self.tokenizer,
-            sft_mode,
-            self.seed,
-            self.strategy.batch_shard,
-            silent=self.rank != 0,
-            mismatched=self.loss.takes_kl_estimate,
-            unpaired=self.loss.accepts_unpaired,
-            trains=trains,
+            config, chosen_datasets(config), self.tokenizer, self.seed, shard, trains
         )
         if trains and (warning := rate_warning(config, self.train_iterator.n_batches)):
             rank0_print(warning)
@@ -173,16 +169,19 @@ class BasicTrainer:
         # for checkpoints; read now, as the hub may be out of reach by then
         self.dropout_rates = configured_dropout_rates(config) if self.rank == 0 else {}
         check_tokenizer_fits(self.policy, self.tokenizer, config)
+        if config.model.router_aux_loss_coef is not None:
+            check_has_router(self.policy, config.model.router_aux_loss_coef)
         self.layout = self.reference_layout = self._choose_layout(self.policy)
 
     def _choose_layout(self, model: nn.Module) -> Layout:
         """Compare the faster layouts with the plain forward, and choose the fastest that agrees with it."""
         if self.eval_iterator is None:  # no data to compare them on
             return PLAIN
+        opened = [split for split in (self.train_iterator, self.eval_iterator) if split is not None]
         return choose_layout(
             model, self.plain_logps, self.eval_iterator.first_examples(2), self.config, self.strategy,
             functools.partial(self.autocast, model),
-            is_unpaired=self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired,
+            is_unpaired=any(split.is_unpaired for split in opened),
             is_trained=model is self.policy,
         )  # fmt: skip
 
@@ -195,15 +194,15 @@ class BasicTrainer:
             return
         if reference_model is None:
             raise ValueError(f"loss={config.loss.name} needs a reference_model")
-        self.load_reference = functools.partial(self._load_reference, reference_model)
+        self._reference_model = reference_model
         rank0_print(f"Reference: {config.reference}{', precomputed' if config.precompute_ref_log_probs else ''}")
         if not config.precompute_ref_log_probs:
             self.reference = make_reference(config.reference, self.policy, self.load_reference)
 
-    def _load_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None]) -> nn.Module:
+    def load_reference(self) -> nn.Module:
         """Load a second model as the reference, and check that the policy can be compared with it."""
-        config, is_another = self.config, bool(reference_source(self.config).given)
-        model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
+        config, is_another, model = self.config, bool(reference_source(self.config).given), self._reference_model
+        model = model if isinstance(model, nn.Module) else model()
         model = self.strategy.distribute(model, is_policy=False)
         if is_another:
             check_reference_fits(model, self.policy, self.tokenizer, config)
@@ -211,8 +210,10 @@ class BasicTrainer:
             check_reference_can_move(model, self.policy, config)
         if self.eval_iterator is not None and model.dtype == torch.float16:
             check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-        if is_another or self.layout.is_packed:  # packed rows depend on the dtype, too
-            self.reference_layout = self._choose_layout(model)
+        if is_another or (self.layout.is_packed and not is_computed_as_policy(config)):
+            self.reference_layout = self._choose_layout(model)  # whether packed rows agree depends on the dtype
+        elif self.layout.is_packed:
+            use_packed_attention(unwrap_adapter(model))
         if config.compile:
             compile_blocks(model, None if is_another else config.model.block_name)
         return model
@@ -226,7 +227,7 @@ class BasicTrainer:
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
         if is_needed and self.reference_cache is None:
             self.reference_cache = fill_cache(self)
-            if config.reference != "model":  # it takes no memory, and samples are drawn from it
+            if config.reference != "model":  # it shares the policy's memory, and samples are drawn from it
                 self.reference = make_reference(config.reference, self.policy, self.load_reference)
             elif config.sample_during_eval:
                 rank0_print("Reference freed: samples come from the policy only")
@@ -246,7 +247,7 @@ class BasicTrainer:
         This forward pass and `_get_batch_logps` define the computation. A faster way that gives other numbers is not
         used (`acceleration.model_check`).
         """
-        inputs = slice_and_move_batch_for_device(concatenated_inputs(batch), 0, 1, self.device)
+        inputs = {key: value.to(self.device) for key, value in concatenated_inputs(batch).items()}
         logits = model(
             inputs["concatenated_input_ids"], attention_mask=inputs["concatenated_attention_mask"], use_cache=False
         ).logits  # (2B, T, V)
@@ -254,18 +255,17 @@ class BasicTrainer:
         all_logps = _get_batch_logps(logits, inputs["concatenated_labels"])
         return all_logps.chunk(2)
 
-    def target_forward(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the log-probabilities of the SFT targets, (batch_size,), in nats: the plain forward, as above."""
+    def plain_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
+        """Return the log-probability of each response by the plain forward, in nats: all chosen, then all rejected.
+
+        Shape: (2 * batch_size,); in SFT, (batch_size,).
+        """
+        if "rejected_labels" in batch:
+            return torch.cat(self.concatenated_forward(model, batch))
         keys = ("chosen_input_ids", "chosen_attention_mask", "chosen_labels")
         input_ids, attention_mask, labels = (batch[key].to(self.device) for key in keys)
         logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
         return _get_batch_logps(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-
-    def plain_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the log-probability of each of the batch's S responses, chosen before rejected, plainly: (S,)."""
-        if "rejected_labels" in batch:
-            return torch.cat(self.concatenated_forward(model, batch))
-        return self.target_forward(model, batch)
 
     def response_logps(self, model: nn.Module, batch: dict, until: torch.Tensor | None = None) -> torch.Tensor:
         """Return the same as `plain_logps`, computed in the model's layout.
@@ -281,12 +281,12 @@ class BasicTrainer:
             return torch.stack([self.plain_logps(model, part) for part in (batch, with_first_labels(batch, until))])
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Compute the policy in `model.policy_mp` inside.
+        """Return a context for computing in `model.policy_mp`; it does nothing for a reference with its own dtype.
 
         FSDP also casts weights as it gathers them (`distributed.fsdp`); other trainers cast them once a step
         (`acceleration.shadow_weights`).
         """
-        if self.policy_mp is None or model is not self.policy:
+        if self.policy_mp is None or not (model is self.policy or is_computed_as_policy(self.config)):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 
@@ -310,10 +310,17 @@ class BasicTrainer:
             loss: that of a microbatch, from `batch_losses`; None takes this batch for a whole one.
         """
         split, until = "train" if train else "eval", tokens_that_count(self, batch)
-        inputs = loss_inputs(self, batch, self.response_logps(self.policy, batch, until))
+        router_coef = self.config.model.router_aux_loss_coef
+        with contextlib.nullcontext() if router_coef is None else router_losses(self.policy) as aux_losses:
+            policy_logps = self.response_logps(self.policy, batch, until)
+        inputs = loss_inputs(self, batch, policy_logps)
         loss = loss or batch_losses(self, batch, [batch], train)[0]
         losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
+        if router_coef is not None:
+            aux_loss = aux_losses[0].to(losses.device)
+            losses = losses + router_coef * aux_loss
+            metrics[f"aux_loss/{split}"] = aux_loss.detach().expand(len(losses))  # of the microbatch, for each example
         averaged = loss_config.get("average_log_prob", False)
         for side in ("rejected", "chosen") if self.loss.needs_pairs else ("chosen",):
             logps = inputs[f"policy_{side}_logps"].detach()
@@ -328,13 +335,13 @@ class BasicTrainer:
         It is the mean log-ratio of responses to other prompts of the batch, or 0 if that is negative; shape (), without
         gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
         """
-        sum_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sum_and_count = torch.zeros(2, dtype=widest_dtype(self.device), device=self.device)
         for microbatch in self.microbatches(mismatched_batch(batch), n_least=1):
             with torch.no_grad():
                 policy_logps = self.response_logps(self.policy, microbatch).view(2, -1)  # (2, B)
             counted = self.counted(microbatch)
             logratios = (policy_logps - torch.stack(self.reference_logps(microbatch))).where(counted, 0)
-            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).double()
+            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
         if self.is_sharded:
             sum_and_count = collectives.all_reduce_sum(sum_and_count)
         kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
@@ -348,7 +355,7 @@ class BasicTrainer:
         Raises: Stopped after a signal; LATEST then holds the current state.
         """
         self.precompute_reference()
-        seed_generators(self.seed + self.strategy.batch_shard[0])  # other samples for other prompts
+        seed_generators(self.seed + self.strategy.batch_shard[0])  # workers with other prompts draw other samples
         restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
             self.run_log = RunLog(
@@ -360,7 +367,7 @@ class BasicTrainer:
             try:
                 for batch in bar:
                     self._evaluate_and_save_where_due()
-                    if best.is_over(self.state, self.config):
+                    if best.ends_run(self.state, self.config):
                         best.print_stop_reason(self.state)
                         break
                     self.log("train", self.train_step(batch))
@@ -389,7 +396,7 @@ class BasicTrainer:
     def train_step(self, batch: dict) -> dict[str, float]:
         """Take one optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches.
 
-        The host waits for the GPU once, to read metrics before the weights change.
+        The host waits for the GPU once, to read the metrics, before the weights change.
 
         Returns: mean metrics.
         Raises: UserError, before the weights change, if loss or gradient are not finite.
@@ -397,12 +404,14 @@ class BasicTrainer:
         self.policy.train()
         start_time = time.perf_counter()
         all_metrics = []
-        microbatches = batch.get("microbatches") or self.prepare(batch)["microbatches"]
-        for microbatch, loss_function in zip(microbatches, batch_losses(self, batch, microbatches, True), strict=True):
+        parts = batch.get("microbatches") or self.with_microbatches(batch)["microbatches"]
+        losses = batch_losses(self, batch, parts, train=True)
+        for number, (microbatch, loss_function) in enumerate(zip(parts, losses, strict=True), 1):
             loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, loss_function)
-            # several workers' gradients are averaged
+            self.strategy.prepare_backward(self.policy, is_last=number == len(parts))
+            # not divided by the number of workers, as FSDP averages their gradients
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
-            n_tokens = computed_tokens(microbatch, self.layout.is_shared).double()
+            n_tokens = computed_tokens(microbatch, self.layout.is_shared).to(widest_dtype(self.device))
             all_metrics.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
 
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
@@ -427,31 +436,28 @@ class BasicTrainer:
     def _training_batches(self, skip: int) -> Iterator[dict]:
         """Yield the training batches after the first `skip`, prepared ahead of time in a thread.
 
-        That thread has its own process group, in which workers agree on the number of microbatches.
+        That thread needs its own process group: its collectives must not mix with those of training.
         """
-        agree = functools.partial(collectives.all_reduce_max, group=collectives.thread_group())
-        prepare = functools.partial(self.prepare, agree=agree)
-        return prefetched(map(prepare, self.train_iterator.batches(skip)), n_ahead=2)
+        group = collectives.thread_group()
+        batches = (self.with_microbatches(batch, group) for batch in self.train_iterator.batches(skip))
+        return prefetched(batches, n_ahead=2)
 
-    def prepare(self, batch: dict, agree: Callable[[int], int] = collectives.all_reduce_max) -> dict:
-        """Return the batch with its microbatches and their rows; `agree`: see `microbatches`."""
+    def with_microbatches(self, batch: dict, group: ProcessGroup | None = None) -> dict:
+        """Return the batch with its microbatches and their rows; `group`: see `microbatches`."""
         layouts, pin_memory = dict.fromkeys([self.layout, self.reference_layout]), self.device.type == "cuda"
-        parts = self.microbatches(batch, self.config.gradient_accumulation_steps, agree)
+        parts = self.microbatches(batch, self.config.gradient_accumulation_steps, group)
         for layout in layouts:
             parts = [layout.prepare(part, pin_memory) for part in parts]
         return batch | {"microbatches": parts}
 
-    def microbatches(
-        self, batch: dict, n_least: int, agree: Callable[[int], int] = collectives.all_reduce_max
-    ) -> list[dict]:
-        """Cut the batch into microbatches of similar length; see `data.microbatches`.
+    def microbatches(self, batch: dict, n_least: int, group: ProcessGroup | None = None) -> list[dict]:
+        """Cut the batch into microbatches of similar length, as many as the other workers; see `data.microbatches`.
 
-        `agree`: returns the largest number of microbatches that any worker makes.
+        `group`: the process group in which workers agree on the number, by default that of the main thread.
         """
-        options = {"agree": agree} if self.is_sharded else {}
         return microbatches(
-            batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed,
-            self.max_tokens, **options,
+            batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed, self.max_tokens,
+            functools.partial(collectives.all_reduce_max, group=group) if self.is_sharded else lambda n: n,
         )  # fmt: skip
 
     @property
@@ -473,7 +479,7 @@ class BasicTrainer:
         return mean_metrics(self.evaluate_examples()[0], self.n_eval_examples)
 
     def evaluate_examples(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-        """Return the metrics of this worker's evaluation examples, in microbatches, and the numbers of these examples.
+        """Return the metrics of this worker's evaluation examples, by microbatch, and the indices of these examples.
 
         Raises: UserError if the loss of a batch isn't finite.
         """
@@ -495,7 +501,7 @@ class BasicTrainer:
         return all_metrics, indices
 
     def counted(self, batch: dict) -> torch.Tensor:
-        """Return a mask of examples that count, (batch_size,): without those that fill up an evaluation batch."""
+        """Return a mask, (batch_size,): False for repetitions that only fill up the last shard of an evaluation."""
         if "index" not in batch:  # a training batch
             return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)
         return torch.tensor([i is not None for i in batch["index"]], device=self.device)
@@ -517,8 +523,9 @@ class BasicTrainer:
         """
         rng_state = get_rng_state()
         try:
-            metrics = self.evaluate()
-            samples, kl = sampling.sample_evaluation(self) if self.config.sample_during_eval else ([], {})
+            start_time, metrics, samples, kl = time.perf_counter(), self.evaluate(), [], {}
+            if self.config.sample_during_eval:
+                samples, kl = sampling.sample_evaluation(self, time.perf_counter() - start_time)
             metrics |= kl
         except Stopped:
             set_rng_state(rng_state)
@@ -536,7 +543,7 @@ class BasicTrainer:
             self.run_log.log(split, {**counters, **metrics}, samples or [])
 
     def save(self, output_dir: str | None = None, metrics: dict | None = None):
-        """Write a checkpoint to `output_dir`, by default LATEST; with the metrics of the last evaluation."""
+        """Write a checkpoint to `output_dir`, by default LATEST; `metrics` replaces those of the last evaluation."""
         if self.config.debug:
             rank0_print("skipping save in debug mode")
             return
@@ -559,20 +566,18 @@ class BasicTrainer:
         collectives.barrier()
 
     def _current_state(self) -> TrainState:
-        """Return the train state, completed with all workers' generators, the logs, and if training is complete."""
+        """Return the train state with all workers' random generators, the logs' sizes, and if training is complete."""
         return dataclasses.replace(
             self.state,
-            complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
+            complete=self._is_over() and self.state.evaluated_at == self.state.examples,
             max_tokens=self.max_tokens,
             loss_memory={name: float(average) for name, average in self.loss_memory.averages.items()},
             rng_states=collectives.all_gather_object(get_rng_state()),
-            wandb_run_id=self.run_log.wandb_run_id if self.run_log else None,
-            log_bytes=self.run_log.log_bytes() if self.run_log else {},
-            log_sha256=self.run_log.log_sha256() if self.run_log else {},
+            **(self.run_log.recorded() if self.run_log else {}),
         )
 
-    def _is_over(self, state: TrainState) -> bool:
-        return state.batches == self.train_iterator.n_batches or best.is_over(state, self.config)
+    def _is_over(self) -> bool:
+        return self.state.batches == self.train_iterator.n_batches or best.ends_run(self.state, self.config)
 
     def _save_step(self):
         """Write step-N, point LATEST to it, delete the checkpoints that `keep_checkpoints` drops."""
@@ -595,19 +600,19 @@ class BasicTrainer:
         state, n_batches = TrainState.load(checkpoint), self.train_iterator.n_batches
         if state.batches > n_batches:
             raise UserError(
-                f"{checkpoint} has {state.batches} steps behind it, n_epochs={self.config.n_epochs} and "
-                f"n_examples={self.config.n_examples} ask for {n_batches} in all"
+                f"{checkpoint} is after step {state.batches}, but n_epochs={self.config.n_epochs} "
+                f"n_examples={self.config.n_examples} end the run at step {n_batches}"
             )
         rank0_print(f"Resuming from {checkpoint}: {state.examples} examples, {state.updates} steps")
-        self.load_weights(checkpoint)
+        self.load_checkpoint(checkpoint)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
         if self.config.max_tokens_per_microbatch is None:
             self.max_tokens, warning = resumed_cap(state.max_tokens, self.max_tokens)
             if warning:
                 rank0_print(warning)
-        self.state.complete = self.state.complete and self._is_over(self.state)
+        self.state.complete = self.state.complete and self._is_over()
 
-    def load_weights(self, checkpoint: str):
+    def load_checkpoint(self, checkpoint: str):
         """Load the policy, a reference that moves, and the counters from a checkpoint of this run."""
         load_policy_state(checkpoint, self.policy)
         if self._moves_reference:
@@ -638,16 +643,17 @@ def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
     allow_own_code(config)
     trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
-    copied: list[nn.Module] = []  # the policy, for a reference that is a copy of it
+    loads = environment.is_local_rank0()
 
     def policy() -> nn.Module | None:
-        model = load_policy(config, device_map) if environment.is_local_rank0() else None
-        copied.extend([model] if device_map == "balanced" and model is not None else [])
-        return model
+        return load_policy(config, device_map) if loads else None
+
+    if device_map == "balanced":
+        policy = functools.cache(policy)  # the reference may be a copy of it
 
     def reference_model() -> nn.Module | None:
-        first = copied[0] if copied else None
-        return load_reference(config, first, device_map) if environment.is_local_rank0() else None
+        to_copy = policy() if device_map == "balanced" else None
+        return load_reference(config, to_copy, device_map) if loads else None
 
     ranks = collectives.rank_and_world_size()
     with explained_out_of_memory(config):

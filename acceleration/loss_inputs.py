@@ -3,7 +3,7 @@
 import torch
 
 from log_probabilities import concatenated_inputs, on_policy_weights, response_lengths, shared_lengths
-from utils import slice_and_move_batch_for_device
+from utils import on_device
 
 
 def tokens_that_count(trainer, batch: dict) -> torch.Tensor | None:
@@ -41,7 +41,7 @@ def forward(trainer, batch: dict) -> dict[str, torch.Tensor]:
 
 def _on_policy_weights(trainer, batch: dict) -> torch.Tensor:
     """Return WPO's weight of each response, (S,), without gradient, by another forward pass, the plain one."""
-    inputs = slice_and_move_batch_for_device(concatenated_inputs(batch), 0, 1, trainer.device)
+    inputs = on_device(concatenated_inputs(batch), trainer.device)
     names = ("concatenated_input_ids", "concatenated_attention_mask", "concatenated_labels")
     input_ids, attention_mask, labels = (inputs[name] for name in names)
     with torch.no_grad(), trainer.autocast(trainer.policy):

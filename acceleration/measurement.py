@@ -65,9 +65,6 @@ class Numbers:
     gradient: torch.Tensor  # (H,), a projection of the short examples' gradient
     leak: float  # the share of the gradient that reaches the last tokens, which no causal model's predictions depend on
 
-    def is_finite(self) -> bool:
-        return bool(self.logps.isfinite().all() and self.gradient.isfinite().all())
-
 
 def measure(
     model: nn.Module,

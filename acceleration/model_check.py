@@ -134,7 +134,7 @@ class ModelCheck:
         self.short = synthetic_batch(batch, [(min(n, max_length) // 2, min(n, max_length)) for n in (12, 32, 64)])
         self.full_length = full_length_batch(batch, max_length)
         self.longest = synthetic_batch(batch, [(0, max_length)])  # a row of both responses without a prompt
-        self.plain_name = "concatenated_forward" if "rejected_labels" in batch else "target_forward"
+        self.plain_name = "concatenated_forward" if "rejected_labels" in batch else "plain_logps"
 
     @contextlib.contextmanager
     def mode(self, is_trained: bool) -> Iterator[None]:
@@ -163,7 +163,7 @@ class ModelCheck:
             raise self._cannot_compute(error) from error
         self.standard = Standard(numbers, rounded, [self.short, self.full_length])
         problem = None
-        if not numbers.is_finite():
+        if not (numbers.logps.isfinite().all() and numbers.gradient.isfinite().all()):
             problem = "its log-probabilities or their gradient aren't finite. Are its weights? Is its dtype too narrow?"
         elif numbers.leak > _LEAK:
             problem = (

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from basics.files import sha256
 from basics.outputs import CHECKSUMS
@@ -33,3 +33,16 @@ def verify_checksum(directory: str, name: str, digest: str | None, hash_file: Ca
     """Raise ValueError if a file is not as it was written."""
     if hash_file(os.path.join(directory, name)) != digest:
         raise ValueError(f"{name} is not what {CHECKSUMS} beside it says: the file is damaged")
+
+
+def find_damage(directory: str, needed: Iterable[str], hash_file: Callable[[str], str] = sha256) -> str | None:
+    """Return why a directory's files are not as they were written, or which one is missing; None if they are whole."""
+    try:
+        checksums = read_checksums(directory)
+        if missing := set(needed) - checksums.keys():
+            return f"{CHECKSUMS} lacks {', '.join(sorted(missing))}"
+        for name, digest in checksums.items():
+            verify_checksum(directory, name, digest, hash_file)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import IO
 
+_FLUSHES_DIRECTORIES = os.name == "posix"  # Windows opens no directory, and flushes only files that can be written
 PARTIAL = r"\.partial-[0-9a-f]{8}"  # regular expression for the suffix of unfinished files
 
 
@@ -20,7 +21,7 @@ def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
     """Open a temporary file that replaces `path`, flushed to disk, on exit. After an error `path` is unchanged."""
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8") as file:
+        with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -34,7 +35,9 @@ def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
 def flush_to_disk(*paths: str):
     """Flush files or directories to the disk, so that nothing written later gets there first."""
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
+        if not _FLUSHES_DIRECTORIES and os.path.isdir(path):
+            continue
+        descriptor = os.open(path, os.O_RDONLY if _FLUSHES_DIRECTORIES else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
@@ -72,7 +75,8 @@ def append_json_line(path: str, value: dict):
     """Add a line in one write; a line before it that a crash has cut off is ended first."""
     with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
-        is_cut_off = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        file.seek(max(size - 1, 0))
+        is_cut_off = size > 0 and file.read(1) != b"\n"
         line = b"\n" * is_cut_off + json.dumps(value).encode() + b"\n"
         if file.write(line) < len(line):  # a full disk
             os.truncate(path, size)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from basics.errors import UserError
+from basics.links import link_target
 
 CHECKSUMS = "SHA256SUMS"  # in every checkpoint; `sha256sum -c` reads it
 CONFIG_HEADER = b"# SHA-256 of what the run started from"  # the beginning of a run's config.yaml
@@ -60,7 +61,7 @@ def why_not_writable(directory: str) -> str | None:
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
         number = errno.ENOTDIR
-    elif os.statvfs(existing).f_flag & os.ST_RDONLY:
+    elif hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY:
         number = errno.EROFS
     elif not os.access(existing, os.W_OK | os.X_OK):
         number = errno.EACCES
@@ -194,8 +195,8 @@ def is_checkpoint_name(name: str) -> bool:
 
 def is_own_checkpoint(path: str) -> bool:
     """True if a run wrote this directory, which may be damaged, or this link to one."""
-    if os.path.islink(path):
-        return is_checkpoint_name(os.readlink(path))
+    if (target := link_target(path)) is not None:
+        return is_checkpoint_name(target)
     return any(os.path.isfile(os.path.join(path, name)) for name in (CHECKSUMS, "state.json"))
 
 

@@ -155,6 +155,7 @@ def get_rng_state() -> dict:
     return {
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _gpus()] if torch.cuda.is_available() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
     }
@@ -180,6 +181,8 @@ def set_rng_state(state: dict):
         rank0_print(f"WARNING: {len(state['cuda'])} GPUs then, {len(gpus)} now: samples will differ")
     for gpu, gpu_state in zip(gpus, state["cuda"], strict=False):
         torch.cuda.set_rng_state(gpu_state, gpu)
+    if state.get("mps") and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"][0])
 
 
 def _set_cpu_rng_state(state: dict):

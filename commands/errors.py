@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from basics.interrupts import INTERRUPTED
 from basics.printing import printable
 from checkpointing.stop_signal import EXIT_CODE, Stopped
-from commands.exit_on_signals import INTERRUPTED
 from config_checks.explanations import explain_hydra_error
 from distributed import environment, heartbeat
 from utils import UserError, is_short_of_files, rank0_print

@@ -8,13 +8,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
-from checkpointing.saved_config import read_saved_config
 from commands.workers import enter_process_group, needs_workers, run_in_workers
 from config_checks.checks import check_config
 from config_checks.paths import expand_home
-from config_checks.schema import own_keys
+from config_checks.schema import FREE_KEYS, own_keys
 from distributed import collectives
 from utils import UserError, closest_sibling, on_rank0
 
@@ -66,10 +66,12 @@ def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
         config: composed from the command line and the defaults, for keys that are newer than the run.
     """
     former, given = read_run_config(run_dir), _given_keys()
-    result = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    merged = OmegaConf.to_container(config, resolve=False)
+    for key, value in OmegaConf.to_container(former, resolve=False).items():
+        is_section = isinstance(value, dict) and key not in (*FREE_KEYS, "loss")
+        merged[key] = {**(merged.get(key) or {}), **value} if is_section else value
+    result = OmegaConf.create(merged)
     with open_dict(result):
-        for key, value in OmegaConf.to_container(former, resolve=False).items():
-            result[key] = value
         if isinstance(result.get("model"), DictConfig) and "model.trust_remote_code" not in given:
             result.model.trust_remote_code = False
         for key in given:

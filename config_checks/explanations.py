@@ -6,6 +6,7 @@ import sys
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from config_checks.overrides import explain_commas, explain_override
 from config_checks.schema import default_config, names_in, own_keys
 from utils import closest_match
 
@@ -63,12 +64,14 @@ def other_loss(name: str) -> str:
     return f": {known}." if known else ""
 
 
-def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
+def explain_hydra_error(error: Exception, config_name: str = "config", words: list[str] | None = None) -> str:
     """Return the message for a config that can't be composed: Hydra's, with the closest match to what was not found.
 
     Args:
         config_name: the config's file.
+        words: the overrides; None: the command line's.
     """
+    words = sys.argv[1:] if words is None else words
     lines = f"{error}\n{error.__cause__ or ''}".strip().splitlines()
     text = "\n".join(line for line in lines if not line.strip().startswith(("object_type=", "reference_type=")))
     if (raised := "UserError raised while resolving interpolation: ") in text:
@@ -79,8 +82,9 @@ def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
             return f"no loss={name}{other} There are: {', '.join(error.options)}"
         return f"no {group}={name}.{closest_match(name, error.options)} There are: {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        hint = "Quote values with special characters, and once more for the shell: exp_name=\"'a = é'\""
-        return f"can't read {error.override!r}: {error}\n{hint}"
+        return explain_override(str(error.override), words)
+    if ambiguous := re.match(r"Ambiguous value for argument '(.*)'$", text, re.MULTILINE):
+        return explain_commas(ambiguous[1])
     if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
         inner = re.search(r"full_key: (\S+)", text)  # where a whole section was given
         key = inner[1] if inner and inner[1].startswith(key[1]) else key[1]
@@ -90,7 +94,7 @@ def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
     if (key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text)) is not None:  # + and ~ read the default
         return f"{key[1]} can be set as {key[1]}=VALUE alone, without + or ~"
     no_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"  # which Hydra parses as no string
-    groups = [word for word in sys.argv[1:] if re.fullmatch(no_name, word, re.IGNORECASE)]
+    groups = [word for word in words if re.fullmatch(no_name, word, re.IGNORECASE)]
     if groups and (isinstance(error, ValueError | TypeError) or "possible interpolation keys" in text):
         choices = "; ".join(f"{group}=NAME with {', '.join(names_in(group))}" for group in ("loss", "model"))
         return f"{' '.join(groups)}: expected the name of a file: {choices}"

@@ -16,7 +16,13 @@ _POSITIVE = (
     "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
     "stop_when_worse", "max_tokens_per_microbatch",
 )  # fmt: skip
-_NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
+_NON_NEGATIVE = (
+    "seed",
+    "warmup_steps",
+    "n_eval_model_samples",
+    "minimum_log_interval_secs",
+    "model.router_aux_loss_coef",
+)
 _HIGHEST = {
     "max_grad_norm": math.inf,  # no clipping
     "lr": 1e38,  # of float32
@@ -30,7 +36,7 @@ _TYPES_OF_NULL = dict.fromkeys(
         "stop_when_worse", "max_tokens_per_microbatch",
     ),
     int,
-)  # fmt: skip
+) | {"model.router_aux_loss_coef": float}  # fmt: skip
 
 
 def check_values(config: DictConfig):
@@ -71,7 +77,10 @@ def _check_loss(config: DictConfig):
 def _check_loss_name(key: str, name: object):
     if name not in LOSSES:
         other = other_loss(str(name)) or f".{closest_match(str(name), LOSSES)}"
-        raise UserError(f"{key}={name}: no such loss{other} There are: {', '.join([*LOSSES, MIX])}")
+        raise UserError(
+            f"{key}={name}: no such loss{other} There are: {', '.join([*LOSSES, MIX])}; one that "
+            "is defined elsewhere exists only in the script that adds it (docs/objectives.md)"
+        )
 
 
 def _check_options(section: str, name: str, given: DictConfig):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from data.messages import BadExample
 from data.rows import Example, shared_start
+from data.template_limits import TemplateLimit, check_length, limited
 from data.turns import STAND_IN, Dialogue, Span, is_assistants
 from utils import UserError
 
@@ -64,6 +65,7 @@ class Renderer:
         self.tokenizer, self.verbatim_responses = tokenizer, verbatim_responses
         self.last_turn_only = last_turn_only
         self.template = read_template(tokenizer, template_path)
+        self.origin = _template_name(tokenizer, template_path)
         added = tokenizer.added_tokens_decoder.items()
         special = {str(token): number for number, token in added if token.special}
         special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -89,15 +91,17 @@ class Renderer:
         prompt, responses = _with_shared_start(example.prompt, example.responses)
         for messages in (prompt, *responses):
             self._check_messages(messages)
-        dialogues = [self._dialogue(prompt, response, example.tools) for response in responses]
-        if dialogues:
-            return self._divided_dialogues(dialogues)
-        return Rendered(self._dialogue(prompt, [], example.tools).opened, [], [])
+        with limited(self.origin):
+            dialogues = [self._dialogue(prompt, response, example.tools) for response in responses]
+            if dialogues:
+                return self._divided_dialogues(dialogues)
+            return Rendered(self._dialogue(prompt, [], example.tools).opened, [], [])
 
     def render_dialogue(self, messages: list[dict]) -> str:
         """Return whole messages as the template writes them. Raises: BadExample as `render` does."""
         self._check_messages(messages)
-        return self._apply(None, messages)[0]
+        with limited(self.origin):
+            return self._apply(None, messages)[0]
 
     def _check_messages(self, messages: list[dict]):
         for message in messages:
@@ -115,14 +119,18 @@ class Renderer:
         kwargs |= {"chat_template": self.template, "tools": tools}
         try:
             if not self.marks_turns:
-                return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs), []
-            kwargs |= self.tokenizer.special_tokens_map
-            from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds
+                text, spans = self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs), []
+            else:
+                from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds
 
-            texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **kwargs)
-            return texts[0], spans[0]
+                kwargs |= self.tokenizer.special_tokens_map
+                (text,), (spans,) = render_jinja_template([messages], return_assistant_tokens_mask=True, **kwargs)
+        except MemoryError:  # reported by `limited`
+            raise
         except Exception as error:  # templates may raise anything, e.g. if roles don't alternate
             raise BadExample(_REFUSED, f"the chat template refuses it: {error}") from error
+        check_length(text, self.origin, messages, tools)
+        return text, spans
 
     def _dialogue(self, prompt: list[dict], response: list[dict], tools: list | None) -> Dialogue:
         """Render a prompt and a response. Raises: BadExample if the template leaves something out."""
@@ -300,10 +308,17 @@ def read_template(tokenizer, path: str | None) -> str | None:
     try:
         with open(path, encoding="utf-8") as file:
             template = file.read()
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+        with limited(_template_name(tokenizer, path)):
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+    except TemplateLimit:
+        raise
     except Exception as error:  # jinja's
         raise UserError(f"chat_template={path}: {error}; give a file with a Jinja chat template") from error
     return template
+
+
+def _template_name(tokenizer, path: str | None = None) -> str:
+    return f"chat_template={path}" if path is not None else f"the chat template of {tokenizer.name_or_path}"
 
 
 def turn_end(tokenizer, template: str | None) -> str | None:
@@ -311,10 +326,11 @@ def turn_end(tokenizer, template: str | None) -> str | None:
     if template is None:
         return None
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
-    try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    except Exception:  # a template may refuse any messages
-        return None
+    with limited(_template_name(tokenizer)):
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception:  # a template may refuse any messages
+            return None
     known = _any_of({str(token) for token in tokenizer.added_tokens_decoder.values()} | {*tokenizer.all_special_tokens})
     found = known.search(text, text.rfind(STAND_IN) + 1) if STAND_IN in text else None
     return found and found[0]

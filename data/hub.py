@@ -4,6 +4,7 @@ The libraries that load models and datasets hide some of the hub's answers. So o
 again directly.
 """
 
+import contextlib
 import os
 import re
 
@@ -29,6 +30,18 @@ def use_cache_if_unreachable(names: list[str]):
         rank0_print(f"The hub ({constants.ENDPOINT}) can't be reached ({error}): using the cache")
         constants.HF_HUB_OFFLINE = True  # huggingface_hub read the variable at its import
         os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries imported later, and for workers
+
+
+def current_commit(repo_id: str, cache_dir: str) -> str | None:
+    """Return the commit of a model's main branch: the hub's, else the cache's; None if neither has it."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    use_cache_if_unreachable([repo_id])
+    if not constants.is_offline_mode():
+        with contextlib.suppress(Exception):  # loading the model will explain it
+            return HfApi().model_info(repo_id, timeout=_TIMEOUT).sha
+    path = try_to_load_from_cache(repo_id, "config.json", cache_dir)
+    return os.path.basename(os.path.dirname(path)) if isinstance(path, str) else None
 
 
 def explain_failure(failure: Exception, repo_id: str, repo_type: str) -> tuple[str, str] | None:

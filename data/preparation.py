@@ -16,9 +16,8 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from basics.checksums import read_checksums, verify_checksum, write_checksums
+from basics.checksums import find_damage, write_checksums
 from basics.files import HashCache, flush_to_disk
-from basics.outputs import CHECKSUMS
 from data import chat
 from data.batches import prefetched, split_name
 from data.choice import Choice, Settings
@@ -29,12 +28,14 @@ from data.plain_reader import Fault
 from data.prepared import SCHEMA, TEXTS, PreparedPrompts
 from data.row_sources import ROWS, BadRows, Rows, open_splits, rows_of_list
 from data.rows import Example
+from data.template_limits import TemplateLimit
 from reporting.terminal import Progress
 from utils import UserError, get_local_dir, rank0_print
 
 VERSION = 3  # of the cache's format and of how rows are read; bump to rebuild
 _CHUNK = 1024  # rows tokenized at a time
 _INSPECTED = 100  # rows that decide the format
+_FILES = ("info.json", "train.arrow", "test.arrow")
 _COUNTED = 10_000  # rows in which bad ones are counted before the error is raised
 
 
@@ -96,6 +97,8 @@ def _usable(
             usable.append((number, place, example, renderer.render(example)))
         except BadExample as error:
             bad.add(number, place, error.kind, str(error))
+        except TemplateLimit as error:  # the same may happen in every row
+            raise UserError(f"{bad.rows.where}, {bad.place(number, place)}: {error}") from error
     return usable
 
 
@@ -234,7 +237,8 @@ def prepare(
     try:
         os.makedirs(os.path.dirname(directory), exist_ok=True)
         with FileLock(f"{directory}.lock"):
-            if (reason := _find_damage(directory, cache_dir)) is not None:
+            exists = os.path.exists(directory)
+            if exists and (reason := find_damage(directory, _FILES, HashCache(cache_dir).sha256)) is not None:
                 rank0_print(f"WARNING: {directory} is damaged ({reason}): preparing it again")
                 shutil.rmtree(directory)
             if not os.path.exists(directory):
@@ -254,22 +258,6 @@ def prepare(
             "another place with local_dirs=[DIR]"
         ) from error
     return tuple(PreparedPrompts(directory, role, name, truncation_mode, loss_takes) for role in ("train", "test"))
-
-
-def _find_damage(directory: str, cache_dir: str) -> str | None:
-    """Return the damage to prepared data; None if it is whole, or doesn't exist yet."""
-    if not os.path.exists(directory):
-        return None
-    hash_file = HashCache(cache_dir).sha256
-    try:
-        checksums = read_checksums(directory)
-        if not {"info.json", "train.arrow", "test.arrow"} <= checksums.keys():
-            return f"{CHECKSUMS} lacks a file"
-        for name, digest in checksums.items():
-            verify_checksum(directory, name, digest, hash_file)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def _recognize(sources: dict[str, Rows], settings: Settings, loss_takes: Sequence[str]) -> Format:

@@ -12,9 +12,9 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from basics.files import content_hash
+from basics.files import HashCache, content_hash
 from basics.printing import hides_progress
-from data import diagnosis, hub
+from data import arrow_cache, diagnosis, hub
 from data.plain_reader import csv_delimiter
 from utils import UserError, closest_sibling, rank0_print
 
@@ -105,7 +105,7 @@ def read_rows(
     if hides_progress() or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        module, kwargs = path, {}
+        module, folder, kwargs = path, cache_dir, {}
         if files is not None:
             kwargs = {"data_files": {split.partition("[")[0]: [glob.escape(file) for file in files]}}
             if not os.path.isdir(path):
@@ -113,12 +113,13 @@ def read_rows(
             if _MODULES.get(_suffix(files[0])) == "csv":
                 kwargs |= _csv_options(files, csv_as_strings)
             if cache_dir is not None:  # the library identifies files by their times, which tar and rsync restore
-                cache_dir = os.path.join(cache_dir, "rows", content_hash(files, cache_dir)[:32])
-        builder = datasets.load_dataset_builder(module, name=config, cache_dir=cache_dir, **kwargs)
-        files = list((builder.config.data_files or {}).get(split.partition("[")[0], []))
-        if not silent:
-            rank0_print(f"{label}: reading {_listed(files, path) if files else f'{path} from the cache'}")
-        builder.download_and_prepare()
+                folder = os.path.join(cache_dir, "rows", content_hash(files, cache_dir)[:32])
+        with _checked_cache(cache_dir, folder, path if files is None else None):
+            builder = datasets.load_dataset_builder(module, name=config, cache_dir=folder, **kwargs)
+            files = list((builder.config.data_files or {}).get(split.partition("[")[0], []))
+            if not silent:
+                rank0_print(f"{label}: reading {_listed(files, path) if files else f'{path} from the cache'}")
+            arrow_cache.prepare(builder)
         rows = builder.as_dataset(split=split)
         rows.data.table.validate(full=True)  # the library doesn't check that strings are UTF-8
         return rows
@@ -127,6 +128,13 @@ def read_rows(
     except Exception as error:  # a format's reader or the connection may raise anything
         cause, remedy = _cause_and_remedy(error, path, files or [], alternative=remedy)
         raise UnreadableRows(f"{where}: {cause}\n{remedy}") from error
+
+
+def _checked_cache(cache_dir: str | None, folder: str | None, name: str | None) -> contextlib.AbstractContextManager:
+    """Check the library's Arrow files; those in its own default cache, which other programs share, are left alone."""
+    if cache_dir is None:
+        return contextlib.nullcontext()
+    return arrow_cache.checked(folder, name, HashCache(cache_dir).sha256)
 
 
 def _csv_options(files: list[str], as_strings: bool) -> dict:
@@ -157,8 +165,11 @@ def split_names(where: str, path: str, config: str | None, cache_dir: str | None
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(path, name=config, cache_dir=cache_dir)
+        with _checked_cache(cache_dir, cache_dir, path):
+            builder = datasets.load_dataset_builder(path, name=config, cache_dir=cache_dir)
         return list(builder.config.data_files or builder.info.splits or {})
+    except UserError:
+        raise
     except Exception as error:
         cause, remedy = _cause_and_remedy(error, path, [], alternative=remedy)
         raise UserError(f"{where}: {cause}\n{remedy}") from error

@@ -160,7 +160,7 @@ class BadRows:
         if not self.first:
             return
         first = self.first[:_SHOWN_OF_ONE_KIND] if len(self.kinds) == 1 else self.first
-        lines = [f"  {self._place(number, place)}: {reason}" for number, place, reason in first]
+        lines = [f"  {self.place(number, place)}: {reason}" for number, place, reason in first]
         total = sum(self.kinds.values())
         if total > len(first):
             within = "" if self.is_complete else f" of the first {self.n_read:,}"
@@ -171,5 +171,6 @@ class BadRows:
             "count such rows with on_bad_example=skip"
         )
 
-    def _place(self, number: int, place: str) -> str:
+    def place(self, number: int, place: str) -> str:
+        """Return the words that name a row: its number, file and line, as far as they are known."""
         return place or f"row {number}{self.rows.place(number) if self.rows.place else ''}"

@@ -9,6 +9,11 @@ preferred: P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from
 `python -m data.toy RUN_DIR` reports on the samples of a preference run on this data.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import functools
 import json
 import re
@@ -16,7 +21,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
+
+from basics.interrupts import interrupts_reported
+from basics.saved_config import read_saved_config
 
 SUBJECTS = ["film", "play", "opera", "musical", "series", "cartoon", "drama", "comedy", "ballet", "show"]
 PROMPTS = [f"\n\nHuman: Please write a short review of the {subject}.\n\nAssistant:" for subject in SUBJECTS]
@@ -166,7 +173,7 @@ def get_toy_length(split: str, silent: bool = False, cache_dir: str | None = Non
 
 def report(run_dir: Path, n_shown: int = 4) -> str:
     """Report the true rewards of a run's last samples: from the reference (before) and from the policy (after)."""
-    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     if {sample["model"] for sample in samples} != {"policy", "reference"}:
         return f"{run_dir} has no samples of both policy and reference; train with loss=dpo sample_during_eval=true"
     if "response" not in samples[-1]:
@@ -185,11 +192,12 @@ def report(run_dir: Path, n_shown: int = 4) -> str:
         )
         for text, w in list(zip(texts, words, strict=True))[:n_shown]:
             lines.append(f"  {'  --' if w is None else f'{true_reward(w):+.1f}'}  {text.strip()}")
-    beta = OmegaConf.load(run_dir / "config.yaml").loss.beta
+    beta = read_saved_config(str(run_dir / "config.yaml")).loss.beta
     optimum = (word_distribution(beta) * WORD_REWARDS).sum((1, 2)).mean()
     lines.append(f"the exact optimum of DPO at beta {beta} (π*): mean true reward {optimum:+.2f}, 0.0% outside")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(report(Path(sys.argv[1])))
+    with interrupts_reported():
+        print(report(Path(sys.argv[1])))

@@ -10,7 +10,13 @@ from basics.files import atomic_file
 from basics.printing import rank0_print
 from config_checks.paths import expand_home
 from evaluation.chat_completions import ChatCompletions
-from evaluation.judge_options import check_options, make_judge, settings_hash, summary_path
+from evaluation.judge_options import (
+    check_options,
+    make_judge,
+    reward_model_commit,
+    settings_hash,
+    summary_path,
+)
 from evaluation.judge_summary import cost, failures_in_words, summarize, summarize_scores, table
 from evaluation.origins import digest, kl_from_reference, origins
 from evaluation.pairs import Pair, Task, first_shown, match, read_responses, single_responses
@@ -28,8 +34,9 @@ def run(config: DictConfig):
     a = read_responses("a", options["a"])
     b = read_responses("b", options["b"]) if options["b"] is not None else None
     pairs, n_unmatched = (single_responses(a), 0) if b is None else match(a, b, options["allow_unmatched"])
-    settings = settings_hash(options)
-    lines = _judged_lines(pairs, n_unmatched, options, settings)
+    commit = reward_model_commit(options)
+    settings = settings_hash(options, commit)
+    lines = _judged_lines(pairs, n_unmatched, options, settings, commit)
     summary = {key: options[key] for key in ("a", "b", "judge", "judge_model")} | {"settings": settings}
     if b is None:
         summary |= summarize_scores(pairs, lines)
@@ -45,7 +52,7 @@ def run(config: DictConfig):
         raise UserError(f"{what}: {failures_in_words(summary)}")
 
 
-def _judged_lines(pairs: list[Pair], n_unmatched: int, options: dict, settings: str) -> list[dict]:
+def _judged_lines(pairs: list[Pair], n_unmatched: int, options: dict, settings: str, commit: str | None) -> list[dict]:
     """Return a verdict's line for each task; the judge gives those that the output file lacks."""
     tasks = make_tasks([pair for pair in pairs if pair.a != pair.b], options)
     verdicts = VerdictFile(options["output"], settings)
@@ -53,7 +60,7 @@ def _judged_lines(pairs: list[Pair], n_unmatched: int, options: dict, settings: 
         missing = verdicts.missing(tasks)
         _print_counts(pairs, n_unmatched, len(tasks) - len(missing), options)
         if missing:
-            judge = make_judge(options)
+            judge = make_judge(options, commit)
             _print_expected_cost(judge, missing, options)
             _collect(judge, missing, verdicts)
         return [verdicts.lines[task.key] for task in tasks]

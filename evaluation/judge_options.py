@@ -11,6 +11,7 @@ from checkpointing.fingerprints import folder_fingerprint
 from config_checks.explanations import unknown_key
 from config_checks.numbers import check_number
 from config_checks.schema import own_keys
+from data import hub
 from evaluation.chat_completions import ChatCompletions, Endpoint
 from evaluation.command import Command
 from evaluation.prompts import load_template
@@ -93,21 +94,34 @@ def _check_keys_of_judge(options: dict):
         load_template(options["judge_prompt"])
 
 
-def settings_hash(options: dict) -> str:
-    """Return a short hash of the settings that decide a verdict on given texts in a given order."""
+def reward_model_commit(options: dict) -> str | None:
+    """Return the commit on the hub of the reward model, if that is where it comes from and the commit is known."""
+    if options["judge"] != "model" or os.path.isdir(options["judge_model"]):
+        return None
+    return hub.current_commit(options["judge_model"], get_local_dir(options["local_dirs"]))
+
+
+def settings_hash(options: dict, commit: str | None) -> str:
+    """Return a short hash of the settings that decide a verdict on given texts in a given order.
+
+    Args:
+        commit: the reward model's, see `reward_model_commit`.
+    """
     keys = ("judge", "judge_model", "judge_command", "judge_url", "judge_args", "chat_template")
     known = options | {"judge_url": re.sub(r"(?<=://)[^/?#]*@", "", options["judge_url"] or "") or None}
     deciding = [known[key] for key in keys]  # the password doesn't matter
     deciding.append(load_template(options["judge_prompt"]) if options["judge"] == "openai" else None)
     if options["judge"] == "model" and os.path.isdir(options["judge_model"]):
         deciding.append(folder_fingerprint(options["judge_model"], options["local_dirs"]))
+    if commit is not None:
+        deciding.append(commit)
     if options["chat_template"] is not None:
         deciding.append(sha256(options["chat_template"]))
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def make_judge(options: dict) -> Judge:
-    """Make the judge that the checked options name."""
+def make_judge(options: dict, commit: str | None) -> Judge:
+    """Make the judge that the checked options name, from this commit of the reward model if there is one."""
     if options["judge"] == "command":
         return Command(options["judge_command"])
     if options["judge"] == "openai":
@@ -121,5 +135,5 @@ def make_judge(options: dict) -> Judge:
 
     return RewardModel(
         options["judge_model"], options["judge_batch_size"], options["chat_template"],
-        get_local_dir(options["local_dirs"]),
+        get_local_dir(options["local_dirs"]), commit,
     )  # fmt: skip

@@ -10,9 +10,9 @@ from checkpointing.archives import check_finite, describe, load_pretrained
 from data import chat, hub
 from data.hub import access_hint
 from data.messages import BadExample
-from evaluation.pairs import Prompt, Task
+from evaluation.pairs import Pair, Task
 from evaluation.verdicts import Verdict
-from utils import UserError, rank0_print
+from utils import UserError, default_device, rank0_print
 
 
 class RewardModel:
@@ -20,24 +20,26 @@ class RewardModel:
 
     sees_order = False
 
-    def __init__(self, name: str, batch_size: int, chat_template: str | None, cache_dir: str):
+    def __init__(self, name: str, batch_size: int, chat_template: str | None, cache_dir: str, revision: str | None):
         """
         Args:
             name: an id on the hub, or a local folder.
             batch_size: the number of responses to score at a time.
             chat_template: a file; None: the tokenizer's own.
+            revision: the commit on the hub; None: the newest, or a local folder.
 
         Raises: UserError if there is no such model, or if it has no score.
         """
         self.name, self.batch_size, self.chat_template = name, batch_size, chat_template
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = default_device()
         origin = f"judge_model={name}"
         hub.use_cache_if_unreachable([name])
         rank0_print(f"Loading judge {name}")
+        options = {"cache_dir": cache_dir} | ({"revision": revision} if revision is not None else {})
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
             auto_class = transformers.AutoModelForSequenceClassification
-            self.model = load_pretrained(name, origin, auto_class, dtype="auto", cache_dir=cache_dir)
+            self.model = load_pretrained(name, origin, auto_class, dtype="auto", **options)
         except UserError:
             raise
         except Exception as error:  # a damaged config.json, weights and the hub's HTTP library raise errors of any kind
@@ -68,7 +70,7 @@ class RewardModel:
         Raises: UserError if messages can't be rendered.
         """
         texts = {task.key: [text for text in (task.pair.a, task.pair.b) if text is not None] for task in tasks}
-        encoded = iter(self._encode([(task.pair.prompt, text) for task in tasks for text in texts[task.key]]))
+        encoded = iter(self._encode([(task.pair, text) for task in tasks for text in texts[task.key]]))
         ids = {key: [next(encoded) for _ in of_task] for key, of_task in texts.items()}
         by_length = sorted(tasks, key=lambda task: max(map(len, ids[task.key])))
         n_tasks = max(1, self.batch_size // 2)
@@ -91,16 +93,16 @@ class RewardModel:
         winner = "tie" if is_tie else "first" if (a > b) == (task.first == "a") else "second"
         return Verdict(winner, details={"scores": scores})
 
-    def _encode(self, responses: list[tuple[Prompt, str]]) -> list[list[int]]:
+    def _encode(self, responses: list[tuple[Pair, str]]) -> list[list[int]]:
         """Return token ids of prompt and response: strings are concatenated, messages rendered by the chat template."""
         renderer = chat.Renderer(self.tokenizer, self.chat_template)
         n_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(self.tokenizer.model_max_length, n_positions or 10**9)
         self.tokenizer.truncation_side = "left"
         encoded, n_cut = [], 0
-        for prompt, text in responses:
-            is_text = isinstance(prompt, str)
-            whole = prompt + text if is_text else self._rendered(prompt, text, renderer)
+        for pair, text in responses:
+            is_text = isinstance(pair.prompt, str)
+            whole = pair.prompt + text if is_text else self._rendered(pair, text, renderer)
             ids = self.tokenizer(whole, add_special_tokens=is_text)["input_ids"]
             if len(ids) > longest:  # the tokenizer counts, as it may add a token at the start of each text
                 n_cut += 1
@@ -111,12 +113,12 @@ class RewardModel:
             rank0_print(f"truncated {n_cut} of {len(encoded)} texts (prompt + response) to their last {longest} tokens")
         return encoded
 
-    def _rendered(self, prompt: list[dict], text: str, renderer: chat.Renderer) -> str:
+    def _rendered(self, pair: Pair, text: str, renderer: chat.Renderer) -> str:
         try:
-            answer = [{"role": "assistant", "content": text}]
-            return renderer.render_dialogue(prompt + answer)
+            return renderer.render_dialogue([*pair.prompt, {"role": "assistant", "content": text}])
         except (BadExample, UserError) as error:
-            raise UserError(f"judge_model={self.name}: a response can't be scored: {error}") from error
+            where = f"a response with prompt_index={pair.index}"
+            raise UserError(f"judge_model={self.name}: {where} can't be scored: {error}") from error
 
     @torch.no_grad()
     def _scores(self, rows: list[list[int]]) -> list[float]:

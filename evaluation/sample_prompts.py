@@ -11,6 +11,7 @@ from data.locations import locate
 from data.messages import BadExample
 from data.plain_reader import Fault
 from data.row_sources import open_rows
+from data.template_limits import TemplateLimit
 from reporting.terminal import Progress
 from utils import UserError, get_local_dir, rank0_print
 
@@ -66,7 +67,7 @@ def _prompts_in_file(config: DictConfig, tokenizer, path: str) -> tuple[list[str
                         example = prompt_example(row, config.apply_chat_template)
                         rendered.append(renderer.render(example).prompt)
                         given.append(example.prompt)
-                    except BadExample as error:
+                    except (BadExample, TemplateLimit) as error:
                         raise UserError(f"prompts={path}, row {number}: {error}") from error
                 progress.update(len(chunk))
     return given, rendered

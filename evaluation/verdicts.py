@@ -65,7 +65,6 @@ class VerdictFile:
         try:
             for line, line_end in read_json_lines(self.path):
                 key = _checked_key(line)
-                key = _checked_key(line)
                 if line["settings"] != self.settings:
                     raise UserError(
                         f"output={self.path} has verdicts under other settings; give another file, or delete it"

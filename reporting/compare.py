@@ -4,6 +4,11 @@ Each run has a row: the keys that tell it apart, its last evaluation, and its be
 sorted by; means over the evaluation examples ± their standard errors. Columns marked * can't be compared between runs.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import argparse
 import csv
 import io
@@ -12,6 +17,7 @@ import sys
 from dataclasses import dataclass
 
 from basics.errors import UserError
+from basics.interrupts import interrupts_reported
 from basics.outputs import Output, check_outputs, picture
 from basics.printing import markdown, printable
 from reporting.curves import COLORS, plain, save_figure
@@ -230,4 +236,5 @@ def main(words: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with interrupts_reported():
+        sys.exit(main(sys.argv[1:]))

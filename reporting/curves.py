@@ -4,12 +4,18 @@ RUN is a run or sweep directory, or a pattern. The picture of one run is `curves
 `curves.png` in the current directory.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import argparse
 import os
 import sys
 
 from basics.errors import UserError
 from basics.files import atomic_file
+from basics.interrupts import interrupts_reported
 from basics.outputs import PICTURE_OF, Output, check_outputs, picture
 from basics.printing import printable
 from reporting.runs import NoRuns, Run, find_runs
@@ -39,11 +45,6 @@ def smoothed(values: list[float], window: int) -> list[float]:
         total += value - (values[i - window] if i >= window else 0)
         means.append(total / min(i + 1, window))
     return means
-
-
-def window_of(n: int) -> int:
-    """Return the number of steps over which `n` values are smoothed: a 25th of them."""
-    return max(1, n // 25)
 
 
 def draw(runs: list[Run], path: str):
@@ -128,7 +129,7 @@ def _draw_panel(axis, panel: tuple, runs: list[Run]):
                     axis.plot(x, y, style, color=color, alpha=0.2, linewidth=0.7)
                 axis.plot(
                     x,
-                    smoothed(y, 1 if key == "lr" else window_of(len(y))),
+                    smoothed(y, 1 if key == "lr" else max(1, len(y) // 25)),
                     style,
                     color=color,
                     alpha=0.7,
@@ -210,4 +211,5 @@ def main(words: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with interrupts_reported():
+        sys.exit(main(sys.argv[1:]))

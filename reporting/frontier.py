@@ -6,8 +6,14 @@ https://arxiv.org/abs/2305.18290); a table of the same numbers is written beside
 over the samples of the policy's log-probability minus the reference's.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import sys
 
+from basics.interrupts import interrupts_reported
 from reporting.summaries import (
     BadSummary,
     Summary,
@@ -62,4 +68,5 @@ def _row(summary: Summary) -> tuple[str, ...]:
 main = command("frontier", __doc__, "frontier.png", draw)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with interrupts_reported():
+        sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ def evaluation_metrics(loss: "Loss | Mix", config: "DictConfig") -> list[str]:
     """Return the metrics of evaluations under this config, without standard errors."""
     sides = ("chosen", "rejected") if loss.needs_pairs else ("chosen",)
     of_sides = ["logps_eval", "nll_eval", "lengths_eval"]
-    names = [LOSS]
+    names = [LOSS] + ["aux_loss/eval"] * (config.model.router_aux_loss_coef is not None)
     if loss.needs_pairs:
         of_sides.insert(0, "rewards_eval")
         names += [ACCURACY, MARGIN, TIES]
@@ -38,4 +38,5 @@ def larger_is_better(metric: str) -> bool:
 
     Losses, likelihoods per token, divergences, ties, lengths and metrics of rejected responses should not.
     """
-    return not metric.startswith(("loss", "nll_", "kl_", "lengths_")) and not metric.endswith(("/rejected", "/ties"))
+    smaller = ("loss", "aux_loss/", "nll_", "kl_", "lengths_")
+    return not metric.startswith(smaller) and not metric.endswith(("/rejected", "/ties"))

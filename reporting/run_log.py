@@ -49,11 +49,6 @@ class RunLog:
         self.trackers = Trackers(config, run_dir, state.wandb_run_id, state.examples)
         self.curves = CurvesDrawer(run_dir) if config.curves else None
 
-    @property
-    def wandb_run_id(self) -> str | None:
-        """The id of the wandb run, for resuming it."""
-        return self.trackers.wandb_run_id
-
     def _truncate(self, log_bytes: dict[str, int], log_sha256: dict[str, str]):
         """Drop what was logged after the checkpoint, since it will be logged again; warn of lost or damaged lines."""
         for name in LOG_FILES:
@@ -67,19 +62,15 @@ class RunLog:
             elif size and log_sha256.get(name) not in (None, sha256(path)):
                 rank0_print(f"WARNING: {path} has changed since the checkpoint was written: lines are damaged")
 
-    def log_bytes(self) -> dict[str, int]:
-        """Flush the log files to the disk and return the size of each (bytes)."""
-        sizes = {}
+    def recorded(self) -> dict:
+        """Flush the log files to the disk, and return the fields of `TrainState` that a resumed run needs of them."""
+        sizes, digests = {}, {}
         for name in LOG_FILES:
-            with contextlib.suppress(FileNotFoundError), open(os.path.join(self.run_dir, name), "rb") as file:
+            path = os.path.join(self.run_dir, name)
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 os.fsync(file.fileno())
-                sizes[name] = os.fstat(file.fileno()).st_size
-        return sizes
-
-    def log_sha256(self) -> dict[str, str]:
-        """Return the SHA-256 of each log file, in hexadecimal."""
-        paths = {name: os.path.join(self.run_dir, name) for name in LOG_FILES}
-        return {name: sha256(path) for name, path in paths.items() if os.path.exists(path)}
+                sizes[name], digests[name] = os.fstat(file.fileno()).st_size, sha256(path)
+        return {"wandb_run_id": self.trackers.wandb_run_id, "log_bytes": sizes, "log_sha256": digests}
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
         """Record one optimizer step or evaluation: `metrics` are batch means and counters.
@@ -143,7 +134,7 @@ class RunLog:
     def _append(self, filename: str, rows: list[dict]):
         path = os.path.join(self.run_dir, filename)
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             raise UserError(f"can't write to {path}: {error}") from error

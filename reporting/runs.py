@@ -9,10 +9,11 @@ import itertools
 import os
 from dataclasses import dataclass
 
-import yaml
+from omegaconf import OmegaConf
 
 from basics.files import read_json_lines
 from basics.printing import printable
+from basics.saved_config import read_saved_config
 
 # keys for a run's place and logging, which don't change what it computes
 _NOT_OF_THE_RUN = (
@@ -39,6 +40,15 @@ class Run:
     label: str = ""
 
 
+def last_evaluation(run_dir: str) -> dict[str, float]:
+    """Return the line of a run's last evaluation in metrics.jsonl; an empty dict if there is none."""
+    last = {}
+    with contextlib.suppress(FileNotFoundError):
+        for row, _ in read_json_lines(os.path.join(run_dir, "metrics.jsonl"), skips_damaged=True):
+            last = row if row.get("split") == "eval" else last
+    return last
+
+
 def read_run(directory: str) -> Run:
     """Read a run, which may still be training.
 
@@ -53,8 +63,8 @@ def read_run(directory: str) -> Run:
     except OSError as error:
         raise NoRuns(f"{directory}: no run that has logged anything: {error}") from error
     config = {}
-    with contextlib.suppress(OSError, yaml.YAMLError), open(os.path.join(directory, "config.yaml")) as file:
-        flat = flatten(yaml.safe_load(file) or {})
+    with contextlib.suppress(Exception):  # missing, damaged, or refused as it holds more than values
+        flat = flatten(OmegaConf.to_container(read_saved_config(os.path.join(directory, "config.yaml"))))
         config = {key: value for key, value in flat.items() if value != {}}
     name = os.path.basename(os.path.normpath(os.path.abspath(directory)))
     return Run(directory, config, lines["train"], lines["eval"], name)

@@ -5,8 +5,14 @@ checkpoint, with Wilson's 95 % intervals (figures 2, right, and 3 of https://arx
 the same numbers beside the picture.
 """
 
+if __name__ == "__main__":  # first, as the other imports take seconds
+    from basics.interrupts import end_at_once
+
+    end_at_once()
+
 import sys
 
+from basics.interrupts import interrupts_reported
 from reporting.summaries import (
     BadSummary,
     Summary,
@@ -51,4 +57,5 @@ def draw(summaries: list[Summary], path: str):
 main = command("win_rates", __doc__, "win_rates.png", draw)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with interrupts_reported():
+        sys.exit(main(sys.argv[1:]))

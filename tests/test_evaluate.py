@@ -6,7 +6,13 @@ import os
 
 import pytest
 from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from omegaconf import OmegaConf
 from test_resume import SMALL
+
+from commands.command_line import compose_config
+from config_checks.checks import check_config
+from reporting.metrics import mean_metrics
+from trainers import make_trainer
 
 EVALUATE = REPOSITORY / "evaluate.py"
 RUN = [*SMALL, "datasets=[toy]", "n_examples=16", "loss=dpo", "sample_during_eval=false", "n_eval_examples=12"]
@@ -120,6 +126,15 @@ def test_model_without_a_run_is_evaluated(launcher, trained, tmp_path):
     (result,) = read_jsonl(tmp_path / "o")
     assert result["checkpoint"] is None
     assert result["metrics"]["rewards_eval/margins"] != 0
+
+
+def test_evaluation_makes_no_optimizer(tmp_path):
+    config = compose_config(*RUN, f"local_dirs=[{tmp_path}]", "wandb.enabled=false")
+    OmegaConf.resolve(config)
+    check_config(config)
+    trainer = make_trainer(config, trains=False)
+    assert trainer.optimizer is None and trainer.scheduler is None
+    assert mean_metrics(trainer.evaluate_examples()[0], 12)["loss/eval"] == pytest.approx(math.log(2))
 
 
 def test_data_too_small_to_train_on_is_evaluated(launcher, trained, tmp_path):

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except, read_jsonl
+from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
 from hub_server import TOKEN, Hub
 from launcher import train_after
 from test_cli import assert_refused
@@ -347,6 +347,19 @@ def test_damaged_hub_file_is_named_with_its_cached_copy(online, hub, bodies, tmp
     assert f"snapshots/{commit}/helpful-base/train.jsonl.gz" in refused.stderr
 
 
+def test_damaged_arrow_files_of_a_hub_dataset_are_read_again(online, online_ok, hub, tmp_path):
+    only_data = [*DPO, "datasets=[hh]", "data_only=true"]
+    online_ok(*only_data)
+    for n_warnings in (1, 0):
+        if n_warnings:
+            (path,) = tmp_path.rglob("hh-rlhf-train.arrow")
+            path.write_bytes(path.read_bytes().replace(b"Human", b"Hum\0n"))
+        assert online_ok(*only_data).count(f"WARNING: {path.parent} is damaged (hh-rlhf-train.arrow") == n_warnings
+    path.write_bytes(path.read_bytes().replace(b"Human", b"Hum\0n"))
+    hub.stop()
+    assert_refused(online(*only_data), tmp_path, f"{path.parent} is damaged", "Start once where the hub can be reached")
+
+
 def test_saving_makes_no_hub_requests(online_ok, hub):
     online_ok(*DPO)
     n_requests = []
@@ -355,3 +368,24 @@ def test_saving_makes_no_hub_requests(online_ok, hub):
         online_ok(*DPO, "n_examples=16", f"save_every={save_every}")
         n_requests.append(len(hub.requests))
     assert n_requests[0] == n_requests[1]
+
+
+def test_commit_of_a_model_is_the_hubs_and_without_a_hub_the_caches(run_python, hub, hub_place, tmp_path):
+    def commit() -> str:
+        code = "from data.hub import current_commit; print(current_commit('someone/judge', 'cache'))"
+        env = {**hub_place.environment(), "PYTHONPATH": str(REPOSITORY)}
+        return run_python("-c", code, env=env).stdout.splitlines()[-1]
+
+    repository = hub.repository("models", "someone/judge")
+    first = repository.commit(model_files())
+    assert commit() == first
+    second = repository.commit({**model_files(), "other": b""})
+    assert commit() == second
+    for revision in (first, second):
+        folder = tmp_path / "cache/models--someone--judge/snapshots" / revision
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs/main").write_text(first)
+    hub.stop()
+    assert commit() == first

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -15,14 +16,17 @@ import pytest
 import torch
 from conftest import ORACLE, REPOSITORY, read_jsonl
 from launcher import wait_until
+from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from config_checks.schema import own_keys
 from evaluation.chat_completions import RateLimit, retry_after
+from evaluation.judge import run
 from evaluation.pairs import Pair, Response, Task, match, read_responses
 from evaluation.prompts import PROMPTS, fill, load_template, read_verdict
 from evaluation.statistics import length_controlled, wilson_interval
 from evaluation.verdicts import Verdict, VerdictFile
-from utils import UserError
+from utils import UserError, get_local_dir
 
 JUDGE = REPOSITORY / "judge.py"
 A = ["yes", "quite long an answer", "no", "it is so", "same", "b is longer here", "x", "the longest of all of them"]
@@ -656,6 +660,36 @@ def test_responses_without_opponents_are_scored_alone(pad, judge, reward_model, 
     assert "8 responses scored, to 8 prompts" in launcher.output
     judge(*options, files=["a=a.jsonl", "output=v.jsonl"])
     assert "8 scored already" in launcher.output
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_verdicts_of_a_retrained_reward_model_are_not_mixed(place, reward_model, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    root = Path(get_local_dir([f"{tmp_path}/cache"])) / "models--someone--judge"
+
+    def score(output: str) -> dict:
+        name = "someone/judge" if place == "hub" else str(tmp_path / "model")
+        given = {"a": "a.jsonl", "output": output, "judge": "model", "judge_model": name}
+        return run(OmegaConf.create(own_keys("judge") | given | {"local_dirs": [f"{tmp_path}/cache"]}))
+
+    def publish(path: Path, commit: str):
+        folder = tmp_path / "model" if place == "folder" else root / "snapshots" / commit
+        shutil.copytree(path, folder, dirs_exist_ok=True)
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs/main").write_text(commit)
+
+    publish(path := reward_model(), "0" * 40)
+    score("v.jsonl")
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    model.score.weight.data.neg_()
+    model.save_pretrained(path)
+    publish(path, "1" * 40)
+    with pytest.raises(UserError, match="has verdicts under other settings"):
+        score("v.jsonl")
+    score("w.jsonl")
+    before, after = ([line["scores"][0] for line in read_jsonl(tmp_path / f"{name}.jsonl")] for name in "vw")
+    assert after == pytest.approx([-value for value in before])
 
 
 def test_summary_records_sampling_settings_and_kl(judge, command, tmp_path):

@@ -275,7 +275,7 @@ def test_whoever_edits_get_batch_logps_changes_what_is_trained(loss, metric, mak
     trainer = make_trainer(*EDITED, f"loss={loss}")
     assert trainer.layout == PLAIN
     subject, plain = {"dpo": ("Prefix sharing", "concatenated_forward"),
-                      "sft": ("Output head at responses only", "target_forward")}[loss]  # fmt: skip
+                      "sft": ("Output head at responses only", "plain_logps")}[loss]  # fmt: skip
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "which is used instead" in line]
     assert line.startswith(f"{subject}: off; it gives other log-probabilities than {plain} (by ")
     assert line.endswith(" nats), which is used instead")
@@ -434,7 +434,7 @@ def test_flex_attention_without_gradients_is_refused(launcher, model_dir, tmp_pa
     script = train_after("import torch; torch._dynamo.config.disable = True", tmp_path)  # compiling takes long
     run = [*RUN, f"model.name_or_path={path}", "loss=sft", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run, script=script) == 1
-    assert "error: LlamaForCausalLM: target_forward fails" in launcher.output
+    assert "error: LlamaForCausalLM: plain_logps fails" in launcher.output
     assert "attn_implementation=flex_attention now; sdpa and eager" in launcher.output
     assert "Traceback" not in launcher.output
     assert not (tmp_path / "run").exists()

@@ -88,3 +88,20 @@ def test_moved_data_need_not_be_prepared_again(prepared, tmp_path):
     os.replace(tmp_path / "copy.jsonl", tmp_path / "data.jsonl")  # another inode and time, the same content
     assert prepared() == expected
     assert len([path for path in (tmp_path / "cache/prepared").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, os.remove])
+@pytest.mark.parametrize("name", ["data-train.arrow", "dataset_info.json", "SHA256SUMS"])
+def test_damaged_arrow_files_of_the_library_are_read_again_with_a_warning(damage, name, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    write_pairs(tmp_path / "data/train.jsonl", "good")
+    read = lambda: read_split("hh", f"{tmp_path}/data", "train", f"{tmp_path}/cache", True).to_list()  # noqa: E731
+    expected = read()
+    (directory,) = (path.parent for path in (tmp_path / "cache/rows").rglob("data-train.arrow"))
+    damage(directory / name)
+    capsys.readouterr()
+    assert read() == expected
+    output = capsys.readouterr().out
+    assert output.count("WARNING") == 1 and f"WARNING: {directory} is damaged" in output
+    assert read() == expected
+    assert capsys.readouterr().out == ""

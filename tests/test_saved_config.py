@@ -3,9 +3,10 @@
 import pytest
 from omegaconf import OmegaConf
 
-from checkpointing.saved_config import read_saved_config
+from basics.saved_config import read_saved_config
 from commands.command_line import compose_config
 from commands.run_config import _config_of_run
+from reporting.runs import read_run
 
 REFUSED = {  # the file's text, and a part of the error
     "interpolation of a variable": ("exp_name: ${oc.env:HOME}\n", "line 1 has an interpolation"),
@@ -15,6 +16,7 @@ REFUSED = {  # the file's text, and a part of the error
     "a million characters": ("a: " + "x" * 1_000_000, "longer than 1,000,000 characters"),
     "a list": ("- 1\n", "holds no keys"),
 }
+BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 20))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -25,6 +27,14 @@ def test_config_of_a_run_that_is_more_than_values_is_refused(case, tmp_path):
         read_saved_config(str(tmp_path / "config.yaml"))
 
 
+@pytest.mark.parametrize("text", [REFUSED["interpolation of a variable"][0], BOMB, "- 1\n", "\0"])
+def test_reports_on_runs_read_no_such_config(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text('{"split": "eval", "loss/eval": 1.0}\n')
+    run = read_run(str(tmp_path))
+    assert run.config == {} and len(run.eval) == 1
+
+
 @pytest.mark.parametrize(("overrides", "allowed"), [([], False), (["model.trust_remote_code=true"], True)])
 def test_remote_code_is_allowed_by_the_command_line_alone(overrides, allowed, tmp_path):
     of_run = compose_config("model=tiny", "model.trust_remote_code=true", f"local_run_dir={tmp_path}", "lr=0.5")
@@ -32,3 +42,14 @@ def test_remote_code_is_allowed_by_the_command_line_alone(overrides, allowed, tm
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(of_run))
     config = _config_of_run(compose_config(*overrides, "model=tiny"), str(tmp_path), {})
     assert (config.model.trust_remote_code, config.lr) == (allowed, 0.5)
+
+
+def test_run_that_is_older_than_a_key_has_its_default(tmp_path):
+    of_run = compose_config("model=tiny", f"local_run_dir={tmp_path}", "lora.r=2")
+    OmegaConf.resolve(of_run)
+    saved = OmegaConf.to_container(of_run)
+    del saved["model"]["router_aux_loss_coef"], saved["worker_timeout"]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(saved)))
+    config = _config_of_run(compose_config("model=tiny", "lora.lora_alpha=3"), str(tmp_path), {})
+    assert config.model.router_aux_loss_coef is None and config.worker_timeout == 600
+    assert config.model.name_or_path.endswith("assets/tiny")

@@ -1,0 +1,29 @@
+"""Ctrl-C in a command ends it without a traceback, also while its imports run, which take seconds."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
+
+
+def end_at_once():
+    """Let Ctrl-C end the process until `interrupts_reported`; a command calls this before its other imports.
+
+    Some libraries swallow a KeyboardInterrupt in their imports, or turn it into another error.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # shells let background jobs ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interrupts_reported() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in the block, which then ends the process with one word."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,70 @@
+"""The Arrow files into which the `datasets` library reads rows: they get checksums, and are read again if damaged.
+
+The library checks nothing when it maps them into memory: a file that is cut off ends in an error of any kind or a
+SIGBUS, and changed bytes become other data.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from basics.checksums import find_damage, write_checksums
+from basics.outputs import CHECKSUMS
+from utils import UserError, rank0_print
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def prepare(builder: "datasets.DatasetBuilder"):
+    """Let the library read the rows unless it has, and write checksums of its files; call it inside `checked`."""
+    builder.download_and_prepare()
+    if not os.path.exists(os.path.join(builder.cache_dir, CHECKSUMS)):
+        write_checksums(builder.cache_dir)
+
+
+@contextlib.contextmanager
+def checked(folder: str, name: str | None, hash_file: Callable[[str], str]) -> Iterator[None]:
+    """Remove Arrow files that are damaged, and keep other processes from writing any inside the block.
+
+    Args:
+        folder: the library's cache, which holds nothing else if `name` is None.
+        name: the dataset on the hub, or the local folder that the library itself looks through; None for files.
+
+    Raises: UserError if they are damaged, and the hub that they came from can't be reached.
+    """
+    os.makedirs(folder, exist_ok=True)
+    lock = "rows" if name is None else os.path.basename(name) if os.path.isdir(name) else name.replace("/", "___")
+    with FileLock(os.path.join(folder, f"{lock}.lock")):
+        for root in [folder] if name is None else _roots(name, folder):
+            for directory, _, files in os.walk(root):
+                is_finished = CHECKSUMS in files or (name is None and "dataset_info.json" in files)
+                if is_finished and (damage := find_damage(directory, ["dataset_info.json"], hash_file)):
+                    _remove(directory, damage, name)
+        yield
+
+
+def _roots(name: str, folder: str) -> list[str]:
+    """Return the folders that the library may have given to a dataset: its name in snake case, owner___name."""
+
+    def plain(text: str) -> str:
+        return text.lower().replace("/", "").replace("_", "")
+
+    expected = plain(os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name)
+    return [os.path.join(folder, found) for found in os.listdir(folder) if plain(found) == expected]
+
+
+def _remove(directory: str, damage: str, name: str | None):
+    from huggingface_hub import constants
+
+    if name is not None and not os.path.isdir(name) and constants.is_offline_mode():
+        raise UserError(
+            f"{directory} is damaged ({damage})\nStart once where the hub can be reached, with HF_HUB_OFFLINE unset: "
+            "then its rows are read again"
+        )
+    rank0_print(f"WARNING: {directory} is damaged ({damage}): reading the rows again")
+    shutil.rmtree(directory)
