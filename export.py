@@ -42,7 +42,7 @@ def run(config: DictConfig):
     options = expand_home(OmegaConf.to_container(config, throw_on_missing=False))
     for key in ("run", "output"):
         if options[key] in ("???", None, ""):
-            raise UserError(f"{key}: give it: python export.py run=RUN output=DIR")
+            raise UserError(f"{key} is required: python export.py run=RUN output=DIR")
     run_dir, output = str(options["run"]), os.path.normpath(str(options["output"]))
     if not isinstance(options["checkpoint"], str) or options["checkpoint"] == "all":
         raise UserError(f"checkpoint={options['checkpoint']}: give one: LATEST, BEST or step-N")

@@ -92,7 +92,7 @@ def check_and_lock(
         checkpoint = find_checkpoint(config)
         check_same_run(config, checkpoint, file_hashes)
     changed = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(changed_keys(config))), "  ")
-    rank0_print(f"Config, where it isn't the default (all of it will be in config.yaml):\n{changed}")
+    rank0_print(f"Config keys that differ from the defaults (config.yaml will list all keys):\n{changed}")
     return checkpoint, checkpoint is not None and is_complete(config, checkpoint), file_hashes
 
 

@@ -20,7 +20,7 @@ def speed_up(trainer) -> tuple[float, int | None]:
     if trainer.policy_mp is not None and not trainer.strategy.splits_tensors and trainer.eval_iterator is not None:
         batch = trainer.eval_iterator.first_examples(2)
         if not shadow_if_equal(policy, trainer.optimizer, lambda: trainer.response_logps(policy, batch)):
-            rank0_print("Weights are cast in every microbatch: copies, cast once a step, give other numbers here")
+            rank0_print("Weights are cast in every microbatch: casting them once per step gives different results here")
     if _may_round_reference(trainer):
         batch, reference = trainer.eval_iterator.first_examples(2), trainer.reference.model
         if not round_if_equal(reference, trainer.policy_mp, lambda: trainer.response_logps(reference, batch)):

@@ -72,7 +72,7 @@ def read_json_lines(path: str, skips_damaged: bool = False) -> Iterator[tuple[di
 
 
 def append_json_line(path: str, value: dict):
-    """Add a line in one write; a line before it that a crash has cut off is ended first."""
+    """Append a line in one write; if a crash cut off the last line, end that one first."""
     with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))

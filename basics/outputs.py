@@ -35,7 +35,7 @@ class Output:
 
 
 def check_outputs(outputs: Iterable[Output], inputs: Mapping[str, str | None] | None = None):
-    """Refuse outputs that would replace anything but what the same command has written.
+    """Refuse outputs that would replace anything that the same command didn't write.
 
     Args:
         inputs: the files that the command reads, by their keys.
@@ -84,7 +84,7 @@ def json_lines(what: str, start: bytes, keys: Iterable[str]) -> Refusal:
 
 
 def document(what: str, start: bytes) -> Refusal:
-    """Return a function that refuses a file that doesn't begin with what the regular expression `start` matches."""
+    """Return a function that refuses a file whose beginning doesn't match the regular expression `start`."""
     return _own_file(what, lambda head: re.match(start, head) is not None)
 
 
@@ -105,7 +105,7 @@ def _own_file(what: str, is_own: Callable[[bytes], bool]) -> Refusal:
                 head = file.read(_HEAD)
         except OSError as error:
             return f"can't read it: {error}"
-        return None if is_own(head) else f"a file that isn't one of {what}; give another"
+        return None if is_own(head) else f"it exists, but doesn't hold {what}; give another file"
 
     return refusal
 
@@ -164,7 +164,7 @@ def new_run(path: str) -> str | None:
 
 
 def resumed_run(path: str) -> str | None:
-    """Refuse a directory with anything under a name that a run writes which is not provably a run's."""
+    """Refuse a directory with a file or link that the run would replace, unless a run wrote it."""
     if not os.path.isdir(path):
         return None
     is_known = is_run(path)
@@ -173,7 +173,7 @@ def resumed_run(path: str) -> str | None:
         if is_checkpoint_name(name):
             is_own = is_own_checkpoint(whole)
         elif not os.path.isfile(whole):
-            return f"{whole} is no file that can be written; move it away"
+            return f"{whole} is not a regular file; move it away"
         else:
             is_own = is_known and (name != "config.yaml" or is_own_config(whole))
         if not is_own:
@@ -189,7 +189,7 @@ def _run_names(directory: str) -> list[str]:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """True if a run gives its checkpoints such names."""
+    """True for the names of checkpoints: step-N, LATEST and BEST."""
     return _CHECKPOINT.fullmatch(name) is not None
 
 
@@ -201,7 +201,7 @@ def is_own_checkpoint(path: str) -> bool:
 
 
 def is_own_config(path: str) -> bool:
-    """True if a file is the config.yaml that a run wrote, as its header or its keys tell, or if it is empty."""
+    """True if a file is a run's config.yaml, by its header or its keys, or if it is empty."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:

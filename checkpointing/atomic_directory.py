@@ -23,7 +23,7 @@ _INTERRUPTED = re.compile(  # names of what was being written or deleted when a 
 
 
 _REMEDY = (
-    "earlier checkpoints are as they were. Make room or choose another local_run_dir; keep_checkpoints=N keeps only "
+    "earlier checkpoints are unchanged. Make room or choose another local_run_dir; keep_checkpoints=N keeps only "
     "the last N, save_optimizer=false leaves the optimizer out"
 )
 
@@ -59,9 +59,9 @@ def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
 
 
 def replace_path(new: str, path: str):
-    """Rename `new` to `path`; a directory or link that is there is renamed first and then removed.
+    """Rename `new` to `path`; an existing directory or link is moved aside first, and removed afterwards.
 
-    If a crash comes between the two, `recover_interrupted_saves` puts the older one back.
+    After a crash in between, `recover_interrupted_saves` restores the old one.
     """
     older = f"{path}.replaced"
     if os.path.lexists(path):

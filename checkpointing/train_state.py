@@ -37,7 +37,7 @@ class TrainState:
 
     examples: int = 0  # trained on
     updates: int = 0  # optimizer steps
-    batches: int = 0  # of the training data that were used: training resumes after them
+    batches: int = 0  # batches of training data used so far; training resumes after them
     evaluated_at: int | None = None  # `examples` at the last evaluation
     saved_at: int | None = None  # `examples` at the last step-N
     complete: bool = False  # trained to the end, and evaluated there
@@ -168,7 +168,7 @@ def restore_rng_state(states: list[dict], rank: int, world_size: int):
         states: one per worker when the checkpoint was saved.
     """
     if states and len(states) != world_size:
-        rank0_print(f"WARNING: {len(states)} workers then, {world_size} now: samples will differ")
+        rank0_print(f"WARNING: saved by {len(states)} workers, resumed by {world_size}: samples will differ")
     if rank < len(states):
         set_rng_state(states[rank])
 
@@ -178,7 +178,7 @@ def set_rng_state(state: dict):
     _set_cpu_rng_state(state)
     gpus = _gpus() if torch.cuda.is_available() else []
     if len(state["cuda"]) != len(gpus):
-        rank0_print(f"WARNING: {len(state['cuda'])} GPUs then, {len(gpus)} now: samples will differ")
+        rank0_print(f"WARNING: saved with {len(state['cuda'])} GPUs, resumed with {len(gpus)}: samples will differ")
     for gpu, gpu_state in zip(gpus, state["cuda"], strict=False):
         torch.cuda.set_rng_state(gpu_state, gpu)
     if state.get("mps") and torch.backends.mps.is_available():

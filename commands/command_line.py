@@ -93,7 +93,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
     def job(config: DictConfig) -> float | None:  # Hydra's launchers may send it to other processes
         if in_sweep():
             if not can_sweep:
-                sys.exit("error: -m sweeps over train.py alone")
+                sys.exit("error: only train.py supports sweeps with -m")
             return sweeps.run_job(run, config)
         with errors_reported():  # Hydra would print a line of its own above an error
             run(config)

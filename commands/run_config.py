@@ -60,7 +60,7 @@ def _config_without(config: DictConfig, own: dict) -> DictConfig:
 def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
     """Return the config of a run, in which keys of the command line replace the run's.
 
-    A run can't allow code to be run: `model.trust_remote_code` counts from the command line alone.
+    `model.trust_remote_code` counts only on the command line: a run's config can't allow code to run.
 
     Args:
         config: composed from the command line and the defaults, for keys that are newer than the run.
@@ -107,7 +107,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
 
 
 def check_hub_models(config: DictConfig, checkpoints: list[str | None]):
-    """Refuse checkpoints whose run began with other commits on the hub than were loaded; rank 0 decides for all."""
+    """Refuse checkpoints whose run started from other hub commits than those loaded; rank 0 decides for all."""
     error = None
     if on_rank0():
         try:

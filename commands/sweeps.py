@@ -211,7 +211,7 @@ class _Sweep:
         statuses = {row["status"] for row in rows}
         if statuses != {"complete"}:
             command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
-            rank0_print(f"To resume what is not complete: {command}", file=sys.stderr)
+            rank0_print(f"To resume the incomplete jobs: {command}", file=sys.stderr)
             sys.exit(EXIT_CODE if "stopped" in statuses else 1)
 
 

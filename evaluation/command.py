@@ -41,7 +41,7 @@ class Command:
         if code != 0 or missing:
             raise UserError(
                 f"{name} ended with exit code {code} after {len(tasks) - len(missing)} of {len(tasks)} verdicts, which "
-                "are kept; correct it, and the same command continues"
+                "are kept; fix it and run the same judge.py command again"
             )
 
 

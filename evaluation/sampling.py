@@ -1,4 +1,4 @@
-"""Draw responses during training: those of policy and reference to evaluation prompts, and their distance."""
+"""Sample responses of policy and reference to evaluation prompts during training, and estimate their KL divergence."""
 
 import contextlib
 import time
@@ -99,8 +99,8 @@ def _as_targets(output: torch.Tensor, prompt_mask: torch.Tensor, ends: list[int]
 def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
     """Let `model.generate` draw from the model's softmax: only the token ids of its generation config are kept.
 
-    The config itself must be replaced, as `generate` reads from it whatever it isn't given. A mixture of experts gives
-    no router logits inside: their auxiliary loss fails on a mask that is longer than the step's tokens.
+    The config itself must be replaced, as `generate` reads from it whatever it isn't given. Router logits are switched
+    off: a mixture of experts' auxiliary loss fails on a mask that is longer than the step's tokens.
     """
     former, text_config = model.generation_config, model.config.get_text_config()
     returns_router_logits = getattr(text_config, "output_router_logits", None)
@@ -212,8 +212,8 @@ def sample_batch(
     Args:
         note_token: called at every token that the policy draws.
 
-    Returns: the policy's responses; the reference's; and of each of the policy's its log-ratio to the reference (nats)
-        and its length (tokens).
+    Returns: the policy's responses; the reference's; and, for each of the policy's, log-ratio to the reference (nats)
+        and length (tokens).
     """
     policy_responses, targets, is_drawn = _generate(trainer, trainer.policy, batch, note_token)
     if trainer.reference is None:

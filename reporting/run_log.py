@@ -100,7 +100,7 @@ class RunLog:
         self.n_steps, self.n_tokens, self.seconds = self.n_steps + 1, self.n_tokens + n_tokens, self.seconds + seconds
         lines = []
         if self.n_steps == 1:
-            lines.append(f"First step: {round(n_tokens):,} tokens; memory at its peak: {peak_memory()}")
+            lines.append(f"First step: {round(n_tokens):,} tokens; peak memory: {peak_memory()}")
         self.unprinted.append(metrics)
         if time.monotonic() - self.last_train_log < self.interval:
             return lines
@@ -125,8 +125,8 @@ class RunLog:
             error = metrics.get("kl_eval/per_response_se")  # a single sample has none
             text = (
                 f"KL of the policy from the reference, on the samples: {number(metrics['kl_eval/per_response'])}"
-                f"{'' if error is None else f' ± {number(error)}'} nats a response, "
-                f"{number(metrics['kl_eval/per_token'])} a token"
+                f"{'' if error is None else f' ± {number(error)}'} nats per response, "
+                f"{number(metrics['kl_eval/per_token'])} per token"
             )
             lines.append(wrapped(text))
         return lines
@@ -152,8 +152,8 @@ class RunLog:
         if self.n_steps and exit_code == 0:
             text = (
                 f"Trained on {n_examples:,} examples in {duration(self.seconds)} of steps: "
-                f"{rate(n_examples / self.seconds)} a second, {self.n_tokens / self.n_steps:,.0f} tokens a step; "
-                f"memory at its peak: {peak_memory()}"
+                f"{rate(n_examples / self.seconds)} per second, {self.n_tokens / self.n_steps:,.0f} tokens per step; "
+                f"peak memory: {peak_memory()}"
             )
             print(wrapped(text), flush=True)
         if self.curves is not None:

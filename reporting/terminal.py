@@ -72,7 +72,7 @@ def percent(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Return a number with three digits, or all before the point."""
+    """Return a number with three digits, or as an integer from 100 on."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 

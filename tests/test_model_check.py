@@ -178,7 +178,7 @@ def test_encoder_configured_as_decoder_is_accepted():
 @pytest.mark.parametrize("settings", [{}, PLAIN_SETTINGS], ids=str)
 def test_model_that_routes_at_random_in_training_is_refused(settings, dtype):
     model = tiny_model("phimoe").to(dtype)
-    with pytest.raises(UserError, match=r"PhimoeForCausalLM: it computes at random in training.* differ by \d"):
+    with pytest.raises(UserError, match=r"PhimoeForCausalLM: its results are random in training.* differ by \d"):
         check_model(model, SHORT, **settings)
 
 
@@ -401,7 +401,7 @@ def test_workers_choose_the_layout_that_one_process_does(trainer, loss, launcher
     for run_dir, n_workers, choice in ((tmp_path / "1", 1, []), (tmp_path / "2", 2, [f"trainer={trainer}"])):
         code = launcher.run(*overrides, *choice, f"local_run_dir={run_dir}", n_workers=n_workers)
         assert code == 0, launcher.output
-        assert "ogits of whole sequences, as the model changes what its output head gives" in launcher.output
+        assert "ogits at every position, because the model modifies its output head's result" in launcher.output
         last[n_workers] = read_jsonl(run_dir / "metrics.jsonl")[-1]
     for key in last[1].keys() - {"split", "examples_per_second", "tokens_per_second"}:
         assert last[2][key] == pytest.approx(last[1][key], rel=1e-5, abs=1e-5), key

@@ -289,7 +289,7 @@ def test_reference_has_the_policys_dtype_unless_given(overrides, expected, make_
 
 def said_of_changes(output: str) -> str:
     """Return the changes that a resumed run reports."""
-    return output[output.index("Changed since the run began:") :].partition("Config, where it")[0]
+    return output[output.index("Changed since the run began:") :].partition("Config keys that differ")[0]
 
 
 @pytest.mark.slow
