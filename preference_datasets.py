@@ -29,7 +29,7 @@ from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F4
 from data.toy import get_toy
 from losses import find_loss
 from reporting.terminal import progressing
-from utils import UserError, closest_match, get_local_dir, on_rank0
+from utils import UserError, closest_match, get_local_dir, on_rank0, rank0_print
 
 if TYPE_CHECKING:
     import datasets
