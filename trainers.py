@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from acceleration.batch_losses import batch_losses
+from objectives.in_microbatches import batch_losses
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
-from acceleration.loss_inputs import loss_inputs, tokens_that_count
+from objectives.inputs import loss_inputs, tokens_that_count
 from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.out_of_memory import explained_out_of_memory

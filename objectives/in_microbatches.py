@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from acceleration.loss_inputs import forward
+from objectives.inputs import forward
 from distributed import collectives
 from log_probabilities import response_lengths
 from objectives.declaration import Result
