@@ -21,3 +21,4 @@ python train.py "${common[@]}" loss=dpo loss.beta=0.5 local_run_dir="$dir/dpo" m
 echo "== What DPO changed"
 python -m data.toy "$dir/dpo"
 echo "Metrics, samples and checkpoints of both runs: $dir"
+echo "The same with a real chat model: docs/real_model.md"
