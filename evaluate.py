@@ -5,6 +5,8 @@ if __name__ == "__main__":  # first, as the other imports take seconds
 
     end_at_once()
 
+import functools
+
 from omegaconf import DictConfig
 
 from commands import command_line
@@ -18,12 +20,14 @@ def run(config: DictConfig):
 
 
 def _evaluate(config: DictConfig, options: Options):
-    from trainers import make_trainer  # takes seconds
+    from trainers import make_trainer  # takes seconds to import
 
-    trainer = make_trainer(config, trains=False)
+    trainer = make_trainer(config, purpose="evaluate")
     check_hub_models(config, options.checkpoints)
     evaluate_checkpoints(trainer, options)
 
 
+main = functools.partial(command_line.main, run, "evaluate")
+
 if __name__ == "__main__":
-    command_line.main(run, "evaluate")
+    main()

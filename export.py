@@ -25,7 +25,6 @@ from commands import command_line
 from commands.run_config import read_run_config
 from config_checks.paths import expand_config, expand_home
 from config_checks.schema import own_keys
-from models import end_at_turns, load_adapter, load_model, read_tokenizer
 from references import policy_source
 from utils import UserError, rank0_print
 
@@ -43,7 +42,7 @@ def run(config: DictConfig):
     options = expand_home(OmegaConf.to_container(config, throw_on_missing=False))
     for key in ("run", "output"):
         if options[key] in ("???", None, ""):
-            raise UserError(f"{key}: give it: python export.py run=RUN output=DIR")
+            raise UserError(f"{key} is required: python export.py run=RUN output=DIR")
     run_dir, output = str(options["run"]), os.path.normpath(str(options["output"]))
     if not isinstance(options["checkpoint"], str) or options["checkpoint"] == "all":
         raise UserError(f"checkpoint={options['checkpoint']}: give one: LATEST, BEST or step-N")
@@ -75,6 +74,8 @@ def merge_adapter(checkpoint: str, trained: DictConfig, output: str, trust_remot
         trained: the run's config.
         trust_remote_code: allow the base's own code to run, whatever the run's config says.
     """
+    from models import end_at_turns, load_adapter, load_model, read_tokenizer  # takes seconds to import
+
     state = read_state_json(checkpoint)
     try:
         trained = OmegaConf.merge(own_keys("config") | {"model": own_keys("model/blank_model")}, trained)

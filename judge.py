@@ -8,8 +8,12 @@ if __name__ == "__main__":  # first, as the other imports take seconds
 
     end_at_once()
 
+import functools
+
 from commands import command_line
 from evaluation.judge import run
 
+main = functools.partial(command_line.main, run, "judge")
+
 if __name__ == "__main__":
-    command_line.main(run, "judge")
+    main()

@@ -1,4 +1,7 @@
-"""The log-probability of each response of a batch, computed plainly; faster ways must match it."""
+"""The log-probability of each response of a batch, the plain way, as the original computes it.
+
+`acceleration/` has faster ways, which are checked against this one.
+"""
 
 import torch
 
@@ -11,7 +14,7 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
     Args:
         logits: unnormalized, shape (batch_size, sequence_length, vocab_size).
         labels: token ids, shape (batch_size, sequence_length); positions labelled -100 are left out.
-        average_log_prob: divide by the number of labelled tokens.
+        average_log_prob: divide by the number of labelled tokens; the trainers divide later (`get_batch_metrics`).
 
     Returns: shape (batch_size,), in nats.
     """
@@ -28,9 +31,37 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
 def response_lengths(labels: torch.Tensor) -> torch.Tensor:
     """Predicted tokens in each response: (batch_size, sequence_length) labels to (batch_size,).
 
-    Nothing predicts a sequence's first token, so it doesn't count, even without a prompt.
+    The first token of a sequence has nothing before it to predict it, so it never counts.
     """
     return (labels[:, 1:] != -100).sum(-1)
+
+
+def shared_lengths(batch: dict) -> torch.Tensor:
+    """Return the tokens of each pair's shorter response, for its chosen and its rejected one: (2 * batch_size,)."""
+    lengths = [response_lengths(batch[f"{side}_labels"]) for side in ("chosen", "rejected")]
+    return torch.minimum(*lengths).repeat(2)
+
+
+def with_first_labels(batch: dict, until: torch.Tensor) -> dict:
+    """Return the batch with the labels of the first `until` tokens of each response alone; (2 * batch_size,)."""
+    cut = dict(batch)
+    for side, n_tokens in zip(("chosen", "rejected"), until.chunk(2), strict=True):
+        labels = batch[f"{side}_labels"].clone()
+        predicted = labels[:, 1:]
+        predicted[(predicted != -100).cumsum(1) > n_tokens[:, None]] = -100
+        cut[f"{side}_labels"] = labels
+    return cut
+
+
+def on_policy_weights(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return exp of the mean over a response's tokens of log π(token) - log Σ_v π(v)², shape (batch_size,).
+
+    These are WPO's weights (https://arxiv.org/abs/2406.11827, Eq. 2): large where the model itself would respond so.
+    """
+    log_collisions = (2 * logits[:, :-1].log_softmax(-1)).logsumexp(-1)  # (B, T-1)
+    is_predicted = labels[:, 1:] != -100
+    log_collisions = (log_collisions * is_predicted).sum(-1) / is_predicted.sum(-1)
+    return (_get_batch_logps(logits, labels, average_log_prob=True) - log_collisions).exp()
 
 
 def concatenated_inputs(batch: dict[str, list | torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,10 @@
 """The models of a run: policy, reference, LoRA adapters, and the tokenizer."""
 
+import contextlib
 import copy
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 import transformers
@@ -12,14 +14,15 @@ from torch import nn
 from acceleration.out_of_memory import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
 from checkpointing.integrity import verify_weights
+from config_checks.lora import check_lora_fits
 from data import chat, hub
-from references import REFERENCE_ADAPTER, Source, policy_source, reference_source
+from references import REFERENCE_ADAPTER, Source, has_the_weights, policy_source, reference_dtype, reference_source
 from reporting.terminal import still_working
-from utils import UserError, closest_match, disable_dropout, get_local_dir, rank0_print
+from utils import UserError, default_device, disable_dropout, get_local_dir, rank0_print, unwrap_adapter
 
 
 def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", source: Source | None = None) -> nn.Module:
-    """Load a model without dropout and without its adapter; by default the one that the policy starts from.
+    """Load a model, without dropout and without an adapter; by default the one that the policy starts from.
 
     Args:
         device_map: 'balanced' over the machine's GPUs, or 'cpu'.
@@ -41,8 +44,8 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
             model = transformers.AutoModelForCausalLM.from_config(
                 model_config, dtype=torch.float32, **attention, **trusted
             )
-            device = "cuda" if torch.cuda.is_available() and device_map != "cpu" else "cpu"
-            model = model.to(device, getattr(torch, dtype))  # every dtype rounds the same random weights
+            device = "cpu" if device_map == "cpu" else default_device()
+            model = model.to(device, getattr(torch, dtype))  # the same random weights in every dtype, rounded to it
         else:
             model = load_pretrained(
                 name,
@@ -71,7 +74,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
 
 
 def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map: str):
-    """Refuse a model that doesn't fit on the GPUs, so that accelerate left a part of it in the CPU's memory.
+    """Refuse a model of which accelerate left a part in the CPU's memory, as the GPUs are full.
 
     Raises: UserError with the memory that it takes, and remedies.
     """
@@ -86,7 +89,7 @@ def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map
 
 
 def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
-    """Return the arguments of `from_pretrained` for `source.name_or_path`; `model.revision` is the policy's alone."""
+    """Return the arguments of `from_pretrained` for a source; `model.revision` is only that of `model.name_or_path`."""
     options = {"cache_dir": get_local_dir(config.local_dirs), "trust_remote_code": config.model.trust_remote_code}
     if config.model.revision is not None and source.name_or_path == config.model.name_or_path:
         options["revision"] = config.model.revision
@@ -94,7 +97,7 @@ def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
 
 
 def allow_own_code(config: DictConfig):
-    """With `model.trust_remote_code`, let this process unpickle a model class that another worker sends."""
+    """With `model.trust_remote_code`, let this process unpickle a model of a class from the hub, sent by a worker."""
     if config.model.trust_remote_code:
         transformers.dynamic_module_utils.init_hf_modules()
 
@@ -116,7 +119,7 @@ def _code_hint(error: Exception) -> str:
 
 
 def configured_dropout_rates(config: DictConfig) -> dict[str, float]:
-    """Return the dropout rates of the model's config.json; in training they are 0, in checkpoints they are restored."""
+    """Return the dropout rates of the model's config.json; training sets them to 0, checkpoints write them back."""
     source = policy_source(config)
     model_config = transformers.AutoConfig.from_pretrained(source.name_or_path, **_hub_options(config, source))
     return {key: value for key, value in model_config.to_dict().items() if "drop" in key and isinstance(value, float)}
@@ -161,7 +164,7 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
 
 
 def end_at_turns(model: nn.Module, tokenizer):
-    """Let the model's generation config, which is saved with it, end responses where they are trained to end."""
+    """Set the end tokens of the generation config, which is saved with the model, to those that training ends with."""
     ends, generation_config = chat.end_token_ids(model.generation_config, tokenizer), model.generation_config
     known = generation_config.eos_token_id
     if ends != (known if isinstance(known, list) else [known]):
@@ -196,18 +199,18 @@ def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
 
 
 def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str = "balanced") -> nn.Module:
-    """Load a second model in `model.reference_dtype`: the one that `reference_model` names, by default the policy's.
+    """Load a second model: the one that `reference_model` names, by default the policy's.
 
-    Where `policy` is given and has the same weights, it is copied in memory.
+    A `policy` with the same weights in the same dtype is copied, rather than read again.
     """
     rank0_print("building reference model")
-    source = reference_source(config)
-    one_device = len(set(getattr(policy, "hf_device_map", {}).values())) <= 1
-    plain = config.lora is None and config.model.adapter is None and not source.given
-    if policy is not None and config.model.reference_dtype == config.model.policy_dtype and plain and one_device:
-        return copy.deepcopy(policy)  # in memory, so that the checkpoint is read once
+    source, dtype = reference_source(config), reference_dtype(config)
+    is_on_one_device = len(set(getattr(policy, "hf_device_map", {}).values())) <= 1
+    same_dtype = dtype == config.model.policy_dtype
+    if policy is not None and is_on_one_device and same_dtype and has_the_weights(policy, config):
+        return copy.deepcopy(policy)
     with still_working("Loading the reference"):
-        reference_model = load_model(config, config.model.reference_dtype, device_map, source)
+        reference_model = load_model(config, dtype, device_map, source)
     if source.adapter is not None:
         reference_model = load_adapter(reference_model, source, is_trainable=False)
         disable_dropout(reference_model)
@@ -257,27 +260,83 @@ def check_reference_fits(
             raise UserError(f"{what}: its tokenizer and the policy's differ in {len(differing)} entries: {shown}")
 
 
+# ---- mixtures of experts --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def router_losses(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the auxiliary loss of the router in each forward pass, as transformers computes it: of shape ()."""
+    losses: list[torch.Tensor] = []
+
+    def request(_model, args: tuple, kwargs: dict) -> tuple:
+        return args, kwargs | {"output_router_logits": True}
+
+    hooks = [
+        model.register_forward_pre_hook(request, with_kwargs=True),
+        model.register_forward_hook(lambda _model, _args, output: losses.append(getattr(output, "aux_loss", None))),
+    ]
+    try:
+        yield losses
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_has_router(model: nn.Module, coefficient: float):
+    """Raise UserError if a model gives no auxiliary loss of a router; computes two tokens."""
+    token_ids, reason = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device), ""
+    losses: list[torch.Tensor | None] = []
+    _register_outputs(model)
+    try:
+        with torch.no_grad(), router_losses(model) as losses:
+            model(token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:  # output_router_logits is unknown, or no layer
+        reason = f" ({describe(error, 200)})"
+    if not losses or not isinstance(losses[0], torch.Tensor):
+        raise UserError(
+            f"model.router_aux_loss_coef={coefficient}: {type(unwrap_adapter(model)).__name__} gives no auxiliary loss "
+            f"of a router{reason}; that is for mixtures of experts like Mixtral or Qwen3-MoE. Leave it null"
+        )
+
+
+def _register_outputs(model: nn.Module):
+    """Register what transformers can record of a model; its constructor does so, but workers unpickle their copies."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+
+
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
-# PEFT warns of these settings and then ignores them; here they are errors
+# parts of PEFT's warnings about settings that it ignores; here they are errors
 _IGNORED = (
     "were set but no", "no modules were excluded", "rank_pattern", "alpha_pattern", "will be ignored",
     "fan_in_fan_out is set to True", "no tied modules",
 )  # fmt: skip
 
 
+@contextlib.contextmanager
+def _peft_warnings(as_errors: list[str]) -> Iterator[None]:
+    """Raise these of PEFT's warnings as errors, and silence those that a user can do nothing about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers deprecates
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # PEFT sets them for fused experts
+        for text in as_errors:
+            warnings.filterwarnings("error", message=f".*{text}")
+        yield
+
+
 def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
     import peft
 
     fields = {"target_modules": "all-linear", **OmegaConf.to_container(config.lora)}
-    _check_names_in_model(fields, model)
-    _check_numbers_in_model(fields, model)
+    check_lora_fits(fields, model)
     try:
         torch.manual_seed(config.seed)
-        with warnings.catch_warnings():
-            for message in _IGNORED:
-                warnings.filterwarnings("error", message=f".*{message}")
+        with _peft_warnings([text for text in _IGNORED if not text.endswith("_pattern") or text in fields]):
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     except Exception as error:  # values that PEFT doesn't check raise errors of any kind
         raise UserError(f"lora={config.lora}: {describe(error)}") from error
@@ -299,41 +358,6 @@ def _check_tied_weights(model: nn.Module, origin: str):
         )
 
 
-def _check_names_in_model(fields: dict, model: nn.Module):
-    """Refuse names of modules and parameters that the model doesn't have: PEFT ignores them silently."""
-    modules = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
-    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        value = fields.get(field)
-        is_pattern = isinstance(value, str) and field in ("target_modules", "exclude_modules")
-        if value is None or is_pattern:
-            continue
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise UserError(f"lora.{field}={value}: expected a list of names, e.g. lora.{field}=[name]")
-        existing = parameters if field == "target_parameters" else modules
-        for name in value:
-            ending = name if field == "modules_to_save" else f".{name}"  # as PEFT compares them
-            if not any(f".{other}".endswith(ending) for other in existing):
-                n_parts = 2 if field == "target_parameters" else 1
-                options = dict.fromkeys(".".join(other.split(".")[-n_parts:]) for other in existing)
-                options = [option for option in options if option and not option.isdecimal()]
-                hint = f"{closest_match(name, options)} It has: {', '.join(options)}"
-                raise UserError(f"lora={{{field}: {value}}}: the model has no {name!r}.{hint}")
-
-
-def _check_numbers_in_model(fields: dict, model: nn.Module):
-    """Refuse numbers of layers and tokens that the model doesn't have: PEFT ignores them, or fails in training."""
-    tokens, n_tokens = fields.get("trainable_token_indices"), model.get_input_embeddings().num_embeddings
-    lists = tokens.values() if isinstance(tokens, dict) else [tokens]
-    given = [("trainable_token_indices", numbers, n_tokens) for numbers in lists]
-    given.append(("layers_to_transform", fields.get("layers_to_transform"), model.config.num_hidden_layers))
-    for field, value, n_there in given:
-        numbers = [value] if field == "layers_to_transform" and isinstance(value, int) else value
-        are_numbers = isinstance(numbers, list) and numbers and all(type(number) is int for number in numbers)
-        if value is not None and not (are_numbers and min(numbers) >= 0 and max(numbers) < n_there):
-            raise UserError(f"lora={{{field}: {fields[field]}}}: the model only has the numbers 0 to {n_there - 1}")
-
-
 def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Module:
     """Put the saved adapter of `source` on the model.
 
@@ -345,8 +369,7 @@ def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Mod
     try:
         verify_weights(source.adapter)
         weights = peft.utils.load_peft_weights(source.adapter, device="cpu")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        with _peft_warnings(["missing adapter keys"]):
             model = peft.PeftModel.from_pretrained(model, source.adapter, is_trainable=is_trainable)
         if left_over := sorted(peft.set_peft_model_state_dict(model, weights).unexpected_keys):
             raise ValueError(f"the model has no place for {', '.join(left_over[:10])}")

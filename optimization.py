@@ -1,27 +1,28 @@
-"""Make the optimizer (any of torch.optim) and the schedule (any of transformers' that depends on the step only)."""
+"""Make the optimizer (any of torch.optim) and the schedule (any of Transformers' that needs no metric)."""
 
 import inspect
 import math
-from collections import Counter
 from collections.abc import Callable
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from utils import UserError, closest_match, rank0_print
+from utils import UserError, rank0_print
 
 DEFAULT_SCHEDULE = "constant_with_warmup"
 _SMALL_FOR_ADAPTERS = 2e-6  # a learning rate at which an adapter hardly moves
-_SMALL_IN_16_BITS = 1e-5  # one whose updates are mostly less than half the last digit of a weight
-_SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+_SMALL_IN_16_BITS = 1e-5  # below it, most updates of weights in 16 bits round to 0
 
 
-def make_optimizer(policy: nn.Module, config: DictConfig, device: torch.device, args: dict) -> torch.optim.Optimizer:
+def make_optimizer(
+    policy: nn.Module, config: DictConfig, device: torch.device, strategy_args: dict
+) -> torch.optim.Optimizer:
     """Make the optimizer of the policy's trained weights.
 
     Args:
-        args: the trainer's arguments; the optimizer gets those that it knows. The config's `optimizer_args` win.
+        strategy_args: arguments from the trainer's strategy. Those that the optimizer doesn't have are dropped, and the
+            config's `optimizer_args` override them.
 
     Raises: UserError if no parameter is trained, or the optimizer refuses its settings.
     """
@@ -33,7 +34,7 @@ def make_optimizer(policy: nn.Module, config: DictConfig, device: torch.device, 
         )
     optimizer_class = getattr(torch.optim, config.optimizer)
     accepted = inspect.signature(optimizer_class).parameters
-    args = {name: value for name, value in args.items() if name in accepted}
+    args = {name: value for name, value in strategy_args.items() if name in accepted}
     given = set(args) | set(config.optimizer_args)
     if device.type == "cuda" and "fused" in accepted and not given & {"fused", "foreach", "differentiable"}:
         args["fused"] = True  # one kernel for all weights
@@ -42,7 +43,7 @@ def make_optimizer(policy: nn.Module, config: DictConfig, device: torch.device, 
     try:
         probe = nn.Parameter(torch.ones(2, 2, dtype=parameters[0].dtype, device=device))
         probe.grad = torch.ones_like(probe)
-        optimizer_class([probe], lr=config.lr, **args).step()  # some settings are refused only here
+        optimizer_class([probe], lr=config.lr, **args).step()  # it refuses some settings only in a step
         return optimizer_class(groups, lr=config.lr, **args)
     except Exception as error:  # the optimizer may raise anything
         settings = f"optimizer={config.optimizer} lr={config.lr} optimizer_args={config.optimizer_args}"
@@ -50,7 +51,7 @@ def make_optimizer(policy: nn.Module, config: DictConfig, device: torch.device, 
 
 
 def _parameter_groups(parameters: list[nn.Parameter], config: DictConfig) -> list:
-    """Split off the parameters of one dimension, without weight decay, unless `decay_biases_and_norms` is true."""
+    """Put biases and norms, which have one dimension, in a group without weight decay, unless they decay, too."""
     if config.decay_biases_and_norms:
         return parameters
     if "weight_decay" not in inspect.signature(getattr(torch.optim, config.optimizer)).parameters:
@@ -62,54 +63,13 @@ def _parameter_groups(parameters: list[nn.Parameter], config: DictConfig) -> lis
     return [group for group in groups if group["params"]]
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> dict[torch.device, int]:
-    """Return the bytes of the tensors that an optimizer will keep for its weights, on each device.
-
-    Found by a step of the same optimizer on a few weights: RMSprop keeps one number for each, AdamW two.
-    """
-    n_bytes: Counter[torch.device] = Counter()
-    per_weight: dict[torch.dtype, float] = {}
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        if parameter.dtype not in per_weight:
-            per_weight[parameter.dtype] = _state_bytes_per_weight(optimizer, parameter.dtype)
-        local = getattr(parameter, "_local_tensor", parameter)
-        n_bytes[parameter.device] += int(per_weight[parameter.dtype] * local.numel())
-    return dict(n_bytes)
-
-
-def _state_bytes_per_weight(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> float:
-    accepted = inspect.signature(type(optimizer)).parameters
-    settings = {name: value for name, value in optimizer.defaults.items() if name in accepted}
-    settings |= dict.fromkeys({"fused", "foreach"} & settings.keys()) | dict.fromkeys(
-        {"capturable"} & settings.keys(), False
-    )
-    probe = nn.Parameter(torch.ones(2, 2, dtype=dtype))
-    probe.grad = torch.ones_like(probe)
-    probing = type(optimizer)([probe], **settings)
-    probing.step()
-    of_weights = (v for v in probing.state[probe].values() if isinstance(v, torch.Tensor) and v.shape == probe.shape)
-    return sum(value.nbytes for value in of_weights) / probe.numel()
-
-
-def step_one_by_one(optimizer: torch.optim.Optimizer):
-    """Let an optimizer update one tensor at a time; all at once (foreach) needs a copy of all of them."""
-    for settings in (optimizer.defaults, *optimizer.param_groups):
-        settings["foreach"] = False
-
-
-def steps_by_foreach(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """True if an optimizer's step works on all weights at once, as PyTorch's do by default on a GPU."""
-    settings = optimizer.defaults
-    is_default = settings.get("foreach", False) is None and not settings.get("fused") and device.type == "cuda"
-    return is_default and not settings.get("differentiable")
-
-
 def make_scheduler(optimizer: torch.optim.Optimizer, config: DictConfig, n_steps: int):
     """Make a LambdaLR whose multiplier of `lr` depends on the step alone.
 
-    Raises: UserError if the multiplier is no finite number of 0 or more at one of the `n_steps` steps.
+    Raises: UserError if the multiplier isn't a finite number of 0 or more at the first, the middle or the last step, or
+        at the end of warmup.
     """
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=_multiplier(config, n_steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=lr_multiplier(config, n_steps))
 
 
 def count_warmup_steps(config: DictConfig, n_steps: int) -> int:
@@ -118,8 +78,8 @@ def count_warmup_steps(config: DictConfig, n_steps: int) -> int:
 
 
 def rate_warning(config: DictConfig, n_steps: int) -> str | None:
-    """Warn of a run whose learning rate stays below `lr`, or is too small to change its weights; None otherwise."""
-    multiplier = _multiplier(config, n_steps)
+    """Return a warning if the learning rate stays below `lr`, or is too small to change the weights; else None."""
+    multiplier = lr_multiplier(config, n_steps)
     share = max(map(multiplier, range(n_steps)), default=0.0)
     largest, parts = config.lr * share, []
     if share < 0.99:
@@ -138,7 +98,8 @@ def rate_warning(config: DictConfig, n_steps: int) -> str | None:
     return f"WARNING: {'; '.join(parts)}" if parts else None
 
 
-def _multiplier(config: DictConfig, n_steps: int) -> Callable[[int], float]:
+def lr_multiplier(config: DictConfig, n_steps: int) -> Callable[[int], float]:
+    """Return the function from the number of steps taken to the factor of `lr`: warmup, then the schedule."""
     warmup_steps = count_warmup_steps(config, n_steps)
     if config.lr_scheduler == DEFAULT_SCHEDULE:
         return lambda step: min(1.0, (step + 1) / (warmup_steps + 1))  # as the original
@@ -153,7 +114,7 @@ def _multiplier(config: DictConfig, n_steps: int) -> Callable[[int], float]:
     for step, value in checked.items():
         if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
             raise UserError(f"{settings}: the learning rate would be {config.lr} × {value} at step {step + 1}")
-    # count from 1, as the original: otherwise the first step, and the last of a decay to 0, would change nothing
+    # from step 1 on, as in the original: the rate at step 0, and at the last step of a decay, may be 0
     return lambda step: multiplier(step + 1)
 
 
@@ -167,33 +128,3 @@ def _transformers_multiplier(
     accepted = inspect.signature(make).parameters
     scheduler = make(optimizer, **{key: value for key, value in given.items() if key in accepted}, **args)
     return scheduler.lr_lambdas[0]
-
-
-def schedules() -> dict[str, list[str]]:
-    """Return the values of `lr_scheduler`, and the `lr_scheduler_args` of each."""
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-
-    arguments = {}
-    for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items():
-        parameters = inspect.signature(function).parameters
-        if "kwargs" not in parameters:  # those that take it depend on a metric, not on the step
-            arguments[kind.value] = [name for name in parameters if name not in _SET_BY_US]
-    return arguments
-
-
-def check_schedule(name: str, args: dict):
-    """Refuse an unknown schedule or unknown arguments of it, with a UserError."""
-    if name == DEFAULT_SCHEDULE and not args:
-        return  # without Transformers, which takes seconds to import
-    known = schedules()
-    if name not in known:
-        raise UserError(
-            f"lr_scheduler={name}: no such schedule.{closest_match(name, known)} There are: {', '.join(known)}"
-        )
-    for key in args:
-        if key not in known[name]:
-            hint = " Its warmup is the key warmup_steps." if "warmup_steps" in key else closest_match(key, known[name])
-            takes = ", ".join(known[name]) or "none"
-            raise UserError(f"lr_scheduler_args.{key}: {name} takes no such argument.{hint} It takes: {takes}")
-        if isinstance(args[key], float) and not math.isfinite(args[key]):
-            raise UserError(f"lr_scheduler_args.{key}={args[key]}: must be a finite number")

@@ -4,6 +4,7 @@ Files and hub datasets in a known format need no code (docs/data.md). For other 
 and an entry in `DATASETS`.
 """
 
+import functools
 import inspect
 import itertools
 from collections import defaultdict
@@ -26,7 +27,7 @@ from data.row_sources import ROWS  # noqa: F401 (re-exported)
 from data.selection import epoch_order, first_examples, without_identical, without_overlong
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
-from optimization import rate_warning
+from losses import find_loss
 from reporting.terminal import progressing
 from utils import UserError, closest_match, get_local_dir, on_rank0, rank0_print
 
@@ -70,7 +71,7 @@ def checked_rows(
 ) -> Iterator[tuple[int, dict]]:
     """Yield each row with its number, after checking the types of its fields.
 
-    The number is the row's field 'row', if it has one, else its place in the split.
+    The number is the row's place in the split, or its field 'row', if it has one (`get_se` shuffles).
 
     Raises: RowError naming dataset, split and row.
     """
@@ -131,7 +132,7 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
     if n_other_prompt and not silent:
         rank0_print(
             f"hh ({split}): in {n_other_prompt} of {len(rows)} rows the prompts of the two transcripts differ; the "
-            "rejected response is taken to start at the chosen prompt's length, as in the original"
+            "rejected transcript is cut at the chosen prompt's length, as in the original"
         )
     return data
 
@@ -244,7 +245,7 @@ def _inline_text(element: Tag | NavigableString) -> str:
 class Dataset:
     """A named dataset: its function, its place on the hub, and how its long prompts are truncated."""
 
-    load: Callable  # (split, silent, cache_dir, path) to data as from `get_hh`; without `path` if it is made in code
+    load: Callable  # of split, silent, cache_dir, and path unless data is made in code; returns what `get_hh` returns
     hub_id: str | None = None  # where it is loaded from, unless the config's `dataset_paths.NAME` is set
     truncation_mode: str = "keep_end"  # the end of a long prompt that is kept: keep_end (for dialogues) or keep_start
 
@@ -352,6 +353,7 @@ def get_batch_iterator(
     drop_last: bool = True,
     shard: tuple[int, int] = (0, 1),
     mismatched: bool = False,
+    unpaired: bool = False,
     add_bos: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (it can't be changed)
 ) -> BatchIterator:
@@ -362,15 +364,16 @@ def get_batch_iterator(
     Args:
         names: datasets, each a name in `DATASETS`, a file, a folder, a pattern of files, a hub id or a `Choice`.
         max_length: the most tokens in prompt and response together.
-        max_prompt_length: the most tokens of the prompt in an example that is longer than `max_length`.
+        max_prompt_length: where prompt and response exceed `max_length`, the prompt is first cut to this many tokens.
         sft_mode: yield one example per prompt, with the SFT target as 'chosen' and without 'rejected'.
         seed: decides the order of the examples.
         paths: for named datasets, folders or hub ids to load instead of the default ones.
-        drop_last: drop the examples of an epoch that don't fill a batch, and round n_examples up to whole batches.
-            Otherwise the last batch may be smaller, and n_examples takes no example twice.
+        drop_last: True, as in training: every batch is full, the remainder of an epoch is dropped, and n_examples is
+            rounded up. False: the last batch may be smaller, and n_examples takes no example twice.
         shard: (index, count): yield only this one of `count` shards of each batch.
-        mismatched: add each prompt with another prompt's responses, under keys 'mismatched_...'. Losses that need this
-            also accept unpaired data.
+        mismatched: add, under keys 'mismatched_...', each prompt with another prompt's responses, for KTO's estimate of
+            the KL divergence.
+        unpaired: accept unpaired data, too: single responses, each marked good or bad.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
         settings: how to read data that isn't a named dataset.
 
@@ -384,7 +387,7 @@ def get_batch_iterator(
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
     choices = [name if isinstance(name, Choice) else Choice(name) for name in names]
-    accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if mismatched else ("pairs",)
+    accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if unpaired else ("pairs",)
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
@@ -402,8 +405,8 @@ def get_batch_iterator(
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
         raise UserError(
-            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_dropped} examples are less "
-            f"than one batch of {batch_size}; make batch_size smaller or add data"
+            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_dropped} examples, too few "
+            f"for one batch of {batch_size}; make batch_size smaller or add data"
         )
     return batches
 
@@ -412,31 +415,32 @@ def open_batches(
     config: DictConfig,
     choices: list[Choice],
     tokenizer,
-    sft_mode: bool,
     seed: int,
-    shard: tuple[int, int],
-    silent: bool,
-    mismatched: bool = False,
+    shard: tuple[int, int] = (0, 1),
     trains: bool = True,
-) -> tuple[BatchIterator, BatchIterator]:
-    """Open the training and the evaluation batches of a config (see `get_batch_iterator`), and print a data report.
+) -> tuple[BatchIterator | None, BatchIterator]:
+    """Open a config's training and evaluation batches (see `get_batch_iterator`), and print a data report.
 
-    With `trains=False`, no training data is read, and the evaluation batches are returned twice.
+    Args:
+        trains: False reads no training data, and returns None for them.
     """
-    kwargs = {
-        "names": choices,
-        "tokenizer": tokenizer,
-        "max_length": config.max_length,
-        "max_prompt_length": config.max_prompt_length,
-        "add_bos": config.add_bos,
-        "sft_mode": sft_mode,
-        "seed": seed,
-        "silent": silent,
-        "cache_dir": get_local_dir(config.local_dirs),
-        "paths": config.dataset_paths,
-        "shard": shard,
-        "mismatched": mismatched,
-        "settings": Settings(
+    loss = find_loss(config.loss)
+    open_split = functools.partial(
+        get_batch_iterator,
+        names=choices,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        add_bos=config.add_bos,
+        sft_mode=not loss.needs_pairs,
+        mismatched=loss.takes_kl_estimate,
+        unpaired=loss.accepts_unpaired,
+        seed=seed,
+        silent=not on_rank0(),
+        cache_dir=get_local_dir(config.local_dirs),
+        paths=config.dataset_paths,
+        shard=shard,
+        settings=Settings(
             test_fraction=config.test_fraction,
             skips_bad=config.on_bad_example == "skip",
             chat_template=config.chat_template,
@@ -444,21 +448,13 @@ def open_batches(
             trained_turns=config.trained_turns,
             verbatim_responses=config.verbatim_responses,
         ),
-    }
+    )
+    train = None
     if trains:
         counts = {"n_epochs": config.n_epochs, "n_examples": config.n_examples}
-        train = get_batch_iterator(**kwargs, split="train", batch_size=config.batch_size, **counts)
-    test = get_batch_iterator(
-        **kwargs, split="test", batch_size=config.eval_batch_size, drop_last=False, **_eval_size(config.n_eval_examples)
-    )
-    train = train if trains else test
+        train = open_split(split="train", batch_size=config.batch_size, **counts)
+    counts = {"n_examples": config.n_eval_examples} if config.n_eval_examples is not None else {"n_epochs": 1}
+    test = open_split(split="test", batch_size=config.eval_batch_size, drop_last=False, **counts)
     if on_rank0():
-        print_report(train if trains else None, test, tokenizer)
-        if trains and (warning := rate_warning(config, train.n_batches)) is not None:
-            rank0_print(warning)
+        print_report(train, test, tokenizer)
     return train, test
-
-
-def _eval_size(n_eval_examples: int | None) -> dict[str, int]:
-    """Return the arguments for `n_eval_examples` examples, or for the whole split once."""
-    return {"n_epochs": 1} if n_eval_examples is None else {"n_examples": n_eval_examples}

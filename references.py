@@ -1,8 +1,8 @@
 """The reference: which model the policy is compared with, and where its weights come from.
 
 `reference=model` is a second, frozen model; `adapter_off` is the policy with its adapter disabled; `adapter_copy` is
-the policy with a frozen copy of the starting adapter in place of the trained one. With `precompute_ref_log_probs` it
-computes every pair once, before training (`acceleration.reference_cache`).
+the policy with a frozen copy of the starting adapter in place of the trained one. With `precompute_ref_log_probs`, the
+reference computes every pair once, before training (`acceleration.reference_cache`).
 """
 
 import contextlib
@@ -26,8 +26,8 @@ REFERENCES = ("model", "adapter_off", "adapter_copy")
 
 @dataclass(frozen=True)
 class Source:
-    """The layers of a model's weights: `name_or_path` (or random weights, `from_scratch`), replaced by `archive`, with
-    `adapter` on top."""
+    """Where a model's weights come from: `name_or_path` (or random weights, `from_scratch`), overwritten by `archive`,
+    with `adapter` on top."""
 
     name_or_path: str
     archive: str | None = None
@@ -48,8 +48,8 @@ def policy_source(config: DictConfig) -> Source:
 def reference_source(config: DictConfig) -> Source:
     """Return the weights of a second model as reference: by default the policy's.
 
-    `reference_model` replaces a layer (base, archive or adapter). Lower layers are the policy's; higher ones are
-    dropped, as they belong to another model.
+    `reference_model` replaces a part (base, archive or adapter). What lies below that part is the policy's; what lies
+    above is dropped, as it belongs to another model.
     """
     policy, names = policy_source(config), ("name_or_path", "archive", "adapter")
     values = {name: OmegaConf.select(config, f"reference_model.{name}") for name in names}
@@ -64,13 +64,14 @@ def reference_source(config: DictConfig) -> Source:
 
 
 def sources(config: DictConfig) -> list[Source]:
+    """Return the policy's source and the reference's, once if they are equal."""
     return list(dict.fromkeys((policy_source(config), reference_source(config))))
 
 
 def resolved_reference(config: DictConfig) -> str:
-    """Return a config's kind of reference, with `reference=auto` resolved; auto if the loss needs none.
+    """Return a config's kind of reference, with `reference=auto` resolved; 'auto' for a loss without reference.
 
-    Raises: UserError if the policy rules this kind out, naming the possible ones.
+    Raises: UserError if the policy can't have this kind of reference, naming the possible ones.
     """
     if not needs_reference(config.loss):
         return "auto"
@@ -176,12 +177,23 @@ def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) 
     return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
 
 
+def is_computed_as_policy(config: DictConfig) -> bool:
+    """True if the reference rounds as the policy does: `model.reference_dtype` names no dtype of its own."""
+    return config.model.reference_dtype is None
+
+
+def reference_dtype(config: DictConfig) -> str:
+    """Return the dtype of a second model's weights."""
+    return config.model.reference_dtype or config.model.policy_dtype
+
+
 def make_starting_reference(
     kind: str, policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]
 ) -> Reference:
-    """Make the reference as it is before training; the policy itself serves if it is the same function, bit for bit."""
-    same_dtype = config.model.reference_dtype == config.model.policy_dtype and config.model.policy_mp is None
-    if kind == "model" and same_dtype and has_the_weights(policy, config):
+    """Make the reference as it is before training: the policy itself if that gives the same numbers, bit for bit."""
+    same_dtype = reference_dtype(config) == config.model.policy_dtype
+    same_rounding = is_computed_as_policy(config) or (same_dtype and config.model.policy_mp is None)
+    if kind == "model" and same_rounding and has_the_weights(policy, config):
         return Reference(policy.eval())
     return make_reference(kind, policy, load)
 
@@ -189,12 +201,12 @@ def make_starting_reference(
 def has_the_weights(policy: nn.Module, config: DictConfig) -> bool:
     """True if the policy before training, cast to the reference's dtype, has the weights of a second model.
 
-    False if it has an adapter, which has a dtype of its own and may change the base, and if its dtype is narrower:
+    It hasn't if it has an adapter, which has its own dtype and may change the base, or if its dtype is narrower, as
     rounding twice gives other weights than rounding once.
     """
-    dtypes = [getattr(torch, config.model[key]) for key in ("policy_dtype", "reference_dtype")]
-    is_another = any(value is not None for value in config.reference_model.values())
-    return not is_another and not hasattr(policy, "peft_config") and torch.promote_types(*dtypes) == dtypes[0]
+    dtypes = [getattr(torch, name) for name in (config.model.policy_dtype, reference_dtype(config))]
+    has_own = hasattr(policy, "peft_config") or bool(reference_source(config).given)
+    return not has_own and torch.promote_types(*dtypes) == dtypes[0]
 
 
 @contextlib.contextmanager

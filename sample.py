@@ -5,11 +5,12 @@ if __name__ == "__main__":  # first, as the other imports take seconds
 
     end_at_once()
 
+import functools
+
 from omegaconf import DictConfig
 
 from commands import command_line
 from commands.run_config import check_hub_models, run_with_options
-from evaluation.sample import sample_checkpoints
 from evaluation.sample_options import Options, make_options
 
 
@@ -19,15 +20,18 @@ def run(config: DictConfig):
 
 
 def _sample(config: DictConfig, options: Options):
-    from trainers import make_trainer  # takes seconds
+    from evaluation.sample import sample_checkpoints  # takes seconds to import
+    from trainers import make_trainer
 
     def load():
-        trainer = make_trainer(config, trains=False, reads_data=options.prompts is None)
+        trainer = make_trainer(config, purpose="evaluate" if options.prompts is None else "sample")
         check_hub_models(config, [file.checkpoint for file in options.files])
         return trainer
 
     sample_checkpoints(load, config, options)
 
 
+main = functools.partial(command_line.main, run, "sample")
+
 if __name__ == "__main__":
-    command_line.main(run, "sample")
+    main()

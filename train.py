@@ -1,4 +1,4 @@
-"""Train a language model with SFT, DPO or IPO: `python train.py model=tiny datasets=[toy] loss=sft`."""
+"""Train a language model with SFT, DPO or another loss: `python train.py model=tiny datasets=[toy] loss=sft`."""
 
 if __name__ == "__main__":  # first, as the other imports take seconds
     from basics.interrupts import end_at_once
@@ -16,6 +16,7 @@ from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
     changed_inputs,
+    check_restartable,
     check_same_run,
     find_checkpoint,
     is_complete,
@@ -39,58 +40,64 @@ from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
 from config_checks.schema import changed_keys
 from distributed import collectives
-from losses import LOSSES
+from optimization import rate_warning
 from preference_datasets import open_batches
+from reporting.runs import last_evaluation
 from utils import UserError, on_rank0, rank0_print
 
 
-def run(config: DictConfig):
-    """Check the config, then train: in this process, in workers that it starts, or as one of a launcher's workers."""
+def run(config: DictConfig) -> tuple[dict[str, float], str]:
+    """Check the config, then train: in this process, in workers that it starts, or as a worker of torchrun or Slurm.
+
+    Returns: the metrics of the run's last evaluation, and the run directory.
+    Raises: UserError with the message that the command line prints.
+    """
     run_dir_given = is_run_dir_given(config)
-    OmegaConf.to_container(config, resolve=True)  # names the key of an interpolation that fails
+    OmegaConf.to_container(config, resolve=True)  # unlike `resolve`, it names the key of an interpolation that fails
     OmegaConf.resolve(config)
     if in_sweep() and "exp_name" not in (varied := job_overrides()):  # wandb tells jobs apart by their names
         config.exp_name = " ".join([str(config.exp_name), *(f"{key}={value}" for key, value in varied.items())])
     with contextlib.ExitStack() as stack:
         enter_process_group(config, stack)
-        prepared = (config, *prepare(config, run_dir_given, stack)) if on_rank0() else None
-        config, checkpoint, complete, files = collectives.broadcast_object(prepared)
-        if complete:
+        checked = (config, *check_and_lock(config, run_dir_given, stack)) if on_rank0() else None
+        config, checkpoint, is_finished, file_hashes = collectives.broadcast_object(checked)
+        if is_finished:
             rank0_print(f"This run is complete: {checkpoint}")
         elif config.data_only:
             report_data(config)
         elif not needs_workers(config):
-            train_from(config, checkpoint, files)
+            train_from(config, checkpoint, file_hashes)
         else:
             with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
-                run_in_workers(train_from, config, checkpoint, files)
+                run_in_workers(train_from, config, checkpoint, file_hashes)
+        return last_evaluation(config.local_run_dir), config.local_run_dir
 
 
-def prepare(
+def check_and_lock(
     config: DictConfig, run_dir_given: bool, stack: contextlib.ExitStack
 ) -> tuple[str | None, bool, dict[str, str]]:
-    """Check the config, and lock the run directory for as long as `stack` is entered.
+    """Check the config, and lock the run directory until `stack` is closed.
 
-    Returns: the checkpoint to resume from; True if there is nothing left to do; fingerprints of the files that the run
-        starts from.
+    Returns: the checkpoint to resume from; True if nothing is left to do; fingerprints of the files that the run starts
+        from.
     """
-    reference_dtype_given = OmegaConf.select(config, "model.reference_dtype") is not None
     check_config(config)
+    check_restartable(config, run_dir_given)
     if config.resume is not None:
         locate_run(config, run_dir_given)
     stack.enter_context(locked_run(config.local_run_dir))
     check_outputs([Output("local_run_dir", config.local_run_dir, new_run if config.resume is None else resumed_run)])
-    checkpoint, files = None, fingerprints.file_fingerprints(config)
+    checkpoint, file_hashes = None, fingerprints.file_fingerprints(config)
     if config.resume is not None:
         checkpoint = find_checkpoint(config)
-        check_same_run(config, checkpoint, files, reference_dtype_given)
+        check_same_run(config, checkpoint, file_hashes)
     changed = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(changed_keys(config))), "  ")
-    rank0_print(f"Config, where it isn't the default (all of it will be in config.yaml):\n{changed}")
-    return checkpoint, checkpoint is not None and is_complete(config, checkpoint), files
+    rank0_print(f"Config keys that differ from the defaults (config.yaml will list all keys):\n{changed}")
+    return checkpoint, checkpoint is not None and is_complete(config, checkpoint), file_hashes
 
 
 def report_data(config: DictConfig):
-    """Read and check all data and print the data report; no model is loaded, and only rank 0 does it."""
+    """Read and check all data, and print the data report. Only rank 0 does this; no model is loaded."""
     from data import hub
     from models import allow_own_code, load_tokenizer
 
@@ -98,30 +105,29 @@ def report_data(config: DictConfig):
         return
     hub.use_cache_if_unreachable(hub_names(config))
     allow_own_code(config)
-    loss, tokenizer = LOSSES[config.loss.name], load_tokenizer(config)
-    open_batches(
-        config, chosen_datasets(config), tokenizer, not loss.needs_pairs, config.seed, (0, 1), False,
-        mismatched=loss.takes_kl_estimate,
-    )  # fmt: skip
+    train_batches, _ = open_batches(config, chosen_datasets(config), load_tokenizer(config), config.seed)
+    if warning := rate_warning(config, train_batches.n_batches):
+        rank0_print(warning)
     rank0_print("data_only=true: nothing is trained")
 
 
-def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
+def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str, str]):
     """Load data and models, then the checkpoint if there is one, train to the end, and save.
 
     Args:
-        files: fingerprints of the files that the run starts from.
+        file_hashes: fingerprints of the files that the run starts from.
     """
-    from trainers import make_trainer  # takes seconds
+    from trainers import make_trainer  # takes seconds to import
 
     trainer, run_dir = make_trainer(config), config.local_run_dir
-    trainer.state.inputs = {**files, **check_loaded(config, checkpoint, trainer)}
+    # those of the data, and of models from the hub, are known only now
+    trainer.state.inputs = {**file_hashes, **check_loaded(config, checkpoint, trainer)}
     with trainer.stop:
         with resume_hinted(run_dir, Stopped):
             trainer.precompute_reference()
             if checkpoint is not None:
                 trainer.resume(checkpoint)
-        if trainer.state.complete and is_last(checkpoint):
+        if trainer.state.complete and is_last(checkpoint):  # under other settings than when it was written
             rank0_print(f"This run is complete: {checkpoint}")
             return
         if on_rank0():
@@ -132,7 +138,7 @@ def train_from(config: DictConfig, checkpoint: str | None, files: dict[str, str]
 
 
 def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[str, str]:
-    """Refuse to resume a run on other data, or other models from the hub, than it began with; rank 0 decides for all.
+    """Refuse to resume if the data, or models from the hub, have changed since the run began; rank 0 decides for all.
 
     Returns: fingerprints of the data and of what was loaded from the hub.
     """
@@ -145,7 +151,9 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
     return loaded
 
 
-main = functools.partial(command_line.main, run, sweeps=True)
+main = functools.partial(command_line.main, run, can_sweep=True)
 
 if __name__ == "__main__":
+    from train import main  # other processes, of sweeps and workers, can import what it calls
+
     main()

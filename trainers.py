@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.distributed import ProcessGroup
 
+from acceleration.batch_losses import batch_losses
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
+from acceleration.loss_inputs import loss_inputs, tokens_that_count
 from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.out_of_memory import explained_out_of_memory
 from acceleration.overflow import check_no_overflow
-from acceleration.reference_cache import LogpsCache, open_cache
+from acceleration.packed_attention import use_packed_attention
+from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
 from checkpointing import best
 from checkpointing.checkpoints import (
@@ -46,10 +50,11 @@ from distributed import collectives, environment
 from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
-from log_probabilities import _get_batch_logps, concatenated_inputs, response_lengths
-from losses import LOSSES, preference_loss  # noqa: F401 (users of the original import it from here)
+from log_probabilities import _get_batch_logps, concatenated_inputs, with_first_labels
+from losses import find_loss, preference_loss  # noqa: F401 (users of the original import it from here)
 from models import (
     allow_own_code,
+    check_has_router,
     check_reference_fits,
     check_tokenizer_fits,
     configured_dropout_rates,
@@ -57,23 +62,24 @@ from models import (
     load_policy,
     load_reference,
     load_tokenizer,
+    router_losses,
 )
-from optimization import make_optimizer, make_scheduler
+from objectives.declaration import Memory
+from optimization import make_optimizer, make_scheduler, rate_warning
 from preference_datasets import open_batches
 from references import (
     Reference,
     check_reference_can_move,
+    is_computed_as_policy,
     make_reference,
-    make_starting_reference,
     move_reference,
     reference_source,
 )
 from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
-from reporting.terminal import RunTable, progressing, training_bar
-from reporting.time_left import TimeLeft
+from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import UserError, get_block_class_from_model, rank0_print, slice_and_move_batch_for_device
+from utils import UserError, get_block_class_from_model, rank0_print, unwrap_adapter, widest_dtype
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -96,8 +102,7 @@ class BasicTrainer:
         reference_model: nn.Module | Callable[[], nn.Module | None] | None = None,
         rank: int = 0,
         world_size: int = 1,
-        trains: bool = True,
-        reads_data: bool = True,
+        purpose: str = "train",
     ):
         """Load the data, then get the models and the optimizer ready.
 
@@ -108,12 +113,12 @@ class BasicTrainer:
             policy: the model to train, or a function that loads it; it is called after the data have been read.
             config: one that `check_config` has checked.
             reference_model: the model to compare with, or a function that loads it; called only if it is needed.
-            trains: False loads the evaluation data alone, and makes no optimizer.
-            reads_data: False loads no data at all, for commands that bring their own prompts.
+            purpose: what is loaded besides the models. "train": all data and an optimizer; "evaluate": evaluation data;
+                "sample": nothing.
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
-        self.loss = LOSSES[config.loss.name]
+        self.loss, self.loss_memory = find_loss(config.loss), Memory()
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
         self.state = TrainState()
@@ -121,13 +126,13 @@ class BasicTrainer:
         self.run_log: RunLog | None = None
         self.tokenizer = load_tokenizer(config)
         self.train_iterator = self.eval_iterator = self.optimizer = self.scheduler = None
-        if reads_data:
-            self._load_data(trains)
+        if purpose != "sample":
+            self._load_data(trains=purpose == "train")
         self._set_up_policy(policy)
         self._set_up_reference(reference_model)
-        if trains:
+        if purpose == "train":
             self._set_up_optimizer()
-        self.microbatch_overhead, self.max_tokens = speed_up(self, trains)
+        self.microbatch_overhead, self.max_tokens = speed_up(self)
         rank0_print(parameters_in_words(*n_parameters(self.policy)))
         self.throughput = Throughput(self.policy, self.reference and self.reference.model, world_size)
 
@@ -135,18 +140,12 @@ class BasicTrainer:
 
     def _load_data(self, trains: bool):
         """Open the training batches and load all evaluation batches: this worker's shard of each."""
-        config, sft_mode = self.config, not self.loss.needs_pairs
+        config, shard = self.config, self.strategy.batch_shard
         self.train_iterator, self.eval_iterator = open_batches(
-            config,
-            chosen_datasets(config),
-            self.tokenizer,
-            sft_mode,
-            self.seed,
-            self.strategy.batch_shard,
-            silent=self.rank != 0,
-            mismatched=self.loss.takes_kl_estimate,
-            trains=trains,
+            config, chosen_datasets(config), self.tokenizer, self.seed, shard, trains
         )
+        if trains and (warning := rate_warning(config, self.train_iterator.n_batches)):
+            rank0_print(warning)
         self.eval_batches = [
             {**batch, "index": self.eval_iterator.indices(number)} for number, batch in enumerate(self.eval_iterator)
         ]
@@ -170,16 +169,19 @@ class BasicTrainer:
         # for checkpoints; read now, as the hub may be out of reach by then
         self.dropout_rates = configured_dropout_rates(config) if self.rank == 0 else {}
         check_tokenizer_fits(self.policy, self.tokenizer, config)
+        if config.model.router_aux_loss_coef is not None:
+            check_has_router(self.policy, config.model.router_aux_loss_coef)
         self.layout = self.reference_layout = self._choose_layout(self.policy)
 
     def _choose_layout(self, model: nn.Module) -> Layout:
         """Compare the faster layouts with the plain forward, and choose the fastest that agrees with it."""
         if self.eval_iterator is None:  # no data to compare them on
             return PLAIN
+        opened = [split for split in (self.train_iterator, self.eval_iterator) if split is not None]
         return choose_layout(
             model, self.plain_logps, self.eval_iterator.first_examples(2), self.config, self.strategy,
             functools.partial(self.autocast, model),
-            is_unpaired=self.eval_iterator.is_unpaired or self.train_iterator.is_unpaired,
+            is_unpaired=any(split.is_unpaired for split in opened),
             is_trained=model is self.policy,
         )  # fmt: skip
 
@@ -192,58 +194,43 @@ class BasicTrainer:
             return
         if reference_model is None:
             raise ValueError(f"loss={config.loss.name} needs a reference_model")
-
-        def load() -> nn.Module:
-            model = reference_model if isinstance(reference_model, nn.Module) else reference_model()
-            model = self.strategy.distribute(model, is_policy=False)
-            if reference_source(config).given:
-                check_reference_fits(model, self.policy, self.tokenizer, config)
-            if self._moves_reference:
-                check_reference_can_move(model, self.policy, config)
-            if self.eval_iterator is not None:
-                check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-            if reference_source(config).given or self.layout.is_packed:  # packed rows depend on the dtype, too
-                self.reference_layout = self._choose_layout(model)
-            if config.compile:
-                compile_blocks(model, None if reference_source(config).given else config.model.block_name)
-            return model
-
-        kind = config.reference
-        rank0_print(f"Reference: {kind}{', precomputed' if config.precompute_ref_log_probs else ''}")
-        self._load_reference = load
+        self._reference_model = reference_model
+        rank0_print(f"Reference: {config.reference}{', precomputed' if config.precompute_ref_log_probs else ''}")
         if not config.precompute_ref_log_probs:
-            self.reference = make_reference(kind, self.policy, load)
+            self.reference = make_reference(config.reference, self.policy, self.load_reference)
+
+    def load_reference(self) -> nn.Module:
+        """Load a second model as the reference, and check that the policy can be compared with it."""
+        config, is_another, model = self.config, bool(reference_source(self.config).given), self._reference_model
+        model = model if isinstance(model, nn.Module) else model()
+        model = self.strategy.distribute(model, is_policy=False)
+        if is_another:
+            check_reference_fits(model, self.policy, self.tokenizer, config)
+        if self._moves_reference:
+            check_reference_can_move(model, self.policy, config)
+        if self.eval_iterator is not None and model.dtype == torch.float16:
+            check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
+        if is_another or (self.layout.is_packed and not is_computed_as_policy(config)):
+            self.reference_layout = self._choose_layout(model)  # whether packed rows agree depends on the dtype
+        elif self.layout.is_packed:
+            use_packed_attention(unwrap_adapter(model))
+        if config.compile:
+            compile_blocks(model, None if is_another else config.model.block_name)
+        return model
 
     def precompute_reference(self):
-        """With `precompute_ref_log_probs`, fill the cache with the reference's log-probabilities of all pairs, once.
+        """With `precompute_ref_log_probs`, compute the reference's log-probabilities of all pairs, once.
 
-        The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
-        freed, unless it is the policy under another adapter.
-
-        Raises: Stopped after a signal; the cache then has all that was computed, except up to 1,024 pairs.
+        Raises: Stopped after a signal.
         """
         config = self.config
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
-        if not is_needed or self.reference_cache is not None:
-            return
-        kind = config.reference
-        reference = functools.cache(lambda: make_starting_reference(kind, self.policy, config, self._load_reference))
-        cache = open_cache(self.policy, kind, config, reference)
-
-        def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-            self.stop.check()
-            with reference().active() as model:
-                return self.response_logps(model, batch).chunk(2)
-
-        def split(batch: dict) -> list[dict]:
-            return self.microbatches(batch, n_least=-(-len(batch["prompt"]) // config.eval_batch_size))
-
-        cache.fill({"training": self.train_iterator, "evaluation": self.eval_iterator}, compute, split)
-        self.reference_cache = cache
-        if kind != "model":  # it takes no memory, and samples are drawn from it
-            self.reference = make_reference(kind, self.policy, self._load_reference)
-        elif config.sample_during_eval:
-            rank0_print("Reference freed: samples come from the policy only")
+        if is_needed and self.reference_cache is None:
+            self.reference_cache = fill_cache(self)
+            if config.reference != "model":  # it shares the policy's memory, and samples are drawn from it
+                self.reference = make_reference(config.reference, self.policy, self.load_reference)
+            elif config.sample_during_eval:
+                rank0_print("Reference freed: samples come from the policy only")
 
     def _set_up_optimizer(self):
         config = self.config
@@ -260,7 +247,7 @@ class BasicTrainer:
         This forward pass and `_get_batch_logps` define the computation. A faster way that gives other numbers is not
         used (`acceleration.model_check`).
         """
-        inputs = slice_and_move_batch_for_device(concatenated_inputs(batch), 0, 1, self.device)
+        inputs = {key: value.to(self.device) for key, value in concatenated_inputs(batch).items()}
         logits = model(
             inputs["concatenated_input_ids"], attention_mask=inputs["concatenated_attention_mask"], use_cache=False
         ).logits  # (2B, T, V)
@@ -268,38 +255,42 @@ class BasicTrainer:
         all_logps = _get_batch_logps(logits, inputs["concatenated_labels"])
         return all_logps.chunk(2)
 
-    def target_forward(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the log-probabilities of the SFT targets, (batch_size,), in nats: the plain forward, as above."""
+    def plain_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
+        """Return the log-probability of each response by the plain forward, in nats: all chosen, then all rejected.
+
+        Shape: (2 * batch_size,); in SFT, (batch_size,).
+        """
+        if "rejected_labels" in batch:
+            return torch.cat(self.concatenated_forward(model, batch))
         keys = ("chosen_input_ids", "chosen_attention_mask", "chosen_labels")
         input_ids, attention_mask, labels = (batch[key].to(self.device) for key in keys)
         logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
         return _get_batch_logps(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
-    def plain_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the log-probability of each of the batch's S responses, chosen before rejected, plainly: (S,)."""
-        if "rejected_labels" in batch:
-            return torch.cat(self.concatenated_forward(model, batch))
-        return self.target_forward(model, batch)
+    def response_logps(self, model: nn.Module, batch: dict, until: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the same as `plain_logps`, computed in the model's layout.
 
-    def response_logps(self, model: nn.Module, batch: dict) -> torch.Tensor:
-        """Return the same as `plain_logps`, computed in the model's layout."""
+        `until`: (S,) number of tokens; the log-probability of that many first ones is returned, too: (2, S).
+        """
         layout = self.layout if model is self.policy else self.reference_layout
         with self.autocast(model):
-            if layout.is_plain:
+            if not layout.is_plain:
+                return layout.response_logps(model, batch, self.strategy, until)
+            if until is None:
                 return self.plain_logps(model, batch)
-            return layout.response_logps(model, batch, self.strategy)
+            return torch.stack([self.plain_logps(model, part) for part in (batch, with_first_labels(batch, until))])
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Compute the policy in `model.policy_mp` inside.
+        """Return a context for computing in `model.policy_mp`; it does nothing for a reference with its own dtype.
 
         FSDP also casts weights as it gathers them (`distributed.fsdp`); other trainers cast them once a step
         (`acceleration.shadow_weights`).
         """
-        if self.policy_mp is None or model is not self.policy:
+        if self.policy_mp is None or not (model is self.policy or is_computed_as_policy(self.config)):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 
-    def reference_logps(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_logps(self, batch: dict, until: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
         if self.reference_cache is not None:
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
@@ -308,36 +299,35 @@ class BasicTrainer:
             zeros = torch.zeros(len(batch["prompt"]), device=self.device)
             return zeros, zeros
         with self.reference.active() as model:
-            return self.response_logps(model, batch).to(self.device).chunk(2)  # it may be on another GPU
+            return self.response_logps(model, batch, until).to(self.device).chunk(2, dim=-1)  # it may be on another GPU
 
     def get_batch_metrics(
-        self, batch: dict, loss_config: DictConfig, train: bool = True, kl_estimate: torch.Tensor | None = None
+        self, batch: dict, loss_config: DictConfig, train: bool = True, loss: Callable | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
 
         Args:
-            kl_estimate: the estimate for the whole batch, for losses that need one; None estimates it from this batch.
+            loss: that of a microbatch, from `batch_losses`; None takes this batch for a whole one.
         """
-        split, sides = "train" if train else "eval", ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-        policy_logps = self.response_logps(self.policy, batch).chunk(len(sides))
-        inputs = {f"policy_{side}_logps": logps for side, logps in zip(sides, policy_logps, strict=True)}
-        if self.loss.needs_pairs:
-            inputs["reference_chosen_logps"], inputs["reference_rejected_logps"] = self.reference_logps(batch)
-        lengths = torch.stack([response_lengths(batch[f"{side}_labels"]) for side in sides])
-        lengths = dict(zip(sides, lengths.to(self.device, non_blocking=True), strict=True))
-        if loss_config.get("average_log_prob", False):
-            inputs = {name: logps / lengths[name.split("_")[1]] for name, logps in inputs.items()}
-        inputs |= {f"{side}_lengths": length for side, length in lengths.items()}
-        if self.loss.takes_kl_estimate:
-            inputs["kl_estimate"] = self.estimate_kl(batch) if kl_estimate is None else kl_estimate
-
-        losses, *rewards = self.loss(inputs, loss_config)
+        split, until = "train" if train else "eval", tokens_that_count(self, batch)
+        router_coef = self.config.model.router_aux_loss_coef
+        with contextlib.nullcontext() if router_coef is None else router_losses(self.policy) as aux_losses:
+            policy_logps = self.response_logps(self.policy, batch, until)
+        inputs = loss_inputs(self, batch, policy_logps)
+        loss = loss or batch_losses(self, batch, [batch], train)[0]
+        losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
-        for side in reversed(sides):
-            metrics[f"logps_{split}/{side}"] = inputs[f"policy_{side}_logps"].detach()
+        if router_coef is not None:
+            aux_loss = aux_losses[0].to(losses.device)
+            losses = losses + router_coef * aux_loss
+            metrics[f"aux_loss/{split}"] = aux_loss.detach().expand(len(losses))  # of the microbatch, for each example
+        averaged = loss_config.get("average_log_prob", False)
+        for side in ("rejected", "chosen") if self.loss.needs_pairs else ("chosen",):
+            logps = inputs[f"policy_{side}_logps"].detach()
+            metrics[f"logps_{split}/{side}"] = logps / inputs[f"{side}_lengths"] if averaged else logps
         metrics[f"loss/{split}"] = losses.detach()
-        compares, averaged = self.loss.needs_reference(loss_config), loss_config.get("average_log_prob", False)
-        return losses.mean(), metrics | response_metrics(split, inputs, compares, averaged)
+        metrics |= {f"loss_{split}/{name}": values for name, values in parts.items()}
+        return losses.mean(), metrics | response_metrics(split, inputs, self.loss.needs_reference(loss_config))
 
     def estimate_kl(self, batch: dict) -> torch.Tensor:
         """Estimate the policy's KL divergence from the reference (nats) for a whole batch of all workers, as KTO does.
@@ -345,13 +335,13 @@ class BasicTrainer:
         It is the mean log-ratio of responses to other prompts of the batch, or 0 if that is negative; shape (), without
         gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
         """
-        sum_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sum_and_count = torch.zeros(2, dtype=widest_dtype(self.device), device=self.device)
         for microbatch in self.microbatches(mismatched_batch(batch), n_least=1):
             with torch.no_grad():
                 policy_logps = self.response_logps(self.policy, microbatch).view(2, -1)  # (2, B)
-            counted = self._counted(microbatch)
+            counted = self.counted(microbatch)
             logratios = (policy_logps - torch.stack(self.reference_logps(microbatch))).where(counted, 0)
-            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).double()
+            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
         if self.is_sharded:
             sum_and_count = collectives.all_reduce_sum(sum_and_count)
         kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
@@ -365,22 +355,19 @@ class BasicTrainer:
         Raises: Stopped after a signal; LATEST then holds the current state.
         """
         self.precompute_reference()
-        seed_generators(self.seed + self.strategy.batch_shard[0])  # other samples for other prompts
+        seed_generators(self.seed + self.strategy.batch_shard[0])  # workers with other prompts draw other samples
         restore_rng_state(self.state.rng_states, self.rank, self.world_size)
         if self.rank == 0:
-            n_examples, epoch_size, state = self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
-            every = self.config.eval_every, self.config.save_every or self.config.eval_every
-            time_left = TimeLeft(n_examples, self.config.batch_size, *every)
-            table = RunTable(n_examples, epoch_size, state.examples, state.metrics, time_left)
-            logged = state.log_bytes, state.wandb_run_id, state.log_sha256
-            self.run_log = RunLog(self.config, self.run_dir, table, *logged)
+            self.run_log = RunLog(
+                self.config, self.run_dir, self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
+            )
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
         bar = training_bar(self._training_batches(skip=n_done), n_batches, n_done)
         with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
             try:
                 for batch in bar:
                     self._evaluate_and_save_where_due()
-                    if best.is_over(self.state, self.config):
+                    if best.ends_run(self.state, self.config):
                         best.print_stop_reason(self.state)
                         break
                     self.log("train", self.train_step(batch))
@@ -409,20 +396,22 @@ class BasicTrainer:
     def train_step(self, batch: dict) -> dict[str, float]:
         """Take one optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches.
 
-        The host waits for the GPU once, to read metrics before the weights change.
+        The host waits for the GPU once, to read the metrics, before the weights change.
 
         Returns: mean metrics.
         Raises: UserError, before the weights change, if loss or gradient are not finite.
         """
         self.policy.train()
         start_time = time.perf_counter()
-        kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
         all_metrics = []
-        for microbatch in batch.get("microbatches") or self.prepare(batch)["microbatches"]:
-            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, kl_estimate)
-            # several workers' gradients are averaged
+        parts = batch.get("microbatches") or self.with_microbatches(batch)["microbatches"]
+        losses = batch_losses(self, batch, parts, train=True)
+        for number, (microbatch, loss_function) in enumerate(zip(parts, losses, strict=True), 1):
+            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, loss_function)
+            self.strategy.prepare_backward(self.policy, is_last=number == len(parts))
+            # not divided by the number of workers, as FSDP averages their gradients
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
-            n_tokens = computed_tokens(microbatch, self.layout.is_shared).double()
+            n_tokens = computed_tokens(microbatch, self.layout.is_shared).to(widest_dtype(self.device))
             all_metrics.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
 
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
@@ -447,31 +436,28 @@ class BasicTrainer:
     def _training_batches(self, skip: int) -> Iterator[dict]:
         """Yield the training batches after the first `skip`, prepared ahead of time in a thread.
 
-        That thread has its own process group, in which workers agree on the number of microbatches.
+        That thread needs its own process group: its collectives must not mix with those of training.
         """
-        agree = functools.partial(collectives.all_reduce_max, group=collectives.thread_group())
-        prepare = functools.partial(self.prepare, agree=agree)
-        return prefetched(map(prepare, self.train_iterator.batches(skip)), n_ahead=2)
+        group = collectives.thread_group()
+        batches = (self.with_microbatches(batch, group) for batch in self.train_iterator.batches(skip))
+        return prefetched(batches, n_ahead=2)
 
-    def prepare(self, batch: dict, agree: Callable[[int], int] = collectives.all_reduce_max) -> dict:
-        """Return the batch with its microbatches and their rows; `agree`: see `microbatches`."""
+    def with_microbatches(self, batch: dict, group: ProcessGroup | None = None) -> dict:
+        """Return the batch with its microbatches and their rows; `group`: see `microbatches`."""
         layouts, pin_memory = dict.fromkeys([self.layout, self.reference_layout]), self.device.type == "cuda"
-        parts = self.microbatches(batch, self.config.gradient_accumulation_steps, agree)
+        parts = self.microbatches(batch, self.config.gradient_accumulation_steps, group)
         for layout in layouts:
             parts = [layout.prepare(part, pin_memory) for part in parts]
         return batch | {"microbatches": parts}
 
-    def microbatches(
-        self, batch: dict, n_least: int, agree: Callable[[int], int] = collectives.all_reduce_max
-    ) -> list[dict]:
-        """Cut the batch into microbatches of similar length; see `data.microbatches`.
+    def microbatches(self, batch: dict, n_least: int, group: ProcessGroup | None = None) -> list[dict]:
+        """Cut the batch into microbatches of similar length, as many as the other workers; see `data.microbatches`.
 
-        `agree`: returns the largest number of microbatches that any worker makes.
+        `group`: the process group in which workers agree on the number, by default that of the main thread.
         """
-        options = {"agree": agree} if self.is_sharded else {}
         return microbatches(
-            batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed,
-            self.max_tokens, **options,
+            batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed, self.max_tokens,
+            functools.partial(collectives.all_reduce_max, group=group) if self.is_sharded else lambda n: n,
         )  # fmt: skip
 
     @property
@@ -493,7 +479,7 @@ class BasicTrainer:
         return mean_metrics(self.evaluate_examples()[0], self.n_eval_examples)
 
     def evaluate_examples(self) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-        """Return the metrics of this worker's evaluation examples, in microbatches, and the numbers of these examples.
+        """Return the metrics of this worker's evaluation examples, by microbatch, and the indices of these examples.
 
         Raises: UserError if the loss of a batch isn't finite.
         """
@@ -502,11 +488,11 @@ class BasicTrainer:
         for batch in progressing(self.eval_batches, "Evaluating", "batches"):
             self.stop.check()
             batch_metrics = []
-            kl_estimate = self.estimate_kl(batch) if self.loss.takes_kl_estimate else None
-            for microbatch in self.microbatches(batch, n_least=1):
+            parts = self.microbatches(batch, n_least=1)
+            for microbatch, loss in zip(parts, batch_losses(self, batch, parts, False), strict=True):
                 with torch.no_grad():
-                    metrics = self.get_batch_metrics(microbatch, self.config.loss, False, kl_estimate)[1]
-                counted = self._counted(microbatch)
+                    metrics = self.get_batch_metrics(microbatch, self.config.loss, False, loss)[1]
+                counted = self.counted(microbatch)
                 batch_metrics.append({key: values[counted] for key, values in metrics.items()})
                 indices += [index for index in microbatch["index"] if index is not None]
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
@@ -514,8 +500,8 @@ class BasicTrainer:
             all_metrics += batch_metrics
         return all_metrics, indices
 
-    def _counted(self, batch: dict) -> torch.Tensor:
-        """Return a mask of examples that count, (batch_size,): without those that fill up an evaluation batch."""
+    def counted(self, batch: dict) -> torch.Tensor:
+        """Return a mask, (batch_size,): False for repetitions that only fill up the last shard of an evaluation."""
         if "index" not in batch:  # a training batch
             return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)
         return torch.tensor([i is not None for i in batch["index"]], device=self.device)
@@ -537,8 +523,9 @@ class BasicTrainer:
         """
         rng_state = get_rng_state()
         try:
-            metrics = self.evaluate()
-            samples, kl = sampling.sample_evaluation(self) if self.config.sample_during_eval else ([], {})
+            start_time, metrics, samples, kl = time.perf_counter(), self.evaluate(), [], {}
+            if self.config.sample_during_eval:
+                samples, kl = sampling.sample_evaluation(self, time.perf_counter() - start_time)
             metrics |= kl
         except Stopped:
             set_rng_state(rng_state)
@@ -556,7 +543,7 @@ class BasicTrainer:
             self.run_log.log(split, {**counters, **metrics}, samples or [])
 
     def save(self, output_dir: str | None = None, metrics: dict | None = None):
-        """Write a checkpoint to `output_dir`, by default LATEST; with the metrics of the last evaluation."""
+        """Write a checkpoint to `output_dir`, by default LATEST; `metrics` replaces those of the last evaluation."""
         if self.config.debug:
             rank0_print("skipping save in debug mode")
             return
@@ -579,19 +566,18 @@ class BasicTrainer:
         collectives.barrier()
 
     def _current_state(self) -> TrainState:
-        """Return the train state, completed with all workers' generators, the logs, and if training is complete."""
+        """Return the train state with all workers' random generators, the logs' sizes, and if training is complete."""
         return dataclasses.replace(
             self.state,
-            complete=self._is_over(self.state) and self.state.evaluated_at == self.state.examples,
+            complete=self._is_over() and self.state.evaluated_at == self.state.examples,
             max_tokens=self.max_tokens,
+            loss_memory={name: float(average) for name, average in self.loss_memory.averages.items()},
             rng_states=collectives.all_gather_object(get_rng_state()),
-            wandb_run_id=self.run_log.wandb_run_id if self.run_log else None,
-            log_bytes=self.run_log.log_bytes() if self.run_log else {},
-            log_sha256=self.run_log.log_sha256() if self.run_log else {},
+            **(self.run_log.recorded() if self.run_log else {}),
         )
 
-    def _is_over(self, state: TrainState) -> bool:
-        return state.batches == self.train_iterator.n_batches or best.is_over(state, self.config)
+    def _is_over(self) -> bool:
+        return self.state.batches == self.train_iterator.n_batches or best.ends_run(self.state, self.config)
 
     def _save_step(self):
         """Write step-N, point LATEST to it, delete the checkpoints that `keep_checkpoints` drops."""
@@ -614,24 +600,26 @@ class BasicTrainer:
         state, n_batches = TrainState.load(checkpoint), self.train_iterator.n_batches
         if state.batches > n_batches:
             raise UserError(
-                f"{checkpoint} has {state.batches} steps behind it, n_epochs={self.config.n_epochs} and "
-                f"n_examples={self.config.n_examples} ask for {n_batches} in all"
+                f"{checkpoint} is after step {state.batches}, but n_epochs={self.config.n_epochs} "
+                f"n_examples={self.config.n_examples} end the run at step {n_batches}"
             )
         rank0_print(f"Resuming from {checkpoint}: {state.examples} examples, {state.updates} steps")
-        self.load_weights(checkpoint)
+        self.load_checkpoint(checkpoint)
         load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
         if self.config.max_tokens_per_microbatch is None:
             self.max_tokens, warning = resumed_cap(state.max_tokens, self.max_tokens)
             if warning:
                 rank0_print(warning)
-        self.state.complete = self.state.complete and self._is_over(self.state)
+        self.state.complete = self.state.complete and self._is_over()
 
-    def load_weights(self, checkpoint: str):
+    def load_checkpoint(self, checkpoint: str):
         """Load the policy, a reference that moves, and the counters from a checkpoint of this run."""
         load_policy_state(checkpoint, self.policy)
         if self._moves_reference:
             load_model_state(os.path.join(checkpoint, "reference.pt"), self.reference.model)
         self.state = dataclasses.replace(TrainState.load(checkpoint), inputs=self.state.inputs)
+        averages = self.state.loss_memory.items()
+        self.loss_memory = Memory({name: torch.tensor(value, dtype=torch.float64) for name, value in averages})
 
 
 class FSDPTrainer(BasicTrainer):
@@ -646,28 +634,27 @@ class TensorParallelTrainer(BasicTrainer):
     strategy_class = STRATEGIES["TensorParallelTrainer"]
 
 
-def make_trainer(config: DictConfig, trains: bool = True, reads_data: bool = True) -> BasicTrainer:
-    """Load the tokenizer, data, policy and reference that the config names; see `BasicTrainer` for what is left out."""
+def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
+    """Load the tokenizer, data, policy and reference that the config names; for `purpose` see `BasicTrainer`."""
     quiet_libraries()
     use_expandable_segments()
     use_deterministic_algorithms(config.deterministic)
-    hub.use_cache_if_unreachable(hub_names(config, reads_data))
+    hub.use_cache_if_unreachable(hub_names(config, reads_data=purpose != "sample"))
     allow_own_code(config)
     trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
-    copied: list[nn.Module] = []  # the policy, for a reference that is a copy of it
+    loads = environment.is_local_rank0()
 
     def policy() -> nn.Module | None:
-        model = load_policy(config, device_map) if environment.is_local_rank0() else None
-        copied.extend([model] if device_map == "balanced" and model is not None else [])
-        return model
+        return load_policy(config, device_map) if loads else None
+
+    if device_map == "balanced":
+        policy = functools.cache(policy)  # the reference may be a copy of it
 
     def reference_model() -> nn.Module | None:
-        first = copied[0] if copied else None
-        return load_reference(config, first, device_map) if environment.is_local_rank0() else None
+        to_copy = policy() if device_map == "balanced" else None
+        return load_reference(config, to_copy, device_map) if loads else None
 
     ranks = collectives.rank_and_world_size()
     with explained_out_of_memory(config):
-        return trainer_class(
-            policy, config, config.seed, config.local_run_dir, reference_model, *ranks, trains, reads_data
-        )
+        return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, purpose)

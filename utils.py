@@ -17,7 +17,7 @@ from basics.printing import on_rank0, rank0_print  # noqa: F401 (users of the or
 
 
 def is_short_of_files(error: BaseException | None) -> bool:
-    """True if an error, or one that caused it, says that this process may open no more files."""
+    """True if an error, or one that caused it, is "too many open files"."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -41,14 +41,15 @@ def closest_match(name: str, options: Iterable[str]) -> str:
 
 
 def closest_sibling(path: str) -> str:
-    """Return ' Did you mean X?' with the existing path most like one that doesn't exist, or an empty string."""
-    parent = os.path.dirname(path.rstrip("/"))
+    """Return ' Did you mean X?' for a path that doesn't exist, or an empty string."""
+    parent = os.path.dirname(path.rstrip("/" + os.sep))
     names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     return closest_match(path, [os.path.join(parent, name) for name in names])
 
 
-# signals that ask a run to stop; schedulers can send SIGUSR1 before they kill
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# signals that ask a run to stop; schedulers can send SIGUSR1 before they kill. Windows has others.
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 @contextlib.contextmanager
@@ -74,8 +75,8 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
         raise UserError(f"local_dirs={prefixes_to_resolve}: expected a list of directories, e.g. local_dirs=[.cache]")
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a user id that has no name
-        user = f"uid{os.getuid()}"
+    except (KeyError, OSError, ImportError):  # a container may run under a user id that has no name
+        user = f"uid{os.getuid()}" if hasattr(os, "getuid") else "user"
     prefixes = [os.path.expanduser(prefix) for prefix in prefixes_to_resolve]
     for prefix in prefixes:
         if os.access(prefix, os.W_OK | os.X_OK):
@@ -99,15 +100,32 @@ def get_local_run_dir(exp_name: str, local_dirs: list[str]) -> str:
 
 
 def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, device: torch.device | str) -> dict:
-    """Return the `rank`-th of `world_size` equal parts of a batch, its tensors on `device`."""
+    """Return the `rank`-th of `world_size` equal parts of a batch, its tensors on `device`.
+
+    For users of the original: here workers get shards of their own from `data.batches`.
+    """
     chunk_size = len(next(iter(batch.values()))) // world_size
     part = slice(chunk_size * rank, chunk_size * (rank + 1))
-    sliced = {key: value[part] for key, value in batch.items()}
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in sliced.items()}
+    return on_device({key: value[part] for key, value in batch.items()}, device)
+
+
+def on_device(batch: dict, device: torch.device | str) -> dict:
+    """Return a batch with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def default_device() -> str:
+    """Return the kind of device that one process computes on: an NVIDIA or AMD GPU, Apple's, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for long sums on a device: float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def computed_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which a matrix product takes this tensor: autocast's under autocast, else its own."""
+    """Return the dtype in which a matrix product is computed: autocast's if that is active, else the tensor's."""
     device = tensor.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -146,8 +164,8 @@ def n_weights(parameter: torch.Tensor) -> int:
 def disable_dropout(model: nn.Module):
     """Turn off all dropout: modules, rates held as attributes (GPT-NeoX, Llama) or read from the config (GPT-J).
 
-    Policy and reference must compute the same function, and gradients must not depend on a random mask. So the noise
-    that routers of experts are trained with (Mixtral, DBRX) is turned off, too.
+    Policy and reference must compute the same function, and gradients must not depend on a random mask. For
+    the same reasons, the noise of mixtures' routers (Mixtral, DBRX) is off, too.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -167,7 +185,7 @@ def _zero_dropout_rates(holder: object):
 
 
 def transformer_blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
-    """Return a model's transformer blocks, by the name of their class or by the model's `_no_split_modules`."""
+    """Return a model's transformer blocks, of the class `block_name`; None: of the classes in `_no_split_modules`."""
     names = [block_name] if block_name is not None else list(model._no_split_modules or [])
     return [module for module in model.modules() if type(module).__name__ in names]
 

@@ -34,10 +34,16 @@ class Layout:
         """True if rows have no padding."""
         return self.make_rows in PACKED
 
-    def response_logps(self, model: nn.Module, batch: dict, strategy: type[SingleProcess]) -> torch.Tensor:
-        """Return the log-probability of each of the batch's S responses, chosen before rejected: (S,), in nats."""
+    def response_logps(
+        self, model: nn.Module, batch: dict, strategy: type[SingleProcess], until: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the log-probability of each of the batch's S responses, chosen before rejected: (S,), in nats.
+
+        `until`: see `response_head.response_logps`.
+        """
         model = unwrap_adapter(model)
-        return strategy.run_as_forward(model, response_logps, model, self.rows(batch), self.whole_logits, strategy)
+        args = self.rows(batch), self.whole_logits, strategy, until
+        return strategy.run_as_forward(model, response_logps, model, *args)
 
     def prepare(self, batch: dict, pin_memory: bool) -> dict:
         """Return the batch with its rows, made ahead of time; pinned, a GPU copies them while it computes."""

@@ -22,9 +22,9 @@ _ACCUMULATED = 32
 
 
 def synthetic_batch(batch: dict, lengths: list[tuple[int, int]]) -> dict:
-    """Return examples with these numbers of tokens in the prompt and in all; both responses are equally long.
+    """Return examples with these numbers of tokens (prompt, whole sequence); both responses are equally long.
 
-    Tokens are drawn from the batch's own, so that none means something special.
+    Tokens are drawn from those in `batch`, to avoid special ones.
     """
     seen = batch["chosen_input_ids"][batch["chosen_attention_mask"].bool()]
     generator = torch.Generator().manual_seed(0)
@@ -65,9 +65,6 @@ class Numbers:
     gradient: torch.Tensor  # (H,), a projection of the short examples' gradient
     leak: float  # the share of the gradient that reaches the last tokens, which no causal model's predictions depend on
 
-    def is_finite(self) -> bool:
-        return bool(self.logps.isfinite().all() and self.gradient.isfinite().all())
-
 
 def measure(
     model: nn.Module,
@@ -98,13 +95,13 @@ def _forward_and_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return log-probabilities (sides, B), the projected gradient of chosen minus rejected ones (H,), and its leak.
 
-    The gradient is taken in the embedded tokens: every layer's backward is on its way, no parameter's is needed. It is
-    weighted by token id and summed over tokens, so that it is the same wherever a way of computing puts a token.
+    The gradient is taken with respect to the embedded tokens, so it passes through every layer's backward. It is
+    weighted by token id and summed over tokens, so that it doesn't depend on where a layout puts a token.
     """
     with _embeddings_as_leaves(unwrap_adapter(model)) as embedded, torch.enable_grad(), autocast():
         logps = compute(model, batch)
     logps = logps.view(-1, len(batch["prompt"]))  # chosen, rejected
-    if not embedded:  # by a layer that the model calls
+    if not embedded:
         raise RuntimeError("the model doesn't call the layer that get_input_embeddings() returns")
     ids, leaves = zip(*embedded, strict=True)
     objective = _SMALL * (logps[0].sum() - logps[1:].sum())
@@ -139,7 +136,7 @@ class Standard:
     """Numbers that others are compared with, and how far rounding moves them."""
 
     def __init__(self, numbers: Numbers, rounded: Numbers, batches: list[dict]):
-        """Args: `rounded`: the short examples once more, under `rounded_otherwise`; `batches`: what was computed."""
+        """Args: `rounded`: numbers of the short examples under `rounded_otherwise`; `batches`: all examples."""
         self.numbers = numbers
         sides = [
             [response_lengths(batch[f"{side}_labels"]) for batch in batches] for side in SIDES[: len(numbers.logps)]
@@ -150,7 +147,7 @@ class Standard:
         self.rounding = [max(pair) for pair in zip(self.distances(rounded), last_digits, strict=True)]
 
     def distances(self, ours: Numbers) -> tuple[float, float]:
-        """Return how far numbers are from these; they may lack the example of full length.
+        """Return how far `ours` are from the standard; they may lack the example of full length.
 
         The first is the root mean square difference of log-probabilities, in nats by the root of a response's tokens;
         the second the relative difference of the gradient.
@@ -171,7 +168,7 @@ class Standard:
 
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module) -> Iterator[None]:
-    """Let the output of every layer but the head, and the gradient in it, be off by up to its rounding, at random.
+    """Perturb the output of every layer but the head, and its gradient, by random errors of the size of rounding.
 
     This is Monte Carlo arithmetic (D. S. Parker, UCLA CSD-970002, 1997) at the granularity of layers. The noise of the
     n-th output is drawn from the seed n, so that workers that compute the same draw the same.
@@ -195,7 +192,7 @@ def rounded_otherwise(model: nn.Module) -> Iterator[None]:
 
 
 def _rounding_error(tensor: torch.Tensor) -> float:
-    """Return how far what is computed in a tensor's dtype may be off by rounding, relative to its size."""
+    """Return the largest relative rounding error of results in a tensor's dtype."""
     dtype = computed_dtype(tensor)  # the next layer rounds its input to it, at the latest
     if dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
         return torch.finfo(dtype).eps / 2

@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from acceleration.capacity import Activations
+from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
 from acceleration.out_of_memory import remedies
 from acceleration.response_head import LOGITS_BYTES
 from distributed import collectives
-from optimization import state_bytes, step_one_by_one, steps_by_foreach
 from utils import UserError, rank0_print, transformer_blocks, unwrap_adapter
 
 _SHARE_FOR_ACTIVATIONS = 0.9  # of free memory; the rest is for fragmentation and kernel workspaces

@@ -1,4 +1,4 @@
-"""Choose the fastest way to compute a model that gives what the trainer's plain forward gives.
+"""Choose the fastest way to compute a model that agrees with the trainer's plain forward.
 
 The check runs where training starts: on the model, the device and the precision of the run, in training mode. The
 standard is the plain forward (`concatenated_forward`) of one pair at a time, without padding: log-probabilities and one
@@ -75,22 +75,22 @@ def find_layout(
     must_share, must_pack = may_share and config.shared_prompt is True, config.padding_free is True
     with check.mode(is_trained):
         check.measure_plain()
-        ways = _ways(config, may_share, must_share, check.device.type == "cuda")
-        whole_logits = bool(ways) and check.does_more_than_the_head()
+        ways = _allowed_layouts(config, may_share, must_share, check.device.type == "cuda")
+        whole_logits = bool(ways) and check.needs_whole_logits()
         reasons: dict[Callable, str] = {}
         for make_rows in ways:
             layout = Layout(make_rows, whole_logits)
             if (reason := check.why_not(layout)) is None:
-                return layout, _in_words(layout, reasons, may_share, check.plain_name)
+                return layout, _layout_message(layout, reasons, may_share, check.plain_name)
             reasons[make_rows] = reason
         if must_share or must_pack:
             key, why = "padding_free" if must_pack else "shared_prompt", "; ".join(dict.fromkeys(reasons.values()))
             raise UserError(f"{key}=true, but the model {_name(model)} can't: {why}; use {key}=auto")
         check.check_padding()
-    return PLAIN, _in_words(PLAIN, reasons, may_share, check.plain_name)
+    return PLAIN, _layout_message(PLAIN, reasons, may_share, check.plain_name)
 
 
-def _ways(config, may_share: bool, must_share: bool, on_gpu: bool) -> list[Callable]:
+def _allowed_layouts(config, may_share: bool, must_share: bool, on_gpu: bool) -> list[Callable]:
     """Return the faster ways that the config allows, fastest first; with both settings false, none."""
     may_pack = config.padding_free is True or (config.padding_free == "auto" and on_gpu)
     may_pad = config.padding_free is not True
@@ -103,7 +103,7 @@ def _ways(config, may_share: bool, must_share: bool, on_gpu: bool) -> list[Calla
     return [make_rows for make_rows, is_allowed in allowed.items() if is_allowed]
 
 
-def _in_words(layout: Layout, reasons: dict[Callable, str], may_share: bool, plain_name: str) -> str:
+def _layout_message(layout: Layout, reasons: dict[Callable, str], may_share: bool, plain_name: str) -> str:
     """Return the line that names the chosen layout, and why no faster one is used; it may be empty."""
     unshared = reasons.get(shared_rows) or reasons.get(packed_shared_rows)
     unpacked = next((reasons[way] for way in PACKED if way in reasons), None)
@@ -119,7 +119,7 @@ def _in_words(layout: Layout, reasons: dict[Callable, str], may_share: bool, pla
     elif unpacked and unpacked != unshared:
         parts.append(f"rows are padded: {unpacked}")
     if layout.whole_logits:
-        parts.append("logits of whole sequences, as the model changes what its output head gives")
+        parts.append("logits at every position, because the model modifies its output head's result")
     line = "; ".join(parts)
     return line[:1].upper() + line[1:]
 
@@ -134,11 +134,11 @@ class ModelCheck:
         self.short = synthetic_batch(batch, [(min(n, max_length) // 2, min(n, max_length)) for n in (12, 32, 64)])
         self.full_length = full_length_batch(batch, max_length)
         self.longest = synthetic_batch(batch, [(0, max_length)])  # a row of both responses without a prompt
-        self.plain_name = "concatenated_forward" if "rejected_labels" in batch else "target_forward"
+        self.plain_name = "concatenated_forward" if "rejected_labels" in batch else "plain_logps"
 
     @contextlib.contextmanager
     def mode(self, is_trained: bool) -> Iterator[None]:
-        """Put the model into training or evaluation mode; afterwards its mode and random numbers are as before."""
+        """Put the model into training or evaluation mode; restore its mode and the random generators afterwards."""
         was_training = self.model.training
         self.model.train(is_trained)
         try:
@@ -150,7 +150,7 @@ class ModelCheck:
     def measure_plain(self):
         """Compute the standard, and how far rounding moves it.
 
-        Raises: UserError if the model fails, sees the tokens that it is to predict, or computes at random.
+        Raises: UserError if the model fails, sees the tokens that it is to predict, or gives random results.
         """
         try:
             numbers, draws = self._alone(self.full_length, seed=0)
@@ -163,16 +163,16 @@ class ModelCheck:
             raise self._cannot_compute(error) from error
         self.standard = Standard(numbers, rounded, [self.short, self.full_length])
         problem = None
-        if not numbers.is_finite():
-            problem = "its log-probabilities or their gradient aren't finite. Are its weights? Is its dtype too narrow?"
+        if not (numbers.logps.isfinite().all() and numbers.gradient.isfinite().all()):
+            problem = "its log-probabilities or their gradient aren't finite. Check its weights, or try a wider dtype"
         elif numbers.leak > _LEAK:
             problem = (
                 "its predictions depend on the very tokens that they predict. Is it a causal language model? An "
-                "encoder can't be trained so; some can be set up as decoders in their config.json (is_decoder)"
+                "encoder can't be trained this way; some can be set up as decoders in their config.json (is_decoder)"
             )
         elif again is not None and self.standard.multiples(again)[0] > _RANDOM_BEYOND:
             problem = (
-                "it computes at random in training, although dropout is off: two forward passes of the same tokens "
+                "its results are random in training, although dropout is off: two forward passes of the same tokens "
                 f"differ by {self.standard.nats(again):.2g} nats. Choose a model without random routing"
             )
         if problem := self._agreed(problem):
@@ -182,8 +182,8 @@ class ModelCheck:
         """Raise UserError if the plain forward of a padded batch differs from that of each example alone."""
         if problem := self._why_not(self.plain, None, REFUSED_BEYOND):
             raise UserError(
-                f"{_name(self.model)}: padding changes what it computes. Of a padded batch {problem} of each example "
-                "alone, and so it would be trained on wrong numbers. padding_free=true computes without padding, if "
+                f"{_name(self.model)}: padding changes what it computes: on a padded batch {problem}. Training would "
+                "use wrong numbers. padding_free=true computes without padding, if "
                 "its attention can; otherwise choose another model"
             )
 
@@ -191,9 +191,9 @@ class ModelCheck:
         """Return why a layout can't be used; None if it agrees with the standard. The model is then ready for it."""
         attention, reads_masks = self.base.config._attn_implementation, layout.is_shared and not layout.is_packed
         if layout.is_packed and not supports_packed_attention(self.base):
-            return f"attn_implementation={attention} takes no packed rows; sdpa does"
+            return f"attn_implementation={attention} doesn't support packed rows; sdpa does"
         if reads_masks and attention not in _DENSE_MASKS:
-            return f"attn_implementation={attention} takes no tree mask; {' and '.join(_DENSE_MASKS)} do"
+            return f"attn_implementation={attention} doesn't support tree masks; {' and '.join(_DENSE_MASKS)} do"
 
         def compute(model: nn.Module, batch: dict) -> torch.Tensor:
             return layout.response_logps(model, batch, self.strategy)
@@ -210,7 +210,7 @@ class ModelCheck:
             reason = f"{reason[:-1]}; {known})" if reason.endswith((" nats)", " %)")) else f"{reason} ({known})"
         return reason
 
-    def does_more_than_the_head(self) -> bool:
+    def needs_whole_logits(self) -> bool:
         """True, on all workers, if any worker has to take the logits of all positions from the model."""
         return bool(collectives.all_reduce_max(int(not head_gives_logits(self.base, self.short))))
 
@@ -262,14 +262,14 @@ class ModelCheck:
     def _agreed(problem: str | None) -> str | None:
         """Return the problem on all workers if there is one on any."""
         is_any = collectives.all_reduce_max(int(problem is not None))
-        return (problem or "another worker found that it can't be computed") if is_any else None
+        return (problem or "it failed the check on another worker") if is_any else None
 
     def _cannot_compute(self, error: Exception) -> UserError:
         return UserError(
             f"{_name(self.model)}: {self.plain_name} fails on sequences of up to {self.max_length} tokens, with "
             f"{_shortened(error)}. If they are too long for the model, lower max_length; if it is the attention that "
             "fails, name another in the model's config.json "
-            f"(attn_implementation={self.base.config._attn_implementation} now; sdpa and eager are computed everywhere)"
+            f"(attn_implementation={self.base.config._attn_implementation} now; sdpa and eager work everywhere)"
         )
 
 

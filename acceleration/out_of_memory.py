@@ -25,6 +25,7 @@ def remedies(config: DictConfig) -> str:
     """Name the keys that would reduce the run's memory and that it doesn't use yet."""
     model, trains_all = config.model, config.lora is None and config.model.adapter is None
     second_model = needs_reference(config.loss) and resolved_reference(config) == "model"
+    held_dtype = model.reference_dtype or model.policy_mp or model.policy_dtype
     strategy = STRATEGIES[config.trainer]
     candidates = [
         ("activation_checkpointing=true", not config.activation_checkpointing),
@@ -32,7 +33,7 @@ def remedies(config: DictConfig) -> str:
         ("lora={}", trains_all),
         ("model.policy_dtype=bfloat16", model.policy_dtype in ("float32", "float64")),
         ("model.load_in_4bit=true with lora={}", not model.load_in_4bit),
-        ("model.reference_dtype=bfloat16", second_model and model.reference_dtype in ("float32", "float64")),
+        ("model.reference_dtype=bfloat16", second_model and held_dtype in ("float32", "float64")),
         ("optimizer=RMSprop, which keeps one number per weight", config.optimizer != "RMSprop" and trains_all),
         ("trainer=FSDPTrainer on more GPUs", not strategy.starts_workers),
         ("fsdp_cpu_offload=true", "fsdp_cpu_offload" in strategy.config_keys and not config.fsdp_cpu_offload),

@@ -1,4 +1,4 @@
-"""Find out at the start whether a reference in float16 overflows, which would look like a learning rate too high."""
+"""Check at the start whether a float16 reference overflows; later, that would look like too high a learning rate."""
 
 from collections.abc import Callable
 
@@ -16,12 +16,12 @@ def check_no_overflow(model: nn.Module, compute: Callable[[nn.Module], torch.Ten
     Raises: UserError that names the first layer to overflow.
     """
     with torch.no_grad():
-        if model.dtype != torch.float16 or bool(compute(model).isfinite().all()):
+        if bool(compute(model).isfinite().all()):
             return
         layer = _first_overflow(model, compute)
     raise UserError(
-        f"model.reference_dtype=float16: the reference's log-probabilities are not finite, as {layer} puts out numbers "
-        f"beyond {torch.finfo(torch.float16).max:g}, the largest of float16. Models that were trained in bfloat16 may; "
+        f"model.reference_dtype=float16: the reference's log-probabilities are not finite: {layer} returns values "
+        f"beyond {torch.finfo(torch.float16).max:g}, the largest in float16. Models trained in bfloat16 can do that; "
         "use model.reference_dtype=bfloat16"
     )
 

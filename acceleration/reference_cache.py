@@ -1,6 +1,7 @@
 """A cache on disk for the reference's log-probabilities, which are computed once, before training."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,9 +18,18 @@ from basics.files import atomic_file
 from data.batches import BatchIterator
 from distributed import collectives
 from distributed.dtensor import full_tensor
-from references import REFERENCE_ADAPTER, Reference, has_the_weights
+from references import (
+    REFERENCE_ADAPTER,
+    Reference,
+    has_the_weights,
+    is_computed_as_policy,
+    make_starting_reference,
+    reference_dtype,
+)
 from reporting.terminal import Progress, progressing
 from utils import UserError, get_local_dir, on_rank0, rank0_print, take
+
+_PAIRS_PER_FILE = 1024
 
 
 class LogpsCache:
@@ -33,6 +43,7 @@ class LogpsCache:
     def __init__(self, directory: str):
         self.directory = directory
         self.logps: dict[bytes, tuple[float, float]] = {}
+        self.unwritten: dict[bytes, tuple[float, float]] = {}
         if on_rank0():
             with self._errors_explained():
                 os.makedirs(directory, exist_ok=True)
@@ -67,8 +78,15 @@ class LogpsCache:
             self.logps[key.numpy().tobytes()] = chosen, rejected
 
     def add(self, logps: dict[bytes, tuple[float, float]]):
-        """Add log-probabilities, also on disk, where the file gets its final name once it is complete."""
+        """Add log-probabilities, and write them to disk once there are enough for a file."""
         self.logps.update(logps)
+        self.unwritten.update(logps)
+        if len(self.unwritten) >= _PAIRS_PER_FILE:
+            self.write()
+
+    def write(self):
+        """Write what was added to a file, which gets its final name once it is complete."""
+        logps, self.unwritten = self.unwritten, {}
         if not logps or not on_rank0():
             return
         keys = torch.frombuffer(bytearray(b"".join(logps)), dtype=torch.uint8).view(len(logps), -1)  # (N, 32)
@@ -87,23 +105,26 @@ class LogpsCache:
 
     def fill(
         self,
-        iterators: dict[str, BatchIterator],
+        iterators: dict[str, tuple[BatchIterator, int]],
         compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]],
-        split: Callable[[dict], list[dict]],
+        split: Callable[[dict, int], list[dict]],
     ):
         """Compute and add the missing log-probabilities for all pairs of the iterators.
 
+        They are computed in the microbatches in which the policy will first compute them, so that both round alike.
+
         Args:
-            iterators: by the name of their split.
+            iterators: by the name of their split, each with the least number of microbatches of its batches.
             compute: returns a microbatch's chosen and rejected log-probabilities, each (batch_size,).
-            split: cuts a batch into microbatches.
+            split: cuts a batch into at least so many microbatches.
         """
         n_computed = 0
-        for name, iterator in iterators.items():
+        for name, (iterator, n_least) in iterators.items():
             with Progress(f"Precomputing the reference, {name} data", iterator.n_distinct, "pairs") as progress:
-                for chunk, n_pairs in iterator.distinct_examples():
-                    n_computed += self.fill_batch(chunk, compute, split)
+                for batch, n_pairs in iterator.distinct_examples():
+                    n_computed += self.fill_batch(batch, compute, lambda part, n=n_least: split(part, n))
                     progress.update(n_pairs)
+            self.write()
         rank0_print(f"Reference log-probabilities: {n_computed} computed, the others read from {self.directory}")
 
     def fill_batch(self, batch: dict, compute: Callable, split: Callable) -> int:
@@ -167,6 +188,35 @@ def _fingerprint(model: nn.Module, with_adapter: bool, cast_to: torch.dtype | No
     return digest.hexdigest()
 
 
+def fill_cache(trainer) -> LogpsCache:
+    """Return the reference's log-probabilities of all of a trainer's pairs, before its first step.
+
+    The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
+    freed, unless it is the policy under another adapter.
+
+    Raises: Stopped after a signal; the cache then has all that was computed, except up to 1,024 pairs.
+    """
+    config, kind = trainer.config, trainer.config.reference
+    make = functools.partial(make_starting_reference, kind, trainer.policy, config, trainer.load_reference)
+    reference = functools.cache(make)
+    cache = open_cache(trainer.policy, kind, config, reference)
+
+    def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        trainer.stop.check()
+        with reference().active() as model:
+            return trainer.response_logps(model, batch).chunk(2)
+
+    def split(batch: dict, n_least: int) -> list[dict]:
+        return trainer.microbatches(batch, min(n_least, len(batch["prompt"])))
+
+    iterators = {
+        "training": (trainer.train_iterator, config.gradient_accumulation_steps),
+        "evaluation": (trainer.eval_iterator, 1),
+    }
+    cache.fill({name: parts for name, parts in iterators.items() if parts[0] is not None}, compute, split)
+    return cache
+
+
 def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Callable[[], Reference]) -> LogpsCache:
     """Open the cache of this reference's log-probabilities, in the local directory.
 
@@ -177,13 +227,14 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
             run with a complete cache needn't load a second model.
     """
     details: dict[str, object] = {}
-    if kind != "model":  # the policy itself serves as the reference, in its mixed precision
-        details["policy_mp"] = config.model.policy_mp and [config.model.policy_mp, config.trainer]
+    computed_in = config.model.policy_mp or config.model.policy_dtype
+    if (kind != "model" or is_computed_as_policy(config)) and computed_in not in ("float32", "float64"):
+        details["computed"] = [computed_in, config.model.policy_dtype, config.trainer]  # trainers round in other places
     with_adapter = kind == "model" or (config.model.adapter is not None and kind != "adapter_off")
     if kind == "model" and not has_the_weights(policy, config):
         model, cast_to = reference().model, None
     else:
-        model, cast_to = policy, getattr(torch, config.model.reference_dtype) if kind == "model" else None
+        model, cast_to = policy, getattr(torch, reference_dtype(config)) if kind == "model" else None
     if with_adapter and hasattr(model, "peft_config"):
         details["adapter"] = _adapter_scaling(model)
     fingerprint = _fingerprint(model, with_adapter, cast_to, details)

@@ -18,7 +18,11 @@ LOGITS_BYTES = _KEPT_LOGITS_BYTES + 3 * _ACCELERATOR_CHUNK_BYTES  # at most: tho
 
 
 def response_logps(
-    model: nn.Module, rows: Rows, whole_logits: bool = False, strategy: type[SingleProcess] = SingleProcess
+    model: nn.Module,
+    rows: Rows,
+    whole_logits: bool = False,
+    strategy: type[SingleProcess] = SingleProcess,
+    until: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the log-probability of each response in `rows` under `model`: (S,), in nats, in float32 or better.
 
@@ -26,6 +30,7 @@ def response_logps(
         whole_logits: take the logits from the whole model at every position: for models that do more to them than
             apply the output head.
         strategy: where the model's tensors live.
+        until: (S,) number of tokens; the log-probability of that many first ones is returned, too: (2, S).
     """
     model = unwrap_adapter(model)
     device = model.get_input_embeddings().weight.device
@@ -40,7 +45,11 @@ def response_logps(
     logps = chunked_token_logps(predicting, head, rows.targets, vocab_size, strategy).to(device)
     # summed over a table, as atomic additions on a GPU would come out differently every time
     table = logps.new_zeros(rows.n_sequences, rows.longest_response)
-    return table.index_put((rows.sequences, rows.offsets), logps).sum(1)
+    table = table.index_put((rows.sequences, rows.offsets), logps)
+    if until is None:
+        return table.sum(1)
+    is_first = torch.arange(table.shape[1], device=device) < until.to(device)[:, None]
+    return torch.stack([table.sum(1), (table * is_first).sum(1)])
 
 
 def _mask_and_positions(model: nn.Module, rows: Rows, device: torch.device) -> dict[str, object]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from distributed import collectives
 from utils import computed_dtype
 
 
@@ -65,17 +66,25 @@ def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | N
     `optimizer`: of the model's weights; before each of its steps the copies of what it trains are released. The step
     gets their memory, and fused optimizers change weights without a trace in their versions.
     """
+    for module in _linear_layers(model):
+        module.__class__ = ShadowedLinear
+        if hasattr(module, "_old_forward"):  # accelerate's hooks between GPUs call this one instead of the class's
+            module._old_forward = types.MethodType(ShadowedLinear.forward, module)
+    if optimizer is not None:
+        optimizer.register_step_pre_hook(lambda *_: release_copies(model))
+
+
+def _linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the plain linear layers whose float32 weights no other layer uses."""
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
-    for module in model.modules():
-        if type(module) is nn.Linear and users[id(module.weight)] == 1 and module.weight.dtype == torch.float32:
-            module.__class__ = ShadowedLinear
-            if hasattr(module, "_old_forward"):  # accelerate's hooks between GPUs call this one instead of the class's
-                module._old_forward = types.MethodType(ShadowedLinear.forward, module)
-    if optimizer is not None:
-        optimizer.register_step_pre_hook(lambda *_: release_copies(model))
+    return [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and users[id(module.weight)] == 1 and module.weight.dtype == torch.float32
+    ]
 
 
 def shadow_if_equal(
@@ -96,6 +105,27 @@ def shadow_if_equal(
             module.__class__ = nn.Linear
             if hasattr(module, "_old_forward"):
                 module._old_forward = types.MethodType(nn.Linear.forward, module)
+    return False
+
+
+def round_if_equal(model: nn.Module, dtype: torch.dtype, compute: Callable[[], torch.Tensor]) -> bool:
+    """Keep a frozen model's linear weights in autocast's dtype alone if the numbers stay the same, bit for bit.
+
+    Autocast would round them in every forward pass. Rounded once, they take half the memory.
+
+    `compute`: log-probabilities of a few examples under the model and autocast.
+
+    Returns: True if the weights are now rounded.
+    """
+    with torch.no_grad():
+        expected = compute()
+        masters = [(layer, name, p) for layer in _linear_layers(model) for name, p in layer.named_parameters()]
+        for layer, name, master in masters:
+            layer._parameters[name] = nn.Parameter(master.to(dtype), requires_grad=False)
+        if not collectives.all_reduce_max(int(not torch.equal(compute(), expected))):
+            return True
+    for layer, name, master in masters:
+        layer._parameters[name] = master
     return False
 
 

@@ -9,7 +9,7 @@ from basics.outputs import CHECKSUMS
 
 
 def write_checksums(directory: str, without: str | None = None):
-    """Write the SHA-256 of all files in a directory, but for one."""
+    """Write the SHA-256 of every file in a directory except `without`."""
     names = sorted(name for name in os.listdir(directory) if name != without)
     lines = [f"{sha256(os.path.join(directory, name))}  {name}\n" for name in names]
     with open(os.path.join(directory, CHECKSUMS), "w", encoding="utf-8") as file:
@@ -17,7 +17,7 @@ def write_checksums(directory: str, without: str | None = None):
 
 
 def read_checksums(directory: str) -> dict[str, str]:
-    """Return the SHA-256 of each file, in hexadecimal, as it was when it was written.
+    """Return the recorded SHA-256 of each file, in hexadecimal.
 
     Raises: OSError; ValueError if a line isn't what `sha256sum` writes.
     """
@@ -30,9 +30,9 @@ def read_checksums(directory: str) -> dict[str, str]:
 
 
 def verify_checksum(directory: str, name: str, digest: str | None, hash_file: Callable[[str], str] = sha256):
-    """Raise ValueError if a file is not as it was written."""
+    """Raise ValueError if a file's SHA-256 is not `digest`."""
     if hash_file(os.path.join(directory, name)) != digest:
-        raise ValueError(f"{name} is not what {CHECKSUMS} beside it says: the file is damaged")
+        raise ValueError(f"{name} doesn't match its checksum in {CHECKSUMS}: the file is damaged")
 
 
 def find_damage(directory: str, needed: Iterable[str], hash_file: Callable[[str], str] = sha256) -> str | None:

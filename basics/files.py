@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import IO
 
+_FLUSHES_DIRECTORIES = os.name == "posix"  # Windows opens no directory, and flushes only files that can be written
 PARTIAL = r"\.partial-[0-9a-f]{8}"  # regular expression for the suffix of unfinished files
 
 
@@ -22,7 +23,7 @@ def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
     """Open a temporary file that replaces `path`, flushed to disk, on exit. After an error `path` is unchanged."""
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8") as file:
+        with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -43,7 +44,9 @@ def open_regular(path: str) -> IO:
 def flush_to_disk(*paths: str):
     """Flush files or directories to the disk, so that nothing written later gets there first."""
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
+        if not _FLUSHES_DIRECTORIES and os.path.isdir(path):
+            continue
+        descriptor = os.open(path, os.O_RDONLY if _FLUSHES_DIRECTORIES else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
@@ -78,10 +81,11 @@ def read_json_lines(path: str, skips_damaged: bool = False) -> Iterator[tuple[di
 
 
 def append_json_line(path: str, value: dict):
-    """Add a line in one write; a line before it that a crash has cut off is ended first."""
+    """Append a line in one write; if a crash cut off the last line, end that one first."""
     with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
-        is_cut_off = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        file.seek(max(size - 1, 0))
+        is_cut_off = size > 0 and file.read(1) != b"\n"
         line = b"\n" * is_cut_off + json.dumps(value).encode() + b"\n"
         if file.write(line) < len(line):  # a full disk
             os.truncate(path, size)

@@ -1,13 +1,17 @@
 """Locks that keep a second process out of a file or a directory."""
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 
 from basics.errors import UserError
 from basics.printing import rank0_print
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _held: set[int] = set()  # descriptors of locked files
 
@@ -19,7 +23,8 @@ def _close_in_child():
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_close_in_child)  # programs started by exec don't inherit the file
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)  # programs started by exec don't inherit the file
 
 
 @contextlib.contextmanager
@@ -31,6 +36,7 @@ def locked(path: str, origin: str, busy: str) -> Iterator[int]:
     with its lock service), Lustre mounted with `flock`, CephFS. When a machine crashes the server gives its locks up,
     on NFS after a minute or two. A mount that keeps locks local (`nolock`, `local_lock`, `localflock`) looks the same
     from here and shuts out only this machine's processes. If the file system has no locks at all, a warning is printed.
+    Windows has no flock: there `filelock` locks another file beside this one, which others can read then.
 
     Args:
         origin: key and value that name the file, for messages.
@@ -38,6 +44,10 @@ def locked(path: str, origin: str, busy: str) -> Iterator[int]:
 
     Raises: UserError if another process holds it; OSError if it can't be opened.
     """
+    if fcntl is None:
+        with _locked_beside(path, origin, busy) as descriptor:
+            yield descriptor
+        return
     descriptor = _open_locked(path, origin, busy)
     try:
         yield descriptor
@@ -46,6 +56,44 @@ def locked(path: str, origin: str, busy: str) -> Iterator[int]:
             if os.fstat(descriptor).st_size == 0:
                 os.remove(path)
         _close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked_beside(path: str, origin: str, busy: str) -> Iterator[int]:
+    """Do what `locked` does, by a lock on `path`.lock."""
+    import filelock
+
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        lock = filelock.FileLock(f"{path}.lock", blocking=False)
+        lock.acquire()
+    except filelock.Timeout:
+        raise _busy(path, origin, busy) from None
+    try:
+        descriptor = os.open(path, _FLAGS, 0o666)
+        try:
+            yield descriptor
+        finally:
+            is_empty = os.fstat(descriptor).st_size == 0
+            os.close(descriptor)  # Windows removes no open file
+            if is_empty:
+                os.remove(path)
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # another process has locked it, and has it open
+            os.remove(f"{path}.lock")
+
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+
+
+def _busy(path: str, origin: str, busy: str) -> UserError:
+    """Return the error for a lock that another process holds, which is named if it wrote its name into the file."""
+    holder = ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        holder = file.read(200).decode(errors="replace").strip()
+    who = f": {holder}" if holder.startswith("process ") else ""
+    return UserError(f"{origin}: {busy}{who}; wait for its end, or give another place")
 
 
 @contextlib.contextmanager
@@ -67,7 +115,7 @@ def locked_directory(directory: str, origin: str, busy: str) -> Iterator[None]:
                 descriptor = stack.enter_context(locked(os.path.join(directory, ".lock"), origin, busy))
                 os.listdir(directory)
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 stack.callback(os.ftruncate, descriptor, 0)  # an empty lock file is removed
             except OSError as error:
                 raise UserError(
@@ -84,7 +132,7 @@ def _open_locked(path: str, origin: str, busy: str) -> int:
     """Return a descriptor of the locked file; see `locked` for what is raised."""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            descriptor = os.open(path, _FLAGS, 0o666)
         except FileNotFoundError:  # another process has just removed the directory, or it is new
             parent = os.path.dirname(path) or "."
             if os.path.islink(parent):
@@ -96,10 +144,8 @@ def _open_locked(path: str, origin: str, busy: str) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             _close(descriptor)
-            who = f": {holder}" if holder.startswith("process ") else ""
-            raise UserError(f"{origin}: {busy}{who}; wait for its end, or give another place") from None
+            raise _busy(path, origin, busy) from None
         except OSError as error:
             rank0_print(
                 f"WARNING: {origin}: its file system has no locks ({error}): nothing keeps a second process out"

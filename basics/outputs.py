@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from basics.errors import UserError
+from basics.links import link_target
 
 CHECKSUMS = "SHA256SUMS"  # in every checkpoint; `sha256sum -c` reads it
 CONFIG_HEADER = b"# SHA-256 of what the run started from"  # the beginning of a run's config.yaml
@@ -34,7 +35,7 @@ class Output:
 
 
 def check_outputs(outputs: Iterable[Output], inputs: Mapping[str, str | None] | None = None):
-    """Refuse outputs that would replace anything but what the same command has written.
+    """Refuse outputs that would replace anything that the same command didn't write.
 
     Args:
         inputs: the files that the command reads, by their keys.
@@ -60,7 +61,7 @@ def why_not_writable(directory: str) -> str | None:
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
         number = errno.ENOTDIR
-    elif os.statvfs(existing).f_flag & os.ST_RDONLY:
+    elif hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY:
         number = errno.EROFS
     elif not os.access(existing, os.W_OK | os.X_OK):
         number = errno.EACCES
@@ -83,7 +84,7 @@ def json_lines(what: str, start: bytes, keys: Iterable[str]) -> Refusal:
 
 
 def document(what: str, start: bytes) -> Refusal:
-    """Return a function that refuses a file that doesn't begin with what the regular expression `start` matches."""
+    """Return a function that refuses a file whose beginning doesn't match the regular expression `start`."""
     return _own_file(what, lambda head: re.match(start, head) is not None)
 
 
@@ -104,7 +105,7 @@ def _own_file(what: str, is_own: Callable[[bytes], bool]) -> Refusal:
                 head = file.read(_HEAD)
         except OSError as error:
             return f"can't read it: {error}"
-        return None if is_own(head) else f"a file that isn't one of {what}; give another"
+        return None if is_own(head) else f"it exists, but doesn't hold {what}; give another file"
 
     return refusal
 
@@ -163,7 +164,7 @@ def new_run(path: str) -> str | None:
 
 
 def resumed_run(path: str) -> str | None:
-    """Refuse a directory with anything under a name that a run writes which is not provably a run's."""
+    """Refuse a directory with a file or link that the run would replace, unless a run wrote it."""
     if not os.path.isdir(path):
         return None
     is_known = is_run(path)
@@ -172,7 +173,7 @@ def resumed_run(path: str) -> str | None:
         if name not in _LOGS:
             is_own = is_own_checkpoint(whole)
         elif not os.path.isfile(whole):
-            return f"{whole} is no file that can be written; move it away"
+            return f"{whole} is not a regular file; move it away"
         else:
             is_own = is_known and (name != "config.yaml" or is_own_config(whole))
         if not is_own:
@@ -188,19 +189,19 @@ def _run_names(directory: str) -> list[str]:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """True if a run gives its checkpoints such names."""
+    """True for the names of checkpoints: step-N, LATEST and BEST."""
     return _CHECKPOINT.fullmatch(name) is not None
 
 
 def is_own_checkpoint(path: str) -> bool:
     """True if a run wrote this directory, which may be damaged, or this link to one."""
-    if os.path.islink(path):
-        return is_checkpoint_name(os.readlink(path))
+    if (target := link_target(path)) is not None:
+        return is_checkpoint_name(target)
     return any(os.path.isfile(os.path.join(path, name)) for name in (CHECKSUMS, "state.json"))
 
 
 def is_own_config(path: str) -> bool:
-    """True if a file is the config.yaml that a run wrote, as its header or its keys tell, or if it is empty."""
+    """True if a file is a run's config.yaml, by its header or its keys, or if it is empty."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:

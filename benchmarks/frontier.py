@@ -37,7 +37,8 @@ import train
 from commands.command_line import with_free_keys
 from config_checks.schema import CONFIG_DIR, REPOSITORY
 from data import toy
-from losses import KL_ESTIMATE, LOGPS, LOSSES
+from losses import LOSSES
+from objectives.declaration import KL_ESTIMATE, LOGPS, MEAN_LENGTH, MEMORY, Memory
 from preference_datasets import DATASETS, Dataset
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
@@ -63,6 +64,7 @@ SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # (exam
 BETAS = (2.0, 1.5, 1.0, 0.7, 0.5)
 STRENGTHS = {  # an option of the loss and five values, from closest to the reference to farthest
     "ipo": ("beta", (0.26, 0.2, 0.13, 0.09, 0.065)),  # IPO's 1/τ scales a probability of winning, not a reward
+    "sppo": ("beta", (0.52, 0.4, 0.26, 0.18, 0.13)),  # its 1/β is the log-ratio of a certain pair
     "simpo": ("beta", (40.0, 20.0, 10.0, 5.0, 2.0)),  # SimPO's β scales a mean over about 18 tokens
     "orpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
     "cpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
@@ -126,7 +128,9 @@ def objectives() -> list[str]:
 
 
 def learning_rate(run: Run, n_tokens: int) -> float:
-    """Return step_size / |∂ loss / ∂ log π(preferred)| at the reference, for two responses of equal likelihood.
+    """Return step_size / |∂ loss / ∂ log π| at the reference, for two responses of equal likelihood.
+
+    The derivative is the larger of those with respect to the preferred and the dispreferred response.
 
     This makes SGD's steps independent of an objective's scale and strength; for DPO it is 2 · step_size / β. Other
     optimizers don't need it. A loss with a kink at the reference (DPOP) is steeper where the preferred response has
@@ -137,12 +141,14 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     loss = LOSSES[run.loss]
     given = OmegaConf.from_dotlist([word for word in run.overrides() if word.startswith("loss.")]).get("loss", {})
     options = {name: option.default for name, option in loss.options.items()} | dict(given)
-    inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | {LOGPS[0]: torch.tensor([-8.0001], requires_grad=True)}
+    trained = {
+        name: torch.tensor([logp], requires_grad=True) for name, logp in zip(LOGPS[:2], (-8.0001, -8.0), strict=True)
+    }
+    inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | trained
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
-    inputs[KL_ESTIMATE] = torch.tensor(0.0)
+    inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(float(n_tokens)), MEMORY: Memory()}
     loss(inputs, options)[0].mean().backward()
-    scale = n_tokens if options.get("average_log_prob") else 1
-    return run.step_size / abs(inputs[LOGPS[0]].grad.item()) * scale
+    return run.step_size / max(abs(logps.grad.item()) for logps in trained.values() if logps.grad is not None)
 
 
 # ---- execution ------------------------------------------------------------------------------------------------------
@@ -317,7 +323,8 @@ def length_runs(names: list[str]) -> list[Run]:
 
 def all_runs(quick: bool) -> list[Run]:
     """Return all runs, the most informative ones first."""
-    every = [name for name in objectives() if name != "length_dpo"]  # if all responses are equally long, that is DPO
+    # if all responses are equally long, these are DPO
+    every = [name for name in objectives() if name not in ("length_dpo", "dpo_norm")]
     if quick:
         return [*sweep("dpo", which=(0, 2, 4)), *sweep("ipo", which=(2,))]
     return [

@@ -1,9 +1,12 @@
-"""Tables and a picture of the results of `frontier.py`."""
+"""Tables and a picture of the results of `frontier.py`.
+
+`python benchmarks/frontier_report.py docs/objectives.md docs/objectives.png` draws the picture of a table in a page.
+"""
 
 import json
+import re
+import sys
 from pathlib import Path
-
-import numpy as np
 
 
 def load(results: Path) -> list[dict]:
@@ -112,51 +115,70 @@ def length_table(bench, results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-MARKERS = "osD^vP*Xph<>dH8"
+GREY = "0.75"
+HIGHLIGHTED = {  # the others are grey
+    "dpo": "tab:blue", "ipo": "tab:green", "exo": "tab:purple", "simpo": "tab:orange", "kto": "tab:red",
+    "bco": "tab:brown", "cpo": "tab:pink", "orpo": "tab:olive",
+}  # fmt: skip
 
 
-def draw(frontier, results: list[dict], objectives: dict[str, tuple[str, float]], path: Path):
-    """Draw reward, and the fraction of the optimum's gain, against KL at the end of every run: 1,200 pixels wide."""
+def points(table: str) -> dict[str, list[tuple[float, float]]]:
+    """Read (KL, fraction of the optimum's gain) of every objective from the text of `sweep_table`."""
+    figure = r"[\d.]+ % at [\d.]+"
+    rows = re.findall(rf"^\| (\w[^|]*) \| [^|]*\| ({figure}(?:, {figure})*) \|", table, re.MULTILINE)
+    cells = {name: re.findall(r"([\d.]+) % at ([\d.]+)", cell) for name, cell in rows}
+    return {name: sorted((float(kl), float(of_gain) / 100) for of_gain, kl in cell) for name, cell in cells.items()}
+
+
+def draw(table: str, path: Path):
+    """Draw the part of the largest gain that each objective of a table loses, against KL: 1,200 pixels wide."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curve = np.array([frontier.at(t) for t in np.geomspace(1e-3, 20, 300)])  # (300, 2) reward, KL
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), dpi=100, width_ratios=(1, 1))
-    left.plot(curve[:, 1], curve[:, 0], color="black", linewidth=2, label="best possible", zorder=1)
-    right.axhline(100, color="black", linewidth=2)
-    colours = plt.get_cmap("tab20")
-    for number, name in enumerate(objectives):
-        row = ends(results, name)
-        if not row:
-            continue
-        style = {"color": colours(number), "marker": MARKERS[number % len(MARKERS)], "markersize": 6, "linewidth": 1.2}
-        left.plot([e["kl"] for e in row], [e["reward"] for e in row], linestyle="none", label=name, **style)
-        right.plot([e["kl"] for e in row], [100 * e["fraction"] for e in row], label=name, **style)
-    for result in select(results, objective="sft"):
-        trail = result["checkpoints"]
-        style = {"color": "black", "marker": "x", "markersize": 8, "linestyle": "none"}
-        left.plot(trail[-1]["kl"], trail[-1]["reward"], label="SFT on the preferred", **style)
-        right.plot(trail[-1]["kl"], 100 * trail[-1]["fraction"], **style)
-    for axes, title in ((left, "true reward"), (right, "% of the largest gain in reward at this KL")):
-        axes.set_xlim(0, 8)
-        axes.set_xlabel("KL(policy || reference), nats")
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-    left.set_ylim(frontier.reference_reward - 0.3, 8)
-    right.set_ylim(80, 100.8)
-    left.legend(fontsize=8, ncols=2, loc="lower right")
+    figure, axes = plt.subplots(figsize=(12, 6), dpi=100)
+    labels: list[tuple[float, float, str, str]] = []
+    for name, row in sorted(points(table).items(), key=lambda item: item[0] in HIGHLIGHTED):
+        kl, lost = [kl for kl, _ in row], [100 - 100 * fraction for _, fraction in row]
+        colour = HIGHLIGHTED.get(name, GREY)
+        axes.plot(kl, lost, "o-", color=colour, linewidth=2.2 if name in HIGHLIGHTED else 1, markersize=5)
+        labels.append((kl[-1], lost[-1], name, colour))
+    axes.set_yscale("log")
+    axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10, 20], ["0.1", "0.2", "0.5", "1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.set_ylim(20, 0.08)  # better is higher
+    axes.set_xlim(0, 9.6)
+    axes.set_xlabel("KL(policy || reference), nats")
+    axes.set_ylabel("% of the largest gain in reward that is lost")
+    axes.set_title("What each objective loses against the best policy at its KL (higher is better)")
+    axes.grid(alpha=0.3)
     figure.tight_layout()
+    _label(axes, labels)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _label(axes, labels: list[tuple[float, float, str, str]]):
+    """Write each name, at (x, y) in its colour, beside its point, and below other names that are in the way."""
+    taken: list[tuple[float, float]] = []
+    for x, y, name, colour in labels[::-1]:
+        left, height = axes.transData.transform((x, y))
+        below = 0
+        while any(abs(left - x) < 75 and abs(height - below - y) < 13 for x, y in taken):
+            below += 4
+        taken.append((left, height - below))
+        axes.annotate(
+            name, (x, y), (7, -0.72 * below), textcoords="offset points", va="center", fontsize=9,
+            color="0.45" if colour == GREY else colour,
+        )  # fmt: skip
 
 
 def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
     """Draw the picture into the directory of results, and return the tables."""
     results = load(bench.results)
     start = bench.starts["toy"]
-    draw(start.frontier, results, objectives, bench.out / "frontier.png")
+    draw(sweep_table(results, objectives), bench.out / "frontier.png")
     reference = start.frontier.figures(start.reference_logps)
     return "\n\n".join(
         [
@@ -171,3 +193,7 @@ def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
             f"Picture: {bench.out / 'frontier.png'}",
         ]
     )
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]).read_text(encoding="utf-8"), Path(sys.argv[2]))

@@ -26,7 +26,6 @@ from models import load_policy, load_reference
 from reporting import curves
 from reporting.run_log import RunLog
 from reporting.runs import read_run
-from reporting.terminal import RunTable
 
 
 def make_trainer(directory: str, batch_size: int):
@@ -44,7 +43,7 @@ def make_trainer(directory: str, batch_size: int):
     trainer = trainers.BasicTrainer(
         policy, config, 0, config.local_run_dir, reference_model=lambda: load_reference(config, None)
     )
-    trainer.run_log = RunLog(config, config.local_run_dir, RunTable(20_000, 20_000))
+    trainer.run_log = RunLog(config, config.local_run_dir, 20_000, 20_000, trainer.state)
     return trainer
 
 

@@ -59,9 +59,9 @@ def bytes_to_send(trainer: str, n: int, n_replicas: int, counts: dict[str, int])
     """Return the bytes that, in theory, a worker sends in a step."""
     if trainer == "FSDPTrainer":
         n_shards, weights = n // n_replicas, FLOAT32 * counts["parameters"]
-        # The policy is gathered forward and backward, the reference only forward; gradients are reduce-scattered. Then
-        # gradient shards are all-reduced over the replicas.
-        return counts["microbatches"] * weights * (4 * _in_ring(n_shards) + 2 * _in_ring(n_replicas) / n_shards)
+        # The policy is gathered forward and backward, the reference only forward; gradients are reduce-scattered.
+        # Once a step, gradient shards are all-reduced over the replicas.
+        return weights * (counts["microbatches"] * 4 * _in_ring(n_shards) + 2 * _in_ring(n_replicas) / n_shards)
     # Hidden states are all-reduced after the embedding and twice per block: forward in both models, and backward in the
     # policy (there at the head instead of the embedding). For each predicted token, each model sends three numbers.
     per_token = counts["hidden_size"] * (3 * 2 * counts["blocks"] + 2)

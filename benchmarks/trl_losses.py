@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from omegaconf import OmegaConf
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,8 +20,8 @@ from throughput import random_pairs, trl_data
 
 from acceleration.prefix_sharing import padded_rows
 from acceleration.response_head import response_logps
-from log_probabilities import response_lengths
-from losses import LOGPS, LOSSES
+from log_probabilities import concatenated_inputs, on_policy_weights, response_lengths, shared_lengths
+from losses import LOSSES, Memory, find_loss
 
 N_PAIRS, BETA = 8, 0.1
 SIZES = Namespace(vocab=512, seed=0, max_length=512, max_prompt_length=256)
@@ -32,6 +33,28 @@ COMPARED = [  # our loss, our options, TRL's name, TRL's options, the reason if 
     ("ipo", {}, "ipo", {}, "TRL takes means over tokens, the paper's equation and the original sums"),
     ("ipo", {"average_log_prob": True}, "ipo", {}, "with `average_log_prob` we take means over tokens, too"),
     ("dpo", {"average_log_prob": True}, "sigmoid_norm", {}, ""),
+    ("dpo_norm", {}, "sigmoid_norm", {}, ""),
+    ("discopop", {"tau": 0.05}, "discopop", {"discopop_tau": 0.05}, ""),
+    ("nca", {}, "nca_pair", {}, ""),
+    ("sppo", {}, "sppo_hard", {}, ""),
+    ("apo_zero", {}, "apo_zero", {}, ""),
+    ("apo_down", {}, "apo_down", {}, ""),
+    ("aot", {}, "aot", {}, ""),
+    ("aot_unpaired", {}, "aot_unpaired", {}, ""),
+    ("bco", {}, "bco_pair", {}, "TRL leaves out the reward shift, the paper's moving average; so does this comparison"),
+    ("sft_tokens", {}, "sft", {}, ""),
+    ("dpo", {"f_divergence": "forward_kl"}, "sigmoid", {"f_divergence_type": "forward_kl"}, ""),
+    ("dpo", {"f_divergence": "js_divergence"}, "sigmoid", {"f_divergence_type": "js_divergence"}, ""),
+    (
+        "dpo", {"f_divergence": "alpha_divergence", "f_alpha": 0.3}, "sigmoid",
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7}, "TRL's coefficient is 1 - α",
+    ),
+    ("dpo", {"ld_alpha": 0.4}, "sigmoid", {"ld_alpha": 0.4}, ""),
+    ("dpo", {"wpo": True}, "sigmoid", {"use_weighting": True}, ""),
+    (
+        "mix", {"parts": {"dpo": 0.8, "bco": 0.2, "sft_tokens": 1.0}}, ("sigmoid", "bco_pair", "sft"),
+        {"loss_weights": [0.8, 0.2, 1.0]}, "without the reward shift, as above",
+    ),
     ("dpo_nll", {}, ("sigmoid", "sft"), {}, "TRL averages the NLL over a batch's tokens, the paper over a response's"),
     ("orpo", {}, "ORPO", {}, "only the odds-ratio term"),
     ("cpo", {}, "CPO", {}, "without the NLL term, which both add"),
@@ -62,25 +85,37 @@ def our_inputs(policy: nn.Module, reference: nn.Module, pairs: list) -> dict[str
         ):
             tensors = [torch.tensor(row) for row in rows]
             batch[f"{side}_{key}"] = nn.utils.rnn.pad_sequence(tensors, True, pad)
+    sides, inputs, stacked = ("chosen", "rejected"), {}, concatenated_inputs(batch)
     with torch.no_grad():
-        logps = [
-            row for model in (policy, reference) for row in response_logps(model, padded_rows(batch), False).chunk(2)
-        ]
-    lengths = {f"{side}_lengths": response_lengths(batch[f"{side}_labels"]) for side in ("chosen", "rejected")}
-    return dict(zip(LOGPS, logps, strict=True)) | lengths
+        for name, model in (("policy", policy), ("reference", reference)):
+            logps, shared = response_logps(model, padded_rows(batch), until=shared_lengths(batch))
+            inputs |= {f"{name}_{side}_logps": of_side for side, of_side in zip(sides, logps.chunk(2), strict=True)}
+            inputs |= {f"{name}_{side}_shared_logps": part for side, part in zip(sides, shared.chunk(2), strict=True)}
+        logits = policy(stacked["concatenated_input_ids"], stacked["concatenated_attention_mask"]).logits
+    weights = on_policy_weights(logits, stacked["concatenated_labels"]).chunk(2)
+    inputs |= {f"{side}_weights": weight for side, weight in zip(sides, weights, strict=True)}
+    inputs |= {f"{side}_lengths": response_lengths(batch[f"{side}_labels"]) for side in sides}
+    memory = Memory({"bco_shift": torch.tensor(0.0)})
+    memory.is_frozen = True
+    return inputs | {"mean_chosen_length": inputs["chosen_lengths"].float().mean(), "memory": memory}
 
 
 def our_loss(name: str, options: dict, inputs: dict[str, torch.Tensor], trl_kind: str) -> float:
     """Return our mean loss; for ORPO and CPO without the NLL, which TRL's functions don't include."""
-    options = {key: option.default for key, option in LOSSES[name].options.items()} | {"beta": BETA} | options
-    if options.get("average_log_prob"):
-        inputs = {key: v / inputs[f"{key.split('_')[1]}_lengths"] if "logps" in key else v for key, v in inputs.items()}
-    losses = LOSSES[name](inputs, options)[0]
+    config = {"name": name, **_options(name)} | options
+    config |= {part: _options(part) for part in config.get("parts", ())}
+    losses = find_loss(config := OmegaConf.create(config)).compute(inputs, config).losses
     if trl_kind == "ORPO":
         losses = losses + inputs["policy_chosen_logps"] / inputs["chosen_lengths"]
     if trl_kind == "CPO":
-        losses = losses + options["nll_weight"] * inputs["policy_chosen_logps"]
+        losses = losses + config["nll_weight"] * inputs["policy_chosen_logps"]
     return losses.mean().item()
+
+
+def _options(name: str) -> dict:
+    """Return a loss's default options, at the β of the comparison; none for `mix`."""
+    options = {key: option.default for key, option in LOSSES[name].options.items()} if name in LOSSES else {}
+    return options | ({"beta": BETA} if "beta" in options else {})
 
 
 def trl_loss(
@@ -137,7 +172,7 @@ def main():
     for name, options, kind, settings, reason in COMPARED:
         ours = our_loss(name, options, inputs, str(kind))
         theirs = trl_loss(kind, settings, policy, reference, pairs, inputs)
-        our_options = ", ".join(f"`{key}` {value}" for key, value in options.items())
+        our_options = ", ".join(f"`{key}` {value}".lower() for key, value in options.items())
         trl_name = kind if isinstance(kind, str) else " + ".join(kind)
         difference = abs(ours - theirs)
         print(

@@ -25,7 +25,7 @@ _INTERRUPTED = re.compile(  # names of what was being written or deleted when a 
 
 
 _REMEDY = (
-    "earlier checkpoints are as they were. Make room or choose another local_run_dir; keep_checkpoints=N keeps only "
+    "earlier checkpoints are unchanged. Make room or choose another local_run_dir; keep_checkpoints=N keeps only "
     "the last N, save_optimizer=false leaves the optimizer out"
 )
 
@@ -61,11 +61,9 @@ def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
 
 
 def replace_path(new: str, path: str):
-    """Rename `new` to `path`; a directory or link that is there is renamed first and then removed.
+    """Rename `new` to `path`; an existing directory or link is moved aside first, and removed afterwards.
 
-    If a crash comes between the two, `recover_interrupted_saves` puts the older one back.
-
-    Raises: OSError, also if something else has the name under which the older one is kept.
+    After a crash in between, `recover_interrupted_saves` restores the old one.
     """
     older, exists = f"{path}.replaced", os.path.lexists(path)
     if exists and os.path.lexists(older):

@@ -4,6 +4,7 @@ import os
 
 from omegaconf import DictConfig
 
+from basics.links import link_target
 from checkpointing.checkpoints import point_to
 from checkpointing.train_state import TrainState
 from reporting.metric_names import LOSS, larger_is_better
@@ -30,7 +31,7 @@ def judge(state: TrainState, config: DictConfig):
         state.worse += 1
 
 
-def is_over(state: TrainState, config: DictConfig) -> bool:
+def ends_run(state: TrainState, config: DictConfig) -> bool:
     """True if `stop_when_worse` ends the run here, by the metric that `keep_best` names now."""
     is_counted = (config.keep_best or LOSS) in state.best
     return config.stop_when_worse is not None and is_counted and state.worse >= config.stop_when_worse
@@ -54,5 +55,5 @@ def point_best(run_dir: str, state: TrainState, config: DictConfig):
     """Make BEST a link to the best checkpoint, if that is kept."""
     name, link = f"step-{state.best_at}", os.path.join(run_dir, LINK)
     is_kept = config.keep_best in state.best and os.path.isdir(os.path.join(run_dir, name))
-    if is_kept and not (os.path.islink(link) and os.readlink(link) == name):
+    if is_kept and link_target(link) != name:
         point_to(run_dir, LINK, name)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from basics.checksums import read_checksums
+from basics.links import followed, link_target, make_link
 from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
 from checkpointing.atomic_directory import atomic_directory, remove_whole, replace_path
 from checkpointing.model_card import write_card
@@ -149,7 +150,7 @@ def point_to(run_dir: str, link: str, name: str):
     """Make `link` a link to the checkpoint `name`."""
     partial = os.path.join(run_dir, f"{link}.partial-{uuid.uuid4().hex[:8]}")
     try:
-        os.symlink(name, partial)
+        make_link(name, partial)
         replace_path(partial, os.path.join(run_dir, link))
     except OSError as error:
         raise UserError(f"can't link {run_dir}/{link} to {name} (the checkpoint is complete): {error}") from error
@@ -160,7 +161,7 @@ def delete_oldest(run_dir: str, n_kept: int | None, examples: int):
 
     Directories that no run wrote are neither counted nor deleted. None keeps all.
     """
-    best = os.path.realpath(os.path.join(run_dir, "BEST"))
+    best = os.path.realpath(followed(os.path.join(run_dir, "BEST")))
     names = [name for name in os.listdir(run_dir) if name.startswith("step-") and name[5:].isdecimal()]
     steps = [int(name[5:]) for name in names if _is_checkpoint(os.path.join(run_dir, name))]
     for step in sorted(step for step in steps if step <= examples)[: -n_kept if n_kept else 0]:
@@ -172,6 +173,6 @@ def delete_oldest(run_dir: str, n_kept: int | None, examples: int):
 def _is_checkpoint(path: str) -> bool:
     """True if a run wrote this directory: its checksums list the train state."""
     try:
-        return not os.path.islink(path) and "state.json" in read_checksums(path)
+        return link_target(path) is None and "state.json" in read_checksums(path)
     except (OSError, ValueError):
         return False

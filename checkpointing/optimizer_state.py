@@ -26,7 +26,7 @@ def load_optimizer_state(
         if not os.path.exists(path):
             raise ValueError("it was written with save_optimizer=false")
         if saved["optimizer"] != config.optimizer:
-            raise ValueError(f"it is of {saved['optimizer']}")
+            raise ValueError(f"it was saved with optimizer={saved['optimizer']}")
         scheduler_state = read_state_dict(os.path.join(checkpoint, "scheduler.pt"))
         if not all(isinstance(scheduler_state[name], int) for name in ("last_epoch", "_step_count")):
             raise ValueError("its scheduler.pt counts no steps")

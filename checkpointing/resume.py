@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from basics.links import followed, link_target
 from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
@@ -23,7 +24,7 @@ from distributed import environment
 from references import resolved_reference
 from utils import UserError, rank0_print
 
-SWEEP_DIR = "DPO_SWEEP_DIR"  # the environment variable with a sweep's directory, in all processes of its jobs
+SWEEP = "DPO_SWEEP"  # an environment variable of all processes of a sweep and its jobs
 
 # Keys that may change when a run is resumed; a change of any other key makes it a different run.
 _MAY_CHANGE = (
@@ -54,7 +55,7 @@ def _newest_first(run_dir: str) -> list[str]:
     """Return the checkpoints of a run, whole or damaged, without links to others."""
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     paths = [os.path.join(run_dir, name) for name in names if is_checkpoint_name(name)]
-    paths = [path for path in paths if not os.path.islink(path)]
+    paths = [path for path in paths if link_target(path) is None]
     return sorted(paths, key=lambda path: (_examples(path), is_last(path)), reverse=True)
 
 
@@ -89,6 +90,22 @@ def locate_run(config: DictConfig, run_dir_given: bool):
             "local_run_dir out; model.archive starts a new run from a checkpoint's weights"
         )
     config.local_run_dir = run_dir
+
+
+def check_restartable(config: DictConfig, run_dir_given: bool):
+    """Refuse a command that its launcher would give again after a failure, but that would not resume the run then.
+
+    Raises: UserError naming the remedy.
+    """
+    if not (restarts := environment.max_restarts()) or (run_dir_given and config.resume == "auto"):
+        return
+    if config.resume is not None and is_run(config.resume):
+        return
+    anew = "in a new directory" if not run_dir_given else f"with resume={config.resume or 'null'}"
+    raise UserError(
+        f"the launcher restarts a failed run (torchrun --max-restarts={restarts}), which would begin again {anew}: "
+        "give resume=auto and local_run_dir=DIR, the same for every attempt and machine, or use --max-restarts=0"
+    )
 
 
 def find_checkpoint(config: DictConfig) -> str | None:
@@ -159,7 +176,7 @@ def resume_hint(run_dir: str) -> str:
     """Return the last line of a run that ended early: its last checkpoint, and the command that resumes from it."""
     for path in _newest_first(run_dir):
         if os.path.exists(os.path.join(path, CHECKSUMS)):
-            if SWEEP_DIR in os.environ:  # the sweep says how to resume all its jobs
+            if SWEEP in os.environ:  # the sweep says how to resume all its jobs
                 return f"The last checkpoint is {path}"
             command = resume_command({"local_run_dir": None, "resume": run_dir})
             return f"The last checkpoint is {path}; to resume from it: {command}"
@@ -221,22 +238,19 @@ def _former_inputs(config: DictConfig, checkpoint: str | None) -> dict[str, str]
         ) from error
 
 
-def check_same_run(
-    config: DictConfig, checkpoint: str | None, files: dict[str, str], reference_dtype_given: bool = True
-):
+def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
     """Refuse a config that would make the resumed run a different one; print the changes.
 
     Args:
         files: today's `file_fingerprints`; a file may have moved, but not changed.
-        reference_dtype_given: True if the user gave the dtype; otherwise the run keeps the one it began with.
 
     Raises: UserError naming what differs, unless `resume_anyway` is true.
     """
     former, former_inputs = _former_config(config, checkpoint), _former_inputs(config, checkpoint)
     if former is None:
         return
-    if not reference_dtype_given and former.get("model.reference_dtype") is not None:
-        config.model.reference_dtype = former["model.reference_dtype"]
+    if config.model.reference_dtype is None:  # earlier versions had another default
+        config.model.reference_dtype = former.get("model.reference_dtype")
     now, defaults = training_settings(config), default_config(config.loss.name)
     former = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **former}  # keys added since then
     changes = {
@@ -361,9 +375,9 @@ def find_checkpoints(run_dir: str | None, requested: str | list[str]) -> list[st
         return [None]
     names = [str(name) for name in (requested if isinstance(requested, list) else [requested])]
     existing = [name for name in os.listdir(run_dir) if is_checkpoint_name(name)]
-    existing = [name for name in existing if os.path.exists(os.path.join(run_dir, name, "state.json"))]
+    existing = [name for name in existing if os.path.exists(followed(os.path.join(run_dir, name, "state.json")))]
     if names == ["all"]:
-        names = [name for name in existing if not os.path.islink(os.path.join(run_dir, name))]
+        names = [name for name in existing if link_target(os.path.join(run_dir, name)) is None]
         names.sort(key=lambda name: read_state_json(os.path.join(run_dir, name))["examples"])
     if not names:
         raise UserError(f"run={run_dir}: it has no checkpoint yet")
@@ -371,7 +385,7 @@ def find_checkpoints(run_dir: str | None, requested: str | list[str]) -> list[st
 
 
 def _checked_checkpoint(run_dir: str, name: str, existing: list[str]) -> str:
-    path = os.path.join(run_dir, name)
+    path = followed(os.path.join(run_dir, name))
     if name not in existing:
         listed = f"; it has {', '.join(existing)}" if existing else "; it has none yet"
         raise UserError(f"checkpoint={name}: {run_dir} has no such checkpoint{listed}")

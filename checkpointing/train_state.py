@@ -25,6 +25,7 @@ _ADDED_LATER = (
     "best_at",
     "worse",
     "max_tokens",
+    "loss_memory",
 )  # fields that checkpoints of earlier versions lack
 
 
@@ -37,7 +38,7 @@ class TrainState:
 
     examples: int = 0  # trained on
     updates: int = 0  # optimizer steps
-    batches: int = 0  # of the training data that were used: training resumes after them
+    batches: int = 0  # batches of training data used so far; training resumes after them
     evaluated_at: int | None = None  # `examples` at the last evaluation
     saved_at: int | None = None  # `examples` at the last step-N
     complete: bool = False  # trained to the end, and evaluated there
@@ -45,6 +46,7 @@ class TrainState:
     best_at: int | None = None  # `examples` there
     worse: int = 0  # evaluations since
     max_tokens: int | None = None  # tokens in the largest microbatch; another value would change rounding
+    loss_memory: dict[str, float] = field(default_factory=dict)  # moving averages of the loss, if it keeps any
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file
@@ -154,6 +156,7 @@ def get_rng_state() -> dict:
     return {
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _gpus()] if torch.cuda.is_available() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
     }
@@ -166,7 +169,7 @@ def restore_rng_state(states: list[dict], rank: int, world_size: int):
         states: one per worker when the checkpoint was saved.
     """
     if states and len(states) != world_size:
-        rank0_print(f"WARNING: {len(states)} workers then, {world_size} now: samples will differ")
+        rank0_print(f"WARNING: saved by {len(states)} workers, resumed by {world_size}: samples will differ")
     if rank < len(states):
         set_rng_state(states[rank])
 
@@ -176,9 +179,11 @@ def set_rng_state(state: dict):
     _set_cpu_rng_state(state)
     gpus = _gpus() if torch.cuda.is_available() else []
     if len(state["cuda"]) != len(gpus):
-        rank0_print(f"WARNING: {len(state['cuda'])} GPUs then, {len(gpus)} now: samples will differ")
+        rank0_print(f"WARNING: saved with {len(state['cuda'])} GPUs, resumed with {len(gpus)}: samples will differ")
     for gpu, gpu_state in zip(gpus, state["cuda"], strict=False):
         torch.cuda.set_rng_state(gpu_state, gpu)
+    if state.get("mps") and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"][0])
 
 
 def _set_cpu_rng_state(state: dict):

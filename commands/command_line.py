@@ -12,21 +12,27 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from basics.interrupts import interrupts_reported
 from basics.printing import printable
+from commands import sweeps
 from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.exit_on_signals import exit_on_signals
 from commands.output import keep_output_going
 from commands.run_directory import default_run_dir, in_sweep, job_name
-from commands.sweeps import Sweep
+from commands.start_again import with_config_of_run
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
 from distributed import launch
-from utils import get_local_dir
+from objectives.modifiers import UNLISTED
+from utils import UserError, get_local_dir
+
+_MODIFIERS = "|".join(UNLISTED)
+# settings with names of others, of a loss's modifiers, and of the parts of loss=mix
+_FREE = re.compile(rf"(?:{'|'.join(FREE_KEYS)}|judge_args|engine_args|loss\.(?:{_MODIFIERS})=|loss\.parts|loss\.\w+\.)")
 
 
 def with_free_keys(overrides: list[str]) -> list[str]:
     """Return the overrides as Hydra takes them: keys with free names are marked, `model=PATH_OR_ID` is written out."""
     words = [part for word in overrides for part in _with_model_written_out(word)]
-    return [f"++{word}" if word.startswith((*FREE_KEYS, "judge_args", "engine_args")) else word for word in words]
+    return [f"++{word}" if _FREE.match(word) else word for word in words]
 
 
 def _with_model_written_out(word: str) -> list[str]:
@@ -40,16 +46,21 @@ def _with_model_written_out(word: str) -> list[str]:
 def with_home(overrides: list[str]) -> list[str]:
     """Expand `~` at the beginning of values and of list items, which Hydra's grammar doesn't take."""
     home = os.path.expanduser("~")
-    return [re.sub(r"""(?<==)(["']?)~(?=/|$)|(?<=[\[,])~(?=/)""", rf"\g<1>{home}", word) for word in overrides]
+    start = r"""((?<==)["']?)~(?=/|$)|([\[,:]\s*)~(?=/)"""
+    return [re.sub(start, lambda match: (match[1] or match[2] or "") + home, word) for word in overrides]
 
 
 def compose_config(*overrides: str) -> DictConfig:
     """Return the config that the command line would give `run`, for Python: `run(compose_config("model=tiny"))`.
 
-    Raises: Hydra's errors for unknown keys and unreadable values.
+    Raises: UserError for unknown keys and unreadable values.
     """
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = hydra.compose("config", with_free_keys(list(overrides)), return_hydra_config=True)
+    words = with_home(with_free_keys(list(overrides)))
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = hydra.compose("config", words, return_hydra_config=True)
+    except Exception as error:  # Hydra raises errors of many kinds
+        raise UserError(explain_hydra_error(error, words=words)) from error
     HydraConfig.instance().set_config(config)  # for names and directories
     with open_dict(config):
         del config["hydra"]
@@ -63,30 +74,32 @@ OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=T
 
 
 @launch.exit_code_kept()
-def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps: bool = False):
+def main(run: Callable[[DictConfig], None], config_name: str = "config", can_sweep: bool = False):
     """Call `run` with the config that Hydra composes from the command line.
 
     A user's mistake ends the process with its message alone; HYDRA_FULL_ERROR=1 shows the traceback, too.
 
     Args:
-        sweeps: the command may be run with `-m`, once for each combination of values.
+        run: with `can_sweep`, a function that other processes can import.
+        can_sweep: the command may be run with `-m`, once for each combination of values.
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra pass every error on unchanged
+    if config_name == "config" and re.search(r"^(--config-path|-cp)(=|$)", "\n".join(sys.argv), re.MULTILINE):
+        with errors_reported():
+            sys.argv[1:] = with_config_of_run(sys.argv[1:])
     sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
-    sweep = Sweep(run)
 
-    def job(config: DictConfig):
+    def job(config: DictConfig) -> float | None:  # Hydra's launchers may send it to other processes
         if in_sweep():
-            if not sweeps:
-                sys.exit("error: -m sweeps over train.py alone")
-            sweep.run_job(config)
-            return
+            if not can_sweep:
+                sys.exit("error: only train.py supports sweeps with -m")
+            return sweeps.run_job(run, config)
         with errors_reported():  # Hydra would print a line of its own above an error
             run(config)
 
     try:
-        with interrupts_reported(), contextlib.nullcontext() if sweeps else exit_on_signals():
+        with interrupts_reported(), contextlib.nullcontext() if can_sweep else exit_on_signals():
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
     except SystemExit as error:
         if error.code == 2:  # raised by Hydra's option parser
@@ -97,6 +110,4 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", sweeps:
             raise
         sys.exit(printable(f"error: {explain_hydra_error(error, config_name)}"))
     finally:
-        sweep.report()
-    if not sweep.complete:
-        sys.exit(1)
+        sweeps.report()

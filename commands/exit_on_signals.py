@@ -9,23 +9,31 @@ from collections.abc import Iterator
 
 from basics.interrupts import INTERRUPTED
 from checkpointing.stop_signal import EXIT_CODE
-from utils import signals_handled
+from utils import SIGNALS, signals_handled
 
 
 @contextlib.contextmanager
-def exit_on_signals(interrupted: int = INTERRUPTED) -> Iterator[None]:
+def exit_on_signals(interrupted: int = INTERRUPTED, waits_for_children: bool = False) -> Iterator[None]:
     """Let signals end this process by SystemExit, which removes unfinished files and child processes.
 
     Args:
         interrupted: the exit code after Ctrl-C; after other signals it is `EXIT_CODE`.
+        waits_for_children: ask child processes to end, and wait until they have, instead of killing them.
     """
 
-    def end(number: int, _frame):
+    def end(received: int, _frame):
         with contextlib.suppress(OSError):  # nobody may read it any more
-            os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())  # a print may be under way
+            os.write(2, f"stopped by {signal.Signals(received).name}\n".encode())  # a print may be under way
+        if waits_for_children:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)  # a second signal ends this process at once
+            for child in (children := multiprocessing.active_children()):
+                child.terminate()
+            for child in children:
+                child.join()
         for child in multiprocessing.active_children():
             child.kill()
-        sys.exit(interrupted if number == signal.SIGINT else EXIT_CODE)
+        sys.exit(interrupted if received == signal.SIGINT else EXIT_CODE)
 
     with signals_handled(end):
         yield

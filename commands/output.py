@@ -27,7 +27,7 @@ def keep_output_going():
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started the process
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
         elif stream.fileno() == descriptor:
             stream.flush()
             raw = _UnneededOutput(descriptor, "w", closefd=False)

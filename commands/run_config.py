@@ -14,7 +14,7 @@ from checkpointing.resume import check_models_unchanged, find_checkpoints
 from commands.workers import enter_process_group, needs_workers, run_in_workers
 from config_checks.checks import check_config
 from config_checks.paths import expand_home
-from config_checks.schema import own_keys
+from config_checks.schema import FREE_KEYS, own_keys
 from distributed import collectives
 from utils import UserError, closest_sibling, on_rank0
 
@@ -60,16 +60,18 @@ def _config_without(config: DictConfig, own: dict) -> DictConfig:
 def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
     """Return the config of a run, in which keys of the command line replace the run's.
 
-    A run can't allow code to be run: `model.trust_remote_code` counts from the command line alone.
+    `model.trust_remote_code` counts only on the command line: a run's config can't allow code to run.
 
     Args:
         config: composed from the command line and the defaults, for keys that are newer than the run.
     """
     former, given = read_run_config(run_dir), _given_keys()
-    result = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    merged = OmegaConf.to_container(config, resolve=False)
+    for key, value in OmegaConf.to_container(former, resolve=False).items():
+        is_section = isinstance(value, dict) and key not in (*FREE_KEYS, "loss")
+        merged[key] = {**(merged.get(key) or {}), **value} if is_section else value
+    result = OmegaConf.create(merged)
     with open_dict(result):
-        for key, value in OmegaConf.to_container(former, resolve=False).items():
-            result[key] = value
         if isinstance(result.get("model"), DictConfig) and "model.trust_remote_code" not in given:
             result.model.trust_remote_code = False
         for key in given:
@@ -105,7 +107,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
 
 
 def check_hub_models(config: DictConfig, checkpoints: list[str | None]):
-    """Refuse checkpoints whose run began with other commits on the hub than were loaded; rank 0 decides for all."""
+    """Refuse checkpoints whose run started from other hub commits than those loaded; rank 0 decides for all."""
     error = None
     if on_rank0():
         try:

@@ -2,20 +2,21 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import socket
-import sys
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from basics.files import atomic_file
 from basics.locks import locked_directory
 from checkpointing import fingerprints
+from checkpointing.resume import SWEEP
 from utils import UserError, get_local_run_dir, rank0_print
 
 
@@ -71,13 +72,28 @@ def job_name() -> str:
 
 def job_overrides() -> dict[str, str]:
     """Return what the sweep varies, with this job's values: {'loss.beta': '0.1', ...}."""
-    parser, varied = OverridesParser.create(), set(HydraConfig.get().sweeper.get("params") or {})
-    for word in sys.argv[1:]:
-        with contextlib.suppress(HydraException):  # options with a minus
-            override = parser.parse_override(word)
-            varied |= {override.get_key_element()} if override.is_sweep_override() else set()
-    job = [parser.parse_override(word) for word in OmegaConf.to_container(HydraConfig.get().overrides.task)]
-    return {o.key_or_group: o.get_value_element_as_str() for o in job if o.get_key_element() in varied}
+    job, fixed = _parsed(HydraConfig.get().overrides.task), sweep_values()["fixed"]
+    return {o.key_or_group: o.get_value_element_as_str() for o in job if o.key_or_group not in fixed}
+
+
+def fixed_keys(config: DictConfig) -> list[str]:
+    """Return the keys to which a sweep's command line gives one value for all jobs.
+
+    Args:
+        config: the sweep's, with Hydra's own keys.
+    """
+    given = _parsed(config.hydra.overrides.task)
+    varied = {*(config.hydra.sweeper.get("params") or {}), *(o.key_or_group for o in given if o.is_sweep_override())}
+    return sorted({o.key_or_group for o in given} - varied)
+
+
+def sweep_values() -> dict:
+    """Return the `id` of the sweep that this process is part of, and its `fixed_keys`."""
+    return json.loads(os.environ.get(SWEEP, '{"id": null, "fixed": []}'))
+
+
+def _parsed(words: ListConfig) -> list[Override]:
+    return OverridesParser.create().parse_overrides(OmegaConf.to_container(words))
 
 
 _LONGEST_NAME = 150  # characters; file systems take 255 bytes

@@ -1,8 +1,14 @@
-"""Sweeps (`-m`): one job after the other, and a table of how they ended."""
+"""Sweeps (`-m`) under any of Hydra's sweepers and launchers: each job's result, and a table of how all have ended.
+
+The process that was started reads the command line and prints the table; its launcher runs the jobs, in this process or
+in others, which may be on other machines. They share the sweep's directory, and `SWEEP` in their environment.
+"""
 
 import contextlib
+import fcntl
 import gc
 import json
+import multiprocessing
 import os
 import shlex
 import sys
@@ -11,52 +17,55 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 
-from basics.files import atomic_file, read_json_lines
+from basics.files import append_json_line, read_json_lines
 from basics.locks import locked_directory
-from basics.printing import printable
-from checkpointing.resume import SWEEP_DIR, resume_command
+from checkpointing.resume import resume_command
 from checkpointing.stop_signal import EXIT_CODE
 from commands.errors import errors_reported
 from commands.exit_on_signals import exit_on_signals
-from commands.run_directory import is_run_dir_given, job_overrides
-from distributed import environment
-from reporting.metric_names import ACCURACY, LOSS
+from commands.run_directory import SWEEP, fixed_keys, is_run_dir_given, job_overrides, sweep_values
+from config_checks.schema import REPOSITORY
+from distributed import environment, launch
+from reporting.metric_names import ACCURACY, LOSS, larger_is_better
+from reporting.runs import NoRuns, read_run
 from utils import UserError, on_rank0, rank0_print
 
 METRICS = (LOSS, ACCURACY)  # metrics of a job's last evaluation in the table
 
 
+# ---- the record of a sweep, in its directory -------------------------------------------------------------------------
+
+
 class SweepLog:
-    """Records how each job of a sweep ended, across resumes: `sweep.jsonl`, and a table."""
+    """Records how each job of a sweep ended, across resumes: `sweep.jsonl`, whose last line on a job counts."""
 
     def __init__(self, directory: str):
-        self.path, self.rows = os.path.join(directory, "sweep.jsonl"), {}
-        with contextlib.suppress(FileNotFoundError):
-            self.rows = {row["overrides"]: row for row, _ in read_json_lines(self.path, skips_damaged=True)}
+        self.path = os.path.join(directory, "sweep.jsonl")
 
-    def add(self, run_dir: str, overrides: str, status: str, seconds: float):
-        """Record how a job has ended, after this many seconds."""
-        last = _last_evaluation(run_dir)
-        self.rows[overrides] = {
-            "job": os.path.basename(run_dir),
-            "overrides": overrides,
-            "status": status,
-            **{name: last.get(name) for name in METRICS},
-            "seconds": round(seconds + self.rows.get(overrides, {}).get("seconds", 0), 1),
-            "local_run_dir": run_dir,
-        }
+    def rows(self) -> dict[str, dict]:
+        """Return the last row of each job, by its overrides."""
+        with contextlib.suppress(FileNotFoundError):
+            return {row["overrides"]: row for row, _ in read_json_lines(self.path, skips_damaged=True)}
+        return {}
+
+    def add(self, row: dict):
+        """Add the row of a job that has ended; `seconds` are added to those of its earlier rows."""
         try:
-            with atomic_file(self.path) as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
+            with open(self.path, "ab") as file:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # other jobs may end at the same time
+                before = self.rows().get(row["overrides"], {}).get("seconds", 0)
+                append_json_line(self.path, row | {"seconds": round(row["seconds"] + before, 1)})
         except OSError as error:
             rank0_print(f"WARNING: can't write {self.path}: {error}")
 
     def table(self) -> str:
         """Return a table with a line for each job."""
         lines = [("job", "overrides", "status", *METRICS, "time")]
-        for row in self.rows.values():
+        for row in self.rows().values():
             metrics = ["-" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
             time = str(timedelta(seconds=round(row["seconds"])))
             lines.append((row["job"], row["overrides"], row["status"], *metrics, time))
@@ -64,87 +73,171 @@ class SweepLog:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _last_evaluation(run_dir: str) -> dict[str, float]:
-    """Return the metrics of a run's last evaluation, an empty dict if there was none."""
-    last = {}
-    with contextlib.suppress(FileNotFoundError):
-        for row, _ in read_json_lines(os.path.join(run_dir, "metrics.jsonl"), skips_damaged=True):
-            last = row if row.get("split") == "eval" else last
-    return last
+def _evaluations(run_dir: str) -> list[dict[str, float]]:
+    """Return the evaluations in a run's log, the first one first."""
+    try:
+        return read_run(run_dir).eval
+    except NoRuns:
+        return []
 
 
-class Sweep:
-    """Runs the jobs of a sweep, one after the other: a failing job doesn't stop the others, a signal stops all."""
+def result_of(run_dir: str, keep_best: str | None) -> float | None:
+    """Return what a sweeper optimizes: the best value of the metric that `keep_best` names, else the last loss/eval.
 
-    def __init__(self, run: Callable[[DictConfig], None]):
-        self.run = run
-        self.log: SweepLog | None = None
-        self.run_dirs: set[str] = set()
-        self.complete = True
+    As for `keep_best`, the weights before training don't count. None: there is no evaluation.
+    """
+    metric = keep_best or LOSS
+    trained = [line for line in _evaluations(run_dir) if line["counters/examples"] > 0]
+    values = [line[metric] for line in trained if line.get(metric) is not None]
+    if not values or keep_best is None:
+        return values[-1] if values else None
+    return (max if larger_is_better(metric) else min)(values)
+
+
+# ---- a job -----------------------------------------------------------------------------------------------------------
+
+
+def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | None:
+    """Run a job of a sweep and record how it ended; its errors are printed here.
+
+    Returns: its `result_of`, None if it failed.
+    Raises: SystemExit after a signal, if this process runs all jobs.
+    """
+    is_parent = _Sweep.current is not None
+    if multiprocessing.parent_process() is not None:  # in a pool, whose own method workers would not know
+        multiprocessing.set_start_method("spawn", force=True)
+    log, start = SweepLog(HydraConfig.get().sweep.dir), time.monotonic()
+    overrides = " ".join(f"{key}={value}" for key, value in job_overrides().items())
+    rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
+    run_dir, status, error = HydraConfig.get().runtime.output_dir, "failed", None
+    try:
+        with contextlib.nullcontext() if is_parent else exit_on_signals(EXIT_CODE), errors_reported():
+            run_dir = _claimed_dir(config, overrides, log)
+            run(config)
+        status = "complete"
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            error = ended.code
+            print(error, file=sys.stderr, flush=True)
+        status = "stopped" if ended.code == EXIT_CODE else "failed"
+        # a signal ends all jobs of this process; a launcher's other workers could not follow
+        if is_parent and (status == "stopped" or environment.is_launched()):
+            raise
+    finally:
+        last = (_evaluations(run_dir) or [{}])[-1]
+        result = result_of(run_dir, config.keep_best) if status == "complete" else None
+        if on_rank0():
+            log.add({
+                "job": os.path.basename(run_dir), "overrides": overrides, "status": status,
+                **{name: last.get(name) for name in METRICS}, "seconds": time.monotonic() - start,
+                "local_run_dir": run_dir, "result": result, "error": error, "sweep": sweep_values()["id"],
+            })  # fmt: skip
+        gc.collect()  # frees the trainer's memory, which reference cycles keep, for the next job
+    if status == "stopped" and multiprocessing.parent_process() is not None:
+        launch.end_process(EXIT_CODE)  # otherwise this process of a pool would begin the next job
+    return result
+
+
+def _claimed_dir(config: DictConfig, overrides: str, log: SweepLog) -> str:
+    """Return the directory of a job, which it shares with none but an earlier job with the same overrides.
+
+    A sweeper may try the same values again. If this sweep has completed them, the job resumes and has nothing to do.
+    """
+    if config.resume not in (None, "auto"):
+        raise UserError(f"resume={config.resume}: a sweep resumes all its jobs by resume=auto and hydra.sweep.dir=DIR")
+    if environment.is_launched_by_user() and not is_run_dir_given(config):
+        raise UserError("a sweep under a launcher needs hydra.sweep.dir=DIR, the same for all workers")
+    run_dir = os.path.abspath(config.local_run_dir)
+    for row in log.rows().values():
+        if row["local_run_dir"] == run_dir and row.get("sweep") == sweep_values()["id"]:
+            if row["overrides"] != overrides:
+                raise UserError(
+                    f"local_run_dir={run_dir}: an earlier job of this sweep wrote there; leave local_run_dir out, or "
+                    "let it depend on what the sweep varies"
+                )
+            if row["status"] == "complete":
+                config.resume = "auto"
+    return run_dir
+
+
+# ---- the process that was started ------------------------------------------------------------------------------------
+
+
+class SweepStart(Callback):
+    """Hydra calls it in the process that was started, before the first job (config.yaml: hydra.callbacks)."""
+
+    def on_multirun_start(self, config: DictConfig, **_):
+        """Lock the sweep's directory, and tell the processes of its jobs about the sweep."""
+        with errors_reported():
+            _Sweep.current = _Sweep(config)
+
+
+class _Sweep:
+    """A sweep whose jobs this process starts: a failing job doesn't stop the others, a signal stops all."""
+
+    current: "_Sweep | None" = None
+
+    def __init__(self, config: DictConfig):
         self.stack = contextlib.ExitStack()
-
-    def start(self):
-        """Lock the sweep's directory, which is known only in the first job."""
-        self.directory = os.path.abspath(HydraConfig.get().sweep.dir)
-        os.environ[SWEEP_DIR] = self.directory
+        self.directory, self.metric = os.path.abspath(config.hydra.sweep.dir), config.keep_best or LOSS
+        _check_sweeper(config, self.metric)
+        self.id = f"{time.time():.0f}-{os.getpid()}"
+        os.environ[SWEEP] = json.dumps({"id": self.id, "fixed": fixed_keys(config)})
+        # other processes find our modules, wherever the command was given
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         if on_rank0():
             origin = f"hydra.sweep.dir={self.directory}"
             self.stack.enter_context(locked_directory(self.directory, origin, "another sweep is running there"))
         self.log = SweepLog(self.directory)
-        self.stack.enter_context(exit_on_signals(interrupted=EXIT_CODE))
-
-    def run_job(self, config: DictConfig):
-        """Run a job and record how it ended; its errors are printed here.
-
-        Raises: SystemExit after a signal.
-        """
-        if self.log is None:
-            with errors_reported():
-                self.start()
-        overrides, start = " ".join(f"{key}={value}" for key, value in job_overrides().items()), time.monotonic()
-        rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
-        run_dir, status = HydraConfig.get().runtime.output_dir, "failed"
-        try:
-            with errors_reported():
-                run_dir = self._claimed_dir(config)
-                self.run(config)
-            status = "complete"
-        except SystemExit as error:
-            if isinstance(error.code, str):
-                print(printable(error.code), file=sys.stderr, flush=True)
-            status = "stopped" if error.code == EXIT_CODE else "failed"
-            if status == "stopped" or environment.is_launched():  # a launcher's other workers could not follow
-                raise
-        finally:
-            self.complete &= status == "complete"
-            if on_rank0():
-                self.log.add(run_dir, overrides, status, time.monotonic() - start)
-            gc.collect()  # frees the trainer's memory, which reference cycles keep, for the next job
-
-    def _claimed_dir(self, config: DictConfig) -> str:
-        """Return the directory of a job; no two jobs share one."""
-        if config.resume not in (None, "auto"):
-            raise UserError(
-                f"resume={config.resume}: a sweep resumes all its jobs by resume=auto and hydra.sweep.dir=DIR"
-            )
-        if environment.is_launched_by_user() and not is_run_dir_given(config):
-            raise UserError("a sweep under a launcher needs hydra.sweep.dir=DIR, the same for all workers")
-        run_dir = os.path.abspath(config.local_run_dir)
-        if run_dir in self.run_dirs:
-            raise UserError(
-                f"local_run_dir={run_dir}: an earlier job of this sweep wrote there; leave local_run_dir out, or let "
-                "it depend on what the sweep varies"
-            )
-        self.run_dirs.add(run_dir)
-        return run_dir
+        self.stack.enter_context(exit_on_signals(interrupted=EXIT_CODE, waits_for_children=True))
 
     def report(self):
-        """Print the table of jobs and, if some are not complete, the command that resumes them."""
+        """Print the table of jobs and, if some are not complete, the command that resumes them.
+
+        Raises: SystemExit if a job failed or was stopped.
+        """
         self.stack.close()
-        if self.log is None:
+        rows = [row for row in self.log.rows().values() if row.get("sweep") == self.id] if on_rank0() else []
+        if not rows:
             return
-        rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}")
-        rank0_print(f"\nTo compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
-        if not self.complete:
+        rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}\n")
+        for row in rows:
+            if row["error"]:
+                rank0_print(f"{row['overrides']}: {row['error']}")
+        if results := {row["overrides"]: row["result"] for row in rows if row["result"] is not None}:
+            best = (max if larger_is_better(self.metric) else min)(results, key=results.get)
+            rank0_print(f"Best by {self.metric}: {best} ({results[best]:.4f})")
+        rank0_print(f"To compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
+        statuses = {row["status"] for row in rows}
+        if statuses != {"complete"}:
             command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
-            rank0_print(f"To resume what is not complete: {command}", file=sys.stderr)
+            rank0_print(f"To resume the incomplete jobs: {command}", file=sys.stderr)
+            sys.exit(EXIT_CODE if "stopped" in statuses else 1)
+
+
+def report():
+    """End the sweep that this process has started, if any; see `_Sweep.report`."""
+    if _Sweep.current is not None:
+        _Sweep.current.report()
+
+
+def _check_sweeper(config: DictConfig, metric: str):
+    """Refuse a sweeper that would optimize in the wrong direction, or whose jobs a launcher's workers can't share.
+
+    Raises: UserError naming the key and the remedy.
+    """
+    sweeper = config.hydra.sweeper
+    if environment.is_launched_by_user() and not sweeper._target_.endswith(".BasicSweeper"):
+        raise UserError(
+            f"hydra/sweeper: under a launcher each worker would choose values of its own ({sweeper._target_}); start "
+            "the sweep without the launcher"
+        )
+    if (direction := OmegaConf.select(config, "hydra.sweeper.direction")) is None:
+        return
+    expected = "maximize" if larger_is_better(metric) else "minimize"
+    given = str(getattr(direction, "name", direction))
+    if given != expected:
+        raise UserError(
+            f"hydra.sweeper.direction={given}: a job returns {metric}, the metric that keep_best names (by default "
+            f"{LOSS}): give hydra.sweeper.direction={expected}, or another metric"
+        )

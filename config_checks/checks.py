@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import shutil
+import sys
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -16,17 +17,17 @@ from basics.outputs import why_not_writable
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.lora import check_adapter_fits, check_lora
 from config_checks.paths import expand_config
+from config_checks.schedules import check_schedule
 from config_checks.schema import default_config, names_in
 from config_checks.values import check_values
 from data.choice import TRUNCATIONS
 from distributed import environment
 from distributed.strategies import STRATEGIES
-from losses import LOSSES, needs_reference
-from optimization import check_schedule
+from losses import find_loss, needs_reference
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from utils import UserError, closest_match, closest_sibling, get_local_dir, rank0_print
+from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir, rank0_print
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
@@ -152,11 +153,13 @@ def _is_no_number(value: object) -> bool:
 
 
 def _check_model(config: DictConfig):
-    """Check where the model comes from and its dtypes; set the reference's dtype."""
+    """Check where the model comes from and its dtypes."""
     model = config.model
     for key in ("policy_dtype", "reference_dtype"):
         if model[key] not in DTYPES and (key, model[key]) != ("reference_dtype", None):
             raise UserError(f"model.{key}={model[key]}: must be one of {', '.join(DTYPES)}")
+        if model[key] == "float64" and default_device() == "mps":
+            raise UserError(f"model.{key}=float64: Apple's GPUs have no float64; use float32")
     if model.policy_dtype == "float16":
         raise UserError(
             "model.policy_dtype=float16: float16 gradients need loss scaling, which no trainer here does; use "
@@ -172,14 +175,25 @@ def _check_model(config: DictConfig):
             f"model.policy_mp={config.model.policy_mp}: must be bfloat16 or null; float16 gradients would need "
             "loss scaling, which no trainer here does"
         )
-    if model.reference_dtype is None:  # on a CPU, float16 is the slowest of all
-        model.reference_dtype = "float16" if torch.cuda.is_available() else model.policy_dtype
     if model.revision is not None and os.path.isdir(model.name_or_path):
         raise UserError(
             f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is a local folder, which has no "
             "revisions; leave it null"
         )
     _check_attention(model)
+    if model.router_aux_loss_coef is not None:
+        _turn_off_faster_layouts(config)
+
+
+def _turn_off_faster_layouts(config: DictConfig):
+    """Compute plainly: the router's auxiliary loss depends on the very tokens of the forward pass, padding aside."""
+    coefficient = f"model.router_aux_loss_coef={config.model.router_aux_loss_coef}"
+    for key in ("shared_prompt", "padding_free", "compile"):
+        if config[key] is True:
+            raise UserError(f"{coefficient} needs the plain forward pass: leave {key} out")
+    if (config.shared_prompt, config.padding_free) != (False, False):
+        rank0_print(f"Prefix sharing and packed rows: off, as {coefficient} needs the plain forward pass")
+    config.shared_prompt = config.padding_free = False
 
 
 def _check_attention(model: DictConfig):
@@ -196,7 +210,7 @@ def _check_attention(model: DictConfig):
     if not torch.cuda.is_available() or importlib.util.find_spec(package) is None:
         raise UserError(f"model.attn_implementation={name} needs a GPU and the package {package}; sdpa needs neither")
     for key in ("reference_dtype", "policy_dtype" if model.policy_mp is None else "policy_mp"):
-        if name.startswith("flash") and model[key] not in ("float16", "bfloat16"):
+        if name.startswith("flash") and model[key] not in ("float16", "bfloat16") and model[key] is not None:
             raise UserError(
                 f"model.attn_implementation={name} computes in bfloat16 or float16, not model.{key}={model[key]}"
             )
@@ -238,6 +252,11 @@ def _check_workers(config: DictConfig):
     if not strategy.starts_workers and (n_workers := max(world_size, config.world_size or 1)) > 1:
         others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if other.starts_workers)
         raise UserError(f"trainer={trainer} trains in one process, not in {n_workers} (world_size); choose {others}")
+    if strategy.starts_workers and sys.platform == "win32":
+        raise UserError(
+            f"trainer={trainer} runs several processes, which this program can't do on Windows: choose "
+            f"{for_tensors.replace(', ', ' or ')}, or run it in WSL, which is Linux"
+        )
     for key in ("world_size", "fsdp_port"):
         if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
             who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
@@ -296,8 +315,13 @@ def _check_reference(config: DictConfig):
         )
     config.reference = resolved_reference(config)
     _check_moving_reference(config)
-    if LOSSES[config.loss.name].takes_kl_estimate:
+    if find_loss(config.loss).takes_kl_estimate:
         _check_kl_estimate(config)
+    if find_loss(config.loss).needs_shared_logps(config.loss) and config.precompute_ref_log_probs:
+        raise UserError(
+            "precompute_ref_log_probs=true keeps the log-probabilities of whole responses alone; loss.ld_alpha needs "
+            "those up to the shared length, too: use precompute_ref_log_probs=false"
+        )
     if config.model.load_in_4bit:
         if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
@@ -346,7 +370,7 @@ def _check_moving_reference(config: DictConfig):
 
 
 def _check_best(config: DictConfig):
-    known = evaluation_metrics(LOSSES[config.loss.name], config)
+    known = evaluation_metrics(find_loss(config.loss), config)
     if config.keep_best is not None and config.keep_best not in known:
         raise UserError(
             f"keep_best={config.keep_best}: no metric of these evaluations.{closest_match(config.keep_best, known)} "

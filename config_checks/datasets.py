@@ -81,13 +81,13 @@ def check_datasets(choices: list[Choice], paths: dict[str, str]):
     check_names([choice.name for choice in choices if choice.name in DATASETS], paths)
     for choice in choices:
         if choice.name in DATASETS and choice.name in ROWS:
-            raise UserError(f"datasets=[{choice.name}]: a built-in dataset has that name; give your rows another")
+            raise UserError(f"datasets=[{choice.name}]: a built-in dataset has that name; give your rows another name")
         if choice.name in DATASETS:
             for key in ("train_split", "test_split", "fields", "ignored_columns"):
                 if getattr(choice, key):
                     raise UserError(
-                        f"{key}={getattr(choice, key)}: datasets=[{choice.name}] has its own function that reads it; "
-                        f"that is for files and hub ids: datasets=[{{name: FILE, {key}: ...}}]"
+                        f"{key}={getattr(choice, key)}: not used with the built-in dataset {choice.name}; "
+                        f"it is for files and hub ids: datasets=[{{name: FILE, {key}: ...}}]"
                     )
         elif choice.name not in ROWS:
             if not is_location(choice.name):

@@ -6,6 +6,7 @@ import sys
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from config_checks.overrides import explain_commas, explain_override
 from config_checks.schema import default_config, names_in, own_keys
 from utils import closest_match
 
@@ -36,30 +37,66 @@ ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME
 }
 _WITHOUT_TRAINING = ("judge", "export")  # configs that have no key of training
 _NO_LOSS = "it isn't implemented; a loss is a function in losses.py and a file in config/loss"
-_OTHER_LOSSES = dict.fromkeys(("bco", "ppo", "grpo"), _NO_LOSS) | {
+# Other libraries' and papers' names for our losses
+_SAME_LOSS = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo_norm",
+    "robust": "robust_dpo",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "bco_pair": "bco",
+    "sppo_hard": "sppo",
+    "aot_pair": "aot",
+    "slic": "hinge",
+    "slichf": "hinge",
+    "rdpo": "length_dpo",
+    "r_dpo": "length_dpo",
+    "rpo": "dpo_nll",
+    "apo_zero_unpaired": "apo_zero",
+    "xpo": "chi_po",
+    "chipo": "chi_po",
+    "lrml": "discopop",
+    "log_ratio_modulated": "discopop",
+    "nll": "sft",
+    "infonca": "nca",
+}
+_OTHER_LOSSES = dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "tdpo"), _NO_LOSS) | {
     "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
-    "sigmoid": "it is loss=dpo",
+    "ld_dpo": "it is loss=dpo with loss.ld_alpha below 1",
+    "f_dpo": "it is loss=dpo with loss.f_divergence",
+    "mpo": "it is loss=mix, e.g. loss.parts={dpo: 0.8, bco: 0.2, sft: 1.0}",
+    "tr_dpo": "it is any loss with reference_update_every=N",
+    **{theirs: f"{theirs} is {ours} here" for theirs, ours in _SAME_LOSS.items()},
 }
 
 
-def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
+def other_loss(name: str) -> str:
+    """Return the sentence that says what a loss of another library is here; empty if none is known."""
+    known = _OTHER_LOSSES.get(name.lower().replace("-", "_"))
+    return f": {known}." if known else ""
+
+
+def explain_hydra_error(error: Exception, config_name: str = "config", words: list[str] | None = None) -> str:
     """Return the message for a config that can't be composed: Hydra's, with the closest match to what was not found.
 
     Args:
         config_name: the config's file.
+        words: the overrides; None: the command line's.
     """
+    words = sys.argv[1:] if words is None else words
     lines = f"{error}\n{error.__cause__ or ''}".strip().splitlines()
     text = "\n".join(line for line in lines if not line.strip().startswith(("object_type=", "reference_type=")))
     if (raised := "UserError raised while resolving interpolation: ") in text:
         return text.partition(raised)[2].partition("\n    full_key")[0]
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group == "loss" and name.lower() in _OTHER_LOSSES:
-            return f"no loss={name}: {_OTHER_LOSSES[name.lower()]}. There are: {', '.join(error.options)}"
+        if group == "loss" and (other := other_loss(name)):
+            return f"no loss={name}{other} There are: {', '.join(error.options)}"
         return f"no {group}={name}.{closest_match(name, error.options)} There are: {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        hint = "Quote values with special characters, and once more for the shell: exp_name=\"'a = é'\""
-        return f"can't read {error.override!r}: {error}\n{hint}"
+        return explain_override(str(error.override), words)
+    if ambiguous := re.match(r"Ambiguous value for argument '(.*)'$", text, re.MULTILINE):
+        return explain_commas(ambiguous[1])
     if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
         inner = re.search(r"full_key: (\S+)", text)  # where a whole section was given
         key = inner[1] if inner and inner[1].startswith(key[1]) else key[1]
@@ -69,7 +106,7 @@ def explain_hydra_error(error: Exception, config_name: str = "config") -> str:
     if (key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text)) is not None:  # + and ~ read the default
         return f"{key[1]} can be set as {key[1]}=VALUE alone, without + or ~"
     no_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"  # which Hydra parses as no string
-    groups = [word for word in sys.argv[1:] if re.fullmatch(no_name, word, re.IGNORECASE)]
+    groups = [word for word in words if re.fullmatch(no_name, word, re.IGNORECASE)]
     if groups and (isinstance(error, ValueError | TypeError) or "possible interpolation keys" in text):
         choices = "; ".join(f"{group}=NAME with {', '.join(names_in(group))}" for group in ("loss", "model"))
         return f"{' '.join(groups)}: expected the name of a file: {choices}"

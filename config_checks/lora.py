@@ -6,6 +6,7 @@ import typing
 from collections.abc import Mapping
 
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from config_checks.explanations import ELSEWHERE
 from distributed.strategies import STRATEGIES
@@ -29,7 +30,7 @@ _WITHOUT_EFFECT = {
 def check_lora(config: DictConfig):
     """Check names and types of LoraConfig's fields, and refuse what PEFT would silently ignore.
 
-    `models` checks what needs the model.
+    `check_lora_fits` checks what needs the model.
 
     Raises: UserError naming the field, its value and the remedy.
     """
@@ -63,7 +64,7 @@ def check_adapter_fits(config: DictConfig, settings: Mapping):
 
 
 def _check_lora_field(name: str, value: object, kind: object):
-    """Refuse a value of another type than its field has; `models` checks lists of names."""
+    """Refuse a value of another type than its field has; `check_lora_fits` checks lists of names."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name == "r" and not (is_number and isinstance(value, int) and value > 0):
         raise UserError(f"lora.r={value}: the rank must be an integer above 0")
@@ -87,3 +88,44 @@ def _check_lora_field(name: str, value: object, kind: object):
             if other not in known:
                 hint = closest_match(str(other), known) or f" It has: {', '.join(known)}"
                 raise UserError(f"lora.{name}.{other}: {section.__name__} has no such field.{hint}")
+
+
+def check_lora_fits(fields: dict, model: nn.Module):
+    """Refuse fields of LoraConfig that name what the model doesn't have, with a UserError."""
+    _check_names_in_model(fields, model)
+    _check_indices_in_model(fields, model)
+
+
+def _check_names_in_model(fields: dict, model: nn.Module):
+    """Refuse names of modules and parameters that the model doesn't have: PEFT ignores them silently."""
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        value = fields.get(field)
+        is_pattern = isinstance(value, str) and field in ("target_modules", "exclude_modules")
+        if value is None or is_pattern:
+            continue
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"lora.{field}={value}: expected a list of names, e.g. lora.{field}=[name]")
+        existing = parameters if field == "target_parameters" else modules
+        for name in value:
+            ending = name if field == "modules_to_save" else f".{name}"  # as PEFT compares them
+            if not any(f".{other}".endswith(ending) for other in existing):
+                n_parts = 2 if field == "target_parameters" else 1
+                options = dict.fromkeys(".".join(other.split(".")[-n_parts:]) for other in existing)
+                options = [option for option in options if option and not option.isdecimal()]
+                hint = f"{closest_match(name, options)} It has: {', '.join(options)}"
+                raise UserError(f"lora={{{field}: {value}}}: the model has no {name!r}.{hint}")
+
+
+def _check_indices_in_model(fields: dict, model: nn.Module):
+    """Refuse indices of layers and tokens that the model doesn't have: PEFT ignores them, or fails in training."""
+    tokens, n_tokens = fields.get("trainable_token_indices"), model.get_input_embeddings().num_embeddings
+    lists = tokens.values() if isinstance(tokens, dict) else [tokens]
+    given = [("trainable_token_indices", numbers, n_tokens) for numbers in lists]
+    given.append(("layers_to_transform", fields.get("layers_to_transform"), model.config.num_hidden_layers))
+    for field, value, n_there in given:
+        numbers = [value] if field == "layers_to_transform" and isinstance(value, int) else value
+        are_numbers = isinstance(numbers, list) and numbers and all(type(number) is int for number in numbers)
+        if value is not None and not (are_numbers and min(numbers) >= 0 and max(numbers) < n_there):
+            raise UserError(f"lora={{{field}: {fields[field]}}}: the model has the indices 0 to {n_there - 1}")

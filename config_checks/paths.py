@@ -1,8 +1,10 @@
-"""Paths in a config: `~` at their beginning is the user's home directory, which only shells expand otherwise."""
+"""Paths in a config: `~` is the user's home directory, which only shells expand otherwise; see also `basics.links`."""
 
 import os
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from basics.links import followed
 
 _KEYS = (
     "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.adapter", "local_run_dir", "resume",
@@ -36,4 +38,6 @@ def _expanded(value: object) -> object:
         return {key: _expanded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_expanded(item) for item in value]
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+    if not isinstance(value, str):
+        return value
+    return followed(os.path.expanduser(value) if value.startswith("~") else value)

@@ -19,10 +19,11 @@ def default_config(loss_name: str | None = None) -> dict[str, object]:
     """Return every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}.
 
     Args:
-        loss_name: leave out the options of other losses.
+        loss_name: leave out the options of other losses; those of the parts of `mix` have no defaults here.
     """
     flat = copy.deepcopy(_defaults_in_files())
-    for loss in [LOSSES[loss_name]] if loss_name is not None else LOSSES.values():
+    losses = LOSSES.values() if loss_name is None else [LOSSES[loss_name]] if loss_name in LOSSES else []
+    for loss in losses:
         flat |= {f"loss.{name}": option.default for name, option in loss.options.items()}
     return flat
 

@@ -4,9 +4,10 @@ import math
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from config_checks.explanations import unknown_key
+from config_checks.explanations import other_loss, unknown_key
 from config_checks.schema import FREE_KEYS, default_config, flatten
-from losses import LOSSES
+from losses import LOSSES, MIX
+from objectives.modifiers import UNLISTED
 from utils import UserError, closest_match
 
 _POSITIVE = (
@@ -15,7 +16,13 @@ _POSITIVE = (
     "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
     "stop_when_worse", "max_tokens_per_microbatch",
 )  # fmt: skip
-_NON_NEGATIVE = ("seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs")
+_NON_NEGATIVE = (
+    "seed",
+    "warmup_steps",
+    "n_eval_model_samples",
+    "minimum_log_interval_secs",
+    "model.router_aux_loss_coef",
+)
 _HIGHEST = {
     "max_grad_norm": math.inf,  # no clipping
     "lr": 1e38,  # of float32
@@ -29,7 +36,7 @@ _TYPES_OF_NULL = dict.fromkeys(
         "stop_when_worse", "max_tokens_per_microbatch",
     ),
     int,
-)  # fmt: skip
+) | {"model.router_aux_loss_coef": float}  # fmt: skip
 
 
 def check_values(config: DictConfig):
@@ -43,29 +50,63 @@ def check_values(config: DictConfig):
 
 
 def _check_loss(config: DictConfig):
-    """Check the loss's options by its signature; those that the config leaves out get their defaults."""
+    """Check the loss, or the parts of a sum of losses, and their options."""
     name = OmegaConf.select(config, "loss.name")
-    if name not in LOSSES:
+    if name != MIX:
+        _check_loss_name("loss.name", name)
+        _check_options("loss", name, config.loss)
+        return
+    parts, example = config.loss.get("parts"), "e.g. loss.parts={dpo: 0.8, sft: 0.2}"
+    if not isinstance(parts, DictConfig) or not parts:
+        raise UserError(f"loss.parts={parts}: loss=mix needs the weight of each of its losses, {example}")
+    for part, weight in parts.items():
+        _check_loss_name("loss.parts", part)
+        _check_type(f"loss.parts.{part}", weight, float)
+        if not 0 < weight < math.inf:
+            raise UserError(f"loss.parts.{part}={weight}: must be a number above 0")
+        with open_dict(config.loss):
+            config.loss.setdefault(part, {})
+        _check_options(f"loss.{part}", part, config.loss[part])
+    if unknown := [key for key in config.loss if key not in ("name", "parts", *parts)]:
         raise UserError(
-            f"loss.name={name}: no such loss.{closest_match(str(name), LOSSES)} There are: {', '.join(LOSSES)}"
+            f"loss.{unknown[0]}: loss=mix has no such option; those of a part are loss.PART.OPTION, and the parts are: "
+            f"{', '.join(parts)}"
         )
+
+
+def _check_loss_name(key: str, name: object):
+    if name not in LOSSES:
+        other = other_loss(str(name)) or f".{closest_match(str(name), LOSSES)}"
+        raise UserError(
+            f"{key}={name}: no such loss{other} There are: {', '.join([*LOSSES, MIX])}; one that "
+            "is defined elsewhere exists only in the script that adds it (docs/objectives.md)"
+        )
+
+
+def _check_options(section: str, name: str, given: DictConfig):
+    """Check a loss's options by its signature; those that the config leaves out get their defaults."""
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{section}={given}: expected the options of {name}, e.g. {section}.beta=0.1")
     options = LOSSES[name].options
-    for key in config.loss:
-        if key != "name" and key not in options:
+    for key in given:
+        if key not in options and not (key == "name" and section == "loss"):
             hint = closest_match(key, options) or f" It has: {', '.join(options)}"
-            raise UserError(f"loss.{key}: loss={name} has no such option.{hint}")
+            raise UserError(f"{section}.{key}: loss={name} has no such option.{hint}")
     for key, option in options.items():
-        if key not in config.loss:
+        if key not in given:
+            if key in UNLISTED:
+                continue
             if option.is_required:
-                raise UserError(f"loss.{key}: loss={name} has no default for it; give it in config/loss/{name}.yaml")
-            with open_dict(config.loss):
-                config.loss[key] = option.default
-        _check_type(f"loss.{key}", config.loss[key], option.type)
-        if option.type in (int, float):
-            value = config.loss[key]
-            violation = option.range.violation(value) if option.range else None
-            if violation or not math.isfinite(value):
-                raise UserError(f"loss.{key}={value}: {violation or 'must be a finite number'}")
+                raise UserError(
+                    f"{section}.{key}: loss={name} has no default for it; give it in config/loss/{name}.yaml"
+                )
+            with open_dict(given):
+                given[key] = option.default
+        value = given[key]
+        _check_type(f"{section}.{key}", value, option.type)
+        violation = option.range.violation(value) if option.range else None
+        if violation or (option.type in (int, float) and not math.isfinite(value)):
+            raise UserError(f"{section}.{key}={value}: {violation or 'must be a finite number'}")
 
 
 def _check_keys_and_types(config: DictConfig):

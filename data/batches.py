@@ -165,7 +165,8 @@ class BatchIterator:
     def _element_of_ids(self, prompt: Prompt, partner: Prompt, index: int) -> dict:
         """Make the element of an example that is tokenized already."""
         texts, ids = chosen_and_rejected(partner, index, self.sft_mode)
-        runs = [partner.trained[i] for i in response_numbers(partner, index, self.sft_mode)]
+        numbers = (partner.target, partner.target) if self.sft_mode else partner.pairs[index]  # chosen, rejected
+        runs = [partner.trained[number] for number in numbers]
 
         def element(prompt: Prompt, texts: list[str], ids: list[list[int]], runs: list[list[int]]) -> dict:
             prompt_ids, n_kept = prompt.prompt_ids, prompt.n_kept
@@ -189,11 +190,11 @@ class BatchIterator:
                 random.Random(int(epoch_seeds.randint(0, 2**32))).shuffle(order)
             yield order
 
-    def distinct_examples(self, chunk_size: int = 1024) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """Yield every distinct example once, in chunks: this shard of the chunk, and the number in all shards."""
+    def distinct_examples(self) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
+        """Yield every distinct example once, in the first epoch's batches: this shard, and the number in all shards."""
         examples = itertools.islice(self._epoch_examples(next(self._epoch_orders())), self.n_distinct)
-        while chunk := list(itertools.islice(examples, chunk_size)):
-            yield self._collate(chunk, self.shard), len(chunk)
+        while batch := list(itertools.islice(examples, self.batch_size)):
+            yield self._collate(batch, self.shard), len(batch)
 
     def indices(self, batch_index: int) -> list[int | None]:
         """Return the indices among all examples of this shard of a batch; for None see `shard_indices`."""
@@ -253,11 +254,6 @@ def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[lis
         return [prompt.sft_target] * 2, [prompt.response_ids[prompt.target]] * 2 if prompt.response_ids else []
     pair = prompt.pairs[index]
     return [prompt.responses[i] for i in pair], [prompt.response_ids[i] for i in pair] if prompt.response_ids else []
-
-
-def response_numbers(prompt: Prompt, index: int, sft_mode: bool) -> tuple[int, int]:
-    """Return the indices of a pair's chosen and rejected responses; in SFT twice that of the target."""
-    return (prompt.target, prompt.target) if sft_mode else prompt.pairs[index]
 
 
 def next_other_prompt(batch: list[tuple[Prompt, int]], index: int) -> int:

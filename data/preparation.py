@@ -270,7 +270,9 @@ def _recognize(sources: dict[str, Rows], settings: Settings, loss_takes: Sequenc
     if "test" in sources and (others := _first_rows(sources["test"])):
         read.check_columns(others, ignored, sources["test"].where)
     if read.is_unpaired and not {"unpaired", "targets"} & set(loss_takes):
-        raise UserError(f"{rows.where}: it has {read.description}: use loss=kto, or loss=sft for the desirable ones")
+        raise UserError(
+            f"{rows.where}: it has {read.description}: use loss=kto or bco, or loss=sft for the desirable ones"
+        )
     if not read.has_pairs and not read.is_unpaired and "targets" not in loss_takes:
         raise UserError(f"{rows.where}: it has {read.description}, and no pairs of responses: use loss=sft")
     return read

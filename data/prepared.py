@@ -39,7 +39,7 @@ class PreparedPrompts(Sequence):
         reader = pa.ipc.open_file(pa.memory_map(os.path.join(directory, f"{role}.arrow")))
         self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         self.ends = np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)
-        self._all_pairs = self._flat("pairs").reshape(-1, 2)
+        self._all_pairs = self._column("pairs").flatten().to_numpy().reshape(-1, 2)
         self.kept = np.ones(len(self._all_pairs), dtype=bool)  # mask of the pairs in use
         counts = self._list_lengths("pairs") // 2
         self._number_of_pair = np.repeat(np.arange(len(counts)), counts)
@@ -65,7 +65,7 @@ class PreparedPrompts(Sequence):
         if min(len(desirable), len(undesirable)) == 0:
             raise UserError(
                 f"{split_name(self.dataset, self.split)}: all {len(labels)} responses have the same label; "
-                "loss=kto needs both kinds; add data, or hold out more with test_fraction"
+                "unpaired data need both kinds; add data, or hold out more with test_fraction"
             )
         n = max(len(desirable), len(undesirable))
         self.numbers, self.others = np.resize(desirable, n), np.resize(np.roll(undesirable, -1), n)
@@ -74,9 +74,6 @@ class PreparedPrompts(Sequence):
     def _column(self, name: str) -> pa.Array:
         arrays = [batch.column(name) for batch in self.batches]
         return pa.concat_arrays(arrays) if arrays else pa.array([], SCHEMA.field(name).type)
-
-    def _flat(self, name: str) -> np.ndarray:
-        return self._column(name).flatten().to_numpy()
 
     def _list_lengths(self, name: str) -> np.ndarray:
         lengths = [batch.column(name).value_lengths().to_numpy() for batch in self.batches]

@@ -21,7 +21,7 @@ def example_lengths(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return each example's tokens in prompt and longer response, and its prompt's number: (n_examples,) each.
 
-    Responses are counted with their end token. Of named datasets, only every `step`-th prompt is measured.
+    Responses are counted with their end token. Only every `step`-th prompt of a named dataset is measured.
     """
     if isinstance(part, PreparedPrompts):
         return part.lengths(sft_mode)

@@ -327,7 +327,7 @@ def read_dialogue(row: Row) -> Example:
     messages, name = message_list(row.value("dialogue"), row.name("dialogue")), row.name("dialogue")
     turns = [n for n, message in enumerate(messages) if n > 0 and message["role"] == "assistant"]
     if not turns:
-        raise BadExample("no response", f"field {name!r} has no assistant's turn after a prompt")
+        raise BadExample("no response", f"field {name!r} has no turn of the assistant after a prompt")
     label = _label(row)
     first, last = turns[0 if label is None else -1], turns[-1]
     if not str(messages[last].get("content", "")).strip() and "tool_calls" not in messages[last]:

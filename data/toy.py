@@ -174,7 +174,7 @@ def get_toy_length(split: str, silent: bool = False, cache_dir: str | None = Non
 
 def report(run_dir: Path, n_shown: int = 4) -> str:
     """Report the true rewards of a run's last samples: from the reference (before) and from the policy (after)."""
-    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     if {sample["model"] for sample in samples} != {"policy", "reference"}:
         return f"{run_dir} has no samples of both policy and reference; train with loss=dpo sample_during_eval=true"
     if "response" not in samples[-1]:

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import itertools
 import os
-import resource
 import socket
 import threading
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from distributed import environment
+from distributed import attempts, environment
 from distributed.gpu_settings import use_expandable_segments
 from distributed.heartbeat import Heartbeat
 from utils import UserError
@@ -52,7 +51,7 @@ def process_group(worker_timeout: float = 600) -> Iterator[None]:
     )
     heartbeat = Heartbeat(worker_timeout, _TIMEOUT)
     heartbeat.start()
-    _check_local_ranks(heartbeat.local_ranks)
+    _check_local_ranks([worker.local_rank for worker in heartbeat.workers])
     yield  # no `finally`: after an exception the other workers end too, so there is no orderly shutdown
     dist.barrier()
     heartbeat.stop()
@@ -67,13 +66,15 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
     rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     deadline = time.monotonic() + _RENDEZVOUS_TIMEOUT
     # under torchrun, its agent has already opened the store
-    opens_store = rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    opens_store = rank == "0" and not environment.uses_agent_store()
     results: list = []
 
     def connect():
         try:
             timeout = datetime.timedelta(seconds=max(deadline - time.monotonic(), 1))
-            results.append(next(dist.rendezvous("env://", timeout=timeout)))
+            store, *place = next(dist.rendezvous("env://", timeout=timeout))
+            attempt = attempts.agree_on_attempt(store, *place, deadline) if environment.uses_agent_store() else "0"
+            results.append((dist.PrefixStore(f"attempt_{attempt}", store), *place))
         except (RuntimeError, ValueError) as error:
             results.append(error)
 
@@ -97,9 +98,8 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
             )
         reason = str(error).splitlines()[0][:300]
         raise UserError(f"{where}: the workers don't find each other ({reason}): {remedy}") from error
-    store, *rank_and_world_size = results[0]
-    store.set_timeout(_TIMEOUT)
-    return dist.PrefixStore("default_pg", store), *rank_and_world_size
+    results[0][0].set_timeout(_TIMEOUT)
+    return results[0]
 
 
 def _wait_for_listener(address: str, port: int, deadline: float):
@@ -130,6 +130,9 @@ def _check_local_ranks(local_ranks: list[int]):
 
 def _raise_open_file_limit():
     """Raise the limit on open files: every worker connects to all others and opens every shard of the data."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit; macOS refuses "unlimited"
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -24,6 +24,16 @@ def is_launched_by_user() -> bool:
     return is_launched() and "DPO_STARTED_BY" not in os.environ
 
 
+def uses_agent_store() -> bool:
+    """True if torchrun's agent has already opened the store in which the workers find each other."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def max_restarts() -> int:
+    """Return how often the launcher gives the command again by itself after a failure."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) if is_launched_by_user() else 0
+
+
 def is_local_rank0() -> bool:
     """True for the first process on each machine, which does what should be done once per machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -50,6 +50,13 @@ def shard_model(
     shard(model)
 
 
+def round_parameters(model: nn.Module, dtype: torch.dtype):
+    """Round a frozen model's parameters to the dtype that FSDP gathers them in: the same numbers in half the memory."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def _blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
     blocks = transformer_blocks(model, block_name)
     if not blocks:
@@ -66,3 +73,8 @@ def run_as_forward(model: nn.Module, function: Callable, *args):
         model._run_as_forward = lambda function, *args: function(*args)
         register_fsdp_forward_method(model, "_run_as_forward")
     return model._run_as_forward(function, *args)
+
+
+def set_sums_over_replicas(model: nn.Module, enabled: bool):
+    """With several replicas, sum gradients over them in the next backward pass, or only add to this replica's part."""
+    unwrap_adapter(model).set_requires_all_reduce(enabled)

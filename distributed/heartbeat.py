@@ -1,11 +1,14 @@
 """Notice when another worker is gone or silent, and let the worker that failed first report its error."""
 
+import contextlib
 import datetime
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,27 @@ from distributed import environment
 # Whoever started the workers ends them as soon as the first one exits, so only the first report appears.
 _SAME_ERROR_DELAY, _LOST_CONNECTION_DELAY = 5.0, 5.0
 _HEARTBEAT_INTERVAL = 5.0  # seconds, at most
+
+
+class _Worker(NamedTuple):
+    """A worker's process. The start time tells it from a later one, or one in another container, with the same id."""
+
+    pid: int
+    started: str
+    machine: str
+    local_rank: int
+
+    def kill(self):
+        """Kill the process if it is on this machine and still the same one."""
+        with contextlib.suppress(OSError):
+            if self.machine == socket.gethostname() and _start_time(self.pid) == self.started:
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def _start_time(pid: int) -> str:
+    """Return when a process of this machine started, in the kernel's ticks."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[19]
 
 
 class Heartbeat:
@@ -37,10 +61,9 @@ class Heartbeat:
         self.rank, self.timeout = dist.get_rank(), timeout
         self.interval = min(_HEARTBEAT_INTERVAL, timeout / 4)
         self.group = dist.new_group(backend="gloo", timeout=max(group_timeout, datetime.timedelta(seconds=2 * timeout)))
-        self.workers = [""] * dist.get_world_size()  # process and machine of each, for messages
-        dist.all_gather_object(self.workers, f"process {os.getpid()} on {socket.gethostname()}", self.group)
-        self.local_ranks = [0] * dist.get_world_size()
-        dist.all_gather_object(self.local_ranks, int(os.environ["LOCAL_RANK"]), self.group)
+        here = _Worker(os.getpid(), _start_time(os.getpid()), socket.gethostname(), int(os.environ["LOCAL_RANK"]))
+        self.workers = [here] * dist.get_world_size()
+        dist.all_gather_object(self.workers, here, self.group)
         self.awaited_rank = 0  # the worker whose sign of life is due
         self.seconds_waited = 0.0
         self.is_stopping, self.all_stopping = threading.Event(), threading.Event()
@@ -70,16 +93,22 @@ class Heartbeat:
             os._exit(1)
 
     def _exchange_once(self) -> bool:
-        """Exchange one sign of life with every worker; return True, on all workers alike, if all are stopping."""
+        """Exchange one sign of life with every worker; return True, on all workers alike, if all are stopping.
+
+        Instead of answering, rank 0 may name a silent worker: by -1 for rank 1, -2 for rank 2 and so on.
+        """
         all_stopping = torch.tensor(int(self.is_stopping.is_set()))
         if self.rank > 0:
             dist.send(all_stopping, 0, self.group)
             dist.recv(all_stopping, 0, self.group)
+            if all_stopping < 0:
+                self._end_for_silence(-int(all_stopping))
             return bool(all_stopping)
-        other_ranks, is_stopping = range(1, len(self.workers)), torch.tensor(0)
-        for self.awaited_rank in other_ranks:
-            dist.recv(is_stopping, self.awaited_rank, self.group)
-            all_stopping *= is_stopping
+        other_ranks, signs = range(1, len(self.workers)), torch.zeros(len(self.workers), dtype=torch.int64)
+        receipts = [dist.irecv(signs[rank], rank, self.group) for rank in other_ranks]
+        for self.awaited_rank, receipt in zip(other_ranks, receipts, strict=True):
+            receipt.wait()
+            all_stopping *= signs[self.awaited_rank]
         for rank in other_ranks:
             dist.send(all_stopping, rank, self.group)
         return bool(all_stopping)
@@ -94,13 +123,30 @@ class Heartbeat:
             time.sleep(tick)
             self.seconds_waited += min(time.monotonic() - before, 2 * tick)
             if self.seconds_waited > limit:
-                if self.rank <= 1 or environment.is_local_rank0():
-                    text = (
-                        f"error: worker {self.awaited_rank} ({self.workers[self.awaited_rank]}) has given no sign of "
-                        f"life for {self.timeout:g} seconds (worker_timeout): the run ends. Resume it with resume=auto"
-                    )
-                    print(printable(text), file=sys.stderr, flush=True)
-                os._exit(1)
+                if self.rank == 0:
+                    self._name_to_others(self.awaited_rank)
+                self._end_for_silence(self.awaited_rank)
+
+    def _name_to_others(self, silent_rank: int):
+        """Tell the other workers, which wait for rank 0's answer, who is silent."""
+        name = torch.tensor(-silent_rank)
+        others = (rank for rank in range(1, len(self.workers)) if rank != silent_rank)
+        with contextlib.suppress(RuntimeError):  # one of them is gone, too
+            for sending in [dist.isend(name, rank, self.group) for rank in others]:
+                sending.wait(datetime.timedelta(seconds=1))
+
+    def _end_for_silence(self, silent_rank: int):
+        """End this process; under a launcher also the silent one if it is here, for which the launcher would wait."""
+        silent = self.workers[silent_rank]
+        if self.rank <= 1 or environment.is_local_rank0():
+            text = (
+                f"error: worker {silent_rank} (process {silent.pid} on {silent.machine}) has given no sign of life for "
+                f"{self.timeout:g} seconds (worker_timeout): the run ends. Resume it with resume=auto"
+            )
+            print(printable(text), file=sys.stderr, flush=True)
+        if environment.is_launched_by_user():
+            silent.kill()
+        os._exit(1)
 
 
 def wait_for_root_cause(error: BaseException):

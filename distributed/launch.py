@@ -36,7 +36,7 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
     Raises: SystemExit with the exit code of a worker that printed its error, or with the traceback of one that raised;
         UserError if a worker was killed.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _n_processors() // n)))
     # silence warnings about what killed workers left behind: it is cleaned up
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -60,7 +60,8 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
 
 def _run_worker(local_rank: int, work: Callable, n: int, port: int, parent: int, args: tuple):
     os.setpgrp()  # Ctrl-C in a terminal then reaches only the parent, which forwards it
-    mp._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no worker outlives the parent, however that ends
+    if sys.platform == "linux":
+        mp._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no worker outlives the parent, however that ends
     if os.getppid() != parent:  # the parent ended before that call
         os._exit(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(n))
@@ -70,6 +71,11 @@ def _run_worker(local_rank: int, work: Callable, n: int, port: int, parent: int,
     except SystemExit as error:
         end_process(error.code)
     end_process(0)
+
+
+def _n_processors() -> int:
+    """Return the number of processors that this process may use; macOS only knows how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_process(code: int | str | None):

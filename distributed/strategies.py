@@ -28,7 +28,7 @@ class SingleProcess:
         self.config = config
 
     def distribute(self, model: nn.Module | None, is_policy: bool) -> nn.Module:
-        """Place a model on this strategy's devices; only the policy computes in `model.policy_mp`."""
+        """Place a model on this strategy's devices."""
         return model
 
     def device(self, policy: nn.Module) -> torch.device:
@@ -46,6 +46,9 @@ class SingleProcess:
         logits = head(hidden_states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+
+    def prepare_backward(self, policy: nn.Module, is_last: bool):
+        """Get ready for the backward pass of a microbatch, the last one of its step or not."""
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Scale the gradient down if its norm exceeds `max_norm`; return the norm before that, of shape ()."""
@@ -91,7 +94,10 @@ class FullySharded(_SeveralProcesses):
         from distributed import dtensor, fsdp
 
         options, offload = self.config.model, self.config.fsdp_cpu_offload
-        compute_dtype = getattr(torch, options.policy_mp) if options.policy_mp and is_policy else None
+        in_mixed_precision = options.policy_mp and (is_policy or options.reference_dtype is None)
+        compute_dtype = getattr(torch, options.policy_mp) if in_mixed_precision else None
+        if compute_dtype and not is_policy and self.config.reference_update_every is None and model is not None:
+            fsdp.round_parameters(model, compute_dtype)
         # model.block_name names the policy's blocks; a reference of another architecture has different ones
         is_other_architecture = not is_policy and self.config.reference_model.name_or_path is not None
         split = partial(
@@ -108,6 +114,12 @@ class FullySharded(_SeveralProcesses):
         from distributed import fsdp
 
         return fsdp.run_as_forward(model, function, *args)
+
+    def prepare_backward(self, policy: nn.Module, is_last: bool):
+        if self.config.fsdp_replicate > 1:
+            from distributed import fsdp
+
+            fsdp.set_sums_over_replicas(policy, is_last)
 
 
 class TensorParallel(_SeveralProcesses):

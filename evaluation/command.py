@@ -41,7 +41,7 @@ class Command:
         if code != 0 or missing:
             raise UserError(
                 f"{name} ended with exit code {code} after {len(tasks) - len(missing)} of {len(tasks)} verdicts, which "
-                "are kept; correct it, and the same command continues"
+                "are kept; fix it and run the same judge.py command again"
             )
 
 
@@ -56,9 +56,21 @@ def _process_group(command: str) -> Iterator[subprocess.Popen]:
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill_group(process)
         process.wait()
         process.stdout.close()
+
+
+def _kill_group(process: subprocess.Popen):
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+        return
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):  # Windows has no process groups
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+    process.kill()
 
 
 def _write_tasks(process: subprocess.Popen, tasks: list[Task]):

@@ -19,7 +19,7 @@ from evaluation import vllm_engine
 from evaluation.sample_options import Options
 from evaluation.sample_prompts import Request
 from evaluation.sampling import end_tokens, generate_scorable, target_ids
-from utils import slice_and_move_batch_for_device
+from utils import on_device, widest_dtype
 
 Item = tuple[Request, int]  # a prompt, and the number of the sample that is drawn for it
 Tokens = dict[tuple[int, int], list[int]]  # token ids of responses, by their prompt's index and their number
@@ -45,7 +45,8 @@ class SeededDraws(LogitsProcessor):
         for values, generator in zip(exponential, self.generators, strict=True):
             values.exponential_(generator=generator)
         noise = -torch.stack(exponential).log()  # (B, V)
-        return scores.double() + noise.to(scores.device)
+        dtype = widest_dtype(scores.device)
+        return scores.to(dtype) + noise.to(scores.device, dtype)
 
 
 def logits_processors(temperature: float, options: Options, seeds: list[int]) -> LogitsProcessorList:
@@ -112,7 +113,7 @@ def _generate(trainer, items: list[Item], temperature: float, options: Options) 
     """Return samples as a batch of SFT targets, and which of them had a prompt; see `generate_scorable`."""
     collate = get_collate_fn(trainer.tokenizer)
     batch = collate([{"prompt_input_ids": r.ids, "prompt_attention_mask": [1] * len(r.ids)} for r, _ in items])
-    batch = slice_and_move_batch_for_device(batch, 0, 1, trainer.device)
+    batch = on_device(batch, trainer.device)
     seeds = [sample_seed(trainer.config.seed, request.index, number) for request, number in items]
     with trainer.autocast(trainer.policy):
         _, targets, has_prompt = generate_scorable(

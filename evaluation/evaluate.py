@@ -57,7 +57,7 @@ def evaluate_checkpoints(trainer, options: Options):
         trainer.precompute_reference()
         for checkpoint in options.checkpoints:
             if checkpoint is not None:
-                trainer.load_weights(checkpoint)
+                trainer.load_checkpoint(checkpoint)
             key = _settings_hash(trainer.config, checkpoint, trainer)
             result = collectives.broadcast_object(earlier.get(key))
             if result is None or options.rows is not None:
@@ -124,7 +124,7 @@ def _gather_rows(trainer, all_metrics: list[dict], indices: list[int]) -> dict[i
     """Return each example's metrics by its number, from all workers."""
     rows, start = {}, 0
     for metrics in all_metrics:
-        columns = {name: values.double().tolist() for name, values in metrics.items()}
+        columns = {name: values.cpu().double().tolist() for name, values in metrics.items()}
         count = len(next(iter(columns.values())))
         for offset in range(count):
             rows[indices[start + offset]] = {name: values[offset] for name, values in columns.items()}

@@ -47,9 +47,9 @@ def check_options(options: dict):
     for key in _REQUIRED:
         if options[key] in ("???", None):
             example = "python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE"
-            raise UserError(f"{key}: give it, e.g. {example}; config/judge.yaml lists all keys")
+            raise UserError(f"{key} is required, e.g. {example}; config/judge.yaml lists all keys")
     if options["b"] is None and options["judge"] != "model":
-        raise UserError("b: give the responses to compare those of a with; only judge=model works without b")
+        raise UserError("b is required: the responses to compare those of a with; only judge=model works without b")
     if options["b"] is None and options["allow_unmatched"]:
         raise UserError("allow_unmatched=true has no effect without b; leave it out")
     for key in (*_REQUIRED, "b", "judge_model", "judge_command", "judge_url", "judge_prompt", "chat_template"):

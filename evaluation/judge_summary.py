@@ -99,7 +99,7 @@ def table(summary: dict) -> str:
     """Return the summary as it is printed."""
     lines = _table_of_scores(summary) if summary["b"] is None else _table_of_verdicts(summary)
     if summary["kl"] is not None:
-        lines.append(_mean_line("KL from reference", summary, "kl", "nats a response"))
+        lines.append(_mean_line("KL from reference", summary, "kl", "nats per response"))
     if summary["n_failed"]:
         lines.append(f"  {summary['n_failed']} {'responses' if summary['b'] is None else 'pairs'} FAILED and are not "
                      f"counted: {failures_in_words(summary)}; the same command asks about them again")  # fmt: skip

@@ -21,7 +21,7 @@ def origins(responses: dict[Place, Response]) -> list[dict]:
 
 
 def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:
-    """Estimate KL(policy ‖ reference) in nats a response, with its standard error over prompts.
+    """Estimate KL(policy ‖ reference) in nats per response, with its standard error over prompts.
 
     It is the mean log-ratio of responses drawn from the policy's own softmax. For others `kl` is None, and `kl_unknown`
     says why.

@@ -12,7 +12,7 @@ from data.hub import access_hint
 from data.messages import BadExample
 from evaluation.pairs import Pair, Task
 from evaluation.verdicts import Verdict
-from utils import UserError, rank0_print
+from utils import UserError, default_device, rank0_print
 
 
 class RewardModel:
@@ -31,7 +31,7 @@ class RewardModel:
         Raises: UserError if there is no such model, or if it has no score.
         """
         self.name, self.batch_size, self.chat_template = name, batch_size, chat_template
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = default_device()
         origin = f"judge_model={name}"
         hub.use_cache_if_unreachable([name])
         rank0_print(f"Loading judge {name}")

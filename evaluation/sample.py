@@ -12,7 +12,6 @@ from evaluation import sample_file
 from evaluation.drawing import Item, Tokens, draw, draw_by_vllm
 from evaluation.sample_options import Options, SampleFile
 from evaluation.sample_prompts import Request, read_requests
-from losses import LOSSES
 from models import load_tokenizer
 from preference_datasets import open_batches
 from reporting.terminal import Progress
@@ -38,7 +37,7 @@ def sample_checkpoints(make_trainer: Callable[[], object], config: DictConfig, o
         loaded = None
         for file in options.files:
             if file.checkpoint != loaded:
-                trainer.load_weights(file.checkpoint)
+                trainer.load_checkpoint(file.checkpoint)
                 loaded = file.checkpoint
             _fill_file(trainer, requests, file, options, drawn_by_vllm.get(file.path))
 
@@ -83,10 +82,7 @@ def _draw_by_vllm(config: DictConfig, options: Options) -> dict[str, Tokens]:
     """Return the token ids of the samples that each file lacks, by the file's path."""
     tokenizer, eval_iterator = load_tokenizer(config), None
     if options.prompts is None:
-        sft_mode = not LOSSES[config.loss.name].needs_pairs
-        eval_iterator = open_batches(
-            config, chosen_datasets(config), tokenizer, sft_mode, config.seed, (0, 1), silent=True, trains=False
-        )[1]  # fmt: skip
+        _, eval_iterator = open_batches(config, chosen_datasets(config), tokenizer, config.seed, trains=False)
     requests = read_requests(config, tokenizer, eval_iterator, options.prompts)
     tokens = {}
     for checkpoint in dict.fromkeys(file.checkpoint for file in options.files):

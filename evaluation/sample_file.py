@@ -61,7 +61,7 @@ def drawn_samples(path: str, settings: str) -> set[tuple[int, int]]:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"output={path}: a file that isn't one of samples; give another") from None
+        raise UserError(f"output={path}: it exists, but doesn't hold samples; give another file") from None
     os.truncate(path, end)
     return drawn
 
@@ -77,7 +77,7 @@ def append_lines(path: str, lines: list[dict]):
         except OSError as error:
             os.truncate(path, size)
             raise UserError(
-                f"can't write to {path}: {error.strerror}; make room, and the same command continues it"
+                f"can't write to {path}: {error.strerror}; make room and run the same command again"
             ) from error
 
 

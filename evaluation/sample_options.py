@@ -1,4 +1,4 @@
-"""The keys of `sample.py` beside those of training, checked before anything is loaded."""
+"""The keys of `sample.py` besides those of training, checked before anything is loaded."""
 
 import dataclasses
 import os
@@ -94,7 +94,7 @@ def _check_engine(config: DictConfig, own: dict):
         raise UserError(f"engine_args={arguments}: expected arguments, e.g. engine_args.gpu_memory_utilization=0.8")
     if engine != "vllm":
         if arguments:
-            raise UserError(f"engine_args={arguments}: engine={engine} has no use for them; leave them out")
+            raise UserError(f"engine_args={arguments}: not used with engine={engine}; leave them out")
         return
     vllm_engine.check_installed()
     if STRATEGIES[config.trainer].starts_workers or environment.is_launched():

@@ -1,7 +1,9 @@
-"""Draw responses during training: those of policy and reference to evaluation prompts, and their distance."""
+"""Sample responses of policy and reference to evaluation prompts during training, and estimate their KL divergence."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from distributed import collectives
 from log_probabilities import response_lengths
 from reporting.metrics import kl_metrics
 from reporting.terminal import progressing
-from utils import pad_to_length, slice_and_move_batch_for_device, take, unwrap_adapter
+from utils import on_device, pad_to_length, rank0_print, take, unwrap_adapter
 
 
 def generate_scorable(
@@ -97,8 +99,8 @@ def _as_targets(output: torch.Tensor, prompt_mask: torch.Tensor, ends: list[int]
 def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
     """Let `model.generate` draw from the model's softmax: only the token ids of its generation config are kept.
 
-    The config itself must be replaced, as `generate` reads from it whatever it isn't given. A mixture of experts gives
-    no router logits inside: their auxiliary loss fails on a mask that is longer than the step's tokens.
+    The config itself must be replaced, as `generate` reads from it whatever it isn't given. Router logits are switched
+    off: a mixture of experts' auxiliary loss fails on a mask that is longer than the step's tokens.
     """
     former, text_config = model.generation_config, model.config.get_text_config()
     returns_router_logits = getattr(text_config, "output_router_logits", None)
@@ -128,8 +130,11 @@ def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
 # ---- samples of a trainer -------------------------------------------------------------------------------------------
 
 
-def sample_evaluation(trainer) -> tuple[list[dict], dict[str, float]]:
+def sample_evaluation(trainer, evaluation_seconds: float = 0.0) -> tuple[list[dict], dict[str, float]]:
     """Draw responses to the first `n_eval_model_samples` evaluation prompts; all workers must call it.
+
+    Args:
+        evaluation_seconds: how long the evaluation took, of which sampling is a part.
 
     Returns: samples, see `RunLog.log`; and the policy's KL divergence from the reference on them, if the reference is
         in memory.
@@ -137,11 +142,12 @@ def sample_evaluation(trainer) -> tuple[list[dict], dict[str, float]]:
     trainer.policy.eval()
     samples, logratios, n_samples = [], [], trainer.config.n_eval_model_samples
     n_batches = -(-n_samples // trainer.config.eval_batch_size)
+    forecast = Forecast(trainer, n_batches, evaluation_seconds)
     for batch in progressing(trainer.eval_batches[:n_batches], "Sampling", "batches"):
         trainer.stop.check()
         wanted = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
         batch = take(batch, torch.tensor(wanted or [0]))  # a worker without any generates too: forwards are collective
-        *drawn, scores = sample_batch(trainer, slice_and_move_batch_for_device(batch, 0, 1, trainer.device))
+        *drawn, scores = sample_batch(trainer, on_device(batch, trainer.device), forecast.note_token)
         own = [
             [
                 {"model": model, "prompt": prompt, "response": response, "sample": prompt + response}
@@ -157,13 +163,59 @@ def sample_evaluation(trainer) -> tuple[list[dict], dict[str, float]]:
     return samples, kl_metrics(logratios)
 
 
-def sample_batch(trainer, batch: dict) -> tuple[list[str], list[str], list[tuple[float, int]]]:
+class Forecast:
+    """Warns once a run, after a few tokens, if drawing samples will take longer than the evaluation itself.
+
+    Where workers share every batch, each token gathers the whole model.
+    """
+
+    N_UNTIMED, N_TIMED = 2, 8  # tokens; the first ones also compute the prompt
+    NOTABLE = 60.0  # seconds; less is not worth a warning
+    warned_runs: ClassVar[set[str]] = set()
+
+    def __init__(self, trainer, n_batches: int, evaluation_seconds: float):
+        self.trainer, self.n_batches, self.evaluation_seconds = trainer, n_batches, evaluation_seconds
+        self.times: list[float] = []
+
+    def note_token(self):
+        """Note that a token was drawn; print the warning if it is due."""
+        if not self.trainer.is_sharded or len(self.times) == self.N_UNTIMED + self.N_TIMED:
+            return
+        self.times.append(time.perf_counter())
+        if len(self.times) == self.N_UNTIMED + self.N_TIMED:
+            self._warn((self.times[-1] - self.times[self.N_UNTIMED - 1]) / self.N_TIMED)
+
+    def _warn(self, seconds_per_token: float):
+        trainer, config = self.trainer, self.trainer.config
+        n_models = 1 if trainer.reference is None else 2
+        n_tokens = max(config.max_length - batch["prompt_input_ids"].shape[1] for batch in trainer.eval_batches)
+        seconds = self.n_batches * n_tokens * n_models * seconds_per_token
+        is_notable = seconds > max(self.evaluation_seconds, self.NOTABLE)
+        if not is_notable or trainer.run_dir in self.warned_runs:
+            return
+        self.warned_runs.add(trainer.run_dir)
+        billions = sum(parameter.numel() for parameter in trainer.policy.parameters()) / 1e9
+        rank0_print(
+            f"WARNING: drawing samples may take {seconds:,.0f} s, the evaluation took {self.evaluation_seconds:,.0f} s "
+            f"(trainer={config.trainer}): each token gathers the whole model of {billions:.2f} B parameters from all "
+            f"workers, in {seconds_per_token:.3f} s: up to {self.n_batches} batches × {n_tokens} tokens × {n_models} "
+            "models. Give sample_during_eval=false (or a smaller n_eval_model_samples), and draw samples from "
+            "checkpoints by sample.py with engine=vllm"
+        )
+
+
+def sample_batch(
+    trainer, batch: dict, note_token: Callable[[], None] = lambda: None
+) -> tuple[list[str], list[str], list[tuple[float, int]]]:
     """Draw a response to each prompt of the batch from the policy, and from the reference if it is in memory.
 
-    Returns: the policy's responses; the reference's; and of each of the policy's its log-ratio to the reference (nats)
-        and its length (tokens).
+    Args:
+        note_token: called at every token that the policy draws.
+
+    Returns: the policy's responses; the reference's; and, for each of the policy's, log-ratio to the reference (nats)
+        and length (tokens).
     """
-    policy_responses, targets, is_drawn = _generate(trainer, trainer.policy, batch)
+    policy_responses, targets, is_drawn = _generate(trainer, trainer.policy, batch, note_token)
     if trainer.reference is None:
         return policy_responses, [], []
     with trainer.reference.active() as model:
@@ -177,8 +229,11 @@ def sample_batch(trainer, batch: dict) -> tuple[list[str], list[str], list[tuple
     return policy_responses, reference_responses, list(scores)
 
 
-def _generate(trainer, model: nn.Module, batch: dict) -> tuple[list[str], dict, torch.Tensor]:
+def _generate(
+    trainer, model: nn.Module, batch: dict, note_token: Callable[[], None] = lambda: None
+) -> tuple[list[str], dict, torch.Tensor]:
     def stops() -> bool:
+        note_token()
         return trainer.strategy.stops_sampling(trainer.stop.received is not None)
 
     with trainer.autocast(model):  # samples are drawn in the precision in which they are scored

@@ -65,7 +65,6 @@ class VerdictFile:
         try:
             for line, line_end in read_json_lines(self.path):
                 key = _checked_key(line)
-                key = _checked_key(line)
                 if line["settings"] != self.settings:
                     raise UserError(
                         f"output={self.path} has verdicts under other settings; give another file, or delete it"
@@ -75,7 +74,7 @@ class VerdictFile:
         except UserError:
             raise
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"output={self.path}: a file that isn't one of verdicts; give another") from None
+            raise UserError(f"output={self.path}: it exists, but doesn't hold verdicts; give another file") from None
         return end
 
     def missing(self, tasks: list[Task]) -> list[Task]:
@@ -110,7 +109,7 @@ class VerdictFile:
         except OSError as error:
             self.truncate(size)
             raise UserError(
-                f"can't write to {self.path}: {error.strerror}; make room, and the same command continues it"
+                f"can't write to {self.path}: {error.strerror}; make room and run the same command again"
             ) from error
         self.lines[task.key] = line
 

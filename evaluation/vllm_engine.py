@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator
 
 from omegaconf import DictConfig
-from transformers import GenerationConfig
 
 from checkpointing.resume import quoted
 from config_checks.schema import REPOSITORY
@@ -82,6 +81,8 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
 
 def end_tokens(name: str, tokenizer) -> list[int]:
     """Return the ids that end a sample of the model in a folder, or with a hub id."""
+    from transformers import GenerationConfig
+
     try:
         generation_config = GenerationConfig.from_pretrained(name)
     except OSError:  # it has none

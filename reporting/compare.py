@@ -203,7 +203,7 @@ def draw(comparison: Comparison, path: str):
     axis.set_ylim(len(runs) - 0.5, -0.5)
     axis.set_xlabel(f"{_SHORT.get(sort, sort)}: last evaluation ± 2 standard errors; ring: the best")
     if with_kl:
-        others[0].set_xlabel("KL from the reference (nats a token)")
+        others[0].set_xlabel("KL from the reference (nats per token)")
         others[0].set_ylabel(_SHORT.get(sort, sort))
     for each in axes[0]:
         each.grid(alpha=0.3)

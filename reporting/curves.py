@@ -47,11 +47,6 @@ def smoothed(values: list[float], window: int) -> list[float]:
     return means
 
 
-def window_of(n: int) -> int:
-    """Return the number of steps over which `n` values are smoothed: a 25th of them."""
-    return max(1, n // 25)
-
-
 def draw(runs: list[Run], path: str):
     """Write the picture, whole or not at all.
 
@@ -134,7 +129,7 @@ def _draw_panel(axis, panel: tuple, runs: list[Run]):
                     axis.plot(x, y, style, color=color, alpha=0.2, linewidth=0.7)
                 axis.plot(
                     x,
-                    smoothed(y, 1 if key == "lr" else window_of(len(y))),
+                    smoothed(y, 1 if key == "lr" else max(1, len(y) // 25)),
                     style,
                     color=color,
                     alpha=0.7,

@@ -34,15 +34,15 @@ def draw(summaries: list[Summary], path: str):
     for summary in summaries:
         if summary.found["kl"] is None:
             raise BadSummary(
-                f"{summary.path}: the KL of {summary.found['a']} isn't known: {summary.found['kl_unknown']}. Draw it "
-                "by sample.py with temperature=1.0 top_p=1 top_k=0, from a run with a reference, and run judge.py again"
+                f"{summary.path}: the KL of {summary.found['a']} isn't known: {summary.found['kl_unknown']}. Run "
+                "sample.py with temperature=1.0 top_p=1 top_k=0, from a run with a reference, and run judge.py again"
             )
     summaries = sorted(summaries, key=lambda s: (s.run, s.examples, s.checkpoint or ""))
     groups: dict[str, list] = {}
     for summary in summaries:
         groups.setdefault(summary.run, []).append((summary, summary.interval_of("kl"), summary.value_and_interval))
     what = what_is_measured(summaries)
-    figure, axis = new_figure("KL(policy ‖ reference), nats a response", what)
+    figure, axis = new_figure("KL(policy ‖ reference), nats per response", what)
     draw_series(axis, groups)
     if "win_rate" in summaries[0].found:
         axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from losses import Loss
+    from losses import Loss, Mix
 
 LOSS, ACCURACY, MARGIN, TIES = "loss/eval", *(f"rewards_eval/{name}" for name in ("accuracies", "margins", "ties"))
 KL = "kl_eval/per_token"
@@ -17,14 +17,15 @@ KL = "kl_eval/per_token"
 WITH_ERRORS = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "logratios_eval/chosen")
 
 
-def evaluation_metrics(loss: "Loss", config: "DictConfig") -> list[str]:
+def evaluation_metrics(loss: "Loss | Mix", config: "DictConfig") -> list[str]:
     """Return the metrics of evaluations under this config, without standard errors."""
     sides = ("chosen", "rejected") if loss.needs_pairs else ("chosen",)
     of_sides = ["logps_eval", "nll_eval", "lengths_eval"]
-    names = [LOSS]
+    names = [LOSS] + ["aux_loss/eval"] * (config.model.router_aux_loss_coef is not None)
     if loss.needs_pairs:
         of_sides.insert(0, "rewards_eval")
         names += [ACCURACY, MARGIN, TIES]
+    names += [f"loss_eval/{part}" for part in config.loss.get("parts", [])]
     if loss.needs_reference(config.loss):
         of_sides.append("logratios_eval")
         if config.sample_during_eval and config.n_eval_model_samples > 0:
@@ -37,4 +38,5 @@ def larger_is_better(metric: str) -> bool:
 
     Losses, likelihoods per token, divergences, ties, lengths and metrics of rejected responses should not.
     """
-    return not metric.startswith(("loss/", "nll_", "kl_", "lengths_")) and not metric.endswith(("/rejected", "/ties"))
+    smaller = ("loss", "aux_loss/", "nll_", "kl_", "lengths_")
+    return not metric.startswith(smaller) and not metric.endswith(("/rejected", "/ties"))

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from distributed import collectives
 from reporting.metric_names import WITH_ERRORS
-from utils import UserError
+from utils import UserError, widest_dtype
 
 TIE = 1e-5  # smaller differences of rewards are rounding noise: ties
 
@@ -26,7 +26,7 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None 
         for key, values in metrics.items():
             collected[key].append(values)
     values = [torch.cat(values) for values in collected.values()]
-    values = [v.to(torch.float32 if v.is_mps else torch.float64) for v in values]  # Apple's GPUs have no float64
+    values = [v.to(widest_dtype(v.device)) for v in values]
     moments = [torch.stack([v.sum(), v.new_tensor(len(v)), v.square().sum()]) for v in values]
     sums, counts, squares = collectives.all_reduce_sum(torch.stack(moments)).unbind(1)  # (metrics,) each
     means = sums / counts
@@ -50,29 +50,25 @@ def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: t
     }
 
 
-def response_metrics(
-    split: str, inputs: dict[str, torch.Tensor], compares: bool, averaged: bool
-) -> dict[str, torch.Tensor]:
+def response_metrics(split: str, inputs: dict[str, torch.Tensor], compares: bool) -> dict[str, torch.Tensor]:
     """Return metrics that can be compared across losses and settings: tensors of shape (batch_size,).
 
     `nll_*`: negative log-likelihood of a response per token. `lengths_*`: its tokens. `logratios_*`: log-probability of
     the whole response under the policy minus that under the reference (nats).
 
     Args:
-        inputs: the loss's inputs, with log-probabilities and lengths.
+        inputs: the loss's inputs: log-probabilities, summed over each response, and lengths.
         compares: True if the inputs include the reference's log-probabilities.
-        averaged: True if log-probabilities are means per token.
     """
     metrics = {}
     for side in ("chosen", "rejected"):
         if f"policy_{side}_logps" not in inputs:
             continue
-        logps, lengths = inputs[f"policy_{side}_logps"].detach(), inputs[f"{side}_lengths"].clamp(min=1)
-        metrics[f"nll_{split}/{side}"] = -logps if averaged else -logps / lengths
+        logps, lengths = inputs[f"policy_{side}_logps"].detach(), inputs[f"{side}_lengths"]
+        metrics[f"nll_{split}/{side}"] = -logps / lengths.clamp(min=1)
         if compares:
-            logratios = logps - inputs[f"reference_{side}_logps"].detach()
-            metrics[f"logratios_{split}/{side}"] = logratios * lengths if averaged else logratios
-        metrics[f"lengths_{split}/{side}"] = inputs[f"{side}_lengths"]
+            metrics[f"logratios_{split}/{side}"] = logps - inputs[f"reference_{side}_logps"].detach()
+        metrics[f"lengths_{split}/{side}"] = lengths
     return metrics
 
 
@@ -105,7 +101,7 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, metrics: di
     others = {key: config[key] for key in ("optimizer_args", "lora") if config[key]}
     others |= {f"loss.{name}": value for name, value in config.loss.items() if isinstance(value, float)}
     also = "".join(f"another {key} (now {value}), " for key, value in others.items())
-    if _reference_overflows(metrics):
+    if config.model.reference_dtype is not None and _reference_overflows(metrics):
         raise UserError(
             f"{where}: {values}; the policy's log-probabilities are finite, the reference's are not: it overflows in "
             f"model.reference_dtype={config.model.reference_dtype}. Use model.reference_dtype=bfloat16 or float32. "

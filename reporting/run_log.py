@@ -12,6 +12,7 @@ from basics.files import sha256
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
+from reporting.time_left import TimeLeft
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
 from utils import UserError, rank0_print
@@ -27,32 +28,26 @@ class RunLog:
     after an exception.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        run_dir: str,
-        table: RunTable,
-        log_bytes: dict[str, int] | None = None,
-        wandb_run_id: str | None = None,
-        log_sha256: dict[str, str] | None = None,
-    ):
-        """A resumed run passes the log sizes, digests and the wandb id that its checkpoint holds."""
+    def __init__(self, config: DictConfig, run_dir: str, n_examples: int, epoch_size: int, state):
+        """Open the logs; a resumed run's are cut to what the checkpoint's `state`, a `TrainState`, knows of.
+
+        Args:
+            n_examples: number of training examples at the end of the run.
+            epoch_size: number of training examples in an epoch.
+        """
         os.makedirs(run_dir, exist_ok=True)
-        self.run_dir, self.table, self.batch_size = run_dir, table, config.batch_size
-        self._truncate(log_bytes or {}, log_sha256 or {})
+        time_left = TimeLeft(n_examples, config.batch_size, config.eval_every, config.save_every or config.eval_every)
+        self.table = RunTable(n_examples, epoch_size, state.examples, state.metrics, time_left)
+        self.run_dir, self.batch_size = run_dir, config.batch_size
+        self._truncate(state.log_bytes, state.log_sha256)
         self.interval = config.minimum_log_interval_secs  # seconds
         self.last_train_log = -float("inf")
         self.unprinted: list[dict[str, float]] = []  # steps since the last line
         self.recent = ""  # time left, loss and accuracy of the last line, for a bar
         self.n_steps, self.n_tokens, self.seconds = 0, 0.0, 0.0  # of this process
         self.symptoms = Symptoms(config)
-        self.trackers = Trackers(config, run_dir, wandb_run_id, table.n_done)
+        self.trackers = Trackers(config, run_dir, state.wandb_run_id, state.examples)
         self.curves = CurvesDrawer(run_dir) if config.curves else None
-
-    @property
-    def wandb_run_id(self) -> str | None:
-        """The id of the wandb run, for resuming it."""
-        return self.trackers.wandb_run_id
 
     def _truncate(self, log_bytes: dict[str, int], log_sha256: dict[str, str]):
         """Drop what was logged after the checkpoint, since it will be logged again; warn of lost or damaged lines."""
@@ -67,19 +62,15 @@ class RunLog:
             elif size and log_sha256.get(name) not in (None, sha256(path)):
                 rank0_print(f"WARNING: {path} has changed since the checkpoint was written: lines are damaged")
 
-    def log_bytes(self) -> dict[str, int]:
-        """Flush the log files to the disk and return the size of each (bytes)."""
-        sizes = {}
+    def recorded(self) -> dict:
+        """Flush the log files to the disk, and return the fields of `TrainState` that a resumed run needs of them."""
+        sizes, digests = {}, {}
         for name in LOG_FILES:
-            with contextlib.suppress(FileNotFoundError), open(os.path.join(self.run_dir, name), "rb") as file:
+            path = os.path.join(self.run_dir, name)
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 os.fsync(file.fileno())
-                sizes[name] = os.fstat(file.fileno()).st_size
-        return sizes
-
-    def log_sha256(self) -> dict[str, str]:
-        """Return the SHA-256 of each log file, in hexadecimal."""
-        paths = {name: os.path.join(self.run_dir, name) for name in LOG_FILES}
-        return {name: sha256(path) for name, path in paths.items() if os.path.exists(path)}
+                sizes[name], digests[name] = os.fstat(file.fileno()).st_size, sha256(path)
+        return {"wandb_run_id": self.trackers.wandb_run_id, "log_bytes": sizes, "log_sha256": digests}
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
         """Record one optimizer step or evaluation: `metrics` are batch means and counters.
@@ -109,7 +100,7 @@ class RunLog:
         self.n_steps, self.n_tokens, self.seconds = self.n_steps + 1, self.n_tokens + n_tokens, self.seconds + seconds
         lines = []
         if self.n_steps == 1:
-            lines.append(f"First step: {round(n_tokens):,} tokens; memory at its peak: {peak_memory()}")
+            lines.append(f"First step: {round(n_tokens):,} tokens; peak memory: {peak_memory()}")
         self.unprinted.append(metrics)
         if time.monotonic() - self.last_train_log < self.interval:
             return lines
@@ -134,8 +125,8 @@ class RunLog:
             error = metrics.get("kl_eval/per_response_se")  # a single sample has none
             text = (
                 f"KL of the policy from the reference, on the samples: {number(metrics['kl_eval/per_response'])}"
-                f"{'' if error is None else f' ± {number(error)}'} nats a response, "
-                f"{number(metrics['kl_eval/per_token'])} a token"
+                f"{'' if error is None else f' ± {number(error)}'} nats per response, "
+                f"{number(metrics['kl_eval/per_token'])} per token"
             )
             lines.append(wrapped(text))
         return lines
@@ -143,7 +134,7 @@ class RunLog:
     def _append(self, filename: str, rows: list[dict]):
         path = os.path.join(self.run_dir, filename)
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             raise UserError(f"can't write to {path}: {error}") from error
@@ -161,8 +152,8 @@ class RunLog:
         if self.n_steps and exit_code == 0:
             text = (
                 f"Trained on {n_examples:,} examples in {duration(self.seconds)} of steps: "
-                f"{rate(n_examples / self.seconds)} a second, {self.n_tokens / self.n_steps:,.0f} tokens a step; "
-                f"memory at its peak: {peak_memory()}"
+                f"{rate(n_examples / self.seconds)} per second, {self.n_tokens / self.n_steps:,.0f} tokens per step; "
+                f"peak memory: {peak_memory()}"
             )
             rank0_print(wrapped(text))
         if self.curves is not None:

@@ -40,6 +40,15 @@ class Run:
     label: str = ""
 
 
+def last_evaluation(run_dir: str) -> dict[str, float]:
+    """Return the line of a run's last evaluation in metrics.jsonl; an empty dict if there is none."""
+    last = {}
+    with contextlib.suppress(FileNotFoundError):
+        for row, _ in read_json_lines(os.path.join(run_dir, "metrics.jsonl"), skips_damaged=True):
+            last = row if row.get("split") == "eval" else last
+    return last
+
+
 def read_run(directory: str) -> Run:
     """Read a run, which may still be training.
 

@@ -15,7 +15,7 @@ from reporting.intervals import mean_interval
 
 _SUMMARY = "_summary.json"
 _TABLE = document("tables", rb"run +checkpoint ")
-_DRAW = "draw them by sample.py, each checkpoint and temperature into a new file, and run judge.py on it again"
+_DRAW = "sample them with sample.py, each checkpoint and temperature into a new file, and run judge.py on it again"
 
 
 class BadSummary(ValueError):
@@ -82,16 +82,16 @@ def _read(path: str) -> Summary:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise BadSummary(f"{path}: can't read it: {error}; give files that judge.py wrote, ..{_SUMMARY}") from error
+        raise BadSummary(f"{path}: can't read it: {error}; give files that judge.py wrote, *{_SUMMARY}") from error
     if not isinstance(found, dict) or "settings" not in found or not {"win_rate", "score"} & found.keys():
-        raise BadSummary(f"{path}: no summary of judge.py; give files that it wrote, ..{_SUMMARY}")
+        raise BadSummary(f"{path}: no summary of judge.py; give files that it wrote, *{_SUMMARY}")
     if "drawn" not in found:
         raise BadSummary(
             f"{path}: it doesn't say how a was drawn, as an earlier version wrote it; run the same judge.py command "
             "again, its verdicts are kept"
         )
     if fault := _fault(found):
-        raise BadSummary(f"{path}: it isn't as judge.py wrote it: {fault}; run the same judge.py command again")
+        raise BadSummary(f"{path}: {fault} is missing or of the wrong type; run the same judge.py command again")
     if (found["score"] if "score" in found else found["win_rate"]) is None:
         raise BadSummary(f"{path}: nothing could be judged (n = 0); run the same judge.py command again")
     if not found["drawn"]:
@@ -218,7 +218,7 @@ def command(name: str, description: str, output: str, work: Callable[[list[Summa
         parser.add_argument("--output", metavar="FILE", default=output, help=f"the picture (PNG); default: {output}")
         args = parser.parse_args(words)
         if os.path.splitext(args.output)[1] == ".txt":
-            return f"error: --output {args.output} is what its table would be called; give the picture a name in .png"
+            return f"error: --output {args.output} is the name of its table; give the picture a name in .png"
         text = f"{os.path.splitext(args.output)[0]}.txt"
         outputs = [
             Output("--output", args.output, picture),

@@ -5,7 +5,8 @@ import math
 import torch
 from omegaconf import DictConfig
 
-from losses import KL_ESTIMATE, LENGTHS, LOGPS, LOSSES
+from losses import find_loss
+from objectives.declaration import KL_ESTIMATE, LENGTHS, LOGPS, MEAN_LENGTH, MEMORY, Memory
 from reporting.terminal import number, percent
 
 N_EVALUATIONS = 3  # in a row with a symptom, before it is reported
@@ -18,7 +19,7 @@ def loss_at_reference(loss_config: DictConfig) -> float | None:
 
     None if it depends on the pair, or without a reference.
     """
-    loss = LOSSES[loss_config.name]
+    loss = find_loss(loss_config)
     if not loss.needs_reference(loss_config):
         return None
     values = []
@@ -26,8 +27,10 @@ def loss_at_reference(loss_config: DictConfig) -> float | None:
         of_sides = {"chosen": (chosen, n_chosen), "rejected": (rejected, n_rejected)}
         inputs = {name: torch.tensor([of_sides[name.split("_")[1]][0]]) for name in LOGPS}
         inputs |= {name: torch.tensor([of_sides[name.split("_")[0]][1]]) for name in LENGTHS}
-        inputs[KL_ESTIMATE] = torch.tensor(0.0)
-        values.append(loss(inputs, loss_config)[0].item())
+        inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(1.0), MEMORY: Memory()}
+        inputs |= {name.replace("_logps", "_shared_logps"): inputs[name] for name in LOGPS}
+        inputs |= {f"{side}_weights": torch.tensor(1.0) for side in of_sides}
+        values.append(loss.compute(inputs, loss_config).losses.item())
     return values[0] if math.isclose(*values, rel_tol=1e-4) else None
 
 

@@ -72,7 +72,7 @@ def percent(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Return a number with three digits, or all before the point."""
+    """Return a number with three digits, or as an integer from 100 on."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
@@ -176,15 +176,11 @@ class _Column:
     change: Callable[[float], str] = signed
 
 
-def _points(value: float) -> str:
-    return f"{value * 100:+.1f}"
-
-
 _ACCURACIES = "rewards_{}/accuracies"
 _COLUMNS = (
     _Column("loss", "loss/{}", 7),
     _Column("nll", "nll_{}/chosen", 7),
-    _Column("acc.", _ACCURACIES, 6, percent, _points),
+    _Column("acc.", _ACCURACIES, 6, percent, lambda change: f"{change * 100:+.1f}"),
     _Column("margin", "rewards_{}/margins", 7, signed),
     _Column("chosen", "logps_{}/chosen", 7),
     _Column("rejected", "logps_{}/rejected", 8),

@@ -1,7 +1,6 @@
 """A run's parameters, tokens and operations per second, and memory."""
 
 import re
-import resource
 import sys
 
 import torch
@@ -61,12 +60,23 @@ class Throughput:
 
 def peak_memory() -> str:
     """Return this process's peak memory in words."""
-    n_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    parts = [f"{n_bytes / 1e9:.1f} GB of the host's"]
+    parts = [f"{_peak_bytes() / 1e9:.1f} GB of the host's"]
     if torch.cuda.is_available():
         gpus = [torch.cuda.max_memory_allocated(gpu) / 1e9 for gpu in range(torch.cuda.device_count())]
         parts.append(f"{max(gpus):.1f} GB of a GPU's")
     return ", ".join(parts)
+
+
+def _peak_bytes() -> int:
+    """Return the most memory of the host's that this process has held; on Windows psutil knows it."""
+    try:
+        import resource
+    except ImportError:
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def parameters_in_words(n_trained: int, n_all: int) -> str:

@@ -1,8 +1,8 @@
 """Draw win rates against sampling temperature: `python -m reporting.win_rates SUMMARY [SUMMARY ...] [--output FILE]`.
 
-SUMMARY is a file that judge.py wrote on samples of one checkpoint at one temperature. A line for each
-checkpoint, with Wilson's 95 % intervals (figures 2, right, and 3 of https://arxiv.org/abs/2305.18290), and a table of
-the same numbers beside the picture.
+SUMMARY is a file that judge.py wrote on samples of one checkpoint at one temperature. The picture has a line for each
+checkpoint, with Wilson's 95 % intervals (figures 2, right, and 3 of https://arxiv.org/abs/2305.18290); a table of
+the same numbers is written beside it.
 """
 
 if __name__ == "__main__":  # first, as the other imports take seconds

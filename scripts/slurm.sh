@@ -23,10 +23,23 @@ export MASTER_ADDR MASTER_PORT
 
 # When a task has ended, the others get one more minute. We don't use --kill-on-bad-exit=1, which would kill them at
 # once: after a signal, tasks end one after the other, and a killed task would hide the exit code 75.
-srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
-    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-    exec python -u train.py trainer=FSDPTrainer resume=auto "$@"' task "$@"
-status=$?
+train() {
+    srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
+        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+        exec python -u train.py trainer=FSDPTrainer resume=auto "$@"' task "$@"
+}
+
+# A failed run is restarted and resumes, up to MAX_RESTARTS times. A failure within RESTART_AFTER seconds is most likely a
+# mistake in the command: it would fail again. (Slurm itself requeues the job after a machine has failed.)
+for attempt in $(seq 0 "${MAX_RESTARTS:-3}"); do
+    started=$SECONDS
+    train "$@"
+    status=$?
+    if [ $status -eq 0 ] || [ $status -eq 75 ] || [ $((SECONDS - started)) -lt "${RESTART_AFTER:-60}" ]; then
+        break
+    fi
+    echo "attempt $attempt ended with exit code $status"
+done
 
 if [ $status -eq 75 ]; then # stopped by a signal, with a checkpoint
     scontrol requeue "$SLURM_JOB_ID"

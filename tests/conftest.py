@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hub_server import Place
@@ -207,7 +208,7 @@ def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
     If the reference is precomputed, that is done, too. Data, caches and runs are in the directory.
     """
 
-    def make(*overrides: str) -> BasicTrainer:
+    def make(*overrides: str, purpose: str = "train") -> BasicTrainer:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             names = [
                 f"exp_name={next(counter)}",
@@ -220,12 +221,38 @@ def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
         check_config(config)
         policy = load_policy(config)
         load = functools.partial(load_reference, config, policy)
-        trainer = BasicTrainer(policy, config, config.seed, config.local_run_dir, reference_model=load)
+        trainer = BasicTrainer(policy, config, config.seed, config.local_run_dir, load, purpose=purpose)
         trainer.precompute_reference()
         return trainer
 
     counter = itertools.count()
     return make
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a command in the test's directory; kill those that still run at its end."""
+    processes = []
+
+    def start_command(*command: str, log: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+        environment = {**os.environ, **ENVIRONMENT, **(env or {})}
+        with open(tmp_path / log, "w") as file:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *command], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+                    stderr=file,
+                )
+            )  # fmt: skip
+        return processes[-1]
+
+    yield start_command
+    for process in processes:
+        with_children = (
+            [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
+        )
+        for running in with_children:
+            running.kill()
+        process.wait()
 
 
 @pytest.fixture

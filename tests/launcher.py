@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -231,6 +232,7 @@ class Server:
             child = os.fork()
             if child == 0:
                 code = run_script(job, env, streams)
+                threading._shutdown()  # as at the end of an interpreter: waits for threads, ends pools of processes
                 atexit._run_exitfuncs()
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)

@@ -8,9 +8,9 @@ from conftest import read_jsonl
 from omegaconf import OmegaConf
 
 SCRIPT = '''
+import sys
 import torch.nn.functional as F
-import losses
-import train
+import evaluate, losses, sample, train
 
 def simpo_loss(
     policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths,
@@ -25,7 +25,7 @@ def simpo_loss(
 losses.LOSSES["own_simpo"] = losses.Loss(simpo_loss)
 
 if __name__ == "__main__":
-    train.main()
+    {"train": train, "evaluate": evaluate, "sample": sample}[sys.argv.pop(1)].main()
 '''
 RUN = [
     "loss=own_simpo", "model=tiny", "datasets=[toy]", "n_examples=96", "batch_size=16", "n_eval_examples=64",
@@ -42,7 +42,7 @@ def train_simpo(launcher, tmp_path):
     (tmp_path / "conf/loss/own_simpo.yaml").write_text("name: own_simpo\nbeta: 2.0\ngamma: 1.0\n")
 
     def run_script(*overrides: str) -> int:
-        words = ["--config-dir", "conf", *RUN, "local_run_dir=run", *overrides]
+        words = ["train", "--config-dir", "conf", *RUN, "local_run_dir=run", *overrides]
         return launcher.run(*words, directory=tmp_path, script=tmp_path / "train_simpo.py")
 
     return run_script
@@ -63,6 +63,19 @@ def test_added_loss_trains_without_a_reference_by_its_own_formula(parallel, trai
     assert n_tokens == pytest.approx(18, abs=0.01)
     # the untrained model tells the two responses hardly apart: -log σ(margin - γ) at a margin of about 0
     assert first["loss/eval"] == pytest.approx(math.log(1 + math.exp(0.5)), abs=0.01)
+
+
+def test_run_with_an_added_loss_is_evaluated_and_sampled_by_its_script(train_simpo, launcher, tmp_path):
+    assert train_simpo("n_examples=32") == 0, launcher.output
+    expected = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"][-1]
+    script = {"directory": tmp_path, "script": tmp_path / "train_simpo.py"}
+    assert launcher.run("evaluate", "run=run", **script) == 0, launcher.output
+    (evaluation,) = read_jsonl(tmp_path / "run/evaluations.jsonl")
+    assert evaluation["metrics"]["loss/eval"] == pytest.approx(expected["loss/eval"], rel=1e-6)
+    assert launcher.run("sample", "run=run", "n_samples=1", "n_prompts=2", "output=a.jsonl", **script) == 0, (
+        launcher.output
+    )
+    assert len(read_jsonl(tmp_path / "a.jsonl")) == 2
 
 
 @pytest.mark.parametrize(

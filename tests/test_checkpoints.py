@@ -322,7 +322,7 @@ def test_damaged_archive_is_refused(name, damaged, finished, run_dir):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes({"truncated": content[:-1000], "bit flipped": content, "empty": b""}[damaged])
-    with pytest.raises(UserError, match=f"{name} is not what SHA256SUMS beside it says: the file is damaged"):
+    with pytest.raises(UserError, match=f"{name} doesn't match its checksum in SHA256SUMS: the file is damaged"):
         load_archive(str(path), policy)
     if damaged != "bit flipped":
         (run_dir / "LATEST/SHA256SUMS").unlink()

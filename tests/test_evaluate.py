@@ -151,7 +151,7 @@ BAD = {
     "rows of several": (["run={run}", "checkpoint=[step-8,LATEST]", "rows=r"], "give one checkpoint at a time"),
     "nowhere to write": (["run={run}", "output=/nowhere/o"], "output=/nowhere/o: there is no such directory"),
     "an unknown key": (["run={run}", "beta=1"], "no config key 'beta'"),
-    "a sweep": (["-m", "run={run}", "seed=1,2"], "-m sweeps over train.py alone"),
+    "a sweep": (["-m", "run={run}", "seed=1,2"], "only train.py supports sweeps with -m"),
 }
 
 

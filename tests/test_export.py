@@ -152,7 +152,7 @@ def test_command_exports_with_the_umasks_permissions_and_tells_mistakes(copied):
     assert find_corruption(copied / "plain") == "SHA256SUMS doesn't list state.json"
     assert json.loads((copied / "plain/config.json").read_text())["vocab_size"] == 2048
     for words, message in (
-        ([], "output: give it"), (["output=plain"], "not empty"), (["ouput=x"], "Did you mean output?"),
+        ([], "output is required"), (["output=plain"], "not empty"), (["ouput=x"], "Did you mean output?"),
     ):  # fmt: skip
         result = subprocess.run([*command, *words], **options)
         assert result.returncode == 1

@@ -306,7 +306,7 @@ def test_damaged_weights_beside_checksums_are_refused_wherever_they_are_loaded(k
         f"local_run_dir={tmp_path}/run",
     ]
     assert launcher.run(*run) == 1, launcher.output
-    assert f"{weights.name} is not what SHA256SUMS beside it says: the file is damaged" in launcher.output
+    assert f"{weights.name} doesn't match its checksum in SHA256SUMS: the file is damaged" in launcher.output
     assert "Traceback" not in launcher.output
 
 

@@ -203,7 +203,7 @@ def examples(tokenizer, tmp_path):
         for split in ("train", "test"):
             for batch in get_batch_iterator(
                 [dataset], tokenizer, split, n_epochs=1, drop_last=False, sft_mode=loss == "sft", silent=True,
-                mismatched=loss == "kto", cache_dir=str(tmp_path / "cache"), settings=settings,
+                mismatched=loss == "kto", unpaired=loss == "kto", cache_dir=str(tmp_path / "cache"), settings=settings,
             ):  # fmt: skip
                 found.append(_parts(batch))
         return sorted(found)

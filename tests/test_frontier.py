@@ -18,7 +18,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import frontier
 from exact import Frontier, ResponseTree, conditioned, response_logps
 from frontier import STEP_SIZE, Bench, Run, learning_rate, objectives
-from frontier_report import draw, length_table, load
+from frontier_report import draw, length_table, load, points, sweep_table
 
 TINY = REPOSITORY / "assets/tiny"
 REWARDS = toy.true_reward(toy.ALL_RESPONSES)
@@ -189,7 +189,27 @@ def test_every_pairwise_loss_has_runs_with_valid_options():
         loss = LOSSES[Run(name, 1.0).loss]
         assert frontier.strength_option(name) in loss.options
         assert len(frontier.strengths(name)) == 5
-    assert {*objectives(), "sft"} == {*LOSSES, "cdpo", "tr_dpo"}
+    assert {*objectives(), "sft", "sft_tokens"} == {*LOSSES, "cdpo", "tr_dpo"}
+
+
+def test_picture_shows_the_figures_of_the_table():
+    ends = [(0.99, 2.0, 1.5), (0.5, 1.0, 0.25)]
+    checkpoints = [{"fraction": f, "kl": kl, "outside": 0.01} for f, _, kl in ends]
+    runs = [
+        {"objective": "dpo", "data": "toy", "optimizer": ["optimizer=SGD"], "extra": [], "strength": strength}
+        for _, strength, _ in ends
+    ]
+    results = [
+        {"run": run, "checkpoints": [checkpoint], "error": None}
+        for run, checkpoint in zip(runs, checkpoints, strict=True)
+    ]
+    assert points(sweep_table(results, {"dpo": ("beta", 1.0)})) == {"dpo": [(0.25, 0.5), (1.5, 0.99)]}
+
+
+def test_picture_of_the_docs_has_every_objective_that_was_measured():
+    drawn = points((REPOSITORY / "docs/objectives.md").read_text())
+    assert set(objectives()) - {"length_dpo", "dpo_norm"} <= drawn.keys()  # they equal dpo for responses of one length
+    assert all(0 < kl < 9.6 and fraction < 1 for row in drawn.values() for kl, fraction in row if fraction > 0.8)
 
 
 @pytest.mark.slow
@@ -213,6 +233,7 @@ def test_frontier_benchmark_trains_evaluates_and_reports_once(tmp_path, monkeypa
     bench.execute(run)
     assert log.stat().st_mtime_ns == before
     assert "| dpo | `strength 1` |" in length_table(bench, load(bench.results))
-    draw(start.frontier, load(bench.results), {"dpo": ("beta", 1.0)}, tmp_path / "frontier.png")
+    table = sweep_table(load(bench.results), {"dpo": ("beta", 1.0)})
+    draw(table, tmp_path / "frontier.png")
     header = (tmp_path / "frontier.png").read_bytes()[16:20]
     assert int.from_bytes(header, "big") == 1200  # its width

@@ -710,9 +710,9 @@ ASKS = ["judge=openai", "judge_model=m"]
 OPENAI = [*ASKS, "judge_url=http://127.0.0.1:9/v1"]
 COMMAND = ["judge=command", "judge_command=x"]
 BAD = {
-    "no judge": ([], "judge: give it, e.g. python judge.py"),
+    "no judge": ([], "judge is required, e.g. python judge.py"),
     "another judge": (["judge=opennai"], "judge=opennai: no such judge. Did you mean openai? There are: model"),
-    "nothing to compare with": (["b=null", *OPENAI], "b: give the responses to compare those of a with"),
+    "nothing to compare with": (["b=null", *OPENAI], "b is required: the responses to compare those of a with"),
     "no partners": (["b=null", "judge=model", "judge_model=m", "allow_unmatched=true"], "no effect without b"),
     "no model": (["judge=model"], "judge=model needs judge_model"),
     "no endpoint": (ASKS, "judge=openai needs judge_url"),
@@ -737,12 +737,12 @@ BAD = {
     "too few": (["b=few.jsonl", *OPENAI], "prompt_index=3, sample=0 is in a and not in b (5 responses are without"),
     "other prompts": (["b=prompts.jsonl", *OPENAI], "a and b have different prompts at prompt_index=0"),
     "an output that is an input": (["output=a.jsonl", *OPENAI], "output=a.jsonl is also the file of a"),
-    "an output of something else": (["output=other.jsonl", *OPENAI], "a file that isn't one of verdicts"),
-    "an output of one line without an end": (["output=mine.json", *OPENAI], "a file that isn't one of verdicts"),
+    "an output of something else": (["output=other.jsonl", *OPENAI], "doesn't hold verdicts"),
+    "an output of one line without an end": (["output=mine.json", *OPENAI], "doesn't hold verdicts"),
     "a summary in the place of an input": (
         ["b=v_summary.json", *OPENAI], "the summary of output=v_summary.json is also the file of b; give another"
     ),
-    "scores that are none": (["output=scores.jsonl", *OPENAI], "a file that isn't one of verdicts"),
+    "scores that are none": (["output=scores.jsonl", *OPENAI], "doesn't hold verdicts"),
     "nowhere to write": (["output=no/where.jsonl", *OPENAI], "output=no/where.jsonl: there is no such directory"),
     "a model that isn't there": (["judge=model", "judge_model=nowhere/x"], "can't load judge_model=nowhere/x"),
     "a model without a score": (["judge=model", f"judge_model={ORACLE}/model"], "score.weight"),
@@ -773,4 +773,4 @@ def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp
 
 
 def test_judge_sweep_is_refused(refused, files):
-    assert "-m sweeps over train.py alone" in refused(*OPENAI, files=["-m", *files])
+    assert "only train.py supports sweeps with -m" in refused(*OPENAI, files=["-m", *files])

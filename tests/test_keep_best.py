@@ -149,7 +149,7 @@ def test_equal_metric_is_not_better_and_a_new_metric_starts_over(make_trainer):
         best.judge(state, config)
     assert (state.best, state.best_at, state.worse) == ({"loss/eval": 0.5}, 8, 2)
     config.keep_best, config.stop_when_worse = "nll_eval/chosen", 2
-    assert not best.is_over(state, config)  # nothing was worse by the new metric yet
+    assert not best.ends_run(state, config)  # nothing was worse by the new metric yet
     assert not best.should_save_best(state, config)
     best.judge(state, config)
     assert (state.best, state.best_at, state.worse) == ({"nll_eval/chosen": 2.0}, 24, 0)

@@ -1,16 +1,14 @@
 """Runs of several processes start on one machine and on two, and end together."""
 
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 from conftest import REPOSITORY, exhaustive_except, read_jsonl
-from launcher import ENVIRONMENT, wait_until
+from launcher import wait_until
 from process_pool import launcher_variables
 
 from checkpointing.stop_signal import EXIT_CODE
@@ -85,32 +83,6 @@ def test_users_mistake_in_a_worker_is_reported_once(start_run, tmp_path):
 
 
 # ---- processes that a launcher starts -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Start a command in the test's directory; kill those that still run at its end."""
-    processes = []
-
-    def start_command(*command: str, log: str, env: dict[str, str] | None = None) -> subprocess.Popen:
-        environment = {**os.environ, **ENVIRONMENT, **(env or {})}
-        with open(tmp_path / log, "w") as file:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *command], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=file,
-                )
-            )  # fmt: skip
-        return processes[-1]
-
-    yield start_command
-    for process in processes:
-        with_children = (
-            [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
-        )
-        for running in with_children:
-            running.kill()
-        process.wait()
 
 
 def agents(start, tmp_path, port: str, *overrides: str) -> list[subprocess.Popen]:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from config_checks.schema import CONFIG_DIR
 from log_probabilities import _get_batch_logps
 from losses import LOSSES, Loss, preference_loss
+from objectives.modifiers import UNLISTED
 from trainers import _get_batch_logps as reexported_logps
 from trainers import concatenated_inputs as reexported_inputs
 from trainers import preference_loss as reexported_loss
@@ -59,8 +60,8 @@ def test_rewards_carry_no_gradient():
 def test_loss_inputs_and_options_come_from_its_signature():
     assert LOSSES["sft"].inputs == ("policy_chosen_logps",)
     assert list(LOSSES["sft"].options) == ["average_log_prob"]
-    assert list(LOSSES["dpo"].options) == ["beta", "label_smoothing", "reference_free", "average_log_prob"]
-    assert list(LOSSES["ipo"].options) == ["beta", "reference_free", "average_log_prob"]
+    assert list(LOSSES["dpo"].options) == ["beta", "label_smoothing", "reference_free", "average_log_prob", *UNLISTED]
+    assert list(LOSSES["ipo"].options) == ["beta", "reference_free", "average_log_prob", *UNLISTED]
     assert [LOSSES[name].needs_pairs for name in ("sft", "dpo", "ipo")] == [False, True, True]
     assert [LOSSES[name].needs_reference({}) for name in ("sft", "dpo", "ipo")] == [False, True, True]
     assert not LOSSES["dpo"].needs_reference({"reference_free": True})
@@ -69,14 +70,15 @@ def test_loss_inputs_and_options_come_from_its_signature():
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_yaml_holds_the_options_and_defaults_of_the_signature(name):
     yaml = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "loss" / f"{name}.yaml"))
-    assert yaml == {"name": name, **{key: option.default for key, option in LOSSES[name].options.items()}}
+    defaults = {key: option.default for key, option in LOSSES[name].options.items() if key not in UNLISTED}
+    assert yaml == {"name": name, **defaults}
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_loss_is_documented_with_its_options(name):
     (row,) = re.findall(rf"^\| `loss={name}` \|.*", (REPOSITORY / "docs/objectives.md").read_text(), re.MULTILINE)
     for key, option in LOSSES[name].options.items():
-        assert f"`{key}` {str(option.default).lower()}" in row or key == "average_log_prob"
+        assert f"`{key}` {str(option.default).lower()}" in row or key == "average_log_prob" or key in UNLISTED
     assert re.search(rf"`(loss=)?{name}`", (REPOSITORY / "README.md").read_text())
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from acceleration import memory_plan, speed_up
 from acceleration.capacity import measure_activations
+from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
+from acceleration.out_of_memory import explained_out_of_memory
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
@@ -21,7 +23,6 @@ from distributed.dtensor import distribute_model
 from distributed.fsdp import fsdp_mesh, shard_model
 from distributed.strategies import FullySharded, SingleProcess
 from models import _check_on_gpus
-from optimization import state_bytes, step_one_by_one, steps_by_foreach
 from reporting.metrics import check_finite
 from reporting.usage import n_parameters, peak_flops
 from utils import UserError
@@ -248,7 +249,7 @@ def test_model_larger_than_the_gpu_is_refused(monkeypatch):
 def test_running_out_of_memory_names_remedies():
     config = compose_config("model=tiny", "loss=sft", "activation_checkpointing=true", "model.policy_dtype=bfloat16")
     message = "out of memory: Tried to allocate"
-    with pytest.raises(UserError, match=message) as error, memory_plan.explained_out_of_memory(config):
+    with pytest.raises(UserError, match=message) as error, explained_out_of_memory(config):
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB\nmore")
     message = str(error.value)
     assert "max_tokens_per_microbatch" in message and "lora={}" in message
@@ -344,13 +345,15 @@ def test_log_probabilities_of_a_reference_go_to_the_policys_device(make_trainer)
     assert {logps.device.type for logps in trainer.reference_logps(trainer.eval_iterator.first_examples(2))} == {"meta"}
 
 
-def test_samples_are_drawn_in_the_precision_in_which_they_are_scored(make_trainer):
+@pytest.mark.parametrize(("given", "of_reference"), [("null", torch.bfloat16), ("float32", torch.float32)])
+def test_samples_are_drawn_in_the_precision_in_which_they_are_scored(given, of_reference, make_trainer):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=4", "n_eval_examples=4",
-                           "model.policy_mp=bfloat16", "max_length=40", "max_prompt_length=32")  # fmt: skip
+                           "model.policy_mp=bfloat16", f"model.reference_dtype={given}", "max_length=40",
+                           "max_prompt_length=32")  # fmt: skip
     dtypes = {}
     for name, model in (("policy", trainer.policy), ("reference", trainer.reference.model)):
         model.get_output_embeddings().register_forward_hook(
             lambda _module, _inputs, output, name=name: dtypes.setdefault(name, set()).add(output.dtype)
         )
     trainer.get_batch_samples(trainer.eval_batches[0])
-    assert dtypes == {"policy": {torch.bfloat16}, "reference": {torch.float32}}
+    assert dtypes == {"policy": {torch.bfloat16}, "reference": {of_reference}}

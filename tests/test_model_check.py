@@ -178,7 +178,7 @@ def test_encoder_configured_as_decoder_is_accepted():
 @pytest.mark.parametrize("settings", [{}, PLAIN_SETTINGS], ids=str)
 def test_model_that_routes_at_random_in_training_is_refused(settings, dtype):
     model = tiny_model("phimoe").to(dtype)
-    with pytest.raises(UserError, match=r"PhimoeForCausalLM: it computes at random in training.* differ by \d"):
+    with pytest.raises(UserError, match=r"PhimoeForCausalLM: its results are random in training.* differ by \d"):
         check_model(model, SHORT, **settings)
 
 
@@ -275,7 +275,7 @@ def test_whoever_edits_get_batch_logps_changes_what_is_trained(loss, metric, mak
     trainer = make_trainer(*EDITED, f"loss={loss}")
     assert trainer.layout == PLAIN
     subject, plain = {"dpo": ("Prefix sharing", "concatenated_forward"),
-                      "sft": ("Output head at responses only", "target_forward")}[loss]  # fmt: skip
+                      "sft": ("Output head at responses only", "plain_logps")}[loss]  # fmt: skip
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "which is used instead" in line]
     assert line.startswith(f"{subject}: off; it gives other log-probabilities than {plain} (by ")
     assert line.endswith(" nats), which is used instead")
@@ -401,7 +401,7 @@ def test_workers_choose_the_layout_that_one_process_does(trainer, loss, launcher
     for run_dir, n_workers, choice in ((tmp_path / "1", 1, []), (tmp_path / "2", 2, [f"trainer={trainer}"])):
         code = launcher.run(*overrides, *choice, f"local_run_dir={run_dir}", n_workers=n_workers)
         assert code == 0, launcher.output
-        assert "ogits of whole sequences, as the model changes what its output head gives" in launcher.output
+        assert "ogits at every position, because the model modifies its output head's result" in launcher.output
         last[n_workers] = read_jsonl(run_dir / "metrics.jsonl")[-1]
     for key in last[1].keys() - {"split", "examples_per_second", "tokens_per_second"}:
         assert last[2][key] == pytest.approx(last[1][key], rel=1e-5, abs=1e-5), key
@@ -434,7 +434,7 @@ def test_flex_attention_without_gradients_is_refused(launcher, model_dir, tmp_pa
     script = train_after("import torch; torch._dynamo.config.disable = True", tmp_path)  # compiling takes long
     run = [*RUN, f"model.name_or_path={path}", "loss=sft", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run, script=script) == 1
-    assert "error: LlamaForCausalLM: target_forward fails" in launcher.output
+    assert "error: LlamaForCausalLM: plain_logps fails" in launcher.output
     assert "attn_implementation=flex_attention now; sdpa and eager" in launcher.output
     assert "Traceback" not in launcher.output
     assert not (tmp_path / "run").exists()

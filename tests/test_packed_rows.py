@@ -187,13 +187,13 @@ def test_models_with_windows_share_prompts_only_in_packed_rows():
 
 
 CANNOT = {
-    "attention of its own": (CONFIGS["gptj"], "attn_implementation=eager takes no packed rows"),
+    "attention of its own": (CONFIGS["gptj"], "attn_implementation=eager doesn't support packed rows"),
     "a class of attention of its own": (
         transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "it gives other log-probabilities"
     ),
     "sinks": (
         transformers.GptOssConfig(**SMALL, **LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1, head_dim=8),
-        "takes no packed rows|no s_aux",
+        "doesn't support packed rows|no s_aux",
     ),
     "recurrent layers": (
         transformers.Qwen3NextConfig(

@@ -14,12 +14,12 @@ import transformers
 from acceleration import memory_plan
 from acceleration.capacity import measure_activations
 from acceleration.measurement import full_length_batch
+from acceleration.optimizer_memory import state_bytes
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention, with_tensors
 from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
-from optimization import state_bytes
 from utils import UserError, disable_dropout
 
 pytestmark = [

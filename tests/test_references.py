@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 
@@ -14,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
+from acceleration import reference_cache
 from acceleration.reference_cache import LogpsCache
 from commands.run_directory import create_run_dir
-from data.batches import BatchIterator
 from references import REFERENCE_ADAPTER
 from utils import UserError
 
@@ -191,6 +192,13 @@ def n_computed(capsys) -> int:
 PRECOMPUTED = [*TOY, "loss=dpo", "precompute_ref_log_probs=true"]
 
 
+def test_evaluation_reads_and_precomputes_evaluation_pairs_alone(make_trainer, capsys):
+    trainer = make_trainer(*PRECOMPUTED, purpose="evaluate")
+    assert (trainer.train_iterator, trainer.optimizer) == (None, None)
+    assert n_computed(capsys) == trainer.n_eval_examples == len(trainer.reference_cache.logps)
+    assert trainer.evaluate()["loss/eval"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 @pytest.fixture(scope="module")
 def filled_cache(tmp_path_factory):
     directory = tmp_path_factory.mktemp("filled")
@@ -266,13 +274,13 @@ def test_interrupted_reference_pass_resumes(make_trainer, capsys, monkeypatch):
         return windows[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(BatchIterator.distinct_examples, "__defaults__", (16,))
+        patch.setattr(reference_cache, "_PAIRS_PER_FILE", 4)
         patch.setattr(LogpsCache, "fill_batch", fill_and_stop)
         with pytest.raises(KeyboardInterrupt):
             make_trainer(*PRECOMPUTED)
     make_trainer(*PRECOMPUTED)
-    assert windows == [16]
-    assert n_computed(capsys) == 32 - 16
+    assert windows == [4]
+    assert n_computed(capsys) == 32 - 4
 
 
 def cache_files(tmp_path):

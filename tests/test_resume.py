@@ -241,7 +241,7 @@ def run_dir(finished, tmp_path):
         (["model=pythia28"], ["model.name_or_path: ", "→ EleutherAI/pythia-2.8b"]),
         (["lora={r:4}"], ["lora.r: absent → 4"]),
         (["max_length=60", "lr=1"], ["max_length: 64 → 60", "lr: 0.001 → 1"]),
-        (["n_examples=8"], ["4 steps behind it", "n_examples=8 ask for 2 in all"]),
+        (["n_examples=8"], ["is after step 4, but n_epochs=", "n_examples=8 end the run at step 2"]),
         (
             ["lora={r:4}", "resume_anyway=true"],
             ["lora={'r': 4}: ", "holds all weights, not an adapter"],

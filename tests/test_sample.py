@@ -221,7 +221,7 @@ def test_sampling_computes_the_reference_that_training_had_precomputed(launcher,
 
 
 OWN = {  # (content of the file, overrides, message)
-    "one line without an end": ('{"my": "data"}', "output={path}", "a file that isn't one of samples"),
+    "one line without an end": ('{"my": "data"}', "output={path}", "doesn't hold samples"),
     "the prompts": ('{"prompt": "The story"}\n', "prompts={path} output={path}", "is also the file of prompts"),
     "the prompts, for AlpacaEval": (
         '{"prompt": "The story"}', "prompts={path} output={path}.x alpaca_eval={path}", "is also the file of prompts"

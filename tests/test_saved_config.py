@@ -42,3 +42,14 @@ def test_remote_code_is_allowed_by_the_command_line_alone(overrides, allowed, tm
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(of_run))
     config = _config_of_run(compose_config(*overrides, "model=tiny"), str(tmp_path), {})
     assert (config.model.trust_remote_code, config.lr) == (allowed, 0.5)
+
+
+def test_run_that_is_older_than_a_key_has_its_default(tmp_path):
+    of_run = compose_config("model=tiny", f"local_run_dir={tmp_path}", "lora.r=2")
+    OmegaConf.resolve(of_run)
+    saved = OmegaConf.to_container(of_run)
+    del saved["model"]["router_aux_loss_coef"], saved["worker_timeout"]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(saved)))
+    config = _config_of_run(compose_config("model=tiny", "lora.lora_alpha=3"), str(tmp_path), {})
+    assert config.model.router_aux_loss_coef is None and config.worker_timeout == 600
+    assert config.model.name_or_path.endswith("assets/tiny")

@@ -122,7 +122,7 @@ def test_rewards_are_drawn_against_the_kl_of_checkpoints(tmp_path, drawn_points)
     assert x_bars[1] == ((pytest.approx(4 - 1.959964 * 0.5), 3.0), (pytest.approx(4 + 1.959964 * 0.5), 3.0))
     assert y_bars[0] == ((1.0, pytest.approx(2 - 1.959964 * 0.25)), (1.0, pytest.approx(2 + 1.959964 * 0.25)))
     assert drawn_points["b"] == ([(3.0, 1.0)], [])
-    assert drawn_points["labels"] == ("KL(policy ‖ reference), nats a response", "reward: mean score of rm")
+    assert drawn_points["labels"] == ("KL(policy ‖ reference), nats per response", "reward: mean score of rm")
     table = (tmp_path / "f.txt").read_text()
     assert "1.000 ± 0.250" in table and "3.000 ± 0.250" in table
 
@@ -139,9 +139,9 @@ def test_reward_axis_may_be_a_win_rate(tmp_path, drawn_points):
 HALF = rate(0.5, 0.4, 0.6)
 COLD = DRAWN | {"temperature": 0.5}
 BAD = {  # changes to the second of two files, and the message
-    "several temperatures": ({"drawn": [DRAWN, COLD]}, "mixes responses of several temperatures (0.5, 1); draw them"),
-    "several runs": ({"drawn": [COLD, COLD | {"run": "b"}]}, "mixes responses of several origins; draw them"),
-    "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; draw them by sample.py"),
+    "several temperatures": ({"drawn": [DRAWN, COLD]}, "mixes responses of several temperatures (0.5, 1); sample them"),
+    "several runs": ({"drawn": [COLD, COLD | {"run": "b"}]}, "mixes responses of several origins; sample them"),
+    "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; sample them with sample.py"),
     "an earlier version": ({"drawn": "absent"}, "as an earlier version wrote it; run the same judge.py command again"),
     "nothing judged": ({"win_rate": None}, "nothing could be judged (n = 0)"),
     "another judge": ({"settings": "t"}, "has another judge, or other settings of one, than"),
@@ -206,5 +206,5 @@ def test_edited_summary_is_named(key, value, tmp_path):
 def test_picture_never_overwrites_a_summary(tmp_path):
     path = write_summary(tmp_path / "s_summary.json", **rate(0.5, 0.4, 0.6))
     assert "is also the file of summary" in win_rates.main([path, "--output", path])
-    assert "is what its table would be called" in win_rates.main([path, "--output", str(tmp_path / "w.txt")])
+    assert "is the name of its table" in win_rates.main([path, "--output", str(tmp_path / "w.txt")])
     assert "no such directory" in win_rates.main([path, "--output", str(tmp_path / "no/w.png")])

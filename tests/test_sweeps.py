@@ -27,7 +27,7 @@ def table(output: str) -> list[list[str]]:
 
 def printed_command(output: str) -> list[str]:
     """Return the words of the command that is printed last."""
-    return shlex.split(output.strip().splitlines()[-1].split("not complete: ")[1])
+    return shlex.split(output.strip().splitlines()[-1].split("incomplete jobs: ")[1])
 
 
 def run_printed(launcher, directory: Path) -> Run:

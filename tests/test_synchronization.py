@@ -60,7 +60,7 @@ def on_meta(trainer: trainers.BasicTrainer) -> dict:
     trainer.device = META
     if trainer.reference is not None:
         trainer.reference.model.to(META)
-    return trainer.prepare(batch)
+    return trainer.with_microbatches(batch)
 
 
 CACHED = "loss=dpo precompute_ref_log_probs=true optimizer=AdamW"

@@ -82,9 +82,9 @@ def test_log_file_has_the_same_lines_without_escape_codes(launcher, tmp_path):
     assert all(re.fullmatch(r"\d+s|\d+m\d\ds", left) for _, left in rows)
     assert re.fullmatch(r"\ds", rows[-1][1])  # the evaluation and the save at the end are still to come
     assert max(map(len, output.split("Each line gives")[1].splitlines()[:60])) <= 120
-    assert re.search(r"^First step: [\d,]+ tokens; memory at its peak: [\d.]+ GB of the host's$", output, re.MULTILINE)
+    assert re.search(r"^First step: [\d,]+ tokens; peak memory: [\d.]+ GB of the host's$", output, re.MULTILINE)
     assert re.search(r"^1\.12 M parameters, all of them trained$", output, re.MULTILINE)
-    assert re.search(r"^Trained on 64 examples in \d+s of steps: .* tokens a step", output, re.MULTILINE)
+    assert re.search(r"^Trained on 64 examples in \d+s of steps: .* tokens per step", output, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_log_file_shows_samples_and_their_kl_once(launcher, tmp_path):
     output = launcher.output
     assert output.count("Samples: 2 of 2, shortened") == 2
     lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"]
-    shown = re.findall(r"on the samples: (\S+) ± (\S+) nats a response, (\S+) a token", output)
+    shown = re.findall(r"on the samples: (\S+) ± (\S+) nats per response, (\S+) per token", output)
     assert len(shown) == len(lines) == 2
     assert float(shown[-1][0]) == pytest.approx(lines[-1]["kl_eval/per_response"], abs=1e-3)
     prompt = " ".join(json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[0])["prompt"].split())

@@ -87,7 +87,7 @@ BAD = {
         "engine=vllm: vLLM isn't installed here. Install it on a machine with a GPU",
     ),
     "no such engine": (["engine=vlm"], "engine=vlm: must be one of transformers, vllm. Did you mean vllm?"),
-    "arguments of none": (["engine_args.x=1"], "engine=transformers has no use for them; leave them out"),
+    "arguments of none": (["engine_args.x=1"], "not used with engine=transformers; leave them out"),
 }
 
 

@@ -1,0 +1,40 @@
+"""LATEST and BEST: links to a checkpoint beside them, or where links need rights (Windows) files that name it."""
+
+import os
+import re
+from pathlib import Path
+
+NAMES = ("LATEST", "BEST")
+_TARGET = re.compile(rb"(step-[0-9]{1,30})\n?")
+
+
+def make_link(target: str, path: str):
+    """Make `path` a symbolic link to `target` in the same directory, or a file with that name in it."""
+    try:
+        os.symlink(target, path)
+    except (OSError, NotImplementedError):
+        if os.path.lexists(path):
+            raise
+        with open(path, "xb") as file:
+            file.write(f"{target}\n".encode())
+
+
+def link_target(path: str) -> str | None:
+    """Return where such a link leads, as written there; None for anything else."""
+    if os.path.islink(path):
+        return os.readlink(path)
+    if os.path.basename(path) not in NAMES or not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        match = _TARGET.fullmatch(file.read(64))
+    return match[1].decode() if match else None
+
+
+def followed(path: str) -> str:
+    """Return a path in which each file that is such a link is replaced by where it leads."""
+    parts = Path(path).parts
+    for n, name in enumerate(parts, 1):
+        link = os.path.join(*parts[:n])
+        if name in NAMES and not os.path.islink(link) and (target := link_target(link)) is not None:
+            path = os.path.join(os.path.dirname(link), target, *parts[n:])
+    return path

@@ -1,0 +1,129 @@
+"""What the signature of a loss may ask for, and the object that reads it."""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
+
+import torch
+
+from objectives import modifiers
+from objectives.options import read_option
+
+WholeBatch = Annotated[torch.Tensor, "all microbatches and workers"]
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # losses, chosen and rejected rewards: (batch_size,) each
+
+LOGPS = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
+LENGTHS = ("chosen_lengths", "rejected_lengths")
+KL_ESTIMATE, MEAN_LENGTH, MEMORY = "kl_estimate", "mean_chosen_length", "memory"
+_INPUTS = (*LOGPS, *LENGTHS, KL_ESTIMATE, MEAN_LENGTH, MEMORY)
+
+
+class Memory:
+    """Moving averages that a loss keeps from batch to batch. Checkpoints hold them."""
+
+    def __init__(self, averages: dict[str, torch.Tensor] | None = None):
+        self.averages = averages or {}
+        self.is_frozen = False  # evaluations read the averages without changing them
+
+    def moving_average(self, name: str, value: torch.Tensor, momentum: float) -> torch.Tensor:
+        """Move an average towards the value of a batch, shape (), and return it, without gradient.
+
+        The first batch's value is the first average.
+        """
+        value = value.detach()
+        average = self.averages.get(name, value).to(value)
+        if not self.is_frozen:
+            average = self.averages[name] = momentum * average + (1 - momentum) * value
+        return average
+
+
+class Result(NamedTuple):
+    """The losses of a batch, (batch_size,), its chosen and rejected rewards, if any, and losses of a sum's parts."""
+
+    losses: torch.Tensor
+    rewards: tuple[torch.Tensor, ...] = ()
+    parts: dict[str, torch.Tensor] = {}  # noqa: RUF012 (never changed)
+
+
+class Loss:
+    """A loss function, and the inputs and options that its signature declares.
+
+    Its parameters are, by their names,
+
+    - inputs, tensors of shape (batch_size,): `policy_chosen_logps`, `policy_rejected_logps`, `reference_chosen_logps`,
+      `reference_rejected_logps` (log-probabilities of whole responses, in nats) and `chosen_lengths`,
+      `rejected_lengths` (predicted tokens in the responses). A name with `rejected` makes it a loss of pairs; otherwise
+      it trains on SFT targets. A name with `reference` makes it need a reference. Annotated as `WholeBatch`, they hold
+      the whole batch, of all microbatches and workers, as a loss needs that sorts or averages it;
+    - inputs of shape (), for the whole batch: `kl_estimate`, the policy's KL divergence from the reference (nats, at
+      least 0), and `mean_chosen_length`, the mean of `chosen_lengths`;
+    - `memory`, a `Memory` of moving averages; it needs the whole batch;
+    - options, all others: `loss.NAME` in the config, with the type, range (`Range`, `OneOf`) and default of the
+      annotation. With an option `reference_free` set to true, no reference is loaded and its log-probabilities are
+      zeros.
+
+    Modifiers (`objectives.modifiers`) are further options, of every loss that they fit.
+
+    It returns the losses, or a tuple of losses, chosen rewards and rejected rewards; each of shape (batch_size,).
+
+    Raises: TypeError if the signature declares something else.
+    """
+
+    def __init__(self, function: Callable, unpaired: bool = False, of_margin: bool = False):
+        """Read the signature.
+
+        Args:
+            unpaired: which chosen response stands beside which rejected one doesn't matter: it takes unpaired data.
+            of_margin: it depends on the difference of the two log-ratios alone.
+        """
+        self.function, self.accepts_unpaired = function, unpaired
+        # arguments that functools.partial has set are no options
+        given = function.keywords if isinstance(function, functools.partial) else {}
+        hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in given]
+        self.inputs = tuple(p.name for p in parameters if p.name.endswith("_logps") or p.name in _INPUTS)
+        unknown = set(self.inputs) - set(_INPUTS)
+        if unknown or not self.inputs:
+            raise TypeError(f"{function}: unknown inputs {sorted(unknown)}, or none; there are {', '.join(_INPUTS)}")
+        self.options = {p.name: read_option(p, hints.get(p.name)) for p in parameters if p.name not in self.inputs}
+        self._own_options = tuple(self.options)
+        self.takes_kl_estimate = KL_ESTIMATE in self.inputs
+        self.takes_mean_length = MEAN_LENGTH in self.inputs
+        self.takes_whole_batch = any(hints.get(name) == WholeBatch for name in self.inputs)
+        takes_lengths = self.takes_mean_length or any(name in LENGTHS for name in self.inputs)
+        self.needs_pairs = any("rejected" in name for name in self.inputs)
+        self._compares = any(name.startswith("reference_") for name in self.inputs)
+        if self._compares and not self.needs_pairs:
+            raise TypeError(f"{function}: references are of pairs; take policy_rejected_logps, too")
+        if MEMORY in self.inputs and not self.takes_whole_batch:
+            raise TypeError(f"{function}: memory holds averages over whole batches; annotate inputs with WholeBatch")
+        if not takes_lengths and not self.takes_kl_estimate:
+            self.options |= modifiers.options(self.needs_pairs, self.takes_whole_batch, of_margin)
+
+    def needs_reference(self, loss_config) -> bool:
+        """True if the loss compares the policy with a reference under these options."""
+        return self._compares and not loss_config.get("reference_free", False)
+
+    def needs_shared_logps(self, loss_config) -> bool:
+        """True if a modifier needs the log-probabilities of the tokens up to the length of the shorter response."""
+        return modifiers.needs_shared_logps(loss_config)
+
+    def needs_weights(self, loss_config) -> bool:
+        """True if a modifier needs the weights of the responses (WPO)."""
+        return modifiers.needs_weights(loss_config)
+
+    def compute(self, inputs: dict, loss_config) -> Result:
+        """Return the losses of a batch, and rewards if there are any; `inputs` hold at least those that it declares."""
+        inputs = modifiers.modified(inputs, loss_config)
+        arguments = {name: inputs[name] for name in self.inputs}
+        options = {name: loss_config[name] for name in self._own_options if name in loss_config}
+        output = self.function(**arguments, **options)
+        losses, *rewards = output if isinstance(output, tuple) else (output,)
+        return Result(modifiers.weighted(losses, inputs, loss_config), tuple(rewards))
+
+    def __call__(self, inputs: dict, loss_config) -> tuple[torch.Tensor, ...]:
+        """Return the losses, or losses, chosen rewards and rejected rewards."""
+        result = self.compute(inputs, loss_config)
+        return result.losses, *result.rewards

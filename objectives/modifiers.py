@@ -1,0 +1,91 @@
+"""Modifiers: options that change what any fitting loss is computed from.
+
+In this order, each with its default off:
+
+- `ld_alpha`, LD-DPO (https://arxiv.org/abs/2409.06411): tokens beyond the length of the shorter response count α times;
+- `average_log_prob`: log-probabilities are means over a response's tokens;
+- `wpo`, WPO (https://arxiv.org/abs/2406.11827): pairs count less that the policy itself would hardly give;
+- `f_divergence`, f-DPO (https://arxiv.org/abs/2309.16240): another divergence than the reverse KL regularizes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from objectives.options import OneOf, Option, Range
+
+MEAN = {"average_log_prob": Option(bool, False)}
+LENGTH_DESENSITIZED = {"ld_alpha": Option(float, 1.0, Range(at_least=0, at_most=1))}
+F_DIVERGENCE = {
+    "f_divergence": Option(str, "reverse_kl", OneOf("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")),
+    "f_alpha": Option(float, 0.5, Range(above=0, below=1)),
+}
+WEIGHTED = {"wpo": Option(bool, False)}
+UNLISTED = {**LENGTH_DESENSITIZED, **WEIGHTED, **F_DIVERGENCE}  # options that the losses' YAML files don't repeat
+_MAX_EXPONENT = 80  # larger ones overflow in float32
+
+
+def options(of_pairs: bool, of_batch: bool, of_margin: bool) -> dict[str, Option]:
+    """Return the modifiers that fit a loss of log-probabilities alone.
+
+    Args:
+        of_batch: the loss needs the whole batch, so that its pairs can't be weighted one by one.
+        of_margin: the loss depends on the difference of the two log-ratios alone.
+    """
+    of_each_pair = WEIGHTED if of_pairs and not of_batch else {}
+    return MEAN | (LENGTH_DESENSITIZED if of_pairs else {}) | of_each_pair | (F_DIVERGENCE if of_margin else {})
+
+
+def needs_shared_logps(loss_config) -> bool:
+    """True if a loss takes the log-probabilities of the tokens up to the shared length, too."""
+    return loss_config.get("ld_alpha", 1.0) != 1.0
+
+
+def needs_weights(loss_config) -> bool:
+    """True if a loss takes WPO's weights, too."""
+    return loss_config.get("wpo", False)
+
+
+def weighted(losses: torch.Tensor, inputs: dict, loss_config) -> torch.Tensor:
+    """Return the losses of a batch, weighted by how likely both responses of a pair are on-policy (WPO, Eq. 2)."""
+    return losses * inputs["chosen_weights"] * inputs["rejected_weights"] if needs_weights(loss_config) else losses
+
+
+def modified(inputs: dict, loss_config) -> dict:
+    """Return the inputs of a loss as its modifiers change them."""
+    inputs = dict(inputs)
+    names = [name for name in inputs if name.endswith("_logps") and not name.endswith("_shared_logps")]
+    for name in names:
+        if needs_shared_logps(loss_config):
+            # without a reference, its log-probabilities are zeros
+            shared = inputs.get(name.replace("_logps", "_shared_logps"), inputs[name])
+            inputs[name] = shared + loss_config["ld_alpha"] * (inputs[name] - shared)
+        if loss_config.get("average_log_prob", False):
+            inputs[name] = inputs[name] / inputs[f"{_side(name)}_lengths"]
+    divergence = loss_config.get("f_divergence", "reverse_kl")
+    if divergence != "reverse_kl":
+        for name in [name for name in names if name.startswith("policy_")]:
+            reference = inputs[name.replace("policy", "reference")]
+            score = derivative(divergence, inputs[name] - reference, loss_config.get("f_alpha", 0.5))
+            inputs[name] = reference + score
+    return inputs
+
+
+def _side(name: str) -> str:
+    return name.split("_")[1]
+
+
+def derivative(divergence: str, logratios: torch.Tensor, alpha: float) -> torch.Tensor:
+    """f'(u) of a divergence at u = π / π_ref, given log u: it takes the place of log u (f-DPO).
+
+    log u for the reverse KL; 1 - 1/u for the forward KL; log(2u / (1 + u)) for Jensen-Shannon; (1 - u^-α) / α. A
+    constant would cancel in the difference of two responses.
+    """
+    if divergence == "forward_kl":
+        return -torch.expm1((-logratios).clamp(max=_MAX_EXPONENT))
+    if divergence == "js_divergence":
+        return math.log(2) + F.logsigmoid(logratios)
+    if divergence == "alpha_divergence":
+        return -torch.expm1((-alpha * logratios).clamp(max=_MAX_EXPONENT)) / alpha
+    return logratios

@@ -1,0 +1,101 @@
+"""Losses that need the whole batch: they sort it, average it, or move an average by it.
+
+The trainers give them all pairs of a batch, of all microbatches and workers, so that the result depends on neither.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from objectives.declaration import Memory, Outputs, WholeBatch
+from objectives.options import Momentum, NonNegative, Positive
+
+
+def sft_tokens_loss(policy_chosen_logps: torch.Tensor, mean_chosen_length: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood per token: a batch's mean loss is the mean over its tokens, long responses count more."""
+    return -policy_chosen_logps / mean_chosen_length
+
+
+def aot_loss(
+    policy_chosen_logps: WholeBatch,
+    policy_rejected_logps: WholeBatch,
+    reference_chosen_logps: WholeBatch,
+    reference_rejected_logps: WholeBatch,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """AOT on pairs (https://arxiv.org/abs/2406.05882): margins dominate those of the reference, as distributions.
+
+    -log σ(β (m₍ᵢ₎ - m_ref₍ᵢ₎)): the i-th smallest margin log π(chosen) - log π(rejected) against the reference's i-th.
+    """
+    margins = policy_chosen_logps - policy_rejected_logps
+    reference_margins = reference_chosen_logps - reference_rejected_logps
+    losses = -F.logsigmoid(beta * (margins - _same_rank(margins, reference_margins)))
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def aot_unpaired_loss(
+    policy_chosen_logps: WholeBatch,
+    policy_rejected_logps: WholeBatch,
+    reference_chosen_logps: WholeBatch,
+    reference_rejected_logps: WholeBatch,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """AOT on single responses (https://arxiv.org/abs/2406.05882): chosen log-ratios dominate the rejected ones.
+
+    -log σ(β (r(chosen)₍ᵢ₎ - r(rejected)₍ᵢ₎)): the i-th smallest of the one against the i-th smallest of the other.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = -F.logsigmoid(chosen_rewards - _same_rank(chosen_rewards, rejected_rewards))
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def _same_rank(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return, for each value, the one of the others that has its rank: the third smallest for the third smallest."""
+    return others.sort().values[values.argsort().argsort()]
+
+
+def bco_loss(
+    policy_chosen_logps: WholeBatch,
+    policy_rejected_logps: WholeBatch,
+    reference_chosen_logps: WholeBatch,
+    reference_rejected_logps: WholeBatch,
+    memory: Memory,
+    beta: Positive = 0.1,
+    momentum: Momentum = 0.9,
+) -> Outputs:
+    """BCO (https://arxiv.org/abs/2404.04656): the reward is the logit of a classifier of good and bad responses.
+
+    -log σ(r(chosen) - δ) - log σ(-(r(rejected) - δ)), r being β times a log-ratio. The reward shift δ, the mean of the
+    rewards of both, is a moving average over batches.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    shift = memory.moving_average("bco_shift", (chosen_rewards.mean() + rejected_rewards.mean()) / 2, momentum)
+    losses = -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(shift - rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def beta_dpo_loss(
+    policy_chosen_logps: WholeBatch,
+    policy_rejected_logps: WholeBatch,
+    reference_chosen_logps: WholeBatch,
+    reference_rejected_logps: WholeBatch,
+    memory: Memory,
+    beta: Positive = 0.1,
+    sensitivity: NonNegative = 0.6,
+    momentum: Momentum = 0.9,
+) -> Outputs:
+    """β-DPO (https://arxiv.org/abs/2407.08639): batches that are told apart more easily than usual get a larger β.
+
+    -log σ(β h), β = (1 + α (M - M₀)) β₀, at least β₀ / 100: M is the batch's mean reward margin β₀ h, M₀ its moving
+    average over batches, α the `sensitivity`, β₀ the option `beta`. The paper's filter of outliers isn't included.
+    """
+    logratios = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
+    margins = logratios[0] - logratios[1]
+    mean_margin = beta * margins.mean().detach()
+    usual_margin = memory.moving_average("beta_dpo_margin", mean_margin, momentum)
+    batch_beta = beta * (1 + sensitivity * (mean_margin - usual_margin)).clamp(min=0.01)
+    chosen_rewards, rejected_rewards = (batch_beta * of_side.detach() for of_side in logratios)
+    return -F.logsigmoid(batch_beta * margins), chosen_rewards, rejected_rewards

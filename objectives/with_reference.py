@@ -1,0 +1,282 @@
+"""Losses of preference pairs that compare the policy with a reference.
+
+h is the log-ratio of the chosen response less that of the rejected; a reward is β times a log-ratio, as DPO's.
+"""
+
+import math
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+
+from objectives.declaration import Outputs
+from objectives.options import FlipProbability, NonNegative, Positive, Range
+
+
+def robust_dpo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+    label_smoothing: FlipProbability = 0.1,
+) -> Outputs:
+    """Robust DPO (https://arxiv.org/abs/2403.00409): unbiased where labels are flipped with probability ε.
+
+    ((1 - ε) ℓ(h) - ε ℓ(-h)) / (1 - 2ε), with ℓ(h) = -log σ(βh). It has no lower bound.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    margins = chosen_rewards - rejected_rewards
+    losses = -F.logsigmoid(margins) * (1 - label_smoothing) + F.logsigmoid(-margins) * label_smoothing
+    return losses / (1 - 2 * label_smoothing), chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def hinge_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+    delta: Positive = 1.0,
+    reference_free: bool = False,
+) -> Outputs:
+    """The hinge of SLiC (https://arxiv.org/abs/2305.10425): max(0, δ - βh).
+
+    With `reference_free` and β = 1 it is the calibration term of Eq. 1 there; beside a reference, that of
+    https://arxiv.org/abs/2309.06657.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = F.relu(delta - (chosen_rewards - rejected_rewards))
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def dpop_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.3,
+    penalty: NonNegative = 50.0,
+) -> Outputs:
+    """DPO-Positive (https://arxiv.org/abs/2402.13228): a chosen response may not become less likely than it was.
+
+    -log σ(β (h - λ max(0, log π_ref(chosen) - log π(chosen)))), λ being `penalty`.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    losses = -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - penalty * F.relu(-chosen_logratios)))
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def dpo_nll_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    beta: Positive = 0.1,
+    nll_weight: NonNegative = 1.0,
+) -> Outputs:
+    """DPO with the negative log-likelihood of the chosen response, as in iterative RPO (arXiv 2404.19733).
+
+    -log σ(βh) - α log π(chosen) / |chosen|, α being `nll_weight`; lengths are those of the response alone.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards) - nll_weight * policy_chosen_logps / chosen_lengths
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def length_dpo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: Positive = 0.1,
+    length_penalty: NonNegative = 0.01,
+) -> Outputs:
+    """Length-regularised DPO, R-DPO (https://arxiv.org/abs/2403.19159): a token costs α (`length_penalty`) of reward.
+
+    -log σ(βh + α (|chosen| - |rejected|)): the part of a preference that length explains is not learnt.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    longer = (chosen_lengths - rejected_lengths).to(chosen_rewards.dtype)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards + length_penalty * longer)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def exo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+    label_smoothing: Annotated[float, Range(above=0, below=0.5)] = 0.001,
+) -> Outputs:
+    """EXO on preferences (https://arxiv.org/abs/2402.00856): the reverse KL from the labels, (1 - ε, ε), to the policy.
+
+    Eq. 16 with two responses: with p = σ(βh), p log(p / (1 - ε)) + (1 - p) log((1 - p) / ε).
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    margins = chosen_rewards - rejected_rewards
+    losses = margins.sigmoid() * (F.logsigmoid(margins) - math.log(1 - label_smoothing))
+    losses = losses + (-margins).sigmoid() * (F.logsigmoid(-margins) - math.log(label_smoothing))
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def chi_po_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+    max_reward: Positive = 10.0,
+) -> Outputs:
+    """χPO (https://arxiv.org/abs/2407.13399): DPO with the link φ(z) = z + log z, of z = π / π_ref, in place of log z.
+
+    Algorithm 1: -log σ(clip(β φ(z chosen) - β φ(z rejected), ±2 R)), R being `max_reward`, for which the paper has no
+    default. A ratio above e²⁰ counts as that, so that no exponential overflows. The rewards are β φ(z).
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    chosen_rewards = beta * (chosen_logratios.clamp(max=20).exp() + chosen_logratios)
+    rejected_rewards = beta * (rejected_logratios.clamp(max=20).exp() + rejected_logratios)
+    losses = -F.logsigmoid((chosen_rewards - rejected_rewards).clamp(-2 * max_reward, 2 * max_reward))
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def kto_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    kl_estimate: torch.Tensor,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
+) -> Outputs:
+    """KTO (https://arxiv.org/abs/2402.01306): chosen responses are desirable, rejected ones undesirable.
+
+    Eq. 8: λ_D (1 - σ(β (r - z₀))) for a desirable, λ_U (1 - σ(β (z₀ - r))) for an undesirable response, where r is the
+    log-ratio of policy and reference and z₀, `kl_estimate`, the batch's estimate of their KL divergence (nats, 0 or
+    more, without gradient). A pair's loss is the mean of its two.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    desirable = desirable_weight * (1 - torch.sigmoid(beta * (chosen_logratios - kl_estimate)))
+    undesirable = undesirable_weight * (1 - torch.sigmoid(beta * (kl_estimate - rejected_logratios)))
+    return (desirable + undesirable) / 2, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def apo_zero_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """APO-zero (https://arxiv.org/abs/2408.06266): chosen responses become likelier, rejected ones less likely.
+
+    Eq. 7: 1 - σ(β r(chosen)) + σ(β r(rejected)), r being a response's log-ratio.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = torch.sigmoid(-chosen_rewards) + torch.sigmoid(rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def apo_down_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """APO-down (https://arxiv.org/abs/2408.06266): both become less likely, rejected responses more so.
+
+    Eq. 8: σ(β r(chosen)) + 1 - σ(β (r(chosen) - r(rejected))), for a model better than the chosen responses.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = torch.sigmoid(chosen_rewards) + torch.sigmoid(rejected_rewards - chosen_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def nca_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """NCA on pairs (https://arxiv.org/abs/2402.05369): the likelihood of the chosen response itself matters.
+
+    -log σ(β r(chosen)) - ½ log σ(-β r(chosen)) - ½ log σ(-β r(rejected)).
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    losses = -F.logsigmoid(chosen_rewards) - (F.logsigmoid(-chosen_rewards) + F.logsigmoid(-rejected_rewards)) / 2
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def sppo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.1,
+) -> Outputs:
+    """SPPO with hard labels (https://arxiv.org/abs/2405.00675): the log-ratio of each response goes to ±1/(2β).
+
+    (r(chosen) - 1/(2β))² + (r(rejected) + 1/(2β))²: Eq. 4.7 with η = 1/β, the chosen response winning with probability
+    1 and the rejected one with 0.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    losses = (chosen_logratios - 1 / (2 * beta)) ** 2 + (rejected_logratios + 1 / (2 * beta)) ** 2
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+def discopop_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: Positive = 0.05,
+    tau: Annotated[float, Range(above=0, below=1)] = 0.05,
+) -> Outputs:
+    """DiscoPOP, the log-ratio modulated loss that a language model found (https://arxiv.org/abs/2406.08414).
+
+    Eq. 5: (1 - σ(βh/τ)) (-log σ(βh)) + σ(βh/τ) e^-βh.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    margins = chosen_rewards - rejected_rewards
+    exponential = (F.logsigmoid(margins / tau) - margins).exp()  # the product in one exponent, which can't overflow
+    losses = torch.sigmoid(-margins / tau) * -F.logsigmoid(margins) + exponential
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def dpo_norm_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: Positive = 5.0,
+) -> Outputs:
+    """Length-normalized DPO, Tülu 3's (https://arxiv.org/abs/2411.15124): log-ratios are means over tokens.
+
+    -log σ(β r(chosen) / |chosen| - β r(rejected) / |rejected|). It is `dpo` with `average_log_prob` and a larger β.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps) / chosen_lengths
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps) / rejected_lengths
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()

@@ -1,0 +1,51 @@
+"""Run a command as on a system that lacks what Windows lacks: `python portable.py train.py key=value ...`.
+
+This repository's code can't import Unix's modules, and what they offer elsewhere is gone. Packages may: they have their
+own ways on other systems, which are chosen by the name of the system.
+"""
+
+import builtins
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODULES = {"fcntl", "resource", "termios", "pwd", "grp", "pty", "tty", "syslog"}
+OF_OS = (
+    "fork", "forkpty", "register_at_fork", "killpg", "setpgrp", "setsid", "getpgid", "getuid", "geteuid", "pread",
+    "pwrite", "statvfs", "mkfifo", "setpriority", "nice", "wait3", "wait4", "ST_RDONLY",
+)  # fmt: skip
+SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGKILL", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGPIPE")
+
+
+def hide():
+    import_module = builtins.__import__
+
+    def import_unless_hidden(name, globals=None, locals=None, fromlist=(), level=0):
+        file = (globals or {}).get("__file__") or ""
+        if name in MODULES and (name == "pwd" or Path(file).resolve().is_relative_to(REPOSITORY)):
+            raise ImportError(f"No module named {name!r}")
+        return import_module(name, globals, locals, fromlist, level)
+
+    def symlink(*args, **kwargs):
+        raise OSError("symbolic links need a privilege")
+
+    builtins.__import__ = import_unless_hidden
+    for name in OF_OS:
+        delattr(os, name)
+    os.symlink = symlink
+    for name in SIGNALS:
+        delattr(signal, name)
+
+
+if __name__ == "__main__":
+    import datasets  # noqa: F401 (libraries look for Unix's names when they are imported)
+    import peft  # noqa: F401
+    import torch.distributed.checkpoint  # noqa: F401
+
+    hide()
+    sys.argv[:] = sys.argv[1:]
+    sys.path[0] = str(REPOSITORY)
+    runpy.run_path(sys.argv[0], run_name="__main__")

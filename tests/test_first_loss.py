@@ -1,0 +1,131 @@
+"""Before the first step the policy is its reference, to the last bit, in every precision."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import ORACLE, exhaustive_except, read_jsonl, trainers_in
+
+RUN = [
+    "model=tiny", "datasets=[hh]", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "n_examples=16", "n_eval_examples=16",
+    "batch_size=8", "gradient_accumulation_steps=2", "eval_batch_size=8", "max_length=96", "max_prompt_length=48",
+    "sample_during_eval=false",
+]  # fmt: skip
+LN_2 = 0.6931471805599453
+PRECISIONS = {
+    "float64": ["model.policy_dtype=float64"],
+    "float32": [],
+    "bfloat16": ["model.policy_dtype=bfloat16"],
+    "autocast": ["model.policy_mp=bfloat16"],
+}
+REFERENCES = {
+    "second model": [],
+    "precomputed": ["precompute_ref_log_probs=true"],
+    "adapter off": ["lora.r=4"],
+    "adapter off, precomputed": ["lora.r=4", "precompute_ref_log_probs=true"],
+    "second model below an adapter": ["lora.r=4", "reference=model"],
+    "second model below an adapter, precomputed": ["lora.r=4", "reference=model", "precompute_ref_log_probs=true"],
+    "same weights, named": [
+        "model.from_scratch=false",
+        "model.name_or_path={model}",
+        "reference_model.archive={model}",
+    ],
+    "saved adapter, its copy": ["model.adapter={adapter}"],
+    "saved adapter, loaded again": ["model.adapter={adapter}", "reference=model"],
+}
+WAYS = {
+    "chosen at the start": [],
+    "plain": ["shared_prompt=false"],
+    "packed": ["padding_free=true"],
+    "checkpointing": ["activation_checkpointing=true"],
+}
+PAIRWISE = [
+    *itertools.product(["autocast"], REFERENCES, ["chosen at the start"]),
+    *itertools.product(["autocast", "bfloat16"], ["second model", "precomputed", "adapter off"], WAYS),
+    *itertools.product(PRECISIONS, ["second model", "precomputed"], ["chosen at the start"]),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, str]:
+    """Save weights and a trained adapter."""
+    directory = tmp_path_factory.mktemp("saved")
+    make, places = trainers_in(directory), {name: f"{directory}/{name}" for name in ("model", "adapter")}
+    trainer = make(*RUN)
+    trainer.policy.save_pretrained(places["model"])
+    trainer.tokenizer.save_pretrained(places["model"])
+    trainer = make(*RUN, "lora.r=4")
+    with torch.no_grad():
+        for name, parameter in trainer.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    trainer.policy.save_pretrained(places["adapter"])
+    return places
+
+
+@pytest.mark.parametrize(
+    ("precision", "reference", "way"),
+    exhaustive_except(itertools.product(PRECISIONS, REFERENCES, WAYS), lambda case: case in PAIRWISE),
+)
+def test_first_loss_is_ln_2_and_every_pair_a_tie(precision, reference, way, make_trainer, saved):
+    trainer = make_trainer(
+        *RUN, *PRECISIONS[precision], *(word.format(**saved) for word in REFERENCES[reference]), *WAYS[way]
+    )
+    batches = itertools.chain(trainer.train_iterator, trainer.eval_batches)
+    n_pairs = 0
+    for batch, n_least in itertools.zip_longest(batches, [2, 2], fillvalue=1):
+        trainer.policy.train(n_least == 2)
+        for microbatch in trainer.microbatches(batch, n_least):
+            loss, metrics = trainer.get_batch_metrics(microbatch, trainer.config.loss)
+            assert loss.requires_grad
+            assert metrics["rewards_train/margins"].tolist() == [0] * len(microbatch["prompt"])
+            assert metrics["rewards_train/ties"].tolist() == [1] * len(microbatch["prompt"])
+            ln_2 = torch.tensor(LN_2, dtype=metrics["loss/train"].dtype)
+            assert torch.equal(metrics["loss/train"], ln_2.expand(len(microbatch["prompt"])))
+            n_pairs += len(microbatch["prompt"])
+    assert n_pairs == 32
+
+
+@pytest.mark.parametrize(
+    ("precision", "reference", "trainer"),
+    exhaustive_except(
+        itertools.product(PRECISIONS, ["second model", "precomputed", "adapter off"], ["FSDP", "TensorParallel"]),
+        ("autocast", "second model", "FSDP"),
+        ("bfloat16", "precomputed", "FSDP"),
+        ("autocast", "second model", "TensorParallel"),
+    ),
+)
+def test_first_evaluation_on_two_workers_has_only_ties(precision, reference, trainer, launcher, tmp_path):
+    overrides = [*RUN, *PRECISIONS[precision], *REFERENCES[reference], f"trainer={trainer}Trainer", "eval_every=8"]
+    assert launcher.run(*overrides, f"local_run_dir={tmp_path}/run", n_workers=2) == 0, launcher.output
+    before, step = read_jsonl(tmp_path / "run/metrics.jsonl")[:2]
+    assert (before["split"], before["counters/examples"], step["split"]) == ("eval", 0, "train")
+    assert before["rewards_eval/ties"] == step["rewards_train/ties"] == 1
+    assert before["rewards_eval/margins"] == step["rewards_train/margins"] == 0
+    assert before["loss/eval"] == pytest.approx(LN_2, abs=1e-7)
+    assert step["loss/train"] == pytest.approx(LN_2, abs=1e-7)
+
+
+@pytest.mark.parametrize("policy", ["autocast", "bfloat16"])
+def test_named_dtype_is_the_references_own(policy, make_trainer):
+    trainer = make_trainer(*RUN, *PRECISIONS[policy], "model.reference_dtype=float32")
+    assert {parameter.dtype for parameter in trainer.reference.model.parameters()} == {torch.float32}
+    exact = make_trainer(*RUN)
+    batch = trainer.eval_batches[0]
+    assert torch.equal(torch.cat(trainer.reference_logps(batch)), torch.cat(exact.reference_logps(batch)))
+    _, metrics = trainer.get_batch_metrics(batch, trainer.config.loss)
+    assert 0 < (metrics["loss/train"] - LN_2).abs().max() < 0.1  # the policy's rounding
+
+
+def test_reference_under_autocast_keeps_linear_weights_in_16_bits(make_trainer):
+    trainer = make_trainer(*RUN, *PRECISIONS["autocast"])
+    weights = {name: p for name, p in trainer.reference.model.named_parameters() if "norm" not in name}
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
+    assert dtypes.pop("gpt_neox.embed_in.weight") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.policy.parameters()} == {torch.float32}
+
+
+def test_reference_that_follows_the_policy_keeps_float32(make_trainer):
+    trainer = make_trainer(*RUN, *PRECISIONS["autocast"], "reference_update_every=1")
+    assert {parameter.dtype for parameter in trainer.reference.model.parameters()} == {torch.float32}

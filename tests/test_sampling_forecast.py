@@ -1,0 +1,47 @@
+"""Under FSDP, where every token gathers the whole model, a run says if sampling takes longer than the evaluation."""
+
+import contextlib
+import io
+
+import pytest
+from conftest import ORACLE
+from omegaconf import OmegaConf
+
+from commands.command_line import compose_config
+from config_checks.checks import check_config
+from evaluation import sampling
+from trainers import make_trainer
+
+
+def printed(directory: str, trainer_name: str, evaluation_seconds: float) -> str:
+    """Return what is printed during two rounds of sampling from 4 prompts, in 2 batches."""
+    config = compose_config(
+        "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "max_length=128", "max_prompt_length=64",
+        "n_eval_examples=4", "eval_batch_size=2", "n_eval_model_samples=4", f"local_dirs=[{directory}/cache]",
+        f"local_run_dir={directory}/{evaluation_seconds}", f"trainer={trainer_name}", "wandb.enabled=false",
+    )  # fmt: skip
+    OmegaConf.resolve(config)
+    check_config(config)
+    trainer = make_trainer(config, trains=False)
+    sampling.Forecast.NOTABLE = 0.0
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        for _ in range(2):
+            samples, _ = sampling.sample_evaluation(trainer, evaluation_seconds)
+            assert len(samples) == 8
+    return output.getvalue()
+
+
+def test_sampling_that_takes_longer_than_the_evaluation_is_told_once(in_workers, tmp_path):
+    first, second = in_workers(2, printed, str(tmp_path), "FSDPTrainer", 0.0)
+    assert first.count("WARNING: drawing samples may take") == 1
+    assert "each token gathers the whole model of 0.00 B parameters" in first
+    assert "up to 2 batches × " in first and " tokens × 2 models" in first
+    assert "sample.py with engine=vllm" in first
+    assert "WARNING" not in second
+    quick, _ = in_workers(2, printed, str(tmp_path), "FSDPTrainer", 1e6)
+    assert "WARNING" not in quick
+
+
+@pytest.mark.exhaustive
+def test_sampling_in_one_process_warns_of_nothing(tmp_path):
+    assert "WARNING" not in printed(str(tmp_path), "BasicTrainer", 0.0)
