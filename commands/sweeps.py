@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from basics.files import append_json_line, read_json_lines
 from basics.locks import locked_directory
+from basics.printing import printable
 from checkpointing.resume import resume_command
 from checkpointing.stop_signal import EXIT_CODE
 from commands.errors import errors_reported
