@@ -119,7 +119,7 @@ def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | No
     except SystemExit as ended:
         if isinstance(ended.code, str):
             error = ended.code
-            print(error, file=sys.stderr, flush=True)
+            print(printable(error), file=sys.stderr, flush=True)
         status = "stopped" if ended.code == EXIT_CODE else "failed"
         # a signal ends all jobs of this process; a launcher's other workers could not follow
         if is_parent and (status == "stopped" or environment.is_launched()):
