@@ -12,10 +12,8 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from acceleration.batch_losses import batch_losses
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
-from acceleration.loss_inputs import loss_inputs, tokens_that_count
 from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.out_of_memory import explained_out_of_memory
@@ -65,6 +63,8 @@ from models import (
     router_losses,
 )
 from objectives.declaration import Memory
+from objectives.in_microbatches import batch_losses
+from objectives.inputs import loss_inputs, tokens_that_count
 from optimization import make_optimizer, make_scheduler, rate_warning
 from preference_datasets import open_batches
 from references import (

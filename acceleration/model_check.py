@@ -21,6 +21,7 @@ from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows,
 from acceleration.response_head import head_gives_logits
 from distributed import collectives
 from distributed.strategies import SingleProcess
+from reporting.terminal import still_working
 from utils import UserError, rank0_print, unwrap_adapter
 
 # Limits on a faster way's distance from the standard: a multiple of the standard's rounding noise, and absolute limits
@@ -37,9 +38,12 @@ _SLOW_PARAMETERS = 50_000_000  # for larger models the check takes long enough t
 
 def choose_layout(model: nn.Module, *args, is_trained: bool = True, **kwargs) -> Layout:
     """Choose the fastest correct layout for a model, and print it; takes the arguments of `find_layout`."""
-    if sum(parameter.numel() for parameter in model.parameters()) > _SLOW_PARAMETERS:
-        rank0_print(f"Comparing faster ways to compute {_name(model)} with the plain forward ...")
-    layout, message = find_layout(model, *args, is_trained=is_trained, **kwargs)
+    is_slow = sum(parameter.numel() for parameter in model.parameters()) > _SLOW_PARAMETERS
+    what = f"Comparing faster ways to compute {_name(model)} with the plain forward"
+    if is_slow:
+        rank0_print(f"{what} ...")
+    with still_working(what) if is_slow else contextlib.nullcontext():
+        layout, message = find_layout(model, *args, is_trained=is_trained, **kwargs)
     if message:
         rank0_print(message if is_trained else f"Reference model: {message}")
     return layout

@@ -64,6 +64,8 @@ def replace_path(new: str, path: str):
     """Rename `new` to `path`; an existing directory or link is moved aside first, and removed afterwards.
 
     After a crash in between, `recover_interrupted_saves` restores the old one.
+
+    Raises: OSError, also if something else has the name under which the older one is kept.
     """
     older, exists = f"{path}.replaced", os.path.lexists(path)
     if exists and os.path.lexists(older):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from data.messages import BadExample
 from data.rows import Example, shared_start
 from data.template_limits import TemplateLimit, check_length, limited
-from data.turns import STAND_IN, Dialogue, Span, is_assistants
+from data.turns import STAND_IN, Dialogue, Span, holds, is_assistants
 from utils import UserError
 
 _REFUSED, _ALTERED = "refused by the chat template", "altered by the chat template"
@@ -153,10 +153,21 @@ class Renderer:
             raise BadExample(
                 _ALTERED, f"the chat template doesn't write {part!r:.100} of the {role}'s message; {other}"
             )
-        if tools and self._apply(None, dialogue.messages)[0] == self._apply(tools, dialogue.messages)[0]:
-            message = "the chat template doesn't write the row's tools"
-            raise BadExample(_ALTERED, f"{message}; {other}, or leave them out by ignored_columns=[tools]")
+        for fault, remedy in self._lost_tools(dialogue, tools):
+            raise BadExample(_ALTERED, f"the chat template doesn't write {fault}; {other}{remedy}")
         return dialogue
+
+    def _lost_tools(self, dialogue: Dialogue, tools: list | None) -> Iterator[tuple[str, str]]:
+        """Yield what the template leaves out of tools and tool calls, with another remedy."""
+        for tool in tools or []:
+            function = tool.get("function", tool)
+            for part in (function.get("name"), function.get("description")):
+                if isinstance(part, str) and not holds(dialogue.text, part):
+                    yield f"{part!r:.100} of the row's tools", ", or leave them out by ignored_columns=[tools]"
+        if tools and self._apply(None, dialogue.messages)[0] == dialogue.text:
+            yield "the row's tools", ", or leave them out by ignored_columns=[tools]"
+        if ignored := dialogue.ignored_calls():
+            yield f"the tool calls of message {ignored[0]}", ""
 
     def _divided_dialogues(self, dialogues: list[Dialogue]) -> Rendered:
         """Divide dialogues that begin with the same messages into the prompt and the rest."""
@@ -192,7 +203,13 @@ class Renderer:
             return max(len(before), *self._cuts(shared))
         if any(dialogue.has_several for dialogue in dialogues):  # later turns may change how earlier ones are written
             return None
-        raise BadExample(_REFUSED, "the chat template writes the prompt differently where a response follows")
+        if dialogues[0].n_prompt and is_assistants(dialogues[0].messages[dialogues[0].n_prompt - 1]):
+            remedy = "the prompt ends with an answer: end it with a question, and begin both responses with that answer"
+        else:
+            remedy = "give a template that writes it alike, by chat_template=FILE"
+        raise BadExample(
+            _REFUSED, f"the chat template writes the prompt differently where a response follows; {remedy}"
+        )
 
     def _cuts(self, text: str) -> list[int]:
         """Return the positions where a prompt may end in a text: after each line and special token, or none."""

@@ -23,7 +23,8 @@ FIELDS = (
     *PROMPT, *COMPLETIONS, *COMPLETION, *DIALOGUE, *SYSTEM, *LABEL, SCORES, RANKS, "history", "tools", "chosen",
     "rejected", "text", "labels",
 )  # fmt: skip
-_PROMPT_PARTS = (*PROMPT, *DIALOGUE, *SYSTEM, "history", "tools", "contexts", "documents", "passages", "functions")
+_PROMPT_PARTS = (*PROMPT, *DIALOGUE, *SYSTEM, "history", "tools", "contexts", "documents", "passages", "functions",
+                 "chat_template_kwargs")  # fmt: skip
 _RESPONSE_NAMES = (  # other names for chosen and rejected
     ("winner", "loser"), ("winning", "losing"), ("win", "lose"), ("won", "lost"), ("preferred", "dispreferred"),
     ("preferred", "rejected"), ("accepted", "rejected"), ("better", "worse"), ("best", "worst"), ("good", "bad"),
@@ -192,6 +193,8 @@ def _may_belong_to_prompt(columns: Columns, name: str, read: list[str], has_prom
     kind, values = columns.kinds[name], [value for value in columns.values(name) if not is_blank(value)]
     if kind in ("number", "boolean", "empty"):
         return False
+    if kind == "object" and name.lower() in _PROMPT_PARTS:  # it may hold no strings that could be compared
+        return True
     if all(_repeats_read_columns(row.get(name), row, read) for row in columns.rows):
         return False
     if name.lower() in _PROMPT_PARTS:
@@ -235,10 +238,9 @@ def _strings(value: object):
 def hint_for(columns: Columns) -> str | None:
     """Suggest how to map the columns of data without a known format; None if no column looks like a field."""
     names, prompt = {name.lower(): name for name in columns.kinds}, columns.first(PROMPT)
-    if other_case := [name for name in columns.kinds if name not in FIELDS and name.lower() in FIELDS]:
-        return (
-            f"field names are in lower case: fields={{{', '.join(f'{name.lower()}: {name}' for name in other_case)}}}"
-        )
+    if other_case := [name for name in columns.kinds if name not in FIELDS and name.strip().lower() in FIELDS]:
+        shown = (f"{name.strip().lower()}: {name if name == name.strip() else repr(name)}" for name in other_case)
+        return f"field names are in lower case, without spaces: fields={{{', '.join(shown)}}}"
     if prompt and columns.known[prompt] == "object" and any("messages" in value for value in columns.values(prompt)):
         prompt = f"{prompt}.messages"
     start = f"prompt: {prompt}, " if prompt not in (None, "prompt") else ""

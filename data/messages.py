@@ -152,6 +152,7 @@ def _tool_call(call: object, place: str) -> dict:
         function["arguments"] = decoded(arguments) if arguments.strip() else {}
         if not isinstance(function["arguments"], dict):
             raise BadExample("wrong type", f"{place}: its arguments are {arguments!r:.60}, expected a JSON object")
+    function.setdefault("arguments", {})
     return {key: item for key, item in call.items() if item is not None} | {"function": function}
 
 

@@ -137,6 +137,8 @@ def _parse_json(line: str, number: int) -> object:
         if is_cut or error.msg.startswith("Unterminated"):
             raise FaultFound(f"the line is incomplete: ...{line[-40:].strip()!r}", WRITE_AGAIN, number) from None
         reason = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}: {around!r}"
+        if line.lstrip().startswith("{'"):
+            reason += ", a Python dict: write rows by json.dumps"
         raise FaultFound(reason, ONE_OBJECT, number) from None
     except ValueError as error:
         raise FaultFound(str(error), ONE_OBJECT, number) from None
@@ -218,7 +220,8 @@ def readable_rows(files: list[tuple[str, str]]) -> Iterator[tuple[str, dict | Fa
 def _row_or_fault(line: bytes, number: int) -> dict | Fault:
     try:
         if b"\0" in line:
-            return Fault("NUL bytes", WRITE_AGAIN, number)
+            is_utf16 = line[:2] in (b"\xff\xfe", b"\xfe\xff")
+            return Fault("it is UTF-16, not UTF-8" if is_utf16 else "NUL bytes", WRITE_AGAIN, number)
         row = _parse_json(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"), number)
     except UnicodeDecodeError as error:
         return Fault(f"not UTF-8: byte 0x{line[error.start]:02x} ({error.reason})", WRITE_AGAIN, number)

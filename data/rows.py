@@ -75,6 +75,13 @@ class Row:
             raise BadExample("wrong type", f"field {self.name(field)!r} is {value!r:.60}, expected a string")
         if not may_be_empty and not value.strip():
             raise BadExample("empty response", f"field {self.name(field)!r} is an empty string")
+        whole = decoded(value)
+        if isinstance(whole, dict) and (found := [key for key, item in whole.items() if is_messages(item)]):
+            raise BadExample(
+                "messages within JSON",
+                f"field {self.name(field)!r} is JSON of an object whose {found[0]!r} holds messages: write these as "
+                "the field, and what is beside them as columns",
+            )
         return value
 
     def turns(self, field: str, role: str) -> list[dict]:

@@ -6,6 +6,7 @@ earlier turns, Mistral moves tools to the last question); then the dialogue is r
 """
 
 import bisect
+import contextlib
 import functools
 import json
 import re
@@ -94,6 +95,17 @@ class Dialogue:
     def left_out(self) -> dict[int, str]:
         """Missing parts of messages, by the message's number."""
         return dict(left_out(self.messages, self.n_prompt, self.text))
+
+    def ignored_calls(self) -> list[int]:
+        """Return the numbers of messages that are written as if they called no tools."""
+        ignored = []
+        for number, message in enumerate(self.messages):
+            if message.get("tool_calls"):
+                without = {key: value for key, value in message.items() if key != "tool_calls"}
+                with contextlib.suppress(BadExample):  # a template may refuse a message that is now empty
+                    if self.render([*self.messages[:number], without, *self.messages[number + 1 :]]) == self.text:
+                        ignored.append(number)
+        return ignored
 
     def spans(self, opening: int | None) -> list[Span]:
         """Return the parts of the response that the assistant wrote, each turn with its end token.
@@ -224,6 +236,11 @@ def _find(part: str, text: str, position: int, may_lack_reasoning: bool) -> int 
         forms.append(part.rpartition("</think>")[2])
     found = [(at, form) for form in map(str.strip, forms) if (at := text.find(form, position)) >= 0]
     return min(at + len(form) for at, form in found) if found else None
+
+
+def holds(text: str, part: str) -> bool:
+    """True if a rendering holds a string, as it is or as JSON."""
+    return _find(part, text, 0, may_lack_reasoning=False) is not None
 
 
 def _missing(part: str, text: str, position: int) -> str:

@@ -33,14 +33,25 @@ class _Worker(NamedTuple):
     def kill(self):
         """Kill the process if it is on this machine and still the same one."""
         with contextlib.suppress(OSError):
-            if self.machine == socket.gethostname() and _start_time(self.pid) == self.started:
+            is_here = self.machine == socket.gethostname() and self.started
+            if is_here and _start_time(self.pid) == self.started:
                 os.kill(self.pid, signal.SIGKILL)
 
 
 def _start_time(pid: int) -> str:
-    """Return when a process of this machine started, in the kernel's ticks."""
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[19]
+    """Return when a process of this machine started, in the system's own terms; an empty string if there is none."""
+    if sys.platform != "linux":
+        import psutil
+
+        try:
+            return str(psutil.Process(pid).create_time())
+        except psutil.Error:
+            return ""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 class Heartbeat:

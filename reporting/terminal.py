@@ -106,7 +106,9 @@ class Progress:
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} " + unit + ", {elapsed} < {remaining}"
             "{postfix}",
         )  # fmt: skip
-        self.last_line, self.n_at_last_line = time.monotonic(), 0
+        self.start = self.last_line = time.monotonic()
+        self.n_at_last_line = 0
+        self.reports = _every_minute(self._report_silence) if self.bar.disable and on_rank0() else None
 
     def update(self, n: int = 1, note: str = ""):
         """Count `n` more as done; `note` follows the bar."""
@@ -125,10 +127,22 @@ class Progress:
         left = seconds / max(self.n_done - self.n_at_last_line, 1) * (self.total - self.n_done)
         return f"{self.what}: {self.n_done:,} of {self.total:,} {self.unit}, about {duration(left)} left"
 
+    def _report_silence(self):
+        """Print a line if there has been none for a minute, as a single batch may take longer."""
+        now = time.monotonic()
+        if now - self.last_line >= _PROGRESS_EVERY:
+            total = "" if self.total is None else f" of {self.total:,}"
+            rank0_print(f"{self.what}: {self.n_done:,}{total} {self.unit}, {duration(now - self.start)} so far")
+            self.last_line, self.n_at_last_line = now, self.n_done
+
     def __enter__(self) -> "Progress":
+        if self.reports is not None:
+            self.reports.__enter__()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *error):
+        if self.reports is not None:
+            self.reports.__exit__(*error)
         self.bar.close()
 
 
@@ -140,16 +154,22 @@ def progressing(items: Sequence, what: str, unit: str) -> Iterator:
             progress.update()
 
 
-@contextlib.contextmanager
-def still_working(what: str) -> Iterator[None]:
+def still_working(what: str) -> contextlib.AbstractContextManager:
     """Print a line a minute while something runs whose end can't be foreseen, such as loading a large model."""
-    start, done = time.monotonic(), threading.Event()
+    start = time.monotonic()
+    return _every_minute(lambda: rank0_print(f"{what}: {duration(time.monotonic() - start)} so far"))
 
-    def report():
+
+@contextlib.contextmanager
+def _every_minute(report: Callable[[], None]) -> Iterator[None]:
+    """Call a function once a minute, from a thread, while the block runs."""
+    done = threading.Event()
+
+    def repeat():
         while not done.wait(_PROGRESS_EVERY):
-            rank0_print(f"{what}: {duration(time.monotonic() - start)} so far")
+            report()
 
-    threading.Thread(target=report, daemon=True).start()
+    threading.Thread(target=repeat, daemon=True).start()
     try:
         yield
     finally:

@@ -72,9 +72,7 @@ def test_run_with_an_added_loss_is_evaluated_and_sampled_by_its_script(train_sim
     assert launcher.run("evaluate", "run=run", **script) == 0, launcher.output
     (evaluation,) = read_jsonl(tmp_path / "run/evaluations.jsonl")
     assert evaluation["metrics"]["loss/eval"] == pytest.approx(expected["loss/eval"], rel=1e-6)
-    assert launcher.run("sample", "run=run", "n_samples=1", "n_prompts=2", "output=a.jsonl", **script) == 0, (
-        launcher.output
-    )
+    assert launcher.run("sample", "run=run", "n_eval_examples=2", "output=a.jsonl", **script) == 0, launcher.output
     assert len(read_jsonl(tmp_path / "a.jsonl")) == 2
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 
@@ -226,6 +225,7 @@ def run_into(launcher, run_dir, *overrides):
 
 def test_file_size_limit_leaves_the_previous_checkpoint_intact(launcher, tmp_path):
     assert run_into(launcher, tmp_path / "run", "eval_every=8", "save_every=8") == 0, launcher.output
+    resource = pytest.importorskip("resource")
     limits = resource.prlimit(launcher.server.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(launcher.server.pid, resource.RLIMIT_FSIZE, (4_490_000, limits[1]))
     try:

@@ -39,6 +39,16 @@ REFUSED = {  # rows, settings, parts of the message
         {},
         "'history' may belong",
     ),
+    "settings of the template": (
+        [{"prompt": [user(c)], **PAIR, "chat_template_kwargs": {"enable_thinking": False}} for c in "ab"],
+        {},
+        "column 'chat_template_kwargs' may belong to the prompt",
+    ),
+    "names with capitals and spaces": (
+        [{"Prompt": c, "chosen ": "x", "rejected": "y"} for c in "ab"],
+        {},
+        "lower case, without spaces: fields={prompt: Prompt, chosen: 'chosen '}",
+    ),
     "a constant context": ([{"context": "The same.", "prompt": c, **PAIR} for c in "ab"], {}, "column 'context' may"),
     "a string that differs": ([{"persona": c, "prompt": c * 3, **PAIR} for c in "abc"], {}, "column 'persona' may"),
     "other messages": (
@@ -175,6 +185,11 @@ BAD = {  # a good row, which decides the format; the bad row; the message
         {"prompt": "Name a red thing.", "chosen": [*ASKED, *SAYS], "rejected": [*ASKED, *NO]},
         {"prompt": "Something else", "chosen": [*ASKED, *SAYS], "rejected": [*ASKED, *NO]},
         "don't begin with the prompt in field",
+    ),
+    "messages within JSON": (
+        {"prompt": "a", **PAIR},
+        {"prompt": "b", **PAIR, "chosen": json.dumps({"messages": [*ASKED, *SAYS], "tools": []})},
+        "field 'chosen' is JSON of an object whose 'messages' holds messages",
     ),
     "history of another form": (
         {"history": [["a", "b"]], "prompt": "a", **PAIR},

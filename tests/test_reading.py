@@ -73,6 +73,7 @@ BAD_FILES = {  # (file, content, message after the folder's name, remedy)
     "blank lines alone": (J, b"\n\n", "the file has no rows", "Fill it, or remove it"),
     "other encoding": (J, LINE + LINE.replace(b" a", b" \xe9"), "line 2: not UTF-8: byte 0xe9", "iconv"),
     "UTF-16": (J, (LINE * 3).decode().encode("utf-16"), "line 1: it is UTF-16, not UTF-8", "iconv"),
+    "Python dicts": (J, b"{'prompt': 'a', 'chosen': 'b'}\n" * 3, "a Python dict: write rows by json", OBJECT),
     "Git LFS pointer": (J, b"version https://git-lfs.github.com/spec/v1\n", "line 1: it is a Git LFS", "pull"),
     "web page": (J, b"<!DOCTYPE html>\n<html>\n", "line 1: it is a web page", "Download the file itself"),
     "Parquet cut": ("train.parquet", PARQUET[:-30], "damaged: Parquet magic bytes not found", COPY),
@@ -253,7 +254,7 @@ def test_folder_without_files_for_the_split_says_what_it_holds(case, tmp_path):
     assert remedy in str(raised.value).split("\n")[1]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(getattr(os, "geteuid", int)() == 0, reason="root, or Windows, may read everything")
 def test_unreadable_file_is_named(tmp_path):
     path = folder(tmp_path / "hh", {"train.jsonl": LINE})
     os.chmod(tmp_path / "hh/train.jsonl", 0)

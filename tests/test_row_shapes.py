@@ -372,6 +372,26 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
         {},
         ([user("a")], [assistant("x")]),
     ),
+    "call without arguments": (
+        [
+            {
+                "prompt": [
+                    user(c),
+                    turn("assistant", None, tool_calls=[{"function": {"name": "now"}}]),
+                    turn("tool", "9"),
+                ],
+                "chosen": assistant("x"),
+                "rejected": assistant("y"),
+            }
+            for c in "ab"
+        ],
+        {},
+        (
+            [user("a"), assistant("", tool_calls=[{"function": {"name": "now", "arguments": {}}}]), turn("tool", "9")],
+            [assistant("x")],
+            [assistant("y")],
+        ),
+    ),
     "scored responses as messages": (
         [
             {"prompt": c, "completions": [turn("assistant", "x", score=1), turn("assistant", "y", score=2)]}

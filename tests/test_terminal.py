@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from conftest import read_jsonl
+from conftest import REPOSITORY, read_jsonl
 from terminals import run_on_terminal
 from test_cli import TOY
 
@@ -223,6 +223,38 @@ def test_progress_in_a_log_is_a_line_a_minute_with_total_and_time_left(monkeypat
         now[0] += 61
         progress.update(1000, note="3 failed")
     assert capsys.readouterr().out == "Reading a\\x1b file: 1,000 rows, 3 failed\n"
+
+
+IMPATIENT = """
+import sys
+from reporting import terminal
+terminal._PROGRESS_EVERY = 0.01  # seconds
+import acceleration.model_check
+acceleration.model_check._SLOW_PARAMETERS = 0
+import train
+if __name__ == "__main__":
+    train.main()
+"""
+
+
+def test_run_into_a_pipe_prints_lines_within_every_long_stretch(run_python, tmp_path):
+    """Each stretch is a single batch or a single call, so that its lines come from the clock alone."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    result = run_python(
+        "impatient.py", *TOY, "loss=dpo", "lora.r=2", "lr=1e-3", "precompute_ref_log_probs=true", "n_eval_examples=16",
+        "eval_batch_size=16", f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]", "wandb.enabled=false",
+        "sample_during_eval=true", "n_eval_model_samples=2", env={"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    before_training = result.stdout.partition(" eval 0 ")[0]
+    for line in (
+        "Loading the policy: 0s so far",
+        "Comparing faster ways to compute GPTNeoXForCausalLM with the plain forward: ",
+        "Precomputing the reference, training data: ",
+        "Evaluating: 0 of 1 batches, 0s so far",
+        "Sampling: 0 of 1 batches, ",
+    ):
+        assert line in before_training, line
 
 
 def test_time_left_counts_evaluations_and_saves_to_come():

@@ -69,6 +69,7 @@ def marked(tokenizer, example: Example, **kwargs) -> list[str]:
 SYSTEM, HI, YES = said("system", "Be brief."), said("user", "Hi"), said("assistant", "Yes")
 AND, FINE = said("user", "And you?"), said("assistant", "Fine.")
 TOOL = {"type": "function", "function": {"name": "warmth", "parameters": {"type": "object", "properties": {}}}}
+DESCRIBED = {"type": "function", "function": {**TOOL["function"], "description": "Ask how warm it is."}}
 CALL = said(
     "assistant", "", tool_calls=[{"type": "function", "function": {"name": "warmth", "arguments": {"in": "Rome"}}}]
 )
@@ -135,6 +136,41 @@ def test_tools_output_in_a_response_is_not_trained(name):
     tokenizer = make_tokenizer(*SPECIAL[name])
     example = Example([HI], [[CALL, RESULT, WARM], [YES]], [(0, 1)], tools=[TOOL])
     assert marked(tokenizer, example)[0] == WITH_TOOLS[name]
+
+
+_CALLED = '{{"name": "warmth", "{}": {{"in": "Rome"}}}}'
+ALL_TURNS = {  # prompt [system, user], response [call, tool, assistant, user, assistant], with tools
+    "llama 3.1": f"{LLAMA_SYSTEM}Be brief.<|eot_id|>{USER}{json.dumps(TOOL)}\n\nHi<|eot_id|>{ASSISTANT}|"
+    f'⟦{_CALLED.format("parameters")}<|eot_id|>⟧{IPYTHON}"30 \\"C\\""<|eot_id|>{ASSISTANT}⟦Warm.<|eot_id|>⟧'
+    f"{USER}And you?<|eot_id|>{ASSISTANT}⟦Fine.<|eot_id|>⟧",
+    "qwen 3": QWEN_TOOLS.format(tool=json.dumps(TOOL)).replace("system\n#", "system\nBe brief.\n\n#")
+    + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n|"
+    f"⟦<tool_call>\n{_CALLED.format('arguments')}\n</tool_call><|im_end|>⟧\n<|im_start|>user\n<tool_response>\n"
+    '30 "C"\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦Warm.<|im_end|>⟧\n<|im_start|>user\nAnd you?<|im_end|>'
+    "\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nFine.<|im_end|>⟧",
+    # without the system turn; its template moves the tools to the last question
+    "mistral": f"<s>[INST] Hi[/INST]|⟦[TOOL_CALLS] [{_CALLED.format('arguments')}]</s>⟧[TOOL_RESULTS] "
+    f'{{"content": 30 "C"}}[/TOOL_RESULTS]⟦ Warm.</s>⟧[AVAILABLE_TOOLS] [{json.dumps(TOOL)}][/AVAILABLE_TOOLS]'
+    "[INST] And you?[/INST]⟦ Fine.</s>⟧",
+}
+
+
+@pytest.mark.parametrize("name", ALL_TURNS)
+def test_system_tools_calls_and_three_answers_are_told_apart(name):
+    prompt = [HI] if name == "mistral" else [SYSTEM, HI]
+    example = Example(prompt, [[CALL, RESULT, WARM, AND, FINE]], tools=[TOOL])
+    assert marked(make_tokenizer(*SPECIAL[name]), example) == [ALL_TURNS[name]]
+
+
+@pytest.mark.parametrize("name", ["llama 3", "gemma 3", "chatml", "smollm 2"])
+def test_template_without_tools_refuses_them(name):
+    tokenizer = make_tokenizer(*SPECIAL[name])
+    for example, missing in (
+        (Example([HI], [[YES]], tools=[TOOL]), "'warmth' of the row's tools"),
+        (Example([HI], [[CALL]]), "'warmth' of the assistant's message"),
+    ):
+        with pytest.raises(BadExample, match=f"the chat template doesn't write {missing}"):
+            marked(tokenizer, example)
 
 
 def test_template_that_moves_the_system_text_to_the_last_question_is_divided_where_turns_are():
@@ -236,7 +272,19 @@ ALTERED = {
                                "'warmth' of the assistant's message; give a template"),
     "a field of reasoning": (CHATML, Example([HI], [[said("assistant", "Yes", reasoning_content="Hm, so.")]]),
                              "'Hm, so.' of the assistant's message"),
-    "tools": (CHATML, Example([HI], [[YES]], tools=[TOOL]), "the row's tools"),
+    "calls whose name is in the text": (
+        CHATML, Example([HI], [[{**CALL, "content": "I ask warmth in Rome."}, RESULT, WARM]]),
+        "the tool calls of message 1"),
+    "calls with numbers alone, in the prompt": (
+        CHATML, Example([said("user", "warmth?"), said("assistant", "warmth", tool_calls=[
+            {"type": "function", "function": {"name": "warmth", "arguments": {"n": 3}}}]), RESULT], [[WARM]]),
+        "the tool calls of message 1"),
+    "tools": (CHATML, Example([HI], [[YES]], tools=[TOOL]), "'warmth' of the row's tools"),
+    "all of the tools but their names": (
+        "{{ tools[0].function.name if tools }}" + CHATML, Example([HI], [[YES]], tools=[DESCRIBED]),
+        "'Ask how warm it is.' of the row's tools"),
+    "tools, whose name is in a message": (
+        CHATML, Example([said("user", "warmth")], [[YES]], tools=[TOOL]), "the row's tools"),
 }  # fmt: skip
 
 
@@ -245,6 +293,11 @@ def test_what_a_template_leaves_out_is_named(case):
     template, example, missing = ALTERED[case]
     with pytest.raises(BadExample, match=re.escape(f"the chat template doesn't write {missing}")):
         marked(make_tokenizer(template, IM, None, "<|endoftext|>"), example)
+
+
+def test_prompt_that_ends_with_an_answer_is_refused_with_the_remedy():
+    with pytest.raises(BadExample, match="the prompt ends with an answer: end it with a question"):
+        marked(make_tokenizer(*SPECIAL["qwen 3"]), Example([HI, YES], [[FINE]]))
 
 
 def test_report_names_the_row_and_then_the_difference_from_the_generation_prompt(tmp_path, capfd):

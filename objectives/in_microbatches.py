@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 
-from acceleration.loss_inputs import forward
 from distributed import collectives
 from log_probabilities import response_lengths
 from objectives.declaration import Result
+from objectives.inputs import forward
 
 
 def batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
