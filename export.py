@@ -26,7 +26,7 @@ from commands.run_config import read_run_config
 from config_checks.paths import expand_config, expand_home
 from config_checks.schema import own_keys
 from references import policy_source
-from utils import UserError
+from utils import UserError, rank0_print
 
 # files that only resuming needs
 _TRAINING_STATE = {"policy.pt", "reference.pt", "optimizer.pt", "scheduler.pt", "rng.pt", "state.json"}
@@ -53,7 +53,7 @@ def run(config: DictConfig):
         merge_adapter(checkpoint, trained, output, options.get("trust_remote_code") is True)
     else:
         copy_model(checkpoint, output)
-    print(f"Wrote the model of {checkpoint} to {output}")
+    rank0_print(f"Wrote the model of {checkpoint} to {output}")
 
 
 def copy_model(checkpoint: str, output: str):

@@ -29,7 +29,7 @@ from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F4
 from data.toy import get_toy
 from losses import find_loss
 from reporting.terminal import progressing
-from utils import UserError, closest_match, get_local_dir, on_rank0
+from utils import UserError, closest_match, get_local_dir, on_rank0, rank0_print
 
 if TYPE_CHECKING:
     import datasets
@@ -130,7 +130,7 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
         entry["sft_target"] = row["chosen"][len(prompt) :]
         entry["rows"].append(index)
     if n_other_prompt and not silent:
-        print(
+        rank0_print(
             f"hh ({split}): in {n_other_prompt} of {len(rows)} rows the prompts of the two transcripts differ; the "
             "rejected transcript is cut at the chosen prompt's length, as in the original"
         )

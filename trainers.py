@@ -12,10 +12,9 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from acceleration.batch_losses import batch_losses
+from acceleration.batch_losses import batch_losses, loss_inputs, tokens_that_count
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
-from acceleration.loss_inputs import loss_inputs, tokens_that_count
 from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.out_of_memory import explained_out_of_memory
@@ -44,7 +43,7 @@ from checkpointing.train_state import (
 from commands.output import quiet_libraries
 from config_checks.datasets import chosen_datasets, hub_names
 from data import hub
-from data.batches import mismatched_batch, prefetched
+from data.batches import prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives, environment
 from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
@@ -328,24 +327,6 @@ class BasicTrainer:
         metrics[f"loss/{split}"] = losses.detach()
         metrics |= {f"loss_{split}/{name}": values for name, values in parts.items()}
         return losses.mean(), metrics | response_metrics(split, inputs, self.loss.needs_reference(loss_config))
-
-    def estimate_kl(self, batch: dict) -> torch.Tensor:
-        """Estimate the policy's KL divergence from the reference (nats) for a whole batch of all workers, as KTO does.
-
-        It is the mean log-ratio of responses to other prompts of the batch, or 0 if that is negative; shape (), without
-        gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
-        """
-        sum_and_count = torch.zeros(2, dtype=widest_dtype(self.device), device=self.device)
-        for microbatch in self.microbatches(mismatched_batch(batch), n_least=1):
-            with torch.no_grad():
-                policy_logps = self.response_logps(self.policy, microbatch).view(2, -1)  # (2, B)
-            counted = self.counted(microbatch)
-            logratios = (policy_logps - torch.stack(self.reference_logps(microbatch))).where(counted, 0)
-            sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
-        if self.is_sharded:
-            sum_and_count = collectives.all_reduce_sum(sum_and_count)
-        kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
-        return kl_estimate.to(torch.promote_types(self.policy.dtype, torch.float32))
 
     # ---- training -------------------------------------------------------------------------------------------------
 

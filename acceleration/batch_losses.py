@@ -1,4 +1,4 @@
-"""Losses that depend on a whole batch, computed in microbatches and by several workers.
+"""The inputs of a loss, and losses that depend on a whole batch, computed in microbatches and by several workers.
 
 Such a loss is computed twice. First on the whole batch, of all microbatches and workers, from log-probabilities without
 a gradient; that also gives its derivative with respect to each of them. Then each microbatch computes its
@@ -10,10 +10,57 @@ from functools import partial
 
 import torch
 
-from acceleration.loss_inputs import forward
+from data.batches import mismatched_batch
 from distributed import collectives
-from log_probabilities import response_lengths
+from log_probabilities import concatenated_inputs, on_policy_weights, response_lengths, shared_lengths
 from objectives.declaration import Result
+from utils import on_device, widest_dtype
+
+
+def tokens_that_count(trainer, batch: dict) -> torch.Tensor | None:
+    """Return how many tokens of each response count in full with `ld_alpha`, (S,); None if all do."""
+    return shared_lengths(batch) if trainer.loss.needs_shared_logps(trainer.config.loss) else None
+
+
+def loss_inputs(trainer, batch: dict, policy_logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the inputs of a loss, (batch_size,) each: log-probabilities (nats), lengths (tokens) and weights.
+
+    Args:
+        policy_logps: those of the batch's S responses, chosen before rejected, (S,); or also those of the tokens that
+            count in full, (2, S).
+    """
+    sides = ("chosen", "rejected") if trainer.loss.needs_pairs else ("chosen",)
+    lengths = torch.cat([response_lengths(batch[f"{side}_labels"]) for side in sides])
+    stacked = {"{}_lengths": lengths.to(trainer.device, non_blocking=True), "policy_{}_logps": policy_logps}
+    if trainer.loss.needs_pairs:
+        stacked["reference_{}_logps"] = torch.cat(trainer.reference_logps(batch, tokens_that_count(trainer, batch)), -1)
+    if trainer.loss.needs_weights(trainer.config.loss):
+        stacked["{}_weights"] = _on_policy_weights(trainer, batch)
+    inputs = {}
+    for name, values in stacked.items():
+        for side, of_side in zip(sides, values.chunk(len(sides), -1), strict=True):
+            if of_side.ndim == 2:
+                of_side, inputs[name.format(side).replace("_logps", "_shared_logps")] = of_side
+            inputs[name.format(side)] = of_side
+    return inputs
+
+
+def forward(trainer, batch: dict) -> dict[str, torch.Tensor]:
+    """Return the inputs of a loss, with the policy's forward pass."""
+    return loss_inputs(trainer, batch, trainer.response_logps(trainer.policy, batch, tokens_that_count(trainer, batch)))
+
+
+def _on_policy_weights(trainer, batch: dict) -> torch.Tensor:
+    """Return WPO's weight of each response, (S,), without gradient, by another forward pass, the plain one."""
+    inputs = on_device(concatenated_inputs(batch), trainer.device)
+    names = ("concatenated_input_ids", "concatenated_attention_mask", "concatenated_labels")
+    input_ids, attention_mask, labels = (inputs[name] for name in names)
+    with torch.no_grad(), trainer.autocast(trainer.policy):
+        logits = trainer.policy(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2B, T, V)
+    return on_policy_weights(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+
+# ---- whole batches ---------------------------------------------------------------------------------------------------
 
 
 def batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
@@ -24,7 +71,7 @@ def batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) ->
     loss, of_batch = trainer.loss, {"memory": trainer.loss_memory}
     trainer.loss_memory.is_frozen = not train
     if loss.takes_kl_estimate:
-        of_batch["kl_estimate"] = trainer.estimate_kl(batch)
+        of_batch["kl_estimate"] = estimate_kl(trainer, batch)
     if loss.takes_mean_length:
         of_batch["mean_chosen_length"] = _mean_length(trainer, batch)
 
@@ -37,6 +84,25 @@ def batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) ->
         inputs = [forward(trainer, microbatch) for microbatch in microbatches]
     counted = [trainer.counted(microbatch) for microbatch in microbatches]
     return _linearized(partial(compute, loss_config=trainer.config.loss), inputs, counted, trainer.is_sharded)
+
+
+def estimate_kl(trainer, batch: dict) -> torch.Tensor:
+    """Estimate the policy's KL divergence from the reference (nats) for a whole batch of all workers, as KTO does.
+
+    It is the mean log-ratio of responses to other prompts of the batch, or 0 if that is negative; shape (), without
+    gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
+    """
+    sum_and_count = torch.zeros(2, dtype=widest_dtype(trainer.device), device=trainer.device)
+    for microbatch in trainer.microbatches(mismatched_batch(batch), n_least=1):
+        with torch.no_grad():
+            policy_logps = trainer.response_logps(trainer.policy, microbatch).view(2, -1)  # (2, B)
+        counted = trainer.counted(microbatch)
+        logratios = (policy_logps - torch.stack(trainer.reference_logps(microbatch))).where(counted, 0)
+        sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
+    if trainer.is_sharded:
+        sum_and_count = collectives.all_reduce_sum(sum_and_count)
+    kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
+    return kl_estimate.to(torch.promote_types(trainer.policy.dtype, torch.float32))
 
 
 def _mean_length(trainer, batch: dict) -> torch.Tensor:

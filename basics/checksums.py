@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-from basics.files import sha256
+from basics.files import open_regular, sha256
 from basics.outputs import CHECKSUMS
 
 
@@ -21,8 +21,8 @@ def read_checksums(directory: str) -> dict[str, str]:
 
     Raises: OSError; ValueError if a line isn't what `sha256sum` writes.
     """
-    with open(os.path.join(directory, CHECKSUMS), encoding="utf-8") as file:
-        lines = file.read().splitlines()
+    with open_regular(os.path.join(directory, CHECKSUMS)) as file:
+        lines = file.read().decode().splitlines()
     matches = [re.fullmatch(r"([0-9a-f]{64})  ([^/\0]+)", line) for line in lines]
     if None in matches:
         raise ValueError(f"line {matches.index(None) + 1} of {CHECKSUMS} is not a SHA-256 and a file's name")

@@ -4,9 +4,11 @@ It imports nothing but the standard library, so that commands which only read fi
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -30,6 +32,13 @@ def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
         with contextlib.suppress(OSError):
             os.remove(partial)
         raise
+
+
+def open_regular(path: str) -> IO:
+    """Open a file to read its bytes. Raises: OSError if it is a pipe or a device, from which reading might not end."""
+    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return open(path, "rb")
 
 
 def flush_to_disk(*paths: str):
@@ -56,7 +65,7 @@ def read_json_lines(path: str, skips_damaged: bool = False) -> Iterator[tuple[di
         skips_damaged: leave out whole lines that hold no JSON object; otherwise they raise ValueError.
     """
     end = 0
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for line in file:
             if not line.endswith(b"\n"):
                 return
@@ -90,7 +99,7 @@ _SETTLED = 2  # seconds; a file changed more recently may change again without a
 
 def sha256(path: str) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -110,11 +119,11 @@ class HashCache:
 
     def sha256(self, path: str) -> str:
         """Return the SHA-256 of a file's bytes, in hexadecimal."""
-        stat = os.stat(path)
-        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        info = os.stat(path)
+        key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
         if key not in self.known:
             digest = sha256(path)
-            if time.time() - stat.st_ctime < _SETTLED:
+            if time.time() - info.st_ctime < _SETTLED:
                 return digest
             self.known[key] = digest
             with contextlib.suppress(OSError):  # not cached: it is read again next time

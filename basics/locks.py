@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 
 from basics.errors import UserError
+from basics.printing import rank0_print
 
 try:
     import fcntl
@@ -127,6 +128,24 @@ def locked_directory(directory: str, origin: str, busy: str) -> Iterator[None]:
                 os.rmdir(path)
 
 
+@contextlib.contextmanager
+def in_turn(path: str) -> Iterator[None]:
+    """Let one process at a time change a file, where the file system has locks; others wait.
+
+    Raises: OSError if it can't be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is None:
+            import filelock
+
+            stack.enter_context(filelock.FileLock(f"{path}.lock"))
+        else:
+            file = stack.enter_context(open(path, "ab"))
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _open_locked(path: str, origin: str, busy: str) -> int:
     """Return a descriptor of the locked file; see `locked` for what is raised."""
     while True:
@@ -146,7 +165,9 @@ def _open_locked(path: str, origin: str, busy: str) -> int:
             _close(descriptor)
             raise _busy(path, origin, busy) from None
         except OSError as error:
-            print(f"WARNING: {origin}: its file system has no locks ({error}): nothing keeps a second process out")
+            rank0_print(
+                f"WARNING: {origin}: its file system has no locks ({error}): nothing keeps a second process out"
+            )
             return descriptor
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):

@@ -170,7 +170,7 @@ def resumed_run(path: str) -> str | None:
     is_known = is_run(path)
     for name in _run_names(path):
         whole = os.path.join(path, name)
-        if is_checkpoint_name(name):
+        if name not in _LOGS:
             is_own = is_own_checkpoint(whole)
         elif not os.path.isfile(whole):
             return f"{whole} is not a regular file; move it away"
@@ -184,7 +184,7 @@ def resumed_run(path: str) -> str | None:
 def _run_names(directory: str) -> list[str]:
     """Return the names in a directory that a run writes, those of checkpoints first."""
     names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-    checkpoints = [name for name in names if is_checkpoint_name(name)]
+    checkpoints = [name for name in names if is_checkpoint_name(name.removesuffix(".replaced"))]
     return checkpoints + [name for name in names if name in _LOGS]
 
 

@@ -6,9 +6,9 @@ known true reward and optimum. After one SFT run, it trains with each loss of `l
 300 pairs, and on `toy_length`, whose labels also favour length. Rewards and KL are exact: see `exact.py`.
 
 The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer; `--model tiny` uses the tiny model
-itself and takes three times as long. All 126 runs take about an hour and a half of CPU time in two processes; `--quick`
-(DPO and IPO) takes a few minutes. Each run writes a JSON file under `--out`, and runs that have one are skipped. In the
-end, tables are printed and a picture is drawn.
+itself and takes three times as long. All 225 runs take about two and a half hours of CPU time in two processes;
+`--quick` (DPO and IPO) takes a few minutes. Each run writes a JSON file under `--out`, and runs that have one are
+skipped. In the end, tables are printed and a picture is drawn.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Checkpoint directories that are written whole or not at all."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -11,14 +12,15 @@ from safetensors import SafetensorError
 
 from basics.checksums import write_checksums
 from basics.files import PARTIAL, flush_to_disk
-from basics.outputs import is_checkpoint_name, is_run
+from basics.outputs import is_checkpoint_name, is_own_checkpoint, is_run
 from utils import UserError
 
 CARD = "README.md"  # people write into it before they upload a checkpoint, so it has no checksum
 
 
 _INTERRUPTED = re.compile(  # names of what was being written or deleted when a run was killed
-    rf"(?:step-[0-9]+|LATEST|BEST|config\.yaml|curves\.png){PARTIAL}|step-[0-9]+\.partial-deleted|config\.yaml\.partial-new"
+    rf"(?:step-[0-9]+|LATEST|BEST|config\.yaml|curves\.png){PARTIAL}|step-[0-9]+\.partial-deleted"
+    r"|config\.yaml\.partial-new"
 )
 
 
@@ -62,18 +64,30 @@ def replace_path(new: str, path: str):
     """Rename `new` to `path`; an existing directory or link is moved aside first, and removed afterwards.
 
     After a crash in between, `recover_interrupted_saves` restores the old one.
+
+    Raises: OSError, also if something else has the name under which the older one is kept.
     """
-    older = f"{path}.replaced"
-    if os.path.lexists(path):
+    older, exists = f"{path}.replaced", os.path.lexists(path)
+    if exists and os.path.lexists(older):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), older)
+    if exists:
         os.rename(path, older)
     try:
         os.rename(new, path)
     except OSError:
-        if os.path.lexists(older):
+        if exists:
             os.rename(older, path)
         raise
     flush_to_disk(os.path.dirname(path) or ".")
-    _remove(older)
+    if exists:
+        remove_whole(older)
+
+
+def remove_whole(path: str):
+    """Remove a checkpoint, or a link to one, so that it disappears as a whole."""
+    unfinished = f"{path.removesuffix('.replaced')}.partial-{uuid.uuid4().hex[:8]}"
+    os.rename(path, unfinished)
+    _remove(unfinished)
 
 
 def _remove(path: str):
@@ -94,7 +108,7 @@ def recover_interrupted_saves(run_dir: str):
             _remove(path)
         elif name.endswith(".replaced") and is_checkpoint_name(name.removesuffix(".replaced")):
             kept = path.removesuffix(".replaced")
-            if os.path.lexists(kept):
-                _remove(path)
-            else:
+            if not os.path.lexists(kept):
                 os.rename(path, kept)
+            elif is_own_checkpoint(path):
+                remove_whole(path)

@@ -10,7 +10,6 @@ A checkpoint is a directory that appears whole or not at all. It contains:
 
 import json
 import os
-import shutil
 import time
 import uuid
 
@@ -22,7 +21,7 @@ from torch import nn
 from basics.checksums import read_checksums
 from basics.links import followed, link_target, make_link
 from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
-from checkpointing.atomic_directory import atomic_directory, replace_path
+from checkpointing.atomic_directory import atomic_directory, remove_whole, replace_path
 from checkpointing.model_card import write_card
 from checkpointing.train_state import TrainState, read_state_json
 from distributed.dtensor import distribute_like, full_state_dict
@@ -167,10 +166,8 @@ def delete_oldest(run_dir: str, n_kept: int | None, examples: int):
     steps = [int(name[5:]) for name in names if _is_checkpoint(os.path.join(run_dir, name))]
     for step in sorted(step for step in steps if step <= examples)[: -n_kept if n_kept else 0]:
         doomed = os.path.join(run_dir, f"step-{step}")
-        if os.path.realpath(doomed) == best:
-            continue
-        os.rename(doomed, f"{doomed}.partial-deleted")  # it disappears as a whole, too
-        shutil.rmtree(f"{doomed}.partial-deleted", ignore_errors=True)
+        if os.path.realpath(doomed) != best:
+            remove_whole(doomed)
 
 
 def _is_checkpoint(path: str) -> bool:

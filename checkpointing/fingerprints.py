@@ -13,7 +13,7 @@ from collections.abc import Callable
 import huggingface_hub
 from omegaconf import DictConfig, OmegaConf
 
-from basics.files import HashCache
+from basics.files import HashCache, open_regular
 from utils import UserError, get_local_dir
 
 _KEYS = (
@@ -79,7 +79,7 @@ def _sampled_sha256(path: str) -> str:
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     n_blocks = min(-(-size // _BLOCK), _MAX_BLOCKS)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for index in range(n_blocks):
             file.seek(index * max(size - _BLOCK, 0) // max(n_blocks - 1, 1))
             digest.update(file.read(_BLOCK))

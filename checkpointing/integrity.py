@@ -5,7 +5,7 @@ import os
 import re
 
 from basics.checksums import read_checksums, verify_checksum
-from basics.files import sha256
+from basics.files import open_regular, sha256
 from basics.outputs import CHECKSUMS
 
 
@@ -20,8 +20,9 @@ def verify_weights(directory: str):
     Raises: ValueError if a file of weights is damaged.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        with open(os.path.join(directory, CHECKSUMS), encoding="utf-8", errors="replace") as file:
-            listed = re.findall(r"^([0-9a-f]{64}) [ *](?:\./)?([^/\0\n]+)$", file.read(), re.MULTILINE)
+        with open_regular(os.path.join(directory, CHECKSUMS)) as file:
+            text = file.read().decode(errors="replace")
+        listed = re.findall(r"^([0-9a-f]{64}) [ *](?:\./)?([^/\0\n]+)$", text, re.MULTILINE)
         for digest, name in listed:
             if name.endswith((".safetensors", ".bin")) and os.path.exists(os.path.join(directory, name)):
                 verify_checksum(directory, name, digest)

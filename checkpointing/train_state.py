@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
+from basics.files import open_regular
 from config_checks.schema import flatten
 from utils import UserError, rank0_print
 
@@ -100,7 +101,7 @@ def read_state_json(checkpoint: str) -> dict:
     """
     path = os.path.join(checkpoint, "state.json")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_regular(path) as file:
             state = json.load(file)
         if not isinstance(state, dict):
             raise ValueError("it holds no object")

@@ -103,7 +103,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
             hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
     except SystemExit as error:
         if error.code == 2:  # raised by Hydra's option parser
-            print(explain_flags(sys.argv[1:]), file=sys.stderr)
+            print(printable(explain_flags(sys.argv[1:])), file=sys.stderr)
         raise
     except Exception as error:  # raised while Hydra composes the config; jobs report their own errors
         if SHOWS_TRACEBACK:

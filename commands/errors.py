@@ -47,8 +47,8 @@ def errors_reported() -> Iterator[None]:
         is_consequence = heartbeat.is_lost_connection(error)
         if is_consequence and environment.is_local_rank0():
             message = f"error: another worker is gone ({str(error)[:200]}); what it or its launcher printed says why"
-            text = printable("\n".join([message, *getattr(error, "__notes__", [])]))
-            print(text, file=sys.stderr, flush=True)
+            text = "\n".join([message, *getattr(error, "__notes__", [])])
+            print(printable(text), file=sys.stderr, flush=True)
         heartbeat.wait_for_root_cause(error)
         if SHOWS_TRACEBACK:
             raise

@@ -17,7 +17,7 @@ from basics.files import atomic_file
 from basics.locks import locked_directory
 from checkpointing import fingerprints
 from checkpointing.resume import SWEEP
-from utils import UserError, get_local_run_dir
+from utils import UserError, get_local_run_dir, rank0_print
 
 
 def locked_run(run_dir: str) -> contextlib.AbstractContextManager:
@@ -52,9 +52,8 @@ def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
             file.write(fingerprints.header(inputs or {}) + OmegaConf.to_yaml(config))
     except OSError as error:
         raise UserError(f"local_run_dir={config.local_run_dir}: can't write there: {error}") from error
-    print("=" * 80)
-    print(f"Writing to {socket.gethostname()}:{config.local_run_dir}")
-    print("=" * 80, flush=True)
+    rule = "=" * 80
+    rank0_print(f"{rule}\nWriting to {socket.gethostname()}:{config.local_run_dir}\n{rule}")
 
 
 def in_sweep() -> bool:

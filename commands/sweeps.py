@@ -5,7 +5,6 @@ in others, which may be on other machines. They share the sweep's directory, and
 """
 
 import contextlib
-import fcntl
 import gc
 import json
 import multiprocessing
@@ -21,7 +20,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from basics.files import append_json_line, read_json_lines
-from basics.locks import locked_directory
+from basics.locks import in_turn, locked_directory
+from basics.printing import printable
 from checkpointing.resume import resume_command
 from checkpointing.stop_signal import EXIT_CODE
 from commands.errors import errors_reported
@@ -54,9 +54,7 @@ class SweepLog:
     def add(self, row: dict):
         """Add the row of a job that has ended; `seconds` are added to those of its earlier rows."""
         try:
-            with open(self.path, "ab") as file:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(file, fcntl.LOCK_EX)  # other jobs may end at the same time
+            with in_turn(self.path):  # other jobs may end at the same time
                 before = self.rows().get(row["overrides"], {}).get("seconds", 0)
                 append_json_line(self.path, row | {"seconds": round(row["seconds"] + before, 1)})
         except OSError as error:
@@ -118,7 +116,7 @@ def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | No
     except SystemExit as ended:
         if isinstance(ended.code, str):
             error = ended.code
-            print(error, file=sys.stderr, flush=True)
+            print(printable(error), file=sys.stderr, flush=True)
         status = "stopped" if ended.code == EXIT_CODE else "failed"
         # a signal ends all jobs of this process; a launcher's other workers could not follow
         if is_parent and (status == "stopped" or environment.is_launched()):
@@ -203,7 +201,7 @@ class _Sweep:
         rank0_print(f"\n== The sweep in {self.directory}\n{self.log.table()}\n")
         for row in rows:
             if row["error"]:
-                rank0_print(f"{row['overrides']}: {row['error']}")
+                rank0_print(printable(f"{row['overrides']}: {row['error']}"))
         if results := {row["overrides"]: row["result"] for row in rows if row["result"] is not None}:
             best = (max if larger_is_better(self.metric) else min)(results, key=results.get)
             rank0_print(f"Best by {self.metric}: {best} ({results[best]:.4f})")

@@ -240,8 +240,8 @@ def _check_lengths_and_batches(config: DictConfig):
         if config[key] % config.batch_size != 0:
             rounded = config[key] - config[key] % config.batch_size
             if config[key] != default_config()[key]:  # a default needn't be divisible by batch_size
-                print(f"WARNING: {key} must be divisible by batch_size")
-            print(f"Setting {key} to", rounded)
+                rank0_print(f"WARNING: {key} must be divisible by batch_size")
+            rank0_print(f"Setting {key} to", rounded)
             config[key] = rounded
 
 

@@ -22,8 +22,13 @@ _SAME = {
     "gradient_checkpointing": "activation_checkpointing", "run_name": "exp_name", "loss_type": "loss",
     "tau": "loss.beta", "logging_steps": "minimum_log_interval_secs", "num_processes": "world_size",
     "lr_scheduler_type": "lr_scheduler", "lr_scheduler_kwargs": "lr_scheduler_args",
+    "f_divergence_type": "loss.f_divergence", "use_weighting": "loss.wpo", "ld_alpha": "loss.ld_alpha",
+    "discopop_tau": "loss.tau", "simpo_gamma": "loss.gamma", "label_smoothing": "loss.label_smoothing",
 }  # fmt: skip
 ELSEWHERE = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _SAME.items()} | {
+    "loss_weights": "the weights of a sum of losses are loss=mix loss.parts={dpo: 0.8, sft: 0.2}",
+    "rpo_alpha": "loss=dpo_nll has it as loss.nll_weight",
+    "f_alpha_divergence_coef": "f_alpha_divergence_coef is 1 - loss.f_alpha here",
     "per_device_train_batch_size": "batch_size is that of all devices and microbatches together",
     "bf16": "bf16=true is model.policy_mp=bfloat16 here, or model.policy_dtype=bfloat16 for the weights, too",
     "fp16": "float16 would need loss scaling, which no trainer here does: take model.policy_mp=bfloat16",
@@ -39,27 +44,10 @@ _WITHOUT_TRAINING = ("judge", "export")  # configs that have no key of training
 _NO_LOSS = "it isn't implemented; a loss is a function in losses.py and a file in config/loss"
 # Other libraries' and papers' names for our losses
 _SAME_LOSS = {
-    "sigmoid": "dpo",
-    "sigmoid_norm": "dpo_norm",
-    "robust": "robust_dpo",
-    "exo_pair": "exo",
-    "nca_pair": "nca",
-    "bco_pair": "bco",
-    "sppo_hard": "sppo",
-    "aot_pair": "aot",
-    "slic": "hinge",
-    "slichf": "hinge",
-    "rdpo": "length_dpo",
-    "r_dpo": "length_dpo",
-    "rpo": "dpo_nll",
-    "apo_zero_unpaired": "apo_zero",
-    "xpo": "chi_po",
-    "chipo": "chi_po",
-    "lrml": "discopop",
-    "log_ratio_modulated": "discopop",
-    "nll": "sft",
-    "infonca": "nca",
-}
+    "sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "robust": "robust_dpo", "exo_pair": "exo", "nca_pair": "nca",
+    "bco_pair": "bco", "sppo_hard": "sppo", "slic": "hinge", "rdpo": "length_dpo", "r_dpo": "length_dpo",
+    "rpo": "dpo_nll", "apo_zero_unpaired": "apo_zero", "chipo": "chi_po", "lrml": "discopop", "nll": "sft",
+}  # fmt: skip
 _OTHER_LOSSES = dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "tdpo"), _NO_LOSS) | {
     "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
     "ld_dpo": "it is loss=dpo with loss.ld_alpha below 1",

@@ -58,6 +58,9 @@ def locate(name: str, key: str = "datasets") -> Location:
     hub_id, _, config = name.partition(":")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id, re.ASCII) and not reading.has_data_suffix(hub_id):
         return Location(name, hub_id, config or None)
+    if os.path.lexists(path):
+        what = "a link to nowhere" if os.path.islink(path) else "no regular file"
+        raise UserError(f"{where}: {path} is {what}; give a file ({reading.FORMATS}) or a folder")
     raise UserError(
         f"{where}: there is no such file or folder (current directory: {os.getcwd()}).{closest_sibling(path)}\n"
         f"Give a file ({reading.FORMATS}), a folder, a pattern like 'data/*.jsonl', or an id on the hub, OWNER/NAME"

@@ -176,17 +176,19 @@ def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):
     """Print the report of the training data, if any, and of the evaluation data."""
     opened = {"train": train, "test": test} if train is not None else {"test": test}
     for split, batches in opened.items():
-        print("\n".join(split_report(batches, tokenizer, split)))
+        rank0_print("\n".join(split_report(batches, tokenizer, split)))
     print(format_example(test if train is None else train, tokenizer))
     if train is not None:
         if train.sft_mode and train.prompts.n_pairs.any():
-            print("loss=sft imitates the chosen responses; the rejected ones are not used (loss=dpo trains on both)")
+            rank0_print(
+                "loss=sft imitates the chosen responses; the rejected ones are not used (loss=dpo trains on both)"
+            )
         dropped = f"; dropped {train.n_dropped} examples that don't fill a batch" if train.n_dropped else ""
-        print(
+        rank0_print(
             f"Training data: {train.epoch_size} examples per epoch in batches of {train.batch_size}{dropped}; "
             f"{train.n_batches} steps in total"
         )
-    print(f"Evaluation data: {test.n_examples} examples, each once, in {test.n_batches} batches", flush=True)
+    rank0_print(f"Evaluation data: {test.n_examples} examples, each once, in {test.n_batches} batches")
     if not test.lengths["add_bos"] and (n_empty := sum(map(count_empty_prompts, opened.values()))):
         rank0_print(
             f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, so it isn't "

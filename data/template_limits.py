@@ -8,18 +8,21 @@ import ctypes
 import json
 import math
 import os
-import resource
 import threading
 import time
 from collections.abc import Iterator
 
 from utils import UserError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 SECONDS = 20  # for one row, which usually takes less than a millisecond
 _MEMORY = 2**30  # bytes, beyond what the process has
 _LONGEST, _LARGEST_FACTOR = 1_000_000, 100  # characters, and how many for each that was given
 _TICK = 0.5  # seconds
-_PAGE = resource.getpagesize()
 _REMEDY = "correct the template, or give another: chat_template=FILE"
 
 
@@ -130,6 +133,9 @@ class _MemoryLimit:
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
+        if resource is None:
+            yield
+            return
         with self.lock:
             if self.n_rendering == 0:
                 self.former = resource.getrlimit(resource.RLIMIT_DATA)
@@ -156,7 +162,7 @@ def _allocated() -> float:
     except OSError:
         return math.inf
     try:
-        return int(os.read(descriptor, 200).split()[5]) * _PAGE
+        return int(os.read(descriptor, 200).split()[5]) * resource.getpagesize()
     finally:
         os.close(descriptor)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from basics.interrupts import interrupts_reported
+from basics.printing import printable
 from basics.saved_config import read_saved_config
 
 SUBJECTS = ["film", "play", "opera", "musical", "series", "cartoon", "drama", "comedy", "ballet", "show"]
@@ -200,4 +201,4 @@ def report(run_dir: Path, n_shown: int = 4) -> str:
 
 if __name__ == "__main__":
     with interrupts_reported():
-        print(report(Path(sys.argv[1])))
+        print(printable(report(Path(sys.argv[1]))))

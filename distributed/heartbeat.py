@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from basics.printing import printable
 from distributed import environment
 
 # A worker waits this long (seconds) before it reports an error that another worker may report too, or may have caused.
@@ -32,14 +33,25 @@ class _Worker(NamedTuple):
     def kill(self):
         """Kill the process if it is on this machine and still the same one."""
         with contextlib.suppress(OSError):
-            if self.machine == socket.gethostname() and _start_time(self.pid) == self.started:
+            is_here = self.machine == socket.gethostname() and self.started
+            if is_here and _start_time(self.pid) == self.started:
                 os.kill(self.pid, signal.SIGKILL)
 
 
 def _start_time(pid: int) -> str:
-    """Return when a process of this machine started, in the kernel's ticks."""
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[19]
+    """Return when a process of this machine started, in the system's own terms; an empty string if there is none."""
+    if sys.platform != "linux":
+        import psutil
+
+        try:
+            return str(psutil.Process(pid).create_time())
+        except psutil.Error:
+            return ""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 class Heartbeat:
@@ -88,7 +100,7 @@ class Heartbeat:
                 self.seconds_waited = 0.0
         except RuntimeError as error:
             time.sleep(2 * _LOST_CONNECTION_DELAY)  # the main thread may be about to report more
-            print(f"error: another worker is gone ({str(error)[:200]})", file=sys.stderr, flush=True)
+            print(printable(f"error: another worker is gone ({str(error)[:200]})"), file=sys.stderr, flush=True)
             os._exit(1)
 
     def _exchange_once(self) -> bool:
@@ -138,12 +150,11 @@ class Heartbeat:
         """End this process; under a launcher also the silent one if it is here, for which the launcher would wait."""
         silent = self.workers[silent_rank]
         if self.rank <= 1 or environment.is_local_rank0():
-            print(
+            text = (
                 f"error: worker {silent_rank} (process {silent.pid} on {silent.machine}) has given no sign of life for "
-                f"{self.timeout:g} seconds (worker_timeout): the run ends. Resume it with resume=auto",
-                file=sys.stderr,
-                flush=True,
+                f"{self.timeout:g} seconds (worker_timeout): the run ends. Resume it with resume=auto"
             )
+            print(printable(text), file=sys.stderr, flush=True)
         if environment.is_launched_by_user():
             silent.kill()
         os._exit(1)

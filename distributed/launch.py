@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from basics.printing import printable
 from distributed.environment import is_launched
 from utils import UserError, signals_handled
 
@@ -83,7 +84,7 @@ def end_process(code: int | str | None):
     During teardown, threads that still wait for other workers would abort the process and its exit code would be lost.
     """
     if isinstance(code, str):
-        print(code, file=sys.stderr)
+        print(printable(code), file=sys.stderr)
     multiprocessing.util._exit_function()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -224,10 +224,10 @@ def main(words: list[str]) -> str | None:
         if args.picture is not None:
             check_outputs([Output("--picture", args.picture, picture)])
         comparison = compare(find_runs(args.runs), args.sort)
-        print({"text": as_text, "csv": as_csv, "markdown": as_markdown}[args.format](comparison))
+        print(printable({"text": as_text, "csv": as_csv, "markdown": as_markdown}[args.format](comparison)))
         if args.picture is not None:
             draw(comparison, args.picture)
-            print(args.picture, file=sys.stderr)
+            print(printable(args.picture), file=sys.stderr)
     except (NoRuns, UserError, OSError) as error:
         return printable(f"error: {error}")
     except ImportError as error:

@@ -206,7 +206,7 @@ def main(words: list[str]) -> str | None:
         return printable(f"error: {error}")
     except ImportError as error:
         return f"error: curves need matplotlib (pip install matplotlib): {error}"
-    print(path)
+    print(printable(path))
     return None
 
 

@@ -155,7 +155,7 @@ class RunLog:
                 f"{rate(n_examples / self.seconds)} per second, {self.n_tokens / self.n_steps:,.0f} tokens per step; "
                 f"peak memory: {peak_memory()}"
             )
-            print(wrapped(text), flush=True)
+            rank0_print(wrapped(text))
         if self.curves is not None:
             self.curves.finish(failed=exit_code != 0)
 

@@ -202,7 +202,7 @@ def write(figure, axis, table: str, path: str):
     text = f"{os.path.splitext(path)[0]}.txt"
     with atomic_file(text) as file:
         file.write(f"{table}\n")
-    print(f"{table}\n\n{path}, {text}")
+    print(printable(f"{table}\n\n{path}, {text}"))
 
 
 def command(name: str, description: str, output: str, work: Callable[[list[Summary], str], None]) -> Callable:

@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from reporting.terminal import warning
-from utils import get_local_dir
+from utils import get_local_dir, rank0_print
 
 
 class Trackers:
@@ -70,7 +70,7 @@ class WandbTracker:
         """End the run; if it was offline, print how to upload it."""
         self.run.finish(exit_code=exit_code)
         if self.run.offline:
-            print(f"wandb was offline; to upload this run: wandb sync {os.path.dirname(self.run.dir)}")
+            rank0_print(f"wandb was offline; to upload this run: wandb sync {os.path.dirname(self.run.dir)}")
 
 
 class TensorBoardTracker:

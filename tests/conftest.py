@@ -29,6 +29,9 @@ torch.set_num_threads(1)
 
 ORACLE = REPOSITORY / "tests" / "oracle"
 
+if os.name != "posix":  # these need Unix's locks and terminals
+    collect_ignore = ["test_run_lock.py", "test_terminal.py", "test_wandb_runs.py"]
+
 
 SLOW_FIXTURES = {"launcher", "run_python", "start", "in_workers", "train_from_hub"}  # fixtures that start processes
 

@@ -5,7 +5,6 @@ Run as a script, this file is that process.
 
 import atexit
 import contextlib
-import fcntl
 import functools
 import gc
 import importlib
@@ -17,7 +16,6 @@ import select
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 import traceback
@@ -273,6 +271,9 @@ def run_script(job: dict, env: dict[str, str], streams: list[int]) -> int:
     os.chdir(job["directory"])
     if job["on_terminal"]:
         os.setsid()
+        import fcntl  # Windows has neither
+        import termios
+
         fcntl.ioctl(streams[0], termios.TIOCSCTTY, 0)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)

@@ -17,7 +17,7 @@ OF_OS = (
     "fork", "forkpty", "register_at_fork", "killpg", "setpgrp", "setsid", "getpgid", "getuid", "geteuid", "pread",
     "pwrite", "statvfs", "mkfifo", "setpriority", "nice", "wait3", "wait4", "ST_RDONLY",
 )  # fmt: skip
-SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGKILL", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGPIPE")
+SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGPIPE")  # subprocess itself needs SIGKILL
 
 
 def hide():

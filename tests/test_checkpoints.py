@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 
@@ -181,7 +180,7 @@ def test_directory_is_replaced_completely_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["LATEST"]
 
 
-@pytest.mark.parametrize("n_renames", [0, 1, 2])
+@pytest.mark.parametrize("n_renames", [0, 1, 2, 3])
 def test_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, monkeypatch):
     write(tmp_path / "LATEST", "old")
     rename, done = os.rename, []
@@ -194,7 +193,7 @@ def test_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, mo
 
     monkeypatch.setattr(os, "rename", rename_or_die)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process removes nothing
-    if n_renames < 2:
+    if n_renames < 3:
         with pytest.raises(SystemExit):
             write(tmp_path / "LATEST", "new")
     else:
@@ -203,7 +202,21 @@ def test_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, mo
     assert len(os.listdir(tmp_path)) == 2
     recover_interrupted_saves(str(tmp_path))
     assert os.listdir(tmp_path) == ["LATEST"]
-    assert (tmp_path / "LATEST/file").read_text() == ("new" if n_renames == 2 else "old")
+    assert (tmp_path / "LATEST/file").read_text() == ("new" if n_renames >= 2 else "old")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_others_keep_under_a_name_for_replaced_directories_stays(exists, tmp_path):
+    (tmp_path / "model.replaced").mkdir()
+    (tmp_path / "model.replaced/mine").write_text("mine")
+    if exists:
+        (tmp_path / "model").mkdir()
+        with pytest.raises(UserError, match=r"File exists: .*model\.replaced"):
+            write(tmp_path / "model", "new")
+    else:
+        write(tmp_path / "model", "new")
+    assert sorted(os.listdir(tmp_path)) == ["model", "model.replaced"]
+    assert (tmp_path / "model.replaced/mine").read_text() == "mine"
 
 
 def run_into(launcher, run_dir, *overrides):
@@ -212,6 +225,7 @@ def run_into(launcher, run_dir, *overrides):
 
 def test_file_size_limit_leaves_the_previous_checkpoint_intact(launcher, tmp_path):
     assert run_into(launcher, tmp_path / "run", "eval_every=8", "save_every=8") == 0, launcher.output
+    resource = pytest.importorskip("resource")
     limits = resource.prlimit(launcher.server.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(launcher.server.pid, resource.RLIMIT_FSIZE, (4_490_000, limits[1]))
     try:

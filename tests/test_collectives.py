@@ -84,13 +84,13 @@ def prepared_batches(directory: str) -> tuple[set[bool], list[list[int]]]:
     OmegaConf.resolve(config)
     check_config(config)
     trainer = trainers.make_trainer(config)
-    prepare, in_main_thread = trainer.prepare, set()
+    prepare, in_main_thread = trainer.with_microbatches, set()
 
     def watched(*args, **kwargs) -> dict:
         in_main_thread.add(threading.current_thread() is threading.main_thread())
         return prepare(*args, **kwargs)
 
-    trainer.prepare = watched
+    trainer.with_microbatches = watched
     sizes = []
     for batch in trainer._training_batches(0):
         sizes.append([len(part["prompt"]) for part in batch["microbatches"]])

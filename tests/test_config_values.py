@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from commands.command_line import compose_config, with_free_keys
 from config_checks.checks import check_config
+from config_checks.explanations import _SAME_LOSS
 from config_checks.schema import CONFIG_DIR, default_config
 from losses import LOSSES
 from utils import UserError, get_local_dir
@@ -120,6 +121,11 @@ def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, values, co
             assert passes or accepted is None, f"{key}={value!r} is accepted as {OmegaConf.select(config, key)!r}"
 
 
+def test_other_names_of_losses_lead_to_losses_that_there_are():
+    assert set(_SAME_LOSS.values()) <= LOSSES.keys()
+    assert not _SAME_LOSS.keys() & LOSSES.keys()
+
+
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 REFUSED = {  # override: parts of the message
@@ -161,6 +167,11 @@ REFUSED = {  # override: parts of the message
     "loss=DPO": ["no loss=DPO", "Did you mean dpo?"],
     "loss=ppo": ["no loss=ppo: it isn't implemented", "There are: chi_po, cpo, dpo"],
     "loss=cdpo": ["loss=dpo with loss.label_smoothing above 0"],
+    "loss=sigmoid": ["no loss=sigmoid: sigmoid is dpo here"],
+    "loss=sppo_hard": ["no loss=sppo_hard: sppo_hard is sppo here"],
+    "loss=ld_dpo": ["it is loss=dpo with loss.ld_alpha below 1"],
+    "f_divergence_type=forward_kl": ["f_divergence_type is called loss.f_divergence here"],
+    "loss_weights=[1]": ["loss=mix loss.parts={dpo: 0.8, sft: 0.2}"],
     "per_device_train_batch_size=4": ["batch_size is that of all devices"],
     "num_train_epochs=1": ["num_train_epochs is called n_epochs here"],
     "output_dir=x": ["output_dir is called local_run_dir here"],

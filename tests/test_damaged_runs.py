@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import exhaustive_except
 
+from checkpointing.resume import find_checkpoints
 from commands.run_directory import locked_run
 from utils import UserError
 
@@ -152,6 +153,16 @@ def test_checkpoint_file_with_other_content_is_named(name, kind, launcher, run_d
     config = (run_dir / "config.yaml").read_bytes()
     assert_told(launcher, run_dir, f"{run_dir}/LATEST")
     assert (run_dir / "config.yaml").read_bytes() == config
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "state.json", "policy.pt", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "endless device"])
+def test_checkpoint_file_that_is_a_pipe_or_a_device_is_named(name, kind, run_dir):
+    path = run_dir / "LATEST" / name
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=rf"{run_dir}/LATEST can't be used: .*it is no regular file.*{name}"):
+        find_checkpoints(str(run_dir), "LATEST")
 
 
 def test_optimizer_state_with_other_shapes_is_named(launcher, run_dir):

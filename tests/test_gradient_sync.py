@@ -56,7 +56,7 @@ def two_steps(trainer_name: str, n_replicas: int, n_microbatches: int, directory
     trainer.microbatch_overhead = 1e9  # no more microbatches than asked for
     first, second = trainer.train_iterator
     trainer.train_step(first)
-    batch = trainer.prepare(second)
+    batch = trainer.with_microbatches(second)
     assert len(batch["microbatches"]) == n_microbatches
     with Collectives() as counted:
         trainer.train_step(batch)

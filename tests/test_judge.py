@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import resource
 import shutil
 import signal
 import threading
@@ -568,6 +567,7 @@ def test_full_disk_leaves_whole_verdicts_and_no_traceback(tmp_path):
     file = VerdictFile(str(path), "s")
     file.add(task, Verdict("first"))
     whole = path.read_text()
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, hard))
     try:

@@ -85,7 +85,7 @@ def test_losses_need_torch_alone(module):
 SLOW_TO_IMPORT = ("transformers", "datasets", "accelerate", "torch.distributed.tensor", "torch.distributed.fsdp")
 
 
-@pytest.mark.parametrize("command", LEVELS[0])
+@pytest.mark.parametrize("command", sorted(LEVELS[0]))
 def test_a_config_is_checked_before_slow_libraries_are_imported(command):
     reached, ahead = set(), [command]
     while ahead:

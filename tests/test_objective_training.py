@@ -218,7 +218,7 @@ def test_three_steps_in_microbatches_equal_the_formula_of_the_whole_batch(words,
     start = copy.deepcopy(trainer.policy.state_dict())
     expected, losses = train_by_hand(trainer, ALL[words])
     for batch, loss in zip(trainer.train_iterator, losses, strict=False):
-        assert len(trainer.prepare(batch)["microbatches"]) >= 2
+        assert len(trainer.with_microbatches(batch)["microbatches"]) >= 2
         assert trainer.train_step(batch)["loss/train"] == pytest.approx(loss, rel=1e-9)
     for (name, value), other in zip(trainer.policy.state_dict().items(), expected.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-8, atol=1e-10, msg=name)

@@ -170,9 +170,9 @@ def test_files_are_opened_for_writing_only_where_it_is_known():
     assert found == {
         "basics/files.py", "evaluation/evaluate.py", "evaluation/sample_file.py", "evaluation/judge.py",
         "evaluation/vllm_engine.py", "reporting/curves.py", "reporting/summaries.py", "reporting/run_log.py",
-        "commands/run_directory.py", "commands/sweeps.py", "commands/output.py", "checkpointing/archives.py",
-        "checkpointing/checkpoints.py", "basics/checksums.py", "checkpointing/train_state.py",
-        "acceleration/reference_cache.py", "data/preparation.py",
+        "commands/run_directory.py", "basics/locks.py", "basics/links.py", "commands/output.py",
+        "checkpointing/archives.py", "checkpointing/checkpoints.py", "basics/checksums.py",
+        "checkpointing/train_state.py", "acceleration/reference_cache.py", "data/preparation.py",
     }  # fmt: skip
 
 
@@ -195,6 +195,7 @@ def fill(path: Path, kind: str):
     ("name", "kind"),
     [
         ("LATEST", "directory"), ("step-16", "directory"), ("BEST", "directory"), ("BEST", "link"), ("LATEST", "file"),
+        ("LATEST.replaced", "directory"), ("step-16.replaced", "file"),
         ("metrics.jsonl", "file"), ("samples.jsonl", "file"), ("curves.png", "file"), ("config.yaml", "file"),
         ("config.yaml", "directory"), ("metrics.jsonl", "directory"),
     ],

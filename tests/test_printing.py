@@ -1,5 +1,6 @@
 """Printed text: control sequences and markup are escaped, secrets are masked."""
 
+import ast
 import os
 import re
 import subprocess
@@ -95,3 +96,25 @@ def test_too_many_open_files_are_named(tmp_path):
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: too many open files: raise the limit")
     assert "Traceback" not in result.stderr and "memory" not in result.stderr
+
+
+def prints_unescaped(call: ast.Call) -> bool:
+    """True unless each argument of `print` is a constant, or passes through the function that escapes."""
+    safe = ("printable", "warning", "format_example")  # the last two escape what they colour
+    return not all(
+        isinstance(value, ast.Constant) or (isinstance(value, ast.Call) and getattr(value.func, "id", "") in safe)
+        for value in call.args
+    )
+
+
+def test_nothing_is_printed_unescaped():
+    paths = [path for path in (*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py"))
+             if path.parent.name not in ("tests", "benchmarks")]  # fmt: skip
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and prints_unescaped(node)
+        if path.name != "printing.py"
+    ]
+    assert len(paths) > 100 and found == []

@@ -1,5 +1,6 @@
 """A key of the reference cache has the same value in every run that computes it."""
 
+import itertools
 import re
 
 import pytest
@@ -52,6 +53,26 @@ def test_precomputed_bfloat16_reference_equals_the_online_one(policy, precompute
 def test_policy_under_autocast_does_not_serve_as_the_reference(precompute):
     assert precompute("model.reference_dtype=bfloat16", "model.policy_mp=bfloat16")[2]
     assert not precompute("model.reference_dtype=bfloat16", "model.policy_dtype=bfloat16")[2]  # no model is loaded
+
+
+def test_cache_of_another_precision_is_not_used(precompute, make_trainer):
+    """The reference is computed as the policy is: in float32, under autocast, in bfloat16; or in a dtype of its own."""
+    precisions = [
+        ["model.reference_dtype=null"],
+        ["model.reference_dtype=null", "model.policy_mp=bfloat16"],
+        ["model.reference_dtype=null", "model.policy_dtype=bfloat16"],
+        ["model.reference_dtype=bfloat16", "model.policy_mp=bfloat16"],
+    ]
+    values = []
+    for overrides in precisions:
+        trainer, n_computed, was_loaded = precompute(*overrides)
+        assert (n_computed, was_loaded) == (24, "reference_dtype=bfloat16" in overrides[0]), overrides
+        values.append(logps(trainer))
+        online = logps(make_trainer(*TOY, *overrides))
+        torch.testing.assert_close(values[-1], online, rtol=0, atol=0)
+        assert precompute(*overrides)[1] == 0
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(values[:3], 2))
+    assert precompute("model.reference_dtype=float32", "model.policy_mp=bfloat16")[1] == 0  # the first one's
 
 
 def test_archives_that_differ_only_in_float32_have_separate_caches(precompute, archives, make_trainer):

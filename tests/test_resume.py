@@ -20,6 +20,7 @@ SMALL = [
     "n_eval_model_samples=1", "lr=1e-3", "warmup_steps=10", "eval_every=16", "save_every=8",
 ]  # fmt: skip
 TOY = [*SMALL, "datasets=[toy]", "n_examples=80"]
+SIGUSR1 = getattr(signal, "SIGUSR1", None)  # Windows has none
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +137,9 @@ SIGNALLED = {  # time of the signal: overrides, and the lines of the log before 
 @pytest.mark.parametrize(
     ("number", "where"),
     exhaustive_except(
-        [(signal.SIGTERM, "evaluation"), (signal.SIGINT, "sampling"), (signal.SIGUSR1, "training")],
+        [(signal.SIGTERM, "evaluation"), (signal.SIGINT, "sampling"), (SIGUSR1, "training")],
         (signal.SIGTERM, "evaluation"),
-        (signal.SIGUSR1, "training"),
+        (SIGUSR1, "training"),
     ),
     ids=str,
 )

@@ -1,9 +1,7 @@
 """`sample.py`: samples don't depend on the rest of the batch, and none is drawn twice or lost."""
 
-import fcntl
 import json
 import os
-import resource
 import signal
 
 import pytest
@@ -252,6 +250,7 @@ def test_folder_of_prompts_gives_all_its_prompts(launcher, trained, tmp_path):  
 def test_output_of_another_running_process_is_refused(launcher, trained, tmp_path):  # noqa: F811
     path = tmp_path / "out.jsonl"
     with open(path, "ab") as file:
+        fcntl = pytest.importorskip("fcntl")
         fcntl.flock(file, fcntl.LOCK_EX)
         assert launcher.run(f"run={trained('dpo')}", f"output={path}", "max_new_tokens=2", script=SAMPLE) == 1
     assert "another process is drawing into it" in launcher.output
@@ -297,6 +296,7 @@ def test_full_disk_leaves_the_file_of_samples_as_it_was(tmp_path):
     path = tmp_path / "o.jsonl"
     append_lines(str(path), [{"settings": "s", "response": "whole"}])
     whole = path.read_text()
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, hard))
     try:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from acceleration.prefix_sharing import shared_rows
 from acceleration.response_head import response_logps
-from acceleration.shadow_weights import ShadowedLinear, shadow_if_equal, shadow_linear_weights
+from acceleration.shadow_weights import ShadowedLinear, round_if_equal, shadow_if_equal, shadow_linear_weights
 from losses import LOSSES
 
 BATCH = BATCHES["ordinary"]
@@ -186,3 +186,29 @@ def test_copies_that_give_other_numbers_are_not_kept(monkeypatch):
     assert shadow_if_equal(model, optimizer, logps)
     assert any(isinstance(module, ShadowedLinear) for module in model.modules())
     assert torch.equal(logps(), expected)
+
+
+def computed(model: nn.Module) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return response_logps(model, shared_rows(BATCH))
+
+
+@pytest.mark.parametrize("architecture", exhaustive_except(["llama", "gpt_neox", "qwen3", "gpt2"], "llama"))
+def test_rounded_frozen_weights_equal_autocast_in_half_the_memory(architecture):
+    model = small_model(architecture)
+    with torch.no_grad():
+        expected = computed(model)
+        assert round_if_equal(model, torch.bfloat16, lambda: computed(model))
+        assert torch.equal(computed(model), expected)
+    linear = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16]
+    assert linear or architecture == "gpt2"  # its linear layers are another class's
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_model_that_depends_on_its_weights_dtype_keeps_them():
+    model = small_model()
+    layer = model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, _inputs, output: output * (1 + (module.weight.dtype == torch.bfloat16)))
+    before = dict(model.named_parameters())
+    assert not round_if_equal(model, torch.bfloat16, lambda: computed(model))
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())

@@ -1,6 +1,8 @@
 """Sweeps under Hydra's other launchers and sweepers, joblib, submitit and optuna: jobs in processes of their own."""
 
+import multiprocessing
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ from launcher import wait_until
 from test_sweeps import SHORT, run_printed, table
 
 from checkpointing.stop_signal import EXIT_CODE
+from commands.sweeps import SweepLog
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +94,7 @@ def test_optuna_maximizes_the_metric_that_keep_best_names(launcher, tmp_path):
     assert "Traceback" not in launcher.output
     assert launcher.run(*words, "hydra.sweeper.direction=maximize") == 0, launcher.output
     (row,) = read_jsonl(tmp_path / "sweep/sweep.jsonl")
-    log = read_jsonl(f"{row['local_run_dir']}/metrics.jsonl")
+    log = read_jsonl(Path(row["local_run_dir"]) / "metrics.jsonl")
     accuracies = [line["rewards_eval/accuracies"] for line in log if line["split"] == "eval"]
     assert row["result"] == max(accuracies[1:])  # without the evaluation before training
     assert yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())["best_value"] == row["result"]
@@ -104,3 +107,20 @@ def test_failed_trial_is_reported_and_optuna_chooses_among_the_others(launcher, 
     assert {row[2] for row in table(launcher.output)[1:]} == {"complete", "failed"}
     best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
     assert best["best_params"] == {"max_length": 64}
+
+
+def add_rows(log: SweepLog, name: str):
+    for number in range(50):
+        log.add({"overrides": f"{name}={number}", "seconds": 1.0, "text": "x" * 5000})
+
+
+def test_jobs_that_end_together_all_get_their_line(tmp_path):
+    log = SweepLog(str(tmp_path))
+    processes = [multiprocessing.get_context("fork").Process(target=add_rows, args=(log, name)) for name in "abc"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(read_jsonl(tmp_path / "sweep.jsonl")) == len(log.rows()) == 150
+    log.add({"overrides": "a=0", "seconds": 2.0})
+    assert log.rows()["a=0"]["seconds"] == 3.0

@@ -33,7 +33,7 @@ TEMPLATES = {
     ),
     "long range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
     "doubled string": (GROWS.replace("START", "'a'").replace("OP", "~"), "GiB of memory"),
-    "doubled list": (GROWS.replace("START", "[0]").replace("OP", "+"), "GiB of memory"),
+    "doubled list": (GROWS.replace("START", "[0]").replace("OP", "+"), "more than 0."),
     "repeated string": ("{{ 'a' * 10**10 }}", "GiB of memory"),
     "padded string": ("{{ 'a'.rjust(10**10) }}", "GiB of memory"),
     "formatted number": ("{{ '{:5000000000}'.format(1) }}", "GiB of memory"),
