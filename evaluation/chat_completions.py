@@ -20,6 +20,7 @@ from utils import UserError, is_short_of_files
 
 _KEY = "OPENAI_API_KEY"  # the environment variable
 _TEMPORARY = (408, 409, 425, 429)  # statuses, beside those from 500 on, after which a request is repeated
+_LONGEST_ANSWER = 1 << 22  # bytes
 _LONGEST_PAUSE = 600  # seconds
 _SHOWN = 300  # characters of an answer
 
@@ -204,10 +205,11 @@ class ChatCompletions:
 
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **self.arguments}
         try:
-            response = requests.post(
+            with requests.post(
                 self.endpoint.completions_url, data=_as_json(body), headers={"Content-Type": "application/json"},
-                auth=self.endpoint.authorize, timeout=self.timeout, allow_redirects=False,
-            )  # fmt: skip
+                auth=self.endpoint.authorize, timeout=self.timeout, allow_redirects=False, stream=True,
+            ) as response:  # fmt: skip
+                content = _first_bytes(response)
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
             raise UserError(f"judge_url={self.endpoint}: {error}") from error
         except requests.Timeout:
@@ -219,7 +221,7 @@ class ChatCompletions:
                     "limit (ulimit -n)"
                 ) from error
             return Verdict(failure="no connection", details={"answer": masked(str(error))[:_SHOWN]}), True
-        text = response.content.decode("utf-8", "replace")  # JSON is UTF-8, whatever charset the header names
+        text = content.decode("utf-8", "replace")  # JSON is UTF-8, whatever charset the header names
         shown = masked(text)[:_SHOWN]
         if response.status_code in (401, 403, 404):
             remedy = "check judge_url and judge_model" if response.status_code == 404 else f"check {_KEY}"
@@ -238,6 +240,16 @@ class ChatCompletions:
         verdict = read_verdict(answer)
         failure = None if verdict is not None else "no verdict in the answer"
         return Verdict(verdict, failure, {"answer": masked(answer), **tokens}), verdict is None
+
+
+def _first_bytes(response) -> bytes:
+    """Return an answer's first `_LONGEST_ANSWER` bytes, or a few more; the rest isn't read, and so it is no JSON."""
+    content = b""
+    for chunk in response.iter_content(1 << 16):
+        content += chunk
+        if len(content) > _LONGEST_ANSWER:
+            break
+    return content
 
 
 def _as_json(body: dict) -> bytes:

@@ -525,6 +525,7 @@ def test_key_that_no_header_takes_is_refused_without_showing_it(launcher, files,
 NO_COMPLETIONS = {
     "nested too deeply": "[" * 100_000, "not finite": completion("A").replace("100", "Infinity"),
     "no number": completion("A").replace("100", "NaN"), "a list": "[]",
+    "longer than 4 MiB": completion("A" + "!" * (5 << 20)),
 }  # fmt: skip
 
 
