@@ -89,7 +89,9 @@ def test_first_loss_is_ln_2_and_every_pair_a_tie(precision, reference, way, make
 @pytest.mark.parametrize(
     ("precision", "reference", "trainer"),
     exhaustive_except(
-        itertools.product(PRECISIONS, ["second model", "precomputed", "adapter off"], ["FSDP", "TensorParallel"]),
+        itertools.product(
+            ["autocast", "bfloat16"], ["second model", "precomputed", "adapter off"], ["FSDP", "TensorParallel"]
+        ),
         ("autocast", "second model", "FSDP"),
         ("bfloat16", "precomputed", "FSDP"),
         ("autocast", "second model", "TensorParallel"),
@@ -101,7 +103,8 @@ def test_first_evaluation_on_two_workers_has_only_ties(precision, reference, tra
     before, step = read_jsonl(tmp_path / "run/metrics.jsonl")[:2]
     assert (before["split"], before["counters/examples"], step["split"]) == ("eval", 0, "train")
     assert before["rewards_eval/ties"] == step["rewards_train/ties"] == 1
-    assert before["rewards_eval/margins"] == step["rewards_train/margins"] == 0
+    margins = before["rewards_eval/margins"], step["rewards_train/margins"]
+    assert margins == pytest.approx((0, 0), abs=1e-7)  # matrix products may differ in the last bit
     assert before["loss/eval"] == pytest.approx(LN_2, abs=1e-7)
     assert step["loss/train"] == pytest.approx(LN_2, abs=1e-7)
 
