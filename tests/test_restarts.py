@@ -89,8 +89,8 @@ def crash_machine(agents: Agents):
     agents.machines[-1] = agents.start_machine(agents.n_machines - 1)
 
 
-# With static rendezvous an agent learns of a frozen worker only from its own other ones. A new agent finds the others only
-# as torchrun.sh sets them up.
+# With static rendezvous an agent learns of a frozen worker only from its own other ones. With torchrun.sh's
+# settings alone a new agent finds the others.
 CASES = [
     (kill, "static", 1, 2), (freeze, "static", 1, 2), (kill, "c10d", 1, 2), (freeze, "c10d", 1, 2),
     (kill, "static", 2, 1), (kill, "c10d", 2, 1), (freeze, "c10d", 2, 1), (crash_machine, "torchrun.sh", 2, 1),
