@@ -22,7 +22,7 @@ def printed(directory: str, trainer_name: str, evaluation_seconds: float) -> str
     )  # fmt: skip
     OmegaConf.resolve(config)
     check_config(config)
-    trainer = make_trainer(config, trains=False)
+    trainer = make_trainer(config, purpose="evaluate")
     sampling.Forecast.NOTABLE = 0.0
     with contextlib.redirect_stdout(io.StringIO()) as output:
         for _ in range(2):
