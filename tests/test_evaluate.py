@@ -132,7 +132,7 @@ def test_evaluation_makes_no_optimizer(tmp_path):
     config = compose_config(*RUN, f"local_dirs=[{tmp_path}]", "wandb.enabled=false")
     OmegaConf.resolve(config)
     check_config(config)
-    trainer = make_trainer(config, trains=False)
+    trainer = make_trainer(config, purpose="evaluate")
     assert trainer.optimizer is None and trainer.scheduler is None
     assert mean_metrics(trainer.evaluate_examples()[0], 12)["loss/eval"] == pytest.approx(math.log(2))
 
