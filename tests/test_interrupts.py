@@ -28,7 +28,7 @@ def test_signal_during_imports_ends_a_command_silently(command, number, tmp_path
     result = subprocess.run(
         [sys.executable, *words, "RUN"], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, timeout=60,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where a shell's background job runs the tests
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr) == (-number, "importing\n", "")
 
