@@ -26,7 +26,7 @@ REFERENCES = ("model", "adapter_off", "adapter_copy")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's weights come from: `name_or_path` (or random weights, `from_scratch`), overwritten by `archive`,
+    """The origin of a model's weights: `name_or_path` (or random weights, `from_scratch`), overwritten by `archive`,
     with `adapter` on top."""
 
     name_or_path: str

@@ -132,7 +132,7 @@ def computed_dtype(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def take(batch: dict, indices: torch.Tensor) -> dict:
+def select_examples(batch: dict, indices: torch.Tensor) -> dict:
     """Return the examples of a batch with these indices, in their order."""
     return {
         key: value[indices] if isinstance(value, torch.Tensor) else [value[i] for i in indices.tolist()]

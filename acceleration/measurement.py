@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from log_probabilities import response_lengths
-from utils import computed_dtype, take, unwrap_adapter
+from utils import computed_dtype, select_examples, unwrap_adapter
 
 SIDES = ("chosen", "rejected")
 _SMALL = 1 / 16  # times log-probabilities: gradients about as small as a loss's, which float16 can hold
@@ -31,7 +31,7 @@ def synthetic_batch(batch: dict, lengths: list[tuple[int, int]]) -> dict:
     n_prompt, n_tokens = torch.tensor(lengths).T[..., None]  # (B, 1) each
     t = torch.arange(int(n_tokens.max()))  # (T,)
     chosen, rejected = seen[torch.randint(len(seen), (2, len(lengths), len(t)), generator=generator)]
-    made = take(batch, torch.arange(len(lengths)) % len(batch["prompt"]))
+    made = select_examples(batch, torch.arange(len(lengths)) % len(batch["prompt"]))
     for side, ids in zip(SIDES, (chosen, torch.where(t < n_prompt, chosen, rejected)), strict=True):
         if f"{side}_labels" in batch:
             made[f"{side}_input_ids"] = torch.where(t < n_tokens, ids, 0)
@@ -49,7 +49,7 @@ def each_alone(batch: dict) -> Iterator[dict]:
     """Yield each example of a synthetic batch by itself, without padding."""
     padded = [f"{side}_{kind}" for side in SIDES for kind in ("input_ids", "attention_mask", "labels")]
     for index in range(len(batch["prompt"])):
-        example = take(batch, torch.tensor([index]))
+        example = select_examples(batch, torch.tensor([index]))
         n_tokens = int(example["chosen_attention_mask"].sum())
         yield example | {key: example[key][:, :n_tokens] for key in padded if key in example}
 

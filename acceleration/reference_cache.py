@@ -27,7 +27,7 @@ from references import (
     reference_dtype,
 )
 from reporting.terminal import Progress, progressing
-from utils import UserError, get_local_dir, on_rank0, rank0_print, take
+from utils import UserError, get_local_dir, on_rank0, rank0_print, select_examples
 
 _PAIRS_PER_FILE = 1024
 
@@ -136,7 +136,7 @@ class LogpsCache:
         missing = [index for index, key in enumerate(pair_keys(batch)) if key not in self.logps]
         missing += [0] * (collectives.all_reduce_max(len(missing)) - len(missing))
         new, n_before = {}, len(self.logps)
-        for microbatch in split(take(batch, torch.tensor(missing))) if missing else []:
+        for microbatch in split(select_examples(batch, torch.tensor(missing))) if missing else []:
             logps = torch.stack(compute(microbatch), dim=1).tolist()  # (batch_size, 2)
             new |= zip(pair_keys(microbatch), map(tuple, logps), strict=True)
         for worker_logps in collectives.all_gather_object(new):

@@ -13,6 +13,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 _held: set[int] = set()  # descriptors of locked files
 
 
@@ -82,9 +83,6 @@ def _locked_beside(path: str, origin: str, busy: str) -> Iterator[int]:
         lock.release()
         with contextlib.suppress(OSError):  # another process has locked it, and has it open
             os.remove(f"{path}.lock")
-
-
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
 def _busy(path: str, origin: str, busy: str) -> UserError:

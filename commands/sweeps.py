@@ -30,7 +30,8 @@ from commands.run_directory import SWEEP, fixed_keys, is_run_dir_given, job_over
 from config_checks.schema import REPOSITORY
 from distributed import environment, launch
 from reporting.metric_names import ACCURACY, LOSS, larger_is_better
-from reporting.runs import NoRuns, read_run
+from reporting.runs import evaluations, last_evaluation
+from reporting.terminal import aligned
 from utils import UserError, on_rank0, rank0_print
 
 METRICS = (LOSS, ACCURACY)  # metrics of a job's last evaluation in the table
@@ -67,16 +68,7 @@ class SweepLog:
             metrics = ["-" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
             time = str(timedelta(seconds=round(row["seconds"])))
             lines.append((row["job"], row["overrides"], row["status"], *metrics, time))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def _evaluations(run_dir: str) -> list[dict[str, float]]:
-    """Return the evaluations in a run's log, the first one first."""
-    try:
-        return read_run(run_dir).eval
-    except NoRuns:
-        return []
+        return aligned(lines)
 
 
 def result_of(run_dir: str, keep_best: str | None) -> float | None:
@@ -85,7 +77,7 @@ def result_of(run_dir: str, keep_best: str | None) -> float | None:
     As for `keep_best`, the weights before training don't count. None: there is no evaluation.
     """
     metric = keep_best or LOSS
-    trained = [line for line in _evaluations(run_dir) if line["counters/examples"] > 0]
+    trained = [line for line in evaluations(run_dir) if line["counters/examples"] > 0]
     values = [line[metric] for line in trained if line.get(metric) is not None]
     if not values or keep_best is None:
         return values[-1] if values else None
@@ -122,7 +114,7 @@ def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | No
         if is_parent and (status == "stopped" or environment.is_launched()):
             raise
     finally:
-        last = (_evaluations(run_dir) or [{}])[-1]
+        last = last_evaluation(run_dir)
         result = result_of(run_dir, config.keep_best) if status == "complete" else None
         if on_rank0():
             log.add({

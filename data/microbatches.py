@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils import take
+from utils import select_examples
 
 CPU_OVERHEAD = 64  # cost of one more microbatch on a CPU, in tokens
 
@@ -73,7 +73,7 @@ def microbatches(
     for _ in range(agree(len(sizes)) - len(sizes)):
         largest = sizes.index(max(sizes))
         sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
-    return [take(batch, indices) for indices in order.split(sizes)]
+    return [select_examples(batch, indices) for indices in order.split(sizes)]
 
 
 def _cheapest_cuts(

@@ -15,7 +15,7 @@ from distributed import collectives
 from log_probabilities import response_lengths
 from reporting.metrics import kl_metrics
 from reporting.terminal import progressing
-from utils import on_device, pad_to_length, rank0_print, take, unwrap_adapter
+from utils import on_device, pad_to_length, rank0_print, select_examples, unwrap_adapter
 
 
 def generate_scorable(
@@ -146,7 +146,9 @@ def sample_evaluation(trainer, evaluation_seconds: float = 0.0) -> tuple[list[di
     for batch in progressing(trainer.eval_batches[:n_batches], "Sampling", "batches"):
         trainer.stop.check()
         wanted = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
-        batch = take(batch, torch.tensor(wanted or [0]))  # a worker without any generates too: forwards are collective
+        batch = select_examples(
+            batch, torch.tensor(wanted or [0])
+        )  # a worker without any generates too: forwards are collective
         *drawn, scores = sample_batch(trainer, on_device(batch, trainer.device), forecast.note_token)
         own = [
             [

@@ -1,4 +1,4 @@
-"""What the signature of a loss may ask for, and the object that reads it."""
+"""Losses as their signatures declare them: inputs, options, and a memory of moving averages."""
 
 import functools
 import inspect
@@ -66,7 +66,8 @@ class Loss:
 
     Modifiers (`objectives.modifiers`) are further options, of every loss that they fit.
 
-    It returns the losses, or a tuple of losses, chosen rewards and rejected rewards; each of shape (batch_size,).
+    It returns the losses, or a tuple of losses, chosen rewards and rejected rewards; each of shape (batch_size,). No
+    gradient passes through the rewards.
 
     Raises: TypeError if the signature declares something else.
     """
@@ -121,7 +122,8 @@ class Loss:
         options = {name: loss_config[name] for name in self._own_options if name in loss_config}
         output = self.function(**arguments, **options)
         losses, *rewards = output if isinstance(output, tuple) else (output,)
-        return Result(modifiers.weighted(losses, inputs, loss_config), tuple(rewards))
+        rewards = tuple(reward.detach() for reward in rewards)
+        return Result(modifiers.weighted(losses, inputs, loss_config), rewards)
 
     def __call__(self, inputs: dict, loss_config) -> tuple[torch.Tensor, ...]:
         """Return the losses, or losses, chosen rewards and rejected rewards."""

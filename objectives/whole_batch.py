@@ -31,7 +31,7 @@ def aot_loss(
     losses = -F.logsigmoid(beta * (margins - _same_rank(margins, reference_margins)))
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def aot_unpaired_loss(
@@ -48,7 +48,7 @@ def aot_unpaired_loss(
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - _same_rank(chosen_rewards, rejected_rewards))
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def _same_rank(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def bco_loss(
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     shift = memory.moving_average("bco_shift", (chosen_rewards.mean() + rejected_rewards.mean()) / 2, momentum)
     losses = -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(shift - rejected_rewards)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def beta_dpo_loss(
@@ -97,5 +97,5 @@ def beta_dpo_loss(
     mean_margin = beta * margins.mean().detach()
     usual_margin = memory.moving_average("beta_dpo_margin", mean_margin, momentum)
     batch_beta = beta * (1 + sensitivity * (mean_margin - usual_margin)).clamp(min=0.01)
-    chosen_rewards, rejected_rewards = (batch_beta * of_side.detach() for of_side in logratios)
+    chosen_rewards, rejected_rewards = (batch_beta * of_side for of_side in logratios)
     return -F.logsigmoid(batch_beta * margins), chosen_rewards, rejected_rewards

@@ -29,7 +29,7 @@ def robust_dpo_loss(
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     margins = chosen_rewards - rejected_rewards
     losses = -F.logsigmoid(margins) * (1 - label_smoothing) + F.logsigmoid(-margins) * label_smoothing
-    return losses / (1 - 2 * label_smoothing), chosen_rewards.detach(), rejected_rewards.detach()
+    return losses / (1 - 2 * label_smoothing), chosen_rewards, rejected_rewards
 
 
 def hinge_loss(
@@ -49,7 +49,7 @@ def hinge_loss(
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     losses = F.relu(delta - (chosen_rewards - rejected_rewards))
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def dpop_loss(
@@ -67,7 +67,7 @@ def dpop_loss(
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
     losses = -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - penalty * F.relu(-chosen_logratios)))
-    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+    return losses, beta * chosen_logratios, beta * rejected_logratios
 
 
 def dpo_nll_loss(
@@ -86,7 +86,7 @@ def dpo_nll_loss(
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards) - nll_weight * policy_chosen_logps / chosen_lengths
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def length_dpo_loss(
@@ -107,7 +107,7 @@ def length_dpo_loss(
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     longer = (chosen_lengths - rejected_lengths).to(chosen_rewards.dtype)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards + length_penalty * longer)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def exo_loss(
@@ -127,7 +127,7 @@ def exo_loss(
     margins = chosen_rewards - rejected_rewards
     losses = margins.sigmoid() * (F.logsigmoid(margins) - math.log(1 - label_smoothing))
     losses = losses + (-margins).sigmoid() * (F.logsigmoid(-margins) - math.log(label_smoothing))
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def chi_po_loss(
@@ -148,7 +148,7 @@ def chi_po_loss(
     chosen_rewards = beta * (chosen_logratios.clamp(max=20).exp() + chosen_logratios)
     rejected_rewards = beta * (rejected_logratios.clamp(max=20).exp() + rejected_logratios)
     losses = -F.logsigmoid((chosen_rewards - rejected_rewards).clamp(-2 * max_reward, 2 * max_reward))
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def kto_loss(
@@ -171,7 +171,7 @@ def kto_loss(
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
     desirable = desirable_weight * (1 - torch.sigmoid(beta * (chosen_logratios - kl_estimate)))
     undesirable = undesirable_weight * (1 - torch.sigmoid(beta * (kl_estimate - rejected_logratios)))
-    return (desirable + undesirable) / 2, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+    return (desirable + undesirable) / 2, beta * chosen_logratios, beta * rejected_logratios
 
 
 def apo_zero_loss(
@@ -188,7 +188,7 @@ def apo_zero_loss(
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     losses = torch.sigmoid(-chosen_rewards) + torch.sigmoid(rejected_rewards)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def apo_down_loss(
@@ -205,7 +205,7 @@ def apo_down_loss(
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     losses = torch.sigmoid(chosen_rewards) + torch.sigmoid(rejected_rewards - chosen_rewards)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def nca_loss(
@@ -222,7 +222,7 @@ def nca_loss(
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards) - (F.logsigmoid(-chosen_rewards) + F.logsigmoid(-rejected_rewards)) / 2
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def sppo_loss(
@@ -240,7 +240,7 @@ def sppo_loss(
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
     losses = (chosen_logratios - 1 / (2 * beta)) ** 2 + (rejected_logratios + 1 / (2 * beta)) ** 2
-    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+    return losses, beta * chosen_logratios, beta * rejected_logratios
 
 
 def discopop_loss(
@@ -260,7 +260,7 @@ def discopop_loss(
     margins = chosen_rewards - rejected_rewards
     exponential = (F.logsigmoid(margins / tau) - margins).exp()  # the product in one exponent, which can't overflow
     losses = torch.sigmoid(-margins / tau) * -F.logsigmoid(margins) + exponential
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def dpo_norm_loss(
@@ -279,4 +279,4 @@ def dpo_norm_loss(
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps) / chosen_lengths
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps) / rejected_lengths
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards

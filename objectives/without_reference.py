@@ -24,7 +24,7 @@ def simpo_loss(
     chosen_rewards = beta * policy_chosen_logps / chosen_lengths
     rejected_rewards = beta * policy_rejected_logps / rejected_lengths
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards - gamma)
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
 def orpo_loss(
@@ -42,7 +42,7 @@ def orpo_loss(
     chosen_logps, rejected_logps = policy_chosen_logps / chosen_lengths, policy_rejected_logps / rejected_lengths
     chosen_odds, rejected_odds = (logps - _log_one_minus_exp(logps) for logps in (chosen_logps, rejected_logps))
     losses = -chosen_logps - beta * F.logsigmoid(chosen_odds - rejected_odds)
-    return losses, beta * chosen_odds.detach(), beta * rejected_odds.detach()
+    return losses, beta * chosen_odds, beta * rejected_odds
 
 
 def _log_one_minus_exp(logps: torch.Tensor) -> torch.Tensor:
@@ -67,4 +67,4 @@ def cpo_loss(
     """
     chosen_rewards, rejected_rewards = beta * policy_chosen_logps, beta * policy_rejected_logps
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards) - nll_weight * policy_chosen_logps
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    return losses, chosen_rewards, rejected_rewards

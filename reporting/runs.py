@@ -40,13 +40,17 @@ class Run:
     label: str = ""
 
 
+def evaluations(run_dir: str) -> list[dict[str, float]]:
+    """Return the lines of a run's evaluations in metrics.jsonl, the first one first; none if it has logged nothing."""
+    try:
+        return read_run(run_dir).eval
+    except NoRuns:
+        return []
+
+
 def last_evaluation(run_dir: str) -> dict[str, float]:
-    """Return the line of a run's last evaluation in metrics.jsonl; an empty dict if there is none."""
-    last = {}
-    with contextlib.suppress(FileNotFoundError):
-        for row, _ in read_json_lines(os.path.join(run_dir, "metrics.jsonl"), skips_damaged=True):
-            last = row if row.get("split") == "eval" else last
-    return last
+    """Return the line of a run's last evaluation; an empty dict if there is none."""
+    return (evaluations(run_dir) or [{}])[-1]
 
 
 def read_run(directory: str) -> Run:

@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from data import toy
 from evaluation.sampling import generate_scorable
 from losses import LOSSES
-from utils import disable_dropout, take
+from utils import disable_dropout, select_examples
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -161,7 +161,7 @@ def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokeni
     ids = torch.tensor(prompts)  # all of one length
     batch = {"prompt_input_ids": ids, "prompt_attention_mask": torch.ones_like(ids)}
     torch.manual_seed(0)
-    batch = take(batch, torch.arange(10).repeat(120))
+    batch = select_examples(batch, torch.arange(10).repeat(120))
     texts, *_ = generate_scorable(trainer.policy, trainer.tokenizer, batch, 64, lambda: False, synced=False)
     words = [toy.response_words(text) for text in texts]
     inside = np.array([w is not None for w in words])

@@ -22,7 +22,7 @@ from data.rows import Example
 from data.tokenization import decode_response, make_element
 from log_probabilities import response_lengths
 from preference_datasets import get_batch_iterator
-from utils import UserError, take
+from utils import UserError, select_examples
 
 IM = ("<|im_start|>", "<|im_end|>")
 SPECIAL = {  # special tokens besides BOS and EOS; BOS, EOS
@@ -406,6 +406,6 @@ def test_shared_prompt_ends_where_responses_differ_even_before_what_is_trained()
 
 def test_key_of_a_cached_pair_depends_on_what_is_trained():
     batch = masked_batch()
-    other = take(batch, torch.arange(4)) | {"chosen_labels": batch["chosen_labels"].clone()}
+    other = select_examples(batch, torch.arange(4)) | {"chosen_labels": batch["chosen_labels"].clone()}
     other["chosen_labels"][0, 5] = -100
     assert [a == b for a, b in zip(pair_keys(batch), pair_keys(other), strict=True)] == [False, True, True, True]
