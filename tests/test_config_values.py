@@ -165,7 +165,7 @@ REFUSED = {  # override: parts of the message
     "optimizer=adamw": ["Did you mean AdamW?"],
     "optimizer=rmsprop": ["Did you mean RMSprop?"],
     "loss=DPO": ["no loss=DPO", "Did you mean dpo?"],
-    "loss=ppo": ["no loss=ppo: it isn't implemented", "There are: chi_po, cpo, dpo"],
+    "loss=ppo": ["no loss=ppo: it isn't implemented", "There are: aot, aot_unpaired, apo_down"],
     "loss=cdpo": ["loss=dpo with loss.label_smoothing above 0"],
     "loss=sigmoid": ["no loss=sigmoid: sigmoid is dpo here"],
     "loss=sppo_hard": ["no loss=sppo_hard: sppo_hard is sppo here"],
