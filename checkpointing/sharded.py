@@ -204,8 +204,10 @@ def not_shared(rank: int) -> str:
 def _write_index(directory: str, files: list[str], by_worker: list[dict[str, dict]]):
     tensors = {}
     for name, described in by_worker[0].items():
-        pieces = [(number, *box) for number, worker in enumerate(by_worker) for box in worker[name]["pieces"]]
-        tensors[name] = {**described, "pieces": pieces}
+        pieces = {tuple(box[0]): (number, *box) for number, worker in enumerate(by_worker)
+                  for box in worker[name]["pieces"]}  # fmt: skip
+        # one of each: what FSDP shards and tensor parallelism doesn't, is on several meshes
+        tensors[name] = {**described, "pieces": list(pieces.values())}
     with open(os.path.join(directory, SHARDS), "w", encoding="utf-8") as file:
         json.dump({"format": _FORMAT, "files": files, "tensors": tensors}, file)
 

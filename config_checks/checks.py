@@ -408,8 +408,8 @@ def _check_files(config: DictConfig):
         archive = source.archive
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
             directory = os.path.dirname(archive)
-            remedy = f" Its checkpoint is sharded: give {directory}" if is_sharded(directory) else closest_sibling(archive)
-            raise UserError(f"{source.key('archive')}={archive}: no such file.{remedy}")
+            remedy = f" The checkpoint is sharded: give {directory}" if is_sharded(directory) else ""
+            raise UserError(f"{source.key('archive')}={archive}: no such file.{remedy or closest_sibling(archive)}")
         if source.adapter is not None:
             check_adapter_fits(config, saved_settings(source.key("adapter"), source.adapter))
     has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))
