@@ -148,6 +148,12 @@ def load_pretrained(
 
     Raises: UserError with the weights that are missing, left over or of another shape.
     """
+    if is_sharded(name) and os.path.exists(os.path.join(name, "config.json")):  # an adapter's checkpoint has none
+        run_dir, checkpoint = os.path.split(os.path.abspath(name))
+        raise UserError(
+            f"{origin} is a sharded checkpoint. Make a model of it first: python export.py run={run_dir} "
+            f"checkpoint={checkpoint} output=DIR"
+        )
     with _without_report():
         model, info = auto_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options

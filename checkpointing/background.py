@@ -1,15 +1,15 @@
 """Writing a checkpoint beside training."""
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
-class Background:
+class Background(contextlib.AbstractContextManager):
     """Runs one function at a time in a thread; the end of its `with` block waits for the last one."""
 
-    def __init__(self):
-        self.last: Future | None = None
-        self.threads: ThreadPoolExecutor | None = None
+    threads: ThreadPoolExecutor | None = None
+    last: Future | None = None  # the function that runs, until it is waited for
 
     def start(self, function: Callable[[], None]):
         """Run a function in the thread; the one before must have been waited for."""
@@ -18,13 +18,10 @@ class Background:
         self.last = self.threads.submit(function)
 
     def wait(self):
-        """Wait until nothing runs; raise what the function that was running has raised."""
+        """Wait until nothing runs; raise what the function has raised."""
         last, self.last = self.last, None
         if last is not None:
             last.result()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, _kind, error: BaseException | None, _traceback):
         try:

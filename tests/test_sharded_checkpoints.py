@@ -314,6 +314,9 @@ def test_weights_of_a_sharded_checkpoint_start_a_new_run(finished, run_dir, make
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), finished[0].policy.parameters(), strict=True))
     with pytest.raises(UserError, match=rf"no such file\. The checkpoint is sharded: give {run_dir}/LATEST"):
         make_trainer(*ALONE, f"model.archive={run_dir}/LATEST/policy.pt")
+    export_it = rf"python export\.py run={run_dir} checkpoint=LATEST output=DIR"
+    with pytest.raises(UserError, match=rf"model\.name_or_path={run_dir}/LATEST is a sharded checkpoint.*{export_it}"):
+        make_trainer(*ALONE, "model=blank_model", f"model.name_or_path={run_dir}/LATEST")
 
 
 SHARD = "shard-00001-of-00001.safetensors"
