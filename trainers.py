@@ -534,7 +534,9 @@ class BasicTrainer:
         self._begin_save(output_dir or os.path.join(self.run_dir, "LATEST"), metrics)
         self.background.wait()
 
-    def _begin_save(self, path: str, metrics: dict | None = None, then: Callable[[TrainState], None] | None = None):
+    def _begin_save(
+        self, path: str, metrics: dict | None = None, then: Callable[[TrainState], None] = lambda _state: None
+    ):
         """Write a checkpoint; with `checkpoint_async`, only copy its tensors and write it in a thread.
 
         Args:
@@ -552,15 +554,12 @@ class BasicTrainer:
         contents = Contents(
             self.policy, self.tokenizer, state_dicts, state, self.config, self.dropout_rates, self.n_eval_examples
         )
-        is_sharded = self.config.checkpoint_format == "sharded"
-        write = begin_sharded(path, contents) if is_sharded else functools.partial(write_whole, path, contents)
-
-        def finish():
-            write()
-            if then is not None and self.rank == 0:
-                then(state)
-
-        self.background.start(finish) if self.config.checkpoint_async else finish()
+        if self.config.checkpoint_format == "whole":
+            write_whole(path, contents, then)
+        elif self.config.checkpoint_async:
+            self.background.start(begin_sharded(path, contents, then))
+        else:
+            begin_sharded(path, contents, then)()
 
     def _current_state(self) -> TrainState:
         """Return the train state with all workers' random generators, the logs' sizes, and if training is complete."""

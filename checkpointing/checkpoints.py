@@ -103,8 +103,11 @@ class Contents:
         write_card(directory, self.config, read_state_json(directory), self.has_adapter, self.n_eval_examples)
 
 
-def write_whole(path: str, contents: Contents):
+def write_whole(path: str, contents: Contents, then: Callable[[TrainState], None]):
     """Write a checkpoint with whole tensors on rank 0; it replaces an earlier one. All workers must call this.
+
+    Args:
+        then: called on rank 0, with the train state, once the checkpoint is on disk.
 
     Raises: UserError if it can't be written; an earlier checkpoint is then unchanged.
     """
@@ -118,16 +121,17 @@ def write_whole(path: str, contents: Contents):
             contents.write_model(partial, state_dicts["policy"])
             contents.write_card(partial)
         _print_end(path, start_time)
+        then(contents.train_state)
     collectives.barrier()
 
 
-def begin_sharded(path: str, contents: Contents) -> Callable[[], None]:
+def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], None]) -> Callable[[], None]:
     """Begin a sharded checkpoint, which replaces an earlier one; return the function that writes the tensors.
 
     With `checkpoint_async` that may run in another thread while the tensors change: they are copied here. All workers
-    must call both functions. UserErrors are raised as by `write_whole`.
+    must call both functions; arguments and errors are as of `write_whole`.
     """
-    in_thread, digests = contents.config.checkpoint_async, {}
+    in_thread, train_state, digests = contents.config.checkpoint_async, contents.train_state, {}
     start_time = _print_start(path)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(atomic_directory(path, known=digests)) if on_rank0() else None
@@ -142,9 +146,18 @@ def begin_sharded(path: str, contents: Contents) -> Callable[[], None]:
         unfinished = stack.pop_all()
 
     def finish():
-        with unfinished:
-            digests.update(write_shard(directory, shard, group))
-        _print_end(path, start_time)
+        problem = None
+        try:
+            with unfinished:
+                digests.update(write_shard(directory, shard, group))
+            if on_rank0():
+                _print_end(path, start_time)
+                then(train_state)
+        except UserError as error:
+            problem = str(error)
+        for reason in collectives.all_gather_object(problem, group):  # none leaves before rank 0 is done
+            if reason is not None:
+                raise UserError(reason)
 
     return finish
 
@@ -173,9 +186,8 @@ def _print_start(path: str) -> float:
 
 
 def _print_end(path: str, start_time: float):
-    if on_rank0():
-        size = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
-        rank0_print(f"wrote {size / 1e6:.1f} MB to {path} in {time.perf_counter() - start_time:.2f} s")
+    size = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
+    rank0_print(f"wrote {size / 1e6:.1f} MB to {path} in {time.perf_counter() - start_time:.2f} s")
 
 
 def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates: dict[str, float]):
