@@ -27,6 +27,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import export
 from checkpointing.archives import load_fitting
+from checkpointing.checkpoints import check_shared
 from checkpointing.integrity import find_corruption
 from checkpointing.optimizer_state import _add_saved_tensors, _sharded
 from checkpointing.resume import find_checkpoints
@@ -83,6 +84,21 @@ def pieces_are_right():
 
 def test_pieces_of_every_placement_cover_a_tensor_once(in_workers):
     in_workers(4, pieces_are_right)
+
+
+def directory_is_not_shared(directory: str):
+    """Check what all workers say of a directory that only rank 0 has."""
+    if dist.get_rank() > 0:
+        directory += "/elsewhere"
+    message = r"worker 1 doesn't see it\. .* a file system that all machines share; checkpoint_format=whole"
+    with pytest.raises(UserError, match=f"local_run_dir={directory}: {message}"):
+        check_shared(directory)
+    with pytest.raises(OSError, match=message):
+        write_shard(directory, shard_of({"policy": {"weight": torch.ones(2)}}, copies=False), None)
+
+
+def test_directory_that_another_worker_does_not_see_is_refused(in_workers, tmp_path):
+    in_workers(4, directory_is_not_shared, str(tmp_path))
 
 
 # ---- resharding -----------------------------------------------------------------------------------------------------
