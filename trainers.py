@@ -23,13 +23,17 @@ from acceleration.packed_attention import use_packed_attention
 from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
 from checkpointing import best
+from checkpointing.background import Background
 from checkpointing.checkpoints import (
+    Contents,
+    begin_sharded,
+    check_shared,
     delete_oldest,
-    full_state_dicts,
     load_model_state,
     load_policy_state,
     point_latest,
-    write_checkpoint,
+    state_dicts_to_save,
+    write_whole,
 )
 from checkpointing.optimizer_state import load_optimizer_state
 from checkpointing.stop_signal import Stopped, StopSignal
@@ -121,7 +125,7 @@ class BasicTrainer:
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
         self.state = TrainState()
-        self.stop = StopSignal()
+        self.stop, self.background = StopSignal(), Background()
         self.run_log: RunLog | None = None
         self.tokenizer = load_tokenizer(config)
         self.train_iterator = self.eval_iterator = self.optimizer = self.scheduler = None
@@ -342,9 +346,11 @@ class BasicTrainer:
             self.run_log = RunLog(
                 self.config, self.run_dir, self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
             )
+        if self.config.checkpoint_format == "sharded":
+            check_shared(self.run_dir)
         n_batches, n_done = self.train_iterator.n_batches, self.state.batches
         bar = training_bar(self._training_batches(skip=n_done), n_batches, n_done)
-        with self.run_log or contextlib.nullcontext(), contextlib.closing(bar):
+        with self.run_log or contextlib.nullcontext(), contextlib.closing(bar), self.background:
             try:
                 for batch in bar:
                     self._evaluate_and_save_where_due()
@@ -419,7 +425,7 @@ class BasicTrainer:
 
         That thread needs its own process group: its collectives must not mix with those of training.
         """
-        group = collectives.thread_group()
+        group = collectives.thread_group("batches")
         batches = (self.with_microbatches(batch, group) for batch in self.train_iterator.batches(skip))
         return prefetched(batches, n_ahead=2)
 
@@ -525,26 +531,35 @@ class BasicTrainer:
 
     def save(self, output_dir: str | None = None, metrics: dict | None = None):
         """Write a checkpoint to `output_dir`, by default LATEST; `metrics` replaces those of the last evaluation."""
+        self._begin_save(output_dir or os.path.join(self.run_dir, "LATEST"), metrics)
+        self.background.wait()
+
+    def _begin_save(
+        self, path: str, metrics: dict | None = None, then: Callable[[TrainState], None] = lambda _state: None
+    ):
+        """Write a checkpoint; with `checkpoint_async`, only copy its tensors and write it in a thread.
+
+        Args:
+            then: called on rank 0, with the train state in the checkpoint, once that is on disk.
+        """
         if self.config.debug:
             rank0_print("skipping save in debug mode")
             return
+        self.background.wait()  # the checkpoint before this one
         optimizers = {"optimizer": self.optimizer, "scheduler": self.scheduler} if self.config.save_optimizer else {}
         reference = self.reference.model if self._moves_reference else None
-        state_dicts, state = full_state_dicts(self.policy, reference, **optimizers), self._current_state()
+        state_dicts, state = state_dicts_to_save(self.policy, reference, **optimizers), self._current_state()
         if metrics is not None:
             state = dataclasses.replace(state, metrics=metrics)
-        if self.rank == 0:
-            write_checkpoint(
-                output_dir or os.path.join(self.run_dir, "LATEST"),
-                self.policy,
-                self.tokenizer,
-                state_dicts,
-                state,
-                self.config,
-                self.dropout_rates,
-                self.n_eval_examples,
-            )
-        collectives.barrier()
+        contents = Contents(
+            self.policy, self.tokenizer, state_dicts, state, self.config, self.dropout_rates, self.n_eval_examples
+        )
+        if self.config.checkpoint_format == "whole":
+            write_whole(path, contents, then)
+        elif self.config.checkpoint_async:
+            self.background.start(begin_sharded(path, contents, then))
+        else:
+            begin_sharded(path, contents, then)()
 
     def _current_state(self) -> TrainState:
         """Return the train state with all workers' random generators, the logs' sizes, and if training is complete."""
@@ -564,11 +579,13 @@ class BasicTrainer:
         """Write step-N, point LATEST to it, delete the checkpoints that `keep_checkpoints` drops."""
         self.state.saved_at = self.state.examples
         name = f"step-{self.state.examples}"
-        self.save(os.path.join(self.run_dir, name))
-        if not self.config.debug and self.rank == 0:
+
+        def link(state: TrainState):
             point_latest(self.run_dir, name)
-            best.point_best(self.run_dir, self.state, self.config)
-            delete_oldest(self.run_dir, self.config.keep_checkpoints, self.state.examples)
+            best.point_best(self.run_dir, state, self.config)
+            delete_oldest(self.run_dir, self.config.keep_checkpoints, state.examples)
+
+        self._begin_save(os.path.join(self.run_dir, name), then=link)
         if self.run_log is not None:
             self.run_log.table.time_left.tick("save")
 
@@ -597,7 +614,7 @@ class BasicTrainer:
         """Load the policy, a reference that moves, and the counters from a checkpoint of this run."""
         load_policy_state(checkpoint, self.policy)
         if self._moves_reference:
-            load_model_state(os.path.join(checkpoint, "reference.pt"), self.reference.model)
+            load_model_state(checkpoint, "reference", self.reference.model)
         self.state = dataclasses.replace(TrainState.load(checkpoint), inputs=self.state.inputs)
         averages = self.state.loss_memory.items()
         self.loss_memory = Memory({name: torch.tensor(value, dtype=torch.float64) for name, value in averages})
