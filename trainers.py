@@ -337,7 +337,7 @@ class BasicTrainer:
         """
         self.precompute_reference()
         seed_generators(self.seed + self.strategy.batch_shard[0])  # workers with other prompts draw other samples
-        restore_rng_state(self.state.rng_states, self.rank, self.world_size)
+        restore_rng_state(self.state.rng_states, *self.strategy.batch_shard)
         if self.rank == 0:
             self.run_log = RunLog(
                 self.config, self.run_dir, self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
@@ -547,13 +547,13 @@ class BasicTrainer:
         collectives.barrier()
 
     def _current_state(self) -> TrainState:
-        """Return the train state with all workers' random generators, the logs' sizes, and if training is complete."""
+        """Return the train state with each shard's random generators, the logs' sizes, and if training is complete."""
         return dataclasses.replace(
             self.state,
             complete=self._is_over() and self.state.evaluated_at == self.state.examples,
             max_tokens=self.max_tokens,
             loss_memory={name: float(average) for name, average in self.loss_memory.averages.items()},
-            rng_states=collectives.all_gather_object(get_rng_state()),
+            rng_states=self.strategy.gather_shards(get_rng_state()),
             **(self.run_log.recorded() if self.run_log else {}),
         )
 
