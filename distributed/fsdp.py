@@ -1,6 +1,7 @@
 """Fully sharded data parallelism with PyTorch's FSDP2: every tensor is sharded over the workers."""
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,8 @@ def make_meshes(n_replicas: int, n_tensor_parallel: int = 1) -> tuple[DeviceMesh
     whole = init_device_mesh(collectives.device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if TENSOR not in sizes:
         return whole, None
+    # it warns that what is split along two dimensions takes two collectives to gather, and says that this must be so
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return whole[tuple(name for name in sizes if name != TENSOR)], whole[TENSOR]
 
 
