@@ -1,7 +1,7 @@
 """Export a checkpoint as a plain folder for `from_pretrained`: `python export.py run=RUN output=DIR`.
 
-The folder has the model, the tokenizer and a model card. A policy with all its weights is copied; an adapter is merged
-into its base.
+The folder has the model, the tokenizer and a model card. A policy with all its weights is copied, or put together from
+its shards; an adapter is merged into its base.
 """
 
 if __name__ == "__main__":  # first, as the other imports take seconds
@@ -15,7 +15,7 @@ import shutil
 from omegaconf import DictConfig, OmegaConf
 
 from basics.checksums import read_checksums
-from basics.outputs import Output, check_outputs, new_directory
+from basics.outputs import SHARDS, Output, check_outputs, is_sharded, new_directory
 from checkpointing.atomic_directory import CARD, atomic_directory
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.model_card import write_card
@@ -29,7 +29,7 @@ from references import policy_source
 from utils import UserError, rank0_print
 
 # files that only resuming needs
-_TRAINING_STATE = {"policy.pt", "reference.pt", "optimizer.pt", "scheduler.pt", "rng.pt", "state.json"}
+_TRAINING_STATE = {"policy.pt", "reference.pt", "optimizer.pt", "scheduler.pt", "rng.pt", "state.json", SHARDS}
 _ROOM = "make room, or choose another output"
 
 
@@ -49,8 +49,11 @@ def run(config: DictConfig):
     check_outputs([Output("output", output, new_directory)])
     trained = read_run_config(run_dir)
     (checkpoint,) = find_checkpoints(run_dir, options["checkpoint"])
+    trust_remote_code = options.get("trust_remote_code") is True
     if os.path.exists(os.path.join(checkpoint, "adapter_config.json")):
-        merge_adapter(checkpoint, trained, output, options.get("trust_remote_code") is True)
+        merge_adapter(checkpoint, trained, output, trust_remote_code)
+    elif is_sharded(checkpoint):
+        join_shards(checkpoint, trained, output, trust_remote_code)
     else:
         copy_model(checkpoint, output)
     rank0_print(f"Wrote the model of {checkpoint} to {output}")
@@ -65,6 +68,19 @@ def copy_model(checkpoint: str, output: str):
         for name in [*names, CARD]:
             if name != CARD or os.path.exists(os.path.join(checkpoint, CARD)):
                 shutil.copyfile(os.path.join(checkpoint, name), os.path.join(partial, name))
+
+
+def join_shards(checkpoint: str, trained: DictConfig, output: str, trust_remote_code: bool):
+    """Put the model of a sharded checkpoint together, in memory, and write it; arguments as of `merge_adapter`."""
+    from checkpointing.checkpoints import assembled_model  # takes seconds to import
+
+    model = assembled_model(checkpoint, trust_remote_code)
+    with atomic_directory(output, _ROOM) as partial:
+        model.save_pretrained(partial)
+        for name in set(read_checksums(checkpoint)) - _TRAINING_STATE:
+            if not name.endswith(".safetensors"):
+                shutil.copyfile(os.path.join(checkpoint, name), os.path.join(partial, name))
+        write_card(partial, trained, read_state_json(checkpoint), is_adapter=False)
 
 
 def merge_adapter(checkpoint: str, trained: DictConfig, output: str, trust_remote_code: bool):

@@ -2,16 +2,16 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from basics.files import open_regular, sha256
 from basics.outputs import CHECKSUMS
 
 
-def write_checksums(directory: str, without: str | None = None):
-    """Write the SHA-256 of every file in a directory except `without`."""
-    names = sorted(name for name in os.listdir(directory) if name != without)
-    lines = [f"{sha256(os.path.join(directory, name))}  {name}\n" for name in names]
+def write_checksums(directory: str, without: str | None = None, known: Mapping[str, str] | None = None):
+    """Write the SHA-256 of every file in a directory except `without`; files whose SHA-256 is `known` aren't read."""
+    names, known = sorted(name for name in os.listdir(directory) if name != without), known or {}
+    lines = [f"{known.get(name) or sha256(os.path.join(directory, name))}  {name}\n" for name in names]
     with open(os.path.join(directory, CHECKSUMS), "w", encoding="utf-8") as file:
         file.writelines(lines)
 

@@ -15,6 +15,7 @@ from basics.errors import UserError
 from basics.links import link_target
 
 CHECKSUMS = "SHA256SUMS"  # in every checkpoint; `sha256sum -c` reads it
+SHARDS = "shards.json"  # in a sharded checkpoint: which file holds which part of which tensor
 CONFIG_HEADER = b"# SHA-256 of what the run started from"  # the beginning of a run's config.yaml
 PICTURE_OF = "direct-preference-optimization"  # in the metadata of each picture that is drawn here
 
@@ -191,6 +192,11 @@ def _run_names(directory: str) -> list[str]:
 def is_checkpoint_name(name: str) -> bool:
     """True for the names of checkpoints: step-N, LATEST and BEST."""
     return _CHECKPOINT.fullmatch(name) is not None
+
+
+def is_sharded(checkpoint: str) -> bool:
+    """True if a checkpoint's tensors are in one file per worker (`checkpointing.sharded`)."""
+    return os.path.exists(os.path.join(checkpoint, SHARDS))
 
 
 def is_own_checkpoint(path: str) -> bool:

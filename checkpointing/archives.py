@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from basics.checksums import read_checksums, verify_checksum
-from basics.outputs import CHECKSUMS
+from basics.outputs import CHECKSUMS, SHARDS, is_sharded
 from checkpointing.integrity import verify_weights
+from checkpointing.sharded import SavedTensor, ShardedCheckpoint, in_memory, is_tensor, placed_like
 from data import hub
-from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 
 # Buffers that transformers wrote into state dicts in 2023; today's models compute them, so they are left out.
@@ -74,7 +74,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
     """Replace a model's weights by those of an archive.
 
     It is a `policy.pt` (one that the original wrote under transformers 4.29, too), a .safetensors file, a checkpoint
-    directory, a directory that `save_pretrained` wrote, or a model on the hub.
+    directory, whole or sharded, a directory that `save_pretrained` wrote, or a model on the hub.
 
     Args:
         key: of the config, for messages.
@@ -94,7 +94,10 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
         directory, name = os.path.split(path)
         if os.path.exists(os.path.join(directory, CHECKSUMS)):
             verify_checksum(directory, name, read_checksums(directory).get(name))
-        if path.endswith(".safetensors"):
+        if is_sharded(path):
+            verify_checksum(path, SHARDS, read_checksums(path).get(SHARDS))
+            state, origin = ShardedCheckpoint(path).state_dict("policy"), ""
+        elif path.endswith(".safetensors"):
             state, origin = safetensors.torch.load_file(path), ""
         elif os.path.isfile(path):
             archive = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -115,7 +118,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
             f"{hub.access_hint(error)}"
         ) from error
     rank0_print(f"loading pre-trained weights from {path}{origin}")
-    model.load_state_dict(fit_state(state, model, f"{key}={path}"))
+    load_fitting(state, model, f"{key}={path}")
     check_finite(model, f"{key}={path}")
     rank0_print("loaded pre-trained weights")
 
@@ -123,8 +126,10 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
 def _check_tensors(state: dict):
     """Raise ValueError unless it holds only named tensors that have values."""
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        if not isinstance(name, str) or not is_tensor(tensor):
             raise ValueError(f"its state holds more than named tensors: {name!r} is a {type(tensor).__name__}")
+        if isinstance(tensor, SavedTensor):
+            continue
         if tensor.is_meta or tensor.layout != torch.strided:
             kind = "without values (on the meta device)" if tensor.is_meta else f"of the layout {tensor.layout}"
             raise ValueError(f"{name} is a tensor {kind}")
@@ -143,6 +148,12 @@ def load_pretrained(
 
     Raises: UserError with the weights that are missing, left over or of another shape.
     """
+    if is_sharded(name) and os.path.exists(os.path.join(name, "config.json")):  # an adapter's checkpoint has none
+        run_dir, checkpoint = os.path.split(os.path.abspath(name))
+        raise UserError(
+            f"{origin} is a sharded checkpoint. Make a model of it first: python export.py run={run_dir} "
+            f"checkpoint={checkpoint} output=DIR"
+        )
     with _without_report():
         model, info = auto_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -196,11 +207,19 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # needs no memory of the tensor's size
 
 
+def load_fitting(state: dict, model: nn.Module, path: str):
+    """Copy a state dict into a model, one tensor after another; raises as `load_archive` does."""
+    targets = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in fit_state(state, model, path).items():
+            targets[name].copy_(placed_like(targets[name], tensor))
+
+
 def fit_state(state: dict, model: nn.Module, path: str) -> dict:
-    """Return `state` under the names of `model`'s parameters, sharded like them; raises as `load_archive` does."""
+    """Return `state` under the names of `model`'s parameters; raises as `load_archive` does."""
     expected = model.state_dict(keep_vars=True)
     fitted = {}
-    if strange := sorted(str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)):
+    if strange := sorted(str(name) for name, value in state.items() if not is_tensor(value)):
         raise UserError(f"{path} holds more than tensors: {', '.join(strange[:10])}")
     for name, tensor in state.items():
         new_name = "lm_head.weight" if name == "embed_out.weight" and name not in expected else name
@@ -225,11 +244,11 @@ def fit_state(state: dict, model: nn.Module, path: str) -> dict:
     ]
     left_over = fitted.keys() - expected.keys()
     _refuse_misfits(path, expected.keys() - fitted.keys(), left_over, shapes, kinds + untied)
-    return {name: distribute_like(expected[name], tensor) for name, tensor in fitted.items()}
+    return fitted
 
 
-def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    return tensor is other or torch.equal(tensor, other)
+def _is_same(tensor: torch.Tensor | SavedTensor, other: torch.Tensor | SavedTensor) -> bool:
+    return tensor is other or torch.equal(in_memory(tensor), in_memory(other))
 
 
 def _refuse_misfits(

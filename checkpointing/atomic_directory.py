@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from safetensors import SafetensorError
 
 from basics.checksums import write_checksums
 from basics.files import PARTIAL, flush_to_disk
 from basics.outputs import is_checkpoint_name, is_own_checkpoint, is_run
+from distributed.heartbeat import is_lost_connection
 from utils import UserError
 
 CARD = "README.md"  # people write into it before they upload a checkpoint, so it has no checksum
@@ -31,33 +32,43 @@ _REMEDY = (
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str, remedy: str = _REMEDY) -> Iterator[str]:
+def atomic_directory(path: str, remedy: str = _REMEDY, known: Mapping[str, str] | None = None) -> Iterator[str]:
     """Yield an empty directory that replaces `path`, whole and flushed to disk, on exit.
 
     Args:
         remedy: the remedy in the error message.
+        known: the SHA-256 of files that aren't read to compute it; it may be filled in until the exit.
 
     Raises: UserError if it can't be written; nothing of it remains then, and `path` is as it was.
     """
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
+    with write_errors_explained(path, remedy):
+        try:
+            os.makedirs(partial)
+            yield partial
+            write_checksums(partial, without=CARD, known=known)
+            files = [os.path.join(partial, name) for name in os.listdir(partial)]
+            for path_of_file in files:  # safetensors makes its files readable for their owner alone
+                os.chmod(path_of_file, os.stat(partial).st_mode & 0o666)
+            flush_to_disk(*files, partial)
+            replace_path(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def write_errors_explained(path: str, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn errors while a checkpoint is written into a UserError that names it and a remedy."""
     try:
-        os.makedirs(partial)
-        yield partial
-        write_checksums(partial, without=CARD)
-        files = [os.path.join(partial, name) for name in os.listdir(partial)]
-        for path_of_file in files:  # safetensors makes its files readable for their owner alone
-            os.chmod(path_of_file, os.stat(partial).st_mode & 0o666)
-        flush_to_disk(*files, partial)
-        replace_path(partial, path)
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_lost_connection(error):
+            raise
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
         raise UserError(
             f"can't write the checkpoint {path} ({type(cause).__name__}: {str(cause)[:300]}); {remedy}"
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def replace_path(new: str, path: str):

@@ -6,12 +6,18 @@ A checkpoint is a directory that appears whole or not at all. It contains:
 - model and tokenizer for `from_pretrained` (if the policy has an adapter, only that, in PEFT's format), a model card;
 - `state.json` and `rng.pt`, the train state;
 - `SHA256SUMS`, to detect damage.
+
+A sharded one has one file of tensors from each worker (`checkpointing.sharded`) in place of `policy.pt`, the model's
+weights and what tensors `optimizer.pt` has; the adapter and all else is as above.
 """
 
+import contextlib
 import json
 import os
 import time
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -20,22 +26,25 @@ from torch import nn
 
 from basics.checksums import read_checksums
 from basics.links import followed, link_target, make_link
-from checkpointing.archives import UNREADABLE, describe, fit_state, read_state_dict, write_tensors
-from checkpointing.atomic_directory import atomic_directory, remove_whole, replace_path
+from basics.outputs import is_sharded
+from checkpointing.archives import UNREADABLE, describe, fit_state, load_fitting, read_state_dict, write_tensors
+from checkpointing.atomic_directory import atomic_directory, remove_whole, replace_path, write_errors_explained
 from checkpointing.model_card import write_card
+from checkpointing.sharded import ShardedCheckpoint, not_shared, shard_of, without_tensors, write_shard
 from checkpointing.train_state import TrainState, read_state_json
+from distributed import collectives
 from distributed.dtensor import distribute_like, full_state_dict
 from references import REFERENCE_ADAPTER
-from utils import UserError, rank0_print
+from utils import UserError, on_rank0, rank0_print
 
 
-def full_state_dicts(
+def state_dicts_to_save(
     policy: nn.Module,
     reference_model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> dict[str, dict]:
-    """Return the state dicts that a checkpoint holds, with full tensors on rank 0; all workers must call it.
+    """Return the state dicts that a checkpoint holds, with this worker's tensors.
 
     For a policy with an adapter they hold the trained weights and the adapter's frozen parts.
     """
@@ -44,64 +53,145 @@ def full_state_dicts(
         trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         frozen = {name for name in policy_state if ".lora_" in name and f".{REFERENCE_ADAPTER}" not in name}
         policy_state = {name: policy_state[name] for name in sorted(trained | frozen)}
-    state_dicts = {"policy": full_state_dict(policy_state)}
+    state_dicts = {"policy": policy_state}
     if optimizer is not None:
-        state_dicts["optimizer"] = full_state_dict(optimizer.state_dict())
+        state_dicts["optimizer"] = optimizer.state_dict()
     if scheduler is not None:
         state_dicts["scheduler"] = scheduler.state_dict()
     if reference_model is not None:
-        state_dicts["reference"] = full_state_dict(dict(reference_model.state_dict(keep_vars=True)))
+        state_dicts["reference"] = dict(reference_model.state_dict(keep_vars=True))
     return state_dicts
 
 
-def write_state_dict(step: int, state: dict, metrics: dict | None, filename: str, dir_name: str):
-    """Write one file of a checkpoint, in the original's format."""
-    write_tensors({"step_idx": step, "state": state, "metrics": metrics or {}}, os.path.join(dir_name, filename))
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(
-    path: str,
-    policy: nn.Module,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    state_dicts: dict[str, dict],
-    train_state: TrainState,
-    config: DictConfig,
-    dropout_rates: dict[str, float],
-    n_eval_examples: int,
-):
-    """Write a checkpoint directory; it replaces an earlier one.
+@dataclass
+class Contents:
+    """What a checkpoint is written from."""
+
+    policy: nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    state_dicts: dict[str, dict]  # see `state_dicts_to_save`
+    train_state: TrainState
+    config: DictConfig  # the run's
+    dropout_rates: dict[str, float]  # written to the model's config.json in place of the policy's, which are 0
+    n_eval_examples: int  # the number of examples in an evaluation, for the model card
+
+    @property
+    def has_adapter(self) -> bool:
+        """True if the policy is a model with an adapter."""
+        return hasattr(self.policy, "peft_config")
+
+    def write_state_dict(self, directory: str, name: str, state: dict):
+        """Write NAME.pt, in the original's format."""
+        value = {"step_idx": self.train_state.examples, "state": state, "metrics": self.train_state.metrics or {}}
+        write_tensors(value, os.path.join(directory, f"{name}.pt"))
+
+    def write_model(self, directory: str, state: dict):
+        """Write the policy, or its adapter alone, with these tensors, the tokenizer and the train state."""
+        if self.has_adapter:
+            options = {"selected_adapters": ["default"], "save_embedding_layers": False}
+            self.policy.save_pretrained(directory, state_dict=state, **options)
+        else:
+            _export_model(self.policy, state, directory, self.dropout_rates)
+        self.tokenizer.save_pretrained(directory)
+        self.train_state.save(directory, self.config)
+
+    def write_card(self, directory: str):
+        """Write the model card; the train state must be there."""
+        write_card(directory, self.config, read_state_json(directory), self.has_adapter, self.n_eval_examples)
+
+
+def write_whole(path: str, contents: Contents, then: Callable[[TrainState], None]):
+    """Write a checkpoint with whole tensors on rank 0; it replaces an earlier one. All workers must call this.
 
     Args:
-        state_dicts: by 'policy' and, optionally, 'optimizer' and 'scheduler', with full tensors. For a policy with an
-            adapter, the trained weights and the adapter's other parts are enough.
-        config: the run's config.
-        dropout_rates: written to the model's config.json in place of the policy's, which are 0.
-        n_eval_examples: the number of examples in an evaluation, for the model card.
+        then: called on rank 0, with the train state, once the checkpoint is on disk.
 
     Raises: UserError if it can't be written; an earlier checkpoint is then unchanged.
     """
-    start_time = time.perf_counter()
+    state_dicts = {name: full_state_dict(state) for name, state in contents.state_dicts.items()}
+    if on_rank0():
+        start_time = _print_start(path)
+        with atomic_directory(path) as partial:
+            for name, state in state_dicts.items():
+                if name != "policy" or not contents.has_adapter:
+                    contents.write_state_dict(partial, name, state)
+            contents.write_model(partial, state_dicts["policy"])
+            contents.write_card(partial)
+        _print_end(path, start_time)
+        then(contents.train_state)
+    collectives.barrier()
+
+
+def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], None]) -> Callable[[], None]:
+    """Begin a sharded checkpoint, which replaces an earlier one; return the function that writes the tensors.
+
+    With `checkpoint_async` that may run in another thread while the tensors change: they are copied here. All workers
+    must call both functions; arguments and errors are as of `write_whole`.
+    """
+    in_thread, train_state, digests = contents.config.checkpoint_async, contents.train_state, {}
+    start_time = _print_start(path)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(atomic_directory(path, known=digests)) if on_rank0() else None
+        directory = collectives.broadcast_object(directory)
+        stack.enter_context(write_errors_explained(path))
+        state_dicts = dict(contents.state_dicts)
+        adapter = full_state_dict(state_dicts.pop("policy")) if contents.has_adapter else {}
+        if on_rank0():
+            _write_small_files(directory, contents, adapter)
+        shard = shard_of(state_dicts, copies=in_thread)
+        group = collectives.thread_group("checkpoints") if in_thread else None
+        unfinished = stack.pop_all()
+
+    def finish():
+        problem = None
+        try:
+            with unfinished:
+                digests.update(write_shard(directory, shard, group))
+            if on_rank0():
+                _print_end(path, start_time)
+                then(train_state)
+        except UserError as error:
+            problem = str(error)
+        for reason in collectives.all_gather_object(problem, group):  # none leaves before rank 0 is done
+            if reason is not None:
+                raise UserError(reason)
+
+    return finish
+
+
+def _write_small_files(directory: str, contents: Contents, adapter: dict):
+    """Write what a sharded checkpoint has besides its shards."""
+    if "optimizer" in contents.state_dicts:
+        contents.write_state_dict(directory, "optimizer", without_tensors(contents.state_dicts["optimizer"]))
+        contents.write_state_dict(directory, "scheduler", contents.state_dicts["scheduler"])
+    contents.write_model(directory, adapter)
+    if contents.has_adapter:
+        contents.write_card(directory)
+
+
+def check_shared(run_dir: str):
+    """Raise UserError unless all workers see the run directory, which rank 0 has created; all must call this."""
+    collectives.barrier()
+    seen = collectives.all_gather_object(os.path.isdir(run_dir))
+    if seen[0] and False in seen:
+        raise UserError(f"local_run_dir={run_dir}: {not_shared(seen.index(False))}")
+
+
+def _print_start(path: str) -> float:
     rank0_print(f"writing checkpoint to {path}...")
-    with atomic_directory(path) as partial:
-        has_adapter = hasattr(policy, "peft_config")
-        for name, state in state_dicts.items():
-            if name != "policy" or not has_adapter:
-                write_state_dict(train_state.examples, state, train_state.metrics, f"{name}.pt", partial)
-        if has_adapter:
-            policy.save_pretrained(
-                partial, selected_adapters=["default"], save_embedding_layers=False, state_dict=state_dicts["policy"]
-            )
-        else:
-            _export_model(policy, state_dicts["policy"], partial, dropout_rates)
-        tokenizer.save_pretrained(partial)
-        train_state.save(partial, config)
-        write_card(partial, config, read_state_json(partial), has_adapter, n_eval_examples)
+    return time.perf_counter()
+
+
+def _print_end(path: str, start_time: float):
     size = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
     rank0_print(f"wrote {size / 1e6:.1f} MB to {path} in {time.perf_counter() - start_time:.2f} s")
 
 
 def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates: dict[str, float]):
-    """Write the policy for `from_pretrained`, with the model's own code if it has any."""
+    """Write the policy for `from_pretrained`, with the model's own code if it has any; an empty `state`: no weights."""
     # FSDP replaces the class by one that the model's code lacks
     model_class = next(base for base in type(policy).__mro__ if not base.__module__.startswith("torch."))
     model = model_class.__new__(model_class)
@@ -115,18 +205,43 @@ def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates:
         json.dump(config, file, indent=2)
 
 
-def load_model_state(path: str, model: nn.Module):
-    """Load the weights in one file of a checkpoint into a model, bit for bit.
+# ---- reading --------------------------------------------------------------------------------------------------------
 
-    Raises: UserError if it isn't there or doesn't fit.
+
+def load_model_state(directory: str, name: str, model: nn.Module):
+    """Load the weights of a checkpoint's 'policy' or 'reference' into a model, bit for bit.
+
+    Raises: UserError if they aren't there or don't fit.
     """
-    model.load_state_dict(fit_state(read_state_dict(path, mmap=True), model, path))
+    if is_sharded(directory):
+        load_fitting(ShardedCheckpoint(directory).state_dict(name), model, f"{directory}, {name}")
+    else:
+        path = os.path.join(directory, f"{name}.pt")
+        load_fitting(read_state_dict(path, mmap=True), model, path)
+
+
+def assembled_model(directory: str, trust_remote_code: bool) -> nn.Module:
+    """Return the policy of a sharded checkpoint as one model in CPU memory.
+
+    Raises: UserError if it can't be read.
+    """
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, **options)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    except (*UNREADABLE, ImportError) as error:
+        raise UserError(f"{directory}: can't read its config.json ({describe(error, 1000)})") from error
+    state = fit_state(ShardedCheckpoint(directory).state_dict("policy"), model, directory)
+    model.load_state_dict({name: tensor.full() for name, tensor in state.items()}, assign=True)
+    model.tie_weights()
+    return model
 
 
 def load_policy_state(directory: str, policy: nn.Module):
     """Load the weights of a checkpoint into a policy, bit for bit."""
     if not hasattr(policy, "peft_config"):
-        load_model_state(os.path.join(directory, "policy.pt"), policy)
+        load_model_state(directory, "policy", policy)
         return
     import peft
 
@@ -139,6 +254,9 @@ def load_policy_state(directory: str, policy: nn.Module):
             target.copy_(distribute_like(target, weights[name]))
     except UNREADABLE as error:
         raise UserError(f"{directory}: its adapter doesn't fit the policy: {describe(error)}") from error
+
+
+# ---- links and old checkpoints --------------------------------------------------------------------------------------
 
 
 def point_latest(run_dir: str, name: str):

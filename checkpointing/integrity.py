@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from basics.checksums import read_checksums, verify_checksum
 from basics.files import open_regular, sha256
@@ -34,8 +35,9 @@ def find_corruption(directory: str) -> str | None:
         checksums = read_checksums(directory)
         if "state.json" not in checksums:
             return f"{CHECKSUMS} doesn't list state.json"
-        for name, digest in checksums.items():
-            verify_checksum(directory, name, digest)
+        with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+            for _ in threads.map(lambda name: verify_checksum(directory, name, checksums[name]), checksums):
+                pass
     except FileNotFoundError as error:
         return f"{os.path.basename(error.filename)} is missing"
     except (OSError, ValueError) as error:

@@ -5,9 +5,10 @@ import os
 import torch
 from omegaconf import DictConfig
 
+from basics.outputs import is_sharded
 from checkpointing.archives import read_state_dict
+from checkpointing.sharded import ShardedCheckpoint, is_tensor, placed_like
 from checkpointing.train_state import MISUSED, read_state_json
-from distributed.dtensor import distribute_like
 from utils import UserError, rank0_print
 
 
@@ -30,7 +31,10 @@ def load_optimizer_state(
         scheduler_state = read_state_dict(os.path.join(checkpoint, "scheduler.pt"))
         if not all(isinstance(scheduler_state[name], int) for name in ("last_epoch", "_step_count")):
             raise ValueError("its scheduler.pt counts no steps")
-        optimizer.load_state_dict(_sharded(read_state_dict(path, mmap=True), optimizer))
+        state = read_state_dict(path, mmap=True)
+        if is_sharded(checkpoint):
+            _add_saved_tensors(state, ShardedCheckpoint(checkpoint))
+        optimizer.load_state_dict(_sharded(state, optimizer))
         scheduler.load_state_dict(scheduler_state)
     except MISUSED as error:
         message = f"{checkpoint} holds no state for optimizer={config.optimizer}: {error}"
@@ -45,6 +49,13 @@ def load_optimizer_state(
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
+def _add_saved_tensors(state: dict, checkpoint: ShardedCheckpoint):
+    """Add the tensors to an optimizer's state dict, of which a sharded checkpoint's optimizer.pt has the rest."""
+    for name, tensor in checkpoint.state_dict("optimizer").items():
+        number, _, key = name.partition(".")
+        state["state"].setdefault(int(number), {})[key] = tensor
+
+
 def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """Return an optimizer's state dict with its tensors sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -53,11 +64,11 @@ def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     for number, values in state["state"].items():
         shape = parameters[number].shape
         for key, value in values.items():
-            if isinstance(value, torch.Tensor) and not _fits(value.shape, shape):
+            if is_tensor(value) and not _fits(value.shape, shape):
                 raise ValueError(f"{key} of parameter {number} has the shape {tuple(value.shape)}, not {tuple(shape)}")
     sharded = {
         number: {
-            key: distribute_like(parameters[number], value).clone() if isinstance(value, torch.Tensor) else value
+            key: placed_like(parameters[number], value).clone() if is_tensor(value) else value
             for key, value in values.items()
         }
         for number, values in state["state"].items()

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from basics.links import followed, link_target
-from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
+from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run, is_sharded
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.atomic_directory import recover_interrupted_saves
@@ -28,7 +28,8 @@ SWEEP = "DPO_SWEEP"  # an environment variable of all processes of a sweep and i
 
 # Keys that may change when a run is resumed; a change of any other key makes it a different run.
 _MAY_CHANGE = (
-    "activation_checkpointing", "compile", "curves", "data_only", "debug", "deterministic", "do_first_eval",
+    "activation_checkpointing", "checkpoint_async", "checkpoint_format", "compile", "curves", "data_only", "debug",
+    "deterministic", "do_first_eval",
     "eval_batch_size", "eval_every", "exp_name", "fsdp_cpu_offload", "fsdp_port", "fsdp_replicate",
     "gradient_accumulation_steps",
     "keep_best", "keep_checkpoints", "local_dirs", "max_tokens_per_microbatch", "minimum_log_interval_secs",
@@ -298,12 +299,19 @@ def _check_kind(config: DictConfig, checkpoint: str):
         )
     if holds_adapter and not trains_adapter:
         raise UserError(f"lora=null: {checkpoint} holds an adapter; {remedy} model.adapter={checkpoint}")
-    moves = config.reference_update_every is not None
-    if moves and not os.path.exists(os.path.join(checkpoint, "reference.pt")):
+    if config.reference_update_every is not None and not _holds_reference(checkpoint):
         raise UserError(
             f"reference_update_every={config.reference_update_every}: {checkpoint} has no reference.pt, as its run's "
             f"reference stayed as it was; {remedy} model.archive={checkpoint}"
         )
+
+
+def _holds_reference(checkpoint: str) -> bool:
+    if is_sharded(checkpoint):
+        from checkpointing.sharded import ShardedCheckpoint  # takes seconds to import
+
+        return bool(ShardedCheckpoint(checkpoint).state_dict("reference"))
+    return os.path.exists(os.path.join(checkpoint, "reference.pt"))
 
 
 def changed_inputs(config: DictConfig, checkpoint: str | None, inputs: dict[str, str]) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from basics.outputs import why_not_writable
+from basics.outputs import is_sharded, why_not_writable
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.lora import check_adapter_fits, check_lora
 from config_checks.paths import expand_config
@@ -66,6 +66,7 @@ def check_config(config: DictConfig, reads_data: bool = True):
     _check_workers(config)
     _check_reference(config)
     _check_best(config)
+    _check_checkpoints(config)
     _check_files(config)
 
 
@@ -392,6 +393,20 @@ def _check_best(config: DictConfig):
         )
 
 
+def _check_checkpoints(config: DictConfig):
+    formats = ("whole", "sharded")
+    if config.checkpoint_format not in formats:
+        raise UserError(
+            f"checkpoint_format={config.checkpoint_format}: must be one of {', '.join(formats)}."
+            f"{closest_match(config.checkpoint_format, formats)}"
+        )
+    if config.checkpoint_async and config.checkpoint_format != "sharded":
+        raise UserError(
+            "checkpoint_async=true writes what each worker holds, but checkpoint_format=whole gathers it first, while "
+            "training waits: add checkpoint_format=sharded"
+        )
+
+
 def _check_files(config: DictConfig):
     if config.tensorboard.enabled and not config.debug and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed: pip install tensorboard, or pass tensorboard.enabled=false")
@@ -406,7 +421,9 @@ def _check_files(config: DictConfig):
     for source in sources(config):
         archive = source.archive
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
-            raise UserError(f"{source.key('archive')}={archive}: no such file.{closest_sibling(archive)}")
+            directory = os.path.dirname(archive)
+            remedy = f" The checkpoint is sharded: give {directory}" if is_sharded(directory) else ""
+            raise UserError(f"{source.key('archive')}={archive}: no such file.{remedy or closest_sibling(archive)}")
         if source.adapter is not None:
             check_adapter_fits(config, saved_settings(source.key("adapter"), source.adapter))
     has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))

@@ -17,6 +17,7 @@ _SAME = {
     "output_dir": "local_run_dir", "gradient_clipping": "max_grad_norm", "grad_clip": "max_grad_norm",
     "model_name_or_path": "model.name_or_path", "model_name": "model.name_or_path", "dataset_name": "datasets",
     "torch_dtype": "model.policy_dtype", "load_in_4bit": "model.load_in_4bit", "num_warmup_steps": "warmup_steps",
+    "enable_async_checkpointing": "checkpoint_async", "state_dict_type": "checkpoint_format",
     "eval_steps": "eval_every", "save_steps": "save_every", "save_total_limit": "keep_checkpoints",
     "resume_from_checkpoint": "resume", "optim": "optimizer", "optim_args": "optimizer_args",
     "gradient_checkpointing": "activation_checkpointing", "run_name": "exp_name", "loss_type": "loss",

@@ -29,12 +29,12 @@ def broadcast_object(value: object) -> object:
     return values[0]
 
 
-def all_gather_object(value: object) -> list:
-    """Return the values of all ranks, in rank order."""
+def all_gather_object(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """Return the values of all ranks, in rank order; for `group` see `all_reduce_max`."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -57,13 +57,13 @@ def all_reduce_max(number: int, group: dist.ProcessGroup | None = None) -> int:
     return int(numbers)
 
 
-def thread_group() -> dist.ProcessGroup | None:
-    """Return a gloo group of all ranks for a second thread, whose collectives must not mix with the main thread's."""
-    return _thread_group(dist.group.WORLD) if dist.is_initialized() else None
+def thread_group(thread: str) -> dist.ProcessGroup | None:
+    """Return a gloo group of all ranks for one thread, whose collectives must not mix with those of other threads."""
+    return _thread_group(dist.group.WORLD, thread) if dist.is_initialized() else None
 
 
-@functools.lru_cache(maxsize=1)  # groups are never freed, so create only one
-def _thread_group(_world: dist.ProcessGroup) -> dist.ProcessGroup:
+@functools.lru_cache(maxsize=4)  # groups are never freed, so create only one for each thread
+def _thread_group(_world: dist.ProcessGroup, _thread: str) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
+from basics.outputs import is_sharded
 from checkpointing.resume import quoted
 from config_checks.schema import REPOSITORY
 from data.chat import end_token_ids
@@ -56,15 +57,16 @@ def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, se
 
 @contextlib.contextmanager
 def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[str]:
-    """Yield the folder or hub id for vLLM to load; an adapter is merged into a temporary folder.
+    """Yield the folder or hub id for vLLM to load; an adapter or a sharded checkpoint is exported to a temporary one.
 
     Args:
         checkpoint: a directory; None: the model of `model.name_or_path`.
         beside: a directory with room for a merged model.
 
-    Raises: UserError if it can't be merged.
+    Raises: UserError if it can't be exported.
     """
-    if checkpoint is None or not os.path.exists(os.path.join(checkpoint, "adapter_config.json")):
+    is_plain = checkpoint is None or not os.path.exists(os.path.join(checkpoint, "adapter_config.json"))
+    if is_plain and (checkpoint is None or not is_sharded(checkpoint)):
         yield config.model.name_or_path if checkpoint is None else os.path.realpath(checkpoint)
         return
     with tempfile.TemporaryDirectory(dir=beside, prefix=".merged-") as directory:
@@ -75,7 +77,7 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
         words.append(f"trust_remote_code={str(config.model.trust_remote_code).lower()}")
         command = [sys.executable, str(REPOSITORY / "export.py"), *words]
         if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
-            raise UserError(f"engine=vllm: the adapter of {checkpoint} can't be merged; what was printed says why")
+            raise UserError(f"engine=vllm: the model of {checkpoint} can't be exported; what was printed says why")
         yield merged
 
 

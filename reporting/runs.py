@@ -19,7 +19,7 @@ from basics.saved_config import read_saved_config
 _NOT_OF_THE_RUN = (
     "local_run_dir", "local_dirs", "exp_name", "resume", "resume_anyway", "wandb.", "tensorboard.", "curves", "debug",
     "minimum_log_interval_secs", "fsdp_port", "worker_timeout", "keep_checkpoints", "save_every", "save_optimizer",
-    "sample_during_eval", "n_eval_model_samples", "do_first_eval",
+    "sample_during_eval", "n_eval_model_samples", "do_first_eval", "checkpoint_format", "checkpoint_async",
 )  # fmt: skip
 _LONGEST_LABEL = 60  # characters
 _LONGEST_VALUE = 40

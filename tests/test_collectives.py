@@ -16,7 +16,7 @@ from distributed import collectives
 
 def agreements_of_two_threads(n: int) -> tuple[list[int], list[int]]:
     """Reduce numbers in the main thread and in another one at the same time, at a different pace in each worker."""
-    rank, group = dist.get_rank(), collectives.thread_group()
+    rank, group = dist.get_rank(), collectives.thread_group("test")
     beside: list[int] = []
 
     def agree_beside():
@@ -64,7 +64,7 @@ def groups_made() -> int:
     dist.new_group = count
     for _ in range(3):
         collectives.local_group()
-        collectives.thread_group()
+        collectives.thread_group("test")
     dist.new_group = new_group
     assert collectives.local_group()[0] == 0
     return len(made)

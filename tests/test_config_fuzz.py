@@ -52,6 +52,7 @@ PLAUSIBLE = {  # values that may get as far as training
     "activation_checkpointing": ["true"], "shared_prompt": ["true", "false"], "warmup_steps": ["0", "1000000000000"],
     "reference": ["model", "adapter_off", "adapter_copy"], "precompute_ref_log_probs": ["true"], "seed": ["5"],
     "reference_update_every": ["1", "2"], "reference_update_alpha": ["0.5", "1"], "save_optimizer": ["false"],
+    "checkpoint_format": ["sharded"], "checkpoint_async": ["true"],
     "lora": [
         "{}", "{r:2}", "{r:1,use_dora:true}", "{bias:all}", "{init_lora_weights:pissa}", "{target_modules:[dense]}",
         "{modules_to_save:[embed_in]}", "{trainable_token_indices:[1]}", "{rank_pattern:{dense:2}}",

@@ -33,6 +33,8 @@ ACCEPTED = {
     "fsdp_replicate": [1],
     "tensor_parallel": [1],
     "fsdp_cpu_offload": [False],
+    "checkpoint_format": [],
+    "checkpoint_async": [False],
     "datasets": [],
     "apply_chat_template": [False],  # toy is a named dataset
     "verbatim_responses": [False],

@@ -115,10 +115,9 @@ def test_run_moved_between_trainers_and_world_sizes_ends_as_one_that_stayed(over
     overrides += ["eval_every=8"]
     stayed = run(1, *overrides, f"n_examples={8 * len(legs)}", name="stayed")
     for leg, (trainer, n_workers) in enumerate(legs):
-        moved = run(
-            n_workers, *overrides, f"n_examples={8 * (leg + 1)}", *f"trainer={trainer}".split(), "resume=auto",
-            name="moved",
-        )  # fmt: skip
+        form = "whole" if leg in (0, len(legs) - 1) else "sharded"
+        words = [f"n_examples={8 * (leg + 1)}", f"checkpoint_format={form}", "resume=auto"]
+        moved = run(n_workers, *overrides, *words, *f"trainer={trainer}".split(), name="moved")
     assert_same_numbers(moved, stayed, tolerance=1e-5)
 
 

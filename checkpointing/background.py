@@ -1,0 +1,32 @@
+"""Writing a checkpoint beside training."""
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class Background(contextlib.AbstractContextManager):
+    """Runs one function at a time in a thread; the end of its `with` block waits for the last one."""
+
+    threads: ThreadPoolExecutor | None = None
+    last: Future | None = None  # the function that runs, until it is waited for
+
+    def start(self, function: Callable[[], None]):
+        """Run a function in the thread; the one before must have been waited for."""
+        assert self.last is None
+        self.threads = self.threads or ThreadPoolExecutor(1, "checkpoint")
+        self.last = self.threads.submit(function)
+
+    def wait(self):
+        """Wait until nothing runs; raise what the function has raised."""
+        last, self.last = self.last, None
+        if last is not None:
+            last.result()
+
+    def __exit__(self, _kind, error: BaseException | None, _traceback):
+        try:
+            self.wait()
+        except Exception as own_error:
+            if error is None:
+                raise
+            error.add_note(str(own_error))

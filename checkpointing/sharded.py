@@ -1,0 +1,311 @@
+"""Tensors saved in parts: each worker writes what it holds to a file of its own, and reads what it needs from any file.
+
+The files are plain safetensors. `shards.json` lists each tensor's dtype and shape, and its pieces: boxes that cover it,
+with the file that holds each of them. So it doesn't matter how many workers wrote the files, and how their trainer had
+split the tensors.
+"""
+
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from basics.files import flush_to_disk, open_regular, sha256
+from basics.outputs import SHARDS
+from distributed import collectives
+from distributed.dtensor import distribute_like
+from utils import UserError
+
+_FORMAT = 1  # of the index
+
+
+# ---- which part of a tensor this worker holds -----------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A box of a tensor that a worker holds."""
+
+    offset: tuple[int, ...]  # where it begins in the whole tensor
+    shape: tuple[int, ...]
+    local_offset: tuple[int, ...]  # where it begins in the worker's local tensor
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this piece of the worker's local tensor, as a view."""
+        return tensor[_box(self.local_offset, self.shape)]
+
+
+def _box(offset: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def held_pieces(tensor: torch.Tensor) -> list[Piece]:
+    """Return the pieces of a tensor that this worker holds: one for most placements, three for fused q, k and v."""
+    return _pieces(tensor, 0, 1)
+
+
+def pieces_to_write(tensor: torch.Tensor) -> list[Piece]:
+    """Return the pieces that this worker writes: all workers' pieces together are the tensor, once.
+
+    Workers that hold the same rows divide them; rank 0 writes what isn't distributed.
+    """
+    rank = collectives.rank_and_world_size()[0]
+    if not isinstance(tensor, DTensor) or tensor.ndim == 0:
+        return held_pieces(tensor) if rank == 0 else []
+    number, n_replicas = 0, 1
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    for dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            number, n_replicas = number * mesh.size(dim) + coordinate[dim], n_replicas * mesh.size(dim)
+    return _pieces(tensor, number, n_replicas)
+
+
+def _pieces(tensor: torch.Tensor, number: int, n_replicas: int) -> list[Piece]:
+    """Return the pieces of a tensor that this worker holds; of the rows only the `number`-th of `n_replicas` parts."""
+    if isinstance(tensor, DTensor):
+        mesh, placements = tensor.device_mesh, tensor.placements
+        along = [_ranges_held(size, mesh, tuple(_along(placement, dim) for placement in placements))
+                 for dim, size in enumerate(tensor.shape)]  # fmt: skip
+    else:
+        along = [[(0, size, 0)] for size in tensor.shape]
+    if along:
+        n_rows = sum(size for _, size, _ in along[0])
+        along[0] = _cut(along[0], number * n_rows // n_replicas, (number + 1) * n_rows // n_replicas)
+    boxes = itertools.product(*along)
+    return [Piece(*(tuple(ranges[i] for ranges in box) for i in range(3))) for box in boxes]
+
+
+def _along(placement: Placement, dim: int) -> Placement:
+    """Return how a dimension alone is distributed, as that of a tensor with one dimension."""
+    if isinstance(placement, _StridedShard) and placement.dim == dim:
+        return _StridedShard(0, split_factor=placement.split_factor)
+    return Shard(0) if isinstance(placement, Shard) and placement.dim == dim else Replicate()
+
+
+@functools.lru_cache(maxsize=1024)
+def _ranges_held(size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[tuple[int, int, int]]:
+    """Return which indices of a dimension this worker holds, as ranges: first, length, position in the local tensor."""
+    indices = distribute_tensor(torch.arange(size), mesh, placements, src_data_rank=None).to_local().tolist()
+    starts = [i for i, index in enumerate(indices) if i == 0 or index != indices[i - 1] + 1]
+    return [(indices[i], end - i, i) for i, end in itertools.pairwise([*starts, len(indices)])]
+
+
+def _cut(ranges: list[tuple[int, int, int]], begin: int, end: int) -> list[tuple[int, int, int]]:
+    """Return the part of these ranges between two positions in the local tensor."""
+    cut = []
+    for first, size, position in ranges:
+        start, stop = max(position, begin), min(position + size, end)
+        if start < stop:
+            cut.append((first + start - position, stop - start, start))
+    return cut
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class WorkerShard(NamedTuple):
+    """What this worker writes: its pieces in CPU memory, and their description for the index."""
+
+    pieces: dict[str, torch.Tensor]  # by their keys in the file
+    tensors: dict[str, dict]  # the name of every tensor: its dtype, shape and this worker's [offset, shape] of pieces
+
+
+def shard_of(state_dicts: dict[str, dict], copies: bool) -> WorkerShard:
+    """Return this worker's part of a checkpoint's state dicts; a tensor with several names is taken once.
+
+    Args:
+        copies: copy pieces that are in CPU memory already, so that training may change the tensors meanwhile.
+    """
+    shard, seen = WorkerShard({}, {}), set()
+    for name, tensor in _named_tensors(state_dicts).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        pieces, local = pieces_to_write(tensor), tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for piece in pieces:
+            piece_on_cpu = piece.local(local.detach()).to("cpu", copy=copies).contiguous()
+            shard.pieces[_key(name, piece.offset)] = piece_on_cpu
+        boxes = [[piece.offset, piece.shape] for piece in pieces]
+        shard.tensors[name] = {"dtype": str(tensor.dtype)[6:], "shape": list(tensor.shape), "pieces": boxes}
+    return shard
+
+
+def _named_tensors(state_dicts: dict[str, dict]) -> dict[str, torch.Tensor]:
+    """Return the tensors of models' and an optimizer's state dicts: policy.NAME, optimizer.NUMBER.NAME, ..."""
+    tensors = {}
+    for kind, state in state_dicts.items():
+        if kind == "optimizer":
+            values = {f"{number}.{key}": value for number, of_parameter in state["state"].items()
+                      for key, value in of_parameter.items()}  # fmt: skip
+        else:
+            values = state
+        tensors |= {f"{kind}.{name}": value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return tensors
+
+
+def without_tensors(optimizer_state: dict) -> dict:
+    """Return an optimizer's state dict without its tensors."""
+    state = {number: {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
+             for number, values in optimizer_state["state"].items()}  # fmt: skip
+    return {**optimizer_state, "state": state}
+
+
+def _key(name: str, offset: Iterable[int]) -> str:
+    return f"{name}{list(offset)}"
+
+
+def write_shard(directory: str, shard: WorkerShard, group: torch.distributed.ProcessGroup | None) -> dict[str, str]:
+    """Write this worker's file and wait until all have written theirs; rank 0 then writes the index.
+
+    Args:
+        group: the process group of the thread that calls this; None: the main thread's.
+
+    Returns: the SHA-256 of each worker's file.
+    Raises: OSError on all workers with what one of them couldn't do.
+    """
+    rank, world_size = collectives.rank_and_world_size()
+    path, digest, problem = os.path.join(directory, _file_name(rank, world_size)), None, None
+    try:
+        save_file(shard.pieces, path)
+        flush_to_disk(path)
+        digest = sha256(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = f"worker {rank}: {type(error).__name__}: {error}" if os.path.isdir(directory) else not_shared(rank)
+    written = collectives.all_gather_object((problem, digest, shard.tensors), group)
+    for problem, _, _ in written:
+        if problem is not None:
+            raise OSError(problem)
+    files = [_file_name(number, world_size) for number in range(world_size)]
+    if rank == 0:
+        _write_index(directory, files, [tensors for _, _, tensors in written])
+    return {name: digest for name, (_, digest, _) in zip(files, written, strict=True)}
+
+
+def _file_name(rank: int, world_size: int) -> str:
+    return f"shard-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
+def not_shared(rank: int) -> str:
+    """Return the message for a directory that rank 0 has created, and another worker doesn't see."""
+    return (
+        f"worker {rank} doesn't see it. With checkpoint_format=sharded every worker writes to local_run_dir: give one "
+        "on a file system that all machines share; checkpoint_format=whole writes on rank 0's machine alone"
+    )
+
+
+def _write_index(directory: str, files: list[str], by_worker: list[dict[str, dict]]):
+    tensors = {}
+    for name, described in by_worker[0].items():
+        pieces = {tuple(box[0]): (number, *box) for number, worker in enumerate(by_worker)
+                  for box in worker[name]["pieces"]}  # fmt: skip
+        # one of each: what FSDP shards and tensor parallelism doesn't, is on several meshes
+        tensors[name] = {**described, "pieces": list(pieces.values())}
+    with open(os.path.join(directory, SHARDS), "w", encoding="utf-8") as file:
+        json.dump({"format": _FORMAT, "files": files, "tensors": tensors}, file)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+class ShardedCheckpoint:
+    """The tensors in the files of a sharded checkpoint.
+
+    Raises: UserError if the index can't be read.
+    """
+
+    def __init__(self, directory: str):
+        self.directory, self._open_files = directory, {}
+        path = os.path.join(directory, SHARDS)
+        try:
+            with open_regular(path) as file:
+                index = json.load(file)
+            if index["format"] != _FORMAT:
+                raise ValueError(f"it has format {index['format']}; this version reads format {_FORMAT}")
+            self.files = [os.path.basename(name) for name in index["files"]]
+            self.tensors = {name: SavedTensor(self, name, **described) for name, described in index["tensors"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise UserError(f"{path}: can't read it ({type(error).__name__}: {str(error)[:300]})") from error
+
+    def state_dict(self, kind: str) -> dict[str, "SavedTensor"]:
+        """Return the tensors of one kind, policy, reference or optimizer, by their names."""
+        prefix = f"{kind}."
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+    def read(self, name: str, key: str, box: tuple[slice, ...]) -> torch.Tensor:
+        """Read a part of a piece. Raises: UserError if the file doesn't hold it."""
+        path = os.path.join(self.directory, name)
+        try:
+            if name not in self._open_files:
+                self._open_files[name] = safe_open(path, framework="pt")
+            file = self._open_files[name]
+            return file.get_slice(key)[box] if box else file.get_tensor(key)
+        except (OSError, RuntimeError, ValueError, IndexError, SafetensorError) as error:
+            raise UserError(f"{path}: can't read {key} ({type(error).__name__}: {str(error)[:300]})") from error
+
+
+class SavedTensor:
+    """A tensor in the files of a sharded checkpoint; only what is asked for is read."""
+
+    def __init__(self, checkpoint: ShardedCheckpoint, name: str, dtype: str, shape: list[int], pieces: list):
+        self.checkpoint, self.name, self.dtype = checkpoint, name, getattr(torch, dtype)
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"{name} has the dtype {dtype!r}")
+        self.shape = torch.Size(shape)
+        self.pieces = [(checkpoint.files[number], offset, size) for number, offset, size in pieces]
+
+    def is_floating_point(self) -> bool:
+        """True if it holds floating-point numbers."""
+        return self.dtype.is_floating_point
+
+    def full(self) -> torch.Tensor:
+        """Read the whole tensor into CPU memory."""
+        start = (0,) * len(self.shape)
+        return self._read([Piece(start, tuple(self.shape), start)], self.shape)
+
+    def read_like(self, target: torch.Tensor) -> torch.Tensor:
+        """Read the part that this worker holds if it is distributed as `target` is; see `distribute_like`."""
+        if not isinstance(target, DTensor) or self.shape != target.shape:
+            return distribute_like(target, self.full())
+        mesh, placements = target.device_mesh, target.placements
+        local = self._read(held_pieces(target), target.to_local().shape).to(mesh.device_type)
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=self.shape, stride=target.stride())
+
+    def _read(self, wanted: list[Piece], local_shape: torch.Size) -> torch.Tensor:
+        """Return a worker's local tensor, filled with the wanted pieces of this one."""
+        local, n_read = torch.empty(local_shape, dtype=self.dtype), 0
+        for piece, (file, offset, shape) in itertools.product(wanted, self.pieces):
+            bounds = [(max(p, o), min(p + m, o + n)) for p, m, o, n in zip(*piece[:2], offset, shape, strict=True)]
+            if all(begin < end for begin, end in bounds):
+                size = [end - begin for begin, end in bounds]
+                source = [begin - o for (begin, _), o in zip(bounds, offset, strict=True)]
+                place = [begin - p + at for (begin, _), p, _, at in zip(bounds, *piece, strict=True)]
+                part = self.checkpoint.read(file, _key(self.name, offset), _box(source, size))
+                local[_box(place, size)] = part
+                n_read += part.numel()
+        if n_read != local.numel():
+            path = os.path.join(self.checkpoint.directory, SHARDS)
+            raise UserError(f"{path}: of {self.name} it lists {n_read} of {local.numel()} values that are needed")
+        return local
+
+
+def is_tensor(value: object) -> bool:
+    """True for a tensor, in memory or in the files of a sharded checkpoint."""
+    return isinstance(value, torch.Tensor | SavedTensor)
+
+
+def in_memory(tensor: torch.Tensor | SavedTensor) -> torch.Tensor:
+    """Return a tensor, read whole if it is in the files of a sharded checkpoint."""
+    return tensor.full() if isinstance(tensor, SavedTensor) else tensor
+
+
+def placed_like(target: torch.Tensor, tensor: torch.Tensor | SavedTensor) -> torch.Tensor:
+    """Return a tensor distributed as `target` is; this worker reads only its part of one in files."""
+    return tensor.read_like(target) if isinstance(tensor, SavedTensor) else distribute_like(target, tensor)

@@ -1,0 +1,438 @@
+"""Checkpoints with a file of tensors from each worker: placements, resharding, resuming, and faults."""
+
+import copy
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from conftest import trainers_in
+from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from test_resume import assert_same_run, half_saved
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import export
+from checkpointing.archives import load_fitting
+from checkpointing.checkpoints import check_shared
+from checkpointing.integrity import find_corruption
+from checkpointing.optimizer_state import _add_saved_tensors, _sharded
+from checkpointing.resume import find_checkpoints
+from checkpointing.sharded import (
+    ShardedCheckpoint,
+    held_pieces,
+    pieces_to_write,
+    shard_of,
+    without_tensors,
+    write_shard,
+)
+from commands.run_directory import create_run_dir
+from distributed.collectives import all_gather_object
+from distributed.dtensor import distribute_like, distribute_model
+from distributed.fsdp import make_meshes, shard_model
+from distributed.tensor_parallel import parallelize
+from trainers import BasicTrainer
+from utils import UserError
+
+# ---- which part a worker holds and writes ---------------------------------------------------------------------------
+
+PLACEMENTS = [  # mesh, placements
+    ((4,), [Shard(0)]),
+    ((4,), [Shard(1)]),
+    ((4,), [Replicate()]),
+    ((4,), [_StridedShard(1, split_factor=3)]),  # fused q, k and v
+    ((2, 2), [Replicate(), Shard(0)]),  # two replicas
+    ((2, 2), [Shard(0), Shard(1)]),
+    ((2, 2), [Shard(0), Replicate()]),
+    ((2, 2), [_StridedShard(0, split_factor=2), Shard(0)]),  # FSDP of rows that tensor parallelism has split
+    ((2, 2), [Shard(0), _StridedShard(1, split_factor=3)]),
+    ((2, 2), [Replicate(), Replicate()]),
+]
+
+
+def pieces_are_right():
+    """Check the pieces of an uneven tensor by its values, which number its elements."""
+    full = torch.arange(7 * 12).reshape(7, 12)
+    for shape, placements in PLACEMENTS:
+        mesh = init_device_mesh("cpu", shape)
+        tensor = distribute_tensor(full, mesh, placements, src_data_rank=None)
+        local = tensor.to_local()
+        for pieces in (held_pieces(tensor), pieces_to_write(tensor)):
+            for piece in pieces:
+                box = tuple(slice(begin, begin + size) for begin, size in zip(piece.offset, piece.shape, strict=True))
+                assert torch.equal(piece.local(local), full[box]), placements
+        assert sum(piece.local(local).numel() for piece in held_pieces(tensor)) == local.numel(), placements
+        written = torch.cat([full[:0, 0], *(piece.local(local).flatten() for piece in pieces_to_write(tensor))])
+        everything = torch.cat(all_gather_object(written))
+        assert sorted(everything.tolist()) == full.flatten().tolist(), placements
+        if all(isinstance(placement, Replicate) for placement in placements):
+            assert 0 < len(written) < 40  # replicas divide the work
+
+
+def test_pieces_of_every_placement_cover_a_tensor_once(in_workers):
+    in_workers(4, pieces_are_right)
+
+
+def directory_is_not_shared(directory: str):
+    """Check what all workers say of a directory that only rank 0 has."""
+    if dist.get_rank() > 0:
+        directory += "/elsewhere"
+    message = r"worker 1 doesn't see it\. .* a file system that all machines share; checkpoint_format=whole"
+    with pytest.raises(UserError, match=f"local_run_dir={directory}: {message}"):
+        check_shared(directory)
+    with pytest.raises(OSError, match=message):
+        write_shard(directory, shard_of({"policy": {"weight": torch.ones(2)}}, copies=False), None)
+
+
+def test_directory_that_another_worker_does_not_see_is_refused(in_workers, tmp_path):
+    in_workers(4, directory_is_not_shared, str(tmp_path))
+
+
+# ---- resharding -----------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+CONFIGS = {
+    "tied": transformers.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
+    "fused": transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0,
+                                     eos_token_id=0),
+    "lora": transformers.LlamaConfig(**SIZES),
+}  # fmt: skip
+
+
+def make_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")) if name == "lora" else model
+
+
+def split(model: nn.Module, how: str):
+    if how == "tensor parallel":
+        parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        return
+    mesh, tensor_mesh = make_meshes(2 if how == "two replicas" else 1, 2 if how == "2 x 2" else 1)
+    if tensor_mesh is not None:
+        parallelize(model, tensor_mesh)
+    shard_model(model, mesh, None, None, offload=False)
+
+
+def trained(model: nn.Module) -> torch.optim.Optimizer:
+    """Take a step with the same gradient however the model is distributed; return the optimizer."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, foreach=False)
+    for number, parameter in enumerate(parameters):
+        torch.manual_seed(number)
+        parameter.grad = distribute_like(parameter, torch.randn(parameter.shape)).clone()
+    optimizer.step()
+    return optimizer
+
+
+def state_dicts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    return {"policy": dict(model.state_dict(keep_vars=True)), "optimizer": optimizer.state_dict()}
+
+
+def flat(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return all tensors by name, whole."""
+    of_optimizer = optimizer.state_dict()["state"]
+    tensors = dict(model.state_dict()) | {
+        f"{number}.{key}": value for number, values in of_optimizer.items() for key, value in values.items()
+    }
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in tensors.items()}
+
+
+def loaded(checkpoint: ShardedCheckpoint, rest: dict, model: nn.Module, optimizer: torch.optim.Optimizer):
+    load_fitting(checkpoint.state_dict("policy"), model, "test")
+    state = copy.deepcopy(rest)
+    _add_saved_tensors(state, checkpoint)
+    optimizer.load_state_dict(_sharded(state, optimizer))
+
+
+def distributed(name: str, how: str) -> nn.Module:
+    return distribute_model(make_model(name) if dist.get_rank() == 0 else None, lambda model: split(model, how))
+
+
+def reshard(name: str, hows: list[str], directory: str):
+    """Write a trained model in each way of distributing it, and read each of these checkpoints in each way."""
+    expected_model = make_model(name)
+    expected = flat(expected_model, optimizer := trained(expected_model))
+    rest = without_tensors(optimizer.state_dict())
+    models = {how: distributed(name, how) for how in hows}
+    optimizers = {how: trained(model) for how, model in models.items()}
+    for how in hows:
+        path = os.path.join(directory, f"{name}-{how}".replace(" ", "-"))
+        os.makedirs(path, exist_ok=True)
+        before = flat(models[how], optimizers[how])
+        for key, value in before.items():
+            assert torch.equal(value, expected[key]), (how, key)
+        write_shard(path, shard_of(state_dicts(models[how], optimizers[how]), copies=False), None)
+        dist.barrier()
+        for other, model in models.items():
+            with torch.no_grad():
+                for tensor in itertools.chain(
+                    model.parameters(), *(values.values() for values in optimizers[other].state.values())
+                ):
+                    tensor.zero_()
+            loaded(ShardedCheckpoint(path), rest, model, optimizers[other])
+            for key, value in flat(model, optimizers[other]).items():
+                assert torch.equal(value, expected[key]), (how, other, key)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_state_is_the_same_after_resharding(name, in_workers, tmp_path):
+    in_workers(4, reshard, name, ["fsdp", "two replicas", "tensor parallel", "2 x 2"], str(tmp_path))
+    model = make_model(name)
+    expected = flat(model, optimizer := trained(model))
+    rest = without_tensors(optimizer.state_dict())
+    n_bytes = sum(tensor.nbytes for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    for path in tmp_path.iterdir():
+        other = make_model(name)
+        other_optimizer = trained(other)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        loaded(checkpoint := ShardedCheckpoint(str(path)), rest, other, other_optimizer)
+        assert all(torch.equal(value, expected[key]) for key, value in flat(other, other_optimizer).items())
+        saved = sum(tensor.full().nbytes for tensor in checkpoint.state_dict("policy").values())
+        assert saved <= n_bytes  # tied weights once
+        sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
+        assert len(sizes) == 4
+        if path.name != f"{name}-tensor-parallel":  # which replicates much of an adapter
+            assert max(sizes) < 1.5 * min(sizes)  # each worker writes its share
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+RUN = [
+    "model=tiny", "datasets=[toy]", "loss=dpo", "max_length=64", "max_prompt_length=32", "n_eval_examples=8",
+    "eval_batch_size=4", "lr=1e-3", "warmup_steps=10", "eval_every=16", "save_every=8", "n_examples=48",
+    "sample_during_eval=false", "keep_best=loss/eval", "keep_checkpoints=2",
+]  # fmt: skip
+ASYNC = ["checkpoint_format=sharded", "checkpoint_async=true"]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(launcher) -> Path:
+    """A run of two workers that wrote sharded checkpoints beside training."""
+    run_dir = launcher.directory / "never_stopped"
+    code = launcher.run(*RUN, *ASYNC, "trainer=FSDPTrainer", f"local_run_dir={run_dir}", n_workers=2)
+    assert code == 0, launcher.output
+    return run_dir
+
+
+def run_export(run_dir: Path, output: Path) -> Path:
+    export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": "LATEST", "output": str(output)}))
+    return output
+
+
+def test_sharded_checkpoints_are_those_that_whole_ones_are(never_stopped, launcher, tmp_path):
+    whole = tmp_path / "whole"
+    assert launcher.run(*RUN, "trainer=FSDPTrainer", f"local_run_dir={whole}", n_workers=2) == 0, launcher.output
+    assert sorted(os.listdir(never_stopped)) == sorted(os.listdir(whole))
+    assert os.readlink(never_stopped / "BEST") == os.readlink(whole / "BEST")
+    exported = run_export(never_stopped, tmp_path / "exported")
+    plain = run_export(whole, tmp_path / "plain")
+    assert sorted(os.listdir(exported)) == sorted(os.listdir(plain))
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (exported / name).read_bytes() == (plain / name).read_bytes(), name
+    checkpoint, numbers = ShardedCheckpoint(str(never_stopped / "LATEST")), itertools.count()
+    expected = torch.load(whole / "LATEST/optimizer.pt", weights_only=True)["state"]["state"]
+    for number, values in expected.items():
+        for key, value in values.items():
+            assert torch.equal(checkpoint.tensors[f"optimizer.{number}.{key}"].full(), value)
+            next(numbers)
+    assert next(numbers) == 2 * 28
+
+
+@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(2, 20))])
+def test_run_killed_while_it_writes_in_a_thread_ends_as_one_that_never_stopped(seed, never_stopped, launcher, tmp_path):
+    moments, run_dir = random.Random(seed), tmp_path / "run"
+    overrides = [*RUN, *ASYNC, "trainer=FSDPTrainer", f"local_run_dir={run_dir}", "resume=auto"]
+    launcher.start(*overrides, n_workers=2)
+    n_saves = moments.randint(1, 5)  # before the one that is cut off
+    while len(re.findall("writing checkpoint to ", launcher.output)) < n_saves or not half_saved(run_dir):
+        assert launcher.runs[-1].is_running, launcher.output
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0, 0.05))
+    launcher.kill(signal.SIGKILL)
+    assert launcher.wait() == -signal.SIGKILL, launcher.output
+    assert launcher.run(*overrides, n_workers=2) == 0, launcher.output
+    assert_same_run(run_dir, never_stopped)
+
+
+# ---- one process: LoRA, faults --------------------------------------------------------------------------------------
+
+ALONE = [word for word in RUN if not word.startswith(("keep_", "n_examples", "save_every"))]
+ALONE += ["n_examples=16", "save_every=8", "checkpoint_format=sharded"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[BasicTrainer, Path]:
+    """A finished run in one process: its trainer and directory."""
+    return train_and_save(trainers_in(tmp_path_factory.mktemp("finished")), *ALONE)
+
+
+def train_and_save(make_trainer, *overrides: str) -> tuple[BasicTrainer, Path]:
+    trainer = make_trainer(*overrides)
+    create_run_dir(trainer.config)
+    trainer.train()
+    trainer.save()
+    return trainer, Path(trainer.run_dir)
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path) -> Path:
+    """A copy of the finished run's directory, to be changed."""
+    return shutil.copytree(finished[1], tmp_path / "run", symlinks=True)
+
+
+def test_adapter_is_saved_as_by_peft_and_its_optimizer_in_shards(make_trainer):
+    overrides = [*ALONE, "lora={r:2}", "checkpoint_async=true"]
+    trainer, run_dir = train_and_save(make_trainer, *overrides)
+    names = os.listdir(run_dir / "step-8")
+    assert {"adapter_model.safetensors", "README.md", "shards.json"} <= set(names) and "model.safetensors" not in names
+    again = make_trainer(*overrides)
+    again.resume(str(run_dir / "step-8"))
+    again.train()
+    for (name, parameter), expected in zip(again.policy.named_parameters(), trainer.policy.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+
+
+def test_moving_reference_is_saved_in_shards(make_trainer):
+    overrides = [*ALONE, "reference_update_every=1", "reference_update_alpha=0.5", "model.reference_dtype=float32"]
+    trainer, run_dir = train_and_save(make_trainer, *overrides)
+    again = make_trainer(*overrides, "seed=1")
+    again.load_checkpoint(str(run_dir / "LATEST"))
+    for parameter, expected in zip(
+        again.reference.model.parameters(), trainer.reference.model.parameters(), strict=True
+    ):
+        assert torch.equal(parameter, expected)
+
+
+def test_weights_of_a_sharded_checkpoint_start_a_new_run(finished, run_dir, make_trainer):
+    policy = make_trainer(*ALONE, f"model.archive={run_dir}/LATEST").policy
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), finished[0].policy.parameters(), strict=True))
+    with pytest.raises(UserError, match=rf"no such file\. The checkpoint is sharded: give {run_dir}/LATEST"):
+        make_trainer(*ALONE, f"model.archive={run_dir}/LATEST/policy.pt")
+    export_it = rf"python export\.py run={run_dir} checkpoint=LATEST output=DIR"
+    with pytest.raises(UserError, match=rf"model\.name_or_path={run_dir}/LATEST is a sharded checkpoint.*{export_it}"):
+        make_trainer(*ALONE, "model=blank_model", f"model.name_or_path={run_dir}/LATEST")
+
+
+SHARD = "shard-00001-of-00001.safetensors"
+
+
+def flip_a_bit(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / SHARD).unlink(), f"{SHARD} is missing"),
+        (lambda d: flip_a_bit(d / SHARD), f"{SHARD} doesn't match its checksum"),
+        (lambda d: (d / "shards.json").write_text("{"), r"shards\.json doesn't match its checksum"),
+    ],
+    ids=["missing", "a bit flipped", "index cut off"],
+)
+def test_damaged_shard_is_named(damage, message, run_dir, make_trainer):
+    damage(run_dir / "LATEST")
+    with pytest.raises(UserError, match=message):
+        find_checkpoints(str(run_dir), "LATEST")
+    with pytest.raises(UserError, match=message.split(" ")[0]):
+        make_trainer(*ALONE, f"model.archive={run_dir}/LATEST")
+
+
+def edit_index(directory: Path, edit):
+    index = json.loads((directory / "shards.json").read_text())
+    edit(index)
+    (directory / "shards.json").write_text(json.dumps(index))
+
+
+WEIGHT = "policy.gpt_neox.embed_in.weight"
+INDEXES = {
+    "a tensor less": (lambda index: index["tensors"].pop(WEIGHT), r"missing: gpt_neox\.embed_in\.weight"),
+    "a piece less": (lambda index: index["tensors"][WEIGHT]["pieces"].clear(), "lists 0 of 262144 values"),
+    "another file": (lambda index: index.update(files=["../x.safetensors"]), "LATEST/x.safetensors: can't read"),
+    "no dtype": (lambda index: index["tensors"][WEIGHT].update(dtype="save"), "shards.json: can't read it"),
+    "a later format": (lambda index: index.update(format=2), "format 2; this version reads format 1"),
+    "a list": (lambda index: index.update(tensors=[1]), "shards.json: can't read it"),
+}
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_index_with_other_content_is_named(kind, finished, run_dir):
+    edit, message = INDEXES[kind]
+    edit_index(run_dir / "LATEST", edit)
+    with pytest.raises(UserError, match=message):
+        finished[0].load_checkpoint(str(run_dir / "LATEST"))
+
+
+def test_full_disk_in_the_thread_ends_the_run_and_leaves_the_previous_checkpoint(make_trainer, monkeypatch):
+    trainer, n_written = make_trainer(*ALONE, "checkpoint_async=true", "save_every=4"), itertools.count()
+    create_run_dir(trainer.config)
+
+    def save_or_fail(tensors, path):
+        if next(n_written) > 0:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr("checkpointing.sharded.save_file", save_or_fail)
+    with pytest.raises(UserError, match=r"can't write the checkpoint .*/step-8 .*No space left.*keep_checkpoints=N"):
+        trainer.train()
+    assert trainer.state.examples == 12  # the next save tells
+    run_dir = Path(trainer.run_dir)
+    assert os.readlink(run_dir / "LATEST") == "step-4" and find_corruption(str(run_dir / "LATEST")) is None
+    assert not half_saved(run_dir)
+
+
+def test_error_of_training_waits_for_the_checkpoint_that_is_written(make_trainer, monkeypatch):
+    trainer, step = make_trainer(*ALONE, "checkpoint_async=true"), BasicTrainer.train_step
+    create_run_dir(trainer.config)
+
+    def save_slowly(tensors, path):
+        time.sleep(0.3)
+        save_file(tensors, path)
+
+    def step_or_fail(batch):
+        if trainer.state.examples == 8:
+            raise RuntimeError("out of luck")
+        return step(trainer, batch)
+
+    monkeypatch.setattr("checkpointing.sharded.save_file", save_slowly)
+    monkeypatch.setattr(trainer, "train_step", step_or_fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer.train()
+    assert find_corruption(f"{trainer.run_dir}/LATEST") is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["checkpoint_async=true"],
+            "checkpoint_async=true .*checkpoint_format=whole .*: add checkpoint_format=sharded",
+        ),
+        (["checkpoint_format=shards"], "checkpoint_format=shards: must be one of whole, sharded.*Did you mean sharded"),
+    ],
+    ids=str,
+)
+def test_unknown_combination_is_refused(overrides, message, make_trainer):
+    with pytest.raises(UserError, match=message):
+        make_trainer(*RUN, *overrides)
