@@ -23,6 +23,7 @@ _SAME = {
     "resume_from_checkpoint": "resume", "optim": "optimizer", "optim_args": "optimizer_args",
     "gradient_checkpointing": "activation_checkpointing", "run_name": "exp_name", "loss_type": "loss",
     "tau": "loss.beta", "logging_steps": "minimum_log_interval_secs", "num_processes": "world_size",
+    "tp_size": "tensor_parallel", "tp_degree": "tensor_parallel",
     "lr_scheduler_type": "lr_scheduler", "lr_scheduler_kwargs": "lr_scheduler_args",
     "f_divergence_type": "loss.f_divergence", "use_weighting": "loss.wpo", "ld_alpha": "loss.ld_alpha",
     "discopop_tau": "loss.tau", "simpo_gamma": "loss.gamma", "label_smoothing": "loss.label_smoothing",

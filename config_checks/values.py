@@ -13,8 +13,8 @@ from utils import UserError, closest_match
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
-    "stop_when_worse", "max_tokens_per_microbatch",
+    "world_size", "fsdp_replicate", "tensor_parallel", "worker_timeout", "reference_update_every",
+    "reference_update_alpha", "stop_when_worse", "max_tokens_per_microbatch",
 )  # fmt: skip
 _NON_NEGATIVE = (
     "seed",

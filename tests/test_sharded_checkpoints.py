@@ -42,7 +42,7 @@ from checkpointing.sharded import (
 from commands.run_directory import create_run_dir
 from distributed.collectives import all_gather_object
 from distributed.dtensor import distribute_like, distribute_model
-from distributed.fsdp import fsdp_mesh, shard_model
+from distributed.fsdp import make_meshes, shard_model
 from distributed.tensor_parallel import parallelize
 from trainers import BasicTrainer
 from utils import UserError
@@ -124,12 +124,11 @@ def make_model(name: str) -> nn.Module:
 def split(model: nn.Module, how: str):
     if how == "tensor parallel":
         parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
-    elif how == "2 x 2":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
-        parallelize(model, mesh["tensor"])
-        shard_model(model, mesh["shard"], None, None, offload=False)
-    else:
-        shard_model(model, fsdp_mesh(2 if how == "two replicas" else 1), None, None, offload=False)
+        return
+    mesh, tensor_mesh = make_meshes(2 if how == "two replicas" else 1, 2 if how == "2 x 2" else 1)
+    if tensor_mesh is not None:
+        parallelize(model, tensor_mesh)
+    shard_model(model, mesh, None, None, offload=False)
 
 
 def trained(model: nn.Module) -> torch.optim.Optimizer:
@@ -195,8 +194,7 @@ def reshard(name: str, hows: list[str], directory: str):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_state_is_the_same_after_resharding(name, in_workers, tmp_path):
-    hows = ["fsdp", "two replicas", "tensor parallel", *(["2 x 2"] if name == "tied" else [])]
-    in_workers(4, reshard, name, hows, str(tmp_path))
+    in_workers(4, reshard, name, ["fsdp", "two replicas", "tensor parallel", "2 x 2"], str(tmp_path))
     model = make_model(name)
     expected = flat(model, optimizer := trained(model))
     rest = without_tensors(optimizer.state_dict())
