@@ -24,18 +24,9 @@ from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
 from checkpointing import best
 from checkpointing.background import Background
-from checkpointing.checkpoints import (
-    Contents,
-    begin_sharded,
-    check_shared,
-    delete_oldest,
-    load_model_state,
-    load_policy_state,
-    point_latest,
-    state_dicts_to_save,
-    write_whole,
-)
+from checkpointing.checkpoints import check_shared, load_model_state, load_policy_state
 from checkpointing.optimizer_state import load_optimizer_state
+from checkpointing.saving import begin_save, is_over, save_step
 from checkpointing.stop_signal import Stopped, StopSignal
 from checkpointing.train_state import (
     TrainState,
@@ -209,7 +200,7 @@ class BasicTrainer:
         model = self.strategy.distribute(model, is_policy=False)
         if is_another:
             check_reference_fits(model, self.policy, self.tokenizer, config)
-        if self._moves_reference:
+        if self.moves_reference:
             check_reference_can_move(model, self.policy, config)
         if self.eval_iterator is not None and model.dtype == torch.float16:
             check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
@@ -363,7 +354,7 @@ class BasicTrainer:
                 if self.state.evaluated_at != self.state.examples:
                     self.evaluate_and_log()
                     if best.should_save_best(self.state, self.config):
-                        self._save_step()
+                        save_step(self)
             except Stopped:
                 if self.state.saved_at != self.state.examples:
                     self.save()
@@ -377,7 +368,7 @@ class BasicTrainer:
         if evaluates and self.state.evaluated_at != examples:
             self.evaluate_and_log()
         if (saves or best.should_save_best(self.state, self.config)) and self.state.saved_at != examples:
-            self._save_step()
+            save_step(self)
         self.stop.check()
 
     def train_step(self, batch: dict) -> dict[str, float]:
@@ -413,7 +404,7 @@ class BasicTrainer:
         self.optimizer.zero_grad()
 
         self.state.updates += 1
-        if self._moves_reference and self.state.updates % self.config.reference_update_every == 0:
+        if self.moves_reference and self.state.updates % self.config.reference_update_every == 0:
             move_reference(self.reference, self.policy, self.config.reference_update_alpha)
         self.state.batches += 1
         self.state.examples += self.config.batch_size
@@ -453,7 +444,7 @@ class BasicTrainer:
         return self.strategy.batch_shard[1] > 1
 
     @property
-    def _moves_reference(self) -> bool:
+    def moves_reference(self) -> bool:
         return self.config.reference_update_every is not None
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
@@ -531,63 +522,8 @@ class BasicTrainer:
 
     def save(self, output_dir: str | None = None, metrics: dict | None = None):
         """Write a checkpoint to `output_dir`, by default LATEST; `metrics` replaces those of the last evaluation."""
-        self._begin_save(output_dir or os.path.join(self.run_dir, "LATEST"), metrics)
+        begin_save(self, output_dir or os.path.join(self.run_dir, "LATEST"), metrics)
         self.background.wait()
-
-    def _begin_save(
-        self, path: str, metrics: dict | None = None, then: Callable[[TrainState], None] = lambda _state: None
-    ):
-        """Write a checkpoint; with `checkpoint_async`, only copy its tensors and write it in a thread.
-
-        Args:
-            then: called on rank 0, with the train state in the checkpoint, once that is on disk.
-        """
-        if self.config.debug:
-            rank0_print("skipping save in debug mode")
-            return
-        self.background.wait()  # the checkpoint before this one
-        optimizers = {"optimizer": self.optimizer, "scheduler": self.scheduler} if self.config.save_optimizer else {}
-        reference = self.reference.model if self._moves_reference else None
-        state_dicts, state = state_dicts_to_save(self.policy, reference, **optimizers), self._current_state()
-        if metrics is not None:
-            state = dataclasses.replace(state, metrics=metrics)
-        contents = Contents(
-            self.policy, self.tokenizer, state_dicts, state, self.config, self.dropout_rates, self.n_eval_examples
-        )
-        if self.config.checkpoint_format == "whole":
-            write_whole(path, contents, then)
-        elif self.config.checkpoint_async:
-            self.background.start(begin_sharded(path, contents, then))
-        else:
-            begin_sharded(path, contents, then)()
-
-    def _current_state(self) -> TrainState:
-        """Return the train state with all workers' random generators, the logs' sizes, and if training is complete."""
-        return dataclasses.replace(
-            self.state,
-            complete=self._is_over() and self.state.evaluated_at == self.state.examples,
-            max_tokens=self.max_tokens,
-            loss_memory={name: float(average) for name, average in self.loss_memory.averages.items()},
-            rng_states=collectives.all_gather_object(get_rng_state()),
-            **(self.run_log.recorded() if self.run_log else {}),
-        )
-
-    def _is_over(self) -> bool:
-        return self.state.batches == self.train_iterator.n_batches or best.ends_run(self.state, self.config)
-
-    def _save_step(self):
-        """Write step-N, point LATEST to it, delete the checkpoints that `keep_checkpoints` drops."""
-        self.state.saved_at = self.state.examples
-        name = f"step-{self.state.examples}"
-
-        def link(state: TrainState):
-            point_latest(self.run_dir, name)
-            best.point_best(self.run_dir, state, self.config)
-            delete_oldest(self.run_dir, self.config.keep_checkpoints, state.examples)
-
-        self._begin_save(os.path.join(self.run_dir, name), then=link)
-        if self.run_log is not None:
-            self.run_log.table.time_left.tick("save")
 
     def resume(self, checkpoint: str):
         """Restore the state of training from a checkpoint.
@@ -608,12 +544,12 @@ class BasicTrainer:
             self.max_tokens, warning = resumed_cap(state.max_tokens, self.max_tokens)
             if warning:
                 rank0_print(warning)
-        self.state.complete = self.state.complete and self._is_over()
+        self.state.complete = self.state.complete and is_over(self)
 
     def load_checkpoint(self, checkpoint: str):
         """Load the policy, a reference that moves, and the counters from a checkpoint of this run."""
         load_policy_state(checkpoint, self.policy)
-        if self._moves_reference:
+        if self.moves_reference:
             load_model_state(checkpoint, "reference", self.reference.model)
         self.state = dataclasses.replace(TrainState.load(checkpoint), inputs=self.state.inputs)
         averages = self.state.loss_memory.items()

@@ -207,6 +207,8 @@ class ModelCheck:
         n_positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 0
         longest = self.longest if reads_masks and n_positions < 2 * self.max_length else None
         reason = self._why_not(compute, self.full_length, CHOSEN_WITHIN, CHOSEN_AT_MOST, longest)
+        if reads_masks and reason is None:
+            reason = _window_of_places(self.base, self.max_length)
         if reason and layout.is_packed:
             use_packed_attention(self.base, False)
         known = _known_reason(self.base, self.max_length) if reason and reads_masks else None
@@ -290,6 +292,17 @@ def _known_reason(model: nn.Module, max_length: int) -> str | None:
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     windows = [window for window in windows if isinstance(window, int) and 0 < window < max_length]
     return f"the model attends to a window of {min(windows)} tokens, max_length is {max_length}" if windows else None
+
+
+def _window_of_places(model: nn.Module, max_length: int) -> str | None:
+    """Return why GPT-Neo can't share prompts; in 16 bits rounding may hide it.
+
+    Its windows count places in a row, whatever the positions, and a row holds both responses.
+    """
+    config = model.config.get_text_config()
+    if "local" not in getattr(config, "attention_layers", ()) or config.window_size >= 2 * max_length:
+        return None
+    return f"the model attends to a window of {config.window_size} places in a row"
 
 
 def _name(model: nn.Module) -> str:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import trainers
 from checkpointing.optimizer_state import load_optimizer_state
+from checkpointing.saving import begin_save
 from config_checks.checks import check_config
 from config_checks.schema import REPOSITORY
 from distributed import connection, launch
@@ -65,7 +66,7 @@ def round_trip(trainer: trainers.BasicTrainer, name: str) -> list[float]:
 
     def save() -> float:
         nonlocal waited
-        trainer._begin_save(path)
+        begin_save(trainer, path)
         waited = time.perf_counter() - start_time
         trainer.background.wait()
         return time.perf_counter() - start_time

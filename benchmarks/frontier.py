@@ -317,7 +317,7 @@ def length_runs(names: list[str]) -> list[Run]:
     if "dpo" in names:
         penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and the labels' bias per token
         runs += [Run("length_dpo", 1.0, "toy_length", extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
-        runs.append(Run("dpo", 18.0, "toy_length", extra=("loss.average_log_prob=true",)))
+        runs.append(Run("dpo_norm", 18.0, "toy_length"))
     return runs
 
 

@@ -26,8 +26,8 @@ def table(output: str) -> list[list[str]]:
 
 
 def printed_command(output: str) -> list[str]:
-    """Return the words of the command that is printed last."""
-    return shlex.split(output.strip().splitlines()[-1].split("incomplete jobs: ")[1])
+    """Return the words of the command that the sweep prints at its end."""
+    return shlex.split(output.split("incomplete jobs: ")[-1].splitlines()[0])
 
 
 def run_printed(launcher, directory: Path) -> Run:
