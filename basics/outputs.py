@@ -22,6 +22,7 @@ PICTURE_OF = "direct-preference-optimization"  # in the metadata of each picture
 _CHECKPOINT = re.compile(r"step-[0-9]+|LATEST|BEST")
 _LOGS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png")
 _HEAD = 2**16  # bytes by which a file is recognized
+_LONGEST_NAME = 255 - len(".partial-01234567")  # bytes: what file systems take, less what unfinished files add
 
 Refusal = Callable[[str], str | None]  # returns why a path must not be written, or None
 
@@ -131,6 +132,8 @@ def _why_no_file(path: str) -> str | None:
     directory, name = os.path.split(os.path.abspath(path))
     if not os.path.isdir(directory):
         return "there is no such directory; give a file in one that exists"
+    if reason := _why_long_name(name):
+        return reason
     if os.path.isdir(path):
         return "it is a directory; give a file"
     if os.path.lexists(path) and not os.path.isfile(path):
@@ -142,11 +145,18 @@ def _why_no_file(path: str) -> str | None:
     return None
 
 
+def _why_long_name(name: str) -> str | None:
+    n_bytes = len(os.fsencode(name))
+    return f"the name has {n_bytes} bytes; give one of at most {_LONGEST_NAME}" if n_bytes > _LONGEST_NAME else None
+
+
 # ---- directories ----------------------------------------------------------------------------------------------------
 
 
 def new_directory(path: str) -> str | None:
     """Refuse a directory that holds anything."""
+    if reason := _why_long_name(os.path.basename(os.path.abspath(path))):
+        return reason
     if os.path.lexists(path) and not os.path.isdir(path):
         return "it is no directory; give another"
     if os.path.isdir(path) and os.listdir(path):

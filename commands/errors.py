@@ -1,7 +1,6 @@
 """Errors that end a command: a user's mistake as its message, a bug as its traceback, a signal as an exit code."""
 
 import contextlib
-import errno
 import os
 import sys
 import traceback
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from basics.files import explain_failed_write, has_no_room
 from basics.interrupts import INTERRUPTED
 from basics.printing import printable
 from checkpointing.stop_signal import EXIT_CODE, Stopped
@@ -79,10 +79,12 @@ def _can_open_files() -> bool:
 
 
 def _explained(error: Exception) -> str | None:
-    """Return an error's message if the machine is the cause, not this program: a full disk, too many open files."""
+    """Return an error's message if the machine is the cause: too many open files, a full disk, no memory left."""
     if is_short_of_files(error) or not _can_open_files():
         return _TOO_MANY_FILES
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if has_no_room(error):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; make room, and give the same command again: what is written is kept"
+        return f"{place}{explain_failed_write(error)}"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return f"the machine's memory, or a limit on it (ulimit -v, a cgroup), is exhausted: {str(error) or 'no room'}"
     return None
