@@ -22,10 +22,13 @@ SHOWS_TRACEBACK = os.environ.setdefault("DPO_FULL_ERROR", os.environ.get("HYDRA_
 
 
 @contextlib.contextmanager
-def errors_reported() -> Iterator[None]:
+def errors_reported(interrupted: int = EXIT_CODE) -> Iterator[None]:
     """Let errors end the process (SystemExit) once they have been printed, a bug's with its traceback.
 
     For a user's mistake, a lost connection and a signal, only the message is printed.
+
+    Args:
+        interrupted: the exit code after a Ctrl-C that the work has ended at; after other signals it is `EXIT_CODE`.
     """
     try:
         yield
@@ -39,7 +42,7 @@ def errors_reported() -> Iterator[None]:
         sys.exit(printable("\n".join([f"error: {message}", *getattr(error, "__notes__", [])])))
     except Stopped as stopped:
         rank0_print("\n".join([f"stopped by {stopped}", *getattr(stopped, "__notes__", [])]), file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        sys.exit(interrupted if str(stopped) == "SIGINT" else EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
