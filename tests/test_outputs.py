@@ -11,9 +11,10 @@ from conftest import REPOSITORY
 from omegaconf import OmegaConf
 
 import export
-from basics.outputs import Output, check_outputs, new_run, resumed_run
+from basics.outputs import Output, check_outputs, new_directory, new_run, resumed_run
 from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import delete_oldest
+from config_checks.paths import expand_home
 from config_checks.schema import own_keys
 from evaluation import evaluate, judge_options, sample_options
 from reporting import compare, curves, frontier, win_rates
@@ -149,16 +150,18 @@ def test_file_in_a_checkpoint_is_refused(output, tmp_path):
     check, key, name, _ = OUTPUTS[output]
     with atomic_directory(str(tmp_path / "LATEST")) as partial:
         Path(partial, "state.json").write_text("{}")
-    with pytest.raises(UserError, match="a checkpoint's directory"):
-        check(key, tmp_path / "LATEST" / name)
+    (tmp_path / "LATEST/inner").mkdir()
+    for folder in ("LATEST", "LATEST/inner"):
+        with pytest.raises(UserError, match="LATEST is a checkpoint's directory, which is replaced as a whole"):
+            check(key, tmp_path / folder / name)
 
 
 @pytest.mark.parametrize("output", [name for name, way in OUTPUTS.items() if way[2] == "x.jsonl"])
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml", "step-4"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml", "curves.png", "step-4"])
 def test_file_that_a_run_writes_itself_is_refused(output, name, tmp_path):
     check, key, *_ = OUTPUTS[output]
     (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
-    with pytest.raises(UserError, match=r"the run writes that file itself|it exists"):
+    with pytest.raises(UserError, match=r"the run writes that itself|it exists"):
         check(key, tmp_path / name)
 
 
@@ -260,6 +263,32 @@ def test_run_directory_with_files_of_others_is_refused(name, kind, refusal, tmp_
     fill(tmp_path / name, kind)
     with pytest.raises(UserError, match=f"local_run_dir={tmp_path}: {tmp_path}/{name} is no"):
         check_outputs([Output("local_run_dir", str(tmp_path), refusal)])
+
+
+@pytest.mark.parametrize("refusal", [new_directory, new_run, resumed_run])
+@pytest.mark.parametrize("name", ["step-8", "BEST", "LATEST/new", "step-4/new/run", "link/new"])
+def test_directory_that_a_run_replaces_is_refused(name, refusal, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
+    with atomic_directory(str(tmp_path / "step-4")) as partial:
+        Path(partial, "state.json").write_text("{}")
+    (tmp_path / "LATEST").symlink_to("step-4")
+    (tmp_path / "link").symlink_to("step-4", target_is_directory=True)
+    with pytest.raises(UserError, match=r"the run writes that itself|is a checkpoint's directory, which is replaced"):
+        check_outputs([Output("output", str(tmp_path / name), refusal)])
+    check_outputs([Output("output", str(tmp_path / "beside"), refusal)])
+
+
+def test_file_may_be_written_where_nothing_can_be_listed(tmp_path, monkeypatch):
+    def listdir(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    evaluate_with("output", tmp_path / "step-1")
+
+
+def test_empty_path_is_refused(tmp_path):
+    with pytest.raises(UserError, match="output= is empty: give a path, or leave it out"):
+        expand_home({"run": str(tmp_path), "output": ""})
 
 
 def test_directory_with_other_names_may_become_a_run(tmp_path):
