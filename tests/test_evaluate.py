@@ -82,6 +82,16 @@ def test_several_workers_give_the_figures_of_one(launcher, trained):
         assert result["n_eval_examples"] == 12
 
 
+def test_workers_that_a_command_starts_itself_evaluate_and_sample(launcher, trained, tmp_path):
+    run_dir, workers = trained("dpo"), ["trainer=FSDPTrainer", "world_size=2"]
+    evaluate(launcher, f"run={run_dir}", *workers, f"output={tmp_path}/e.jsonl")
+    (result,) = read_jsonl(tmp_path / "e.jsonl")
+    assert result["n_eval_examples"] == 12
+    sample = ["n_eval_examples=2", "max_new_tokens=2", f"output={tmp_path}/s.jsonl"]
+    assert launcher.run(f"run={run_dir}", *workers, *sample, script=REPOSITORY / "sample.py") == 0, launcher.output
+    assert len(read_jsonl(tmp_path / "s.jsonl")) == 2
+
+
 def test_rows_and_groups_add_up_to_the_means(launcher, trained):
     run_dir = trained("dpo")
     evaluate(launcher, f"run={run_dir}", f"rows={run_dir}/rows.jsonl", f"output={run_dir}/o", "n_eval_examples=40")
