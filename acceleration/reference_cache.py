@@ -58,7 +58,8 @@ class LogpsCache:
             yield
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"can't cache the reference's log-probabilities in {self.directory}: {error}\n"
+                f"can't cache the reference's log-probabilities in {self.directory}: "
+                f"{getattr(error, 'strerror', None) or error}\n"
                 "Free some space or choose another directory with local_dirs=[DIR], or use "
                 "precompute_ref_log_probs=false, which needs no cache"
             ) from error

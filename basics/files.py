@@ -14,24 +14,67 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import IO
 
+from basics.errors import UserError
+
 _FLUSHES_DIRECTORIES = os.name == "posix"  # Windows opens no directory, and flushes only files that can be written
 PARTIAL = r"\.partial-[0-9a-f]{8}"  # regular expression for the suffix of unfinished files
 
 
+# ---- failed writes ---------------------------------------------------------------------------------------------------
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, `ulimit -f`
+
+
+class CannotWrite(OSError, UserError):
+    """A file couldn't be written; its message names the file, the reason and the remedy."""
+
+    def __str__(self) -> str:
+        return f"can't write to {self.filename}: {explain_failed_write(self)}"
+
+
+def has_no_room(error: BaseException) -> bool:
+    """True for errors of a disk that is full."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def explain_failed_write(error: OSError) -> str:
+    """Return why a write failed, and the remedy."""
+    remedy = "make room" if has_no_room(error) else "see that it can be written"
+    return f"{error.strerror}; {remedy}, and give the same command again: what is written is kept"
+
+
+@contextlib.contextmanager
+def write_errors_named(path: str) -> Iterator[None]:
+    """Turn an OSError inside the block into `CannotWrite`: that of a write doesn't know the file's name."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except OSError as error:
+        raise CannotWrite(error.errno, error.strerror or str(error), path) from error
+
+
+# ---- whole files -----------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
-    """Open a temporary file that replaces `path`, flushed to disk, on exit. After an error `path` is unchanged."""
+    """Open a temporary file that replaces `path`, flushed to disk, on exit. After an error `path` is unchanged.
+
+    Raises: CannotWrite.
+    """
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise
+    with write_errors_named(path):
+        try:
+            with open(partial, "wb") if binary else open(partial, "w", encoding="utf-8", newline="\n") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(partial)
+            raise
 
 
 def open_regular(path: str) -> IO:
@@ -80,16 +123,33 @@ def read_json_lines(path: str, skips_damaged: bool = False) -> Iterator[tuple[di
                 raise ValueError(f"no JSON object: {line[:100]!r}")
 
 
-def append_json_line(path: str, value: dict):
-    """Append a line in one write; if a crash cut off the last line, end that one first."""
-    with open(path, "a+b", buffering=0) as file:
+def append_json_lines(path: str, values: Iterable[dict]):
+    """Append a line for each value, all or none of them; if a crash cut off the last line, end that one first.
+
+    Raises: CannotWrite; the file is as it was then.
+    """
+    with write_errors_named(path), open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
         is_cut_off = size > 0 and file.read(1) != b"\n"
-        line = b"\n" * is_cut_off + json.dumps(value).encode() + b"\n"
-        if file.write(line) < len(line):  # a full disk
-            os.truncate(path, size)
-            raise OSError(28, os.strerror(28), path)
+        append_whole(file.fileno(), b"\n" * is_cut_off + b"".join(map(json_line, values)))
+
+
+def json_line(value: dict) -> bytes:
+    """Return the line of a value; half a surrogate pair, which no file can hold, is escaped."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def append_whole(descriptor: int, data: bytes):
+    """Append bytes to a file, in one write where that is possible, and all or none of them."""
+    size, rest = os.fstat(descriptor).st_size, memoryview(data)
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except BaseException:
+        with contextlib.suppress(OSError):  # a device
+            os.ftruncate(descriptor, size)
+        raise
 
 
 # ---- hashes of whole files ------------------------------------------------------------------------------------------
@@ -128,7 +188,7 @@ class HashCache:
             self.known[key] = digest
             with contextlib.suppress(OSError):  # not cached: it is read again next time
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
-                append_json_line(self.path, {"stat": key, "sha256": digest})
+                append_json_lines(self.path, [{"stat": key, "sha256": digest}])
         return self.known[key]
 
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 
 from basics.errors import UserError
+from basics.files import has_no_room
 from basics.printing import rank0_print
 
 try:
@@ -116,9 +117,8 @@ def locked_directory(directory: str, origin: str, busy: str) -> Iterator[None]:
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 stack.callback(os.ftruncate, descriptor, 0)  # an empty lock file is removed
             except OSError as error:
-                raise UserError(
-                    f"{origin}: can't write there: {error}; give a directory that can be written"
-                ) from error
+                remedy = "make room there" if has_no_room(error) else "give a directory that can be written"
+                raise UserError(f"{origin}: can't write there: {error}; {remedy}") from error
             yield
     finally:
         for path in created:

@@ -4,12 +4,14 @@ A file that a command overwrites or appends to must be recognizable: a run's dir
 checkpoints, other files by how their content begins.
 """
 
+import contextlib
 import errno
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from basics.errors import UserError
 from basics.links import link_target
@@ -22,6 +24,7 @@ PICTURE_OF = "direct-preference-optimization"  # in the metadata of each picture
 _CHECKPOINT = re.compile(r"step-[0-9]+|LATEST|BEST")
 _LOGS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png")
 _HEAD = 2**16  # bytes by which a file is recognized
+_LONGEST_NAME = 255 - len(".partial-01234567")  # bytes: what file systems take, less what unfinished files add
 
 Refusal = Callable[[str], str | None]  # returns why a path must not be written, or None
 
@@ -92,7 +95,7 @@ def document(what: str, start: bytes) -> Refusal:
 def picture(path: str) -> str | None:
     """Refuse a file that isn't a picture drawn here; a run directory's curves.png is one."""
     is_runs = os.path.basename(path) == "curves.png" and is_run(os.path.dirname(path) or ".")
-    return None if is_runs and os.path.isfile(path) else _OWN_PICTURE(path)
+    return None if is_runs and (os.path.isfile(path) or not os.path.lexists(path)) else _OWN_PICTURE(path)
 
 
 def _own_file(what: str, is_own: Callable[[bytes], bool]) -> Refusal:
@@ -128,17 +131,33 @@ def _is_line(head: bytes, start: bytes, keys: set[str]) -> bool:
 
 def _why_no_file(path: str) -> str | None:
     """Return why no command may write a file here, whatever it holds."""
-    directory, name = os.path.split(os.path.abspath(path))
-    if not os.path.isdir(directory):
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         return "there is no such directory; give a file in one that exists"
+    if reason := _why_bad_name(path):
+        return reason
     if os.path.isdir(path):
         return "it is a directory; give a file"
     if os.path.lexists(path) and not os.path.isfile(path):
         return "it is no regular file; give another"
-    if os.path.exists(os.path.join(directory, CHECKSUMS)):
-        return "that is a checkpoint's directory, which is replaced as a whole; give a file elsewhere"
-    if is_run(directory) and name != "curves.png" and (name in {*_LOGS, ".lock"} or is_checkpoint_name(name)):
-        return "the run writes that file itself; give another"
+    return _why_runs_own(path)
+
+
+def _why_bad_name(path: str) -> str | None:
+    n_bytes = len(os.fsencode(os.path.basename(os.path.abspath(path))))
+    return f"the name has {n_bytes} bytes; give one of at most {_LONGEST_NAME}" if n_bytes > _LONGEST_NAME else None
+
+
+def _why_runs_own(path: str) -> str | None:
+    """Return why a run would replace this file or directory, or one that it is in; None if none would."""
+    directory, name = os.path.split(os.path.abspath(path))
+    with contextlib.suppress(PermissionError):  # it can't be listed
+        if (name in {*_LOGS, ".lock"} or is_checkpoint_name(name)) and is_run(directory):
+            return "the run writes that itself; give another"
+    above = Path(os.path.realpath(directory))
+    for place in map(str, (above, *above.parents)):
+        names = (CHECKSUMS, "state.json") if place != str(above) else (CHECKSUMS,)
+        if all(os.path.exists(os.path.join(place, name)) for name in names):
+            return f"{place} is a checkpoint's directory, which is replaced as a whole; give a place elsewhere"
     return None
 
 
@@ -147,11 +166,13 @@ def _why_no_file(path: str) -> str | None:
 
 def new_directory(path: str) -> str | None:
     """Refuse a directory that holds anything."""
+    if reason := _why_bad_name(path):
+        return reason
     if os.path.lexists(path) and not os.path.isdir(path):
         return "it is no directory; give another"
     if os.path.isdir(path) and os.listdir(path):
         return "the directory exists and is not empty; give another"
-    return None
+    return _why_runs_own(path)
 
 
 def new_run(path: str) -> str | None:
@@ -161,14 +182,14 @@ def new_run(path: str) -> str | None:
     if names := _run_names(path):
         whole = os.path.join(path, names[0])
         return f"{whole} is not a run's, and a run would replace it; choose another directory, or move it away"
-    return None
+    return _why_runs_own(path)
 
 
 def resumed_run(path: str) -> str | None:
     """Refuse a directory with a file or link that the run would replace, unless a run wrote it."""
-    if not os.path.isdir(path):
-        return None
-    is_known = is_run(path)
+    is_known = os.path.isdir(path) and is_run(path)
+    if not is_known and (reason := _why_runs_own(path)):
+        return reason
     for name in _run_names(path):
         whole = os.path.join(path, name)
         if name not in _LOGS:

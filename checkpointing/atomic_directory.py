@@ -76,11 +76,15 @@ def replace_path(new: str, path: str):
 
     After a crash in between, `recover_interrupted_saves` restores the old one.
 
-    Raises: OSError, also if something else has the name under which the older one is kept.
+    Raises: OSError, also if something else has the name under which the older one is kept, or if `path` has become
+        something that no run wrote.
     """
     older, exists = f"{path}.replaced", os.path.lexists(path)
     if exists and os.path.lexists(older):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), older)
+    is_empty = os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path)
+    if exists and not is_empty and not is_own_checkpoint(path):
+        raise FileExistsError(errno.EEXIST, "no run wrote it; move it away", path)
     if exists:
         os.rename(path, older)
     try:

@@ -368,6 +368,11 @@ def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
     try:
         yield
     except error_class as error:
+        if isinstance(error, OSError) and not os.path.isdir(run_dir):
+            raise UserError(
+                f"local_run_dir={run_dir}: it was moved or removed while the run wrote there; move it back, and give "
+                "the same command with resume=auto"
+            ) from error
         error.add_note(resume_hint(run_dir))
         raise
 

@@ -10,8 +10,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from basics.interrupts import interrupts_reported
+from basics.interrupts import INTERRUPTED, interrupts_reported
 from basics.printing import printable
+from checkpointing.stop_signal import EXIT_CODE
 from commands import sweeps
 from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.exit_on_signals import exit_on_signals
@@ -95,7 +96,8 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
             if not can_sweep:
                 sys.exit("error: only train.py supports sweeps with -m")
             return sweeps.run_job(run, config)
-        with errors_reported():  # Hydra would print a line of its own above an error
+        # here, as Hydra would print a line of its own above an error
+        with errors_reported(EXIT_CODE if can_sweep else INTERRUPTED):
             run(config)
 
     try:

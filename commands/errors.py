@@ -1,7 +1,6 @@
 """Errors that end a command: a user's mistake as its message, a bug as its traceback, a signal as an exit code."""
 
 import contextlib
-import errno
 import os
 import sys
 import traceback
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from basics.files import explain_failed_write, has_no_room
 from basics.interrupts import INTERRUPTED
 from basics.printing import printable
 from checkpointing.stop_signal import EXIT_CODE, Stopped
@@ -22,10 +22,13 @@ SHOWS_TRACEBACK = os.environ.setdefault("DPO_FULL_ERROR", os.environ.get("HYDRA_
 
 
 @contextlib.contextmanager
-def errors_reported() -> Iterator[None]:
+def errors_reported(interrupted: int = EXIT_CODE) -> Iterator[None]:
     """Let errors end the process (SystemExit) once they have been printed, a bug's with its traceback.
 
     For a user's mistake, a lost connection and a signal, only the message is printed.
+
+    Args:
+        interrupted: the exit code after a Ctrl-C that the work has ended at; after other signals it is `EXIT_CODE`.
     """
     try:
         yield
@@ -39,7 +42,7 @@ def errors_reported() -> Iterator[None]:
         sys.exit(printable("\n".join([f"error: {message}", *getattr(error, "__notes__", [])])))
     except Stopped as stopped:
         rank0_print("\n".join([f"stopped by {stopped}", *getattr(stopped, "__notes__", [])]), file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        sys.exit(interrupted if str(stopped) == "SIGINT" else EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
@@ -79,10 +82,12 @@ def _can_open_files() -> bool:
 
 
 def _explained(error: Exception) -> str | None:
-    """Return an error's message if the machine is the cause, not this program: a full disk, too many open files."""
+    """Return an error's message if the machine is the cause: too many open files, a full disk, no memory left."""
     if is_short_of_files(error) or not _can_open_files():
         return _TOO_MANY_FILES
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if has_no_room(error):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; make room, and give the same command again: what is written is kept"
+        return f"{place}{explain_failed_write(error)}"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return f"the machine's memory, or a limit on it (ulimit -v, a cgroup), is exhausted: {str(error) or 'no room'}"
     return None

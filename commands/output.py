@@ -2,8 +2,13 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
+import threading
+
+from basics.files import has_no_room
+from basics.printing import printable
 
 
 class _UnneededOutput(io.FileIO):
@@ -44,11 +49,23 @@ def keep_output_going():
             )
 
 
+def _report_failed_thread(failed: threading.ExceptHookArgs):
+    """Print how a thread failed: a full disk in a line, as whoever waits for the thread gets the error, too."""
+    if has_no_room(failed.exc_value):
+        print(printable(f"WARNING: {failed.exc_value}"), file=sys.stderr)
+    else:
+        threading.__excepthook__(failed)
+
+
 def quiet_libraries():
-    """Turn off the progress bars of libraries; those of downloads, which may take long, only without a terminal."""
+    """Turn off the progress bars of libraries; those of downloads, which may take long, only without a terminal.
+
+    A full disk under what they write in threads and logs of their own (trackers do) prints no tracebacks, either.
+    """
     import huggingface_hub
     import transformers
 
+    logging.raiseExceptions, threading.excepthook = False, _report_failed_thread
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read at its import, which takes half a second
     if "datasets" in sys.modules:

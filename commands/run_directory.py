@@ -13,11 +13,11 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from basics.files import atomic_file
+from basics.files import atomic_file, write_errors_named
 from basics.locks import locked_directory
 from checkpointing import fingerprints
 from checkpointing.resume import SWEEP
-from utils import UserError, get_local_run_dir, rank0_print
+from utils import get_local_run_dir, rank0_print
 
 
 def locked_run(run_dir: str) -> contextlib.AbstractContextManager:
@@ -46,12 +46,10 @@ def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
     Args:
         inputs: fingerprints of what the run starts from.
     """
-    try:
+    with write_errors_named(config.local_run_dir):
         os.makedirs(config.local_run_dir, exist_ok=True)
-        with atomic_file(os.path.join(config.local_run_dir, "config.yaml")) as file:
-            file.write(fingerprints.header(inputs or {}) + OmegaConf.to_yaml(config))
-    except OSError as error:
-        raise UserError(f"local_run_dir={config.local_run_dir}: can't write there: {error}") from error
+    with atomic_file(os.path.join(config.local_run_dir, "config.yaml")) as file:
+        file.write(fingerprints.header(inputs or {}) + OmegaConf.to_yaml(config))
     rule = "=" * 80
     rank0_print(f"{rule}\nWriting to {socket.gethostname()}:{config.local_run_dir}\n{rule}")
 

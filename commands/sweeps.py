@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from basics.files import append_json_line, read_json_lines
+from basics.files import append_json_lines, read_json_lines
 from basics.locks import in_turn, locked_directory
 from basics.printing import printable
 from checkpointing.resume import resume_command
@@ -57,9 +57,9 @@ class SweepLog:
         try:
             with in_turn(self.path):  # other jobs may end at the same time
                 before = self.rows().get(row["overrides"], {}).get("seconds", 0)
-                append_json_line(self.path, row | {"seconds": round(row["seconds"] + before, 1)})
+                append_json_lines(self.path, [row | {"seconds": round(row["seconds"] + before, 1)}])
         except OSError as error:
-            rank0_print(f"WARNING: can't write {self.path}: {error}")
+            rank0_print(f"WARNING: {self.path}: can't record the job's end: {error.strerror}")
 
     def table(self) -> str:
         """Return a table with a line for each job."""

@@ -4,6 +4,7 @@ import os
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from basics.errors import UserError
 from basics.links import followed
 
 _KEYS = (
@@ -27,7 +28,12 @@ def expand_config(config: DictConfig):
 
 
 def expand_home(own: dict) -> dict:
-    """Return the values of a command's own keys, `~` expanded in those that are paths."""
+    """Return the values of a command's own keys, `~` expanded in those that are paths.
+
+    Raises: UserError if a path is empty, as `output=$FILE` is where there is no such variable.
+    """
+    if empty := [key for key in _OWN_KEYS if own.get(key) == ""]:
+        raise UserError(f"{empty[0]}= is empty: give a path, or leave it out")
     return {key: _expanded(value) if key in _OWN_KEYS else value for key, value in own.items()}
 
 

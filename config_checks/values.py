@@ -75,11 +75,13 @@ def _check_loss(config: DictConfig):
 
 
 def _check_loss_name(key: str, name: object):
+    if name is None:
+        raise UserError(f"{key} is missing: the loss's YAML file needs its name in LOSSES, e.g. 'name: dpo'")
     if name not in LOSSES:
         other = other_loss(str(name)) or f".{closest_match(str(name), LOSSES)}"
         raise UserError(
-            f"{key}={name}: no such loss{other} There are: {', '.join([*LOSSES, MIX])}; one that "
-            "is defined elsewhere exists only in the script that adds it (docs/objectives.md)"
+            f"{key}={name}: no such loss{other} There are: {', '.join([*LOSSES, MIX])}; a new one needs an entry in "
+            "LOSSES, which it has only in the script that adds it, if that is elsewhere (docs/objectives.md)"
         )
 
 
@@ -107,6 +109,8 @@ def _check_options(section: str, name: str, given: DictConfig):
         violation = option.range.violation(value) if option.range else None
         if violation or (option.type in (int, float) and not math.isfinite(value)):
             raise UserError(f"{section}.{key}={value}: {violation or 'must be a finite number'}")
+    if problem := LOSSES[name].why_output_is_wrong(given):
+        raise UserError(f"loss={name}: {problem}")
 
 
 def _check_keys_and_types(config: DictConfig):

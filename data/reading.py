@@ -12,7 +12,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from basics.files import HashCache, content_hash
+from basics.files import HashCache, content_hash, has_no_room
 from basics.printing import hides_progress
 from data import arrow_cache, diagnosis, hub
 from data.plain_reader import csv_delimiter
@@ -126,7 +126,7 @@ def read_rows(
     except UserError:
         raise
     except Exception as error:  # a format's reader or the connection may raise anything
-        cause, remedy = _cause_and_remedy(error, path, files or [], alternative=remedy)
+        cause, remedy = _cause_and_remedy(error, path, files or [], cache_dir, alternative=remedy)
         raise UnreadableRows(f"{where}: {cause}\n{remedy}") from error
 
 
@@ -171,7 +171,7 @@ def split_names(where: str, path: str, config: str | None, cache_dir: str | None
     except UserError:
         raise
     except Exception as error:
-        cause, remedy = _cause_and_remedy(error, path, [], alternative=remedy)
+        cause, remedy = _cause_and_remedy(error, path, [], cache_dir, alternative=remedy)
         raise UserError(f"{where}: {cause}\n{remedy}") from error
 
 
@@ -320,19 +320,25 @@ def _local_copies(files: list[str]) -> list[tuple[str, str]]:
 # ---- failures -------------------------------------------------------------------------------------------------------
 
 
-def _cause_and_remedy(error: Exception, path: str, files: list[str], alternative: str) -> tuple[str, str]:
+def _cause_and_remedy(
+    error: Exception, path: str, files: list[str], cache_dir: str | None, alternative: str
+) -> tuple[str, str]:
     """Return why the library failed, and what to do about it, in one line each.
 
     Args:
+        cache_dir: where it keeps the rows; None: in its own cache.
         alternative: another remedy, if the hub is the cause.
     """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    cannot_write = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
     for link in chain:
-        if isinstance(link, OSError) and link.errno in cannot_write:
-            return f"can't read {path}: {_one_line(link)}", "Make room or set rights there, or choose other local_dirs"
+        is_refused = isinstance(link, OSError) and link.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        if is_refused or has_no_room(link):
+            if has_no_room(link) or _is_inside(link.filename, cache_dir):
+                place, remedy = cache_dir or "the cache", "Make room or set rights there, or choose other local_dirs"
+                return f"can't keep the rows of {path} in {place}: {_one_line(link)}", remedy
+            return f"can't read {path}: {_one_line(link)}", "Set rights there"
     is_local = os.path.isdir(path) or (bool(files) and not any(map(hub.is_url, files)))
     fault = diagnosis.first_fault(_local_copies(files))
     if fault is not None and (is_local or files):
@@ -346,6 +352,12 @@ def _cause_and_remedy(error: Exception, path: str, files: list[str], alternative
         f"can't load {path!r}: {_one_line((specific or chain)[0])}",
         f"Check the path or the connection to the hub, or {alternative}",
     )
+
+
+def _is_inside(path: str | None, directory: str | None) -> bool:
+    if path is None or directory is None:
+        return False
+    return os.path.abspath(path).startswith(os.path.abspath(directory) + os.sep)
 
 
 def _one_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ import os
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from basics.files import append_json_line, atomic_file, read_json_lines
+from basics.files import append_json_lines, atomic_file, json_line, read_json_lines
 from basics.outputs import Output, check_outputs, json_lines, new_file
 from checkpointing import fingerprints
 from checkpointing.integrity import content_digest
@@ -42,8 +42,10 @@ def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) 
     if own["rows"] is not None and len(checkpoints) > 1:
         raise UserError(f"rows={own['rows']}: give one checkpoint at a time")
     output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
-    outputs = [("rows", own["rows"], new_file), ("output", output, _EVALUATIONS)]
-    check_outputs(Output(key, str(path), refusal) for key, path, refusal in outputs if path is not None)
+    outputs = [Output("rows", str(own["rows"]), new_file)] if own["rows"] is not None else []
+    if output is not None:
+        outputs.append(Output("output", str(output), _EVALUATIONS))
+    check_outputs(outputs)
     return Options(checkpoints, own["rows"] and str(own["rows"]), output and str(output))
 
 
@@ -61,10 +63,9 @@ def evaluate_checkpoints(trainer, options: Options):
             key = _settings_hash(trainer.config, checkpoint, trainer)
             result = collectives.broadcast_object(earlier.get(key))
             if result is None or options.rows is not None:
-                result = _evaluate(trainer, key, checkpoint, options)
+                _evaluate(trainer, key, checkpoint, options, is_recorded=result is not None)
             else:
-                rank0_print(f"{checkpoint}: already evaluated; showing the figures in {options.output}")
-            rank0_print(table(result))
+                rank0_print(f"{checkpoint}: already evaluated; showing the figures in {options.output}{table(result)}")
 
 
 def _settings_hash(config: DictConfig, checkpoint: str | None, trainer) -> str:
@@ -91,13 +92,13 @@ def _read_evaluations(output: str | None) -> dict[str, dict]:
     return found
 
 
-def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> dict:
-    """Evaluate the current policy, write the results, and return the line for the output file (rank 0 only)."""
+def _evaluate(trainer, key: str, checkpoint: str | None, options: Options, is_recorded: bool):
+    """Evaluate the current policy, print the figures, and write them unless the output file has them."""
     all_metrics, indices = trainer.evaluate_examples()
     metrics = mean_metrics(all_metrics, trainer.n_eval_examples)
     rows = _gather_rows(trainer, all_metrics, indices)
     if not on_rank0():
-        return {}
+        return
     examples = trainer.eval_iterator.examples()
     groups = {f"dataset {name}": [i for i in rows if examples[i][0].dataset == name] for name in
               dict.fromkeys(prompt.dataset for prompt, _ in examples)}  # fmt: skip
@@ -112,12 +113,12 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options) -> di
                                   for name in next(iter(rows.values()))}},
         "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
     }  # fmt: skip
-    if options.rows is not None:
-        _write_rows(options.rows, rows, examples, trainer.eval_iterator.sft_mode)
-    if options.output is not None:
-        append_json_line(options.output, result)
+    rank0_print(table(result))  # before it is written: a full disk must not lose it
+    if options.output is not None and not is_recorded:
+        append_json_lines(options.output, [result])
         rank0_print(f"Written to {options.output}")
-    return result
+    if options.rows is not None:  # last, as the same command would refuse an existing file
+        _write_rows(options.rows, rows, examples, trainer.eval_iterator.sft_mode)
 
 
 def _gather_rows(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int, dict[str, float]]:
@@ -175,8 +176,6 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
 
 def table(result: dict) -> str:
     """Return the lines to print: means and 95 % intervals over all examples, and means of each group."""
-    if not result:
-        return ""
     names = [name for name in _IN_TABLE if name in result["metrics"]]
     where = result["checkpoint"] or "the model as it is loaded"
     lines = [f"\n{where}, after {result['examples']} examples; {result['n_eval_examples']} evaluation examples"]
@@ -199,12 +198,12 @@ def table(result: dict) -> str:
 
 def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_mode: bool):
     """Write a line per example: its place in the data, its texts and its metrics."""
-    with atomic_file(path) as file:
+    with atomic_file(path, binary=True) as file:
         for index, metrics in rows.items():
             prompt, pair = places[index]
             chosen, rejected = chosen_and_rejected(prompt, pair, sft_mode)[0]
             texts = {"prompt": prompt.text, "chosen": chosen} | ({} if sft_mode else {"rejected": rejected})
             row = prompt.rows[pair] if pair < len(prompt.rows) else None
             line = {"index": index, "dataset": prompt.dataset, "row": row, **texts, **metrics}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_line(line))
     rank0_print(f"Written to {path}")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
+from basics.files import append_json_lines
 from basics.locks import locked
 from config_checks.datasets import chosen_datasets
 from distributed import collectives
@@ -64,7 +65,7 @@ def _fill_file(trainer, requests: list[Request], file: SampleFile, options: Opti
                 batch = items[start : start + size]
                 lines = draw(trainer, batch, file.temperature, options, tokens)
                 if on_rank0():
-                    sample_file.append_lines(file.path, [{**about, **line} for line in lines])
+                    append_json_lines(file.path, [{**about, **line} for line in lines])
                 progress.update(len(batch))
     rank0_print(f"{len(items)} samples drawn, {len(drawn)} already in {file.path}")
     if options.alpaca_eval is not None and on_rank0():

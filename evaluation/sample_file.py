@@ -66,21 +66,6 @@ def drawn_samples(path: str, settings: str) -> set[tuple[int, int]]:
     return drawn
 
 
-def append_lines(path: str, lines: list[dict]):
-    """Add lines to a file, all or none of them: a full disk leaves the file as it was."""
-    with open(path, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        data = memoryview("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-        try:
-            while data:
-                data = data[file.write(data) :]
-        except OSError as error:
-            os.truncate(path, size)
-            raise UserError(
-                f"can't write to {path}: {error.strerror}; make room and run the same command again"
-            ) from error
-
-
 def write_alpaca_eval(path: str, samples_path: str, checkpoint: str | None):
     """Write the first sample for each prompt as AlpacaEval reads it (JSON)."""
     samples = sorted((line for line, _ in read_json_lines(samples_path)), key=lambda line: line["prompt_index"])

@@ -1,13 +1,12 @@
 """Verdicts of judges, and the file that keeps them."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from basics.files import read_json_lines
+from basics.files import append_whole, json_line, read_json_lines, write_errors_named
 from basics.locks import locked
 from evaluation.pairs import Task
 from utils import UserError
@@ -93,7 +92,7 @@ class VerdictFile:
     def add(self, task: Task, verdict: Verdict):
         """Write a verdict, whole or not at all.
 
-        Raises: UserError if the disk is full.
+        Raises: CannotWrite.
         """
         second = "b" if task.first == "a" else "a"
         line = {
@@ -102,15 +101,8 @@ class VerdictFile:
             "verdict": {"first": task.first, "second": second}.get(verdict.winner, verdict.winner),
             "failure": verdict.failure, **verdict.details,
         }  # fmt: skip
-        data, size = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n", self.size
-        try:
-            while data:
-                data = data[os.write(self.descriptor, data) :]
-        except OSError as error:
-            self.truncate(size)
-            raise UserError(
-                f"can't write to {self.path}: {error.strerror}; make room and run the same command again"
-            ) from error
+        with write_errors_named(self.path):
+            append_whole(self.descriptor, json_line(line))
         self.lines[task.key] = line
 
     @property

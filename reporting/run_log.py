@@ -1,21 +1,20 @@
 """Log a run's numbers and samples: to `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
 
 import contextlib
-import json
 import os
 import time
 
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from basics.files import sha256
+from basics.files import append_json_lines, sha256, write_errors_named
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
 from reporting.time_left import TimeLeft
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
-from utils import UserError, rank0_print
+from utils import rank0_print
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 
@@ -68,7 +67,8 @@ class RunLog:
         for name in LOG_FILES:
             path = os.path.join(self.run_dir, name)
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                os.fsync(file.fileno())
+                with write_errors_named(path):
+                    os.fsync(file.fileno())
                 sizes[name], digests[name] = os.fstat(file.fileno()).st_size, sha256(path)
         return {"wandb_run_id": self.trackers.wandb_run_id, "log_bytes": sizes, "log_sha256": digests}
 
@@ -79,8 +79,9 @@ class RunLog:
         """
         examples = metrics["counters/examples"]
         self.table.time_left.tick("step" if split == "train" else "evaluation")
-        self._append("metrics.jsonl", [{"split": split, **metrics}])
-        self._append("samples.jsonl", [{"counters/examples": examples, **sample} for sample in samples])
+        append_json_lines(os.path.join(self.run_dir, "metrics.jsonl"), [{"split": split, **metrics}])
+        samples_path = os.path.join(self.run_dir, "samples.jsonl")
+        append_json_lines(samples_path, [{"counters/examples": examples, **sample} for sample in samples])
         if split == "train":
             lines = self._training_lines(metrics)
         else:
@@ -130,14 +131,6 @@ class RunLog:
             )
             lines.append(wrapped(text))
         return lines
-
-    def _append(self, filename: str, rows: list[dict]):
-        path = os.path.join(self.run_dir, filename)
-        try:
-            with open(path, "a", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        except OSError as error:
-            raise UserError(f"can't write to {path}: {error}") from error
 
     def __enter__(self) -> "RunLog":
         return self

@@ -222,7 +222,7 @@ def command(name: str, description: str, output: str, work: Callable[[list[Summa
         text = f"{os.path.splitext(args.output)[0]}.txt"
         outputs = [
             Output("--output", args.output, picture),
-            Output("--output", text, _TABLE),
+            Output("the table of --output", text, _TABLE),
         ]
         try:
             check_outputs(outputs, {f"summary {path}": path for path in args.summaries})

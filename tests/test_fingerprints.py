@@ -18,6 +18,7 @@ import basics.files
 from basics.files import HashCache
 from checkpointing.atomic_directory import atomic_directory
 from checkpointing.fingerprints import changed_models, file_fingerprints, hub_revisions
+from config_checks.schema import CONFIG_DIR
 from data.batches import BatchIterator, Prompt
 
 pytestmark = pytest.mark.slow
@@ -232,7 +233,8 @@ def test_file_is_hashed_once_and_again_once_it_has_changed_under_the_same_time(t
 
 # ---- the other commands ---------------------------------------------------------------------------------------------
 
-COMMANDS = {  # by command: the words beside run=RUN
+COMMANDS = [path.stem for path in CONFIG_DIR.glob("*.yaml") if re.search(r"^run:", path.read_text(), re.MULTILINE)]
+WORDS = {  # by command: the words beside run=RUN
     "evaluate": [],
     "sample": ["max_new_tokens=4", "output={tmp}/samples.jsonl"],
     "export": ["output={tmp}/plain"],
@@ -249,9 +251,9 @@ def lora_run(launcher, sft_archive):
     return directory
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_refuses_a_run_whose_base_has_changed(command, launcher, lora_run, tmp_path):
-    words = [f"run={lora_run}/run", *(word.format(tmp=tmp_path) for word in COMMANDS[command])]
+    words = [f"run={lora_run}/run", *(word.format(tmp=tmp_path) for word in WORDS[command])]
     options = {"script": REPOSITORY / f"{command}.py", "of_training": command != "export", "as_typed": True}
     weights = lora_run / "model/model.safetensors"
     before = weights.read_bytes()

@@ -11,9 +11,10 @@ from conftest import REPOSITORY
 from omegaconf import OmegaConf
 
 import export
-from basics.outputs import Output, check_outputs, new_run, resumed_run
+from basics.outputs import Output, check_outputs, new_directory, new_run, resumed_run
 from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import delete_oldest
+from config_checks.paths import expand_home
 from config_checks.schema import own_keys
 from evaluation import evaluate, judge_options, sample_options
 from reporting import compare, curves, frontier, win_rates
@@ -65,20 +66,30 @@ def reporting_with(main: Callable, *words: str) -> Callable[[str, Path], None]:
 
 
 BEYOND = "error: beyond the check"  # raised in place of the command's work, once an output is accepted
-OUTPUTS = {  # name of the output -> command, key, name of the file, and contents that may be overwritten
-    "evaluate rows": (evaluate_with, "rows", "x.jsonl", set()),
-    "evaluate output": (evaluate_with, "output", "x.jsonl", {"evaluations"}),
-    "sample output": (sample_with, "output", "x.jsonl", {"samples"}),
-    "sample alpaca_eval": (sample_with, "alpaca_eval", "x.json", {"AlpacaEval's outputs"}),
-    "judge output": (judge_with, "output", "x.jsonl", {"verdicts"}),
-    "judge summary": (judge_with, "summary", "x_summary.json", {"a summary"}),
-    "compare --picture": (reporting_with(compare.main, "RUN", "--picture"), "--picture", "x.png", {"a picture"}),
-    "curves --output": (reporting_with(curves.main, "RUN", "--output"), "--output", "x.png", {"a picture"}),
-    "win_rates --output": (reporting_with(win_rates.main, "S", "--output"), "--output", "x.png", {"a picture"}),
-    "win_rates table": (reporting_with(win_rates.main, "S", "--output"), "--output", "x.txt", {"a table"}),
-    "frontier --output": (reporting_with(frontier.main, "S", "--output"), "--output", "x.png", {"a picture"}),
-    "frontier table": (reporting_with(frontier.main, "S", "--output"), "--output", "x.txt", {"a table"}),
-}
+FILES = {  # (module, key) of each `Output` -> command, key, name of the file, and contents that may be overwritten
+    ("evaluation/evaluate.py", "rows"): (evaluate_with, "rows", "x.jsonl", set()),
+    ("evaluation/evaluate.py", "output"): (evaluate_with, "output", "x.jsonl", {"evaluations"}),
+    ("evaluation/sample_options.py", "output"): (sample_with, "output", "x.jsonl", {"samples"}),
+    ("evaluation/sample_options.py", "alpaca_eval"): (sample_with, "alpaca_eval", "x.json", {"AlpacaEval's outputs"}),
+    ("evaluation/judge_options.py", "output"): (judge_with, "output", "x.jsonl", {"verdicts"}),
+    ("evaluation/judge_options.py", "the summary of output"): (
+        judge_with, "summary", "x_summary.json", {"a summary"}
+    ),
+    ("reporting/compare.py", "--picture"): (
+        reporting_with(compare.main, "RUN", "--picture"), "--picture", "x.png", {"a picture"}
+    ),
+    ("reporting/curves.py", "--output"): (
+        reporting_with(curves.main, "RUN", "--output"), "--output", "x.png", {"a picture"}
+    ),
+    ("reporting/summaries.py", "--output"): (
+        reporting_with(win_rates.main, "S", "--output"), "--output", "x.png", {"a picture"}
+    ),
+    ("reporting/summaries.py", "the table of --output"): (
+        reporting_with(frontier.main, "S", "--output"), "--output", "x.txt", {"a table"}
+    ),
+}  # fmt: skip
+DIRECTORIES = {("export.py", "output"), ("train.py", "local_run_dir")}  # tested at the end
+OUTPUTS = {f"{Path(module).stem} {key}": way for (module, key), way in FILES.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +125,16 @@ def test_existing_file_is_refused_unless_the_same_command_wrote_it(output, tmp_p
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
+def test_name_without_room_for_an_unfinished_file_is_refused(output, tmp_path):
+    check, key, name, _ = OUTPUTS[output]
+    suffix = name.removeprefix("x")
+    longest = 238 - (len("_summary") if output == "judge_options output" else 0)
+    check(key, tmp_path / f"{'x' * (longest - len(suffix))}{suffix}")
+    with pytest.raises(UserError, match=r"the name has 2\d\d bytes; give one of at most 238"):
+        check(key, tmp_path / f"{'x' * (239 - len(suffix))}{suffix}")
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
 def test_directory_link_to_nowhere_and_missing_folder_are_refused(output, tmp_path):
     check, key, name, _ = OUTPUTS[output]
     (tmp_path / "directory" / name).mkdir(parents=True)
@@ -129,16 +150,18 @@ def test_file_in_a_checkpoint_is_refused(output, tmp_path):
     check, key, name, _ = OUTPUTS[output]
     with atomic_directory(str(tmp_path / "LATEST")) as partial:
         Path(partial, "state.json").write_text("{}")
-    with pytest.raises(UserError, match="a checkpoint's directory"):
-        check(key, tmp_path / "LATEST" / name)
+    (tmp_path / "LATEST/inner").mkdir()
+    for folder in ("LATEST", "LATEST/inner"):
+        with pytest.raises(UserError, match="LATEST is a checkpoint's directory, which is replaced as a whole"):
+            check(key, tmp_path / folder / name)
 
 
-@pytest.mark.parametrize("output", ["evaluate rows", "evaluate output", "sample output", "judge output"])
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml", "step-4"])
+@pytest.mark.parametrize("output", [name for name, way in OUTPUTS.items() if way[2] == "x.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml", "curves.png", "step-4"])
 def test_file_that_a_run_writes_itself_is_refused(output, name, tmp_path):
     check, key, *_ = OUTPUTS[output]
     (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
-    with pytest.raises(UserError, match=r"the run writes that file itself|it exists"):
+    with pytest.raises(UserError, match=r"the run writes that itself|it exists"):
         check(key, tmp_path / name)
 
 
@@ -156,23 +179,59 @@ def test_output_that_is_an_input_or_another_output_is_refused(tmp_path):
         sample_options.make_options(OmegaConf.create({"model": {}, "lora": None}), own, [None])
 
 
+def calls(is_wanted: Callable[[ast.Call], object]) -> list[tuple[str, object]]:
+    """Return the module of each such call in the repository, and what `is_wanted` returns for it."""
+    found = []
+    for path in sorted([*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py")]):
+        module = path.relative_to(REPOSITORY)
+        if module.parts[0] not in ("tests", "benchmarks"):
+            nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            found += [(str(module), wanted) for node in nodes if (wanted := is_wanted(node))]
+    return found
+
+
+def test_each_output_of_each_command_is_tested_here():
+    """FILES and DIRECTORIES list every `Output` in the code."""
+    found = calls(lambda call: getattr(call.func, "id", None) == "Output" and ast.literal_eval(call.args[0]))
+    assert set(found) == FILES.keys() | DIRECTORIES
+
+
 def test_files_are_opened_for_writing_only_where_it_is_known():
-    """A new output must be listed here, and be checked by `check_outputs`."""
-    found = set()
-    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py")]:
-        if path.parts[len(REPOSITORY.parts)] in ("tests", "benchmarks"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("open", "atomic_file"):
-                modes = [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
-                if node.func.id == "atomic_file" or any(set("wax+") & set(mode) for mode in modes):
-                    found.add(str(path.relative_to(REPOSITORY)))
-    assert found == {
-        "basics/files.py", "evaluation/evaluate.py", "evaluation/sample_file.py", "evaluation/judge.py",
-        "evaluation/vllm_engine.py", "reporting/curves.py", "reporting/summaries.py", "reporting/run_log.py",
-        "commands/run_directory.py", "basics/locks.py", "basics/links.py", "commands/output.py",
-        "checkpointing/archives.py", "checkpointing/checkpoints.py", "basics/checksums.py",
-        "checkpointing/train_state.py", "acceleration/reference_cache.py", "data/preparation.py",
+    """A new file is an `Output` that `check_outputs` has checked, or is in a directory that only this program writes.
+
+    It is opened by `atomic_file` or `append_json_lines`, whose errors name it and the remedy.
+    """
+
+    def opens(call: ast.Call) -> str | None:
+        name = getattr(call.func, "id", None) or getattr(call.func, "attr", None)
+        modes = [arg.value for arg in call.args[1:2] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        if name in ("atomic_file", "append_json_lines", "append_whole", "OSFile", "save_file"):
+            return name
+        return "open" if name == "open" and any(set("wax+") & set(mode) for mode in modes) else None
+
+    found: dict[str, list] = {}
+    for module, name in calls(opens):
+        found.setdefault(module, []).append(name)
+    assert {module: sorted(names) for module, names in found.items()} == {
+        # outputs of commands
+        "evaluation/evaluate.py": ["append_json_lines", "atomic_file"], "evaluation/judge.py": ["atomic_file"],
+        "evaluation/sample.py": ["append_json_lines"], "evaluation/sample_file.py": ["atomic_file"],
+        "evaluation/verdicts.py": ["append_whole"],
+        "reporting/curves.py": ["atomic_file"], "reporting/summaries.py": ["atomic_file"],
+        # in a run's or a sweep's directory
+        "commands/run_directory.py": ["atomic_file"], "commands/sweeps.py": ["append_json_lines"],
+        "reporting/run_log.py": ["append_json_lines", "append_json_lines", "open"],
+        "basics/links.py": ["open"], "basics/locks.py": ["open"],
+        # in the unfinished directory of a checkpoint, an export or a job of vLLM
+        "basics/checksums.py": ["open"], "checkpointing/archives.py": ["open"],
+        "checkpointing/checkpoints.py": ["open"],
+        "checkpointing/sharded.py": ["open", "save_file"], "checkpointing/train_state.py": ["open"],
+        "evaluation/vllm_engine.py": ["open", "open"],
+        # in local_dirs
+        "acceleration/reference_cache.py": ["atomic_file"], "data/preparation.py": ["OSFile", "open"],
+        # what the others call, and /dev/null
+        "basics/files.py": ["append_json_lines", "append_whole", "open", "open", "open"],
+        "commands/output.py": ["open"],
     }  # fmt: skip
 
 
@@ -204,6 +263,32 @@ def test_run_directory_with_files_of_others_is_refused(name, kind, refusal, tmp_
     fill(tmp_path / name, kind)
     with pytest.raises(UserError, match=f"local_run_dir={tmp_path}: {tmp_path}/{name} is no"):
         check_outputs([Output("local_run_dir", str(tmp_path), refusal)])
+
+
+@pytest.mark.parametrize("refusal", [new_directory, new_run, resumed_run])
+@pytest.mark.parametrize("name", ["step-8", "BEST", "LATEST/new", "step-4/new/run", "link/new"])
+def test_directory_that_a_run_replaces_is_refused(name, refusal, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
+    with atomic_directory(str(tmp_path / "step-4")) as partial:
+        Path(partial, "state.json").write_text("{}")
+    (tmp_path / "LATEST").symlink_to("step-4")
+    (tmp_path / "link").symlink_to("step-4", target_is_directory=True)
+    with pytest.raises(UserError, match=r"the run writes that itself|is a checkpoint's directory, which is replaced"):
+        check_outputs([Output("output", str(tmp_path / name), refusal)])
+    check_outputs([Output("output", str(tmp_path / "beside"), refusal)])
+
+
+def test_file_may_be_written_where_nothing_can_be_listed(tmp_path, monkeypatch):
+    def listdir(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    evaluate_with("output", tmp_path / "step-1")
+
+
+def test_empty_path_is_refused(tmp_path):
+    with pytest.raises(UserError, match="output= is empty: give a path, or leave it out"):
+        expand_home({"run": str(tmp_path), "output": ""})
 
 
 def test_directory_with_other_names_may_become_a_run(tmp_path):

@@ -12,8 +12,6 @@ from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.drawing import SeededDraws
-from evaluation.sample_file import append_lines
-from utils import UserError
 
 SAMPLE = REPOSITORY / "sample.py"
 PROMPTS = [f"\n\nHuman: say {'very ' * (n % 4)}much {n}\n\nAssistant:" for n in range(9)]
@@ -284,25 +282,9 @@ def test_signal_ends_sampling_with_whole_lines(number, moment, launcher, trained
     else:
         wait_until(lambda: path.exists() and path.stat().st_size)
     launcher.kill(number)
-    assert launcher.wait() in (75, 130), launcher.output
-    assert launcher.wait() == 75 or number == signal.SIGINT
+    assert launcher.wait() == {signal.SIGTERM: 75, signal.SIGINT: 130}[number], launcher.output
     assert "Traceback" not in launcher.output and f"stopped by {number.name}" in launcher.output
     assert path.exists() == (moment == "drawing")
     if moment == "drawing":
         assert 0 < len(read_jsonl(path)) < 1800
     assert not [name for name in os.listdir(tmp_path) if "partial" in name]
-
-
-def test_full_disk_leaves_the_file_of_samples_as_it_was(tmp_path):
-    path = tmp_path / "o.jsonl"
-    append_lines(str(path), [{"settings": "s", "response": "whole"}])
-    whole = path.read_text()
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, hard))
-    try:
-        with pytest.raises(UserError, match=r"can't write to .*o.jsonl: File too large; make room"):
-            append_lines(str(path), [{"settings": "s", "response": "cut off"}] * 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_text() == whole
