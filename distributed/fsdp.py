@@ -33,7 +33,7 @@ def make_meshes(n_replicas: int, n_tensor_parallel: int = 1) -> tuple[DeviceMesh
     whole = init_device_mesh(collectives.device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if TENSOR not in sizes:
         return whole, None
-    # it warns that what is split along two dimensions takes two collectives to gather, and says that this must be so
+    # silence warnings that what is split along two dimensions takes two collectives to gather: it can't be done in one
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return whole[tuple(name for name in sizes if name != TENSOR)], whole[TENSOR]
 
