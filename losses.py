@@ -1,7 +1,7 @@
 """The paper's losses, and the table of all: pure tensor maths on log-probabilities, in nats.
 
-A new loss is one function here, one entry in `LOSSES` and one file in `config/loss`. The function's signature says what
-it needs: see `Loss`.
+A new loss is one function, here or in `objectives/`, one entry in `LOSSES` and one file in `config/loss`. The
+function's signature says what it needs: see `Loss`.
 """
 
 import functools

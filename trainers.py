@@ -332,7 +332,7 @@ class BasicTrainer:
         """
         self.precompute_reference()
         seed_generators(self.seed + self.strategy.batch_shard[0])  # workers with other prompts draw other samples
-        restore_rng_state(self.state.rng_states, self.rank, self.world_size)
+        restore_rng_state(self.state.rng_states, *self.strategy.batch_shard)
         if self.rank == 0:
             self.run_log = RunLog(
                 self.config, self.run_dir, self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state

@@ -12,6 +12,7 @@ import torch
 
 from data.batches import mismatched_batch
 from distributed import collectives
+from distributed.strategies import SingleProcess
 from log_probabilities import concatenated_inputs, on_policy_weights, response_lengths, shared_lengths
 from objectives.declaration import Result
 from utils import on_device, widest_dtype
@@ -83,7 +84,7 @@ def batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) ->
     with torch.no_grad():
         inputs = [forward(trainer, microbatch) for microbatch in microbatches]
     counted = [trainer.counted(microbatch) for microbatch in microbatches]
-    return _linearized(partial(compute, loss_config=trainer.config.loss), inputs, counted, trainer.is_sharded)
+    return _linearized(partial(compute, loss_config=trainer.config.loss), inputs, counted, trainer.strategy)
 
 
 def estimate_kl(trainer, batch: dict) -> torch.Tensor:
@@ -99,7 +100,7 @@ def estimate_kl(trainer, batch: dict) -> torch.Tensor:
         counted = trainer.counted(microbatch)
         logratios = (policy_logps - torch.stack(trainer.reference_logps(microbatch))).where(counted, 0)
         sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
-    if trainer.is_sharded:
+    if trainer.is_sharded:  # the mean is right also where several workers add the same shard
         sum_and_count = collectives.all_reduce_sum(sum_and_count)
     kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
     return kl_estimate.to(torch.promote_types(trainer.policy.dtype, torch.float32))
@@ -116,7 +117,7 @@ def _mean_length(trainer, batch: dict) -> torch.Tensor:
 
 
 def _linearized(
-    loss: Callable[[dict], Result], inputs: list[dict], counted: list[torch.Tensor], is_sharded: bool
+    loss: Callable[[dict], Result], inputs: list[dict], counted: list[torch.Tensor], strategy: SingleProcess
 ) -> list[Callable]:
     """Return a loss for each microbatch, which has the values and the gradient of the loss of the whole batch.
 
@@ -124,11 +125,11 @@ def _linearized(
         loss: computes a whole batch from its inputs.
         inputs: those of this worker's microbatches, without gradient.
         counted: a mask of the examples of each that aren't there to fill up the batch.
-        is_sharded: the other workers have other examples of the batch.
+        strategy: knows the other workers, which may have other examples of the batch.
     """
     sizes = [len(part) for part in counted]
     own = {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]} | {"counted": torch.cat(counted)}
-    whole, start = _gathered(own) if is_sharded else (own, 0)
+    whole, start = _gathered(own, strategy)
     counts = whole.pop("counted")
     leaves = {name: values[counts] for name, values in whole.items()}
     trained = [name for name in leaves if name.startswith("policy_")]
@@ -155,9 +156,11 @@ def _linearized(
     return [of_microbatch(number) for number in range(len(inputs))]
 
 
-def _gathered(own: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the tensors of all workers, one after the other, and the place of this worker's first example."""
-    of_workers = collectives.all_gather_object({name: values.cpu() for name, values in own.items()})
-    whole = {name: torch.cat([of_worker[name] for of_worker in of_workers]).to(own[name].device) for name in own}
-    rank = collectives.rank_and_world_size()[0]
-    return whole, sum(len(of_worker["counted"]) for of_worker in of_workers[:rank])
+def _gathered(own: dict[str, torch.Tensor], strategy: SingleProcess) -> tuple[dict[str, torch.Tensor], int]:
+    """Return the tensors of all batch shards, one after the other, and the place of this one's first example."""
+    index, count = strategy.batch_shard
+    if count == 1:
+        return own, 0
+    shards = strategy.gather_shards({name: values.cpu() for name, values in own.items()})
+    whole = {name: torch.cat([shard[name] for shard in shards]).to(own[name].device) for name in own}
+    return whole, sum(len(shard["counted"]) for shard in shards[:index])

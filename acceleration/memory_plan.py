@@ -13,6 +13,7 @@ from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by
 from acceleration.out_of_memory import remedies
 from acceleration.response_head import LOGITS_BYTES
 from distributed import collectives
+from distributed.dtensor import n_gathered
 from utils import UserError, rank0_print, transformer_blocks, unwrap_adapter
 
 _SHARE_FOR_ACTIVATIONS = 0.9  # of free memory; the rest is for fragmentation and kernel workspaces
@@ -134,7 +135,7 @@ def _gathered_bytes(policy: nn.Module, compute_dtype: torch.dtype) -> int:
     """Return the bytes FSDP gathers at a time: all outside the blocks, two blocks, and one block's gradients."""
 
     def size(modules: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in modules.parameters())
+        return sum(n_gathered(parameter) for parameter in modules.parameters())
 
     base = unwrap_adapter(policy)
     blocks = [size(block) for block in transformer_blocks(base, None)]

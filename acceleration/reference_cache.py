@@ -230,7 +230,8 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
     details: dict[str, object] = {}
     computed_in = config.model.policy_mp or config.model.policy_dtype
     if (kind != "model" or is_computed_as_policy(config)) and computed_in not in ("float32", "float64"):
-        details["computed"] = [computed_in, config.model.policy_dtype, config.trainer]  # trainers round in other places
+        trainer = [config.trainer, *([config.tensor_parallel] if config.tensor_parallel > 1 else [])]
+        details["computed"] = [computed_in, config.model.policy_dtype, *trainer]  # trainers round in other places
     with_adapter = kind == "model" or (config.model.adapter is not None and kind != "adapter_off")
     if kind == "model" and not has_the_weights(policy, config):
         model, cast_to = reference().model, None

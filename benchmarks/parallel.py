@@ -40,9 +40,9 @@ from config_checks.schema import REPOSITORY
 from distributed import connection, launch
 from distributed.collectives import all_gather_object, barrier
 
-RUNS = [  # trainer, workers, fsdp_replicate
-    ("BasicTrainer", 1, 1), ("FSDPTrainer", 2, 1), ("FSDPTrainer", 4, 1), ("FSDPTrainer", 4, 2),
-    ("TensorParallelTrainer", 2, 1), ("TensorParallelTrainer", 4, 1),
+RUNS = [  # trainer, workers, keys
+    ("BasicTrainer", 1, {}), ("FSDPTrainer", 2, {}), ("FSDPTrainer", 4, {}), ("FSDPTrainer", 4, {"fsdp_replicate": 2}),
+    ("FSDPTrainer", 4, {"tensor_parallel": 2}), ("TensorParallelTrainer", 2, {}), ("TensorParallelTrainer", 4, {}),
 ]  # fmt: skip
 MIB, FLOAT32 = 2**20, 4
 # How often a ring sends (n-1)/n of the tensor, by the names of the collectives in c10d and in DTensor
@@ -55,19 +55,21 @@ def _in_ring(n: int) -> float:
     return (n - 1) / n
 
 
-def bytes_to_send(trainer: str, n: int, n_replicas: int, counts: dict[str, int]) -> float:
+def bytes_to_send(trainer: str, n: int, keys: dict[str, int], counts: dict[str, float]) -> float:
     """Return the bytes that, in theory, a worker sends in a step."""
-    if trainer == "FSDPTrainer":
-        n_shards, weights = n // n_replicas, FLOAT32 * counts["parameters"]
-        # The policy is gathered forward and backward, the reference only forward; gradients are reduce-scattered.
-        # Once a step, gradient shards are all-reduced over the replicas.
-        return weights * (counts["microbatches"] * 4 * _in_ring(n_shards) + 2 * _in_ring(n_replicas) / n_shards)
-    # Hidden states are all-reduced after the embedding and twice per block: forward in both models, and backward in the
-    # policy (there at the head instead of the embedding). For each predicted token, each model sends three numbers.
+    n_replicas = keys.get("fsdp_replicate", 1)
+    n_together = keys.get("tensor_parallel", n if trainer == "TensorParallelTrainer" else 1)
+    n_shards, weights = n // n_replicas // n_together, FLOAT32 * counts["parameters"] / n_together
+    # The policy is gathered forward and backward, the reference only forward; gradients are reduce-scattered. Once a
+    # step, gradient shards are all-reduced over the replicas.
+    of_weights = weights * (counts["microbatches"] * 4 * _in_ring(n_shards) + 2 * _in_ring(n_replicas) / n_shards)
+    # Workers that compute together all-reduce hidden states after the embedding and twice per block: forward in both
+    # models, and backward in the policy (there at the head instead of the embedding). For each predicted token, each
+    # model sends three numbers.
     per_token = counts["hidden_size"] * (3 * 2 * counts["blocks"] + 2)
     per_predicted_token = counts["hidden_size"] + 2 * 3
     n_numbers = counts["tokens"] * per_token + counts["predicted_tokens"] * per_predicted_token
-    return 2 * _in_ring(n) * FLOAT32 * n_numbers
+    return of_weights + 2 * _in_ring(n_together) * FLOAT32 * n_numbers
 
 
 class Collectives(TorchDispatchMode):
@@ -147,15 +149,15 @@ def train_counted(config: DictConfig, path: str):
         train.train_from(config, None, {})
 
 
-def run(trainer: str, n: int, n_replicas: int, directory: str, batch_size: int) -> list[dict]:
+def run(trainer: str, n: int, keys: dict[str, int], directory: str, batch_size: int) -> list[dict]:
     """Train three steps; return the counts of each worker in the last one."""
     overrides = [
-        f"trainer={trainer}", f"world_size={n if n > 1 else 'null'}", f"fsdp_replicate={n_replicas}",
+        f"trainer={trainer}", f"world_size={n if n > 1 else 'null'}", *(f"{key}={keys[key]}" for key in keys),
         "model=blank_model", f"model.name_or_path={directory}/model", "model.from_scratch=true",
         "model.reference_dtype=float32", "loss=dpo", "datasets=[toy]", "max_length=64", "max_prompt_length=32",
         f"batch_size={batch_size}", f"n_examples={3 * batch_size}", "n_eval_examples=4", "do_first_eval=false",
         "sample_during_eval=false", "debug=true", "exp_name=parallel", f"local_dirs=[{directory}/cache]",
-        f"local_run_dir={directory}/{trainer}-{n}-{n_replicas}",
+        f"local_run_dir={directory}/{'-'.join(map(str, [trainer, n, *keys]))}",
     ]  # fmt: skip
     with initialize_config_dir(str(REPOSITORY / "config"), version_base="1.3"):
         config = compose("config", overrides)
@@ -170,15 +172,16 @@ def run(trainer: str, n: int, n_replicas: int, directory: str, batch_size: int) 
     return json.loads(Path(path).read_text())
 
 
-def row(trainer: str, n: int, n_replicas: int, counted: list[dict]) -> str:
+def row(trainer: str, n: int, keys: dict[str, int], counted: list[dict]) -> str:
     """Return a line of the table: figures in MiB, and in brackets their ratio to theory."""
-    counts, replicas = counted[0]["counts"], f", fsdp_replicate={n_replicas}" if n_replicas > 1 else ""
-    sent, held = bytes_to_send(trainer, n, n_replicas, counts), FLOAT32 * counts["parameters"] * n_replicas / n
+    counts = {name: sum(worker["counts"][name] for worker in counted) / n for name in counted[0]["counts"]}
+    held = FLOAT32 * counts["parameters"] * keys.get("fsdp_replicate", 1) / n
+    sent = bytes_to_send(trainer, n, keys, counts)
 
     def with_ratio(theory: float, n_bytes: float) -> str:
         return f"{n_bytes / MIB:.1f} ({n_bytes / theory:.3f})" if theory else f"{n_bytes / MIB:.1f}"
 
-    columns = [f"{trainer} on {n}{replicas}", f"{sent / MIB:.1f}"]
+    columns = [", ".join([f"{trainer} on {n}", *(f"{key}={keys[key]}" for key in keys)]), f"{sent / MIB:.1f}"]
     columns += [with_ratio(sent, sum(worker[kind] for worker in counted) / n) for kind in ("collectives", "kernel")]
     columns.append(f"{held / MIB:.1f}")
     for kind in ("weights", "gradients", "optimizer", "reference"):

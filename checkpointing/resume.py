@@ -35,8 +35,8 @@ _MAY_CHANGE = (
     "keep_best", "keep_checkpoints", "local_dirs", "max_tokens_per_microbatch", "minimum_log_interval_secs",
     "model.attn_implementation", "model.block_name", "model.trust_remote_code", "n_epochs", "n_eval_examples",
     "n_eval_model_samples", "n_examples", "padding_free", "precompute_ref_log_probs", "sample_during_eval",
-    "save_every", "save_optimizer", "shared_prompt", "stop_when_worse", "tensorboard.enabled", "trainer",
-    "wandb.enabled", "wandb.entity", "wandb.project", "worker_timeout", "world_size",
+    "save_every", "save_optimizer", "shared_prompt", "stop_when_worse", "tensor_parallel", "tensorboard.enabled",
+    "trainer", "wandb.enabled", "wandb.entity", "wandb.project", "worker_timeout", "world_size",
 )  # fmt: skip
 
 

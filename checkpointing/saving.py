@@ -14,7 +14,6 @@ from checkpointing.checkpoints import (
     write_whole,
 )
 from checkpointing.train_state import TrainState, get_rng_state
-from distributed import collectives
 from utils import rank0_print
 
 
@@ -49,13 +48,13 @@ def begin_save(
 
 
 def _current_state(trainer) -> TrainState:
-    """Return the train state with all workers' random generators, the logs' sizes, and if training is complete."""
+    """Return the train state with each shard's random generators, the logs' sizes, and if training is complete."""
     return dataclasses.replace(
         trainer.state,
         complete=is_over(trainer) and trainer.state.evaluated_at == trainer.state.examples,
         max_tokens=trainer.max_tokens,
         loss_memory={name: float(average) for name, average in trainer.loss_memory.averages.items()},
-        rng_states=collectives.all_gather_object(get_rng_state()),
+        rng_states=trainer.strategy.gather_shards(get_rng_state()),
         **(trainer.run_log.recorded() if trainer.run_log else {}),
     )
 

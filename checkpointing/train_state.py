@@ -52,7 +52,7 @@ class TrainState:
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file
     log_sha256: dict[str, str] = field(default_factory=dict)  # and of its content
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of what the run started from
-    rng_states: list[dict] = field(default_factory=list)  # of each worker, see `get_rng_state`
+    rng_states: list[dict] = field(default_factory=list)  # one per batch shard, see `get_rng_state`
 
     def save(self, directory: str, config: DictConfig):
         """Write state.json and rng.pt."""
@@ -162,16 +162,20 @@ def get_rng_state() -> dict:
     }
 
 
-def restore_rng_state(states: list[dict], rank: int, world_size: int):
-    """Restore this worker's random generators from a checkpoint, if there was such a worker when it was saved.
+def restore_rng_state(states: list[dict], shard: int, n_shards: int):
+    """Restore this worker's random generators from a checkpoint, if there was such a batch shard when it was saved.
+
+    Workers that compute the same shard must draw the same, so they all get its state.
 
     Args:
-        states: one per worker when the checkpoint was saved.
+        states: one per batch shard when the checkpoint was saved.
     """
-    if states and len(states) != world_size:
-        rank0_print(f"WARNING: saved by {len(states)} workers, resumed by {world_size}: samples will differ")
-    if rank < len(states):
-        set_rng_state(states[rank])
+    if states and len(states) != n_shards:
+        rank0_print(
+            f"WARNING: saved with every batch in {len(states)} shards, resumed with {n_shards}: samples will differ"
+        )
+    if shard < len(states):
+        set_rng_state(states[shard])
 
 
 def set_rng_state(state: dict):

@@ -268,10 +268,7 @@ def _check_workers(config: DictConfig):
         for key, default in other.config_keys.items():
             if config[key] != default and key not in strategy.config_keys:
                 raise UserError(f"{key}={config[key]}: only trainer={name} has that; leave it {default}")
-    if world_size % config.fsdp_replicate != 0:
-        raise UserError(
-            f"fsdp_replicate={config.fsdp_replicate} doesn't divide the {world_size} workers into equal groups"
-        )
+    _check_division(config, world_size)
     n_gpus = torch.cuda.device_count()
     if n_gpus and not environment.is_launched() and world_size > n_gpus:
         raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
@@ -284,10 +281,27 @@ def _check_workers(config: DictConfig):
             f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
             f"trainer={trainer} does; use {for_tensors} or another optimizer"
         )
-    if strategy.shards_batches and config.batch_size % (world_size * config.gradient_accumulation_steps) != 0:
+
+
+def _check_division(config: DictConfig, world_size: int):
+    """Raise UserError if workers can't be divided into equal groups, or batches into equal microbatches."""
+    n_together = config.tensor_parallel
+    if world_size % n_together != 0:
+        raise UserError(
+            f"tensor_parallel={n_together} doesn't divide the {world_size} workers into equal groups; use a divisor of "
+            f"{world_size}"
+        )
+    n_shards = STRATEGIES[config.trainer].n_batch_shards(config, world_size)
+    groups = f"{n_shards} workers" if n_together == 1 else f"{n_shards} groups of {n_together} workers"
+    if n_shards % config.fsdp_replicate != 0:
+        raise UserError(
+            f"fsdp_replicate={config.fsdp_replicate} doesn't divide the {groups} into equal groups; use a divisor of "
+            f"{n_shards}"
+        )
+    if config.batch_size % (n_shards * config.gradient_accumulation_steps) != 0:
         raise UserError(
             f"batch_size={config.batch_size} doesn't divide by gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} × {world_size} workers into microbatches of equal size"
+            f"{config.gradient_accumulation_steps} × {groups} into microbatches of equal size"
         )
 
 

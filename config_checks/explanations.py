@@ -8,6 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from config_checks.overrides import explain_commas, explain_override
 from config_checks.schema import default_config, names_in, own_keys
+from losses import LOSSES
 from utils import closest_match
 
 # Other libraries' names for our keys
@@ -22,6 +23,7 @@ _SAME = {
     "resume_from_checkpoint": "resume", "optim": "optimizer", "optim_args": "optimizer_args",
     "gradient_checkpointing": "activation_checkpointing", "run_name": "exp_name", "loss_type": "loss",
     "tau": "loss.beta", "logging_steps": "minimum_log_interval_secs", "num_processes": "world_size",
+    "tp_size": "tensor_parallel", "tp_degree": "tensor_parallel",
     "lr_scheduler_type": "lr_scheduler", "lr_scheduler_kwargs": "lr_scheduler_args",
     "f_divergence_type": "loss.f_divergence", "use_weighting": "loss.wpo", "ld_alpha": "loss.ld_alpha",
     "discopop_tau": "loss.tau", "simpo_gamma": "loss.gamma", "label_smoothing": "loss.label_smoothing",
@@ -79,6 +81,8 @@ def explain_hydra_error(error: Exception, config_name: str = "config", words: li
         return text.partition(raised)[2].partition("\n    full_key")[0]
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == "loss" and name in LOSSES:
+            return f"loss={name}: LOSSES has it, but no config folder has loss/{name}.yaml, with its name and options"
         if group == "loss" and (other := other_loss(name)):
             return f"no loss={name}{other} There are: {', '.join(error.options)}"
         return f"no {group}={name}.{closest_match(name, error.options)} There are: {', '.join(error.options)}"

@@ -13,8 +13,8 @@ from utils import UserError, closest_match
 _POSITIVE = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
     "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "world_size", "fsdp_replicate", "worker_timeout", "reference_update_every", "reference_update_alpha",
-    "stop_when_worse", "max_tokens_per_microbatch",
+    "world_size", "fsdp_replicate", "tensor_parallel", "worker_timeout", "reference_update_every",
+    "reference_update_alpha", "stop_when_worse", "max_tokens_per_microbatch",
 )  # fmt: skip
 _NON_NEGATIVE = (
     "seed",
@@ -75,11 +75,13 @@ def _check_loss(config: DictConfig):
 
 
 def _check_loss_name(key: str, name: object):
+    if name is None:
+        raise UserError(f"{key} is missing: the loss's YAML file needs its name in LOSSES, e.g. 'name: dpo'")
     if name not in LOSSES:
         other = other_loss(str(name)) or f".{closest_match(str(name), LOSSES)}"
         raise UserError(
-            f"{key}={name}: no such loss{other} There are: {', '.join([*LOSSES, MIX])}; one that "
-            "is defined elsewhere exists only in the script that adds it (docs/objectives.md)"
+            f"{key}={name}: no such loss{other} There are: {', '.join([*LOSSES, MIX])}; a new one needs an entry in "
+            "LOSSES, which it has only in the script that adds it, if that is elsewhere (docs/objectives.md)"
         )
 
 
@@ -107,6 +109,8 @@ def _check_options(section: str, name: str, given: DictConfig):
         violation = option.range.violation(value) if option.range else None
         if violation or (option.type in (int, float) and not math.isfinite(value)):
             raise UserError(f"{section}.{key}={value}: {violation or 'must be a finite number'}")
+    if problem := LOSSES[name].why_output_is_wrong(given):
+        raise UserError(f"loss={name}: {problem}")
 
 
 def _check_keys_and_types(config: DictConfig):

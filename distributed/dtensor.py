@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map
 
 from distributed import collectives
 
+TENSOR = "tensor"  # the mesh dimension along which workers compute each layer together, if FSDP has another one
+
 
 def distribute_model(model: nn.Module | None, split: Callable[[nn.Module], None], on_cpu: bool = False) -> nn.Module:
     """Distribute the model held by each machine's first worker over all workers; that copy's parameters are freed.
@@ -87,6 +89,13 @@ def distribute_like(target: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a whole tensor on every worker; all workers must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def n_gathered(parameter: torch.Tensor) -> int:
+    """Return how many elements of a sharded parameter a worker holds while FSDP has gathered it."""
+    mesh = getattr(parameter, "device_mesh", None)
+    is_split = mesh is not None and TENSOR in (mesh.mesh_dim_names or ())
+    return -(-parameter.numel() // mesh[TENSOR].size()) if is_split else parameter.numel()
 
 
 def full_state_dict(state: dict) -> dict:

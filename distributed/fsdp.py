@@ -1,6 +1,7 @@
 """Fully sharded data parallelism with PyTorch's FSDP2: every tensor is sharded over the workers."""
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -16,15 +17,25 @@ from torch.distributed.fsdp import (
 )
 
 from distributed import collectives
+from distributed.dtensor import TENSOR
 from utils import UserError, transformer_blocks, unwrap_adapter
 
 
-def fsdp_mesh(n_replicas: int) -> DeviceMesh:
-    """Return a mesh of all workers. With several replicas, each row of the mesh holds one replica of the model."""
-    n_workers, device = dist.get_world_size(), collectives.device().type
-    if n_replicas == 1:
-        return init_device_mesh(device, (n_workers,), mesh_dim_names=("shard",))
-    return init_device_mesh(device, (n_replicas, n_workers // n_replicas), mesh_dim_names=("replicate", "shard"))
+def make_meshes(n_replicas: int, n_tensor_parallel: int = 1) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """Return the mesh over which FSDP shards a model, and that of the workers that compute each layer together.
+
+    With several replicas, each row of the first holds one replica. The second is None if every worker computes alone.
+    Both are parts of one mesh, in which workers that compute together are neighbours.
+    """
+    n_shards = dist.get_world_size() // n_replicas // n_tensor_parallel
+    sizes = {"replicate": n_replicas, "shard": n_shards, TENSOR: n_tensor_parallel}
+    sizes = {name: size for name, size in sizes.items() if name == "shard" or size > 1}
+    whole = init_device_mesh(collectives.device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    if TENSOR not in sizes:
+        return whole, None
+    # it warns that what is split along two dimensions takes two collectives to gather, and says that this must be so
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    return whole[tuple(name for name in sizes if name != TENSOR)], whole[TENSOR]
 
 
 def shard_model(

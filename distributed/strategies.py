@@ -21,11 +21,20 @@ class SingleProcess:
     splits_tensors = False  # parameters are DTensors
     config_keys: ClassVar[dict] = {}  # keys of the config that only this strategy reads, with their defaults
     device_map = "balanced"  # where Transformers loads the model's layers
-    batch_shard = 0, 1  # the index of this worker's shard of each batch, and the number of shards
+    batch_shard = 0, 1  # the index of this worker's shard of each batch, and the number of shards: n_batch_shards
     optimizer_args: ClassVar[dict] = {}  # passed to optimizers that accept them
 
     def __init__(self, config):
         self.config = config
+
+    @staticmethod
+    def n_batch_shards(config, n_workers: int) -> int:
+        """Return how many shards every batch is cut into; workers may compute the same shard together."""
+        return 1
+
+    def gather_shards(self, value: object) -> list:
+        """Return the values of all batch shards, in their order; all workers must call it."""
+        return [value]
 
     def distribute(self, model: nn.Module | None, is_policy: bool) -> nn.Module:
         """Place a model on this strategy's devices."""
@@ -65,30 +74,65 @@ class _SeveralProcesses(SingleProcess):
     starts_workers = True
     splits_tensors = True
     device_map = "cpu"
+    tensor_mesh = None  # the DeviceMesh of the workers that compute each layer together with this one
 
     def device(self, policy: nn.Module) -> torch.device:
         from distributed import collectives
 
         return collectives.device()
 
+    @property
+    def optimizer_args(self) -> dict:
+        # foreach can't mix what tensor parallelism has split with the other tensors
+        return {} if self.tensor_mesh is None else {"foreach": False}
+
+    @staticmethod
+    def token_logps(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        from distributed import tensor_parallel
+
+        if tensor_parallel.is_vocabulary_parallel(head):
+            return tensor_parallel.vocabulary_parallel_logps(head, hidden_states, targets)
+        return SingleProcess.token_logps(head, hidden_states, targets)
+
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
         from distributed.gradient_clipping import clip_grad_norm
 
         return clip_grad_norm(parameters, max_norm)
 
+    def stops_sampling(self, stop_requested: bool) -> bool:
+        if self.tensor_mesh is None:
+            return stop_requested
+        from distributed import collectives
+
+        # workers that compute a layer together must stop at the same token
+        return bool(collectives.all_reduce_max(int(stop_requested), self.tensor_mesh.get_group()))
+
 
 class FullySharded(_SeveralProcesses):
-    """Gives each worker a shard of every batch and of every tensor (FSDP)."""
+    """Gives each worker a shard of every batch and of every tensor (FSDP).
+
+    With `tensor_parallel=N`, N neighbouring workers get the same shard of every batch and compute each layer together.
+    """
 
     shards_batches = True
-    config_keys: ClassVar[dict] = {"fsdp_replicate": 1, "fsdp_cpu_offload": False}
+    config_keys: ClassVar[dict] = {"fsdp_replicate": 1, "fsdp_cpu_offload": False, "tensor_parallel": 1}
 
     def __init__(self, config):
         from distributed import collectives, fsdp
 
         super().__init__(config)
-        self.batch_shard = collectives.rank_and_world_size()
-        self.mesh = fsdp.fsdp_mesh(config.fsdp_replicate)
+        rank, n_workers = collectives.rank_and_world_size()
+        self.batch_shard = rank // config.tensor_parallel, self.n_batch_shards(config, n_workers)
+        self.mesh, self.tensor_mesh = fsdp.make_meshes(config.fsdp_replicate, config.tensor_parallel)
+
+    @staticmethod
+    def n_batch_shards(config, n_workers: int) -> int:
+        return n_workers // config.tensor_parallel
+
+    def gather_shards(self, value: object) -> list:
+        from distributed import collectives
+
+        return collectives.all_gather_object(value)[:: self.config.tensor_parallel]
 
     def distribute(self, model: nn.Module | None, is_policy: bool) -> nn.Module:
         from distributed import dtensor, fsdp
@@ -100,13 +144,20 @@ class FullySharded(_SeveralProcesses):
             fsdp.round_parameters(model, compute_dtype)
         # model.block_name names the policy's blocks; a reference of another architecture has different ones
         is_other_architecture = not is_policy and self.config.reference_model.name_or_path is not None
-        split = partial(
-            fsdp.shard_model,
-            mesh=self.mesh,
-            block_name=None if is_other_architecture else options.block_name,
-            compute_dtype=compute_dtype,
-            offload=offload,
-        )
+
+        def split(model: nn.Module):
+            if self.tensor_mesh is not None:
+                from distributed import tensor_parallel
+
+                tensor_parallel.parallelize(model, self.tensor_mesh)  # first, as FSDP shards what each worker has
+            fsdp.shard_model(
+                model,
+                mesh=self.mesh,
+                block_name=None if is_other_architecture else options.block_name,
+                compute_dtype=compute_dtype,
+                offload=offload,
+            )
+
         return dtensor.distribute_model(model, split, on_cpu=offload)
 
     @staticmethod
@@ -125,32 +176,17 @@ class FullySharded(_SeveralProcesses):
 class TensorParallel(_SeveralProcesses):
     """Gives each worker every whole batch and a shard of every layer."""
 
-    optimizer_args: ClassVar[dict] = {"foreach": False}  # foreach can't mix DTensors and plain tensors
-
     def __init__(self, config):
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
 
         super().__init__(config)
-        self.mesh = init_device_mesh(self.device(None).type, (dist.get_world_size(),))
+        self.tensor_mesh = init_device_mesh(self.device(None).type, (dist.get_world_size(),))
 
     def distribute(self, model: nn.Module | None, is_policy: bool) -> nn.Module:
         from distributed import dtensor, tensor_parallel
 
-        return dtensor.distribute_model(model, partial(tensor_parallel.parallelize, mesh=self.mesh))
-
-    @staticmethod
-    def token_logps(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        from distributed import tensor_parallel
-
-        if tensor_parallel.is_vocabulary_parallel(head):
-            return tensor_parallel.vocabulary_parallel_logps(head, hidden_states, targets)
-        return SingleProcess.token_logps(head, hidden_states, targets)
-
-    def stops_sampling(self, stop_requested: bool) -> bool:
-        from distributed import collectives
-
-        return bool(collectives.all_reduce_max(int(stop_requested)))  # so that all stop at the same token
+        return dtensor.distribute_model(model, partial(tensor_parallel.parallelize, mesh=self.tensor_mesh))
 
 
 STRATEGIES = {  # by the value of `trainer=`

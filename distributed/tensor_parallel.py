@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from utils import UserError, unwrap_adapter
 
-_REMEDY = "use trainer=FSDPTrainer, which splits any model"
+_REMEDY = "use trainer=FSDPTrainer with tensor_parallel=1, which splits any model"
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -65,7 +65,9 @@ class _ColumnParallel(ParallelStyle):
 
     Args:
         gather: return all outputs, (..., O), on every worker.
-        n_fused: number of layers that are fused into this one, their outputs one after the other; each is split.
+        n_fused: number of layers that are fused into this one, their outputs one after the other; each is split. A
+            worker's shard then has several pieces. FSDP cuts dimension 0 once more, and no DTensor can describe the
+            result; so what would be split there stays whole, and each forward pass takes its shard.
     """
 
     def __init__(self, gather: bool = False, n_fused: int = 1):
@@ -73,14 +75,16 @@ class _ColumnParallel(ParallelStyle):
         self.n_fused = n_fused
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        split = Shard if self.n_fused == 1 else partial(_StridedShard, split_factor=self.n_fused)
-        _distribute(module, "weight", mesh, split(1 if isinstance(module, Conv1D) else 0))
-        _distribute(module, "bias", mesh, split(0))
+        for name, dim in (("weight", 1 if isinstance(module, Conv1D) else 0), ("bias", 0)):
+            if self.n_fused == 1:
+                _distribute(module, name, mesh, Shard(dim))
+            elif dim > 0:
+                _distribute(module, name, mesh, _StridedShard(dim, split_factor=self.n_fused))
         module.forward = partial(self._forward, module, mesh)
         return module
 
     def _forward(self, module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
-        outputs = _local_outputs(module, mesh, inputs)
+        outputs = _local_outputs(module, mesh, inputs, self.n_fused)
         if not self.gather:
             return outputs
         size = module.nf if isinstance(module, Conv1D) else module.out_features
@@ -108,7 +112,8 @@ class _RowParallel(ParallelStyle):
         if self.shard_inputs:
             replicated = DTensor.from_local(inputs, mesh, [Replicate()], run_check=False)
             inputs = replicated.redistribute(placements=[Shard(-1)]).to_local()
-        outputs = _all_reduce(F.linear(inputs, _local_weight(module)), mesh)
+        weight = module.weight.to_local()
+        outputs = _all_reduce(F.linear(inputs, weight.T if isinstance(module, Conv1D) else weight), mesh)
         return outputs if module.bias is None else outputs + module.bias.to(outputs.dtype)
 
 
@@ -156,16 +161,19 @@ def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Place
         module.register_parameter(name, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
 
 
-def _local_weight(module: nn.Module) -> torch.Tensor:
-    """Return this worker's shard of a linear layer's weight in F.linear's order: (outputs, inputs)."""
-    weight = module.weight.to_local()
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def _local_outputs(module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor) -> torch.Tensor:
+def _local_outputs(module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor, n_fused: int = 1) -> torch.Tensor:
     """Compute this worker's shard of a column-parallel layer's outputs: (..., I) to (..., O / workers)."""
-    bias = None if module.bias is None else module.bias.to_local()
-    return F.linear(_with_summed_gradient(inputs, mesh), _local_weight(module), bias)
+    weight = _local_shard(module.weight, mesh, n_fused)
+    bias = None if module.bias is None else _local_shard(module.bias, mesh, n_fused)
+    return F.linear(_with_summed_gradient(inputs, mesh), weight.T if isinstance(module, Conv1D) else weight, bias)
+
+
+def _local_shard(parameter: torch.Tensor, mesh: DeviceMesh, n_fused: int) -> torch.Tensor:
+    """Return this worker's shard of a column-parallel layer's parameter; of one that stays whole, see `n_fused`."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    whole = DTensor.from_local(parameter, mesh, [Replicate()], run_check=False)
+    return whole.redistribute(placements=[_StridedShard(0, split_factor=n_fused)]).to_local()
 
 
 def _all_reduce(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

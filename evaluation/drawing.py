@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from data.tokenization import decode_response, get_collate_fn
-from distributed import collectives
 from evaluation import vllm_engine
 from evaluation.sample_options import Options
 from evaluation.sample_prompts import Request
@@ -77,12 +76,8 @@ def draw(trainer, items: list[Item], temperature: float, options: Options, token
         targets, has_prompt = _generate(trainer, batch, temperature, options)
     else:
         targets, has_prompt = _as_sft_targets(trainer, batch, tokens)
-    lines = _scored_lines(trainer, own, targets, has_prompt)
-    if not trainer.is_sharded:
-        return lines
-    by_place = {
-        (line["prompt_index"], line["sample"]): line for part in collectives.all_gather_object(lines) for line in part
-    }
+    parts = trainer.strategy.gather_shards(_scored_lines(trainer, own, targets, has_prompt))
+    by_place = {(line["prompt_index"], line["sample"]): line for part in parts for line in part}
     return [by_place[request.index, number] for request, number in items]
 
 

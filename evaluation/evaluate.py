@@ -138,9 +138,8 @@ def _gather_rows(trainer, all_metrics: list[dict], indices: list[int]) -> dict[i
         for offset in range(count):
             rows[indices[start + offset]] = {name: values[offset] for name, values in columns.items()}
         start += count
-    for part in collectives.all_gather_object(rows) if trainer.is_sharded else []:
-        rows |= part
-    return dict(sorted(rows.items()))
+    gathered = (row for part in trainer.strategy.gather_shards(rows) for row in part.items())
+    return dict(sorted(gathered))
 
 
 def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:

@@ -11,7 +11,6 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from data.chat import end_token_ids
 from data.tokenization import decode_response
-from distributed import collectives
 from log_probabilities import response_lengths
 from reporting.metrics import kl_metrics
 from reporting.terminal import progressing
@@ -158,8 +157,7 @@ def sample_evaluation(trainer, evaluation_seconds: float = 0.0) -> tuple[list[di
             for model, responses in zip(("policy", "reference"), drawn, strict=True)
         ]
         own = [*own, scores] if wanted else [[], [], []]
-        parts = collectives.all_gather_object(own) if trainer.is_sharded else [own]
-        *parts_by_model, score_parts = zip(*parts, strict=True)
+        *parts_by_model, score_parts = zip(*trainer.strategy.gather_shards(own), strict=True)
         samples += [sample for parts in parts_by_model for part in parts for sample in part]
         logratios += [score for part in score_parts for score in part]
     return samples, kl_metrics(logratios)

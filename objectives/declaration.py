@@ -1,5 +1,6 @@
 """Losses as their signatures declare them: inputs, options, and a memory of moving averages."""
 
+import difflib
 import functools
 import inspect
 import typing
@@ -80,14 +81,20 @@ class Loss:
             of_margin: it depends on the difference of the two log-ratios alone.
         """
         self.function, self.accepts_unpaired = function, unpaired
+        self._name = getattr(function, "func", function).__name__
         # arguments that functools.partial has set are no options
         given = function.keywords if isinstance(function, functools.partial) else {}
         hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in given]
         self.inputs = tuple(p.name for p in parameters if p.name.endswith("_logps") or p.name in _INPUTS)
-        unknown = set(self.inputs) - set(_INPUTS)
+        misspelled = {p.name: difflib.get_close_matches(p.name, _INPUTS, 1, cutoff=0.85) for p in parameters}
+        unknown = [name for name, alike in misspelled.items() if name not in _INPUTS and (alike or name in self.inputs)]
         if unknown or not self.inputs:
-            raise TypeError(f"{function}: unknown inputs {sorted(unknown)}, or none; there are {', '.join(_INPUTS)}")
+            alike = [f" Did you mean {names[0]}?" for names in map(misspelled.get, unknown) if names][:1]
+            raise TypeError(
+                f"{self._name}: unknown inputs {sorted(unknown)}, or none.{''.join(alike)} "
+                f"There are {', '.join(_INPUTS)}"
+            )
         self.options = {p.name: read_option(p, hints.get(p.name)) for p in parameters if p.name not in self.inputs}
         self._own_options = tuple(self.options)
         self.takes_kl_estimate = KL_ESTIMATE in self.inputs
@@ -97,9 +104,9 @@ class Loss:
         self.needs_pairs = any("rejected" in name for name in self.inputs)
         self._compares = any(name.startswith("reference_") for name in self.inputs)
         if self._compares and not self.needs_pairs:
-            raise TypeError(f"{function}: references are of pairs; take policy_rejected_logps, too")
+            raise TypeError(f"{self._name}: references are of pairs; take policy_rejected_logps, too")
         if MEMORY in self.inputs and not self.takes_whole_batch:
-            raise TypeError(f"{function}: memory holds averages over whole batches; annotate inputs with WholeBatch")
+            raise TypeError(f"{self._name}: memory holds averages over whole batches; annotate inputs with WholeBatch")
         if not takes_lengths and not self.takes_kl_estimate:
             self.options |= modifiers.options(self.needs_pairs, self.takes_whole_batch, of_margin)
 
@@ -124,6 +131,30 @@ class Loss:
         losses, *rewards = output if isinstance(output, tuple) else (output,)
         rewards = tuple(reward.detach() for reward in rewards)
         return Result(modifiers.weighted(losses, inputs, loss_config), rewards)
+
+    def why_output_is_wrong(self, loss_config) -> str | None:
+        """Try the function on three made-up examples; return what is wrong with its result, or None."""
+        n_examples = 3
+        inputs = {name: -torch.arange(1.0, n_examples + 1) for name in LOGPS}
+        inputs |= {name: torch.arange(1, n_examples + 1) for name in LENGTHS}
+        inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(2.0), MEMORY: Memory()}
+        inputs |= {name: inputs[name].requires_grad_() for name in LOGPS if name.startswith("policy_")}
+        options = {name: loss_config[name] for name in self._own_options if name in loss_config}
+        output = self.function(**{name: inputs[name] for name in self.inputs}, **options)
+        values = output if isinstance(output, tuple) else (output,)
+        problem = None
+        if not all(isinstance(value, torch.Tensor) for value in values):
+            problem = f"returns {type(output).__name__}{[type(value).__name__ for value in values]}"
+        elif len(values) not in (1, 3):
+            problem = f"returns {len(values)} tensors"
+        elif wrong := [tuple(value.shape) for value in values if value.shape != (n_examples,)]:
+            problem = f"returns the shape {wrong[0]} for {n_examples} examples, which should be ({n_examples},)"
+        elif not values[0].requires_grad:
+            problem = "returns losses without a gradient"
+        return problem and (
+            f"{self._name} {problem}; return the losses, or losses, chosen rewards and rejected rewards: tensors with "
+            "one value for each example"
+        )
 
     def __call__(self, inputs: dict, loss_config) -> tuple[torch.Tensor, ...]:
         """Return the losses, or losses, chosen rewards and rejected rewards."""

@@ -65,6 +65,22 @@ def test_added_loss_trains_without_a_reference_by_its_own_formula(parallel, trai
     assert first["loss/eval"] == pytest.approx(math.log(1 + math.exp(0.5)), abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        (None, "error: loss=own_simpo: LOSSES has it, but no config folder has loss/own_simpo.yaml"),
+        ("beta: 2.0\n", "error: loss.name is missing: the loss's YAML file needs its name in LOSSES"),
+        ("name: simpo_own\n", "error: loss.name=simpo_own: no such loss"),
+    ],
+    ids=["no file", "no name", "another name"],
+)
+def test_loss_without_a_right_yaml_file_is_told_what_is_missing(yaml, message, train_simpo, launcher, tmp_path):
+    path = tmp_path / "conf/loss/own_simpo.yaml"
+    path.unlink() if yaml is None else path.write_text(yaml)
+    assert train_simpo() == 1
+    assert message in launcher.output and "Traceback" not in launcher.output
+
+
 def test_run_with_an_added_loss_is_evaluated_and_sampled_by_its_script(train_simpo, launcher, tmp_path):
     assert train_simpo("n_examples=32") == 0, launcher.output
     expected = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"][-1]

@@ -31,6 +31,7 @@ ACCEPTED = {
     "world_size": [None],
     "fsdp_port": [None],
     "fsdp_replicate": [1],
+    "tensor_parallel": [1],
     "fsdp_cpu_offload": [False],
     "checkpoint_format": [],
     "checkpoint_async": [False],

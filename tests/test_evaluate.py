@@ -26,7 +26,12 @@ KINDS = {
     "sft": ["loss=sft"],
     "FSDP": ["trainer=FSDPTrainer"],
     "TP": ["trainer=TensorParallelTrainer"],
+    "both": ["trainer=FSDPTrainer", "tensor_parallel=2"],
 }
+
+
+def workers_of(kind: str) -> int:
+    return {"FSDP": 2, "TP": 2, "both": 4}.get(kind, 1)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +42,7 @@ def trained(launcher, tmp_path_factory):
     def train(kind: str):
         if kind not in directories:
             run_dir = tmp_path_factory.mktemp("runs") / kind.replace(" ", "_")
-            n_workers = 2 if "trainer" in str(KINDS[kind]) else 1
-            code = launcher.run(*RUN, *KINDS[kind], f"local_run_dir={run_dir}", n_workers=n_workers)
+            code = launcher.run(*RUN, *KINDS[kind], f"local_run_dir={run_dir}", n_workers=workers_of(kind))
             assert code == 0, launcher.output
             directories[kind] = run_dir
         return directories[kind]
@@ -59,7 +63,7 @@ def figures(line: dict) -> dict:
 @pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo", "sft", "a moving reference"))
 def test_evaluating_the_last_checkpoint_repeats_trainings_last_evaluation(kind, launcher, trained):
     run_dir = trained(kind)
-    output = evaluate(launcher, f"run={run_dir}", n_workers=2 if "trainer" in str(KINDS[kind]) else 1)
+    output = evaluate(launcher, f"run={run_dir}", n_workers=workers_of(kind))
     last = [line for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "eval"][-1]
     result = read_jsonl(run_dir / "evaluations.jsonl")[-1]
     assert figures(result["metrics"]) == figures(last)

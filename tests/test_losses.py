@@ -6,6 +6,8 @@ import torch
 from conftest import REPOSITORY, figures
 from omegaconf import OmegaConf
 
+from commands.command_line import compose_config
+from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR
 from log_probabilities import _get_batch_logps
 from losses import LOSSES, Loss, preference_loss
@@ -13,6 +15,7 @@ from objectives.modifiers import UNLISTED
 from trainers import _get_batch_logps as reexported_logps
 from trainers import concatenated_inputs as reexported_inputs
 from trainers import preference_loss as reexported_loss
+from utils import UserError
 
 RECORDED = figures("losses")
 
@@ -94,6 +97,10 @@ def no_input(beta: float):
     return beta
 
 
+def misspelled_input(policy_chosen_logps, policy_rejected_logps, chosen_length: float = 1.0):
+    return policy_rejected_logps / chosen_length
+
+
 def reference_of_one(policy_chosen_logps, reference_chosen_logps):
     return reference_chosen_logps - policy_chosen_logps
 
@@ -101,15 +108,42 @@ def reference_of_one(policy_chosen_logps, reference_chosen_logps):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (bad_input, "option policy_chosen_logp .* annotate it"),
+        (bad_input, r"bad_input: unknown inputs \['policy_chosen_logp'\].* Did you mean policy_chosen_logps\?"),
+        (misspelled_input, "Did you mean chosen_lengths"),
         (other_input, "critic_chosen_logps"),
-        (no_input, "or none; there are policy_chosen_logps"),
+        (no_input, "or none. There are policy_chosen_logps"),
         (reference_of_one, "policy_rejected_logps"),
     ],
 )
 def test_loss_signature_with_unknown_inputs_is_an_error(function, message):
     with pytest.raises(TypeError, match=message):
         Loss(function)
+
+
+WRONG_OUTPUTS = {  # what a loss of log-probabilities π, π′ returns, and what is said to it
+    "a column": (lambda chosen, rejected: (rejected - chosen)[:, None], "returns the shape (3, 1) for 3 examples"),
+    "all pairs": (lambda chosen, rejected: rejected - chosen[:, None], "returns the shape (3, 3) for 3 examples"),
+    "a mean": (lambda chosen, rejected: (rejected - chosen).mean(), "returns the shape () for 3 examples"),
+    "mean rewards": (lambda chosen, rejected: (rejected - chosen, chosen, rejected.mean()), "returns the shape ()"),
+    "one reward": (lambda chosen, rejected: (rejected - chosen, chosen), "returns 2 tensors"),
+    "nothing": (lambda chosen, rejected: None, "returns NoneType"),
+    "a list": (lambda chosen, rejected: [rejected - chosen], "returns list"),
+    "no gradient": (lambda chosen, rejected: (rejected - chosen).detach(), "returns losses without a gradient"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OUTPUTS)
+def test_loss_that_returns_something_else_is_refused_before_work_starts(case, monkeypatch):
+    function, message = WRONG_OUTPUTS[case]
+
+    def own(policy_chosen_logps, policy_rejected_logps):
+        return function(policy_chosen_logps, policy_rejected_logps)
+
+    monkeypatch.setitem(LOSSES, "sft_tokens", Loss(own))
+    config = compose_config("model=tiny", "datasets=[toy]", "loss=sft_tokens")
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    assert str(error.value).startswith(f"loss=sft_tokens: own {message}")
 
 
 def test_trainers_reexports_what_code_for_the_original_imports():

@@ -20,7 +20,7 @@ from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
 from distributed import gpu_settings
 from distributed.dtensor import distribute_model
-from distributed.fsdp import fsdp_mesh, shard_model
+from distributed.fsdp import make_meshes, shard_model
 from distributed.strategies import FullySharded, SingleProcess
 from models import _check_on_gpus
 from reporting.metrics import check_finite
@@ -86,7 +86,7 @@ def activations_of_a_sharded_model() -> tuple[dict, dict]:
     rows = shared_rows(BATCHES["ordinary"])
     whole = make_model(CONFIGS["llama"], torch.float32)
     given = make_model(CONFIGS["llama"], torch.float32) if dist.get_rank() == 0 else None
-    sharded = distribute_model(given, lambda model: shard_model(model, fsdp_mesh(1), None, None, offload=False))
+    sharded = distribute_model(given, lambda model: shard_model(model, make_meshes(1)[0], None, None, offload=False))
     measured = []
     for model, strategy in ((whole, SingleProcess), (sharded, FullySharded)):
         compute = functools.partial(strategy.run_as_forward, model, response_logps, model, rows, False, strategy)

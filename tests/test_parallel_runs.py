@@ -94,7 +94,7 @@ def test_every_architecture_trains_on_several_workers_as_on_one(name, loss, n_wo
 
 
 SHORT_WAY = [("BasicTrainer", 1), ("FSDPTrainer", 2), ("TensorParallelTrainer", 2), ("BasicTrainer", 1)]
-LONG_WAY = [*SHORT_WAY[:2], ("FSDPTrainer", 4), *SHORT_WAY[2:]]
+LONG_WAY = [*SHORT_WAY[:2], ("FSDPTrainer", 4), ("FSDPTrainer tensor_parallel=2", 4), *SHORT_WAY[2:]]
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_run_moved_between_trainers_and_world_sizes_ends_as_one_that_stayed(over
     stayed = run(1, *overrides, f"n_examples={8 * len(legs)}", name="stayed")
     for leg, (trainer, n_workers) in enumerate(legs):
         form = "whole" if leg in (0, len(legs) - 1) else "sharded"
-        words = [f"n_examples={8 * (leg + 1)}", f"trainer={trainer}", f"checkpoint_format={form}", "resume=auto"]
-        moved = run(n_workers, *overrides, *words, name="moved")
+        words = [f"n_examples={8 * (leg + 1)}", f"checkpoint_format={form}", "resume=auto"]
+        moved = run(n_workers, *overrides, *words, *f"trainer={trainer}".split(), name="moved")
     assert_same_numbers(moved, stayed, tolerance=1e-5)
 
 
@@ -158,13 +158,13 @@ SAMPLING = ["sample_during_eval=true", "n_eval_model_samples=5", "do_first_eval=
 @pytest.mark.parametrize(
     ("trainer", "n_workers"),
     exhaustive_except(
-        [("FSDPTrainer", 2), ("FSDPTrainer", 4), ("TensorParallelTrainer", 2)],
+        [("FSDPTrainer", 2), ("FSDPTrainer", 4), ("TensorParallelTrainer", 2), ("FSDPTrainer tensor_parallel=2", 4)],
         ("FSDPTrainer", 2),
     ),
 )
 def test_several_workers_sample_the_same_prompts_as_one(trainer, n_workers, run, models):
     overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING]
-    alone, together = run(1, *overrides), run(n_workers, *overrides, f"trainer={trainer}")
+    alone, together = run(1, *overrides), run(n_workers, *overrides, *f"trainer={trainer}".split())
     samples, expected = (read_jsonl(path / "samples.jsonl") for path in (together, alone))
     assert [s["model"] for s in samples] == [s["model"] for s in expected]
     assert [s["prompt"] for s in samples] == [s["prompt"] for s in expected]

@@ -48,6 +48,7 @@ WAYS = {  # overrides and number of workers
     "four": (["eval_batch_size=4"], 1),
     "FSDP": (["trainer=FSDPTrainer"], 2),
     "TP": (["trainer=TensorParallelTrainer"], 2),
+    "both": (["trainer=FSDPTrainer", "tensor_parallel=2"], 4),
 }
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from config_checks.checks import NOT_FOR_DTENSORS
 from distributed.dtensor import distribute_like, distribute_model, full_state_dict, full_tensor
-from distributed.fsdp import fsdp_mesh, shard_model
+from distributed.fsdp import make_meshes, shard_model
 from distributed.gradient_clipping import clip_grad_norm
 from distributed.tensor_parallel import parallelize
 from utils import UserError
@@ -40,7 +40,7 @@ def split(model: nn.Module, how: str):
     if how == "tensor parallel":
         parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     else:
-        shard_model(model, fsdp_mesh(2 if how == "hybrid" else 1), None, None, offload=False)
+        shard_model(model, make_meshes(2 if how == "hybrid" else 1)[0], None, None, offload=False)
 
 
 def placed_is_whole(name: str, how: str) -> dict[str, tuple[int, int]]:
@@ -93,7 +93,7 @@ def test_model_of_one_worker_is_spread_over_all(name, how, n_workers, n_shards, 
 
 def no_blocks():
     with pytest.raises(UserError, match=r"GPTNeoXForCausalLM doesn't name its transformer blocks; give .*block_name"):
-        shard_model(make_model("untied"), fsdp_mesh(1), "Blocks", None, offload=False)
+        shard_model(make_model("untied"), make_meshes(1)[0], "Blocks", None, offload=False)
 
 
 def test_model_without_known_blocks_is_refused(in_workers):
