@@ -11,6 +11,7 @@ from test_resume import SMALL
 
 from commands.command_line import compose_config
 from config_checks.checks import check_config
+from evaluation.evaluate import _record
 from reporting.metrics import mean_metrics
 from trainers import make_trainer
 
@@ -167,6 +168,12 @@ BAD = {
     "an unknown key": (["run={run}", "beta=1"], "no config key 'beta'"),
     "a sweep": (["-m", "run={run}", "seed=1,2"], "only train.py supports sweeps with -m"),
 }
+
+
+def test_evaluation_that_another_process_has_recorded_meanwhile_is_not_added(tmp_path):
+    for key in ("a", "a", "b"):
+        _record(f"{tmp_path}/e.jsonl", {"key": key, "metrics": {}})
+    assert [line["key"] for line in read_jsonl(tmp_path / "e.jsonl")] == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", BAD)
