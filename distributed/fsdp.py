@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -55,6 +56,8 @@ def shard_model(
         mp_policy=MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.promote_types(model.dtype, torch.float32)),
         offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     )
+    # silence a warning about changing outputs in place, which nothing here does
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model = unwrap_adapter(model)  # generation calls this module's forward, not the adapter's
     for block in _blocks(model, block_name):
         shard(block)
