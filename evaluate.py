@@ -19,11 +19,11 @@ def run(config: DictConfig):
     run_with_options(config, "evaluate", make_options, _evaluate)
 
 
-def _evaluate(config: DictConfig, options: Options):
+def _evaluate(config: DictConfig, options: Options, given: list[str]):
     from trainers import make_trainer  # takes seconds to import
 
     trainer = make_trainer(config, purpose="evaluate")
-    check_hub_models(config, options.checkpoints)
+    check_hub_models(config, options.checkpoints, given)
     evaluate_checkpoints(trainer, options)
 
 

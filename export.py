@@ -22,6 +22,7 @@ from checkpointing.model_card import write_card
 from checkpointing.resume import check_models_unchanged, find_checkpoints
 from checkpointing.train_state import read_state_json
 from commands import command_line
+from commands.output import quiet_libraries
 from commands.run_config import read_run_config
 from config_checks.paths import expand_config, expand_home
 from config_checks.schema import own_keys
@@ -74,6 +75,7 @@ def join_shards(checkpoint: str, trained: DictConfig, output: str, trust_remote_
     """Put the model of a sharded checkpoint together, in memory, and write it; arguments as of `merge_adapter`."""
     from checkpointing.checkpoints import assembled_model  # takes seconds to import
 
+    quiet_libraries()
     model = assembled_model(checkpoint, trust_remote_code)
     with atomic_directory(output, _ROOM) as partial:
         model.save_pretrained(partial)
@@ -92,6 +94,7 @@ def merge_adapter(checkpoint: str, trained: DictConfig, output: str, trust_remot
     """
     from models import end_at_turns, load_adapter, load_model, read_tokenizer  # takes seconds to import
 
+    quiet_libraries()
     state = read_state_json(checkpoint)
     try:
         trained = OmegaConf.merge(own_keys("config") | {"model": own_keys("model/blank_model")}, trained)

@@ -19,13 +19,13 @@ def run(config: DictConfig):
     run_with_options(config, "sample", make_options, _sample)
 
 
-def _sample(config: DictConfig, options: Options):
+def _sample(config: DictConfig, options: Options, given: list[str]):
     from evaluation.sample import sample_checkpoints  # takes seconds to import
     from trainers import make_trainer
 
     def load():
         trainer = make_trainer(config, purpose="evaluate" if options.prompts is None else "sample")
-        check_hub_models(config, [file.checkpoint for file in options.files])
+        check_hub_models(config, [file.checkpoint for file in options.files], given)
         return trainer
 
     sample_checkpoints(load, config, options)

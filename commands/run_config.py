@@ -83,13 +83,16 @@ def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
 
 
 def run_with_options(config: DictConfig, config_name: str, make_options: Callable, work: Callable):
-    """Call `work(config, options)` in this process, in workers that it starts, or as one of a launcher's workers.
+    """Call `work(config, options, given)` here, in workers that this process starts, or as one of a launcher's workers.
+
+    `given` are the keys on the command line, which workers don't have.
 
     Args:
         config_name: the config file with the command's own keys.
         make_options: returns `options` for the config of training, the values of these keys and the checkpoints that
             they name; it may raise UserError.
     """
+    given = _given_keys()
     own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})
     config = _config_without(config, own)
     with contextlib.ExitStack() as stack:
@@ -100,18 +103,21 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
             checkpoints = find_checkpoints(own["run"], own["checkpoint"])
             if own["run"] is not None:
                 files = fingerprints.file_fingerprints(config)
-                check_models_unchanged(config, checkpoints, files, _given_keys())
+                check_models_unchanged(config, checkpoints, files, given)
             prepared = config, make_options(config, own, checkpoints)
         config, options = collectives.broadcast_object(prepared)
-        run_in_workers(work, config, options) if needs_workers(config) else work(config, options)
+        run_in_workers(work, config, options, given) if needs_workers(config) else work(config, options, given)
 
 
-def check_hub_models(config: DictConfig, checkpoints: list[str | None]):
-    """Refuse checkpoints whose run started from other hub commits than those loaded; rank 0 decides for all."""
+def check_hub_models(config: DictConfig, checkpoints: list[str | None], given: list[str]):
+    """Refuse checkpoints whose run started from other hub commits than those loaded; rank 0 decides for all.
+
+    `given`: keys on the command line, which may differ from the run's.
+    """
     error = None
     if on_rank0():
         try:
-            check_models_unchanged(config, checkpoints, fingerprints.hub_revisions(config), _given_keys())
+            check_models_unchanged(config, checkpoints, fingerprints.hub_revisions(config), given)
         except UserError as refused:
             error = str(refused)
     if (error := collectives.broadcast_object(error)) is not None:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ def make_meshes(n_replicas: int, n_tensor_parallel: int = 1) -> tuple[DeviceMesh
     whole = init_device_mesh(collectives.device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if TENSOR not in sizes:
         return whole, None
-    # it warns that what is split along two dimensions takes two collectives to gather, and says that this must be so
+    # silence warnings that what is split along two dimensions takes two collectives to gather: it can't be done in one
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return whole[tuple(name for name in sizes if name != TENSOR)], whole[TENSOR]
 
@@ -55,6 +56,8 @@ def shard_model(
         mp_policy=MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.promote_types(model.dtype, torch.float32)),
         offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     )
+    # silence a warning about changing outputs in place, which nothing here does
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model = unwrap_adapter(model)  # generation calls this module's forward, not the adapter's
     for block in _blocks(model, block_name):
         shard(block)

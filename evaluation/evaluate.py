@@ -9,7 +9,8 @@ import os
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from basics.files import append_json_lines, atomic_file, json_line, read_json_lines
+from basics.files import append_json_lines, atomic_file, json_line, read_json_lines, write_errors_named
+from basics.locks import in_turn
 from basics.outputs import Output, check_outputs, json_lines, new_file
 from checkpointing import fingerprints
 from checkpointing.integrity import content_digest
@@ -63,7 +64,7 @@ def evaluate_checkpoints(trainer, options: Options):
             key = _settings_hash(trainer.config, checkpoint, trainer)
             result = collectives.broadcast_object(earlier.get(key))
             if result is None or options.rows is not None:
-                _evaluate(trainer, key, checkpoint, options, is_recorded=result is not None)
+                _evaluate(trainer, key, checkpoint, options)
             else:
                 rank0_print(f"{checkpoint}: already evaluated; showing the figures in {options.output}{table(result)}")
 
@@ -92,8 +93,8 @@ def _read_evaluations(output: str | None) -> dict[str, dict]:
     return found
 
 
-def _evaluate(trainer, key: str, checkpoint: str | None, options: Options, is_recorded: bool):
-    """Evaluate the current policy, print the figures, and write them unless the output file has them."""
+def _evaluate(trainer, key: str, checkpoint: str | None, options: Options):
+    """Evaluate the current policy, print the figures, and write them."""
     all_metrics, indices = trainer.evaluate_examples()
     metrics = mean_metrics(all_metrics, trainer.n_eval_examples)
     rows = _gather_rows(trainer, all_metrics, indices)
@@ -114,11 +115,18 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options, is_re
         "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
     }  # fmt: skip
     rank0_print(table(result))  # before it is written: a full disk must not lose it
-    if options.output is not None and not is_recorded:
-        append_json_lines(options.output, [result])
-        rank0_print(f"Written to {options.output}")
+    if options.output is not None:
+        _record(options.output, result)
     if options.rows is not None:  # last, as the same command would refuse an existing file
         _write_rows(options.rows, rows, examples, trainer.eval_iterator.sft_mode)
+
+
+def _record(output: str, result: dict):
+    """Add an evaluation to the file, unless another process has done so in the meantime."""
+    with write_errors_named(output), in_turn(output):
+        if result["key"] not in _read_evaluations(output):
+            append_json_lines(output, [result])
+    rank0_print(f"Written to {output}")
 
 
 def _gather_rows(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int, dict[str, float]]:

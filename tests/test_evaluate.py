@@ -11,6 +11,7 @@ from test_resume import SMALL
 
 from commands.command_line import compose_config
 from config_checks.checks import check_config
+from evaluation.evaluate import _record
 from reporting.metrics import mean_metrics
 from trainers import make_trainer
 
@@ -80,6 +81,16 @@ def test_several_workers_give_the_figures_of_one(launcher, trained):
         for key, value in figures(expected).items():
             assert result["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
         assert result["n_eval_examples"] == 12
+
+
+def test_workers_that_a_command_starts_itself_evaluate_and_sample(launcher, trained, tmp_path):
+    run_dir, workers = trained("dpo"), ["trainer=FSDPTrainer", "world_size=2"]
+    evaluate(launcher, f"run={run_dir}", *workers, f"output={tmp_path}/e.jsonl")
+    (result,) = read_jsonl(tmp_path / "e.jsonl")
+    assert result["n_eval_examples"] == 12
+    sample = ["n_eval_examples=2", "max_new_tokens=2", f"output={tmp_path}/s.jsonl"]
+    assert launcher.run(f"run={run_dir}", *workers, *sample, script=REPOSITORY / "sample.py") == 0, launcher.output
+    assert len(read_jsonl(tmp_path / "s.jsonl")) == 2
 
 
 def test_rows_and_groups_add_up_to_the_means(launcher, trained):
@@ -157,6 +168,12 @@ BAD = {
     "an unknown key": (["run={run}", "beta=1"], "no config key 'beta'"),
     "a sweep": (["-m", "run={run}", "seed=1,2"], "only train.py supports sweeps with -m"),
 }
+
+
+def test_evaluation_that_another_process_has_recorded_meanwhile_is_not_added(tmp_path):
+    for key in ("a", "a", "b"):
+        _record(f"{tmp_path}/e.jsonl", {"key": key, "metrics": {}})
+    assert [line["key"] for line in read_jsonl(tmp_path / "e.jsonl")] == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", BAD)

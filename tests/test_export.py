@@ -146,6 +146,7 @@ def test_command_exports_with_the_umasks_permissions_and_tells_mistakes(copied):
     options = {"cwd": copied, "capture_output": True, "text": True, "umask": 0o027}
     result = subprocess.run([*command, "output=plain"], **options)
     assert result.returncode == 0, result.stderr
+    assert "|" not in result.stderr  # no progress bars
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (copied / "plain").iterdir()}
     assert "model.safetensors" in modes
     assert set(modes.values()) == {"0o640"}

@@ -126,13 +126,13 @@ def test_two_workers_per_batch_shard_train_as_one_process(case, n_workers, n_rep
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def passed_on(words: list[str], checkpoint: str, output: str) -> list[int]:
+def passed_on(words: list[str], checkpoint: str, directory: str) -> int:
     """Resume from a checkpoint and save at once; return this worker's next random number."""
-    trainer = new_trainer(words, output)
+    trainer = new_trainer(words, directory)
     torch.manual_seed(trainer.rank)
     trainer.resume(checkpoint)
     restore_rng_state(trainer.state.rng_states, *trainer.strategy.batch_shard)
-    trainer.save(output)
+    trainer.save(os.path.join(directory, "saved"))
     return int(torch.randint(10**9, ()))
 
 
@@ -154,7 +154,7 @@ def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, models, in_
         form = "sharded" if leg in (1, 2) else "whole"
         args = passed_on, [*words, *trainer, f"checkpoint_format={form}"], str(checkpoint), str(tmp_path / f"leg-{leg}")
         draws.append(in_workers(n_workers, *args) if n_workers > 1 else [args[0](*args[1:])])
-        checkpoint = tmp_path / f"leg-{leg}"
+        checkpoint = tmp_path / f"leg-{leg}/saved"
     state, expected = states(checkpoint), states(tmp_path / "start/saved")
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
