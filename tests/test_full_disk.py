@@ -189,7 +189,7 @@ def test_what_appears_in_a_checkpoints_place_meanwhile_is_kept(name, kind, tmp_p
         (tmp_path / name / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="no run wrote it; move it away"), atomic_directory(str(tmp_path / name)):
         pass
-    with pytest.raises(UserError, match="can't link .*no run wrote it; move it away"):
+    with pytest.raises(UserError, match=r"can't link .*no run wrote it; move it away"):
         point_to(str(tmp_path), name, "step-4")
     assert os.listdir(tmp_path) == [name]
     assert (tmp_path / name / "thesis.txt" if kind == "directory" else tmp_path / name).read_text() == "mine"
