@@ -79,7 +79,7 @@ def _pieces(tensor: torch.Tensor, number: int, n_replicas: int) -> list[Piece]:
     if along:
         n_rows = sum(size for _, size, _ in along[0])
         along[0] = _cut(along[0], number * n_rows // n_replicas, (number + 1) * n_rows // n_replicas)
-    boxes = itertools.product(*along)
+    boxes = itertools.product(*along)  # each has an offset, a length and a local offset for every dimension
     return [Piece(*(tuple(ranges[i] for ranges in box) for i in range(3))) for box in boxes]
 
 
