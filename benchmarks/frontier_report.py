@@ -161,6 +161,8 @@ def draw(table: str, path: Path):
 
 def _label(axes, labels: list[tuple[float, float, str, str]]):
     """Write each name, at (x, y) in its colour, beside its point, and below other names that are in the way."""
+    from matplotlib.patheffects import withStroke
+
     taken: list[tuple[float, float]] = []
     for x, y, name, colour in labels[::-1]:
         left, height = axes.transData.transform((x, y))
@@ -170,7 +172,8 @@ def _label(axes, labels: list[tuple[float, float, str, str]]):
         taken.append((left, height - below))
         axes.annotate(
             name, (x, y), (7, -0.72 * below), textcoords="offset points", va="center", fontsize=9,
-            color="0.45" if colour == GREY else colour,
+            color="0.45" if colour == GREY else colour, path_effects=[withStroke(linewidth=3, foreground="white")],
+            zorder=10,
         )  # fmt: skip
 
 

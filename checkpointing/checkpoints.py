@@ -271,6 +271,8 @@ def point_to(run_dir: str, link: str, name: str):
         make_link(name, partial)
         replace_path(partial, os.path.join(run_dir, link))
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
         raise UserError(f"can't link {run_dir}/{link} to {name} (the checkpoint is complete): {error}") from error
 
 

@@ -16,7 +16,8 @@ from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 
 from basics.errors import UserError
 from basics.files import CannotWrite, append_json_lines, atomic_file
-from checkpointing.atomic_directory import atomic_directory, replace_path
+from checkpointing.atomic_directory import atomic_directory
+from checkpointing.checkpoints import point_to
 from checkpointing.resume import resume_hinted
 from commands import output
 from commands.errors import errors_reported
@@ -188,7 +189,7 @@ def test_what_appears_in_a_checkpoints_place_meanwhile_is_kept(name, kind, tmp_p
         (tmp_path / name / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="no run wrote it; move it away"), atomic_directory(str(tmp_path / name)):
         pass
-    (tmp_path / "link").symlink_to("step-4")
-    with pytest.raises(FileExistsError, match="no run wrote it; move it away"):
-        replace_path(str(tmp_path / "link"), str(tmp_path / name))
+    with pytest.raises(UserError, match=r"can't link .*no run wrote it; move it away"):
+        point_to(str(tmp_path), name, "step-4")
+    assert os.listdir(tmp_path) == [name]
     assert (tmp_path / name / "thesis.txt" if kind == "directory" else tmp_path / name).read_text() == "mine"
