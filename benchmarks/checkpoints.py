@@ -12,6 +12,7 @@ Figures are medians of several rounds through the formats.
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -50,6 +51,7 @@ def memory(key: str) -> float:
 def measured(function: Callable[[], float | None]) -> tuple[float, float, float]:
     """Call a function on all workers; return the seconds (its result, or how long it takes) and the peaks of memory."""
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory freed by the last round would be used again, uncounted
     barrier()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before, start_time = memory("VmRSS"), time.perf_counter()
