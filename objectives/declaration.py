@@ -135,7 +135,7 @@ class Loss:
     def why_output_is_wrong(self, loss_config) -> str | None:
         """Try the function on three made-up examples; return what is wrong with its result, or None."""
         n_examples = 3
-        inputs = {name: -torch.arange(1.0, n_examples + 1) for name in LOGPS}
+        inputs = {name: -torch.arange(1, n_examples + 1, dtype=torch.float64) for name in LOGPS}
         inputs |= {name: torch.arange(1, n_examples + 1) for name in LENGTHS}
         inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(2.0), MEMORY: Memory()}
         inputs |= {name: inputs[name].requires_grad_() for name in LOGPS if name.startswith("policy_")}
