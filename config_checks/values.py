@@ -76,7 +76,10 @@ def _check_loss(config: DictConfig):
 
 def _check_loss_name(key: str, name: object):
     if name is None:
-        raise UserError(f"{key}=None: give loss=NAME; NAME's YAML file needs its name in LOSSES, e.g. 'name: dpo'")
+        raise UserError(
+            f"{key}=None: give loss=NAME; NAME's YAML file needs its name in LOSSES, e.g. 'name: dpo'. There are: "
+            f"{', '.join([*LOSSES, MIX])}"
+        )
     if name not in LOSSES:
         other = other_loss(str(name)) or f".{closest_match(str(name), LOSSES)}"
         raise UserError(
