@@ -65,7 +65,8 @@ def assert_same_run(run_dir, expected):
 
 
 def half_saved(run_dir) -> bool:
-    return run_dir.exists() and any(".partial-" in n or n.endswith(".replaced") for n in os.listdir(run_dir))
+    checkpoints = [name for name in os.listdir(run_dir) if not name.startswith("config")] if run_dir.exists() else []
+    return any(".partial-" in name or name.endswith(".replaced") for name in checkpoints)
 
 
 def kill_at_random(launcher, run_dir, moments: random.Random, trained: float, when: str) -> bool:
