@@ -126,11 +126,15 @@ class Loss:
         """Return the losses of a batch, and rewards if there are any; `inputs` hold at least those that it declares."""
         inputs = modifiers.modified(inputs, loss_config)
         arguments = {name: inputs[name] for name in self.inputs}
-        options = {name: loss_config[name] for name in self._own_options if name in loss_config}
-        output = self.function(**arguments, **options)
+        output = self.function(**arguments, **self._given_options(loss_config))
         losses, *rewards = output if isinstance(output, tuple) else (output,)
         rewards = tuple(reward.detach() for reward in rewards)
         return Result(modifiers.weighted(losses, inputs, loss_config), rewards)
+
+    def _given_options(self, loss_config) -> dict:
+        """Return the values of the function's own options; a whole number for a float is converted."""
+        given = {name: loss_config[name] for name in self._own_options if name in loss_config}
+        return {name: float(value) if self.options[name].type is float else value for name, value in given.items()}
 
     def why_output_is_wrong(self, loss_config) -> str | None:
         """Try the function on three made-up examples; return what is wrong with its result, or None."""
@@ -139,8 +143,7 @@ class Loss:
         inputs |= {name: torch.arange(1, n_examples + 1) for name in LENGTHS}
         inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(2.0), MEMORY: Memory()}
         inputs |= {name: inputs[name].requires_grad_() for name in LOGPS if name.startswith("policy_")}
-        options = {name: loss_config[name] for name in self._own_options if name in loss_config}
-        output = self.function(**{name: inputs[name] for name in self.inputs}, **options)
+        output = self.function(**{name: inputs[name] for name in self.inputs}, **self._given_options(loss_config))
         values = output if isinstance(output, tuple) else (output,)
         problem = None
         if not all(isinstance(value, torch.Tensor) for value in values):
