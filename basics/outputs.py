@@ -155,6 +155,7 @@ def _why_runs_own(path: str) -> str | None:
             return "the run writes that itself; give another"
     above = Path(os.path.realpath(directory))
     for place in map(str, (above, *above.parents)):
+        # further up, SHA256SUMS alone may be the user's
         names = (CHECKSUMS, "state.json") if place != str(above) else (CHECKSUMS,)
         if all(os.path.exists(os.path.join(place, name)) for name in names):
             return f"{place} is a checkpoint's directory, which is replaced as a whole; give a place elsewhere"

@@ -1,4 +1,4 @@
-"""What writing and reading checkpoints costs: `python benchmarks/checkpoints.py`, on Linux.
+"""Measure what writing and reading checkpoints costs: `python benchmarks/checkpoints.py`, on Linux.
 
 Workers of FSDPTrainer, connected by gloo, save and load the state of a model with random weights (float32, RMSprop)
 after one step of SFT, in each of the formats:

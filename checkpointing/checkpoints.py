@@ -68,7 +68,7 @@ def state_dicts_to_save(
 
 @dataclass
 class Contents:
-    """What a checkpoint is written from."""
+    """The models, states and settings that a checkpoint is written from."""
 
     policy: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase

@@ -112,7 +112,7 @@ def _cut(ranges: list[tuple[int, int, int]], begin: int, end: int) -> list[tuple
 
 
 class WorkerShard(NamedTuple):
-    """What this worker writes: its pieces in CPU memory, and their description for the index."""
+    """This worker's pieces of all tensors, in CPU memory, and their description for the index."""
 
     pieces: dict[str, torch.Tensor]  # by their keys in the file
     tensors: dict[str, dict]  # the name of every tensor: its dtype, shape and this worker's [offset, shape] of pieces

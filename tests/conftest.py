@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import transformers
 from hub_server import Place
 from hydra import compose, initialize_config_dir
 from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, running_server
@@ -191,6 +192,17 @@ def sft_archive(tmp_path_factory) -> Path:
     state = load_file(ORACLE / "figures" / "sft_weights.safetensors")
     torch.save({"step_idx": 96, "state": state, "metrics": {}}, path)
     return path
+
+
+def save_models(configs: dict[str, transformers.PretrainedConfig], directory: Path) -> dict[str, str]:
+    """Save a model with random weights for each config, and the recorded runs' tokenizer; return their directories."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ORACLE / "model")
+    torch.manual_seed(0)
+    for name, config in configs.items():
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+    return {name: str(directory / name) for name in configs}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except
+from conftest import ORACLE, exhaustive_except, save_models
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
@@ -53,14 +53,7 @@ CASES = {  # a model with its loss; AdamW's second moments and RMSprop's are sta
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     """Save a model for each of `CONFIGS`; returns their directories."""
-    directory = tmp_path_factory.mktemp("models")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ORACLE / "model")
-    torch.manual_seed(0)
-    for name, config in CONFIGS.items():
-        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
-    return {name: str(directory / name) for name in CONFIGS}
+    return save_models(CONFIGS, tmp_path_factory.mktemp("models"))
 
 
 def new_trainer(words: list[str], directory: str) -> BasicTrainer:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl, save_models
 from safetensors.torch import load_file
 
 SIZES = {
@@ -33,14 +33,7 @@ RUN = [
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, str]:
     """Save a model for each of `CONFIGS`; returns their directories."""
-    directory = tmp_path_factory.mktemp("models")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ORACLE / "model")
-    torch.manual_seed(0)
-    for name, config in CONFIGS.items():
-        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
-    return {name: str(directory / name) for name in CONFIGS}
+    return save_models(CONFIGS, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
