@@ -145,9 +145,8 @@ def sample_evaluation(trainer, evaluation_seconds: float = 0.0) -> tuple[list[di
     for batch in progressing(trainer.eval_batches[:n_batches], "Sampling", "batches"):
         trainer.stop.check()
         wanted = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
-        batch = select_examples(
-            batch, torch.tensor(wanted or [0])
-        )  # a worker without any generates too: forwards are collective
+        # a worker without any generates too: forwards are collective
+        batch = select_examples(batch, torch.tensor(wanted or [0]))
         *drawn, scores = sample_batch(trainer, on_device(batch, trainer.device), forecast.note_token)
         own = [
             [

@@ -81,7 +81,7 @@ class Loss:
             of_margin: it depends on the difference of the two log-ratios alone.
         """
         self.function, self.accepts_unpaired = function, unpaired
-        self._name = getattr(function, "func", function).__name__
+        self._name = getattr(getattr(function, "func", function), "__name__", str(function))
         # arguments that functools.partial has set are no options
         given = function.keywords if isinstance(function, functools.partial) else {}
         hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
