@@ -33,6 +33,7 @@ REFUSED_BEYOND = 8  # the multiple for the plain forward of a padded batch, to w
 _RANDOM_BEYOND = 0.1  # the multiple for a repetition of the same batch by a model that draws random numbers
 _LEAK = 5e-4  # a gradient's `leak` (see `Numbers`) up to which it counts as 0, as a causal model's is
 _DENSE_MASKS = ("eager", "sdpa")  # attention implementations that take a (B, 1, T, T) mask; others may crash on one
+_PLAIN_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}  # `layer_types`
 _SLOW_PARAMETERS = 50_000_000  # for larger models the check takes long enough to print that it runs
 
 
@@ -198,6 +199,8 @@ class ModelCheck:
             return f"attn_implementation={attention} doesn't support packed rows; sdpa does"
         if reads_masks and attention not in _DENSE_MASKS:
             return f"attn_implementation={attention} doesn't support tree masks; {' and '.join(_DENSE_MASKS)} do"
+        if reason := _excluding_design(self.base, layout, self.max_length):
+            return reason
 
         def compute(model: nn.Module, batch: dict) -> torch.Tensor:
             return layout.response_logps(model, batch, self.strategy)
@@ -207,12 +210,10 @@ class ModelCheck:
         n_positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 0
         longest = self.longest if reads_masks and n_positions < 2 * self.max_length else None
         reason = self._why_not(compute, self.full_length, CHOSEN_WITHIN, CHOSEN_AT_MOST, longest)
-        if reads_masks and reason is None:
-            reason = _window_of_places(self.base, self.max_length)
         if reason and layout.is_packed:
             use_packed_attention(self.base, False)
-        known = _known_reason(self.base, self.max_length) if reason and reads_masks else None
-        if known:
+        if reason and reads_masks and "position_ids" not in inspect.signature(self.base.forward).parameters:
+            known = "the model takes no position_ids"
             reason = f"{reason[:-1]}; {known})" if reason.endswith((" nats)", " %)")) else f"{reason} ({known})"
         return reason
 
@@ -279,30 +280,29 @@ class ModelCheck:
         )
 
 
-def _known_reason(model: nn.Module, max_length: int) -> str | None:
-    """Return the part of a model's design that rules out shared prompts, to explain the measurement."""
+def _excluding_design(model: nn.Module, layout: Layout, max_length: int) -> str | None:
+    """Return the part of a model's design with which a layout gives wrong numbers, which rounding in 16 bits may hide.
+
+    A row with a tree mask holds both responses, one behind the other. Packed attention knows windows. The last token of
+    a sequence attends to nothing that counts, so that a window of max_length - 1 tokens is long enough.
+    """
+    if not (layout.is_shared or layout.is_packed):
+        return None
     config = model.config.get_text_config()
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return "the model takes no position_ids"
-    kinds = getattr(config, "layer_types", None) or []
-    if getattr(model, "_is_stateful", False) or any("attention" not in kind or "linear" in kind for kind in kinds):
+    kinds = set(getattr(config, "layer_types", None) or ["unknown"])
+    others, is_stateful = kinds - _PLAIN_LAYERS, getattr(model, "_is_stateful", False)
+    others -= set() if is_stateful else {"unknown"}
+    if any(is_stateful or "attention" not in kind or "linear" in kind for kind in others):
         return "the model has recurrent layers"
+    if layout.is_packed:
+        return None
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
         return "the model's positions are ALiBi biases"
+    if "local" in getattr(config, "attention_layers", ()) and config.window_size < 2 * max_length:  # GPT-Neo's
+        return f"the model attends to a window of {config.window_size} places in a row, whatever the positions"
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
-    windows = [window for window in windows if isinstance(window, int) and 0 < window < max_length]
+    windows = [window for window in windows if isinstance(window, int) and 0 < window < max_length - 1]
     return f"the model attends to a window of {min(windows)} tokens, max_length is {max_length}" if windows else None
-
-
-def _window_of_places(model: nn.Module, max_length: int) -> str | None:
-    """Return why GPT-Neo can't share prompts; in 16 bits rounding may hide it.
-
-    Its windows count places in a row, whatever the positions, and a row holds both responses.
-    """
-    config = model.config.get_text_config()
-    if "local" not in getattr(config, "attention_layers", ()) or config.window_size >= 2 * max_length:
-        return None
-    return f"the model attends to a window of {config.window_size} places in a row"
 
 
 def _name(model: nn.Module) -> str:

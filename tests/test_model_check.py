@@ -92,11 +92,30 @@ def test_attention_window_by_row_position_is_noticed(dtype):
     assert check_model(model, SHORT, 16, shared_prompt=True)[0].is_shared  # rows are within the window
     layout, message = check_model(model, SHORT)
     assert layout == Layout(padded_rows)
-    assert "Prefix sharing: off; it gives other log-probabilities than concatenated_forward (by " in message
+    assert "Prefix sharing: off; the model attends to a window of 32 places in a row, whatever the pos" in message
     if dtype != torch.bfloat16:
         assert compare(model, layout)["gradient"] < 1e-4
-    with pytest.raises(UserError, match=r"shared_prompt=true, but the model GPTNeoForCausalLM can't: it gives other"):
+    with pytest.raises(UserError, match=r"shared_prompt=true, but the model GPTNeoForCausalLM can't: the model att"):
         check_model(model, SHORT, shared_prompt=True)
+
+
+# For the last three, the difference is within rounding in bfloat16.
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("mistral", "the model attends to a window of 128 tokens, max_length is 192"),
+        ("deepseek_v4", "the model has recurrent layers"),
+        ("granitemoe_swa", "the model attends to a window of 128 tokens, max_length is 192"),
+        ("mimo_v2_flash", "the model attends to a window of 129 tokens, max_length is 192"),
+    ],
+)
+def test_design_that_excludes_prompt_sharing_is_noticed_in_16_bits(model_type, why):
+    model = tiny_model(model_type)
+    if model_type == "mistral":
+        model.config.sliding_window = 128
+    layout, message = check_model(model.to(torch.bfloat16), SHORT)
+    assert layout == Layout(padded_rows)
+    assert message.startswith(f"Prefix sharing: off; {why}")
 
 
 @pytest.mark.parametrize(("window", "make_rows"), [(MAX_LENGTH - 2, padded_rows), (MAX_LENGTH - 1, shared_rows)])

@@ -218,7 +218,7 @@ def test_models_that_cannot_share_prompts_fall_back_and_say_why(name):
     model, batch = make_model(config), BATCHES["ordinary"]
     layout, message = check_model(model, batch, MAX_LENGTH)
     assert layout.make_rows is padded_rows
-    assert message.startswith("Prefix sharing: off; it")
+    assert message.startswith("Prefix sharing: off; ")
     with pytest.raises(
         UserError, match=f"shared_prompt=true, but the model {type(model).__name__} can't: .*({reason})"
     ):
