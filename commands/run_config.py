@@ -13,8 +13,7 @@ from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
 from commands.workers import enter_process_group, needs_workers, run_in_workers
 from config_checks.checks import check_config
-from config_checks.paths import expand_home
-from config_checks.schema import FREE_KEYS, own_keys
+from config_checks.schema import FREE_KEYS, expand_home, own_keys
 from distributed import collectives
 from utils import UserError, closest_sibling, on_rank0
 
