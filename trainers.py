@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from acceleration.batch_losses import batch_losses, loss_inputs, tokens_that_count
+from acceleration.whole_batch_losses import batch_losses, loss_inputs, tokens_that_count
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
 from acceleration.memory_plan import resumed_cap
