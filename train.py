@@ -124,7 +124,8 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
     trainer.state.inputs = {**file_hashes, **check_loaded(config, checkpoint, trainer)}
     with trainer.stop:
         with resume_hinted(run_dir, Stopped):
-            trainer.precompute_reference()
+            if config.precompute_ref_log_probs:
+                trainer.precompute_reference()
             if checkpoint is not None:
                 trainer.resume(checkpoint)
         if trainer.state.complete and is_last(checkpoint):  # under other settings than when it was written
@@ -144,7 +145,8 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
     """
     loaded, changed = {}, []
     if on_rank0():
-        loaded = {**fingerprints.hub_revisions(config), **trainer.data_fingerprints()}
+        loaded = fingerprints.hub_revisions(config)
+        loaded |= {**trainer.train_iterator.fingerprints(), **trainer.eval_iterator.fingerprints()}
         changed = changed_inputs(config, checkpoint, loaded) if config.resume is not None else []
     loaded, changed = collectives.broadcast_object((loaded, changed))
     refuse_changed_inputs(config, changed)
