@@ -36,7 +36,8 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     attention = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
     try:
         verify_weights(name)
-        _announce_remote_code(name, options)
+        if options["trust_remote_code"]:
+            _announce_remote_code(name, options)
         if source.from_scratch:
             torch.manual_seed(config.seed)
             model_config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -104,8 +105,6 @@ def allow_own_code(config: DictConfig):
 
 def _announce_remote_code(name: str, options: dict):
     """Name the classes of a model's own code before they run."""
-    if not options["trust_remote_code"]:
-        return
     revision = {key: value for key, value in options.items() if key != "trust_remote_code"}
     classes = transformers.PreTrainedConfig.get_config_dict(name, **revision)[0].get("auto_map") or {}
     if classes:

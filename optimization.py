@@ -39,7 +39,7 @@ def make_optimizer(
     if device.type == "cuda" and "fused" in accepted and not given & {"fused", "foreach", "differentiable"}:
         args["fused"] = True  # one kernel for all weights
     args |= OmegaConf.to_container(config.optimizer_args)
-    groups = _parameter_groups(parameters, config)
+    groups = parameters if config.decay_biases_and_norms else _with_undecayed(parameters, config)
     try:
         probe = nn.Parameter(torch.ones(2, 2, dtype=parameters[0].dtype, device=device))
         probe.grad = torch.ones_like(probe)
@@ -50,10 +50,8 @@ def make_optimizer(
         raise UserError(f"{settings}: {error}") from error
 
 
-def _parameter_groups(parameters: list[nn.Parameter], config: DictConfig) -> list:
-    """Put biases and norms, which have one dimension, in a group without weight decay, unless they decay, too."""
-    if config.decay_biases_and_norms:
-        return parameters
+def _with_undecayed(parameters: list[nn.Parameter], config: DictConfig) -> list[dict]:
+    """Put biases and norms, which have one dimension, in a group without weight decay."""
     if "weight_decay" not in inspect.signature(getattr(torch.optim, config.optimizer)).parameters:
         raise UserError(f"decay_biases_and_norms=false: {config.optimizer} has no weight_decay; leave it true")
     groups = [

@@ -396,11 +396,15 @@ def get_batch_iterator(
             _check_no_eos(part, tokenizer.eos_token)
         else:
             part = prepared_split(choice, split, settings, tokenizer, accepted_kinds, cache_dir, silent)
-        part = without_overlong(part, choice, sft_mode, tokenizer, split, **lengths)
-        if not sft_mode:
+        if choice.truncation in ("drop", "error"):
+            part = without_overlong(part, choice, sft_mode, tokenizer, split, **lengths)
+        if not sft_mode and choice.name not in DATASETS:  # named datasets keep identical responses, as in the original
             without_identical(part, choice, split, settings.skips_bad, **lengths)
-        parts.append(first_examples(part, choice, seed, sft_mode) if split == "train" else part)
-    order = epoch_order(parts, choices, seed, sft_mode) if split == "train" else None
+        if split == "train" and choice.n_examples is not None:
+            part = first_examples(part, choice, seed, sft_mode)
+        parts.append(part)
+    is_every_prompt_once = all(choice.weight == 1 and choice.n_examples is None for choice in choices)
+    order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, seed, sft_mode)
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:

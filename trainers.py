@@ -16,7 +16,7 @@ from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
 from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
-from acceleration.out_of_memory import explained_out_of_memory
+from acceleration.out_of_memory import explain_out_of_memory
 from acceleration.overflow import check_no_overflow
 from acceleration.packed_attention import use_packed_attention
 from acceleration.reference_cache import LogpsCache, fill_cache
@@ -626,5 +626,7 @@ def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
         return load_reference(config, to_copy, device_map) if loads else None
 
     ranks = collectives.rank_and_world_size()
-    with explained_out_of_memory(config):
+    try:
         return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, purpose)
+    except torch.OutOfMemoryError as error:
+        raise explain_out_of_memory(error, config) from error

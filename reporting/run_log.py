@@ -85,7 +85,8 @@ class RunLog:
         if split == "train":
             lines = self._training_lines(metrics)
         else:
-            lines = [*self._interval_lines(), *self._evaluation_lines(metrics, samples)]
+            lines = self._interval_lines() if self.unprinted else []
+            lines += self._evaluation_lines(metrics, samples)
         lines += [warning(text) for text in self.symptoms.notice(split, metrics)]
         if lines:
             tqdm.write("\n".join(lines))
@@ -109,9 +110,7 @@ class RunLog:
         return lines + self._interval_lines()
 
     def _interval_lines(self) -> list[str]:
-        """Return the line for the steps since the line before, if there have been any."""
-        if not self.unprinted:
-            return []
+        """Return the line for the steps since the line before."""
         means = interval_means(self.unprinted)
         self.unprinted = []
         left = duration(self.table.time_left.seconds(means["counters/examples"]))
