@@ -61,15 +61,6 @@ def _with_undecayed(parameters: list[nn.Parameter], config: DictConfig) -> list[
     return [group for group in groups if group["params"]]
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, config: DictConfig, n_steps: int):
-    """Make a LambdaLR whose multiplier of `lr` depends on the step alone.
-
-    Raises: UserError if the multiplier isn't a finite number of 0 or more at the first, the middle or the last step, or
-        at the end of warmup.
-    """
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=lr_multiplier(config, n_steps))
-
-
 def count_warmup_steps(config: DictConfig, n_steps: int) -> int:
     """Return the number of warmup steps; a `warmup_steps` between 0 and 1 is a fraction of the run's `n_steps`."""
     return math.ceil(config.warmup_steps * n_steps) if 0 < config.warmup_steps < 1 else int(config.warmup_steps)
@@ -97,7 +88,11 @@ def rate_warning(config: DictConfig, n_steps: int) -> str | None:
 
 
 def lr_multiplier(config: DictConfig, n_steps: int) -> Callable[[int], float]:
-    """Return the function from the number of steps taken to the factor of `lr`: warmup, then the schedule."""
+    """Return the function from the number of steps taken to the factor of `lr`: warmup, then the schedule.
+
+    Raises: UserError if the factor isn't a finite number of 0 or more at the first, the middle or the last step, or at
+        the end of warmup.
+    """
     warmup_steps = count_warmup_steps(config, n_steps)
     if config.lr_scheduler == DEFAULT_SCHEDULE:
         return lambda step: min(1.0, (step + 1) / (warmup_steps + 1))  # as the original

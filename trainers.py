@@ -66,7 +66,7 @@ from models import (
     router_losses,
 )
 from objectives.declaration import Memory
-from optimization import make_optimizer, make_scheduler, rate_warning
+from optimization import lr_multiplier, make_optimizer, rate_warning
 from preference_datasets import open_batches
 from references import (
     Reference,
@@ -236,7 +236,8 @@ class BasicTrainer:
         if config.activation_checkpointing:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
-        self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
+        multiplier = lr_multiplier(config, self.train_iterator.n_batches)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, multiplier)
 
     # ---- log-probabilities and loss -------------------------------------------------------------------------------
 
@@ -610,20 +611,19 @@ def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
     use_expandable_segments()
     use_deterministic_algorithms(config.deterministic)
     hub.use_cache_if_unreachable(hub_names(config, reads_data=purpose != "sample"))
-    allow_own_code(config)
+    if config.model.trust_remote_code:
+        allow_own_code()
     trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
     loads = environment.is_local_rank0()
-
-    def policy() -> nn.Module | None:
-        return load_policy(config, device_map) if loads else None
-
-    if device_map == "balanced":
+    policy = functools.partial(load_policy, config, device_map) if loads else None
+    if loads and device_map == "balanced":
         policy = functools.cache(policy)  # the reference may be a copy of it
 
     def reference_model() -> nn.Module | None:
-        to_copy = policy() if device_map == "balanced" else None
-        return load_reference(config, to_copy, device_map) if loads else None
+        if not loads:
+            return None
+        return load_reference(config, policy() if device_map == "balanced" else None, device_map)
 
     ranks = collectives.rank_and_world_size()
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from basics.printing import hides_progress, on_rank0, printable, rank0_print, uses_color
-from reporting.time_left import TimeLeft
+from reporting.usage import TimeLeft
 
 LOG_FILE_WIDTH = 120  # columns, where output is not to a terminal
 _HEADER_EVERY = 20  # lines

@@ -21,7 +21,7 @@ from reporting.terminal import (
     samples_side_by_side,
     still_working,
 )
-from reporting.time_left import TimeLeft
+from reporting.usage import TimeLeft
 
 RUN = [*TOY, "loss=dpo", "n_examples=64", "eval_every=32", "lr=1e-3", "curves=false", "wandb.enabled=false",
        "minimum_log_interval_secs=1e-9"]  # fmt: skip
