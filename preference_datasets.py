@@ -19,7 +19,7 @@ from bs4.element import PreformattedString
 from omegaconf import DictConfig
 
 from data.batches import BatchIterator, Prompt
-from data.choice import Choice, Settings
+from data.choice import KEPT_ENDS, Choice, Settings
 from data.preparation import prepared_split
 from data.reading import check_path, read_split, row_place
 from data.report import print_report
@@ -315,7 +315,7 @@ def get_dataset(
 def _load_prompts(choice: Choice, split: str, silent: bool, cache_dir: str | None, path: str | None) -> list[Prompt]:
     """Load the prompts of a named dataset."""
     data = get_dataset(choice.name, split, silent=silent, cache_dir=cache_dir, path=path)
-    mode = choice.truncation_mode(DATASETS[choice.name].truncation_mode)
+    mode = choice.truncation if choice.truncation in KEPT_ENDS else DATASETS[choice.name].truncation_mode
     return [
         Prompt(text, dataset=choice.name, split=split, truncation_mode=mode, **entry)
         for text, entry in (data.items() if isinstance(data, dict) else data)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from basics.links import followed
+from basics.links import NAMES, followed
 from basics.saved_config import flatten
 from losses import LOSSES
 from utils import UserError
@@ -101,4 +101,5 @@ def _expanded(value: object) -> object:
         return [_expanded(item) for item in value]
     if not isinstance(value, str):
         return value
-    return followed(os.path.expanduser(value) if value.startswith("~") else value)
+    path = os.path.expanduser(value) if value.startswith("~") else value
+    return followed(path) if any(name in path for name in NAMES) else path
