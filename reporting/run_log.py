@@ -10,9 +10,19 @@ from tqdm import tqdm
 from basics.files import append_json_lines, sha256, write_errors_named
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
-from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
+from reporting.terminal import (
+    RunTable,
+    TimeLeft,
+    duration,
+    number,
+    percent,
+    rate,
+    samples_side_by_side,
+    warning,
+    wrapped,
+)
 from reporting.trackers import Trackers
-from reporting.usage import TimeLeft, peak_memory
+from reporting.usage import peak_memory
 from utils import rank0_print
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")

@@ -1,10 +1,7 @@
-"""A run's parameters, its speed and the time that it has left, and memory."""
+"""A run's parameters, tokens and operations per second, and memory."""
 
-import collections
 import re
 import sys
-import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,8 +14,6 @@ _PEAK_FLOPS = {
     "B200": 2250e12, "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "A6000": 155e12, "A40": 150e12,
     "A10": 125e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-_RECENT = 100  # steps, whose speed the remaining ones are expected to have
-_RECENT_PAUSES = 3  # evaluations and saves
 _OTHER_MODELS = {"ti", "d", "laptop", "super", "max", "mobile"}  # words that mark a different GPU
 
 
@@ -61,56 +56,6 @@ class Throughput:
         if self.peak:
             rates["model_flops_utilisation"] = n_tokens * self.flops_per_token / seconds / self.peak
         return rates
-
-
-class TimeLeft:
-    """Estimates the time to the end: remaining steps at their recent speed, evaluations and saves at theirs.
-
-    There is one clock, read at the end of each step, evaluation and save. So each second counts once, and waiting for
-    data is included.
-    """
-
-    def __init__(
-        self,
-        n_examples: int,
-        batch_size: int = 1,
-        eval_every: int | None = None,
-        save_every: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        """
-        Args:
-            n_examples: number of training examples at the end of the run.
-            eval_every, save_every: in examples; None: only at the end.
-        """
-        self.n_examples, self.batch_size = n_examples, batch_size
-        self.every = {"evaluation": eval_every, "save": save_every}
-        self.clock, self.last = clock, clock()
-        self.seconds_of = {"step": collections.deque(maxlen=_RECENT)}
-        self.seconds_of |= {kind: collections.deque(maxlen=_RECENT_PAUSES) for kind in self.every}
-
-    def tick(self, kind: str):
-        """Count the time since the last call as that of one step, evaluation or save."""
-        now = self.clock()
-        self.seconds_of[kind].append(now - self.last)
-        self.last = now
-
-    def seconds(self, examples: int) -> float:
-        """Return the seconds to the end of the run after this many examples."""
-        n_steps = -(-(self.n_examples - examples) // self.batch_size)
-        pauses = sum(self._n_to_come(kind, examples) * self._mean(kind) for kind in self.every)
-        return n_steps * self._mean("step") + pauses
-
-    def _n_to_come(self, kind: str, examples: int) -> int:
-        """Return the number of evaluations or saves to come: those that are due, and one at the end."""
-        every = self.every[kind] or self.n_examples
-        next_one = -(-max(examples, 1) // every) * every  # at `examples` itself it comes after the line that asks
-        return max(0, -(-(self.n_examples - next_one) // every)) + 1
-
-    def _mean(self, kind: str) -> float:
-        """Return the mean of the last ones' seconds, 0 if none has been measured yet."""
-        seconds = self.seconds_of[kind]
-        return sum(seconds) / len(seconds) if seconds else 0.0
 
 
 def peak_memory() -> str:
