@@ -24,8 +24,7 @@ from checkpointing.train_state import read_state_json
 from commands import command_line
 from commands.output import quiet_libraries
 from commands.run_config import read_run_config
-from config_checks.paths import expand_config, expand_home
-from config_checks.schema import own_keys
+from config_checks.schema import expand_config, expand_home, own_keys
 from references import policy_source
 from utils import UserError, rank0_print
 

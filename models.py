@@ -12,8 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from acceleration.out_of_memory import remedies
-from checkpointing.archives import check_finite, describe, load_archive, load_pretrained
-from checkpointing.integrity import verify_weights
+from checkpointing.archives import check_finite, describe, load_archive, load_pretrained, verify_weights
 from config_checks.lora import check_lora_fits
 from data import chat, hub
 from references import REFERENCE_ADAPTER, Source, has_the_weights, policy_source, reference_dtype, reference_source
@@ -36,7 +35,8 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     attention = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
     try:
         verify_weights(name)
-        _announce_remote_code(name, options)
+        if options["trust_remote_code"]:
+            _announce_remote_code(name, options)
         if source.from_scratch:
             torch.manual_seed(config.seed)
             model_config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -96,16 +96,13 @@ def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
     return options
 
 
-def allow_own_code(config: DictConfig):
-    """With `model.trust_remote_code`, let this process unpickle a model of a class from the hub, sent by a worker."""
-    if config.model.trust_remote_code:
-        transformers.dynamic_module_utils.init_hf_modules()
+def allow_own_code():
+    """Let this process unpickle a model of a class from the hub, sent by a worker (`model.trust_remote_code`)."""
+    transformers.dynamic_module_utils.init_hf_modules()
 
 
 def _announce_remote_code(name: str, options: dict):
     """Name the classes of a model's own code before they run."""
-    if not options["trust_remote_code"]:
-        return
     revision = {key: value for key, value in options.items() if key != "trust_remote_code"}
     classes = transformers.PreTrainedConfig.get_config_dict(name, **revision)[0].get("auto_map") or {}
     if classes:

@@ -39,7 +39,7 @@ def make_optimizer(
     if device.type == "cuda" and "fused" in accepted and not given & {"fused", "foreach", "differentiable"}:
         args["fused"] = True  # one kernel for all weights
     args |= OmegaConf.to_container(config.optimizer_args)
-    groups = _parameter_groups(parameters, config)
+    groups = parameters if config.decay_biases_and_norms else _with_undecayed(parameters, config)
     try:
         probe = nn.Parameter(torch.ones(2, 2, dtype=parameters[0].dtype, device=device))
         probe.grad = torch.ones_like(probe)
@@ -50,10 +50,8 @@ def make_optimizer(
         raise UserError(f"{settings}: {error}") from error
 
 
-def _parameter_groups(parameters: list[nn.Parameter], config: DictConfig) -> list:
-    """Put biases and norms, which have one dimension, in a group without weight decay, unless they decay, too."""
-    if config.decay_biases_and_norms:
-        return parameters
+def _with_undecayed(parameters: list[nn.Parameter], config: DictConfig) -> list[dict]:
+    """Put biases and norms, which have one dimension, in a group without weight decay."""
     if "weight_decay" not in inspect.signature(getattr(torch.optim, config.optimizer)).parameters:
         raise UserError(f"decay_biases_and_norms=false: {config.optimizer} has no weight_decay; leave it true")
     groups = [
@@ -61,15 +59,6 @@ def _parameter_groups(parameters: list[nn.Parameter], config: DictConfig) -> lis
         {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: DictConfig, n_steps: int):
-    """Make a LambdaLR whose multiplier of `lr` depends on the step alone.
-
-    Raises: UserError if the multiplier isn't a finite number of 0 or more at the first, the middle or the last step, or
-        at the end of warmup.
-    """
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=lr_multiplier(config, n_steps))
 
 
 def count_warmup_steps(config: DictConfig, n_steps: int) -> int:
@@ -99,7 +88,11 @@ def rate_warning(config: DictConfig, n_steps: int) -> str | None:
 
 
 def lr_multiplier(config: DictConfig, n_steps: int) -> Callable[[int], float]:
-    """Return the function from the number of steps taken to the factor of `lr`: warmup, then the schedule."""
+    """Return the function from the number of steps taken to the factor of `lr`: warmup, then the schedule.
+
+    Raises: UserError if the factor isn't a finite number of 0 or more at the first, the middle or the last step, or at
+        the end of warmup.
+    """
     warmup_steps = count_warmup_steps(config, n_steps)
     if config.lr_scheduler == DEFAULT_SCHEDULE:
         return lambda step: min(1.0, (step + 1) / (warmup_steps + 1))  # as the original

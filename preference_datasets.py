@@ -19,7 +19,7 @@ from bs4.element import PreformattedString
 from omegaconf import DictConfig
 
 from data.batches import BatchIterator, Prompt
-from data.choice import Choice, Settings
+from data.choice import KEPT_ENDS, Choice, Settings
 from data.preparation import prepared_split
 from data.reading import check_path, read_split, row_place
 from data.report import print_report
@@ -315,7 +315,7 @@ def get_dataset(
 def _load_prompts(choice: Choice, split: str, silent: bool, cache_dir: str | None, path: str | None) -> list[Prompt]:
     """Load the prompts of a named dataset."""
     data = get_dataset(choice.name, split, silent=silent, cache_dir=cache_dir, path=path)
-    mode = choice.truncation_mode(DATASETS[choice.name].truncation_mode)
+    mode = choice.truncation if choice.truncation in KEPT_ENDS else DATASETS[choice.name].truncation_mode
     return [
         Prompt(text, dataset=choice.name, split=split, truncation_mode=mode, **entry)
         for text, entry in (data.items() if isinstance(data, dict) else data)
@@ -396,11 +396,15 @@ def get_batch_iterator(
             _check_no_eos(part, tokenizer.eos_token)
         else:
             part = prepared_split(choice, split, settings, tokenizer, accepted_kinds, cache_dir, silent)
-        part = without_overlong(part, choice, sft_mode, tokenizer, split, **lengths)
-        if not sft_mode:
+        if choice.truncation in ("drop", "error"):
+            part = without_overlong(part, choice, sft_mode, tokenizer, split, **lengths)
+        if not sft_mode and choice.name not in DATASETS:  # named datasets keep identical responses, as in the original
             without_identical(part, choice, split, settings.skips_bad, **lengths)
-        parts.append(first_examples(part, choice, seed, sft_mode) if split == "train" else part)
-    order = epoch_order(parts, choices, seed, sft_mode) if split == "train" else None
+        if split == "train" and choice.n_examples is not None:
+            part = first_examples(part, choice, seed, sft_mode)
+        parts.append(part)
+    is_every_prompt_once = all(choice.weight == 1 and choice.n_examples is None for choice in choices)
+    order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, seed, sft_mode)
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:

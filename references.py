@@ -81,17 +81,12 @@ def resolved_reference(config: DictConfig) -> str:
                 f"reference={config.reference}: reference_model.{own[0]} names a second model; leave reference=auto"
             )
         return "model"
-    has_adapter, settings = config.model.adapter is not None, _adapter_settings(config)
-    # trained biases and some initializations change the base, so that it can't serve as the reference
-    base_is_kept = settings.get("bias", "none") == "none" and settings.get("init_lora_weights", True) in (
-        True,
-        "gaussian",
-    )
-    possible = ["model"]
-    if base_is_kept and (config.lora is not None or has_adapter):
-        possible.insert(0, "adapter_off")
-    if base_is_kept and has_adapter:
-        possible.insert(0, "adapter_copy")
+    has_adapter, possible = config.model.adapter is not None, ["model"]
+    if has_adapter or config.lora is not None:
+        settings = _adapter_settings(config)
+        # trained biases and some initializations change the base, so that it can't serve as the reference
+        if settings.get("bias", "none") == "none" and settings.get("init_lora_weights", True) in (True, "gaussian"):
+            possible = ["adapter_copy", "adapter_off", "model"] if has_adapter else ["adapter_off", "model"]
     if config.reference == "auto":
         return possible[0]
     if config.reference not in possible:
@@ -101,7 +96,7 @@ def resolved_reference(config: DictConfig) -> str:
 
 
 def _adapter_settings(config: DictConfig) -> dict:
-    """Return the LoraConfig fields of the new or the saved adapter; none without an adapter."""
+    """Return the LoraConfig fields of the new or the saved adapter."""
     adapter = config.model.adapter
     if adapter is not None and os.path.exists(os.path.join(adapter, "adapter_config.json")):
         return saved_settings("model.adapter", adapter)
@@ -126,13 +121,12 @@ def saved_settings(key: str, adapter: str) -> dict:
 # ---- the model that is compared with --------------------------------------------------------------------------------
 
 
+@dataclass
 class Reference:
     """A frozen model to compare the policy with; `with reference.active() as model` lends it for forward passes."""
 
-    def __init__(
-        self, model: nn.Module, switch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    ):
-        self.model, self.switch = model, switch
+    model: nn.Module
+    switch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # makes the policy the reference
 
     @contextlib.contextmanager
     def active(self) -> Iterator[nn.Module]:

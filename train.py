@@ -9,9 +9,10 @@ import contextlib
 import functools
 import textwrap
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
-from acceleration.out_of_memory import explained_out_of_memory
+from acceleration.out_of_memory import explain_out_of_memory
 from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
@@ -35,11 +36,12 @@ from commands.run_directory import (
     job_overrides,
     locked_run,
 )
-from commands.workers import enter_process_group, needs_workers, run_in_workers
+from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
 from config_checks.schema import changed_keys
-from distributed import collectives
+from distributed import collectives, connection, environment
+from distributed.strategies import STRATEGIES
 from optimization import rate_warning
 from preference_datasets import open_batches
 from reporting.runs import last_evaluation
@@ -58,14 +60,15 @@ def run(config: DictConfig) -> tuple[dict[str, float], str]:
     if in_sweep() and "exp_name" not in (varied := job_overrides()):  # wandb tells jobs apart by their names
         config.exp_name = " ".join([str(config.exp_name), *(f"{key}={value}" for key, value in varied.items())])
     with contextlib.ExitStack() as stack:
-        enter_process_group(config, stack)
+        if is_launched := environment.is_launched():
+            stack.enter_context(connection.process_group(config.worker_timeout))
         checked = (config, *check_and_lock(config, run_dir_given, stack)) if on_rank0() else None
         config, checkpoint, is_finished, file_hashes = collectives.broadcast_object(checked)
         if is_finished:
             rank0_print(f"This run is complete: {checkpoint}")
         elif config.data_only:
             report_data(config)
-        elif not needs_workers(config):
+        elif is_launched or not STRATEGIES[config.trainer].starts_workers:
             train_from(config, checkpoint, file_hashes)
         else:
             with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
@@ -82,7 +85,8 @@ def check_and_lock(
         from.
     """
     check_config(config)
-    check_restartable(config, run_dir_given)
+    if environment.is_launched_by_user():
+        check_restartable(config, run_dir_given)
     if config.resume is not None:
         locate_run(config, run_dir_given)
     stack.enter_context(locked_run(config.local_run_dir))
@@ -104,7 +108,8 @@ def report_data(config: DictConfig):
     if not on_rank0():
         return
     hub.use_cache_if_unreachable(hub_names(config))
-    allow_own_code(config)
+    if config.model.trust_remote_code:
+        allow_own_code()
     train_batches, _ = open_batches(config, chosen_datasets(config), load_tokenizer(config), config.seed)
     if warning := rate_warning(config, train_batches.n_batches):
         rank0_print(warning)
@@ -124,7 +129,8 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
     trainer.state.inputs = {**file_hashes, **check_loaded(config, checkpoint, trainer)}
     with trainer.stop:
         with resume_hinted(run_dir, Stopped):
-            trainer.precompute_reference()
+            if config.precompute_ref_log_probs:
+                trainer.precompute_reference()
             if checkpoint is not None:
                 trainer.resume(checkpoint)
         if trainer.state.complete and is_last(checkpoint):  # under other settings than when it was written
@@ -132,9 +138,12 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
             return
         if on_rank0():
             create_run_dir(config, trainer.state.inputs)
-        with resume_hinted(run_dir, Exception), explained_out_of_memory(config):
-            trainer.train()
-            trainer.save()
+        with resume_hinted(run_dir, Exception):
+            try:
+                trainer.train()
+                trainer.save()
+            except torch.OutOfMemoryError as error:
+                raise explain_out_of_memory(error, config) from error
 
 
 def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[str, str]:
@@ -144,10 +153,12 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
     """
     loaded, changed = {}, []
     if on_rank0():
-        loaded = {**fingerprints.hub_revisions(config), **trainer.data_fingerprints()}
+        loaded = fingerprints.hub_revisions(config)
+        loaded |= {**trainer.train_iterator.fingerprints(), **trainer.eval_iterator.fingerprints()}
         changed = changed_inputs(config, checkpoint, loaded) if config.resume is not None else []
     loaded, changed = collectives.broadcast_object((loaded, changed))
-    refuse_changed_inputs(config, changed)
+    if changed:
+        refuse_changed_inputs(config, changed)
     return loaded
 
 

@@ -5,23 +5,23 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from acceleration.batch_losses import batch_losses, loss_inputs, tokens_that_count
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
 from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
-from acceleration.out_of_memory import explained_out_of_memory
+from acceleration.out_of_memory import explain_out_of_memory
 from acceleration.overflow import check_no_overflow
 from acceleration.packed_attention import use_packed_attention
 from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
+from acceleration.whole_batch_losses import whole_batch_losses
 from checkpointing import best
 from checkpointing.background import Background
 from checkpointing.checkpoints import check_shared, load_model_state, load_policy_state
@@ -44,7 +44,14 @@ from distributed import collectives, environment
 from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
-from log_probabilities import _get_batch_logps, concatenated_inputs, with_first_labels
+from log_probabilities import (
+    _get_batch_logps,
+    concatenated_inputs,
+    on_policy_weights,
+    response_lengths,
+    shared_lengths,
+    with_first_labels,
+)
 from losses import find_loss, preference_loss  # noqa: F401 (users of the original import it from here)
 from models import (
     allow_own_code,
@@ -59,7 +66,7 @@ from models import (
     router_losses,
 )
 from objectives.declaration import Memory
-from optimization import make_optimizer, make_scheduler, rate_warning
+from optimization import lr_multiplier, make_optimizer, rate_warning
 from preference_datasets import open_batches
 from references import (
     Reference,
@@ -73,7 +80,7 @@ from reporting.metrics import check_finite, mean_metrics, response_metrics, rewa
 from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import UserError, get_block_class_from_model, rank0_print, unwrap_adapter, widest_dtype
+from utils import UserError, get_block_class_from_model, on_device, rank0_print, unwrap_adapter, widest_dtype
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -115,6 +122,8 @@ class BasicTrainer:
         self.loss, self.loss_memory = find_loss(config.loss), Memory()
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
+        self.is_sharded = self.strategy.batch_shard[1] > 1  # other workers compute other shards of each batch
+        self.moves_reference = config.reference_update_every is not None
         self.state = TrainState()
         self.stop, self.background = StopSignal(), Background()
         self.run_log: RunLog | None = None
@@ -146,10 +155,6 @@ class BasicTrainer:
         self.n_eval_examples = n_examples = self.eval_iterator.n_examples
         if config.sample_during_eval and config.n_eval_model_samples > n_examples:
             rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
-
-    def data_fingerprints(self) -> dict[str, str]:
-        """Return a SHA-256 of each dataset's examples in each split; see `BatchIterator.fingerprints`."""
-        return {**self.train_iterator.fingerprints(), **self.eval_iterator.fingerprints()}
 
     def _set_up_policy(self, policy: nn.Module | Callable[[], nn.Module | None] | None):
         config = self.config
@@ -231,7 +236,8 @@ class BasicTrainer:
         if config.activation_checkpointing:
             self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = make_optimizer(self.policy, config, self.device, self.strategy.optimizer_args)
-        self.scheduler = make_scheduler(self.optimizer, config, self.train_iterator.n_batches)
+        multiplier = lr_multiplier(config, self.train_iterator.n_batches)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, multiplier)
 
     # ---- log-probabilities and loss -------------------------------------------------------------------------------
 
@@ -295,20 +301,54 @@ class BasicTrainer:
         with self.reference.active() as model:
             return self.response_logps(model, batch, until).to(self.device).chunk(2, dim=-1)  # it may be on another GPU
 
+    def loss_inputs(
+        self, batch: dict, policy_logps: torch.Tensor, until: torch.Tensor | None, loss_config: Mapping
+    ) -> dict[str, torch.Tensor]:
+        """Return the inputs of a loss, (batch_size,) each: log-probabilities (nats), lengths (tokens) and weights.
+
+        Args:
+            policy_logps: those of the S responses, chosen before rejected, (S,); with `until`, (2, S).
+            until: see `response_logps`.
+        """
+        sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
+        lengths = torch.cat([response_lengths(batch[f"{side}_labels"]) for side in sides])
+        stacked = {"{}_lengths": lengths.to(self.device, non_blocking=True), "policy_{}_logps": policy_logps}
+        if self.loss.needs_pairs:
+            stacked["reference_{}_logps"] = torch.cat(self.reference_logps(batch, until), -1)
+        if self.loss.needs_weights(loss_config):
+            stacked["{}_weights"] = self._on_policy_weights(batch)
+        inputs = {}
+        for name, values in stacked.items():
+            for side, of_side in zip(sides, values.chunk(len(sides), -1), strict=True):
+                if of_side.ndim == 2:
+                    of_side, inputs[name.format(side).replace("_logps", "_shared_logps")] = of_side
+                inputs[name.format(side)] = of_side
+        return inputs
+
+    def _on_policy_weights(self, batch: dict) -> torch.Tensor:
+        """Return WPO's weight of each response, (2 * batch_size,), by another plain forward pass, without gradient."""
+        input_ids, attention_mask, labels = on_device(concatenated_inputs(batch), self.device).values()
+        with torch.no_grad(), self.autocast(self.policy):
+            logits = self.policy(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2B, T, V)
+        return on_policy_weights(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
     def get_batch_metrics(
-        self, batch: dict, loss_config: DictConfig, train: bool = True, loss: Callable | None = None
+        self, batch: dict, loss_config: Mapping, train: bool = True, loss: Callable | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
 
         Args:
-            loss: that of a microbatch, from `batch_losses`; None takes this batch for a whole one.
+            loss: that of a microbatch, if the loss needs the whole batch; None takes this batch for a whole one.
         """
-        split, until = "train" if train else "eval", tokens_that_count(self, batch)
+        split, until = "train" if train else "eval", None
+        if self.loss.needs_shared_logps(loss_config):
+            until = shared_lengths(batch)
         router_coef = self.config.model.router_aux_loss_coef
         with contextlib.nullcontext() if router_coef is None else router_losses(self.policy) as aux_losses:
             policy_logps = self.response_logps(self.policy, batch, until)
-        inputs = loss_inputs(self, batch, policy_logps)
-        loss = loss or batch_losses(self, batch, [batch], train)[0]
+        inputs = self.loss_inputs(batch, policy_logps, until, loss_config)
+        if loss is None:
+            loss = whole_batch_losses(self, batch, [batch], train)[0] if self.loss.needs_batch else self.loss.compute
         losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
         if router_coef is not None:
@@ -330,9 +370,11 @@ class BasicTrainer:
 
         Raises: Stopped after a signal; LATEST then holds the current state.
         """
-        self.precompute_reference()
+        if self.config.precompute_ref_log_probs:
+            self.precompute_reference()
         seed_generators(self.seed + self.strategy.batch_shard[0])  # workers with other prompts draw other samples
-        restore_rng_state(self.state.rng_states, *self.strategy.batch_shard)
+        if self.state.rng_states:
+            restore_rng_state(self.state.rng_states, *self.strategy.batch_shard)
         if self.rank == 0:
             self.run_log = RunLog(
                 self.config, self.run_dir, self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
@@ -345,7 +387,7 @@ class BasicTrainer:
             try:
                 for batch in bar:
                     self._evaluate_and_save_where_due()
-                    if best.ends_run(self.state, self.config):
+                    if self.config.stop_when_worse and best.ends_run(self.state, self.config):
                         best.print_stop_reason(self.state)
                         break
                     self.log("train", self.train_step(batch))
@@ -353,7 +395,7 @@ class BasicTrainer:
                     self.stop.check()
                 if self.state.evaluated_at != self.state.examples:
                     self.evaluate_and_log()
-                    if best.should_save_best(self.state, self.config):
+                    if self.config.keep_best and best.should_save_best(self.state, self.config):
                         save_step(self)
             except Stopped:
                 if self.state.saved_at != self.state.examples:
@@ -367,7 +409,8 @@ class BasicTrainer:
         saves = examples % (self.config.save_every or self.config.eval_every) == 0 and examples > 0
         if evaluates and self.state.evaluated_at != examples:
             self.evaluate_and_log()
-        if (saves or best.should_save_best(self.state, self.config)) and self.state.saved_at != examples:
+        is_best = self.config.keep_best and best.should_save_best(self.state, self.config)
+        if (saves or is_best) and self.state.saved_at != examples:
             save_step(self)
         self.stop.check()
 
@@ -383,9 +426,10 @@ class BasicTrainer:
         start_time = time.perf_counter()
         all_metrics = []
         parts = batch.get("microbatches") or self.with_microbatches(batch)["microbatches"]
-        losses = batch_losses(self, batch, parts, train=True)
+        loss_config = OmegaConf.to_container(self.config.loss)  # read many times below, which takes OmegaConf longer
+        losses = whole_batch_losses(self, batch, parts, True) if self.loss.needs_batch else [None] * len(parts)
         for number, (microbatch, loss_function) in enumerate(zip(parts, losses, strict=True), 1):
-            loss, metrics = self.get_batch_metrics(microbatch, self.config.loss, True, loss_function)
+            loss, metrics = self.get_batch_metrics(microbatch, loss_config, True, loss_function)
             self.strategy.prepare_backward(self.policy, is_last=number == len(parts))
             # not divided by the number of workers, as FSDP averages their gradients
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
@@ -416,7 +460,7 @@ class BasicTrainer:
 
         That thread needs its own process group: its collectives must not mix with those of training.
         """
-        group = collectives.thread_group("batches")
+        group = collectives.thread_group("batches") if self.is_sharded else None
         batches = (self.with_microbatches(batch, group) for batch in self.train_iterator.batches(skip))
         return prefetched(batches, n_ahead=2)
 
@@ -438,15 +482,6 @@ class BasicTrainer:
             functools.partial(collectives.all_reduce_max, group=group) if self.is_sharded else lambda n: n,
         )  # fmt: skip
 
-    @property
-    def is_sharded(self) -> bool:
-        """True if other workers compute other shards of each batch."""
-        return self.strategy.batch_shard[1] > 1
-
-    @property
-    def moves_reference(self) -> bool:
-        return self.config.reference_update_every is not None
-
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
@@ -462,14 +497,15 @@ class BasicTrainer:
         Raises: UserError if the loss of a batch isn't finite.
         """
         self.policy.eval()
-        all_metrics, indices = [], []
+        all_metrics, indices, loss_config = [], [], OmegaConf.to_container(self.config.loss)
         for batch in progressing(self.eval_batches, "Evaluating", "batches"):
             self.stop.check()
             batch_metrics = []
             parts = self.microbatches(batch, n_least=1)
-            for microbatch, loss in zip(parts, batch_losses(self, batch, parts, False), strict=True):
+            losses = whole_batch_losses(self, batch, parts, False) if self.loss.needs_batch else [None] * len(parts)
+            for microbatch, loss in zip(parts, losses, strict=True):
                 with torch.no_grad():
-                    metrics = self.get_batch_metrics(microbatch, self.config.loss, False, loss)[1]
+                    metrics = self.get_batch_metrics(microbatch, loss_config, False, loss)[1]
                 counted = self.counted(microbatch)
                 batch_metrics.append({key: values[counted] for key, values in metrics.items()})
                 indices += [index for index in microbatch["index"] if index is not None]
@@ -509,7 +545,8 @@ class BasicTrainer:
             set_rng_state(rng_state)
             raise
         self.state.metrics, self.state.evaluated_at = metrics, self.state.examples
-        best.judge(self.state, self.config)
+        if self.state.examples > 0:  # the weights that training starts from don't count
+            best.judge(self.state, self.config)
         self.log("eval", metrics, samples)
 
     # ---- output ---------------------------------------------------------------------------------------------------
@@ -574,21 +611,22 @@ def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
     use_expandable_segments()
     use_deterministic_algorithms(config.deterministic)
     hub.use_cache_if_unreachable(hub_names(config, reads_data=purpose != "sample"))
-    allow_own_code(config)
+    if config.model.trust_remote_code:
+        allow_own_code()
     trainer_class = globals()[config.trainer]
     device_map = trainer_class.strategy_class.device_map
     loads = environment.is_local_rank0()
-
-    def policy() -> nn.Module | None:
-        return load_policy(config, device_map) if loads else None
-
-    if device_map == "balanced":
+    policy = functools.partial(load_policy, config, device_map) if loads else None
+    if loads and device_map == "balanced":
         policy = functools.cache(policy)  # the reference may be a copy of it
 
     def reference_model() -> nn.Module | None:
-        to_copy = policy() if device_map == "balanced" else None
-        return load_reference(config, to_copy, device_map) if loads else None
+        if not loads:
+            return None
+        return load_reference(config, policy() if device_map == "balanced" else None, device_map)
 
     ranks = collectives.rank_and_world_size()
-    with explained_out_of_memory(config):
+    try:
         return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, purpose)
+    except torch.OutOfMemoryError as error:
+        raise explain_out_of_memory(error, config) from error

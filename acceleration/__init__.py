@@ -1,1 +1,1 @@
-"""Faster ways to compute the same numbers: attention over packed rows, weights cast once per step."""
+"""Ways to compute the same numbers faster or in less memory: prefix sharing, packed rows, whole batches in parts."""

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from acceleration.shadow_weights import release_copies
-from data.microbatches import CPU_OVERHEAD
 from utils import n_weights, transformer_blocks, unwrap_adapter
 
 # seconds that a host takes to launch the kernels of one layer, forward and backward
@@ -20,14 +19,12 @@ _OPERATIONS_PER_SECOND = 4e14  # of a current GPU, in bfloat16
 _OPERATIONS_PER_PARAMETER = 6  # for a token, forward and backward
 
 
-def microbatch_overhead(policy: nn.Module, device: torch.device) -> float:
-    """Return the cost of one more microbatch, in tokens that could be computed in the same time.
+def microbatch_overhead(policy: nn.Module) -> float:
+    """Return the cost of one more microbatch on a GPU, in tokens that could be computed in the same time.
 
-    On a GPU these are the launches of its kernels, which a small model waits for: by the constants above about 400
+    It is that of launching kernels, which a small model waits for: by the constants above about 400
     tokens for 2.8 billion parameters, 10,000 for 70 million (with 19 million outside the embeddings). Not measured.
     """
-    if device.type == "cpu":
-        return CPU_OVERHEAD
     embeddings = {id(embedding.weight) for embedding in (policy.get_input_embeddings(), policy.get_output_embeddings())
                   if embedding is not None}  # fmt: skip
     n_parameters = sum(n_weights(parameter) for parameter in policy.parameters() if id(parameter) not in embeddings)

@@ -49,19 +49,16 @@ class Layout:
         """Return the batch with its rows, made ahead of time; pinned, a GPU copies them while it computes."""
         if self.is_plain:
             return batch
-        way = self._way(batch)
-        rows = way(batch).pin_memory() if pin_memory else way(batch)
-        return batch | {"rows": batch.get("rows", {}) | {way: rows}}
+        rows = self.rows(batch).pin_memory() if pin_memory else self.rows(batch)
+        return batch | {"rows": batch.get("rows", {}) | {self.make_rows: rows}}
 
     def rows(self, batch: dict) -> Rows:
         """Return the rows of a batch: those that `prepare` has made, if it was called."""
-        made, way = batch.get("rows", {}), self._way(batch)
-        return made[way] if way in made else way(batch)
-
-    def _way(self, batch: dict) -> Callable[[dict], Rows]:
+        if self.make_rows in batch.get("rows", {}):
+            return batch["rows"][self.make_rows]
         if "rejected_labels" in batch:
-            return self.make_rows
-        return packed_rows if self.is_packed else padded_rows  # single sequences share nothing
+            return self.make_rows(batch)
+        return packed_rows(batch) if self.is_packed else padded_rows(batch)  # single sequences share nothing
 
 
 PLAIN = Layout(None)

@@ -8,6 +8,7 @@ measured, as that depends on dtype, depth and weights.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 
@@ -81,7 +82,9 @@ def find_layout(
     with check.mode(is_trained):
         check.measure_plain()
         ways = _allowed_layouts(config, may_share, must_share, check.device.type == "cuda")
-        whole_logits = bool(ways) and check.needs_whole_logits()
+        # on all workers, if any of them must take the logits of every position from the model
+        must_take_logits = bool(ways) and not head_gives_logits(check.base, check.short)
+        whole_logits = bool(collectives.all_reduce_max(int(must_take_logits)))
         reasons: dict[Callable, str] = {}
         for make_rows in ways:
             layout = Layout(make_rows, whole_logits)
@@ -201,10 +204,7 @@ class ModelCheck:
             return f"attn_implementation={attention} doesn't support tree masks; {' and '.join(_DENSE_MASKS)} do"
         if reason := _excluding_design(self.base, layout, self.max_length):
             return reason
-
-        def compute(model: nn.Module, batch: dict) -> torch.Tensor:
-            return layout.response_logps(model, batch, self.strategy)
-
+        compute = functools.partial(layout.response_logps, strategy=self.strategy)
         if layout.is_packed:
             use_packed_attention(self.base)
         n_positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 0
@@ -216,10 +216,6 @@ class ModelCheck:
             known = "the model takes no position_ids"
             reason = f"{reason[:-1]}; {known})" if reason.endswith((" nats)", " %)")) else f"{reason} ({known})"
         return reason
-
-    def needs_whole_logits(self) -> bool:
-        """True, on all workers, if any worker has to take the logits of all positions from the model."""
-        return bool(collectives.all_reduce_max(int(not head_gives_logits(self.base, self.short))))
 
     def _alone(self, full_length: dict | None, seed: int) -> tuple[Numbers, bool]:
         """Return the plain numbers of each example alone, and True if random numbers were drawn for them."""

@@ -34,7 +34,7 @@ def response_logps(
     """
     model = unwrap_adapter(model)
     device = model.get_input_embeddings().weight.device
-    rows = rows.to(device)
+    rows = rows if rows.input_ids.device == device else rows.to(device)
     kwargs = _mask_and_positions(model, rows, device)
     if whole_logits:
         outputs, head = model(rows.input_ids, use_cache=False, **kwargs).logits, nn.Identity()  # (B, T, V)

@@ -5,7 +5,7 @@ from acceleration.compiled import compile_blocks
 from acceleration.measurement import full_length_batch
 from acceleration.memory_plan import plan_memory
 from acceleration.shadow_weights import round_if_equal, shadow_if_equal
-from data.microbatches import computed_tokens
+from data.microbatches import CPU_OVERHEAD, computed_tokens
 from references import is_computed_as_policy
 from utils import rank0_print
 
@@ -17,29 +17,35 @@ def speed_up(trainer) -> tuple[float, int | None]:
         microbatch, None for any number.
     """
     config, policy = trainer.config, trainer.policy
-    if trainer.policy_mp is not None and not trainer.strategy.splits_tensors and trainer.eval_iterator is not None:
-        batch = trainer.eval_iterator.first_examples(2)
-        if not shadow_if_equal(policy, trainer.optimizer, lambda: trainer.response_logps(policy, batch)):
-            rank0_print("Weights are cast in every microbatch: casting them once per step gives different results here")
-    if _may_round_reference(trainer):
-        batch, reference = trainer.eval_iterator.first_examples(2), trainer.reference.model
-        if not round_if_equal(reference, trainer.policy_mp, lambda: trainer.response_logps(reference, batch)):
-            rank0_print(f"The reference keeps its {config.model.policy_dtype} weights: rounded, it gives other numbers")
+    if trainer.policy_mp is not None and trainer.eval_iterator is not None:
+        _cast_once(trainer)
     fitting = _fitting_tokens(trainer) if trainer.optimizer and trainer.device.type == "cuda" else None
     if config.compile:
         compile_blocks(policy, config.model.block_name)
-    return microbatch_overhead(policy, trainer.device), config.max_tokens_per_microbatch or fitting
+    overhead = CPU_OVERHEAD if trainer.device.type == "cpu" else microbatch_overhead(policy)
+    return overhead, config.max_tokens_per_microbatch or fitting
+
+
+def _cast_once(trainer):
+    """Cast weights that are computed under autocast once a step, and a fixed reference's for good, if that is equal."""
+    policy, batch = trainer.policy, trainer.eval_iterator.first_examples(2)
+    if not trainer.strategy.splits_tensors and not shadow_if_equal(
+        policy, trainer.optimizer, lambda: trainer.response_logps(policy, batch)
+    ):
+        rank0_print("Weights are cast in every microbatch: casting them once per step gives different results here")
+    if _may_round_reference(trainer):
+        reference, dtype = trainer.reference.model, trainer.config.model.policy_dtype
+        if not round_if_equal(reference, trainer.policy_mp, lambda: trainer.response_logps(reference, batch)):
+            rank0_print(f"The reference keeps its {dtype} weights: rounded, it gives other numbers")
 
 
 def _may_round_reference(trainer) -> bool:
     """True if the reference is a second, frozen model that is computed under autocast; FSDP rounds it anyway."""
     config, reference = trainer.config, trainer.reference
     is_second = reference is not None and reference.model is not trainer.policy
-    is_autocast = (
-        trainer.policy_mp is not None and is_computed_as_policy(config) and not trainer.strategy.shards_batches
-    )
+    is_autocast = is_computed_as_policy(config) and not trainer.strategy.shards_batches
     is_fixed = config.reference_update_every is None and not config.compile
-    return is_second and is_autocast and is_fixed and trainer.eval_iterator is not None
+    return is_second and is_autocast and is_fixed
 
 
 def _fitting_tokens(trainer) -> int | None:

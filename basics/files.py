@@ -5,6 +5,7 @@ It imports nothing but the standard library, so that commands which only read fi
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import IO
 
 from basics.errors import UserError
@@ -154,6 +156,7 @@ def append_whole(descriptor: int, data: bytes):
 
 # ---- hashes of whole files ------------------------------------------------------------------------------------------
 
+_HASHES = "file_hashes.jsonl"  # the cache's file
 _SETTLED = 2  # seconds; a file changed more recently may change again without a new timestamp
 
 
@@ -163,6 +166,7 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass
 class HashCache:
     """Caches SHA-256 hashes of files, which are identified by device, inode, size, mtime and ctime.
 
@@ -170,12 +174,16 @@ class HashCache:
     damage to the disk itself, so checksums of checkpoints are computed without it.
     """
 
-    def __init__(self, directory: str):
-        self.path = os.path.join(directory, "file_hashes.jsonl")
-        self.known: dict[tuple, str] = {}
+    directory: str
+
+    @functools.cached_property
+    def known(self) -> dict[tuple, str]:
+        """The cached hashes."""
+        known = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            for line, _ in read_json_lines(self.path):
-                self.known[tuple(line["stat"])] = line["sha256"]
+            for line, _ in read_json_lines(os.path.join(self.directory, _HASHES)):
+                known[tuple(line["stat"])] = line["sha256"]
+        return known
 
     def sha256(self, path: str) -> str:
         """Return the SHA-256 of a file's bytes, in hexadecimal."""
@@ -187,8 +195,8 @@ class HashCache:
                 return digest
             self.known[key] = digest
             with contextlib.suppress(OSError):  # not cached: it is read again next time
-                os.makedirs(os.path.dirname(self.path), exist_ok=True)
-                append_json_lines(self.path, [{"stat": key, "sha256": digest}])
+                os.makedirs(self.directory, exist_ok=True)
+                append_json_lines(os.path.join(self.directory, _HASHES), [{"stat": key, "sha256": digest}])
         return self.known[key]
 
 

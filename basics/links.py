@@ -1,4 +1,4 @@
-"""LATEST and BEST: links to a checkpoint beside them, or where links need rights (Windows) files that name it."""
+"""LATEST and BEST lead to a checkpoint beside them: as links, or on Windows as files with its name."""
 
 import os
 import re

@@ -21,6 +21,7 @@ SHARDS = "shards.json"  # in a sharded checkpoint: which file holds which part o
 CONFIG_HEADER = b"# SHA-256 of what the run started from"  # the beginning of a run's config.yaml
 PICTURE_OF = "direct-preference-optimization"  # in the metadata of each picture that is drawn here
 
+_PICTURE = re.compile(rb"\x89PNG.{,2000}" + PICTURE_OF.encode(), re.DOTALL)
 _CHECKPOINT = re.compile(r"step-[0-9]+|LATEST|BEST")
 _LOGS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png")
 _HEAD = 2**16  # bytes by which a file is recognized
@@ -95,7 +96,9 @@ def document(what: str, start: bytes) -> Refusal:
 def picture(path: str) -> str | None:
     """Refuse a file that isn't a picture drawn here; a run directory's curves.png is one."""
     is_runs = os.path.basename(path) == "curves.png" and is_run(os.path.dirname(path) or ".")
-    return None if is_runs and (os.path.isfile(path) or not os.path.lexists(path)) else _OWN_PICTURE(path)
+    if is_runs and (os.path.isfile(path) or not os.path.lexists(path)):
+        return None
+    return _own_file("pictures drawn here", lambda head: _PICTURE.match(head) is not None)(path)
 
 
 def _own_file(what: str, is_own: Callable[[bytes], bool]) -> Refusal:
@@ -112,11 +115,6 @@ def _own_file(what: str, is_own: Callable[[bytes], bool]) -> Refusal:
         return None if is_own(head) else f"it exists, but doesn't hold {what}; give another file"
 
     return refusal
-
-
-_OWN_PICTURE = _own_file(
-    "pictures drawn here", lambda head: head.startswith(b"\x89PNG") and PICTURE_OF.encode() in head[:2000]
-)
 
 
 def _is_line(head: bytes, start: bytes, keys: set[str]) -> bool:

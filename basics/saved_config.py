@@ -27,3 +27,14 @@ def read_saved_config(path: str) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise ValueError("it holds no keys")
     return config
+
+
+def flatten(config: dict | DictConfig, prefix: str = "") -> dict[str, object]:
+    """Return a config with one level of keys: {'loss.beta': 0.1, ...}."""
+    flat = {}
+    for key, value in (OmegaConf.to_container(config) if isinstance(config, DictConfig) else config).items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -53,7 +53,7 @@ from acceleration.prefix_sharing import packed_shared_rows, padded_rows, shared_
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from data.batches import prefetched
-from data.microbatches import microbatches
+from data.microbatches import CPU_OVERHEAD, microbatches
 from log_probabilities import concatenated_inputs
 from losses import preference_loss
 from utils import disable_dropout, slice_and_move_batch_for_device
@@ -216,7 +216,7 @@ def original_microbatches(batch: dict, training: Training, args: Namespace) -> l
 def planned_microbatches(batch: dict, training: Training, args: Namespace, layout: Layout) -> list[dict]:
     """Split a batch as `trainers.py` does, and prepare the rows of each part."""
     min_parts = 1 if layout.is_packed and args.max_tokens else args.microbatch
-    overhead = microbatch_overhead(training.policy, training.device)
+    overhead = CPU_OVERHEAD if training.device.type == "cpu" else microbatch_overhead(training.policy)
     parts = microbatches(batch, min_parts, layout.is_shared, overhead, layout.is_packed, args.max_tokens)
     return [layout.prepare(part, pin_memory=training.device.type == "cuda") for part in parts]
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from basics.checksums import read_checksums, verify_checksum
+from basics.files import open_regular
 from basics.outputs import CHECKSUMS, SHARDS, is_sharded
-from checkpointing.integrity import verify_weights
 from checkpointing.sharded import SavedTensor, ShardedCheckpoint, in_memory, is_tensor, placed_like
 from data import hub
 from utils import UserError, rank0_print
@@ -68,6 +68,20 @@ def describe(error: Exception, n_characters: int = 300) -> str:
         reason = re.search(r"WeightsUnpickler error: (.*?)(?:\. Please use|\n|$)", text)
         text = reason[1] if reason else "it is no file of tensors"
     return f"{type(error).__name__}: {text[:n_characters]}"
+
+
+def verify_weights(directory: str):
+    """Check the weights in a folder that is loaded, if a SHA256SUMS in it lists them.
+
+    Raises: ValueError if a file of weights is damaged.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with open_regular(os.path.join(directory, CHECKSUMS)) as file:
+            text = file.read().decode(errors="replace")
+        listed = re.findall(r"^([0-9a-f]{64}) [ *](?:\./)?([^/\0\n]+)$", text, re.MULTILINE)
+        for digest, name in listed:
+            if name.endswith((".safetensors", ".bin")) and os.path.exists(os.path.join(directory, name)):
+                verify_checksum(directory, name, digest)
 
 
 def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_remote_code: bool = False):

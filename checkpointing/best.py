@@ -19,8 +19,6 @@ def judge(state: TrainState, config: DictConfig):
     Raises: UserError if it lacks the metric that `keep_best` names.
     """
     metric = config.keep_best or LOSS
-    if state.examples == 0:  # the weights that training starts from don't count
-        return
     if metric not in state.metrics:
         raise UserError(f"keep_best={metric}: the evaluation has none. It has: {', '.join(state.metrics)}")
     value, best = state.metrics[metric], state.best.get(metric)

@@ -1,32 +1,16 @@
 """Checksums of checkpoints, which tell if one of their files is damaged."""
 
-import contextlib
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 
 from basics.checksums import read_checksums, verify_checksum
-from basics.files import open_regular, sha256
+from basics.files import sha256
 from basics.outputs import CHECKSUMS
 
 
 def content_digest(directory: str) -> str:
     """Return a hash of all files of a whole checkpoint, whatever its name."""
     return sha256(os.path.join(directory, CHECKSUMS))
-
-
-def verify_weights(directory: str):
-    """Check the weights in a folder that is loaded, if a SHA256SUMS in it lists them.
-
-    Raises: ValueError if a file of weights is damaged.
-    """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        with open_regular(os.path.join(directory, CHECKSUMS)) as file:
-            text = file.read().decode(errors="replace")
-        listed = re.findall(r"^([0-9a-f]{64}) [ *](?:\./)?([^/\0\n]+)$", text, re.MULTILINE)
-        for digest, name in listed:
-            if name.endswith((".safetensors", ".bin")) and os.path.exists(os.path.join(directory, name)):
-                verify_checksum(directory, name, digest)
 
 
 def find_corruption(directory: str) -> str | None:

@@ -94,7 +94,7 @@ def locate_run(config: DictConfig, run_dir_given: bool):
 
 
 def check_restartable(config: DictConfig, run_dir_given: bool):
-    """Refuse a command that its launcher would give again after a failure, but that would not resume the run then.
+    """Refuse a command that would start a run anew, rather than resume it, when its launcher restarts it.
 
     Raises: UserError naming the remedy.
     """

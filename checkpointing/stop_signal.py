@@ -17,8 +17,7 @@ class Stopped(Exception):
 class StopSignal:
     """Inside `with`, a first signal sets `received`, which training acts on; a second one ends the process."""
 
-    def __init__(self):
-        self.received: str | None = None
+    received: str | None = None  # its name
 
     def __enter__(self):
         self.handled = signals_handled(self._receive)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from basics.files import open_regular
-from config_checks.schema import flatten
+from basics.saved_config import flatten
 from utils import UserError, rank0_print
 
 _ADDED_LATER = (

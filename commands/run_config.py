@@ -11,11 +11,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
-from commands.workers import enter_process_group, needs_workers, run_in_workers
+from commands.workers import run_in_workers
 from config_checks.checks import check_config
-from config_checks.paths import expand_home
-from config_checks.schema import FREE_KEYS, own_keys
-from distributed import collectives
+from config_checks.schema import FREE_KEYS, expand_home, own_keys
+from distributed import collectives, connection, environment
+from distributed.strategies import STRATEGIES
 from utils import UserError, closest_sibling, on_rank0
 
 
@@ -96,7 +96,8 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
     own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})
     config = _config_without(config, own)
     with contextlib.ExitStack() as stack:
-        enter_process_group(config, stack)
+        if is_launched := environment.is_launched():
+            stack.enter_context(connection.process_group(config.worker_timeout))
         prepared = None
         if on_rank0():
             check_config(config, reads_data=own.get("prompts") is None)
@@ -106,7 +107,10 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
                 check_models_unchanged(config, checkpoints, files, given)
             prepared = config, make_options(config, own, checkpoints)
         config, options = collectives.broadcast_object(prepared)
-        run_in_workers(work, config, options, given) if needs_workers(config) else work(config, options, given)
+        if is_launched or not STRATEGIES[config.trainer].starts_workers:
+            work(config, options, given)
+        else:
+            run_in_workers(work, config, options, given)
 
 
 def check_hub_models(config: DictConfig, checkpoints: list[str | None], given: list[str]):

@@ -1,6 +1,5 @@
 """Start workers or join a launcher's: where a command's work is done."""
 
-import contextlib
 from collections.abc import Callable
 
 from omegaconf import DictConfig
@@ -10,18 +9,6 @@ from commands.exit_on_signals import exit_on_signals
 from commands.output import keep_output_going
 from data.row_sources import ROWS
 from distributed import connection, environment, launch
-from distributed.strategies import STRATEGIES
-
-
-def enter_process_group(config: DictConfig, stack: contextlib.ExitStack):
-    """Connect this process with the other workers while `stack` is entered, if a launcher has started it."""
-    if environment.is_launched():
-        stack.enter_context(connection.process_group(config.worker_timeout))
-
-
-def needs_workers(config: DictConfig) -> bool:
-    """True if the trainer computes in several processes and no launcher has started them."""
-    return STRATEGIES[config.trainer].starts_workers and not environment.is_launched()
 
 
 def run_in_workers(work: Callable, config: DictConfig, *args):

@@ -16,14 +16,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from basics.outputs import is_sharded, why_not_writable
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.lora import check_adapter_fits, check_lora
-from config_checks.paths import expand_config
 from config_checks.schedules import check_schedule
-from config_checks.schema import default_config, names_in
+from config_checks.schema import default_config, expand_config, names_in
 from config_checks.values import check_values
 from data.choice import TRUNCATIONS
 from distributed import environment
 from distributed.strategies import STRATEGIES
 from losses import find_loss, needs_reference
+from optimization import DEFAULT_SCHEDULE
 from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
@@ -35,6 +35,7 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 _GPU_ATTENTION = {
     "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
 }  # fmt: skip
+_HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # NAME or OWNER/NAME, as a regular expression
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 
 
@@ -58,36 +59,28 @@ def check_config(config: DictConfig, reads_data: bool = True):
     if isinstance(config.exp_name, int | float) and not isinstance(config.exp_name, bool):
         config.exp_name = str(config.exp_name)
     check_values(config)
-    _check_names(config, reads_data)
+    _check_data(config, reads_data)
     _check_optimizer(config)
-    check_schedule(config.lr_scheduler, OmegaConf.to_container(config.lr_scheduler_args))
+    if config.lr_scheduler != DEFAULT_SCHEDULE or config.lr_scheduler_args:
+        check_schedule(config.lr_scheduler, OmegaConf.to_container(config.lr_scheduler_args))
     _check_model(config)
     _check_lengths_and_batches(config)
     _check_workers(config)
     _check_reference(config)
-    _check_best(config)
     _check_checkpoints(config)
     _check_files(config)
 
 
-def _check_names(config: DictConfig, reads_data: bool):
+def _check_data(config: DictConfig, reads_data: bool):
+    """Check the names of datasets; if they are read, their settings, as far as that is possible without reading."""
     if isinstance(config.datasets, str):
         config.datasets = ListConfig([config.datasets])
     if not isinstance(config.datasets, ListConfig):
         raise UserError(f"datasets={config.datasets}: expected a list, e.g. datasets=[hh]")
     if not config.datasets:
         raise UserError("datasets=[]: name at least one dataset, e.g. datasets=[hh]")
-    if reads_data:
-        _check_data(config)
-    if config.trainer not in STRATEGIES:
-        raise UserError(
-            f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
-            f"There are: {', '.join(STRATEGIES)}"
-        )
-
-
-def _check_data(config: DictConfig):
-    """Check the settings of data, as far as that is possible without reading them."""
+    if not reads_data:
+        return
     for key, values in (
         ("truncation", (*TRUNCATIONS, None)),
         ("on_bad_example", ("error", "skip")),
@@ -98,8 +91,10 @@ def _check_data(config: DictConfig):
             raise UserError(f"{key}={config[key]}: must be one of {allowed}")
     if not 0 < config.test_fraction < 1:
         raise UserError(f"test_fraction={config.test_fraction}: must be above 0 and below 1")
-    check_fields(config.fields, "config")
-    check_ignored_columns(config.ignored_columns, "config")
+    if config.fields:
+        check_fields(config.fields, "config")
+    if config.ignored_columns:
+        check_ignored_columns(config.ignored_columns, "config")
     choices = chosen_datasets(config)
     of_files = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template", "verbatim_responses")
     of_rows = [key for key in of_files if config[key]] + ["trained_turns"] * (config.trained_turns != "all")
@@ -181,7 +176,8 @@ def _check_model(config: DictConfig):
             f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is a local folder, which has no "
             "revisions; leave it null"
         )
-    _check_attention(model)
+    if model.attn_implementation is not None:
+        _check_attention(model)
     if model.router_aux_loss_coef is not None:
         _turn_off_faster_layouts(config)
 
@@ -199,8 +195,6 @@ def _turn_off_faster_layouts(config: DictConfig):
 
 def _check_attention(model: DictConfig):
     name = model.attn_implementation
-    if name is None:
-        return
     if name not in ATTENTION:
         raise UserError(
             f"model.attn_implementation={name}: no such implementation.{closest_match(name, ATTENTION)} There are: "
@@ -247,6 +241,11 @@ def _check_lengths_and_batches(config: DictConfig):
 
 
 def _check_workers(config: DictConfig):
+    if config.trainer not in STRATEGIES:
+        raise UserError(
+            f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
+            f"There are: {', '.join(STRATEGIES)}"
+        )
     trainer, strategy = config.trainer, STRATEGIES[config.trainer]
     world_size = environment.get_world_size(strategy.starts_workers, config.world_size)
     for_tensors = ", ".join(name for name, other in STRATEGIES.items() if not other.splits_tensors)
@@ -268,7 +267,8 @@ def _check_workers(config: DictConfig):
         for key, default in other.config_keys.items():
             if config[key] != default and key not in strategy.config_keys:
                 raise UserError(f"{key}={config[key]}: only trainer={name} has that; leave it {default}")
-    _check_division(config, world_size)
+    if strategy.starts_workers:
+        _check_division(config, world_size)
     n_gpus = torch.cuda.device_count()
     if n_gpus and not environment.is_launched() and world_size > n_gpus:
         raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
@@ -329,7 +329,10 @@ def _check_reference(config: DictConfig):
             f"{why} uses no reference: leave reference, reference_model and precompute_ref_log_probs at their defaults"
         )
     config.reference = resolved_reference(config)
-    _check_moving_reference(config)
+    if (alpha := config.reference_update_alpha) > 1:
+        raise UserError(f"reference_update_alpha={alpha}: must be at most 1, the policy's own weights")
+    if config.reference_update_every is not None:
+        _check_moving_reference(config)
     if find_loss(config.loss).takes_kl_estimate:
         _check_kl_estimate(config)
     if find_loss(config.loss).needs_shared_logps(config.loss) and config.precompute_ref_log_probs:
@@ -364,11 +367,7 @@ def _check_kl_estimate(config: DictConfig):
 
 
 def _check_moving_reference(config: DictConfig):
-    every, alpha = config.reference_update_every, config.reference_update_alpha
-    if alpha > 1:
-        raise UserError(f"reference_update_alpha={alpha}: must be at most 1, the policy's own weights")
-    if every is None:
-        return
+    every = config.reference_update_every
     if not needs_reference(config.loss):
         raise UserError(f"reference_update_every={every}: loss={config.loss.name} has no reference to move")
     if config.precompute_ref_log_probs:
@@ -384,16 +383,14 @@ def _check_moving_reference(config: DictConfig):
         )
 
 
-def _check_best(config: DictConfig):
-    known = evaluation_metrics(find_loss(config.loss), config)
-    if config.keep_best is not None and config.keep_best not in known:
-        raise UserError(
-            f"keep_best={config.keep_best}: no metric of these evaluations.{closest_match(config.keep_best, known)} "
-            f"There are: {', '.join(known)}"
-        )
-
-
 def _check_checkpoints(config: DictConfig):
+    if (metric := config.keep_best) is not None:
+        known = evaluation_metrics(find_loss(config.loss), config)
+        if metric not in known:
+            raise UserError(
+                f"keep_best={metric}: no metric of these evaluations.{closest_match(metric, known)} "
+                f"There are: {', '.join(known)}"
+            )
     formats = ("whole", "sharded")
     if config.checkpoint_format not in formats:
         raise UserError(
@@ -412,12 +409,14 @@ def _check_files(config: DictConfig):
         raise UserError("tensorboard is not installed: pip install tensorboard, or pass tensorboard.enabled=false")
     if config.wandb.enabled and not config.debug and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or pass wandb.enabled=false")
-    _check_source("model.tokenizer_name_or_path", config.model.tokenizer_name_or_path)
-    for source in sources(config):
-        _check_source(source.key("name_or_path"), source.name_or_path)
+    folders_or_ids = {"model.tokenizer_name_or_path": config.model.tokenizer_name_or_path}
+    folders_or_ids |= {source.key("name_or_path"): source.name_or_path for source in sources(config)}
     for choice in chosen_datasets(config):
         if choice.name in DATASETS:
-            _check_source(f"dataset_paths.{choice.name}", config.dataset_paths.get(choice.name))
+            folders_or_ids[f"dataset_paths.{choice.name}"] = config.dataset_paths.get(choice.name)
+    for key, name in folders_or_ids.items():  # the hub itself is not asked
+        if name is not None and not os.path.exists(name) and not re.fullmatch(_HUB_ID, name, re.ASCII):
+            raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
     for source in sources(config):
         archive = source.archive
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
@@ -438,16 +437,6 @@ def _check_files(config: DictConfig):
         directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
         if reason := why_not_writable(directory):
             raise UserError(f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs): {reason}")
-
-
-def _check_source(key: str, name: str | None):
-    """Refuse what is neither a local folder nor of the form of a hub id; the hub itself is not asked."""
-    if (
-        name is not None
-        and not os.path.exists(name)
-        and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is None
-    ):
-        raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
 
 
 def _may_be_hub_id(name: str) -> bool:

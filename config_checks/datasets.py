@@ -25,7 +25,8 @@ def chosen_datasets(config: DictConfig) -> list[Choice]:
     choices = []
     for entry in config.datasets:
         given = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
-        _check_entry(given, f"datasets=[{entry}]")
+        if not (isinstance(entry, str) and entry.strip()):  # a mapping, or a mistake
+            _check_entry(given, f"datasets=[{entry}]")
         is_named = given["name"] in DATASETS
         inherited = {"truncation": common["truncation"]} if is_named else common
         settings = inherited | given

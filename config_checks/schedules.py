@@ -3,7 +3,6 @@
 import inspect
 import math
 
-from optimization import DEFAULT_SCHEDULE
 from utils import UserError, closest_match
 
 _SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -22,9 +21,7 @@ def schedules() -> dict[str, list[str]]:
 
 
 def check_schedule(name: str, args: dict):
-    """Refuse an unknown schedule or unknown arguments of it, with a UserError."""
-    if name == DEFAULT_SCHEDULE and not args:
-        return  # without Transformers, which takes seconds to import
+    """Refuse an unknown schedule or unknown arguments of it, with a UserError; importing Transformers takes seconds."""
     known = schedules()
     if name not in known:
         raise UserError(

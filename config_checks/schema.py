@@ -1,13 +1,16 @@
-"""Keys that a config may have, with their defaults."""
+"""Keys that a config may have: their defaults, and those whose values are paths."""
 
 import copy
 import functools
+import os
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from basics.links import NAMES, followed
+from basics.saved_config import flatten
 from losses import LOSSES
-from reporting import runs
+from utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
@@ -52,11 +55,51 @@ def own_keys(config_name: str) -> dict[str, object]:
     return {key: value for key, value in own.items() if key not in ("hydra", "defaults")}
 
 
-def flatten(config: DictConfig, prefix: str = "") -> dict[str, object]:
-    """Return a config with one level of keys: {'loss.beta': 0.1, ...}."""
-    return runs.flatten(OmegaConf.to_container(config, resolve=False), prefix)
-
-
 def names_in(group: str) -> list[str]:
     """Return the names that `GROUP=NAME` takes."""
     return sorted(path.stem for path in CONFIG_DIR.glob(f"{group}/*.yaml"))
+
+
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
+_PATHS = (
+    "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.adapter", "local_run_dir", "resume",
+    "reference_model.name_or_path", "reference_model.archive", "reference_model.adapter", "chat_template", "local_dirs",
+    "dataset_paths", "datasets",
+)  # fmt: skip
+# keys of the other commands; values that aren't paths don't begin with ~/
+_OWN_PATHS = (
+    "run", "rows", "output", "prompts", "alpaca_eval", "a", "b", "judge_model", "judge_prompt", "chat_template",
+    "local_dirs",
+)  # fmt: skip
+
+
+def expand_config(config: DictConfig):
+    """Expand `~` in every path of training's config, in place."""
+    for key in _PATHS:
+        value = OmegaConf.select(config, key)
+        if value is not None:
+            OmegaConf.update(config, key, _expanded(value), merge=False)
+
+
+def expand_home(own: dict) -> dict:
+    """Return the values of a command's own keys, `~` expanded in those that are paths.
+
+    Raises: UserError if a path is empty, as `output=$FILE` is where there is no such variable.
+    """
+    if empty := [key for key in _OWN_PATHS if own.get(key) == ""]:
+        raise UserError(f"{empty[0]}= is empty: give a path, or leave it out")
+    return {key: _expanded(value) if key in _OWN_PATHS else value for key, value in own.items()}
+
+
+def _expanded(value: object) -> object:
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    path = os.path.expanduser(value) if value.startswith("~") else value
+    return followed(path) if any(name in path for name in NAMES) else path

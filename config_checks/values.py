@@ -4,8 +4,9 @@ import math
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from basics.saved_config import flatten
 from config_checks.explanations import other_loss, unknown_key
-from config_checks.schema import FREE_KEYS, default_config, flatten
+from config_checks.schema import FREE_KEYS, default_config
 from losses import LOSSES, MIX
 from objectives.modifiers import UNLISTED
 from utils import UserError, closest_match

@@ -88,6 +88,7 @@ class BatchIterator:
         n_batches, n_examples: totals over all epochs.
         epoch_size: examples per epoch, without the `n_dropped` that don't fill a batch.
         n_distinct: distinct examples over all epochs.
+        is_unpaired: some examples are two single responses, each with its own prompt.
     """
 
     def __init__(self, parts: list[Sequence[Prompt]], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool,
@@ -103,6 +104,7 @@ class BatchIterator:
         self.order = array("I", range(len(self.prompts)) if order is None else order)
         self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
         self.mismatched = mismatched
+        self.is_unpaired = any(getattr(part, "others", None) is not None for part in parts)
 
         available = len(self.order) if sft_mode else int(self.prompts.n_pairs[self.order].sum())
         self.n_dropped = available % batch_size if drop_last else 0
@@ -113,11 +115,6 @@ class BatchIterator:
         self.n_examples = min(totals)
         self.n_batches = -(-self.n_examples // batch_size)
         self.n_distinct = available if self.n_examples >= self.epoch_size else self.n_examples
-
-    @property
-    def is_unpaired(self) -> bool:
-        """True if some examples are two single responses, each with its own prompt."""
-        return any(getattr(part, "others", None) is not None for part in self.prompts.parts)
 
     def fingerprints(self) -> dict[str, str]:
         """Return the SHA-256 of each dataset's texts and pairs, in order and in hexadecimal, by `split_name`."""
@@ -244,8 +241,7 @@ class BatchIterator:
         """Yield the batches without the first `skip`, which are not tokenized."""
         return prefetched(self._batches(skip))
 
-    def __iter__(self) -> Iterator[dict[str, list | torch.Tensor]]:
-        return self.batches()
+    __iter__ = batches
 
 
 def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[list[str], list[list[int]]]:

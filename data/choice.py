@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-TRUNCATIONS = ("keep_end", "keep_start", "drop", "error")
+KEPT_ENDS = ("keep_end", "keep_start")  # which end of a long prompt is kept
+TRUNCATIONS = (*KEPT_ENDS, "drop", "error")
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,6 @@ class Choice:
     test_split: str | None = None
     fields: dict[str, str] = field(default_factory=dict)
     ignored_columns: tuple[str, ...] = ()
-
-    def truncation_mode(self, default: str = "keep_end") -> str:
-        """Return the end of a long prompt that is kept: the entry's setting, or the dataset's default."""
-        return self.truncation if self.truncation in ("keep_end", "keep_start") else default
 
 
 @dataclass(frozen=True)

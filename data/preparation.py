@@ -20,7 +20,7 @@ from basics.checksums import find_damage, write_checksums
 from basics.files import HashCache, flush_to_disk
 from data import chat
 from data.batches import prefetched, split_name
-from data.choice import Choice, Settings
+from data.choice import KEPT_ENDS, Choice, Settings
 from data.formats import Format, recognize
 from data.locations import Location, locate
 from data.messages import BadExample
@@ -306,7 +306,8 @@ def prepared_split(
         for key in ("train_split", "test_split", "fields", "ignored_columns")
         if getattr(choice, key)
     }
-    both = prepare(choice.name, source, replace(settings, **own), tokenizer, choice.truncation_mode(), loss_takes,
+    mode = choice.truncation if choice.truncation in KEPT_ENDS else "keep_end"
+    both = prepare(choice.name, source, replace(settings, **own), tokenizer, mode, loss_takes,
                    cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
     prompts = both[0 if split == "train" else 1]
     if len(prompts) == 0:

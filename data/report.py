@@ -39,7 +39,8 @@ def example_lengths(
 
 def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
     """Return lines that list rows read and dropped, lengths, and truncation of a split."""
-    lines = [line for part in batches.prompts.parts for line in _row_lines(part, split)]
+    prepared = [part for part in batches.prompts.parts if isinstance(part, PreparedPrompts)]
+    lines = [line for part in prepared for line in _row_lines(part, split)]
     prompts, responses, note = _all_lengths(batches, tokenizer)
     prompts = prompts + int(batches.lengths["add_bos"])
     quantiles = "/".join(f"{q:.0%}" for q in _QUANTILES[:-1])
@@ -62,10 +63,8 @@ def count_empty_prompts(batches: BatchIterator) -> int:
     )
 
 
-def _row_lines(part: Sequence[Prompt], split: str) -> list[str]:
+def _row_lines(part: PreparedPrompts, split: str) -> list[str]:
     """Report the rows of a dataset that were read and dropped, and the columns that aren't used."""
-    if not isinstance(part, PreparedPrompts):
-        return []
     labels = [_label_line(part, split)] if part.others is not None else []
     rows = part.info.get(f"{split}_rows")
     if rows is None:
@@ -141,6 +140,7 @@ def format_example(batches: BatchIterator, tokenizer) -> str:
         ids, labels = batch[f"{side}_input_ids"][0][mask], batch[f"{side}_labels"][0][mask]
         start = int((labels != -100).int().argmax())
         parts.append((side, ids[:start].tolist(), _runs(ids[start:], labels[start:])))
+    opening, closing = ("\x1b[32m", "\x1b[0m") if uses_color() else "⟦⟧"
     shown = [f"An example with {len(parts[0][1])} prompt tokens, and its responses with the trained tokens marked:"]
     last_prompt = None
     for side, prompt, response in parts:
@@ -148,7 +148,8 @@ def format_example(batches: BatchIterator, tokenizer) -> str:
             shown.append(_shortened(prompt, tokenizer))
         last_prompt = prompt
         texts = [(_shortened(run, tokenizer), is_trained) for run, is_trained in response]
-        shown.append(f"  {side}: {''.join(_marked(text) if is_trained else text for text, is_trained in texts)}")
+        marked = [f"{opening}{text}{closing}" if is_trained else text for text, is_trained in texts]
+        shown.append(f"  {side}: {''.join(marked)}")
     return "\n".join(shown)
 
 
@@ -166,10 +167,6 @@ def _shortened(ids: list[int], tokenizer) -> str:
     half = _SHOWN_TOKENS // 2
     start, end = tokenizer.decode(ids[:half]), tokenizer.decode(ids[-half:])
     return printable(f"{start} [... {len(ids) - 2 * half} tokens ...] {end}")
-
-
-def _marked(text: str) -> str:
-    return f"\x1b[32m{text}\x1b[0m" if uses_color() else f"⟦{text}⟧"
 
 
 def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):

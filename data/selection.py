@@ -18,12 +18,10 @@ _SHOWN = 10  # examples listed in an error message
 def without_overlong(
     part: Sequence[Prompt], choice: Choice, sft_mode: bool, tokenizer, split: str, **lengths: int
 ) -> Sequence[Prompt]:
-    """Drop the examples longer than `max_length` if the dataset has `truncation=drop`.
+    """Drop the examples longer than `max_length` of a dataset with `truncation=drop`.
 
     Raises: UserError if nothing is left, or if there are any and the dataset has `truncation=error`.
     """
-    if choice.truncation not in ("drop", "error"):
-        return part
     prompts, responses, numbers = report.example_lengths(part, sft_mode, tokenizer)
     too_long = prompts + responses + int(lengths["add_bos"]) > lengths["max_length"]
     if not too_long.any():
@@ -58,15 +56,11 @@ def _without(part: Sequence[Prompt], numbers: np.ndarray, unwanted: np.ndarray, 
     return kept
 
 
-def without_identical(part: Sequence[Prompt], choice: Choice, split: str, skips_bad: bool, **lengths: int):
+def without_identical(part: PreparedPrompts, choice: Choice, split: str, skips_bad: bool, **lengths: int):
     """Drop pairs whose responses are the same tokens after truncation: there is nothing to learn from them.
-
-    Named datasets keep them, as in the original.
 
     Raises: UserError if there are any and `skips_bad` is False, or if no pair is left.
     """
-    if not isinstance(part, PreparedPrompts):
-        return
     identical = part.are_identical_when_truncated(**lengths)
     if not identical.any():
         return
@@ -96,12 +90,10 @@ def _masked_examples(numbers: np.ndarray, mask: np.ndarray) -> Iterator[tuple[in
 
 
 def first_examples(part: Sequence[Prompt], choice: Choice, seed: int, sft_mode: bool) -> Sequence[Prompt]:
-    """Select `n_examples` of a dataset, if that is set.
+    """Select `n_examples` of a dataset.
 
     Prompts are drawn by the seed, with all their pairs; the last one drawn may keep only its first pairs.
     """
-    if choice.n_examples is None:
-        return part
     counts = np.ones(len(part), dtype=np.int64) if sft_mode else example_counts(part)
     if choice.n_examples > counts.sum():
         rank0_print(f"{choice.name}: n_examples={choice.n_examples}, but there are only {counts.sum()}")
@@ -114,13 +106,11 @@ def first_examples(part: Sequence[Prompt], choice: Choice, seed: int, sft_mode: 
     return _without(part, numbers, index >= n_kept[numbers], sft_mode)
 
 
-def epoch_order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int, sft_mode: bool) -> np.ndarray | None:
+def epoch_order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int, sft_mode: bool) -> np.ndarray:
     """Return the prompts of an epoch according to the datasets' weights, numbered through all datasets.
 
-    None means every prompt once. If a dataset has `n_examples`, prompts without examples are left out.
+    If a dataset has `n_examples`, prompts without examples are left out.
     """
-    if all(choice.weight == 1 and choice.n_examples is None for choice in choices):
-        return None
     order, start = [], 0
     for part, choice in zip(parts, choices, strict=True):
         has_all = sft_mode or choice.n_examples is None

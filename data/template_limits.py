@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from utils import UserError
 
@@ -71,6 +72,7 @@ class _TooLong(BaseException):
     """Raised in the thread that renders. It is no Exception, so that Jinja doesn't catch it."""
 
 
+@dataclass
 class _Watch:
     """Raises `_TooLong` in threads that render for too long.
 
@@ -79,10 +81,9 @@ class _Watch:
     interrupted: `data.template_arithmetic` and the memory limit keep those short.
     """
 
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.ticks: dict[int, int] = {}  # of each rendering thread, by its id
-        self.thread: threading.Thread | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ticks: dict[int, int] = field(default_factory=dict)  # of each rendering thread, by its id
+    thread: threading.Thread | None = None
 
     def start(self):
         """Watch this thread from now on."""
@@ -122,14 +123,15 @@ _watch = _Watch()
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class _MemoryLimit:
     """Limits what this process may allocate, beyond what it has, while any of its threads renders.
 
     Only Linux enforces it.
     """
 
-    def __init__(self):
-        self.lock, self.n_rendering = threading.Lock(), 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    n_rendering: int = 0
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:

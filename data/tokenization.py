@@ -53,19 +53,16 @@ def tokenize_batch(
     ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     elements = []
     for *texts, truncation_mode in examples:
-        prompt_ids, *response_ids = [_without_end(next(ids), text, tokenizer) for text in texts]
+        prompt_ids, *response_ids = [next(ids) for _ in texts]
+        for text, tokens in zip(texts, (prompt_ids, *response_ids), strict=True):
+            if tokenizer.eos_token_id in tokens:
+                raise UserError(f"a text contains the tokenizer's end-of-sequence token: {text!r:.200}")
         if add_bos:
             prompt_ids = [tokenizer.bos_token_id, *prompt_ids]
         response_ids = [[*tokens, tokenizer.eos_token_id] for tokens in response_ids]
         lengths = max_length, max_prompt_length, int(add_bos)
         elements.append(make_element(texts, prompt_ids, response_ids, truncation_mode, *lengths))
     return elements
-
-
-def _without_end(ids: list[int], text: str, tokenizer) -> list[int]:
-    if tokenizer.eos_token_id in ids:
-        raise UserError(f"a text contains the tokenizer's end-of-sequence token: {text!r:.200}")
-    return ids
 
 
 def tokenize_batch_element(

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from basics.files import atomic_file
 from basics.printing import rank0_print
-from config_checks.paths import expand_home
+from config_checks.schema import expand_home
 from evaluation.chat_completions import ChatCompletions
 from evaluation.judge_options import (
     check_options,

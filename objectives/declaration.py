@@ -5,6 +5,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
 import torch
@@ -21,12 +22,12 @@ KL_ESTIMATE, MEAN_LENGTH, MEMORY = "kl_estimate", "mean_chosen_length", "memory"
 _INPUTS = (*LOGPS, *LENGTHS, KL_ESTIMATE, MEAN_LENGTH, MEMORY)
 
 
+@dataclass
 class Memory:
     """Moving averages that a loss keeps from batch to batch. Checkpoints hold them."""
 
-    def __init__(self, averages: dict[str, torch.Tensor] | None = None):
-        self.averages = averages or {}
-        self.is_frozen = False  # evaluations read the averages without changing them
+    averages: dict[str, torch.Tensor] = field(default_factory=dict)
+    is_frozen: bool = False  # evaluations read the averages without changing them
 
     def moving_average(self, name: str, value: torch.Tensor, momentum: float) -> torch.Tensor:
         """Move an average towards the value of a batch, shape (), and return it, without gradient.
@@ -100,6 +101,8 @@ class Loss:
         self.takes_kl_estimate = KL_ESTIMATE in self.inputs
         self.takes_mean_length = MEAN_LENGTH in self.inputs
         self.takes_whole_batch = any(hints.get(name) == WholeBatch for name in self.inputs)
+        # the loss of a microbatch depends on the rest of the batch
+        self.needs_batch = self.takes_kl_estimate or self.takes_mean_length or self.takes_whole_batch
         takes_lengths = self.takes_mean_length or any(name in LENGTHS for name in self.inputs)
         self.needs_pairs = any("rejected" in name for name in self.inputs)
         self._compares = any(name.startswith("reference_") for name in self.inputs)
@@ -116,11 +119,11 @@ class Loss:
 
     def needs_shared_logps(self, loss_config) -> bool:
         """True if a modifier needs the log-probabilities of the tokens up to the length of the shorter response."""
-        return modifiers.needs_shared_logps(loss_config)
+        return loss_config.get("ld_alpha", 1.0) != 1.0
 
     def needs_weights(self, loss_config) -> bool:
         """True if a modifier needs the weights of the responses (WPO)."""
-        return modifiers.needs_weights(loss_config)
+        return loss_config.get("wpo", False)
 
     def compute(self, inputs: dict, loss_config) -> Result:
         """Return the losses of a batch, and rewards if there are any; `inputs` hold at least those that it declares."""
@@ -128,8 +131,9 @@ class Loss:
         arguments = {name: inputs[name] for name in self.inputs}
         output = self.function(**arguments, **self._given_options(loss_config))
         losses, *rewards = output if isinstance(output, tuple) else (output,)
-        rewards = tuple(reward.detach() for reward in rewards)
-        return Result(modifiers.weighted(losses, inputs, loss_config), rewards)
+        if self.needs_weights(loss_config):  # by how likely both responses of a pair are on-policy (WPO, Eq. 2)
+            losses = losses * inputs["chosen_weights"] * inputs["rejected_weights"]
+        return Result(losses, tuple(reward.detach() for reward in rewards))
 
     def _given_options(self, loss_config) -> dict:
         """Return the values of the function's own options; a whole number for a float is converted."""

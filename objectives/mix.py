@@ -25,6 +25,7 @@ class Mix:
         self.takes_kl_estimate = any(loss.takes_kl_estimate for loss in losses)
         self.takes_mean_length = any(loss.takes_mean_length for loss in losses)
         self.takes_whole_batch = any(loss.takes_whole_batch for loss in losses)
+        self.needs_batch = any(loss.needs_batch for loss in losses)
 
     def needs_reference(self, loss_config) -> bool:
         """True if a part compares the policy with a reference under its options."""
@@ -44,7 +45,7 @@ class Mix:
         for name, loss in self.parts.items():
             seen = inputs if loss.needs_reference(loss_config[name]) else _without_reference(inputs)
             results[name] = loss.compute(seen, loss_config[name])
-        losses = sum(loss_config.parts[name] * result.losses for name, result in results.items())
+        losses = sum(loss_config["parts"][name] * result.losses for name, result in results.items())
         rewards = next((result.rewards for result in results.values() if result.rewards), ())
         return Result(losses, rewards, {name: result.losses.detach() for name, result in results.items()})
 

@@ -37,27 +37,12 @@ def options(of_pairs: bool, of_batch: bool, of_margin: bool) -> dict[str, Option
     return MEAN | (LENGTH_DESENSITIZED if of_pairs else {}) | of_each_pair | (F_DIVERGENCE if of_margin else {})
 
 
-def needs_shared_logps(loss_config) -> bool:
-    """True if a loss takes the log-probabilities of the tokens up to the shared length, too."""
-    return loss_config.get("ld_alpha", 1.0) != 1.0
-
-
-def needs_weights(loss_config) -> bool:
-    """True if a loss takes WPO's weights, too."""
-    return loss_config.get("wpo", False)
-
-
-def weighted(losses: torch.Tensor, inputs: dict, loss_config) -> torch.Tensor:
-    """Return the losses of a batch, weighted by how likely both responses of a pair are on-policy (WPO, Eq. 2)."""
-    return losses * inputs["chosen_weights"] * inputs["rejected_weights"] if needs_weights(loss_config) else losses
-
-
 def modified(inputs: dict, loss_config) -> dict:
     """Return the inputs of a loss as its modifiers change them."""
     inputs = dict(inputs)
     names = [name for name in inputs if name.endswith("_logps") and not name.endswith("_shared_logps")]
     for name in names:
-        if needs_shared_logps(loss_config):
+        if loss_config.get("ld_alpha", 1.0) != 1.0:
             # without a reference, its log-probabilities are zeros
             shared = inputs.get(name.replace("_logps", "_shared_logps"), inputs[name])
             inputs[name] = shared + loss_config["ld_alpha"] * (inputs[name] - shared)

@@ -10,8 +10,17 @@ from tqdm import tqdm
 from basics.files import append_json_lines, sha256, write_errors_named
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
-from reporting.terminal import RunTable, duration, number, percent, rate, samples_side_by_side, warning, wrapped
-from reporting.time_left import TimeLeft
+from reporting.terminal import (
+    RunTable,
+    TimeLeft,
+    duration,
+    number,
+    percent,
+    rate,
+    samples_side_by_side,
+    warning,
+    wrapped,
+)
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
 from utils import rank0_print
@@ -85,7 +94,8 @@ class RunLog:
         if split == "train":
             lines = self._training_lines(metrics)
         else:
-            lines = [*self._interval_lines(), *self._evaluation_lines(metrics, samples)]
+            lines = self._interval_lines() if self.unprinted else []
+            lines += self._evaluation_lines(metrics, samples)
         lines += [warning(text) for text in self.symptoms.notice(split, metrics)]
         if lines:
             tqdm.write("\n".join(lines))
@@ -109,9 +119,7 @@ class RunLog:
         return lines + self._interval_lines()
 
     def _interval_lines(self) -> list[str]:
-        """Return the line for the steps since the line before, if there have been any."""
-        if not self.unprinted:
-            return []
+        """Return the line for the steps since the line before."""
         means = interval_means(self.unprinted)
         self.unprinted = []
         left = duration(self.table.time_left.seconds(means["counters/examples"]))

@@ -9,11 +9,9 @@ import itertools
 import os
 from dataclasses import dataclass
 
-from omegaconf import OmegaConf
-
 from basics.files import read_json_lines
 from basics.printing import printable
-from basics.saved_config import read_saved_config
+from basics.saved_config import flatten, read_saved_config
 
 # keys for a run's place and logging, which don't change what it computes
 _NOT_OF_THE_RUN = (
@@ -68,21 +66,10 @@ def read_run(directory: str) -> Run:
         raise NoRuns(f"{directory}: no run that has logged anything: {error}") from error
     config = {}
     with contextlib.suppress(Exception):  # missing, damaged, or refused as it holds more than values
-        flat = flatten(OmegaConf.to_container(read_saved_config(os.path.join(directory, "config.yaml"))))
+        flat = flatten(read_saved_config(os.path.join(directory, "config.yaml")))
         config = {key: value for key, value in flat.items() if value != {}}
     name = os.path.basename(os.path.normpath(os.path.abspath(directory)))
     return Run(directory, config, lines["train"], lines["eval"], name)
-
-
-def flatten(config: dict, prefix: str = "") -> dict[str, object]:
-    """Return a config with one level of keys: {'loss.beta': 0.1, ...}."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def find_runs(paths: list[str]) -> list[Run]:

@@ -1,5 +1,6 @@
 """Symptoms of trouble in a run's metrics: each gets one warning, with what to try."""
 
+import functools
 import math
 
 import torch
@@ -39,9 +40,14 @@ class Symptoms:
 
     def __init__(self, config: DictConfig):
         self.max_grad_norm, self.warmup_steps = config.max_grad_norm, config.warmup_steps
-        self.loss_at_reference = loss_at_reference(config.loss)
+        self.loss_config = config.loss
         self.counts: dict[str, int] = {}  # how often in a row each symptom was seen
         self.reported: set[str] = set()
+
+    @functools.cached_property
+    def loss_at_reference(self) -> float | None:
+        """See the function of this name."""
+        return loss_at_reference(self.loss_config)
 
     def notice(self, split: str, metrics: dict[str, float]) -> list[str]:
         """Return the warnings after this step or evaluation, each symptom once."""

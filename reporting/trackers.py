@@ -1,12 +1,17 @@
 """wandb and TensorBoard. A tracker that fails gives one warning and is dropped; training continues."""
 
 import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from reporting.terminal import warning
 from utils import get_local_dir, rank0_print
+
+if TYPE_CHECKING:
+    import wandb
 
 
 class Trackers:
@@ -48,11 +53,11 @@ class Trackers:
                 print(warning(f"{name} failed at the end of the run: {error}"))
 
 
+@dataclass
 class WandbTracker:
     """A wandb run: metrics, and a table of samples for each model."""
 
-    def __init__(self, run):
-        self.run = run
+    run: "wandb.Run"
 
     def log(self, examples: int, metrics: dict[str, float], samples: list[dict]):
         """See `Trackers.log`."""

@@ -140,10 +140,10 @@ def test_keep_best_accepts_exactly_the_metrics_of_evaluations(make_trainer):
 
 
 def test_equal_metric_is_not_better_and_a_new_metric_starts_over(make_trainer):
-    config = make_trainer(*TOY, "loss=dpo", "n_examples=4", "keep_best=loss/eval").config
-    state = TrainState(examples=0, metrics={"loss/eval": 0.1, "nll_eval/chosen": 2.0})
-    best.judge(state, config)
-    assert (state.best, state.worse) == ({}, 0)  # the evaluation before training doesn't count
+    trainer = make_trainer(*TOY, "loss=dpo", "n_examples=4", "keep_best=loss/eval", "sample_during_eval=false")
+    config, state = trainer.config, TrainState()
+    trainer.evaluate_and_log()
+    assert (trainer.state.best, trainer.state.worse) == ({}, 0)  # the evaluation before training doesn't count
     for examples, loss in ((8, 0.5), (16, 0.5), (24, 0.6)):
         state.examples, state.metrics = examples, {"loss/eval": loss, "nll_eval/chosen": 2.0}
         best.judge(state, config)

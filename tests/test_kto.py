@@ -5,7 +5,7 @@ import torch
 from conftest import ORACLE, exhaustive_except, read_jsonl
 from transformers import AutoTokenizer
 
-from acceleration.batch_losses import estimate_kl
+from acceleration.whole_batch_losses import estimate_kl
 from data.batches import mismatched_batch
 from preference_datasets import get_batch_iterator
 from utils import UserError

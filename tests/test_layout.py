@@ -120,27 +120,46 @@ ROAD = {  # README: "read these, in this order"
 COMMANDS = {"evaluate", "sample", "judge", "export"}
 
 RECORD_FRAMES = """
-import json, sys
+import inspect, json, sys, threading
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+
+entered = set()
+
+def note(frame, event, _):
+    if event == "call":
+        entered.add(frame.f_code)
+
+def place(code):
+    path = Path(code.co_filename)
+    if path.is_relative_to({repository!r}) and "tests" not in path.parts:
+        return str(path.relative_to({repository!r}))
+
+def is_function(code):  # no lambda, comprehension, class or module
+    return code.co_flags & inspect.CO_OPTIMIZED and not code.co_name.startswith("<")
 
 def recorded(function):
     def call(*args, **kwargs):
         frames, frame = [], sys._getframe(1)
         while frame is not None:
-            path = Path(frame.f_code.co_filename)
-            if path.is_relative_to({repository!r}) and "tests" not in path.parts:
-                frames.insert(0, f"{{path.relative_to({repository!r})}} {{frame.f_code.co_name}}")
+            if place(frame.f_code):
+                frames.insert(0, f"{{place(frame.f_code)}} {{frame.f_code.co_name}}")
             frame = frame.f_back
         if "trainers.py train_step" in frames:
-            Path({output!r}).write_text(json.dumps(frames))
+            sys.setprofile(None)
+            functions = [code for code in entered if place(code) and is_function(code)]
+            names = [f"{{place(code)}} {{code.co_qualname}}" for code in functions]
+            Path({output!r}).write_text(json.dumps([frames, names]))
             sys.exit(0)
         return function(*args, **kwargs)
     return call
 
 torch.Tensor.log_softmax, F.cross_entropy = recorded(torch.Tensor.log_softmax), recorded(F.cross_entropy)
+threading.setprofile(note)
+sys.setprofile(note)
 """
+MOST_FUNCTIONS, MOST_FILES = 330, 56  # entered before the first step's log-softmax, evaluation and samples included
 
 
 def test_root_holds_the_road_and_the_commands_alone():
@@ -156,10 +175,13 @@ def test_commands_are_thin(name):
 @pytest.mark.parametrize(
     ("overrides", "most"), [(["shared_prompt=false", "padding_free=false"], 12), ([], 14)], ids=["plain", "fast"]
 )
-def test_few_frames_lie_between_train_py_and_the_log_softmax(overrides, most, launcher, tmp_path):
+def test_few_functions_run_before_the_first_step_and_few_frames_lie_above_its_log_softmax(
+    overrides, most, launcher, tmp_path
+):
     output = tmp_path / "frames.json"
     script = train_after(RECORD_FRAMES.format(repository=str(REPOSITORY), output=str(output)), tmp_path)
-    run = [*TOY, "loss=dpo", "do_first_eval=false", *overrides]
-    assert launcher.run(*run, script=script) == 0, launcher.output
-    frames = json.loads(output.read_text())
+    assert launcher.run(*TOY, "loss=dpo", *overrides, script=script) == 0, launcher.output
+    frames, functions = json.loads(output.read_text())
     assert frames[0] == "train.py <module>" and len(frames) <= most, "\n".join(frames)
+    files = {function.split()[0] for function in functions}
+    assert len(functions) <= MOST_FUNCTIONS and len(files) <= MOST_FILES, "\n".join(sorted(functions))

@@ -324,7 +324,7 @@ def test_subclass_that_edits_concatenated_forward_changes_what_is_trained(make_t
 
 def test_unknown_devices_get_microbatches_too():
     batch, device = batch_of(), torch.device("meta")
-    overhead = microbatch_overhead(tiny_model("llama").to(device), device)
+    overhead = microbatch_overhead(tiny_model("llama").to(device))
     assert sum(len(part["prompt"]) for part in microbatches(batch, 1, shared=True, overhead=overhead)) == 3
     head, hidden_states = torch.nn.Linear(8, 5, device="meta"), torch.empty(10, 8, device="meta")
     targets = torch.empty(10, dtype=torch.long, device="meta")

@@ -124,6 +124,6 @@ def test_reference_with_tied_embeddings_follows_a_tied_policy_only(make_trainer,
 def test_checkpoint_without_the_moved_reference_is_refused(make_trainer, tmp_path):
     trainer = train(make_trainer, f"local_run_dir={tmp_path}/run")
     assert not (tmp_path / "run/LATEST/reference.pt").exists()
-    trainer.config.reference_update_every = 2
+    trainer.moves_reference = True
     with pytest.raises(UserError, match=r"reference\.pt: can't read it"):
         trainer.resume(str(tmp_path / "run/LATEST"))

@@ -14,8 +14,7 @@ import export
 from basics.outputs import Output, check_outputs, new_directory, new_run, resumed_run
 from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import delete_oldest
-from config_checks.paths import expand_home
-from config_checks.schema import own_keys
+from config_checks.schema import expand_home, own_keys
 from evaluation import evaluate, judge_options, sample_options
 from reporting import compare, curves, frontier, win_rates
 from utils import UserError

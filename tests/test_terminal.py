@@ -15,13 +15,13 @@ from reporting.run_log import interval_means
 from reporting.terminal import (
     Progress,
     RunTable,
+    TimeLeft,
     duration,
     number,
     progressing,
     samples_side_by_side,
     still_working,
 )
-from reporting.time_left import TimeLeft
 
 RUN = [*TOY, "loss=dpo", "n_examples=64", "eval_every=32", "lr=1e-3", "curves=false", "wandb.enabled=false",
        "minimum_log_interval_secs=1e-9"]  # fmt: skip

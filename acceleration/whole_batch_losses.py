@@ -1,8 +1,8 @@
-"""The inputs of a loss, and losses that depend on a whole batch, computed in microbatches and by several workers.
+"""Losses that depend on a whole batch (KTO, BCO, AOT, ...), computed in microbatches and by several workers.
 
-Such a loss is computed twice. First on the whole batch, of all microbatches and workers, from log-probabilities without
-a gradient; that also gives its derivative with respect to each of them. Then each microbatch computes its
-log-probabilities once more, and has the same loss, with that derivative as its gradient.
+A loss that sorts or averages the batch is computed twice. First on the whole batch, of all microbatches and workers,
+from log-probabilities without a gradient; that also gives its derivative with respect to each of them. Then each
+microbatch computes its log-probabilities once more, and has the same loss, with that derivative as its gradient.
 """
 
 from collections.abc import Callable
@@ -13,58 +13,12 @@ import torch
 from data.batches import mismatched_batch
 from distributed import collectives
 from distributed.strategies import SingleProcess
-from log_probabilities import concatenated_inputs, on_policy_weights, response_lengths, shared_lengths
+from log_probabilities import response_lengths, shared_lengths
 from objectives.declaration import Result
-from utils import on_device, widest_dtype
+from utils import widest_dtype
 
 
-def tokens_that_count(trainer, batch: dict) -> torch.Tensor | None:
-    """Return how many tokens of each response count in full with `ld_alpha`, (S,); None if all do."""
-    return shared_lengths(batch) if trainer.loss.needs_shared_logps(trainer.config.loss) else None
-
-
-def loss_inputs(trainer, batch: dict, policy_logps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the inputs of a loss, (batch_size,) each: log-probabilities (nats), lengths (tokens) and weights.
-
-    Args:
-        policy_logps: those of the batch's S responses, chosen before rejected, (S,); or also those of the tokens that
-            count in full, (2, S).
-    """
-    sides = ("chosen", "rejected") if trainer.loss.needs_pairs else ("chosen",)
-    lengths = torch.cat([response_lengths(batch[f"{side}_labels"]) for side in sides])
-    stacked = {"{}_lengths": lengths.to(trainer.device, non_blocking=True), "policy_{}_logps": policy_logps}
-    if trainer.loss.needs_pairs:
-        stacked["reference_{}_logps"] = torch.cat(trainer.reference_logps(batch, tokens_that_count(trainer, batch)), -1)
-    if trainer.loss.needs_weights(trainer.config.loss):
-        stacked["{}_weights"] = _on_policy_weights(trainer, batch)
-    inputs = {}
-    for name, values in stacked.items():
-        for side, of_side in zip(sides, values.chunk(len(sides), -1), strict=True):
-            if of_side.ndim == 2:
-                of_side, inputs[name.format(side).replace("_logps", "_shared_logps")] = of_side
-            inputs[name.format(side)] = of_side
-    return inputs
-
-
-def forward(trainer, batch: dict) -> dict[str, torch.Tensor]:
-    """Return the inputs of a loss, with the policy's forward pass."""
-    return loss_inputs(trainer, batch, trainer.response_logps(trainer.policy, batch, tokens_that_count(trainer, batch)))
-
-
-def _on_policy_weights(trainer, batch: dict) -> torch.Tensor:
-    """Return WPO's weight of each response, (S,), without gradient, by another forward pass, the plain one."""
-    inputs = on_device(concatenated_inputs(batch), trainer.device)
-    names = ("concatenated_input_ids", "concatenated_attention_mask", "concatenated_labels")
-    input_ids, attention_mask, labels = (inputs[name] for name in names)
-    with torch.no_grad(), trainer.autocast(trainer.policy):
-        logits = trainer.policy(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2B, T, V)
-    return on_policy_weights(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-
-
-# ---- whole batches ---------------------------------------------------------------------------------------------------
-
-
-def batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
+def whole_batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
     """Return the loss of each microbatch, a function of its inputs and options, for a batch of all workers.
 
     What the loss takes from the whole batch is computed here: see `objectives.declaration.Loss`.
@@ -82,9 +36,16 @@ def batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) ->
     if not loss.takes_whole_batch or (len(microbatches) == 1 and not trainer.is_sharded):
         return [compute] * len(microbatches)
     with torch.no_grad():
-        inputs = [forward(trainer, microbatch) for microbatch in microbatches]
+        inputs = [_loss_inputs(trainer, microbatch) for microbatch in microbatches]
     counted = [trainer.counted(microbatch) for microbatch in microbatches]
     return _linearized(partial(compute, loss_config=trainer.config.loss), inputs, counted, trainer.strategy)
+
+
+def _loss_inputs(trainer, batch: dict) -> dict[str, torch.Tensor]:
+    """Return the inputs of a loss, with the policy's forward pass."""
+    until = shared_lengths(batch) if trainer.loss.needs_shared_logps(trainer.config.loss) else None
+    policy_logps = trainer.response_logps(trainer.policy, batch, until)
+    return trainer.loss_inputs(batch, policy_logps, until, trainer.config.loss)
 
 
 def estimate_kl(trainer, batch: dict) -> torch.Tensor:
