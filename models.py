@@ -24,11 +24,13 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     """Load a model, without dropout and without an adapter; by default the one that the policy starts from.
 
     Args:
-        device_map: 'balanced' over the machine's GPUs, or 'cpu'.
+        device_map: 'balanced' over the machine's GPUs; 'cpu'; 'meta': without weights, where workers can read their
+            parts of them from the files (`checkpointing.unread`), else as 'cpu'.
 
     Raises: UserError if the model isn't found or can't be loaded, or its weights don't fit its config.
     """
     source = source or policy_source(config)
+    device_map = "cpu" if device_map == "meta" and source.archive is not None else device_map
     name, options = source.name_or_path, _hub_options(config, source)
     origin = f"{source.key('name_or_path')}={name}"
     origin += f" model.revision={options['revision']}" if "revision" in options else ""
@@ -44,10 +46,13 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
             model = transformers.AutoModelForCausalLM.from_config(
                 model_config, dtype=torch.float32, **attention, **trusted
             )
-            device = "cpu" if device_map == "cpu" else default_device()
+            device = default_device() if device_map == "balanced" else "cpu"
             model = model.to(device, getattr(torch, dtype))  # the same random weights in every dtype, rounded to it
         else:
-            model = load_pretrained(
+            load = load_pretrained
+            if device_map == "meta":
+                from checkpointing.unread import load_unread as load
+            model = load(
                 name,
                 origin,
                 dtype=getattr(torch, dtype),
@@ -68,7 +73,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     disable_dropout(model)
     if source.archive is not None:
         load_archive(source.archive, model, source.key("archive"), options["trust_remote_code"])
-    else:
+    elif not hasattr(model, "unread"):
         check_finite(model, origin)
     return model
 
@@ -79,7 +84,7 @@ def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map
     Raises: UserError with the memory that it takes, and remedies.
     """
     left_out = [parameter for parameter in model.parameters() if parameter.device.type in ("cpu", "meta", "disk")]
-    if device_map == "cpu" or not torch.cuda.is_available() or not left_out:
+    if device_map != "balanced" or not torch.cuda.is_available() or not left_out:
         return
     total, missing = (sum(p.nbytes for p in parameters) / 1e9 for parameters in (model.parameters(), left_out))
     raise UserError(
@@ -183,7 +188,9 @@ def _quantization(config: DictConfig):
 def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
     """Load the model to train: all its weights, a new LoRA adapter (`lora`), or a saved one (`model.adapter`)."""
     rank0_print("building policy")
-    with still_working("Loading the policy"):
+    has_adapter = config.lora is not None or config.model.adapter is not None
+    with still_working("Loading the policy"):  # PEFT needs the weights that it adapts
+        device_map = "cpu" if device_map == "meta" and has_adapter else device_map
         policy = load_model(config, config.model.policy_dtype, device_map)
     if config.lora is not None:
         policy = _add_lora(policy, config)
@@ -207,6 +214,7 @@ def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str
     if policy is not None and is_on_one_device and same_dtype and has_the_weights(policy, config):
         return copy.deepcopy(policy)
     with still_working("Loading the reference"):
+        device_map = "cpu" if device_map == "meta" and source.adapter is not None else device_map
         reference_model = load_model(config, dtype, device_map, source)
     if source.adapter is not None:
         reference_model = load_adapter(reference_model, source, is_trainable=False)

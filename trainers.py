@@ -80,7 +80,15 @@ from reporting.metrics import check_finite, mean_metrics, response_metrics, rewa
 from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
-from utils import UserError, get_block_class_from_model, on_device, rank0_print, unwrap_adapter, widest_dtype
+from utils import (
+    UserError,
+    get_block_class_from_model,
+    get_local_dir,
+    on_device,
+    rank0_print,
+    unwrap_adapter,
+    widest_dtype,
+)
 
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -147,6 +155,10 @@ class BasicTrainer:
         self.train_iterator, self.eval_iterator = open_batches(
             config, chosen_datasets(config), self.tokenizer, self.seed, shard, trains
         )
+        if self.world_size > 1:
+            from data.shared_text import share_text
+
+            share_text([self.train_iterator, self.eval_iterator], get_local_dir(config.local_dirs))
         if trains and (warning := rate_warning(config, self.train_iterator.n_batches)):
             rank0_print(warning)
         self.eval_batches = [

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from basics.checksums import read_checksums, verify_checksum
 from basics.files import open_regular
@@ -22,7 +23,7 @@ from data import hub
 from utils import UserError, rank0_print
 
 # Buffers that transformers wrote into state dicts in 2023; today's models compute them, so they are left out.
-_COMPUTED_BUFFERS = (
+COMPUTED_BUFFERS = (
     *(f".{module}.{buffer}" for module in ("attn", "attention") for buffer in ("bias", "masked_bias")),
     ".rotary_emb.inv_freq",
 )
@@ -172,8 +173,8 @@ def load_pretrained(
         model, info = auto_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    buffers = {key for key, _ in model.named_buffers() if key.endswith(_COMPUTED_BUFFERS)}
-    left_over = {key for key in info["unexpected_keys"] if not key.endswith(_COMPUTED_BUFFERS)}
+    buffers = {key for key, _ in model.named_buffers() if key.endswith(COMPUTED_BUFFERS)}
+    left_over = {key for key in info["unexpected_keys"] if not key.endswith(COMPUTED_BUFFERS)}
     missing = set(info["missing_keys"]) - buffers
     shapes = [(key, tuple(found), tuple(own)) for key, found, own in info["mismatched_keys"]]
     is_whole = not missing and not shapes
@@ -209,7 +210,19 @@ def _without_report() -> Iterator[None]:
 
 def check_finite(model: nn.Module, origin: str):
     """Raise UserError naming the weights that hold NaN or infinity; `origin`: where they come from."""
-    bad = [name for name, parameter in model.named_parameters() if not _is_finite(parameter.detach())]
+    refuse_not_finite(not_finite(model), model, origin)
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that hold NaN or infinity, in the part that this worker holds."""
+    parts = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return [
+        name for name, part in parts.items() if not _is_finite(part.to_local() if isinstance(part, DTensor) else part)
+    ]
+
+
+def refuse_not_finite(bad: list[str], model: nn.Module, origin: str):
+    """Raise UserError if there are names of weights that hold NaN or infinity."""
     if bad:
         shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
         raise UserError(f"{origin}: weights that are NaN or infinite in {str(model.dtype)[6:]}: {shown}")
@@ -224,9 +237,10 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def load_fitting(state: dict, model: nn.Module, path: str):
     """Copy a state dict into a model, one tensor after another; raises as `load_archive` does."""
     targets = model.state_dict(keep_vars=True)
+    fitted = fit_state(state, model, path)
     with torch.no_grad():
-        for name, tensor in fit_state(state, model, path).items():
-            targets[name].copy_(placed_like(targets[name], tensor))
+        for name in {id(targets[name]): name for name in fitted}.values():  # tied weights once
+            targets[name].copy_(placed_like(targets[name], fitted[name]))
 
 
 def fit_state(state: dict, model: nn.Module, path: str) -> dict:
@@ -237,7 +251,7 @@ def fit_state(state: dict, model: nn.Module, path: str) -> dict:
         raise UserError(f"{path} holds more than tensors: {', '.join(strange[:10])}")
     for name, tensor in state.items():
         new_name = "lm_head.weight" if name == "embed_out.weight" and name not in expected else name
-        if new_name in expected or not new_name.endswith(_COMPUTED_BUFFERS):
+        if new_name in expected or not new_name.endswith(COMPUTED_BUFFERS):
             fitted[new_name] = tensor
     by_parameter = {id(expected[name]): name for name in fitted.keys() & expected.keys()}
     for name, parameter in expected.items():  # .safetensors hold tied weights once

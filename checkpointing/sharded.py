@@ -215,32 +215,14 @@ def _write_index(directory: str, files: list[str], by_worker: list[dict[str, dic
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-class ShardedCheckpoint:
-    """The tensors in the files of a sharded checkpoint.
-
-    Raises: UserError if the index can't be read.
-    """
+class TensorFiles:
+    """Safetensors files in a directory; each is opened when a part of it is first read."""
 
     def __init__(self, directory: str):
         self.directory, self._open_files = directory, {}
-        path = os.path.join(directory, SHARDS)
-        try:
-            with open_regular(path) as file:
-                index = json.load(file)
-            if index["format"] != _FORMAT:
-                raise ValueError(f"it has format {index['format']}; this version reads format {_FORMAT}")
-            self.files = [os.path.basename(name) for name in index["files"]]
-            self.tensors = {name: SavedTensor(self, name, **described) for name, described in index["tensors"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise UserError(f"{path}: can't read it ({type(error).__name__}: {str(error)[:300]})") from error
-
-    def state_dict(self, kind: str) -> dict[str, "SavedTensor"]:
-        """Return the tensors of one kind, policy, reference or optimizer, by their names."""
-        prefix = f"{kind}."
-        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
     def read(self, name: str, key: str, box: tuple[slice, ...]) -> torch.Tensor:
-        """Read a part of a piece. Raises: UserError if the file doesn't hold it."""
+        """Read a part of a tensor. Raises: UserError if the file doesn't hold it."""
         path = os.path.join(self.directory, name)
         try:
             if name not in self._open_files:
@@ -251,15 +233,51 @@ class ShardedCheckpoint:
             raise UserError(f"{path}: can't read {key} ({type(error).__name__}: {str(error)[:300]})") from error
 
 
-class SavedTensor:
-    """A tensor in the files of a sharded checkpoint; only what is asked for is read."""
+class ShardedCheckpoint(TensorFiles):
+    """The tensors in the files of a sharded checkpoint.
 
-    def __init__(self, checkpoint: ShardedCheckpoint, name: str, dtype: str, shape: list[int], pieces: list):
-        self.checkpoint, self.name, self.dtype = checkpoint, name, getattr(torch, dtype)
-        if not isinstance(self.dtype, torch.dtype):
+    Raises: UserError if the index can't be read.
+    """
+
+    def __init__(self, directory: str):
+        super().__init__(directory)
+        path = os.path.join(directory, SHARDS)
+        try:
+            with open_regular(path) as file:
+                index = json.load(file)
+            if index["format"] != _FORMAT:
+                raise ValueError(f"it has format {index['format']}; this version reads format {_FORMAT}")
+            self.files = [os.path.basename(name) for name in index["files"]]
+            self.tensors = {name: self._saved(name, **described) for name, described in index["tensors"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise UserError(f"{path}: can't read it ({type(error).__name__}: {str(error)[:300]})") from error
+
+    def _saved(self, name: str, dtype: str, shape: list[int], pieces: list) -> "SavedTensor":
+        boxes = [SavedBox(self.files[number], _key(name, offset), offset, size) for number, offset, size in pieces]
+        if not isinstance(getattr(torch, dtype), torch.dtype):
             raise ValueError(f"{name} has the dtype {dtype!r}")
-        self.shape = torch.Size(shape)
-        self.pieces = [(checkpoint.files[number], offset, size) for number, offset, size in pieces]
+        return SavedTensor(self, name, getattr(torch, dtype), shape, boxes)
+
+    def state_dict(self, kind: str) -> dict[str, "SavedTensor"]:
+        """Return the tensors of one kind, policy, reference or optimizer, by their names."""
+        prefix = f"{kind}."
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+
+class SavedBox(NamedTuple):
+    """A box of a tensor that a file holds."""
+
+    file: str
+    key: str  # its name in the file
+    offset: tuple[int, ...]  # where it begins in the whole tensor
+    shape: tuple[int, ...]
+
+
+class SavedTensor:
+    """A tensor in safetensors files, in one piece or several; only what is asked for is read, and cast to `dtype`."""
+
+    def __init__(self, files: TensorFiles, name: str, dtype: torch.dtype, shape: Iterable[int], boxes: list[SavedBox]):
+        self.files, self.name, self.dtype, self.shape, self.boxes = files, name, dtype, torch.Size(shape), boxes
 
     def is_floating_point(self) -> bool:
         """True if it holds floating-point numbers."""
@@ -281,28 +299,28 @@ class SavedTensor:
     def _read(self, wanted: list[Piece], local_shape: torch.Size) -> torch.Tensor:
         """Return a worker's local tensor, filled with the wanted pieces of this one."""
         local, n_read = torch.empty(local_shape, dtype=self.dtype), 0
-        for piece, (file, offset, shape) in itertools.product(wanted, self.pieces):
+        for piece, (file, key, offset, shape) in itertools.product(wanted, self.boxes):
             bounds = [(max(p, o), min(p + m, o + n)) for p, m, o, n in zip(*piece[:2], offset, shape, strict=True)]
             if all(begin < end for begin, end in bounds):
                 size = [end - begin for begin, end in bounds]
                 source = [begin - o for (begin, _), o in zip(bounds, offset, strict=True)]
                 place = [begin - p + at for (begin, _), p, _, at in zip(bounds, *piece, strict=True)]
-                part = self.checkpoint.read(file, _key(self.name, offset), _box(source, size))
+                part = self.files.read(file, key, _box(source, size))
                 local[_box(place, size)] = part
                 n_read += part.numel()
         if n_read != local.numel():
-            path = os.path.join(self.checkpoint.directory, SHARDS)
+            path = os.path.join(self.files.directory, SHARDS)
             raise UserError(f"{path}: of {self.name} it lists {n_read} of {local.numel()} values that are needed")
         return local
 
 
 def is_tensor(value: object) -> bool:
-    """True for a tensor, in memory or in the files of a sharded checkpoint."""
+    """True for a tensor, in memory or in files."""
     return isinstance(value, torch.Tensor | SavedTensor)
 
 
 def in_memory(tensor: torch.Tensor | SavedTensor) -> torch.Tensor:
-    """Return a tensor, read whole if it is in the files of a sharded checkpoint."""
+    """Return a tensor, read whole if it is in files."""
     return tensor.full() if isinstance(tensor, SavedTensor) else tensor
 
 

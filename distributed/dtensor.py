@@ -1,8 +1,10 @@
 """Distribute a model over the workers as DTensors, and gather full tensors from it.
 
-Only the first worker on each machine reads the model. It sends the others a copy without weights, and every worker
-splits that copy. Then the first worker broadcasts one parameter after another, and each worker keeps its shard. So a
-machine never holds more than one copy of the model, and a GPU never more than its shards and one full parameter.
+The first worker on each machine loads the model. It sends the others a copy without weights, and every worker splits
+that copy. Then every worker reads its shards from the files if the first one has left them there; see
+`checkpointing.unread`. Otherwise the first worker broadcasts one parameter after another, and each worker keeps its
+shard. So a machine never holds more than one copy of the model, and a GPU never more than its shards and one full
+parameter.
 """
 
 import io
@@ -24,7 +26,8 @@ def distribute_model(model: nn.Module | None, split: Callable[[nn.Module], None]
     """Distribute the model held by each machine's first worker over all workers; that copy's parameters are freed.
 
     Args:
-        model: the model on each machine's first worker, None on the others.
+        model: the model on each machine's first worker, None on the others. If its parameters are on the meta device,
+            its attribute `unread` reads them.
         split: turns the parameters of a model, which are on the meta device, into DTensors in place.
         on_cpu: keep the parameters in the CPU's memory.
     """
@@ -33,16 +36,25 @@ def distribute_model(model: nn.Module | None, split: Callable[[nn.Module], None]
     split(distributed)
     device = collectives.device()
     _allocate(distributed, torch.device("cpu") if on_cpu else device, device)
+    unread = distributed.__dict__.pop("unread", None)
+    if unread is not None:
+        unread.read_into(distributed)
+    else:
+        _broadcast_parameters(model, distributed, first_rank, group)
+    return distributed
+
+
+def _broadcast_parameters(model: nn.Module | None, distributed: nn.Module, first_rank: int, group: dist.ProcessGroup):
+    """Fill the parameters of `distributed` with those of the first worker's `model`, one after another."""
+    full_parameters = model.parameters() if model is not None else [None] * len(list(distributed.parameters()))
     with torch.no_grad():
-        full_parameters = model.parameters() if model is not None else [None] * len(list(distributed.parameters()))
         for parameter, full in zip(distributed.parameters(), full_parameters, strict=True):
-            received = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            received = torch.empty(parameter.shape, dtype=parameter.dtype, device=collectives.device())
             if full is not None:
                 received.copy_(full)
                 full.data = torch.empty(0)
             dist.broadcast(received.flatten().view(torch.uint8), first_rank, group)
             parameter.copy_(distribute_like(parameter, received))
-    return distributed
 
 
 class _PicklerWithoutWeights(pickle.Pickler):

@@ -73,7 +73,7 @@ class _SeveralProcesses(SingleProcess):
 
     starts_workers = True
     splits_tensors = True
-    device_map = "cpu"
+    device_map = "meta"  # on none: each worker reads its part of the weights, or one reads them and sends them on
     tensor_mesh = None  # the DeviceMesh of the workers that compute each layer together with this one
 
     def device(self, policy: nn.Module) -> torch.device:

@@ -1,0 +1,123 @@
+"""Measure what loading a model costs its workers, before and now: `python benchmarks/loading.py`, on Linux.
+
+Workers connected by gloo load a model with random weights from safetensors files that are not in the page cache:
+  before   one worker reads everything, and broadcasts one parameter after another (still done for models that need it)
+  now      every worker reads its part of the files
+Columns:
+  s        seconds until all workers hold their part
+  read     MB that a worker reads from the disk: the first one, and the largest of the others
+  memory   MB that loading adds to a worker's memory at most, without mapped files: the first one's, the largest other
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import checkpointing.unread  # noqa: F401 (imported before anything is measured)
+from commands.command_line import compose_config
+from distributed import connection, launch
+from distributed.collectives import all_gather_object, barrier
+from distributed.strategies import STRATEGIES
+from models import load_model
+
+WAYS = {"before": "cpu", "now": "meta"}  # by their `device_map`
+SPLITS = {
+    "FSDPTrainer": ["trainer=FSDPTrainer"],
+    "FSDPTrainer, tensor_parallel=2": ["trainer=FSDPTrainer", "tensor_parallel=2"],
+    "TensorParallelTrainer": ["trainer=TensorParallelTrainer"],
+}
+
+
+def figure(file: str, key: str) -> int:
+    """Return a line of a file in /proc/self: bytes in io, kB in status."""
+    lines = Path("/proc/self", file).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def forget(directory: Path):
+    """Drop a model's files from the page cache."""
+    for path in directory.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def peak_memory():
+    """Yield a list whose last item will be the peak of the memory inside the block, minus that at its start, in kB."""
+    values, is_over = [], threading.Event()
+
+    def sample():
+        while not is_over.wait(0.005):
+            values.append(figure("status", "RssAnon"))
+
+    before, thread = figure("status", "RssAnon"), threading.Thread(target=sample)
+    thread.start()
+    yield values
+    is_over.set()
+    thread.join()
+    values.append(max(values) - before)
+
+
+def load(config: DictConfig, way: str, path: str):
+    """Load the model in this worker; rank 0 writes the figures of all workers to `path`."""
+    transformers.utils.logging.disable_progress_bar()
+    with connection.process_group():
+        strategy, rank = STRATEGIES[config.trainer](config), int(os.environ["RANK"])
+        if rank == 0:
+            forget(Path(config.model.name_or_path))
+        barrier()
+        with peak_memory() as memory:
+            n_bytes, start = figure("io", "read_bytes"), time.perf_counter()
+            model = load_model(config, config.model.policy_dtype, WAYS[way]) if rank == 0 else None
+            model = strategy.distribute(model, is_policy=True)
+            barrier()
+            seconds, n_bytes = time.perf_counter() - start, figure("io", "read_bytes") - n_bytes
+        figures = all_gather_object((seconds, n_bytes / 1e6, memory[-1] * 1024 / 1e6))
+        if rank == 0:
+            Path(path).write_text(json.dumps(figures))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dtype", default="float32", help="of the weights in the files; they are loaded as float32")
+    args = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with tempfile.TemporaryDirectory() as directory:
+        sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "intermediate_size": 4 * args.hidden}
+        config = transformers.GPTNeoXConfig(**sizes, num_attention_heads=args.hidden // 64, vocab_size=50304)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+        model.save_pretrained(directory, max_shard_size="200MB")
+        os.sync()
+        n_files = len(list(Path(directory).glob("*.safetensors")))
+        print(f"{model.num_parameters() / 1e6:.0f} million parameters, {args.dtype}, {n_files} files")
+        print(f"| trainer | way | s | read | others | memory | others |\n{'|---' * 7}|")
+        del model
+        for split, words in SPLITS.items():
+            for way in WAYS:
+                run = compose_config("model=blank_model", f"model.name_or_path={directory}", "datasets=[toy]",
+                                     "loss=sft", *words)  # fmt: skip
+                launch.run_workers(load, args.workers, None, run, way, f"{directory}/figures.json")
+                first, *others = json.loads(Path(directory, "figures.json").read_text())
+                largest = [max(values) for values in zip(*others, strict=True)]
+                seconds = max(first[0], largest[0])
+                print(f"| {split} | {way} | {seconds:.1f} | {first[1]:,.0f} | {largest[1]:,.0f} "
+                      f"| {first[2]:,.0f} | {largest[2]:,.0f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
