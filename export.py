@@ -10,12 +10,13 @@ if __name__ == "__main__":  # first, as the other imports take seconds
     end_at_once()
 
 import os
+import re
 import shutil
 
 from omegaconf import DictConfig, OmegaConf
 
 from basics.checksums import read_checksums
-from basics.outputs import SHARDS, Output, check_outputs, is_sharded, new_directory
+from basics.outputs import SHARDS, Output, check_outputs, holds_model, is_sharded, new_directory
 from checkpointing.atomic_directory import CARD, atomic_directory
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.model_card import write_card
@@ -31,6 +32,7 @@ from utils import UserError, rank0_print
 
 # files that only resuming needs
 _TRAINING_STATE = {"policy.pt", "reference.pt", "optimizer.pt", "scheduler.pt", "rng.pt", "state.json", SHARDS}
+_SHARD = re.compile(r"shard-[0-9-]+of-[0-9]+\.safetensors")
 _ROOM = "make room, or choose another output"
 
 
@@ -53,7 +55,7 @@ def run(config: DictConfig):
     trust_remote_code = options.get("trust_remote_code") is True
     if os.path.exists(os.path.join(checkpoint, "adapter_config.json")):
         merge_adapter(checkpoint, trained, output, trust_remote_code)
-    elif is_sharded(checkpoint):
+    elif is_sharded(checkpoint) and not holds_model(checkpoint):
         join_shards(checkpoint, trained, output, trust_remote_code)
     else:
         copy_model(checkpoint, output)
@@ -62,7 +64,7 @@ def run(config: DictConfig):
 
 def copy_model(checkpoint: str, output: str):
     """Copy model, tokenizer and model card of a checkpoint with all weights."""
-    names = set(read_checksums(checkpoint)) - _TRAINING_STATE
+    names = {name for name in read_checksums(checkpoint) if not _SHARD.fullmatch(name)} - _TRAINING_STATE
     if "config.json" not in names:
         raise UserError(f"{checkpoint} holds no model for from_pretrained: it has no config.json")
     with atomic_directory(output, _ROOM) as partial:
@@ -72,13 +74,19 @@ def copy_model(checkpoint: str, output: str):
 
 
 def join_shards(checkpoint: str, trained: DictConfig, output: str, trust_remote_code: bool):
-    """Put the model of a sharded checkpoint together, in memory, and write it; arguments as of `merge_adapter`."""
-    from checkpointing.checkpoints import assembled_model  # takes seconds to import
+    """Put the model of a sharded checkpoint together, one file after another; arguments as of `merge_adapter`."""
+    from checkpointing.checkpoints import empty_model, fill_model  # takes seconds to import
+    from checkpointing.model_files import model_files
 
     quiet_libraries()
-    model = assembled_model(checkpoint, trust_remote_code)
+    model = empty_model(checkpoint, trust_remote_code)
+    files = model_files(checkpoint, model)
     with atomic_directory(output, _ROOM) as partial:
-        model.save_pretrained(partial)
+        if files is None:
+            fill_model(model, checkpoint)
+            model.save_pretrained(partial)
+        else:
+            files.write_all(partial)
         for name in set(read_checksums(checkpoint)) - _TRAINING_STATE:
             if not name.endswith(".safetensors"):
                 shutil.copyfile(os.path.join(checkpoint, name), os.path.join(partial, name))

@@ -239,6 +239,10 @@ class ShardedCheckpoint:
         prefix = f"{kind}."
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
+    def close_files(self):
+        """Close the files; they are opened again as they are needed."""
+        self._open_files.clear()
+
     def read(self, name: str, key: str, box: tuple[slice, ...]) -> torch.Tensor:
         """Read a part of a piece. Raises: UserError if the file doesn't hold it."""
         path = os.path.join(self.directory, name)
