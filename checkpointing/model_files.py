@@ -19,7 +19,7 @@ from checkpointing.sharded import SavedTensor, ShardedCheckpoint
 from distributed import collectives
 from utils import UserError, rank0_print
 
-MAX_FILE_SIZE = 5 * 10**9  # bytes: whoever writes a file holds its tensors in memory
+MAX_FILE_SIZE = 2 * 10**9  # bytes: whoever writes a file holds its tensors in memory
 
 
 @dataclass
