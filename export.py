@@ -10,13 +10,12 @@ if __name__ == "__main__":  # first, as the other imports take seconds
     end_at_once()
 
 import os
-import re
 import shutil
 
 from omegaconf import DictConfig, OmegaConf
 
 from basics.checksums import read_checksums
-from basics.outputs import SHARDS, Output, check_outputs, holds_model, is_sharded, new_directory
+from basics.outputs import MODEL_INDEX, SHARDS, Output, check_outputs, is_sharded, new_directory
 from checkpointing.atomic_directory import CARD, atomic_directory
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.model_card import write_card
@@ -32,7 +31,6 @@ from utils import UserError, rank0_print
 
 # files that only resuming needs
 _TRAINING_STATE = {"policy.pt", "reference.pt", "optimizer.pt", "scheduler.pt", "rng.pt", "state.json", SHARDS}
-_SHARD = re.compile(r"shard-[0-9-]+of-[0-9]+\.safetensors")
 _ROOM = "make room, or choose another output"
 
 
@@ -55,7 +53,7 @@ def run(config: DictConfig):
     trust_remote_code = options.get("trust_remote_code") is True
     if os.path.exists(os.path.join(checkpoint, "adapter_config.json")):
         merge_adapter(checkpoint, trained, output, trust_remote_code)
-    elif is_sharded(checkpoint) and not holds_model(checkpoint):
+    elif is_sharded(checkpoint):
         join_shards(checkpoint, trained, output, trust_remote_code)
     else:
         copy_model(checkpoint, output)
@@ -64,7 +62,7 @@ def run(config: DictConfig):
 
 def copy_model(checkpoint: str, output: str):
     """Copy model, tokenizer and model card of a checkpoint with all weights."""
-    names = {name for name in read_checksums(checkpoint) if not _SHARD.fullmatch(name)} - _TRAINING_STATE
+    names = set(read_checksums(checkpoint)) - _TRAINING_STATE
     if "config.json" not in names:
         raise UserError(f"{checkpoint} holds no model for from_pretrained: it has no config.json")
     with atomic_directory(output, _ROOM) as partial:
@@ -87,7 +85,7 @@ def join_shards(checkpoint: str, trained: DictConfig, output: str, trust_remote_
             model.save_pretrained(partial)
         else:
             files.write_all(partial)
-        for name in set(read_checksums(checkpoint)) - _TRAINING_STATE:
+        for name in set(read_checksums(checkpoint)) - _TRAINING_STATE - {MODEL_INDEX}:
             if not name.endswith(".safetensors"):
                 shutil.copyfile(os.path.join(checkpoint, name), os.path.join(partial, name))
         write_card(partial, trained, read_state_json(checkpoint), is_adapter=False)

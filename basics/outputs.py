@@ -18,7 +18,7 @@ from basics.links import link_target
 
 CHECKSUMS = "SHA256SUMS"  # in every checkpoint; `sha256sum -c` reads it
 SHARDS = "shards.json"  # in a sharded checkpoint: which file holds which part of which tensor
-MODEL_INDEX = "model.safetensors.index.json"  # which of several files holds which tensor, for `from_pretrained`
+MODEL_INDEX = "model.safetensors.index.json"  # for `from_pretrained`: which file holds which tensor
 CONFIG_HEADER = b"# SHA-256 of what the run started from"  # the beginning of a run's config.yaml
 PICTURE_OF = "direct-preference-optimization"  # in the metadata of each picture that is drawn here
 

@@ -30,7 +30,7 @@ class ModelFiles:
     model: nn.Module  # says how its tensors are named and formed in files
     state: dict[str, SavedTensor]  # by the model's own names
     names: dict[str, list[str]]  # of each file: the model's names of what it holds
-    index: dict | None  # the content of `MODEL_INDEX`; None for a single file
+    index: dict  # the content of `MODEL_INDEX`
 
     def write(self, directory: str, file: str):
         """Write one of the files."""
@@ -40,16 +40,16 @@ class ModelFiles:
         self.checkpoint.close_files()  # their pages count as this process's memory
 
     def write_all(self, directory: str):
-        """Write all files."""
+        """Write all files, and the index if there are several."""
         for file in self.names:
             self.write(directory, file)
-        self.write_index(directory)
+        if len(self.names) > 1:
+            self.write_index(directory)
 
     def write_index(self, directory: str):
-        """Write the file that says which tensor is in which of several files."""
-        if self.index is not None:
-            with open(os.path.join(directory, MODEL_INDEX), "w", encoding="utf-8") as file:
-                json.dump(self.index, file, indent=2, sort_keys=True)
+        """Write the file that says which tensor is in which file."""
+        with open(os.path.join(directory, MODEL_INDEX), "w", encoding="utf-8") as file:
+            json.dump(self.index, file, indent=2, sort_keys=True)
 
 
 def model_files(directory: str, model: nn.Module) -> ModelFiles | None:
@@ -79,11 +79,9 @@ def model_files(directory: str, model: nn.Module) -> ModelFiles | None:
     found = {name: tensor.shape for tensors in by_file.values() for name, tensor in tensors.items()}
     if found != {name: tensor.shape for name, tensor in together.items()}:
         return None
-    index = None
-    if split.is_sharded:
-        n_parameters = sum(tensor.numel() for tensor in shapes.values())
-        files = {name: file for file, tensors in by_file.items() for name in tensors}
-        index = {"metadata": {"total_parameters": n_parameters, **split.metadata}, "weight_map": files}
+    n_parameters = sum(tensor.numel() for tensor in shapes.values())
+    files = {name: file for file, tensors in by_file.items() for name in tensors}
+    index = {"metadata": {"total_parameters": n_parameters, **split.metadata}, "weight_map": files}
     return ModelFiles(checkpoint, model, state, names, index)
 
 
@@ -110,7 +108,7 @@ def add_model_files(
             path = os.path.join(directory, file)
             flush_to_disk(path)
             digests[file] = sha256(path)
-        if rank == 0:
+        if rank == 0:  # even for a single file: engines such as vLLM would read the shards as weights, too
             files.write_index(directory)
     except (OSError, RuntimeError, ValueError, SafetensorError, UserError) as error:
         problem = f"worker {rank}: {str(error)[:300]}"

@@ -225,6 +225,8 @@ def test_sharded_checkpoints_are_those_that_whole_ones_are(never_stopped, launch
     assert os.readlink(never_stopped / "BEST") == os.readlink(whole / "BEST")
     for name in PLAIN:  # at the end of a run
         assert (never_stopped / "LATEST" / name).read_bytes() == (whole / "LATEST" / name).read_bytes(), name
+    index = json.loads((never_stopped / "LATEST/model.safetensors.index.json").read_text())
+    assert {*index["weight_map"].values()} == {"model.safetensors"}  # not the shards, which vLLM would read
     assert (never_stopped / "LATEST/README.md").exists() and not (never_stopped / "BEST/model.safetensors").exists()
     for checkpoint in ("LATEST", "BEST"):
         exported = run_export(never_stopped, checkpoint, tmp_path / f"exported-{checkpoint}")
