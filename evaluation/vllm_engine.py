@@ -57,7 +57,9 @@ def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, se
 
 @contextlib.contextmanager
 def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[str]:
-    """Yield the folder or hub id for vLLM to load; an adapter or a sharded checkpoint is exported to a temporary one.
+    """Yield the folder or hub id for vLLM to load; what vLLM can't read is exported to a temporary one.
+
+    That is an adapter, or a sharded checkpoint but a run's last one.
 
     Args:
         checkpoint: a directory; None: the model of `model.name_or_path`.
