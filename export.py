@@ -15,7 +15,7 @@ import shutil
 from omegaconf import DictConfig, OmegaConf
 
 from basics.checksums import read_checksums
-from basics.outputs import SHARDS, Output, check_outputs, is_sharded, new_directory
+from basics.outputs import MODEL_INDEX, SHARDS, Output, check_outputs, is_sharded, new_directory
 from checkpointing.atomic_directory import CARD, atomic_directory
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.model_card import write_card
@@ -71,14 +71,20 @@ def copy_model(checkpoint: str, output: str):
 
 
 def join_shards(checkpoint: str, trained: DictConfig, output: str, trust_remote_code: bool):
-    """Put the model of a sharded checkpoint together, in memory, and write it; arguments as of `merge_adapter`."""
-    from checkpointing.checkpoints import assembled_model  # takes seconds to import
+    """Put the model of a sharded checkpoint together, one file after another; arguments as of `merge_adapter`."""
+    from checkpointing.checkpoints import empty_model, fill_model  # takes seconds to import
+    from checkpointing.model_files import model_files
 
     quiet_libraries()
-    model = assembled_model(checkpoint, trust_remote_code)
+    model = empty_model(checkpoint, trust_remote_code)
+    files = model_files(checkpoint, model)
     with atomic_directory(output, _ROOM) as partial:
-        model.save_pretrained(partial)
-        for name in set(read_checksums(checkpoint)) - _TRAINING_STATE:
+        if files is None:
+            fill_model(model, checkpoint)
+            model.save_pretrained(partial)
+        else:
+            files.write_all(partial)
+        for name in set(read_checksums(checkpoint)) - _TRAINING_STATE - {MODEL_INDEX}:
             if not name.endswith(".safetensors"):
                 shutil.copyfile(os.path.join(checkpoint, name), os.path.join(partial, name))
         write_card(partial, trained, read_state_json(checkpoint), is_adapter=False)

@@ -18,6 +18,7 @@ from basics.links import link_target
 
 CHECKSUMS = "SHA256SUMS"  # in every checkpoint; `sha256sum -c` reads it
 SHARDS = "shards.json"  # in a sharded checkpoint: which file holds which part of which tensor
+MODEL_INDEX = "model.safetensors.index.json"  # for `from_pretrained`: which file holds which tensor
 CONFIG_HEADER = b"# SHA-256 of what the run started from"  # the beginning of a run's config.yaml
 PICTURE_OF = "direct-preference-optimization"  # in the metadata of each picture that is drawn here
 
@@ -217,6 +218,11 @@ def is_checkpoint_name(name: str) -> bool:
 def is_sharded(checkpoint: str) -> bool:
     """True if a checkpoint's tensors are in one file per worker (`checkpointing.sharded`)."""
     return os.path.exists(os.path.join(checkpoint, SHARDS))
+
+
+def holds_model(checkpoint: str) -> bool:
+    """True if a checkpoint has weights for `from_pretrained`; a sharded one has them only at the end of a run."""
+    return any(os.path.exists(os.path.join(checkpoint, name)) for name in ("model.safetensors", MODEL_INDEX))
 
 
 def is_own_checkpoint(path: str) -> bool:

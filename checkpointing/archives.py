@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from basics.checksums import read_checksums, verify_checksum
 from basics.files import open_regular
-from basics.outputs import CHECKSUMS, SHARDS, is_sharded
+from basics.outputs import CHECKSUMS, SHARDS, holds_model, is_sharded
 from checkpointing.sharded import SavedTensor, ShardedCheckpoint, in_memory, is_tensor, placed_like
 from data import hub
 from utils import UserError, rank0_print
@@ -163,7 +163,8 @@ def load_pretrained(
 
     Raises: UserError with the weights that are missing, left over or of another shape.
     """
-    if is_sharded(name) and os.path.exists(os.path.join(name, "config.json")):  # an adapter's checkpoint has none
+    has_config = os.path.exists(os.path.join(name, "config.json"))  # an adapter's checkpoint has none
+    if is_sharded(name) and has_config and not holds_model(name):
         run_dir, checkpoint = os.path.split(os.path.abspath(name))
         raise UserError(
             f"{origin} is a sharded checkpoint. Make a model of it first: python export.py run={run_dir} "

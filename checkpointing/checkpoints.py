@@ -8,7 +8,8 @@ A checkpoint is a directory that appears whole or not at all. It contains:
 - `SHA256SUMS`, to detect damage.
 
 A sharded one has one file of tensors from each worker (`checkpointing.sharded`) in place of `policy.pt`, the model's
-weights and what tensors `optimizer.pt` has; the adapter and all else is as above.
+weights and what tensors `optimizer.pt` has; the adapter and all else is as above. At the end of a run it has the
+model's weights, too (`checkpointing.model_files`).
 """
 
 import contextlib
@@ -77,6 +78,7 @@ class Contents:
     config: DictConfig  # the run's
     dropout_rates: dict[str, float]  # written to the model's config.json in place of the policy's, which are 0
     n_eval_examples: int  # the number of examples in an evaluation, for the model card
+    ends_run: bool = False  # nothing follows: a sharded checkpoint also gets the model for `from_pretrained`
 
     @property
     def has_adapter(self) -> bool:
@@ -150,6 +152,9 @@ def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], No
         try:
             with unfinished:
                 digests.update(write_shard(directory, shard, group))
+                shard.pieces.clear()  # frees their memory
+                if contents.ends_run and not contents.has_adapter:
+                    digests.update(_add_model(directory, contents, group, path))
             if on_rank0():
                 _print_end(path, start_time)
                 then(train_state)
@@ -172,6 +177,24 @@ def _write_small_files(directory: str, contents: Contents, adapter: dict):
         contents.write_card(directory)
 
 
+def _add_model(
+    directory: str, contents: Contents, group: torch.distributed.ProcessGroup | None, path: str
+) -> dict[str, str]:
+    """Add the model for `from_pretrained` to a run's last sharded checkpoint; see `add_model_files`.
+
+    Args:
+        path: where the checkpoint will be.
+    """
+    from checkpointing.model_files import add_model_files  # only some runs need it
+
+    run_dir, name = os.path.split(path)
+    remedy = f"python export.py run={run_dir} checkpoint={name} output=DIR writes one"
+    digests = add_model_files(directory, _as_loaded(contents.policy), group, remedy)
+    if on_rank0() and digests:
+        contents.write_card(directory)
+    return digests
+
+
 def check_shared(run_dir: str):
     """Raise UserError unless all workers see the run directory, which rank 0 has created; all must call this."""
     collectives.barrier()
@@ -192,17 +215,21 @@ def _print_end(path: str, start_time: float):
 
 def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates: dict[str, float]):
     """Write the policy for `from_pretrained`, with the model's own code if it has any; an empty `state`: no weights."""
-    # FSDP replaces the class by one that the model's code lacks
-    model_class = next(base for base in type(policy).__mro__ if not base.__module__.startswith("torch."))
-    model = model_class.__new__(model_class)
-    model.__dict__ = policy.__dict__
-    model.save_pretrained(directory, state_dict=dict(state))
+    _as_loaded(policy).save_pretrained(directory, state_dict=dict(state))
     path = os.path.join(directory, "config.json")
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
     config |= dropout_rates
     with open(path, "w", encoding="utf-8") as file:
         json.dump(config, file, indent=2)
+
+
+def _as_loaded(policy: nn.Module) -> nn.Module:
+    """Return the same model with the class that it was loaded with: transformers doesn't know the one FSDP gives it."""
+    model_class = next(base for base in type(policy).__mro__ if not base.__module__.startswith("torch."))
+    model = model_class.__new__(model_class)
+    model.__dict__ = policy.__dict__
+    return model
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -220,8 +247,8 @@ def load_model_state(directory: str, name: str, model: nn.Module):
         load_fitting(read_state_dict(path, mmap=True), model, path)
 
 
-def assembled_model(directory: str, trust_remote_code: bool) -> nn.Module:
-    """Return the policy of a sharded checkpoint as one model in CPU memory.
+def empty_model(directory: str, trust_remote_code: bool) -> nn.Module:
+    """Return the model that a checkpoint's config.json describes, on the meta device.
 
     Raises: UserError if it can't be read.
     """
@@ -229,13 +256,19 @@ def assembled_model(directory: str, trust_remote_code: bool) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(directory, **options)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+            return transformers.AutoModelForCausalLM.from_config(config, **options)
     except (*UNREADABLE, ImportError) as error:
         raise UserError(f"{directory}: can't read its config.json ({describe(error, 1000)})") from error
+
+
+def fill_model(model: nn.Module, directory: str):
+    """Read all weights of a sharded checkpoint's policy into a model on the meta device: in CPU memory then.
+
+    Raises: UserError if they can't be read or don't fit.
+    """
     state = fit_state(ShardedCheckpoint(directory).state_dict("policy"), model, directory)
     model.load_state_dict({name: tensor.full() for name, tensor in state.items()}, assign=True)
     model.tie_weights()
-    return model
 
 
 def load_policy_state(directory: str, policy: nn.Module):

@@ -13,6 +13,7 @@ from checkpointing.checkpoints import (
     state_dicts_to_save,
     write_whole,
 )
+from checkpointing.resume import is_last
 from checkpointing.train_state import TrainState, get_rng_state
 from utils import rank0_print
 
@@ -37,8 +38,9 @@ def begin_save(
     if metrics is not None:
         state = dataclasses.replace(state, metrics=metrics)
     contents = Contents(
-        trainer.policy, trainer.tokenizer, state_dicts, state, config, trainer.dropout_rates, trainer.n_eval_examples
-    )
+        trainer.policy, trainer.tokenizer, state_dicts, state, config, trainer.dropout_rates, trainer.n_eval_examples,
+        ends_run=state.complete and is_last(path),
+    )  # fmt: skip
     if config.checkpoint_format == "whole":
         write_whole(path, contents, then)
     elif config.checkpoint_async:

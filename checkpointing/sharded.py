@@ -221,6 +221,10 @@ class TensorFiles:
     def __init__(self, directory: str):
         self.directory, self._open_files = directory, {}
 
+    def close_files(self):
+        """Close the files; they are opened again as they are needed."""
+        self._open_files.clear()
+
     def read(self, name: str, key: str, box: tuple[slice, ...]) -> torch.Tensor:
         """Read a part of a tensor. Raises: UserError if the file doesn't hold it."""
         path = os.path.join(self.directory, name)

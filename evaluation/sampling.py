@@ -11,9 +11,11 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from data.chat import end_token_ids
 from data.tokenization import decode_response
+from distributed.dtensor import n_gathered
 from log_probabilities import response_lengths
 from reporting.metrics import kl_metrics
 from reporting.terminal import progressing
+from reporting.usage import in_short
 from utils import on_device, pad_to_length, rank0_print, select_examples, unwrap_adapter
 
 
@@ -165,7 +167,8 @@ def sample_evaluation(trainer, evaluation_seconds: float = 0.0) -> tuple[list[di
 class Forecast:
     """Warns once a run, after a few tokens, if drawing samples will take longer than the evaluation itself.
 
-    Where workers share every batch, each token gathers the whole model.
+    Where workers share every batch (FSDP), each token gathers the model: all of it, or with tensor_parallel=N the
+    part, about 1/N, that this worker computes with.
     """
 
     N_UNTIMED, N_TIMED = 2, 8  # tokens; the first ones also compute the prompt
@@ -193,14 +196,19 @@ class Forecast:
         if not is_notable or trainer.run_dir in self.warned_runs:
             return
         self.warned_runs.add(trainer.run_dir)
-        billions = sum(parameter.numel() for parameter in trainer.policy.parameters()) / 1e9
         rank0_print(
             f"WARNING: drawing samples may take {seconds:,.0f} s, the evaluation took {self.evaluation_seconds:,.0f} s "
-            f"(trainer={config.trainer}): each token gathers the whole model of {billions:.2f} B parameters from all "
-            f"workers, in {seconds_per_token:.3f} s: up to {self.n_batches} batches × {n_tokens} tokens × {n_models} "
-            "models. Give sample_during_eval=false (or a smaller n_eval_model_samples), and draw samples from "
-            "checkpoints by sample.py with engine=vllm"
+            f"(trainer={config.trainer}): each token takes {seconds_per_token:.3f} s and needs {self.gathered()}: up "
+            f"to {self.n_batches} batches × {n_tokens} tokens × {n_models} models. Give sample_during_eval=false (or a "
+            "smaller n_eval_model_samples), and draw samples from checkpoints by sample.py with engine=vllm"
         )
+
+    def gathered(self) -> str:
+        """Return how much of the model a worker computes with, and from how many workers FSDP gathers that."""
+        parameters, n_workers = [*self.trainer.policy.parameters()], self.trainer.strategy.mesh["shard"].size()
+        whole, gathered = (in_short(sum(map(count, parameters))) for count in (torch.numel, n_gathered))
+        part = f"{gathered} of the model's {whole} parameters"
+        return f"{part}, gathered from {n_workers} workers" if n_workers > 1 else f"{part}, which each worker holds"
 
 
 def sample_batch(

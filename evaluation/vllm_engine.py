@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
-from basics.outputs import is_sharded
+from basics.outputs import holds_model, is_sharded
 from checkpointing.resume import quoted
 from config_checks.schema import REPOSITORY
 from data.chat import end_token_ids
@@ -57,7 +57,9 @@ def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, se
 
 @contextlib.contextmanager
 def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[str]:
-    """Yield the folder or hub id for vLLM to load; an adapter or a sharded checkpoint is exported to a temporary one.
+    """Yield the folder or hub id for vLLM to load; what vLLM can't read is exported to a temporary one.
+
+    That is an adapter, or a sharded checkpoint but a run's last one.
 
     Args:
         checkpoint: a directory; None: the model of `model.name_or_path`.
@@ -66,7 +68,7 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
     Raises: UserError if it can't be exported.
     """
     is_plain = checkpoint is None or not os.path.exists(os.path.join(checkpoint, "adapter_config.json"))
-    if is_plain and (checkpoint is None or not is_sharded(checkpoint)):
+    if is_plain and (checkpoint is None or not is_sharded(checkpoint) or holds_model(checkpoint)):
         yield config.model.name_or_path if checkpoint is None else os.path.realpath(checkpoint)
         return
     with tempfile.TemporaryDirectory(dir=beside, prefix=".merged-") as directory:

@@ -49,6 +49,8 @@ CASES = {  # a model with its loss; AdamW's second moments and RMSprop's are sta
     ],
 }  # fmt: skip
 
+ONLY_TOGETHER = {"fused gpt2, divergence of a whole batch": ["fsdp_cpu_offload=true"]}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
@@ -104,7 +106,7 @@ def states(directory) -> dict[str, torch.Tensor]:
 def test_two_workers_per_batch_shard_train_as_one_process(case, n_workers, n_replicas, models, in_workers, tmp_path):
     words = [word.format(**models) for word in CASES[case]]
     alone = trained(words, str(tmp_path / "alone"))
-    words += [*MESH, f"fsdp_replicate={n_replicas}"]
+    words += [*MESH, f"fsdp_replicate={n_replicas}", *ONLY_TOGETHER.get(case, [])]
     together = in_workers(n_workers, trained, words, str(tmp_path / "together"))
     shards = [[0, 1], [2, 3]] if n_workers == 4 else [[0], [1], [2], [3]]
     assert [worker["rows"] for worker in together] == [rows for rows in shards for _ in range(2)]
@@ -194,18 +196,24 @@ def test_heads_that_do_not_divide_are_refused(models, in_workers, tmp_path):
     in_workers(4, refused_heads, [f"model.name_or_path={models['llama']}"], str(tmp_path))
 
 
-def gathered_elements(words: list[str], directory: str) -> tuple[int, int]:
-    """Return how many elements of all parameters a worker holds once FSDP has gathered them, as planned and in fact."""
-    policy = new_trainer(words, directory).policy
+def gathered_elements(words: list[str], directory: str) -> tuple[int, int, str]:
+    """Return how many elements of all parameters a worker holds once FSDP has gathered them, as planned and in fact.
+
+    And how a forecast of sampling describes them.
+    """
+    trainer = new_trainer(words, directory)
+    policy, text = trainer.policy, sampling.Forecast(trainer, 1, 0.0).gathered()
     planned = sum(n_gathered(parameter) for parameter in policy.parameters())
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
-    return planned, sum(getattr(p, "_local_tensor", p).numel() for p in policy.parameters())
+    return planned, sum(getattr(p, "_local_tensor", p).numel() for p in policy.parameters()), text
 
 
-def test_memory_of_gathered_weights_is_planned_as_it_is(models, in_workers, tmp_path):
+def test_gathered_weights_are_planned_and_forecast_as_they_are(models, in_workers, tmp_path):
     words = [f"model.name_or_path={models['qwen3']}", "loss=sft"]
     whole = sum(parameter.numel() for parameter in new_trainer(words, str(tmp_path / "alone")).policy.parameters())
-    for planned, held in in_workers(4, gathered_elements, [*words, *MESH], str(tmp_path / "together")):
+    assert whole == 48_192
+    for planned, held, text in in_workers(4, gathered_elements, [*words, *MESH], str(tmp_path / "together")):
         assert planned == held < 0.51 * whole  # norms stay whole
+        assert text == f"{held / 1e3:.3g} k of the model's 48.2 k parameters, gathered from 2 workers"

@@ -1,4 +1,4 @@
-"""Under FSDP, where every token gathers the whole model, a run says if sampling takes longer than the evaluation."""
+"""Under FSDP, where every token gathers the model, a run says if sampling takes longer than the evaluation."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def printed(directory: str, trainer_name: str, evaluation_seconds: float) -> str
 def test_sampling_that_takes_longer_than_the_evaluation_is_told_once(in_workers, tmp_path):
     first, second = in_workers(2, printed, str(tmp_path), "FSDPTrainer", 0.0)
     assert first.count("WARNING: drawing samples may take") == 1
-    assert "each token gathers the whole model of 0.00 B parameters" in first
+    assert " s and needs 1.12 M of the model's 1.12 M parameters, gathered from 2 workers: " in first
     assert "up to 2 batches × " in first and " tokens × 2 models" in first
     assert "sample.py with engine=vllm" in first
     assert "WARNING" not in second

@@ -1,6 +1,8 @@
 """Checkpoints with a file of tensors from each worker: placements, resharding, resuming, and faults."""
 
+import contextlib
 import copy
+import io
 import itertools
 import json
 import os
@@ -14,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from conftest import trainers_in
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_resume import assert_same_run, half_saved
 from test_strategies import make_model, split
 from torch import nn
@@ -25,8 +28,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import export
+from basics.checksums import write_checksums
+from basics.files import sha256
+from checkpointing import model_files
 from checkpointing.archives import load_fitting
-from checkpointing.checkpoints import check_shared
+from checkpointing.checkpoints import _as_loaded, check_shared
 from checkpointing.integrity import find_corruption
 from checkpointing.optimizer_state import _add_saved_tensors, _sharded
 from checkpointing.resume import find_checkpoints
@@ -204,9 +210,12 @@ def never_stopped(launcher) -> Path:
     return run_dir
 
 
-def run_export(run_dir: Path, output: Path) -> Path:
-    export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": "LATEST", "output": str(output)}))
+def run_export(run_dir: Path, checkpoint: str, output: Path) -> Path:
+    export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": checkpoint, "output": str(output)}))
     return output
+
+
+PLAIN = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json")  # for from_pretrained
 
 
 def test_sharded_checkpoints_are_those_that_whole_ones_are(never_stopped, launcher, tmp_path):
@@ -214,11 +223,17 @@ def test_sharded_checkpoints_are_those_that_whole_ones_are(never_stopped, launch
     assert launcher.run(*RUN, "trainer=FSDPTrainer", f"local_run_dir={whole}", n_workers=2) == 0, launcher.output
     assert sorted(os.listdir(never_stopped)) == sorted(os.listdir(whole))
     assert os.readlink(never_stopped / "BEST") == os.readlink(whole / "BEST")
-    exported = run_export(never_stopped, tmp_path / "exported")
-    plain = run_export(whole, tmp_path / "plain")
-    assert sorted(os.listdir(exported)) == sorted(os.listdir(plain))
-    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
-        assert (exported / name).read_bytes() == (plain / name).read_bytes(), name
+    for name in PLAIN:  # at the end of a run
+        assert (never_stopped / "LATEST" / name).read_bytes() == (whole / "LATEST" / name).read_bytes(), name
+    index = json.loads((never_stopped / "LATEST/model.safetensors.index.json").read_text())
+    assert {*index["weight_map"].values()} == {"model.safetensors"}  # not the shards, which vLLM would read
+    assert (never_stopped / "LATEST/README.md").exists() and not (never_stopped / "BEST/model.safetensors").exists()
+    for checkpoint in ("LATEST", "BEST"):
+        exported = run_export(never_stopped, checkpoint, tmp_path / f"exported-{checkpoint}")
+        plain = run_export(whole, checkpoint, tmp_path / f"plain-{checkpoint}")
+        assert sorted(os.listdir(exported)) == sorted(os.listdir(plain))
+        for name in PLAIN:
+            assert (exported / name).read_bytes() == (plain / name).read_bytes(), name
     state = torch.load(whole / "LATEST/optimizer.pt", weights_only=True)["state"]["state"]
     expected = {f"{number}.{key}": value for number, values in state.items() for key, value in values.items()}
     found = ShardedCheckpoint(str(never_stopped / "LATEST")).state_dict("optimizer")
@@ -240,6 +255,81 @@ def test_run_killed_while_it_writes_in_a_thread_ends_as_one_that_never_stopped(s
     assert launcher.wait() == -signal.SIGKILL, launcher.output
     assert launcher.run(*overrides, n_workers=2) == 0, launcher.output
     assert_same_run(run_dir, never_stopped)
+
+
+# ---- files for from_pretrained -------------------------------------------------------------------------------------
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+CONFIGS = {  # True: it can be written in several files
+    "tied": (transformers.LlamaConfig(**SIZES, tie_word_embeddings=True), True),
+    "experts that files hold one by one": (transformers.MixtralConfig(**SIZES, num_local_experts=4), True),
+    "q, k and v that files hold fused": (transformers.HrmTextConfig(**SIZES), False),
+}
+
+
+def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors in a model's files, each of which must be in the file that the index names."""
+    files = {path.name: load_file(path) for path in directory.glob("model*.safetensors")}
+    tensors = {name: tensor for file in files.values() for name, tensor in file.items()}
+    if len(files) > 1:
+        index = json.loads((directory / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+        assert index["weight_map"] == {name: file for file, held in files.items() for name in held}
+    return tensors
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_model_written_file_by_file_is_the_one_that_save_pretrained_writes(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_files, "MAX_FILE_SIZE", 20_000)
+    torch.manual_seed(0)
+    config, has_several_files = CONFIGS[kind]
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "expected")
+    (tmp_path / "run/LATEST").mkdir(parents=True)
+    model.config.save_pretrained(tmp_path / "run/LATEST")
+    write_shard(str(tmp_path / "run/LATEST"), shard_of({"policy": dict(model.state_dict(keep_vars=True))}, False), None)
+    for name, content in (("state.json", "{}"), ("../config.yaml", "{}")):
+        (tmp_path / "run/LATEST" / name).write_text(content)
+    write_checksums(str(tmp_path / "run/LATEST"))
+    monkeypatch.setattr(export, "write_card", lambda *_, **__: None)
+    run_export(tmp_path / "run", "LATEST", tmp_path / "exported")
+    found, expected = tensors_in(tmp_path / "exported"), tensors_in(tmp_path / "expected")
+    assert (tmp_path / "exported/model.safetensors").exists() is not has_several_files
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def writes_model_files(name: str, how: str, directory: str) -> tuple[list[str], dict[str, str], str]:
+    """Write shards and a model's files; return the names after a full disk on one worker, the digests, the warning."""
+    model_files.MAX_FILE_SIZE = 10_000
+    model = distributed(name, how)
+    write_shard(directory, shard_of({"policy": dict(model.state_dict(keep_vars=True))}, copies=False), None)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with contextlib.redirect_stdout(io.StringIO()) as output, pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 2:
+            patch.setattr(model_files, "save_file", full)
+        assert model_files.add_model_files(directory, _as_loaded(model), None, "do it later") == {}
+        dist.barrier()
+        names = os.listdir(directory)
+        dist.barrier()
+    return names, model_files.add_model_files(directory, _as_loaded(model), None, "do it later"), output.getvalue()
+
+
+@pytest.mark.parametrize(("name", "how"), [("tied", "2 x 2"), ("fused", "fsdp")])
+def test_workers_write_the_model_together_or_leave_it_out(name, how, in_workers, tmp_path):
+    results = in_workers(4, writes_model_files, name, how, str(tmp_path))
+    shards = [f"shard-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
+    assert all(sorted(names) == [*shards, "shards.json"] for names, _, _ in results)
+    assert re.fullmatch(r"WARNING: .*worker 2: .*No space left on device\); do it later\n", results[0][2])
+    digests = results[0][1]
+    assert len(digests) > 4 and digests == {path: sha256(tmp_path / path) for path in digests}
+    expected = make_model(name).state_dict()
+    found = tensors_in(tmp_path)
+    assert expected.keys() - found.keys() == {"lm_head.weight"}  # both are tied
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
 # ---- one process: LoRA, faults --------------------------------------------------------------------------------------
@@ -296,9 +386,11 @@ def test_weights_of_a_sharded_checkpoint_start_a_new_run(finished, run_dir, make
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), finished[0].policy.parameters(), strict=True))
     with pytest.raises(UserError, match=rf"no such file\. The checkpoint is sharded: give {run_dir}/LATEST"):
         make_trainer(*ALONE, f"model.archive={run_dir}/LATEST/policy.pt")
-    export_it = rf"python export\.py run={run_dir} checkpoint=LATEST output=DIR"
-    with pytest.raises(UserError, match=rf"model\.name_or_path={run_dir}/LATEST is a sharded checkpoint.*{export_it}"):
-        make_trainer(*ALONE, "model=blank_model", f"model.name_or_path={run_dir}/LATEST")
+    policy = make_trainer(*ALONE, "model=blank_model", f"model.name_or_path={run_dir}/LATEST").policy
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), finished[0].policy.parameters(), strict=True))
+    export_it = rf"python export\.py run={run_dir} checkpoint=step-8 output=DIR"
+    with pytest.raises(UserError, match=rf"model\.name_or_path={run_dir}/step-8 is a sharded checkpoint.*{export_it}"):
+        make_trainer(*ALONE, "model=blank_model", f"model.name_or_path={run_dir}/step-8")
 
 
 SHARD = "shard-00001-of-00001.safetensors"
