@@ -5,8 +5,9 @@ finds and downloads the files, renames and ties weights, checks shapes and compu
 more than that, such as merging experts, is loaded the usual way: one worker reads it, and broadcasts each parameter.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def load_unread(name: str, origin: str, dtype: torch.dtype, **options) -> nn.Mod
     if not _is_plain(name, **options):
         return load_pretrained(name, origin, **options)
     placeholders = _Placeholders(dtype)
-    with mock.patch("transformers.modeling_utils.safe_open", placeholders.open):
+    with _files_opened_by(placeholders.open):
         model = load_pretrained(name, origin, **options)
     if not placeholders.tensors:  # it has no safetensors files
         return model
@@ -62,6 +63,18 @@ def load_unread(name: str, origin: str, dtype: torch.dtype, **options) -> nn.Mod
     _to_meta(model)
     model.unread = UnreadWeights(unread, origin)
     return model
+
+
+@contextlib.contextmanager
+def _files_opened_by(function: Callable) -> Iterator[None]:
+    """Let transformers open safetensors files by another function than `safe_open`: `from_pretrained` takes none."""
+    module = transformers.modeling_utils
+    before = module.safe_open
+    module.safe_open = function
+    try:
+        yield
+    finally:
+        module.safe_open = before
 
 
 def _is_plain(name: str, quantization_config: object, trust_remote_code: bool, **options) -> bool:
