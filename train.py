@@ -125,7 +125,7 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
     from trainers import make_trainer  # takes seconds to import
 
     trainer, run_dir = make_trainer(config), config.local_run_dir
-    # those of the data, and of models from the hub, are known only now
+    # the fingerprints of the data, and of models from the hub, are known only now
     trainer.state.inputs = {**file_hashes, **check_loaded(config, checkpoint, trainer)}
     with trainer.stop:
         with resume_hinted(run_dir, Stopped):
@@ -133,7 +133,7 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
                 trainer.precompute_reference()
             if checkpoint is not None:
                 trainer.resume(checkpoint)
-        if trainer.state.complete and is_last(checkpoint):  # under other settings than when it was written
+        if trainer.state.complete and is_last(checkpoint):  # under the settings of now, not those it was written under
             rank0_print(f"This run is complete: {checkpoint}")
             return
         if on_rank0():
@@ -165,6 +165,6 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
 main = functools.partial(command_line.main, run, can_sweep=True)
 
 if __name__ == "__main__":
-    from train import main  # other processes, of sweeps and workers, can import what it calls
+    from train import main  # not `__main__.main`: workers and a sweep's processes import its functions by their names
 
     main()

@@ -22,8 +22,9 @@ _OPERATIONS_PER_PARAMETER = 6  # for a token, forward and backward
 def microbatch_overhead(policy: nn.Module) -> float:
     """Return the cost of one more microbatch on a GPU, in tokens that could be computed in the same time.
 
-    It is that of launching kernels, which a small model waits for: by the constants above about 400
-    tokens for 2.8 billion parameters, 10,000 for 70 million (with 19 million outside the embeddings). Not measured.
+    It is the time to launch kernels, for which a small model waits. The constants above are estimates, not
+    measurements; they give 400 tokens for 2.8 billion parameters, and 10,000 for 70 million (19 million outside the
+    embeddings).
     """
     embeddings = {id(embedding.weight) for embedding in (policy.get_input_embeddings(), policy.get_output_embeddings())
                   if embedding is not None}  # fmt: skip
@@ -37,8 +38,8 @@ class Activations:
     """Bytes that a training forward pass keeps on each device, as measured."""
 
     kept: dict[torch.device, float]  # for each token, from the forward to the backward pass; logits not counted
-    backward: dict[torch.device, float]  # for each token, the gradients within one block: as much as the block keeps
-    casts: dict[torch.device, int]  # weights in the dtype of computation, whatever the number of tokens
+    backward: dict[torch.device, float]  # for each token, gradients inside a block: taken as what it keeps
+    casts: dict[torch.device, int]  # copies of weights cast for computing; they don't grow with the tokens
 
 
 def measure_activations(
@@ -46,8 +47,9 @@ def measure_activations(
 ) -> Activations:
     """Run one forward pass with gradients as in training, and count the storages that its graph keeps, each once.
 
-    With activation checkpointing the last block keeps everything, as one block does at a time in the backward pass.
-    Blocks must not be compiled yet. The policy and the random generators are left as they were.
+    With activation checkpointing the last block is run without it: in the backward pass, one block at a time is
+    computed again and keeps everything. Blocks must not be compiled yet. The policy and the random generators are left
+    as they were.
 
     Args:
         compute: the log-probabilities of a few responses under the policy.
@@ -65,7 +67,7 @@ def measure_activations(
         weights,
     ):
         logps = compute()
-    # counted while the graph lives: FSDP has freed the storages of gathered weights by now
+    # counted before the graph is freed; FSDP has freed the weights it gathered, so that they count as 0 bytes
     of_tokens = {key: tensor for key, tensor in graph.kept.items() if key not in weights.storages}
     of_weights = {key: tensor for key, tensor in graph.kept.items() if key in weights.derived}
     kept = _bytes_by_device(of_tokens)
@@ -82,7 +84,7 @@ def measure_activations(
 
 @contextlib.contextmanager
 def _watched_modules(policy: nn.Module, graph: "_Graph", counts_logits: bool) -> Iterator[None]:
-    """Let the graph know when the last block runs, which keeps everything, and where the output head begins."""
+    """Tell the graph when the last block runs and where the output head begins; let that block keep everything."""
     base, block = unwrap_adapter(policy).base_model, _last_block(policy)
     hooks = [
         block.register_forward_pre_hook(lambda *_: graph.enter_block(), prepend=True),

@@ -17,7 +17,7 @@ class Layout:
     """A layout of batches. `model_check.choose_layout` chooses it, after comparing it with the plain forward."""
 
     make_rows: Callable[[dict], Rows] | None  # None: the plain way, as the original computes
-    whole_logits: bool = False  # the model does more to its logits than apply the output head
+    whole_logits: bool = False  # take logits from the whole model, which does more to them than apply the output head
 
     @property
     def is_plain(self) -> bool:
@@ -46,7 +46,7 @@ class Layout:
         return strategy.run_as_forward(model, response_logps, model, *args)
 
     def prepare(self, batch: dict, pin_memory: bool) -> dict:
-        """Return the batch with its rows, made ahead of time; pinned, a GPU copies them while it computes."""
+        """Return the batch with its rows, made ahead of time; a GPU can copy pinned ones while it computes."""
         if self.is_plain:
             return batch
         rows = self.rows(batch).pin_memory() if pin_memory else self.rows(batch)

@@ -12,9 +12,10 @@ from log_probabilities import response_lengths
 from utils import computed_dtype, select_examples, unwrap_adapter
 
 SIDES = ("chosen", "rejected")
-_SMALL = 1 / 16  # times log-probabilities: gradients about as small as a loss's, which float16 can hold
-_TOKEN_WEIGHTS = torch.randn(997, generator=torch.Generator().manual_seed(0))  # of a token id, modulo 997
-# Error of a float32 sum, in units of its last digit. (16-bit results are summed in float32, then rounded once.)
+# Log-probabilities are multiplied by it, so that gradients are about as small as a loss's and fit into float16.
+_SMALL = 1 / 16
+_TOKEN_WEIGHTS = torch.randn(997, generator=torch.Generator().manual_seed(0))  # a token's is at its id modulo 997
+# Error of a float32 sum, in units of its last digit. For results in 16 bits, rounding them at the end outweighs it.
 _ACCUMULATED = 32
 
 
@@ -63,7 +64,7 @@ class Numbers:
 
     logps: torch.Tensor  # (1 or 2, E) of chosen and rejected responses, in nats
     gradient: torch.Tensor  # (H,), a projection of the short examples' gradient
-    leak: float  # the share of the gradient that reaches the last tokens, which no causal model's predictions depend on
+    leak: float  # the share of the gradient that reaches a row's last token: 0 if the model is causal
 
 
 def measure(
@@ -149,8 +150,8 @@ class Standard:
     def distances(self, ours: Numbers) -> tuple[float, float]:
         """Return how far `ours` are from the standard; they may lack the example of full length.
 
-        The first is the root mean square difference of log-probabilities, in nats by the root of a response's tokens;
-        the second the relative difference of the gradient.
+        The first is the root mean square of the differences of log-probabilities (nats), each divided by the square
+        root of the response's number of tokens; the second is the relative difference of the gradient.
         """
         n = ours.logps.shape[1]
         of_logps = (ours.logps - self.numbers.logps[:, :n]) / self.lengths[:, :n].sqrt()
@@ -168,10 +169,11 @@ class Standard:
 
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module) -> Iterator[None]:
-    """Perturb the output of every layer but the head, and its gradient, by random errors of the size of rounding.
+    """Perturb every layer's output, and the gradient that comes back through it, by errors of the size of rounding.
 
-    This is Monte Carlo arithmetic (D. S. Parker, UCLA CSD-970002, 1997) at the granularity of layers. The noise of the
-    n-th output is drawn from the seed n, so that workers that compute the same draw the same.
+    The head is left out. This is Monte Carlo arithmetic (D. S. Parker, UCLA CSD-970002, 1997) at the granularity of
+    layers. The noise of the n-th output is drawn from the seed n, so that workers which compute the same output add the
+    same noise.
     """
     counter = itertools.count()
 
@@ -193,7 +195,7 @@ def rounded_otherwise(model: nn.Module) -> Iterator[None]:
 
 def _rounding_error(tensor: torch.Tensor) -> float:
     """Return the largest relative rounding error of results in a tensor's dtype."""
-    dtype = computed_dtype(tensor)  # the next layer rounds its input to it, at the latest
+    dtype = computed_dtype(tensor)  # a wider output is rounded to it when the next layer reads it
     if dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
         return torch.finfo(dtype).eps / 2
     if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32:  # which has as many digits as float16

@@ -28,7 +28,7 @@ class MemoryPlan:
     total: int
     token: float  # peak bytes per token of a microbatch
     max_tokens: int  # 0: what is held doesn't fit
-    foreach_fits: bool  # an optimizer step over all weights at once needs another copy of them
+    foreach_fits: bool  # there is room for an optimizer step over all weights at once, which copies the gradients
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_gb(n_bytes)}" for name, n_bytes in self.held.items() if n_bytes)
@@ -83,7 +83,7 @@ def memory_plans(
 
     Args:
         reference: a second model in memory, if there is one.
-        optimizer_bytes: see `optimization.state_bytes`.
+        optimizer_bytes: see `optimizer_memory.state_bytes`.
         compute_dtype: the dtype of the policy's forward pass.
         gathers_blocks: weights are gathered for each block in turn (FSDP).
     """

@@ -1,4 +1,4 @@
-"""Check at the start whether a float16 reference overflows; later, that would look like too high a learning rate."""
+"""Check at the start whether a float16 reference overflows; in training it would look like a large learning rate."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from utils import UserError
 def check_no_overflow(model: nn.Module, compute: Callable[[nn.Module], torch.Tensor]):
     """Refuse a float16 reference whose log-probabilities on a few examples are not finite.
 
-    `compute`: log-probabilities of examples under a model, the same ones on all workers.
+    `compute`: returns a model's log-probabilities of some examples, the same examples on all workers.
 
     Raises: UserError that names the first layer to overflow.
     """

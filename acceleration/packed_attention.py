@@ -41,7 +41,7 @@ class Packing:
     longest_key: int  # keys in the segment that has the most
     key_tokens: torch.Tensor | None = None  # (M,) index of each key's token in the row; None: the row's tokens in order
     first_key: torch.Tensor | None = None  # (N,) index of each token's first key
-    second_key: torch.Tensor | None = None  # (M - N,) indices of the keys whose token is used a second time
+    second_key: torch.Tensor | None = None  # (M - N,) indices of the keys that are the second use of their token
 
     def to(self, device: torch.device | int, non_blocking: bool = False) -> "Packing":
         """Return the same segments on another device; accelerate calls this for layers on another GPU."""
@@ -63,8 +63,8 @@ def with_tensors(holder, change: Callable[[torch.Tensor], torch.Tensor]):
 class _GatherKeys(torch.autograd.Function):
     """Gathers the keys or values of all segments from those of the row's tokens: (N, H, D) to (M, H, D).
 
-    Each token is used once or twice, so the backward pass reads its gradient from one place or two. Unlike the backward
-    pass of `index_select`, that needs no atomic additions, whose order, and so rounding, changes from run to run.
+    Each token is used once or twice, so the backward pass reads its gradient from one place or two. That of
+    `index_select` would add atomically, in an order that changes from run to run, and with it the rounding.
     """
 
     @staticmethod

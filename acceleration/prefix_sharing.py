@@ -155,7 +155,7 @@ class _PackedRow:
         Args:
             is_target: True for trained tokens.
             sequence: the number of the response.
-            n_shared: the first tokens that it shares with the last sequence added, and that aren't computed again.
+            n_shared: how many of its first tokens it shares with the last sequence added; they aren't computed again.
         """
         start, key_start = self.query_starts[-1], self.key_starts[-1]
         self.last_start = self.last_start if n_shared else start
@@ -164,7 +164,7 @@ class _PackedRow:
         key_tokens = torch.cat(
             [shared_tokens, torch.arange(start, start + n_new)]
         )  # the place of each token in the row
-        predicted = is_target[1:].nonzero().squeeze(1) + 1  # nothing predicts the first token of all
+        predicted = is_target[1:].nonzero().squeeze(1) + 1  # nothing predicts a sequence's first token
         new_parts = {
             "input_ids": ids[n_shared:],
             "position_ids": torch.arange(n_shared, len(ids)),

@@ -1,11 +1,10 @@
 """Weights in the dtype that autocast computes in, kept beside their float32 masters and cast once a step.
 
-Autocast casts the weights of every linear layer again in every forward pass: with eight microbatches, and the
-reference's passes between them, eight times a step. Here the copy stays until the weight has changed. Gradients pass
-through the copy into the master; the optimizer, checkpoints and all other code see only masters. All numbers are
-autocast's, bit for bit, with one exception: if an output head makes its logits in several chunks, their gradients are
-summed in float32, where autocast sums them in its own dtype. A copy takes 2 bytes per weight, as much as autocast takes
-during a forward pass.
+Autocast casts the weights of every linear layer again in every forward pass: with eight microbatches, eight times
+a step. Here the copy stays until the weight has changed. Gradients pass through the copy into the master; the
+optimizer, checkpoints and all other code see only masters. All numbers are autocast's, bit for bit, with one exception:
+if an output head makes its logits in several chunks, the chunks' gradients of its weight are summed in float32, where
+autocast sums them in its own dtype. A copy takes 2 bytes per weight, as much as autocast takes during a forward pass.
 """
 
 import types
@@ -33,7 +32,7 @@ class _AsCopied(torch.autograd.Function):
 
 
 class ShadowedLinear(nn.Linear):
-    """A linear layer with such copies of its weight and bias. A layer becomes one by `shadow_linear_weights`."""
+    """A linear layer that keeps 16-bit copies of its weight and bias; see `shadow_linear_weights`."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         dtype = computed_dtype(self.weight)
@@ -61,10 +60,10 @@ class ShadowedLinear(nn.Linear):
 
 
 def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
-    """Let a model's plain linear layers keep such copies, except those that share their weight with an embedding.
+    """Let a model's plain linear layers keep 16-bit copies, except those that share their weight with an embedding.
 
-    `optimizer`: of the model's weights; before each of its steps the copies of what it trains are released. The step
-    gets their memory, and fused optimizers change weights without a trace in their versions.
+    `optimizer`: of the model's weights; before each of its steps the copies of what it trains are freed. The step can
+    use their memory, and a fused optimizer doesn't raise a weight's `_version`, by which a copy is known to be old.
     """
     for module in _linear_layers(model):
         module.__class__ = ShadowedLinear
@@ -90,7 +89,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
 def shadow_if_equal(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, compute: Callable[[], torch.Tensor]
 ) -> bool:
-    """Let a model keep such copies if they give the same numbers on the device at hand, bit for bit; True if they do.
+    """Let a model keep 16-bit copies if that gives the same numbers on this device, bit for bit; True if it does.
 
     `compute`: log-probabilities of a few examples as in training.
     """

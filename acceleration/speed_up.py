@@ -13,8 +13,8 @@ from utils import rank0_print
 def speed_up(trainer) -> tuple[float, int | None]:
     """Apply all speed-ups to a trainer's policy; without an optimizer, no memory is planned.
 
-    Returns: how many tokens could be computed in the time that one more microbatch costs, and the most tokens of a
-        microbatch, None for any number.
+    Returns: the cost of one more microbatch, as the number of tokens that could be computed in that time; and the most
+        tokens that a microbatch may have (None: any number).
     """
     config, policy = trainer.config, trainer.policy
     if trainer.policy_mp is not None and trainer.eval_iterator is not None:
@@ -27,7 +27,7 @@ def speed_up(trainer) -> tuple[float, int | None]:
 
 
 def _cast_once(trainer):
-    """Cast weights that are computed under autocast once a step, and a fixed reference's for good, if that is equal."""
+    """Cast the policy's weights for autocast once a step, and a fixed reference's for good, if results stay equal."""
     policy, batch = trainer.policy, trainer.eval_iterator.first_examples(2)
     if not trainer.strategy.splits_tensors and not shadow_if_equal(
         policy, trainer.optimizer, lambda: trainer.response_logps(policy, batch)
@@ -40,7 +40,7 @@ def _cast_once(trainer):
 
 
 def _may_round_reference(trainer) -> bool:
-    """True if the reference is a second, frozen model that is computed under autocast; FSDP rounds it anyway."""
+    """True if the reference is a second, frozen model under autocast; False under FSDP, which rounds it anyway."""
     config, reference = trainer.config, trainer.reference
     is_second = reference is not None and reference.model is not trainer.policy
     is_autocast = is_computed_as_policy(config) and not trainer.strategy.shards_batches

@@ -1,8 +1,9 @@
 """Losses that depend on a whole batch (KTO, BCO, AOT, ...), computed in microbatches and by several workers.
 
-A loss that sorts or averages the batch is computed twice. First on the whole batch, of all microbatches and workers,
-from log-probabilities without a gradient; that also gives its derivative with respect to each of them. Then each
-microbatch computes its log-probabilities once more, and has the same loss, with that derivative as its gradient.
+A loss that sorts or averages the batch is computed first on the whole batch, of all microbatches and workers, from
+log-probabilities without a gradient. That gives each example's loss, and its derivative with respect to each
+log-probability. Then each microbatch computes its log-probabilities once more, with a gradient. Its losses are those of
+the first pass, and that derivative is their gradient.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from utils import widest_dtype
 
 
 def whole_batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
-    """Return the loss of each microbatch, a function of its inputs and options, for a batch of all workers.
+    """Return a loss function, of inputs and options, for each of this worker's microbatches of a batch that all share.
 
     What the loss takes from the whole batch is computed here: see `objectives.declaration.Loss`.
     """
@@ -61,7 +62,7 @@ def estimate_kl(trainer, batch: dict) -> torch.Tensor:
         counted = trainer.counted(microbatch)
         logratios = (policy_logps - torch.stack(trainer.reference_logps(microbatch))).where(counted, 0)
         sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
-    if trainer.is_sharded:  # the mean is right also where several workers add the same shard
+    if trainer.is_sharded:  # if several workers add the same shard, sum and count grow alike, and the mean stays right
         sum_and_count = collectives.all_reduce_sum(sum_and_count)
     kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
     return kl_estimate.to(torch.promote_types(trainer.policy.dtype, torch.float32))
@@ -85,7 +86,7 @@ def _linearized(
     Args:
         loss: computes a whole batch from its inputs.
         inputs: those of this worker's microbatches, without gradient.
-        counted: a mask of the examples of each that aren't there to fill up the batch.
+        counted: for each of them a mask, which is False for examples that only fill up the batch.
         strategy: knows the other workers, which may have other examples of the batch.
     """
     sizes = [len(part) for part in counted]

@@ -1,1 +1,1 @@
-"""Helpers for every module: whole files, locks, outputs, printing, the error for a user's mistake. No torch."""
+"""Helpers that every module may import, without torch: atomic file writes, locks, checks of output paths, printing."""

@@ -47,7 +47,7 @@ def explain_failed_write(error: OSError) -> str:
 
 @contextlib.contextmanager
 def write_errors_named(path: str) -> Iterator[None]:
-    """Turn an OSError inside the block into `CannotWrite`: that of a write doesn't know the file's name."""
+    """Turn an OSError inside the block into `CannotWrite`, which names the file; an OSError of a write doesn't."""
     try:
         yield
     except CannotWrite:
@@ -149,7 +149,7 @@ def append_whole(descriptor: int, data: bytes):
         while rest:
             rest = rest[os.write(descriptor, rest) :]
     except BaseException:
-        with contextlib.suppress(OSError):  # a device
+        with contextlib.suppress(OSError):  # a device can't be truncated
             os.ftruncate(descriptor, size)
         raise
 

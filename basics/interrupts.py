@@ -9,7 +9,7 @@ INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 
 
 def end_at_once():
-    """Let Ctrl-C end the process until `interrupts_reported`; a command calls this before its other imports.
+    """From now on, Ctrl-C ends the process at once, until `interrupts_reported`; commands call it before other imports.
 
     Some libraries swallow a KeyboardInterrupt in their imports, or turn it into another error.
     """
@@ -19,7 +19,7 @@ def end_at_once():
 
 @contextlib.contextmanager
 def interrupts_reported() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt in the block, which then ends the process with one word."""
+    """In the block, Ctrl-C raises KeyboardInterrupt; if nothing catches it, the process ends with one word."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -1,4 +1,4 @@
-"""LATEST and BEST lead to a checkpoint beside them: as links, or on Windows as files with its name."""
+"""LATEST and BEST lead to a checkpoint beside them: as links or, on Windows, as files that contain its name."""
 
 import os
 import re
@@ -9,7 +9,7 @@ _TARGET = re.compile(rb"(step-[0-9]{1,30})\n?")
 
 
 def make_link(target: str, path: str):
-    """Make `path` a symbolic link to `target` in the same directory, or a file with that name in it."""
+    """Make `path` a symbolic link to `target` in the same directory, or else a file that contains the target's name."""
     try:
         os.symlink(target, path)
     except (OSError, NotImplementedError):
@@ -31,7 +31,7 @@ def link_target(path: str) -> str | None:
 
 
 def followed(path: str) -> str:
-    """Return a path in which each file that is such a link is replaced by where it leads."""
+    """Return the path with each such file replaced by the checkpoint that it names."""
     parts = Path(path).parts
     for n, name in enumerate(parts, 1):
         link = os.path.join(*parts[:n])

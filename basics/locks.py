@@ -31,14 +31,14 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def locked(path: str, origin: str, busy: str) -> Iterator[int]:
-    """Lock a file for this process alone and yield its descriptor; create it if needed, remove it if still empty.
+    """Lock a file for this process alone and yield its descriptor; create it if needed; remove it later if still empty.
 
-    The lock is an flock, which ends with this process, however that ends. Between machines that share the directory it
-    holds where the file system passes flock on: NFS (Linux makes it a byte-range lock, which NFSv4 always has, NFSv3
-    with its lock service), Lustre mounted with `flock`, CephFS. When a machine crashes the server gives its locks up,
-    on NFS after a minute or two. A mount that keeps locks local (`nolock`, `local_lock`, `localflock`) looks the same
-    from here and shuts out only this machine's processes. If the file system has no locks at all, a warning is printed.
-    Windows has no flock: there `filelock` locks another file beside this one, which others can read then.
+    The lock is an flock, which ends with this process, however that ends. It also holds between machines that share the
+    directory, if the file system passes flock on. These do: CephFS; Lustre mounted with `flock`; NFSv4; NFSv3 with its
+    lock service. If a machine crashes, the server releases its locks, on NFS after a minute or two. A mount that keeps
+    locks local (`nolock`, `local_lock`, `localflock`) looks the same from here and shuts out only this machine's
+    processes. If the file system has no locks at all, a warning is printed. Windows has no flock: there `filelock`
+    locks a second file beside this one, so that others can still read it.
 
     Args:
         origin: key and value that name the file, for messages.
@@ -149,7 +149,7 @@ def _open_locked(path: str, origin: str, busy: str) -> int:
     while True:
         try:
             descriptor = os.open(path, _FLAGS, 0o666)
-        except FileNotFoundError:  # another process has just removed the directory, or it is new
+        except FileNotFoundError:  # the directory is new, or another process has just removed it
             parent = os.path.dirname(path) or "."
             if os.path.islink(parent):
                 raise  # it leads nowhere

@@ -5,7 +5,7 @@ after one step of SFT, in each of the formats:
   waits      seconds until training goes on
   total      seconds until the checkpoint is on disk
   MB         size of the checkpoint
-  peak       memory (MB) that saving or loading adds to a worker's, at most: rank 0's, and the largest of the others'
+  peak       the most memory (MB) that saving or loading adds at any time: in rank 0, and in the largest other worker
   load       seconds in which all workers load weights and optimizer from it (files are in the page cache)
 Figures are medians of several rounds through the formats.
 """
@@ -49,7 +49,7 @@ def memory(key: str) -> float:
 
 
 def measured(function: Callable[[], float | None]) -> tuple[float, float, float]:
-    """Call a function on all workers; return the seconds (its result, or how long it takes) and the peaks of memory."""
+    """Call a function on all workers; return the seconds that it returns or else takes, and the peaks of memory."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory freed by the last round would be used again, uncounted
     barrier()

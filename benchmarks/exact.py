@@ -1,9 +1,10 @@
 """Exact reward and KL of a policy on a task whose responses can all be listed, and the best that any policy can reach.
 
-Nothing is sampled: the log-probability of every response is computed. Responses form a prefix tree, and each shared
-prefix is computed once: a row is [prompt, path, subtree], in which each token attends along its path in the tree. So
-reward and KL are exact up to float32 rounding. They can be compared with the optimum of the KL-constrained reward for
-the same reference, π*(y) ∝ π_ref(y) exp(r(y) / β) (Eq. 4 of https://arxiv.org/abs/2305.18290).
+Nothing is sampled: the log-probability of every response is computed. Responses form a prefix tree, which is cut into
+rows. A row is the prompt, the path from it to some node, and the subtree below that node; each token attends to the
+prompt and its own ancestors, so that a row computes a shared prefix once. Reward and KL are exact up to float32
+rounding. They can be compared with the optimum of the KL-constrained reward for the same reference, π*(y) ∝ π_ref(y)
+exp(r(y) / β) (Eq. 4 of https://arxiv.org/abs/2305.18290).
 """
 
 from dataclasses import dataclass
@@ -122,8 +123,9 @@ def _children(tree: ResponseTree) -> list[list[int]]:
 def _prepare(tree: ResponseTree, children: list[list[int]], rows: list[list[int]]):
     """Pad the rows of a batch.
 
-    Returns: tokens and depths (B, T), masks (B, T, T), and, for the M children of the rows' nodes, predictors and nodes
-        (M,). A predictor is the index of the child's parent among the B * (1 + T) positions [end of prompt, row].
+    Returns: tokens and depths (B, T), masks (B, T, T), and for the M children of the rows' nodes, predictors (M,) and
+        nodes (M,): the position of the child's parent, whose output predicts it, and the child. Positions count through
+        all rows, each of 1 + T: the end of the prompt, then the row.
     """
     length = max(map(len, rows))
     tokens, depths = (np.zeros((len(rows), length), dtype=np.int64) for _ in range(2))

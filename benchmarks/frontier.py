@@ -64,7 +64,7 @@ SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # (exam
 BETAS = (2.0, 1.5, 1.0, 0.7, 0.5)
 STRENGTHS = {  # an option of the loss and five values, from closest to the reference to farthest
     "ipo": ("beta", (0.26, 0.2, 0.13, 0.09, 0.065)),  # IPO's 1/τ scales a probability of winning, not a reward
-    "sppo": ("beta", (0.52, 0.4, 0.26, 0.18, 0.13)),  # its 1/β is the log-ratio of a certain pair
+    "sppo": ("beta", (0.52, 0.4, 0.26, 0.18, 0.13)),  # its 1/β is the log-ratio of a pair with a sure winner
     "simpo": ("beta", (40.0, 20.0, 10.0, 5.0, 2.0)),  # SimPO's β scales a mean over about 18 tokens
     "orpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
     "cpo": ("beta", (0.1, 0.25, 0.5, 1.0, 2.0)),
@@ -133,8 +133,8 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     The derivative is the larger of those with respect to the preferred and the dispreferred response.
 
     This makes SGD's steps independent of an objective's scale and strength; for DPO it is 2 · step_size / β. Other
-    optimizers don't need it. A loss with a kink at the reference (DPOP) is steeper where the preferred response has
-    become less likely, and that slope counts.
+    optimizers don't need it. DPOP's loss has a kink at the reference; its slope is taken on the steeper side, where
+    the preferred response is less likely than under the reference.
     """
     if not any(word == "optimizer=SGD" for word in run.optimizer):
         return run.step_size
@@ -323,7 +323,7 @@ def length_runs(names: list[str]) -> list[Run]:
 
 def all_runs(quick: bool) -> list[Run]:
     """Return all runs, the most informative ones first."""
-    # if all responses are equally long, these are DPO
+    # length_dpo and dpo_norm are DPO if all responses are equally long, as here
     every = [name for name in objectives() if name not in ("length_dpo", "dpo_norm")]
     if quick:
         return [*sweep("dpo", which=(0, 2, 4)), *sweep("ipo", which=(2,))]

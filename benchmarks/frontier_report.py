@@ -1,6 +1,7 @@
 """Tables and a picture of the results of `frontier.py`.
 
-`python benchmarks/frontier_report.py docs/objectives.md docs/objectives.png` draws the picture of a table in a page.
+`python benchmarks/frontier_report.py docs/objectives.md docs/objectives.png` draws the picture again from the
+table in the page.
 """
 
 import json
@@ -22,7 +23,7 @@ def select(results: list[dict], **settings: object) -> list[dict]:
 def best_checkpoint(results: list[dict]) -> dict | None:
     """Return the checkpoint with the largest fraction of the optimum's gain.
 
-    Only checkpoints beyond 0.1 nats that leak less than 5 % count, if there are any.
+    If any checkpoint has a KL above 0.1 nats and writes less than 5 % outside the grammar, only such ones count.
     """
     checkpoints = [c for r in results for c in r["checkpoints"]]
     moved = [c for c in checkpoints if c["kl"] > 0.1 and c["outside"] < 0.05] or checkpoints
@@ -131,7 +132,7 @@ def points(table: str) -> dict[str, list[tuple[float, float]]]:
 
 
 def draw(table: str, path: Path):
-    """Draw the part of the largest gain that each objective of a table loses, against KL: 1,200 pixels wide."""
+    """Draw the part of the largest gain that each objective of a table loses, against KL, 1,200 pixels wide."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,7 +161,7 @@ def draw(table: str, path: Path):
 
 
 def _label(axes, labels: list[tuple[float, float, str, str]]):
-    """Write each name, at (x, y) in its colour, beside its point, and below other names that are in the way."""
+    """Write each name in its colour beside its point (x, y), lowered until no other name is in the way."""
     from matplotlib.patheffects import withStroke
 
     taken: list[tuple[float, float]] = []

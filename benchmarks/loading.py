@@ -5,8 +5,8 @@ Workers connected by gloo load a model with random weights from safetensors file
   now      every worker reads its part of the files
 Columns:
   s        seconds until all workers hold their part
-  read     MB that a worker reads from the disk: the first one, and the largest of the others
-  memory   MB that loading adds to a worker's memory at most, without mapped files: the first one's, the largest other
+  read     MB read from the disk: by the first worker, and the most by another one
+  memory   the most memory (MB) that loading adds at any time, without mapped files: in the first, in the largest other
 """
 
 import argparse
@@ -32,7 +32,7 @@ from distributed.collectives import all_gather_object, barrier
 from distributed.strategies import STRATEGIES
 from models import load_model
 
-WAYS = {"before": "cpu", "now": "meta"}  # by their `device_map`
+WAYS = {"before": "cpu", "now": "meta"}  # the `device_map` of each
 SPLITS = {
     "FSDPTrainer": ["trainer=FSDPTrainer"],
     "FSDPTrainer, tensor_parallel=2": ["trainer=FSDPTrainer", "tensor_parallel=2"],
@@ -41,7 +41,7 @@ SPLITS = {
 
 
 def figure(file: str, key: str) -> int:
-    """Return a line of a file in /proc/self: bytes in io, kB in status."""
+    """Return the number after `key:` in a file of /proc/self: bytes in io, kB in status."""
     lines = Path("/proc/self", file).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 

@@ -78,7 +78,7 @@ def main():
     for is_logged, name in ((False, "without logging"), (True, "with logging")):
         print(f"{name:>16}: {statistics.median(seconds[is_logged]) * 1e3:8.2f} ms per step")
     print(f"{'overhead':>16}: {statistics.median(ratios) - 1:8.2%} (median over {len(ratios)} pairs of steps)")
-    print(f"{'a picture':>16}: {drawing:8.2f} s in another process, which draws at most 2 % of the time during the run")
+    print(f"{'a picture':>16}: {drawing:8.2f} s in another process; in a run, drawing takes at most 2 % of the time")
 
 
 if __name__ == "__main__":

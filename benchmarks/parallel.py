@@ -45,7 +45,7 @@ RUNS = [  # trainer, workers, keys
     ("FSDPTrainer", 4, {"tensor_parallel": 2}), ("TensorParallelTrainer", 2, {}), ("TensorParallelTrainer", 4, {}),
 ]  # fmt: skip
 MIB, FLOAT32 = 2**20, 4
-# How often a ring sends (n-1)/n of the tensor, by the names of the collectives in c10d and in DTensor
+# How many times a ring sends (n-1)/n of the tensor for each collective, named as in c10d or in DTensor
 _ROUNDS = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2, "all_reduce": 2}
 _SENDS_NOTHING = {"_wrap_tensor_autograd", "wait_tensor"}
 
@@ -63,9 +63,9 @@ def bytes_to_send(trainer: str, n: int, keys: dict[str, int], counts: dict[str, 
     # The policy is gathered forward and backward, the reference only forward; gradients are reduce-scattered. Once a
     # step, gradient shards are all-reduced over the replicas.
     of_weights = weights * (counts["microbatches"] * 4 * _in_ring(n_shards) + 2 * _in_ring(n_replicas) / n_shards)
-    # Workers that compute together all-reduce hidden states after the embedding and twice per block: forward in both
-    # models, and backward in the policy (there at the head instead of the embedding). For each predicted token, each
-    # model sends three numbers.
+    # Workers that compute a layer together all-reduce hidden states twice per block, in three passes: both models'
+    # forward and the policy's backward. Each forward adds one after the embedding, the backward one at the head, of
+    # predicted tokens only. For each predicted token, each model also sends three numbers.
     per_token = counts["hidden_size"] * (3 * 2 * counts["blocks"] + 2)
     per_predicted_token = counts["hidden_size"] + 2 * 3
     n_numbers = counts["tokens"] * per_token + counts["predicted_tokens"] * per_predicted_token

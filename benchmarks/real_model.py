@@ -7,8 +7,8 @@ tokens in the same order, AdamW, a constant learning rate, the same clipping, no
 activation checkpointing, which is its fastest way on a CPU. The columns, medians over the rounds:
   pairs/s       of the steps after the first
   memory        the process's peak, weights included (GB)
-  start         from the command to the end of the first step, in seconds, with the reference if it is precomputed
-  loss differs  the largest difference of a step's loss from the mode's first program
+  start         seconds from the command to the end of the first step, with precomputing the reference if that is on
+  loss differs  the largest difference between a step's loss and this program's in the first round
 """
 
 import argparse
@@ -43,7 +43,7 @@ MAX_GRAD_NORM = 10.0
 
 
 def our_keys(args: argparse.Namespace, data: str, directory: str) -> list[str]:
-    """Return what both the run and the order of its data depend on."""
+    """Return the config keys that the run and `write_data`, which works out the order of its data, have in common."""
     return [
         f"model.name_or_path={args.model}", f"datasets=[{data}]", "loss=dpo", f"max_length={args.max_length}",
         f"max_prompt_length={args.max_length - 1}", f"batch_size={args.batch_size}", "n_epochs=1",
@@ -52,7 +52,7 @@ def our_keys(args: argparse.Namespace, data: str, directory: str) -> list[str]:
 
 
 def write_data(args: argparse.Namespace, directory: str) -> tuple[str, str]:
-    """Write the first pairs that fit, once in their order for this program, once in its shuffled order for TRL.
+    """Write the first pairs that fit twice: in their order for this program, which shuffles them; shuffled so for TRL.
 
     Returns: this program's folder, with one pair more as its test split, and TRL's file.
     """
@@ -115,7 +115,7 @@ def command_of_trl(args: argparse.Namespace, mode: str, trl_data: str, directory
 
 
 def run_trl(args: argparse.Namespace):
-    """Train with TRL, and write each step's time of day and loss to `--output`, one line of JSON per step."""
+    """Train with TRL, and write each step's loss to `--output`, one line of JSON per step."""
     import peft
     import torch
     import transformers

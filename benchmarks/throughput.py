@@ -14,8 +14,9 @@ everything else in a step is. The columns:
                                batch, before clipping. Computed in float32, because in bfloat16 the original's rounding
                                errors are as large as some gradients; only TRL with its defaults stays in bfloat16
   of the matmul peak           on a GPU: the operations per second that the pairs need at least, divided by those of a
-                               large matrix product in the same dtype. A pair needs each distinct token once, the head
-                               at each predicted token, twice as much backward, and the reference unless it is cached
+                               large matrix product in the same dtype. A pair needs a forward pass over each distinct
+                               token, with the head at each predicted one; twice that for the backward pass; and a
+                               forward pass of the reference unless it is cached
 """
 
 import argparse
@@ -66,7 +67,7 @@ QUANTILES = [0.0, 0.1, 0.5, 0.9, 0.99, 1.0]
 HH_CHARACTERS = [[20, 63, 363, 1101, 2194, 2852], [8, 31, 111, 384, 827, 1075], [8, 34, 145, 462, 1041, 1353]]
 CHARACTERS_PER_TOKEN = 4.45
 
-PRESETS = {  # microbatches as on each of the original's four GPUs: 64 pairs / (2 microbatches * 4)
+PRESETS = {  # microbatches of 8 pairs, as on each of the original's four GPUs: 64 / (2 microbatches * 4)
     "pythia-2.8b": {
         "hidden": 2560, "layers": 32, "heads": 32, "mixed_precision": True, "batch_size": 64, "microbatch": 8,
     },
@@ -424,7 +425,7 @@ def reset_peak_memory(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, or its reuse would not count
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory back: used again, it would not raise the peak
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
     return resident_bytes("VmRSS")
 

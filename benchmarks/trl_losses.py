@@ -30,7 +30,7 @@ COMPARED = [  # our loss, our options, TRL's name, TRL's options, the reason if 
     ("hinge", {}, "hinge", {}, ""),
     ("robust_dpo", {"label_smoothing": 0.1}, "robust", {"label_smoothing": 0.1}, ""),
     ("exo", {"label_smoothing": 0.001}, "exo_pair", {"label_smoothing": 0.001}, ""),
-    ("ipo", {}, "ipo", {}, "TRL takes means over tokens, the paper's equation and the original sums"),
+    ("ipo", {}, "ipo", {}, "TRL takes means over tokens; the paper's equation and the original take sums"),
     ("ipo", {"average_log_prob": True}, "ipo", {}, "with `average_log_prob` we take means over tokens, too"),
     ("dpo", {"average_log_prob": True}, "sigmoid_norm", {}, ""),
     ("dpo_norm", {}, "sigmoid_norm", {}, ""),
@@ -41,7 +41,7 @@ COMPARED = [  # our loss, our options, TRL's name, TRL's options, the reason if 
     ("apo_down", {}, "apo_down", {}, ""),
     ("aot", {}, "aot", {}, ""),
     ("aot_unpaired", {}, "aot_unpaired", {}, ""),
-    ("bco", {}, "bco_pair", {}, "TRL leaves out the reward shift, the paper's moving average; so does this comparison"),
+    ("bco", {}, "bco_pair", {}, "TRL leaves out the reward shift (the paper's moving average), and here we do, too"),
     ("sft_tokens", {}, "sft", {}, ""),
     ("dpo", {"f_divergence": "forward_kl"}, "sigmoid", {"f_divergence_type": "forward_kl"}, ""),
     ("dpo", {"f_divergence": "js_divergence"}, "sigmoid", {"f_divergence_type": "js_divergence"}, ""),
@@ -142,7 +142,7 @@ def trl_loss(
 
 
 def trl_function(kind: str, inputs: dict[str, torch.Tensor]) -> float:
-    """Return TRL's mean ORPO, CPO or SimPO loss by its function of log-probabilities, as these trainers need text."""
+    """Return TRL's mean ORPO, CPO or SimPO loss; its function is called directly, as the trainers take only text."""
     chosen, rejected = inputs["policy_chosen_logps"], inputs["policy_rejected_logps"]
     accelerator = Namespace(device=torch.device("cpu"))
     if kind == "ORPO":

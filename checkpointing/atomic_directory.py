@@ -37,7 +37,7 @@ def atomic_directory(path: str, remedy: str = _REMEDY, known: Mapping[str, str] 
 
     Args:
         remedy: the remedy in the error message.
-        known: the SHA-256 of files that aren't read to compute it; it may be filled in until the exit.
+        known: SHA-256 by file name, of files that needn't be read for it; entries may be added until the block ends.
 
     Raises: UserError if it can't be written; nothing of it remains then, and `path` is as it was.
     """
@@ -76,8 +76,7 @@ def replace_path(new: str, path: str):
 
     After a crash in between, `recover_interrupted_saves` restores the old one.
 
-    Raises: OSError, also if something else has the name under which the older one is kept, or if `path` has become
-        something that no run wrote.
+    Raises: OSError, also if PATH.replaced is taken, or if what is now at `path` was not written by a run.
     """
     older, exists = f"{path}.replaced", os.path.lexists(path)
     if exists and os.path.lexists(older):

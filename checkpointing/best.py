@@ -1,4 +1,4 @@
-"""The best evaluation so far, its checkpoint, and when enough worse ones have followed."""
+"""Keep track of the best evaluation and its checkpoint, and end a run after enough worse evaluations."""
 
 import os
 
@@ -30,7 +30,7 @@ def judge(state: TrainState, config: DictConfig):
 
 
 def ends_run(state: TrainState, config: DictConfig) -> bool:
-    """True if `stop_when_worse` ends the run here, by the metric that `keep_best` names now."""
+    """True if `stop_when_worse` ends the run here; a count for another `keep_best`, before a resume, is ignored."""
     is_counted = (config.keep_best or LOSS) in state.best
     return config.stop_when_worse is not None and is_counted and state.worse >= config.stop_when_worse
 

@@ -72,7 +72,7 @@ def check_config(config: DictConfig, reads_data: bool = True):
 
 
 def _check_data(config: DictConfig, reads_data: bool):
-    """Check the names of datasets; if they are read, their settings, as far as that is possible without reading."""
+    """Check the datasets' names and, if the command reads them, their settings, as far as possible before reading."""
     if isinstance(config.datasets, str):
         config.datasets = ListConfig([config.datasets])
     if not isinstance(config.datasets, ListConfig):
@@ -183,7 +183,7 @@ def _check_model(config: DictConfig):
 
 
 def _turn_off_faster_layouts(config: DictConfig):
-    """Compute plainly: the router's auxiliary loss depends on the very tokens of the forward pass, padding aside."""
+    """Turn faster layouts off: they change which tokens a forward pass computes, which the router's loss depends on."""
     coefficient = f"model.router_aux_loss_coef={config.model.router_aux_loss_coef}"
     for key in ("shared_prompt", "padding_free", "compile"):
         if config[key] is True:

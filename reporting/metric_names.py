@@ -1,6 +1,8 @@
-"""Names of evaluation metrics, and whether each should rise. `metrics.py` and the trainers compute them.
+"""Names of evaluation metrics, and whether each should rise.
 
-It needs no torch, so that reports start at once.
+Training metrics have the same names with `train` for `eval`. They are computed, under these names, in `metrics.py`
+(rewards, lengths), `trainers.get_batch_metrics` (loss, log-probabilities) and `trainers.train_step` (gradient norm).
+This file needs no torch, so that reports start at once.
 """
 
 from typing import TYPE_CHECKING

@@ -206,7 +206,7 @@ def test_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, mo
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_what_others_keep_under_a_name_for_replaced_directories_stays(exists, tmp_path):
+def test_directory_named_replaced_that_someone_else_made_stays(exists, tmp_path):
     (tmp_path / "model.replaced").mkdir()
     (tmp_path / "model.replaced/mine").write_text("mine")
     if exists:

@@ -37,14 +37,14 @@ class Collectives(TorchDispatchMode):
             return NotImplemented  # DTensor then dispatches again with plain tensors
         name = function._schema.name.partition("::")[2]
         tensors = [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg])]
-        # the numbers that workers agree on are no gradients
+        # up to 64 numbers are counts that workers agree on, not gradients
         if name in self.NAMES and max(t.numel() for t in tensors if isinstance(t, torch.Tensor)) > 64:
             self.counts[name] += 1
         return function(*args, **(kwargs or {}))
 
 
 def two_steps(trainer_name: str, n_replicas: int, n_microbatches: int, directory: str):
-    """Take two steps; return the second one's counts of collectives, and the sums of the weights' changes."""
+    """Take two steps; return the second one's counts of collectives, and the weights after both."""
     config = compose_config(
         *RUN, f"trainer={trainer_name}", f"fsdp_replicate={n_replicas}", f"local_dirs=[{directory}/cache]",
         f"gradient_accumulation_steps={n_microbatches}", f"local_run_dir={directory}/run",

@@ -1,4 +1,4 @@
-"""Under FSDP, where every token gathers the model, a run says if sampling takes longer than the evaluation."""
+"""Under FSDP, which gathers the model for every sampled token, a run says if sampling takes longer than evaluating."""
 
 import contextlib
 import io

@@ -35,7 +35,7 @@ def test_true_reward_is_the_sum_of_the_words_weights():
 
 
 def test_optimum_is_the_reference_times_the_exponential_of_the_reward():
-    # Eq. 4 of the paper over whole responses, against the product of the slots
+    # Eq. 4 of the paper, applied to whole responses, gives the product of the four words' probabilities
     beta = 0.5
     for reference, optimum in zip(word_distribution(), word_distribution(beta), strict=True):
         slots = np.arange(4)
@@ -73,7 +73,7 @@ def test_toy_data_has_the_hh_format_and_is_deterministic():
     assert all(response_words(entry["sft_target"]) is not None for _, entry in data)
 
 
-def test_toy_variants_flip_labels_shrink_and_imitate_the_preferred_response():
+def test_toy_variants_have_flipped_labels_or_fewer_pairs_or_preferred_targets():
     plain, flipped = get_toy("train"), get_toy("train", flipped=0.2)
     differ = np.mean([a["pairs"] != b["pairs"] for (_, a), (_, b) in zip(plain, flipped, strict=True)])
     assert differ == pytest.approx(0.2, abs=5 * 0.4 / np.sqrt(20_000))

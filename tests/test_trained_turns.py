@@ -25,7 +25,7 @@ from preference_datasets import get_batch_iterator
 from utils import UserError, select_examples
 
 IM = ("<|im_start|>", "<|im_end|>")
-SPECIAL = {  # special tokens besides BOS and EOS; BOS, EOS
+SPECIAL = {  # template; special tokens other than the next two; BOS; EOS
     "llama 3": (LLAMA_3, ("<|start_header_id|>", "<|end_header_id|>"), "<|begin_of_text|>", "<|eot_id|>"),
     "llama 3.1": (LLAMA_3_1, ("<|start_header_id|>", "<|end_header_id|>"), "<|begin_of_text|>", "<|eot_id|>"),
     "qwen 3": (QWEN_3, IM, None, "<|im_end|>"),
@@ -355,7 +355,7 @@ def test_response_is_decoded_without_its_prompt_whose_special_tokens_are_not_sho
 
 
 def masked_batch() -> dict:
-    """Return pairs whose responses have untrained gaps; those of the last begin with different untrained tokens."""
+    """Return pairs whose responses have untrained gaps; the last two begin with untrained tokens that differ."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(n: int) -> list[int]:
