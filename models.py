@@ -30,7 +30,8 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     Raises: UserError if the model isn't found or can't be loaded, or its weights don't fit its config.
     """
     source = source or policy_source(config)
-    device_map = "cpu" if device_map == "meta" and source.archive is not None else device_map
+    if device_map == "meta" and (source.archive or source.adapter):  # both need the base's weights
+        device_map = "cpu"
     name, options = source.name_or_path, _hub_options(config, source)
     origin = f"{source.key('name_or_path')}={name}"
     origin += f" model.revision={options['revision']}" if "revision" in options else ""
@@ -188,9 +189,9 @@ def _quantization(config: DictConfig):
 def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
     """Load the model to train: all its weights, a new LoRA adapter (`lora`), or a saved one (`model.adapter`)."""
     rank0_print("building policy")
-    has_adapter = config.lora is not None or config.model.adapter is not None
-    with still_working("Loading the policy"):  # PEFT needs the weights that it adapts
-        device_map = "cpu" if device_map == "meta" and has_adapter else device_map
+    if device_map == "meta" and config.lora is not None:  # PEFT needs the weights that it adapts
+        device_map = "cpu"
+    with still_working("Loading the policy"):
         policy = load_model(config, config.model.policy_dtype, device_map)
     if config.lora is not None:
         policy = _add_lora(policy, config)
@@ -214,7 +215,6 @@ def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str
     if policy is not None and is_on_one_device and same_dtype and has_the_weights(policy, config):
         return copy.deepcopy(policy)
     with still_working("Loading the reference"):
-        device_map = "cpu" if device_map == "meta" and source.adapter is not None else device_map
         reference_model = load_model(config, dtype, device_map, source)
     if source.adapter is not None:
         reference_model = load_adapter(reference_model, source, is_trainable=False)

@@ -344,6 +344,12 @@ class BasicTrainer:
             logits = self.policy(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2B, T, V)
         return on_policy_weights(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
+    def _loss_functions(self, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
+        """Return the loss of each microbatch of a batch, a function of its inputs and options."""
+        if self.loss.needs_batch:
+            return whole_batch_losses(self, batch, microbatches, train)
+        return [self.loss.compute] * len(microbatches)
+
     def get_batch_metrics(
         self, batch: dict, loss_config: Mapping, train: bool = True, loss: Callable | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -359,8 +365,7 @@ class BasicTrainer:
         with contextlib.nullcontext() if router_coef is None else router_losses(self.policy) as aux_losses:
             policy_logps = self.response_logps(self.policy, batch, until)
         inputs = self.loss_inputs(batch, policy_logps, until, loss_config)
-        if loss is None:
-            loss = whole_batch_losses(self, batch, [batch], train)[0] if self.loss.needs_batch else self.loss.compute
+        loss = loss or self._loss_functions(batch, [batch], train)[0]
         losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
         if router_coef is not None:
@@ -439,7 +444,7 @@ class BasicTrainer:
         all_metrics = []
         parts = batch.get("microbatches") or self.with_microbatches(batch)["microbatches"]
         loss_config = OmegaConf.to_container(self.config.loss)  # read many times below, which takes OmegaConf longer
-        losses = whole_batch_losses(self, batch, parts, True) if self.loss.needs_batch else [None] * len(parts)
+        losses = self._loss_functions(batch, parts, train=True)
         for number, (microbatch, loss_function) in enumerate(zip(parts, losses, strict=True), 1):
             loss, metrics = self.get_batch_metrics(microbatch, loss_config, True, loss_function)
             self.strategy.prepare_backward(self.policy, is_last=number == len(parts))
@@ -514,8 +519,7 @@ class BasicTrainer:
             self.stop.check()
             batch_metrics = []
             parts = self.microbatches(batch, n_least=1)
-            losses = whole_batch_losses(self, batch, parts, False) if self.loss.needs_batch else [None] * len(parts)
-            for microbatch, loss in zip(parts, losses, strict=True):
+            for microbatch, loss in zip(parts, self._loss_functions(batch, parts, train=False), strict=True):
                 with torch.no_grad():
                     metrics = self.get_batch_metrics(microbatch, loss_config, False, loss)[1]
                 counted = self.counted(microbatch)

@@ -285,10 +285,9 @@ def _excluding_design(model: nn.Module, layout: Layout, max_length: int) -> str 
     if not (layout.is_shared or layout.is_packed):
         return None
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["unknown"])
-    others, is_stateful = kinds - _PLAIN_LAYERS, getattr(model, "_is_stateful", False)
-    others -= set() if is_stateful else {"unknown"}
-    if any(is_stateful or "attention" not in kind or "linear" in kind for kind in others):
+    kinds, is_stateful = set(getattr(config, "layer_types", None) or ()), getattr(model, "_is_stateful", False)
+    others = kinds - _PLAIN_LAYERS
+    if (is_stateful and (others or not kinds)) or any("attention" not in kind or "linear" in kind for kind in others):
         return "the model has recurrent layers"
     if layout.is_packed:
         return None

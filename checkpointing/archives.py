@@ -216,10 +216,14 @@ def check_finite(model: nn.Module, origin: str):
 
 def not_finite(model: nn.Module) -> list[str]:
     """Return the names of the parameters that hold NaN or infinity, in the part that this worker holds."""
-    parts = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return [
-        name for name, part in parts.items() if not _is_finite(part.to_local() if isinstance(part, DTensor) else part)
-    ]
+    bad = []
+    for name, parameter in model.named_parameters():
+        part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if part.numel() > 0 and part.is_floating_point():  # 4-bit weights are integers
+            bounds = part.detach().aminmax()  # needs no memory of the tensor's size
+            if not all(bound.isfinite() for bound in bounds):
+                bad.append(name)
+    return bad
 
 
 def refuse_not_finite(bad: list[str], model: nn.Module, origin: str):
@@ -227,12 +231,6 @@ def refuse_not_finite(bad: list[str], model: nn.Module, origin: str):
     if bad:
         shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
         raise UserError(f"{origin}: weights that are NaN or infinite in {str(model.dtype)[6:]}: {shown}")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.numel() == 0 or not tensor.is_floating_point():  # 4-bit weights are integers
-        return True
-    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # needs no memory of the tensor's size
 
 
 def load_fitting(state: dict, model: nn.Module, path: str):

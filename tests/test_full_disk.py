@@ -127,7 +127,7 @@ os.write = full
     assert launcher.run(*words, script=script, directory=tmp_path, as_typed=True) == 1
     assert "evaluation examples\n  loss/eval " in launcher.output and "Traceback" not in launcher.output
     assert "error: can't write to e.jsonl: No space left on device; make room" in launcher.output
-    # the same command may be given again, which would refuse to overwrite r.jsonl
+    # so the same command may be given again: it would refuse an r.jsonl that exists
     assert (tmp_path / "e.jsonl").read_bytes() == b"" and not (tmp_path / "r.jsonl").exists()
 
 
