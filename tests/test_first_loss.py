@@ -40,14 +40,16 @@ WAYS = {
     "checkpointing": ["activation_checkpointing=true"],
 }
 BY_DEFAULT = [
-    *itertools.product(["autocast"], REFERENCES, ["chosen at the start"]),
-    ("float64", "second model", "chosen at the start"),
-    ("float32", "precomputed", "chosen at the start"),
-    ("bfloat16", "second model", "plain"),
+    ("float32", "second model", "chosen at the start"),
+    ("autocast", "second model", "plain"),
+    ("autocast", "precomputed", "chosen at the start"),
+    ("autocast", "same weights, named", "chosen at the start"),
     ("bfloat16", "precomputed", "packed"),
     ("bfloat16", "adapter off", "checkpointing"),
+    ("float64", "saved adapter, its copy", "chosen at the start"),
 ]
 OTHERS = [  # pairwise
+    *itertools.product(["autocast"], REFERENCES, ["chosen at the start"]),
     *itertools.product(["autocast", "bfloat16"], ["second model", "precomputed", "adapter off"], WAYS),
     *itertools.product(["float64", "float32"], REFERENCES, ["chosen at the start"]),
 ]

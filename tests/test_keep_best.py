@@ -48,14 +48,6 @@ def test_best_checkpoint_stays_beside_the_newest(metric, pick, launcher, tmp_pat
     assert json.loads((tmp_path / "run/LATEST/state.json").read_text())["best"] == {metric: values[best_at]}
 
 
-def test_best_checkpoint_may_be_the_last_and_can_be_started_from(launcher, tmp_path):
-    run = [*RUN, "keep_best=logps_eval/chosen", "lr=1e-4", "n_examples=8"]
-    assert launcher.run(*run, f"local_run_dir={tmp_path}/run") == 0, launcher.output
-    assert os.readlink(tmp_path / "run/BEST") == "step-8"
-    again = [*RUN, f"model.archive={tmp_path}/run/BEST/policy.pt", "n_examples=4", f"local_run_dir={tmp_path}/next"]
-    assert launcher.run(*again) == 0, launcher.output
-
-
 def test_stop_when_worse_ends_and_completes_the_run(launcher, tmp_path):
     run = [*RUN, "n_examples=40", "stop_when_worse=2", "keep_best=lengths_eval/chosen", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, (
@@ -162,6 +154,7 @@ def test_run_killed_between_its_last_step_and_latest_finishes_latest(launcher, t
     run = [*RUN, "n_examples=8", "keep_best=loss/eval", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, launcher.output
     assert json.loads((tmp_path / "run/step-8/state.json").read_text())["complete"]
+    assert os.readlink(tmp_path / "run/BEST") == "step-8"
     shutil.copytree(tmp_path / "run", tmp_path / "whole", symlinks=True)
     shutil.rmtree(tmp_path / "run/LATEST")
     (tmp_path / "run/LATEST").symlink_to("step-8")  # as it is before LATEST is written at the end
