@@ -32,9 +32,9 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREA
 TIMEOUT = 600  # seconds
 PRELOADED = (  # imports of scripts and their libraries, many of them lazy
     "checkpointing.resume", "config_checks.checks", "config_checks.explanations", "config_checks.schema",
-    "data.report", "data.toy", "datasets", "distributed.fsdp", "distributed.tensor_parallel", "hydra._internal.hydra", "hydra.core.plugins",
-    "hydra.main", "peft", "commands.sweeps", "trainers", "transformers.conversion_mapping",
-    "transformers.models.gpt_neox.modeling_gpt_neox",
+    "data.report", "data.toy", "datasets", "distributed.fsdp", "distributed.tensor_parallel",
+    "hydra._internal.hydra", "hydra.core.plugins", "hydra.main", "peft", "commands.sweeps", "trainers",
+    "transformers.conversion_mapping", "transformers.models.gpt_neox.modeling_gpt_neox",
 )  # fmt: skip
 
 
