@@ -19,12 +19,12 @@ from bs4.element import PreformattedString
 from omegaconf import DictConfig
 
 from data.batches import BatchIterator, Prompt
-from data.choice import KEPT_ENDS, Choice, Settings
+from data.choice import Choice, Settings
 from data.preparation import prepared_split
 from data.reading import check_path, read_split, row_place
 from data.report import print_report
 from data.row_sources import ROWS  # noqa: F401 (re-exported)
-from data.selection import epoch_order, first_examples, without_identical, without_overlong
+from data.selection import epoch_order, select_prompts
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
 from losses import find_loss
@@ -312,18 +312,19 @@ def get_dataset(
     return data
 
 
-def _load_prompts(choice: Choice, split: str, silent: bool, cache_dir: str | None, path: str | None) -> list[Prompt]:
-    """Load the prompts of a named dataset."""
+def _named_prompts(
+    choice: Choice, split: str, eos_token: str, silent: bool, cache_dir: str | None, path: str | None
+) -> list[Prompt]:
+    """Load the prompts of a named dataset.
+
+    Raises: UserError if a text contains the end-of-sequence token, which marks where a response ends.
+    """
     data = get_dataset(choice.name, split, silent=silent, cache_dir=cache_dir, path=path)
-    mode = choice.truncation if choice.truncation in KEPT_ENDS else DATASETS[choice.name].truncation_mode
-    return [
+    mode = choice.kept_end(default=DATASETS[choice.name].truncation_mode)
+    prompts = [
         Prompt(text, dataset=choice.name, split=split, truncation_mode=mode, **entry)
         for text, entry in (data.items() if isinstance(data, dict) else data)
     ]
-
-
-def _check_no_eos(prompts: list[Prompt], eos_token: str):
-    """Raise UserError if a text contains the end-of-sequence token, which marks where a response ends."""
     for prompt in prompts:
         for text in (prompt.text, prompt.sft_target, *prompt.responses):
             if eos_token in text:
@@ -333,6 +334,7 @@ def _check_no_eos(prompts: list[Prompt], eos_token: str):
                     f"...{text[max(0, text.index(eos_token) - 60) :]!r:.160}\nRemove it from the data; it is added to "
                     "the end of every response."
                 )
+    return prompts
 
 
 def get_batch_iterator(
@@ -381,30 +383,18 @@ def get_batch_iterator(
     """
     if n_epochs is None and n_examples is None:
         raise UserError("n_epochs and n_examples are both null: set one of them, so that the run ends")
-    if silent:
-        import datasets
-
-        datasets.logging.set_verbosity_error()
-        datasets.disable_progress_bars()
     choices = [name if isinstance(name, Choice) else Choice(name) for name in names]
     accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if unpaired else ("pairs",)
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
         if choice.name in DATASETS:
-            part = _load_prompts(choice, split, silent, cache_dir, (paths or {}).get(choice.name))
-            _check_no_eos(part, tokenizer.eos_token)
+            path = (paths or {}).get(choice.name)
+            part = _named_prompts(choice, split, tokenizer.eos_token, silent, cache_dir, path)
         else:
             part = prepared_split(choice, split, settings, tokenizer, accepted_kinds, cache_dir, silent)
-        if choice.truncation in ("drop", "error"):
-            part = without_overlong(part, choice, sft_mode, tokenizer, split, **lengths)
-        if not sft_mode and choice.name not in DATASETS:  # named datasets keep identical responses, as in the original
-            without_identical(part, choice, split, settings.skips_bad, **lengths)
-        if split == "train" and choice.n_examples is not None:
-            part = first_examples(part, choice, seed, sft_mode)
-        parts.append(part)
-    is_every_prompt_once = all(choice.weight == 1 and choice.n_examples is None for choice in choices)
-    order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, seed, sft_mode)
+        parts.append(select_prompts(part, choice, split, sft_mode, seed, settings.skips_bad, tokenizer, **lengths))
+    order = epoch_order(parts, choices, seed, sft_mode) if split == "train" else None
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:

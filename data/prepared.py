@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from data.batches import Prompt, split_name
+from data.batches import Prompt
+from data.choice import split_name
 from utils import UserError
 
 TEXTS, IDS = pa.list_(pa.string()), pa.list_(pa.int32())

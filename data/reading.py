@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from basics.files import HashCache, content_hash, has_no_room
 from basics.printing import hides_progress
 from data import arrow_cache, diagnosis, hub
+from data.choice import split_name
 from data.plain_reader import csv_delimiter
 from utils import UserError, closest_sibling, rank0_print
 
@@ -68,14 +69,14 @@ def read_split(name: str, path: str, split: str, cache_dir: str | None, silent: 
     Raises: UserError with the unreadable file and line, or why the hub doesn't give it, and the remedy.
     """
     check_path(name, path)
-    path, where = os.path.expanduser(path), f"datasets=[{name}], {split} split"
-    files = _split_files(where, path, split) if os.path.isdir(path) else None
+    path = os.path.expanduser(path)
+    files = _split_files(split_name(name, split), path, split) if os.path.isdir(path) else None
     remedy = f"give a local folder of its format: dataset_paths.{name}=DIR"
-    return read_rows(where, path, split, files, cache_dir, remedy, silent=silent, label=f"{name} ({split})")
+    return read_rows(name, path, split, files, cache_dir, remedy, silent=silent)
 
 
 def read_rows(
-    where: str,
+    name: str,
     path: str,
     split: str,
     files: list[str] | None,
@@ -83,14 +84,14 @@ def read_rows(
     remedy: str,
     config: str | None = None,
     silent: bool = False,
-    label: str = "",
     csv_as_strings: bool = False,
 ) -> "datasets.Dataset":
     """Return the rows of a split, memory-mapped.
 
     Args:
-        where: the split's name in error messages; `label` is its name in the line that lists the files.
+        name: the dataset's name, for messages.
         path: a hub id, or the local folder or file.
+        split: a split, or a slice of one, such as train[:80%].
         files: the files of the split; None lets the library find them.
         remedy: an alternative for the user if the split can't be read.
         config: the configuration of a hub dataset that has several.
@@ -100,25 +101,19 @@ def read_rows(
     """
     import datasets  # the import takes a second
 
-    # its log of an unreadable file only repeats its exception
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    if hides_progress() or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    _quiet_library(silent)
+    whole_split = split.partition("[")[0]
     try:
-        module, folder, kwargs = path, cache_dir, {}
+        module, folder, kwargs = path, cache_dir, {"name": config}
         if files is not None:
-            kwargs = {"data_files": {split.partition("[")[0]: [glob.escape(file) for file in files]}}
-            if not os.path.isdir(path):
-                module = _MODULES[_suffix(files[0])]
-            if _MODULES.get(_suffix(files[0])) == "csv":
-                kwargs |= _csv_options(files, csv_as_strings)
+            module, kwargs = _reader(path, files, whole_split, csv_as_strings)
             if cache_dir is not None:  # the library identifies files by their times, which tar and rsync restore
                 folder = os.path.join(cache_dir, "rows", content_hash(files, cache_dir)[:32])
         with _checked_cache(cache_dir, folder, path if files is None else None):
-            builder = datasets.load_dataset_builder(module, name=config, cache_dir=folder, **kwargs)
-            files = list((builder.config.data_files or {}).get(split.partition("[")[0], []))
+            builder = datasets.load_dataset_builder(module, cache_dir=folder, **kwargs)
+            files = list((builder.config.data_files or {}).get(whole_split, []))
             if not silent:
-                rank0_print(f"{label}: reading {_listed(files, path) if files else f'{path} from the cache'}")
+                rank0_print(f"{name} ({split}): reading {_listed(files, path) if files else f'{path} from the cache'}")
             arrow_cache.prepare(builder)
         rows = builder.as_dataset(split=split)
         rows.data.table.validate(full=True)  # the library doesn't check that strings are UTF-8
@@ -127,7 +122,27 @@ def read_rows(
         raise
     except Exception as error:  # a format's reader or the connection may raise anything
         cause, remedy = _cause_and_remedy(error, path, files or [], cache_dir, alternative=remedy)
-        raise UnreadableRows(f"{where}: {cause}\n{remedy}") from error
+        raise UnreadableRows(f"{split_name(name, split)}: {cause}\n{remedy}") from error
+
+
+def _quiet_library(silent: bool):
+    """Turn off the library's progress bars where nobody sees them, and its log of what its exceptions say, too."""
+    import datasets
+
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    if silent:
+        datasets.logging.set_verbosity_error()
+    if silent or hides_progress() or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def _reader(path: str, files: list[str], split: str, csv_as_strings: bool) -> tuple[str, dict]:
+    """Return the library's module that reads a split's files, and its options."""
+    options = {"data_files": {split: [glob.escape(file) for file in files]}}
+    module = _MODULES.get(_suffix(files[0]), os.path.dirname(files[0]))  # of a ZIP archive the library finds it itself
+    if module == "csv":
+        options |= _csv_options(files, csv_as_strings)
+    return path if os.path.isdir(path) else module, options
 
 
 def _checked_cache(cache_dir: str | None, folder: str | None, name: str | None) -> contextlib.AbstractContextManager:

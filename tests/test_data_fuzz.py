@@ -15,7 +15,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.choice import Settings
+from data.choice import Choice, Settings
 from data.locations import locate
 from data.preparation import prepare
 from utils import UserError
@@ -79,8 +79,8 @@ def check(name: str, content: bytes, n_rows: int | None):
                 given_ = Settings(skips_bad=skips_bad, chat_template=TEMPLATE)
                 try:
                     both = prepare(
-                        str(path), locate(str(path)), given_, TOKENIZER, "keep_end", loss_takes,
-                        f"{directory}/cache", silent=True,
+                        Choice(str(path)), locate(str(path)), given_, TOKENIZER, loss_takes, f"{directory}/cache",
+                        silent=True,
                     )  # fmt: skip
                 except UserError as error:
                     assert str(path) in str(error) and "Traceback" not in str(error)
@@ -164,7 +164,7 @@ def test_random_python_rows_are_kept_or_counted_as_bad(others, rows):
     given_ = [*rows, *others]
     with tempfile.TemporaryDirectory() as directory:
         try:
-            both = prepare("mine", given_, Settings(skips_bad=True, chat_template=TEMPLATE), TOKENIZER, "keep_end",
+            both = prepare(Choice("mine"), given_, Settings(skips_bad=True, chat_template=TEMPLATE), TOKENIZER,
                            ("targets",), directory, silent=True)  # fmt: skip
         except UserError:
             return

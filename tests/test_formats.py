@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, read_jsonl
 from transformers import AutoTokenizer
 
-from data.choice import Settings
+from data.choice import Choice, Settings
 from preference_datasets import get_batch_iterator
 from utils import UserError
 
@@ -197,7 +197,7 @@ def examples(tokenizer, tmp_path):
     They are token ids. The labels are checked, too.
     """
 
-    def read(dataset: str, loss: str = "dpo", **settings) -> list[tuple[list[int], ...]]:
+    def read(dataset: str | Choice, loss: str = "dpo", **settings) -> list[tuple[list[int], ...]]:
         settings = Settings(**({"chat_template": str(TEMPLATE)} | settings))
         found = []
         for split in ("train", "test"):
@@ -301,9 +301,9 @@ def test_fields_maps_column_names(examples, tokenizer, tmp_path):
     rows = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"], "prompt": 5} for row in TEXTS]
     (tmp_path / "rows.jsonl").write_bytes(jsonl(rows))
     fields = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    assert examples(f"{tmp_path}/rows.jsonl", fields=fields) == expected_ids(tokenizer, PAIRS)
+    assert examples(Choice(f"{tmp_path}/rows.jsonl", fields=fields)) == expected_ids(tokenizer, PAIRS)
     with pytest.raises(UserError, match=r"fields.chosen=goood: it has no field 'goood'\. Did you mean good?"):
-        examples(f"{tmp_path}/rows.jsonl", fields=fields | {"chosen": "goood"})
+        examples(Choice(f"{tmp_path}/rows.jsonl", fields=fields | {"chosen": "goood"}))
 
 
 def test_bad_first_row_does_not_decide_the_format(examples, tokenizer, tmp_path):
