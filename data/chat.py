@@ -125,8 +125,6 @@ class Renderer:
 
                 kwargs |= self.tokenizer.special_tokens_map
                 (text,), (spans,) = render_jinja_template([messages], return_assistant_tokens_mask=True, **kwargs)
-        except MemoryError:  # reported by `limited`
-            raise
         except Exception as error:  # templates may raise anything, e.g. if roles don't alternate
             raise BadExample(_REFUSED, f"the chat template refuses it: {error}") from error
         check_length(text, self.origin, messages, tools)
