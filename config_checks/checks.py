@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from basics.outputs import is_sharded, why_not_writable
 from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
 from config_checks.lora import check_adapter_fits, check_lora
-from config_checks.schedules import check_schedule
+from config_checks.optimization import check_schedule
 from config_checks.schema import default_config, expand_config, names_in
 from config_checks.values import check_values
 from data.choice import TRUNCATIONS
@@ -36,7 +36,6 @@ _GPU_ATTENTION = {
     "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
 }  # fmt: skip
 _HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # NAME or OWNER/NAME, as a regular expression
-NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 
 
 def check_config(config: DictConfig, reads_data: bool = True):
@@ -60,13 +59,13 @@ def check_config(config: DictConfig, reads_data: bool = True):
         config.exp_name = str(config.exp_name)
     check_values(config)
     _check_data(config, reads_data)
-    _check_optimizer(config)
+    check_optimizer(config)
     if config.lr_scheduler != DEFAULT_SCHEDULE or config.lr_scheduler_args:
         check_schedule(config.lr_scheduler, OmegaConf.to_container(config.lr_scheduler_args))
     _check_model(config)
     _check_lengths_and_batches(config)
-    _check_workers(config)
-    _check_reference(config)
+    check_workers(config)
+    check_reference(config)
     _check_checkpoints(config)
     _check_files(config)
 
@@ -105,47 +104,6 @@ def _check_data(config: DictConfig, reads_data: bool):
     check_datasets(choices, config.dataset_paths)
     if config.chat_template is not None and not os.path.isfile(config.chat_template):
         raise UserError(f"chat_template={config.chat_template}: no such file, seen from {os.getcwd()}")
-
-
-def _check_optimizer(config: DictConfig):
-    base = torch.optim.Optimizer
-    classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
-    optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]
-    for name in ("LBFGS", "SparseAdam"):  # LBFGS needs several losses per step, the other sparse gradients
-        optimizers.remove(name)
-    if config.optimizer not in optimizers:
-        raise UserError(
-            f"optimizer={config.optimizer}: not an optimizer of torch.optim that trains with one gradient a step."
-            f"{closest_match(config.optimizer, optimizers)} There are: {', '.join(optimizers)}"
-        )
-    accepted = dict(inspect.signature(classes[config.optimizer]).parameters)
-    for name in ("params", "lr"):
-        accepted.pop(name)
-    for name, value in OmegaConf.to_container(config.optimizer_args).items():
-        if name not in accepted:
-            hint = " Its learning rate is the key lr." if name == "lr" else closest_match(name, accepted)
-            raise UserError(f"optimizer_args.{name}: {config.optimizer} takes no such argument.{hint}")
-        _check_optimizer_argument(f"optimizer_args.{name}", value, accepted[name])
-
-
-def _check_optimizer_argument(key: str, value: object, parameter: inspect.Parameter):
-    """Refuse a string for a number, a number for true or false, and the like, by the optimizer's signature."""
-    default, annotation = parameter.default, str(parameter.annotation)
-    if value is None and default is None:
-        return
-    if isinstance(default, tuple):
-        numbers = value if isinstance(value, list) and len(value) == len(default) else [""]
-        if any(number is not None and _is_no_number(number) for number in numbers):
-            raise UserError(f"{key}={value}: expected {len(default)} numbers, e.g. {list(default)}")
-    elif isinstance(default, bool) or (default is None and "bool" in annotation):
-        if not isinstance(value, bool):
-            raise UserError(f"{key}={value}: expected true or false")
-    elif (isinstance(default, int | float) or "float" in annotation) and _is_no_number(value):
-        raise UserError(f"{key}={value}: expected a number")
-
-
-def _is_no_number(value: object) -> bool:
-    return isinstance(value, bool) or not isinstance(value, int | float)
 
 
 def _check_model(config: DictConfig):
@@ -238,149 +196,6 @@ def _check_lengths_and_batches(config: DictConfig):
                 rank0_print(f"WARNING: {key} must be divisible by batch_size")
             rank0_print(f"Setting {key} to", rounded)
             config[key] = rounded
-
-
-def _check_workers(config: DictConfig):
-    if config.trainer not in STRATEGIES:
-        raise UserError(
-            f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
-            f"There are: {', '.join(STRATEGIES)}"
-        )
-    trainer, strategy = config.trainer, STRATEGIES[config.trainer]
-    world_size = environment.get_world_size(strategy.starts_workers, config.world_size)
-    for_tensors = ", ".join(name for name, other in STRATEGIES.items() if not other.splits_tensors)
-    if not strategy.starts_workers and (n_workers := max(world_size, config.world_size or 1)) > 1:
-        others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if other.starts_workers)
-        raise UserError(f"trainer={trainer} trains in one process, not in {n_workers} (world_size); choose {others}")
-    if strategy.starts_workers and sys.platform == "win32":
-        raise UserError(
-            f"trainer={trainer} runs several processes, which this program can't do on Windows: choose "
-            f"{for_tensors.replace(', ', ' or ')}, or run it in WSL, which is Linux"
-        )
-    for key in ("world_size", "fsdp_port"):
-        if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
-            who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
-            raise UserError(f"{key}={config[key]}: {who}; leave it null")
-    if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
-        raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
-    for name, other in STRATEGIES.items():
-        for key, default in other.config_keys.items():
-            if config[key] != default and key not in strategy.config_keys:
-                raise UserError(f"{key}={config[key]}: only trainer={name} has that; leave it {default}")
-    if strategy.starts_workers:
-        _check_division(config, world_size)
-    n_gpus = torch.cuda.device_count()
-    if n_gpus and not environment.is_launched() and world_size > n_gpus:
-        raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
-    if config.compile:
-        _check_can_compile(config)
-    if config.model.load_in_4bit and strategy.splits_tensors:
-        raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {for_tensors}")
-    if config.optimizer in NOT_FOR_DTENSORS and strategy.splits_tensors:
-        raise UserError(
-            f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
-            f"trainer={trainer} does; use {for_tensors} or another optimizer"
-        )
-
-
-def _check_division(config: DictConfig, world_size: int):
-    """Raise UserError if workers can't be divided into equal groups, or batches into equal microbatches."""
-    n_together = config.tensor_parallel
-    if world_size % n_together != 0:
-        raise UserError(
-            f"tensor_parallel={n_together} doesn't divide the {world_size} workers into equal groups; use a divisor of "
-            f"{world_size}"
-        )
-    n_shards = STRATEGIES[config.trainer].n_batch_shards(config, world_size)
-    groups = f"{n_shards} workers" if n_together == 1 else f"{n_shards} groups of {n_together} workers"
-    if n_shards % config.fsdp_replicate != 0:
-        raise UserError(
-            f"fsdp_replicate={config.fsdp_replicate} doesn't divide the {groups} into equal groups; use a divisor of "
-            f"{n_shards}"
-        )
-    if config.batch_size % (n_shards * config.gradient_accumulation_steps) != 0:
-        raise UserError(
-            f"batch_size={config.batch_size} doesn't divide by gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} × {groups} into microbatches of equal size"
-        )
-
-
-def _check_can_compile(config: DictConfig):
-    if STRATEGIES[config.trainer].splits_tensors:
-        raise UserError(f"compile=true isn't for trainer={config.trainer}; leave it out")
-    compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
-    if not any(shutil.which(compiler) for compiler in compilers if compiler):
-        raise UserError(
-            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
-        )
-
-
-def _check_reference(config: DictConfig):
-    if config.reference not in ("auto", *REFERENCES):
-        raise UserError(f"reference={config.reference}: must be auto, model, adapter_off or adapter_copy")
-    if config.lora is not None and config.model.adapter is not None:
-        raise UserError(
-            "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
-        )
-    sets_reference = config.reference != "auto" or config.precompute_ref_log_probs or reference_source(config).given
-    if not needs_reference(config.loss) and sets_reference:
-        why = "reference_free" if config.loss.get("reference_free") else f"loss={config.loss.name}"
-        raise UserError(
-            f"{why} uses no reference: leave reference, reference_model and precompute_ref_log_probs at their defaults"
-        )
-    config.reference = resolved_reference(config)
-    if (alpha := config.reference_update_alpha) > 1:
-        raise UserError(f"reference_update_alpha={alpha}: must be at most 1, the policy's own weights")
-    if config.reference_update_every is not None:
-        _check_moving_reference(config)
-    if find_loss(config.loss).takes_kl_estimate:
-        _check_kl_estimate(config)
-    if find_loss(config.loss).needs_shared_logps(config.loss) and config.precompute_ref_log_probs:
-        raise UserError(
-            "precompute_ref_log_probs=true keeps the log-probabilities of whole responses alone; loss.ld_alpha needs "
-            "those up to the shared length, too: use precompute_ref_log_probs=false"
-        )
-    if config.model.load_in_4bit:
-        if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
-        if config.lora is None and config.model.adapter is None:
-            raise UserError("model.load_in_4bit=true: 4-bit weights can't be trained; add lora={} or model.adapter")
-        if any(source.archive is not None or source.from_scratch for source in sources(config)):
-            raise UserError(
-                "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
-            )
-
-
-def _check_kl_estimate(config: DictConfig):
-    """Check that the divergence can be estimated: from prompts with other prompts' responses, in every batch."""
-    loss = f"loss={config.loss.name}"
-    if config.precompute_ref_log_probs:
-        raise UserError(f"precompute_ref_log_probs=true: {loss} pairs prompts anew in every batch")
-    for key in ("batch_size", "eval_batch_size"):
-        if config[key] < 2:
-            raise UserError(f"{key}={config[key]}: {loss} needs two or more prompts a batch")
-    if config.n_eval_examples is not None and config.n_eval_examples % config.eval_batch_size == 1:
-        raise UserError(
-            f"n_eval_examples={config.n_eval_examples} leaves a last batch of one at eval_batch_size="
-            f"{config.eval_batch_size}; {loss} needs two or more prompts a batch"
-        )
-
-
-def _check_moving_reference(config: DictConfig):
-    every = config.reference_update_every
-    if not needs_reference(config.loss):
-        raise UserError(f"reference_update_every={every}: loss={config.loss.name} has no reference to move")
-    if config.precompute_ref_log_probs:
-        raise UserError(
-            f"reference_update_every={every}: precompute_ref_log_probs would keep numbers of a reference that has moved"
-        )
-    if config.reference != "model" or config.lora is not None or config.model.adapter is not None:
-        raise UserError(f"reference_update_every={every}: an adapter's reference can't follow it; train all weights")
-    if (adapter := reference_source(config).adapter) is not None:
-        raise UserError(
-            f"reference_update_every={every}: reference_model.adapter={adapter} has weights that the policy lacks; "
-            "merge it first: python export.py run=RUN output=DIR, then reference_model.name_or_path=DIR"
-        )
 
 
 def _check_checkpoints(config: DictConfig):
