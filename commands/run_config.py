@@ -1,6 +1,5 @@
 """Config for commands that work on a run: the run's config, plus the command's own keys."""
 
-import contextlib
 import os
 from collections.abc import Callable
 
@@ -11,11 +10,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
-from commands.workers import run_in_workers
+from commands.workers import launched_group, run_in_workers
 from config_checks.checks import check_config
 from config_checks.schema import FREE_KEYS, expand_home, own_keys
-from distributed import collectives, connection, environment
-from distributed.strategies import STRATEGIES
+from distributed import collectives
 from utils import UserError, closest_sibling, on_rank0
 
 
@@ -95,9 +93,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
     given = _given_keys()
     own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})
     config = _config_without(config, own)
-    with contextlib.ExitStack() as stack:
-        if is_launched := environment.is_launched():
-            stack.enter_context(connection.process_group(config.worker_timeout))
+    with launched_group(config):
         prepared = None
         if on_rank0():
             check_config(config, reads_data=own.get("prompts") is None)
@@ -107,10 +103,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
                 check_models_unchanged(config, checkpoints, files, given)
             prepared = config, make_options(config, own, checkpoints)
         config, options = collectives.broadcast_object(prepared)
-        if is_launched or not STRATEGIES[config.trainer].starts_workers:
-            work(config, options, given)
-        else:
-            run_in_workers(work, config, options, given)
+        run_in_workers(work, config, options, given)
 
 
 def check_hub_models(config: DictConfig, checkpoints: list[str | None], given: list[str]):

@@ -6,9 +6,12 @@ import math
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from config_checks.rules import check_one_of
 from utils import UserError, closest_match
 
 _SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+# LBFGS needs several losses per step, SparseAdam sparse gradients
+_OTHERS = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
 
 
 def schedules() -> dict[str, list[str]]:
@@ -26,10 +29,7 @@ def schedules() -> dict[str, list[str]]:
 def check_schedule(name: str, args: dict):
     """Refuse an unknown schedule or unknown arguments of it, with a UserError; importing Transformers takes seconds."""
     known = schedules()
-    if name not in known:
-        raise UserError(
-            f"lr_scheduler={name}: no such schedule.{closest_match(name, known)} There are: {', '.join(known)}"
-        )
+    check_one_of("lr_scheduler", name, known)
     for key in args:
         if key not in known[name]:
             hint = " Its warmup is the key warmup_steps." if "warmup_steps" in key else closest_match(key, known[name])
@@ -39,23 +39,16 @@ def check_schedule(name: str, args: dict):
             raise UserError(f"lr_scheduler_args.{key}={args[key]}: must be a finite number")
 
 
-# ---- the optimizer ---------------------------------------------------------------------------------------------------
-
-
 def check_optimizer(config: DictConfig):
-    base = torch.optim.Optimizer
+    """Refuse an unknown optimizer or unknown arguments of it, with a UserError."""
     classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
-    optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]
-    for name in ("LBFGS", "SparseAdam"):  # LBFGS needs several losses per step, the other sparse gradients
-        optimizers.remove(name)
-    if config.optimizer not in optimizers:
-        raise UserError(
-            f"optimizer={config.optimizer}: not an optimizer of torch.optim that trains with one gradient a step."
-            f"{closest_match(config.optimizer, optimizers)} There are: {', '.join(optimizers)}"
-        )
-    accepted = dict(inspect.signature(classes[config.optimizer]).parameters)
-    for name in ("params", "lr"):
-        accepted.pop(name)
+    optimizers = {
+        name: value for name, value in classes.items()
+        if issubclass(value, torch.optim.Optimizer) and value not in _OTHERS
+    }  # fmt: skip
+    check_one_of("optimizer", config.optimizer, optimizers)
+    accepted = dict(inspect.signature(optimizers[config.optimizer]).parameters)
+    del accepted["params"], accepted["lr"]
     for name, value in OmegaConf.to_container(config.optimizer_args).items():
         if name not in accepted:
             hint = " Its learning rate is the key lr." if name == "lr" else closest_match(name, accepted)

@@ -1,12 +1,16 @@
 """Checks of the reference model."""
 
+from omegaconf import DictConfig
+
+from config_checks.rules import check_one_of
+from losses import find_loss, needs_reference
+from references import REFERENCES, reference_source, resolved_reference
+from utils import UserError
+
+
 def check_reference(config: DictConfig):
-    if config.reference not in ("auto", *REFERENCES):
-        raise UserError(f"reference={config.reference}: must be auto, model, adapter_off or adapter_copy")
-    if config.lora is not None and config.model.adapter is not None:
-        raise UserError(
-            "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
-        )
+    """Refuse a reference that the loss or the policy can't be compared with; resolve `reference=auto`."""
+    check_one_of("reference", config.reference, ("auto", *REFERENCES))
     sets_reference = config.reference != "auto" or config.precompute_ref_log_probs or reference_source(config).given
     if not needs_reference(config.loss) and sets_reference:
         why = "reference_free" if config.loss.get("reference_free") else f"loss={config.loss.name}"
@@ -25,15 +29,6 @@ def check_reference(config: DictConfig):
             "precompute_ref_log_probs=true keeps the log-probabilities of whole responses alone; loss.ld_alpha needs "
             "those up to the shared length, too: use precompute_ref_log_probs=false"
         )
-    if config.model.load_in_4bit:
-        if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
-        if config.lora is None and config.model.adapter is None:
-            raise UserError("model.load_in_4bit=true: 4-bit weights can't be trained; add lora={} or model.adapter")
-        if any(source.archive is not None or source.from_scratch for source in sources(config)):
-            raise UserError(
-                "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
-            )
 
 
 def _check_kl_estimate(config: DictConfig):

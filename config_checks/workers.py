@@ -1,28 +1,26 @@
-"""Checks of the trainer, its workers, and what they can't do."""
+"""Checks of the trainer: its workers, how they divide the batch, and what it can't do."""
+
+import os
+import shutil
+import sys
+
+import torch
+from omegaconf import DictConfig
+
+from config_checks.rules import check_one_of
+from distributed import environment
+from distributed.strategies import STRATEGIES
+from utils import UserError
+
+NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
+
 
 def check_workers(config: DictConfig):
-    if config.trainer not in STRATEGIES:
-        raise UserError(
-            f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
-            f"There are: {', '.join(STRATEGIES)}"
-        )
-    trainer, strategy = config.trainer, STRATEGIES[config.trainer]
+    """Refuse workers that can't be started or can't share the work, and keys that the trainer has no use for."""
+    check_one_of("trainer", config.trainer, STRATEGIES)
+    strategy = STRATEGIES[config.trainer]
     world_size = environment.get_world_size(strategy.starts_workers, config.world_size)
-    for_tensors = ", ".join(name for name, other in STRATEGIES.items() if not other.splits_tensors)
-    if not strategy.starts_workers and (n_workers := max(world_size, config.world_size or 1)) > 1:
-        others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if other.starts_workers)
-        raise UserError(f"trainer={trainer} trains in one process, not in {n_workers} (world_size); choose {others}")
-    if strategy.starts_workers and sys.platform == "win32":
-        raise UserError(
-            f"trainer={trainer} runs several processes, which this program can't do on Windows: choose "
-            f"{for_tensors.replace(', ', ' or ')}, or run it in WSL, which is Linux"
-        )
-    for key in ("world_size", "fsdp_port"):
-        if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
-            who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
-            raise UserError(f"{key}={config[key]}: {who}; leave it null")
-    if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
-        raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
+    _check_start(config, world_size)
     for name, other in STRATEGIES.items():
         for key, default in other.config_keys.items():
             if config[key] != default and key not in strategy.config_keys:
@@ -32,19 +30,36 @@ def check_workers(config: DictConfig):
     n_gpus = torch.cuda.device_count()
     if n_gpus and not environment.is_launched() and world_size > n_gpus:
         raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
-    if config.compile:
-        _check_can_compile(config)
-    if config.model.load_in_4bit and strategy.splits_tensors:
-        raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {for_tensors}")
-    if config.optimizer in NOT_FOR_DTENSORS and strategy.splits_tensors:
+    if strategy.splits_tensors:
+        _check_split_tensors(config)
+    compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
+    if config.compile and not any(shutil.which(compiler) for compiler in compilers if compiler):
         raise UserError(
-            f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
-            f"trainer={trainer} does; use {for_tensors} or another optimizer"
+            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
         )
 
 
+def _check_start(config: DictConfig, world_size: int):
+    """Refuse workers that the trainer doesn't start, or that can't be started here."""
+    trainer, starts_workers = config.trainer, STRATEGIES[config.trainer].starts_workers
+    if not starts_workers and (n_workers := max(world_size, config.world_size or 1)) > 1:
+        others = trainers_with("starts_workers", True)
+        raise UserError(f"trainer={trainer} trains in one process, not in {n_workers} (world_size); choose {others}")
+    if starts_workers and sys.platform == "win32":
+        raise UserError(
+            f"trainer={trainer} runs several processes, which this program can't do on Windows: choose "
+            f"{trainers_with('starts_workers', False)}, or run it in WSL, which is Linux"
+        )
+    for key in ("world_size", "fsdp_port"):
+        if config[key] is not None and (not starts_workers or environment.is_launched()):
+            who = "the launcher decides that" if starts_workers else f"trainer={trainer} starts no workers"
+            raise UserError(f"{key}={config[key]}: {who}; leave it null")
+    if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
+        raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
+
+
 def _check_division(config: DictConfig, world_size: int):
-    """Raise UserError if workers can't be divided into equal groups, or batches into equal microbatches."""
+    """Refuse workers that can't be divided into equal groups, and batches that can't be divided among these."""
     n_together = config.tensor_parallel
     if world_size % n_together != 0:
         raise UserError(
@@ -65,11 +80,20 @@ def _check_division(config: DictConfig, world_size: int):
         )
 
 
-def _check_can_compile(config: DictConfig):
-    if STRATEGIES[config.trainer].splits_tensors:
-        raise UserError(f"compile=true isn't for trainer={config.trainer}; leave it out")
-    compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
-    if not any(shutil.which(compiler) for compiler in compilers if compiler):
+def _check_split_tensors(config: DictConfig):
+    """Refuse what works only on whole tensors, for a trainer that splits them."""
+    trainer, others = config.trainer, trainers_with("splits_tensors", False)
+    if config.compile:
+        raise UserError(f"compile=true isn't for trainer={trainer}; leave it out")
+    if config.model.load_in_4bit:
+        raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {others}")
+    if config.optimizer in NOT_FOR_DTENSORS:
         raise UserError(
-            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
+            f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
+            f"trainer={trainer} does; use {others} or another optimizer"
         )
+
+
+def trainers_with(attribute: str, value: bool) -> str:
+    """Return 'trainer=A or trainer=B': the trainers whose strategies have this value of an attribute."""
+    return " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if getattr(other, attribute) is value)

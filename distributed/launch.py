@@ -24,6 +24,10 @@ from utils import UserError, signals_handled
 _GRACE_PERIOD = 1.0  # seconds; once a worker has failed, the others get this long to exit before they are killed
 
 
+class WorkerKilled(UserError):
+    """Raised if a signal has ended a worker."""
+
+
 def run_workers(work: Callable, n: int, port: int | None, *args):
     """Run `work(*args)` in `n` processes on this machine and wait until all have ended.
 
@@ -34,7 +38,7 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
         port: where the workers find each other; None chooses a free one.
 
     Raises: SystemExit with the exit code of a worker that printed its error, or with the traceback of one that raised;
-        UserError if a worker was killed.
+        WorkerKilled.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _n_processors() // n)))
     # silence warnings about what killed workers left behind: it is cleaned up
@@ -50,7 +54,7 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
         except ProcessExitedException as error:
             if error.exit_code > 0:
                 sys.exit(error.exit_code)
-            raise UserError(
+            raise WorkerKilled(
                 f"worker {error.error_index} of {n} (process {error.error_pid}) was killed by {error.signal_name}; the "
                 "other workers were ended too. If you didn't kill it, the machine may have run out of memory: see dmesg"
             ) from None
