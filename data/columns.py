@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from data.messages import MEDIA, decoded, is_message, is_messages
+from data.messages import MEDIA, decoded, is_blank, is_message, is_messages
 from utils import UserError, closest_match
 
 # alternative column names of each field
@@ -40,11 +40,6 @@ _METADATA = re.compile(  # words in the names of metadata columns
     r"domain|licen[sc]e|version|meta|metadata|status|scores?|ratings?|margin|difficulty|file|filename|path)(_|$)"
 )
 _ONE_WORD = re.compile(r"\S*[\d/:_.@-]\S*")  # an id, a number, a date, a path, an address
-
-
-def is_blank(value: object) -> bool:
-    """True for null, an empty list or object, and white space."""
-    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
 
 
 def kind_of(value: object) -> str:
