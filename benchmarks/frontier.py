@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import toy_length
 import transformers
 from exact import Frontier, ResponseTree, Task, response_logps
 from hydra import compose, initialize_config_dir
@@ -51,7 +52,7 @@ COMMON = [
 DATASETS |= {
     "toy_flipped": Dataset(functools.partial(toy.get_toy, flipped=0.2)),
     "toy_scarce": Dataset(functools.partial(toy.get_toy, n_train=300)),
-    "toy_length": Dataset(toy.get_toy_length),
+    "toy_length": Dataset(toy_length.get_toy_length),
     "toy_preferred": Dataset(functools.partial(toy.get_toy, imitates_preferred=True)),
 }
 
@@ -156,8 +157,8 @@ def learning_rate(run: Run, n_tokens: int) -> float:
 
 def tasks() -> dict[str, Task]:
     """Return the two tasks, by the name of the dataset for SFT."""
-    words, clauses = toy.all_long_responses()
-    long_texts = [toy.long_response_text(w, n) for w, n in zip(words, clauses, strict=True)]
+    words, clauses = toy_length.all_long_responses()
+    long_texts = [toy_length.long_response_text(w, n) for w, n in zip(words, clauses, strict=True)]
     texts = [toy.response_text(words) for words in toy.ALL_RESPONSES]
     return {
         "toy": Task(toy.PROMPTS, texts, toy.true_reward(toy.ALL_RESPONSES)),
@@ -315,7 +316,7 @@ def length_runs(names: list[str]) -> list[Run]:
     """Return runs at the objectives' middle strength on `toy_length`; for DPO, also with remedies against length."""
     runs = [run for name in names for run in sweep(name, "toy_length", (2,))]
     if "dpo" in names:
-        penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and the labels' bias per token
+        penalties = [0.01, toy_length.LENGTH_BIAS / 8]  # the default, and the labels' bias per token
         runs += [Run("length_dpo", 1.0, "toy_length", extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
         runs.append(Run("dpo_norm", 18.0, "toy_length"))
     return runs
