@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset
 
 from data.choice import split_name
 from data.tokenization import get_collate_fn, make_element, tokenize_batch
@@ -61,26 +62,12 @@ def example_counts(prompts: Sequence[Prompt]) -> np.ndarray:
     return np.array([len(prompt.pairs) for prompt in prompts], dtype=np.int64) if counts is None else counts
 
 
-class Mixture(Sequence):
-    """The prompts of several datasets, one dataset after the other."""
-
-    def __init__(self, parts: list[Sequence[Prompt]]):
-        self.parts = parts
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.n_pairs = np.concatenate([example_counts(part) for part in parts])  # (n_prompts,)
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index: int) -> Prompt:
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]
-
-
 class BatchIterator:
     """Iterates over the batches of a split, in order; made by `preference_datasets.get_batch_iterator`.
 
     Attributes:
+        prompts: those of all datasets, one dataset after the other; `prompts.datasets` are the datasets' own.
+        n_pairs: the number of pairs of each prompt, (n_prompts,).
         n_batches, n_examples: totals over all epochs.
         epoch_size: examples per epoch, without the `n_dropped` that don't fill a batch.
         n_distinct: distinct examples over all epochs.
@@ -96,13 +83,14 @@ class BatchIterator:
             parts: the prompts of each dataset.
             order: the prompts of an epoch before shuffling, numbered through all datasets; None: each once.
         """
-        self.prompts, self.tokenizer, self.lengths, self.shard = Mixture(parts), tokenizer, lengths, shard
+        self.prompts, self.n_pairs = ConcatDataset(parts), np.concatenate([example_counts(part) for part in parts])
+        self.tokenizer, self.lengths, self.shard = tokenizer, lengths, shard
         self.order = array("I", range(len(self.prompts)) if order is None else order)
         self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
         self.mismatched = mismatched
         self.is_unpaired = any(getattr(part, "others", None) is not None for part in parts)
 
-        available = len(self.order) if sft_mode else int(self.prompts.n_pairs[self.order].sum())
+        available = len(self.order) if sft_mode else int(self.n_pairs[self.order].sum())
         self.n_dropped = available % batch_size if drop_last else 0
         self.epoch_size = available - self.n_dropped
         totals = [n_epochs * self.epoch_size] if n_epochs is not None else [] if drop_last else [self.epoch_size]
@@ -115,7 +103,7 @@ class BatchIterator:
     def fingerprints(self) -> dict[str, str]:
         """Return the SHA-256 of each dataset's texts and pairs, in order and in hexadecimal, by `split_name`."""
         digests = {}
-        for part in self.prompts.parts:
+        for part in self.prompts.datasets:
             if (known := getattr(part, "fingerprint", None)) is not None:
                 digests[split_name(part.dataset, part.split)] = known
                 continue
@@ -128,9 +116,8 @@ class BatchIterator:
 
     def _epoch_examples(self, order: MutableSequence[int]) -> Iterator[tuple[int, int]]:
         """Yield the prompt's number and the pair's index of each example; in SFT a prompt is one example."""
-        n_pairs = self.prompts.n_pairs
         for number in order:
-            for index in range(1 if self.sft_mode else int(n_pairs[number])):
+            for index in range(1 if self.sft_mode else int(self.n_pairs[number])):
                 yield number, index
 
     def _tokenize(
