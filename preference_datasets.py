@@ -1,4 +1,4 @@
-"""Named preference datasets, and the iterator over batches of these and of any other data.
+"""Named preference datasets, and the iterator over batches of these, of files and of hub datasets.
 
 Files and hub datasets in a known format need no code (docs/data.md). For other data, add a function like `get_hh` here
 and an entry in `DATASETS`.
@@ -245,7 +245,7 @@ def _inline_text(element: Tag | NavigableString) -> str:
 class Dataset:
     """A named dataset: its function, its place on the hub, and how its long prompts are truncated."""
 
-    load: Callable  # of split, silent, cache_dir, and path unless data is made in code; returns what `get_hh` returns
+    load: Callable  # with the arguments of `get_hh`, without `path` if the data is made in code; returns what it does
     hub_id: str | None = None  # where it is loaded from, unless the config's `dataset_paths.NAME` is set
     truncation_mode: str = "keep_end"  # the end of a long prompt that is kept: keep_end (for dialogues) or keep_start
 

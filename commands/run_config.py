@@ -87,8 +87,8 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
 
     Args:
         config_name: the config file with the command's own keys.
-        make_options: returns `options` for the config of training, the values of these keys and the checkpoints that
-            they name; it may raise UserError.
+        make_options: called with the training config, the command's own keys and their checkpoints, it returns
+            `options`; it may raise UserError.
     """
     given = _given_keys()
     own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})

@@ -20,7 +20,7 @@ def launched_group(config: DictConfig) -> contextlib.AbstractContextManager:
 
 
 def run_in_workers(work: Callable, config: DictConfig, *args):
-    """Call `work(config, *args)` here, or in workers that are started first if the trainer needs any and has none."""
+    """Call `work(config, *args)`: in new workers if the trainer needs some and no launcher started any, else here."""
     if environment.is_launched() or not STRATEGIES[config.trainer].starts_workers:
         work(config, *args)
         return

@@ -45,7 +45,7 @@ def check_data(config: DictConfig, reads_data: bool):
 def chosen_datasets(config: DictConfig) -> list[Choice]:
     """Return the entries of `datasets`, with the config's settings where an entry has none of its own.
 
-    Raises: UserError if an entry isn't one.
+    Raises: UserError if an entry has an unknown setting, or one with a wrong value.
     """
     common = {key: config[key] for key in ("truncation", "train_split", "test_split")} | {
         "fields": dict(config.fields), "ignored_columns": tuple(config.ignored_columns)

@@ -62,13 +62,13 @@ _OTHER_LOSSES = dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "tdpo"), _NO
 
 
 def other_loss(name: str) -> str:
-    """Return the sentence that says what a loss of another library is here; empty if none is known."""
+    """Return how to choose another library's loss here, as the rest of a sentence; '' if unknown."""
     known = _OTHER_LOSSES.get(name.lower().replace("-", "_"))
     return f": {known}." if known else ""
 
 
 def explain_hydra_error(error: Exception, config_name: str = "config", words: list[str] | None = None) -> str:
-    """Return the message for a config that can't be composed: Hydra's, with the closest match to what was not found.
+    """Explain why Hydra can't compose a config, with the closest match to a name that wasn't found.
 
     Args:
         config_name: the config's file.

@@ -1,6 +1,5 @@
 """Keys that a config may have: their defaults, and those whose values are paths."""
 
-import copy
 import functools
 import os
 from pathlib import Path
@@ -22,9 +21,9 @@ def default_config(loss_name: str | None = None) -> dict[str, object]:
     """Return every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}.
 
     Args:
-        loss_name: leave out the options of other losses; those of the parts of `mix` have no defaults here.
+        loss_name: leave out the options of other losses; of `mix` they are all left out.
     """
-    flat = copy.deepcopy(_defaults_in_files())
+    flat = dict(_defaults_in_files())
     losses = LOSSES.values() if loss_name is None else [LOSSES[loss_name]] if loss_name in LOSSES else []
     for loss in losses:
         flat |= {f"loss.{name}": option.default for name, option in loss.options.items()}

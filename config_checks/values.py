@@ -18,12 +18,8 @@ _POSITIVE = (
     "reference_update_alpha", "stop_when_worse", "max_tokens_per_microbatch",
 )  # fmt: skip
 _NON_NEGATIVE = (
-    "seed",
-    "warmup_steps",
-    "n_eval_model_samples",
-    "minimum_log_interval_secs",
-    "model.router_aux_loss_coef",
-)
+    "seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs", "model.router_aux_loss_coef",
+)  # fmt: skip
 _HIGHEST = {
     "max_grad_norm": math.inf,  # no clipping
     "lr": 1e38,  # of float32

@@ -49,7 +49,7 @@ class Prompt:
 def shard_indices(n_examples: int, shard: tuple[int, int]) -> list[int | None]:
     """Return the indices of a batch's examples in one shard, given as (index, count).
 
-    All shards have the same size. None fills the last ones up: there the batch's last example is repeated.
+    All shards have the same size. If the examples run out, None stands for the batch's last example, which is repeated.
     """
     index, count = shard
     size = -(-n_examples // count)
@@ -101,7 +101,7 @@ class BatchIterator:
         self.n_distinct = available if self.n_examples >= self.epoch_size else self.n_examples
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the SHA-256 of each dataset's texts and pairs, in order and in hexadecimal, by `split_name`."""
+        """Return a SHA-256 (hexadecimal) of the texts and pairs of each dataset, by `split_name`."""
         digests = {}
         for part in self.prompts.datasets:
             if (known := getattr(part, "fingerprint", None)) is not None:
@@ -171,13 +171,16 @@ class BatchIterator:
             yield order
 
     def distinct_examples(self) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """Yield every distinct example once, in the first epoch's batches: this shard, and the number in all shards."""
+        """Yield the batches of one epoch, each distinct example once: this shard, and the examples in all shards."""
         examples = itertools.islice(self._epoch_examples(next(self._epoch_orders())), self.n_distinct)
         while batch := list(itertools.islice(examples, self.batch_size)):
             yield self._collate(batch, self.shard), len(batch)
 
     def indices(self, batch_index: int) -> list[int | None]:
-        """Return the indices among all examples of this shard of a batch; for None see `shard_indices`."""
+        """Return the numbers of the examples in this shard of a batch, counted from the first batch.
+
+        None means a repetition; see `shard_indices`.
+        """
         start = batch_index * self.batch_size
         indices = shard_indices(min(self.batch_size, self.n_examples - start), self.shard)
         return [start + i if i is not None else None for i in indices]
@@ -228,7 +231,7 @@ class BatchIterator:
 
 
 def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[list[str], list[list[int]]]:
-    """Return the texts of a pair's responses, and their ids if they are tokenized; in SFT twice those of the target."""
+    """Return the texts of a pair's responses and, if tokenized, their ids; in SFT the target serves as both."""
     if sft_mode:
         return [prompt.sft_target] * 2, [prompt.response_ids[prompt.target]] * 2 if prompt.response_ids else []
     pair = prompt.pairs[index]

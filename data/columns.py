@@ -1,4 +1,4 @@
-"""Decide for each column of a dataset: a field of its format, a note that isn't needed, or part of the prompt.
+"""Sort the columns of a dataset: fields of its format, metadata that isn't needed, and parts of the prompt.
 
 An unread column that may belong to the prompt is an error, because the prompts would be incomplete without it.
 """
@@ -148,7 +148,7 @@ def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: 
 
 
 def is_lost(name: str, value: object) -> bool:
-    """True if a value can't be ignored in a column that was empty in the rows that decided the format."""
+    """True for a value that may belong to the prompt, in a column that was empty in the first rows."""
     if is_blank(decoded(value)):
         return False
     return name.lower() in (*_PROMPT_PARTS, *MEDIA) or (

@@ -84,7 +84,7 @@ def _json_faults(path: str, name: str, columns: dict[str, str]) -> Iterator[Faul
 
 
 def _column_fault(key: str, value: object, columns: dict[str, str], may_be_new: bool) -> Fault | None:
-    """Compare a field with its column's type so far, which is updated; a column may be new only if `may_be_new`."""
+    """Compare a value with its column's type so far, and update that; a column may be new only if `may_be_new`."""
     is_known, type_before = key in columns, columns.setdefault(key, "null")
     if type_before == "null":
         columns[key] = json_type(value)

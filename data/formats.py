@@ -127,7 +127,7 @@ def _format_of(columns: Columns, texts_as_messages: bool) -> Format | str:
 
 
 def _prompt_column(columns: Columns) -> str | None:
-    """Return the column of the prompts, by its name or as dialogues that don't end with an answer; None if none."""
+    """Return a column with a prompt's name, else one of dialogues that don't end with an answer; None if neither."""
     if prompt := columns.first(names.PROMPT, "string", "messages") or columns.first(names.PROMPT):
         return prompt
     dialogue = columns.first(names.DIALOGUE, "messages")
@@ -149,7 +149,7 @@ def _holds_labels(columns: Columns, label: str) -> bool:
 
 @dataclass
 class _Maker:
-    """Makes formats from a dataset's columns, with those of the prompt's context."""
+    """Makes formats from a dataset's columns; those of the prompt's context are found here."""
 
     columns: Columns
     prompt: str | None

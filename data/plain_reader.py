@@ -238,8 +238,7 @@ def _row_or_fault(line: bytes, number: int) -> dict | Fault:
 
 
 def csv_delimiter(path: str, name: str) -> str:
-    """Return the column separator of a file: a tab for TSV and a comma for CSV, unless the header has no comma and
-    semicolons or tabs divide it."""
+    """Return a tab for TSV; for CSV a comma, or a semicolon or tab if the header has these and no comma."""
     if file_format(name) == ".tsv":
         return "\t"
     try:

@@ -136,7 +136,7 @@ class PreparedPrompts(Sequence):
         return int((self._list_lengths("prompt_ids")[self.numbers] == 0).sum())
 
     def drop(self, unwanted: np.ndarray, sft_mode: bool):
-        """Drop the examples in a mask over those of `lengths`."""
+        """Drop the examples that a mask selects, one entry for each example of `lengths`."""
         if sft_mode or self.others is not None:
             self.numbers = self.numbers[~unwanted]
             self.others = self.others[~unwanted] if self.others is not None else None

@@ -35,7 +35,7 @@ class Rows:
     dataset: object = None  # a dataset of the library, or a list; None: read `files` line by line
     place: Callable[[int], str] | None = None  # from a row's number to its file and line, in words
     files: list[tuple[str, str]] = field(default_factory=list)  # name and path
-    adds_nulls: bool = False  # True if the file format gives all objects of a column the same keys
+    adds_nulls: bool = False  # True if the file format gives all objects of a column the same keys, some with null
 
     def chunks(self, size: int) -> Iterator[list[tuple[int, str, dict | Fault]]]:
         """Yield lists of (number, place or an empty string, row or its fault)."""

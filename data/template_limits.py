@@ -77,7 +77,7 @@ class _Watch:
                 self.thread.start()
 
     def stop(self):
-        """Watch this thread no longer; an exception that isn't raised yet never is."""
+        """Stop watching this thread, and cancel an exception that is still to be raised in it."""
         with self.lock:
             if self.ticks.pop(threading.get_ident(), 0) * _TICK > SECONDS:
                 _raise_in_thread(threading.get_ident(), None)
