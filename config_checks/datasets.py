@@ -30,8 +30,7 @@ def check_data(config: DictConfig, reads_data: bool):
     check_one_of("trained_turns", config.trained_turns, ("all", "last"))
     if not 0 < config.test_fraction < 1:
         raise UserError(f"test_fraction={config.test_fraction}: must be above 0 and below 1")
-    _check_fields(config.fields or {}, "config")
-    _check_ignored_columns(config.ignored_columns or [], "config")
+    _check_columns(config, "config")
     choices = chosen_datasets(config)
     of_rows = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template", "verbatim_responses")
     given = [key for key in of_rows if config[key]] + ["trained_turns"] * (config.trained_turns != "all")
@@ -85,20 +84,18 @@ def _check_entry(given: dict, shown: str):
     for key in ("train_split", "test_split"):
         if not isinstance(given.get(key), str | None):
             raise UserError(f"{shown}: {key}={given[key]}: expected the name of a split")
-    _check_fields(given.get("fields", {}), shown)
-    _check_ignored_columns(given.get("ignored_columns", []), shown)
+    _check_columns(given, shown)
 
 
-def _check_fields(given: object, shown: str):
-    """Raise UserError unless it maps strings to strings."""
+def _check_columns(settings: Mapping, shown: str):
+    """Raise UserError unless `fields` maps strings to strings, and `ignored_columns` is a list of strings."""
+    given, ignored = settings.get("fields", {}), settings.get("ignored_columns", [])
     if not isinstance(given, Mapping) or not all(isinstance(x, str) for item in given.items() for x in item):
         raise UserError(f"{shown}: fields={given}: expected a format's names and the data's, e.g. {{prompt: question}}")
-
-
-def _check_ignored_columns(given: object, shown: str):
-    """Raise UserError unless it is a list of names."""
-    if not isinstance(given, list | ListConfig) or not all(isinstance(name, str) for name in given):
-        raise UserError(f"{shown}: ignored_columns={given}: expected a list of columns, e.g. ignored_columns=[source]")
+    if not isinstance(ignored, list | ListConfig) or not all(isinstance(name, str) for name in ignored):
+        raise UserError(
+            f"{shown}: ignored_columns={ignored}: expected a list of columns, e.g. ignored_columns=[source]"
+        )
 
 
 def _check_choices(choices: list[Choice], paths: dict[str, str]):
