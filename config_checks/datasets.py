@@ -93,9 +93,7 @@ def _check_columns(settings: Mapping, shown: str):
     if not isinstance(given, Mapping) or not all(isinstance(x, str) for item in given.items() for x in item):
         raise UserError(f"{shown}: fields={given}: expected a format's names and the data's, e.g. {{prompt: question}}")
     if not isinstance(ignored, list | ListConfig) or not all(isinstance(name, str) for name in ignored):
-        raise UserError(
-            f"{shown}: ignored_columns={ignored}: expected a list of columns, e.g. ignored_columns=[source]"
-        )
+        raise UserError(f"{shown}: ignored_columns={ignored}: expected a list of columns, e.g. ignored_columns=[id]")
 
 
 def _check_choices(choices: list[Choice], paths: dict[str, str]):

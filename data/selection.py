@@ -120,13 +120,13 @@ def _first_examples(part: Sequence[Prompt], choice: Choice, sft_mode: bool, seed
     counts = np.ones(len(part), dtype=np.int64) if sft_mode else example_counts(part)
     if choice.n_examples > counts.sum():
         rank0_print(f"{choice.name}: n_examples={choice.n_examples}, but there are only {counts.sum()}")
-    drawn = np.random.RandomState(seed).permutation(len(part))
-    n_drawn_before = np.zeros(len(part), dtype=np.int64)  # examples of the prompts drawn before each prompt
-    n_drawn_before[drawn] = counts[drawn].cumsum() - counts[drawn]
-    n_kept = np.clip(choice.n_examples - n_drawn_before, 0, counts)
+    n_kept, n_left = np.zeros_like(counts), choice.n_examples  # examples of each prompt
+    for number in np.random.RandomState(seed).permutation(len(part)):
+        n_kept[number] = min(counts[number], n_left)
+        n_left -= n_kept[number]
     numbers = np.repeat(np.arange(len(part)), counts)  # the prompt's number of each example
-    index = np.arange(len(numbers)) - np.repeat(counts.cumsum() - counts, counts)  # each example's index in its prompt
-    return _without(part, numbers, index >= n_kept[numbers], sft_mode)
+    unwanted = np.concatenate([np.arange(count) >= kept for count, kept in zip(counts, n_kept, strict=True)])
+    return _without(part, numbers, unwanted, sft_mode)
 
 
 def epoch_order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int, sft_mode: bool) -> np.ndarray | None:
