@@ -67,7 +67,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     except Exception as error:  # damaged files and the hub's HTTP library raise errors of any kind
         cause, remedy = hub.explain_failure(error, name, "model") or (
             describe(error, 2000),
-            f"Give the id of a causal language model on the hub{hub.access_hint(error)}{_code_hint(error)}",
+            f"Give the id of a causal language model on the hub{_code_hint(error)}",
         )
         raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
     _check_on_gpus(model, origin, config, device_map)
@@ -155,7 +155,7 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
     except Exception as error:  # the tokenizers library raises bare ones
         cause, remedy = hub.explain_failure(error, name, "model") or (
             describe(error, 2000),
-            f"Name a model that has one{hub.access_hint(error)}{_code_hint(error)}",
+            f"Name a model that has one{_code_hint(error)}",
         )
         key = "model.tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "model.name_or_path"
         raise UserError(

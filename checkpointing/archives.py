@@ -130,7 +130,6 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
         raise UserError(
             f"{key}={path}: can't read it as a checkpoint ({describe(error)}). "
             f"Expected is a policy.pt as training writes it, a .safetensors file, or what from_pretrained takes"
-            f"{hub.access_hint(error)}"
         ) from error
     rank0_print(f"loading pre-trained weights from {path}{origin}")
     load_fitting(state, model, f"{key}={path}")

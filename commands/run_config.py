@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from basics.printing import one_line
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
@@ -28,7 +29,7 @@ def read_run_config(run_dir: str) -> DictConfig:
     try:
         return read_saved_config(path)
     except Exception as error:  # the YAML library raises errors of any kind
-        raise UserError(f"{path}: can't read it: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{path}: can't read it: {one_line(error)}") from error
 
 
 def _given_keys() -> list[str]:

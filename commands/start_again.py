@@ -5,6 +5,7 @@ import os
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from basics.printing import one_line
 from basics.saved_config import read_saved_config
 from config_checks.schema import changed_keys
 from utils import UserError
@@ -33,8 +34,7 @@ def with_config_of_run(words: list[str]) -> list[str]:
             return words
         settings = {key: value for key, value in changed_keys(config).items() if key not in _LEFT_OUT}
     except Exception as error:  # the YAML library raises errors of any kind
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--config-path {option.path}: can't read its config.yaml: {reason}") from error
+        raise UserError(f"--config-path {option.path}: can't read its config.yaml: {one_line(error)}") from error
     given = {word.lstrip("+~").partition("=")[0] for word in rest}
     groups = {"model": "blank_model", "loss": settings.pop("loss.name")}
     settings = {key: value for key, value in settings.items() if key.split(".")[0] not in given & groups.keys()}

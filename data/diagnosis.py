@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 
+from basics.printing import one_line
 from data.plain_reader import (
     CSV_SUFFIXES,
     JSON_SUFFIXES,
@@ -144,7 +145,7 @@ def _parquet_faults(path: str, columns: dict[str, str]) -> Iterator[Fault]:
                 parquet.read_row_group(group)
                 first_row += n_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        yield Fault(f"damaged: {' '.join(str(error).split())[:200]}", WRITE_AGAIN, place)
+        yield Fault(f"damaged: {one_line(error)}", WRITE_AGAIN, place)
 
 
 def place_of_row(files: list[tuple[str, str]], row: int) -> str | None:

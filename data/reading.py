@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from basics.files import HashCache, content_hash, has_no_room
-from basics.printing import hides_progress
+from basics.printing import hides_progress, one_line
 from data import arrow_cache, diagnosis, hub
 from data.choice import split_name
 from data.plain_reader import csv_delimiter
@@ -352,8 +352,8 @@ def _cause_and_remedy(
         if is_refused or has_no_room(link):
             if has_no_room(link) or _is_inside(link.filename, cache_dir):
                 place, remedy = cache_dir or "the cache", "Make room or set rights there, or choose other local_dirs"
-                return f"can't keep the rows of {path} in {place}: {_one_line(link)}", remedy
-            return f"can't read {path}: {_one_line(link)}", "Set rights there"
+                return f"can't keep the rows of {path} in {place}: {one_line(link)}", remedy
+            return f"can't read {path}: {one_line(link)}", "Set rights there"
     is_local = os.path.isdir(path) or (bool(files) and not any(map(hub.is_url, files)))
     fault = diagnosis.first_fault(_local_copies(files))
     if fault is not None and (is_local or files):
@@ -364,7 +364,7 @@ def _cause_and_remedy(
         return f"can't load {path!r}: {cause}", f"{remedy}; or {alternative}"
     specific = [link for link in chain if str(link) != "An error occurred while generating the dataset"]
     return (
-        f"can't load {path!r}: {_one_line((specific or chain)[0])}",
+        f"can't load {path!r}: {one_line((specific or chain)[0])}",
         f"Check the path or the connection to the hub, or {alternative}",
     )
 
@@ -373,7 +373,3 @@ def _is_inside(path: str | None, directory: str | None) -> bool:
     if path is None or directory is None:
         return False
     return os.path.abspath(path).startswith(os.path.abspath(directory) + os.sep)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:400]

@@ -8,7 +8,6 @@ import transformers
 
 from checkpointing.archives import check_finite, describe, load_pretrained
 from data import chat, hub
-from data.hub import access_hint
 from data.messages import BadExample
 from evaluation.pairs import Pair, Task
 from evaluation.verdicts import Verdict
@@ -45,7 +44,7 @@ class RewardModel:
         except Exception as error:  # a damaged config.json, weights and the hub's HTTP library raise errors of any kind
             cause, remedy = hub.explain_failure(error, name, "model") or (
                 describe(error, 2000),
-                f"Give the id of a reward model (a sequence classifier) on the hub{access_hint(error)}",
+                "Give the id of a reward model (a sequence classifier) on the hub",
             )
             raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
         if self.model.config.num_labels not in (1, 2):
