@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import cpu_count
 from typing import TYPE_CHECKING
@@ -266,27 +266,23 @@ def raise_unknown_dataset(name: str):
     )
 
 
-def check_names(names: Iterable[str], paths: dict[str, str]):
+def check_names(names: Sequence[str], paths: dict[str, str]):
     """Check the names of datasets, and the config's `dataset_paths`.
 
     Raises: UserError if a name isn't in `DATASETS`, if a path is given for a dataset that takes none, or if the path of
         a dataset in `names` is neither a folder nor a hub id.
     """
-    available = ", ".join(DATASETS)
     for name in names:
         if name not in DATASETS:
             raise_unknown_dataset(name)
-        path = paths.get(name)
-        if path == "":
-            raise UserError(f"dataset_paths.{name} is empty: give a folder, or leave the key out")
-        if path is not None and DATASETS[name].hub_id is not None:
-            check_path(name, path)
-    for name in paths:
+    for name, path in paths.items():
         if name not in DATASETS:
             hint = closest_match(name, DATASETS)
-            raise UserError(f"dataset_paths.{name}: no such dataset.{hint} There are: {available}")
+            raise UserError(f"dataset_paths.{name}: no such dataset.{hint} There are: {', '.join(DATASETS)}")
         if "path" not in inspect.signature(DATASETS[name].load).parameters:
             raise UserError(f"dataset_paths.{name}: this dataset is made in code, not loaded from anywhere")
+        if name in names and path is not None:
+            check_path(name, path)
 
 
 def get_dataset(

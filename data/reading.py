@@ -50,6 +50,8 @@ def has_data_suffix(file: str) -> bool:
 def check_path(name: str, path: str):
     """Raise UserError if `path`, the source of the named dataset `name`, is neither a folder nor a hub id."""
     key = f"dataset_paths.{name}={path}"
+    if path == "":
+        raise UserError(f"{key} is empty: give a folder, or leave the key out")
     folder = os.path.expanduser(path)
     if os.path.isfile(folder):
         raise UserError(
