@@ -245,7 +245,7 @@ def _inline_text(element: Tag | NavigableString) -> str:
 class Dataset:
     """A named dataset: its function, its place on the hub, and how its long prompts are truncated."""
 
-    load: Callable  # with the arguments of `get_hh`, without `path` if the data is made in code; returns what it does
+    load: Callable  # takes and returns what `get_hh` does; data that is made in code needs no `path`
     hub_id: str | None = None  # where it is loaded from, unless the config's `dataset_paths.NAME` is set
     truncation_mode: str = "keep_end"  # the end of a long prompt that is kept: keep_end (for dialogues) or keep_start
 

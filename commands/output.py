@@ -42,7 +42,7 @@ def keep_output_going():
 
 
 def _report_failed_thread(failed: threading.ExceptHookArgs):
-    """Print how a thread failed: a full disk in a line, as whoever waits for the thread gets the error, too."""
+    """Print why a thread failed; of a full disk one line, as the code that waits for the thread gets the error, too."""
     if has_no_room(failed.exc_value):
         print(printable(f"WARNING: {failed.exc_value}"), file=sys.stderr)
     else:

@@ -13,7 +13,7 @@ from utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
-# sections whose names are not ours: PEFT's, an optimizer's, a schedule's, those of datasets
+# sections whose keys we don't define: PEFT, optimizers, schedules and datasets do
 FREE_KEYS = ("lora", "optimizer_args", "lr_scheduler_args", "dataset_paths", "fields")
 
 
@@ -66,7 +66,7 @@ _PATHS = (
     "reference_model.name_or_path", "reference_model.archive", "reference_model.adapter", "chat_template", "local_dirs",
     "dataset_paths", "datasets",
 )  # fmt: skip
-# keys of the other commands; values that aren't paths don't begin with ~/
+# keys of the other commands that may hold paths
 _OWN_PATHS = (
     "run", "rows", "output", "prompts", "alpaca_eval", "a", "b", "judge_model", "judge_prompt", "chat_template",
     "local_dirs",

@@ -26,7 +26,7 @@ _HIGHEST = {
     "n_eval_examples": 10**7,  # all are kept in memory
 }
 _MAY_BE_NULL = ("n_epochs", "n_examples", "n_eval_examples")
-# of keys whose default is null; the others are strings
+# types of keys whose default is null; those that aren't listed are strings
 _TYPES_OF_NULL = dict.fromkeys(
     (
         "n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def prepare(builder: "datasets.DatasetBuilder"):
-    """Let the library read the rows unless it has, and write checksums of its files; call it inside `checked`."""
+    """Let the library read the rows, unless it already has, and checksum its files; call it inside `checked`."""
     builder.download_and_prepare()
     if not os.path.exists(os.path.join(builder.cache_dir, CHECKSUMS)):
         write_checksums(builder.cache_dir)

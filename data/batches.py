@@ -171,7 +171,7 @@ class BatchIterator:
             yield order
 
     def distinct_examples(self) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """Yield the batches of one epoch, each distinct example once: this shard, and the examples in all shards."""
+        """Yield every distinct example once, in batches: this worker's shard, and the size of the whole batch."""
         examples = itertools.islice(self._epoch_examples(next(self._epoch_orders())), self.n_distinct)
         while batch := list(itertools.islice(examples, self.batch_size)):
             yield self._collate(batch, self.shard), len(batch)
@@ -245,7 +245,7 @@ def next_other_prompt(batch: list[tuple[Prompt, int]], index: int) -> int:
 
 
 def mismatched_batch(batch: dict) -> dict:
-    """Return the prompts of a batch with other prompts' responses, from its keys 'mismatched_...'; 'index' is kept."""
+    """Return the batch of other prompts' responses that is in the keys 'mismatched_...' of a batch, and its 'index'."""
     others = {key.removeprefix(_MISMATCHED): value for key, value in batch.items() if key.startswith(_MISMATCHED)}
     return others | {key: batch[key] for key in ("index",) if key in batch}
 

@@ -80,7 +80,7 @@ class Renderer:
     def render(self, example: Example) -> Rendered:
         """Return an example's strings; messages are rendered by the chat template.
 
-        Raises: BadExample if a text contains special tokens that are the template's to place, if the template refuses
+        Raises: BadExample if a text contains special tokens, which only the template may place, if the template refuses
             the messages, or if it leaves something out of them.
         """
         if isinstance(example.prompt, str):
@@ -292,7 +292,7 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern:
 
 
 def _with_shared_start(prompt: list[dict], responses: list[list[dict]]) -> tuple[list[dict], list[list[dict]]]:
-    """Move turns of others that begin all responses, such as a tool's output, to the prompt."""
+    """Move first turns that all responses share, if others wrote them (such as a tool's output), to the prompt."""
     n = 0
     while responses and all(
         len(response) > n + 1 and not is_assistants(response[n]) and response[n] == responses[0][n]

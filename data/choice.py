@@ -1,4 +1,4 @@
-"""The settings of a dataset: those of its own, an entry of the config's `datasets`, and those of all datasets."""
+"""Settings of datasets: `Choice` has those of one dataset, `Settings` those that all share."""
 
 from dataclasses import dataclass, field
 

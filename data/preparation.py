@@ -37,7 +37,7 @@ VERSION = 4  # of the cache's format and of how rows are read; bump to rebuild
 _CHUNK = 1024  # rows tokenized at a time
 _INSPECTED = 100  # rows that decide the format
 _FILES = ("info.json", "train.arrow", "test.arrow")
-_COUNTED = 10_000  # rows; if there is an error in them, bad rows are counted up to here before it is raised
+_COUNTED = 10_000  # rows in which all bad ones are counted before an error is raised
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def read_rows(
 
 
 def _quiet_library(silent: bool):
-    """Turn off the library's progress bars where nobody sees them, and its log of what its exceptions say, too."""
+    """Turn off the library's log, which only repeats its exceptions, and progress bars that nobody sees."""
     import datasets
 
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
@@ -141,14 +141,14 @@ def _quiet_library(silent: bool):
 def _reader(path: str, files: list[str], split: str, csv_as_strings: bool) -> tuple[str, dict]:
     """Return the library's module that reads a split's files, and its options."""
     options = {"data_files": {split: [glob.escape(file) for file in files]}}
-    module = _MODULES.get(_suffix(files[0]), os.path.dirname(files[0]))  # of a ZIP archive the library finds it itself
+    module = _MODULES.get(_suffix(files[0]), os.path.dirname(files[0]))  # the library looks into ZIP archives
     if module == "csv":
         options |= _csv_options(files, csv_as_strings)
     return path if os.path.isdir(path) else module, options
 
 
 def _checked_cache(cache_dir: str | None, folder: str | None, name: str | None) -> contextlib.AbstractContextManager:
-    """Check the library's Arrow files; those in its own default cache, which other programs share, are left alone."""
+    """Check the library's Arrow files, except in its default cache, which other programs share."""
     if cache_dir is None:
         return contextlib.nullcontext()
     return arrow_cache.checked(folder, name, HashCache(cache_dir).sha256)

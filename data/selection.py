@@ -25,9 +25,9 @@ def select_prompts(
     tokenizer,
     **lengths: int,
 ) -> Sequence[Prompt]:
-    """Select what a dataset's settings leave of its prompts and their pairs.
+    """Drop the prompts and pairs that a dataset's settings leave out.
 
-    Raises: UserError if examples are overlong or identical that must not be, or if nothing is left.
+    Raises: UserError for overlong or identical examples that the settings don't allow, or if nothing is left.
     """
     if choice.truncation in ("drop", "error"):
         part = _without_overlong(part, choice, split, sft_mode, tokenizer, **lengths)
