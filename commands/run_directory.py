@@ -29,7 +29,7 @@ def locked_run(run_dir: str) -> contextlib.AbstractContextManager:
 
 
 def default_run_dir(exp_name: str, local_dirs: list[str]) -> str:
-    """Return the default of `local_run_dir`: a new path, or the directory of a sweep's job."""
+    """Return the default of `local_run_dir`: a new path, or in a sweep the job's directory."""
     return HydraConfig.get().runtime.output_dir if in_sweep() else get_local_run_dir(exp_name, local_dirs)
 
 

@@ -10,7 +10,7 @@ from basics.saved_config import read_saved_config
 from config_checks.schema import changed_keys
 from utils import UserError
 
-_OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # Hydra's
+_OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # two of Hydra's options
 _OPTIONS.add_argument("--config-path", "-cp", dest="path", default="")
 _OPTIONS.add_argument("--config-name", "-cn", dest="name", default="config")
 # keys of one run alone, and a key that no file may set: it allows code to be run
@@ -18,7 +18,7 @@ _LEFT_OUT = ("resume", "resume_anyway", "data_only", "model.trust_remote_code")
 
 
 def with_config_of_run(words: list[str]) -> list[str]:
-    """Replace `--config-path RUN`, if it is given, by the settings in RUN/config.yaml: overrides before all others.
+    """Replace `--config-path RUN`, if given, by the settings in RUN/config.yaml, as overrides before all others.
 
     A folder with another kind of config.yaml is left to Hydra.
 
@@ -45,7 +45,7 @@ def with_config_of_run(words: list[str]) -> list[str]:
 
 
 def as_typed(value: object) -> str:
-    """Return a value as it is typed in an override of Hydra's."""
+    """Return a value as it is typed in an override."""
     if isinstance(value, str):
         return QuotedString(value, Quote.single).with_quotes()
     if isinstance(value, dict):

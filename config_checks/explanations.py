@@ -96,9 +96,7 @@ def explain_hydra_error(error: Exception, config_name: str = "config", words: li
         if config_name in _WITHOUT_TRAINING:
             return unknown_key(key, config_name)
         return _why_not_set(key) if key in default_config() else unknown_key(key, config_name)
-    if (
-        key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text)
-    ) is not None:  # Hydra applies + and ~ to the default
+    if key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text):  # + and ~ need the default's value
         return f"{key[1]} can be set as {key[1]}=VALUE alone, without + or ~"
     no_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"  # which Hydra parses as no string
     groups = [word for word in words if re.fullmatch(no_name, word, re.IGNORECASE)]
