@@ -6,6 +6,7 @@
 import bz2
 import csv
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -15,11 +16,16 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 WRITE_AGAIN = "Write, copy or download the file again"
 ONE_OBJECT = "Correct or remove that line: each holds one JSON object"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPENERS = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+    ".zst": lambda path, _: io.BufferedReader(pa.input_stream(path, compression="zstd")),
+}  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TYPE_NAMES = {str: "string", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
 
@@ -50,8 +56,8 @@ class FaultFound(Exception):
 
 def file_format(name: str) -> str:
     """Return a file's suffix, ignoring that of its compression: .jsonl for x.jsonl.gz."""
-    stem, suffix = os.path.splitext(name)
-    return (os.path.splitext(stem)[1] if suffix in _OPENERS else suffix).lower()
+    stem, suffix = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] if suffix in _OPENERS else suffix
 
 
 # ---- lines ----------------------------------------------------------------------------------------------------------

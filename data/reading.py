@@ -16,7 +16,7 @@ from basics.files import HashCache, content_hash, has_no_room
 from basics.printing import hides_progress, one_line
 from data import arrow_cache, diagnosis, hub
 from data.choice import split_name
-from data.plain_reader import csv_delimiter
+from data.plain_reader import csv_delimiter, file_format
 from utils import UserError, closest_sibling, rank0_print
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ _MODULES = {  # the library's readers, by suffix
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
     ".arrow": "arrow",
 }  # fmt: skip
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SHOWN_FILES = 4
 
 
@@ -36,15 +35,9 @@ class UnreadableRows(UserError):
     """Raised if the library can't read the rows of a split."""
 
 
-def _suffix(file: str) -> str:
-    """Return a file's suffix, ignoring that of its compression: .jsonl for x.jsonl.gz."""
-    stem, suffix = os.path.splitext(file.lower())
-    return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
-
-
 def has_data_suffix(file: str) -> bool:
     """True if a file has the suffix of a data file."""
-    return _suffix(file) in _SUFFIXES
+    return file_format(file) in _SUFFIXES
 
 
 def check_path(name: str, path: str):
@@ -141,7 +134,7 @@ def _quiet_library(silent: bool):
 def _reader(path: str, files: list[str], split: str, csv_as_strings: bool) -> tuple[str, dict]:
     """Return the library's module that reads a split's files, and its options."""
     options = {"data_files": {split: [glob.escape(file) for file in files]}}
-    module = _MODULES.get(_suffix(files[0]), os.path.dirname(files[0]))  # the library looks into ZIP archives
+    module = _MODULES.get(file_format(files[0]), os.path.dirname(files[0]))  # the library looks into ZIP archives
     if module == "csv":
         options |= _csv_options(files, csv_as_strings)
     return path if os.path.isdir(path) else module, options
@@ -266,7 +259,7 @@ def problem_with_files(files: list[str]) -> str | None:
     for file in files:
         if os.path.getsize(file) == 0:
             return f"{file}: the file is empty\nFill it, or remove it"
-        formats.setdefault(_MODULES.get(_suffix(file), _suffix(file)), file)
+        formats.setdefault(_MODULES.get(file_format(file), file_format(file)), file)
         if (plain := os.path.splitext(file)[0]) in files:
             return f"{file} and {plain} hold the same rows\nRemove one of them"
     if len(formats) > 1:

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+import zipfile
 
 import pyarrow
 import pyarrow.parquet
@@ -171,11 +172,20 @@ def separated(rows: list[dict], mark: str) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
+def zipped(name: str, content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
 FILES = {  # the same rows in every kind of file
     "rows.jsonl": jsonl(TEXTS),
     "rows.ndjson": jsonl(TEXTS).replace(b"\n", b"\n\n").replace(b"\n", b"\r\n"),
     "rows.json": json.dumps(TEXTS, indent=1).encode(),
     "rows.jsonl.gz": gzip.compress(jsonl(TEXTS)),
+    "rows.jsonl.zst": pyarrow.compress(jsonl(TEXTS), "zstd", asbytes=True),
+    "rows.zip": zipped("train.jsonl", jsonl(TEXTS)),
     "rows.parquet": parquet(TEXTS),
     "rows.csv": separated(TEXTS, ","),
     "rows.csv.gz": gzip.compress(separated(TEXTS, ",")),
