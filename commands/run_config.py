@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from basics.printing import one_line
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
+from commands.run_directory import parsed
 from commands.workers import launched_group, run_in_workers
 from config_checks.checks import check_config
 from config_checks.schema import FREE_KEYS, expand_home, own_keys
@@ -34,8 +34,7 @@ def read_run_config(run_dir: str) -> DictConfig:
 
 def _given_keys() -> list[str]:
     """Return the keys on the command line."""
-    parser = OverridesParser.create()
-    return [parser.parse_override(word).key_or_group for word in HydraConfig.get().overrides.task]
+    return [override.key_or_group for override in parsed(HydraConfig.get().overrides.task)]
 
 
 def _config_without(config: DictConfig, own: dict) -> DictConfig:

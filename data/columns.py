@@ -243,8 +243,7 @@ def hint_for(columns: Columns) -> str | None:
         if chosen in names and rejected in names:
             return f"perhaps fields={{{start}chosen: {names[chosen]}, rejected: {names[rejected]}}}"
     if ("chosen" in columns.known) != ("rejected" in columns.known):
-        missing = "rejected" if "chosen" in columns.known else "chosen"
-        present = "chosen" if missing == "rejected" else "rejected"
+        present, missing = ("chosen", "rejected") if "chosen" in columns.known else ("rejected", "chosen")
         near = closest_match(missing, [name for name in columns.kinds if name != present])
         as_target = f"; for loss=sft on {present}: fields={{completion: {present}}}" if prompt else ""
         return (

@@ -33,8 +33,7 @@ class PreparedPrompts(Sequence):
     """The tokenized prompts of a split; each is read from the memory-mapped file when it is indexed."""
 
     def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, loss_takes: Sequence[str]):
-        self.directory, self.role, self.dataset, self.split = directory, role, dataset, role
-        self.truncation_mode = truncation_mode
+        self.dataset, self.split, self.truncation_mode = dataset, role, truncation_mode
         with open(os.path.join(directory, "info.json"), encoding="utf-8") as file:
             self.info = json.load(file)
         self.fingerprint = self.info[role]["fingerprint"]
