@@ -153,16 +153,15 @@ def _checked_chunks(
 # ---- preparing ------------------------------------------------------------------------------------------------------
 
 
-def _write_files(directory: str, sources: dict[str, Rows], skips_bad: bool, test_fraction: float,
-                 renderer: chat.Renderer, read: Format):  # fmt: skip
+def _write_files(directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, read: Format):
     """Write the files of both splits, and `info.json` about them, into a directory.
 
     Without a source for 'test', the training prompts with the smallest hashes are held out for it.
     """
-    write = functools.partial(_write_splits, directory, sources, skips_bad, renderer, read)
-    info, smallest = write(limit=test_fraction)
+    info, smallest = _write_splits(directory, sources, settings, renderer, read, limit=settings.test_fraction)
     if "test" not in sources and info["test"]["n_prompts"] == 0 and smallest < 1:
-        info, _ = write(limit=smallest)  # with few prompts, none may have a hash below the limit: hold out one
+        # with few prompts, none may have a hash below the limit: hold out one
+        info, _ = _write_splits(directory, sources, settings, renderer, read, limit=smallest)
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
         about = {"format": read.description, "unread": read.unread,
                  "skips_template": read.could_be_chat and bool(renderer.template),
@@ -171,7 +170,7 @@ def _write_files(directory: str, sources: dict[str, Rows], skips_bad: bool, test
 
 
 def _write_splits(
-    directory: str, sources: dict[str, Rows], skips_bad: bool, renderer: chat.Renderer, read: Format, limit: float
+    directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, read: Format, limit: float
 ) -> tuple[dict, float]:
     """Write both splits; return their counts, and the smallest hash of a training prompt.
 
@@ -184,7 +183,8 @@ def _write_splits(
         bad = BadRows(rows)
         with Progress(f"Tokenizing {rows.label}", rows.n_rows, "rows") as progress:
             # a thread tokenizes the next chunks on all cores while this one is written
-            for n_rows, records in prefetched(_checked_chunks(rows, read, renderer, bad, skips_bad), n_ahead=2):
+            chunks = prefetched(_checked_chunks(rows, read, renderer, bad, settings.skips_bad), n_ahead=2)
+            for n_rows, records in chunks:
                 by_role = {"train": [], "test": []}
                 for hashed, record in records:
                     by_role[role if "test" in sources or hashed > limit else "test"].append(record)
@@ -192,7 +192,7 @@ def _write_splits(
                     writers[writer_role].write(of_role)
                 smallest = min([smallest, *(hashed for hashed, _ in records)])
                 progress.update(n_rows)
-        if not skips_bad:
+        if not settings.skips_bad:
             bad.raise_if_any()
         info[f"{role}_rows"] = {"n_read": bad.n_read, "bad": dict(bad.kinds), "split": rows.split,
                                 "n_identical_pairs": bad.n_identical_pairs}  # fmt: skip
@@ -239,8 +239,7 @@ def prepare(
         sort_keys=True,
     )  # fmt: skip
     directory = os.path.join(cache_dir, "prepared", hashlib.sha256(key.encode()).hexdigest()[:32])
-    write = functools.partial(_write_files, sources=sources, skips_bad=settings.skips_bad,
-                              test_fraction=settings.test_fraction, renderer=renderer, read=read)  # fmt: skip
+    write = functools.partial(_write_files, sources=sources, settings=settings, renderer=renderer, read=read)
     try:
         _write_once(directory, HashCache(cache_dir), write)
     except OSError as error:
