@@ -19,12 +19,12 @@ from bs4.element import PreformattedString
 from omegaconf import DictConfig
 
 from data.batches import BatchIterator, Prompt
-from data.choice import Choice, Settings
+from data.choice import KEPT_ENDS, Choice, Settings
 from data.preparation import prepared_split
 from data.reading import check_path, read_split, row_place
 from data.report import print_report
 from data.row_sources import ROWS  # noqa: F401 (re-exported)
-from data.selection import epoch_order, select_prompts
+from data.selection import drop_identical, epoch_order, first_examples, without_overlong
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
 from losses import find_loss
@@ -309,16 +309,15 @@ def get_dataset(
 
 
 def _named_prompts(
-    choice: Choice, split: str, eos_token: str, silent: bool, cache_dir: str | None, path: str | None
+    name: str, split: str, mode: str, eos_token: str, silent: bool, cache_dir: str | None, path: str | None
 ) -> list[Prompt]:
     """Load the prompts of a named dataset.
 
     Raises: UserError if a text contains the end-of-sequence token, which marks where a response ends.
     """
-    data = get_dataset(choice.name, split, silent=silent, cache_dir=cache_dir, path=path)
-    mode = choice.kept_end(default=DATASETS[choice.name].truncation_mode)
+    data = get_dataset(name, split, silent=silent, cache_dir=cache_dir, path=path)
     prompts = [
-        Prompt(text, dataset=choice.name, split=split, truncation_mode=mode, **entry)
+        Prompt(text, dataset=name, split=split, truncation_mode=mode, **entry)
         for text, entry in (data.items() if isinstance(data, dict) else data)
     ]
     for prompt in prompts:
@@ -384,13 +383,23 @@ def get_batch_iterator(
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
-        if choice.name in DATASETS:
+        named = DATASETS.get(choice.name)
+        mode = named.truncation_mode if named else "keep_end"
+        mode = choice.truncation if choice.truncation in KEPT_ENDS else mode
+        if named:
             path = (paths or {}).get(choice.name)
-            part = _named_prompts(choice, split, tokenizer.eos_token, silent, cache_dir, path)
+            part = _named_prompts(choice.name, split, mode, tokenizer.eos_token, silent, cache_dir, path)
         else:
-            part = prepared_split(choice, split, settings, tokenizer, accepted_kinds, cache_dir, silent)
-        parts.append(select_prompts(part, choice, split, sft_mode, seed, settings.skips_bad, tokenizer, **lengths))
-    order = epoch_order(parts, choices, seed, sft_mode) if split == "train" else None
+            part = prepared_split(choice, split, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
+        if choice.truncation in ("drop", "error"):
+            part = without_overlong(part, choice, split, sft_mode, tokenizer, **lengths)
+        if not named and not sft_mode:  # the original keeps identical responses in named datasets
+            drop_identical(part, choice, split, settings.skips_bad, **lengths)
+        if split == "train" and choice.n_examples is not None:
+            part = first_examples(part, choice, sft_mode, seed)
+        parts.append(part)
+    is_every_prompt_once = all(choice.weight == 1 and choice.n_examples is None for choice in choices)
+    order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, sft_mode, seed)
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:

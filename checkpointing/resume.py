@@ -19,7 +19,7 @@ from checkpointing.atomic_directory import recover_interrupted_saves
 from checkpointing.integrity import find_corruption
 from checkpointing.train_state import read_state_json, training_settings, versions
 from config_checks.schema import REPOSITORY, default_config
-from data.choice import split_name
+from data.batches import split_name
 from distributed import environment
 from references import resolved_reference
 from utils import UserError, rank0_print

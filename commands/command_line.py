@@ -86,7 +86,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra pass every error on unchanged
-    if config_name == "config":
+    if config_name == "config" and any(word.startswith(("--config-path", "-cp")) for word in sys.argv):
         with errors_reported():
             sys.argv[1:] = with_config_of_run(sys.argv[1:])
     sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))

@@ -14,11 +14,15 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset
 
-from data.choice import split_name
 from data.tokenization import get_collate_fn, make_element, tokenize_batch
 from utils import UserError
 
 _MISMATCHED = "mismatched_"  # prefix of the keys of prompts with other prompts' responses
+
+
+def split_name(dataset: str, split: str) -> str:
+    """Name a dataset's split in messages."""
+    return f"datasets=[{dataset}], {split} split"
 
 
 @dataclass

@@ -19,10 +19,6 @@ class Choice:
     fields: dict[str, str] = field(default_factory=dict)  # from a format's field names to those in the data
     ignored_columns: tuple[str, ...] = ()  # not read, although they might belong to the prompt
 
-    def kept_end(self, default: str) -> str:
-        """Return the end of a long prompt that is kept: `default` unless `truncation` names one."""
-        return self.truncation if self.truncation in KEPT_ENDS else default
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -34,8 +30,3 @@ class Settings:
     texts_as_messages: bool = False  # render plain prompts and responses with the chat template, too
     trained_turns: str = "all"  # the assistant's turns to train in a response: all, or last
     verbatim_responses: bool = False  # write a response as it is if the chat template would alter it
-
-
-def split_name(dataset: str, split: str) -> str:
-    """Name a dataset's split in messages."""
-    return f"datasets=[{dataset}], {split} split"

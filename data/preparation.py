@@ -20,8 +20,8 @@ from filelock import FileLock
 from basics.checksums import find_damage, write_checksums
 from basics.files import HashCache, flush_to_disk
 from data import chat
-from data.batches import prefetched
-from data.choice import Choice, Settings, split_name
+from data.batches import prefetched, split_name
+from data.choice import Choice, Settings
 from data.formats import Format, recognize
 from data.locations import Location, locate
 from data.messages import BadExample
@@ -212,6 +212,7 @@ def prepare(
     source: Location | list[dict],
     settings: Settings,
     tokenizer,
+    truncation_mode: str,
     loss_takes: Sequence[str],
     cache_dir: str,
     silent: bool,
@@ -247,8 +248,9 @@ def prepare(
             f"datasets=[{choice.name}]: can't write the tokenized data to {directory}: {error}\nMake room, or choose "
             "another place with local_dirs=[DIR]"
         ) from error
-    mode = choice.kept_end(default="keep_end")
-    return tuple(PreparedPrompts(directory, role, choice.name, mode, loss_takes) for role in ("train", "test"))
+    return tuple(
+        PreparedPrompts(directory, role, choice.name, truncation_mode, loss_takes) for role in ("train", "test")
+    )
 
 
 def _write_once(directory: str, hashes: HashCache, write: Callable[[str], None]):
@@ -310,6 +312,7 @@ def prepared_split(
     split: str,
     settings: Settings,
     tokenizer,
+    truncation_mode: str,
     loss_takes: Sequence[str],
     cache_dir: str | None,
     silent: bool,
@@ -317,7 +320,7 @@ def prepared_split(
     """Return the prompts of a split of a dataset that isn't a named one."""
     source = ROWS[choice.name] if choice.name in ROWS else locate(choice.name)
     cache_dir = cache_dir or get_local_dir([".cache"])
-    train, test = prepare(choice, source, settings, tokenizer, loss_takes, cache_dir, silent)
+    train, test = prepare(choice, source, settings, tokenizer, truncation_mode, loss_takes, cache_dir, silent)
     prompts = train if split == "train" else test
     if len(prompts) == 0:
         raise UserError(f"{split_name(choice.name, split)}: no rows left for it; add data, or change test_fraction")

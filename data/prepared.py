@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.batches import Prompt
-from data.choice import split_name
+from data.batches import Prompt, split_name
 from utils import UserError
 
 TEXTS, IDS = pa.list_(pa.string()), pa.list_(pa.int32())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from basics.files import HashCache, content_hash, has_no_room
 from basics.printing import hides_progress, one_line
 from data import arrow_cache, diagnosis, hub
-from data.choice import split_name
+from data.batches import split_name
 from data.plain_reader import csv_delimiter, file_format
 from utils import UserError, closest_sibling, rank0_print
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from basics.files import content_hash
 from data import reading
-from data.choice import Choice, split_name
+from data.batches import split_name
+from data.choice import Choice
 from data.locations import Location, choose_splits
 from data.plain_reader import Fault, are_json_lines, readable_rows
 from utils import UserError, rank0_print

@@ -7,38 +7,15 @@ from dataclasses import replace
 import numpy as np
 
 from data import report
-from data.batches import Prompt, example_counts
-from data.choice import Choice, split_name
+from data.batches import Prompt, example_counts, split_name
+from data.choice import Choice
 from data.prepared import PreparedPrompts
 from utils import UserError, rank0_print
 
 _SHOWN = 10  # examples listed in an error message
 
 
-def select_prompts(
-    part: Sequence[Prompt],
-    choice: Choice,
-    split: str,
-    sft_mode: bool,
-    seed: int,
-    skips_bad: bool,
-    tokenizer,
-    **lengths: int,
-) -> Sequence[Prompt]:
-    """Drop the prompts and pairs that a dataset's settings leave out.
-
-    Raises: UserError for overlong or identical examples that the settings don't allow, or if nothing is left.
-    """
-    if choice.truncation in ("drop", "error"):
-        part = _without_overlong(part, choice, split, sft_mode, tokenizer, **lengths)
-    if isinstance(part, PreparedPrompts) and not sft_mode:  # the original keeps them in named datasets
-        _drop_identical(part, choice, split, skips_bad, **lengths)
-    if split == "train" and choice.n_examples is not None:
-        part = _first_examples(part, choice, sft_mode, seed)
-    return part
-
-
-def _without_overlong(
+def without_overlong(
     part: Sequence[Prompt], choice: Choice, split: str, sft_mode: bool, tokenizer, **lengths: int
 ) -> Sequence[Prompt]:
     """Drop the examples longer than `max_length` of a dataset with `truncation=drop`.
@@ -79,7 +56,7 @@ def _without(part: Sequence[Prompt], numbers: np.ndarray, unwanted: np.ndarray, 
     return kept
 
 
-def _drop_identical(part: PreparedPrompts, choice: Choice, split: str, skips_bad: bool, **lengths: int):
+def drop_identical(part: PreparedPrompts, choice: Choice, split: str, skips_bad: bool, **lengths: int):
     """Drop pairs whose responses are the same tokens after truncation: there is nothing to learn from them.
 
     Raises: UserError if there are any and `skips_bad` is False, or if no pair is left.
@@ -112,7 +89,7 @@ def _masked_examples(numbers: np.ndarray, mask: np.ndarray) -> Iterator[tuple[in
         next_index[number] += 1
 
 
-def _first_examples(part: Sequence[Prompt], choice: Choice, sft_mode: bool, seed: int) -> Sequence[Prompt]:
+def first_examples(part: Sequence[Prompt], choice: Choice, sft_mode: bool, seed: int) -> Sequence[Prompt]:
     """Select `n_examples` of a dataset.
 
     Prompts are drawn by the seed, with all their pairs; the last one drawn may keep only its first pairs.
@@ -129,13 +106,11 @@ def _first_examples(part: Sequence[Prompt], choice: Choice, sft_mode: bool, seed
     return _without(part, numbers, unwanted, sft_mode)
 
 
-def epoch_order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int, sft_mode: bool) -> np.ndarray | None:
+def epoch_order(parts: list[Sequence[Prompt]], choices: list[Choice], sft_mode: bool, seed: int) -> np.ndarray:
     """Return the prompts of an epoch according to the datasets' weights, numbered through all datasets.
 
-    None means each prompt once. If a dataset has `n_examples`, prompts without examples are left out.
+    If a dataset has `n_examples`, prompts without examples are left out.
     """
-    if all(choice.weight == 1 and choice.n_examples is None for choice in choices):
-        return None
     order, start = [], 0
     for part, choice in zip(parts, choices, strict=True):
         has_all = sft_mode or choice.n_examples is None

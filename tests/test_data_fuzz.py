@@ -79,8 +79,8 @@ def check(name: str, content: bytes, n_rows: int | None):
                 given_ = Settings(skips_bad=skips_bad, chat_template=TEMPLATE)
                 try:
                     both = prepare(
-                        Choice(str(path)), locate(str(path)), given_, TOKENIZER, loss_takes, f"{directory}/cache",
-                        silent=True,
+                        Choice(str(path)), locate(str(path)), given_, TOKENIZER, "keep_end", loss_takes,
+                        f"{directory}/cache", silent=True,
                     )  # fmt: skip
                 except UserError as error:
                     assert str(path) in str(error) and "Traceback" not in str(error)
@@ -165,7 +165,7 @@ def test_random_python_rows_are_kept_or_counted_as_bad(others, rows):
     with tempfile.TemporaryDirectory() as directory:
         try:
             both = prepare(Choice("mine"), given_, Settings(skips_bad=True, chat_template=TEMPLATE), TOKENIZER,
-                           ("targets",), directory, silent=True)  # fmt: skip
+                           "keep_end", ("targets",), directory, silent=True)  # fmt: skip
         except UserError:
             return
         info = both[0].info

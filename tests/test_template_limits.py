@@ -90,7 +90,7 @@ def test_row_of_an_endless_template_is_named(skips, tokenizer, tmp_path):
     location = locate(str(write_rows(tmp_path / "data.jsonl")))
     settings = Settings(skips_bad=skips)
     with pytest.raises(UserError, match=r"row 2 \(.*data.jsonl, line 3\): the chat template of .*tiny takes"):
-        prepare(Choice("own"), location, settings, tokenizer, ("pairs",), f"{tmp_path}/cache", True)
+        prepare(Choice("own"), location, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", True)
 
 
 def test_prompt_of_an_endless_template_is_named(tokenizer, tmp_path):
