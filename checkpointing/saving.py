@@ -77,5 +77,3 @@ def save_step(trainer):
         delete_oldest(trainer.run_dir, trainer.config.keep_checkpoints, state.examples)
 
     begin_save(trainer, os.path.join(trainer.run_dir, name), then=link)
-    if trainer.run_log is not None:
-        trainer.run_log.table.time_left.tick("save")

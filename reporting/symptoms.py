@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from losses import find_loss
 from objectives.declaration import KL_ESTIMATE, LENGTHS, LOGPS, MEAN_LENGTH, MEMORY, Memory
-from reporting.terminal import number, percent
+from reporting.terminal import number
 
 N_EVALUATIONS = 3  # in a row with a symptom, before it is reported
 N_CLIPPED = 50  # steps in a row whose gradient was clipped, before that is reported
@@ -97,7 +97,7 @@ class Symptoms:
         if accuracy is None or error is None or abs(accuracy - 0.5) > 2 * error:
             return ""
         return (
-            f"the evaluation accuracy ({percent(accuracy)} ± {percent(error)} now) has been that of guessing for "
+            f"the evaluation accuracy ({accuracy:.1%} ± {error:.1%} now) has been that of guessing for "
             f"{N_EVALUATIONS} evaluations. Try a larger lr, check that chosen and rejected can be told apart in the "
             "data, and start from a model that has seen such responses (SFT)"
         )
