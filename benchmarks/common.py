@@ -49,7 +49,7 @@ def resized_tiny_model(directory: str, hidden: int, layers: int, **sizes: int) -
     """Write the tiny model's tokenizer and its config with other sizes, but no weights; return the directory."""
     import transformers
 
-    shutil.copytree(REPOSITORY / "assets" / "tiny", directory)
+    shutil.copytree(REPOSITORY / "assets" / "tiny", directory, dirs_exist_ok=True)
     sizes |= {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
     transformers.AutoConfig.from_pretrained(directory, **sizes).save_pretrained(directory)
     return directory
