@@ -82,11 +82,11 @@ def _peak_bytes() -> int:
 def parameters_in_words(n_trained: int, n_all: int) -> str:
     """Return text such as '1.2 M parameters, all of them trained'."""
     if n_trained == n_all:
-        return f"{in_short(n_all)} parameters, all of them trained"
-    return f"{in_short(n_all)} parameters, {in_short(n_trained)} of them trained ({n_trained / n_all:.2%})"
+        return f"{_in_short(n_all)} parameters, all of them trained"
+    return f"{_in_short(n_all)} parameters, {_in_short(n_trained)} of them trained ({n_trained / n_all:.2%})"
 
 
-def in_short(number: int) -> str:
+def _in_short(number: int) -> str:
     """Return text such as '1.23 M'."""
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= size:
