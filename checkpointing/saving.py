@@ -50,7 +50,7 @@ def begin_save(
 
 
 def _current_state(trainer) -> TrainState:
-    """Return the train state with each shard's random generators, the logs' sizes, and if training is complete."""
+    """Return the train state, completed for a checkpoint: with random generators, the logs' sizes and so on."""
     return dataclasses.replace(
         trainer.state,
         complete=is_over(trainer) and trainer.state.evaluated_at == trainer.state.examples,
