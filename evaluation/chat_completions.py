@@ -51,7 +51,7 @@ class Endpoint:
     def authorize(self, request):
         """Set the Authorization header of a request.
 
-        requests calls this in place of what it would do itself: replace the header by what .netrc has for the host.
+        The library requests calls this; without it, requests would take the header from .netrc.
         """
         import requests
 
@@ -99,7 +99,7 @@ def _checked_parts(url: str) -> SplitResult:
 
 
 class RateLimit:
-    """Lets requests of all threads start at most `per_minute` a minute, evenly; None: no limit."""
+    """Spaces the requests of all threads evenly, at most `per_minute`; None: no limit."""
 
     def __init__(self, per_minute: float | None):
         self.gap = 60 / per_minute if per_minute else 0.0
@@ -113,15 +113,13 @@ class RateLimit:
         time.sleep(max(0.0, start - time.monotonic()))
 
     def pause(self, seconds: float):
-        """Let no request start for this time."""
+        """Start no request for this time."""
         with self.lock:
             self.next = max(self.next, time.monotonic() + seconds)
 
 
 class ChatCompletions:
     """Asks a language model which of two responses is better, several requests at a time."""
-
-    sees_order = True
 
     def __init__(
         self,
@@ -188,10 +186,10 @@ class ChatCompletions:
         verdict = Verdict(failure="nothing sent")
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(min(2 ** (attempt - 1), 60) * random.uniform(0.75, 1.25))  # so that not all come at once
+                time.sleep(min(2 ** (attempt - 1), 60) * random.uniform(0.75, 1.25))  # threads retry at different times
             self.limit.wait()
             verdict, may_be_repeated = self._request(content)
-            for name in tokens:  # an answer without a verdict is paid for, too
+            for name in tokens:  # an answer without a verdict costs money, too
                 tokens[name] += verdict.details.pop(name, 0)
             if not may_be_repeated:
                 break
@@ -204,9 +202,10 @@ class ChatCompletions:
         import urllib3
 
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **self.arguments}
+        data = json.dumps(body).encode()  # which escapes half surrogate pairs
         try:
             with requests.post(
-                self.endpoint.completions_url, data=_as_json(body), headers={"Content-Type": "application/json"},
+                self.endpoint.completions_url, data=data, headers={"Content-Type": "application/json"},
                 auth=self.endpoint.authorize, timeout=self.timeout, allow_redirects=False, stream=True,
             ) as response:  # fmt: skip
                 content = _first_bytes(response)
@@ -243,7 +242,7 @@ class ChatCompletions:
 
 
 def _first_bytes(response) -> bytes:
-    """Return an answer's first `_LONGEST_ANSWER` bytes, or a few more; the rest isn't read, and so it is no JSON."""
+    """Return the beginning of an answer, about `_LONGEST_ANSWER` bytes; a longer one is cut, and so is no JSON."""
     content = b""
     for chunk in response.iter_content(1 << 16):
         content += chunk
@@ -252,13 +251,8 @@ def _first_bytes(response) -> bytes:
     return content
 
 
-def _as_json(body: dict) -> bytes:
-    """Return a request's body; characters that are no text (lone surrogates) are escaped."""
-    return json.dumps(body).encode()
-
-
 def _content(body: dict) -> tuple[str, dict[str, int]]:
-    """Return the text of a chat completion, and its tokens as the endpoint counts them."""
+    """Return the text of a chat completion, and the numbers of tokens by the endpoint's count."""
     usage = body.get("usage") or {}
     tokens = {"input_tokens": usage.get("prompt_tokens"), "output_tokens": usage.get("completion_tokens")}
     content = body["choices"][0]["message"]["content"] or ""
@@ -266,7 +260,7 @@ def _content(body: dict) -> tuple[str, dict[str, int]]:
 
 
 def retry_after(value: str | None) -> float:
-    """Return the pause that a Retry-After header asks for, given in seconds or as a date; at most ten minutes (s)."""
+    """Return the seconds to wait by a Retry-After header, which gives seconds or a date; at most ten minutes."""
     seconds = 0.0
     try:
         seconds = float(value or 0)

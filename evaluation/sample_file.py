@@ -1,4 +1,4 @@
-"""Files of samples, JSON Lines: nothing in a file is drawn twice.
+"""Files of samples, in JSON Lines. A file keeps what was drawn earlier, so that no sample is drawn twice.
 
 Each line begins with a hash of all settings that decide a sample, and names its origin.
 """
@@ -18,7 +18,7 @@ from utils import UserError, rank0_print
 
 
 def settings_hash(config: DictConfig, requests: list[Request], file: SampleFile, options: Options) -> str:
-    """Return a short hash of what decides a sample and its log-probabilities."""
+    """Return a short hash of all that decides samples and their log-probabilities."""
     deciding = [
         file.checkpoint and content_digest(file.checkpoint), config.seed, config.max_prompt_length,
         file.temperature, options.top_p, options.top_k, options.max_new_tokens,

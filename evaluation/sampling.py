@@ -30,16 +30,16 @@ def generate_scorable(
 ) -> tuple[list[str], dict, torch.Tensor]:
     """Draw a response to each of the batch's prompts from the model's own distribution.
 
-    Nothing predicts the first token after an empty prompt, so its response is empty, too.
+    An empty prompt has an empty response, as nothing predicts its first token.
 
-    Returns: the responses as strings; their tokens, after the prompts', as a batch of SFT targets, on the CPU; and True
-        for those that were drawn, (batch_size,): False after an empty prompt.
+    Returns: the responses as strings; prompts and responses as a batch of SFT targets, on the CPU; and a mask,
+        (batch_size,), which is False for empty prompts.
 
     Args:
         max_length: of prompt and response, in tokens.
-        stops: called at every token; True ends all responses there.
-        synced: workers gather the model together for each token, so those that are done continue until all are.
-        processors: change the logits, of which the largest is then taken; None: draw tokens from the softmax.
+        stops: called at every token; if it returns True, all responses end there.
+        synced: all workers gather the model for each token; so a worker that is done continues until all are.
+        processors: change the logits before the largest is taken; None: draw tokens from the softmax.
     """
     prompt_ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]  # (batch_size, longest prompt)
     is_empty = mask.sum(1) == 0
@@ -81,7 +81,7 @@ def target_ids(targets: dict[str, torch.Tensor], row: int) -> tuple[list[int], l
 def _as_targets(output: torch.Tensor, prompt_mask: torch.Tensor, ends: list[int]) -> dict[str, torch.Tensor]:
     """Return samples, whose prompts are padded on the left, as a batch of SFT targets: (batch_size, length) each.
 
-    A response ends with the first token that ends it.
+    A response ends with its first end token.
     """
     n_before = prompt_mask.shape[1]
     is_end = torch.isin(output[:, n_before:], torch.tensor(ends))
@@ -98,10 +98,10 @@ def _as_targets(output: torch.Tensor, prompt_mask: torch.Tensor, ends: list[int]
 
 @contextlib.contextmanager
 def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
-    """Let `model.generate` draw from the model's softmax: only the token ids of its generation config are kept.
+    """Let `model.generate` draw from the model's softmax: keep only the token ids of its generation config.
 
-    The config itself must be replaced, as `generate` reads from it whatever it isn't given. Router logits are switched
-    off: a mixture of experts' auxiliary loss fails on a mask that is longer than the step's tokens.
+    The config is replaced, because `generate` reads from it all that it isn't given. Router logits are switched off:
+    with a cache, a mixture of experts' auxiliary loss fails, as the mask is longer than the step's tokens.
     """
     former, text_config = model.generation_config, model.config.get_text_config()
     returns_router_logits = getattr(text_config, "output_router_logits", None)

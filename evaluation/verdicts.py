@@ -18,26 +18,24 @@ class Verdict:
 
     winner: str | None = None  # first, second or tie; scored for a single response
     failure: str | None = None  # its kind, such as timeout
-    details: dict = field(default_factory=dict)  # kept with it: the answer, scores, tokens
+    details: dict = field(default_factory=dict)  # also kept in the file: the answer, scores, tokens
 
 
 class Judge(Protocol):
     """The interface of all judges."""
-
-    sees_order: bool  # its verdict may depend on which response comes first
 
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
         """Yield a verdict on each task, once, in any order."""
 
 
 class MisassignedVerdicts(UserError):
-    """Raised if verdicts can't be matched with tasks, so that none of them may be kept."""
+    """It isn't clear which verdicts belong to which tasks, so none of them may be kept."""
 
 
 class VerdictFile:
-    """A file of verdicts, JSON Lines: one process at a time writes to it, and each verdict is written as it comes.
+    """A file of verdicts, in JSON Lines. One process at a time writes to it, each verdict as it comes.
 
-    If a task has several lines the last one counts, so that a later verdict replaces a failure.
+    If a task has several lines, the last one counts: a later verdict replaces a failure.
     """
 
     def __init__(self, path: str, settings: str):
@@ -59,7 +57,7 @@ class VerdictFile:
             raise
 
     def _read(self) -> int:
-        """Read the verdicts that are there; return where the last whole line ends (bytes)."""
+        """Read the file's verdicts; return the size of its whole lines (bytes)."""
         end = 0
         try:
             for line, line_end in read_json_lines(self.path):

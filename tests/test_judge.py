@@ -239,7 +239,7 @@ def test_both_orders_of_a_rule_based_judge_agree(judge, command, launcher):
 def test_both_orders_reuse_the_verdicts_of_one(judge, command, tmp_path, launcher):
     judge("judge=command", command)
     summary = judge("judge=command", command, "both_orders=true")
-    assert "7 verdicts are there" in launcher.output
+    assert "7 verdicts in the file" in launcher.output
     assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 2, 4)
     assert len(read_jsonl(tmp_path / "v.jsonl")) == 14
 
@@ -359,7 +359,7 @@ def test_verdicts_of_an_endpoint_are_counted(judge, endpoint, launcher, tmp_path
         i, texts = line["prompt_index"], (A[line["prompt_index"]], B[line["prompt_index"]])
         assert (i, *(texts if line["first"] == "a" else texts[::-1])) in endpoint.seen
     judge(*endpoint.options, *prices, "judge_args.max_tokens=50")
-    assert "7 verdicts are there" in launcher.output
+    assert "7 verdicts in the file" in launcher.output
     assert len(endpoint.seen) == 7
 
 
