@@ -84,7 +84,7 @@ def first_shown(pair: Pair, seed: int) -> str:
 def read_responses(key: str, path: str) -> dict[Place, Response]:
     """Return the responses in a file, by their places.
 
-    Of `evaluate.py`'s rows, each prompt's first preferred response is taken, and prompts are numbered as by `sample.py`.
+    Of `evaluate.py`'s rows, each prompt's first preferred response is taken; prompts are numbered as by `sample.py`.
     These rows and AlpacaEval's have one response to a prompt, which is matched with every sample of the other file.
 
     Args:
