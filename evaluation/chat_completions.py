@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from basics.printing import masked
 from evaluation.pairs import Task
@@ -26,55 +26,33 @@ _SHOWN = 300  # characters of an answer
 
 
 class Endpoint:
-    """An endpoint's address and credentials; `str` gives its URL without user and password."""
+    """An endpoint's address, and the key from the environment."""
 
     def __init__(self, url: str):
         """
         Args:
-            url: its base, which ends in /v1 or the like. A user and password in it are sent unless there is a key.
+            url: its base, which ends in /v1 or the like.
 
         Raises: UserError if it is no URL, if the key can't be sent, or if OpenAI's own endpoint is named without a key.
         """
         parts = _checked_parts(url)
-        host = parts.netloc.rpartition("@")[2]
         path = parts.path.rstrip("/").removesuffix("/chat/completions")
-        self.shown = urlunsplit((parts.scheme, host, path, "", ""))
-        self.completions_url = urlunsplit((parts.scheme, host, f"{path}/chat/completions", parts.query, ""))
-        self.key = api_key()
-        self.user = (unquote(parts.username or ""), unquote(parts.password or ""))
+        self.url = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+        self.completions_url = urlunsplit((parts.scheme, parts.netloc, f"{path}/chat/completions", parts.query, ""))
+        self.key = os.environ.get(_KEY, "").strip() or None
+        if not all("!" <= character <= "~" for character in self.key or ""):
+            raise UserError(f"{_KEY} has a character that no HTTP header takes; copy the key once more")
         if parts.hostname == "api.openai.com" and self.key is None:
-            raise UserError(f"judge_url={self.shown} needs a key; set the variable {_KEY}")
-
-    def __str__(self) -> str:
-        return self.shown
+            raise UserError(f"judge_url={self.url} needs a key; set the variable {_KEY}")
 
     def authorize(self, request):
         """Set the Authorization header of a request.
 
         The library requests calls this; without it, requests would take the header from .netrc.
         """
-        import requests
-
         if self.key is not None:
             request.headers["Authorization"] = f"Bearer {self.key}"
-        elif any(self.user):
-            return requests.auth.HTTPBasicAuth(*(part.encode() for part in self.user))(request)
         return request
-
-
-def api_key() -> str | None:
-    """Return the key from the environment, without white space around it; None if there is none.
-
-    Raises: UserError if it has a character that no HTTP header takes.
-    """
-    key = os.environ.get(_KEY, "").strip()
-    for position, character in enumerate(key, 1):
-        if not "!" <= character <= "~":
-            raise UserError(
-                f"{_KEY}: its character {position} of {len(key)} is {character!a}, which no HTTP header takes; copy "
-                "the key once more"
-            )
-    return key or None
 
 
 def _checked_parts(url: str) -> SplitResult:
@@ -93,6 +71,8 @@ def _checked_parts(url: str) -> SplitResult:
         raise UserError(f"judge_url={shown}: its host or port can't be one; {expected}") from None
     if parts.scheme not in ("http", "https") or not host or port == 0 or any(not "!" <= c <= "~" for c in host):
         raise UserError(f"judge_url={shown}: {expected}")
+    if "@" in parts.netloc:
+        raise UserError(f"judge_url={shown}: leave out user and password; only the key in {_KEY} is sent")
     if parts.fragment:
         raise UserError(f"judge_url={shown}: leave out what follows #; {expected}")
     return parts
@@ -210,7 +190,7 @@ class ChatCompletions:
             ) as response:  # fmt: skip
                 content = _first_bytes(response)
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            raise UserError(f"judge_url={self.endpoint}: {error}") from error
+            raise UserError(f"judge_url={self.endpoint.url}: {error}") from error
         except requests.Timeout:
             return Verdict(failure="timeout"), True
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
@@ -225,7 +205,7 @@ class ChatCompletions:
         if response.status_code in (401, 403, 404):
             remedy = "check judge_url and judge_model" if response.status_code == 404 else f"check {_KEY}"
             raise UserError(
-                f"{self.endpoint} answers {response.status_code} for judge_model={self.model}: {shown}\n{remedy}"
+                f"{self.endpoint.url} answers {response.status_code} for judge_model={self.model}: {shown}\n{remedy}"
             )
         if response.status_code != 200:
             may_be_repeated = response.status_code in _TEMPORARY or response.status_code >= 500

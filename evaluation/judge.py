@@ -95,13 +95,11 @@ def _print_expected_cost(judge: Judge, tasks: list[Task], options: dict):
     n_input = math.ceil(judge.n_characters(tasks) / _CHARACTERS_PER_TOKEN)
     n_output = _TOKENS_PER_ANSWER * len(tasks)
     text = (
-        f"{len(tasks)} calls to {judge.model} at {judge.endpoint}, about {n_input:,} tokens at "
+        f"{len(tasks)} calls to {judge.model} at {judge.endpoint.url}, about {n_input:,} tokens at "
         f"{_CHARACTERS_PER_TOKEN} characters each"
     )
     if (price := cost(n_input, n_output, options)) is not None:
         text += f"; with {_TOKENS_PER_ANSWER} tokens an answer they cost about {price:.2f}"
-    if judge.endpoint.key is not None and any(judge.endpoint.user):
-        text += "; OPENAI_API_KEY is sent, the user and password in judge_url are not"
     rank0_print(text)
 
 

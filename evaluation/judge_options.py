@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 
 from basics.files import sha256
 from basics.outputs import Output, check_outputs, document, json_lines
@@ -108,8 +107,7 @@ def settings_hash(options: dict, commit: str | None) -> str:
         commit: see `reward_model_commit`.
     """
     keys = ("judge", "judge_model", "judge_command", "judge_url", "judge_args", "chat_template")
-    known = options | {"judge_url": re.sub(r"(?<=://)[^/?#]*@", "", options["judge_url"] or "") or None}
-    deciding = [known[key] for key in keys]  # the password doesn't matter
+    deciding = [options[key] for key in keys]
     deciding.append(load_template(options["judge_prompt"]) if options["judge"] == "openai" else None)
     if options["judge"] == "model" and os.path.isdir(options["judge_model"]):
         deciding.append(folder_fingerprint(options["judge_model"], options["local_dirs"]))
