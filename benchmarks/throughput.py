@@ -375,16 +375,13 @@ def description(pairs: list[dict], training: Training, args: Namespace) -> str:
         names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
         hardware = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
     n_parameters = sum(parameter.numel() for parameter in training.policy.parameters())
-    means = {part: statistics.mean(len(pair[f"{part}_input_ids"]) for pair in pairs)
-             for part in ("prompt", "chosen", "rejected")}  # fmt: skip
-    precision = f"{args.dtype}{', computed in bfloat16' * args.mixed_precision}"
+    means = [f"{part} {statistics.mean(len(pair[f'{part}_input_ids']) for pair in pairs):.1f}"
+             for part in ("prompt", "chosen", "rejected")]  # fmt: skip
+    settings = " ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ways")
     return (
-        f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}; {args.arch}, hidden size "
-        f"{args.hidden}, {args.layers} layers, {args.heads} heads, vocabulary {args.vocab}: {n_parameters / 1e6:.1f} M "
-        f"parameters in {precision}, attention: {training.policy.config._attn_implementation}; {len(pairs)} pairs, "
-        f"mean tokens: prompt {means['prompt']:.1f}, with chosen {means['chosen']:.1f}, with rejected "
-        f"{means['rejected']:.1f}; batches of {args.batch_size} pairs, microbatches at least {args.microbatch}; "
-        f"rounds: {args.repeats}"
+        f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}; {n_parameters / 1e6:.1f} M "
+        f"parameters, attention: {training.policy.config._attn_implementation}; mean tokens, responses with their "
+        f"prompts: {', '.join(means)}; {settings}"
     )
 
 

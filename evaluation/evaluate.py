@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 
 import numpy as np
@@ -16,7 +15,7 @@ from checkpointing import fingerprints
 from checkpointing.integrity import content_digest
 from data.batches import chosen_and_rejected
 from distributed import collectives
-from evaluation.statistics import wilson_interval
+from evaluation.statistics import mean_and_error, wilson_interval
 from reporting.intervals import mean_interval
 from reporting.metric_names import ACCURACY, LOSS, MARGIN, TIES
 from reporting.metrics import mean_metrics
@@ -155,17 +154,12 @@ def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
     return groups
 
 
-def _standard_error(values: list[float]) -> float | None:
-    """Return the standard error of the mean; None for a single value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
 def _interval(name: str, values: list[float]) -> list[float] | None:
     """Return the 95 % interval of the mean: Wilson's for shares, else by the normal approximation."""
-    mean = float(np.mean(values))
+    mean, error = mean_and_error(values, range(len(values)))
     if name in _SHARES:
         return wilson_interval(mean, len(values))
-    interval = mean_interval(mean, _standard_error(values))
+    interval = mean_interval(mean, error)
     return list(interval) if interval is not None else None
 
 
@@ -173,8 +167,7 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
     """Return the number of examples, and each metric's mean and standard error."""
     figures: dict[str, object] = {"n": len(rows)}
     for name in rows[0]:
-        values = [row[name] for row in rows]
-        figures |= {name: float(np.mean(values)), f"{name}_se": _standard_error(values)}
+        figures[name], figures[f"{name}_se"] = mean_and_error([row[name] for row in rows], range(len(rows)))
     return figures
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from basics.files import append_whole, json_line, read_json_lines, write_errors_named
+from basics.files import append_whole, json_line, write_errors_named
 from basics.locks import locked
+from evaluation.kept_lines import read_kept_lines
 from evaluation.pairs import Task
 from utils import UserError
 
@@ -46,33 +47,16 @@ class VerdictFile:
         Raises: UserError if another process writes to it, or if it holds something else or verdicts under other
             settings.
         """
-        self.path, self.settings, self.lines = path, settings, {}
+        self.path, self.settings = path, settings
         self.stack = contextlib.ExitStack()
         lock = locked(path, f"output={path}", "another process is writing there")
         self.descriptor = self.stack.enter_context(lock)
         try:
-            os.ftruncate(self.descriptor, self._read())
+            self.lines, size = read_kept_lines(path, "verdicts", settings, _checked_key)
+            os.ftruncate(self.descriptor, size)
         except BaseException:
             self.close()
             raise
-
-    def _read(self) -> int:
-        """Read the file's verdicts; return the size of its whole lines (bytes)."""
-        end = 0
-        try:
-            for line, line_end in read_json_lines(self.path):
-                key = _checked_key(line)
-                if line["settings"] != self.settings:
-                    raise UserError(
-                        f"output={self.path} has verdicts under other settings; give another file, or delete it"
-                    )
-                self.lines[key] = line
-                end = line_end
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"output={self.path}: it exists, but doesn't hold verdicts; give another file") from None
-        return end
 
     def missing(self, tasks: list[Task]) -> list[Task]:
         """Return the tasks that have no verdict yet, or only a failure.
