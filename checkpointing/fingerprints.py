@@ -4,7 +4,6 @@ They are in every checkpoint's state.json and, for a run that has no checkpoint 
 config.yaml.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -61,15 +60,10 @@ def folder_fingerprint(path: str, local_dirs: list[str]) -> str:
 
 def _fingerprint(path: str, endings: tuple[str, ...], hash_large: Callable[[str], str]) -> str:
     """Return the SHA-256 of a file, or of a folder's files with these endings."""
-    hash_file = functools.partial(_file_fingerprint, hash_large=hash_large)
-    if not os.path.isdir(path):
-        return hash_file(path)
-    names = [name for name in sorted(os.listdir(path)) if name.endswith(endings)]
-    files = [(name, hash_file(os.path.join(path, name))) for name in names]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def _file_fingerprint(path: str, hash_large: Callable[[str], str]) -> str:
+    if os.path.isdir(path):
+        names = [name for name in sorted(os.listdir(path)) if name.endswith(endings)]
+        files = [(name, _fingerprint(os.path.join(path, name), endings, hash_large)) for name in names]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
     is_large = os.path.getsize(path) > _BLOCK * _MAX_BLOCKS
     return hash_large(path) if is_large else _sampled_sha256(path)  # which reads all of a small file
 

@@ -133,13 +133,10 @@ class RunLog:
         return self
 
     def __exit__(self, error_class: type[BaseException] | None, *_):
-        self.close(exit_code=0 if error_class is None else 1)
-
-    def close(self, exit_code: int = 0):
-        """End the trackers' runs (as failed unless `exit_code` is 0), print the run's speed, draw the last curves."""
-        self.trackers.close(exit_code)
-        n_examples = self.n_steps * self.batch_size
-        if self.n_steps and exit_code == 0:
+        """End the trackers' runs, print the run's speed, draw the last curves."""
+        failed, n_examples = error_class is not None, self.n_steps * self.batch_size
+        self.trackers.close(exit_code=int(failed))
+        if self.n_steps and not failed:
             text = (
                 f"Trained on {n_examples:,} examples in {duration(self.seconds)} of steps: "
                 f"{number(n_examples / self.seconds)} per second, {self.n_tokens / self.n_steps:,.0f} tokens per step; "
@@ -147,7 +144,7 @@ class RunLog:
             )
             rank0_print(wrapped(text))
         if self.curves is not None:
-            self.curves.finish(failed=exit_code != 0)
+            self.curves.finish(failed)
 
 
 def _cut_to_whole_lines(path: str):
