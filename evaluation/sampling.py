@@ -148,18 +148,15 @@ def sample_evaluation(trainer, evaluation_seconds: float = 0.0) -> tuple[list[di
         wanted = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
         # a worker without any generates too: forwards are collective
         batch = select_examples(batch, torch.tensor(wanted or [0]))
-        *drawn, scores = sample_batch(trainer, on_device(batch, trainer.device))
-        own = [
-            [
-                {"model": model, "prompt": prompt, "response": response, "sample": prompt + response}
-                for prompt, response in zip(batch["prompt"], responses, strict=bool(responses))
-            ]
-            for model, responses in zip(("policy", "reference"), drawn, strict=True)
-        ]
-        own = [*own, scores] if wanted else [[], [], []]
-        *parts_by_model, score_parts = zip(*trainer.strategy.gather_shards(own), strict=True)
-        samples += [sample for parts in parts_by_model for part in parts for sample in part]
-        logratios += [score for part in score_parts for score in part]
+        policy, reference, scores = sample_batch(trainer, on_device(batch, trainer.device))
+        drawn = [
+            [{"model": model, "prompt": prompt, "response": response, "sample": prompt + response}
+             for prompt, response in zip(batch["prompt"], responses, strict=bool(responses))]
+            for model, responses in (("policy", policy), ("reference", reference))
+        ]  # fmt: skip
+        shards = trainer.strategy.gather_shards([*drawn, scores] if wanted else [[], [], []])
+        samples += [sample for model in (0, 1) for shard in shards for sample in shard[model]]
+        logratios += [score for shard in shards for score in shard[2]]
     seconds = time.perf_counter() - start
     if trainer.is_sharded and seconds > max(evaluation_seconds, NOTABLE_SECONDS):
         _warn_of_slow_sampling(trainer, seconds, evaluation_seconds)
