@@ -164,8 +164,8 @@ def test_samples_are_shortened_below_their_prompt(monkeypatch):
     text = "\n".join(sample_lines(drawn + samples("Hello", policy="", reference="Hi")))
     assert max(map(len, text.splitlines())) <= 79 and "\033" not in text
     assert text.startswith("Samples: 2 of 2, shortened; all are in samples.jsonl\n… ")
-    assert text.count("last? Assistant:\npolicy: Yes, of course") == 1  # only the end of a long prompt is shown
-    assert " …\nreference: No.\\x1b[2J Human: x\n" in text  # and only the beginning of a long response
+    assert len(re.findall(r" last\?\s+Assistant:\npolicy: Yes, of course ", text)) == 1  # the end of a long prompt
+    assert re.search(r" of\s+… *\nreference: No\.\\x1b\[2J Human: x\n", text)  # the beginning of a long response
     assert text.endswith("\nHello\npolicy: (empty)\nreference: Hi")
     assert sample_lines([]) == []
 
