@@ -9,10 +9,9 @@ import contextlib
 import functools
 import textwrap
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from acceleration.out_of_memory import explain_out_of_memory
+from acceleration.out_of_memory import out_of_memory_explained
 from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
@@ -138,12 +137,9 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
             return
         if on_rank0():
             create_run_dir(config, trainer.state.inputs)
-        with resume_hinted(run_dir, Exception):
-            try:
-                trainer.train()
-                trainer.save()
-            except torch.OutOfMemoryError as error:
-                raise explain_out_of_memory(error, config) from error
+        with resume_hinted(run_dir, Exception), out_of_memory_explained(config):
+            trainer.train()
+            trainer.save()
 
 
 def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`sample.py`: samples don't depend on the rest of the batch, and none is drawn twice or lost."""
 
 import json
+import math
 import os
 import signal
 
@@ -41,6 +42,14 @@ def test_draws_follow_the_softmax_and_depend_on_their_seed_alone():
     frequencies = drawn.bincount(minlength=4) / n
     assert torch.allclose(frequencies, logits.softmax(0), atol=0.015)  # four standard errors
     assert SeededDraws([7])(None, logits[None]).argmax(1) == drawn[7]
+
+
+def test_draws_never_take_a_token_that_was_excluded():
+    logits = torch.full((5000, 6), -torch.inf)  # as top_k and top_p leave it
+    logits[:, [1, 4]] = torch.tensor([0.0, -3.0])
+    drawn = SeededDraws(list(range(5000)))(None, logits).argmax(1)
+    assert set(drawn.tolist()) == {1, 4}
+    assert (drawn == 4).float().mean() == pytest.approx(1 / (1 + math.exp(3)), abs=0.012)  # four standard errors
 
 
 WAYS = {  # overrides and number of workers
