@@ -78,7 +78,7 @@ def _run_worker(local_rank: int, work: Callable, n: int, port: int, parent: int,
 
 
 def _n_processors() -> int:
-    """Return the number of processors that this process may use; macOS only knows how many there are."""
+    """Return the number of processors that this process may use, or that the machine has (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -124,7 +124,7 @@ def _forwarded_signals(pids: list[int]) -> Iterator[None]:
 
 
 def _reserve_port() -> socket.socket:
-    """Return a socket bound to a free port. The port is given to no other process, yet a worker can listen on it."""
+    """Return a socket bound to a free port: no other process gets the port, yet a worker can listen on it."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))

@@ -17,8 +17,6 @@ from utils import UserError, default_device, rank0_print
 class RewardModel:
     """Prefers the response with the higher score: the model's one output, or the log-odds of its class 1 of two."""
 
-    sees_order = False
-
     def __init__(self, name: str, batch_size: int, chat_template: str | None, cache_dir: str, revision: str | None):
         """
         Args:
@@ -84,7 +82,7 @@ class RewardModel:
     @staticmethod
     def _verdict(task: Task, scores: list[float]) -> Verdict:
         a, b = scores if len(scores) == 2 else (scores[0], 0.0)
-        if math.isnan(a - b) or (len(scores) == 1 and math.isinf(a)):  # inf - inf is nan, too
+        if math.isnan(a - b) or (len(scores) == 1 and math.isinf(a)):  # nan also if both are infinite
             return Verdict(failure="a score that is no number")
         if len(scores) == 1:
             return Verdict("scored", details={"scores": scores})
@@ -103,7 +101,7 @@ class RewardModel:
             is_text = isinstance(pair.prompt, str)
             whole = pair.prompt + text if is_text else self._rendered(pair, text, renderer)
             ids = self.tokenizer(whole, add_special_tokens=is_text)["input_ids"]
-            if len(ids) > longest:  # the tokenizer counts, as it may add a token at the start of each text
+            if len(ids) > longest:  # let the tokenizer truncate: it may add a token at the start of each text
                 n_cut += 1
                 cut = {"truncation": True, "max_length": longest}
                 ids = self.tokenizer(whole, add_special_tokens=is_text, **cut)["input_ids"]
