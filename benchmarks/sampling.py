@@ -15,11 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from common import print_header, print_row
 from transformers import GenerationConfig
 
 from commands.command_line import compose_config
@@ -75,7 +73,7 @@ def main():
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    print(f"| batch size | | {args.n} answers (s) | times generate |\n|---|---|---|---|")
+    print_header(["batch size", "", f"{args.n} answers (s)", "times generate"])
     with tempfile.TemporaryDirectory() as directory:
         trainer = load(args, directory)
         trainer.policy.eval()
@@ -94,7 +92,7 @@ def main():
             plain = statistics.median(seconds["generate"])
             for name, times in seconds.items():
                 median = statistics.median(times)
-                print(f"| {size} | {name} | {median:.0f} | {median / plain:.2f} |", flush=True)
+                print_row([size, name, f"{median:.0f}", f"{median / plain:.2f}"])
 
 
 if __name__ == "__main__":
