@@ -35,16 +35,15 @@ from commands.run_directory import (
     job_overrides,
     locked_run,
 )
-from commands.workers import launched_group, run_in_workers
+from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
 from config_checks.schema import changed_keys
-from distributed import collectives, environment
-from distributed.launch import WorkerKilled
+from distributed import collectives, environment, launch
 from optimization import rate_warning
 from preference_datasets import open_batches
 from reporting.runs import last_evaluation
-from utils import on_rank0, rank0_print
+from utils import UserError, on_rank0, rank0_print
 
 
 def run(config: DictConfig) -> tuple[dict[str, float], str]:
@@ -59,16 +58,18 @@ def run(config: DictConfig) -> tuple[dict[str, float], str]:
     if in_sweep() and "exp_name" not in (varied := job_overrides()):  # wandb tells jobs apart by their names
         config.exp_name = " ".join([str(config.exp_name), *(f"{key}={value}" for key, value in varied.items())])
     with contextlib.ExitStack() as stack:
-        stack.enter_context(launched_group(config))
+        stack.enter_context(launch.joined_group(config))
         checked = (config, *check_and_lock(config, run_dir_given, stack)) if on_rank0() else None
         config, checkpoint, is_finished, file_hashes = collectives.broadcast_object(checked)
         if is_finished:
             rank0_print(f"This run is complete: {checkpoint}")
         elif config.data_only:
             report_data(config)
-        else:
-            with resume_hinted(config.local_run_dir, WorkerKilled):  # it can't say itself how to resume
+        elif launch.must_start_workers(config):
+            with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
                 run_in_workers(train_from, config, checkpoint, file_hashes)
+        else:
+            train_from(config, checkpoint, file_hashes)
         return last_evaluation(config.local_run_dir), config.local_run_dir
 
 

@@ -11,10 +11,10 @@ from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
 from commands.run_directory import parsed
-from commands.workers import launched_group, run_in_workers
+from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.schema import FREE_KEYS, expand_home, own_keys
-from distributed import collectives
+from distributed import collectives, launch
 from utils import UserError, closest_sibling, on_rank0
 
 
@@ -93,7 +93,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
     given = _given_keys()
     own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})
     config = _config_without(config, own)
-    with launched_group(config):
+    with launch.joined_group(config):
         prepared = None
         if on_rank0():
             check_config(config, reads_data=own.get("prompts") is None)
@@ -103,7 +103,10 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
                 check_models_unchanged(config, checkpoints, files, given)
             prepared = config, make_options(config, own, checkpoints)
         config, options = collectives.broadcast_object(prepared)
-        run_in_workers(work, config, options, given)
+        if launch.must_start_workers(config):
+            run_in_workers(work, config, options, given)
+        else:
+            work(config, options, given)
 
 
 def check_hub_models(config: DictConfig, checkpoints: list[str | None], given: list[str]):

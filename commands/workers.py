@@ -1,6 +1,5 @@
 """Start workers or join a launcher's: where a command's work is done."""
 
-import contextlib
 from collections.abc import Callable
 
 from omegaconf import DictConfig
@@ -10,20 +9,10 @@ from commands.exit_on_signals import exit_on_signals
 from commands.output import keep_output_going
 from data.row_sources import ROWS
 from distributed import connection, environment, launch
-from distributed.strategies import STRATEGIES
-
-
-def launched_group(config: DictConfig) -> contextlib.AbstractContextManager:
-    """Join the process group of the other workers if a launcher started this process; otherwise do nothing."""
-    is_launched = environment.is_launched()
-    return connection.process_group(config.worker_timeout) if is_launched else contextlib.nullcontext()
 
 
 def run_in_workers(work: Callable, config: DictConfig, *args):
-    """Call `work(config, *args)`: in new workers if the trainer needs some and no launcher started any, else here."""
-    if environment.is_launched() or not STRATEGIES[config.trainer].starts_workers:
-        work(config, *args)
-        return
+    """Start the workers that the trainer needs, and call `work(config, *args)` in each."""
     world_size = environment.get_world_size(True, config.world_size)
     launch.run_workers(_as_worker, world_size, config.fsdp_port, ROWS, work, config, *args)
 

@@ -4,8 +4,11 @@
 """
 
 import importlib.util
+import inspect
 import os
 import re
+import shutil
+import sys
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -13,17 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from basics.outputs import is_sharded, why_not_writable
 from config_checks.datasets import check_data
 from config_checks.lora import check_adapter_fits, check_lora
-from config_checks.optimization import check_optimizer, check_schedule
-from config_checks.references import check_reference
-from config_checks.rules import check_one_of
+from config_checks.schedules import check_schedule
 from config_checks.schema import default_config, expand_config, names_in
-from config_checks.values import check_values
-from config_checks.workers import check_workers
-from losses import find_loss
+from config_checks.values import check_one_of, check_values
+from distributed import environment
+from distributed.strategies import STRATEGIES, trainers_with
+from losses import find_loss, needs_reference
 from optimization import DEFAULT_SCHEDULE
-from references import saved_settings, sources
+from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
-from utils import UserError, closest_sibling, default_device, get_local_dir, rank0_print
+from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir, rank0_print
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
@@ -31,6 +33,9 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 _GPU_ATTENTION = {
     "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
 }  # fmt: skip
+# LBFGS needs several losses per step, SparseAdam sparse gradients
+_OTHERS = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 _HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # NAME or OWNER/NAME, as a regular expression
 
 
@@ -55,16 +60,52 @@ def check_config(config: DictConfig, reads_data: bool = True):
         config.exp_name = str(config.exp_name)
     check_values(config)
     check_data(config, reads_data)
-    check_optimizer(config)
+    _check_optimizer(config)
     if config.lr_scheduler != DEFAULT_SCHEDULE or config.lr_scheduler_args:
         check_schedule(config.lr_scheduler, OmegaConf.to_container(config.lr_scheduler_args))
     _check_model(config)
     _check_lengths_and_batches(config)
-    check_workers(config)
-    check_reference(config)
+    _check_workers(config)
+    _check_reference(config)
     _check_checkpoints(config)
-    _check_packages(config)
     _check_files(config)
+
+
+def _check_optimizer(config: DictConfig):
+    """Refuse an unknown optimizer or unknown arguments of it, with a UserError."""
+    classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
+    optimizers = {
+        name: value for name, value in classes.items()
+        if issubclass(value, torch.optim.Optimizer) and value not in _OTHERS
+    }  # fmt: skip
+    check_one_of("optimizer", config.optimizer, optimizers)
+    accepted = dict(inspect.signature(optimizers[config.optimizer]).parameters)
+    del accepted["params"], accepted["lr"]
+    for name, value in OmegaConf.to_container(config.optimizer_args).items():
+        if name not in accepted:
+            hint = " Its learning rate is the key lr." if name == "lr" else closest_match(name, accepted)
+            raise UserError(f"optimizer_args.{name}: {config.optimizer} takes no such argument.{hint}")
+        _check_optimizer_argument(f"optimizer_args.{name}", value, accepted[name])
+
+
+def _check_optimizer_argument(key: str, value: object, parameter: inspect.Parameter):
+    """Refuse a string for a number, a number for true or false, and the like, by the optimizer's signature."""
+    default, annotation = parameter.default, str(parameter.annotation)
+    if value is None and default is None:
+        return
+    if isinstance(default, tuple):
+        numbers = value if isinstance(value, list) and len(value) == len(default) else [""]
+        if any(number is not None and _is_no_number(number) for number in numbers):
+            raise UserError(f"{key}={value}: expected {len(default)} numbers, e.g. {list(default)}")
+    elif isinstance(default, bool) or (default is None and "bool" in annotation):
+        if not isinstance(value, bool):
+            raise UserError(f"{key}={value}: expected true or false")
+    elif (isinstance(default, int | float) or "float" in annotation) and _is_no_number(value):
+        raise UserError(f"{key}={value}: expected a number")
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int | float)
 
 
 def _check_model(config: DictConfig):
@@ -168,6 +209,140 @@ def _check_lengths_and_batches(config: DictConfig):
             config[key] = rounded
 
 
+def _check_workers(config: DictConfig):
+    """Refuse workers that can't be started or can't share the work, and keys that the trainer has no use for."""
+    check_one_of("trainer", config.trainer, STRATEGIES)
+    trainer, strategy = config.trainer, STRATEGIES[config.trainer]
+    world_size = environment.get_world_size(strategy.starts_workers, config.world_size)
+    if strategy.starts_workers:
+        _check_start(config)
+    elif (n_workers := max(world_size, config.world_size or 1)) > 1:
+        others = trainers_with("starts_workers", True)
+        raise UserError(f"trainer={trainer} trains in one process, not in {n_workers} (world_size); choose {others}")
+    for key in ("world_size", "fsdp_port"):
+        if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
+            who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
+            raise UserError(f"{key}={config[key]}: {who}; leave it null")
+    for name, other in STRATEGIES.items():
+        for key, default in other.config_keys.items():
+            if config[key] != default and key not in strategy.config_keys:
+                raise UserError(f"{key}={config[key]}: only trainer={name} has that; leave it {default}")
+    if strategy.starts_workers:
+        _check_division(config, world_size)
+    n_gpus = torch.cuda.device_count()
+    if n_gpus and not environment.is_launched() and world_size > n_gpus:
+        raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
+    if strategy.splits_tensors:
+        _check_split_tensors(config)
+    compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
+    if config.compile and not any(shutil.which(compiler) for compiler in compilers if compiler):
+        raise UserError(
+            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
+        )
+
+
+def _check_start(config: DictConfig):
+    """Refuse workers that can't be started here."""
+    if sys.platform == "win32":
+        raise UserError(
+            f"trainer={config.trainer} runs several processes, which this program can't do on Windows: choose "
+            f"{trainers_with('starts_workers', False)}, or run it in WSL, which is Linux"
+        )
+    if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
+        raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
+
+
+def _check_division(config: DictConfig, world_size: int):
+    """Refuse workers that can't be divided into equal groups, and batches that can't be divided among these."""
+    n_together = config.tensor_parallel
+    if world_size % n_together != 0:
+        raise UserError(
+            f"tensor_parallel={n_together} doesn't divide the {world_size} workers into equal groups; use a divisor of "
+            f"{world_size}"
+        )
+    n_shards = STRATEGIES[config.trainer].n_batch_shards(config, world_size)
+    groups = f"{n_shards} workers" if n_together == 1 else f"{n_shards} groups of {n_together} workers"
+    if n_shards % config.fsdp_replicate != 0:
+        raise UserError(
+            f"fsdp_replicate={config.fsdp_replicate} doesn't divide the {groups} into equal groups; use a divisor of "
+            f"{n_shards}"
+        )
+    if config.batch_size % (n_shards * config.gradient_accumulation_steps) != 0:
+        raise UserError(
+            f"batch_size={config.batch_size} doesn't divide by gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} × {groups} into microbatches of equal size"
+        )
+
+
+def _check_split_tensors(config: DictConfig):
+    """Refuse what works only on whole tensors, for a trainer that splits them."""
+    trainer, others = config.trainer, trainers_with("splits_tensors", False)
+    if config.compile:
+        raise UserError(f"compile=true isn't for trainer={trainer}; leave it out")
+    if config.model.load_in_4bit:
+        raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {others}")
+    if config.optimizer in NOT_FOR_DTENSORS:
+        raise UserError(
+            f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
+            f"trainer={trainer} does; use {others} or another optimizer"
+        )
+
+
+def _check_reference(config: DictConfig):
+    """Refuse a reference that the loss or the policy can't be compared with; resolve `reference=auto`."""
+    check_one_of("reference", config.reference, ("auto", *REFERENCES))
+    sets_reference = config.reference != "auto" or config.precompute_ref_log_probs or reference_source(config).given
+    if not needs_reference(config.loss) and sets_reference:
+        why = "reference_free" if config.loss.get("reference_free") else f"loss={config.loss.name}"
+        raise UserError(
+            f"{why} uses no reference: leave reference, reference_model and precompute_ref_log_probs at their defaults"
+        )
+    config.reference = resolved_reference(config)
+    if (alpha := config.reference_update_alpha) > 1:
+        raise UserError(f"reference_update_alpha={alpha}: must be at most 1, the policy's own weights")
+    if config.reference_update_every is not None:
+        _check_moving_reference(config)
+    if find_loss(config.loss).takes_kl_estimate:
+        _check_kl_estimate(config)
+    if find_loss(config.loss).needs_shared_logps(config.loss) and config.precompute_ref_log_probs:
+        raise UserError(
+            "precompute_ref_log_probs=true keeps the log-probabilities of whole responses alone; loss.ld_alpha needs "
+            "those up to the shared length, too: use precompute_ref_log_probs=false"
+        )
+
+
+def _check_kl_estimate(config: DictConfig):
+    """Check that the divergence can be estimated: from prompts with other prompts' responses, in every batch."""
+    loss = f"loss={config.loss.name}"
+    if config.precompute_ref_log_probs:
+        raise UserError(f"precompute_ref_log_probs=true: {loss} pairs prompts anew in every batch")
+    for key in ("batch_size", "eval_batch_size"):
+        if config[key] < 2:
+            raise UserError(f"{key}={config[key]}: {loss} needs two or more prompts a batch")
+    if config.n_eval_examples is not None and config.n_eval_examples % config.eval_batch_size == 1:
+        raise UserError(
+            f"n_eval_examples={config.n_eval_examples} leaves a last batch of one at eval_batch_size="
+            f"{config.eval_batch_size}; {loss} needs two or more prompts a batch"
+        )
+
+
+def _check_moving_reference(config: DictConfig):
+    every = config.reference_update_every
+    if not needs_reference(config.loss):
+        raise UserError(f"reference_update_every={every}: loss={config.loss.name} has no reference to move")
+    if config.precompute_ref_log_probs:
+        raise UserError(
+            f"reference_update_every={every}: precompute_ref_log_probs would keep numbers of a reference that has moved"
+        )
+    if config.reference != "model" or config.lora is not None or config.model.adapter is not None:
+        raise UserError(f"reference_update_every={every}: an adapter's reference can't follow it; train all weights")
+    if (adapter := reference_source(config).adapter) is not None:
+        raise UserError(
+            f"reference_update_every={every}: reference_model.adapter={adapter} has weights that the policy lacks; "
+            "merge it first: python export.py run=RUN output=DIR, then reference_model.name_or_path=DIR"
+        )
+
+
 def _check_checkpoints(config: DictConfig):
     if config.keep_best is not None:
         check_one_of("keep_best", config.keep_best, evaluation_metrics(find_loss(config.loss), config))
@@ -179,21 +354,17 @@ def _check_checkpoints(config: DictConfig):
         )
 
 
-def _check_packages(config: DictConfig):
-    """Check that the optional packages that the config needs are installed."""
+def _check_files(config: DictConfig):
+    """Check that optional packages are installed, that local files exist and that outputs can be written."""
     for tracker in ("tensorboard", "wandb"):
         if config[tracker].enabled and not config.debug and importlib.util.find_spec(tracker) is None:
             raise UserError(f"{tracker} is not installed: pip install {tracker}, or pass {tracker}.enabled=false")
     has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))
     if has_adapter and importlib.util.find_spec("peft") is None:
         raise UserError("lora and adapters need PEFT: pip install peft")
-
-
-def _check_files(config: DictConfig):
-    """Check that local files exist and that outputs can be written; the hub itself isn't asked."""
     folders_or_ids = {"model.tokenizer_name_or_path": config.model.tokenizer_name_or_path}
     folders_or_ids |= {source.key("name_or_path"): source.name_or_path for source in sources(config)}
-    for key, name in folders_or_ids.items():
+    for key, name in folders_or_ids.items():  # the hub itself isn't asked
         if name is not None and not os.path.exists(name) and not re.fullmatch(_HUB_ID, name, re.ASCII):
             raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
     for source in sources(config):

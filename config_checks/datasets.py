@@ -7,7 +7,7 @@ from glob import has_magic
 
 from omegaconf import DictConfig, ListConfig
 
-from config_checks.rules import check_one_of
+from config_checks.values import check_one_of
 from data.choice import TRUNCATIONS, Choice
 from data.locations import is_location, locate
 from data.row_sources import ROWS
@@ -30,7 +30,8 @@ def check_data(config: DictConfig, reads_data: bool):
     check_one_of("trained_turns", config.trained_turns, ("all", "last"))
     if not 0 < config.test_fraction < 1:
         raise UserError(f"test_fraction={config.test_fraction}: must be above 0 and below 1")
-    _check_columns(config, "config")
+    if config.fields or config.ignored_columns:
+        _check_columns(config, "config")
     choices = chosen_datasets(config)
     of_rows = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template", "verbatim_responses")
     given = [key for key in of_rows if config[key]] + ["trained_turns"] * (config.trained_turns != "all")

@@ -9,9 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from config_checks.explanations import ELSEWHERE
-from config_checks.rules import check_one_of
-from config_checks.workers import trainers_with
-from distributed.strategies import STRATEGIES
+from config_checks.values import check_one_of
+from distributed.strategies import STRATEGIES, trainers_with
 from utils import UserError, closest_match
 
 # fields of LoraConfig, or initializations, that PEFT would silently ignore, and why

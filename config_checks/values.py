@@ -1,6 +1,7 @@
 """Checks of a config's keys and single values: known keys, types, ranges, and the options of the loss."""
 
 import math
+from collections.abc import Iterable
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -160,6 +161,13 @@ def _check_type(key: str, value: object, expected: type):
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
         raise UserError(f"{key}={value}: expected {names.get(expected, f'a {expected.__name__}')}")
+
+
+def check_one_of(key: str, value: object, options: Iterable[str | None], note: str = ""):
+    """Raise UserError, with the closest match, unless a value is one of the options."""
+    if value not in (options := list(options)):
+        names = ["null" if option is None else option for option in options]
+        raise UserError(f"{key}={value}: must be one of {', '.join(names)}{note}.{closest_match(str(value), names)}")
 
 
 def _check_ranges(config: DictConfig):

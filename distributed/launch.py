@@ -15,17 +15,26 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch.multiprocessing as mp
+from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from basics.printing import printable
+from distributed import connection
 from distributed.environment import is_launched
+from distributed.strategies import STRATEGIES
 from utils import UserError, signals_handled
 
 _GRACE_PERIOD = 1.0  # seconds; once a worker has failed, the others get this long to exit before they are killed
 
 
-class WorkerKilled(UserError):
-    """Raised if a signal has ended a worker."""
+def joined_group(config: DictConfig) -> contextlib.AbstractContextManager:
+    """Join the process group if a launcher started this process; otherwise do nothing."""
+    return connection.process_group(config.worker_timeout) if is_launched() else contextlib.nullcontext()
+
+
+def must_start_workers(config: DictConfig) -> bool:
+    """True if the trainer needs several processes, and no launcher has started them."""
+    return STRATEGIES[config.trainer].starts_workers and not is_launched()
 
 
 def run_workers(work: Callable, n: int, port: int | None, *args):
@@ -38,7 +47,7 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
         port: where the workers find each other; None chooses a free one.
 
     Raises: SystemExit with the exit code of a worker that printed its error, or with the traceback of one that raised;
-        WorkerKilled.
+        UserError if a worker was killed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _n_processors() // n)))
     # silence warnings about what killed workers left behind: it is cleaned up
@@ -54,7 +63,7 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
         except ProcessExitedException as error:
             if error.exit_code > 0:
                 sys.exit(error.exit_code)
-            raise WorkerKilled(
+            raise UserError(
                 f"worker {error.error_index} of {n} (process {error.error_pid}) was killed by {error.signal_name}; the "
                 "other workers were ended too. If you didn't kill it, the machine may have run out of memory: see dmesg"
             ) from None

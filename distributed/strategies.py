@@ -194,3 +194,8 @@ STRATEGIES = {  # by the value of `trainer=`
     "FSDPTrainer": FullySharded,
     "TensorParallelTrainer": TensorParallel,
 }
+
+
+def trainers_with(attribute: str, value: bool) -> str:
+    """Return 'trainer=A or trainer=B': the trainers whose strategies have this value of an attribute."""
+    return " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if getattr(other, attribute) is value)

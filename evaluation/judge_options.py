@@ -8,7 +8,7 @@ from basics.files import sha256
 from basics.outputs import Output, check_outputs, document, json_lines
 from checkpointing.fingerprints import folder_fingerprint
 from config_checks.explanations import unknown_key
-from config_checks.rules import check_number
+from config_checks.numbers import check_number
 from config_checks.schema import own_keys
 from data import hub
 from evaluation.chat_completions import ChatCompletions, Endpoint

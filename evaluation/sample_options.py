@@ -6,7 +6,7 @@ import os
 from omegaconf import DictConfig
 
 from basics.outputs import Output, check_outputs, document, json_lines
-from config_checks.rules import check_number
+from config_checks.numbers import check_number
 from data.locations import locate
 from distributed import environment
 from distributed.strategies import STRATEGIES

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from commands.command_line import compose_config
 from config_checks.checks import check_config
-from config_checks.optimization import schedules
+from config_checks.schedules import schedules
 from optimization import count_warmup_steps, make_optimizer, rate_warning
 
 RUN = [*TOY, "loss=dpo", "sample_during_eval=false", "do_first_eval=false", "warmup_steps=3", "lr=1e-3"]
