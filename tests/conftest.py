@@ -23,7 +23,9 @@ from commands.command_line import with_free_keys
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR
 from models import load_policy, load_reference
+from train import compose_config, run
 from trainers import BasicTrainer
+from utils import UserError
 
 os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"]  # for processes that tests start
 torch.set_num_threads(1)
@@ -105,6 +107,23 @@ def train_with(launcher: Launcher, directory: Path) -> Callable[..., subprocess.
 def train(launcher, tmp_path):
     """Run `train.py` as a user would, in an empty directory, without network, wandb or a terminal."""
     return train_with(launcher, tmp_path)
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch):
+    """Return a function that runs overrides in this process and returns the message that refuses them.
+
+    `train.py` prints that message after "error: "; test_config_values.py has it for messages of each kind.
+    """
+
+    def message(*overrides: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        words = [*overrides, "wandb.enabled=false", "curves=false", f"local_dirs=[{tmp_path}/cache]"]
+        with pytest.raises(UserError) as refused:
+            run(compose_config(*dict.fromkeys(words)))
+        return str(refused.value)
+
+    return message
 
 
 @pytest.fixture

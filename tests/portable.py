@@ -1,10 +1,11 @@
-"""Run a command as on a system that lacks what Windows lacks: `python portable.py train.py key=value ...`.
+"""Run commands as on a system that lacks what Windows lacks: `python portable.py '[["train.py", "key=value"], ...]'`.
 
 This repository's code can't import Unix's modules, and what they offer elsewhere is gone. Packages may: they have their
 own ways on other systems, which are chosen by the name of the system.
 """
 
 import builtins
+import json
 import os
 import runpy
 import signal
@@ -46,6 +47,7 @@ if __name__ == "__main__":
     import torch.distributed.checkpoint  # noqa: F401
 
     hide()
-    sys.argv[:] = sys.argv[1:]
     sys.path[0] = str(REPOSITORY)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    for name, *words in json.loads(sys.argv[1]):
+        sys.argv[:] = [str(REPOSITORY / name), *words]
+        runpy.run_path(sys.argv[0], run_name="__main__")

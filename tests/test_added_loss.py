@@ -48,7 +48,11 @@ def train_simpo(launcher, tmp_path):
     return run_script
 
 
-@pytest.mark.parametrize("parallel", [[], ["trainer=FSDPTrainer", "world_size=2"]], ids=["alone", "two workers"])
+@pytest.mark.parametrize(
+    "parallel",
+    [[], pytest.param(["trainer=FSDPTrainer", "world_size=2"], marks=pytest.mark.exhaustive)],
+    ids=["alone", "two workers"],
+)
 def test_added_loss_trains_without_a_reference_by_its_own_formula(parallel, train_simpo, launcher, tmp_path):
     assert train_simpo("loss.gamma=0.5", *parallel) == 0, launcher.output
     assert "building reference model" not in launcher.output

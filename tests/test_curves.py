@@ -193,6 +193,7 @@ def test_stopped_run_waits_only_briefly_and_leaves_no_half_drawn_picture(tmp_pat
         return popen([sys.executable, "-c", script], **{**options, "cwd": tmp_path / "run"})
 
     monkeypatch.setattr(drawing.subprocess, "Popen", endless)
+    monkeypatch.setattr(drawing, "_LONGEST_AFTER_FAILURE", 1)
     before = time.monotonic()
     CurvesDrawer(str(tmp_path / "run")).finish(failed=True)
     assert time.monotonic() - before < 300

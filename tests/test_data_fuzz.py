@@ -115,7 +115,7 @@ def lines_of(rows: list[dict]) -> list[bytes]:
     return [json.dumps(row).encode() for row in rows]
 
 
-@fuzz(6)
+@fuzz(4)
 @given(rows_of_any_format, st.lists(st.tuples(st.integers(0, 6), broken_lines), max_size=2), st.booleans())
 def test_random_json_lines_are_read_or_refused(rows, broken, is_compressed):
     lines = lines_of(rows)
@@ -127,7 +127,7 @@ def test_random_json_lines_are_read_or_refused(rows, broken, is_compressed):
     check(name, gzip.compress(content) if is_compressed else content, n_rows)
 
 
-@fuzz(6)
+@fuzz(4)
 @given(rows_of_any_format, st.integers(0, 400), st.binary(max_size=3), st.sampled_from(["json", "jsonl", "jsonl.gz"]))
 def test_damaged_files_are_read_or_refused(rows, position, damage, suffix):
     content = b"\n".join(lines_of(rows)) + b"\n" if suffix != "json" else json.dumps(rows, indent=1).encode()
@@ -137,7 +137,7 @@ def test_damaged_files_are_read_or_refused(rows, position, damage, suffix):
     check(f"rows.{suffix}", content[:position] + damage + content[position + len(damage) :], None)
 
 
-@fuzz(6)
+@fuzz(4)
 @given(st.lists(st.lists(texts, min_size=1, max_size=4), min_size=1, max_size=5), st.sampled_from(["csv", "tsv"]))
 def test_random_csv_is_read_or_refused(records, suffix):
     buffer = io.StringIO()
@@ -146,7 +146,7 @@ def test_random_csv_is_read_or_refused(records, suffix):
     check(f"rows.{suffix}", buffer.getvalue().encode(), None)
 
 
-@fuzz(6)
+@fuzz(4)
 @given(rows_of_any_format)
 def test_random_parquet_is_read_or_refused(rows):
     try:
@@ -158,7 +158,7 @@ def test_random_parquet_is_read_or_refused(rows):
     check("rows.parquet", buffer.getvalue(), len(rows))
 
 
-@fuzz(6)
+@fuzz(4)
 @given(st.lists(anything, max_size=4), rows_of_any_format)
 def test_random_python_rows_are_kept_or_counted_as_bad(others, rows):
     given_ = [*rows, *others]

@@ -60,7 +60,7 @@ def figures(line: dict) -> dict:
     return {key: value for key, value in line.items() if "eval" in key and not key.endswith("_ci95")}
 
 
-@pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo", "sft", "a moving reference"))
+@pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo", "a moving reference"))
 def test_evaluating_the_last_checkpoint_repeats_trainings_last_evaluation(kind, launcher, trained):
     run_dir = trained(kind)
     output = evaluate(launcher, f"run={run_dir}", n_workers=workers_of(kind))
@@ -74,23 +74,13 @@ def test_evaluating_the_last_checkpoint_repeats_trainings_last_evaluation(kind, 
 def test_several_workers_give_the_figures_of_one(launcher, trained):
     run_dir = trained("dpo")
     expected = [line for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "eval"][-1]
-    for trainer in ("FSDPTrainer", "TensorParallelTrainer"):
-        output = run_dir / f"{trainer}.jsonl"
-        evaluate(launcher, f"run={run_dir}", f"trainer={trainer}", f"output={output}", n_workers=2)
-        (result,) = read_jsonl(output)
-        for key, value in figures(expected).items():
-            assert result["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
-        assert result["n_eval_examples"] == 12
-
-
-def test_workers_that_a_command_starts_itself_evaluate_and_sample(launcher, trained, tmp_path):
-    run_dir, workers = trained("dpo"), ["trainer=FSDPTrainer", "world_size=2"]
-    evaluate(launcher, f"run={run_dir}", *workers, f"output={tmp_path}/e.jsonl")
-    (result,) = read_jsonl(tmp_path / "e.jsonl")
+    output = run_dir / "FSDP.jsonl"
+    words = [f"run={run_dir}", "trainer=FSDPTrainer", "world_size=2", f"output={output}"]
+    assert launcher.run(*words, script=EVALUATE, forks_workers=True) == 0, launcher.output
+    (result,) = read_jsonl(output)
+    for key, value in figures(expected).items():
+        assert result["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
     assert result["n_eval_examples"] == 12
-    sample = ["n_eval_examples=2", "max_new_tokens=2", f"output={tmp_path}/s.jsonl"]
-    assert launcher.run(f"run={run_dir}", *workers, *sample, script=REPOSITORY / "sample.py") == 0, launcher.output
-    assert len(read_jsonl(tmp_path / "s.jsonl")) == 2
 
 
 def test_rows_and_groups_add_up_to_the_means(launcher, trained):

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY, trainers_in
+from launcher import train_after
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -140,13 +139,17 @@ def test_full_disk_while_exporting_leaves_nothing(copied, monkeypatch):
     assert sorted(os.listdir(copied)) == ["base", "run"]
 
 
+UMASK = "import os; os.umask(0o027)"
+
+
 @pytest.mark.slow
-def test_command_exports_with_the_umasks_permissions_and_tells_mistakes(copied):
-    command = [sys.executable, str(REPOSITORY / "export.py"), f"run={copied}/run"]
-    options = {"cwd": copied, "capture_output": True, "text": True, "umask": 0o027}
-    result = subprocess.run([*command, "output=plain"], **options)
-    assert result.returncode == 0, result.stderr
-    assert "|" not in result.stderr  # no progress bars
+def test_command_exports_with_the_umasks_permissions_and_tells_mistakes(copied, launcher, tmp_path):
+    def command(*words: str) -> int:
+        script = train_after(UMASK, tmp_path, "export.py")
+        return launcher.run(f"run={copied}/run", *words, script=script, as_typed=True, directory=copied)
+
+    assert command("output=plain") == 0, launcher.output
+    assert "|" not in launcher.output  # no progress bars
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (copied / "plain").iterdir()}
     assert "model.safetensors" in modes
     assert set(modes.values()) == {"0o640"}
@@ -155,7 +158,6 @@ def test_command_exports_with_the_umasks_permissions_and_tells_mistakes(copied):
     for words, message in (
         ([], "output is required"), (["output=plain"], "not empty"), (["ouput=x"], "Did you mean output?"),
     ):  # fmt: skip
-        result = subprocess.run([*command, *words], **options)
-        assert result.returncode == 1
-        assert result.stderr.startswith("error: ") and message in result.stderr
-        assert "Traceback" not in result.stderr
+        assert command(*words) == 1
+        assert launcher.output.startswith("error: ") and message in launcher.output
+        assert "Traceback" not in launcher.output

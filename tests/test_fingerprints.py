@@ -77,7 +77,7 @@ def run_dir_and_adapter(launcher, tmp_path, inputs, name):
             ("train", "datasets=[hh], train split"),
             ("test", "datasets=[hh], test split"),
         ],
-        lambda case: case[0] in ("archive", "model", "train"),
+        lambda case: case[0] in ("archive", "train"),
     ),
 )
 def test_overwritten_input_is_named_and_refused_on_resume(name, named, launcher, inputs, tmp_path):
@@ -160,13 +160,12 @@ def sha256(path) -> str:
 
 
 def test_workers_report_a_changed_input_once(launcher, inputs, tmp_path):
-    run = [*inputs, "trainer=FSDPTrainer", f"local_run_dir={tmp_path}/run", "resume=auto"]
-    assert launcher.run(*run, n_workers=2) == 0, launcher.output
+    run = [*inputs, f"local_run_dir={tmp_path}/run", "resume=auto"]
+    assert launcher.run(*run) == 0, launcher.output
     change_data(tmp_path / "hh/test.jsonl")
-    assert launcher.run(*run, "n_examples=16", n_workers=2) == 1
+    assert launcher.run(*run, "trainer=FSDPTrainer", "n_examples=16", n_workers=2) == 1
     assert launcher.output.count("inputs have changed since the run began:\n  datasets=[hh], test split\n") == 1
     assert "Traceback" not in launcher.output
-    assert launcher.run(*run, "n_examples=16", "resume_anyway=true", n_workers=2) == 0, launcher.output
 
 
 # ---- what a fingerprint notices -------------------------------------------------------------------------------------
@@ -268,23 +267,22 @@ def test_every_command_refuses_a_run_whose_base_has_changed(command, launcher, l
     assert launcher.run(*words, **options) == 0, launcher.output
 
 
-@pytest.mark.parametrize("command", ["evaluate", "sample"])
-def test_run_that_was_trained_anew_under_the_same_name_is_not_taken_for_the_old_one(
-    command, launcher, inputs, tmp_path
-):
-    words = [f"run={tmp_path}/run", f"output={tmp_path}/out.jsonl"]
-    words += ["max_new_tokens=4"] if command == "sample" else []
+def test_run_that_was_trained_anew_under_the_same_name_is_not_taken_for_the_old_one(launcher, inputs, tmp_path):
+    def use(command: str, *words: str) -> int:
+        words = [f"run={tmp_path}/run", f"output={tmp_path}/{command}.jsonl", *words]
+        return launcher.run(*words, script=REPOSITORY / f"{command}.py", as_typed=True)
+
     for lr in ("lr=1e-3", "lr=2e-3"):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        assert launcher.run(*inputs, lr, f"local_run_dir={tmp_path}/run") == 0, launcher.output
-        code = launcher.run(*words, script=REPOSITORY / f"{command}.py", as_typed=True)
-        if command == "sample" and lr == "lr=2e-3":
+        assert launcher.run(*inputs, lr, "n_examples=4", f"local_run_dir={tmp_path}/run") == 0, launcher.output
+        assert use("evaluate") == 0, launcher.output
+        code = use("sample", "max_new_tokens=4")
+        if lr == "lr=2e-3":
             assert code == 1 and "samples under other settings" in launcher.output
         else:
             assert code == 0, launcher.output
-    if command == "evaluate":
-        first, second = read_jsonl(tmp_path / "out.jsonl")
-        assert first["metrics"]["loss/eval"] != second["metrics"]["loss/eval"]
+    first, second = read_jsonl(tmp_path / "evaluate.jsonl")
+    assert first["metrics"]["loss/eval"] != second["metrics"]["loss/eval"]
 
 
 @pytest.mark.parametrize("key", ["model.adapter", "reference_model.adapter", "model.name_or_path", "model.archive"])

@@ -99,8 +99,14 @@ def states(directory) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("case", "n_workers", "n_replicas"),
     exhaustive_except(
-        [*((case, 4, 1) for case in CASES), *((case, n, 2) for case in CASES for n in (4, 8))],
-        lambda parameters: parameters[1:] == (4, 1),
+        [
+            ("fused gpt2, divergence of a whole batch", 4, 1),
+            ("qwen3's q and k norms, gradient of a whole batch", 4, 1),
+            ("adapter of the fused gpt2", 4, 2),
+            ("tied llama, samples", 4, 2),
+            ("tied llama, samples", 8, 2),
+        ],
+        ("fused gpt2, divergence of a whole batch", 4, 1),
     ),
 )
 def test_two_workers_per_batch_shard_train_as_one_process(case, n_workers, n_replicas, models, in_workers, tmp_path):
@@ -140,7 +146,7 @@ WAY = [
 ]
 
 
-@pytest.mark.parametrize("case", exhaustive_except(CASES, "fused gpt2, divergence of a whole batch"))
+@pytest.mark.parametrize("case", exhaustive_except(list(CASES)[1:], "adapter of the fused gpt2"))
 def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, models, in_workers, tmp_path):
     words = [word.format(**models) for word in CASES[case]]
     trained(words, str(tmp_path / "start"))

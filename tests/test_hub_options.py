@@ -40,7 +40,7 @@ def hub_model(tmp_path, monkeypatch) -> str:
     return "someone/small"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", exhaustive_except(["float32", "bfloat16"], "bfloat16"))
 def test_revision_applies_to_policy_reference_and_tokenizer(dtype, make_trainer, hub_model):
     overrides = [*TOY, f"model.name_or_path={hub_model}", f"model.reference_dtype={dtype}"]
     newest, tagged = make_trainer(*overrides), make_trainer(*overrides, "model.revision=v1")
@@ -69,7 +69,7 @@ def test_revision_applies_to_no_other_model(make_trainer, hub_model):
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reference", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reference", exhaustive_except(["float32", "bfloat16"], "float32"))
 def test_attn_implementation_is_used_and_changes_no_numbers(reference, make_trainer):
     losses = {}
     for name in ("eager", "sdpa"):
@@ -174,7 +174,7 @@ def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_f
             for key in ("model.name_or_path", "model.archive", "model.tokenizer_name_or_path")
             for refusal in ((401, "GatedRepo"), (403, "GatedRepo"), (401, "RepoNotFound"), (403, ""))
         ),
-        lambda case: case[0] == "model.name_or_path",
+        ("model.name_or_path", 403, ""),
         ("model.archive", 401, "GatedRepo"),
         ("model.tokenizer_name_or_path", 401, "RepoNotFound"),
     ),

@@ -7,11 +7,15 @@ import time
 
 import psutil
 import pytest
-from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from conftest import REPOSITORY, read_jsonl
 from launcher import wait_until
+from omegaconf import OmegaConf
 from process_pool import launcher_variables
 
 from checkpointing.stop_signal import EXIT_CODE
+from commands.command_line import compose_config
+from config_checks.checks import check_config
+from utils import UserError
 
 RUN = [
     "model=tiny", "datasets=[toy]", "loss=dpo", "max_length=64", "max_prompt_length=32", "batch_size=8",
@@ -36,15 +40,15 @@ def updates(run_dir) -> list[int]:
 def start_run(launcher, tmp_path):
     """Start `train.py` with two workers of its own."""
 
-    def start_train(*overrides: str, forks_workers: bool = True):
+    def start_train(*overrides: str):
         words = [*RUN, "trainer=FSDPTrainer", "world_size=2", f"local_run_dir={tmp_path}/run", *overrides]
-        return launcher.start(*words, directory=tmp_path, forks_workers=forks_workers)
+        return launcher.start(*words, directory=tmp_path, forks_workers=True)
 
     return start_train
 
 
 def test_killed_worker_ends_the_run_and_resume_completes_it(start_run, tmp_path):
-    run = start_run("n_examples=4000", forks_workers=False)
+    run = start_run("n_examples=4000")
     run.wait_for(r"wrote .*/step-32 ")
     workers = children_of(*run.children)
     assert len(workers) == 2
@@ -57,7 +61,7 @@ def test_killed_worker_ends_the_run_and_resume_completes_it(start_run, tmp_path)
     assert re.search(r"The last checkpoint is .*/step-\d+; to resume from it: python .*train.py .* resume=", run.output)
     assert "Traceback" not in run.output
 
-    n_examples = int(updates(tmp_path / "run")[-1]) * 8 + 32
+    n_examples = int(updates(tmp_path / "run")[-1]) * 8 + 8
     run = start_run(f"n_examples={n_examples}", "resume=auto")
     assert run.wait() == 0, run.output
     assert updates(tmp_path / "run") == list(range(1, n_examples // 8 + 1))
@@ -98,8 +102,8 @@ def agents(start, tmp_path, port: str, *overrides: str) -> list[subprocess.Popen
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("resumes", exhaustive_except([False, True], False))
-def test_two_machines_train_fail_and_resume_together(resumes, start, tmp_path):
+@pytest.mark.exhaustive
+def test_two_machines_train_fail_and_resume_together(start, tmp_path):
     port = launcher_variables(2)[0]["MASTER_PORT"]
     machines = agents(start, tmp_path, port, "n_examples=4000")
     wait_until(lambda: re.search(r"wrote .*/step-32 ", (tmp_path / "log-0").read_text()))
@@ -113,8 +117,6 @@ def test_two_machines_train_fail_and_resume_together(resumes, start, tmp_path):
     assert "error: another worker is gone" in logs[0]
     assert re.search(r"The last checkpoint is .*/step-\d+; to resume from it: the launcher with .* resume=", logs[0])
 
-    if not resumes:
-        return
     n_examples = updates(tmp_path / "run")[-1] * 8 + 32
     machines = agents(start, tmp_path, port, f"n_examples={n_examples}")
     assert [machine.wait(300) for machine in machines] == [0, 0], (tmp_path / "log-0").read_text()[-3000:]
@@ -169,14 +171,22 @@ def test_busy_worker_notices_that_another_is_gone(launcher, tmp_path):
             2,
             "optimizer=Rprop: PyTorch's can't train tensors that are spread",
         ),
-        (["trainer=TensorParallelTrainer"], 3, "num_attention_heads=4"),
     ],
     ids=str,
 )
-def test_config_that_does_not_fit_the_workers_is_refused(overrides, n_workers, message, launcher, tmp_path):
-    code = launcher.run(*RUN, "n_examples=8", f"local_run_dir={tmp_path}/run", *overrides, n_workers=n_workers)
-    assert code == 1
-    assert re.search(f"error: .*{message}", launcher.output), launcher.output
+def test_config_that_does_not_fit_the_workers_is_refused(overrides, n_workers, message, tmp_path, monkeypatch):
+    for name, value in launcher_variables(n_workers)[0].items() if n_workers > 1 else ():
+        monkeypatch.setenv(name, value)
+    config = compose_config(*RUN, "n_examples=8", "wandb.enabled=false", f"local_run_dir={tmp_path}/run", *overrides)
+    OmegaConf.resolve(config)
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+def test_heads_that_do_not_divide_by_the_workers_are_refused(launcher, tmp_path):
+    run = [*RUN, "trainer=TensorParallelTrainer", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run, n_workers=3) == 1
+    assert re.search("error: .*num_attention_heads=4", launcher.output), launcher.output
     assert "Traceback" not in launcher.output
     assert not (tmp_path / "run").exists()
 

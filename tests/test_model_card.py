@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 
 import pytest
-from conftest import ORACLE
+from conftest import ORACLE, trainers_in
 from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 from test_checkpoints import trained
@@ -37,8 +38,14 @@ def test_card_of_a_whole_model_describes_run_and_metrics(make_trainer):
         assert words in text, words
 
 
-def test_adapter_card_replaces_pefts_and_the_merged_model_has_one(make_trainer, tmp_path):
-    _, run_dir = trained(make_trainer, *LORA)
+@pytest.fixture(scope="module")
+def adapter_run(tmp_path_factory):
+    """A finished run with an adapter, for tests that only read: its trainer and its directory."""
+    return trained(trainers_in(tmp_path_factory.mktemp("adapter")), *LORA)
+
+
+def test_adapter_card_replaces_pefts_and_the_merged_model_has_one(adapter_run, tmp_path):
+    _, run_dir = adapter_run
     matter = front_matter(run_dir / "LATEST")
     assert (matter["library_name"], matter["tags"]) == ("peft", ["dpo", "lora"])
     assert "base_model" not in matter  # a local folder
@@ -52,9 +59,12 @@ def test_adapter_card_replaces_pefts_and_the_merged_model_has_one(make_trainer, 
     assert str(run_dir) not in text + merged
 
 
-def test_card_mentions_a_moving_reference(make_trainer):
-    _, run_dir = trained(make_trainer, "loss=dpo", "reference_update_every=2", "reference_update_alpha=0.5")
-    text = (run_dir / "LATEST/README.md").read_text()
+def test_card_mentions_a_moving_reference(adapter_run, tmp_path):
+    trainer, run_dir = adapter_run
+    config, state = trainer.config.copy(), json.loads((run_dir / "LATEST/state.json").read_text())
+    config.reference_update_every, config.reference_update_alpha = 2, 0.5
+    write_card(str(tmp_path), config, state, is_adapter=False)
+    text = (tmp_path / "README.md").read_text()
     assert "- `reference_update_every`: 2\n- `reference_update_alpha`: 0.5" in text
 
 
@@ -69,8 +79,8 @@ def test_card_counts_all_evaluation_examples(make_trainer):
     assert f"On {trainer.eval_iterator.n_examples} evaluation examples" in (run_dir / "LATEST/README.md").read_text()
 
 
-def test_card_front_matter_names_hub_models_and_datasets(make_trainer, tmp_path):
-    trainer, run_dir = trained(make_trainer, *LORA)
+def test_card_front_matter_names_hub_models_and_datasets(adapter_run, tmp_path):
+    trainer, run_dir = adapter_run
     config, state = trainer.config.copy(), json.loads((run_dir / "LATEST/state.json").read_text())
     config.model.name_or_path = "EleutherAI/pythia-2.8b"
     config.datasets = ["hh", {"name": "org/prefs:default"}, "p.jsonl"]
@@ -95,8 +105,8 @@ def test_paths_are_not_taken_for_hub_ids(name, tmp_path, monkeypatch):
     assert not is_hub_id("owner/name")
 
 
-def test_edited_card_is_not_corruption(make_trainer):
-    _, run_dir = trained(make_trainer)
+def test_edited_card_is_not_corruption(adapter_run, tmp_path):
+    run_dir = shutil.copytree(adapter_run[1], tmp_path / "run", symlinks=True)
     with open(run_dir / "LATEST/README.md", "a") as file:
         file.write("License: mine\n")
     assert find_corruption(str(run_dir / "LATEST")) is None

@@ -50,14 +50,15 @@ def batch_means(microbatches: list[dict], n_examples: int | None = None) -> dict
 
 
 ALONE = [(name, 1, f"shared_prompt={value}") for name in RUNS for value in ("true", "false")]
-ALONE += [(name, 1, f"padding_free=true shared_prompt={value}") for name in RUNS for value in ("true", "false")]
 ALONE += [
+    *((name, 1, "padding_free=true shared_prompt=true") for name in ("dpo", "ipo")),
+    *((name, 1, "padding_free=true shared_prompt=false") for name in ("dpo", "sft")),
     ("dpo", 1, "precompute_ref_log_probs=true"),
     ("dpo", 1, "model.reference_dtype=float64"),  # loaded apart
 ]
 TOGETHER = [
     (name, n_workers, f"trainer={trainer} shared_prompt={shared} activation_checkpointing={checkpointing}")
-    for name in ("sft", "dpo", "dpo_clipped", "ipo")
+    for name in ("sft", "dpo")
     for trainer, n_workers, shared, checkpointing in (
         ("FSDPTrainer", 2, "false", "false"),
         ("FSDPTrainer", 4 if name == "dpo" else 2, "auto", "true"),
@@ -74,10 +75,7 @@ TOGETHER += [
 
 
 BY_DEFAULT = [
-    *((name, 1, "shared_prompt=true") for name in RUNS),
-    ("dpo", 1, "shared_prompt=false"),
-    ("dpo", 1, "padding_free=true shared_prompt=true"),
-    ("dpo", 1, "precompute_ref_log_probs=true"),
+    ("sft_adamw_two_epochs", 1, "shared_prompt=true"),
     ("dpo", 2, "trainer=FSDPTrainer padding_free=true activation_checkpointing=true"),
     ("dpo", 2, "trainer=TensorParallelTrainer shared_prompt=auto activation_checkpointing=true"),
 ]

@@ -153,12 +153,12 @@ def test_caches_and_runs_in_a_data_folder_are_not_read_as_data(launcher, tmp_pat
     write(folder / "train.jsonl", numbered(8))
     write(folder / "test.jsonl", numbered(4, start=100))
     run = [*RUN, f"datasets=[{folder}]", f"local_dirs=[{folder}/cache]", "n_epochs=1"]
-    for number in range(3):
+    for number in range(2):
         assert launcher.run(*run, f"local_run_dir={folder}/run-{number}", directory=folder) == 0, launcher.output
         for split, n_rows in (("train", 8), ("test", 4)):
             assert f"({split}): preferences (prompt, chosen, rejected); {n_rows} rows read" in launcher.output
-    metrics = [read_jsonl(folder / f"run-{number}" / "metrics.jsonl") for number in range(3)]
-    assert [len(lines) for lines in metrics] == [len(metrics[0])] * 3
+    metrics = [read_jsonl(folder / f"run-{number}" / "metrics.jsonl") for number in range(2)]
+    assert len(metrics[0]) == len(metrics[1])
     assert list(folder.rglob("prepared/*/train.arrow"))  # must not be read
 
 
@@ -225,8 +225,8 @@ def test_two_workers_train_on_own_data_as_one(launcher, tmp_path):
 def test_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(40))
     run = [*RUN, f"datasets=[{path}]"]
-    assert launcher.run(*run, "n_examples=24", f"local_run_dir={tmp_path}/whole") == 0, launcher.output
-    for n_examples in (12, 24):
+    assert launcher.run(*run, "n_examples=12", f"local_run_dir={tmp_path}/whole") == 0, launcher.output
+    for n_examples in (8, 12):
         parts = [f"n_examples={n_examples}", f"local_run_dir={tmp_path}/parts", "resume=auto"]
         assert launcher.run(*run, *parts) == 0, launcher.output
     states = [
@@ -235,7 +235,7 @@ def test_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, 
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
     write(tmp_path / "rows.jsonl", [*numbered(39), *pairs("Another question")])
-    more = [*run, "n_examples=32", f"local_run_dir={tmp_path}/parts", "resume=auto"]
+    more = [*run, "n_examples=16", f"local_run_dir={tmp_path}/parts", "resume=auto"]
     assert launcher.run(*more) == 1
     assert "inputs have changed since the run began:\n" in launcher.output
     assert f"  datasets=[{path}], train split\n" in launcher.output
@@ -367,7 +367,7 @@ configs:
             return train_from_hub(*RUN, f"datasets=['{dataset}']", *overrides)
 
         splits = ["train_split=train_prefs", "test_split=test_prefs"]
-        result = run("lab/prefs:helpful", *splits)
+        result = run("lab/prefs:helpful", *splits, "data_only=true")
         assert result.returncode == 0, result.stdout + result.stderr
         for said in ("12 rows read, 12 prompts", "5 rows read, 5 prompts", "Training data: 12 examples"):
             assert said in result.stdout
@@ -380,7 +380,6 @@ configs:
         assert_refused(
             run("lab/prefs:helpful", "train_split=x"), tmp_path / "none", "train_split=x: it has no such split"
         )
-        assert_refused(run("lab/prefs:other", *splits), tmp_path / "none", "lab/prefs", "other")
         assert_refused(run("lab/prefs"), tmp_path / "none", "lab/prefs", "helpful", "honest")
 
 

@@ -1,6 +1,7 @@
 """Whole runs on several workers (`train.py` over gloo) equal runs on one."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -72,9 +73,10 @@ def shapes(run_dir) -> dict:
 @pytest.mark.parametrize(
     ("name", "loss", "n_workers"),
     [
-        *((name, "dpo", 2) for name in CONFIGS),
-        *((name, "sft", 2) for name in ("gpt2", "llama3")),
+        ("gpt2", "dpo", 2),
+        ("gptj", "dpo", 2),
         ("llama", "ipo", 2),
+        ("llama3", "sft", 2),
         ("qwen3", "dpo", 4),
     ],
 )
@@ -95,7 +97,6 @@ LONG_WAY = [*SHORT_WAY[:2], ("FSDPTrainer", 4), ("FSDPTrainer tensor_parallel=2"
     exhaustive_except(
         [
             (["loss=dpo", "optimizer=AdamW"], SHORT_WAY),
-            (["loss=dpo", "optimizer=AdamW"], LONG_WAY),
             (["loss=dpo", "lora.r=4", "model.name_or_path={qwen3}"], LONG_WAY),
             (["loss=sft", "model.name_or_path={gpt2}"], LONG_WAY),
         ],
@@ -151,13 +152,12 @@ SAMPLING = ["sample_during_eval=true", "n_eval_model_samples=5", "do_first_eval=
 @pytest.mark.parametrize(
     ("trainer", "n_workers"),
     exhaustive_except(
-        [("FSDPTrainer", 2), ("FSDPTrainer", 4), ("TensorParallelTrainer", 2), ("FSDPTrainer tensor_parallel=2", 4)],
-        ("FSDPTrainer", 2),
+        [("FSDPTrainer", 2), ("TensorParallelTrainer", 2), ("FSDPTrainer tensor_parallel=2", 4)], ("FSDPTrainer", 2)
     ),
 )
-def test_several_workers_sample_the_same_prompts_as_one(trainer, n_workers, run, models):
-    overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING]
-    alone, together = run(1, *overrides), run(n_workers, *overrides, *f"trainer={trainer}".split())
+def test_several_workers_sample_the_same_prompts_as_one_and_so_does_a_resumed_run(trainer, n_workers, run, models):
+    overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING, "save_every=8", "eval_every=8"]
+    alone, together = run(1, *overrides), run(n_workers, *overrides, *f"trainer={trainer}".split(), name="together")
     samples, expected = (read_jsonl(path / "samples.jsonl") for path in (together, alone))
     assert [s["model"] for s in samples] == [s["model"] for s in expected]
     assert [s["prompt"] for s in samples] == [s["prompt"] for s in expected]
@@ -165,31 +165,19 @@ def test_several_workers_sample_the_same_prompts_as_one(trainer, n_workers, run,
     if trainer == "TensorParallelTrainer":  # one worker draws for all
         assert samples == expected
 
-
-def test_resumed_run_on_two_workers_draws_the_same_samples(run, models):
-    overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING, "trainer=FSDPTrainer", "save_every=8"]
-    overrides.append("n_eval_model_samples=3")
-    whole = run(2, *overrides, "n_examples=16", "eval_every=8", name="whole")
-    run(2, *overrides, "n_examples=8", "eval_every=8", name="cut")
-    cut = run(2, *overrides, "n_examples=16", "eval_every=8", "resume=auto", name="cut")
-    assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    shutil.rmtree(together / "LATEST")  # as if the run had been killed after its first step
+    run(n_workers, *overrides, *f"trainer={trainer}".split(), "resume=auto", name="together")
+    assert read_jsonl(together / "samples.jsonl") == samples
 
 
 @pytest.mark.parametrize("trainer", exhaustive_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
-def test_reference_keeps_its_own_precision_under_mixed_precision(trainer, run, models):
+def test_mixed_precision_leaves_the_reference_and_what_is_saved_in_float32(trainer, run, models):
     overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=dpo", "n_examples=8", "eval_every=8"]
-    overrides += ["model.policy_dtype=float32", "model.reference_dtype=float32", "model.policy_mp=bfloat16"]
-    before = read_jsonl(run(2, *overrides, f"trainer={trainer}") / "metrics.jsonl")[0]
+    overrides += ["model.policy_dtype=float32", "model.reference_dtype=float32"]
+    exact, half = run(1, *overrides), run(2, *overrides, "model.policy_mp=bfloat16", f"trainer={trainer}")
+    before, expected = (read_jsonl(path / "metrics.jsonl")[0] for path in (half, exact))
     assert before["counters/examples"] == 0
     assert 1e-6 < abs(before["rewards_eval/chosen"]) < 0.1  # the policy's rounding
-
-
-def test_mixed_precision_on_two_workers_trains_and_saves_float32(run, models):
-    overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=sft", "model.policy_dtype=float32"]
-    exact, half = run(1, *overrides), run(2, *overrides, "model.policy_mp=bfloat16", "trainer=FSDPTrainer")
-    losses = [
-        [line["loss/eval"] for line in read_jsonl(p / "metrics.jsonl") if "loss/eval" in line] for p in (exact, half)
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
-    assert losses[1] != pytest.approx(losses[0], rel=1e-6)
+    assert before["logps_eval/chosen"] == pytest.approx(expected["logps_eval/chosen"], rel=0.01)
+    assert before["logps_eval/chosen"] != pytest.approx(expected["logps_eval/chosen"], rel=1e-6)
     assert load_file(half / "LATEST/model.safetensors")["lm_head.weight"].dtype == torch.float32

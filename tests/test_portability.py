@@ -25,40 +25,34 @@ PORTABLE = str(REPOSITORY / "tests/portable.py")
 SOURCES = [*REPOSITORY.glob("*.py"), *(path for folder in FOLDERS for path in folder.glob("**/*.py"))]
 
 
-@pytest.fixture
-def command(run_python):
-    """Run a command on a system without what Windows lacks; returns what it printed."""
-
-    def run(name: str, *overrides: str) -> str:
-        result = run_python(PORTABLE, str(REPOSITORY / name), *overrides)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-        return result.stdout + result.stderr
-
-    return run
-
-
-def test_all_commands_run_without_what_windows_lacks(command, tmp_path):
+def test_all_commands_run_without_what_windows_lacks(run_python, tmp_path):
+    """One process runs them all, one after the other."""
     run = [
         "model=tiny", "datasets=[toy]", "loss=dpo", "eval_every=8", "batch_size=8", "n_eval_examples=4",
         "eval_batch_size=4", "max_length=48", "max_prompt_length=24", "n_eval_model_samples=1", "keep_best=loss/eval",
         "wandb.enabled=false", f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]", "resume=auto",
     ]  # fmt: skip
-    command("train.py", *run, "n_examples=16")
-    best = (tmp_path / "run/BEST").read_bytes()
-    assert best in (b"step-8\n", b"step-16\n")
-    assert "Resuming from" in command("train.py", *run, "n_examples=24")
-    assert ".lock" not in "".join(os.listdir(tmp_path / "run"))
-
-    assert f"step-{best[5:-1].decode()}" in command("evaluate.py", f"run={tmp_path}/run", "checkpoint=BEST")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The film was"}\n')
-    command("sample.py", f"run={tmp_path}/run", "prompts=prompts.jsonl", "output=a.jsonl", "max_new_tokens=4")
-    sample = json.loads((tmp_path / "a.jsonl").read_text())
-    (tmp_path / "b.jsonl").write_text(json.dumps(sample | {"response": "other"}) + "\n")
     (tmp_path / "says_a.py").write_text("import sys\nfor line in sys.stdin:\n    print('A', flush=True)\n")
     judge = f"judge_command='{sys.executable} {tmp_path}/says_a.py'"
-    command("judge.py", "a=a.jsonl", "b=b.jsonl", "output=v.jsonl", "judge=command", judge)
-    assert json.loads((tmp_path / "v.jsonl").read_text())["verdict"] in ("a", "b")
-    command("export.py", f"run={tmp_path}/run", "output=exported", "checkpoint=BEST")
+    sample = ["sample.py", f"run={tmp_path}/run", "prompts=prompts.jsonl", "max_new_tokens=4"]
+    commands = [
+        ["train.py", *run, "n_examples=16"],
+        ["train.py", *run, "n_examples=24"],
+        ["evaluate.py", f"run={tmp_path}/run", "checkpoint=BEST"],
+        [*sample, "output=a.jsonl"],
+        [*sample, "output=b.jsonl", "seed=1"],
+        ["judge.py", "a=a.jsonl", "b=b.jsonl", "output=v.jsonl", "judge=command", judge],
+        ["export.py", f"run={tmp_path}/run", "output=exported", "checkpoint=BEST"],
+    ]
+    result = run_python(PORTABLE, json.dumps(commands))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "Resuming from" in result.stdout
+    best = (tmp_path / "run/BEST").read_bytes()
+    assert best in (b"step-8\n", b"step-16\n", b"step-24\n")
+    assert f"step-{best[5:-1].decode()}" in result.stdout.partition("Resuming from")[2]
+    assert not [name for name in os.listdir(tmp_path / "run") if name.startswith(".lock")]
+    assert json.loads((tmp_path / "v.jsonl").read_text())["verdict"] in ("a", "b", "tie")
     assert (tmp_path / "exported/model.safetensors").exists()
 
 

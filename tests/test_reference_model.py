@@ -1,6 +1,5 @@
 """`reference_model` names a separate reference; the default of `model.reference_dtype`."""
 
-import itertools
 import json
 import re
 import shutil
@@ -61,7 +60,7 @@ def hand_losses(policy: str, reference: str, batch: dict, beta: float = 0.1) -> 
     return (-F.logsigmoid(beta * (ratios[0] - ratios[1]))).tolist()
 
 
-@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("precompute", exhaustive_except([False, True], False))
 def test_dpo_run_is_continued_against_its_sft_model(precompute, make_trainer, sft, dpo):
     overrides = [*TOY, f"model.archive={dpo}", f"precompute_ref_log_probs={precompute}"]
     trainer = make_trainer(*overrides, f"reference_model.archive={sft}")
@@ -97,11 +96,6 @@ def test_saved_adapter_trains_against_an_earlier_adapter(make_trainer):
     start = dict(make_trainer(*TOY, "loss=sft", f"model.adapter={first}").policy.named_parameters())
     assert all(torch.equal(weights[name], parameter) for name, parameter in start.items())
     assert not any(parameter.requires_grad for parameter in weights.values())
-    expected = make_trainer(*TOY, f"model.adapter={second}", f"reference_model.adapter={first}",
-                            "precompute_ref_log_probs=true")  # fmt: skip
-    batch = trainer.eval_batches[0]
-    for ours, cached in zip(trainer.reference_logps(batch), expected.reference_logps(batch), strict=True):
-        torch.testing.assert_close(ours, cached, rtol=1e-12, atol=0)
 
 
 def test_each_reference_has_its_own_cache_whatever_the_policy_is(make_trainer, sft, dpo, capsys):
@@ -116,24 +110,23 @@ def test_each_reference_has_its_own_cache_whatever_the_policy_is(make_trainer, s
     assert n_computed(f"model.archive={dpo}") == 24
     assert n_computed(f"model.archive={dpo}", f"reference_model.archive={sft}") == 0
     assert n_computed("lora={r:4}", f"reference_model.archive={dpo}") == 0
-    assert n_computed(f"reference_model.archive={sft}/policy.pt") == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "more"),
-    exhaustive_except(
-        itertools.product(
-            ["FSDPTrainer", "TensorParallelTrainer"], [[], ["precompute_ref_log_probs=true"], ["lora={r:4}"]]
-        ),
+    [
         ("FSDPTrainer", []),
-    ),
+        ("FSDPTrainer", ["precompute_ref_log_probs=true"]),
+        ("TensorParallelTrainer", ["lora={r:4}"]),
+    ],
     ids=str,
 )
 def test_several_workers_train_against_a_reference_model_as_one(
     trainer, more, make_trainer, sft, dpo, launcher, tmp_path
 ):
-    overrides = [*TOY, *more, f"model.archive={dpo}", f"reference_model.archive={sft}"]
+    overrides = [*TOY, "n_examples=8", *more, f"model.archive={dpo}", f"reference_model.archive={sft}"]
     expected = make_trainer(*overrides)
     finished(expected)
     run_dir = tmp_path / "run"
@@ -171,7 +164,7 @@ def other(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("tokenizer", [True, False])
+@pytest.mark.parametrize("tokenizer", exhaustive_except([True, False], True))
 def test_reference_of_another_architecture_uses_its_own_layout(tokenizer, make_trainer, other):
     directory = other(tokenizer)
     trainer = make_trainer(*TOY, f"reference_model.name_or_path={directory}")
@@ -229,11 +222,9 @@ def test_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path):
     ],
     ids=str,
 )
-def test_impossible_reference_model_is_refused(overrides, message, train, tmp_path):
-    result = train(*TOY, *overrides)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert re.search(message, result.stderr), result.stderr
+def test_impossible_reference_model_is_refused(overrides, message, refusal, tmp_path):
+    refused = refusal(*TOY, *overrides)
+    assert re.search(message, refused), refused
     assert not list(tmp_path.rglob("config.yaml"))
 
 
@@ -275,9 +266,7 @@ ORACLE_RUN = ["model=blank_model", f"model.name_or_path={ORACLE}/model", *NO_DTY
     ("overrides", "expected"),
     [
         ([], "float32"),
-        (["model.policy_dtype=float64"], "float64"),
         (["model.policy_dtype=bfloat16"], "bfloat16"),
-        (["model.policy_mp=bfloat16"], "float32"),
         (["model.reference_dtype=float16"], "float16"),
     ],
     ids=str,
@@ -303,15 +292,3 @@ def test_resumed_run_keeps_its_reference_dtype(launcher, tmp_path):
     assert "model.reference_dtype:" not in said_of_changes(launcher.output)
     assert launcher.run(*resumed, "n_examples=32", "model.reference_dtype=float32") == 1
     assert "model.reference_dtype: float16 → float32" in launcher.output
-
-
-@pytest.mark.slow
-def test_run_whose_reference_is_computed_as_the_policy_does_not_resume_with_another_dtype(launcher, tmp_path):
-    run_dir = tmp_path / "run"
-    assert launcher.run(*ORACLE_RUN, f"local_run_dir={run_dir}") == 0, launcher.output
-    state = json.loads((run_dir / "LATEST/state.json").read_text())
-    assert state["config"]["model.reference_dtype"] is None
-    assert launcher.run(*ORACLE_RUN, f"resume={run_dir}", "n_examples=24") == 0, launcher.output
-    assert "model.reference_dtype" not in said_of_changes(launcher.output)
-    assert launcher.run(*ORACLE_RUN, f"resume={run_dir}", "n_examples=32", "model.reference_dtype=float16") == 1
-    assert "model.reference_dtype: None → float16" in launcher.output

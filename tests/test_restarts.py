@@ -92,15 +92,14 @@ def crash_machine(agents: Agents):
 # With static rendezvous an agent learns of a frozen worker only from its own other ones. With torchrun.sh's
 # settings alone a new agent finds the others.
 CASES = [
-    (kill, "static", 1, 2), (freeze, "static", 1, 2), (kill, "c10d", 1, 2), (freeze, "c10d", 1, 2),
-    (kill, "static", 2, 1), (kill, "c10d", 2, 1), (freeze, "c10d", 2, 1), (crash_machine, "torchrun.sh", 2, 1),
-    (kill, "static", 2, 2), (freeze, "c10d", 2, 2),
+    (kill, "c10d", 2, 1), (freeze, "static", 1, 2), (kill, "static", 2, 2), (freeze, "c10d", 2, 2),
+    (crash_machine, "torchrun.sh", 2, 1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("fail", "rendezvous", "n_machines", "n_workers"),
-    exhaustive_except(CASES, (freeze, "static", 1, 2), (kill, "c10d", 2, 1)),
+    exhaustive_except(CASES, (kill, "c10d", 2, 1)),
 )
 def test_failure_is_followed_by_a_restart_that_resumes(fail, rendezvous, n_machines, n_workers, start, tmp_path):
     agents = Agents(start, tmp_path, rendezvous, n_machines, n_workers)
@@ -114,6 +113,10 @@ def test_failure_is_followed_by_a_restart_that_resumes(fail, rendezvous, n_machi
     print(f"training again after {seconds:.1f} s")
     resumed = re.findall(r"Resuming from \S+: \d+ examples, (\d+) steps", agents.output)
     assert len(resumed) == 1, agents.output[-5000:]
+    if fail is kill and n_machines == 2:  # the machine whose worker lives on says why it ends
+        log = (tmp_path / "log-0-0").read_text()
+        assert "error: another worker is gone" in log
+        assert re.search(r"The last checkpoint is .*/step-\d+; to resume from it: the launcher with .* resume=", log)
     agents.stop()
     steps = updates(tmp_path / "run")
     assert steps == list(range(1, len(steps) + 1))

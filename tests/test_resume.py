@@ -93,13 +93,15 @@ def kill_at_random(launcher, run_dir, moments: random.Random, trained: float, wh
     return when != "loading" and half_saved(run_dir)
 
 
+TWO_EPOCHS = ["datasets=[hh]", "n_epochs=2", "n_examples=null"]
 KINDS = {
-    "sft, two epochs": ["loss=sft", "datasets=[hh]", "n_epochs=2", "n_examples=null", "optimizer=AdamW"],
-    "dpo": ["loss=dpo"],
-    "dpo, lora, two epochs": ["loss=dpo", "datasets=[hh]", "n_epochs=2", "n_examples=null", "lora={}"],
-    "dpo, a saved adapter": ["loss=dpo", "model.adapter={adapter}"],
-    "dpo, precomputed": ["loss=dpo", "precompute_ref_log_probs=true", "datasets=[hh]", "n_epochs=2", "n_examples=null"],
-}
+    "dpo": ["loss=dpo", "n_examples=48"],
+    "sft, two epochs": ["loss=sft", *TWO_EPOCHS, "optimizer=AdamW"],
+    "dpo, a saved adapter, precomputed, two epochs": [
+        "loss=dpo", *TWO_EPOCHS, "model.adapter={adapter}", "precompute_ref_log_probs=true",
+    ],
+}  # fmt: skip
+MOMENTS = {"dpo": ["saving", "loading", "training"]}
 
 
 @pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo"))
@@ -115,7 +117,7 @@ def test_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launc
     trained = time.monotonic() - start
 
     moments, n_in_saves = random.Random(kind), 0
-    for when in ("training", "saving", "loading", "training", "saving", "training"):
+    for when in MOMENTS.get(kind, ["training", "saving", "loading", "training", "saving", "training"]):
         launcher.start(*overrides, f"local_run_dir={cut}", "resume=auto")
         n_in_saves += kill_at_random(launcher, cut, moments, trained, when)
     assert n_in_saves >= 1
@@ -131,7 +133,7 @@ def test_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launc
 SIGNALLED = {  # time of the signal: overrides, and the lines of the log before and after it
     "evaluation": (["n_eval_examples=200", "n_examples=16"], "Writing to", "eval 0 "),
     "sampling": (["n_eval_model_samples=16", "n_eval_examples=16", "n_examples=16"], "Writing to", "eval 0 "),
-    "training": (["do_first_eval=false", "n_examples=480", "eval_every=480"], "First step: ", "eval 480 "),
+    "training": (["do_first_eval=false", "n_examples=200", "eval_every=480"], "First step: ", "eval 200 "),
 }  # fmt: skip
 
 
@@ -140,7 +142,6 @@ SIGNALLED = {  # time of the signal: overrides, and the lines of the log before 
     exhaustive_except(
         [(signal.SIGTERM, "evaluation"), (signal.SIGINT, "sampling"), (SIGUSR1, "training")],
         (signal.SIGTERM, "evaluation"),
-        (SIGUSR1, "training"),
     ),
     ids=str,
 )
@@ -172,7 +173,7 @@ def test_signal_saves_and_exits_with_75_and_nothing_is_lost(number, where, launc
     assert f"resume={cut}" in last_line
     assert f"stopped by {number.name}" in launcher.output
     state = json.loads((cut / "LATEST/state.json").read_text())
-    assert (0 < state["examples"] < 480) if where == "training" else (state["examples"] == 0)
+    assert (0 < state["examples"] < 200) if where == "training" else (state["examples"] == 0)
     assert state["evaluated_at"] is None
     assert before not in launcher.output
 
@@ -238,7 +239,7 @@ def run_dir(finished, tmp_path):
     [
         (["seed=1"], ["seed: 0 → 1", "resume_anyway=true"]),
         (["loss=ipo"], ["loss.name: dpo → ipo"]),
-        (["loss.beta=0.5"], ["loss.beta: 0.1 → 0.5"]),
+        (["loss.beta=0.5", "model.reference_dtype=float16"], ["beta: 0.1 → 0.5", "reference_dtype: None → float16"]),
         (["datasets=[hh]"], ["datasets: ['toy'] → ['hh']"]),
         (["model=pythia28"], ["model.name_or_path: ", "→ EleutherAI/pythia-2.8b"]),
         (["lora={r:4}"], ["lora.r: absent → 4"]),
@@ -256,12 +257,10 @@ def run_dir(finished, tmp_path):
     ],
     ids=str,
 )
-def test_config_of_another_run_is_refused_and_nothing_is_touched(overrides, parts, launcher, run_dir):
+def test_config_of_another_run_is_refused_and_nothing_is_touched(overrides, parts, refusal, run_dir):
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    assert launcher.run(*FINISHED, *overrides, f"resume={run_dir}") == 1
-    for part in parts:
-        assert part in launcher.output
-    assert "Traceback" not in launcher.output
+    message = refusal(*FINISHED, *overrides, f"resume={run_dir}")
+    assert all(part in message for part in parts), message
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
@@ -291,13 +290,9 @@ def test_earlier_checkpoint_is_refused_while_later_ones_exist(launcher, run_dir,
 @pytest.mark.parametrize(
     ("name", "damaged"),
     exhaustive_except(
-        itertools.product(
-            ["policy.pt", "optimizer.pt", "rng.pt", "state.json", "SHA256SUMS"], ["truncated", "bit flipped", "missing"]
-        ),
+        itertools.product(["policy.pt", "state.json", "SHA256SUMS"], ["truncated", "bit flipped", "missing"]),
         ("policy.pt", "bit flipped"),
-        ("optimizer.pt", "missing"),
-        ("state.json", "truncated"),
-        ("SHA256SUMS", "missing"),
+        ("state.json", "missing"),
     ),
 )
 def test_damaged_checkpoint_is_named_and_the_previous_one_resumes(damaged, name, launcher, run_dir, finished):

@@ -78,12 +78,9 @@ def test_run_trains_its_revision_and_records_the_commit(run_ok, hub, tmp_path):
         (tmp_path / "folder" / name).write_bytes(content)
     run_ok("main")
     run_ok("tag", "model.revision=v1")
-    run_ok("commit", f"model.revision={repository.refs['v1']}")
     run_ok("local", f"model.name_or_path={tmp_path}/folder")
-    assert (
-        steps(tmp_path / "tag") == steps(tmp_path / "local") == steps(tmp_path / "commit") != steps(tmp_path / "main")
-    )
-    for name, commit in (("main", "main"), ("tag", "v1"), ("commit", "v1")):
+    assert steps(tmp_path / "tag") == steps(tmp_path / "local") != steps(tmp_path / "main")
+    for name, commit in (("main", "main"), ("tag", "v1")):
         assert inputs(tmp_path / name)["model.name_or_path"] == repository.refs[commit]
         card = ModelCard.load(tmp_path / name / "LATEST/README.md")
         assert card.data.base_model == PYTHIA and f"(revision `{repository.refs[commit]}`)" in card.text

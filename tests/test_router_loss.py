@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, read_jsonl
+from conftest import ORACLE, exhaustive_except, read_jsonl
 
 from log_probabilities import concatenated_inputs
 from utils import UserError
@@ -45,8 +45,13 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "recomputed activations"])
-@pytest.mark.parametrize(("name", "loss"), [("mixtral", "dpo"), ("qwen3_moe", "sft"), ("olmoe", "orpo")])
+@pytest.mark.parametrize(
+    ("name", "loss", "checkpointed"),
+    exhaustive_except(
+        [("mixtral", "dpo", False), ("mixtral", "dpo", True), ("qwen3_moe", "sft", True), ("olmoe", "orpo", False)],
+        lambda case: case[0] == "mixtral",
+    ),
+)
 def test_loss_and_gradient_are_those_of_transformers(name, loss, checkpointed, models, make_trainer):
     options = [*RUN, f"loss={loss}", f"model.name_or_path={models[name]}", f"activation_checkpointing={checkpointed}"]
     trainer = make_trainer(*options, f"model.router_aux_loss_coef={COEFFICIENT}")

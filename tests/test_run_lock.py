@@ -8,7 +8,7 @@ import socket
 
 import psutil
 import pytest
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from launcher import Run, wait_until
 
 from checkpointing.atomic_directory import recover_interrupted_saves
@@ -33,7 +33,7 @@ def start(launcher, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["at once", "while it trains"])
+@pytest.mark.parametrize("when", exhaustive_except(["at once", "while it trains"], "while it trains"))
 def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
     runs = [start()]
     if when == "while it trains":
@@ -57,7 +57,7 @@ def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["starting", "training"])
+@pytest.mark.parametrize("when", exhaustive_except(["starting", "training"], "training"))
 def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     run = start("trainer=FSDPTrainer", "world_size=2")
     process = psutil.Process(*run.children)

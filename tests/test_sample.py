@@ -76,7 +76,7 @@ def drawn(launcher, trained, prompts, tmp_path_factory):  # noqa: F811
     return draw_in
 
 
-@pytest.mark.parametrize("way", exhaustive_except([way for way in WAYS if way != "one"], "four", "FSDP"))
+@pytest.mark.parametrize("way", exhaustive_except([way for way in WAYS if way != "one"], "FSDP"))
 def test_batch_size_and_workers_do_not_change_a_sample(way, drawn):
     ours, alone = read_jsonl(drawn(way)), read_jsonl(drawn("one"))
     assert {(line["prompt_index"], line["sample"]) for line in alone} == {(i, k) for i in range(9) for k in (0, 1)}
@@ -120,7 +120,7 @@ def test_temperature_0_takes_the_likeliest_token(launcher, trained, prompts, tmp
 
 
 def test_interrupted_sampling_ends_with_the_same_file(launcher, trained, prompts, tmp_path):  # noqa: F811
-    run = [f"run={trained('dpo')}", prompts, "n=4", "max_new_tokens=24", "eval_batch_size=2"]
+    run = [f"run={trained('dpo')}", prompts, "n=4", "max_new_tokens=16", "eval_batch_size=2"]
     draw(launcher, *run, f"output={tmp_path}/whole")
     launcher.start(*run, f"output={tmp_path}/cut", script=SAMPLE)
     wait_until(lambda: (tmp_path / "cut").exists() and (tmp_path / "cut").stat().st_size >= 600)
@@ -132,7 +132,6 @@ def test_interrupted_sampling_ends_with_the_same_file(launcher, trained, prompts
     assert 0 < n_before < 36
     assert f"{36 - n_before} samples drawn, {n_before} already in " in draw(launcher, *run, f"output={tmp_path}/cut")
     assert texts(tmp_path / "cut") == texts(tmp_path / "whole")
-    assert "0 samples drawn, 36 already in " in draw(launcher, *run, f"output={tmp_path}/cut")
     code = launcher.run(*run, "temperature=0.5", f"output={tmp_path}/cut", script=SAMPLE)
     assert code == 1
     assert "samples under other settings" in launcher.output
@@ -145,6 +144,8 @@ def test_sampling_writes_messages_checkpoints_and_alpaca_eval(launcher, trained,
     template = f"chat_template={REPOSITORY}/assets/human_assistant.jinja"
     draw(launcher, f"run={run_dir}", f"prompts={tmp_path}/m.jsonl", template, "checkpoint=all")
     drawn = {name: read_jsonl(run_dir / f"samples_{name}.jsonl") for name in ("step-8", "LATEST")}
+    for name, examples in (("step-8", 8), ("LATEST", 16)):
+        assert {(line["checkpoint"], line["examples"]) for line in drawn[name]} == {(name, examples)}
     assert [line["prompt"] for line in drawn["LATEST"]] == [row["messages"] for row in rows]
     assert drawn["step-8"] != drawn["LATEST"]
     draw(launcher, f"run={run_dir}", f"prompts={tmp_path}/m.jsonl", template, f"alpaca_eval={tmp_path}/a.json")
@@ -162,10 +163,6 @@ def test_each_temperature_has_a_file_of_its_own(launcher, trained, prompts, tmp_
     origin = {"run": "dpo", "checkpoint": "LATEST", "examples": 16, "temperature": 0.7, "top_p": 1.0, "top_k": 50}
     assert all(line.items() >= origin.items() for line in warm)
     assert {line["temperature"] for line in cold} == {0.0}
-    draw(launcher, f"run={run_dir}", prompts, "checkpoint=all", "temperature=[0.5]")
-    for name, examples in (("step-8", 8), ("LATEST", 16)):
-        lines = read_jsonl(run_dir / f"samples_{name}_t0.5.jsonl")
-        assert {(line["checkpoint"], line["examples"]) for line in lines} == {(name, examples)}
 
 
 BAD = {
@@ -280,8 +277,7 @@ def test_prompts_in_a_file_need_neither_data_nor_an_optimizer(launcher, trained,
         assert line["policy_logps"] == pytest.approx(expected["policy_logps"], abs=1e-3)
 
 
-@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "loading"), (signal.SIGINT, "loading"),
-                                                (signal.SIGTERM, "drawing"), (signal.SIGINT, "drawing")])  # fmt: skip
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, "loading"), (signal.SIGTERM, "drawing")])
 def test_signal_ends_sampling_with_whole_lines(number, moment, launcher, trained, prompts, tmp_path):  # noqa: F811
     run_dir, path = trained("dpo"), tmp_path / "o.jsonl"
     words = [f"run={run_dir}", prompts, "n=200", "eval_batch_size=1", f"output={path}"]

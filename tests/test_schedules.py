@@ -1,6 +1,7 @@
 """Learning rate schedules: the original's by default, Transformers' by name, exact after a resume."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_resumed_run_follows_the_schedule_exactly(trainer, launcher, tmp_path):
     n_workers = 1 if trainer == "BasicTrainer" else 2
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert launcher.run(*run, f"local_run_dir={whole}", n_workers=n_workers) == 0, launcher.output
-    assert launcher.run(*run, f"local_run_dir={cut}", n_workers=n_workers) == 0, launcher.output
+    shutil.copytree(whole, cut, symlinks=True)
     for name in ("LATEST", *(f"step-{n}" for n in (24, 32, 40))):
         path = cut / name
         if path.is_symlink():
@@ -106,7 +107,6 @@ def test_another_schedule_is_refused_on_resume(launcher, tmp_path):
     assert "lr_scheduler: constant_with_warmup → linear" in launcher.output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -123,10 +123,9 @@ def test_another_schedule_is_refused_on_resume(launcher, tmp_path):
         (["lr_scheduler_args=3"], ["lr_scheduler_args"]),
     ],
 )
-def test_unknown_or_invalid_schedule_is_refused(overrides, parts, train):
-    result = train(*TOY, "loss=dpo", *overrides)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert all(part in result.stderr for part in parts), result.stderr
+def test_unknown_or_invalid_schedule_is_refused(overrides, parts, refusal):
+    message = refusal(*TOY, "loss=dpo", *overrides)
+    assert all(part in message for part in parts), message
 
 
 # ---- rates that can work --------------------------------------------------------------------------------------------

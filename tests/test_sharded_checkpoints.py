@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import trainers_in
+from conftest import exhaustive_except, trainers_in
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_resume import assert_same_run, half_saved
@@ -168,7 +168,7 @@ def reshard(name: str, hows: list[str], directory: str):
                 assert torch.equal(value, expected[key]), (how, other, key)
 
 
-@pytest.mark.parametrize("name", ["tied", "fused", "lora"])
+@pytest.mark.parametrize("name", exhaustive_except(["tied", "fused", "lora"], "fused"))
 def test_state_is_the_same_after_resharding(name, in_workers, tmp_path):
     in_workers(4, reshard, name, ["fsdp", "hybrid", "tensor parallel", "2 x 2"], str(tmp_path))
     model = make_model(name)
@@ -241,7 +241,8 @@ def test_sharded_checkpoints_are_those_that_whole_ones_are(never_stopped, launch
     assert all(torch.equal(tensor.full(), expected[name]) for name, tensor in found.items())
 
 
-@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(2, 20))])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(6))
 def test_run_killed_while_it_writes_in_a_thread_ends_as_one_that_never_stopped(seed, never_stopped, launcher, tmp_path):
     moments, run_dir = random.Random(seed), tmp_path / "run"
     overrides = [*RUN, *ASYNC, "trainer=FSDPTrainer", f"local_run_dir={run_dir}", "resume=auto"]

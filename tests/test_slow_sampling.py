@@ -16,7 +16,7 @@ from trainers import make_trainer
 def printed(directory: str, trainer_name: str, evaluation_seconds: float) -> str:
     """Return what is printed during two rounds of sampling from 4 prompts, in 2 batches."""
     config = compose_config(
-        "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "max_length=128", "max_prompt_length=64",
+        "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "max_length=72", "max_prompt_length=64",
         "n_eval_examples=4", "eval_batch_size=2", "n_eval_model_samples=4", f"local_dirs=[{directory}/cache]",
         f"local_run_dir={directory}/{evaluation_seconds}", f"trainer={trainer_name}", "wandb.enabled=false",
     )  # fmt: skip

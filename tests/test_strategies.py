@@ -85,7 +85,6 @@ SPREADS = [("fsdp", 2, 2), ("fsdp", 4, 4), ("hybrid", 4, 2), ("tensor parallel",
     exhaustive_except(
         ((name, *spread) for name in ("tied", "untied", "lora") for spread in SPREADS),
         lambda case: case[2] == 2,
-        ("tied", "hybrid", 4, 2),
     ),
 )
 def test_model_of_one_worker_is_spread_over_all(name, how, n_workers, n_shards, in_workers):

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import exhaustive_except, read_jsonl
+from conftest import read_jsonl
 from launcher import Run, wait_until
 from test_cli import TOY
 
@@ -75,39 +75,38 @@ def test_sweep_has_one_directory_named_jobs_and_a_table(launcher, tmp_path):
 
 
 def test_failing_job_is_reported_and_the_others_run(launcher, tmp_path):
-    sweep = ["max_length=64,32,4096,48", f"hydra.sweep.dir={tmp_path}/sweep"]  # 32: no room for a response; 4096: loads
+    sweep = ["max_length=32,4096,64", f"hydra.sweep.dir={tmp_path}/sweep"]  # 32: no room for a response; 4096: loads
     assert launcher.run("-m", *[word for word in SHORT if "max_length" not in word], *sweep, in_order=True) == 1
     output = launcher.output
     assert "Traceback" not in output
     assert "Error executing job" not in output
     places = [output.index(text) for text in (
-        "== Job 1 ", "error: max_prompt_length=32 must be below max_length=32", "== Job 2 ",
-        "error: max_length=4096: the model has only 1024 positions", "== Job 3 ", "== The sweep in ",
+        "== Job 0 ", "error: max_prompt_length=32 must be below max_length=32", "== Job 1 ",
+        "error: max_length=4096: the model has only 1024 positions", "== Job 2 ", "== The sweep in ",
     )]  # fmt: skip
     assert places == sorted(places)
-    assert [row[2] for row in table(output)[1:]] == ["complete", "failed", "failed", "complete"]
+    assert [row[2] for row in table(output)[1:]] == ["failed", "failed", "complete"]
     again = run_printed(launcher, tmp_path)
     assert again.code == 1
-    assert again.output.count("This run is complete") == 2
-    assert [row[2] for row in table(again.output)[1:]] == ["complete", "failed", "failed", "complete"]
+    assert again.output.count("This run is complete") == 1
+    assert [row[2] for row in table(again.output)[1:]] == ["failed", "failed", "complete"]
 
 
-@pytest.mark.parametrize("number", exhaustive_except([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
-def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(number, launcher, tmp_path):
-    overrides = [*SHORT, "n_examples=400", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
+def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(launcher, tmp_path):
+    overrides = [*SHORT, "n_examples=160", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
     launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
     second = tmp_path / "sweep/loss.beta-0.2/metrics.jsonl"
     wait_for_lines(second, 6, launcher)
-    launcher.kill(number)
+    launcher.kill(signal.SIGTERM)
     assert launcher.wait() == EXIT_CODE, launcher.output
     output = launcher.output
-    assert f"stopped by {number.name}" in output
+    assert "stopped by SIGTERM" in output
     assert "Traceback" not in output
     assert "Error executing job" not in output
     assert not (tmp_path / "sweep/loss.beta-0.3").exists()
     assert [row[2] for row in table(output)[1:]] == ["complete", "stopped"]
     n_lines = len(read_jsonl(second))
-    assert 5 < n_lines < 100
+    assert 5 < n_lines < 40
 
     before = files(tmp_path / "sweep/loss.beta-0.1")
     again = run_printed(launcher, tmp_path)
@@ -119,9 +118,10 @@ def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(number, launch
     for beta in (0.1, 0.2, 0.3):
         lines = read_jsonl(tmp_path / f"sweep/loss.beta-{beta}/metrics.jsonl")
         trained = [line["counters/examples"] for line in lines if line["split"] == "train"]
-        assert trained == list(range(4, 404, 4))
+        assert trained == list(range(4, 164, 4))
 
 
+@pytest.mark.exhaustive
 def test_signal_while_a_job_loads_ends_the_sweep(launcher, tmp_path):
     overrides = [*SHORT, "loss.beta=0.1,0.2", "n_eval_examples=128", f"hydra.sweep.dir={tmp_path}/sweep"]
     launcher.start("-m", *overrides)
@@ -132,6 +132,7 @@ def test_signal_while_a_job_loads_ends_the_sweep(launcher, tmp_path):
     assert run_printed(launcher, tmp_path).code == 0
 
 
+@pytest.mark.exhaustive
 def test_signal_ends_a_sweep_of_jobs_with_workers(launcher, tmp_path):
     overrides = [*SHORT, "n_examples=400", "seed=1,2", "trainer=FSDPTrainer", "world_size=2"]
     launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep", forks_workers=True)

@@ -6,7 +6,8 @@ import re
 import time
 
 import pytest
-from conftest import REPOSITORY, read_jsonl
+from conftest import exhaustive_except, read_jsonl
+from launcher import train_after
 from terminals import run_on_terminal
 from test_cli import TOY
 
@@ -20,7 +21,7 @@ ESCAPE = re.compile(rb"\033\[[0-9;]*m")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", exhaustive_except([80, 120], 120))
 def test_terminal_lines_are_aligned_and_never_mixed(columns, launcher, tmp_path):
     screen = run_on_terminal(launcher, *RUN, f"local_run_dir={tmp_path}/run", columns=columns)
     assert screen.code == 0, "\n".join(screen.lines)
@@ -50,7 +51,7 @@ def test_terminal_lines_are_aligned_and_never_mixed(columns, launcher, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+@pytest.mark.parametrize("env", exhaustive_except([{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], {}, {"NO_COLOR": "1"}))
 def test_evaluations_are_bold_unless_colours_are_off(env, launcher, tmp_path):
     overrides = [*RUN, "n_examples=8", "eval_every=8", "sample_during_eval=false", f"local_run_dir={tmp_path}/run"]
     screen = run_on_terminal(launcher, *overrides, columns=120, env=env)
@@ -211,28 +212,21 @@ def test_progress_in_a_log_shows_the_total_and_the_time_left(monkeypatch, capsys
 
 
 IMPATIENT = """
-import sys
 from reporting import terminal
 terminal._PROGRESS_EVERY = 0.01  # seconds
 import acceleration.model_check
 acceleration.model_check._SLOW_PARAMETERS = 0
-import train
-if __name__ == "__main__":
-    train.main()
 """
 
 
-def test_run_into_a_pipe_prints_lines_within_every_long_stretch(run_python, tmp_path):
+def test_run_into_a_pipe_prints_lines_within_every_long_stretch(train_ok, tmp_path):
     """Each stretch is a single batch or a single call, so that its lines come from the clock alone."""
-    (tmp_path / "impatient.py").write_text(IMPATIENT)
-    result = run_python(
-        "impatient.py", *TOY, "n_examples=16", "batch_size=8", "eval_every=16", "loss=dpo", "lora.r=2",
-        "lr=1e-3", "precompute_ref_log_probs=true", "n_eval_examples=16",
-        "eval_batch_size=16", f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]", "wandb.enabled=false",
-        "sample_during_eval=true", "n_eval_model_samples=2", env={"PYTHONPATH": str(REPOSITORY)},
+    output = train_ok(
+        *TOY, "n_examples=8", "batch_size=8", "eval_every=16", "loss=dpo", "lora.r=2", "lr=1e-3",
+        "precompute_ref_log_probs=true", "n_eval_examples=16", "eval_batch_size=16", "sample_during_eval=true",
+        "n_eval_model_samples=2", script=train_after(IMPATIENT, tmp_path),
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    before_training = result.stdout.partition(" eval 0 ")[0]
+    before_training = output.partition(" eval 0 ")[0]
     for line in (
         "Loading the policy: 0s so far",
         "Comparing faster ways to compute GPTNeoXForCausalLM with the plain forward: ",

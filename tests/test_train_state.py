@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from conftest import exhaustive_except
-from launcher import wait_until
+from launcher import train_after, wait_until
 from omegaconf import OmegaConf
 from test_resume import FINISHED, TOY, log_lines
 
@@ -77,7 +77,8 @@ def test_signal_during_precomputation_exits_with_75_and_keeps_the_cache(n_worker
     overrides += ["trainer=FSDPTrainer"] if n_workers > 1 else []
     cache = launcher.directory / "cache"
     shutil.rmtree(cache, ignore_errors=True)
-    launcher.start(*overrides, "n_examples=20000", n_workers=n_workers)
+    small_files = "from acceleration import reference_cache\nreference_cache._PAIRS_PER_FILE = 64"
+    launcher.start(*overrides, "n_examples=2000", n_workers=n_workers, script=train_after(small_files, tmp_path))
     wait_until(lambda: list(cache.glob("*/reference_logps/*/*.safetensors")), output=lambda: launcher.output)
     launcher.kill(signal.SIGUSR1)
     assert launcher.wait() == EXIT_CODE, launcher.output

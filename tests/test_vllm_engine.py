@@ -49,16 +49,8 @@ def test_vllm_greedy_samples_equal_those_of_transformers(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
 
 
-def test_vllm_samples_have_seeds_of_their_own(draw, trained, prompts, tmp_path):  # noqa: F811
-    common = [f"run={trained('dpo')}", prompts, "engine=vllm"]
-    draw(*common, "n=2", f"output={tmp_path}/two.jsonl", "eval_batch_size=1")
-    draw(*common, f"output={tmp_path}/one.jsonl")
-    one = texts(tmp_path / "one.jsonl")
-    assert sorted(text for text in texts(tmp_path / "two.jsonl") if text[1] == 0) == sorted(one)
-
-
 @pytest.mark.exhaustive
-def test_vllm_draws_only_missing_samples(draw, trained, prompts, tmp_path):  # noqa: F811
+def test_vllm_samples_have_seeds_of_their_own_and_only_missing_ones_are_drawn(draw, trained, prompts, tmp_path):  # noqa: F811
     common = [f"run={trained('dpo')}", prompts, "engine=vllm"]
     draw(*common, "n=2", f"output={tmp_path}/two.jsonl")
     draw(*common, f"output={tmp_path}/one.jsonl")

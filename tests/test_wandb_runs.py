@@ -94,7 +94,7 @@ def test_wandb_records_name_config_and_every_value(train_ok, tmp_path, no_accoun
 
 
 def test_wandb_records_a_failed_run_with_its_values(train, tmp_path, no_account):
-    overrides = ["lr=1e30", "optimizer=SGD", "max_grad_norm=1e30", "warmup_steps=0"]
+    overrides = ["lr=1e30", "optimizer=SGD", "max_grad_norm=1e30", "warmup_steps=0", "sample_during_eval=false"]
     result = train(*RUN, *overrides, f"local_run_dir={tmp_path}/run", env=no_account)
     assert result.returncode == 1
     (run,) = offline_runs(tmp_path / "run")
@@ -102,8 +102,10 @@ def test_wandb_records_a_failed_run_with_its_values(train, tmp_path, no_account)
     assert_recorded(run, tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 def test_wandb_records_each_sweep_job_as_a_run(train_ok, tmp_path, no_account):
-    output = train_ok("-m", *RUN, "loss=dpo", "loss.beta=0.1,0.5", f"hydra.sweep.dir={tmp_path}/sweep", env=no_account)
+    short = ["n_examples=4", "sample_during_eval=false", "do_first_eval=false", "loss=dpo", "loss.beta=0.1,0.5"]
+    output = train_ok("-m", *RUN, *short, f"hydra.sweep.dir={tmp_path}/sweep", env=no_account)
     assert "WARNING" not in output
     first, second = offline_runs(tmp_path / "sweep")
     assert first.run.run_id != second.run.run_id

@@ -105,7 +105,7 @@ def test_impossible_port_is_named(port, message, launcher, tmp_path):
 
 def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
     assert connection._RENDEZVOUS_TIMEOUT == 60
-    seconds = 6  # instead
+    seconds = 4  # instead
     ports = [reserve_port() for _ in range(3)]
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -150,7 +150,7 @@ def test_ranks_alternating_between_machines_are_refused(start):
 @pytest.mark.parametrize("silent", exhaustive_except([0, 1], 1))
 def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
     run = launcher.start(
-        *RUN, "world_size=2", "worker_timeout=8", f"local_run_dir={tmp_path}/run", in_order=True, forks_workers=True
+        *RUN, "world_size=2", "worker_timeout=5", f"local_run_dir={tmp_path}/run", in_order=True, forks_workers=True
     )
     run.wait_for("First step: ")
     workers = children_of(*run.children)
@@ -160,7 +160,7 @@ def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
     assert 3 < time.monotonic() - stopped < 120
     assert re.findall("error: .*", run.output) == [
         f"error: worker {silent} (process {workers[silent].pid} on {socket.gethostname()}) has given no sign of life "
-        "for 8 seconds (worker_timeout): the run ends. Resume it with resume=auto"
+        "for 5 seconds (worker_timeout): the run ends. Resume it with resume=auto"
     ]
     assert not any(worker.is_running() for worker in workers)
     assert ".lock" not in os.listdir(tmp_path / "run")
@@ -183,26 +183,24 @@ with connection.process_group(worker_timeout=4):
 
 @pytest.mark.parametrize("slow", exhaustive_except([0, 1], 1))
 def test_slow_worker_is_waited_for(slow, start):
-    workers = [start(SLOW, slow, 7, 5, env=variables) for variables in launcher_variables(3)]
+    workers = [start(SLOW, slow, 6, 5, env=variables) for variables in launcher_variables(3)]
     assert [worker.wait() for worker in workers] == [0] * 3, workers[0].output
 
 
+@pytest.mark.exhaustive
 def test_workers_suspended_together_continue(start):
     workers = [start(SLOW, 0, 3, 1, env=variables) for variables in launcher_variables(3)]
     for worker in workers:
         worker.wait_for("connected")
     for worker in workers:
         worker.kill(signal.SIGSTOP)
-    time.sleep(10)
+    time.sleep(6)
     for worker in workers:
         worker.kill(signal.SIGCONT)
     assert [worker.wait() for worker in workers] == [0] * 3, workers[0].output
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "soon", "null", "true"])
-def test_impossible_worker_timeout_is_named(value, launcher, tmp_path):
-    for n_workers in (1, 2):
-        overrides = [f"worker_timeout={value}", f"local_run_dir={tmp_path}/run"]
-        assert launcher.run(*RUN, *overrides, n_workers=n_workers) == 1
-        assert re.search("error: worker_timeout=.*: (must be|expected) (a number|an integer)", launcher.output)
-        assert "Traceback" not in launcher.output
+def test_impossible_worker_timeout_is_named(value, refusal):
+    message = refusal(*RUN, f"worker_timeout={value}")
+    assert re.match("worker_timeout=.*: (must be|expected) (a number|an integer)", message), message
