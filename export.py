@@ -1,7 +1,7 @@
 """Export a checkpoint as a plain folder for `from_pretrained`: `python export.py run=RUN output=DIR`.
 
-The folder has the model, the tokenizer and a model card. A policy with all its weights is copied, or put together from
-its shards; an adapter is merged into its base.
+The folder has the model, the tokenizer and a model card. A whole checkpoint is copied, a sharded one put together, and
+an adapter merged into its base.
 """
 
 if __name__ == "__main__":  # first, as the other imports take seconds
@@ -37,7 +37,7 @@ def run(config: DictConfig):
     """Check the command line, then export.
 
     Raises: UserError if there is no such checkpoint, if it is damaged or its base has changed, or if `output` holds
-        anything; nothing remains of `output` then.
+        anything. Nothing is left at `output` then.
     """
     options = expand_home(OmegaConf.to_container(config, throw_on_missing=False))
     for key in ("run", "output"):
@@ -71,7 +71,7 @@ def copy_model(checkpoint: str, output: str):
 
 
 def join_shards(checkpoint: str, trained: DictConfig, output: str, trust_remote_code: bool):
-    """Put the model of a sharded checkpoint together, one file after another; arguments as of `merge_adapter`."""
+    """Put the model of a sharded checkpoint together, one file after another; arguments: see `merge_adapter`."""
     from checkpointing.checkpoints import empty_model, fill_model  # takes seconds to import
     from checkpointing.model_files import model_files
 
@@ -91,11 +91,11 @@ def join_shards(checkpoint: str, trained: DictConfig, output: str, trust_remote_
 
 
 def merge_adapter(checkpoint: str, trained: DictConfig, output: str, trust_remote_code: bool):
-    """Load the base as the run's config says, add the adapter's changes to its weights, and write it.
+    """Load the base that the run's config names, add the adapter's changes to its weights, and write it.
 
     Args:
         trained: the run's config.
-        trust_remote_code: allow the base's own code to run, whatever the run's config says.
+        trust_remote_code: allow the base's own code to run; the run's config can't allow it.
     """
     from models import end_at_turns, load_adapter, load_model, read_tokenizer  # takes seconds to import
 

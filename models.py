@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
@@ -15,6 +16,7 @@ from acceleration.out_of_memory import remedies
 from checkpointing.archives import check_finite, describe, load_archive, load_pretrained, verify_weights
 from config_checks.lora import check_lora_fits
 from data import chat, hub
+from distributed import environment
 from references import REFERENCE_ADAPTER, Source, has_the_weights, policy_source, reference_dtype, reference_source
 from reporting.terminal import still_working
 from utils import UserError, default_device, disable_dropout, get_local_dir, rank0_print, unwrap_adapter
@@ -35,39 +37,27 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     name, options = source.name_or_path, _hub_options(config, source)
     origin = f"{source.key('name_or_path')}={name}"
     origin += f" model.revision={options['revision']}" if "revision" in options else ""
-    attention = {"attn_implementation": config.model.attn_implementation} if config.model.attn_implementation else {}
+    if config.model.attn_implementation:
+        options["attn_implementation"] = config.model.attn_implementation
     try:
         verify_weights(name)
         if options["trust_remote_code"]:
             _announce_remote_code(name, options)
         if source.from_scratch:
-            torch.manual_seed(config.seed)
-            model_config = transformers.AutoConfig.from_pretrained(name, **options)
-            trusted = {"trust_remote_code": options["trust_remote_code"]}
-            model = transformers.AutoModelForCausalLM.from_config(
-                model_config, dtype=torch.float32, **attention, **trusted
-            )
             device = default_device() if device_map == "balanced" else "cpu"
-            model = model.to(device, getattr(torch, dtype))  # the same random weights in every dtype, rounded to it
+            model = _random_model(name, config.seed, options).to(device, getattr(torch, dtype))
         else:
             load = load_pretrained
             if device_map == "meta":
                 from checkpointing.unread import load_unread as load
-            model = load(
-                name,
-                origin,
-                dtype=getattr(torch, dtype),
-                device_map=device_map,
-                quantization_config=_quantization(config),
-                **options,
-                **attention,
-            )
+            options |= {"dtype": getattr(torch, dtype), "device_map": device_map}
+            model = load(name, origin, quantization_config=_quantization(config), **options)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files and the hub's HTTP library raise errors of any kind
         cause, remedy = hub.explain_failure(error, name, "model") or (
             describe(error, 2000),
-            f"Give the id of a causal language model on the hub{hub.access_hint(error)}{_code_hint(error)}",
+            f"Give the id of a causal language model on the hub{_code_hint(error)}",
         )
         raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
     _check_on_gpus(model, origin, config, device_map)
@@ -77,6 +67,15 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     elif not hasattr(model, "unread"):
         check_finite(model, origin)
     return model
+
+
+def _random_model(name: str, seed: int, options: dict) -> nn.Module:
+    """Return a model with random weights: the same in every dtype, as they are drawn in float32 and then rounded."""
+    torch.manual_seed(seed)
+    attention = {key: options[key] for key in ("attn_implementation", "trust_remote_code") if key in options}
+    to_find = {key: value for key, value in options.items() if key != "attn_implementation"}
+    model_config = transformers.AutoConfig.from_pretrained(name, **to_find)
+    return transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, **attention)
 
 
 def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map: str):
@@ -155,7 +154,7 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
     except Exception as error:  # the tokenizers library raises bare ones
         cause, remedy = hub.explain_failure(error, name, "model") or (
             describe(error, 2000),
-            f"Name a model that has one{hub.access_hint(error)}{_code_hint(error)}",
+            f"Name a model that has one{_code_hint(error)}",
         )
         key = "model.tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "model.name_or_path"
         raise UserError(
@@ -184,6 +183,18 @@ def _quantization(config: DictConfig):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def model_loaders(
+    config: DictConfig, device_map: str
+) -> tuple[Callable[[], nn.Module | None], Callable[[], nn.Module | None]]:
+    """Return functions that load the policy and the reference; they return None on all but a machine's first worker."""
+    if not environment.is_local_rank0():
+        return lambda: None, lambda: None
+    policy = functools.partial(load_policy, config, device_map)
+    if device_map == "balanced":
+        policy = functools.cache(policy)  # the reference may be a copy of it
+    return policy, lambda: load_reference(config, policy() if device_map == "balanced" else None, device_map)
 
 
 def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:

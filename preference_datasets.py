@@ -1,4 +1,4 @@
-"""Named preference datasets, and the iterator over batches of these and of any other data.
+"""Named preference datasets, and the iterator over batches of these, of files and of hub datasets.
 
 Files and hub datasets in a known format need no code (docs/data.md). For other data, add a function like `get_hh` here
 and an entry in `DATASETS`.
@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import cpu_count
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from data.preparation import prepared_split
 from data.reading import check_path, read_split, row_place
 from data.report import print_report
 from data.row_sources import ROWS  # noqa: F401 (re-exported)
-from data.selection import epoch_order, first_examples, without_identical, without_overlong
+from data.selection import drop_identical, epoch_order, first_examples, without_overlong
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
 from losses import find_loss
@@ -245,7 +245,7 @@ def _inline_text(element: Tag | NavigableString) -> str:
 class Dataset:
     """A named dataset: its function, its place on the hub, and how its long prompts are truncated."""
 
-    load: Callable  # of split, silent, cache_dir, and path unless data is made in code; returns what `get_hh` returns
+    load: Callable  # takes and returns what `get_hh` does; data that is made in code needs no `path`
     hub_id: str | None = None  # where it is loaded from, unless the config's `dataset_paths.NAME` is set
     truncation_mode: str = "keep_end"  # the end of a long prompt that is kept: keep_end (for dialogues) or keep_start
 
@@ -266,27 +266,23 @@ def raise_unknown_dataset(name: str):
     )
 
 
-def check_names(names: Iterable[str], paths: dict[str, str]):
+def check_names(names: Sequence[str], paths: dict[str, str]):
     """Check the names of datasets, and the config's `dataset_paths`.
 
     Raises: UserError if a name isn't in `DATASETS`, if a path is given for a dataset that takes none, or if the path of
         a dataset in `names` is neither a folder nor a hub id.
     """
-    available = ", ".join(DATASETS)
     for name in names:
         if name not in DATASETS:
             raise_unknown_dataset(name)
-        path = paths.get(name)
-        if path == "":
-            raise UserError(f"dataset_paths.{name} is empty: give a folder, or leave the key out")
-        if path is not None and DATASETS[name].hub_id is not None:
-            check_path(name, path)
-    for name in paths:
+    for name, path in paths.items():
         if name not in DATASETS:
             hint = closest_match(name, DATASETS)
-            raise UserError(f"dataset_paths.{name}: no such dataset.{hint} There are: {available}")
+            raise UserError(f"dataset_paths.{name}: no such dataset.{hint} There are: {', '.join(DATASETS)}")
         if "path" not in inspect.signature(DATASETS[name].load).parameters:
             raise UserError(f"dataset_paths.{name}: this dataset is made in code, not loaded from anywhere")
+        if name in names and path is not None:
+            check_path(name, path)
 
 
 def get_dataset(
@@ -312,18 +308,18 @@ def get_dataset(
     return data
 
 
-def _load_prompts(choice: Choice, split: str, silent: bool, cache_dir: str | None, path: str | None) -> list[Prompt]:
-    """Load the prompts of a named dataset."""
-    data = get_dataset(choice.name, split, silent=silent, cache_dir=cache_dir, path=path)
-    mode = choice.truncation if choice.truncation in KEPT_ENDS else DATASETS[choice.name].truncation_mode
-    return [
-        Prompt(text, dataset=choice.name, split=split, truncation_mode=mode, **entry)
+def _named_prompts(
+    name: str, split: str, mode: str, eos_token: str, silent: bool, cache_dir: str | None, path: str | None
+) -> list[Prompt]:
+    """Load the prompts of a named dataset.
+
+    Raises: UserError if a text contains the end-of-sequence token, which marks where a response ends.
+    """
+    data = get_dataset(name, split, silent=silent, cache_dir=cache_dir, path=path)
+    prompts = [
+        Prompt(text, dataset=name, split=split, truncation_mode=mode, **entry)
         for text, entry in (data.items() if isinstance(data, dict) else data)
     ]
-
-
-def _check_no_eos(prompts: list[Prompt], eos_token: str):
-    """Raise UserError if a text contains the end-of-sequence token, which marks where a response ends."""
     for prompt in prompts:
         for text in (prompt.text, prompt.sft_target, *prompt.responses):
             if eos_token in text:
@@ -333,6 +329,7 @@ def _check_no_eos(prompts: list[Prompt], eos_token: str):
                     f"...{text[max(0, text.index(eos_token) - 60) :]!r:.160}\nRemove it from the data; it is added to "
                     "the end of every response."
                 )
+    return prompts
 
 
 def get_batch_iterator(
@@ -381,30 +378,28 @@ def get_batch_iterator(
     """
     if n_epochs is None and n_examples is None:
         raise UserError("n_epochs and n_examples are both null: set one of them, so that the run ends")
-    if silent:
-        import datasets
-
-        datasets.logging.set_verbosity_error()
-        datasets.disable_progress_bars()
     choices = [name if isinstance(name, Choice) else Choice(name) for name in names]
     accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if unpaired else ("pairs",)
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
-        if choice.name in DATASETS:
-            part = _load_prompts(choice, split, silent, cache_dir, (paths or {}).get(choice.name))
-            _check_no_eos(part, tokenizer.eos_token)
+        named = DATASETS.get(choice.name)
+        mode = named.truncation_mode if named else "keep_end"
+        mode = choice.truncation if choice.truncation in KEPT_ENDS else mode
+        if named:
+            path = (paths or {}).get(choice.name)
+            part = _named_prompts(choice.name, split, mode, tokenizer.eos_token, silent, cache_dir, path)
         else:
-            part = prepared_split(choice, split, settings, tokenizer, accepted_kinds, cache_dir, silent)
+            part = prepared_split(choice, split, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
         if choice.truncation in ("drop", "error"):
-            part = without_overlong(part, choice, sft_mode, tokenizer, split, **lengths)
-        if not sft_mode and choice.name not in DATASETS:  # named datasets keep identical responses, as in the original
-            without_identical(part, choice, split, settings.skips_bad, **lengths)
+            part = without_overlong(part, choice, split, sft_mode, tokenizer, **lengths)
+        if not named and not sft_mode:  # the original keeps identical responses in named datasets
+            drop_identical(part, choice, split, settings.skips_bad, **lengths)
         if split == "train" and choice.n_examples is not None:
-            part = first_examples(part, choice, seed, sft_mode)
+            part = first_examples(part, choice, sft_mode, seed)
         parts.append(part)
     is_every_prompt_once = all(choice.weight == 1 and choice.n_examples is None for choice in choices)
-    order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, seed, sft_mode)
+    order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, sft_mode, seed)
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:

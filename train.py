@@ -9,10 +9,9 @@ import contextlib
 import functools
 import textwrap
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from acceleration.out_of_memory import explain_out_of_memory
+from acceleration.out_of_memory import out_of_memory_explained
 from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
@@ -40,8 +39,7 @@ from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
 from config_checks.schema import changed_keys
-from distributed import collectives, connection, environment
-from distributed.strategies import STRATEGIES
+from distributed import collectives, environment, launch
 from optimization import rate_warning
 from preference_datasets import open_batches
 from reporting.runs import last_evaluation
@@ -60,19 +58,18 @@ def run(config: DictConfig) -> tuple[dict[str, float], str]:
     if in_sweep() and "exp_name" not in (varied := job_overrides()):  # wandb tells jobs apart by their names
         config.exp_name = " ".join([str(config.exp_name), *(f"{key}={value}" for key, value in varied.items())])
     with contextlib.ExitStack() as stack:
-        if is_launched := environment.is_launched():
-            stack.enter_context(connection.process_group(config.worker_timeout))
+        stack.enter_context(launch.joined_group(config))
         checked = (config, *check_and_lock(config, run_dir_given, stack)) if on_rank0() else None
         config, checkpoint, is_finished, file_hashes = collectives.broadcast_object(checked)
         if is_finished:
             rank0_print(f"This run is complete: {checkpoint}")
         elif config.data_only:
             report_data(config)
-        elif is_launched or not STRATEGIES[config.trainer].starts_workers:
-            train_from(config, checkpoint, file_hashes)
-        else:
+        elif launch.must_start_workers(config):
             with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
                 run_in_workers(train_from, config, checkpoint, file_hashes)
+        else:
+            train_from(config, checkpoint, file_hashes)
         return last_evaluation(config.local_run_dir), config.local_run_dir
 
 
@@ -138,12 +135,9 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
             return
         if on_rank0():
             create_run_dir(config, trainer.state.inputs)
-        with resume_hinted(run_dir, Exception):
-            try:
-                trainer.train()
-                trainer.save()
-            except torch.OutOfMemoryError as error:
-                raise explain_out_of_memory(error, config) from error
+        with resume_hinted(run_dir, Exception), out_of_memory_explained(config):
+            trainer.train()
+            trainer.save()
 
 
 def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[str, str]:

@@ -12,35 +12,30 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed import ProcessGroup
 
+import models
+import references
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
 from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
-from acceleration.out_of_memory import explain_out_of_memory
+from acceleration.out_of_memory import out_of_memory_explained
 from acceleration.overflow import check_no_overflow
 from acceleration.packed_attention import use_packed_attention
 from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
 from acceleration.whole_batch_losses import whole_batch_losses
-from checkpointing import best
+from checkpointing import best, train_state
 from checkpointing.background import Background
 from checkpointing.checkpoints import check_shared, load_model_state, load_policy_state
 from checkpointing.optimizer_state import load_optimizer_state
 from checkpointing.saving import begin_save, is_over, save_step
 from checkpointing.stop_signal import Stopped, StopSignal
-from checkpointing.train_state import (
-    TrainState,
-    get_rng_state,
-    restore_rng_state,
-    seed_generators,
-    set_rng_state,
-)
 from commands.output import quiet_libraries
 from config_checks.datasets import chosen_datasets, hub_names
 from data import hub
 from data.batches import prefetched
 from data.microbatches import computed_tokens, microbatches
-from distributed import collectives, environment
+from distributed import collectives
 from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
@@ -53,29 +48,9 @@ from log_probabilities import (
     with_first_labels,
 )
 from losses import find_loss, preference_loss  # noqa: F401 (users of the original import it from here)
-from models import (
-    allow_own_code,
-    check_has_router,
-    check_reference_fits,
-    check_tokenizer_fits,
-    configured_dropout_rates,
-    end_at_turns,
-    load_policy,
-    load_reference,
-    load_tokenizer,
-    router_losses,
-)
 from objectives.declaration import Memory
 from optimization import lr_multiplier, make_optimizer, rate_warning
 from preference_datasets import open_batches
-from references import (
-    Reference,
-    check_reference_can_move,
-    is_computed_as_policy,
-    make_reference,
-    move_reference,
-    reference_source,
-)
 from reporting.metrics import check_finite, mean_metrics, response_metrics, reward_metrics
 from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
@@ -132,10 +107,10 @@ class BasicTrainer:
         self.strategy = self.strategy_class(config)
         self.is_sharded = self.strategy.batch_shard[1] > 1  # other workers compute other shards of each batch
         self.moves_reference = config.reference_update_every is not None
-        self.state = TrainState()
+        self.state = train_state.TrainState()
         self.stop, self.background = StopSignal(), Background()
         self.run_log: RunLog | None = None
-        self.tokenizer = load_tokenizer(config)
+        self.tokenizer = models.load_tokenizer(config)
         self.train_iterator = self.eval_iterator = self.optimizer = self.scheduler = None
         if purpose != "sample":
             self._load_data(trains=purpose == "train")
@@ -175,13 +150,13 @@ class BasicTrainer:
         if policy is not None and config.model.block_name is not None:  # sharding renames the blocks' classes
             get_block_class_from_model(policy, config.model.block_name)
         self.policy = self.strategy.distribute(policy, is_policy=True)
-        end_at_turns(self.policy, self.tokenizer)
+        models.end_at_turns(self.policy, self.tokenizer)
         self.device = self.strategy.device(self.policy)
         # for checkpoints; read now, as the hub may be out of reach by then
-        self.dropout_rates = configured_dropout_rates(config) if self.rank == 0 else {}
-        check_tokenizer_fits(self.policy, self.tokenizer, config)
+        self.dropout_rates = models.configured_dropout_rates(config) if self.rank == 0 else {}
+        models.check_tokenizer_fits(self.policy, self.tokenizer, config)
         if config.model.router_aux_loss_coef is not None:
-            check_has_router(self.policy, config.model.router_aux_loss_coef)
+            models.check_has_router(self.policy, config.model.router_aux_loss_coef)
         self.layout = self.reference_layout = self._choose_layout(self.policy)
 
     def _choose_layout(self, model: nn.Module) -> Layout:
@@ -198,7 +173,7 @@ class BasicTrainer:
 
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
         """Prepare the reference, unless it is precomputed: then `precompute_reference` loads it."""
-        self.reference: Reference | None = None
+        self.reference: references.Reference | None = None
         self.reference_cache: LogpsCache | None = None
         config = self.config
         if not self.loss.needs_reference(config.loss):
@@ -208,20 +183,21 @@ class BasicTrainer:
         self._reference_model = reference_model
         rank0_print(f"Reference: {config.reference}{', precomputed' if config.precompute_ref_log_probs else ''}")
         if not config.precompute_ref_log_probs:
-            self.reference = make_reference(config.reference, self.policy, self.load_reference)
+            self.reference = references.make_reference(config.reference, self.policy, self.load_reference)
 
     def load_reference(self) -> nn.Module:
         """Load a second model as the reference, and check that the policy can be compared with it."""
-        config, is_another, model = self.config, bool(reference_source(self.config).given), self._reference_model
+        config, model = self.config, self._reference_model
+        is_another = bool(references.reference_source(config).given)
         model = model if isinstance(model, nn.Module) else model()
         model = self.strategy.distribute(model, is_policy=False)
         if is_another:
-            check_reference_fits(model, self.policy, self.tokenizer, config)
+            models.check_reference_fits(model, self.policy, self.tokenizer, config)
         if self.moves_reference:
-            check_reference_can_move(model, self.policy, config)
+            references.check_reference_can_move(model, self.policy, config)
         if self.eval_iterator is not None and model.dtype == torch.float16:
             check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-        if is_another or (self.layout.is_packed and not is_computed_as_policy(config)):
+        if is_another or (self.layout.is_packed and not references.is_computed_as_policy(config)):
             self.reference_layout = self._choose_layout(model)  # whether packed rows agree depends on the dtype
         elif self.layout.is_packed:
             use_packed_attention(unwrap_adapter(model))
@@ -239,7 +215,7 @@ class BasicTrainer:
         if is_needed and self.reference_cache is None:
             self.reference_cache = fill_cache(self)
             if config.reference != "model":  # it shares the policy's memory, and samples are drawn from it
-                self.reference = make_reference(config.reference, self.policy, self.load_reference)
+                self.reference = references.make_reference(config.reference, self.policy, self.load_reference)
             elif config.sample_during_eval:
                 rank0_print("Reference freed: samples come from the policy only")
 
@@ -298,7 +274,7 @@ class BasicTrainer:
         FSDP also casts weights as it gathers them (`distributed.fsdp`); other trainers cast them once a step
         (`acceleration.shadow_weights`).
         """
-        if self.policy_mp is None or not (model is self.policy or is_computed_as_policy(self.config)):
+        if self.policy_mp is None or not (model is self.policy or references.is_computed_as_policy(self.config)):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 
@@ -313,28 +289,22 @@ class BasicTrainer:
         with self.reference.active() as model:
             return self.response_logps(model, batch, until).to(self.device).chunk(2, dim=-1)  # it may be on another GPU
 
-    def loss_inputs(
-        self, batch: dict, policy_logps: torch.Tensor, until: torch.Tensor | None, loss_config: Mapping
-    ) -> dict[str, torch.Tensor]:
-        """Return the inputs of a loss, (batch_size,) each: log-probabilities (nats), lengths (tokens) and weights.
-
-        Args:
-            policy_logps: those of the S responses, chosen before rejected, (S,); with `until`, (2, S).
-            until: see `response_logps`.
-        """
+    def loss_inputs(self, batch: dict, loss_config: Mapping) -> dict[str, torch.Tensor]:
+        """Return the inputs of a loss, (batch_size,) each: log-probabilities (nats), lengths (tokens) and weights."""
         sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-        lengths = torch.cat([response_lengths(batch[f"{side}_labels"]) for side in sides])
-        stacked = {"{}_lengths": lengths.to(self.device, non_blocking=True), "policy_{}_logps": policy_logps}
+        until = shared_lengths(batch) if self.loss.needs_shared_logps(loss_config) else None
+        logps, inputs = {"policy": self.response_logps(self.policy, batch, until)}, {}
         if self.loss.needs_pairs:
-            stacked["reference_{}_logps"] = torch.cat(self.reference_logps(batch, until), -1)
+            logps["reference"] = torch.cat(self.reference_logps(batch, until), -1)
+        for model, of_model in logps.items():
+            for side, values in zip(sides, of_model.chunk(len(sides), -1), strict=True):
+                if values.ndim == 2:  # (2, batch_size)
+                    values, inputs[f"{model}_{side}_shared_logps"] = values
+                inputs[f"{model}_{side}_logps"] = values
+        for side in sides:
+            inputs[f"{side}_lengths"] = response_lengths(batch[f"{side}_labels"]).to(self.device, non_blocking=True)
         if self.loss.needs_weights(loss_config):
-            stacked["{}_weights"] = self._on_policy_weights(batch)
-        inputs = {}
-        for name, values in stacked.items():
-            for side, of_side in zip(sides, values.chunk(len(sides), -1), strict=True):
-                if of_side.ndim == 2:
-                    of_side, inputs[name.format(side).replace("_logps", "_shared_logps")] = of_side
-                inputs[name.format(side)] = of_side
+            inputs["chosen_weights"], inputs["rejected_weights"] = self._on_policy_weights(batch).chunk(2)
         return inputs
 
     def _on_policy_weights(self, batch: dict) -> torch.Tensor:
@@ -358,18 +328,14 @@ class BasicTrainer:
         Args:
             loss: that of a microbatch, if the loss needs the whole batch; None takes this batch for a whole one.
         """
-        split, until = "train" if train else "eval", None
-        if self.loss.needs_shared_logps(loss_config):
-            until = shared_lengths(batch)
-        router_coef = self.config.model.router_aux_loss_coef
-        with contextlib.nullcontext() if router_coef is None else router_losses(self.policy) as aux_losses:
-            policy_logps = self.response_logps(self.policy, batch, until)
-        inputs = self.loss_inputs(batch, policy_logps, until, loss_config)
+        split, router_coef = "train" if train else "eval", self.config.model.router_aux_loss_coef
+        with contextlib.nullcontext() if router_coef is None else models.router_losses(self.policy) as aux_losses:
+            inputs = self.loss_inputs(batch, loss_config)
         loss = loss or self._loss_functions(batch, [batch], train)[0]
         losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
         if router_coef is not None:
-            aux_loss = aux_losses[0].to(losses.device)
+            aux_loss = aux_losses[0].to(losses.device)  # of the policy's first forward pass
             losses = losses + router_coef * aux_loss
             metrics[f"aux_loss/{split}"] = aux_loss.detach().expand(len(losses))  # of the microbatch, for each example
         averaged = loss_config.get("average_log_prob", False)
@@ -389,9 +355,10 @@ class BasicTrainer:
         """
         if self.config.precompute_ref_log_probs:
             self.precompute_reference()
-        seed_generators(self.seed + self.strategy.batch_shard[0])  # workers with other prompts draw other samples
+        # workers with other prompts draw other samples
+        train_state.seed_generators(self.seed + self.strategy.batch_shard[0])
         if self.state.rng_states:
-            restore_rng_state(self.state.rng_states, *self.strategy.batch_shard)
+            train_state.restore_rng_state(self.state.rng_states, *self.strategy.batch_shard)
         if self.rank == 0:
             self.run_log = RunLog(
                 self.config, self.run_dir, self.train_iterator.n_examples, self.train_iterator.epoch_size, self.state
@@ -466,7 +433,7 @@ class BasicTrainer:
 
         self.state.updates += 1
         if self.moves_reference and self.state.updates % self.config.reference_update_every == 0:
-            move_reference(self.reference, self.policy, self.config.reference_update_alpha)
+            references.move_reference(self.reference, self.policy, self.config.reference_update_alpha)
         self.state.batches += 1
         self.state.examples += self.config.batch_size
         seconds = time.perf_counter() - start_time
@@ -551,14 +518,14 @@ class BasicTrainer:
 
         Raises: Stopped after a signal, as if the evaluation had not begun.
         """
-        rng_state = get_rng_state()
+        rng_state = train_state.get_rng_state()
         try:
             start_time, metrics, samples, kl = time.perf_counter(), self.evaluate(), [], {}
             if self.config.sample_during_eval:
                 samples, kl = sampling.sample_evaluation(self, time.perf_counter() - start_time)
             metrics |= kl
         except Stopped:
-            set_rng_state(rng_state)
+            train_state.set_rng_state(rng_state)
             raise
         self.state.metrics, self.state.evaluated_at = metrics, self.state.examples
         if self.state.examples > 0:  # the weights that training starts from don't count
@@ -584,7 +551,7 @@ class BasicTrainer:
         Raises: UserError if it doesn't fit the model, is beyond the end of training, or has no optimizer state.
         """
         self.precompute_reference()  # before the weights change: it starts from the same ones
-        state, n_batches = TrainState.load(checkpoint), self.train_iterator.n_batches
+        state, n_batches = train_state.TrainState.load(checkpoint), self.train_iterator.n_batches
         if state.batches > n_batches:
             raise UserError(
                 f"{checkpoint} is after step {state.batches}, but n_epochs={self.config.n_epochs} "
@@ -604,7 +571,7 @@ class BasicTrainer:
         load_policy_state(checkpoint, self.policy)
         if self.moves_reference:
             load_model_state(checkpoint, "reference", self.reference.model)
-        self.state = dataclasses.replace(TrainState.load(checkpoint), inputs=self.state.inputs)
+        self.state = dataclasses.replace(train_state.TrainState.load(checkpoint), inputs=self.state.inputs)
         averages = self.state.loss_memory.items()
         self.loss_memory = Memory({name: torch.tensor(value, dtype=torch.float64) for name, value in averages})
 
@@ -628,21 +595,9 @@ def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
     use_deterministic_algorithms(config.deterministic)
     hub.use_cache_if_unreachable(hub_names(config, reads_data=purpose != "sample"))
     if config.model.trust_remote_code:
-        allow_own_code()
+        models.allow_own_code()
     trainer_class = globals()[config.trainer]
-    device_map = trainer_class.strategy_class.device_map
-    loads = environment.is_local_rank0()
-    policy = functools.partial(load_policy, config, device_map) if loads else None
-    if loads and device_map == "balanced":
-        policy = functools.cache(policy)  # the reference may be a copy of it
-
-    def reference_model() -> nn.Module | None:
-        if not loads:
-            return None
-        return load_reference(config, policy() if device_map == "balanced" else None, device_map)
-
+    policy, reference_model = models.model_loaders(config, trainer_class.strategy_class.device_map)
     ranks = collectives.rank_and_world_size()
-    try:
+    with out_of_memory_explained(config):
         return trainer_class(policy, config, config.seed, config.local_run_dir, reference_model, *ranks, purpose)
-    except torch.OutOfMemoryError as error:
-        raise explain_out_of_memory(error, config) from error

@@ -1,5 +1,8 @@
 """Explain a GPU that is out of memory, with the keys that would help."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from omegaconf import DictConfig
 
@@ -9,9 +12,13 @@ from references import resolved_reference
 from utils import UserError
 
 
-def explain_out_of_memory(error: torch.OutOfMemoryError, config: DictConfig) -> UserError:
-    """Return the error to raise when a GPU is out of memory, with remedies."""
-    return UserError(f"a GPU is out of memory: {str(error).splitlines()[0]}\n{remedies(config)}")
+@contextlib.contextmanager
+def out_of_memory_explained(config: DictConfig) -> Iterator[None]:
+    """Turn "a GPU is out of memory", raised inside the block, into a UserError with remedies."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"a GPU is out of memory: {str(error).splitlines()[0]}\n{remedies(config)}") from error
 
 
 def remedies(config: DictConfig) -> str:

@@ -9,7 +9,7 @@ INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 
 
 def end_at_once():
-    """From now on, Ctrl-C ends the process at once, until `interrupts_reported`; commands call it before other imports.
+    """Let Ctrl-C end the process at once, up to `interrupts_reported`; commands call it before their other imports.
 
     Some libraries swallow a KeyboardInterrupt in their imports, or turn it into another error.
     """

@@ -31,7 +31,7 @@ def link_target(path: str) -> str | None:
 
 
 def followed(path: str) -> str:
-    """Return the path with each such file replaced by the checkpoint that it names."""
+    """Return a path with each file that stands for a link replaced by the checkpoint that it names."""
     parts = Path(path).parts
     for n, name in enumerate(parts, 1):
         link = os.path.join(*parts[:n])

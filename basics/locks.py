@@ -34,11 +34,10 @@ def locked(path: str, origin: str, busy: str) -> Iterator[int]:
     """Lock a file for this process alone and yield its descriptor; create it if needed; remove it later if still empty.
 
     The lock is an flock, which ends with this process, however that ends. It also holds between machines that share the
-    directory, if the file system passes flock on. These do: CephFS; Lustre mounted with `flock`; NFSv4; NFSv3 with its
-    lock service. If a machine crashes, the server releases its locks, on NFS after a minute or two. A mount that keeps
-    locks local (`nolock`, `local_lock`, `localflock`) looks the same from here and shuts out only this machine's
-    processes. If the file system has no locks at all, a warning is printed. Windows has no flock: there `filelock`
-    locks a second file beside this one, so that others can still read it.
+    directory, if the file system passes flock on, as CephFS, NFS and Lustre (mounted with `flock`) do. If a machine
+    crashes, the server releases its locks, on NFS after a minute or two. A mount that keeps locks local (`nolock`,
+    `local_lock`, `localflock`) shuts out only this machine's processes. If the file system has no locks at all, a
+    warning is printed. Windows has no flock: there `filelock` locks a second file, so that others can still read this.
 
     Args:
         origin: key and value that name the file, for messages.

@@ -243,8 +243,6 @@ def is_own_config(path: str) -> bool:
 
 def is_run(directory: str) -> bool:
     """True if a run wrote to this directory: it has the run's config.yaml, or one of its checkpoints."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    checkpoints = [name for name in names if is_checkpoint_name(name.removesuffix(".replaced"))]
     return is_own_config(os.path.join(directory, "config.yaml")) or any(
-        os.path.exists(os.path.join(directory, name, CHECKSUMS)) for name in checkpoints
+        os.path.exists(os.path.join(directory, name, CHECKSUMS)) for name in _run_names(directory)
     )

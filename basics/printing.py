@@ -47,6 +47,11 @@ def _is_harmless(character: str) -> bool:
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
+def one_line(error: object) -> str:
+    """Return an error's message on one line, shortened; its type if it has none."""
+    return " ".join((str(error) or type(error).__name__).split())[:400]
+
+
 def markdown(text: object) -> str:
     """Return a text on one line for a Markdown paragraph or table, with its markup escaped."""
     line = " ".join(printable(text).split())

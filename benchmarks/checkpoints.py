@@ -12,29 +12,23 @@ Figures are medians of several rounds through the formats.
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import transformers
-from hydra import compose, initialize_config_dir
+from common import print_header, print_row, process_memory, reset_peak_memory, resized_tiny_model
 from omegaconf import DictConfig, OmegaConf
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import trainers
 from checkpointing.optimizer_state import load_optimizer_state
 from checkpointing.saving import begin_save
+from commands.command_line import compose_config
 from config_checks.checks import check_config
-from config_checks.schema import REPOSITORY
 from distributed import connection, launch
 from distributed.collectives import all_gather_object, barrier
 
@@ -42,22 +36,13 @@ FORMATS = {"whole": ("whole", False), "sharded": ("sharded", False), "sharded, a
 COLUMNS = ("waits", "total", "MB", "peak of rank 0", "peak of others", "load", "load: peak of rank 0", "of others")
 
 
-def memory(key: str) -> float:
-    """Return a line of /proc/self/status in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024 / 1e6
-
-
 def measured(function: Callable[[], float | None]) -> tuple[float, float, float]:
     """Call a function on all workers; return the seconds that it returns or else takes, and the peaks of memory."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory freed by the last round would be used again, uncounted
     barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before, start_time = memory("VmRSS"), time.perf_counter()
+    before, start_time = reset_peak_memory(), time.perf_counter()
     seconds = function()
     seconds = time.perf_counter() - start_time if seconds is None else seconds
-    by_worker = all_gather_object((seconds, memory("VmHWM") - before))
+    by_worker = all_gather_object((seconds, (process_memory("VmHWM") - before) / 1e6))
     return max(s for s, _ in by_worker), by_worker[0][1], max((m for _, m in by_worker[1:]), default=0.0)
 
 
@@ -111,29 +96,23 @@ def main():
     args = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as directory:
-        model = shutil.copytree(REPOSITORY / "assets" / "tiny", f"{directory}/model")
-        sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "intermediate_size": 4 * args.hidden}
-        sizes |= {"vocab_size": args.vocabulary, "num_attention_heads": args.hidden // 64}
-        transformers.AutoConfig.from_pretrained(model, **sizes).save_pretrained(model)
-        overrides = [
-            "exp_name=checkpoints", "trainer=FSDPTrainer", f"world_size={args.workers}", "model=blank_model",
-            f"model.name_or_path={model}",
+        sizes = {"vocab_size": args.vocabulary, "num_attention_heads": args.hidden // 64}
+        model = resized_tiny_model(f"{directory}/model", args.hidden, args.layers, **sizes)
+        config = compose_config(
+            "trainer=FSDPTrainer", f"world_size={args.workers}", "model=blank_model", f"model.name_or_path={model}",
             "model.from_scratch=true", "loss=sft", "datasets=[toy]", "max_length=32", "max_prompt_length=16",
             f"batch_size={args.workers}", f"eval_batch_size={args.workers}", f"n_examples={args.workers}",
             f"n_eval_examples={args.workers}", "sample_during_eval=false", "wandb.enabled=false", "shared_prompt=false",
             f"local_dirs=[{directory}/cache]", f"local_run_dir={directory}/run",
-        ]  # fmt: skip
-        with initialize_config_dir(str(REPOSITORY / "config"), version_base="1.3"):
-            config = compose("config", overrides)
+        )  # fmt: skip
         OmegaConf.resolve(config)
         check_config(config)
         launch.run_workers(measure, args.workers, None, config, args.rounds, f"{directory}/figures.json")
         rounds = json.loads(Path(directory, "figures.json").read_text())
-    print(f"| checkpoint | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
+    print_header(["checkpoint", *COLUMNS])
     for name in FORMATS:
         figures = [statistics.median(values) for values in zip(*(figures[name] for figures in rounds), strict=True)]
-        shown = (f"{figure:,.1f}" if figure < 100 else f"{figure:,.0f}" for figure in figures)
-        print(f"| {name} | {' | '.join(shown)} |")
+        print_row([name, *(f"{figure:,.1f}" if figure < 100 else f"{figure:,.0f}" for figure in figures)])
 
 
 if __name__ == "__main__":

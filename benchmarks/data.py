@@ -11,20 +11,19 @@ Each measurement runs in a fresh process. Memory is the peak of RssAnon in /proc
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
 import random
-import re
-import sys
 import tempfile
 import threading
 import time
 from collections import defaultdict
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from common import REPOSITORY, print_header, print_row, process_memory
+
 WORDS = 20_000  # in the vocabulary of the generated dialogues; their frequencies follow Zipf's law
 MAX_LENGTH, MAX_PROMPT_LENGTH = 512, 256
 
@@ -106,31 +105,16 @@ def reference_element(prompt: str, chosen: str, rejected: str, tokenizer) -> dic
 # ---- this repository ------------------------------------------------------------------------------------------------
 
 
-def start_of_training(path: Path, cache_dir: str) -> dict[str, float]:
-    """Do all that a run does with its data before it loads a model."""
+def start(path: Path, cache_dir: str, draws_epoch: bool = False) -> dict[str, float]:
+    """Do all that a run does with its data before it loads a model; then, if told to, draw the batches of an epoch."""
     from preference_datasets import get_batch_iterator
 
-    tokenizer, start = load_tokenizer(), time.perf_counter()
-    batches = get_batch_iterator([str(path)], tokenizer, n_epochs=1, batch_size=64, cache_dir=cache_dir, silent=True)
-    return {"read": time.perf_counter() - start, "n_pairs": batches.epoch_size}
-
-
-def start_and_epoch(path: Path, cache_dir: str) -> dict[str, float]:
-    """Start with everything cached, then iterate over all batches of an epoch."""
-    from preference_datasets import get_batch_iterator
-
-    tokenizer, start = load_tokenizer(), time.perf_counter()
+    tokenizer, before = load_tokenizer(), time.perf_counter()
     batches = get_batch_iterator([str(path)], tokenizer, n_epochs=1, batch_size=64, max_length=MAX_LENGTH,
                                  max_prompt_length=MAX_PROMPT_LENGTH, cache_dir=cache_dir, silent=True)  # fmt: skip
     read = time.perf_counter()
-    n_pairs = sum(len(batch["prompt"]) for batch in batches)
-    return {"read": read - start, "tokenize": time.perf_counter() - read, "n_pairs": n_pairs}
-
-
-def anonymous_memory() -> int:
-    """Return this process's RssAnon in bytes: its memory without mapped files."""
-    with open("/proc/self/status") as file:
-        return 1024 * int(re.search(r"RssAnon:\s*(\d+)", file.read())[1])
+    n_pairs = sum(len(batch["prompt"]) for batch in batches) if draws_epoch else batches.epoch_size
+    return {"read": read - before, "tokenize": time.perf_counter() - read, "n_pairs": n_pairs}
 
 
 def measure(function, path: Path, cache_dir: str, connection):
@@ -142,18 +126,18 @@ def measure(function, path: Path, cache_dir: str, connection):
 
     datasets.disable_progress_bars()
     load_tokenizer()
-    before, peak, is_done = anonymous_memory(), [0], threading.Event()
+    before, peak, is_done = process_memory("RssAnon"), [0.0], threading.Event()
 
     def sample():
         while not is_done.wait(0.02):
-            peak[0] = max(peak[0], anonymous_memory())
+            peak[0] = max(peak[0], process_memory("RssAnon"))
 
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
     result = function(path, cache_dir)
     is_done.set()
     sampler.join()
-    connection.send(result | {"memory": (max(peak[0], anonymous_memory()) - before) / 2**20})
+    connection.send(result | {"memory": (max(peak[0], process_memory("RssAnon")) - before) / 2**20})
 
 
 def measure_in_process(function, path: Path, cache_dir: str) -> dict[str, float]:
@@ -174,25 +158,22 @@ def main():
                         "many pairs")  # fmt: skip
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores\n")
-    print("| rows | measured | seconds | pairs/s | memory, MiB |\n| --- | --- | --- | --- | --- |")
+    print_header(["rows", "measured", "seconds", "pairs/s", "memory, MiB"])
     for n_rows in args.rows:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "rows.jsonl"
             write_rows(path, n_rows)
-            for name, function in {"original's loop": reference_loop, "first start": start_of_training,
-                                   "later start": start_of_training, "epoch": start_and_epoch}.items():  # fmt: skip
+            for name, function in {"original's loop": reference_loop, "first start": start, "later start": start,
+                                   "epoch": functools.partial(start, draws_epoch=True)}.items():  # fmt: skip
                 part = path
                 if function is reference_loop and args.reference_rows is not None and args.reference_rows < n_rows:
                     part = Path(directory) / "part.jsonl"
                     write_rows(part, args.reference_rows)
                 cache_dir = f"{directory}/{'reference' if function is reference_loop else 'cache'}"
                 result = measure_in_process(function, part, cache_dir)
-                seconds = result["read"] + result.get("tokenize", 0)
-                print(
-                    f"| {n_rows:,} | {name} | {seconds:.1f} | {result['n_pairs'] / seconds:,.0f} | "
-                    f"{result['memory']:.0f} |",
-                    flush=True,
-                )
+                seconds = result["read"] + result["tokenize"]
+                figures = [f"{seconds:.1f}", f"{result['n_pairs'] / seconds:,.0f}", f"{result['memory']:.0f}"]
+                print_row([f"{n_rows:,}", name, *figures])
 
 
 if __name__ == "__main__":

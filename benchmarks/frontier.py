@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -26,22 +25,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import toy_length
 import transformers
+from common import REPOSITORY, resized_tiny_model
 from exact import Frontier, ResponseTree, Task, response_logps
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import train
-from commands.command_line import with_free_keys
-from config_checks.schema import CONFIG_DIR, REPOSITORY
+from commands.command_line import compose_config
 from data import toy
 from losses import LOSSES
 from objectives.declaration import KL_ESTIMATE, LOGPS, MEAN_LENGTH, MEMORY, Memory
 from preference_datasets import DATASETS, Dataset
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
 COMMON = [
     "model=tiny", "max_length=64", "max_prompt_length=32", "n_epochs=null", "n_eval_examples=64", "eval_batch_size=64",
     "do_first_eval=false", "sample_during_eval=false", "wandb.enabled=false", "exp_name=frontier", "resume=auto",
@@ -51,7 +47,7 @@ COMMON = [
 DATASETS |= {
     "toy_flipped": Dataset(functools.partial(toy.get_toy, flipped=0.2)),
     "toy_scarce": Dataset(functools.partial(toy.get_toy, n_train=300)),
-    "toy_length": Dataset(toy.get_toy_length),
+    "toy_length": Dataset(toy_length.get_toy_length),
     "toy_preferred": Dataset(functools.partial(toy.get_toy, imitates_preferred=True)),
 }
 
@@ -156,8 +152,8 @@ def learning_rate(run: Run, n_tokens: int) -> float:
 
 def tasks() -> dict[str, Task]:
     """Return the two tasks, by the name of the dataset for SFT."""
-    words, clauses = toy.all_long_responses()
-    long_texts = [toy.long_response_text(w, n) for w, n in zip(words, clauses, strict=True)]
+    words, clauses = toy_length.all_long_responses()
+    long_texts = [toy_length.long_response_text(w, n) for w, n in zip(words, clauses, strict=True)]
     texts = [toy.response_text(words) for words in toy.ALL_RESPONSES]
     return {
         "toy": Task(toy.PROMPTS, texts, toy.true_reward(toy.ALL_RESPONSES)),
@@ -216,8 +212,7 @@ class Bench:
         if model == "small":
             self.model = out / "model"
             if not (self.model / "config.json").exists():
-                shutil.copytree(REPOSITORY / "assets/tiny", self.model, dirs_exist_ok=True)
-                transformers.AutoConfig.from_pretrained(self.model, **SMALL).save_pretrained(self.model)
+                resized_tiny_model(str(self.model), hidden=64, layers=2)
         self.starts = {name: Start(name, task, self) for name, task in tasks().items()}
 
     @functools.cached_property
@@ -231,8 +226,7 @@ class Bench:
     def train(self, directory: Path, *overrides: str):
         """Run `python train.py ...` in this process, with its output in the directory's log."""
         places = [f"model.name_or_path={self.model}", f"local_dirs=[{self.out}]", f"local_run_dir={directory}"]
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", with_free_keys([*COMMON, *places, *overrides]))
+        config = compose_config(*COMMON, *places, *overrides)
         with open(f"{directory}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             train.run(config)
 
@@ -315,7 +309,7 @@ def length_runs(names: list[str]) -> list[Run]:
     """Return runs at the objectives' middle strength on `toy_length`; for DPO, also with remedies against length."""
     runs = [run for name in names for run in sweep(name, "toy_length", (2,))]
     if "dpo" in names:
-        penalties = [0.01, toy.LENGTH_BIAS / 8]  # the default, and the labels' bias per token
+        penalties = [0.01, toy_length.LENGTH_BIAS / 8]  # the default, and the labels' bias per token
         runs += [Run("length_dpo", 1.0, "toy_length", extra=(f"loss.length_penalty={p:g}",)) for p in penalties]
         runs.append(Run("dpo_norm", 18.0, "toy_length"))
     return runs

@@ -43,23 +43,25 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
 def sweep_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
-    lines = [
-        "| objective | option | fraction of the optimum's gain at the policy's KL (nats) | leaked |",
-        "|---|---|---|---|",
-    ]
+    """Return a table of the last checkpoint at each strength of every objective."""
+    rows = []
     for name, (option, _) in objectives.items():
-        row = ends(results, name)
-        if row:
+        if row := ends(results, name):
             strengths = ", ".join(f"{end['strength']:g}" for end in row)
             fractions = ", ".join(f"{percent(end['fraction'])} at {end['kl']:.2f}" for end in row)
             leaked = f"{percent(min(e['outside'] for e in row))} to {percent(max(e['outside'] for e in row))}"
-            lines.append(f"| {name} | `{option}` {strengths} | {fractions} | {leaked} |")
+            rows.append([name, f"`{option}` {strengths}", fractions, leaked])
     for result in select(results, objective="sft"):
         end = result["checkpoints"][-1]
         fraction = f"{percent(end['fraction'])} at {end['kl']:.2f}"
-        lines.append(f"| sft on the preferred | | {fraction} | {percent(end['outside'])} |")
-    return "\n".join(lines)
+        rows.append(["sft on the preferred", "", fraction, percent(end["outside"])])
+    return table(["objective", "option", "fraction of the optimum's gain at the policy's KL (nats)", "leaked"], rows)
 
 
 CONDITIONS = {"toy": "10,000 pairs", "toy_flipped": "20 % flipped", "toy_scarce": "300 pairs"}
@@ -67,14 +69,9 @@ CONDITIONS = {"toy": "10,000 pairs", "toy_flipped": "20 % flipped", "toy_scarce"
 
 def conditions_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
     """Return a table of the best checkpoint at the middle strength under each condition."""
-    lines = [
-        f"| objective | {' | '.join(CONDITIONS.values())} |",
-        f"|---|{'---|' * len(CONDITIONS)}",
-    ]
+    rows = []
     for name, (_, middle) in objectives.items():
-        if not select(results, objective=name):
-            continue
-        cells = []
+        cells = [name]
         for data in CONDITIONS:
             chosen = select(results, objective=name, data=data, strength=middle, optimizer=["optimizer=SGD"])
             best = best_checkpoint(chosen)
@@ -83,37 +80,35 @@ def conditions_table(results: list[dict], objectives: dict[str, tuple[str, float
                 if best
                 else ""
             )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if any(cells[1:]):
+            rows.append(cells)
+    return table(["objective", *CONDITIONS.values()], rows)
 
 
 def optimizer_table(results: list[dict]) -> str:
-    lines = ["| loss | optimizer | lr | fraction of the optimum's gain | KL | leaked |", "|---|---|---|---|---|---|"]
+    """Return a table of the runs with other optimizers than SGD, at their ends."""
+    rows = []
     for result in results:
         run = result["run"]
         if run["optimizer"] != ["optimizer=SGD"] and result["checkpoints"]:
             end, words = result["checkpoints"][-1], " ".join(f"`{word}`" for word in run["optimizer"])
-            figures = f"{percent(end['fraction'])} | {end['kl']:.2f} | {percent(end['outside'])}"
-            lines.append(f"| {run['objective']} | {words} | {result['lr']:g} | {figures} |")
-    return "\n".join(lines)
+            figures = [percent(end["fraction"]), f"{end['kl']:.2f}", percent(end["outside"])]
+            rows.append([run["objective"], words, f"{result['lr']:g}", *figures])
+    return table(["loss", "optimizer", "lr", "fraction of the optimum's gain", "KL", "leaked"], rows)
 
 
 def length_table(bench, results: list[dict]) -> str:
     """Return a table of the policies' mean lengths on `toy_length`, at the ends of the runs."""
     start = bench.starts["toy_length"]
     reference = start.frontier.figures(start.reference_logps)
-    lines = [
-        "| objective | option | fraction of the optimum's gain | KL | leaked | mean length |",
-        "|---|---|---|---|---|---|",
-        f"| the reference | | | 0 | {percent(reference.outside)} | {reference.length:.1f} |",
-    ]
+    rows = [["the reference", "", "", "0", percent(reference.outside), f"{reference.length:.1f}"]]
     for result in select(results, data="toy_length"):
         run, end = result["run"], (result["checkpoints"] or [None])[-1]
         if end:
             options = " ".join(f"`{word}`" for word in (f"strength {run['strength']:g}", *run["extra"]))
-            figures = f"{percent(end['fraction'])} | {end['kl']:.2f} | {percent(end['outside'])} | {end['length']:.1f}"
-            lines.append(f"| {run['objective']} | {options} | {figures} |")
-    return "\n".join(lines)
+            figures = [percent(end["fraction"]), f"{end['kl']:.2f}", percent(end["outside"]), f"{end['length']:.1f}"]
+            rows.append([run["objective"], options, *figures])
+    return table(["objective", "option", "fraction of the optimum's gain", "KL", "leaked", "mean length"], rows)
 
 
 GREY = "0.75"

@@ -1,12 +1,11 @@
-"""Checks and profiles of training on a GPU: `python benchmarks/gpu.py correctness|synchronization|profile|table`.
+"""Checks and profiles of training on a GPU: `python benchmarks/gpu.py correctness|synchronization|profile`.
 
-It needs only torch and transformers. benchmarks/gpu.sh runs its parts and throughput.py, one after the other.
+It needs only torch and transformers. benchmarks/gpu.sh runs its parts and the other benchmarks for a GPU.
 
 - `correctness` compares log-probabilities and gradients of every layout, in every precision, with those of padded rows
   in float32 on the same GPU.
 - `synchronization` counts how often the host waits for the GPU during a step.
 - `profile` lists the operations that take most of a step's time.
-- `table` prints the README's table from a folder of results.
 
 On a CPU the parts run at toy size, to try them out; `synchronization` then has nothing to count.
 """
@@ -14,21 +13,16 @@ On a CPU the parts run at toy size, to try them out; `synchronization` then has 
 import argparse
 import copy
 import json
-import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
+import throughput
 import torch
 import transformers
+from common import collate, random_pairs
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import throughput
 
 from acceleration.layout import Layout
 from acceleration.model_check import find_layout
@@ -49,8 +43,8 @@ PRECISIONS = {  # dtype of the weights, autocast's dtype
 
 def throughput_options(**changes) -> argparse.Namespace:
     """Return the options of throughput.py, with a preset's sizes on a GPU and toy sizes on a CPU."""
-    sys.argv = ["throughput.py", *(["--preset", "pythia-2.8b"] if HAS_GPU else ["--vocab", "512", "--layers", "2"])]
-    return argparse.Namespace(**{**vars(throughput.parse_args()), **changes})
+    words = ["--preset", "pythia-2.8b"] if HAS_GPU else ["--vocab", "512", "--layers", "2"]
+    return argparse.Namespace(**{**vars(throughput.parse_args(words)), **changes})
 
 
 def plain_logps(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -74,7 +68,7 @@ def gradients(model: nn.Module, layout: Layout, batch: dict, reference_logps: to
     return logps.detach(), [parameter.grad.double() for parameter in model.parameters()]
 
 
-def correctness(results: list[dict]):
+def correctness():
     """Compare log-probabilities and gradients of all layouts with those of padded rows in float32, without TF32."""
     for name in ARCHITECTURES:
         args = throughput_options(
@@ -87,7 +81,7 @@ def correctness(results: list[dict]):
             config.num_key_value_heads = config.num_attention_heads // 4
             with DEVICE:
                 model = transformers.AutoModelForCausalLM.from_config(config)
-        batch = throughput.collate(throughput.random_pairs(args.batch_size, args))
+        batch = collate(random_pairs(args.batch_size, args.vocab))
         torch.backends.cuda.matmul.allow_tf32 = False
         with torch.no_grad():
             reference_logps = response_logps(model, padded_rows(batch))
@@ -110,26 +104,25 @@ def correctness(results: list[dict]):
                 except Exception as error:
                     result["fails_with"] = f"{type(error).__name__}: {error}"[:200]
                 use_packed_attention(policy, False)
-                record(results, result)
+                print(json.dumps(result), flush=True)
             autocasting = partial(torch.autocast, DEVICE.type, autocast) if autocast else nullcontext
             config = SimpleNamespace(shared_prompt="auto", padding_free="auto", max_length=args.max_length)
             _, message = find_layout(policy, plain_logps, batch, config, autocast=autocasting)
-            record(results, {"model": name, "precision": precision, "chosen": message})
+            print(json.dumps({"model": name, "precision": precision, "chosen": message}), flush=True)
 
 
 def one_step(training: throughput.Training, args: argparse.Namespace) -> None:
     """Take one training step with packed rows on a batch of random pairs."""
-    batches = [throughput.collate(throughput.random_pairs(args.batch_size, args))]
-    throughput.WAYS["packed"][-1](training, batches, args)
+    throughput.Case("packed").run(training, [collate(random_pairs(args.batch_size, args.vocab))], args)
 
 
-def synchronization(results: list[dict]):
+def synchronization():
     """Count how often the host waits during a step, as PyTorch reports it.
 
     Training waits once per step, for the metrics. This step has none, so it should not wait at all.
     """
     if not HAS_GPU:
-        record(results, {"waits": None, "of": "no GPU to wait for"})
+        print("there is no GPU to wait for")
         return
     args = throughput_options(layers=4)
     training = throughput.build_models(args)
@@ -141,10 +134,10 @@ def synchronization(results: list[dict]):
         one_step(training, args)
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message)[:200] for warning in caught if "synchroniz" in str(warning.message)]
-    record(results, {"waits": len(waits), "of": sorted(set(waits))})
+    print(json.dumps({"waits": len(waits), "of": sorted(set(waits))}))
 
 
-def profile(results: list[dict]):
+def profile():
     """Print the operations that take most of a step's time."""
     args = throughput_options()
     training = throughput.build_models(args)
@@ -158,48 +151,15 @@ def profile(results: list[dict]):
     print(profiler.key_averages().table(sort_by=sort_by, row_limit=30, max_name_column_width=70))
 
 
-def readme_table(directory: Path) -> str:
-    """Return the README's table, and the line below it, from a folder's throughput.json and memory.json."""
-    measured = json.loads((directory / "throughput.json").read_text())
-    original = next(row["pairs_per_second"] for row in measured["ways"] if row["way"] == "original")
-    lines = ["| way | pairs/s | over the original | peak memory, GB |", "|---|---|---|---|"]
-    for row in measured["ways"]:
-        speed = row["pairs_per_second"]
-        memory = row["peak_memory_bytes"] / 1e9
-        lines.append(f"| {row['way']} | {speed:.3g} | {speed / original:.2f} | {memory:.1f} |")
-    path = directory / "memory.json"
-    plans = json.loads(path.read_text()) if path.exists() else []
-    ratios = [plan["measured / predicted"] for plan in plans if "measured / predicted" in plan]
-    if ratios:
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} cases"
-        lines.append(f"\nMemory, measured over predicted: {spread}.")
-    failures = [f"{plan['model']}, {plan['way']}: {plan['fails_with']}" for plan in plans if "fails_with" in plan]
-    return "\n".join([*lines, *failures, f"\n{measured['on']}"])
-
-
-def record(results: list[dict], result: dict):
-    """Print a result and add it to the others."""
-    print(json.dumps(result), flush=True)
-    results.append(result)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parts = {"correctness": correctness, "synchronization": synchronization, "profile": profile}
-    parser.add_argument("part", choices=[*parts, "table"])
-    parser.add_argument("--json", help="write the results to this file")
-    parser.add_argument("--results", type=Path, help="the folder of results, for `table`")
+    parser.add_argument("part", choices=parts)
     args = parser.parse_args()
-    if args.part == "table":
-        print(readme_table(args.results))
-        return
     transformers.logging.set_verbosity_error()
     device = torch.cuda.get_device_name() if HAS_GPU else "no GPU"
-    results = [{"on": f"{device}; torch {torch.__version__}, transformers {transformers.__version__}"}]
-    print(results[0]["on"], flush=True)
-    parts[args.part](results)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
+    print(f"{device}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    parts[args.part]()
 
 
 if __name__ == "__main__":

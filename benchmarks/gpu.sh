@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # All benchmarks and tests for a GPU: bash benchmarks/gpu.sh [DIRECTORY for the results]
 # To run one part, which takes less than ten minutes:
-#   bash benchmarks/gpu.sh DIRECTORY memory | correctness | throughput | profile | runs | table
+#   bash benchmarks/gpu.sh DIRECTORY memory | correctness | profile | runs | throughput
 # `runs` needs everything that training needs, the others only torch and transformers. TRL is measured if installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu_results}
-parts=${2:-memory correctness throughput profile runs table}
+parts=${2:-memory correctness profile runs throughput}
 mkdir -p "$out"
 
 for part in $parts; do
@@ -14,21 +14,21 @@ for part in $parts; do
     case $part in
     memory)
         # the original's six models and four current ones: memory of a forward and backward pass, measured and predicted
-        python3 benchmarks/gpu_memory.py --json "$out/memory.json"
+        python3 benchmarks/gpu_memory.py | tee "$out/memory.md"
         ;;
     correctness)
-        python3 benchmarks/gpu.py correctness --json "$out/correctness.json"
-        python3 benchmarks/gpu.py synchronization --json "$out/synchronization.json"
+        python3 benchmarks/gpu.py correctness | tee "$out/correctness.txt"
+        python3 benchmarks/gpu.py synchronization | tee "$out/synchronization.txt"
         ;;
     throughput)
-        # Pythia-2.8B's shape and HH's lengths: float32 weights computed in bfloat16, a reference in bfloat16
+        # for the README: Pythia-2.8B's shape, HH's lengths; float32 weights computed in bfloat16, a bfloat16 reference
         python3 benchmarks/throughput.py --preset pythia-2.8b --steps 4 --repeats 2 --max-tokens 6500 \
-            --ways original shared packed cached packed-cached trl trl-cached --json "$out/throughput.json"
+            --ways original shared packed cached packed-cached trl trl-cached | tee "$out/throughput.md"
         ;;
     profile)
         python3 benchmarks/gpu.py profile | tee "$out/profile.txt"
         python3 benchmarks/throughput.py --preset pythia-2.8b --hidden 2048 --layers 16 --heads 16 --max-length 2048 \
-            --max-prompt-length 1024 --steps 2 --repeats 1 --ways shared packed --json "$out/llama_2k.json" --arch llama
+            --max-prompt-length 1024 --steps 2 --repeats 1 --ways shared packed --arch llama | tee "$out/llama_2k.md"
         ;;
     runs)
         # the command line in one process, in mixed precision, with FSDP over NCCL, compiled, and a resumed run
@@ -42,9 +42,6 @@ for part in $parts; do
             $run local_run_dir="$runs/again" n_examples=128 model.policy_mp=bfloat16 &&
             $run local_run_dir="$runs/again" resume="$runs/again" model.policy_mp=bfloat16
         python3 -m pytest -n 0 -m gpu tests/test_gpu.py
-        ;;
-    table)
-        python3 benchmarks/gpu.py table --results "$out" | tee "$out/table.md" # for the README
         ;;
     *)
         echo "no such part: $part" >&2

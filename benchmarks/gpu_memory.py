@@ -10,19 +10,12 @@ size, to try it out.
 import argparse
 import contextlib
 import gc
-import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
+from common import collate, print_header, print_row, random_pairs
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import throughput
 
 from acceleration.capacity import measure_activations
 from acceleration.measurement import full_length_batch
@@ -63,6 +56,7 @@ WAYS = {  # dtype of the weights, autocast's dtype, activation checkpointing
     "mixed, checkpointing": (torch.float32, torch.bfloat16, True),
     "bfloat16": (torch.bfloat16, None, False),
 }
+COLUMNS = ("model", "way", "tokens", "MB a token", "predicted GB", "measured GB", "measured / predicted")
 
 
 def build(name: str, dtype: torch.dtype, autocast_dtype: torch.dtype | None, checkpointing: bool) -> nn.Module:
@@ -82,14 +76,13 @@ def build(name: str, dtype: torch.dtype, autocast_dtype: torch.dtype | None, che
     return model.train()
 
 
-def measure(name: str, way: str, n_pairs: int) -> dict:
-    """Predict and measure the memory of a microbatch of random pairs."""
+def measure(name: str, way: str, n_pairs: int) -> list[float]:
+    """Predict and, on a GPU, measure the memory of a microbatch of random pairs; return the figures of `COLUMNS`."""
     dtype, autocast_dtype, checkpointing = WAYS[way]
     model = build(name, dtype, autocast_dtype, checkpointing)
     make_rows = shared_rows if MODELS[name][0] == "gptj" else packed_shared_rows
     vocabulary = model.config.vocab_size
-    args = argparse.Namespace(seed=0, vocab=vocabulary, max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH // 2)
-    batch = throughput.collate(throughput.random_pairs(n_pairs, args))
+    batch = collate(random_pairs(n_pairs, vocabulary, MAX_LENGTH, MAX_LENGTH // 2))
     rows, full = make_rows(batch), make_rows(full_length_batch(batch, MAX_LENGTH))
     autocast = partial(torch.autocast, DEVICE.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext
 
@@ -102,10 +95,8 @@ def measure(name: str, way: str, n_pairs: int) -> dict:
     n_tokens, casts = rows.input_ids.numel(), sum(activations.casts.values())
     logits = min(LOGITS_BYTES, 4 * 4 * vocabulary * len(rows.targets))
     largest = 2 * 4 * max(parameter.numel() for parameter in model.parameters())
-    result = {
-        "model": name, "way": way, "tokens": n_tokens, "MB a token": (kept + backward) / 1e6,
-        "predicted GB": ((kept + backward) * n_tokens + casts + logits + largest) / 1e9,
-    }  # fmt: skip
+    predicted = ((kept + backward) * n_tokens + casts + logits + largest) / 1e9
+    figures = [n_tokens, (kept + backward) / 1e6, predicted]
     if HAS_GPU:
         for _ in range(2):  # the first allocates the gradients
             release_copies(model)
@@ -113,44 +104,28 @@ def measure(name: str, way: str, n_pairs: int) -> dict:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             logps(rows).sum().backward()
-        result["measured GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
-        result["measured / predicted"] = result["measured GB"] / result["predicted GB"]
-    return result
-
-
-def table(results: list[dict]) -> str:
-    """Return the results as Markdown."""
-    header = ["model", "way", "tokens", "MB a token", "predicted GB", "measured GB", "measured / predicted"]
-    rows = [header, ["---"] * len(header)]
-    for result in results:
-        values = [
-            result.get(key, result.get("fails_with")) if key == "measured GB" else result.get(key) for key in header
-        ]
-        rows.append([f"{value:.3g}" if isinstance(value, float) else str(value or "-") for value in values])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        measured = (torch.cuda.max_memory_allocated() - before) / 1e9
+        figures += [measured, measured / predicted]
+    return figures
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--pairs", type=int, default=24 if HAS_GPU else 3, help="pairs in the microbatch")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    results = []
+    print_header(COLUMNS)
     for name in args.models:
         for way in WAYS:
             try:
-                results.append(measure(name, way, args.pairs))
+                figures = [f"{figure:.3g}" for figure in measure(name, way, args.pairs)]
             except Exception as error:  # the other models may still work
-                results.append({"model": name, "way": way, "fails_with": f"{type(error).__name__}: {error}"[:100]})
-            print(json.dumps(results[-1]), flush=True)
+                figures = [f"{type(error).__name__}: {error}"[:100]]
+            print_row([name, way, *figures])
             gc.collect()
             if HAS_GPU:
                 torch.cuda.empty_cache()
-    print(table(results))
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

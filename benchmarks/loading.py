@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -21,9 +20,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from common import print_header, print_row, process_memory
 from omegaconf import DictConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpointing.unread  # noqa: F401 (imported before anything is measured)
 from commands.command_line import compose_config
@@ -40,10 +38,9 @@ SPLITS = {
 }
 
 
-def figure(file: str, key: str) -> int:
-    """Return the number after `key:` in a file of /proc/self: bytes in io, kB in status."""
-    lines = Path("/proc/self", file).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+def bytes_read() -> int:
+    """Return the bytes that this process has read from the disk."""
+    return int(Path("/proc/self/io").read_text().split("\nread_bytes:")[1].split()[0])
 
 
 def forget(directory: Path):
@@ -55,14 +52,14 @@ def forget(directory: Path):
 
 @contextlib.contextmanager
 def peak_memory():
-    """Yield a list whose last item will be the peak of the memory inside the block, minus that at its start, in kB."""
+    """Yield a list whose last item will be the peak of the memory inside the block, minus that at its start."""
     values, is_over = [], threading.Event()
 
     def sample():
         while not is_over.wait(0.005):
-            values.append(figure("status", "RssAnon"))
+            values.append(process_memory("RssAnon"))
 
-    before, thread = figure("status", "RssAnon"), threading.Thread(target=sample)
+    before, thread = process_memory("RssAnon"), threading.Thread(target=sample)
     thread.start()
     yield values
     is_over.set()
@@ -79,12 +76,12 @@ def load(config: DictConfig, way: str, path: str):
             forget(Path(config.model.name_or_path))
         barrier()
         with peak_memory() as memory:
-            n_bytes, start = figure("io", "read_bytes"), time.perf_counter()
+            n_bytes, start = bytes_read(), time.perf_counter()
             model = load_model(config, config.model.policy_dtype, WAYS[way]) if rank == 0 else None
             model = strategy.distribute(model, is_policy=True)
             barrier()
-            seconds, n_bytes = time.perf_counter() - start, figure("io", "read_bytes") - n_bytes
-        figures = all_gather_object((seconds, n_bytes / 1e6, memory[-1] * 1024 / 1e6))
+            seconds, n_bytes = time.perf_counter() - start, bytes_read() - n_bytes
+        figures = all_gather_object((seconds, n_bytes / 1e6, memory[-1] / 1e6))
         if rank == 0:
             Path(path).write_text(json.dumps(figures))
 
@@ -105,7 +102,7 @@ def main():
         os.sync()
         n_files = len(list(Path(directory).glob("*.safetensors")))
         print(f"{model.num_parameters() / 1e6:.0f} million parameters, {args.dtype}, {n_files} files")
-        print(f"| trainer | way | s | read | others | memory | others |\n{'|---' * 7}|")
+        print_header(["trainer", "way", "s", "read", "others", "memory", "others"])
         del model
         for split, words in SPLITS.items():
             for way in WAYS:
@@ -114,9 +111,8 @@ def main():
                 launch.run_workers(load, args.workers, None, run, way, f"{directory}/figures.json")
                 first, *others = json.loads(Path(directory, "figures.json").read_text())
                 largest = [max(values) for values in zip(*others, strict=True)]
-                seconds = max(first[0], largest[0])
-                print(f"| {split} | {way} | {seconds:.1f} | {first[1]:,.0f} | {largest[1]:,.0f} "
-                      f"| {first[2]:,.0f} | {largest[2]:,.0f} |", flush=True)  # fmt: skip
+                figures = (first[1], largest[1], first[2], largest[2])
+                print_row([split, way, f"{max(first[0], largest[0]):.1f}", *(f"{n:,.0f}" for n in figures)])
 
 
 if __name__ == "__main__":

@@ -24,19 +24,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
-from hydra import compose, initialize_config_dir
+from common import print_header, print_row, resized_tiny_model
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import train
 import trainers
+from commands.command_line import compose_config
 from config_checks.checks import check_config
-from config_checks.schema import REPOSITORY
 from distributed import connection, launch
 from distributed.collectives import all_gather_object, barrier
 
@@ -151,16 +148,14 @@ def train_counted(config: DictConfig, path: str):
 
 def run(trainer: str, n: int, keys: dict[str, int], directory: str, batch_size: int) -> list[dict]:
     """Train three steps; return the counts of each worker in the last one."""
-    overrides = [
+    config = compose_config(
         f"trainer={trainer}", f"world_size={n if n > 1 else 'null'}", *(f"{key}={keys[key]}" for key in keys),
         "model=blank_model", f"model.name_or_path={directory}/model", "model.from_scratch=true",
         "model.reference_dtype=float32", "loss=dpo", "datasets=[toy]", "max_length=64", "max_prompt_length=32",
         f"batch_size={batch_size}", f"n_examples={3 * batch_size}", "n_eval_examples=4", "do_first_eval=false",
-        "sample_during_eval=false", "debug=true", "exp_name=parallel", f"local_dirs=[{directory}/cache]",
+        "sample_during_eval=false", "debug=true", f"local_dirs=[{directory}/cache]",
         f"local_run_dir={directory}/{'-'.join(map(str, [trainer, n, *keys]))}",
-    ]  # fmt: skip
-    with initialize_config_dir(str(REPOSITORY / "config"), version_base="1.3"):
-        config = compose("config", overrides)
+    )  # fmt: skip
     OmegaConf.resolve(config)
     with contextlib.redirect_stdout(sys.stderr):
         check_config(config)
@@ -172,8 +167,8 @@ def run(trainer: str, n: int, keys: dict[str, int], directory: str, batch_size: 
     return json.loads(Path(path).read_text())
 
 
-def row(trainer: str, n: int, keys: dict[str, int], counted: list[dict]) -> str:
-    """Return a line of the table: figures in MiB, and in brackets their ratio to theory."""
+def row(trainer: str, n: int, keys: dict[str, int], counted: list[dict]) -> list[str]:
+    """Return a row of the table: figures in MiB, and in brackets their ratio to theory."""
     counts = {name: sum(worker["counts"][name] for worker in counted) / n for name in counted[0]["counts"]}
     held = FLOAT32 * counts["parameters"] * keys.get("fsdp_replicate", 1) / n
     sent = bytes_to_send(trainer, n, keys, counts)
@@ -186,7 +181,7 @@ def row(trainer: str, n: int, keys: dict[str, int], counted: list[dict]) -> str:
     columns.append(f"{held / MIB:.1f}")
     for kind in ("weights", "gradients", "optimizer", "reference"):
         columns.append(with_ratio(held, max(worker["held"][kind] for worker in counted)))
-    return f"| {' | '.join(columns)} |"
+    return columns
 
 
 def restart_in_network_namespace():
@@ -209,15 +204,12 @@ def main():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the counts would be the same on GPUs
     restart_in_network_namespace()
     with tempfile.TemporaryDirectory() as directory:
-        model = f"{directory}/model"
-        shutil.copytree(REPOSITORY / "assets" / "tiny", model)
-        sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "intermediate_size": 4 * args.hidden}
-        transformers.AutoConfig.from_pretrained(model, **sizes).save_pretrained(model)
-        kinds = ["collectives", "kernel", "held per kind, theory", "weights", "gradients", "RMSprop", "reference"]
-        print(f"| trainer, workers | {' | '.join(['sent, theory', *kinds])} |\n|{'---|' * 9}", flush=True)
+        resized_tiny_model(f"{directory}/model", args.hidden, args.layers)
+        print_header(["trainer, workers", "sent, theory", "collectives", "kernel", "held per kind, theory", "weights",
+                      "gradients", "RMSprop", "reference"])  # fmt: skip
         for setting in RUNS:
             counted = run(*setting, directory, args.batch_size)
-            print(row(*setting, counted), flush=True)
+            print_row(row(*setting, counted))
     print(f"\ncounts per worker in the last row: {counted[0]['counts']}")
 
 

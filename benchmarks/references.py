@@ -8,17 +8,15 @@ in a sweep. The column 'pairs by the reference' counts the pairs for which the r
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 import transformers
+from common import REPOSITORY, print_header, print_row, resized_tiny_model
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = {
     "all weights, reference=model": ["reference=model"],
     "all weights, precomputed, first of a sweep": ["precompute_ref_log_probs=true", "loss.beta=0.1"],
@@ -26,18 +24,6 @@ RUNS = {
     "LoRA, reference=model": ["lora={}", "reference=model"],
     "LoRA, reference=adapter_off": ["lora={}", "reference=adapter_off"],
 }
-
-
-def make_model(directory: Path, hidden_size: int, n_layers: int) -> int:
-    """Write the config of a GPT-NeoX with the tiny model's tokenizer; return the bytes of its float32 weights."""
-    shutil.copytree(REPOSITORY / "assets" / "tiny", directory)
-    config = transformers.AutoConfig.from_pretrained(
-        directory, hidden_size=hidden_size, num_hidden_layers=n_layers, intermediate_size=4 * hidden_size
-    )
-    config.save_pretrained(directory)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    return 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def train(overrides: list[str], n_examples: int) -> tuple[int, float, int]:
@@ -67,13 +53,15 @@ def main():
     parser.add_argument("--examples", type=int, default=16, help="pairs to train on")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        n_bytes = make_model(Path(directory) / "model", args.hidden, args.layers)
-        print(f"weights of the reference: {n_bytes / 2**20:.0f} MiB (float32)\n")
-        print("| run | peak memory, MiB | pairs by the reference | seconds |\n| --- | --- | --- | --- |")
+        model = resized_tiny_model(f"{directory}/model", args.hidden, args.layers)
+        with torch.device("meta"):
+            reference = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model))
+        print(f"weights of the reference: {4 * reference.num_parameters() / 2**20:.0f} MiB (float32)\n")
+        print_header(["run", "peak memory, MiB", "pairs by the reference", "seconds"])
         for name, overrides in RUNS.items():
-            places = [f"model.name_or_path={directory}/model", f"local_dirs=[{directory}/cache]"]
+            places = [f"model.name_or_path={model}", f"local_dirs=[{directory}/cache]"]
             peak, seconds, n_computed = train([*places, *overrides], args.examples)
-            print(f"| {name} | {peak / 2**20:.0f} | {n_computed} | {seconds:.0f} |", flush=True)
+            print_row([name, f"{peak / 2**20:.0f}", n_computed, f"{seconds:.0f}"])
 
 
 if __name__ == "__main__":

@@ -5,26 +5,22 @@ Ours comes from this repository's log-probabilities; TRL's from its trainer's `c
 log-probabilities.
 """
 
-import sys
 import tempfile
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 import transformers
+from common import collate, print_header, print_row, random_pairs
 from omegaconf import OmegaConf
+from throughput import trl_data
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from throughput import random_pairs, trl_data
 
 from acceleration.prefix_sharing import padded_rows
 from acceleration.response_head import response_logps
 from log_probabilities import concatenated_inputs, on_policy_weights, response_lengths, shared_lengths
 from losses import LOSSES, Memory, find_loss
 
-N_PAIRS, BETA = 8, 0.1
-SIZES = Namespace(vocab=512, seed=0, max_length=512, max_prompt_length=256)
+N_PAIRS, VOCAB, BETA = 8, 512, 0.1
 COMPARED = [  # our loss, our options, TRL's name, TRL's options, the reason if they differ
     ("dpo", {}, "sigmoid", {}, ""),
     ("hinge", {}, "hinge", {}, ""),
@@ -65,8 +61,8 @@ COMPARED = [  # our loss, our options, TRL's name, TRL's options, the reason if 
 def small_model(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     config = transformers.GPTNeoXConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=SIZES.vocab,
-        max_position_embeddings=SIZES.max_length,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=VOCAB,
+        max_position_embeddings=512,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -74,17 +70,8 @@ def small_model(seed: int) -> nn.Module:
     return model
 
 
-def our_inputs(policy: nn.Module, reference: nn.Module, pairs: list) -> dict[str, torch.Tensor]:
+def our_inputs(policy: nn.Module, reference: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
     """Compute the losses' inputs: log-probabilities and lengths of each pair, (N_PAIRS,) each."""
-    batch = {"prompt": [""] * len(pairs)}
-    for side, index in (("chosen", 1), ("rejected", 2)):
-        for key, rows, pad in (
-            ("input_ids", [pair[0] + pair[index] for pair in pairs], 0),
-            ("attention_mask", [[1] * len(pair[0] + pair[index]) for pair in pairs], 0),
-            ("labels", [[-100] * len(pair[0]) + pair[index] for pair in pairs], -100),
-        ):
-            tensors = [torch.tensor(row) for row in rows]
-            batch[f"{side}_{key}"] = nn.utils.rnn.pad_sequence(tensors, True, pad)
     sides, inputs, stacked = ("chosen", "rejected"), {}, concatenated_inputs(batch)
     with torch.no_grad():
         for name, model in (("policy", policy), ("reference", reference)):
@@ -119,7 +106,7 @@ def _options(name: str) -> dict:
 
 
 def trl_loss(
-    kind: str | tuple, settings: dict, policy, reference, pairs: list, inputs: dict[str, torch.Tensor]
+    kind: str | tuple, settings: dict, policy, reference, batch: dict, inputs: dict[str, torch.Tensor]
 ) -> float:
     """Return TRL's mean loss."""
     if kind in ("ORPO", "CPO", "SimPO"):
@@ -132,11 +119,11 @@ def trl_loss(
 
     with tempfile.TemporaryDirectory() as directory:
         config = DPOConfig(
-            directory, per_device_train_batch_size=len(pairs), beta=BETA, max_length=SIZES.max_length, bf16=False,
+            directory, per_device_train_batch_size=N_PAIRS, beta=BETA, max_length=512, bf16=False,
             gradient_checkpointing=False, use_cpu=True, report_to="none", train_sampling_strategy="sequential",
             loss_type=[kind] if isinstance(kind, str) else list(kind), disable_tqdm=True, **settings,
         )  # fmt: skip
-        trainer = TokenIdDPOTrainer(policy, reference, config, **trl_data([{"pair": pairs}]))
+        trainer = TokenIdDPOTrainer(policy, reference, config, **trl_data([batch]))
         with torch.no_grad():
             return trainer.compute_loss(policy, next(iter(trainer.get_train_dataloader()))).item()
 
@@ -165,20 +152,17 @@ def trl_function(kind: str, inputs: dict[str, torch.Tensor]) -> float:
 
 def main():
     transformers.logging.set_verbosity_error()
-    pairs = random_pairs(N_PAIRS, SIZES)
+    batch = collate(random_pairs(N_PAIRS, VOCAB))
     policy, reference = small_model(1), small_model(2)
-    inputs = our_inputs(policy, reference, pairs)
-    print("| loss | options | TRL's name | ours | TRL's | difference | reason |\n|---|---|---|---|---|---|---|")
+    inputs = our_inputs(policy, reference, batch)
+    print_header(["loss", "options", "TRL's name", "ours", "TRL's", "difference", "reason"])
     for name, options, kind, settings, reason in COMPARED:
         ours = our_loss(name, options, inputs, str(kind))
-        theirs = trl_loss(kind, settings, policy, reference, pairs, inputs)
+        theirs = trl_loss(kind, settings, policy, reference, batch, inputs)
         our_options = ", ".join(f"`{key}` {value}".lower() for key, value in options.items())
         trl_name = kind if isinstance(kind, str) else " + ".join(kind)
-        difference = abs(ours - theirs)
-        print(
-            f"| {name} | {our_options} | {trl_name} | {ours:.6f} | {theirs:.6f} | {difference:.0e} | {reason} |",
-            flush=True,
-        )
+        difference = f"{abs(ours - theirs):.0e}"
+        print_row([name, our_options, trl_name, f"{ours:.6f}", f"{theirs:.6f}", difference, reason])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files of tensors: the weights that a run starts from, in today's and 2023's formats, and checkpoints."""
+"""Read and write files of tensors: checkpoints, and weights to start from, in today's and 2023's formats."""
 
 import contextlib
 import json
@@ -32,15 +32,15 @@ UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, 
 
 
 def write_tensors(value: dict, path: str):
-    """`torch.save` through a Python file, which reports a full disk as an OSError."""
+    """Save with `torch.save`, through a Python file: a full disk then raises OSError."""
     with open(path, "wb") as file:
         torch.save(value, file)
 
 
 def read_tensors(path: str, mmap: bool = False) -> dict:
-    """Read what `write_tensors` wrote; with `mmap` the tensors stay in the file until they are used.
+    """Read what `write_tensors` wrote; with `mmap` a tensor is read when it is used.
 
-    Raises: UserError if it can't be read, or holds anything but tensors and plain values.
+    Raises: UserError if the file can't be read, or holds anything but tensors and plain values.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -51,7 +51,7 @@ def read_tensors(path: str, mmap: bool = False) -> dict:
 def read_state_dict(path: str, mmap: bool = False) -> dict:
     """Read the state dict in one of a checkpoint's .pt files.
 
-    Raises: UserError if it can't be read, or holds none.
+    Raises: UserError if the file can't be read, or holds none.
     """
     saved = read_tensors(path, mmap)
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
@@ -62,7 +62,7 @@ def read_state_dict(path: str, mmap: bool = False) -> dict:
 def describe(error: Exception, n_characters: int = 300) -> str:
     """Describe why a file can't be read.
 
-    Torch advises to load pickles with `weights_only=False`, which would run the code in them: only its reason is kept.
+    Torch's own message advises `weights_only=False`, which would run code in the file: only its reason is kept.
     """
     text = str(error).strip()
     if "weights_only" in text:
@@ -72,9 +72,9 @@ def describe(error: Exception, n_characters: int = 300) -> str:
 
 
 def verify_weights(directory: str):
-    """Check the weights in a folder that is loaded, if a SHA256SUMS in it lists them.
+    """Compare a folder's files of weights with its SHA256SUMS, if it has one.
 
-    Raises: ValueError if a file of weights is damaged.
+    Raises: ValueError if a file is damaged.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         with open_regular(os.path.join(directory, CHECKSUMS)) as file:
@@ -88,15 +88,15 @@ def verify_weights(directory: str):
 def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_remote_code: bool = False):
     """Replace a model's weights by those of an archive.
 
-    It is a `policy.pt` (one that the original wrote under transformers 4.29, too), a .safetensors file, a checkpoint
-    directory, whole or sharded, a directory that `save_pretrained` wrote, or a model on the hub.
+    An archive is a `policy.pt` (also one that the original wrote), a .safetensors file, a checkpoint directory, whole
+    or sharded, a directory that `save_pretrained` wrote, or a model on the hub.
 
     Args:
         key: of the config, for messages.
         trust_remote_code: see `model.trust_remote_code` in the config.
 
-    Raises: UserError if it can't be read or doesn't fit, with the weights that are missing, left over or of another
-        shape, or not finite.
+    Raises: UserError if it can't be read, or naming the weights that are missing, left over, of another shape, or not
+        finite.
     """
     if os.path.exists(os.path.join(path, "adapter_config.json")):
         raise UserError(
@@ -130,7 +130,6 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
         raise UserError(
             f"{key}={path}: can't read it as a checkpoint ({describe(error)}). "
             f"Expected is a policy.pt as training writes it, a .safetensors file, or what from_pretrained takes"
-            f"{hub.access_hint(error)}"
         ) from error
     rank0_print(f"loading pre-trained weights from {path}{origin}")
     load_fitting(state, model, f"{key}={path}")
@@ -139,7 +138,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
 
 
 def _check_tensors(state: dict):
-    """Raise ValueError unless it holds only named tensors that have values."""
+    """Raise ValueError unless a state dict holds only named tensors that have values."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not is_tensor(tensor):
             raise ValueError(f"its state holds more than named tensors: {name!r} is a {type(tensor).__name__}")
@@ -153,15 +152,15 @@ def _check_tensors(state: dict):
 def load_pretrained(
     name: str, origin: str, auto_class: type = transformers.AutoModelForCausalLM, **options
 ) -> nn.Module:
-    """Call `auto_class.from_pretrained(name, **options)`, and require every weight to be in its files.
+    """Call `auto_class.from_pretrained(name, **options)`, and check that its files hold exactly the model's weights.
 
-    Weights of a part that the model lacks altogether (a reward head) are ignored with a message; buffers that models
+    Weights of whole parts that the model lacks, such as a reward head, are ignored with a message; buffers that models
     compute are ignored silently.
 
     Args:
-        origin: where it comes from, for messages.
+        origin: where the model comes from, for messages.
 
-    Raises: UserError with the weights that are missing, left over or of another shape.
+    Raises: UserError naming the weights that are missing, left over or of another shape.
     """
     has_config = os.path.exists(os.path.join(name, "config.json"))  # an adapter's checkpoint has none
     if is_sharded(name) and has_config and not holds_model(name):
@@ -188,7 +187,7 @@ def load_pretrained(
 
 
 def _is_in_a_part_of(model: nn.Module, key: str) -> bool:
-    """True if a weight of this name would be in one of the model's own parts: its embeddings, blocks, norms or head."""
+    """True if a weight's name begins with one of the model's own parts: its embeddings, blocks, norms or head."""
     parts = {name for module in (model, model.base_model) for name, _ in module.named_children()}
     first = key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
     return first in parts
@@ -196,7 +195,7 @@ def _is_in_a_part_of(model: nn.Module, key: str) -> bool:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers from logging its table of weights that don't fit; the error has it."""
+    """Keep transformers from logging its table of weights that don't fit; the error lists them."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -215,7 +214,7 @@ def check_finite(model: nn.Module, origin: str):
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that hold NaN or infinity, in the part that this worker holds."""
+    """Return the names of the parameters with NaN or infinity in this worker's part of them."""
     bad = []
     for name, parameter in model.named_parameters():
         part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -234,7 +233,7 @@ def refuse_not_finite(bad: list[str], model: nn.Module, origin: str):
 
 
 def load_fitting(state: dict, model: nn.Module, path: str):
-    """Copy a state dict into a model, one tensor after another; raises as `load_archive` does."""
+    """Copy a state dict into a model, one tensor after another. Raises: see `load_archive`."""
     targets = model.state_dict(keep_vars=True)
     fitted = fit_state(state, model, path)
     with torch.no_grad():
@@ -243,7 +242,7 @@ def load_fitting(state: dict, model: nn.Module, path: str):
 
 
 def fit_state(state: dict, model: nn.Module, path: str) -> dict:
-    """Return `state` under the names of `model`'s parameters; raises as `load_archive` does."""
+    """Return a state dict under the names of the model's parameters. Raises: see `load_archive`."""
     expected = model.state_dict(keep_vars=True)
     fitted = {}
     if strange := sorted(str(name) for name, value in state.items() if not is_tensor(value)):
@@ -253,7 +252,7 @@ def fit_state(state: dict, model: nn.Module, path: str) -> dict:
         if new_name in expected or not new_name.endswith(COMPUTED_BUFFERS):
             fitted[new_name] = tensor
     by_parameter = {id(expected[name]): name for name in fitted.keys() & expected.keys()}
-    for name, parameter in expected.items():  # .safetensors hold tied weights once
+    for name, parameter in expected.items():  # .safetensors files hold tied weights once
         if name not in fitted and id(parameter) in by_parameter:
             fitted[name] = fitted[by_parameter[id(parameter)]]
 
@@ -285,7 +284,7 @@ def _refuse_misfits(
     shapes: Iterable[tuple[str, tuple, tuple]],
     others: Iterable[str] = (),
 ):
-    """Raise UserError if there are any; `shapes`: names with the shape found and the model's."""
+    """Raise UserError if there are any; `shapes`: (name, the shape found, the model's shape)."""
     by_kind = [
         [f"missing: {name}" for name in missing],
         [f"left over: {name}" for name in left_over],

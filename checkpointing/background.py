@@ -1,4 +1,4 @@
-"""Writing a checkpoint beside training."""
+"""Write a checkpoint while training goes on."""
 
 import contextlib
 from collections.abc import Callable
@@ -9,16 +9,16 @@ class Background(contextlib.AbstractContextManager):
     """Runs one function at a time in a thread; the end of its `with` block waits for the last one."""
 
     threads: ThreadPoolExecutor | None = None
-    last: Future | None = None  # the function that runs, until it is waited for
+    last: Future | None = None  # the running function
 
     def start(self, function: Callable[[], None]):
-        """Run a function in the thread; the one before must have been waited for."""
+        """Run a function in the thread; call `wait` before starting another."""
         assert self.last is None
         self.threads = self.threads or ThreadPoolExecutor(1, "checkpoint")
         self.last = self.threads.submit(function)
 
     def wait(self):
-        """Wait until nothing runs; raise what the function has raised."""
+        """Wait until the function has ended; raise what it has raised."""
         last, self.last = self.last, None
         if last is not None:
             last.result()

@@ -30,7 +30,7 @@ def judge(state: TrainState, config: DictConfig):
 
 
 def ends_run(state: TrainState, config: DictConfig) -> bool:
-    """True if `stop_when_worse` ends the run here; a count for another `keep_best`, before a resume, is ignored."""
+    """True if `stop_when_worse` ends the run here; a count for another metric, from before a resume, is ignored."""
     is_counted = (config.keep_best or LOSS) in state.best
     return config.stop_when_worse is not None and is_counted and state.worse >= config.stop_when_worse
 
@@ -50,7 +50,7 @@ def should_save_best(state: TrainState, config: DictConfig) -> bool:
 
 
 def point_best(run_dir: str, state: TrainState, config: DictConfig):
-    """Make BEST a link to the best checkpoint, if that is kept."""
+    """Make BEST a link to the best checkpoint, if `keep_best` keeps it."""
     name, link = f"step-{state.best_at}", os.path.join(run_dir, LINK)
     is_kept = config.keep_best in state.best and os.path.isdir(os.path.join(run_dir, name))
     if is_kept and link_target(link) != name:

@@ -7,9 +7,9 @@ A checkpoint is a directory that appears whole or not at all. It contains:
 - `state.json` and `rng.pt`, the train state;
 - `SHA256SUMS`, to detect damage.
 
-A sharded one has one file of tensors from each worker (`checkpointing.sharded`) in place of `policy.pt`, the model's
-weights and what tensors `optimizer.pt` has; the adapter and all else is as above. At the end of a run it has the
-model's weights, too (`checkpointing.model_files`).
+A sharded checkpoint keeps the tensors of policy, reference and optimizer in one file per worker
+(`checkpointing.sharded`); an adapter and all else are as above. The last one of a run has the model for
+`from_pretrained`, too (`checkpointing.model_files`).
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def state_dicts_to_save(
 ) -> dict[str, dict]:
     """Return the state dicts that a checkpoint holds, with this worker's tensors.
 
-    For a policy with an adapter they hold the trained weights and the adapter's frozen parts.
+    That of a policy with an adapter has only the trained weights and the adapter's frozen parts.
     """
     policy_state = dict(policy.state_dict(keep_vars=True))
     if hasattr(policy, "peft_config"):
@@ -69,7 +69,7 @@ def state_dicts_to_save(
 
 @dataclass
 class Contents:
-    """The models, states and settings that a checkpoint is written from."""
+    """Everything that a checkpoint is written from."""
 
     policy: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -130,8 +130,8 @@ def write_whole(path: str, contents: Contents, then: Callable[[TrainState], None
 def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], None]) -> Callable[[], None]:
     """Begin a sharded checkpoint, which replaces an earlier one; return the function that writes the tensors.
 
-    With `checkpoint_async` that may run in another thread while the tensors change: they are copied here. All workers
-    must call both functions; arguments and errors are as of `write_whole`.
+    With `checkpoint_async`, the tensors are copied here: the returned function may run in another thread while they
+    change. All workers must call both functions. Arguments and errors: see `write_whole`.
     """
     in_thread, train_state, digests = contents.config.checkpoint_async, contents.train_state, {}
     start_time = _print_start(path)
@@ -168,7 +168,7 @@ def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], No
 
 
 def _write_small_files(directory: str, contents: Contents, adapter: dict):
-    """Write what a sharded checkpoint has besides its shards."""
+    """Write all files of a sharded checkpoint but the shards."""
     if "optimizer" in contents.state_dicts:
         contents.write_state_dict(directory, "optimizer", without_tensors(contents.state_dicts["optimizer"]))
         contents.write_state_dict(directory, "scheduler", contents.state_dicts["scheduler"])
@@ -225,7 +225,7 @@ def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates:
 
 
 def _as_loaded(policy: nn.Module) -> nn.Module:
-    """Return the same model with the class that it was loaded with: transformers doesn't know the one FSDP gives it."""
+    """Return a view of the model with the class that it was loaded with; transformers doesn't know FSDP's."""
     model_class = next(base for base in type(policy).__mro__ if not base.__module__.startswith("torch."))
     model = model_class.__new__(model_class)
     model.__dict__ = policy.__dict__
@@ -262,7 +262,7 @@ def empty_model(directory: str, trust_remote_code: bool) -> nn.Module:
 
 
 def fill_model(model: nn.Module, directory: str):
-    """Read all weights of a sharded checkpoint's policy into a model on the meta device: in CPU memory then.
+    """Move a model from the meta device to the CPU, with the weights of a sharded checkpoint's policy.
 
     Raises: UserError if they can't be read or don't fit.
     """

@@ -4,7 +4,6 @@ They are in every checkpoint's state.json and, for a run that has no checkpoint 
 config.yaml.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ def file_fingerprints(config: DictConfig, sampled: bool = False) -> dict[str, st
     It covers the content, and the names of files in a folder, but not the path itself.
 
     Args:
-        sampled: as earlier versions did, read only 64 blocks of files above 64 MiB.
+        sampled: read only 64 blocks of files above 64 MiB, as earlier versions did.
 
     Raises: UserError if a file can't be read.
     """
@@ -60,16 +59,11 @@ def folder_fingerprint(path: str, local_dirs: list[str]) -> str:
 
 
 def _fingerprint(path: str, endings: tuple[str, ...], hash_large: Callable[[str], str]) -> str:
-    """Return the SHA-256 of a file, or of those files of a folder that have such endings."""
-    hash_file = functools.partial(_file_fingerprint, hash_large=hash_large)
-    if not os.path.isdir(path):
-        return hash_file(path)
-    names = [name for name in sorted(os.listdir(path)) if name.endswith(endings)]
-    files = [(name, hash_file(os.path.join(path, name))) for name in names]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def _file_fingerprint(path: str, hash_large: Callable[[str], str]) -> str:
+    """Return the SHA-256 of a file, or of a folder's files with these endings."""
+    if os.path.isdir(path):
+        names = [name for name in sorted(os.listdir(path)) if name.endswith(endings)]
+        files = [(name, _fingerprint(os.path.join(path, name), endings, hash_large)) for name in names]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
     is_large = os.path.getsize(path) > _BLOCK * _MAX_BLOCKS
     return hash_large(path) if is_large else _sampled_sha256(path)  # which reads all of a small file
 
@@ -107,7 +101,7 @@ def changed_models(config: DictConfig, former: dict[str, str], now: dict[str, st
     """Return the keys whose fingerprint has changed since the run began.
 
     Args:
-        former: fingerprints when the run began; models without one aren't compared.
+        former: fingerprints from when the run began; models without one aren't compared.
         now: today's fingerprints of files, or commits on the hub.
     """
     changed = [key for key, digest in now.items() if former.get(key, digest) != digest]
@@ -130,7 +124,7 @@ def header(fingerprints: dict[str, str]) -> str:
 def read_header(path: str) -> dict[str, str]:
     """Return the fingerprints in a run's config.yaml; an empty dict if it was written without them.
 
-    Raises: OSError; ValueError if that line isn't one that `header` returns.
+    Raises: OSError; ValueError if the line is damaged.
     """
     with open(path, encoding="utf-8") as file:
         line = file.readline()

@@ -1,4 +1,4 @@
-"""Checksums of checkpoints, which tell if one of their files is damaged."""
+"""Find damaged checkpoints by their checksums."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ from basics.outputs import CHECKSUMS
 
 
 def content_digest(directory: str) -> str:
-    """Return a hash of all files of a whole checkpoint, whatever its name."""
+    """Return a hash of the content of a checkpoint."""
     return sha256(os.path.join(directory, CHECKSUMS))
 
 

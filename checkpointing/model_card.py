@@ -1,4 +1,4 @@
-"""The model card (README.md) of a checkpoint: a description for the hub, and how to load it."""
+"""The model card of a checkpoint, README.md: a description for the hub, and how to load the model."""
 
 import importlib.metadata
 import os
@@ -6,9 +6,10 @@ import textwrap
 
 import huggingface_hub
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from basics.printing import markdown, markdown_code
+from basics.saved_config import flatten
 from checkpointing.atomic_directory import CARD
 from checkpointing.fingerprints import is_of_model
 from config_checks.datasets import chosen_datasets
@@ -18,11 +19,10 @@ from preference_datasets import DATASETS
 from references import policy_source
 from reporting.metric_names import ACCURACY, LOSS, MARGIN
 
-_OF_DATA = ("train_split", "test_split", "truncation", "chat_template", "add_bos", "max_length", "max_prompt_length")
-_OF_TRAINING = (
-    "trainer", "optimizer", "optimizer_args", "lr", "lr_scheduler", "lr_scheduler_args", "warmup_steps", "batch_size",
-    "gradient_accumulation_steps", "max_grad_norm", "n_epochs", "n_examples", "seed", "model.policy_dtype",
-    "model.policy_mp",
+_SETTINGS = (  # beginnings of keys
+    "seed", "train_split", "test_split", "chat_template", "add_bos", "max_length", "max_prompt_length", "truncation",
+    "model.policy_", "lora", "loss.", "n_epochs", "n_examples", "batch_size", "gradient_accumulation_steps",
+    "optimizer", "lr", "warmup_steps", "max_grad_norm", "trainer",
 )  # fmt: skip
 _METRICS = {
     LOSS: "loss", ACCURACY: "accuracy: the preferred response has the larger reward",
@@ -37,9 +37,9 @@ _CITATION = """\
 
 
 def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool, n_eval_examples: int | None = None):
-    """Write README.md, in place of one that PEFT may have written.
+    """Write README.md; it replaces one that PEFT may have written.
 
-    Its front matter names only models and datasets on the hub; local ones are in the text, as the config gives them.
+    Its front matter names only models and datasets on the hub. The text names local ones, too, as the config does.
 
     Args:
         config: the run's config.
@@ -56,12 +56,11 @@ def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool
         tags=[config.loss.name, *(["lora"] if is_adapter else [])],
         datasets=[source for _, source in _datasets(config) if _is_dataset_on_hub(source)] or None,
     )
-    parts = [
-        _introduction(config, state, is_adapter), _use(config, is_adapter), _data(config, state), _objective(config),
-        _training(config, state, is_adapter), _evaluation(n_eval_examples or config.n_eval_examples, state),
+    text = "\n\n".join([
+        _introduction(config, state, is_adapter), _use(config, is_adapter), _data(config, state),
+        _settings(config, state, is_adapter), _evaluation(n_eval_examples or config.n_eval_examples, state),
         f"## Citation\n\n{textwrap.indent(_CITATION, '    ')}",
-    ]  # fmt: skip
-    text = "\n\n".join(parts)
+    ])  # fmt: skip
     huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(os.path.join(directory, CARD))
 
 
@@ -82,7 +81,7 @@ def _is_dataset_on_hub(source: str | None) -> bool:
 
 def _base_revision(config: DictConfig, state: dict) -> str | None:
     """Return the commit of the base model on the hub; None if it isn't from there."""
-    known = state.get("inputs", {}).get("model.name_or_path")  # of a local one the fingerprint, which is longer
+    known = state.get("inputs", {}).get("model.name_or_path")  # for a local model a fingerprint, which is longer
     on_hub = not config.model.from_scratch and is_hub_id(config.model.name_or_path)
     return known if on_hub and known is not None and len(known) == 40 else None
 
@@ -147,7 +146,6 @@ def _data(config: DictConfig, state: dict) -> str:
     lines = ["## Data", "", "| dataset | from |", "|---|---|"]
     lines += [f"| {markdown(name)} | {markdown_code(source) if source else 'made in code'} |"
               for name, source in _datasets(config)]  # fmt: skip
-    lines += ["", *_settings(config, _OF_DATA)]
     inputs = state.get("inputs", {})
     digests = [f"| {markdown(name)} | `{digest}` |" for name, digest in inputs.items() if not is_of_model(name)]
     if digests:
@@ -155,21 +153,16 @@ def _data(config: DictConfig, state: dict) -> str:
     return "\n".join(lines)
 
 
-def _objective(config: DictConfig) -> str:
-    lines = ["## Objective", "", *_settings(config, [f"loss.{key}" for key in config.loss])]
-    if needs_reference(config.loss):
-        lines += _settings(config, ["reference", *(f"reference_model.{key}" for key in config.reference_model)])
-        moves = ("reference_update_every", "reference_update_alpha")
-        lines += _settings(config, moves) if config.reference_update_every is not None else []
-    return "\n".join(lines)
-
-
-def _training(config: DictConfig, state: dict, is_adapter: bool) -> str:
-    lines = ["## Training", "", *_settings(config, _OF_TRAINING)]
-    if config.lora is not None:
-        lines.append(f"- `lora`: {markdown(_shown(config.lora))}")
+def _settings(config: DictConfig, state: dict, is_adapter: bool) -> str:
+    """Return the keys that decide what was learned, and the versions of libraries."""
+    prefixes = (*_SETTINGS, "reference") if needs_reference(config.loss) else _SETTINGS
+    lines = []
+    for key, value in flatten(config).items():
+        if key.startswith(prefixes) and value is not None and value != {}:
+            lines.append(f"- `{key}`: {markdown(str(value).lower() if isinstance(value, bool) else value)}")
     versions = {**state.get("versions", {}), **({"peft": importlib.metadata.version("peft")} if is_adapter else {})}
-    return "\n".join([*lines, f"- versions: {', '.join(f'{name} {v}' for name, v in versions.items())}"])
+    lines.append(f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}")
+    return "\n".join(["## Settings", "", *lines])
 
 
 def _evaluation(n: int | None, state: dict) -> str:
@@ -184,18 +177,3 @@ def _evaluation(n: int | None, state: dict) -> str:
         error = metrics.get(f"{name}_se")
         lines.append(f"| {_METRICS[name]} | {metrics[name]:.4f} | {'' if error is None else f'{error:.4f}'} |")
     return "\n".join(lines)
-
-
-def _settings(config: DictConfig, keys: list[str] | tuple[str, ...]) -> list[str]:
-    """Return a line for each of these keys that has a value."""
-    values = {key: OmegaConf.select(config, key) for key in keys}
-    return [
-        f"- `{key}`: {markdown(_shown(value))}" for key, value in values.items() if value is not None and value != {}
-    ]
-
-
-def _shown(value: object) -> str:
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value)
-        return ", ".join(f"{key} {_shown(v)}" for key, v in value.items()) if isinstance(value, dict) else str(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)

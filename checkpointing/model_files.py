@@ -1,4 +1,4 @@
-"""Files for `from_pretrained` from a sharded checkpoint, each of a bounded size and read when it is written."""
+"""Write the model of a sharded checkpoint for `from_pretrained`, one file of bounded size after another."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from checkpointing.sharded import SavedTensor, ShardedCheckpoint
 from distributed import collectives
 from utils import UserError, rank0_print
 
-MAX_FILE_SIZE = 2 * 10**9  # bytes: whoever writes a file holds its tensors in memory
+MAX_FILE_SIZE = 2 * 10**9  # bytes; the worker that writes a file holds its tensors in memory
 
 
 @dataclass
@@ -27,9 +27,9 @@ class ModelFiles:
     """The files in which `save_pretrained` would write the policy of a sharded checkpoint."""
 
     checkpoint: ShardedCheckpoint
-    model: nn.Module  # says how its tensors are named and formed in files
+    model: nn.Module  # transformers reads from it how tensors are named and formed in files
     state: dict[str, SavedTensor]  # by the model's own names
-    names: dict[str, list[str]]  # of each file: the model's names of what it holds
+    names: dict[str, list[str]]  # the model's own names of the tensors in each file
     index: dict  # the content of `MODEL_INDEX`
 
     def write(self, directory: str, file: str):
@@ -56,9 +56,9 @@ def model_files(directory: str, model: nn.Module) -> ModelFiles | None:
     """Plan the files of a sharded checkpoint's policy.
 
     Args:
-        model: of the policy's kind, without FSDP's class; its weights aren't read.
+        model: of the policy's architecture, without FSDP's class; its weights aren't read.
 
-    Returns: None if transformers forms a tensor of several ones that are not in the same file.
+    Returns: None if transformers joins tensors from different files into one.
     Raises: UserError if the checkpoint can't be read or doesn't fit the model.
     """
     checkpoint = ShardedCheckpoint(directory)
@@ -88,9 +88,9 @@ def model_files(directory: str, model: nn.Module) -> ModelFiles | None:
 def add_model_files(
     directory: str, model: nn.Module, group: torch.distributed.ProcessGroup | None, remedy: str
 ) -> dict[str, str]:
-    """Write the model's files beside the shards that they are read from, each by one worker; all must call this.
+    """Write the model's files beside the shards, each file by one worker; all workers must call this.
 
-    If that fails, a warning gives the reason and the `remedy`, and none of the files remains: the shards are whole.
+    If that fails, a warning gives the reason and the `remedy`, and none of these files remains; the shards do.
 
     Args:
         group: see `write_shard`.

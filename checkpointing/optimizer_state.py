@@ -18,9 +18,9 @@ def load_optimizer_state(
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     config: DictConfig,
 ):
-    """Load the states of optimizer and scheduler from a checkpoint; the settings are those of the config.
+    """Load the states of optimizer and scheduler from a checkpoint; their settings remain those of the config.
 
-    Raises: UserError if it holds none for this optimizer, unless `resume_anyway` is true.
+    Raises: UserError if the checkpoint has no state for this optimizer, unless `resume_anyway` is true.
     """
     saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "optimizer.pt")
     try:
@@ -50,7 +50,7 @@ def load_optimizer_state(
 
 
 def _add_saved_tensors(state: dict, checkpoint: ShardedCheckpoint):
-    """Add the tensors to an optimizer's state dict, of which a sharded checkpoint's optimizer.pt has the rest."""
+    """Add the tensors to an optimizer's state dict; a sharded checkpoint keeps them apart from its optimizer.pt."""
     for name, tensor in checkpoint.state_dict("optimizer").items():
         number, _, key = name.partition(".")
         state["state"].setdefault(int(number), {})[key] = tensor

@@ -1,4 +1,4 @@
-"""Resume a run: find the checkpoint, and check that today's config is still that of the same run."""
+"""Resume a run: find the checkpoint, and check that the config still describes the same run."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ _MAY_CHANGE = (
 
 
 def _examples(checkpoint: str) -> int:
-    """Return the number of examples trained on; from the checkpoint's name if its state.json is damaged."""
+    """Return the number of examples trained on; if state.json is damaged, read it from the checkpoint's name."""
     name = os.path.basename(checkpoint)
     try:
         return int(read_state_json(checkpoint)["examples"])
@@ -53,7 +53,7 @@ def _examples(checkpoint: str) -> int:
 
 
 def _newest_first(run_dir: str) -> list[str]:
-    """Return the checkpoints of a run, whole or damaged, without links to others."""
+    """Return the checkpoints of a run, damaged ones included, links excluded."""
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     paths = [os.path.join(run_dir, name) for name in names if is_checkpoint_name(name)]
     paths = [path for path in paths if link_target(path) is None]
@@ -94,7 +94,7 @@ def locate_run(config: DictConfig, run_dir_given: bool):
 
 
 def check_restartable(config: DictConfig, run_dir_given: bool):
-    """Refuse a command that would start a run anew, rather than resume it, when its launcher restarts it.
+    """Refuse a command that, if its launcher restarts it, would begin the run again instead of resuming it.
 
     Raises: UserError naming the remedy.
     """
@@ -110,9 +110,9 @@ def check_restartable(config: DictConfig, run_dir_given: bool):
 
 
 def find_checkpoint(config: DictConfig) -> str | None:
-    """Return the undamaged checkpoint that `resume` means; None: start from the beginning.
+    """Return the undamaged checkpoint to resume from; None to start from the beginning.
 
-    Raises: UserError if there is none, if it is damaged, or if the run has got further than it.
+    Raises: UserError if there is none, if it is damaged, or if the run has later ones.
     """
     run_dir = config.local_run_dir
     if not os.path.isdir(run_dir):
@@ -161,7 +161,7 @@ def _given_checkpoint(config: DictConfig, path: str) -> str:
 
 
 def resume_command(keys: dict[str, str | None]) -> str:
-    """Return this process's command with other values of these keys, without those that are None."""
+    """Return this process's command with these keys set to other values, or left out where the value is None."""
     words = [word for word in sys.argv[1:] if word.lstrip("+").split("=")[0] not in keys]
     words += [f"{key}={quoted(value)}" for key, value in keys.items() if value is not None]
     command = shlex.join([sys.argv[0], *words])
@@ -174,7 +174,7 @@ def quoted(path: str) -> str:
 
 
 def resume_hint(run_dir: str) -> str:
-    """Return the last line of a run that ended early: its last checkpoint, and the command that resumes from it."""
+    """Return the last line that a run prints if it ends early: its last checkpoint, and how to resume from it."""
     for path in _newest_first(run_dir):
         if os.path.exists(os.path.join(path, CHECKSUMS)):
             if SWEEP in os.environ:  # the sweep says how to resume all its jobs
@@ -185,13 +185,13 @@ def resume_hint(run_dir: str) -> str:
 
 
 def is_complete(config: DictConfig, checkpoint: str) -> bool:
-    """True if training under exactly this config ended with this checkpoint, so that nothing need be loaded."""
+    """True if training under exactly this config ended with this checkpoint, so that nothing is left to do."""
     saved = read_state_json(checkpoint)
     return is_last(checkpoint) and saved.get("complete") is True and saved.get("config") == training_settings(config)
 
 
 def is_last(checkpoint: str) -> bool:
-    """True if nothing is written after this checkpoint: a step-N at the end of training is followed by LATEST."""
+    """True for the checkpoint that a run writes last: LATEST, even after a step-N at the end of training."""
     return os.path.basename(checkpoint) == "LATEST"
 
 
@@ -202,10 +202,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YA
 
 
 def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, object] | None:
-    """Return the flat config under which a checkpoint was written, by default the one in the run directory.
-
-    None: there is neither.
-    """
+    """Return the flat config under which a checkpoint was written, else the one in the run directory, if any."""
     saved = read_state_json(checkpoint) if checkpoint is not None else {}
     if "config" in saved:
         return saved["config"]
@@ -227,7 +224,7 @@ def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, obje
 
 
 def _former_inputs(config: DictConfig, checkpoint: str | None) -> dict[str, str]:
-    """Return the fingerprints of what the run started from; an empty dict if an earlier version wrote it."""
+    """Return the fingerprints of what the run started from; runs of earlier versions have none."""
     if checkpoint is not None:
         return read_state_json(checkpoint).get("inputs", {})
     path = os.path.join(config.local_run_dir, "config.yaml")
@@ -240,7 +237,7 @@ def _former_inputs(config: DictConfig, checkpoint: str | None) -> dict[str, str]
 
 
 def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, str]):
-    """Refuse a config that would make the resumed run a different one; print the changes.
+    """Print what has changed in the config; refuse changes that make it a different run.
 
     Args:
         files: today's `file_fingerprints`; a file may have moved, but not changed.
@@ -284,7 +281,7 @@ def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, 
 
 
 def _check_kind(config: DictConfig, checkpoint: str):
-    """Refuse a checkpoint of another kind of policy or reference, which `resume_anyway` can't help.
+    """Refuse a checkpoint that lacks what the config needs, an adapter or a reference, even with `resume_anyway`.
 
     Raises: UserError naming the key and the remedy.
     """
@@ -315,7 +312,7 @@ def _holds_reference(checkpoint: str) -> bool:
 
 
 def changed_inputs(config: DictConfig, checkpoint: str | None, inputs: dict[str, str]) -> list[str]:
-    """Return a line of a message for each of these inputs that has changed since the run began."""
+    """Return the lines of a message about those of the inputs that have changed since the run began."""
     return _as_lines(config, _former_inputs(config, checkpoint), inputs)
 
 
@@ -348,7 +345,7 @@ def check_models_unchanged(
 
     Args:
         models: today's fingerprints of files, or commits on the hub.
-        given: keys on the command line, which may differ from the run's.
+        given: keys on the command line, which may name other models than the run's.
 
     Raises: UserError naming what has changed.
     """
@@ -364,7 +361,7 @@ def check_models_unchanged(
 
 @contextlib.contextmanager
 def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
-    """Add to errors of this class how to resume the run that they end."""
+    """Add a note on how to resume the run to errors of this class."""
     try:
         yield
     except error_class as error:

@@ -50,7 +50,7 @@ def begin_save(
 
 
 def _current_state(trainer) -> TrainState:
-    """Return the train state with each shard's random generators, the logs' sizes, and if training is complete."""
+    """Return the train state, completed for a checkpoint: with random generators, the logs' sizes and so on."""
     return dataclasses.replace(
         trainer.state,
         complete=is_over(trainer) and trainer.state.evaluated_at == trainer.state.examples,
@@ -77,5 +77,3 @@ def save_step(trainer):
         delete_oldest(trainer.run_dir, trainer.config.keep_checkpoints, state.examples)
 
     begin_save(trainer, os.path.join(trainer.run_dir, name), then=link)
-    if trainer.run_log is not None:
-        trainer.run_log.table.time_left.tick("save")

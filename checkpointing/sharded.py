@@ -1,8 +1,7 @@
-"""Tensors saved in parts: each worker writes what it holds to a file of its own, and reads what it needs from any file.
+"""Save tensors in parts: each worker writes what it holds to a file of its own, and reads what it needs from any file.
 
-The files are plain safetensors. `shards.json` lists each tensor's dtype and shape, and its pieces: boxes that cover it,
-with the file that holds each of them. So it doesn't matter how many workers wrote the files, and how their trainer had
-split the tensors.
+The files are plain safetensors. `shards.json` lists each tensor's dtype, shape and pieces: boxes that cover the tensor,
+and the file that holds each of them. So another number of workers, or another trainer, can read what these wrote.
 """
 
 import functools
@@ -69,7 +68,7 @@ def pieces_to_write(tensor: torch.Tensor) -> list[Piece]:
 
 
 def _pieces(tensor: torch.Tensor, number: int, n_replicas: int) -> list[Piece]:
-    """Return the pieces of a tensor that this worker holds; of the rows only the `number`-th of `n_replicas` parts."""
+    """Return this worker's pieces of a tensor, cut to the `number`-th of `n_replicas` equal parts of their rows."""
     if isinstance(tensor, DTensor):
         mesh, placements = tensor.device_mesh, tensor.placements
         along = [_ranges_held(size, mesh, tuple(_along(placement, dim) for placement in placements))
@@ -84,7 +83,7 @@ def _pieces(tensor: torch.Tensor, number: int, n_replicas: int) -> list[Piece]:
 
 
 def _along(placement: Placement, dim: int) -> Placement:
-    """Return how a dimension alone is distributed, as that of a tensor with one dimension."""
+    """Return the placement of a tensor with one dimension that is distributed as this dimension is."""
     if isinstance(placement, _StridedShard) and placement.dim == dim:
         return _StridedShard(0, split_factor=placement.split_factor)
     return Shard(0) if isinstance(placement, Shard) and placement.dim == dim else Replicate()
@@ -92,7 +91,7 @@ def _along(placement: Placement, dim: int) -> Placement:
 
 @functools.lru_cache(maxsize=1024)
 def _ranges_held(size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[tuple[int, int, int]]:
-    """Return which indices of a dimension this worker holds, as ranges: first, length, position in the local tensor."""
+    """Return the indices of a dimension that this worker holds, as ranges: first, length, position in its tensor."""
     indices = distribute_tensor(torch.arange(size), mesh, placements, src_data_rank=None).to_local().tolist()
     starts = [i for i, index in enumerate(indices) if i == 0 or index != indices[i - 1] + 1]
     return [(indices[i], end - i, i) for i, end in itertools.pairwise([*starts, len(indices)])]
@@ -115,14 +114,14 @@ class WorkerShard(NamedTuple):
     """This worker's pieces of all tensors, in CPU memory, and their description for the index."""
 
     pieces: dict[str, torch.Tensor]  # by their keys in the file
-    tensors: dict[str, dict]  # the name of every tensor: its dtype, shape and this worker's [offset, shape] of pieces
+    tensors: dict[str, dict]  # dtype, shape and this worker's pieces ([offset, shape]) of every tensor, by its name
 
 
 def shard_of(state_dicts: dict[str, dict], copies: bool) -> WorkerShard:
-    """Return this worker's part of a checkpoint's state dicts; a tensor with several names is taken once.
+    """Return this worker's part of a checkpoint's state dicts; a tensor with several names is saved once.
 
     Args:
-        copies: copy pieces that are in CPU memory already, so that training may change the tensors meanwhile.
+        copies: copy even what is in CPU memory, so that training may change the tensors before they are written.
     """
     shard, seen = WorkerShard({}, {}), set()
     for name, tensor in _named_tensors(state_dicts).items():
@@ -169,7 +168,7 @@ def write_shard(directory: str, shard: WorkerShard, group: torch.distributed.Pro
         group: the process group of the thread that calls this; None: the main thread's.
 
     Returns: the SHA-256 of each worker's file.
-    Raises: OSError on all workers with what one of them couldn't do.
+    Raises: OSError, on all workers, if one of them can't write.
     """
     rank, world_size = collectives.rank_and_world_size()
     path, digest, problem = os.path.join(directory, _file_name(rank, world_size)), None, None
@@ -206,7 +205,7 @@ def _write_index(directory: str, files: list[str], by_worker: list[dict[str, dic
     for name, described in by_worker[0].items():
         pieces = {tuple(box[0]): (number, *box) for number, worker in enumerate(by_worker)
                   for box in worker[name]["pieces"]}  # fmt: skip
-        # one of each: what FSDP shards and tensor parallelism doesn't, is on several meshes
+        # listed once: workers that FSDP places on different meshes may write the same piece
         tensors[name] = {**described, "pieces": list(pieces.values())}
     with open(os.path.join(directory, SHARDS), "w", encoding="utf-8") as file:
         json.dump({"format": _FORMAT, "files": files, "tensors": tensors}, file)
@@ -278,7 +277,7 @@ class SavedBox(NamedTuple):
 
 
 class SavedTensor:
-    """A tensor in safetensors files, in one piece or several; only what is asked for is read, and cast to `dtype`."""
+    """A tensor in safetensors files, in one piece or several; parts of it are read when needed, and cast to `dtype`."""
 
     def __init__(self, files: TensorFiles, name: str, dtype: torch.dtype, shape: Iterable[int], boxes: list[SavedBox]):
         self.files, self.name, self.dtype, self.shape, self.boxes = files, name, dtype, torch.Size(shape), boxes
@@ -293,7 +292,7 @@ class SavedTensor:
         return self._read([Piece(start, tuple(self.shape), start)], self.shape)
 
     def read_like(self, target: torch.Tensor) -> torch.Tensor:
-        """Read the part that this worker holds if it is distributed as `target` is; see `distribute_like`."""
+        """Return the tensor distributed as `target` is (see `distribute_like`); read only this worker's part."""
         if not isinstance(target, DTensor) or self.shape != target.shape:
             return distribute_like(target, self.full())
         mesh, placements = target.device_mesh, target.placements
@@ -301,7 +300,7 @@ class SavedTensor:
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=self.shape, stride=target.stride())
 
     def _read(self, wanted: list[Piece], local_shape: torch.Size) -> torch.Tensor:
-        """Return a worker's local tensor, filled with the wanted pieces of this one."""
+        """Return a worker's local tensor, filled with the wanted pieces of this tensor."""
         local, n_read = torch.empty(local_shape, dtype=self.dtype), 0
         for piece, (file, key, offset, shape) in itertools.product(wanted, self.boxes):
             bounds = [(max(p, o), min(p + m, o + n)) for p, m, o, n in zip(*piece[:2], offset, shape, strict=True)]

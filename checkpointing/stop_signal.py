@@ -1,4 +1,4 @@
-"""Stopping on a signal, such that the run can be resumed."""
+"""Stop on a signal, so that the run can be resumed."""
 
 import contextlib
 import os
@@ -15,9 +15,9 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Inside `with`, a first signal sets `received`, which training acts on; a second one ends the process."""
+    """Inside its `with` block, a first signal sets `received`, which training checks; a second ends the process."""
 
-    received: str | None = None  # its name
+    received: str | None = None  # the signal's name
 
     def __enter__(self):
         self.handled = signals_handled(self._receive)

@@ -18,20 +18,13 @@ from basics.files import open_regular
 from basics.saved_config import flatten
 from utils import UserError, rank0_print
 
-_ADDED_LATER = (
-    "inputs",
-    "log_sha256",
-    "best",
-    "best_at",
-    "worse",
-    "max_tokens",
-    "loss_memory",
-)  # fields that checkpoints of earlier versions lack
+# fields that checkpoints of earlier versions lack
+_ADDED_LATER = ("inputs", "log_sha256", "best", "best_at", "worse", "max_tokens", "loss_memory")
 
 
 @dataclass
 class TrainState:
-    """The progress of a run. A checkpoint has it in `state.json`, and the random generators in `rng.pt`.
+    """The progress of a run. A checkpoint keeps it in `state.json`, but for the random generators, in `rng.pt`.
 
     state.json also records the config, trainer, optimizer and versions under which it was written.
     """
@@ -57,12 +50,8 @@ class TrainState:
     def save(self, directory: str, config: DictConfig):
         """Write state.json and rng.pt."""
         counters = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rng_states"}
-        origin = {
-            "trainer": config.trainer,
-            "optimizer": config.optimizer,
-            "config": training_settings(config),
-            "versions": versions(),
-        }
+        origin = {"trainer": config.trainer, "optimizer": config.optimizer, "config": training_settings(config),
+                  "versions": versions()}  # fmt: skip
         from checkpointing.archives import write_tensors  # loads Transformers, which takes seconds
 
         write_tensors({"workers": self.rng_states}, os.path.join(directory, "rng.pt"))
@@ -71,7 +60,7 @@ class TrainState:
 
     @classmethod
     def load(cls, checkpoint: str) -> "TrainState":
-        """Read state.json and rng.pt. Raises: UserError if they can't be read, are incomplete or hold anything else."""
+        """Read state.json and rng.pt. Raises: UserError if they can't be read, are incomplete or hold other things."""
         from checkpointing.archives import read_tensors
 
         saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "rng.pt")
@@ -125,13 +114,13 @@ def _is_of_type(value: object, kind: object) -> bool:
 
 
 def training_settings(config: DictConfig) -> dict[str, object]:
-    """Return the flat config, without the run's directory and how it was started."""
+    """Return the flat config, without the run's directory and the keys that resume it."""
     where = ("local_run_dir", "resume", "resume_anyway")
     return {key: value for key, value in flatten(config).items() if key not in where}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions on which the numbers may depend."""
+    """Return the versions of libraries on which the numbers may depend."""
     transformers = importlib.metadata.version("transformers")  # without importing it
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers}
 
@@ -163,9 +152,9 @@ def get_rng_state() -> dict:
 
 
 def restore_rng_state(states: list[dict], shard: int, n_shards: int):
-    """Restore this worker's random generators from a checkpoint, if there was such a batch shard when it was saved.
+    """Restore this worker's random generators from a checkpoint, if that has a state for the worker's batch shard.
 
-    Workers that compute the same shard must draw the same, so they all get its state.
+    Workers that compute the same shard must draw the same numbers, so they all get its state.
 
     Args:
         states: one per batch shard when the checkpoint was saved.

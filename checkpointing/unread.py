@@ -1,8 +1,8 @@
 """Load a model without its weights, so that every worker reads its own part of them from the safetensors files.
 
-While `from_pretrained` loads the model, it gets tensors that need no memory in place of those in the files. It still
-finds and downloads the files, renames and ties weights, checks shapes and computes buffers. A model for which it does
-more than that, such as merging experts, is loaded the usual way: one worker reads it, and broadcasts each parameter.
+`from_pretrained` gets placeholders, which need no memory, in place of the tensors in the files. It still finds and
+downloads the files, renames and ties weights, checks shapes and computes buffers. If it does more than that for a
+model, such as merging experts, the model is loaded the usual way: one worker reads it, and broadcasts each parameter.
 """
 
 import contextlib
@@ -45,9 +45,10 @@ class UnreadWeights(NamedTuple):
 
 
 def load_unread(name: str, origin: str, dtype: torch.dtype, **options) -> nn.Module:
-    """Call `load_pretrained`, but leave the parameters on the meta device; the model's `unread` are then its weights.
+    """Load a model with its parameters on the meta device; its attribute `unread` can read their values.
 
-    If its parameters are not simply the tensors in safetensors files, cast to `dtype`, it is loaded whole, on the CPU.
+    If its parameters are not simply the tensors in safetensors files, cast to `dtype`, it is loaded whole, on the CPU,
+    without that attribute.
     """
     options |= {"dtype": dtype, "device_map": "cpu"}
     if not _is_plain(name, **options):
@@ -67,7 +68,7 @@ def load_unread(name: str, origin: str, dtype: torch.dtype, **options) -> nn.Mod
 
 @contextlib.contextmanager
 def _files_opened_by(function: Callable) -> Iterator[None]:
-    """Let transformers open safetensors files by another function than `safe_open`: `from_pretrained` takes none."""
+    """Let transformers open safetensors files by this function instead of `safe_open`."""
     module = transformers.modeling_utils
     before = module.safe_open
     module.safe_open = function
@@ -107,7 +108,7 @@ class _Placeholders:
         return placeholder
 
     def used_by(self, model: nn.Module) -> dict[str, SavedTensor] | None:
-        """Return the tensor of each parameter by its name; None if any of the model's state isn't just that."""
+        """Return each parameter's tensor in the files, by its name; None if a part of the model's state has none."""
         left_over, used = {address: saved for address, (_, saved) in self.tensors.items()}, {}
         for name, parameter in model.named_parameters():
             tensor = left_over.pop(parameter.data_ptr(), None)

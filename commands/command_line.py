@@ -26,12 +26,12 @@ from objectives.modifiers import UNLISTED
 from utils import UserError, get_local_dir
 
 _MODIFIERS = "|".join(UNLISTED)
-# settings with names of others, of a loss's modifiers, and of the parts of loss=mix
+# keys that no YAML file lists: in sections of `FREE_KEYS`, of a loss's modifiers, of the parts of loss=mix
 _FREE = re.compile(rf"(?:{'|'.join(FREE_KEYS)}|judge_args|engine_args|loss\.(?:{_MODIFIERS})=|loss\.parts|loss\.\w+\.)")
 
 
 def with_free_keys(overrides: list[str]) -> list[str]:
-    """Return the overrides as Hydra takes them: keys with free names are marked, `model=PATH_OR_ID` is written out."""
+    """Rewrite overrides for Hydra: mark keys that no YAML file lists by ++, and write `model=PATH_OR_ID` out."""
     words = [part for word in overrides for part in _with_model_written_out(word)]
     return [f"++{word}" if _FREE.match(word) else word for word in words]
 
@@ -86,7 +86,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra pass every error on unchanged
-    if config_name == "config" and re.search(r"^(--config-path|-cp)(=|$)", "\n".join(sys.argv), re.MULTILINE):
+    if config_name == "config" and any(word.startswith(("--config-path", "-cp")) for word in sys.argv):
         with errors_reported():
             sys.argv[1:] = with_config_of_run(sys.argv[1:])
     sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
@@ -96,7 +96,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
             if not can_sweep:
                 sys.exit("error: only train.py supports sweeps with -m")
             return sweeps.run_job(run, config)
-        # here, as Hydra would print a line of its own above an error
+        # inside the job, as Hydra would print a line of its own above an error that leaves it
         with errors_reported(EXIT_CODE if can_sweep else INTERRUPTED):
             run(config)
 

@@ -35,22 +35,14 @@ def keep_output_going():
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
         elif stream.fileno() == descriptor:
             stream.flush()
-            raw = _UnneededOutput(descriptor, "w", closefd=False)
-            setattr(
-                sys,
-                name,
-                io.TextIOWrapper(
-                    io.BufferedWriter(raw),
-                    stream.encoding,
-                    "backslashreplace",
-                    line_buffering=True,  # a job's log file is read while it is written
-                    write_through=stream.write_through,
-                ),
-            )
+            buffer = io.BufferedWriter(_UnneededOutput(descriptor, "w", closefd=False))
+            # line by line, as a job's log file is read while it is written
+            flushing = {"line_buffering": True, "write_through": stream.write_through}
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **flushing))
 
 
 def _report_failed_thread(failed: threading.ExceptHookArgs):
-    """Print how a thread failed: a full disk in a line, as whoever waits for the thread gets the error, too."""
+    """Print why a thread failed; of a full disk one line, as the code that waits for the thread gets the error, too."""
     if has_no_room(failed.exc_value):
         print(printable(f"WARNING: {failed.exc_value}"), file=sys.stderr)
     else:
@@ -60,7 +52,7 @@ def _report_failed_thread(failed: threading.ExceptHookArgs):
 def quiet_libraries():
     """Turn off the progress bars of libraries; those of downloads, which may take long, only without a terminal.
 
-    A full disk under what they write in threads and logs of their own (trackers do) prints no tracebacks, either.
+    On a full disk, the threads and logs of trackers print no tracebacks, either.
     """
     import huggingface_hub
     import transformers

@@ -1,21 +1,20 @@
 """Config for commands that work on a run: the run's config, plus the command's own keys."""
 
-import contextlib
 import os
 from collections.abc import Callable
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from basics.printing import one_line
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import check_models_unchanged, find_checkpoints
+from commands.run_directory import parsed
 from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.schema import FREE_KEYS, expand_home, own_keys
-from distributed import collectives, connection, environment
-from distributed.strategies import STRATEGIES
+from distributed import collectives, launch
 from utils import UserError, closest_sibling, on_rank0
 
 
@@ -30,13 +29,12 @@ def read_run_config(run_dir: str) -> DictConfig:
     try:
         return read_saved_config(path)
     except Exception as error:  # the YAML library raises errors of any kind
-        raise UserError(f"{path}: can't read it: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{path}: can't read it: {one_line(error)}") from error
 
 
 def _given_keys() -> list[str]:
     """Return the keys on the command line."""
-    parser = OverridesParser.create()
-    return [parser.parse_override(word).key_or_group for word in HydraConfig.get().overrides.task]
+    return [override.key_or_group for override in parsed(HydraConfig.get().overrides.task)]
 
 
 def _config_without(config: DictConfig, own: dict) -> DictConfig:
@@ -89,15 +87,13 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
 
     Args:
         config_name: the config file with the command's own keys.
-        make_options: returns `options` for the config of training, the values of these keys and the checkpoints that
-            they name; it may raise UserError.
+        make_options: called with the training config, the command's own keys and their checkpoints, it returns
+            `options`; it may raise UserError.
     """
     given = _given_keys()
     own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})
     config = _config_without(config, own)
-    with contextlib.ExitStack() as stack:
-        if is_launched := environment.is_launched():
-            stack.enter_context(connection.process_group(config.worker_timeout))
+    with launch.joined_group(config):
         prepared = None
         if on_rank0():
             check_config(config, reads_data=own.get("prompts") is None)
@@ -107,10 +103,10 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
                 check_models_unchanged(config, checkpoints, files, given)
             prepared = config, make_options(config, own, checkpoints)
         config, options = collectives.broadcast_object(prepared)
-        if is_launched or not STRATEGIES[config.trainer].starts_workers:
-            work(config, options, given)
-        else:
+        if launch.must_start_workers(config):
             run_in_workers(work, config, options, given)
+        else:
+            work(config, options, given)
 
 
 def check_hub_models(config: DictConfig, checkpoints: list[str | None], given: list[str]):

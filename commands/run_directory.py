@@ -29,7 +29,7 @@ def locked_run(run_dir: str) -> contextlib.AbstractContextManager:
 
 
 def default_run_dir(exp_name: str, local_dirs: list[str]) -> str:
-    """Return the default of `local_run_dir`: a new path, or the directory of a sweep's job."""
+    """Return the default of `local_run_dir`: a new path, or in a sweep the job's directory."""
     return HydraConfig.get().runtime.output_dir if in_sweep() else get_local_run_dir(exp_name, local_dirs)
 
 
@@ -70,7 +70,7 @@ def job_name() -> str:
 
 def job_overrides() -> dict[str, str]:
     """Return what the sweep varies, with this job's values: {'loss.beta': '0.1', ...}."""
-    job, fixed = _parsed(HydraConfig.get().overrides.task), sweep_values()["fixed"]
+    job, fixed = parsed(HydraConfig.get().overrides.task), sweep_values()["fixed"]
     return {o.key_or_group: o.get_value_element_as_str() for o in job if o.key_or_group not in fixed}
 
 
@@ -80,7 +80,7 @@ def fixed_keys(config: DictConfig) -> list[str]:
     Args:
         config: the sweep's, with Hydra's own keys.
     """
-    given = _parsed(config.hydra.overrides.task)
+    given = parsed(config.hydra.overrides.task)
     varied = {*(config.hydra.sweeper.get("params") or {}), *(o.key_or_group for o in given if o.is_sweep_override())}
     return sorted({o.key_or_group for o in given} - varied)
 
@@ -90,7 +90,8 @@ def sweep_values() -> dict:
     return json.loads(os.environ.get(SWEEP, '{"id": null, "fixed": []}'))
 
 
-def _parsed(words: ListConfig) -> list[Override]:
+def parsed(words: ListConfig) -> list[Override]:
+    """Parse overrides."""
     return OverridesParser.create().parse_overrides(OmegaConf.to_container(words))
 
 

@@ -94,7 +94,7 @@ def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | No
     Raises: SystemExit after a signal, if this process runs all jobs.
     """
     is_parent = _Sweep.current is not None
-    if multiprocessing.parent_process() is not None:  # in a pool, whose own method workers would not know
+    if multiprocessing.parent_process() is not None:  # in joblib's pool, whose start method workers don't know
         multiprocessing.set_start_method("spawn", force=True)
     log, start = SweepLog(HydraConfig.get().sweep.dir), time.monotonic()
     overrides = " ".join(f"{key}={value}" for key, value in job_overrides().items())
@@ -110,7 +110,7 @@ def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | No
             error = ended.code
             print(printable(error), file=sys.stderr, flush=True)
         status = "stopped" if ended.code == EXIT_CODE else "failed"
-        # a signal ends all jobs of this process; a launcher's other workers could not follow
+        # a signal ends all jobs of this process; so does any failure under a launcher, whose workers must keep in step
         if is_parent and (status == "stopped" or environment.is_launched()):
             raise
     finally:
@@ -129,7 +129,7 @@ def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | No
 
 
 def _claimed_dir(config: DictConfig, overrides: str, log: SweepLog) -> str:
-    """Return the directory of a job, which it shares with none but an earlier job with the same overrides.
+    """Return a job's directory. Only an earlier job with the same overrides may have used it.
 
     A sweeper may try the same values again. If this sweep has completed them, the job resumes and has nothing to do.
     """

@@ -11,20 +11,18 @@ import shutil
 import sys
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from basics.outputs import is_sharded, why_not_writable
-from config_checks.datasets import check_datasets, check_fields, check_ignored_columns, chosen_datasets
+from config_checks.datasets import check_data
 from config_checks.lora import check_adapter_fits, check_lora
 from config_checks.schedules import check_schedule
 from config_checks.schema import default_config, expand_config, names_in
-from config_checks.values import check_values
-from data.choice import TRUNCATIONS
+from config_checks.values import check_one_of, check_values
 from distributed import environment
-from distributed.strategies import STRATEGIES
+from distributed.strategies import STRATEGIES, trainers_with
 from losses import find_loss, needs_reference
 from optimization import DEFAULT_SCHEDULE
-from preference_datasets import DATASETS
 from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
 from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir, rank0_print
@@ -35,8 +33,10 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 _GPU_ATTENTION = {
     "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
 }  # fmt: skip
-_HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # NAME or OWNER/NAME, as a regular expression
+# LBFGS needs several losses per step, SparseAdam sparse gradients
+_OTHERS = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
+_HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # NAME or OWNER/NAME, as a regular expression
 
 
 def check_config(config: DictConfig, reads_data: bool = True):
@@ -59,7 +59,7 @@ def check_config(config: DictConfig, reads_data: bool = True):
     if isinstance(config.exp_name, int | float) and not isinstance(config.exp_name, bool):
         config.exp_name = str(config.exp_name)
     check_values(config)
-    _check_data(config, reads_data)
+    check_data(config, reads_data)
     _check_optimizer(config)
     if config.lr_scheduler != DEFAULT_SCHEDULE or config.lr_scheduler_args:
         check_schedule(config.lr_scheduler, OmegaConf.to_container(config.lr_scheduler_args))
@@ -71,56 +71,16 @@ def check_config(config: DictConfig, reads_data: bool = True):
     _check_files(config)
 
 
-def _check_data(config: DictConfig, reads_data: bool):
-    """Check the datasets' names and, if the command reads them, their settings, as far as possible before reading."""
-    if isinstance(config.datasets, str):
-        config.datasets = ListConfig([config.datasets])
-    if not isinstance(config.datasets, ListConfig):
-        raise UserError(f"datasets={config.datasets}: expected a list, e.g. datasets=[hh]")
-    if not config.datasets:
-        raise UserError("datasets=[]: name at least one dataset, e.g. datasets=[hh]")
-    if not reads_data:
-        return
-    for key, values in (
-        ("truncation", (*TRUNCATIONS, None)),
-        ("on_bad_example", ("error", "skip")),
-        ("trained_turns", ("all", "last")),
-    ):
-        if config[key] not in values:
-            allowed = ", ".join("null" if value is None else value for value in values)
-            raise UserError(f"{key}={config[key]}: must be one of {allowed}")
-    if not 0 < config.test_fraction < 1:
-        raise UserError(f"test_fraction={config.test_fraction}: must be above 0 and below 1")
-    if config.fields:
-        check_fields(config.fields, "config")
-    if config.ignored_columns:
-        check_ignored_columns(config.ignored_columns, "config")
-    choices = chosen_datasets(config)
-    of_files = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template", "verbatim_responses")
-    of_rows = [key for key in of_files if config[key]] + ["trained_turns"] * (config.trained_turns != "all")
-    if of_rows and all(choice.name in DATASETS for choice in choices):
-        raise UserError(
-            f"{of_rows[0]}={config[of_rows[0]]}: that is for files and hub ids; named datasets have their own"
-        )
-    check_datasets(choices, config.dataset_paths)
-    if config.chat_template is not None and not os.path.isfile(config.chat_template):
-        raise UserError(f"chat_template={config.chat_template}: no such file, seen from {os.getcwd()}")
-
-
 def _check_optimizer(config: DictConfig):
-    base = torch.optim.Optimizer
+    """Refuse an unknown optimizer or unknown arguments of it, with a UserError."""
     classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
-    optimizers = [name for name, value in classes.items() if issubclass(value, base) and value is not base]
-    for name in ("LBFGS", "SparseAdam"):  # LBFGS needs several losses per step, the other sparse gradients
-        optimizers.remove(name)
-    if config.optimizer not in optimizers:
-        raise UserError(
-            f"optimizer={config.optimizer}: not an optimizer of torch.optim that trains with one gradient a step."
-            f"{closest_match(config.optimizer, optimizers)} There are: {', '.join(optimizers)}"
-        )
-    accepted = dict(inspect.signature(classes[config.optimizer]).parameters)
-    for name in ("params", "lr"):
-        accepted.pop(name)
+    optimizers = {
+        name: value for name, value in classes.items()
+        if issubclass(value, torch.optim.Optimizer) and value not in _OTHERS
+    }  # fmt: skip
+    check_one_of("optimizer", config.optimizer, optimizers)
+    accepted = dict(inspect.signature(optimizers[config.optimizer]).parameters)
+    del accepted["params"], accepted["lr"]
     for name, value in OmegaConf.to_container(config.optimizer_args).items():
         if name not in accepted:
             hint = " Its learning rate is the key lr." if name == "lr" else closest_match(name, accepted)
@@ -149,28 +109,23 @@ def _is_no_number(value: object) -> bool:
 
 
 def _check_model(config: DictConfig):
-    """Check where the model comes from and its dtypes."""
+    """Check where the model comes from, its dtypes and its attention."""
     model = config.model
+    check_one_of("model.policy_dtype", model.policy_dtype, DTYPES)
+    check_one_of("model.reference_dtype", model.reference_dtype, (*DTYPES, None))
     for key in ("policy_dtype", "reference_dtype"):
-        if model[key] not in DTYPES and (key, model[key]) != ("reference_dtype", None):
-            raise UserError(f"model.{key}={model[key]}: must be one of {', '.join(DTYPES)}")
         if model[key] == "float64" and default_device() == "mps":
             raise UserError(f"model.{key}=float64: Apple's GPUs have no float64; use float32")
-    if model.policy_dtype == "float16":
-        raise UserError(
-            "model.policy_dtype=float16: float16 gradients need loss scaling, which no trainer here does; use "
-            "bfloat16, or model.policy_mp=bfloat16 with float32 weights"
-        )
-    if None not in (config.model.policy_mp, config.model.fsdp_policy_mp) and (
-        config.model.policy_mp != config.model.fsdp_policy_mp
-    ):
+    if None not in (model.policy_mp, model.fsdp_policy_mp) and model.policy_mp != model.fsdp_policy_mp:
         raise UserError("model.policy_mp and model.fsdp_policy_mp are two names for one thing: give one of them")
-    config.model.policy_mp = config.model.policy_mp or config.model.fsdp_policy_mp
-    if config.model.policy_mp not in (None, "bfloat16"):
-        raise UserError(
-            f"model.policy_mp={config.model.policy_mp}: must be bfloat16 or null; float16 gradients would need "
-            "loss scaling, which no trainer here does"
-        )
+    model.policy_mp = model.policy_mp or model.fsdp_policy_mp
+    for key in ("policy_dtype", "policy_mp"):
+        if model[key] == "float16":
+            raise UserError(
+                f"model.{key}=float16: float16 gradients need loss scaling, which no trainer here does; use bfloat16, "
+                "or model.policy_mp=bfloat16 with float32 weights"
+            )
+    check_one_of("model.policy_mp", model.policy_mp, ("bfloat16", None))
     if model.revision is not None and os.path.isdir(model.name_or_path):
         raise UserError(
             f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is a local folder, which has no "
@@ -178,6 +133,12 @@ def _check_model(config: DictConfig):
         )
     if model.attn_implementation is not None:
         _check_attention(model)
+    if model.load_in_4bit:
+        _check_4bit(config)
+    if config.lora is not None and model.adapter is not None:
+        raise UserError(
+            "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
+        )
     if model.router_aux_loss_coef is not None:
         _turn_off_faster_layouts(config)
 
@@ -195,11 +156,7 @@ def _turn_off_faster_layouts(config: DictConfig):
 
 def _check_attention(model: DictConfig):
     name = model.attn_implementation
-    if name not in ATTENTION:
-        raise UserError(
-            f"model.attn_implementation={name}: no such implementation.{closest_match(name, ATTENTION)} There are: "
-            f"{', '.join(ATTENTION)}; null lets transformers choose"
-        )
+    check_one_of("model.attn_implementation", name, ATTENTION, note="; null lets transformers choose")
     if (package := _GPU_ATTENTION.get(name)) is None:
         return
     if not torch.cuda.is_available() or importlib.util.find_spec(package) is None:
@@ -209,6 +166,18 @@ def _check_attention(model: DictConfig):
             raise UserError(
                 f"model.attn_implementation={name} computes in bfloat16 or float16, not model.{key}={model[key]}"
             )
+
+
+def _check_4bit(config: DictConfig):
+    """Check that 4-bit weights can be loaded, and that something else is trained."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
+    if config.lora is None and config.model.adapter is None:
+        raise UserError("model.load_in_4bit=true: 4-bit weights can't be trained; add lora={} or model.adapter")
+    if any(source.archive is not None or source.from_scratch for source in sources(config)):
+        raise UserError(
+            "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
+        )
 
 
 def _check_lengths_and_batches(config: DictConfig):
@@ -241,28 +210,19 @@ def _check_lengths_and_batches(config: DictConfig):
 
 
 def _check_workers(config: DictConfig):
-    if config.trainer not in STRATEGIES:
-        raise UserError(
-            f"trainer={config.trainer}: no such trainer.{closest_match(config.trainer, STRATEGIES)} "
-            f"There are: {', '.join(STRATEGIES)}"
-        )
+    """Refuse workers that can't be started or can't share the work, and keys that the trainer has no use for."""
+    check_one_of("trainer", config.trainer, STRATEGIES)
     trainer, strategy = config.trainer, STRATEGIES[config.trainer]
     world_size = environment.get_world_size(strategy.starts_workers, config.world_size)
-    for_tensors = ", ".join(name for name, other in STRATEGIES.items() if not other.splits_tensors)
-    if not strategy.starts_workers and (n_workers := max(world_size, config.world_size or 1)) > 1:
-        others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if other.starts_workers)
+    if strategy.starts_workers:
+        _check_start(config)
+    elif (n_workers := max(world_size, config.world_size or 1)) > 1:
+        others = trainers_with("starts_workers", True)
         raise UserError(f"trainer={trainer} trains in one process, not in {n_workers} (world_size); choose {others}")
-    if strategy.starts_workers and sys.platform == "win32":
-        raise UserError(
-            f"trainer={trainer} runs several processes, which this program can't do on Windows: choose "
-            f"{for_tensors.replace(', ', ' or ')}, or run it in WSL, which is Linux"
-        )
     for key in ("world_size", "fsdp_port"):
         if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
             who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
             raise UserError(f"{key}={config[key]}: {who}; leave it null")
-    if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
-        raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
     for name, other in STRATEGIES.items():
         for key, default in other.config_keys.items():
             if config[key] != default and key not in strategy.config_keys:
@@ -272,19 +232,28 @@ def _check_workers(config: DictConfig):
     n_gpus = torch.cuda.device_count()
     if n_gpus and not environment.is_launched() and world_size > n_gpus:
         raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
-    if config.compile:
-        _check_can_compile(config)
-    if config.model.load_in_4bit and strategy.splits_tensors:
-        raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {for_tensors}")
-    if config.optimizer in NOT_FOR_DTENSORS and strategy.splits_tensors:
+    if strategy.splits_tensors:
+        _check_split_tensors(config)
+    compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
+    if config.compile and not any(shutil.which(compiler) for compiler in compilers if compiler):
         raise UserError(
-            f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
-            f"trainer={trainer} does; use {for_tensors} or another optimizer"
+            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
         )
 
 
+def _check_start(config: DictConfig):
+    """Refuse workers that can't be started here."""
+    if sys.platform == "win32":
+        raise UserError(
+            f"trainer={config.trainer} runs several processes, which this program can't do on Windows: choose "
+            f"{trainers_with('starts_workers', False)}, or run it in WSL, which is Linux"
+        )
+    if config.fsdp_port is not None and not 0 < config.fsdp_port < 2**16:
+        raise UserError(f"fsdp_port={config.fsdp_port}: must be a port, 1 to 65535, or null for a free one")
+
+
 def _check_division(config: DictConfig, world_size: int):
-    """Raise UserError if workers can't be divided into equal groups, or batches into equal microbatches."""
+    """Refuse workers that can't be divided into equal groups, and batches that can't be divided among these."""
     n_together = config.tensor_parallel
     if world_size % n_together != 0:
         raise UserError(
@@ -305,23 +274,23 @@ def _check_division(config: DictConfig, world_size: int):
         )
 
 
-def _check_can_compile(config: DictConfig):
-    if STRATEGIES[config.trainer].splits_tensors:
-        raise UserError(f"compile=true isn't for trainer={config.trainer}; leave it out")
-    compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
-    if not any(shutil.which(compiler) for compiler in compilers if compiler):
+def _check_split_tensors(config: DictConfig):
+    """Refuse what works only on whole tensors, for a trainer that splits them."""
+    trainer, others = config.trainer, trainers_with("splits_tensors", False)
+    if config.compile:
+        raise UserError(f"compile=true isn't for trainer={trainer}; leave it out")
+    if config.model.load_in_4bit:
+        raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {others}")
+    if config.optimizer in NOT_FOR_DTENSORS:
         raise UserError(
-            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
+            f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
+            f"trainer={trainer} does; use {others} or another optimizer"
         )
 
 
 def _check_reference(config: DictConfig):
-    if config.reference not in ("auto", *REFERENCES):
-        raise UserError(f"reference={config.reference}: must be auto, model, adapter_off or adapter_copy")
-    if config.lora is not None and config.model.adapter is not None:
-        raise UserError(
-            "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
-        )
+    """Refuse a reference that the loss or the policy can't be compared with; resolve `reference=auto`."""
+    check_one_of("reference", config.reference, ("auto", *REFERENCES))
     sets_reference = config.reference != "auto" or config.precompute_ref_log_probs or reference_source(config).given
     if not needs_reference(config.loss) and sets_reference:
         why = "reference_free" if config.loss.get("reference_free") else f"loss={config.loss.name}"
@@ -340,15 +309,6 @@ def _check_reference(config: DictConfig):
             "precompute_ref_log_probs=true keeps the log-probabilities of whole responses alone; loss.ld_alpha needs "
             "those up to the shared length, too: use precompute_ref_log_probs=false"
         )
-    if config.model.load_in_4bit:
-        if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("model.load_in_4bit=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
-        if config.lora is None and config.model.adapter is None:
-            raise UserError("model.load_in_4bit=true: 4-bit weights can't be trained; add lora={} or model.adapter")
-        if any(source.archive is not None or source.from_scratch for source in sources(config)):
-            raise UserError(
-                "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
-            )
 
 
 def _check_kl_estimate(config: DictConfig):
@@ -384,19 +344,9 @@ def _check_moving_reference(config: DictConfig):
 
 
 def _check_checkpoints(config: DictConfig):
-    if (metric := config.keep_best) is not None:
-        known = evaluation_metrics(find_loss(config.loss), config)
-        if metric not in known:
-            raise UserError(
-                f"keep_best={metric}: no metric of these evaluations.{closest_match(metric, known)} "
-                f"There are: {', '.join(known)}"
-            )
-    formats = ("whole", "sharded")
-    if config.checkpoint_format not in formats:
-        raise UserError(
-            f"checkpoint_format={config.checkpoint_format}: must be one of {', '.join(formats)}."
-            f"{closest_match(config.checkpoint_format, formats)}"
-        )
+    if config.keep_best is not None:
+        check_one_of("keep_best", config.keep_best, evaluation_metrics(find_loss(config.loss), config))
+    check_one_of("checkpoint_format", config.checkpoint_format, ("whole", "sharded"))
     if config.checkpoint_async and config.checkpoint_format != "sharded":
         raise UserError(
             "checkpoint_async=true writes what each worker holds, but checkpoint_format=whole gathers it first, while "
@@ -405,16 +355,16 @@ def _check_checkpoints(config: DictConfig):
 
 
 def _check_files(config: DictConfig):
-    if config.tensorboard.enabled and not config.debug and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard is not installed: pip install tensorboard, or pass tensorboard.enabled=false")
-    if config.wandb.enabled and not config.debug and importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb is not installed: pip install wandb, or pass wandb.enabled=false")
+    """Check that optional packages are installed, that local files exist and that outputs can be written."""
+    for tracker in ("tensorboard", "wandb"):
+        if config[tracker].enabled and not config.debug and importlib.util.find_spec(tracker) is None:
+            raise UserError(f"{tracker} is not installed: pip install {tracker}, or pass {tracker}.enabled=false")
+    has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))
+    if has_adapter and importlib.util.find_spec("peft") is None:
+        raise UserError("lora and adapters need PEFT: pip install peft")
     folders_or_ids = {"model.tokenizer_name_or_path": config.model.tokenizer_name_or_path}
     folders_or_ids |= {source.key("name_or_path"): source.name_or_path for source in sources(config)}
-    for choice in chosen_datasets(config):
-        if choice.name in DATASETS:
-            folders_or_ids[f"dataset_paths.{choice.name}"] = config.dataset_paths.get(choice.name)
-    for key, name in folders_or_ids.items():  # the hub itself is not asked
+    for key, name in folders_or_ids.items():  # the hub itself isn't asked
         if name is not None and not os.path.exists(name) and not re.fullmatch(_HUB_ID, name, re.ASCII):
             raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
     for source in sources(config):
@@ -425,18 +375,16 @@ def _check_files(config: DictConfig):
             raise UserError(f"{source.key('archive')}={archive}: no such file.{remedy or closest_sibling(archive)}")
         if source.adapter is not None:
             check_adapter_fits(config, saved_settings(source.key("adapter"), source.adapter))
-    has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))
-    if has_adapter and importlib.util.find_spec("peft") is None:
-        raise UserError("lora and adapters need PEFT: pip install peft")
     if config.lora is not None:
         check_lora(config)
         check_adapter_fits(config, config.lora)
-    if reason := why_not_writable(config.local_run_dir):
-        raise UserError(f"local_run_dir={config.local_run_dir}: {reason}")
+    outputs = {f"local_run_dir={config.local_run_dir}": config.local_run_dir}
     if config.precompute_ref_log_probs:
         directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
+        outputs[f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs)"] = directory
+    for name, directory in outputs.items():
         if reason := why_not_writable(directory):
-            raise UserError(f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs): {reason}")
+            raise UserError(f"{name}: {reason}")
 
 
 def _may_be_hub_id(name: str) -> bool:

@@ -7,6 +7,7 @@ from glob import has_magic
 
 from omegaconf import DictConfig, ListConfig
 
+from config_checks.values import check_one_of
 from data.choice import TRUNCATIONS, Choice
 from data.locations import is_location, locate
 from data.row_sources import ROWS
@@ -14,10 +15,37 @@ from preference_datasets import DATASETS, check_names, raise_unknown_dataset
 from utils import UserError, closest_match
 
 
+def check_data(config: DictConfig, reads_data: bool):
+    """Check the datasets' names and, if the command reads them, their settings, as far as possible before reading."""
+    if isinstance(config.datasets, str):
+        config.datasets = ListConfig([config.datasets])
+    if not isinstance(config.datasets, ListConfig):
+        raise UserError(f"datasets={config.datasets}: expected a list, e.g. datasets=[hh]")
+    if not config.datasets:
+        raise UserError("datasets=[]: name at least one dataset, e.g. datasets=[hh]")
+    if not reads_data:
+        return
+    check_one_of("truncation", config.truncation, (*TRUNCATIONS, None))
+    check_one_of("on_bad_example", config.on_bad_example, ("error", "skip"))
+    check_one_of("trained_turns", config.trained_turns, ("all", "last"))
+    if not 0 < config.test_fraction < 1:
+        raise UserError(f"test_fraction={config.test_fraction}: must be above 0 and below 1")
+    if config.fields or config.ignored_columns:
+        _check_columns(config, "config")
+    choices = chosen_datasets(config)
+    of_rows = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template", "verbatim_responses")
+    given = [key for key in of_rows if config[key]] + ["trained_turns"] * (config.trained_turns != "all")
+    if given and all(choice.name in DATASETS for choice in choices):
+        raise UserError(f"{given[0]}={config[given[0]]}: that is for files and hub ids; named datasets have their own")
+    _check_choices(choices, config.dataset_paths)
+    if config.chat_template is not None and not os.path.isfile(config.chat_template):
+        raise UserError(f"chat_template={config.chat_template}: no such file, seen from {os.getcwd()}")
+
+
 def chosen_datasets(config: DictConfig) -> list[Choice]:
     """Return the entries of `datasets`, with the config's settings where an entry has none of its own.
 
-    Raises: UserError if an entry isn't one.
+    Raises: UserError if an entry has an unknown setting, or one with a wrong value.
     """
     common = {key: config[key] for key in ("truncation", "train_split", "test_split")} | {
         "fields": dict(config.fields), "ignored_columns": tuple(config.ignored_columns)
@@ -53,32 +81,24 @@ def _check_entry(given: dict, shown: str):
     number = given.get("n_examples")
     if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
         raise UserError(f"{shown}: n_examples={number}: must be an integer above 0")
-    if given.get("truncation") not in (None, *TRUNCATIONS):
-        raise UserError(f"{shown}: truncation={given['truncation']}: must be one of {', '.join(TRUNCATIONS)}")
+    check_one_of(f"{shown}: truncation", given.get("truncation"), (*TRUNCATIONS, None))
     for key in ("train_split", "test_split"):
         if not isinstance(given.get(key), str | None):
             raise UserError(f"{shown}: {key}={given[key]}: expected the name of a split")
-    check_fields(given.get("fields", {}), shown)
-    check_ignored_columns(given.get("ignored_columns", []), shown)
+    _check_columns(given, shown)
 
 
-def check_fields(given: object, shown: str):
-    """Raise UserError unless it maps strings to strings."""
+def _check_columns(settings: Mapping, shown: str):
+    """Raise UserError unless `fields` maps strings to strings, and `ignored_columns` is a list of strings."""
+    given, ignored = settings.get("fields", {}), settings.get("ignored_columns", [])
     if not isinstance(given, Mapping) or not all(isinstance(x, str) for item in given.items() for x in item):
         raise UserError(f"{shown}: fields={given}: expected a format's names and the data's, e.g. {{prompt: question}}")
+    if not isinstance(ignored, list | ListConfig) or not all(isinstance(name, str) for name in ignored):
+        raise UserError(f"{shown}: ignored_columns={ignored}: expected a list of columns, e.g. ignored_columns=[id]")
 
 
-def check_ignored_columns(given: object, shown: str):
-    """Raise UserError unless it is a list of names."""
-    if not isinstance(given, list | ListConfig) or not all(isinstance(name, str) for name in given):
-        raise UserError(f"{shown}: ignored_columns={given}: expected a list of columns, e.g. ignored_columns=[source]")
-
-
-def check_datasets(choices: list[Choice], paths: dict[str, str]):
-    """Raise UserError if a dataset doesn't exist or a setting isn't for it, as far as can be told without reading it.
-
-    See also `check_names`.
-    """
+def _check_choices(choices: list[Choice], paths: dict[str, str]):
+    """Raise UserError if a dataset doesn't exist, or a setting isn't for it."""
     check_names([choice.name for choice in choices if choice.name in DATASETS], paths)
     for choice in choices:
         if choice.name in DATASETS and choice.name in ROWS:

@@ -62,13 +62,13 @@ _OTHER_LOSSES = dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "tdpo"), _NO
 
 
 def other_loss(name: str) -> str:
-    """Return the sentence that says what a loss of another library is here; empty if none is known."""
+    """Return how to choose another library's loss here, as the rest of a sentence; '' if unknown."""
     known = _OTHER_LOSSES.get(name.lower().replace("-", "_"))
     return f": {known}." if known else ""
 
 
 def explain_hydra_error(error: Exception, config_name: str = "config", words: list[str] | None = None) -> str:
-    """Return the message for a config that can't be composed: Hydra's, with the closest match to what was not found.
+    """Explain why Hydra can't compose a config, with the closest match to a name that wasn't found.
 
     Args:
         config_name: the config's file.
@@ -96,7 +96,7 @@ def explain_hydra_error(error: Exception, config_name: str = "config", words: li
         if config_name in _WITHOUT_TRAINING:
             return unknown_key(key, config_name)
         return _why_not_set(key) if key in default_config() else unknown_key(key, config_name)
-    if (key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text)) is not None:  # + and ~ read the default
+    if key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text):  # + and ~ need the default's value
         return f"{key[1]} can be set as {key[1]}=VALUE alone, without + or ~"
     no_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"  # which Hydra parses as no string
     groups = [word for word in words if re.fullmatch(no_name, word, re.IGNORECASE)]

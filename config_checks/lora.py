@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from config_checks.explanations import ELSEWHERE
-from distributed.strategies import STRATEGIES
+from config_checks.values import check_one_of
+from distributed.strategies import STRATEGIES, trainers_with
 from utils import UserError, closest_match
 
 # fields of LoraConfig, or initializations, that PEFT would silently ignore, and why
@@ -56,10 +57,9 @@ def check_adapter_fits(config: DictConfig, settings: Mapping):
     Raises: UserError naming the trainers that can.
     """
     if settings.get("trainable_token_indices") is not None and STRATEGIES[config.trainer].splits_tensors:
-        others = " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if not other.splits_tensors)
         raise UserError(
             f"trainer={config.trainer}: PEFT can't train trainable_token_indices of weights that are spread over "
-            f"workers; choose {others}"
+            f"workers; choose {trainers_with('splits_tensors', False)}"
         )
 
 
@@ -77,8 +77,8 @@ def _check_lora_field(name: str, value: object, kind: object):
     if name == "init_lora_weights" and not isinstance(value, bool | str):
         raise UserError(f"lora.{name}={value}: expected true, false or a name")
     kinds = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal and value not in kinds:
-        raise UserError(f"lora.{name}={value}: must be one of {', '.join(kinds)}")
+    if typing.get_origin(kind) is typing.Literal:
+        check_one_of(f"lora.{name}", value, kinds)
     of_names = [other for other in kinds if other is dict or dataclasses.is_dataclass(other)]
     if of_names and set(kinds) <= {*of_names, type(None)} and not isinstance(value, dict | None):
         raise UserError(f"lora.{name}={value}: expected names with their values, e.g. 'lora={{{name}:{{name:1}}}}'")

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+from config_checks.values import check_one_of
 from utils import UserError, closest_match
 
 _SET_BY_US = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -23,10 +24,7 @@ def schedules() -> dict[str, list[str]]:
 def check_schedule(name: str, args: dict):
     """Refuse an unknown schedule or unknown arguments of it, with a UserError; importing Transformers takes seconds."""
     known = schedules()
-    if name not in known:
-        raise UserError(
-            f"lr_scheduler={name}: no such schedule.{closest_match(name, known)} There are: {', '.join(known)}"
-        )
+    check_one_of("lr_scheduler", name, known)
     for key in args:
         if key not in known[name]:
             hint = " Its warmup is the key warmup_steps." if "warmup_steps" in key else closest_match(key, known[name])

@@ -1,6 +1,5 @@
 """Keys that a config may have: their defaults, and those whose values are paths."""
 
-import copy
 import functools
 import os
 from pathlib import Path
@@ -14,7 +13,7 @@ from utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
-# sections whose names are not ours: PEFT's, an optimizer's, a schedule's, those of datasets
+# sections whose keys we don't define: PEFT, optimizers, schedules and datasets do
 FREE_KEYS = ("lora", "optimizer_args", "lr_scheduler_args", "dataset_paths", "fields")
 
 
@@ -22,9 +21,9 @@ def default_config(loss_name: str | None = None) -> dict[str, object]:
     """Return every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}.
 
     Args:
-        loss_name: leave out the options of other losses; those of the parts of `mix` have no defaults here.
+        loss_name: leave out the options of other losses; of `mix` they are all left out.
     """
-    flat = copy.deepcopy(_defaults_in_files())
+    flat = dict(_defaults_in_files())
     losses = LOSSES.values() if loss_name is None else [LOSSES[loss_name]] if loss_name in LOSSES else []
     for loss in losses:
         flat |= {f"loss.{name}": option.default for name, option in loss.options.items()}
@@ -67,7 +66,7 @@ _PATHS = (
     "reference_model.name_or_path", "reference_model.archive", "reference_model.adapter", "chat_template", "local_dirs",
     "dataset_paths", "datasets",
 )  # fmt: skip
-# keys of the other commands; values that aren't paths don't begin with ~/
+# keys of the other commands that may hold paths
 _OWN_PATHS = (
     "run", "rows", "output", "prompts", "alpaca_eval", "a", "b", "judge_model", "judge_prompt", "chat_template",
     "local_dirs",

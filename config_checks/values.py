@@ -1,6 +1,7 @@
 """Checks of a config's keys and single values: known keys, types, ranges, and the options of the loss."""
 
 import math
+from collections.abc import Iterable
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -18,19 +19,15 @@ _POSITIVE = (
     "reference_update_alpha", "stop_when_worse", "max_tokens_per_microbatch",
 )  # fmt: skip
 _NON_NEGATIVE = (
-    "seed",
-    "warmup_steps",
-    "n_eval_model_samples",
-    "minimum_log_interval_secs",
-    "model.router_aux_loss_coef",
-)
+    "seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs", "model.router_aux_loss_coef",
+)  # fmt: skip
 _HIGHEST = {
     "max_grad_norm": math.inf,  # no clipping
     "lr": 1e38,  # of float32
     "n_eval_examples": 10**7,  # all are kept in memory
 }
 _MAY_BE_NULL = ("n_epochs", "n_examples", "n_eval_examples")
-# of keys whose default is null; the others are strings
+# types of keys whose default is null; those that aren't listed are strings
 _TYPES_OF_NULL = dict.fromkeys(
     (
         "n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every",
@@ -164,6 +161,13 @@ def _check_type(key: str, value: object, expected: type):
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
         raise UserError(f"{key}={value}: expected {names.get(expected, f'a {expected.__name__}')}")
+
+
+def check_one_of(key: str, value: object, options: Iterable[str | None], note: str = ""):
+    """Raise UserError, with the closest match, unless a value is one of the options."""
+    if value not in (options := list(options)):
+        names = ["null" if option is None else option for option in options]
+        raise UserError(f"{key}={value}: must be one of {', '.join(names)}{note}.{closest_match(str(value), names)}")
 
 
 def _check_ranges(config: DictConfig):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def prepare(builder: "datasets.DatasetBuilder"):
-    """Let the library read the rows unless it has, and write checksums of its files; call it inside `checked`."""
+    """Let the library read the rows, unless it already has, and checksum its files; call it inside `checked`."""
     builder.download_and_prepare()
     if not os.path.exists(os.path.join(builder.cache_dir, CHECKSUMS)):
         write_checksums(builder.cache_dir)
@@ -29,13 +29,13 @@ def prepare(builder: "datasets.DatasetBuilder"):
 
 @contextlib.contextmanager
 def checked(folder: str, name: str | None, hash_file: Callable[[str], str]) -> Iterator[None]:
-    """Remove Arrow files that are damaged, and keep other processes from writing any inside the block.
+    """Remove damaged Arrow files; inside the block no other process writes any.
 
     Args:
-        folder: the library's cache, which holds nothing else if `name` is None.
-        name: the dataset on the hub, or the local folder that the library itself looks through; None for files.
+        folder: the library's cache.
+        name: check only the files of this hub id, or of this local folder; None checks the whole cache.
 
-    Raises: UserError if they are damaged, and the hub that they came from can't be reached.
+    Raises: UserError if files are damaged, and the hub that they came from can't be reached.
     """
     os.makedirs(folder, exist_ok=True)
     lock = "rows" if name is None else os.path.basename(name) if os.path.isdir(name) else name.replace("/", "___")
@@ -49,7 +49,7 @@ def checked(folder: str, name: str | None, hash_file: Callable[[str], str]) -> I
 
 
 def _roots(name: str, folder: str) -> list[str]:
-    """Return the folders that the library may have given to a dataset: its name in snake case, owner___name."""
+    """Return the cache's folders that may hold a dataset: the library calls them owner___name, in snake case."""
 
     def plain(text: str) -> str:
         return text.lower().replace("/", "").replace("_", "")

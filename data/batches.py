@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset
 
 from data.tokenization import get_collate_fn, make_element, tokenize_batch
 from utils import UserError
@@ -52,7 +53,7 @@ class Prompt:
 def shard_indices(n_examples: int, shard: tuple[int, int]) -> list[int | None]:
     """Return the indices of a batch's examples in one shard, given as (index, count).
 
-    All shards have the same size. None fills the last ones up: there the batch's last example is repeated.
+    All shards have the same size. If the examples run out, None stands for the batch's last example, which is repeated.
     """
     index, count = shard
     size = -(-n_examples // count)
@@ -65,26 +66,12 @@ def example_counts(prompts: Sequence[Prompt]) -> np.ndarray:
     return np.array([len(prompt.pairs) for prompt in prompts], dtype=np.int64) if counts is None else counts
 
 
-class Mixture(Sequence):
-    """The prompts of several datasets, one dataset after the other."""
-
-    def __init__(self, parts: list[Sequence[Prompt]]):
-        self.parts = parts
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.n_pairs = np.concatenate([example_counts(part) for part in parts])  # (n_prompts,)
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index: int) -> Prompt:
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]
-
-
 class BatchIterator:
     """Iterates over the batches of a split, in order; made by `preference_datasets.get_batch_iterator`.
 
     Attributes:
+        prompts: those of all datasets, one dataset after the other; `prompts.datasets` are the datasets' own.
+        n_pairs: the number of pairs of each prompt, (n_prompts,).
         n_batches, n_examples: totals over all epochs.
         epoch_size: examples per epoch, without the `n_dropped` that don't fill a batch.
         n_distinct: distinct examples over all epochs.
@@ -100,13 +87,14 @@ class BatchIterator:
             parts: the prompts of each dataset.
             order: the prompts of an epoch before shuffling, numbered through all datasets; None: each once.
         """
-        self.prompts, self.tokenizer, self.lengths, self.shard = Mixture(parts), tokenizer, lengths, shard
+        self.prompts, self.n_pairs = ConcatDataset(parts), np.concatenate([example_counts(part) for part in parts])
+        self.tokenizer, self.lengths, self.shard = tokenizer, lengths, shard
         self.order = array("I", range(len(self.prompts)) if order is None else order)
         self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
         self.mismatched = mismatched
         self.is_unpaired = any(getattr(part, "others", None) is not None for part in parts)
 
-        available = len(self.order) if sft_mode else int(self.prompts.n_pairs[self.order].sum())
+        available = len(self.order) if sft_mode else int(self.n_pairs[self.order].sum())
         self.n_dropped = available % batch_size if drop_last else 0
         self.epoch_size = available - self.n_dropped
         totals = [n_epochs * self.epoch_size] if n_epochs is not None else [] if drop_last else [self.epoch_size]
@@ -117,9 +105,9 @@ class BatchIterator:
         self.n_distinct = available if self.n_examples >= self.epoch_size else self.n_examples
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the SHA-256 of each dataset's texts and pairs, in order and in hexadecimal, by `split_name`."""
+        """Return a SHA-256 (hexadecimal) of the texts and pairs of each dataset, by `split_name`."""
         digests = {}
-        for part in self.prompts.parts:
+        for part in self.prompts.datasets:
             if (known := getattr(part, "fingerprint", None)) is not None:
                 digests[split_name(part.dataset, part.split)] = known
                 continue
@@ -132,9 +120,8 @@ class BatchIterator:
 
     def _epoch_examples(self, order: MutableSequence[int]) -> Iterator[tuple[int, int]]:
         """Yield the prompt's number and the pair's index of each example; in SFT a prompt is one example."""
-        n_pairs = self.prompts.n_pairs
         for number in order:
-            for index in range(1 if self.sft_mode else int(n_pairs[number])):
+            for index in range(1 if self.sft_mode else int(self.n_pairs[number])):
                 yield number, index
 
     def _tokenize(
@@ -188,13 +175,16 @@ class BatchIterator:
             yield order
 
     def distinct_examples(self) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """Yield every distinct example once, in the first epoch's batches: this shard, and the number in all shards."""
+        """Yield every distinct example once, in batches: this worker's shard, and the size of the whole batch."""
         examples = itertools.islice(self._epoch_examples(next(self._epoch_orders())), self.n_distinct)
         while batch := list(itertools.islice(examples, self.batch_size)):
             yield self._collate(batch, self.shard), len(batch)
 
     def indices(self, batch_index: int) -> list[int | None]:
-        """Return the indices among all examples of this shard of a batch; for None see `shard_indices`."""
+        """Return the numbers of the examples in this shard of a batch, counted from the first batch.
+
+        None means a repetition; see `shard_indices`.
+        """
         start = batch_index * self.batch_size
         indices = shard_indices(min(self.batch_size, self.n_examples - start), self.shard)
         return [start + i if i is not None else None for i in indices]
@@ -245,7 +235,7 @@ class BatchIterator:
 
 
 def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[list[str], list[list[int]]]:
-    """Return the texts of a pair's responses, and their ids if they are tokenized; in SFT twice those of the target."""
+    """Return the texts of a pair's responses and, if tokenized, their ids; in SFT the target serves as both."""
     if sft_mode:
         return [prompt.sft_target] * 2, [prompt.response_ids[prompt.target]] * 2 if prompt.response_ids else []
     pair = prompt.pairs[index]
@@ -259,7 +249,7 @@ def next_other_prompt(batch: list[tuple[Prompt, int]], index: int) -> int:
 
 
 def mismatched_batch(batch: dict) -> dict:
-    """Return the prompts of a batch with other prompts' responses, from its keys 'mismatched_...'; 'index' is kept."""
+    """Return the batch of other prompts' responses that is in the keys 'mismatched_...' of a batch, and its 'index'."""
     others = {key.removeprefix(_MISMATCHED): value for key, value in batch.items() if key.startswith(_MISMATCHED)}
     return others | {key: batch[key] for key in ("index",) if key in batch}
 

@@ -73,14 +73,14 @@ class Renderer:
         end = turn_end(tokenizer, self.template)
         self.end_token = _any_of({*special, *([end] if end else [])})
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
-        self.unopened: set[str] = set()  # endings of generation prompts that rendered responses don't begin with
+        self.unopened: set[str] = set()  # ends of the generation prompt that rendered dialogues lack
 
     # ---- rendering --------------------------------------------------------------------------------------------------
 
     def render(self, example: Example) -> Rendered:
         """Return an example's strings; messages are rendered by the chat template.
 
-        Raises: BadExample if a text contains special tokens that are the template's to place, if the template refuses
+        Raises: BadExample if a text contains special tokens, which only the template may place, if the template refuses
             the messages, or if it leaves something out of them.
         """
         if isinstance(example.prompt, str):
@@ -125,8 +125,6 @@ class Renderer:
 
                 kwargs |= self.tokenizer.special_tokens_map
                 (text,), (spans,) = render_jinja_template([messages], return_assistant_tokens_mask=True, **kwargs)
-        except MemoryError:  # reported by `limited`
-            raise
         except Exception as error:  # templates may raise anything, e.g. if roles don't alternate
             raise BadExample(_REFUSED, f"the chat template refuses it: {error}") from error
         check_length(text, self.origin, messages, tools)
@@ -158,7 +156,7 @@ class Renderer:
         return dialogue
 
     def _lost_tools(self, dialogue: Dialogue, tools: list | None) -> Iterator[tuple[str, str]]:
-        """Yield what the template leaves out of tools and tool calls, with another remedy."""
+        """Yield each part of tools and tool calls that the template leaves out, and one more remedy."""
         for tool in tools or []:
             function = tool.get("function", tool)
             for part in (function.get("name"), function.get("description")):
@@ -170,7 +168,7 @@ class Renderer:
             yield f"the tool calls of message {ignored[0]}", ""
 
     def _divided_dialogues(self, dialogues: list[Dialogue]) -> Rendered:
-        """Divide dialogues that begin with the same messages into the prompt and the rest."""
+        """Split dialogues with the same prompt into that prompt and their responses."""
         wholes = [dialogue.text for dialogue in dialogues]
         opening = None if self.marks_turns else self._opening(dialogues)
         spans = [dialogue.spans(opening) for dialogue in dialogues]
@@ -212,7 +210,7 @@ class Renderer:
         )
 
     def _cuts(self, text: str) -> list[int]:
-        """Return the positions where a prompt may end in a text: after each line and special token, or none."""
+        """Return where a prompt may end in a text: at the start, after the last line, after each special token."""
         return [0, text.rfind("\n") + 1, *(match.end() for match in self.is_special.finditer(text))]
 
     # ---- tokenizing -------------------------------------------------------------------------------------------------
@@ -221,9 +219,9 @@ class Renderer:
         """Tokenize the strings of several examples, all in one call of the tokenizer.
 
         Without a template, prompt and response are tokenized separately, as in the original, and the response gets the
-        end-of-sequence token. A rendered prompt and response are tokenized together and divided at the borders of
-        turns; separately only if a token would cross a border. They end as the template ends them, or with the
-        end-of-sequence token if it ends them without a special token.
+        end-of-sequence token. With one, they are tokenized together and then split at the borders of turns; if a token
+        crosses a border, they are tokenized separately there. A response ends as the template ends it; it gets the
+        end-of-sequence token only if that isn't a special token.
         """
         borders = [_borders(one) for one in rendered]
         texts = []
@@ -236,9 +234,11 @@ class Renderer:
         return [self._tokenized(one, of_response, ids) for one, of_response in zip(rendered, borders, strict=True)]
 
     def _tokenized(self, one: Rendered, borders: list[list[int]], ids: Iterator[list[int]]) -> Tokenized:
-        """Args:
-        borders: positions of borders inside each response.
-        ids: token ids of the prompt and of each response, whole and up to each border.
+        """Return one example's tokens.
+
+        Args:
+            borders: positions of borders inside each response.
+            ids: yields the token ids of the prompt, then of each response, whole and up to each border.
         """
         prompt_ids, response_ids, trained = next(ids), [], []
         for number, (response, ends) in enumerate(zip(one.responses, borders, strict=True)):
@@ -292,7 +292,7 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern:
 
 
 def _with_shared_start(prompt: list[dict], responses: list[list[dict]]) -> tuple[list[dict], list[list[dict]]]:
-    """Move turns of others that begin all responses, such as a tool's output, to the prompt."""
+    """Move first turns that all responses share, if others wrote them (such as a tool's output), to the prompt."""
     n = 0
     while responses and all(
         len(response) > n + 1 and not is_assistants(response[n]) and response[n] == responses[0][n]

@@ -1,4 +1,4 @@
-"""Decide for each column of a dataset: a field of its format, a note that isn't needed, or part of the prompt.
+"""Sort the columns of a dataset: fields of its format, metadata that isn't needed, and parts of the prompt.
 
 An unread column that may belong to the prompt is an error, because the prompts would be incomplete without it.
 """
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from data.messages import MEDIA, decoded, is_message, is_messages
+from data.messages import MEDIA, decoded, is_blank, is_message, is_messages
 from utils import UserError, closest_match
 
 # alternative column names of each field
@@ -40,11 +40,6 @@ _METADATA = re.compile(  # words in the names of metadata columns
     r"domain|licen[sc]e|version|meta|metadata|status|scores?|ratings?|margin|difficulty|file|filename|path)(_|$)"
 )
 _ONE_WORD = re.compile(r"\S*[\d/:_.@-]\S*")  # an id, a number, a date, a path, an address
-
-
-def is_blank(value: object) -> bool:
-    """True for null, an empty list or object, and white space."""
-    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
 
 
 def kind_of(value: object) -> str:
@@ -153,7 +148,7 @@ def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: 
 
 
 def is_lost(name: str, value: object) -> bool:
-    """True if a value can't be ignored in a column that was empty in the rows that decided the format."""
+    """True for a value that may belong to the prompt, in a column that was empty in the first rows."""
     if is_blank(decoded(value)):
         return False
     return name.lower() in (*_PROMPT_PARTS, *MEDIA) or (
@@ -248,8 +243,7 @@ def hint_for(columns: Columns) -> str | None:
         if chosen in names and rejected in names:
             return f"perhaps fields={{{start}chosen: {names[chosen]}, rejected: {names[rejected]}}}"
     if ("chosen" in columns.known) != ("rejected" in columns.known):
-        missing = "rejected" if "chosen" in columns.known else "chosen"
-        present = "chosen" if missing == "rejected" else "rejected"
+        present, missing = ("chosen", "rejected") if "chosen" in columns.known else ("rejected", "chosen")
         near = closest_match(missing, [name for name in columns.kinds if name != present])
         as_target = f"; for loss=sft on {present}: fields={{completion: {present}}}" if prompt else ""
         return (

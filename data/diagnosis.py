@@ -8,19 +8,19 @@ import os
 import zipfile
 from collections.abc import Iterator
 
+from basics.printing import one_line
 from data.plain_reader import (
     CSV_SUFFIXES,
     JSON_SUFFIXES,
-    ONE_OBJECT,
     WRITE_AGAIN,
     Fault,
     FaultFound,
     check_is_data,
+    check_object,
     csv_rows,
     file_format,
     json_rows,
     json_type,
-    lone_surrogate,
 )
 
 _FILL_IT = "Fill it, or remove it"
@@ -63,17 +63,9 @@ def _json_faults(path: str, name: str, columns: dict[str, str]) -> Iterator[Faul
     n_rows, n_characters, is_first_file = 0, 0, not columns
     for line, row in json_rows(path, name):
         n_rows += 1
-        if row is not None and not isinstance(row, dict):
-            yield Fault(f"a {json_type(row)} instead of an object: {row!r:.60}", ONE_OBJECT, line)
-            return
-        for key, value in (row or {}).items():
-            if half := lone_surrogate(value):
-                yield Fault(
-                    f"field {key!r} holds half a character ({half!r}, a lone surrogate): the text was cut within it",
-                    "Remove it, or write the whole character",
-                    line,
-                )
-                return
+        row = {} if row is None else row
+        check_object(row, line)
+        for key, value in row.items():
             n_characters += len(value) if isinstance(value, str) else 0
             may_be_new = is_first_file and n_characters < _INFERENCE_CHUNK
             if fault := _column_fault(key, value, columns, may_be_new):
@@ -84,7 +76,7 @@ def _json_faults(path: str, name: str, columns: dict[str, str]) -> Iterator[Faul
 
 
 def _column_fault(key: str, value: object, columns: dict[str, str], may_be_new: bool) -> Fault | None:
-    """Compare a field with its column's type so far, which is updated; a column may be new only if `may_be_new`."""
+    """Compare a value with its column's type so far, and update that; a column may be new only if `may_be_new`."""
     is_known, type_before = key in columns, columns.setdefault(key, "null")
     if type_before == "null":
         columns[key] = json_type(value)
@@ -144,7 +136,7 @@ def _parquet_faults(path: str, columns: dict[str, str]) -> Iterator[Fault]:
                 parquet.read_row_group(group)
                 first_row += n_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        yield Fault(f"damaged: {' '.join(str(error).split())[:200]}", WRITE_AGAIN, place)
+        yield Fault(f"damaged: {one_line(error)}", WRITE_AGAIN, place)
 
 
 def place_of_row(files: list[tuple[str, str]], row: int) -> str | None:

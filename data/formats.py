@@ -127,7 +127,7 @@ def _format_of(columns: Columns, texts_as_messages: bool) -> Format | str:
 
 
 def _prompt_column(columns: Columns) -> str | None:
-    """Return the column of the prompts, by its name or as dialogues that don't end with an answer; None if none."""
+    """Return a column with a prompt's name, else one of dialogues that don't end with an answer; None if neither."""
     if prompt := columns.first(names.PROMPT, "string", "messages") or columns.first(names.PROMPT):
         return prompt
     dialogue = columns.first(names.DIALOGUE, "messages")
@@ -149,7 +149,7 @@ def _holds_labels(columns: Columns, label: str) -> bool:
 
 @dataclass
 class _Maker:
-    """Makes formats from a dataset's columns, with those of the prompt's context."""
+    """Makes formats from a dataset's columns, and adds those of the prompt's context."""
 
     columns: Columns
     prompt: str | None
@@ -192,7 +192,7 @@ class _Maker:
         """Make a format with a prompt or a dialogue.
 
         Args:
-            read_row: None: a reader of preferences, as strings or as messages.
+            read_row: None chooses a reader of preferences, as strings or as messages.
             fields: the fields besides the prompt and its context.
             note: an addition to the description.
         """
@@ -233,7 +233,7 @@ class _Maker:
 
 
 def prompt_example(row: dict, texts_as_messages: bool = False) -> Example:
-    """Return the prompt in a row without responses, with its context, as an example.
+    """Return an example without responses: the prompt in a row, with its context.
 
     Raises: BadExample if it has none.
     """

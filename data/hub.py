@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 
+from basics.printing import one_line
 from utils import rank0_print
 
 _TIMEOUT = 10  # seconds
@@ -60,7 +61,7 @@ def explain_failure(failure: Exception, repo_id: str, repo_type: str) -> tuple[s
         return None
     if constants.is_offline_mode():
         remedy = "If the cache doesn't have it, start once where the hub can be reached, with HF_HUB_OFFLINE unset"
-        return " ".join(str(failure).split())[:300], remedy
+        return one_line(failure), remedy
     try:
         info = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=_TIMEOUT)
         files = [sibling.rfilename for sibling in info.siblings or []]
@@ -98,20 +99,6 @@ def _explain_answer(error: Exception, repo_id: str, repo_type: str) -> tuple[str
     return (
         f"the hub ({constants.ENDPOINT}) can't be reached ({type(error).__name__}: {str(error)[:200]})",
         "Check the connection and start again; downloaded files are kept",
-    )
-
-
-def access_hint(error: Exception) -> str:
-    """Return a remedy, starting on a new line, if the hub may have refused access (401, 403); otherwise ''."""
-    texts, cause = [], error
-    while cause is not None:  # transformers reports some refusals as a lost connection
-        texts.append(str(cause))
-        cause = cause.__cause__ or cause.__context__
-    if not re.search(r"\b40[13] |gated|private repository", "\n".join(texts)):
-        return ""
-    return (
-        "\nIf it is gated, accept its conditions on its page on the hub; gated and private repositories need a token, "
-        "in the variable HF_TOKEN or by `hf auth login`"
     )
 
 

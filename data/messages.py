@@ -32,6 +32,11 @@ class BadExample(Exception):
 # ---- recognizing ----------------------------------------------------------------------------------------------------
 
 
+def is_blank(value: object) -> bool:
+    """True for null, an empty list or object, and white space."""
+    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
+
+
 def is_message(value: object) -> bool:
     """True for an object with a role, under the key of chat templates or of ShareGPT."""
     return isinstance(value, dict) and (
@@ -162,7 +167,7 @@ def tool_list(value: object, column: str) -> list | None:
     Raises: BadExample if they aren't objects, or JSON of such.
     """
     tools = decoded(value)
-    if tools is None or tools == [] or (isinstance(tools, str) and not tools.strip()):
+    if is_blank(tools):
         return None
     tools = [tools] if isinstance(tools, dict) else tools
     if isinstance(tools, str):
@@ -178,7 +183,7 @@ def tool_list(value: object, column: str) -> list | None:
 
 def system_messages(value: object, column: str) -> list[dict]:
     """Return a system text, or messages, as messages; an empty list if there are none."""
-    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+    if is_blank(value):
         return []
     if isinstance(value, str) and not is_messages(decoded(value)):
         return as_turn(value, "system")
@@ -191,7 +196,7 @@ def history_messages(value: object, column: str) -> list[dict]:
     Raises: BadExample if they are neither.
     """
     turns = decoded(value)
-    if turns is None or turns == [] or (isinstance(turns, str) and not turns.strip()):
+    if is_blank(turns):
         return []
     if is_messages(turns) or is_message(turns):
         return message_list(turns, column)

@@ -6,6 +6,7 @@
 import bz2
 import csv
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -15,11 +16,16 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 WRITE_AGAIN = "Write, copy or download the file again"
 ONE_OBJECT = "Correct or remove that line: each holds one JSON object"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPENERS = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+    ".zst": lambda path, _: io.BufferedReader(pa.input_stream(path, compression="zstd")),
+}  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TYPE_NAMES = {str: "string", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
 
@@ -50,8 +56,8 @@ class FaultFound(Exception):
 
 def file_format(name: str) -> str:
     """Return a file's suffix, ignoring that of its compression: .jsonl for x.jsonl.gz."""
-    stem, suffix = os.path.splitext(name)
-    return (os.path.splitext(stem)[1] if suffix in _OPENERS else suffix).lower()
+    stem, suffix = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] if suffix in _OPENERS else suffix
 
 
 # ---- lines ----------------------------------------------------------------------------------------------------------
@@ -74,21 +80,25 @@ def _byte_lines(path: str, name: str) -> Iterator[bytes]:
 
 
 def _text_lines(path: str, name: str) -> Iterator[str]:
-    """Yield the lines of a file as strings, without a byte order mark.
+    """Yield the lines of a file as strings. Raises: FaultFound as `_decoded` does."""
+    return (_decoded(line, number) for number, line in enumerate(_byte_lines(path, name), 1))
 
-    Raises: FaultFound if a line isn't UTF-8 or holds NUL bytes.
+
+def _decoded(line: bytes, number: int) -> str:
+    """Return a line as a string, without a byte order mark.
+
+    Raises: FaultFound if it isn't UTF-8, holds NUL bytes or is the first line of something else.
     """
-    for number, line in enumerate(_byte_lines(path, name), 1):
-        if number == 1:
-            check_is_data(line)
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if (position := line.find(b"\0")) >= 0:
-            raise FaultFound(f"NUL bytes, starting at byte {position + 1} of the line", WRITE_AGAIN, number)
-        try:
-            yield line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8: byte 0x{line[error.start]:02x} ({error.reason}), byte {error.start + 1} of the line"
-            raise FaultFound(reason, "Convert the file, e.g. with iconv -f LATIN1 -t UTF-8", number) from None
+    if number == 1:
+        check_is_data(line)
+        line = line.removeprefix(b"\xef\xbb\xbf")
+    if (position := line.find(b"\0")) >= 0:
+        raise FaultFound(f"NUL bytes, starting at byte {position + 1} of the line", WRITE_AGAIN, number)
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8: byte 0x{line[error.start]:02x} ({error.reason}), byte {error.start + 1} of the line"
+        raise FaultFound(reason, "Convert the file, e.g. with iconv -f LATIN1 -t UTF-8", number) from None
 
 
 def check_is_data(first_line: bytes):
@@ -175,13 +185,23 @@ def _multiline_json(text: str) -> Iterator[tuple[int, object]]:
         line, position = line + text.count("\n", position, end), end
 
 
-def lone_surrogate(value: object) -> str | None:
-    """Return the first lone surrogate (half of a character) in a JSON value; None if there is none."""
+def check_object(row: object, line: int):
+    """Raise FaultFound unless a row is a JSON object without lone surrogates (halves of characters)."""
+    if not isinstance(row, dict):
+        raise FaultFound(f"a {json_type(row)} instead of an object: {row!r:.60}", ONE_OBJECT, line)
+    for key, value in row.items():
+        if half := _lone_surrogate(value):
+            reason = f"field {key!r} holds half a character ({half!r}, a lone surrogate): the text was cut within it"
+            raise FaultFound(reason, "Remove it, or write the whole character", line)
+
+
+def _lone_surrogate(value: object) -> str | None:
+    """Return the first lone surrogate in a JSON value; None if there is none."""
     if isinstance(value, str):
         match = None if value.isascii() else _SURROGATE.search(value)
         return match[0] if match else None
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((half for part in parts if (half := lone_surrogate(part))), None)
+    return next((half for part in parts if (half := _lone_surrogate(part))), None)
 
 
 def json_type(value: object) -> str:
@@ -219,18 +239,10 @@ def readable_rows(files: list[tuple[str, str]]) -> Iterator[tuple[str, dict | Fa
 
 def _row_or_fault(line: bytes, number: int) -> dict | Fault:
     try:
-        if b"\0" in line:
-            is_utf16 = line[:2] in (b"\xff\xfe", b"\xfe\xff")
-            return Fault("it is UTF-16, not UTF-8" if is_utf16 else "NUL bytes", WRITE_AGAIN, number)
-        row = _parse_json(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"), number)
-    except UnicodeDecodeError as error:
-        return Fault(f"not UTF-8: byte 0x{line[error.start]:02x} ({error.reason})", WRITE_AGAIN, number)
+        row = _parse_json(_decoded(line, number), number)
+        check_object(row, number)
     except FaultFound as found:
         return found.fault
-    if not isinstance(row, dict):
-        return Fault(f"a {json_type(row)} instead of an object: {row!r:.60}", ONE_OBJECT, number)
-    if half := lone_surrogate(row):
-        return Fault(f"half a character ({half!r}, a lone surrogate)", "Remove it", number)
     return row
 
 
@@ -238,8 +250,7 @@ def _row_or_fault(line: bytes, number: int) -> dict | Fault:
 
 
 def csv_delimiter(path: str, name: str) -> str:
-    """Return the column separator of a file: a tab for TSV and a comma for CSV, unless the header has no comma and
-    semicolons or tabs divide it."""
+    """Return a tab for TSV; for CSV a comma, or a semicolon or tab if the header has these and no comma."""
     if file_format(name) == ".tsv":
         return "\t"
     try:

@@ -4,12 +4,13 @@ A hash of the rows, the settings and the tokenizer names the files. The first pr
 others wait.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import chain
 
 import numpy as np
@@ -20,7 +21,7 @@ from basics.checksums import find_damage, write_checksums
 from basics.files import HashCache, flush_to_disk
 from data import chat
 from data.batches import prefetched, split_name
-from data.choice import KEPT_ENDS, Choice, Settings
+from data.choice import Choice, Settings
 from data.formats import Format, recognize
 from data.locations import Location, locate
 from data.messages import BadExample
@@ -36,7 +37,7 @@ VERSION = 4  # of the cache's format and of how rows are read; bump to rebuild
 _CHUNK = 1024  # rows tokenized at a time
 _INSPECTED = 100  # rows that decide the format
 _FILES = ("info.json", "train.arrow", "test.arrow")
-_COUNTED = 10_000  # rows in which bad ones are counted before the error is raised
+_COUNTED = 10_000  # rows in which all bad ones are counted before an error is raised
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------
@@ -157,42 +158,45 @@ def _write_files(directory: str, sources: dict[str, Rows], settings: Settings, r
 
     Without a source for 'test', the training prompts with the smallest hashes are held out for it.
     """
-    limit = 0.0 if "test" in sources else settings.test_fraction
-    info = _write_splits(directory, sources, settings, renderer, read, limit)
-    if "test" not in sources and info["test"]["n_prompts"] == 0 and info["smallest"] is not None:
+    info, smallest = _write_splits(directory, sources, settings, renderer, read, limit=settings.test_fraction)
+    if "test" not in sources and info["test"]["n_prompts"] == 0 and smallest < 1:
         # with few prompts, none may have a hash below the limit: hold out one
-        info = _write_splits(directory, sources, settings, renderer, read, info["smallest"])
+        info, _ = _write_splits(directory, sources, settings, renderer, read, limit=smallest)
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
-        about = {"format": read.description, "unread": read.unread, "ignored": settings.ignored_columns,
+        about = {"format": read.description, "unread": read.unread,
                  "skips_template": read.could_be_chat and bool(renderer.template),
                  "unopened": sorted(renderer.unopened)}  # fmt: skip
         json.dump(info | about, file)
 
 
-def _write_splits(directory, sources, settings, renderer, read, limit) -> dict:
-    """Write both splits, holding out the prompts with hashes up to `limit`, and return their counts."""
+def _write_splits(
+    directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, read: Format, limit: float
+) -> tuple[dict, float]:
+    """Write both splits; return their counts, and the smallest hash of a training prompt.
+
+    Args:
+        limit: without a source for 'test', training prompts with hashes up to this are held out for it.
+    """
     writers = {role: _Writer(os.path.join(directory, f"{role}.arrow")) for role in ("train", "test")}
-    info, smallest = {}, None
+    info, smallest = {}, 1.0
     for role, rows in sources.items():
         bad = BadRows(rows)
         with Progress(f"Tokenizing {rows.label}", rows.n_rows, "rows") as progress:
             # a thread tokenizes the next chunks on all cores while this one is written
             chunks = prefetched(_checked_chunks(rows, read, renderer, bad, settings.skips_bad), n_ahead=2)
             for n_rows, records in chunks:
-                held_out = []
-                if "test" not in sources:
-                    hashes = [hashed for hashed, _ in records] + ([smallest] if smallest is not None else [])
-                    smallest = min(hashes, default=None)
-                    held_out = [record for hashed, record in records if hashed <= limit]
-                    records = [item for item in records if item[0] > limit]
-                writers[role].write([record for _, record in records])
-                writers["test"].write(held_out)
+                by_role = {"train": [], "test": []}
+                for hashed, record in records:
+                    by_role[role if "test" in sources or hashed > limit else "test"].append(record)
+                for writer_role, of_role in by_role.items():
+                    writers[writer_role].write(of_role)
+                smallest = min([smallest, *(hashed for hashed, _ in records)])
                 progress.update(n_rows)
         if not settings.skips_bad:
             bad.raise_if_any()
         info[f"{role}_rows"] = {"n_read": bad.n_read, "bad": dict(bad.kinds), "split": rows.split,
                                 "n_identical_pairs": bad.n_identical_pairs}  # fmt: skip
-    return info | {role: writer.close() for role, writer in writers.items()} | {"smallest": smallest}
+    return info | {role: writer.close() for role, writer in writers.items()}, smallest
 
 
 def _tokenizer_fingerprint(tokenizer) -> str:
@@ -204,7 +208,7 @@ def _tokenizer_fingerprint(tokenizer) -> str:
 
 
 def prepare(
-    name: str,
+    choice: Choice,
     source: Location | list[dict],
     settings: Settings,
     tokenizer,
@@ -225,48 +229,61 @@ def prepare(
         tokenizer, settings.chat_template, settings.verbatim_responses, settings.trained_turns == "last"
     )
     if isinstance(source, list):
-        sources = {"train": rows_of_list(name, source)}
+        sources = {"train": rows_of_list(choice.name, source)}
     else:
-        sources = open_splits(source, settings, cache_dir, silent)
-    read = _recognize(sources, settings, loss_takes)
+        sources = open_splits(source, choice, cache_dir, silent)
+    read = _recognize(sources, choice, settings.texts_as_messages, loss_takes)
+    of_choice = {key: getattr(choice, key) for key in ("train_split", "test_split", "fields", "ignored_columns")}
     key = json.dumps(
         [VERSION, {role: [rows.fingerprint, rows.split, rows.n_rows] for role, rows in sources.items()},
-         asdict(settings), renderer.template, _tokenizer_fingerprint(tokenizer), read.description], sort_keys=True,
+         asdict(settings) | of_choice, renderer.template, _tokenizer_fingerprint(tokenizer), read.description],
+        sort_keys=True,
     )  # fmt: skip
     directory = os.path.join(cache_dir, "prepared", hashlib.sha256(key.encode()).hexdigest()[:32])
+    write = functools.partial(_write_files, sources=sources, settings=settings, renderer=renderer, read=read)
     try:
-        os.makedirs(os.path.dirname(directory), exist_ok=True)
-        with FileLock(f"{directory}.lock"):
-            exists = os.path.exists(directory)
-            if exists and (reason := find_damage(directory, _FILES, HashCache(cache_dir).sha256)) is not None:
-                rank0_print(f"WARNING: {directory} is damaged ({reason}): preparing it again")
-                shutil.rmtree(directory)
-            if not os.path.exists(directory):
-                partial = f"{directory}.partial"
-                shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-                os.makedirs(partial)
-                try:
-                    _write_files(partial, sources, settings, renderer, read)
-                    write_checksums(partial)
-                    flush_to_disk(*(os.path.join(partial, name) for name in os.listdir(partial)), partial)
-                    os.rename(partial, directory)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+        _write_once(directory, HashCache(cache_dir), write)
     except OSError as error:
         raise UserError(
-            f"datasets=[{name}]: can't write the tokenized data to {directory}: {error}\nMake room, or choose "
+            f"datasets=[{choice.name}]: can't write the tokenized data to {directory}: {error}\nMake room, or choose "
             "another place with local_dirs=[DIR]"
         ) from error
-    return tuple(PreparedPrompts(directory, role, name, truncation_mode, loss_takes) for role in ("train", "test"))
+    return tuple(
+        PreparedPrompts(directory, role, choice.name, truncation_mode, loss_takes) for role in ("train", "test")
+    )
 
 
-def _recognize(sources: dict[str, Rows], settings: Settings, loss_takes: Sequence[str]) -> Format:
+def _write_once(directory: str, hashes: HashCache, write: Callable[[str], None]):
+    """Let `write` fill a directory, unless a process has done so; a damaged one is written again.
+
+    Raises: OSError.
+    """
+    os.makedirs(os.path.dirname(directory), exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if os.path.exists(directory):
+            if (damage := find_damage(directory, _FILES, hashes.sha256)) is None:
+                return
+            rank0_print(f"WARNING: {directory} is damaged ({damage}): preparing it again")
+            shutil.rmtree(directory)
+        partial = f"{directory}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        os.makedirs(partial)
+        try:
+            write(partial)
+            write_checksums(partial)
+            flush_to_disk(*(os.path.join(partial, name) for name in os.listdir(partial)), partial)
+            os.rename(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _recognize(sources: dict[str, Rows], choice: Choice, texts_as_messages: bool, loss_takes: Sequence[str]) -> Format:
     """Return the format of the training rows.
 
     Raises: UserError if the loss can't train on it, or a split has unread columns that may belong to the prompt.
     """
-    rows, ignored = sources["train"], settings.ignored_columns
-    read = recognize(_first_rows(rows), settings.fields, rows.where, ignored, settings.texts_as_messages)
+    rows, ignored = sources["train"], choice.ignored_columns
+    read = recognize(_first_rows(rows), choice.fields, rows.where, ignored, texts_as_messages)
     if "test" in sources and (others := _first_rows(sources["test"])):
         read.check_columns(others, ignored, sources["test"].where)
     if read.is_unpaired and not {"unpaired", "targets"} & set(loss_takes):
@@ -295,21 +312,16 @@ def prepared_split(
     split: str,
     settings: Settings,
     tokenizer,
+    truncation_mode: str,
     loss_takes: Sequence[str],
     cache_dir: str | None,
     silent: bool,
 ) -> PreparedPrompts:
     """Return the prompts of a split of a dataset that isn't a named one."""
     source = ROWS[choice.name] if choice.name in ROWS else locate(choice.name)
-    own = {
-        key: getattr(choice, key)
-        for key in ("train_split", "test_split", "fields", "ignored_columns")
-        if getattr(choice, key)
-    }
-    mode = choice.truncation if choice.truncation in KEPT_ENDS else "keep_end"
-    both = prepare(choice.name, source, replace(settings, **own), tokenizer, mode, loss_takes,
-                   cache_dir or get_local_dir([".cache"]), silent)  # fmt: skip
-    prompts = both[0 if split == "train" else 1]
+    cache_dir = cache_dir or get_local_dir([".cache"])
+    train, test = prepare(choice, source, settings, tokenizer, truncation_mode, loss_takes, cache_dir, silent)
+    prompts = train if split == "train" else test
     if len(prompts) == 0:
         raise UserError(f"{split_name(choice.name, split)}: no rows left for it; add data, or change test_fraction")
     return prompts

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data.batches import Prompt, split_name
 from utils import UserError
@@ -31,15 +32,13 @@ class PreparedPrompts(Sequence):
     """The tokenized prompts of a split; each is read from the memory-mapped file when it is indexed."""
 
     def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, loss_takes: Sequence[str]):
-        self.directory, self.role, self.dataset, self.split = directory, role, dataset, role
-        self.truncation_mode = truncation_mode
+        self.dataset, self.split, self.truncation_mode = dataset, role, truncation_mode
         with open(os.path.join(directory, "info.json"), encoding="utf-8") as file:
             self.info = json.load(file)
         self.fingerprint = self.info[role]["fingerprint"]
-        reader = pa.ipc.open_file(pa.memory_map(os.path.join(directory, f"{role}.arrow")))
-        self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self.ends = np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)
-        self._all_pairs = self._column("pairs").flatten().to_numpy().reshape(-1, 2)
+        table = pa.ipc.open_file(pa.memory_map(os.path.join(directory, f"{role}.arrow"))).read_all()
+        self.columns = {name: table[name] for name in SCHEMA.names}
+        self._all_pairs = pc.list_flatten(self.columns["pairs"]).to_numpy().reshape(-1, 2)
         self.kept = np.ones(len(self._all_pairs), dtype=bool)  # mask of the pairs in use
         counts = self._list_lengths("pairs") // 2
         self._number_of_pair = np.repeat(np.arange(len(counts)), counts)
@@ -48,9 +47,9 @@ class PreparedPrompts(Sequence):
         self.others = None  # unpaired data: rows of the undesirable responses, with the desirable ones in `numbers`
         self.n_pairs = counts
         self.n_labelled: dict[str, int] = {}  # unpaired data: number of responses by label
-        labels = self._column("label")
+        labels = self.columns["label"]
         if len(labels) and labels.null_count == 0:
-            self._pair_by_label(labels.to_numpy(zero_copy_only=False), loss_takes)
+            self._pair_by_label(labels.to_numpy(), loss_takes)
 
     def _pair_by_label(self, labels: np.ndarray, loss_takes: Sequence[str]):
         """Pair each desirable response with an undesirable one, repeating the rarer ones; for SFT, keep the desirable.
@@ -71,13 +70,8 @@ class PreparedPrompts(Sequence):
         self.numbers, self.others = np.resize(desirable, n), np.resize(np.roll(undesirable, -1), n)
         self.n_pairs = np.ones(n, dtype=np.int64)
 
-    def _column(self, name: str) -> pa.Array:
-        arrays = [batch.column(name) for batch in self.batches]
-        return pa.concat_arrays(arrays) if arrays else pa.array([], SCHEMA.field(name).type)
-
     def _list_lengths(self, name: str) -> np.ndarray:
-        lengths = [batch.column(name).value_lengths().to_numpy() for batch in self.batches]
-        return np.concatenate([*lengths, np.zeros(0, dtype=np.int32)]).astype(np.int64)
+        return pc.list_value_length(self.columns[name]).to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -92,33 +86,28 @@ class PreparedPrompts(Sequence):
             prompt.pairs = [(0, 1)]
         return prompt
 
-    def _find(self, number: int) -> tuple[pa.RecordBatch, int]:
-        """Return the record batch of a row of the file, and the row's offset in it."""
-        part = int(np.searchsorted(self.ends, number, side="right"))
-        return self.batches[part], number - (int(self.ends[part - 1]) if part else 0)
-
     def _prompt(self, number: int) -> Prompt:
-        batch, offset = self._find(number)
-        responses = batch.column("responses")[offset].as_py()
+        """Read a row of the file."""
+        cells = {name: column[number] for name, column in self.columns.items()}
+        responses, target = cells["responses"].as_py(), cells["target"].as_py()
         first, end = self._first_pair[number], self._first_pair[number + 1]
         pairs = self._all_pairs[first:end]
         if self.others is None:
             pairs = pairs[self.kept[first:end]]
-        row, target = batch.column("row")[offset].as_py(), batch.column("target")[offset].as_py()
         return Prompt(
-            batch.column("prompt")[offset].as_py(),
+            cells["prompt"].as_py(),
             responses,
             [tuple(pair) for pair in pairs.tolist()],
             responses[target],
             self.dataset,
             self.split,
             self.truncation_mode,
-            rows=[row] * max(1, len(pairs)),
-            prompt_ids=batch.column("prompt_ids")[offset].values.to_numpy().tolist(),
-            response_ids=[ids.values.to_numpy().tolist() for ids in batch.column("response_ids")[offset].values],
-            trained=[runs.values.to_numpy().tolist() for runs in batch.column("trained")[offset].values],
+            rows=[cells["row"].as_py()] * max(1, len(pairs)),
+            prompt_ids=cells["prompt_ids"].values.to_numpy().tolist(),
+            response_ids=[ids.values.to_numpy().tolist() for ids in cells["response_ids"].values],
+            trained=[runs.values.to_numpy().tolist() for runs in cells["trained"].values],
             target=target,
-            n_kept=batch.column("n_kept")[offset].as_py(),
+            n_kept=cells["n_kept"].as_py(),
         )
 
     # ---- lengths ----------------------------------------------------------------------------------------------------
@@ -127,11 +116,10 @@ class PreparedPrompts(Sequence):
         """Return each example's tokens in prompt and longest response, and its prompt's number: (n_examples,) each."""
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])
-        inner = [batch.column("response_ids").flatten().value_lengths().to_numpy() for batch in self.batches]
-        of_response = np.concatenate([*inner, np.zeros(0, dtype=np.int32)])
+        of_response = pc.list_value_length(pc.list_flatten(self.columns["response_ids"])).to_numpy()
         of_prompt = self._list_lengths("prompt_ids")
         if sft_mode:
-            targets = self._column("target").to_numpy()[self.numbers]
+            targets = self.columns["target"].to_numpy()[self.numbers]
             return of_prompt[self.numbers], of_response[first_response[self.numbers] + targets], np.arange(len(self))
         if self.others is not None:
             sides = (self.numbers, self.others)
@@ -146,7 +134,7 @@ class PreparedPrompts(Sequence):
         return int((self._list_lengths("prompt_ids")[self.numbers] == 0).sum())
 
     def drop(self, unwanted: np.ndarray, sft_mode: bool):
-        """Drop the examples in a mask over those of `lengths`."""
+        """Drop the examples that a mask selects, one entry for each example of `lengths`."""
         if sft_mode or self.others is not None:
             self.numbers = self.numbers[~unwanted]
             self.others = self.others[~unwanted] if self.others is not None else None
@@ -161,12 +149,11 @@ class PreparedPrompts(Sequence):
             return np.zeros(len(self), dtype=bool)
         prompts, responses, numbers = self.lengths(sft_mode=False)
         if add_bos:
-            prompts = prompts + (self._column("n_kept").to_numpy()[numbers] == 0)
+            prompts = prompts + (self.columns["n_kept"].to_numpy()[numbers] == 0)
         is_cut = (prompts + responses > max_length) & (np.minimum(prompts, max_prompt_length) + responses > max_length)
         identical, pairs = np.zeros(len(numbers), dtype=bool), self._all_pairs[self.kept]
         for index in np.flatnonzero(is_cut):
-            batch, offset = self._find(int(numbers[index]))
-            all_ids = batch.column("response_ids")[offset].values
+            all_ids = self.columns["response_ids"][int(numbers[index])].values
             cut = [all_ids[int(i)].values[: max_length - max_prompt_length] for i in pairs[index]]
             identical[index] = cut[0].equals(cut[1])
         return identical

@@ -13,9 +13,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from basics.files import HashCache, content_hash, has_no_room
-from basics.printing import hides_progress
+from basics.printing import hides_progress, one_line
 from data import arrow_cache, diagnosis, hub
-from data.plain_reader import csv_delimiter
+from data.batches import split_name
+from data.plain_reader import csv_delimiter, file_format
 from utils import UserError, closest_sibling, rank0_print
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ _MODULES = {  # the library's readers, by suffix
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
     ".arrow": "arrow",
 }  # fmt: skip
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SHOWN_FILES = 4
 
 
@@ -35,20 +35,16 @@ class UnreadableRows(UserError):
     """Raised if the library can't read the rows of a split."""
 
 
-def _suffix(file: str) -> str:
-    """Return a file's suffix, ignoring that of its compression: .jsonl for x.jsonl.gz."""
-    stem, suffix = os.path.splitext(file.lower())
-    return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
-
-
 def has_data_suffix(file: str) -> bool:
     """True if a file has the suffix of a data file."""
-    return _suffix(file) in _SUFFIXES
+    return file_format(file) in _SUFFIXES
 
 
 def check_path(name: str, path: str):
     """Raise UserError if `path`, the source of the named dataset `name`, is neither a folder nor a hub id."""
     key = f"dataset_paths.{name}={path}"
+    if path == "":
+        raise UserError(f"{key} is empty: give a folder, or leave the key out")
     folder = os.path.expanduser(path)
     if os.path.isfile(folder):
         raise UserError(
@@ -68,14 +64,14 @@ def read_split(name: str, path: str, split: str, cache_dir: str | None, silent: 
     Raises: UserError with the unreadable file and line, or why the hub doesn't give it, and the remedy.
     """
     check_path(name, path)
-    path, where = os.path.expanduser(path), f"datasets=[{name}], {split} split"
-    files = _split_files(where, path, split) if os.path.isdir(path) else None
+    path = os.path.expanduser(path)
+    files = _split_files(split_name(name, split), path, split) if os.path.isdir(path) else None
     remedy = f"give a local folder of its format: dataset_paths.{name}=DIR"
-    return read_rows(where, path, split, files, cache_dir, remedy, silent=silent, label=f"{name} ({split})")
+    return read_rows(name, path, split, files, cache_dir, remedy, silent=silent)
 
 
 def read_rows(
-    where: str,
+    name: str,
     path: str,
     split: str,
     files: list[str] | None,
@@ -83,14 +79,14 @@ def read_rows(
     remedy: str,
     config: str | None = None,
     silent: bool = False,
-    label: str = "",
     csv_as_strings: bool = False,
 ) -> "datasets.Dataset":
     """Return the rows of a split, memory-mapped.
 
     Args:
-        where: the split's name in error messages; `label` is its name in the line that lists the files.
+        name: the dataset's name, for messages.
         path: a hub id, or the local folder or file.
+        split: a split, or a slice of one, such as train[:80%].
         files: the files of the split; None lets the library find them.
         remedy: an alternative for the user if the split can't be read.
         config: the configuration of a hub dataset that has several.
@@ -100,25 +96,19 @@ def read_rows(
     """
     import datasets  # the import takes a second
 
-    # its log of an unreadable file only repeats its exception
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    if hides_progress() or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    _quiet_library(silent)
+    whole_split = split.partition("[")[0]
     try:
-        module, folder, kwargs = path, cache_dir, {}
+        module, folder, kwargs = path, cache_dir, {"name": config}
         if files is not None:
-            kwargs = {"data_files": {split.partition("[")[0]: [glob.escape(file) for file in files]}}
-            if not os.path.isdir(path):
-                module = _MODULES[_suffix(files[0])]
-            if _MODULES.get(_suffix(files[0])) == "csv":
-                kwargs |= _csv_options(files, csv_as_strings)
+            module, kwargs = _reader(path, files, whole_split, csv_as_strings)
             if cache_dir is not None:  # the library identifies files by their times, which tar and rsync restore
                 folder = os.path.join(cache_dir, "rows", content_hash(files, cache_dir)[:32])
         with _checked_cache(cache_dir, folder, path if files is None else None):
-            builder = datasets.load_dataset_builder(module, name=config, cache_dir=folder, **kwargs)
-            files = list((builder.config.data_files or {}).get(split.partition("[")[0], []))
+            builder = datasets.load_dataset_builder(module, cache_dir=folder, **kwargs)
+            files = list((builder.config.data_files or {}).get(whole_split, []))
             if not silent:
-                rank0_print(f"{label}: reading {_listed(files, path) if files else f'{path} from the cache'}")
+                rank0_print(f"{name} ({split}): reading {_listed(files, path) if files else f'{path} from the cache'}")
             arrow_cache.prepare(builder)
         rows = builder.as_dataset(split=split)
         rows.data.table.validate(full=True)  # the library doesn't check that strings are UTF-8
@@ -127,11 +117,31 @@ def read_rows(
         raise
     except Exception as error:  # a format's reader or the connection may raise anything
         cause, remedy = _cause_and_remedy(error, path, files or [], cache_dir, alternative=remedy)
-        raise UnreadableRows(f"{where}: {cause}\n{remedy}") from error
+        raise UnreadableRows(f"{split_name(name, split)}: {cause}\n{remedy}") from error
+
+
+def _quiet_library(silent: bool):
+    """Turn off the library's log, which only repeats its exceptions, and progress bars that nobody sees."""
+    import datasets
+
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    if silent:
+        datasets.logging.set_verbosity_error()
+    if silent or hides_progress() or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def _reader(path: str, files: list[str], split: str, csv_as_strings: bool) -> tuple[str, dict]:
+    """Return the library's module that reads a split's files, and its options."""
+    options = {"data_files": {split: [glob.escape(file) for file in files]}}
+    module = _MODULES.get(file_format(files[0]), os.path.dirname(files[0]))  # the library looks into ZIP archives
+    if module == "csv":
+        options |= _csv_options(files, csv_as_strings)
+    return path if os.path.isdir(path) else module, options
 
 
 def _checked_cache(cache_dir: str | None, folder: str | None, name: str | None) -> contextlib.AbstractContextManager:
-    """Check the library's Arrow files; those in its own default cache, which other programs share, are left alone."""
+    """Check the library's Arrow files, except in its default cache, which other programs share."""
     if cache_dir is None:
         return contextlib.nullcontext()
     return arrow_cache.checked(folder, name, HashCache(cache_dir).sha256)
@@ -249,7 +259,7 @@ def problem_with_files(files: list[str]) -> str | None:
     for file in files:
         if os.path.getsize(file) == 0:
             return f"{file}: the file is empty\nFill it, or remove it"
-        formats.setdefault(_MODULES.get(_suffix(file), _suffix(file)), file)
+        formats.setdefault(_MODULES.get(file_format(file), file_format(file)), file)
         if (plain := os.path.splitext(file)[0]) in files:
             return f"{file} and {plain} hold the same rows\nRemove one of them"
     if len(formats) > 1:
@@ -337,8 +347,8 @@ def _cause_and_remedy(
         if is_refused or has_no_room(link):
             if has_no_room(link) or _is_inside(link.filename, cache_dir):
                 place, remedy = cache_dir or "the cache", "Make room or set rights there, or choose other local_dirs"
-                return f"can't keep the rows of {path} in {place}: {_one_line(link)}", remedy
-            return f"can't read {path}: {_one_line(link)}", "Set rights there"
+                return f"can't keep the rows of {path} in {place}: {one_line(link)}", remedy
+            return f"can't read {path}: {one_line(link)}", "Set rights there"
     is_local = os.path.isdir(path) or (bool(files) and not any(map(hub.is_url, files)))
     fault = diagnosis.first_fault(_local_copies(files))
     if fault is not None and (is_local or files):
@@ -349,7 +359,7 @@ def _cause_and_remedy(
         return f"can't load {path!r}: {cause}", f"{remedy}; or {alternative}"
     specific = [link for link in chain if str(link) != "An error occurred while generating the dataset"]
     return (
-        f"can't load {path!r}: {_one_line((specific or chain)[0])}",
+        f"can't load {path!r}: {one_line((specific or chain)[0])}",
         f"Check the path or the connection to the hub, or {alternative}",
     )
 
@@ -358,7 +368,3 @@ def _is_inside(path: str | None, directory: str | None) -> bool:
     if path is None or directory is None:
         return False
     return os.path.abspath(path).startswith(os.path.abspath(directory) + os.sep)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:400]

@@ -39,7 +39,7 @@ def example_lengths(
 
 def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
     """Return lines that list rows read and dropped, lengths, and truncation of a split."""
-    prepared = [part for part in batches.prompts.parts if isinstance(part, PreparedPrompts)]
+    prepared = [part for part in batches.prompts.datasets if isinstance(part, PreparedPrompts)]
     lines = [line for part in prepared for line in _row_lines(part, split)]
     prompts, responses, note = _all_lengths(batches, tokenizer)
     prompts = prompts + int(batches.lengths["add_bos"])
@@ -59,7 +59,7 @@ def count_empty_prompts(batches: BatchIterator) -> int:
     """Count the prompts without tokens."""
     return sum(
         part.count_empty_prompts() if isinstance(part, PreparedPrompts) else sum(not prompt.text for prompt in part)
-        for part in batches.prompts.parts
+        for part in batches.prompts.datasets
     )
 
 
@@ -108,7 +108,7 @@ def _label_line(part: PreparedPrompts, split: str) -> str:
 def _all_lengths(batches: BatchIterator, tokenizer) -> tuple[np.ndarray, np.ndarray, str]:
     """Return the lengths of prompts and longer responses of all datasets, and a note if they are a sample."""
     measured, note = [], ""
-    for part in batches.prompts.parts:
+    for part in batches.prompts.datasets:
         step = 1 if isinstance(part, PreparedPrompts) else -(-len(part) // _MEASURED)
         note = note or (f", one prompt in {step}" if step > 1 else "")
         measured.append(example_lengths(part, batches.sft_mode, tokenizer, step)[:2])
@@ -176,7 +176,7 @@ def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):
         rank0_print("\n".join(split_report(batches, tokenizer, split)))
     print(format_example(test if train is None else train, tokenizer))
     if train is not None:
-        if train.sft_mode and train.prompts.n_pairs.any():
+        if train.sft_mode and train.n_pairs.any():
             rank0_print(
                 "loss=sft imitates the chosen responses; the rejected ones are not used (loss=dpo trains on both)"
             )

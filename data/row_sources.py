@@ -1,6 +1,7 @@
 """Open the rows of a dataset, from files, the hub or Python; each split is read in chunks."""
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pyarrow as pa
 from basics.files import content_hash
 from data import reading
 from data.batches import split_name
-from data.choice import Settings
+from data.choice import Choice
 from data.locations import Location, choose_splits
 from data.plain_reader import Fault, are_json_lines, readable_rows
 from utils import UserError, rank0_print
@@ -35,7 +36,7 @@ class Rows:
     dataset: object = None  # a dataset of the library, or a list; None: read `files` line by line
     place: Callable[[int], str] | None = None  # from a row's number to its file and line, in words
     files: list[tuple[str, str]] = field(default_factory=list)  # name and path
-    adds_nulls: bool = False  # True if the file format gives all objects of a column the same keys
+    adds_nulls: bool = False  # True if the file format gives all objects of a column the same keys, some with null
 
     def chunks(self, size: int) -> Iterator[list[tuple[int, str, dict | Fault]]]:
         """Yield lists of (number, place or an empty string, row or its fault)."""
@@ -43,15 +44,10 @@ class Rows:
             for start in range(0, self.n_rows, size):
                 rows = _row_dicts(self.dataset[start : start + size])
                 rows = map(_without_added_nulls, rows) if self.adds_nulls else rows
-                yield [(start + number, "", row) for number, row in enumerate(rows)]
+                yield [(number, "", row) for number, row in enumerate(rows, start)]
             return
-        chunk = []
-        for number, (place, row) in enumerate(readable_rows(self.files)):
-            chunk.append((number, place, row))
-            if len(chunk) == size:
-                yield chunk
-                chunk = []
-        if chunk:
+        rows = ((number, place, row) for number, (place, row) in enumerate(readable_rows(self.files)))
+        while chunk := list(itertools.islice(rows, size)):
             yield chunk
 
 
@@ -74,13 +70,13 @@ def _without_nulls(value: object) -> object:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def open_splits(location: Location, settings: Settings, cache_dir: str, silent: bool) -> dict[str, Rows]:
+def open_splits(location: Location, choice: Choice, cache_dir: str, silent: bool) -> dict[str, Rows]:
     """Open the rows to train on and, if there is an evaluation split, those to evaluate on."""
     if location.files is not None:
         available = list(location.files)
     else:
         available = reading.split_names(location.where, location.path, location.config, cache_dir, "give local files")
-    train, test = choose_splits(available, settings.train_split, settings.test_split, location.where)
+    train, test = choose_splits(available, choice.train_split, choice.test_split, location.where)
     splits = {"train": train} | ({"test": test} if test is not None else {})
     return {role: open_rows(location, split, cache_dir, silent) for role, split in splits.items()}
 
@@ -98,7 +94,7 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
         raise UserError(f"{where}: {reason}")
     try:
         rows = reading.read_rows(
-            where, location.path, split, files, cache_dir, "give local files", location.config, silent, label,
+            location.name, location.path, split, files, cache_dir, "give local files", location.config, silent,
             csv_as_strings=True,
         )  # fmt: skip
     except reading.UnreadableRows as error:

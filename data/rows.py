@@ -4,12 +4,13 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from data.columns import RANKS, is_blank, value_at
+from data.columns import RANKS, value_at
 from data.messages import (
     BadExample,
     as_turn,
     decoded,
     history_messages,
+    is_blank,
     is_message,
     is_messages,
     message_list,

@@ -16,7 +16,7 @@ _SHOWN = 10  # examples listed in an error message
 
 
 def without_overlong(
-    part: Sequence[Prompt], choice: Choice, sft_mode: bool, tokenizer, split: str, **lengths: int
+    part: Sequence[Prompt], choice: Choice, split: str, sft_mode: bool, tokenizer, **lengths: int
 ) -> Sequence[Prompt]:
     """Drop the examples longer than `max_length` of a dataset with `truncation=drop`.
 
@@ -56,7 +56,7 @@ def _without(part: Sequence[Prompt], numbers: np.ndarray, unwanted: np.ndarray, 
     return kept
 
 
-def without_identical(part: PreparedPrompts, choice: Choice, split: str, skips_bad: bool, **lengths: int):
+def drop_identical(part: PreparedPrompts, choice: Choice, split: str, skips_bad: bool, **lengths: int):
     """Drop pairs whose responses are the same tokens after truncation: there is nothing to learn from them.
 
     Raises: UserError if there are any and `skips_bad` is False, or if no pair is left.
@@ -89,7 +89,7 @@ def _masked_examples(numbers: np.ndarray, mask: np.ndarray) -> Iterator[tuple[in
         next_index[number] += 1
 
 
-def first_examples(part: Sequence[Prompt], choice: Choice, seed: int, sft_mode: bool) -> Sequence[Prompt]:
+def first_examples(part: Sequence[Prompt], choice: Choice, sft_mode: bool, seed: int) -> Sequence[Prompt]:
     """Select `n_examples` of a dataset.
 
     Prompts are drawn by the seed, with all their pairs; the last one drawn may keep only its first pairs.
@@ -97,16 +97,16 @@ def first_examples(part: Sequence[Prompt], choice: Choice, seed: int, sft_mode: 
     counts = np.ones(len(part), dtype=np.int64) if sft_mode else example_counts(part)
     if choice.n_examples > counts.sum():
         rank0_print(f"{choice.name}: n_examples={choice.n_examples}, but there are only {counts.sum()}")
-    drawn = np.random.RandomState(seed).permutation(len(part))
-    n_drawn_before = np.zeros(len(part), dtype=np.int64)  # examples of the prompts drawn before each prompt
-    n_drawn_before[drawn] = counts[drawn].cumsum() - counts[drawn]
-    n_kept = np.clip(choice.n_examples - n_drawn_before, 0, counts)
+    n_kept, n_left = np.zeros_like(counts), choice.n_examples  # examples of each prompt
+    for number in np.random.RandomState(seed).permutation(len(part)):
+        n_kept[number] = min(counts[number], n_left)
+        n_left -= n_kept[number]
     numbers = np.repeat(np.arange(len(part)), counts)  # the prompt's number of each example
-    index = np.arange(len(numbers)) - np.repeat(counts.cumsum() - counts, counts)  # each example's index in its prompt
-    return _without(part, numbers, index >= n_kept[numbers], sft_mode)
+    unwanted = np.concatenate([np.arange(count) >= kept for count, kept in zip(counts, n_kept, strict=True)])
+    return _without(part, numbers, unwanted, sft_mode)
 
 
-def epoch_order(parts: list[Sequence[Prompt]], choices: list[Choice], seed: int, sft_mode: bool) -> np.ndarray:
+def epoch_order(parts: list[Sequence[Prompt]], choices: list[Choice], sft_mode: bool, seed: int) -> np.ndarray:
     """Return the prompts of an epoch according to the datasets' weights, numbered through all datasets.
 
     If a dataset has `n_examples`, prompts without examples are left out.

@@ -43,7 +43,7 @@ def share_text(iterators: list[BatchIterator | None], directory: str):
     Raises: UserError on all workers if the file can't be written.
     """
     for iterator in filter(None, iterators):
-        parts = iterator.prompts.parts
+        parts = iterator.prompts.datasets
         parts[:] = [_shared(part, directory) if isinstance(part, list) else part for part in parts]
 
 

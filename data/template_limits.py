@@ -1,13 +1,11 @@
-"""Limits for rendering chat templates, which are a stranger's programs: time, memory, and the length of the output.
+"""Limits for rendering chat templates, which are a stranger's programs: time, and the length of the output.
 
-Jinja's sandbox keeps a template from the machine, but not from looping without end or filling the memory.
+Jinja's sandbox keeps a template from the machine, but not from looping without end.
 """
 
 import contextlib
 import ctypes
 import json
-import math
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,57 +13,42 @@ from dataclasses import dataclass, field
 
 from utils import UserError
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 SECONDS = 20  # for one row, which usually takes less than a millisecond
-_MEMORY = 2**30  # bytes, beyond what the process has
 _LONGEST, _LARGEST_FACTOR = 1_000_000, 100  # characters, and how many for each that was given
 _TICK = 0.5  # seconds
 _REMEDY = "correct the template, or give another: chat_template=FILE"
 
 
 class TemplateLimit(UserError):
-    """Raised if a chat template takes too long, needs too much memory, or writes too much."""
+    """Raised if a chat template takes too long, or writes too much."""
 
 
 @contextlib.contextmanager
 def limited(template: str) -> Iterator[None]:
-    """Limit time and memory of what is rendered inside, in any thread.
+    """Limit the time of what is rendered inside, in any thread.
 
     Args:
         template: its name in the error message.
 
     Raises: TemplateLimit.
     """
-    import data.template_arithmetic  # noqa: F401 (here, as Transformers takes seconds to import)
-
     try:
         try:
             _watch.start()
-            with _memory.limited():
-                yield
+            yield
         finally:
             _watch.stop()
     except _TooLong:
         _watch.stop()  # if the exception was raised in the line above
-        reason = f"takes more than {SECONDS} seconds"
-    except MemoryError:
-        reason = f"needs more than {_MEMORY / 2**30:g} GiB of memory"
     else:
         return
-    raise TemplateLimit(f"{template} {reason} to render; {_REMEDY}")
+    raise TemplateLimit(f"{template} takes more than {SECONDS} seconds to render; {_REMEDY}")
 
 
 def check_length(text: str, template: str, *given: object):
     """Raise TemplateLimit if a rendered text is long, and out of proportion to what was given to the template."""
     if len(text) > _LONGEST and len(text) > _LARGEST_FACTOR * (n_given := len(json.dumps(given, default=str))):
         raise TemplateLimit(f"{template} writes {len(text):,} characters for {n_given:,}; {_REMEDY}")
-
-
-# ---- time -----------------------------------------------------------------------------------------------------------
 
 
 class _TooLong(BaseException):
@@ -78,7 +61,7 @@ class _Watch:
 
     Signals would only reach the main thread. The watching thread counts its own ticks, so that time in which the whole
     process is stopped doesn't count; it ends once nothing is rendered. A single call of a function in C isn't
-    interrupted: `data.template_arithmetic` and the memory limit keep those short.
+    interrupted.
     """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -94,7 +77,7 @@ class _Watch:
                 self.thread.start()
 
     def stop(self):
-        """Watch this thread no longer; an exception that isn't raised yet never is."""
+        """Stop watching this thread, and cancel an exception that is still to be raised in it."""
         with self.lock:
             if self.ticks.pop(threading.get_ident(), 0) * _TICK > SECONDS:
                 _raise_in_thread(threading.get_ident(), None)
@@ -118,55 +101,3 @@ def _raise_in_thread(thread: int, exception: type[BaseException] | None):
 
 
 _watch = _Watch()
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _MemoryLimit:
-    """Limits what this process may allocate, beyond what it has, while any of its threads renders.
-
-    Only Linux enforces it.
-    """
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    n_rendering: int = 0
-
-    @contextlib.contextmanager
-    def limited(self) -> Iterator[None]:
-        if resource is None:
-            yield
-            return
-        with self.lock:
-            if self.n_rendering == 0:
-                self.former = resource.getrlimit(resource.RLIMIT_DATA)
-                _limit_memory(_allocated() + _MEMORY, *self.former)
-            self.n_rendering += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.n_rendering -= 1
-                if self.n_rendering == 0:
-                    resource.setrlimit(resource.RLIMIT_DATA, self.former)
-
-
-def _limit_memory(size: float, *former: int):
-    finite = [limit for limit in (size, *former) if limit not in (resource.RLIM_INFINITY, math.inf)]
-    resource.setrlimit(resource.RLIMIT_DATA, (int(min(finite, default=former[0])), former[1]))
-
-
-def _allocated() -> float:
-    """Return the memory that this process has allocated in bytes; infinity where the system doesn't tell."""
-    try:
-        descriptor = os.open("/proc/self/statm", os.O_RDONLY)
-    except OSError:
-        return math.inf
-    try:
-        return int(os.read(descriptor, 200).split()[5]) * resource.getpagesize()
-    finally:
-        os.close(descriptor)
-
-
-_memory = _MemoryLimit()

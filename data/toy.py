@@ -40,7 +40,7 @@ WORD_REWARDS = np.linspace(-2, 2, N_WORDS)  # weights of a slot's words, from wo
 ALL_RESPONSES = np.stack(np.unravel_index(np.arange(N_WORDS**N_SLOTS), (N_WORDS,) * N_SLOTS), axis=1)  # (4096, 4)
 
 _GRAMMAR = re.compile(TEMPLATE.replace(".", r"\.").format(*("(" + "|".join(words) + ")" for words in SLOTS)))
-_SPLITS = {"train": (20_000, 1), "test": (512, 2)}  # number of examples, seed
+SPLITS = {"train": (20_000, 1), "test": (512, 2)}  # number of examples, seed
 
 
 def response_text(words: np.ndarray) -> str:
@@ -102,7 +102,7 @@ def get_toy(
 
 @functools.cache
 def _make_toy(split: str, flipped: float, imitates_preferred: bool) -> list[tuple[str, dict]]:
-    n_examples, seed = _SPLITS[split]
+    n_examples, seed = SPLITS[split]
     rng = np.random.RandomState(seed)
     prompts = rng.randint(len(PROMPTS), size=n_examples)
     first, second, sft_target = (sample_words(rng, prompts) for _ in range(3))
@@ -120,54 +120,6 @@ def _make_toy(split: str, flipped: float, imitates_preferred: bool) -> list[tupl
             "sft_target": texts[target],
             "rows": [i],
         }
-        data.append((PROMPTS[prompt], entry))
-    return data
-
-
-# ---- a second task, in which length can be exploited ----------------------------------------------------------------
-
-SHORT_TEMPLATE = " The plot was {} and the music {}."  # slots 1 and 2 above
-CLAUSES = [
-    " It began at eight.",
-    " The hall was small.",
-    " It was a Tuesday.",
-]  # 8 tokens each with the tiny tokenizer
-CLAUSE_COUNTS = [0.4, 0.3, 0.2, 0.1]  # probability of a response with the first 0, 1, 2 or 3 of them
-LENGTH_BIAS = 0.8  # nats that each clause adds to the log-odds of being preferred
-
-
-def long_response_text(words: np.ndarray, n_clauses: int) -> str:
-    """Write the response of `toy_length` with these words, given as indices of shape (2,)."""
-    return SHORT_TEMPLATE.format(*(SLOTS[slot][word] for slot, word in zip((1, 2), words, strict=True))) + "".join(
-        CLAUSES[:n_clauses]
-    )
-
-
-def all_long_responses() -> tuple[np.ndarray, np.ndarray]:
-    """Return all 256 responses of `toy_length`: indices of words, (256, 2), and numbers of clauses, (256,)."""
-    grid = np.stack(np.unravel_index(np.arange(N_WORDS**2 * 4), (N_WORDS, N_WORDS, 4)), axis=1)
-    return grid[:, :2], grid[:, 2]
-
-
-@functools.cache
-def get_toy_length(split: str, silent: bool = False, cache_dir: str | None = None) -> list[tuple[str, dict]]:
-    """Return examples like `get_toy`, with responses that differ in length: two words, and up to three empty clauses.
-
-    The preference is biased towards length, P(a over b) = σ(r(a) - r(b) + LENGTH_BIAS · (clauses of a - those of b)).
-    The true reward r, the sum of the words' weights, does not depend on length.
-    """
-    n_examples, seed = _SPLITS[split]
-    rng = np.random.RandomState(seed)
-    prompts = rng.randint(len(PROMPTS), size=n_examples)
-    words = [sample_words(rng, prompts)[:, 1:3] for _ in range(3)]  # both responses, and the SFT target
-    clauses = [rng.choice(4, size=n_examples, p=CLAUSE_COUNTS) for _ in range(3)]
-    margins = true_reward(words[0]) - true_reward(words[1]) + LENGTH_BIAS * (clauses[0] - clauses[1])
-    first_preferred = rng.random_sample(n_examples) < 1 / (1 + np.exp(-margins))
-    data = []
-    for i, prompt in enumerate(prompts):
-        first, second, sft_target = (long_response_text(w[i], n[i]) for w, n in zip(words, clauses, strict=True))
-        pairs = [(0, 1) if first_preferred[i] else (1, 0)]
-        entry = {"responses": [first, second], "pairs": pairs, "sft_target": sft_target, "rows": [i]}
         data.append((PROMPTS[prompt], entry))
     return data
 

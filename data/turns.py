@@ -93,7 +93,7 @@ class Dialogue:
         return self.render(self.messages[: self.n_prompt], add_generation_prompt=True)
 
     def left_out(self) -> dict[int, str]:
-        """Missing parts of messages, by the message's number."""
+        """Return the missing parts of messages, by the message's number."""
         return dict(left_out(self.messages, self.n_prompt, self.text))
 
     def ignored_calls(self) -> list[int]:
@@ -149,7 +149,7 @@ class Dialogue:
         for cut in sorted(cuts - {0}, reverse=True):  # a dialogue may have only part of the opening
             if (at := self.text.rfind(header[:cut], position, content)) >= 0:
                 return at + cut
-        if not header:  # then white space before the first word is the turn's
+        if not header:  # then the turn includes the white space before its first word
             return max(position, len(self.text[:content].rstrip()))
         return content
 

@@ -1,4 +1,4 @@
-"""Tell a restarted run's workers apart from those of earlier attempts, whose keys are still in torchrun's store."""
+"""Give each attempt of a restarted run a name: torchrun's store still holds the keys of earlier attempts."""
 
 import time
 import uuid
@@ -11,9 +11,9 @@ _INTERVAL = 0.05  # seconds between two looks into the store
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, deadline: float) -> str:
     """Return a name for this attempt that all of its workers share and that no earlier attempt had.
 
-    TORCHELASTIC_RESTART_COUNT doesn't do: each machine's agent counts only the failures of its own workers. So every
-    worker puts a new token into the store, rank 0 answers each token with the name, and the workers confirm the name.
-    Nobody reads what rank 0 answers to tokens of earlier attempts.
+    Every worker puts a new token into the store, rank 0 answers each token with the name, and the workers confirm it.
+    Nobody reads the answers to tokens of earlier attempts. TORCHELASTIC_RESTART_COUNT can't be the name: each machine's
+    agent counts only the failures of its own workers.
 
     Args:
         deadline: by `time.monotonic`.

@@ -46,7 +46,7 @@ def all_reduce_sum(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max(number: int, group: dist.ProcessGroup | None = None) -> int:
-    """Return the largest of all ranks' numbers, using gloo: NCCL would first wait for the GPU to finish its work.
+    """Return the largest of all ranks' numbers, by gloo: NCCL would wait until the GPU has finished its work.
 
     Threads other than the main one must pass their own `group`; see `thread_group`.
     """

@@ -1,4 +1,4 @@
-"""Connect a run's workers: rendezvous, process group and heartbeat."""
+"""Connect a run's workers: rendezvous, process group, heartbeat."""
 
 import contextlib
 import datetime
@@ -26,8 +26,7 @@ _RENDEZVOUS_TIMEOUT = 60.0  # seconds for all workers to find each other
 def process_group(worker_timeout: float = 600) -> Iterator[None]:
     """Connect this worker with the others inside the block: by NCCL between GPUs, by gloo between CPUs.
 
-    Whatever a worker is doing, it ends when another worker is gone or gives no sign of life for `worker_timeout`
-    seconds.
+    If another worker is gone, or gives no sign of life for `worker_timeout` seconds, this process ends.
 
     Raises: UserError if the launcher's variables or the timeout are invalid, if the workers don't find each other
         within a minute, or if there are too few GPUs.
@@ -59,7 +58,7 @@ def process_group(worker_timeout: float = 600) -> Iterator[None]:
 
 
 def _rendezvous() -> tuple[dist.Store, int, int]:
-    """Wait until all workers are there; return the store that connects them, this worker's rank and the world size.
+    """Wait for all workers; return the store that connects them, this worker's rank and the world size.
 
     Raises: UserError if the workers don't find each other in time.
     """
@@ -103,7 +102,7 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
 
 
 def _wait_for_listener(address: str, port: int, deadline: float):
-    """Wait until a process listens on a port. PyTorch's own attempts take longer and print C++ stack traces.
+    """Wait until a process listens on a port; PyTorch's own attempts take longer and print C++ stack traces.
 
     Raises: OSError if none does by the deadline.
     """

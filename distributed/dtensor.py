@@ -1,10 +1,9 @@
 """Distribute a model over the workers as DTensors, and gather full tensors from it.
 
 The first worker on each machine loads the model. It sends the others a copy without weights, and every worker splits
-that copy. Then every worker reads its shards from the files if the first one has left them there; see
-`checkpointing.unread`. Otherwise the first worker broadcasts one parameter after another, and each worker keeps its
-shard. So a machine never holds more than one copy of the model, and a GPU never more than its shards and one full
-parameter.
+that copy. If the first worker hasn't read the weights (`checkpointing.unread`), every worker now reads its shards from
+the files. Otherwise the first worker broadcasts one parameter after another, and each worker keeps its shard. So a
+machine never holds more than one copy of the model, and a GPU never more than its shards and one full parameter.
 """
 
 import io
@@ -19,11 +18,11 @@ from torch.utils._pytree import tree_map
 
 from distributed import collectives
 
-TENSOR = "tensor"  # the mesh dimension along which workers compute each layer together, if FSDP has another one
+TENSOR = "tensor"  # the mesh dimension of tensor parallelism, beside FSDP's
 
 
 def distribute_model(model: nn.Module | None, split: Callable[[nn.Module], None], on_cpu: bool = False) -> nn.Module:
-    """Distribute the model held by each machine's first worker over all workers; that copy's parameters are freed.
+    """Distribute over all workers the model that each machine's first worker holds; free the parameters of that copy.
 
     Args:
         model: the model on each machine's first worker, None on the others. If its parameters are on the meta device,

@@ -30,12 +30,12 @@ def uses_agent_store() -> bool:
 
 
 def max_restarts() -> int:
-    """Return how often the launcher gives the command again by itself after a failure."""
+    """Return how often the launcher restarts the command after a failure."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) if is_launched_by_user() else 0
 
 
 def is_local_rank0() -> bool:
-    """True for the first process on each machine, which does what should be done once per machine."""
+    """True for the first process on each machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

@@ -23,10 +23,10 @@ from utils import UserError, transformer_blocks, unwrap_adapter
 
 
 def make_meshes(n_replicas: int, n_tensor_parallel: int = 1) -> tuple[DeviceMesh, DeviceMesh | None]:
-    """Return the mesh over which FSDP shards a model, and that of the workers that compute each layer together.
+    """Return the mesh over which FSDP shards a model, and the mesh of tensor parallelism or None.
 
-    With several replicas, each row of the first holds one replica. The second is None if every worker computes alone.
-    Both are parts of one mesh, in which workers that compute together are neighbours.
+    With several replicas, each row of FSDP's mesh holds one. Both are parts of one mesh, in which the workers that
+    compute a layer together are neighbours.
     """
     n_shards = dist.get_world_size() // n_replicas // n_tensor_parallel
     sizes = {"replicate": n_replicas, "shard": n_shards, TENSOR: n_tensor_parallel}
@@ -34,7 +34,7 @@ def make_meshes(n_replicas: int, n_tensor_parallel: int = 1) -> tuple[DeviceMesh
     whole = init_device_mesh(collectives.device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if TENSOR not in sizes:
         return whole, None
-    # silence warnings that what is split along two dimensions takes two collectives to gather: it can't be done in one
+    # silence warnings that gathering a tensor that is split along two dimensions takes two collectives: one can't do it
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return whole[tuple(name for name in sizes if name != TENSOR)], whole[TENSOR]
 
@@ -82,7 +82,7 @@ def _blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
 
 
 def run_as_forward(model: nn.Module, function: Callable, *args):
-    """Call `function(*args)` with the parameters outside the blocks gathered, as during `model.forward`."""
+    """Call `function(*args)` while the parameters outside the blocks are gathered, as during `model.forward`."""
     if not hasattr(model, "_run_as_forward"):
         model._run_as_forward = lambda function, *args: function(*args)
         register_fsdp_forward_method(model, "_run_as_forward")
@@ -90,5 +90,5 @@ def run_as_forward(model: nn.Module, function: Callable, *args):
 
 
 def set_sums_over_replicas(model: nn.Module, enabled: bool):
-    """With several replicas, sum gradients over them in the next backward pass, or only add to this replica's part."""
+    """Let the next backward pass sum gradients over all replicas, or only add them up in this one."""
     unwrap_adapter(model).set_requires_all_reduce(enabled)

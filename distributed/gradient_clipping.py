@@ -11,7 +11,7 @@ from distributed.dtensor import full_tensor
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Clip like `torch.nn.utils.clip_grad_norm_`; parameters may be full, or sharded over different meshes."""
+    """Clip like `torch.nn.utils.clip_grad_norm_`; the parameters may be on different meshes, or on none."""
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""Notice when another worker is gone or silent, and let the worker that failed first report its error."""
+"""End a worker when another one is gone or silent, and let the worker that failed first report its error."""
 
 import contextlib
 import datetime
@@ -23,7 +23,7 @@ _HEARTBEAT_INTERVAL = 5.0  # seconds, at most
 
 
 class _Worker(NamedTuple):
-    """A worker's process. The start time tells it from a later one, or one in another container, with the same id."""
+    """A worker's process. A later process, or one in another container, may have its id, but not its start time."""
 
     pid: int
     started: str
@@ -39,7 +39,7 @@ class _Worker(NamedTuple):
 
 
 def _start_time(pid: int) -> str:
-    """Return when a process of this machine started, in the system's own terms; an empty string if there is none."""
+    """Return when a process of this machine started, in the system's own format; "" if there is no such process."""
     if sys.platform != "linux":
         import psutil
 
@@ -57,9 +57,9 @@ def _start_time(pid: int) -> str:
 class Heartbeat:
     """Ends this process when another worker is gone or silent, whatever the main thread is doing.
 
-    Every few seconds each worker sends rank 0 a sign of life, and rank 0 answers. A closed connection is noticed at
-    once by gloo; the main thread alone might wait for the lost worker's GPU for hours. Silence counts only while this
-    process itself is running: if all workers are suspended and resumed together, none has been silent.
+    Every few seconds each worker sends rank 0 a sign of life, and rank 0 answers. Gloo notices a closed connection at
+    once; the main thread might wait for hours for a lost worker's GPU. Only time in which this process runs counts: if
+    all workers are suspended and resumed together, none has been silent.
     """
 
     def __init__(self, timeout: float, group_timeout: datetime.timedelta):
@@ -147,7 +147,7 @@ class Heartbeat:
                 sending.wait(datetime.timedelta(seconds=1))
 
     def _end_for_silence(self, silent_rank: int):
-        """End this process; under a launcher also the silent one if it is here, for which the launcher would wait."""
+        """End this process, and under a launcher, which would wait for it, the silent one if it is on this machine."""
         silent = self.workers[silent_rank]
         if self.rank <= 1 or environment.is_local_rank0():
             text = (

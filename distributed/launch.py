@@ -15,13 +15,26 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch.multiprocessing as mp
+from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from basics.printing import printable
+from distributed import connection
 from distributed.environment import is_launched
+from distributed.strategies import STRATEGIES
 from utils import UserError, signals_handled
 
 _GRACE_PERIOD = 1.0  # seconds; once a worker has failed, the others get this long to exit before they are killed
+
+
+def joined_group(config: DictConfig) -> contextlib.AbstractContextManager:
+    """Join the process group if a launcher started this process; otherwise do nothing."""
+    return connection.process_group(config.worker_timeout) if is_launched() else contextlib.nullcontext()
+
+
+def must_start_workers(config: DictConfig) -> bool:
+    """True if the trainer needs several processes, and no launcher has started them."""
+    return STRATEGIES[config.trainer].starts_workers and not is_launched()
 
 
 def run_workers(work: Callable, n: int, port: int | None, *args):
@@ -74,7 +87,7 @@ def _run_worker(local_rank: int, work: Callable, n: int, port: int, parent: int,
 
 
 def _n_processors() -> int:
-    """Return the number of processors that this process may use; macOS only knows how many there are."""
+    """Return the number of processors that this process may use, or that the machine has (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -120,7 +133,7 @@ def _forwarded_signals(pids: list[int]) -> Iterator[None]:
 
 
 def _reserve_port() -> socket.socket:
-    """Return a socket bound to a free port. The port is given to no other process, yet a worker can listen on it."""
+    """Return a socket bound to a free port: no other process gets the port, yet a worker can listen on it."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))

@@ -21,7 +21,7 @@ class SingleProcess:
     splits_tensors = False  # parameters are DTensors
     config_keys: ClassVar[dict] = {}  # keys of the config that only this strategy reads, with their defaults
     device_map = "balanced"  # where Transformers loads the model's layers
-    batch_shard = 0, 1  # the index of this worker's shard of each batch, and the number of shards: n_batch_shards
+    batch_shard = 0, 1  # the index of this worker's shard of each batch, and the number of shards (`n_batch_shards`)
     optimizer_args: ClassVar[dict] = {}  # passed to optimizers that accept them
 
     def __init__(self, config):
@@ -29,7 +29,7 @@ class SingleProcess:
 
     @staticmethod
     def n_batch_shards(config, n_workers: int) -> int:
-        """Return how many shards every batch is cut into; workers may compute the same shard together."""
+        """Return the number of shards of every batch; several workers may compute one shard together."""
         return 1
 
     def gather_shards(self, value: object) -> list:
@@ -73,7 +73,7 @@ class _SeveralProcesses(SingleProcess):
 
     starts_workers = True
     splits_tensors = True
-    device_map = "meta"  # on none: each worker reads its part of the weights, or one reads them and sends them on
+    device_map = "meta"  # on none of them: each worker reads its part of the weights, or one reads and broadcasts all
     tensor_mesh = None  # the DeviceMesh of the workers that compute each layer together with this one
 
     def device(self, policy: nn.Module) -> torch.device:
@@ -194,3 +194,8 @@ STRATEGIES = {  # by the value of `trainer=`
     "FSDPTrainer": FullySharded,
     "TensorParallelTrainer": TensorParallel,
 }
+
+
+def trainers_with(attribute: str, value: bool) -> str:
+    """Return 'trainer=A or trainer=B': the trainers whose strategies have this value of an attribute."""
+    return " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if getattr(other, attribute) is value)

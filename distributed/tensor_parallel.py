@@ -29,7 +29,7 @@ _REMEDY = "use trainer=FSDPTrainer with tensor_parallel=1, which splits any mode
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split a transformers causal LM, or the one in a PeftModel, over the workers of a 1-D mesh, in place.
 
-    All workers must pass equal parameters, or all on the meta device. In the second case, fill them in afterwards, a
+    All workers must pass equal parameters, or parameters on the meta device, which are to be filled afterwards: a
     DTensor by `distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)`.
 
     Raises: UserError if the model's layers or heads can't be split.
@@ -65,9 +65,9 @@ class _ColumnParallel(ParallelStyle):
 
     Args:
         gather: return all outputs, (..., O), on every worker.
-        n_fused: number of layers that are fused into this one, their outputs one after the other; each is split. A
-            worker's shard then has several pieces. FSDP cuts dimension 0 once more, and no DTensor can describe the
-            result; so what would be split there stays whole, and each forward pass takes its shard.
+        n_fused: number of layers that are fused into this one, their outputs one after the other. Each of them is
+            split, so a worker's shard has several pieces. No DTensor can describe these once FSDP has cut dimension 0,
+            too; so a parameter that would be split there stays whole, and each forward pass takes its shard.
     """
 
     def __init__(self, gather: bool = False, n_fused: int = 1):
@@ -169,7 +169,7 @@ def _local_outputs(module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor, n_
 
 
 def _local_shard(parameter: torch.Tensor, mesh: DeviceMesh, n_fused: int) -> torch.Tensor:
-    """Return this worker's shard of a column-parallel layer's parameter; of one that stays whole, see `n_fused`."""
+    """Return this worker's shard of a column-parallel layer's parameter, which may be whole (see `n_fused`)."""
     if isinstance(parameter, DTensor):
         return parameter.to_local()
     whole = DTensor.from_local(parameter, mesh, [Replicate()], run_check=False)
@@ -184,7 +184,7 @@ def _all_reduce(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
 def _with_summed_gradient(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Return a tensor that is equal on all workers; backward, its gradient is summed over the workers.
 
-    The result is cached on the tensor, so that layers with the same input (q, k and v) need one all-reduce together.
+    The result is cached on the tensor, so that layers with the same input (q, k and v) share one all-reduce.
     """
     if not hasattr(tensor, "_with_summed_gradient"):
         replicated = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
@@ -249,7 +249,7 @@ _PLANS = {  # for models without a plan in transformers
         "transformer.h.*.mlp.fc_out": "rowwise",
     },
 }
-# Attributes in which these models' attention keeps the size of q, k and v; other models read it from the tensors.
+# Where these models' attention keeps the size of q, k and v; other models read it from the tensors.
 _SIZES_IN_ATTENTION = {"gpt2": "split_size", "gptj": "num_attention_heads"}
 
 

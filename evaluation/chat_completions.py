@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from basics.printing import masked
 from evaluation.pairs import Task
@@ -26,55 +26,33 @@ _SHOWN = 300  # characters of an answer
 
 
 class Endpoint:
-    """An endpoint's address and credentials; `str` gives its URL without user and password."""
+    """An endpoint's address, and the key from the environment."""
 
     def __init__(self, url: str):
         """
         Args:
-            url: its base, which ends in /v1 or the like. A user and password in it are sent unless there is a key.
+            url: its base, which ends in /v1 or the like.
 
         Raises: UserError if it is no URL, if the key can't be sent, or if OpenAI's own endpoint is named without a key.
         """
         parts = _checked_parts(url)
-        host = parts.netloc.rpartition("@")[2]
         path = parts.path.rstrip("/").removesuffix("/chat/completions")
-        self.shown = urlunsplit((parts.scheme, host, path, "", ""))
-        self.completions_url = urlunsplit((parts.scheme, host, f"{path}/chat/completions", parts.query, ""))
-        self.key = api_key()
-        self.user = (unquote(parts.username or ""), unquote(parts.password or ""))
+        self.url = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+        self.completions_url = urlunsplit((parts.scheme, parts.netloc, f"{path}/chat/completions", parts.query, ""))
+        self.key = os.environ.get(_KEY, "").strip() or None
+        if not all("!" <= character <= "~" for character in self.key or ""):
+            raise UserError(f"{_KEY} has a character that no HTTP header takes; copy the key once more")
         if parts.hostname == "api.openai.com" and self.key is None:
-            raise UserError(f"judge_url={self.shown} needs a key; set the variable {_KEY}")
-
-    def __str__(self) -> str:
-        return self.shown
+            raise UserError(f"judge_url={self.url} needs a key; set the variable {_KEY}")
 
     def authorize(self, request):
         """Set the Authorization header of a request.
 
-        requests calls this in place of what it would do itself: replace the header by what .netrc has for the host.
+        The library requests calls this; without it, requests would take the header from .netrc.
         """
-        import requests
-
         if self.key is not None:
             request.headers["Authorization"] = f"Bearer {self.key}"
-        elif any(self.user):
-            return requests.auth.HTTPBasicAuth(*(part.encode() for part in self.user))(request)
         return request
-
-
-def api_key() -> str | None:
-    """Return the key from the environment, without white space around it; None if there is none.
-
-    Raises: UserError if it has a character that no HTTP header takes.
-    """
-    key = os.environ.get(_KEY, "").strip()
-    for position, character in enumerate(key, 1):
-        if not "!" <= character <= "~":
-            raise UserError(
-                f"{_KEY}: its character {position} of {len(key)} is {character!a}, which no HTTP header takes; copy "
-                "the key once more"
-            )
-    return key or None
 
 
 def _checked_parts(url: str) -> SplitResult:
@@ -93,13 +71,15 @@ def _checked_parts(url: str) -> SplitResult:
         raise UserError(f"judge_url={shown}: its host or port can't be one; {expected}") from None
     if parts.scheme not in ("http", "https") or not host or port == 0 or any(not "!" <= c <= "~" for c in host):
         raise UserError(f"judge_url={shown}: {expected}")
+    if "@" in parts.netloc:
+        raise UserError(f"judge_url={shown}: leave out user and password; only the key in {_KEY} is sent")
     if parts.fragment:
         raise UserError(f"judge_url={shown}: leave out what follows #; {expected}")
     return parts
 
 
 class RateLimit:
-    """Lets requests of all threads start at most `per_minute` a minute, evenly; None: no limit."""
+    """Spaces the requests of all threads evenly, at most `per_minute`; None: no limit."""
 
     def __init__(self, per_minute: float | None):
         self.gap = 60 / per_minute if per_minute else 0.0
@@ -113,15 +93,13 @@ class RateLimit:
         time.sleep(max(0.0, start - time.monotonic()))
 
     def pause(self, seconds: float):
-        """Let no request start for this time."""
+        """Start no request for this time."""
         with self.lock:
             self.next = max(self.next, time.monotonic() + seconds)
 
 
 class ChatCompletions:
     """Asks a language model which of two responses is better, several requests at a time."""
-
-    sees_order = True
 
     def __init__(
         self,
@@ -188,10 +166,10 @@ class ChatCompletions:
         verdict = Verdict(failure="nothing sent")
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(min(2 ** (attempt - 1), 60) * random.uniform(0.75, 1.25))  # so that not all come at once
+                time.sleep(min(2 ** (attempt - 1), 60) * random.uniform(0.75, 1.25))  # threads retry at different times
             self.limit.wait()
             verdict, may_be_repeated = self._request(content)
-            for name in tokens:  # an answer without a verdict is paid for, too
+            for name in tokens:  # an answer without a verdict costs money, too
                 tokens[name] += verdict.details.pop(name, 0)
             if not may_be_repeated:
                 break
@@ -204,14 +182,15 @@ class ChatCompletions:
         import urllib3
 
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **self.arguments}
+        data = json.dumps(body).encode()  # which escapes half surrogate pairs
         try:
             with requests.post(
-                self.endpoint.completions_url, data=_as_json(body), headers={"Content-Type": "application/json"},
+                self.endpoint.completions_url, data=data, headers={"Content-Type": "application/json"},
                 auth=self.endpoint.authorize, timeout=self.timeout, allow_redirects=False, stream=True,
             ) as response:  # fmt: skip
                 content = _first_bytes(response)
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            raise UserError(f"judge_url={self.endpoint}: {error}") from error
+            raise UserError(f"judge_url={self.endpoint.url}: {error}") from error
         except requests.Timeout:
             return Verdict(failure="timeout"), True
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
@@ -226,7 +205,7 @@ class ChatCompletions:
         if response.status_code in (401, 403, 404):
             remedy = "check judge_url and judge_model" if response.status_code == 404 else f"check {_KEY}"
             raise UserError(
-                f"{self.endpoint} answers {response.status_code} for judge_model={self.model}: {shown}\n{remedy}"
+                f"{self.endpoint.url} answers {response.status_code} for judge_model={self.model}: {shown}\n{remedy}"
             )
         if response.status_code != 200:
             may_be_repeated = response.status_code in _TEMPORARY or response.status_code >= 500
@@ -243,7 +222,7 @@ class ChatCompletions:
 
 
 def _first_bytes(response) -> bytes:
-    """Return an answer's first `_LONGEST_ANSWER` bytes, or a few more; the rest isn't read, and so it is no JSON."""
+    """Return the beginning of an answer, about `_LONGEST_ANSWER` bytes; a longer one is cut, and so is no JSON."""
     content = b""
     for chunk in response.iter_content(1 << 16):
         content += chunk
@@ -252,13 +231,8 @@ def _first_bytes(response) -> bytes:
     return content
 
 
-def _as_json(body: dict) -> bytes:
-    """Return a request's body; characters that are no text (lone surrogates) are escaped."""
-    return json.dumps(body).encode()
-
-
 def _content(body: dict) -> tuple[str, dict[str, int]]:
-    """Return the text of a chat completion, and its tokens as the endpoint counts them."""
+    """Return the text of a chat completion, and the numbers of tokens by the endpoint's count."""
     usage = body.get("usage") or {}
     tokens = {"input_tokens": usage.get("prompt_tokens"), "output_tokens": usage.get("completion_tokens")}
     content = body["choices"][0]["message"]["content"] or ""
@@ -266,7 +240,7 @@ def _content(body: dict) -> tuple[str, dict[str, int]]:
 
 
 def retry_after(value: str | None) -> float:
-    """Return the pause that a Retry-After header asks for, given in seconds or as a date; at most ten minutes (s)."""
+    """Return the seconds to wait by a Retry-After header, which gives seconds or a date; at most ten minutes."""
     seconds = 0.0
     try:
         seconds = float(value or 0)

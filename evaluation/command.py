@@ -1,4 +1,4 @@
-"""A judge that is a command of the user's own."""
+"""A judge that is the user's own command."""
 
 import contextlib
 import json
@@ -15,9 +15,7 @@ from utils import UserError
 
 
 class Command:
-    """Reads lines of JSON, {prompt, a, b}, and prints a verdict for each: A (the first response), B, or tie."""
-
-    sees_order = True
+    """Runs a command that reads lines of JSON, {prompt, a, b}, and prints a verdict on each: A, B or tie."""
 
     def __init__(self, command: str):
         self.command = command
@@ -25,7 +23,7 @@ class Command:
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
         """Yield verdicts in the order of the tasks.
 
-        Raises: UserError if a line is no verdict, or the command fails or prints more or fewer.
+        Raises: UserError if a line is no verdict, or if the command fails or prints too many or too few.
         """
         name = f"judge_command={self.command!r}"
         missing = list(reversed(tasks))
@@ -47,7 +45,7 @@ class Command:
 
 @contextlib.contextmanager
 def _process_group(command: str) -> Iterator[subprocess.Popen]:
-    """Start a shell command in its own process group, and kill that group, with all its processes, at the end."""
+    """Start a shell command in its own process group, and kill all processes of the group at the end."""
     process = subprocess.Popen(
         command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
         errors="replace", start_new_session=True,
@@ -74,7 +72,7 @@ def _kill_group(process: subprocess.Popen):
 
 
 def _write_tasks(process: subprocess.Popen, tasks: list[Task]):
-    """Write the tasks in a separate thread, because a command may read all of them before it prints anything."""
+    """Write the tasks, in a thread: the command may print verdicts before it has read all of them."""
     with contextlib.suppress(OSError, ValueError), process.stdin:  # the exit code shows if the command has failed
         for task in tasks:
             texts = dict(zip(("a", "b"), task.texts, strict=True))

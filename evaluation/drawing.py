@@ -30,22 +30,21 @@ def sample_seed(seed: int, prompt_index: int, number: int) -> int:
 
 
 class SeededDraws(LogitsProcessor):
-    """Makes the likeliest token a draw from the softmax, by Gumbel noise from each row's own seed.
+    """Makes one token of each row the likeliest: a draw from the softmax by a uniform number of the row's own seed.
 
-    argmax(logits + g), g being Gumbel noise, is a draw from softmax(logits) (https://arxiv.org/abs/1411.0030). So what
-    a row draws depends on its seed, and not on the other rows of the batch.
+    The token is the first whose cumulative probability exceeds the number (inverse transform sampling). So what a row
+    draws doesn't depend on the other rows of the batch.
     """
 
     def __init__(self, seeds: list[int]):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        exponential = [torch.empty(scores.shape[1], dtype=torch.float64) for _ in self.generators]
-        for values, generator in zip(exponential, self.generators, strict=True):
-            values.exponential_(generator=generator)
-        noise = -torch.stack(exponential).log()  # (B, V)
-        dtype = widest_dtype(scores.device)
-        return scores.to(dtype) + noise.to(scores.device, dtype)
+        uniform = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in self.generators]
+        cumulative = scores.softmax(-1, dtype=widest_dtype(scores.device)).cumsum(-1)  # (B, V)
+        below = torch.stack(uniform).to(cumulative) * cumulative[:, -1:]  # rounding: the sum isn't quite 1
+        tokens = torch.searchsorted(cumulative, below, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
 def logits_processors(temperature: float, options: Options, seeds: list[int]) -> LogitsProcessorList:

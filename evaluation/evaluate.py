@@ -1,9 +1,8 @@
-"""Evaluate checkpoints: means with intervals, overall and by dataset and length; the body of `evaluate.py`."""
+"""The body of `evaluate.py`: means with intervals, over all examples and by dataset and length."""
 
 import dataclasses
 import hashlib
 import json
-import math
 import os
 
 import numpy as np
@@ -16,7 +15,7 @@ from checkpointing import fingerprints
 from checkpointing.integrity import content_digest
 from data.batches import chosen_and_rejected
 from distributed import collectives
-from evaluation.statistics import wilson_interval
+from evaluation.statistics import mean_and_error, wilson_interval
 from reporting.intervals import mean_interval
 from reporting.metric_names import ACCURACY, LOSS, MARGIN, TIES
 from reporting.metrics import mean_metrics
@@ -54,7 +53,7 @@ def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) 
 
 
 def evaluate_checkpoints(trainer, options: Options):
-    """Evaluate each checkpoint; print and write its figures."""
+    """Evaluate each checkpoint, unless the file has its figures already; print and write them."""
     earlier = _read_evaluations(options.output) if on_rank0() else {}
     with trainer.stop:
         trainer.precompute_reference()
@@ -114,7 +113,7 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options):
                                   for name in next(iter(rows.values()))}},
         "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
     }  # fmt: skip
-    rank0_print(table(result))  # before it is written: a full disk must not lose it
+    rank0_print(table(result))  # first: if the disk is full, it isn't lost
     if options.output is not None:
         _record(options.output, result)
     if options.rows is not None:  # last, as the same command would refuse an existing file
@@ -122,7 +121,7 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options):
 
 
 def _record(output: str, result: dict):
-    """Add an evaluation to the file, unless another process has done so in the meantime."""
+    """Add an evaluation to the file, unless another process has added it in the meantime."""
     with write_errors_named(output), in_turn(output):
         if result["key"] not in _read_evaluations(output):
             append_json_lines(output, [result])
@@ -148,25 +147,19 @@ def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
     quartiles = np.quantile(list(lengths.values()), np.linspace(0, 1, _N_BUCKETS + 1), method="higher")
     starts = sorted({int(n) for n in quartiles[:-1]})  # the shortest of each group
     ends = [start - 1 for start in starts[1:]] + [int(quartiles[-1])]
-    return {
-        f"chosen of {start} to {end} tokens" if start < end else f"chosen of {start} tokens": [
-            i for i, n in lengths.items() if start <= n <= end
-        ]
-        for start, end in zip(starts, ends, strict=True)
-    }
-
-
-def _standard_error(values: list[float]) -> float | None:
-    """Return the standard error of the mean; None for a single value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    groups = {}
+    for start, end in zip(starts, ends, strict=True):
+        name = f"chosen of {start} to {end} tokens" if start < end else f"chosen of {start} tokens"
+        groups[name] = [i for i, n in lengths.items() if start <= n <= end]
+    return groups
 
 
 def _interval(name: str, values: list[float]) -> list[float] | None:
     """Return the 95 % interval of the mean: Wilson's for shares, else by the normal approximation."""
-    mean = float(np.mean(values))
+    mean, error = mean_and_error(values, range(len(values)))
     if name in _SHARES:
         return wilson_interval(mean, len(values))
-    interval = mean_interval(mean, _standard_error(values))
+    interval = mean_interval(mean, error)
     return list(interval) if interval is not None else None
 
 
@@ -174,8 +167,7 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
     """Return the number of examples, and each metric's mean and standard error."""
     figures: dict[str, object] = {"n": len(rows)}
     for name in rows[0]:
-        values = [row[name] for row in rows]
-        figures |= {name: float(np.mean(values)), f"{name}_se": _standard_error(values)}
+        figures[name], figures[f"{name}_se"] = mean_and_error([row[name] for row in rows], range(len(rows)))
     return figures
 
 
@@ -192,12 +184,8 @@ def table(result: dict) -> str:
         shown = f"   95 % {interval[0]:.4f} to {interval[1]:.4f}" if interval is not None else ""
         lines.append(f"  {name:<26}{result['metrics'][name]:>10.4f}{shown}")
     width = max(map(len, result["groups"]))
-    lines.append(
-        f"  {'':<{width}}{'n':>7}"
-        + "".join(
-            f"{name.replace('rewards_eval/', '').replace('_eval', '').replace('/eval', ''):>14}" for name in names
-        )
-    )
+    short = [name.replace("rewards_eval/", "").replace("_eval", "").replace("/eval", "") for name in names]
+    lines.append(f"  {'':<{width}}{'n':>7}{''.join(f'{name:>14}' for name in short)}")
     for group, figures in result["groups"].items():
         cells = "".join(f"{figures[name]:>14.4f}" for name in names)
         lines.append(f"  {group:<{width}}{figures['n']:>7}{cells}")

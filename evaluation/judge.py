@@ -1,4 +1,4 @@
-"""Judge which of two models answers better, or score one with a reward model: the body of `judge.py`."""
+"""The body of `judge.py`: judge which of two models answers better, or score one with a reward model."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ _CHARACTERS_PER_TOKEN, _TOKENS_PER_ANSWER = 4, 100  # to estimate the cost of ca
 
 
 def run(config: DictConfig):
-    """Check the keys, get the verdicts that are still missing, and write and print the summary."""
+    """Check the keys, get the missing verdicts, then write and print the summary."""
     options = expand_home(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
     check_options(options)
     a = read_responses("a", options["a"])
@@ -53,7 +53,7 @@ def run(config: DictConfig):
 
 
 def _judged_lines(pairs: list[Pair], n_unmatched: int, options: dict, settings: str, commit: str | None) -> list[dict]:
-    """Return a verdict's line for each task; the judge gives those that the output file lacks."""
+    """Return the verdict on each task, a line of the output file; ask the judge for those that the file lacks."""
     tasks = make_tasks([pair for pair in pairs if pair.a != pair.b], options)
     verdicts = VerdictFile(options["output"], settings)
     try:
@@ -83,8 +83,8 @@ def _print_counts(pairs: list[Pair], n_unmatched: int, n_there: int, options: di
         return
     n_identical = sum(pair.a == pair.b for pair in pairs)
     rank0_print(
-        f"{len(pairs)} pairs, {n_identical} of the same text twice, which are ties; {n_unmatched} responses without a "
-        f"partner; {n_there} verdicts are there"
+        f"{len(pairs)} pairs, {n_identical} of them with equal texts (ties); {n_unmatched} responses without a "
+        f"partner; {n_there} verdicts in the file"
     )
 
 
@@ -95,18 +95,16 @@ def _print_expected_cost(judge: Judge, tasks: list[Task], options: dict):
     n_input = math.ceil(judge.n_characters(tasks) / _CHARACTERS_PER_TOKEN)
     n_output = _TOKENS_PER_ANSWER * len(tasks)
     text = (
-        f"{len(tasks)} calls to {judge.model} at {judge.endpoint}, about {n_input:,} tokens at "
+        f"{len(tasks)} calls to {judge.model} at {judge.endpoint.url}, about {n_input:,} tokens at "
         f"{_CHARACTERS_PER_TOKEN} characters each"
     )
     if (price := cost(n_input, n_output, options)) is not None:
         text += f"; with {_TOKENS_PER_ANSWER} tokens an answer they cost about {price:.2f}"
-    if judge.endpoint.key is not None and any(judge.endpoint.user):
-        text += "; OPENAI_API_KEY is sent, the user and password in judge_url are not"
     rank0_print(text)
 
 
 def _collect(judge: Judge, tasks: list[Task], verdicts: VerdictFile):
-    """Write verdicts as they come."""
+    """Ask the judge, and write the verdicts as they come."""
     size, n_failed = verdicts.size, 0
     with Progress("Judging", len(tasks), "verdicts") as progress:
         try:

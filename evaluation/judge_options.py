@@ -1,9 +1,8 @@
-"""The keys of `judge.py`: check them, hash the settings behind a verdict, and make the judge."""
+"""The keys of `judge.py`: check them, hash the settings that decide a verdict, and make the judge."""
 
 import hashlib
 import json
 import os
-import re
 
 from basics.files import sha256
 from basics.outputs import Output, check_outputs, document, json_lines
@@ -95,7 +94,7 @@ def _check_keys_of_judge(options: dict):
 
 
 def reward_model_commit(options: dict) -> str | None:
-    """Return the commit on the hub of the reward model, if that is where it comes from and the commit is known."""
+    """Return the reward model's commit; None if it isn't from the hub, or if the commit isn't known."""
     if options["judge"] != "model" or os.path.isdir(options["judge_model"]):
         return None
     return hub.current_commit(options["judge_model"], get_local_dir(options["local_dirs"]))
@@ -105,11 +104,10 @@ def settings_hash(options: dict, commit: str | None) -> str:
     """Return a short hash of the settings that decide a verdict on given texts in a given order.
 
     Args:
-        commit: the reward model's, see `reward_model_commit`.
+        commit: see `reward_model_commit`.
     """
     keys = ("judge", "judge_model", "judge_command", "judge_url", "judge_args", "chat_template")
-    known = options | {"judge_url": re.sub(r"(?<=://)[^/?#]*@", "", options["judge_url"] or "") or None}
-    deciding = [known[key] for key in keys]  # the password doesn't matter
+    deciding = [options[key] for key in keys]
     deciding.append(load_template(options["judge_prompt"]) if options["judge"] == "openai" else None)
     if options["judge"] == "model" and os.path.isdir(options["judge_model"]):
         deciding.append(folder_fingerprint(options["judge_model"], options["local_dirs"]))
@@ -121,7 +119,7 @@ def settings_hash(options: dict, commit: str | None) -> str:
 
 
 def make_judge(options: dict, commit: str | None) -> Judge:
-    """Make the judge that the checked options name, from this commit of the reward model if there is one."""
+    """Make the judge that the checked options name; `commit`: see `reward_model_commit`."""
     if options["judge"] == "command":
         return Command(options["judge_command"])
     if options["judge"] == "openai":

@@ -1,4 +1,4 @@
-"""Verdicts summed up: win rates or scores with intervals, failures and cost; and the table that is printed."""
+"""Sum up verdicts: win rates or scores with intervals, failures and cost; and format them as a table."""
 
 import collections
 
@@ -10,10 +10,10 @@ from reporting.intervals import mean_interval
 def summarize(pairs: list[Pair], lines: list[dict], options: dict) -> dict:
     """Return counts and win rates.
 
-    A pair counts as judged if every question about it has a verdict; it is a tie if the verdicts differ.
+    A pair counts as judged if all its tasks have verdicts; if these differ, the pair is a tie.
 
     Args:
-        lines: the verdicts, as `VerdictFile` keeps them.
+        lines: of a `VerdictFile`.
     """
     verdicts_of_pair: dict[tuple[int, int], list[str | None]] = {}
     for line in lines:

@@ -1,4 +1,4 @@
-"""Origins of responses, and the KL divergence of the model that wrote them from its reference."""
+"""Where responses come from, and how far their model is from its reference (KL divergence)."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ def digest(responses: dict[Place, Response]) -> str:
 
 
 def origins(responses: dict[Place, Response]) -> list[dict]:
-    """Return the distinct origins of the responses; none unless every response has one."""
+    """Return the distinct origins of the responses; an empty list if the origin of any is unknown."""
     found = dict.fromkeys(response.drawn for response in responses.values())
     return [dataclasses.asdict(drawn) for drawn in found if None not in found]
 
@@ -23,8 +23,8 @@ def origins(responses: dict[Place, Response]) -> list[dict]:
 def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:
     """Estimate KL(policy ‖ reference) in nats per response, with its standard error over prompts.
 
-    It is the mean log-ratio of responses drawn from the policy's own softmax. For others `kl` is None, and `kl_unknown`
-    says why.
+    The estimate is the mean log-ratio, which requires responses drawn from the policy's own softmax. For others `kl` is
+    None, and `kl_unknown` says why.
     """
     unknown = {"kl": None, "kl_se": None, "n_kl": 0}
     if any(response.drawn is None for response in responses.values()):

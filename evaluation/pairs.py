@@ -1,4 +1,4 @@
-"""Responses of two models to the same prompts, read from files and matched."""
+"""Read responses of two models to the same prompts from files, and match them."""
 
 import dataclasses
 import hashlib
@@ -84,13 +84,13 @@ def first_shown(pair: Pair, seed: int) -> str:
 def read_responses(key: str, path: str) -> dict[Place, Response]:
     """Return the responses in a file, by their places.
 
-    Rows of `evaluate.py` give the preferred response of each prompt's first pair, prompts numbered as `sample.py` does.
-    They, and AlpacaEval's, have one response to a prompt, which is matched with every sample of the other file.
+    Of `evaluate.py`'s rows, each prompt's first preferred response is taken; prompts are numbered as by `sample.py`.
+    These rows and AlpacaEval's have one response to a prompt, which is matched with every sample of the other file.
 
     Args:
         key: the config's key for the file, for messages.
 
-    Raises: UserError if the file can't be read or has other rows, naming the first.
+    Raises: UserError if the file can't be read, or naming the first row that is no response.
     """
     found: dict[Place, Response] = {}
     prompt_numbers: dict[str, int] = {}  # by the prompt as JSON, for rows of evaluate.py
@@ -212,7 +212,7 @@ def match(a: dict[Place, Response], b: dict[Place, Response], allow_unmatched: b
 
 
 def _same_prompt(one: Prompt, other: Prompt) -> Prompt | None:
-    """Return the fuller of two forms of a prompt, as AlpacaEval keeps only the last message; None if they differ."""
+    """Return the fuller of two forms of one prompt (AlpacaEval has only the last message); None if they differ."""
     if one == other:
         return one
     short, full = sorted((one, other), key=lambda prompt: len(prompt) if isinstance(prompt, list) else 0)

@@ -1,4 +1,4 @@
-"""Prompts that ask a language model for its verdict, and parsing its answer."""
+"""Ask a language model for a verdict: the prompts, and parsing the answer."""
 
 import os
 import re
@@ -91,7 +91,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def read_verdict(answer: str) -> str | None:
-    """Return 'first', 'second' or 'tie' by the last line that is A, B or tie, with or without a label; else None."""
+    """Return 'first', 'second' or 'tie' by the last line that is A, B or tie, maybe with a label; None if none is."""
     for line in reversed(answer.splitlines()):
         if (found := _VERDICT.fullmatch(line)) is not None:
             return {"a": "first", "b": "second", "tie": "tie"}[found[1].lower()]

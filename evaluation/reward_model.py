@@ -8,7 +8,6 @@ import transformers
 
 from checkpointing.archives import check_finite, describe, load_pretrained
 from data import chat, hub
-from data.hub import access_hint
 from data.messages import BadExample
 from evaluation.pairs import Pair, Task
 from evaluation.verdicts import Verdict
@@ -17,8 +16,6 @@ from utils import UserError, default_device, rank0_print
 
 class RewardModel:
     """Prefers the response with the higher score: the model's one output, or the log-odds of its class 1 of two."""
-
-    sees_order = False
 
     def __init__(self, name: str, batch_size: int, chat_template: str | None, cache_dir: str, revision: str | None):
         """
@@ -45,7 +42,7 @@ class RewardModel:
         except Exception as error:  # a damaged config.json, weights and the hub's HTTP library raise errors of any kind
             cause, remedy = hub.explain_failure(error, name, "model") or (
                 describe(error, 2000),
-                f"Give the id of a reward model (a sequence classifier) on the hub{access_hint(error)}",
+                "Give the id of a reward model (a sequence classifier) on the hub",
             )
             raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
         if self.model.config.num_labels not in (1, 2):
@@ -85,7 +82,7 @@ class RewardModel:
     @staticmethod
     def _verdict(task: Task, scores: list[float]) -> Verdict:
         a, b = scores if len(scores) == 2 else (scores[0], 0.0)
-        if math.isnan(a - b) or (len(scores) == 1 and math.isinf(a)):  # inf - inf is nan, too
+        if math.isnan(a - b) or (len(scores) == 1 and math.isinf(a)):  # nan also if both are infinite
             return Verdict(failure="a score that is no number")
         if len(scores) == 1:
             return Verdict("scored", details={"scores": scores})
@@ -104,7 +101,7 @@ class RewardModel:
             is_text = isinstance(pair.prompt, str)
             whole = pair.prompt + text if is_text else self._rendered(pair, text, renderer)
             ids = self.tokenizer(whole, add_special_tokens=is_text)["input_ids"]
-            if len(ids) > longest:  # the tokenizer counts, as it may add a token at the start of each text
+            if len(ids) > longest:  # let the tokenizer truncate: it may add a token at the start of each text
                 n_cut += 1
                 cut = {"truncation": True, "max_length": longest}
                 ids = self.tokenizer(whole, add_special_tokens=is_text, **cut)["input_ids"]

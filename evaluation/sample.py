@@ -1,4 +1,4 @@
-"""Draw responses from checkpoints, with log-probabilities under policy and reference: the body of `sample.py`."""
+"""The body of `sample.py`: draw responses from checkpoints, with log-probabilities under policy and reference."""
 
 import contextlib
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def sample_checkpoints(make_trainer: Callable[[], object], config: DictConfig, o
     """Fill each file with its samples; after a signal, those already written stay.
 
     Args:
-        make_trainer: loads the models; called once vLLM has finished, which needs the GPU for itself.
+        make_trainer: loads the models; called after vLLM has finished, because that needs the GPU for itself.
     """
     drawn_by_vllm = _draw_by_vllm(config, options) if options.engine == "vllm" else {}
     trainer = make_trainer()

@@ -1,4 +1,4 @@
-"""Files of samples, JSON Lines: nothing in a file is drawn twice.
+"""Files of samples, in JSON Lines. A file keeps what was drawn earlier, so that no sample is drawn twice.
 
 Each line begins with a hash of all settings that decide a sample, and names its origin.
 """
@@ -12,13 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from basics.files import atomic_file, read_json_lines
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.integrity import content_digest
+from evaluation.kept_lines import read_kept_lines
 from evaluation.sample_options import Options, SampleFile
 from evaluation.sample_prompts import Request
-from utils import UserError, rank0_print
+from utils import rank0_print
 
 
 def settings_hash(config: DictConfig, requests: list[Request], file: SampleFile, options: Options) -> str:
-    """Return a short hash of what decides a sample and its log-probabilities."""
+    """Return a short hash of all that decides samples and their log-probabilities."""
     deciding = [
         file.checkpoint and content_digest(file.checkpoint), config.seed, config.max_prompt_length,
         file.temperature, options.top_p, options.top_k, options.max_new_tokens,
@@ -43,27 +44,15 @@ def origin(examples: int, file: SampleFile, options: Options) -> dict:
 
 
 def drawn_samples(path: str, settings: str) -> set[tuple[int, int]]:
-    """Return the prompt and sample numbers that a file has; a line that a crash has cut off is removed.
+    """Return the prompt and sample numbers that a file has; remove a line that a crash has cut off.
 
     Raises: UserError if the file holds something else, or samples drawn under other settings.
     """
-    drawn, end = set(), 0
     if not os.path.exists(path):
-        return drawn
-    try:
-        for sample, line_end in read_json_lines(path):
-            if sample["settings"] != settings:
-                raise UserError(
-                    f"output={path} has samples drawn under other settings; give another file, or delete it"
-                )
-            drawn.add((sample["prompt_index"], sample["sample"]))
-            end = line_end
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"output={path}: it exists, but doesn't hold samples; give another file") from None
-    os.truncate(path, end)
-    return drawn
+        return set()
+    lines, size = read_kept_lines(path, "samples", settings, lambda line: (line["prompt_index"], line["sample"]))
+    os.truncate(path, size)
+    return set(lines)
 
 
 def write_alpaca_eval(path: str, samples_path: str, checkpoint: str | None):

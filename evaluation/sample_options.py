@@ -108,7 +108,7 @@ def _check_engine(config: DictConfig, own: dict):
 
 
 def _temperatures(given: object) -> list[tuple[float, str]]:
-    """Return each temperature with the suffix for a file's name, which is empty for a single one outside a list.
+    """Return each temperature with its suffix for a file's name; a temperature outside a list has none.
 
     Raises: UserError if one is out of range or given twice.
     """
@@ -126,7 +126,7 @@ def _temperatures(given: object) -> list[tuple[float, str]]:
 def _sample_files(own: dict, checkpoints: list[str | None], temperatures: list[tuple[float, str]]) -> list[SampleFile]:
     """Return a file for each checkpoint at each temperature.
 
-    Raises: UserError if the names of the files aren't clear.
+    Raises: UserError if a file has no name, or several files would have the same.
     """
     if own["output"] is None and own["run"] is None:
         raise UserError("output: name the file that gets the samples, as there is no run to keep them in")

@@ -29,7 +29,7 @@ class Request:
 def read_requests(
     config: DictConfig, tokenizer, eval_iterator: BatchIterator | None, prompts: str | None
 ) -> list[Request]:
-    """Return all prompts; of those longer than `max_prompt_length` only the last tokens are kept.
+    """Return all prompts, each cut to its last `max_prompt_length` tokens.
 
     Args:
         eval_iterator: the evaluation examples, whose prompts are taken if `prompts` names no file.

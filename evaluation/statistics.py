@@ -7,8 +7,8 @@ import numpy as np
 
 from reporting.intervals import Z
 
-# Inverse variances of normal priors on θ and φ. They decide where the verdicts alone can't: if a won every pair, wrote
-# every longer response, or if length decided everything. φ's prior is wider, so that length then explains the verdicts.
+# Inverse variances of normal priors on θ and φ. Without them the fit is infinite if a won every pair, or every pair
+# where it wrote more. φ's prior is wider, so that length explains verdicts that both could explain.
 _PRECISIONS = np.array([0.1, 0.001])
 
 
@@ -20,10 +20,10 @@ def wilson_interval(mean: float, n: int) -> list[float]:
 
 
 def mean_and_error(values: Sequence[float], clusters: Sequence[object]) -> tuple[float, float | None]:
-    """Return the mean and its cluster-robust standard error: values of a cluster (samples for one prompt) may be alike.
+    """Return the mean and its standard error; values of one cluster, such as samples for one prompt, may be alike.
 
-    With G clusters of residuals e and N values the error is sqrt(G / (G - 1) Σ_g (Σ_{i in g} e_i)²) / N, the usual one
-    for clusters of one value; None for a single cluster.
+    The error is the cluster-robust one: for N values with residuals e in G clusters,
+    sqrt(G / (G - 1) Σ_g (Σ_{i in g} e_i)²) / N. For clusters of one value it is the usual one; for one cluster, None.
     """
     mean = sum(values) / len(values)
     sums: dict[object, float] = {}
@@ -37,9 +37,9 @@ def mean_and_error(values: Sequence[float], clusters: Sequence[object]) -> tuple
 def length_controlled(scores: Sequence[float], differences: Sequence[int]) -> tuple[float, list[float]]:
     """Return the win rate as it would be between responses of equal length, and its 95 % interval.
 
-    As in https://arxiv.org/abs/2404.04475, without its term for how hard a prompt is: in the logistic regression
-    P(a wins) = σ(θ + φ tanh(Δ / s)) it is σ(θ), the value at Δ = 0. s is the root mean square of Δ, which, unlike its
-    standard deviation, isn't 0 if all differences are equal.
+    As in https://arxiv.org/abs/2404.04475, without its term for how hard a prompt is: the logistic regression
+    P(a wins) = σ(θ + φ tanh(Δ / s)) at Δ = 0, which is σ(θ). The scale s is the root mean square of Δ; the standard
+    deviation would be 0 if all differences were equal.
 
     Args:
         scores: 1 (a wins), 0 (b wins) or 0.5 (a tie) for each pair.

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from basics.files import append_whole, json_line, read_json_lines, write_errors_named
+from basics.files import append_whole, json_line, write_errors_named
 from basics.locks import locked
+from evaluation.kept_lines import read_kept_lines
 from evaluation.pairs import Task
 from utils import UserError
 
@@ -18,26 +19,24 @@ class Verdict:
 
     winner: str | None = None  # first, second or tie; scored for a single response
     failure: str | None = None  # its kind, such as timeout
-    details: dict = field(default_factory=dict)  # kept with it: the answer, scores, tokens
+    details: dict = field(default_factory=dict)  # also kept in the file: the answer, scores, tokens
 
 
 class Judge(Protocol):
     """The interface of all judges."""
-
-    sees_order: bool  # its verdict may depend on which response comes first
 
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
         """Yield a verdict on each task, once, in any order."""
 
 
 class MisassignedVerdicts(UserError):
-    """Raised if verdicts can't be matched with tasks, so that none of them may be kept."""
+    """It isn't clear which verdicts belong to which tasks, so none of them may be kept."""
 
 
 class VerdictFile:
-    """A file of verdicts, JSON Lines: one process at a time writes to it, and each verdict is written as it comes.
+    """A file of verdicts, in JSON Lines. One process at a time writes to it, each verdict as it comes.
 
-    If a task has several lines the last one counts, so that a later verdict replaces a failure.
+    If a task has several lines, the last one counts: a later verdict replaces a failure.
     """
 
     def __init__(self, path: str, settings: str):
@@ -48,33 +47,16 @@ class VerdictFile:
         Raises: UserError if another process writes to it, or if it holds something else or verdicts under other
             settings.
         """
-        self.path, self.settings, self.lines = path, settings, {}
+        self.path, self.settings = path, settings
         self.stack = contextlib.ExitStack()
         lock = locked(path, f"output={path}", "another process is writing there")
         self.descriptor = self.stack.enter_context(lock)
         try:
-            os.ftruncate(self.descriptor, self._read())
+            self.lines, size = read_kept_lines(path, "verdicts", settings, _checked_key)
+            os.ftruncate(self.descriptor, size)
         except BaseException:
             self.close()
             raise
-
-    def _read(self) -> int:
-        """Read the verdicts that are there; return where the last whole line ends (bytes)."""
-        end = 0
-        try:
-            for line, line_end in read_json_lines(self.path):
-                key = _checked_key(line)
-                if line["settings"] != self.settings:
-                    raise UserError(
-                        f"output={self.path} has verdicts under other settings; give another file, or delete it"
-                    )
-                self.lines[key] = line
-                end = line_end
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"output={self.path}: it exists, but doesn't hold verdicts; give another file") from None
-        return end
 
     def missing(self, tasks: list[Task]) -> list[Task]:
         """Return the tasks that have no verdict yet, or only a failure.

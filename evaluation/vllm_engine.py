@@ -1,7 +1,7 @@
-"""Draws responses by vLLM (https://docs.vllm.ai), in a process of its own, whose end frees the GPU's memory.
+"""Draw responses by vLLM (https://docs.vllm.ai), in a process of its own, so that its end frees the GPU's memory.
 
-It is that process's program, too: `python -m evaluation.vllm_engine JOB OUTPUT`. JOB is JSON of `Job`'s fields,
-OUTPUT gets a line of token ids for each prompt.
+This module is also the program of that process: `python -m evaluation.vllm_engine JOB OUTPUT`. JOB is a JSON file with
+`Job`'s fields; OUTPUT gets a line of token ids for each prompt.
 """
 
 import contextlib
@@ -57,9 +57,10 @@ def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, se
 
 @contextlib.contextmanager
 def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[str]:
-    """Yield the folder or hub id for vLLM to load; what vLLM can't read is exported to a temporary one.
+    """Yield the folder or hub id for vLLM to load.
 
-    That is an adapter, or a sharded checkpoint but a run's last one.
+    vLLM can't read an adapter, or a sharded checkpoint that isn't a run's last one: these are exported to a temporary
+    folder first.
 
     Args:
         checkpoint: a directory; None: the model of `model.name_or_path`.
@@ -73,7 +74,7 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
         return
     with tempfile.TemporaryDirectory(dir=beside, prefix=".merged-") as directory:
         merged = os.path.join(directory, "model")
-        # in a process of its own, as it may need the GPU
+        # in a process of its own, which frees what it takes of the GPU
         run_dir, name = os.path.split(os.path.abspath(checkpoint))
         words = [f"run={quoted(run_dir)}", f"checkpoint={name}", f"output={quoted(merged)}"]
         words.append(f"trust_remote_code={str(config.model.trust_remote_code).lower()}")

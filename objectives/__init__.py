@@ -1,1 +1,1 @@
-"""The objectives beside the paper's own, and what the signature of a loss may ask for."""
+"""Losses besides the paper's own, and what the signature of a loss may declare."""

@@ -1,4 +1,4 @@
-"""Losses as their signatures declare them: inputs, options, and a memory of moving averages."""
+"""Read from a loss function's signature which inputs, options and moving averages it needs."""
 
 import difflib
 import functools
@@ -42,11 +42,11 @@ class Memory:
 
 
 class Result(NamedTuple):
-    """The losses of a batch, (batch_size,), its chosen and rejected rewards, if any, and losses of a sum's parts."""
+    """The result of a loss for a batch: tensors of shape (batch_size,)."""
 
     losses: torch.Tensor
-    rewards: tuple[torch.Tensor, ...] = ()
-    parts: dict[str, torch.Tensor] = {}  # noqa: RUF012 (never changed)
+    rewards: tuple[torch.Tensor, ...] = ()  # chosen and rejected ones, if the loss has any
+    parts: dict[str, torch.Tensor] = {}  # noqa: RUF012 (never changed); the losses that `mix` adds up
 
 
 class Loss:
@@ -57,8 +57,8 @@ class Loss:
     - inputs, tensors of shape (batch_size,): `policy_chosen_logps`, `policy_rejected_logps`, `reference_chosen_logps`,
       `reference_rejected_logps` (log-probabilities of whole responses, in nats) and `chosen_lengths`,
       `rejected_lengths` (predicted tokens in the responses). A name with `rejected` makes it a loss of pairs; otherwise
-      it trains on SFT targets. A name with `reference` makes it need a reference. Annotated as `WholeBatch`, they hold
-      the whole batch, of all microbatches and workers, as a loss needs that sorts or averages it;
+      it trains on SFT targets. A name with `reference` makes it need a reference. Inputs annotated as `WholeBatch` hold
+      the whole batch, of all microbatches and workers, for losses that sort or average it;
     - inputs of shape (), for the whole batch: `kl_estimate`, the policy's KL divergence from the reference (nats, at
       least 0), and `mean_chosen_length`, the mean of `chosen_lengths`;
     - `memory`, a `Memory` of moving averages; it needs the whole batch;
@@ -78,8 +78,8 @@ class Loss:
         """Read the signature.
 
         Args:
-            unpaired: which chosen response stands beside which rejected one doesn't matter: it takes unpaired data.
-            of_margin: it depends on the difference of the two log-ratios alone.
+            unpaired: the loss takes unpaired data: it doesn't matter which responses form a pair.
+            of_margin: the loss depends only on the difference of the two log-ratios.
         """
         self.function, self.accepts_unpaired = function, unpaired
         self._name = getattr(getattr(function, "func", function), "__name__", str(function))
@@ -118,7 +118,7 @@ class Loss:
         return self._compares and not loss_config.get("reference_free", False)
 
     def needs_shared_logps(self, loss_config) -> bool:
-        """True if a modifier needs the log-probabilities of the tokens up to the length of the shorter response."""
+        """True if a modifier needs the log-probabilities of each response up to the length of the shorter one."""
         return loss_config.get("ld_alpha", 1.0) != 1.0
 
     def needs_weights(self, loss_config) -> bool:
@@ -126,7 +126,7 @@ class Loss:
         return loss_config.get("wpo", False)
 
     def compute(self, inputs: dict, loss_config) -> Result:
-        """Return the losses of a batch, and rewards if there are any; `inputs` hold at least those that it declares."""
+        """Return the losses of a batch, and rewards if there are any; `inputs` may hold more than it declares."""
         inputs = modifiers.modified(inputs, loss_config)
         arguments = {name: inputs[name] for name in self.inputs}
         output = self.function(**arguments, **self._given_options(loss_config))
@@ -136,7 +136,7 @@ class Loss:
         return Result(losses, tuple(reward.detach() for reward in rewards))
 
     def _given_options(self, loss_config) -> dict:
-        """Return the values of the function's own options; a whole number for a float is converted."""
+        """Return the values of the function's own options; an integer for a float option is converted."""
         given = {name: loss_config[name] for name in self._own_options if name in loss_config}
         return {name: float(value) if self.options[name].type is float else value for name, value in given.items()}
 

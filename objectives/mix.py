@@ -12,7 +12,7 @@ MIX = "mix"  # its name in the config
 class Mix:
     """The weighted sum of other losses, which behaves as a `Loss`.
 
-    `parts` of the config's section gives each loss's weight, and the section of its name its own options. Rewards are
+    In the config, `loss.parts` has each loss's weight, and `loss.NAME` the options of the loss NAME. The rewards are
     those of the first part that has any.
     """
 
@@ -32,11 +32,11 @@ class Mix:
         return any(loss.needs_reference(loss_config[name]) for name, loss in self.parts.items())
 
     def needs_shared_logps(self, loss_config) -> bool:
-        """True if a part does under its options."""
+        """True if a part needs them under its options."""
         return any(loss.needs_shared_logps(loss_config[name]) for name, loss in self.parts.items())
 
     def needs_weights(self, loss_config) -> bool:
-        """True if a part does under its options."""
+        """True if a part needs them under its options."""
         return any(loss.needs_weights(loss_config[name]) for name, loss in self.parts.items())
 
     def compute(self, inputs: dict, loss_config) -> Result:
@@ -51,6 +51,6 @@ class Mix:
 
 
 def _without_reference(inputs: dict) -> dict:
-    """Return the inputs of a part that takes the reference as uniform (`reference_free`), whatever others do."""
+    """Return the inputs of a part with `reference_free`: the reference's log-probabilities are zeros."""
     zeros = {name: torch.zeros_like(value) for name, value in inputs.items() if name.startswith("reference_")}
     return {**inputs, **zeros}

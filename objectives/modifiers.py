@@ -1,10 +1,8 @@
-"""Modifiers: options that change what any fitting loss is computed from.
-
-In this order, each with its default off:
+"""Modifiers: options that change the inputs of any fitting loss. All are off by default; they apply in this order.
 
 - `ld_alpha`, LD-DPO (https://arxiv.org/abs/2409.06411): tokens beyond the length of the shorter response count α times;
 - `average_log_prob`: log-probabilities are means over a response's tokens;
-- `wpo`, WPO (https://arxiv.org/abs/2406.11827): pairs count less that the policy itself would hardly give;
+- `wpo`, WPO (https://arxiv.org/abs/2406.11827): pairs that the policy itself would hardly give count less;
 - `f_divergence`, f-DPO (https://arxiv.org/abs/2309.16240): another divergence than the reverse KL regularizes.
 """
 
@@ -30,15 +28,15 @@ def options(of_pairs: bool, of_batch: bool, of_margin: bool) -> dict[str, Option
     """Return the modifiers that fit a loss of log-probabilities alone.
 
     Args:
-        of_batch: the loss needs the whole batch, so that its pairs can't be weighted one by one.
-        of_margin: the loss depends on the difference of the two log-ratios alone.
+        of_batch: the loss needs the whole batch; so its pairs can't be weighted one by one.
+        of_margin: the loss depends only on the difference of the two log-ratios.
     """
     of_each_pair = WEIGHTED if of_pairs and not of_batch else {}
     return MEAN | (LENGTH_DESENSITIZED if of_pairs else {}) | of_each_pair | (F_DIVERGENCE if of_margin else {})
 
 
 def modified(inputs: dict, loss_config) -> dict:
-    """Return the inputs of a loss as its modifiers change them."""
+    """Return the inputs of a loss, changed by its modifiers."""
     inputs = dict(inputs)
     names = [name for name in inputs if name.endswith("_logps") and not name.endswith("_shared_logps")]
     for name in names:
@@ -62,10 +60,10 @@ def _side(name: str) -> str:
 
 
 def derivative(divergence: str, logratios: torch.Tensor, alpha: float) -> torch.Tensor:
-    """f'(u) of a divergence at u = π / π_ref, given log u: it takes the place of log u (f-DPO).
+    """Return f'(u) of a divergence at u = π / π_ref, given log u; f-DPO puts it in place of log u.
 
-    log u for the reverse KL; 1 - 1/u for the forward KL; log(2u / (1 + u)) for Jensen-Shannon; (1 - u^-α) / α. A
-    constant would cancel in the difference of two responses.
+    Up to a constant, which cancels in the difference of two responses, it is log u for the reverse KL, 1 - 1/u for the
+    forward KL, log(2u / (1 + u)) for Jensen-Shannon, and (1 - u^-α) / α for the α-divergence.
     """
     if divergence == "forward_kl":
         return -torch.expm1((-logratios).clamp(max=_MAX_EXPONENT))

@@ -45,7 +45,7 @@ class OneOf:
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(at_least=0)]
 FlipProbability = Annotated[float, Range(at_least=0, below=0.5)]  # that a preference label is wrong
-Momentum = Annotated[float, Range(at_least=0, below=1)]  # the share of a moving average that a batch leaves as it was
+Momentum = Annotated[float, Range(at_least=0, below=1)]  # the share of a moving average that each batch keeps
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Option:
     """A setting of a loss that the config's `loss` section may hold."""
 
     type: type
-    default: object = inspect.Parameter.empty  # this: the config must say it
+    default: object = inspect.Parameter.empty  # empty: the config must give a value
     range: Range | OneOf | None = None
 
     @property

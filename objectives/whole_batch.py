@@ -1,6 +1,6 @@
-"""Losses that need the whole batch: they sort it, average it, or move an average by it.
+"""Losses that need the whole batch: they sort it, average it, or update a moving average by it.
 
-The trainers give them all pairs of a batch, of all microbatches and workers, so that the result depends on neither.
+The trainers give them the pairs of all microbatches and workers, so that the result depends on neither.
 """
 
 import torch
@@ -11,7 +11,7 @@ from objectives.options import Momentum, NonNegative, Positive
 
 
 def sft_tokens_loss(policy_chosen_logps: torch.Tensor, mean_chosen_length: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood per token: a batch's mean loss is the mean over its tokens, long responses count more."""
+    """Negative log-likelihood per token: a batch's loss is the mean over its tokens, so long responses count more."""
     return -policy_chosen_logps / mean_chosen_length
 
 
@@ -52,7 +52,7 @@ def aot_unpaired_loss(
 
 
 def _same_rank(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return, for each value, the one of the others that has its rank: the third smallest for the third smallest."""
+    """Return, for each value, the one of the others with the same rank: for the third smallest the third smallest."""
     return others.sort().values[values.argsort().argsort()]
 
 

@@ -46,9 +46,9 @@ def orpo_loss(
 
 
 def _log_one_minus_exp(logps: torch.Tensor) -> torch.Tensor:
-    """log(1 - e^x) of x < 0 without loss of digits; x is taken to be at most -1e-7, where odds would be infinite."""
+    """Return log(1 - e^x) of x < 0 without loss of digits; x is clamped to at most -1e-7, as odds are infinite at 0."""
     logps = logps.clamp(max=-1e-7)
-    # each branch is computed where it is taken, and at a harmless value elsewhere, or gradients would not be finite
+    # where a branch isn't taken it is computed at a harmless value, or its gradient would not be finite
     is_near_zero = logps > -math.log(2)
     near = torch.where(is_near_zero, logps, -1.0)
     far = torch.where(is_near_zero, -1.0, logps)

@@ -1,7 +1,7 @@
 """Compare runs in a table: `python -m reporting.compare RUN [RUN ...]`; RUN: a run or sweep directory, or a pattern.
 
-Each run has a row: the keys that tell it apart, its last evaluation, and its best one by the metric that the rows are
-sorted by; means over the evaluation examples ± their standard errors. Columns marked * can't be compared between runs.
+Each run has a row: the keys that tell it apart, its last evaluation, and its best one by the metric that sorts the
+rows. Figures are means over the evaluation examples ± their standard errors. Columns marked * can't be compared.
 """
 
 if __name__ == "__main__":  # first, as the other imports take seconds
@@ -16,11 +16,8 @@ import os
 import sys
 from dataclasses import dataclass
 
-from basics.errors import UserError
 from basics.interrupts import interrupts_reported
-from basics.outputs import Output, check_outputs, picture
 from basics.printing import markdown, printable
-from reporting.curves import COLORS, plain, save_figure
 from reporting.metric_names import ACCURACY, KL, LOSS, MARGIN, larger_is_better
 from reporting.runs import NoRuns, Run, differing_keys, find_runs, short_values, telling_keys
 from reporting.terminal import LOG_FILE_WIDTH, aligned, width, wrapped
@@ -37,15 +34,15 @@ _LONGEST_NAME = 24  # characters of a run's directory
 
 @dataclass
 class Comparison:
-    """Runs in the order of their rows, the keys in which they differ, and the metrics that they were measured by."""
+    """The content of a table."""
 
-    runs: list[Run]
-    keys: list[str]
-    metrics: list[str]
+    runs: list[Run]  # in the order of their rows
+    keys: list[str]  # in which they differ
+    metrics: list[str]  # shown
     sorted_by: str
 
     def incomparable(self, metric: str) -> bool:
-        """True if a metric means something else in each of these runs."""
+        """True if a metric can't be compared between these runs."""
         if any(key.startswith(_EVALUATION_KEYS) for key in self.keys):
             return True
         return metric.startswith(_SCALED) and any(key.startswith("loss.") for key in self.keys)
@@ -169,47 +166,6 @@ def as_csv(comparison: Comparison) -> str:
     return file.getvalue().rstrip("\n")
 
 
-# ---- the picture ----------------------------------------------------------------------------------------------------
-
-
-def draw(comparison: Comparison, path: str):
-    """Draw the final and best evaluation of each run and, if KL was measured, the metric against it.
-
-    Raises: ImportError without matplotlib.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sort, runs = comparison.sorted_by, comparison.runs
-    with_kl = sort != KL and any(KL in line for run in runs for line in run.eval)
-    height = max(2.6, 1.2 + 0.32 * len(runs))
-    figure, axes = pyplot.subplots(1, 1 + with_kl, figsize=(12, height), squeeze=False, layout="constrained")
-    (axis, *others), places = axes[0], range(len(runs))
-    for place, run in zip(places, runs, strict=True):
-        color = COLORS[place % len(COLORS)]
-        last, best = run.eval[-1], comparison.best(run)
-        if sort in last:
-            axis.errorbar(last[sort], place, xerr=2 * last.get(f"{sort}_se", 0), fmt="o", color=color)
-        if sort in best:
-            axis.plot(best[sort], place, "o", markersize=10, markerfacecolor="none", color=color)
-        trained = [line for line in run.eval if line["counters/examples"] > 0 and KL in line and sort in line]
-        if with_kl and trained:
-            x, y = [line[KL] for line in trained], [line[sort] for line in trained]
-            others[0].plot(x, y, "-", color=color, linewidth=1, alpha=0.5)
-            others[0].plot(x[-1], y[-1], "o", color=color, label=plain(run.label))
-    axis.set_yticks(places, [plain(run.label) for run in runs])
-    axis.set_ylim(len(runs) - 0.5, -0.5)
-    axis.set_xlabel(f"{_SHORT.get(sort, sort)}: last evaluation ± 2 standard errors; ring: the best")
-    if with_kl:
-        others[0].set_xlabel("KL from the reference (nats per token)")
-        others[0].set_ylabel(_SHORT.get(sort, sort))
-    for each in axes[0]:
-        each.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
 def main(words: list[str]) -> str | None:
     """Run the command; return an error message, or None."""
     parser = argparse.ArgumentParser(
@@ -218,20 +174,12 @@ def main(words: list[str]) -> str | None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--sort", metavar="METRIC", help=f"default: {ACCURACY}, or {LOSS} where there is none")
     parser.add_argument("--format", choices=FORMATS, default="text")
-    parser.add_argument("--picture", metavar="FILE", help="also write a picture (PNG)")
     args = parser.parse_args(words)
     try:
-        if args.picture is not None:
-            check_outputs([Output("--picture", args.picture, picture)])
         comparison = compare(find_runs(args.runs), args.sort)
-        print(printable({"text": as_text, "csv": as_csv, "markdown": as_markdown}[args.format](comparison)))
-        if args.picture is not None:
-            draw(comparison, args.picture)
-            print(printable(args.picture), file=sys.stderr)
-    except (NoRuns, UserError, OSError) as error:
+    except (NoRuns, OSError) as error:
         return printable(f"error: {error}")
-    except ImportError as error:
-        return f"error: pictures need matplotlib (pip install matplotlib): {error}"
+    print(printable({"text": as_text, "csv": as_csv, "markdown": as_markdown}[args.format](comparison)))
     return None
 
 

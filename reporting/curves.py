@@ -1,7 +1,7 @@
 """Draw the curves of one or several runs: `python -m reporting.curves RUN [RUN ...] [--output FILE]`.
 
-RUN is a run or sweep directory, or a pattern. The picture of one run is `curves.png` in its directory, that of several
-`curves.png` in the current directory.
+RUN is a run or sweep directory, or a pattern. The default of FILE is `curves.png`, in the directory of a single run, or
+in the current directory for several.
 """
 
 if __name__ == "__main__":  # first, as the other imports take seconds
@@ -29,13 +29,11 @@ _PANELS = (
     ("loss", [("loss/{}", "-", "")]),
     ("accuracy: chosen has the larger reward", [("rewards_{}/accuracies", "-", "")]),
     ("margin of the rewards", [("rewards_{}/margins", "-", "")]),
-    (
-        "log-probability of responses (nats)",
-        [("logps_{}/chosen", "-", "chosen"), ("logps_{}/rejected", "--", "rejected")],
-    ),
+    ("log-probability of responses (nats)", [("logps_{}/chosen", "-", "chosen"),
+                                             ("logps_{}/rejected", "--", "rejected")]),
     ("gradient norm, before clipping", [("grad_norm", "-", "")]),
     ("learning rate", [("lr", "-", "")]),
-)
+)  # fmt: skip
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
@@ -60,19 +58,17 @@ def draw(runs: list[Run], path: str):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [panel for panel in _PANELS if any(_series(run, key, split) for run in runs for key, _, _ in panel[1]
-                                                for split in ("train", "eval"))]  # fmt: skip
+    panels = [
+        (title, lines) for title, lines in _PANELS
+        if any(_series(run, key, split) for run in runs for key, *_ in lines for split in ("train", "eval"))
+    ]  # fmt: skip
     n_columns = 3 if len(panels) > 4 else 2
     n_rows = -(-len(panels) // n_columns)
-    legend_height = 0.35 + 0.2 * -(-len(runs) // legend_columns(runs))
+    height = _HEIGHT * n_rows / 2 + 0.35 + 0.2 * -(-len(runs) // legend_columns(runs))  # with the legend
     with pyplot.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}):
         figure, axes = pyplot.subplots(
-            n_rows,
-            n_columns,
-            figsize=(_WIDTH, _HEIGHT * n_rows / 2 + legend_height),
-            squeeze=False,
-            layout="constrained",
-        )
+            n_rows, n_columns, figsize=(_WIDTH, height), squeeze=False, layout="constrained"
+        )  # fmt: skip
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw_panel(axis, panel, runs)
         for axis in list(axes.flat)[len(panels) :]:
@@ -87,7 +83,7 @@ def plain(label: str) -> str:
 
 
 def legend_columns(runs: list[Run]) -> int:
-    """Return how many columns of labels fit beside the explanation of the lines."""
+    """Return how many columns of the runs' labels fit beside the other legend."""
     return max(1, _LEGEND_CHARACTERS // (max(len(run.label) for run in runs) + 6)) if len(runs) > 4 else 1
 
 
@@ -118,7 +114,6 @@ def _draw_panel(axis, panel: tuple, runs: list[Run]):
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     title, lines = panel
-    limits = _limits(runs)
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel("training examples")
     for run, color in zip(runs, colors(len(runs)), strict=True):
@@ -127,21 +122,14 @@ def _draw_panel(axis, panel: tuple, runs: list[Run]):
                 x, y = zip(*points, strict=True)
                 if key != "lr":
                     axis.plot(x, y, style, color=color, alpha=0.2, linewidth=0.7)
-                axis.plot(
-                    x,
-                    smoothed(y, 1 if key == "lr" else max(1, len(y) // 25)),
-                    style,
-                    color=color,
-                    alpha=0.7,
-                    linewidth=1.1,
-                )
+                    y = smoothed(y, max(1, len(y) // 25))
+                axis.plot(x, y, style, color=color, alpha=0.7, linewidth=1.1)
             if points := _series(run, key, "eval"):
                 x, y = zip(*points, strict=True)
                 errors = {line["counters/examples"]: 2 * line.get(f"{key.format('eval')}_se", 0) for line in run.eval}
                 bars = [errors[examples] for examples in x]
-                axis.errorbar(
-                    x, y, bars, fmt=style, marker="o", markersize=4, color=color, linewidth=1.6, elinewidth=0.8
-                )
+                look = {"marker": "o", "markersize": 4, "color": color, "linewidth": 1.6, "elinewidth": 0.8}
+                axis.errorbar(x, y, bars, fmt=style, **look)
     if len(lines) > 1:
         handles = [Line2D([], [], color="gray", linestyle=style, label=name) for _, style, name in lines]
         axis.legend(handles=handles, frameon=False)
@@ -151,18 +139,13 @@ def _draw_panel(axis, panel: tuple, runs: list[Run]):
     if lines[0][0] == "lr":
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.set_xlim(*limits)
+    last = max(line["counters/examples"] for run in runs for line in (*run.train[-1:], *run.eval[-1:]))
+    axis.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))  # the same in all panels
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if lines[0][0] == "grad_norm":
         for limit in {run.config.get("max_grad_norm") for run in runs} - {None}:
             if isinstance(limit, int | float) and limit < axis.get_ylim()[1]:
                 axis.axhline(limit, color="gray", linewidth=0.8, linestyle=":", label="max_grad_norm")
-
-
-def _limits(runs: list[Run]) -> tuple[float, float]:
-    """Return the range of training examples that all panels show."""
-    last = max(line["counters/examples"] for run in runs for line in (*run.train[-1:], *run.eval[-1:]))
-    return -0.02 * max(last, 1), 1.02 * max(last, 1)
 
 
 def colors(n: int) -> list:

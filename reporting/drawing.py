@@ -1,4 +1,4 @@
-"""Draws `curves.png` in the run directory during training, in a process of its own: training never waits for it."""
+"""Draw `curves.png` in the run directory during training, in a process of its own: training never waits for it."""
 
 import contextlib
 import importlib.util
@@ -14,38 +14,35 @@ from reporting.terminal import warning
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SHARE = 0.02  # of the run's time, which drawing may take
+_FIRST_AFTER = 100.0  # seconds of the run
 _LONGEST, _LONGEST_AFTER_FAILURE = 60, 5  # seconds to wait for the last picture; a stopped job has few
 
 
 class CurvesDrawer:
-    """Draws curves after evaluations, as often as 2 % of the run's time allows, and at the end."""
+    """Draws curves after evaluations, in at most 2 % of the run's time, and once more at the end."""
 
     def __init__(self, run_dir: str):
-        self.run_dir, self.start = os.path.abspath(run_dir), time.monotonic()
+        self.run_dir = os.path.abspath(run_dir)
         self.process: subprocess.Popen | None = None
-        self.started, self.spent, self.last = 0.0, 0.0, 2.0  # seconds; `last`: of the last picture, at first a guess
+        self.started, self.next_start = 0.0, time.monotonic() + _FIRST_AFTER
         self.is_due, self.works = False, importlib.util.find_spec("matplotlib") is not None
         if not self.works:
             tqdm.write("No curves.png, as matplotlib is not installed: pip install matplotlib, or pass curves=false")
 
     def notice(self, is_evaluation: bool):
-        """Collect the process that draws if it has ended, and start one if it is time to; returns at once."""
+        """Note a step or an evaluation; start drawing if it is time to. This returns at once."""
         self.is_due |= is_evaluation
         if self.process is not None and self.process.poll() is not None:
             self._reap()
-        if self.is_due and self.process is None:
-            elapsed = time.monotonic() - self.start
-            if self.spent + self.last <= _SHARE * elapsed:
-                self._draw()
+        if self.is_due and self.process is None and time.monotonic() >= self.next_start:
+            self._draw()
 
     def finish(self, failed: bool = False):
-        """Draw the last picture and wait for it, but not for long if the run `failed` or was stopped."""
+        """Draw the last picture and wait for it, but only briefly if the run `failed` or was stopped."""
         longest = _LONGEST_AFTER_FAILURE if failed else _LONGEST
-        if self.process is not None:
-            self._wait(longest)
+        self._wait(longest)
         self._draw()
-        if self.process is not None:
-            self._wait(longest)
+        self._wait(longest)
 
     def _draw(self):
         self.is_due = False
@@ -67,6 +64,8 @@ class CurvesDrawer:
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 10)  # training comes first
 
     def _wait(self, longest: float):
+        if self.process is None:
+            return
         try:
             self.process.wait(timeout=longest)
         except subprocess.TimeoutExpired:
@@ -77,8 +76,8 @@ class CurvesDrawer:
         self._reap()
 
     def _reap(self):
-        self.last = time.monotonic() - self.started
-        self.spent += self.last
+        now = time.monotonic()
+        self.next_start = now + (now - self.started) / _SHARE
         message = self.process.stderr.read().decode(errors="replace").strip().splitlines()
         if self.process.returncode != 0:
             self._give_up(message[-1] if message else f"exit code {self.process.returncode}")

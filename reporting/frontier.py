@@ -2,8 +2,8 @@
 
 SUMMARY is a file that judge.py wrote on samples of one checkpoint at temperature 1, with their mean score or their win
 rate. The picture has a line for each run, through its checkpoints, with 95 % intervals (figure 2, left, of
-https://arxiv.org/abs/2305.18290); a table of the same numbers is written beside it. KL(policy ‖ reference) is the mean
-over the samples of the policy's log-probability minus the reference's.
+https://arxiv.org/abs/2305.18290); the same numbers are printed as a table. KL(policy ‖ reference) is the mean over the
+samples of the policy's log-probability minus the reference's.
 """
 
 if __name__ == "__main__":  # first, as the other imports take seconds
@@ -14,58 +14,33 @@ if __name__ == "__main__":  # first, as the other imports take seconds
 import sys
 
 from basics.interrupts import interrupts_reported
-from reporting.summaries import (
-    BadSummary,
-    Summary,
-    command,
-    draw_series,
-    new_figure,
-    what_is_measured,
-    write,
-)
-from reporting.terminal import aligned
+from reporting.summaries import BadSummary, Summary, command, draw_series, what_is_measured
 
 
-def draw(summaries: list[Summary], path: str):
-    """Draw the figure and write its table.
+def draw(summaries: list[Summary], path: str) -> list[tuple[str, ...]]:
+    """Draw the figure; return the rows of its table.
 
     Raises: BadSummary if a summary has no KL; ImportError without matplotlib.
     """
     for summary in summaries:
-        if summary.found["kl"] is None:
+        if summary.kl is None:
             raise BadSummary(
-                f"{summary.path}: the KL of {summary.found['a']} isn't known: {summary.found['kl_unknown']}. Run "
-                "sample.py with temperature=1.0 top_p=1 top_k=0, from a run with a reference, and run judge.py again"
+                f"{summary.path}: the KL of {summary.a} isn't known: {summary.kl_unknown}. Run sample.py with "
+                "temperature=1.0 top_p=1 top_k=0, from a run with a reference, and run judge.py again"
             )
     summaries = sorted(summaries, key=lambda s: (s.run, s.examples, s.checkpoint or ""))
+    what, are_rates = what_is_measured(summaries), summaries[0].b is not None
     groups: dict[str, list] = {}
-    for summary in summaries:
-        groups.setdefault(summary.run, []).append((summary, summary.interval_of("kl"), summary.value_and_interval))
-    what = what_is_measured(summaries)
-    figure, axis = new_figure("KL(policy ‖ reference), nats per response", what)
-    draw_series(axis, groups)
-    if "win_rate" in summaries[0].found:
-        axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     rows = [("run", "checkpoint", "examples", "KL (nats)", "samples", what, "n")]
-    rows += [_row(summary) for summary in summaries]
-    write(figure, axis, aligned(rows), path)
+    for s in summaries:
+        groups.setdefault(s.run, []).append((s.kl, s.reward))
+        reward = s.reward.shown(".1%" if are_rates else ".3f")
+        rows.append((s.run, s.checkpoint or "-", str(s.examples), s.kl.shown(".3f"), str(s.n_kl), reward, str(s.n)))
+    draw_series(groups, ("KL(policy ‖ reference), nats per response", what), path, are_rates)
+    return rows
 
 
-def _row(summary: Summary) -> tuple[str, ...]:
-    found, error = summary.found, summary.found["kl_se"]
-    kl = f"{found['kl']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
-    if "win_rate" in found:
-        low, high = found["win_rate_ci95"]
-        reward, n = f"{found['win_rate']:.1%} (95 % {low:.1%} to {high:.1%})", found["n_judged"]
-    else:
-        error = found["score_se"]
-        reward = f"{found['score']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
-        n = found["n_scored"]
-    return (summary.run, summary.checkpoint or "-", str(summary.examples), kl, str(found["n_kl"]), reward, str(n))
-
-
-main = command("frontier", __doc__, "frontier.png", draw)
+main = command("frontier", __doc__, draw)
 
 if __name__ == "__main__":
     with interrupts_reported():

@@ -1,8 +1,7 @@
-"""Names of evaluation metrics, and whether each should rise.
+"""Names of evaluation metrics, and whether each should rise; without torch, so that reports start at once.
 
-Training metrics have the same names with `train` for `eval`. They are computed, under these names, in `metrics.py`
-(rewards, lengths), `trainers.get_batch_metrics` (loss, log-probabilities) and `trainers.train_step` (gradient norm).
-This file needs no torch, so that reports start at once.
+Training metrics have the same names with `train` for `eval`. They are computed in `metrics.py` (rewards, lengths),
+`trainers.get_batch_metrics` (loss, log-probabilities) and `trainers.train_step` (gradient norm).
 """
 
 from typing import TYPE_CHECKING
@@ -36,9 +35,6 @@ def evaluation_metrics(loss: "Loss | Mix", config: "DictConfig") -> list[str]:
 
 
 def larger_is_better(metric: str) -> bool:
-    """True if a metric should rise: accuracies, margins, and metrics of chosen responses.
-
-    Losses, likelihoods per token, divergences, ties, lengths and metrics of rejected responses should not.
-    """
+    """True for metrics that should rise: accuracies, margins, rewards and log-probabilities of chosen responses."""
     smaller = ("loss", "aux_loss/", "nll_", "kl_", "lengths_")
     return not metric.startswith(smaller) and not metric.endswith(("/rejected", "/ties"))

@@ -18,8 +18,9 @@ def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None 
 
     Only here do metrics leave the device.
 
-    `n_examples`: the number of examples on all workers. If it is 2 or more, the standard errors of the metrics in
-    `WITH_ERRORS` are returned, too, as NAME_se.
+    Args:
+        n_examples: the number of examples on all workers; from 2 on, the metrics in `WITH_ERRORS` get a standard error,
+            NAME_se.
     """
     collected = defaultdict(list)
     for metrics in batches:
@@ -53,8 +54,8 @@ def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: t
 def response_metrics(split: str, inputs: dict[str, torch.Tensor], compares: bool) -> dict[str, torch.Tensor]:
     """Return metrics that can be compared across losses and settings: tensors of shape (batch_size,).
 
-    `nll_*`: negative log-likelihood of a response per token. `lengths_*`: its tokens. `logratios_*`: log-probability of
-    the whole response under the policy minus that under the reference (nats).
+    `nll_*`: negative log-likelihood of a response per token. `lengths_*`: tokens in a response. `logratios_*`:
+    log-probability of the whole response under the policy minus that under the reference (nats).
 
     Args:
         inputs: the loss's inputs: log-probabilities, summed over each response, and lengths.
@@ -89,9 +90,11 @@ def kl_metrics(samples: list[tuple[float, int]]) -> dict[str, float]:
 
 
 def check_finite(where: str, prompts: list[str], config: DictConfig, metrics: dict[str, float], **numbers: float):
-    """Raise UserError if a number isn't finite, with the step or evaluation, the batch's prompts and remedies.
+    """Raise UserError if one of the numbers isn't finite.
 
-    `metrics`: means that show if the reference overflows.
+    Args:
+        where: the step or evaluation, for the message; `prompts`, those of its batch.
+        metrics: their means show if the reference overflows.
     """
     if all(math.isfinite(number) for number in numbers.values()):
         return

@@ -1,4 +1,4 @@
-"""Log a run's numbers and samples: to `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
+"""Log a run's numbers and samples to `metrics.jsonl`, `samples.jsonl`, the terminal, curves and trackers."""
 
 import contextlib
 import os
@@ -10,17 +10,7 @@ from tqdm import tqdm
 from basics.files import append_json_lines, sha256, write_errors_named
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
-from reporting.terminal import (
-    RunTable,
-    TimeLeft,
-    duration,
-    number,
-    percent,
-    rate,
-    samples_side_by_side,
-    warning,
-    wrapped,
-)
+from reporting.terminal import RunTable, duration, number, sample_lines, warning, wrapped
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
 from utils import rank0_print
@@ -31,28 +21,28 @@ LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 class RunLog:
     """Writes every step and evaluation to the run directory.
 
-    The terminal gets a training line at most every `minimum_log_interval_secs`, with means over the steps since the
-    line before; trackers get the last step's numbers as often. Leaving `with` ends the trackers' runs, as failed ones
-    after an exception.
+    At most every `minimum_log_interval_secs`, it prints a line with means over the steps since the line before, and
+    passes the last step's numbers to the trackers. The end of its `with` block ends the trackers' runs, after an
+    exception as failed.
     """
 
     def __init__(self, config: DictConfig, run_dir: str, n_examples: int, epoch_size: int, state):
-        """Open the logs; a resumed run's are cut to what the checkpoint's `state`, a `TrainState`, knows of.
+        """Open the logs; drop what a resumed run has logged since its checkpoint.
 
         Args:
             n_examples: number of training examples at the end of the run.
             epoch_size: number of training examples in an epoch.
+            state: the `TrainState` at the checkpoint, or a new one.
         """
         os.makedirs(run_dir, exist_ok=True)
-        time_left = TimeLeft(n_examples, config.batch_size, config.eval_every, config.save_every or config.eval_every)
-        self.table = RunTable(n_examples, epoch_size, state.examples, state.metrics, time_left)
+        self.table = RunTable(n_examples, epoch_size, state.examples, state.metrics)
         self.run_dir, self.batch_size = run_dir, config.batch_size
         self._truncate(state.log_bytes, state.log_sha256)
         self.interval = config.minimum_log_interval_secs  # seconds
         self.last_train_log = -float("inf")
         self.unprinted: list[dict[str, float]] = []  # steps since the last line
-        self.recent = ""  # time left, loss and accuracy of the last line, for a bar
-        self.n_steps, self.n_tokens, self.seconds = 0, 0.0, 0.0  # of this process
+        self.recent = ""  # time left, loss and accuracy of the last line, for the progress bar
+        self.n_steps, self.n_tokens, self.seconds = 0, 0.0, 0.0  # of training in this process
         self.symptoms = Symptoms(config)
         self.trackers = Trackers(config, run_dir, state.wandb_run_id, state.examples)
         self.curves = CurvesDrawer(run_dir) if config.curves else None
@@ -71,7 +61,7 @@ class RunLog:
                 rank0_print(f"WARNING: {path} has changed since the checkpoint was written: lines are damaged")
 
     def recorded(self) -> dict:
-        """Flush the log files to the disk, and return the fields of `TrainState` that a resumed run needs of them."""
+        """Flush the log files to the disk, and return the fields of `TrainState` that describe them."""
         sizes, digests = {}, {}
         for name in LOG_FILES:
             path = os.path.join(self.run_dir, name)
@@ -87,7 +77,6 @@ class RunLog:
         `samples` are dicts with the keys 'model' (policy or reference), 'prompt', 'response' and 'sample' (both).
         """
         examples = metrics["counters/examples"]
-        self.table.time_left.tick("step" if split == "train" else "evaluation")
         append_json_lines(os.path.join(self.run_dir, "metrics.jsonl"), [{"split": split, **metrics}])
         samples_path = os.path.join(self.run_dir, "samples.jsonl")
         append_json_lines(samples_path, [{"counters/examples": examples, **sample} for sample in samples])
@@ -105,7 +94,7 @@ class RunLog:
             self.curves.notice(is_evaluation=split == "eval")
 
     def _training_lines(self, metrics: dict[str, float]) -> list[str]:
-        """Return the lines that are printed after a step: none within the interval, except after the first step."""
+        """Return the lines to print after a step; within the interval there are none, except after the first step."""
         seconds = self.batch_size / metrics["examples_per_second"]
         n_tokens = metrics["tokens_per_second"] * seconds
         self.n_steps, self.n_tokens, self.seconds = self.n_steps + 1, self.n_tokens + n_tokens, self.seconds + seconds
@@ -122,14 +111,14 @@ class RunLog:
         """Return the line for the steps since the line before."""
         means = interval_means(self.unprinted)
         self.unprinted = []
-        left = duration(self.table.time_left.seconds(means["counters/examples"]))
+        left = self.table.left(means["counters/examples"])
         self.recent = f"{left} left, loss {number(means['loss/train'])}"
         if "rewards_train/accuracies" in means:
-            self.recent += f", acc. {percent(means['rewards_train/accuracies'])}"
+            self.recent += f", acc. {means['rewards_train/accuracies']:.1%}"
         return self.table.train(means)
 
     def _evaluation_lines(self, metrics: dict[str, float], samples: list[dict]) -> list[str]:
-        lines = [*self.table.evaluation(metrics), *samples_side_by_side(samples)]
+        lines = [*self.table.evaluation(metrics), *sample_lines(samples)]
         if "kl_eval/per_response" in metrics:
             error = metrics.get("kl_eval/per_response_se")  # a single sample has none
             text = (
@@ -144,32 +133,29 @@ class RunLog:
         return self
 
     def __exit__(self, error_class: type[BaseException] | None, *_):
-        self.close(exit_code=0 if error_class is None else 1)
-
-    def close(self, exit_code: int = 0):
-        """End the trackers' runs (as failed unless `exit_code` is 0), print the run's speed, draw the last curves."""
-        self.trackers.close(exit_code)
-        n_examples = self.n_steps * self.batch_size
-        if self.n_steps and exit_code == 0:
+        """End the trackers' runs, print the run's speed, draw the last curves."""
+        failed, n_examples = error_class is not None, self.n_steps * self.batch_size
+        self.trackers.close(exit_code=int(failed))
+        if self.n_steps and not failed:
             text = (
                 f"Trained on {n_examples:,} examples in {duration(self.seconds)} of steps: "
-                f"{rate(n_examples / self.seconds)} per second, {self.n_tokens / self.n_steps:,.0f} tokens per step; "
+                f"{number(n_examples / self.seconds)} per second, {self.n_tokens / self.n_steps:,.0f} tokens per step; "
                 f"peak memory: {peak_memory()}"
             )
             rank0_print(wrapped(text))
         if self.curves is not None:
-            self.curves.finish(failed=exit_code != 0)
+            self.curves.finish(failed)
 
 
 def _cut_to_whole_lines(path: str):
-    """Drop what follows a file's last line break, or the next line would be appended to it."""
+    """Drop an unfinished last line, or the next line would be appended to it."""
     if os.path.exists(path):
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def interval_means(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Return means over steps of equal size; the last value for counters and lr, the interval's for rates."""
+    """Return means over steps of equal size; counters and lr keep their last value, rates are the interval's."""
     means = {}
     for name, last in steps[-1].items():
         values = [step[name] for step in steps]

@@ -1,7 +1,4 @@
-"""Runs on disk: find them, read their metrics, and find the keys that tell them apart.
-
-It needs no torch, so that it starts at once.
-"""
+"""Find runs on disk, read their metrics, and find the keys that tell them apart; without torch, to start at once."""
 
 import contextlib
 import glob
@@ -39,7 +36,7 @@ class Run:
 
 
 def evaluations(run_dir: str) -> list[dict[str, float]]:
-    """Return the lines of a run's evaluations in metrics.jsonl, the first one first; none if it has logged nothing."""
+    """Return a run's evaluations, the lines of its metrics.jsonl; none if it has logged nothing."""
     try:
         return read_run(run_dir).eval
     except NoRuns:
@@ -47,7 +44,7 @@ def evaluations(run_dir: str) -> list[dict[str, float]]:
 
 
 def last_evaluation(run_dir: str) -> dict[str, float]:
-    """Return the line of a run's last evaluation; an empty dict if there is none."""
+    """Return a run's last evaluation; an empty dict if there is none."""
     return (evaluations(run_dir) or [{}])[-1]
 
 
@@ -73,9 +70,9 @@ def read_run(directory: str) -> Run:
 
 
 def find_runs(paths: list[str]) -> list[Run]:
-    """Return the runs that paths, patterns and sweeps' directories name, each once, labelled by what tells it apart.
+    """Find the runs that paths, patterns and sweeps' directories name, each once; label them by what tells them apart.
 
-    Raises: NoRuns if one of them names none.
+    Raises: NoRuns if a path names none.
     """
     directories: dict[str, None] = {}
     for given in paths:
@@ -90,7 +87,7 @@ def find_runs(paths: list[str]) -> list[Run]:
 
 
 def _label(runs: list[Run]):
-    """Label runs by the keys that tell them apart, or by their directories' names if those are shorter than that."""
+    """Label runs by the keys that tell them apart; if these labels are too long, keep the names of directories."""
     keys = telling_keys(runs)
     if len(runs) < 2 or not keys:
         return
@@ -119,30 +116,23 @@ def differing_keys(runs: list[Run]) -> list[str]:
 
 
 def telling_keys(runs: list[Run]) -> list[str]:
-    """Return as few keys as tell the runs apart, the shortest first; other keys may differ along with them.
+    """Return keys that tell the runs apart, the shortest first; other keys may differ along with them.
 
     The seed explains nothing: it is only among them if nothing else tells runs apart.
     """
     columns = {key: short_values([run.config.get(key) for run in runs]) for key in differing_keys(runs)}
-
-    def n_groups(keys: list[str]) -> int:
-        return len(set(zip(*(columns[key] for key in keys), strict=True))) if keys else 1
-
-    def length(key: str) -> int:
-        return len(key) + max(map(len, columns[key]))
-
-    by_length, telling = sorted(columns, key=length), []
-    for candidates in ([key for key in by_length if key != "seed"], by_length):
-        while n_groups(telling) < n_groups(candidates):
-            telling.append(max(candidates, key=lambda key: n_groups([*telling, key])))  # of equal ones the shortest
-    for key in sorted(telling, key=length, reverse=True):
-        rest = [other for other in telling if other != key]
-        telling = rest if n_groups(rest) == n_groups(telling) else telling
-    return sorted(telling, key=length)
+    telling: list[str] = []
+    groups = [()] * len(runs)  # each run's values of the telling keys
+    for key in sorted(columns, key=lambda key: (key == "seed", len(key) + max(map(len, columns[key])))):
+        finer = [(*group, value) for group, value in zip(groups, columns[key], strict=True)]
+        if len(set(finer)) > len(set(groups)):
+            telling.append(key)
+            groups = finer
+    return telling
 
 
 def short_values(values: list[object]) -> list[str]:
-    """Return values as typed on a command line, paths cut to the parts that differ, other long texts to their end."""
+    """Return values as typed on a command line; paths are cut to what differs, other long texts to their end."""
     texts = [printable(_typed(value)) for value in values]
     paths = {text: text.split("/") for text in texts if text != "null"}
     if all(len(parts) > 1 for parts in paths.values()):

@@ -5,16 +5,15 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from basics.errors import UserError
-from basics.files import atomic_file
-from basics.outputs import Output, check_outputs, document, picture
+from basics.outputs import Output, check_outputs, picture
 from basics.printing import printable
 from reporting.curves import colors, plain, save_figure
 from reporting.intervals import mean_interval
+from reporting.terminal import aligned
 
-_SUMMARY = "_summary.json"
-_TABLE = document("tables", rb"run +checkpoint ")
 _DRAW = "sample them with sample.py, each checkpoint and temperature into a new file, and run judge.py on it again"
 
 
@@ -22,33 +21,37 @@ class BadSummary(ValueError):
     """A file can't be used, alone or with the others; the message says why, and what to do."""
 
 
+class Figure(NamedTuple):
+    """A number, and the bounds of its 95 % interval if it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def shown(self, form: str) -> str:
+        """Format the figure, its numbers in a form such as '.1%'."""
+        bounds = "" if self.low is None else f" (95 % {self.low:{form}} to {self.high:{form}})"
+        return f"{self.value:{form}}{bounds}"
+
+
 @dataclass
 class Summary:
-    """A summary of `judge.py`, and how its responses `a` were drawn (see `sample.py`)."""
+    """A summary of `judge.py` on samples of one checkpoint at one temperature."""
 
     path: str
-    found: dict
     run: str
-    checkpoint: str | None
+    checkpoint: str | None  # its name; None: the model as it was loaded
     examples: int
     temperature: float
-
-    @property
-    def series(self) -> tuple[str, str | None]:
-        """Run and checkpoint."""
-        return self.run, self.checkpoint
-
-    @property
-    def value_and_interval(self) -> tuple[float, float | None, float | None]:
-        """The win rate, or the mean score if there is no b, and the bounds of its 95 % interval, if it has one."""
-        if "win_rate" in self.found:
-            return self.found["win_rate"], *self.found["win_rate_ci95"]
-        return self.interval_of("score")
-
-    def interval_of(self, name: str) -> tuple[float, float | None, float | None]:
-        """Return a mean, and the bounds of its 95 % interval, if it has one."""
-        mean = self.found[name]
-        return mean, *(mean_interval(mean, self.found[f"{name}_se"]) or (None, None))
+    reward: Figure  # the win rate, or the mean score if there is no b
+    n: int  # pairs judged, or responses scored
+    a: str
+    b: str | None
+    judge: str
+    judged_by: tuple  # equal for summaries that can be compared: settings of the judge, digest of b's responses
+    kl: Figure | None  # from the reference, nats per response
+    n_kl: int  # responses
+    kl_unknown: str | None  # why there is no KL
 
 
 def read_summaries(paths: list[str]) -> list[Summary]:
@@ -57,16 +60,14 @@ def read_summaries(paths: list[str]) -> list[Summary]:
     Raises: BadSummary naming the file and the remedy.
     """
     summaries = [_read(path) for path in paths]
-    for other in summaries[1:]:
-        first = summaries[0]
-        for key, what in (("settings", "another judge, or other settings of one,"), ("b_digest", "other responses b")):
-            if other.found.get(key) != first.found.get(key):
-                raise BadSummary(
-                    f"{other.path} has {what} than {first.path}, so they can't be compared: judge both the same way"
-                )
     places: dict[tuple, str] = {}
-    for summary in summaries:
-        place = (*summary.series, summary.examples, summary.temperature)
+    for first, summary in ((summaries[0], summary) for summary in summaries):
+        for i, what in enumerate(("another judge, or other settings of one,", "other responses b")):
+            if summary.judged_by[i] != first.judged_by[i]:
+                raise BadSummary(
+                    f"{summary.path} has {what} than {first.path}, so they can't be compared: judge both the same way"
+                )
+        place = (summary.run, summary.checkpoint, summary.examples, summary.temperature)
         if place in places:
             raise BadSummary(
                 f"{places[place]} and {summary.path} are both of {summary.run}, {summary.checkpoint or 'its model'}, "
@@ -82,131 +83,140 @@ def _read(path: str) -> Summary:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise BadSummary(f"{path}: can't read it: {error}; give files that judge.py wrote, *{_SUMMARY}") from error
+        raise BadSummary(f"{path}: can't read it: {error}; give files that judge.py wrote, *_summary.json") from error
     if not isinstance(found, dict) or "settings" not in found or not {"win_rate", "score"} & found.keys():
-        raise BadSummary(f"{path}: no summary of judge.py; give files that it wrote, *{_SUMMARY}")
+        raise BadSummary(f"{path}: no summary of judge.py; give files that it wrote, *_summary.json")
     if "drawn" not in found:
         raise BadSummary(
             f"{path}: it doesn't say how a was drawn, as an earlier version wrote it; run the same judge.py command "
             "again, its verdicts are kept"
         )
-    if fault := _fault(found):
-        raise BadSummary(f"{path}: {fault} is missing or of the wrong type; run the same judge.py command again")
-    if (found["score"] if "score" in found else found["win_rate"]) is None:
-        raise BadSummary(f"{path}: nothing could be judged (n = 0); run the same judge.py command again")
-    if not found["drawn"]:
-        raise BadSummary(f"{path}: nothing says how the responses of {found['a']} were drawn; {_DRAW}")
-    if len(found["drawn"]) > 1:
-        temperatures = sorted({drawn["temperature"] for drawn in found["drawn"]})
+    try:
+        return _parse(path, found)
+    except BadSummary:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise BadSummary(f"{path}: can't use it: {what}; run the same judge.py command again") from error
+
+
+def _parse(path: str, found: dict) -> Summary:
+    """Return a summary read from JSON; raises an error of any kind if something is missing or of another type."""
+    drawn, a = found["drawn"], _text(found["a"])
+    if not drawn:
+        raise BadSummary(f"{path}: nothing says how the responses of {a} were drawn; {_DRAW}")
+    if len(drawn) > 1:
+        temperatures = sorted({one["temperature"] for one in drawn})
         mixed = f"temperatures ({', '.join(f'{t:g}' for t in temperatures)})" if len(temperatures) > 1 else "origins"
-        raise BadSummary(f"{path}: {found['a']} mixes responses of several {mixed}; {_DRAW}")
-    (drawn,) = found["drawn"]
-    run = drawn["run"] or os.path.splitext(os.path.basename(found["a"]))[0]
-    return Summary(path, found, run, drawn["checkpoint"], drawn["examples"], drawn["temperature"])
-
-
-def _fault(found: dict) -> str | None:
-    """Return the key whose value is missing or of the wrong type; None if there is none."""
-    number, text, count = (int, float, type(None)), (str, type(None)), int
-    kinds = {"judge": str, "a": str, "judge_model": text, "kl": number, "kl_se": number, "n_kl": count}
-    if "win_rate" in found:
-        kinds |= {"b": str, "win_rate": number, "n_judged": count}
-        kinds |= {"win_rate_ci95": (list, type(None))}
+        raise BadSummary(f"{path}: {a} mixes responses of several {mixed}; {_DRAW}")
+    compares = "win_rate" in found
+    if (found["win_rate"] if compares else found["score"]) is None:
+        raise BadSummary(f"{path}: nothing could be judged (n = 0); run the same judge.py command again")
+    if compares:
+        low, high = found["win_rate_ci95"]
+        reward = Figure(float(found["win_rate"]), float(low), float(high))
     else:
-        kinds |= {"score": number, "score_se": number, "n_scored": count}
-    if found.get("kl") is None:
-        kinds |= {"kl_unknown": str}
-    of_drawn = {"run": text, "checkpoint": text, "examples": int, "temperature": (int, float)}
-    places = [("", found, kinds)]
-    if not isinstance(found["drawn"], list) or not all(isinstance(drawn, dict) for drawn in found["drawn"]):
-        return "drawn"
-    places += [("drawn.", drawn, of_drawn) for drawn in found["drawn"]]
-    for prefix, values, expected in places:
-        for key, kind in expected.items():
-            value = values.get(key, ...)
-            if not isinstance(value, kind) or isinstance(value, bool) or value != value:
-                return prefix + key
-    bounds = found.get("win_rate_ci95") or [0.0, 0.0]
-    if len(bounds) != 2 or not all(isinstance(bound, int | float) for bound in bounds):
-        return "win_rate_ci95"
-    return None
+        reward = _mean(found, "score")
+    (origin,), judge = drawn, _text(found["judge"])
+    return Summary(
+        path=path,
+        run=_text(origin["run"] or os.path.splitext(os.path.basename(a))[0]),
+        checkpoint=None if origin["checkpoint"] is None else _text(origin["checkpoint"]),
+        examples=int(origin["examples"]),
+        temperature=float(origin["temperature"]),
+        reward=reward,
+        n=int(found["n_judged"] if compares else found["n_scored"]),
+        a=a,
+        b=_text(found["b"]) if compares else None,
+        judge=os.path.basename(os.path.normpath(_text(found["judge_model"] or judge))),
+        judged_by=(found["settings"], found.get("b_digest")),
+        kl=None if found["kl"] is None else _mean(found, "kl"),
+        n_kl=int(found["n_kl"]),
+        kl_unknown=found.get("kl_unknown"),
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no string")
+    return value
+
+
+def _mean(found: dict, name: str) -> Figure:
+    mean, error = float(found[name]), found[f"{name}_se"]
+    return Figure(mean, *(mean_interval(mean, None if error is None else float(error)) or ()))
 
 
 def what_is_measured(summaries: list[Summary]) -> str:
-    """Return the quantity of `value_and_interval` in words.
+    """Return the quantity of `reward` in words.
 
     Raises: BadSummary if it isn't the same for all.
     """
     first = summaries[0]
     for other in summaries:
-        if ("win_rate" in other.found) != ("win_rate" in first.found):
+        if (other.b is None) != (first.b is None):
             raise BadSummary(f"{first.path} and {other.path}: one has win rates, the other scores; give one kind")
-    by = os.path.basename(os.path.normpath(str(first.found.get("judge_model") or first.found["judge"])))
-    if "win_rate" in first.found:
-        return f"win rate against {os.path.basename(first.found['b'])} (judge: {by})"
-    return f"reward: mean score of {by}"
+    if first.b is not None:
+        return f"win rate against {os.path.basename(first.b)} (judge: {first.judge})"
+    return f"reward: mean score of {first.judge}"
 
 
-def new_figure(xlabel: str, ylabel: str) -> tuple:
-    """Return a figure with one panel, and the panel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    axis.set_xlabel(plain(xlabel))
-    axis.set_ylabel(plain(ylabel))
-    axis.grid(alpha=0.3)
-    axis.set_axisbelow(True)
-    return figure, axis
-
-
-def draw_series(axis, groups: dict[str, list[tuple[Summary, tuple, tuple]]]):
+def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[str, str], path: str, shares: bool):
     """Draw a line with error bars for each group.
 
     Groups are shifted sideways by a few points (72nds of an inch), so that bars at the same x don't cover each other.
 
     Args:
-        groups: by label, points of (summary, x with its bounds, y with its bounds).
+        groups: points (x, y), by label.
+        labels: of the axes.
+        shares: y is a share, such as a win rate: shown in percent, with a line at a half.
+
+    Raises: ImportError without matplotlib.
     """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
     from matplotlib.transforms import ScaledTranslation
 
+    figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    axis.set_xlabel(plain(labels[0]))
+    axis.set_ylabel(plain(labels[1]))
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
     for number, (color, (label, points)) in enumerate(zip(colors(len(groups)), groups.items(), strict=True)):
-        shift = 4 * (number - (len(groups) - 1) / 2) if all(point[1][1] is None for point in points) else 0
+        shift = 4 * (number - (len(groups) - 1) / 2) if all(x.low is None for x, _ in points) else 0
         place = axis.transData + ScaledTranslation(shift / 72, 0, axis.figure.dpi_scale_trans)
-        (x, x_bars), (y, y_bars) = (_bars([point[i] for point in points]) for i in (1, 2))
+        (x, x_bars), (y, y_bars) = map(_bars, zip(*points, strict=True))
         axis.errorbar(
             x, y, xerr=x_bars, yerr=y_bars, fmt="o-", markersize=5, color=color, linewidth=1.3, elinewidth=0.9,
             capsize=2, label=plain(label), transform=place,
         )  # fmt: skip
-        for _, *intervals in points:  # the axes' limits ignore what is shifted
+        for point in points:  # the axes' limits ignore what is shifted
             for i in (1, 2):
-                axis.update_datalim([[found[0] if found[i] is None else found[i] for found in intervals]])
+                axis.update_datalim([[figure.value if figure[i] is None else figure[i] for figure in point]])
     axis.autoscale_view()
-
-
-def _bars(values: list[tuple[float, float | None, float | None]]) -> tuple[list, list[list] | None]:
-    """Return the values, and how far their intervals reach below and above them, if any has one."""
-    if all(low is None for _, low, _ in values):
-        return [value for value, _, _ in values], None
-    below = [0 if low is None else value - low for value, low, _ in values]
-    above = [0 if high is None else high - value for value, _, high in values]
-    return [value for value, _, _ in values], [below, above]
-
-
-def write(figure, axis, table: str, path: str):
-    """Write the picture, and the table as text beside it; print the table."""
+    if shares:
+        axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
-    text = f"{os.path.splitext(path)[0]}.txt"
-    with atomic_file(text) as file:
-        file.write(f"{table}\n")
-    print(printable(f"{table}\n\n{path}, {text}"))
 
 
-def command(name: str, description: str, output: str, work: Callable[[list[Summary], str], None]) -> Callable:
-    """Return the `main` of a figure's module, which draws it by `work(summaries, path)`."""
+def _bars(figures: list[Figure]) -> tuple[list[float], list[list[float]] | None]:
+    """Return the values, and how far their intervals reach below and above them, if any has one."""
+    values = [figure.value for figure in figures]
+    if all(figure.low is None for figure in figures):
+        return values, None
+    below = [0 if low is None else value - low for value, low, _ in figures]
+    above = [0 if high is None else high - value for value, _, high in figures]
+    return values, [below, above]
+
+
+def command(
+    name: str, description: str, draw: Callable[[list[Summary], str], list[tuple[str, ...]]]
+) -> Callable[[list[str]], str | None]:
+    """Return the `main` of a figure's module; `draw(summaries, path)` draws it, and returns its table to print."""
 
     def main(words: list[str]) -> str | None:
         """Run the command; return an error message, or None."""
@@ -215,18 +225,15 @@ def command(name: str, description: str, output: str, work: Callable[[list[Summa
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         parser.add_argument("summaries", nargs="+", metavar="SUMMARY", help="a file that judge.py wrote")
-        parser.add_argument("--output", metavar="FILE", default=output, help=f"the picture (PNG); default: {output}")
+        parser.add_argument(
+            "--output", metavar="FILE", default=f"{name}.png", help="the picture (PNG); default: %(default)s"
+        )
         args = parser.parse_args(words)
-        if os.path.splitext(args.output)[1] == ".txt":
-            return f"error: --output {args.output} is the name of its table; give the picture a name in .png"
-        text = f"{os.path.splitext(args.output)[0]}.txt"
-        outputs = [
-            Output("--output", args.output, picture),
-            Output("the table of --output", text, _TABLE),
-        ]
         try:
-            check_outputs(outputs, {f"summary {path}": path for path in args.summaries})
-            work(read_summaries(args.summaries), args.output)
+            output = Output("--output", args.output, picture)
+            check_outputs([output], {f"summary {path}": path for path in args.summaries})
+            rows = draw(read_summaries(args.summaries), args.output)
+            print(printable(f"{aligned(rows)}\n\n{args.output}"))
         except (BadSummary, UserError, OSError) as error:
             return printable(f"error: {error}")
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""Symptoms of trouble in a run's metrics: each gets one warning, with what to try."""
+"""Warn once of each symptom of trouble in a run's metrics, with what to try."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from losses import find_loss
 from objectives.declaration import KL_ESTIMATE, LENGTHS, LOGPS, MEAN_LENGTH, MEMORY, Memory
-from reporting.terminal import number, percent
+from reporting.terminal import number
 
 N_EVALUATIONS = 3  # in a row with a symptom, before it is reported
 N_CLIPPED = 50  # steps in a row whose gradient was clipped, before that is reported
@@ -18,7 +18,7 @@ _DOCS = "see docs/metrics.md#{}"
 def loss_at_reference(loss_config: DictConfig) -> float | None:
     """Return the loss of every pair while policy and reference are equal: ln 2 for DPO.
 
-    None if it depends on the pair, or without a reference.
+    None if it depends on the pair, or if the loss needs no reference.
     """
     loss = find_loss(loss_config)
     if not loss.needs_reference(loss_config):
@@ -46,7 +46,7 @@ class Symptoms:
 
     @functools.cached_property
     def loss_at_reference(self) -> float | None:
-        """See the function of this name."""
+        """The loss of every pair while policy and reference are equal, computed once."""
         return loss_at_reference(self.loss_config)
 
     def notice(self, split: str, metrics: dict[str, float]) -> list[str]:
@@ -97,9 +97,9 @@ class Symptoms:
         if accuracy is None or error is None or abs(accuracy - 0.5) > 2 * error:
             return ""
         return (
-            f"the evaluation accuracy ({percent(accuracy)} ± {percent(error)} now) has been that of guessing for "
-            f"{N_EVALUATIONS} evaluations. Try a larger lr, check that chosen and rejected can be told apart in the "
-            "data, and start from a model that has seen such responses (SFT)"
+            f"the evaluation accuracy ({accuracy:.1%} ± {error:.1%} now) has been that of guessing for "
+            f"{N_EVALUATIONS} evaluations. Try a larger lr, check that the data tell chosen from rejected, and start "
+            "from a model that has seen such responses (SFT)"
         )
 
     @staticmethod
@@ -111,7 +111,7 @@ class Symptoms:
         if fall <= 2 * max(gain, 0) or fall / metrics["lengths_eval/chosen"] < 0.1:
             return ""
         return (
-            f"chosen responses have lost {number(fall)} nats, to gain {number(gain)} on the rejected: both "
-            "fall, and what takes their place is in neither. Try a smaller lr, a larger loss.beta, SFT on the chosen "
+            f"chosen responses have lost {number(fall)} nats, to gain {number(gain)} on the rejected: both become less "
+            "likely, and responses outside the data likelier. Try a smaller lr, a larger loss.beta, SFT on the chosen "
             "responses first, or loss=dpo_nll or loss=dpop"
         )

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Trackers:
-    """All trackers that are enabled and could be started; `wandb_run_id` is None without wandb."""
+    """The trackers that are enabled and could be started."""
 
     def __init__(self, config: DictConfig, run_dir: str, wandb_run_id: str | None, n_examples: int):
         """
         Args:
-            wandb_run_id: the wandb run to resume.
+            wandb_run_id: the wandb run to resume, if there is one.
             n_examples: number of examples trained on so far; what TensorBoard has beyond them is replaced.
         """
         self.run_dir, self.wandb_run_id = run_dir, wandb_run_id
@@ -92,10 +92,8 @@ class TensorBoardTracker:
             self.writer.add_scalar(name, value, examples)
         for model in sorted({sample["model"] for sample in samples}):
             texts = [sample["sample"] for sample in samples if sample["model"] == model]
-            indented = "\n\n---\n\n".join(
-                "    " + text.replace("\n", "\n    ") for text in texts
-            )  # as code: no Markdown in it
-            self.writer.add_text(f"samples/{model}", indented, examples)
+            as_code = ["    " + text.replace("\n", "\n    ") for text in texts]  # it may hold Markdown
+            self.writer.add_text(f"samples/{model}", "\n\n---\n\n".join(as_code), examples)
         self.writer.flush()
 
     def close(self, _exit_code: int):
@@ -106,7 +104,7 @@ class TensorBoardTracker:
 def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
     """Start a wandb run in `run_dir`, or resume the one with this id; return None if it can't start.
 
-    It is offline if nobody is logged in: wandb must never wait for an answer at the terminal.
+    If nobody is logged in, the run is offline: wandb must never wait for an answer at the terminal.
     """
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         os.environ.setdefault(variable, os.path.join(get_local_dir(config.local_dirs), "wandb"))
@@ -122,17 +120,11 @@ def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
             return wandb.init(
-                entity=config.wandb.entity,
-                project=config.wandb.project,
-                config=OmegaConf.to_container(config),
-                dir=run_dir,
-                name=config.exp_name,
-                mode=attempt,
-                id=run_id,
-                resume="allow" if run_id else None,
+                entity=config.wandb.entity, project=config.wandb.project, config=OmegaConf.to_container(config),
+                dir=run_dir, name=config.exp_name, mode=attempt, id=run_id, resume="allow" if run_id else None,
                 reinit="create_new",  # the next job of a sweep is another run
                 settings=wandb.Settings(quiet=True),  # no history of every metric at the end
-            )
+            )  # fmt: skip
         except Exception as error:
             print(warning(f"wandb can't start ({attempt or 'online'} mode): {error}"))
     return None

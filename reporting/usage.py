@@ -1,4 +1,4 @@
-"""A run's parameters, tokens and operations per second, and memory."""
+"""Figures of a run's size and speed: parameters, tokens and operations per second, memory."""
 
 import re
 import sys
@@ -28,16 +28,16 @@ def peak_flops(gpu: str) -> float | None:
 
 
 def n_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the numbers of trained and of all parameters; tensors that are sharded over workers count whole."""
+    """Return the numbers of trained and of all parameters, on all workers together."""
     sizes = [(n_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
 class Throughput:
-    """Turns the time of a step into rates."""
+    """Computes the rates of a step from its time."""
 
     def __init__(self, policy: nn.Module, reference_model: nn.Module | None, n_workers: int):
-        """`reference_model`: None if steps compute none."""
+        """`reference_model`: the one that every step computes; None if there is none."""
         self.n_trained, self.n_parameters = n_parameters(policy)
         n_reference = n_parameters(reference_model)[1] if reference_model is not None else 0
         # operations per parameter and token: 2 forward, 2 backward for the inputs, 2 for a trained parameter's gradient
@@ -68,7 +68,7 @@ def peak_memory() -> str:
 
 
 def _peak_bytes() -> int:
-    """Return the most memory of the host's that this process has held; on Windows psutil knows it."""
+    """Return the most memory that this process has held on the host."""
     try:
         import resource
     except ImportError:
@@ -82,11 +82,11 @@ def _peak_bytes() -> int:
 def parameters_in_words(n_trained: int, n_all: int) -> str:
     """Return text such as '1.2 M parameters, all of them trained'."""
     if n_trained == n_all:
-        return f"{in_short(n_all)} parameters, all of them trained"
-    return f"{in_short(n_all)} parameters, {in_short(n_trained)} of them trained ({n_trained / n_all:.2%})"
+        return f"{_in_short(n_all)} parameters, all of them trained"
+    return f"{_in_short(n_all)} parameters, {_in_short(n_trained)} of them trained ({n_trained / n_all:.2%})"
 
 
-def in_short(number: int) -> str:
+def _in_short(number: int) -> str:
     """Return text such as '1.23 M'."""
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= size:

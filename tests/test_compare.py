@@ -10,9 +10,8 @@ import pytest
 import yaml
 from conftest import read_jsonl
 from test_cli import TOY
-from test_curves import png_size
 
-from reporting.compare import as_csv, as_markdown, as_text, compare, draw, main
+from reporting.compare import as_csv, as_markdown, as_text, compare, main
 from reporting.runs import NoRuns, find_runs, short_values
 
 
@@ -121,27 +120,6 @@ def test_runs_that_cannot_be_compared_are_an_error(sweep, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(NoRuns):
         compare([])
-
-
-def test_picture_has_a_row_for_each_run(sweep, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    read = {}
-    savefig = Figure.savefig
-
-    def look(figure, *args, **kwargs):
-        first, second = figure.axes
-        read["labels"] = [label.get_text() for label in first.get_yticklabels()]
-        read["points"] = sorted(float(line.get_xdata()[0]) for line in first.get_lines() if line.get_marker() == "o")
-        read["kl"] = [list(line.get_xdata()) for line in second.get_lines() if len(line.get_xdata()) > 1]
-        return savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", look)
-    draw(compare(find_runs([sweep])), str(tmp_path / "picture.png"))
-    assert read["labels"] == ["loss.beta=0.5", "loss.beta=0.1", "loss.beta=0.9"]
-    assert read["points"] == [0.7, 0.7, 0.7, 0.8, 0.9, 0.9]  # last and best of each
-    assert read["kl"] == [pytest.approx([0.1, 0.2]), pytest.approx([0.1, 0.2, 0.3])]
-    assert png_size(tmp_path / "picture.png")[0] == 1200
 
 
 @pytest.mark.exhaustive

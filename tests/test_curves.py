@@ -163,20 +163,21 @@ def test_training_never_waits_for_drawing_and_drawing_keeps_to_its_share(tmp_pat
     stdin = subprocess.PIPE
     drawer = CurvesDrawer(str(tmp_path / "run"))
     drawer.notice(is_evaluation=True)
-    assert not started  # a picture is assumed to take 2 seconds, so 100 must pass first
-    drawer.start -= 100_000
+    assert not started  # it is too early in the run
+    drawer.next_start = time.monotonic()
     for _ in range(100):
         drawer.notice(is_evaluation=True)
     assert len(started) == 1 and started[0].poll() is None
     started[0].stdin.close()
     started[0].wait()
     drawer.notice(is_evaluation=False)
-    assert len(started) == 2  # one was still due
+    now = time.monotonic()
+    assert len(started) == 1 and drawer.process is None  # the next one is due, but not yet
+    assert drawer.next_start - now == pytest.approx(50 * (now - drawer.started), rel=0.2)
+    drawer.next_start = now
+    drawer.notice(is_evaluation=False)
+    assert len(started) == 2
     started[1].stdin.close()
-    started[1].wait()
-    drawer.start = time.monotonic()  # the two pictures have now used more than their share
-    drawer.notice(is_evaluation=True)
-    assert len(started) == 2 and drawer.process is None
     stdin = subprocess.DEVNULL
     drawer.finish()
     assert len(started) == 3 and drawer.process is None

@@ -15,7 +15,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.choice import Settings
+from data.choice import Choice, Settings
 from data.locations import locate
 from data.preparation import prepare
 from utils import UserError
@@ -79,7 +79,7 @@ def check(name: str, content: bytes, n_rows: int | None):
                 given_ = Settings(skips_bad=skips_bad, chat_template=TEMPLATE)
                 try:
                     both = prepare(
-                        str(path), locate(str(path)), given_, TOKENIZER, "keep_end", loss_takes,
+                        Choice(str(path)), locate(str(path)), given_, TOKENIZER, "keep_end", loss_takes,
                         f"{directory}/cache", silent=True,
                     )  # fmt: skip
                 except UserError as error:
@@ -164,8 +164,8 @@ def test_random_python_rows_are_kept_or_counted_as_bad(others, rows):
     given_ = [*rows, *others]
     with tempfile.TemporaryDirectory() as directory:
         try:
-            both = prepare("mine", given_, Settings(skips_bad=True, chat_template=TEMPLATE), TOKENIZER, "keep_end",
-                           ("targets",), directory, silent=True)  # fmt: skip
+            both = prepare(Choice("mine"), given_, Settings(skips_bad=True, chat_template=TEMPLATE), TOKENIZER,
+                           "keep_end", ("targets",), directory, silent=True)  # fmt: skip
         except UserError:
             return
         info = both[0].info

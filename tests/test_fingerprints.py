@@ -278,7 +278,7 @@ def test_run_that_was_trained_anew_under_the_same_name_is_not_taken_for_the_old_
         assert use("evaluate") == 0, launcher.output
         code = use("sample", "max_new_tokens=4")
         if lr == "lr=2e-3":
-            assert code == 1 and "samples drawn under other settings" in launcher.output
+            assert code == 1 and "samples under other settings" in launcher.output
         else:
             assert code == 0, launcher.output
     first, second = read_jsonl(tmp_path / "evaluate.jsonl")

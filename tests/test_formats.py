@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+import zipfile
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, exhaustive_except, read_jsonl
 from transformers import AutoTokenizer
 
-from data.choice import Settings
+from data.choice import Choice, Settings
 from preference_datasets import get_batch_iterator
 from utils import UserError
 
@@ -171,11 +172,20 @@ def separated(rows: list[dict], mark: str) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
+def zipped(name: str, content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
 FILES = {  # the same rows in every kind of file
     "rows.jsonl": jsonl(TEXTS),
     "rows.ndjson": jsonl(TEXTS).replace(b"\n", b"\n\n").replace(b"\n", b"\r\n"),
     "rows.json": json.dumps(TEXTS, indent=1).encode(),
     "rows.jsonl.gz": gzip.compress(jsonl(TEXTS)),
+    "rows.jsonl.zst": pyarrow.compress(jsonl(TEXTS), "zstd", asbytes=True),
+    "rows.zip": zipped("train.jsonl", jsonl(TEXTS)),
     "rows.parquet": parquet(TEXTS),
     "rows.csv": separated(TEXTS, ","),
     "rows.csv.gz": gzip.compress(separated(TEXTS, ",")),
@@ -197,7 +207,7 @@ def examples(tokenizer, tmp_path):
     They are token ids. The labels are checked, too.
     """
 
-    def read(dataset: str, loss: str = "dpo", **settings) -> list[tuple[list[int], ...]]:
+    def read(dataset: str | Choice, loss: str = "dpo", **settings) -> list[tuple[list[int], ...]]:
         settings = Settings(**({"chat_template": str(TEMPLATE)} | settings))
         found = []
         for split in ("train", "test"):
@@ -301,9 +311,9 @@ def test_fields_maps_column_names(examples, tokenizer, tmp_path):
     rows = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"], "prompt": 5} for row in TEXTS]
     (tmp_path / "rows.jsonl").write_bytes(jsonl(rows))
     fields = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    assert examples(f"{tmp_path}/rows.jsonl", fields=fields) == expected_ids(tokenizer, PAIRS)
+    assert examples(Choice(f"{tmp_path}/rows.jsonl", fields=fields)) == expected_ids(tokenizer, PAIRS)
     with pytest.raises(UserError, match=r"fields.chosen=goood: it has no field 'goood'\. Did you mean good?"):
-        examples(f"{tmp_path}/rows.jsonl", fields=fields | {"chosen": "goood"})
+        examples(Choice(f"{tmp_path}/rows.jsonl", fields=fields | {"chosen": "goood"}))
 
 
 def test_bad_first_row_does_not_decide_the_format(examples, tokenizer, tmp_path):

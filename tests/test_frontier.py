@@ -17,6 +17,7 @@ from utils import disable_dropout, select_examples
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import frontier
+import toy_length
 from exact import Frontier, ResponseTree, conditioned, response_logps
 from frontier import STEP_SIZE, Bench, Run, learning_rate, objectives
 from frontier_report import draw, length_table, load, points, sweep_table
@@ -240,3 +241,24 @@ def test_frontier_benchmark_trains_evaluates_and_reports_once(tmp_path, monkeypa
     draw(table, tmp_path / "frontier.png")
     header = (tmp_path / "frontier.png").read_bytes()[16:20]
     assert int.from_bytes(header, "big") == 1200  # its width
+
+
+def test_length_tasks_labels_depend_on_reward_and_length():
+    words, clauses = toy_length.all_long_responses()
+    of_text = {
+        toy_length.long_response_text(w, n): (toy.true_reward(w), n) for w, n in zip(words, clauses, strict=True)
+    }
+    assert len(of_text) == 256
+    margins, longer, preferred, counts = [], [], [], np.zeros(4)
+    for _, entry in toy_length.get_toy_length("train"):
+        (r_first, n_first), (r_second, n_second) = (of_text[text] for text in entry["responses"])
+        margins.append(r_first - r_second)
+        longer.append(n_first - n_second)
+        preferred.append(entry["pairs"] == [(0, 1)])
+        counts[of_text[entry["sft_target"]][1]] += 1
+    np.testing.assert_allclose(counts / 20_000, toy_length.CLAUSE_COUNTS, atol=0.017)
+    margins, longer, preferred = np.array(margins), np.array(longer), np.array(preferred)
+    for n in (-2, 0, 1):
+        chosen = longer == n
+        expected = (1 / (1 + np.exp(-margins[chosen] - 0.8 * n))).mean()
+        assert preferred[chosen].mean() == pytest.approx(expected, abs=5 * 0.5 / np.sqrt(chosen.sum()))

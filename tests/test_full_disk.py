@@ -167,8 +167,8 @@ def test_error_tells_the_data_from_its_cache(number, place, said, tmp_path, monk
 
     monkeypatch.setattr(arrow_cache, "prepare", prepare)
     with pytest.raises(UserError) as raised:
-        reading.read_rows("HERE", names["data"], "train", [names["data"]], names["cache"], remedy="-", silent=True)
-    assert str(raised.value).startswith(f"HERE: {said.format(**names)}")
+        reading.read_rows("hh", names["data"], "train", [names["data"]], names["cache"], remedy="-", silent=True)
+    assert str(raised.value).startswith(f"datasets=[hh], train split: {said.format(**names)}")
     assert ("local_dirs" in str(raised.value)) == ("keep" in said)
 
 

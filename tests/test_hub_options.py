@@ -85,7 +85,7 @@ def test_attn_implementation_is_used_and_changes_no_numbers(reference, make_trai
     ("overrides", "message"),
     [
         (["flash_attn_2"], r"model\.attn_implementation=flash_attn_2: .*Did you mean flash_attention_2\?"),
-        (["spda"], r"Did you mean sdpa\? There are: eager, sdpa, .*null lets transformers choose"),
+        (["spda"], r"must be one of eager, sdpa, .*; null lets transformers choose\. Did you mean sdpa\?"),
         (["1"], r"model\.attn_implementation=1: expected a string"),
         (["flash_attention_2"], r"flash_attention_2 needs a GPU and the package flash_attn; sdpa needs neither"),
         (["flex_attention"], r"flex_attention needs a GPU"),

@@ -13,7 +13,7 @@ from torch import nn
 from acceleration import memory_plan, speed_up
 from acceleration.capacity import measure_activations
 from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
-from acceleration.out_of_memory import explain_out_of_memory
+from acceleration.out_of_memory import out_of_memory_explained
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
@@ -248,7 +248,9 @@ def test_model_larger_than_the_gpu_is_refused(monkeypatch):
 
 def test_running_out_of_memory_names_remedies():
     config = compose_config("model=tiny", "loss=sft", "activation_checkpointing=true", "model.policy_dtype=bfloat16")
-    message = str(explain_out_of_memory(torch.OutOfMemoryError("Tried to allocate 2 GiB\nmore"), config))
+    with pytest.raises(UserError) as raised, out_of_memory_explained(config):
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB\nmore")
+    message = str(raised.value)
     assert message.startswith("a GPU is out of memory: Tried to allocate 2 GiB\nTo use less memory: ")
     assert "max_tokens_per_microbatch" in message and "lora={}" in message
     for useless in ("activation_checkpointing", "precompute_ref_log_probs", "reference_dtype", "policy_dtype"):

@@ -51,11 +51,11 @@ def test_adapter_card_replaces_pefts_and_the_merged_model_has_one(adapter_run, t
     assert "base_model" not in matter  # a local folder
     text = (run_dir / "LATEST/README.md").read_text()
     assert "[More Information Needed]" not in text
-    assert "- `lora`: r 2" in text and "AutoPeftModelForCausalLM" in text and f"from `{ORACLE}/model`" in text
+    assert "- `lora.r`: 2" in text and "AutoPeftModelForCausalLM" in text and f"from `{ORACLE}/model`" in text
     export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": "LATEST", "output": f"{tmp_path}/merged/"}))
     assert front_matter(tmp_path / "merged")["library_name"] == "transformers"
     merged = (tmp_path / "merged/README.md").read_text()
-    assert "from transformers import AutoModelForCausalLM" in merged and "- `lora`: r 2" in merged
+    assert "from transformers import AutoModelForCausalLM" in merged and "- `lora.r`: 2" in merged
     assert str(run_dir) not in text + merged
 
 
@@ -66,6 +66,11 @@ def test_card_mentions_a_moving_reference(adapter_run, tmp_path):
     write_card(str(tmp_path), config, state, is_adapter=False)
     text = (tmp_path / "README.md").read_text()
     assert "- `reference_update_every`: 2\n- `reference_update_alpha`: 0.5" in text
+
+
+def test_card_of_sft_mentions_no_reference(make_trainer):
+    _, run_dir = trained(make_trainer)
+    assert "- `reference" not in (run_dir / "LATEST/README.md").read_text()
 
 
 def test_card_counts_all_evaluation_examples(make_trainer):

@@ -16,7 +16,7 @@ from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import delete_oldest
 from config_checks.schema import expand_home, own_keys
 from evaluation import evaluate, judge_options, sample_options
-from reporting import compare, curves, frontier, win_rates
+from reporting import curves, win_rates
 from utils import UserError
 
 SAMPLES = '{"settings": "0123456789ab", "prompt_index": 0, "sample": 0, "prompt": "p", "response": "r"}\n'
@@ -25,10 +25,9 @@ EVALUATIONS = '{"key": "0", "metrics": {}}\n'
 SUMMARY = json.dumps({"a": "x", "b": None}, indent=1)
 ALPACA_EVAL = json.dumps([{"instruction": "i", "output": "o", "generator": "g"}], indent=1)
 OWN_PICTURE = b"\x89PNG\r\n\x1a\n....tEXtCreator\0direct-preference-optimization"
-TABLE = "run    checkpoint  win rate\n"
 EVERYTHING = {
     "samples": SAMPLES, "verdicts": VERDICTS, "evaluations": EVALUATIONS, "a summary": SUMMARY,
-    "AlpacaEval's outputs": ALPACA_EVAL, "a picture": OWN_PICTURE, "a table": TABLE, "a text": "my notes\n",
+    "AlpacaEval's outputs": ALPACA_EVAL, "a picture": OWN_PICTURE, "a text": "my notes\n",
     "a text without an end": "my notes", "rows": '{"prompt": "p", "chosen": "c"}\n', "JSON": "[1, 2]",
     "bytes": b"\xff\xfe\0",
     "a photo": b"\x89PNG\r\n\x1a\n....IDAT", "a long line": "x" * 10**6, "YAML": "seed: 0\n",
@@ -56,8 +55,7 @@ def judge_with(key: str, path: Path):
 
 def reporting_with(main: Callable, *words: str) -> Callable[[str, Path], None]:
     def run(_key: str, path: Path):
-        given = path.with_suffix(".png") if path.suffix == ".txt" else path
-        message = main([*words, str(given)])
+        message = main([*words, str(path)])
         if message != BEYOND:
             raise UserError(message)
 
@@ -74,17 +72,11 @@ FILES = {  # (module, key) of each `Output` -> command, key, name of the file, a
     ("evaluation/judge_options.py", "the summary of output"): (
         judge_with, "summary", "x_summary.json", {"a summary"}
     ),
-    ("reporting/compare.py", "--picture"): (
-        reporting_with(compare.main, "RUN", "--picture"), "--picture", "x.png", {"a picture"}
-    ),
     ("reporting/curves.py", "--output"): (
         reporting_with(curves.main, "RUN", "--output"), "--output", "x.png", {"a picture"}
     ),
     ("reporting/summaries.py", "--output"): (
         reporting_with(win_rates.main, "S", "--output"), "--output", "x.png", {"a picture"}
-    ),
-    ("reporting/summaries.py", "the table of --output"): (
-        reporting_with(frontier.main, "S", "--output"), "--output", "x.txt", {"a table"}
     ),
 }  # fmt: skip
 DIRECTORIES = {("export.py", "output"), ("train.py", "local_run_dir")}  # tested at the end
@@ -98,10 +90,9 @@ def accepted(monkeypatch):
     def end(*_, **__):
         raise OSError("beyond the check")
 
-    for name in ("reporting.compare.compare", "reporting.curves.draw", "reporting.summaries.read_summaries"):
+    for name in ("reporting.curves.draw", "reporting.summaries.read_summaries"):
         monkeypatch.setattr(name, end)
-    for name in ("reporting.curves.find_runs", "reporting.compare.find_runs"):
-        monkeypatch.setattr(name, lambda _: [None])
+    monkeypatch.setattr("reporting.curves.find_runs", lambda _: [None])
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -216,7 +207,7 @@ def test_files_are_opened_for_writing_only_where_it_is_known():
         "evaluation/evaluate.py": ["append_json_lines", "atomic_file"], "evaluation/judge.py": ["atomic_file"],
         "evaluation/sample.py": ["append_json_lines"], "evaluation/sample_file.py": ["atomic_file"],
         "evaluation/verdicts.py": ["append_whole"],
-        "reporting/curves.py": ["atomic_file"], "reporting/summaries.py": ["atomic_file"],
+        "reporting/curves.py": ["atomic_file"],
         # in a run's or a sweep's directory
         "commands/run_directory.py": ["atomic_file"], "commands/sweeps.py": ["append_json_lines"],
         "reporting/run_log.py": ["append_json_lines", "append_json_lines", "open"],

@@ -91,7 +91,7 @@ def test_one_prompt_is_held_out_of_few(read, tmp_path):
         read(path)
 
 
-SPLITS = {  # files; settings of the config; prompts to train on, and to evaluate on (None: some are held out)
+SPLITS = {  # files; settings of the dataset; prompts to train on, and to evaluate on (None: some are held out)
     "folder": (["train.jsonl", "test.jsonl"], {}, "train", "test"),
     "folders in it": (["data/train/0.jsonl", "data/train/1.jsonl", "data/validation/0.jsonl"], {}, "train", "valid"),
     "test before validation": (["train.jsonl", "validation.jsonl", "test.jsonl"], {}, "train", "test.jsonl"),
@@ -109,7 +109,8 @@ def test_folder_splits_are_found_by_file_names(name, read, tmp_path):
     files, settings, train, test = SPLITS[name]
     for file in files:
         write(tmp_path / "data" / file, pairs(*(f"{file} {i}" for i in range(20))))
-    found = {split: read(str(tmp_path / "data"), split=split, settings=settings) for split in ("train", "test")}
+    choice = Choice(str(tmp_path / "data"), **settings)
+    found = {split: read(choice, split=split) for split in ("train", "test")}
     if train == "half":
         assert sorted(found["train"]) == sorted(f"train.jsonl {i}?" for i in range(10))
     else:
@@ -124,8 +125,8 @@ def test_folder_splits_are_found_by_file_names(name, read, tmp_path):
 
 def test_training_on_part_of_the_test_split_excludes_it_from_evaluation(read, tmp_path):
     write(tmp_path / "data" / "test.jsonl", numbered(40))
-    settings = {"train_split": "test[:50%]"}
-    train, test = (read(str(tmp_path / "data"), split=split, settings=settings) for split in ("train", "test"))
+    choice = Choice(str(tmp_path / "data"), train_split="test[:50%]")
+    train, test = (read(choice, split=split) for split in ("train", "test"))
     assert sorted(train + test) == sorted(row["prompt"] for row in numbered(20))
 
 

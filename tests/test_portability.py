@@ -137,7 +137,7 @@ def test_checkpoint_all_leaves_out_links(linking, make_trainer):
 def test_several_workers_are_refused_on_windows(trainer, monkeypatch):
     config = compose_config("model=tiny", "loss=dpo", f"trainer={trainer}")
     monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(UserError, match=f"trainer={trainer} .*Windows: choose BasicTrainer, or .*WSL"):
+    with pytest.raises(UserError, match=f"trainer={trainer} .*Windows: choose trainer=BasicTrainer, or .*WSL"):
         check_config(config)
 
 

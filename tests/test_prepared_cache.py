@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 from transformers import AutoTokenizer
 
-from data.choice import Settings
+from data.choice import Choice, Settings
 from data.locations import locate
 from data.preparation import prepare
 from data.reading import read_split
@@ -25,7 +25,9 @@ def prepared(tokenizer, tmp_path):
 
     def prepare_pairs() -> list[tuple]:
         location, settings = locate(f"{tmp_path}/data.jsonl"), Settings(test_fraction=0.2)
-        train, _ = prepare("own", location, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", True)
+        train, _ = prepare(
+            Choice("own"), location, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", True
+        )
         return [(prompt.text, *prompt.responses) for prompt in train]
 
     write_pairs(tmp_path / "data.jsonl", "good")

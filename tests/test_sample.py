@@ -1,6 +1,7 @@
 """`sample.py`: samples don't depend on the rest of the batch, and none is drawn twice or lost."""
 
 import json
+import math
 import os
 import signal
 
@@ -41,6 +42,14 @@ def test_draws_follow_the_softmax_and_depend_on_their_seed_alone():
     frequencies = drawn.bincount(minlength=4) / n
     assert torch.allclose(frequencies, logits.softmax(0), atol=0.015)  # four standard errors
     assert SeededDraws([7])(None, logits[None]).argmax(1) == drawn[7]
+
+
+def test_draws_never_take_a_token_that_was_excluded():
+    logits = torch.full((5000, 6), -torch.inf)  # as top_k and top_p leave it
+    logits[:, [1, 4]] = torch.tensor([0.0, -3.0])
+    drawn = SeededDraws(list(range(5000)))(None, logits).argmax(1)
+    assert set(drawn.tolist()) == {1, 4}
+    assert (drawn == 4).float().mean() == pytest.approx(1 / (1 + math.exp(3)), abs=0.012)  # four standard errors
 
 
 WAYS = {  # overrides and number of workers
@@ -125,7 +134,7 @@ def test_interrupted_sampling_ends_with_the_same_file(launcher, trained, prompts
     assert texts(tmp_path / "cut") == texts(tmp_path / "whole")
     code = launcher.run(*run, "temperature=0.5", f"output={tmp_path}/cut", script=SAMPLE)
     assert code == 1
-    assert "samples drawn under other settings" in launcher.output
+    assert "samples under other settings" in launcher.output
 
 
 def test_sampling_writes_messages_checkpoints_and_alpaca_eval(launcher, trained, tmp_path):  # noqa: F811
@@ -193,10 +202,10 @@ def test_output_of_another_model_or_other_prompts_is_refused(launcher, trained, 
     run_dir, options = trained("dpo"), [f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o"]
     draw(launcher, *RUN, *options, f"model.archive={run_dir}/step-8")
     assert launcher.run(*RUN, *options, f"model.archive={run_dir}/LATEST", "max_new_tokens=8", script=SAMPLE) == 1
-    assert "samples drawn under other settings" in launcher.output
+    assert "samples under other settings" in launcher.output
     (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n')
     assert launcher.run(*RUN, *options, f"model.archive={run_dir}/step-8", "max_new_tokens=8", script=SAMPLE) == 1
-    assert "samples drawn under other settings" in launcher.output
+    assert "samples under other settings" in launcher.output
 
 
 def test_malformed_line_of_prompts_is_named(launcher, trained, tmp_path):  # noqa: F811

@@ -110,8 +110,8 @@ def test_another_schedule_is_refused_on_resume(launcher, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["lr_scheduler=cosin"], ["lr_scheduler=cosin: no such schedule. Did you mean cosine?", "There are: linear"]),
-        (["lr_scheduler=reduce_lr_on_plateau"], ["lr_scheduler=reduce_lr_on_plateau: no such schedule"]),
+        (["lr_scheduler=cosin"], ["lr_scheduler=cosin: must be one of linear, ", ". Did you mean cosine?"]),
+        (["lr_scheduler=reduce_lr_on_plateau"], ["lr_scheduler=reduce_lr_on_plateau: must be one of"]),
         (["lr_scheduler=cosine", "lr_scheduler_args={cycles:1}"], ["lr_scheduler_args.cycles", "It takes: num_cycles"]),
         (["lr_scheduler_args={num_warmup_steps:1}"], ["lr_scheduler_args.num_warmup_steps", "the key warmup_steps"]),
         (["lr_scheduler=cosine_with_min_lr"], ["lr_scheduler=cosine_with_min_lr", "min_lr"]),

@@ -21,15 +21,15 @@ def hh_batches(split: str) -> BatchIterator:
 
 def shares_equal_text(directory: str):
     iterators = [hh_batches("train"), None, hh_batches("test")]
-    (prompts,), fingerprints = iterators[0].prompts.parts, iterators[0].fingerprints()
+    (prompts,), fingerprints = iterators[0].prompts.datasets, iterators[0].fingerprints()
     prompts[0].text += " \ud800é"  # a lone surrogate, as JSON may hold one
     share_text(iterators, directory)
     for iterator in (iterators[0], iterators[2]):
-        assert [type(part) for part in iterator.prompts.parts] == [MappedPrompts]
-    (mapped,) = iterators[0].prompts.parts
+        assert [type(part) for part in iterator.prompts.datasets] == [MappedPrompts]
+    (mapped,) = iterators[0].prompts.datasets
     assert list(mapped) == prompts
     assert list(mapped.n_pairs) == [len(prompt.pairs) for prompt in prompts]
-    iterators[0].prompts.parts[0] = mapped = list(mapped)
+    iterators[0].prompts.datasets[0] = mapped = list(mapped)
     mapped[0].text = mapped[0].text.removesuffix(" \ud800é")
     assert iterators[0].fingerprints() == fingerprints
 

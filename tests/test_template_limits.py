@@ -1,7 +1,6 @@
-"""A chat template that loops without end, or fills the memory, ends with an error that names row and template."""
+"""A chat template that loops or writes without end ends with an error that names row and template."""
 
 import json
-import resource
 import threading
 import time
 
@@ -12,7 +11,7 @@ from transformers import AutoTokenizer
 
 from config_checks.schema import CONFIG_DIR
 from data import chat, template_limits
-from data.choice import Settings
+from data.choice import Choice, Settings
 from data.locations import locate
 from data.messages import BadExample
 from data.preparation import prepare
@@ -22,7 +21,6 @@ from utils import UserError
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
 LOOPS += "{% endfor %}"
-GROWS = "{% set all = namespace(of=START) %}{% for i in range(99) %}{% set all.of = all.of OP all.of %}{% endfor %}"
 TEMPLATES = {
     "nested loops": (LOOPS, "takes more than 0.4 seconds"),
     "loops in a marked turn": (f"{{% generation %}}{LOOPS}{{% endgeneration %}}", "takes more than 0.4 seconds"),
@@ -32,14 +30,6 @@ TEMPLATES = {
         "takes more than 0.4 seconds",
     ),
     "long range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
-    "doubled string": (GROWS.replace("START", "'a'").replace("OP", "~"), "GiB of memory"),
-    "doubled list": (GROWS.replace("START", "[0]").replace("OP", "+"), "more than 0."),
-    "repeated string": ("{{ 'a' * 10**10 }}", "GiB of memory"),
-    "padded string": ("{{ 'a'.rjust(10**10) }}", "GiB of memory"),
-    "formatted number": ("{{ '{:5000000000}'.format(1) }}", "GiB of memory"),
-    "large power": ("{{ 10**(10**9) }}", "an integer beyond 64 in **"),
-    "squared number": (GROWS.replace("START", "3").replace("OP", "*"), "an integer beyond"),
-    "rounded number": ("{{ 1|round(10**9, 'ceil') }}", "doesn't write 'q'"),
     "long output": ("{% for i in range(90000) %}" + 20 * "a" + "{% endfor %}", "writes 1,800,000 characters for"),
 }  # fmt: skip
 
@@ -48,7 +38,6 @@ TEMPLATES = {
 def tokenizer(monkeypatch):
     monkeypatch.setattr(template_limits, "SECONDS", 0.4)
     monkeypatch.setattr(template_limits, "_TICK", 0.1)
-    monkeypatch.setattr(template_limits, "_MEMORY", 2**27)
     tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "assets/tiny")
     tokenizer.chat_template = "{{ messages[0].content }}{% if messages[0].content == 'q' %}LOOPS{% endif %}"
     return tokenizer
@@ -58,9 +47,7 @@ def messages(role: str, text: str) -> list[dict]:
     return [{"role": role, "content": text}]
 
 
-@pytest.mark.parametrize(
-    ("name", "in_thread"), [*((name, False) for name in TEMPLATES), ("nested loops", True), ("doubled string", True)]
-)
+@pytest.mark.parametrize(("name", "in_thread"), [*((name, False) for name in TEMPLATES), ("nested loops", True)])
 def test_endless_template_is_refused(name, in_thread, tokenizer):
     template, reason = TEMPLATES[name]
     tokenizer.chat_template = "{% if messages[0].content == 'q' %}" + template + "{% endif %}"
@@ -80,12 +67,10 @@ def test_endless_template_is_refused(name, in_thread, tokenizer):
 
 
 def test_limits_end_with_the_rendering(tokenizer):
-    former = resource.getrlimit(resource.RLIMIT_DATA)
     tokenizer.chat_template = "{{ messages[0].content }}"
     renderer = chat.Renderer(tokenizer, None)
     with template_limits.limited("t"):
         assert renderer.render_dialogue(messages("user", "hi")) == "hi"  # one inside the other
-    assert resource.getrlimit(resource.RLIMIT_DATA) == former
     end = time.monotonic() + 0.8  # longer than the limit: nothing is raised here
     while time.monotonic() < end:
         sum(range(1000))
@@ -105,7 +90,7 @@ def test_row_of_an_endless_template_is_named(skips, tokenizer, tmp_path):
     location = locate(str(write_rows(tmp_path / "data.jsonl")))
     settings = Settings(skips_bad=skips)
     with pytest.raises(UserError, match=r"row 2 \(.*data.jsonl, line 3\): the chat template of .*tiny takes"):
-        prepare("own", location, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", True)
+        prepare(Choice("own"), location, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", True)
 
 
 def test_prompt_of_an_endless_template_is_named(tokenizer, tmp_path):

@@ -13,16 +13,7 @@ from test_cli import TOY
 
 from reporting import terminal
 from reporting.run_log import interval_means
-from reporting.terminal import (
-    Progress,
-    RunTable,
-    TimeLeft,
-    duration,
-    number,
-    progressing,
-    samples_side_by_side,
-    still_working,
-)
+from reporting.terminal import Progress, RunTable, duration, number, sample_lines, still_working
 
 RUN = [*TOY, "loss=dpo", "n_examples=64", "eval_every=32", "lr=1e-3", "curves=false", "wandb.enabled=false",
        "minimum_log_interval_secs=1e-9"]  # fmt: skip
@@ -81,7 +72,7 @@ def test_log_file_has_the_same_lines_without_escape_codes(launcher, tmp_path):
     rows = re.findall(r"^ *(\d+)/64 .* (\S+)$", output, re.MULTILINE)
     assert [int(n) for n, _ in rows] == list(range(4, 65, 4))
     assert all(re.fullmatch(r"\d+s|\d+m\d\ds", left) for _, left in rows)
-    assert re.fullmatch(r"\ds", rows[-1][1])  # the evaluation and the save at the end are still to come
+    assert rows[-1][1] == "0s"
     assert max(map(len, output.split("Each line gives")[1].splitlines()[:60])) <= 120
     assert re.search(r"^First step: [\d,]+ tokens; peak memory: [\d.]+ GB of the host's$", output, re.MULTILINE)
     assert re.search(r"^1\.12 M parameters, all of them trained$", output, re.MULTILINE)
@@ -167,23 +158,17 @@ def samples(prompt: str, **of_models: str) -> list[dict]:
     ]
 
 
-def test_samples_are_shown_side_by_side_under_one_prompt(monkeypatch):
+def test_samples_are_shortened_below_their_prompt(monkeypatch):
     monkeypatch.setattr(terminal, "width", lambda: 79)
     prompt = "\n\nHuman: " + "word " * 100 + "last?\n\nAssistant:"
-    lines = samples_side_by_side(
-        samples(prompt, policy=" Yes, " + "of course " * 50, reference=" No.\033[2J\n\nHuman: x")
-    )
-    text = "\n".join(lines)
-    assert text.count("last?") == 1 and lines[1].startswith("… ")  # only the end of a long prompt is shown
-    assert max(map(len, lines)) <= 79
-    (names,) = [line for line in lines if "policy" in line]
-    at = names.index("reference")
-    assert any(line[at:].startswith("No.\\x1b[2J Human: x") and "Yes, of course" in line for line in lines)
-    assert [line[: at - 2].rstrip() for line in lines if "…" in line][-1].endswith("…")
-    assert "\033" not in text and not re.search(r"\bcour\b|\bcours\b", text)
-    wide = samples_side_by_side(samples("问", policy="很好" * 100))
-    assert max(sum(2 if ord(c) > 0x2000 else 1 for c in line) for line in wide) <= 79
-    assert samples_side_by_side([]) == []
+    drawn = samples(prompt, policy=" Yes, " + "of course " * 50, reference=" No.\033[2J\n\nHuman: x")
+    text = "\n".join(sample_lines(drawn + samples("Hello", policy="", reference="Hi")))
+    assert max(map(len, text.splitlines())) <= 79 and "\033" not in text
+    assert text.startswith("Samples: 2 of 2, shortened; all are in samples.jsonl\n… ")
+    assert len(re.findall(r" last\?\s+Assistant:\npolicy: Yes, of course ", text)) == 1  # the end of a long prompt
+    assert re.search(r" of\s+… *\nreference: No\.\\x1b\[2J Human: x\n", text)  # the beginning of a long response
+    assert text.endswith("\nHello\npolicy: (empty)\nreference: Hi")
+    assert sample_lines([]) == []
 
 
 @pytest.mark.slow
@@ -210,20 +195,20 @@ def test_rounded_default_of_eval_every_gives_no_warning(launcher, tmp_path):
     assert "WARNING: eval_every must be divisible by batch_size" in launcher.output
 
 
-def test_progress_in_a_log_is_a_line_a_minute_with_total_and_time_left(monkeypatch, capsys):
+def test_progress_in_a_log_shows_the_total_and_the_time_left(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    for _ in progressing(range(100), "Evaluating", "batches"):
-        now[0] += 10  # seconds
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == [
-        "Evaluating: 6 of 100 batches, about 15m40s left", "Evaluating: 12 of 100 batches, about 14m40s left",
-    ]  # fmt: skip
-    assert len(lines) == 16  # the last batch prints no line
+    with Progress("Evaluating", 100, "batches") as progress:
+        assert progress.line() == "Evaluating: 0 of 100 batches, 0s so far"
+        progress.update(6)
+        now[0] = 60
+        assert progress.line() == "Evaluating: 6 of 100 batches, 1m00s so far, about 15m40s left"
+    assert capsys.readouterr().out == ""  # it was done before a minute had passed
+    monkeypatch.setattr(terminal, "_PROGRESS_EVERY", 0.01)
     with Progress("Reading a\x1b file", None, "rows") as progress:
-        now[0] += 61
         progress.update(1000, note="3 failed")
-    assert capsys.readouterr().out == "Reading a\\x1b file: 1,000 rows, 3 failed\n"
+        time.sleep(0.2)
+    assert "Reading a\\x1b file: 1,000 rows, 0s so far, 3 failed\n" in capsys.readouterr().out
 
 
 IMPATIENT = """
@@ -252,29 +237,19 @@ def test_run_into_a_pipe_prints_lines_within_every_long_stretch(train_ok, tmp_pa
         assert line in before_training, line
 
 
-def test_time_left_counts_evaluations_and_saves_to_come():
-    """100 steps of 2 s, an evaluation of 300 s every 160 examples and at the end, saves of 10 s."""
+def test_time_left_is_that_at_the_speed_so_far_without_the_first_evaluation(monkeypatch):
+    """A resumed run of 1000 examples, which begins at 200, spends half its time on evaluations and saves."""
     now = [0.0]
-    left = TimeLeft(400, batch_size=4, eval_every=160, save_every=160, clock=lambda: now[0])
-
-    def spend(seconds: float, kind: str):
-        now[0] += seconds
-        left.tick(kind)
-
-    spend(300, "evaluation")  # the first one, before training
-    spend(2, "step")
-    assert left.seconds(4) == 99 * 2 + 3 * 300  # at 160, at 320 and at the end; the time of a save isn't known yet
-    for _ in range(39):
-        spend(2, "step")
-    assert left.seconds(160) == 60 * 2 + 3 * 300  # the evaluation at 160 comes after the line
-    spend(300, "evaluation")
-    spend(10, "save")
-    spend(2, "step")
-    assert left.seconds(164) == 59 * 2 + 2 * (300 + 10)
-    for _ in range(100):
-        spend(1, "step")  # faster now
-    assert left.seconds(200) == 50 * 1 + 2 * (300 + 10)
-    assert left.seconds(400) == 300 + 10
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    table = RunTable(1000, 1000, n_done=200)
+    now[0] = 500
+    table.evaluation(metrics(200, 0.5, 0.75))
+    now[0] += 40
+    assert table.left(240) == "12m40s"  # 40 seconds for 40 examples, 760 left
+    table.evaluation(metrics(240, 0.5, 0.75))
+    now[0] += 40
+    assert table.left(240) == "25m20s"
+    assert table.left(1000) == "0s"
 
 
 def test_loading_reports_every_minute_that_it_goes_on(monkeypatch, capsys):

@@ -5,12 +5,8 @@ import pytest
 
 from data.toy import (
     ALL_RESPONSES,
-    CLAUSE_COUNTS,
     PROMPTS,
-    all_long_responses,
     get_toy,
-    get_toy_length,
-    long_response_text,
     report,
     response_text,
     response_words,
@@ -82,25 +78,6 @@ def test_toy_variants_have_flipped_labels_or_fewer_pairs_or_preferred_targets():
     assert get_toy("test", n_train=300) == get_toy("test")
     for _, entry in get_toy("train", flipped=0.2, imitates_preferred=True):
         assert entry["sft_target"] == entry["responses"][entry["pairs"][0][0]]
-
-
-def test_length_tasks_labels_depend_on_reward_and_length():
-    words, clauses = all_long_responses()
-    of_text = {long_response_text(w, n): (true_reward(w), n) for w, n in zip(words, clauses, strict=True)}
-    assert len(of_text) == 256
-    margins, longer, preferred, counts = [], [], [], np.zeros(4)
-    for _, entry in get_toy_length("train"):
-        (r_first, n_first), (r_second, n_second) = (of_text[text] for text in entry["responses"])
-        margins.append(r_first - r_second)
-        longer.append(n_first - n_second)
-        preferred.append(entry["pairs"] == [(0, 1)])
-        counts[of_text[entry["sft_target"]][1]] += 1
-    np.testing.assert_allclose(counts / 20_000, CLAUSE_COUNTS, atol=0.017)
-    margins, longer, preferred = np.array(margins), np.array(longer), np.array(preferred)
-    for n in (-2, 0, 1):
-        chosen = longer == n
-        expected = (1 / (1 + np.exp(-margins[chosen] - 0.8 * n))).mean()
-        assert preferred[chosen].mean() == pytest.approx(expected, abs=5 * 0.5 / np.sqrt(chosen.sum()))
 
 
 def test_report_gives_mean_reward_and_share_outside_the_grammar_of_the_last_samples(tmp_path):

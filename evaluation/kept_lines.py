@@ -1,0 +1,33 @@
+"""Read the lines that an earlier command left in an output file, so that the same command only adds what is missing."""
+
+from collections.abc import Callable
+
+from basics.files import read_json_lines
+from utils import UserError
+
+
+def read_kept_lines(
+    path: str, what: str, settings: str, key_of: Callable[[dict], tuple]
+) -> tuple[dict[tuple, dict], int]:
+    """Read a file of JSON Lines, each of which has a hash of the settings that decided it.
+
+    Args:
+        what: the content of the file, for messages.
+        settings: the hash of today's settings.
+        key_of: returns a line's key; raises ValueError, KeyError or TypeError for a line of something else.
+
+    Returns: the last line with each key; and the size of the file (bytes) without a line that a crash cut off.
+    Raises: UserError if the file holds something else, or was written under other settings.
+    """
+    lines, size = {}, 0
+    try:
+        for line, end in read_json_lines(path):
+            key = key_of(line)
+            if line["settings"] != settings:
+                raise UserError(f"output={path} has {what} under other settings; give another file, or delete it")
+            lines[key], size = line, end
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"output={path}: it exists, but doesn't hold {what}; give another file") from None
+    return lines, size
