@@ -78,7 +78,8 @@ def _check_optimizer(config: DictConfig):
         name: value for name, value in classes.items()
         if issubclass(value, torch.optim.Optimizer) and value not in _OTHERS
     }  # fmt: skip
-    check_one_of("optimizer", config.optimizer, optimizers)
+    note = ", the optimizers of torch.optim that train with one gradient a step"
+    check_one_of("optimizer", config.optimizer, optimizers, note)
     accepted = dict(inspect.signature(optimizers[config.optimizer]).parameters)
     del accepted["params"], accepted["lr"]
     for name, value in OmegaConf.to_container(config.optimizer_args).items():
