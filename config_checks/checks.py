@@ -346,7 +346,8 @@ def _check_moving_reference(config: DictConfig):
 
 def _check_checkpoints(config: DictConfig):
     if config.keep_best is not None:
-        check_one_of("keep_best", config.keep_best, evaluation_metrics(find_loss(config.loss), config))
+        known = evaluation_metrics(find_loss(config.loss), config)
+        check_one_of("keep_best", config.keep_best, known, ", the metrics of these evaluations")
     check_one_of("checkpoint_format", config.checkpoint_format, ("whole", "sharded"))
     if config.checkpoint_async and config.checkpoint_format != "sharded":
         raise UserError(
