@@ -289,11 +289,15 @@ class BasicTrainer:
         with self.reference.active() as model:
             return self.response_logps(model, batch, until).to(self.device).chunk(2, dim=-1)  # it may be on another GPU
 
-    def loss_inputs(self, batch: dict, loss_config: Mapping) -> dict[str, torch.Tensor]:
-        """Return the inputs of a loss, (batch_size,) each: log-probabilities (nats), lengths (tokens) and weights."""
+    def loss_inputs(
+        self, batch: dict, policy_logps: torch.Tensor, until: torch.Tensor | None, loss_config: Mapping
+    ) -> dict[str, torch.Tensor]:
+        """Return the inputs of a loss, (batch_size,) each: log-probabilities (nats), lengths (tokens) and weights.
+
+        `policy_logps` and `until`: what `response_logps` returned for the policy, and was given.
+        """
         sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
-        until = shared_lengths(batch) if self.loss.needs_shared_logps(loss_config) else None
-        logps, inputs = {"policy": self.response_logps(self.policy, batch, until)}, {}
+        logps, inputs = {"policy": policy_logps}, {}
         if self.loss.needs_pairs:
             logps["reference"] = torch.cat(self.reference_logps(batch, until), -1)
         for model, of_model in logps.items():
@@ -329,13 +333,15 @@ class BasicTrainer:
             loss: that of a microbatch, if the loss needs the whole batch; None takes this batch for a whole one.
         """
         split, router_coef = "train" if train else "eval", self.config.model.router_aux_loss_coef
+        until = shared_lengths(batch) if self.loss.needs_shared_logps(loss_config) else None
         with contextlib.nullcontext() if router_coef is None else models.router_losses(self.policy) as aux_losses:
-            inputs = self.loss_inputs(batch, loss_config)
+            policy_logps = self.response_logps(self.policy, batch, until)
+        inputs = self.loss_inputs(batch, policy_logps, until, loss_config)
         loss = loss or self._loss_functions(batch, [batch], train)[0]
         losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}
         if router_coef is not None:
-            aux_loss = aux_losses[0].to(losses.device)  # of the policy's first forward pass
+            aux_loss = aux_losses[0].to(losses.device)
             losses = losses + router_coef * aux_loss
             metrics[f"aux_loss/{split}"] = aux_loss.detach().expand(len(losses))  # of the microbatch, for each example
         averaged = loss_config.get("average_log_prob", False)

@@ -14,7 +14,7 @@ import torch
 from data.batches import mismatched_batch
 from distributed import collectives
 from distributed.strategies import SingleProcess
-from log_probabilities import response_lengths
+from log_probabilities import response_lengths, shared_lengths
 from objectives.declaration import Result
 from utils import widest_dtype
 
@@ -37,9 +37,16 @@ def whole_batch_losses(trainer, batch: dict, microbatches: list[dict], train: bo
     if not loss.takes_whole_batch or (len(microbatches) == 1 and not trainer.is_sharded):
         return [compute] * len(microbatches)
     with torch.no_grad():
-        inputs = [trainer.loss_inputs(microbatch, trainer.config.loss) for microbatch in microbatches]
+        inputs = [_loss_inputs(trainer, microbatch) for microbatch in microbatches]
     counted = [trainer.counted(microbatch) for microbatch in microbatches]
     return _linearized(partial(compute, loss_config=trainer.config.loss), inputs, counted, trainer.strategy)
+
+
+def _loss_inputs(trainer, batch: dict) -> dict[str, torch.Tensor]:
+    """Return the inputs of a loss, with the policy's forward pass."""
+    until = shared_lengths(batch) if trainer.loss.needs_shared_logps(trainer.config.loss) else None
+    policy_logps = trainer.response_logps(trainer.policy, batch, until)
+    return trainer.loss_inputs(batch, policy_logps, until, trainer.config.loss)
 
 
 def estimate_kl(trainer, batch: dict) -> torch.Tensor:
