@@ -78,7 +78,8 @@ def _check_optimizer(config: DictConfig):
         name: value for name, value in classes.items()
         if issubclass(value, torch.optim.Optimizer) and value not in _OTHERS
     }  # fmt: skip
-    check_one_of("optimizer", config.optimizer, optimizers)
+    note = ", the optimizers of torch.optim that train with one gradient a step"
+    check_one_of("optimizer", config.optimizer, optimizers, note)
     accepted = dict(inspect.signature(optimizers[config.optimizer]).parameters)
     del accepted["params"], accepted["lr"]
     for name, value in OmegaConf.to_container(config.optimizer_args).items():
@@ -345,7 +346,8 @@ def _check_moving_reference(config: DictConfig):
 
 def _check_checkpoints(config: DictConfig):
     if config.keep_best is not None:
-        check_one_of("keep_best", config.keep_best, evaluation_metrics(find_loss(config.loss), config))
+        known = evaluation_metrics(find_loss(config.loss), config)
+        check_one_of("keep_best", config.keep_best, known, ", the metrics of these evaluations")
     check_one_of("checkpoint_format", config.checkpoint_format, ("whole", "sharded"))
     if config.checkpoint_async and config.checkpoint_format != "sharded":
         raise UserError(

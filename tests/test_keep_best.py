@@ -106,11 +106,20 @@ def test_workers_agree_on_the_best_checkpoint(trainer, launcher, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["keep_best=loss"], ["keep_best=loss: no metric of these evaluations. Did you mean loss/eval?"]),
-        (["keep_best=kl_eval/per_token", "sample_during_eval=false"], ["keep_best=kl_eval/per_token", "There are: "]),
+        (
+            ["keep_best=loss"],
+            ["keep_best=loss: must be one of", "the metrics of these evaluations. Did you mean loss/eval?"],
+        ),
+        (
+            ["keep_best=kl_eval/per_token", "sample_during_eval=false"],
+            ["keep_best=kl_eval/per_token: must be one of loss/eval, "],
+        ),
         (["keep_best=1"], ["keep_best=1: expected a string"]),
         (["stop_when_worse=0"], ["stop_when_worse=0: must be a number above 0"]),
-        (["loss=sft", "keep_best=rewards_eval/accuracies"], ["no metric of these evaluations"]),
+        (
+            ["loss=sft", "keep_best=rewards_eval/accuracies"],
+            ["keep_best=rewards_eval/accuracies: must be one of loss/eval, "],
+        ),
     ],
 )
 def test_unknown_metric_for_keep_best_is_refused(overrides, parts, train, tmp_path):
