@@ -31,11 +31,16 @@ REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 600  # seconds
 PRELOADED = (  # imports of scripts and their libraries, many of them lazy
-    "checkpointing.resume", "config_checks.checks", "config_checks.explanations", "config_checks.schema", "data.toy",
-    "datasets", "distributed.fsdp", "distributed.tensor_parallel", "hydra._internal.hydra", "hydra.core.plugins",
-    "hydra.main", "peft", "commands.sweeps", "trainers", "transformers.conversion_mapping",
-    "transformers.models.gpt_neox.modeling_gpt_neox",
+    "checkpointing.resume", "config_checks.checks", "config_checks.explanations", "config_checks.schema",
+    "data.report", "data.toy", "datasets", "distributed.fsdp", "distributed.tensor_parallel",
+    "hydra._internal.hydra", "hydra.core.plugins", "hydra.main", "peft", "commands.sweeps", "trainers",
+    "transformers.conversion_mapping", "transformers.models.gpt_neox.modeling_gpt_neox",
 )  # fmt: skip
+
+
+def measure_few_prompts():
+    """Tokenize 500 prompts of toy for the data report, not 10,000, which take longer than a test's training."""
+    importlib.import_module("data.report")._MEASURED = 500
 
 
 @contextlib.contextmanager
@@ -213,6 +218,7 @@ class Server:
         modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("")  # makes and keeps those of all
         modules["hydra.core.plugins"].Plugins.instance()  # looks for them
         modules["config_checks.schema"].default_config()
+        measure_few_prompts()
         for split in ("train", "test"):
             modules["data.toy"].get_toy(split)
         gc.freeze()  # otherwise garbage collection would copy this memory in each child
