@@ -39,7 +39,7 @@ from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
 from config_checks.schema import changed_keys
-from distributed import collectives, environment, launch
+from distributed import collectives, connection, environment, launch
 from optimization import rate_warning
 from preference_datasets import open_batches
 from reporting.runs import last_evaluation
@@ -58,7 +58,8 @@ def run(config: DictConfig) -> tuple[dict[str, float], str]:
     if in_sweep() and "exp_name" not in (varied := job_overrides()):  # wandb tells jobs apart by their names
         config.exp_name = " ".join([str(config.exp_name), *(f"{key}={value}" for key, value in varied.items())])
     with contextlib.ExitStack() as stack:
-        stack.enter_context(launch.joined_group(config))
+        if environment.is_launched():
+            stack.enter_context(connection.process_group(config.worker_timeout))
         checked = (config, *check_and_lock(config, run_dir_given, stack)) if on_rank0() else None
         config, checkpoint, is_finished, file_hashes = collectives.broadcast_object(checked)
         if is_finished:

@@ -1,5 +1,6 @@
 """Config for commands that work on a run: the run's config, plus the command's own keys."""
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from commands.run_directory import parsed
 from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.schema import FREE_KEYS, expand_home, own_keys
-from distributed import collectives, launch
+from distributed import collectives, connection, environment, launch
 from utils import UserError, closest_sibling, on_rank0
 
 
@@ -93,7 +94,8 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
     given = _given_keys()
     own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})
     config = _config_without(config, own)
-    with launch.joined_group(config):
+    is_launched = environment.is_launched()
+    with connection.process_group(config.worker_timeout) if is_launched else contextlib.nullcontext():
         prepared = None
         if on_rank0():
             check_config(config, reads_data=own.get("prompts") is None)

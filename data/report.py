@@ -41,7 +41,12 @@ def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
     """Return lines that list rows read and dropped, lengths, and truncation of a split."""
     prepared = [part for part in batches.prompts.datasets if isinstance(part, PreparedPrompts)]
     lines = [line for part in prepared for line in _row_lines(part, split)]
-    prompts, responses, note = _all_lengths(batches, tokenizer)
+    measured, note = [], ""
+    for part in batches.prompts.datasets:
+        step = 1 if isinstance(part, PreparedPrompts) else -(-len(part) // _MEASURED)
+        note = note or (f", one prompt in {step}" if step > 1 else "")
+        measured.append(example_lengths(part, batches.sft_mode, tokenizer, step)[:2])
+    prompts, responses = (np.concatenate(values) for values in zip(*measured, strict=True))
     prompts = prompts + int(batches.lengths["add_bos"])
     quantiles = "/".join(f"{q:.0%}" for q in _QUANTILES[:-1])
     of_prompts, of_responses = (
@@ -103,16 +108,6 @@ def _label_line(part: PreparedPrompts, split: str) -> str:
     counted = ", ".join(f"{count:,} {label}" for label, count in part.n_labelled.items())
     repeated = f"; each {rarer} one is used {n / n_rarer:.3g} times per epoch" if n > n_rarer else ""
     return f"{part.dataset} ({split}): {counted} responses{repeated}"
-
-
-def _all_lengths(batches: BatchIterator, tokenizer) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return the lengths of prompts and longer responses of all datasets, and a note if they are a sample."""
-    measured, note = [], ""
-    for part in batches.prompts.datasets:
-        step = 1 if isinstance(part, PreparedPrompts) else -(-len(part) // _MEASURED)
-        note = note or (f", one prompt in {step}" if step > 1 else "")
-        measured.append(example_lengths(part, batches.sft_mode, tokenizer, step)[:2])
-    return *(np.concatenate(values) for values in zip(*measured, strict=True)), note
 
 
 def _truncation(prompts: np.ndarray, responses: np.ndarray, max_length: int, max_prompt_length: int, **_) -> str:

@@ -19,17 +19,11 @@ from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from basics.printing import printable
-from distributed import connection
 from distributed.environment import is_launched
 from distributed.strategies import STRATEGIES
 from utils import UserError, signals_handled
 
 _GRACE_PERIOD = 1.0  # seconds; once a worker has failed, the others get this long to exit before they are killed
-
-
-def joined_group(config: DictConfig) -> contextlib.AbstractContextManager:
-    """Join the process group if a launcher started this process; otherwise do nothing."""
-    return connection.process_group(config.worker_timeout) if is_launched() else contextlib.nullcontext()
 
 
 def must_start_workers(config: DictConfig) -> bool:
