@@ -66,6 +66,11 @@ def markdown_code(text: object) -> str:
     return f"{fence}{space}{line}{space}{fence}"
 
 
+def counted(n: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: 1 step, 2 steps, 3 batches (with the plural `batches`)."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
 def rank0_print(*args, **kwargs):
     """Print on rank 0 only, above a progress bar if there is one."""
     if on_rank0():

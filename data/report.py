@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from basics.printing import printable, uses_color
+from basics.printing import counted, printable, uses_color
 from data import chat
 from data.batches import BatchIterator, Prompt, chosen_and_rejected
 from data.prepared import PreparedPrompts
@@ -178,9 +178,10 @@ def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):
         dropped = f"; dropped {train.n_dropped} examples that don't fill a batch" if train.n_dropped else ""
         rank0_print(
             f"Training data: {train.epoch_size} examples per epoch in batches of {train.batch_size}{dropped}; "
-            f"{train.n_batches} steps in total"
+            f"{counted(train.n_batches, 'step')} in total"
         )
-    rank0_print(f"Evaluation data: {test.n_examples} examples, each once, in {test.n_batches} batches")
+    n_batches = counted(test.n_batches, "batch", "batches")
+    rank0_print(f"Evaluation data: {counted(test.n_examples, 'example')}, each once, in {n_batches}")
     if not test.lengths["add_bos"] and (n_empty := sum(map(count_empty_prompts, opened.values()))):
         rank0_print(
             f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, so it isn't "

@@ -175,8 +175,8 @@ _OF_TARGETS = {  # in SFT
 }  # fmt: skip
 _LEFT_OUT_FIRST = ("epoch", "lr", "rejected", "grad", "margin")  # where a terminal is narrow
 _EXPLANATION = (
-    "Each line gives means over the steps since the line before. {}; left: time to the end, with evaluations and "
-    "saves. See docs/metrics.md"
+    "Each line gives means over the steps since the line before. {}; left: time to the end at the speed so far. See "
+    "docs/metrics.md"
 )
 _ABOUT_PAIRS = (
     "acc.: pairs whose chosen response has the larger reward; margin: of the rewards; chosen, rejected: "

@@ -60,10 +60,10 @@ class Throughput:
 
 def peak_memory() -> str:
     """Return this process's peak memory in words."""
-    parts = [f"{_peak_bytes() / 1e9:.1f} GB of the host's"]
+    parts = [f"{_peak_bytes() / 1e9:.1f} GB of host memory"]
     if torch.cuda.is_available():
         gpus = [torch.cuda.max_memory_allocated(gpu) / 1e9 for gpu in range(torch.cuda.device_count())]
-        parts.append(f"{max(gpus):.1f} GB of a GPU's")
+        parts.append(f"{max(gpus):.1f} GB of GPU memory")
     return ", ".join(parts)
 
 
