@@ -331,7 +331,7 @@ def test_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(make_t
     [
         (["reference=adapter_off"], "the policy has no adapter; possible are: model"),
         ([*LORA, "reference=adapter_copy"], "a new adapter; possible are: adapter_off, model"),
-        (["reference=modle"], "must be auto, model, adapter_off or adapter_copy"),
+        (["reference=modle"], "must be one of auto, model, adapter_off, adapter_copy. Did you mean model?"),
         (["loss=sft", "reference=model"], "loss=sft uses no reference"),
         (["loss.reference_free=true", "precompute_ref_log_probs=true"], "reference_free uses no reference"),
         (["lora=8"], "lora=8: expected fields of LoraConfig"),
