@@ -13,33 +13,35 @@ from evaluation import sampling
 from trainers import make_trainer
 
 
-def printed(directory: str, trainer_name: str, evaluation_seconds: float) -> str:
-    """Return what is printed during two rounds of sampling from 4 prompts, in 2 batches."""
+def printed(directory: str, trainer_name: str, *evaluation_seconds: float) -> list[str]:
+    """Return what two rounds of sampling from 4 prompts print, for each number of seconds that an evaluation took."""
     config = compose_config(
         "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "max_length=72", "max_prompt_length=64",
         "n_eval_examples=4", "eval_batch_size=2", "n_eval_model_samples=4", f"local_dirs=[{directory}/cache]",
-        f"local_run_dir={directory}/{evaluation_seconds}", f"trainer={trainer_name}", "wandb.enabled=false",
+        f"local_run_dir={directory}/run", f"trainer={trainer_name}", "wandb.enabled=false",
     )  # fmt: skip
     OmegaConf.resolve(config)
     check_config(config)
     trainer = make_trainer(config, purpose="evaluate")
     sampling.NOTABLE_SECONDS = 0.0
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        for _ in range(2):
-            samples, _ = sampling.sample_evaluation(trainer, evaluation_seconds)
-            assert len(samples) == 8
-    return output.getvalue()
+    outputs = []
+    for seconds in evaluation_seconds:
+        trainer.run_dir = f"{directory}/{seconds}"
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            for _ in range(2):
+                samples, _ = sampling.sample_evaluation(trainer, seconds)
+                assert len(samples) == 8
+        outputs.append(output.getvalue())
+    return outputs
 
 
 def test_sampling_that_took_longer_than_the_evaluation_warns_once(in_workers, tmp_path):
-    first, second = in_workers(2, printed, str(tmp_path), "FSDPTrainer", 0.0)
+    (first, quick), of_second_worker = in_workers(2, printed, str(tmp_path), "FSDPTrainer", 0.0, 1e6)
     assert first.count("WARNING: drawing samples took") == 1
     assert "trainer=FSDPTrainer" in first and "sample.py with engine=vllm" in first
-    assert "WARNING" not in second
-    quick, _ = in_workers(2, printed, str(tmp_path), "FSDPTrainer", 1e6)
-    assert "WARNING" not in quick
+    assert "WARNING" not in quick + "".join(of_second_worker)
 
 
 @pytest.mark.exhaustive
 def test_sampling_in_one_process_warns_of_nothing(tmp_path):
-    assert "WARNING" not in printed(str(tmp_path), "BasicTrainer", 0.0)
+    assert "WARNING" not in printed(str(tmp_path), "BasicTrainer", 0.0)[0]

@@ -74,6 +74,7 @@ def test_optuna_minimizes_the_loss_and_gets_the_result_of_a_repeated_trial(launc
     assert f"loss.beta={best['best_params']['loss.beta']}" == min(results, key=results.get)
 
 
+@pytest.mark.exhaustive
 def test_optuna_maximizes_the_metric_that_keep_best_names(launcher, tmp_path):
     words = [
         "-m",

@@ -94,6 +94,7 @@ def test_symptom_links_exist_in_the_docs():
     assert {*SHOWN, "always-clipped"} <= anchors
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_overfitting_run_reports_it(launcher, tmp_path):
     """Trained for many epochs on a few pairs of the toy data."""
