@@ -104,7 +104,7 @@ def test_wandb_records_a_failed_run_with_its_values(train, tmp_path, no_account)
 
 @pytest.mark.exhaustive
 def test_wandb_records_each_sweep_job_as_a_run(train_ok, tmp_path, no_account):
-    short = ["n_examples=4", "sample_during_eval=false", "do_first_eval=false", "loss=dpo", "loss.beta=0.1,0.5"]
+    short = ["n_examples=8", "sample_during_eval=false", "do_first_eval=false", "loss=dpo", "loss.beta=0.1,0.5"]
     output = train_ok("-m", *RUN, *short, f"hydra.sweep.dir={tmp_path}/sweep", env=no_account)
     assert "WARNING" not in output
     first, second = offline_runs(tmp_path / "sweep")
