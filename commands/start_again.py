@@ -1,6 +1,5 @@
 """Start a run again from another run's config.yaml: `python train.py --config-path RUN`."""
 
-import argparse
 import os
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -10,9 +9,7 @@ from basics.saved_config import read_saved_config
 from config_checks.schema import changed_keys
 from utils import UserError
 
-_OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # two of Hydra's options
-_OPTIONS.add_argument("--config-path", "-cp", dest="path", default="")
-_OPTIONS.add_argument("--config-name", "-cn", dest="name", default="config")
+_PATH, _NAME = ("--config-path", "-cp"), ("--config-name", "-cn")  # options of Hydra's
 # keys of one run alone, and a key that no file may set: it allows code to be run
 _LEFT_OUT = ("resume", "resume_anyway", "data_only", "model.trust_remote_code")
 
@@ -24,9 +21,9 @@ def with_config_of_run(words: list[str]) -> list[str]:
 
     Raises: UserError if the file can't be read.
     """
-    option, rest = _OPTIONS.parse_known_args(words)
-    file = os.path.join(os.path.expanduser(option.path), "config.yaml")
-    if not option.path or option.name.removesuffix(".yaml") != "config" or not os.path.isfile(file):
+    path, name, rest = _config_options(words)
+    file = os.path.join(os.path.expanduser(path), "config.yaml")
+    if not path or name.removesuffix(".yaml") != "config" or not os.path.isfile(file):
         return words
     try:
         config = read_saved_config(file)
@@ -34,7 +31,7 @@ def with_config_of_run(words: list[str]) -> list[str]:
             return words
         settings = {key: value for key, value in changed_keys(config).items() if key not in _LEFT_OUT}
     except Exception as error:  # the YAML library raises errors of any kind
-        raise UserError(f"--config-path {option.path}: can't read its config.yaml: {one_line(error)}") from error
+        raise UserError(f"--config-path {path}: can't read its config.yaml: {one_line(error)}") from error
     given = {word.lstrip("+~").partition("=")[0] for word in rest}
     groups = {"model": "blank_model", "loss": settings.pop("loss.name")}
     settings = {key: value for key, value in settings.items() if key.split(".")[0] not in given & groups.keys()}
@@ -42,6 +39,22 @@ def with_config_of_run(words: list[str]) -> list[str]:
     overrides += [f"{key}={as_typed(value)}" for key, value in settings.items()]
     first = next((n for n, word in enumerate(rest) if "=" in word and not word.startswith("-")), len(rest))
     return rest[:first] + overrides + rest[first:]  # after Hydra's options
+
+
+def _config_options(words: list[str]) -> tuple[str, str, list[str]]:
+    """Return the values of Hydra's two options, and the other words.
+
+    argparse can't be used: it takes another option of Hydra's, `-c`, for an abbreviation of these.
+    """
+    path, name, rest, ahead = "", "config", [], iter(words)
+    for word in ahead:
+        option, is_joined, value = word.partition("=")
+        if option not in _PATH + _NAME:
+            rest.append(word)
+            continue
+        value = value if is_joined else next(ahead, "")
+        path, name = (value, name) if option in _PATH else (path, value)
+    return path, name, rest
 
 
 def as_typed(value: object) -> str:

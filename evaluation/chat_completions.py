@@ -182,7 +182,7 @@ class ChatCompletions:
         import urllib3
 
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **self.arguments}
-        data = json.dumps(body).encode()  # which escapes half surrogate pairs
+        data = json.dumps(body).encode()  # dumps escapes lone surrogates
         try:
             with requests.post(
                 self.endpoint.completions_url, data=data, headers={"Content-Type": "application/json"},

@@ -1,4 +1,4 @@
-"""Where responses come from, and how far their model is from its reference (KL divergence)."""
+"""Tell where responses come from, and how far their model is from its reference (KL divergence)."""
 
 import dataclasses
 import hashlib

@@ -45,7 +45,7 @@ ASCII = "import sys\nfor stream in (sys.stdout, sys.stderr):\n    stream.reconfi
 
 @pytest.fixture(params=exhaustive_except(["streams", "locale"], "streams"))
 def how(request) -> str:
-    """What is ASCII: the streams, as with PYTHONIOENCODING, or the whole process, whose locale has nothing else."""
+    """Return what is limited to ASCII: the streams, as by PYTHONIOENCODING, or the locale, and so the whole process."""
     return request.param
 
 

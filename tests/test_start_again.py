@@ -71,6 +71,11 @@ def test_another_model_or_loss_brings_its_own_options(tmp_path):
     assert (again.model.name_or_path, again.model.from_scratch) == ("gpt2-xl", False)
 
 
+def test_hydras_other_options_stay_before_the_settings(tmp_path):
+    words = with_config_of_run(["-cp", saved(tmp_path), "-c", "job", "lr=1"])
+    assert words[:2] == ["-c", "job"] and words[-1] == "lr=1" and "loss=dpo" in words
+
+
 def test_other_folders_of_configs_are_left_to_hydra(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own/config.yaml").write_text("defaults:\n- _self_\nlr: 1\nmodel: {}\nloss: {}\ndatasets: []\n")
