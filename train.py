@@ -120,7 +120,8 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
     Args:
         file_hashes: fingerprints of the files that the run starts from.
     """
-    from trainers import make_trainer  # takes seconds to import
+    from checkpointing.restoring import resume_training  # these two take seconds to import
+    from trainers import make_trainer
 
     trainer, run_dir = make_trainer(config), config.local_run_dir
     # the fingerprints of the data, and of models from the hub, are known only now
@@ -130,7 +131,7 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
             if config.precompute_ref_log_probs:
                 trainer.precompute_reference()
             if checkpoint is not None:
-                trainer.resume(checkpoint)
+                resume_training(trainer, checkpoint)
         if trainer.state.complete and is_last(checkpoint):  # under the settings of now, not those it was written under
             rank0_print(f"This run is complete: {checkpoint}")
             return

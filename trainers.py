@@ -1,7 +1,6 @@
 """The training loop, and the trainers, which differ only in where a model's tensors live."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import time
@@ -16,7 +15,6 @@ import models
 import references
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
-from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.out_of_memory import out_of_memory_explained
 from acceleration.overflow import check_no_overflow
@@ -26,9 +24,8 @@ from acceleration.speed_up import speed_up
 from acceleration.whole_batch_losses import whole_batch_losses
 from checkpointing import best, train_state
 from checkpointing.background import Background
-from checkpointing.checkpoints import check_shared, load_model_state, load_policy_state
-from checkpointing.optimizer_state import load_optimizer_state
-from checkpointing.saving import begin_save, is_over, save_step
+from checkpointing.checkpoints import check_shared
+from checkpointing.saving import begin_save, save_step
 from checkpointing.stop_signal import Stopped, StopSignal
 from commands.output import quiet_libraries
 from config_checks.datasets import chosen_datasets, hub_names
@@ -56,7 +53,6 @@ from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
 from utils import (
-    UserError,
     get_block_class_from_model,
     get_local_dir,
     on_device,
@@ -550,36 +546,6 @@ class BasicTrainer:
         """Write a checkpoint to `output_dir`, by default LATEST; `metrics` replaces those of the last evaluation."""
         begin_save(self, output_dir or os.path.join(self.run_dir, "LATEST"), metrics)
         self.background.wait()
-
-    def resume(self, checkpoint: str):
-        """Restore the state of training from a checkpoint.
-
-        Raises: UserError if it doesn't fit the model, is beyond the end of training, or has no optimizer state.
-        """
-        self.precompute_reference()  # before the weights change: it starts from the same ones
-        state, n_batches = train_state.TrainState.load(checkpoint), self.train_iterator.n_batches
-        if state.batches > n_batches:
-            raise UserError(
-                f"{checkpoint} is after step {state.batches}, but n_epochs={self.config.n_epochs} "
-                f"n_examples={self.config.n_examples} end the run at step {n_batches}"
-            )
-        rank0_print(f"Resuming from {checkpoint}: {state.examples} examples, {state.updates} steps")
-        self.load_checkpoint(checkpoint)
-        load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
-        if self.config.max_tokens_per_microbatch is None:
-            self.max_tokens, warning = resumed_cap(state.max_tokens, self.max_tokens)
-            if warning:
-                rank0_print(warning)
-        self.state.complete = self.state.complete and is_over(self)
-
-    def load_checkpoint(self, checkpoint: str):
-        """Load the policy, a reference that moves, and the counters from a checkpoint of this run."""
-        load_policy_state(checkpoint, self.policy)
-        if self.moves_reference:
-            load_model_state(checkpoint, "reference", self.reference.model)
-        self.state = dataclasses.replace(train_state.TrainState.load(checkpoint), inputs=self.state.inputs)
-        averages = self.state.loss_memory.items()
-        self.loss_memory = Memory({name: torch.tensor(value, dtype=torch.float64) for name, value in averages})
 
 
 class FSDPTrainer(BasicTrainer):
