@@ -146,7 +146,7 @@ def adapter(launcher, models) -> str:
     return f"{run_dir}/LATEST"
 
 
-SAMPLING = ["sample_during_eval=true", "n_eval_model_samples=5", "do_first_eval=false", "loss=dpo", "max_length=80"]
+SAMPLING = ["max_prompt_length=32", "sample_during_eval=true", "n_eval_model_samples=5", "do_first_eval=false", "loss=dpo", "max_length=40"]
 
 
 @pytest.mark.parametrize(

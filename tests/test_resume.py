@@ -101,7 +101,7 @@ KINDS = {
         "loss=dpo", *TWO_EPOCHS, "model.adapter={adapter}", "precompute_ref_log_probs=true",
     ],
 }  # fmt: skip
-MOMENTS = {"dpo": ["saving", "loading", "training"]}
+MOMENTS = {"dpo": ["saving", "training"]}
 
 
 @pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo"))
@@ -131,7 +131,7 @@ def test_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launc
 
 
 SIGNALLED = {  # time of the signal: overrides, and the lines of the log before and after it
-    "evaluation": (["n_eval_examples=200", "n_examples=16"], "Writing to", "eval 0 "),
+    "evaluation": (["n_eval_examples=100", "n_examples=8"], "Writing to", "eval 0 "),
     "sampling": (["n_eval_model_samples=16", "n_eval_examples=16", "n_examples=16"], "Writing to", "eval 0 "),
     "training": (["do_first_eval=false", "n_examples=200", "eval_every=480"], "First step: ", "eval 200 "),
 }  # fmt: skip
