@@ -16,7 +16,7 @@ TOY = [
     "datasets=[toy]",
     "n_eval_examples=16",
     "n_eval_model_samples=2",
-    "max_length=64",
+    "max_length=40",
     "max_prompt_length=32",
 ]
 CHECKPOINT_FILES = [
@@ -195,8 +195,9 @@ def test_loading_error_names_key_and_remedy(name, refusal, tmp_path, broken_file
 
 def test_infinite_loss_stops_with_step_and_prompts_and_keeps_the_log(train, tmp_path):
     result = train(
-        *SHORT, "lr=1e30", "optimizer=SGD", "max_grad_norm=1e30", "warmup_steps=0", f"local_run_dir={tmp_path}/run"
-    )
+        *SHORT, "lr=1e30", "optimizer=SGD", "max_grad_norm=1e30", "warmup_steps=0", "sample_during_eval=false",
+        f"local_run_dir={tmp_path}/run",
+    )  # fmt: skip
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     message = result.stderr[result.stderr.index("error: ") :]
@@ -362,7 +363,9 @@ def test_model_that_cannot_share_prompts_trains_without_or_is_refused(train, tmp
 )  # fmt: skip
 def test_tilde_is_the_home_directory_in_every_path(word, train, tmp_path):
     (tmp_path / "home").mkdir()
-    result = train(*SHORT, "debug=true", *shlex.split(word), env={"HOME": f"{tmp_path}/home"})
+    result = train(
+        *SHORT, "debug=true", "sample_during_eval=false", *shlex.split(word), env={"HOME": f"{tmp_path}/home"}
+    )
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("~")]
     assert "~" not in result.stderr, result.stderr
     if result.returncode:  # no such file: the message has the whole path

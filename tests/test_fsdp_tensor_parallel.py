@@ -145,15 +145,23 @@ WAY = [
     (4, MESH),
     (1, ["trainer=BasicTrainer"]),
 ]
+SHORT_WAY = [*WAY[:2], WAY[-1]]
 
 
-@pytest.mark.parametrize("case", exhaustive_except(list(CASES)[1:], "adapter of the fused gpt2"))
-def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, models, in_workers, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "way"),
+    exhaustive_except(
+        [("adapter of the fused gpt2", SHORT_WAY), *((case, WAY) for case in list(CASES)[1:])],
+        lambda case: case[1] is SHORT_WAY,
+    ),
+    ids=str,
+)
+def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, way, models, in_workers, tmp_path):
     words = [word.format(**models) for word in CASES[case]]
     trained(words, str(tmp_path / "start"))
     checkpoint, draws = tmp_path / "start/saved", []
-    for leg, (n_workers, trainer) in enumerate(WAY):
-        form = "sharded" if leg in (1, 2) else "whole"
+    for leg, (n_workers, trainer) in enumerate(way):
+        form = "sharded" if leg in (1, 2) and n_workers > 1 else "whole"
         args = passed_on, [*words, *trainer, f"checkpoint_format={form}"], str(checkpoint), str(tmp_path / f"leg-{leg}")
         draws.append(in_workers(n_workers, *args) if n_workers > 1 else [args[0](*args[1:])])
         checkpoint = tmp_path / f"leg-{leg}/saved"
@@ -164,7 +172,7 @@ def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, models, in_
     assert first != second
     # workers that compute together draw the same
     assert draws[1] == [first, first, second, second]
-    assert draws[2] == [first, first]
+    assert draws[2] in ([first, first], [first])
 
 
 @pytest.mark.parametrize(

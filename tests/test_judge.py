@@ -388,7 +388,7 @@ def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, lau
         return endpoint.longer(number, a, b)
 
     endpoint.answer, released = answer, threading.Event()
-    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=2")
+    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=1")
     released.set()
     first, again = (moment for moment, seen in zip(endpoint.moments, endpoint.seen, strict=True) if seen[0] == 0)
     assert again - first >= 2  # as Retry-After says; the default is a second

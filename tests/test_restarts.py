@@ -92,8 +92,8 @@ def crash_machine(agents: Agents):
 # With static rendezvous an agent learns of a frozen worker only from its own other ones. With torchrun.sh's
 # settings alone a new agent finds the others.
 CASES = [
-    (kill, "static", 1, 1), (kill, "c10d", 2, 1), (freeze, "static", 1, 2), (kill, "static", 2, 2), (freeze, "c10d", 2, 2),
-    (crash_machine, "torchrun.sh", 2, 1),
+    (kill, "static", 1, 1), (kill, "c10d", 2, 1), (freeze, "static", 1, 2), (kill, "static", 2, 2),
+    (freeze, "c10d", 2, 2), (crash_machine, "torchrun.sh", 2, 1),
 ]  # fmt: skip
 
 
