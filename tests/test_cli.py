@@ -148,7 +148,7 @@ LOADING_ERRORS = {  # the model is tiny unless one is named
     "row without a field": (["datasets=[hh]", "dataset_paths.hh=no_field"], ["[hh], train split, row 0", "'rejected'"]),
     "row with an empty field": (["datasets=[hh]", "dataset_paths.hh=no_value"], ["[hh], train split, row 2", "empty"]),
     "row with the end token": (["datasets=[hh]", "dataset_paths.hh=eos"], ["train split, row 2", "<|endoftext|>"]),
-    "less than one batch": (["datasets=[toy]", "batch_size=30000", "eval_every=30000"], ["20000 ", "batch_size"]),
+    "less than one batch": (["datasets=[toy]", "batch_size=30000", "eval_every=30000"], ["2000 ", "batch_size"]),
     "unreadable archive": (["datasets=[toy]", "model.archive=garbage.pt"], ["garbage.pt", "can't read it"]),
     "archive without a state": (["datasets=[toy]", "model.archive=bare_state.pt"], ["bare_state.pt", "can't read it"]),
     "archive with code": (["datasets=[toy]", "model.archive=code.pt"], ["code.pt", "can't read it"]),
