@@ -19,7 +19,8 @@ from basics.outputs import MODEL_INDEX, SHARDS, Output, check_outputs, is_sharde
 from checkpointing.atomic_directory import CARD, atomic_directory
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.model_card import write_card
-from checkpointing.resume import check_models_unchanged, find_checkpoints
+from checkpointing.resume import find_checkpoints
+from checkpointing.same_run import check_models_unchanged
 from checkpointing.train_state import read_state_json
 from commands import command_line
 from commands.output import quiet_libraries

@@ -15,16 +15,14 @@ from acceleration.out_of_memory import out_of_memory_explained
 from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
-    changed_inputs,
     check_restartable,
-    check_same_run,
     find_checkpoint,
     is_complete,
     is_last,
     locate_run,
-    refuse_changed_inputs,
     resume_hinted,
 )
+from checkpointing.same_run import changed_inputs, check_same_run, refuse_changed_inputs
 from checkpointing.stop_signal import Stopped
 from commands import command_line
 from commands.command_line import compose_config  # noqa: F401 (for users: `run(compose_config(...))`)

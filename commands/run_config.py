@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from basics.printing import one_line
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
-from checkpointing.resume import check_models_unchanged, find_checkpoints
+from checkpointing.resume import find_checkpoints
+from checkpointing.same_run import check_models_unchanged
 from commands.run_directory import parsed
 from commands.workers import run_in_workers
 from config_checks.checks import check_config
