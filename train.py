@@ -16,7 +16,7 @@ from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
     check_restartable,
-    find_checkpoint,
+    checkpoint_to_resume,
     is_complete,
     is_last,
     locate_run,
@@ -89,7 +89,7 @@ def check_and_lock(
     check_outputs([Output("local_run_dir", config.local_run_dir, new_run if config.resume is None else resumed_run)])
     checkpoint, file_hashes = None, fingerprints.file_fingerprints(config)
     if config.resume is not None:
-        checkpoint = find_checkpoint(config)
+        checkpoint = checkpoint_to_resume(config)
         check_same_run(config, checkpoint, file_hashes)
     changed = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(changed_keys(config))), "  ")
     rank0_print(f"Config keys that differ from the defaults (config.yaml will list all keys):\n{changed}")

@@ -17,7 +17,7 @@ from checkpointing.train_state import read_state_json, training_settings
 from distributed import environment
 from utils import UserError, rank0_print
 
-SWEEP = "DPO_SWEEP"  # an environment variable of all processes of a sweep and its jobs
+SWEEP = "DPO_SWEEP"  # environment variable, set in all processes of a sweep
 
 
 def _examples(checkpoint: str) -> int:
@@ -43,11 +43,11 @@ def locate_run(config: DictConfig, run_dir_given: bool):
     Args:
         run_dir_given: the user gave `local_run_dir`.
 
-    Raises: UserError if there is no such directory, or the two contradict each other.
+    Raises: UserError if there is no such directory, or if the user gave another `local_run_dir`.
     """
     if config.resume == "auto":
         if not run_dir_given:
-            raise UserError("resume=auto resumes the run in local_run_dir: give that, too, the same every time")
+            raise UserError("resume=auto resumes the run in local_run_dir: give local_run_dir, too, always the same")
         return
     path = os.path.abspath(config.resume)
     if not os.path.isdir(path):
@@ -71,7 +71,7 @@ def locate_run(config: DictConfig, run_dir_given: bool):
 
 
 def check_restartable(config: DictConfig, run_dir_given: bool):
-    """Refuse a command that, if its launcher restarts it, would begin the run again instead of resuming it.
+    """Refuse a command that, restarted by its launcher, would begin the run again instead of resuming it.
 
     Raises: UserError naming the remedy.
     """
@@ -79,17 +79,17 @@ def check_restartable(config: DictConfig, run_dir_given: bool):
         return
     if config.resume is not None and is_run(config.resume):
         return
-    anew = "in a new directory" if not run_dir_given else f"with resume={config.resume or 'null'}"
+    where = "in a new directory" if not run_dir_given else f"with resume={config.resume or 'null'}"
     raise UserError(
-        f"the launcher restarts a failed run (torchrun --max-restarts={restarts}), which would begin again {anew}: "
+        f"the launcher restarts a failed run (torchrun --max-restarts={restarts}), which would begin again {where}: "
         "give resume=auto and local_run_dir=DIR, the same for every attempt and machine, or use --max-restarts=0"
     )
 
 
-def find_checkpoint(config: DictConfig) -> str | None:
+def checkpoint_to_resume(config: DictConfig) -> str | None:
     """Return the undamaged checkpoint to resume from; None to start from the beginning.
 
-    Raises: UserError if there is none, if it is damaged, or if the run has later ones.
+    Raises: UserError if there is no checkpoint, if it is damaged, or if the run has later ones.
     """
     run_dir = config.local_run_dir
     if not os.path.isdir(run_dir):
@@ -106,6 +106,7 @@ def find_checkpoint(config: DictConfig) -> str | None:
 
 
 def _newest_whole(run_dir: str) -> str | None:
+    """Return the newest undamaged checkpoint; None if there are no checkpoints."""
     damaged = []
     for path in _newest_first(run_dir):
         reason = find_corruption(path)
@@ -138,7 +139,7 @@ def _given_checkpoint(config: DictConfig, path: str) -> str:
 
 
 def resume_command(keys: dict[str, str | None]) -> str:
-    """Return this process's command with these keys set to other values, or left out where the value is None."""
+    """Return this process's command line with these keys set, or removed where the value is None."""
     words = [word for word in sys.argv[1:] if word.lstrip("+").split("=")[0] not in keys]
     words += [f"{key}={quoted(value)}" for key, value in keys.items() if value is not None]
     command = shlex.join([sys.argv[0], *words])
@@ -146,12 +147,12 @@ def resume_command(keys: dict[str, str | None]) -> str:
 
 
 def quoted(path: str) -> str:
-    """Return a path as Hydra reads it in an override."""
+    """Quote a path for an override, if Hydra's grammar requires it."""
     return path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def resume_hint(run_dir: str) -> str:
-    """Return the last line that a run prints if it ends early: its last checkpoint, and how to resume from it."""
+    """Return the line that a run prints last if it ends early: its last checkpoint, and how to resume from it."""
     for path in _newest_first(run_dir):
         if os.path.exists(os.path.join(path, CHECKSUMS)):
             if SWEEP in os.environ:  # the sweep says how to resume all its jobs
@@ -162,13 +163,13 @@ def resume_hint(run_dir: str) -> str:
 
 
 def is_complete(config: DictConfig, checkpoint: str) -> bool:
-    """True if training under exactly this config ended with this checkpoint, so that nothing is left to do."""
+    """True if this checkpoint ended a run under exactly this config, so that nothing is left to do."""
     saved = read_state_json(checkpoint)
     return is_last(checkpoint) and saved.get("complete") is True and saved.get("config") == training_settings(config)
 
 
 def is_last(checkpoint: str) -> bool:
-    """True for the checkpoint that a run writes last: LATEST, even after a step-N at the end of training."""
+    """True for LATEST, which a run writes last, after any step-N."""
     return os.path.basename(checkpoint) == "LATEST"
 
 
@@ -188,7 +189,7 @@ def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
 
 
 def find_checkpoints(run_dir: str | None, requested: str | list[str]) -> list[str | None]:
-    """Return the directories of the requested checkpoints of a run, by name or all; without a run, [None].
+    """Return the directories of a run's checkpoints, by name or `all` of them; without a run, [None].
 
     Raises: UserError if one doesn't exist or is damaged.
     """

@@ -29,8 +29,6 @@ _MAY_CHANGE = (
     "save_every", "save_optimizer", "shared_prompt", "stop_when_worse", "tensor_parallel", "tensorboard.enabled",
     "trainer", "wandb.enabled", "wandb.entity", "wandb.project", "worker_timeout", "world_size",
 )  # fmt: skip
-
-
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException)
 
 
@@ -77,11 +75,27 @@ def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, 
 
     Raises: UserError naming what differs, unless `resume_anyway` is true.
     """
-    former, former_inputs = _former_config(config, checkpoint), _former_inputs(config, checkpoint)
+    former = _former_config(config, checkpoint)
     if former is None:
         return
     if config.model.reference_dtype is None:  # earlier versions had another default
         config.model.reference_dtype = former.get("model.reference_dtype")
+    _refuse_changed_keys(config, former, _former_inputs(config, checkpoint), files)
+    if checkpoint is not None:
+        _check_kind(config, checkpoint)
+    refuse_changed_inputs(config, changed_inputs(config, checkpoint, files))
+    former_versions = read_state_json(checkpoint).get("versions") if checkpoint else versions()
+    if former_versions != versions():
+        rank0_print(f"WARNING: begun with {former_versions}, now {versions()}: the numbers may differ a little")
+
+
+def _refuse_changed_keys(
+    config: DictConfig, former: dict[str, object], former_inputs: dict[str, str], files: dict[str, str]
+):
+    """Print the keys that have changed; raise UserError if one of them makes it a different run.
+
+    A key may always change if it names a model or data by another path, or a commit by another name.
+    """
     now, defaults = training_settings(config), default_config(config.loss.name)
     former = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **former}  # keys added since then
     changes = {
@@ -91,8 +105,7 @@ def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, 
     }
     if changes:
         rank0_print("Changed since the run began:\n  " + "\n  ".join(changes.values()))
-    changed = set(fingerprints.changed_models(config, former_inputs, files))
-    only_moved = (files.keys() & former_inputs.keys()) - changed
+    only_moved = (files.keys() & former_inputs.keys()) - set(fingerprints.changed_models(config, former_inputs, files))
     if former_inputs.get("model.name_or_path", "") == now["model.revision"]:  # the commit is unchanged
         only_moved.add("model.revision")
     # the content of data is compared once it is loaded
@@ -105,16 +118,10 @@ def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, 
             "Give these keys their former values, start a new run (model.archive takes the weights along), or resume "
             "nevertheless with resume_anyway=true"
         )
-    if checkpoint is not None:
-        _check_kind(config, checkpoint)
-    refuse_changed_inputs(config, changed_inputs(config, checkpoint, files))
-    former_versions = read_state_json(checkpoint).get("versions") if checkpoint else versions()
-    if former_versions != versions():
-        rank0_print(f"WARNING: begun with {former_versions}, now {versions()}: the numbers may differ a little")
 
 
 def _check_kind(config: DictConfig, checkpoint: str):
-    """Refuse a checkpoint that lacks what the config needs, an adapter or a reference, even with `resume_anyway`.
+    """Refuse, even with `resume_anyway`, a checkpoint of another kind: an adapter or all weights, or no reference.
 
     Raises: UserError naming the key and the remedy.
     """
@@ -145,11 +152,11 @@ def _holds_reference(checkpoint: str) -> bool:
 
 
 def changed_inputs(config: DictConfig, checkpoint: str | None, inputs: dict[str, str]) -> list[str]:
-    """Return the lines of a message about those of the inputs that have changed since the run began."""
-    return _as_lines(config, _former_inputs(config, checkpoint), inputs)
+    """List the inputs that have changed since the run began, as lines of a message."""
+    return _changed_lines(config, _former_inputs(config, checkpoint), inputs)
 
 
-def _as_lines(config: DictConfig, former: dict[str, str], inputs: dict[str, str]) -> list[str]:
+def _changed_lines(config: DictConfig, former: dict[str, str], inputs: dict[str, str]) -> list[str]:
     lines = []
     for name in sorted(fingerprints.changed_models(config, former, inputs)):
         lines.append(f"{name}={OmegaConf.select(config, name)}" if fingerprints.is_of_model(name) else name)
@@ -185,7 +192,7 @@ def check_models_unchanged(
     models = {key: digest for key, digest in models.items() if key not in given}
     for checkpoint in filter(None, checkpoints):
         former = read_state_json(checkpoint).get("inputs", {})
-        if changed := _as_lines(config, former, models):
+        if changed := _changed_lines(config, former, models):
             raise UserError(
                 f"{checkpoint}: these inputs have changed since its run began:\n  " + "\n  ".join(changed) + "\n"
                 "Put back what was there; a key given on the command line chooses another model"
