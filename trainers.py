@@ -377,7 +377,7 @@ class BasicTrainer:
             try:
                 for batch in bar:
                     self._evaluate_and_save_where_due()
-                    if self.config.stop_when_worse and best.ends_run(self.state, self.config):
+                    if self.config.stop_when_worse and best.stops_early(self.state, self.config):
                         best.print_stop_reason(self.state)
                         break
                     self.log("train", self.train_step(batch))
@@ -535,7 +535,7 @@ class BasicTrainer:
             raise
         self.state.metrics, self.state.evaluated_at = metrics, self.state.examples
         if self.state.examples > 0:  # the weights that training starts from don't count
-            best.judge(self.state, self.config)
+            best.record_evaluation(self.state, self.config)
         self.log("eval", metrics, samples)
 
     # ---- output ---------------------------------------------------------------------------------------------------

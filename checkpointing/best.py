@@ -1,4 +1,4 @@
-"""Keep track of the best evaluation and its checkpoint, and end a run after enough worse evaluations."""
+"""Keep track of the best evaluation and its checkpoint, and stop a run early after enough worse evaluations."""
 
 import os
 
@@ -13,10 +13,10 @@ from utils import UserError, rank0_print
 LINK = "BEST"  # beside LATEST
 
 
-def judge(state: TrainState, config: DictConfig):
-    """Compare the last evaluation with the best one so far, and record it in `state` if it is better.
+def record_evaluation(state: TrainState, config: DictConfig):
+    """Record the last evaluation in `state`: as the new best, or as one more that is worse.
 
-    Raises: UserError if it lacks the metric that `keep_best` names.
+    Raises: UserError if the evaluation lacks the metric that `keep_best` names.
     """
     metric = config.keep_best or LOSS
     if metric not in state.metrics:
@@ -29,14 +29,14 @@ def judge(state: TrainState, config: DictConfig):
         state.worse += 1
 
 
-def ends_run(state: TrainState, config: DictConfig) -> bool:
-    """True if `stop_when_worse` ends the run here; a count for another metric, from before a resume, is ignored."""
+def stops_early(state: TrainState, config: DictConfig) -> bool:
+    """True if `stop_when_worse` evaluations in a row were worse, by the metric that `keep_best` names now."""
     is_counted = (config.keep_best or LOSS) in state.best
     return config.stop_when_worse is not None and is_counted and state.worse >= config.stop_when_worse
 
 
 def print_stop_reason(state: TrainState):
-    """Print why the run ends before its data does."""
+    """Print why the run stops early."""
     ((metric, value),) = state.best.items()
     rank0_print(
         f"Stopping early: {metric} was best after {state.best_at} examples ({value:.5g}), and "

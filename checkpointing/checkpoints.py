@@ -31,6 +31,7 @@ from basics.outputs import is_sharded
 from checkpointing.archives import UNREADABLE, describe, fit_state, load_fitting, read_state_dict, write_tensors
 from checkpointing.atomic_directory import atomic_directory, remove_whole, replace_path, write_errors_explained
 from checkpointing.model_card import write_card
+from checkpointing.resume import is_last
 from checkpointing.sharded import ShardedCheckpoint, not_shared, shard_of, without_tensors, write_shard
 from checkpointing.train_state import TrainState, read_state_json
 from distributed import collectives
@@ -78,7 +79,6 @@ class Contents:
     config: DictConfig  # the run's
     dropout_rates: dict[str, float]  # written to the model's config.json in place of the policy's, which are 0
     n_eval_examples: int  # the number of examples in an evaluation, for the model card
-    ends_run: bool = False  # nothing follows: a sharded checkpoint also gets the model for `from_pretrained`
 
     @property
     def has_adapter(self) -> bool:
@@ -153,7 +153,7 @@ def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], No
             with unfinished:
                 digests.update(write_shard(directory, shard, group))
                 shard.pieces.clear()  # frees their memory
-                if contents.ends_run and not contents.has_adapter:
+                if train_state.complete and is_last(path) and not contents.has_adapter:
                     digests.update(_add_model(directory, contents, group, path))
             if on_rank0():
                 _print_end(path, start_time)

@@ -13,7 +13,6 @@ from checkpointing.checkpoints import (
     state_dicts_to_save,
     write_whole,
 )
-from checkpointing.resume import is_last
 from checkpointing.train_state import TrainState, get_rng_state
 from utils import rank0_print
 
@@ -38,8 +37,7 @@ def begin_save(
     if metrics is not None:
         state = dataclasses.replace(state, metrics=metrics)
     contents = Contents(
-        trainer.policy, trainer.tokenizer, state_dicts, state, config, trainer.dropout_rates, trainer.n_eval_examples,
-        ends_run=state.complete and is_last(path),
+        trainer.policy, trainer.tokenizer, state_dicts, state, config, trainer.dropout_rates, trainer.n_eval_examples
     )  # fmt: skip
     if config.checkpoint_format == "whole":
         write_whole(path, contents, then)
@@ -63,7 +61,7 @@ def _current_state(trainer) -> TrainState:
 
 def is_over(trainer) -> bool:
     """True if no step is left, or if the run stops early."""
-    return trainer.state.batches == trainer.train_iterator.n_batches or best.ends_run(trainer.state, trainer.config)
+    return trainer.state.batches == trainer.train_iterator.n_batches or best.stops_early(trainer.state, trainer.config)
 
 
 def save_step(trainer):
