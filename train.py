@@ -26,13 +26,8 @@ from checkpointing.same_run import changed_inputs, check_same_run, refuse_change
 from checkpointing.stop_signal import Stopped
 from commands import command_line
 from commands.command_line import compose_config  # noqa: F401 (for users: `run(compose_config(...))`)
-from commands.run_directory import (
-    create_run_dir,
-    in_sweep,
-    is_run_dir_given,
-    job_overrides,
-    locked_run,
-)
+from commands.run_directory import create_run_dir, in_sweep, is_run_dir_given, locked_run
+from commands.sweeps import job_overrides
 from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names

@@ -17,7 +17,7 @@ from commands import sweeps
 from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.exit_on_signals import exit_on_signals
 from commands.output import keep_output_going
-from commands.run_directory import default_run_dir, in_sweep, job_name
+from commands.run_directory import default_run_dir, in_sweep
 from commands.start_again import with_config_of_run
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
@@ -70,7 +70,7 @@ def compose_config(*overrides: str) -> DictConfig:
 
 OmegaConf.register_new_resolver("get_local_run_dir", default_run_dir, replace=True)
 OmegaConf.register_new_resolver("get_local_dir", get_local_dir, replace=True)
-OmegaConf.register_new_resolver("sweep_job", job_name, replace=True)
+OmegaConf.register_new_resolver("sweep_job", sweeps.job_name, replace=True)
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 
 

@@ -12,7 +12,7 @@ from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import find_checkpoints
 from checkpointing.same_run import check_models_unchanged
-from commands.run_directory import parsed
+from commands.sweeps import parsed
 from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.schema import FREE_KEYS, expand_home, own_keys

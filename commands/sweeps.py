@@ -6,9 +6,11 @@ in others, which may be on other machines. They share the sweep's directory, and
 
 import contextlib
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import sys
 import time
@@ -16,17 +18,19 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from basics.files import append_json_lines, read_json_lines
 from basics.locks import in_turn, locked_directory
 from basics.printing import printable
-from checkpointing.resume import resume_command
+from checkpointing.resume import SWEEP, resume_command
 from checkpointing.stop_signal import EXIT_CODE
 from commands.errors import errors_reported
 from commands.exit_on_signals import exit_on_signals
-from commands.run_directory import SWEEP, fixed_keys, is_run_dir_given, job_overrides, sweep_values
+from commands.run_directory import is_run_dir_given
 from config_checks.schema import REPOSITORY
 from distributed import environment, launch
 from reporting.metric_names import ACCURACY, LOSS, larger_is_better
@@ -35,6 +39,7 @@ from reporting.terminal import aligned
 from utils import UserError, on_rank0, rank0_print
 
 METRICS = (LOSS, ACCURACY)  # metrics of a job's last evaluation in the table
+_LONGEST_NAME = 150  # characters; file systems take 255 bytes
 
 
 # ---- the record of a sweep, in its directory -------------------------------------------------------------------------
@@ -148,6 +153,45 @@ def _claimed_dir(config: DictConfig, overrides: str, log: SweepLog) -> str:
             if row["status"] == "complete":
                 config.resume = "auto"
     return run_dir
+
+
+# ---- what a sweep varies ---------------------------------------------------------------------------------------------
+
+
+def job_name() -> str:
+    """Return the job's overrides as the name of a directory, whose path can be typed in an override."""
+    overrides = [f"{key}-{value}" for key, value in job_overrides().items()]
+    name = re.sub(r"[^\w.+-]+", "_", "_".join(overrides)) or f"job_{OmegaConf.select(HydraConfig.get(), 'job.num')}"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def job_overrides() -> dict[str, str]:
+    """Return what the sweep varies, with this job's values: {'loss.beta': '0.1', ...}."""
+    job, fixed = parsed(HydraConfig.get().overrides.task), sweep_values()["fixed"]
+    return {o.key_or_group: o.get_value_element_as_str() for o in job if o.key_or_group not in fixed}
+
+
+def fixed_keys(config: DictConfig) -> list[str]:
+    """Return the keys to which a sweep's command line gives one value for all jobs.
+
+    Args:
+        config: the sweep's, with Hydra's own keys.
+    """
+    given = parsed(config.hydra.overrides.task)
+    varied = {*(config.hydra.sweeper.get("params") or {}), *(o.key_or_group for o in given if o.is_sweep_override())}
+    return sorted({o.key_or_group for o in given} - varied)
+
+
+def sweep_values() -> dict:
+    """Return the `id` of the sweep that this process is part of, and its `fixed_keys`."""
+    return json.loads(os.environ.get(SWEEP, '{"id": null, "fixed": []}'))
+
+
+def parsed(words: ListConfig) -> list[Override]:
+    """Parse overrides."""
+    return OverridesParser.create().parse_overrides(OmegaConf.to_container(words))
 
 
 # ---- the process that was started ------------------------------------------------------------------------------------
