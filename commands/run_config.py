@@ -12,7 +12,7 @@ from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.resume import find_checkpoints
 from checkpointing.same_run import check_models_unchanged
-from commands.sweeps import parsed
+from commands.sweeps import parse_overrides
 from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.schema import FREE_KEYS, expand_home, own_keys
@@ -36,7 +36,7 @@ def read_run_config(run_dir: str) -> DictConfig:
 
 def _given_keys() -> list[str]:
     """Return the keys on the command line."""
-    return [override.key_or_group for override in parsed(HydraConfig.get().overrides.task)]
+    return [override.key_or_group for override in parse_overrides(HydraConfig.get().overrides.task)]
 
 
 def _config_without(config: DictConfig, own: dict) -> DictConfig:
