@@ -14,9 +14,8 @@ from basics.interrupts import INTERRUPTED, interrupts_reported
 from basics.printing import printable
 from checkpointing.stop_signal import EXIT_CODE
 from commands import sweeps
-from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.exit_on_signals import exit_on_signals
-from commands.output import keep_output_going
+from commands.output import SHOWS_TRACEBACK, errors_reported, keep_output_going
 from commands.run_directory import default_run_dir, in_sweep
 from commands.start_again import with_config_of_run
 from config_checks.explanations import explain_flags, explain_hydra_error

@@ -28,8 +28,8 @@ from basics.locks import in_turn, locked_directory
 from basics.printing import printable
 from checkpointing.resume import SWEEP, resume_command
 from checkpointing.stop_signal import EXIT_CODE
-from commands.errors import errors_reported
 from commands.exit_on_signals import exit_on_signals
+from commands.output import errors_reported
 from commands.run_directory import is_run_dir_given
 from config_checks.schema import REPOSITORY
 from distributed import environment, launch

@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from commands.errors import errors_reported
 from commands.exit_on_signals import exit_on_signals
-from commands.output import keep_output_going
+from commands.output import errors_reported, keep_output_going
 from data.row_sources import ROWS
 from distributed import connection, environment, launch
 

@@ -84,7 +84,7 @@ def test_error_message_carries_out_nothing(launcher, tmp_path):
 def test_too_many_open_files_are_named(tmp_path):
     script = (
         "import os, resource\n"
-        "from commands.errors import errors_reported\n"
+        "from commands.output import errors_reported\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "with errors_reported():\n"
         "    resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))\n"
