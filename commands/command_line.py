@@ -30,13 +30,13 @@ _FREE = re.compile(rf"(?:{'|'.join(FREE_KEYS)}|judge_args|engine_args|loss\.(?:{
 
 
 def with_free_keys(overrides: list[str]) -> list[str]:
-    """Rewrite overrides for Hydra: mark keys that no YAML file lists by ++, and write `model=PATH_OR_ID` out."""
-    words = [part for word in overrides for part in _with_model_written_out(word)]
+    """Rewrite overrides for Hydra: prefix keys that no YAML file lists with ++, and expand `model=PATH_OR_ID`."""
+    words = [part for word in overrides for part in _with_model_expanded(word)]
     return [f"++{word}" if _FREE.match(word) else word for word in words]
 
 
-def _with_model_written_out(word: str) -> list[str]:
-    """Turn `model=PATH_OR_ID`, where config/model has no such file, into a blank model of that name."""
+def _with_model_expanded(word: str) -> list[str]:
+    """Replace `model=PATH_OR_ID`, unless config/model has a file of that name, by a blank model with that name."""
     key, _, name = word.partition("=")
     if key != "model" or name in names_in("model") or not ("/" in name or os.path.isdir(name)) or "," in name:
         return [word]
@@ -44,14 +44,14 @@ def _with_model_written_out(word: str) -> list[str]:
 
 
 def with_home(overrides: list[str]) -> list[str]:
-    """Expand `~` at the beginning of values and of list items, which Hydra's grammar doesn't take."""
+    """Expand `~` at the beginning of values and of list items; Hydra's grammar has no `~` there."""
     home = os.path.expanduser("~")
     start = r"""((?<==)["']?)~(?=/|$)|([\[,:]\s*)~(?=/)"""
     return [re.sub(start, lambda match: (match[1] or match[2] or "") + home, word) for word in overrides]
 
 
 def compose_config(*overrides: str) -> DictConfig:
-    """Return the config that the command line would give `run`, for Python: `run(compose_config("model=tiny"))`.
+    """Return the config that these words would give on the command line: `run(compose_config("model=tiny"))`.
 
     Raises: UserError for unknown keys and unreadable values.
     """
@@ -80,8 +80,8 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
     A user's mistake ends the process with its message alone; HYDRA_FULL_ERROR=1 shows the traceback, too.
 
     Args:
-        run: with `can_sweep`, a function that other processes can import.
-        can_sweep: the command may be run with `-m`, once for each combination of values.
+        run: the command's function; with `can_sweep`, other processes must be able to import it.
+        can_sweep: the command accepts `-m`, which runs it once for each combination of values.
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra pass every error on unchanged
@@ -90,12 +90,12 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
             sys.argv[1:] = with_config_of_run(sys.argv[1:])
     sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
 
-    def job(config: DictConfig) -> float | None:  # Hydra's launchers may send it to other processes
+    def job(config: DictConfig) -> float | None:  # Hydra's launchers may pickle it
         if in_sweep():
             if not can_sweep:
                 sys.exit("error: only train.py supports sweeps with -m")
             return sweeps.run_job(run, config)
-        # inside the job, as Hydra would print a line of its own above an error that leaves it
+        # in here, because Hydra prints a line of its own above any error that a job raises
         with errors_reported(EXIT_CODE if can_sweep else INTERRUPTED):
             run(config)
 

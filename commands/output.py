@@ -20,7 +20,7 @@ from config_checks.explanations import explain_hydra_error
 from distributed import environment, heartbeat
 from utils import UserError, is_short_of_files, rank0_print
 
-# the user's HYDRA_FULL_ERROR=1, read before `main` sets that itself; workers inherit the variable DPO_FULL_ERROR
+# `main` sets HYDRA_FULL_ERROR itself: the user's value is read first, and kept in DPO_FULL_ERROR, which workers inherit
 SHOWS_TRACEBACK = os.environ.setdefault("DPO_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
 _TOO_MANY_FILES = "too many open files: raise the limit on open files (ulimit -n)"
 
@@ -29,12 +29,12 @@ _TOO_MANY_FILES = "too many open files: raise the limit on open files (ulimit -n
 
 
 class _UnneededOutput(io.FileIO):
-    """A file descriptor that is written to as long as that works; later writes are dropped."""
+    """Writes to a file descriptor; after the first failed write, drops all others."""
 
     def write(self, data) -> int:
         try:
             return super().write(data)
-        except OSError as error:  # the reader of a pipe has ended, a terminal is gone, a disk is full
+        except OSError as error:  # a pipe's reader has ended, a terminal is gone, a disk is full
             with contextlib.suppress(OSError):  # the other stream may have no reader, either
                 text = f"WARNING: nothing more is printed ({error}); the run continues, and still writes its files\n"
                 os.write({1: 2, 2: 1}[self.fileno()], text.encode())
@@ -59,7 +59,7 @@ def keep_output_going():
 
 
 def _report_failed_thread(failed: threading.ExceptHookArgs):
-    """Print why a thread failed; of a full disk one line, as the code that waits for the thread gets the error, too."""
+    """Print a failed thread's traceback; on a full disk one line, as the waiting code raises the error again."""
     if has_no_room(failed.exc_value):
         print(printable(f"WARNING: {failed.exc_value}"), file=sys.stderr)
     else:
@@ -67,9 +67,9 @@ def _report_failed_thread(failed: threading.ExceptHookArgs):
 
 
 def quiet_libraries():
-    """Turn off the progress bars of libraries; those of downloads, which may take long, only without a terminal.
+    """Turn off libraries' progress bars; downloads, which may take long, keep theirs on a terminal.
 
-    On a full disk, the threads and logs of trackers print no tracebacks, either.
+    Logging handlers that fail print no tracebacks; threads print them as in `_report_failed_thread`.
     """
     import huggingface_hub
     import transformers
@@ -88,7 +88,9 @@ def quiet_libraries():
 
 @contextlib.contextmanager
 def errors_reported(interrupted: int = EXIT_CODE) -> Iterator[None]:
-    """Print errors raised inside, then end the process (SystemExit). Only a bug gets its traceback printed.
+    """Print errors raised inside, a bug with its traceback, then end the process (SystemExit).
+
+    With HYDRA_FULL_ERROR=1, errors are raised as they are.
 
     Args:
         interrupted: the exit code after work that Ctrl-C stopped; after other signals it is `EXIT_CODE`.

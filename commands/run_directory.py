@@ -1,6 +1,5 @@
-"""A run's directory: its name, its lock, its config.yaml."""
+"""A run's directory: its default path, and its config.yaml."""
 
-import contextlib
 import os
 import socket
 
@@ -9,21 +8,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from basics.files import atomic_file, write_errors_named
-from basics.locks import locked_directory
 from checkpointing import fingerprints
 from utils import get_local_run_dir, rank0_print
 
 
-def locked_run(run_dir: str) -> contextlib.AbstractContextManager:
-    """Hold a run directory for this process alone; see `locked_directory`.
-
-    Raises: UserError if another process holds it, naming it, or if the directory can't be read and written.
-    """
-    return locked_directory(run_dir, f"local_run_dir={run_dir}", "another process is running this run")
-
-
 def default_run_dir(exp_name: str, local_dirs: list[str]) -> str:
-    """Return the default of `local_run_dir`: a new path, or in a sweep the job's directory."""
+    """Return the default of `local_run_dir`: in a sweep the job's directory, otherwise a new path."""
     return HydraConfig.get().runtime.output_dir if in_sweep() else get_local_run_dir(exp_name, local_dirs)
 
 
@@ -35,7 +25,7 @@ def is_run_dir_given(config: DictConfig) -> bool:
 
 
 def create_run_dir(config: DictConfig, inputs: dict[str, str] | None = None):
-    """Create the run directory with its config.yaml; before this only caches and a lock are written.
+    """Create the run directory with its config.yaml; before that, only caches and a lock are written.
 
     Args:
         inputs: fingerprints of what the run starts from.
