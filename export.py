@@ -53,7 +53,9 @@ def run(config: DictConfig):
     trust_remote_code = options.get("trust_remote_code") is True
     if os.path.exists(os.path.join(checkpoint, "adapter_config.json")):
         merge_adapter(checkpoint, trained, output, trust_remote_code)
-    elif is_sharded(checkpoint):
+        rank0_print(f"Merged the adapter of {checkpoint} into its base; wrote the model to {output}")
+        return
+    if is_sharded(checkpoint):
         join_shards(checkpoint, trained, output, trust_remote_code)
     else:
         copy_model(checkpoint, output)
