@@ -5,6 +5,7 @@ import os
 from omegaconf import DictConfig
 
 from basics.links import link_target
+from basics.printing import counted
 from checkpointing.checkpoints import point_to
 from checkpointing.train_state import TrainState
 from reporting.metric_names import LOSS, larger_is_better
@@ -39,8 +40,8 @@ def print_stop_reason(state: TrainState):
     """Print why the run stops early."""
     ((metric, value),) = state.best.items()
     rank0_print(
-        f"Stopping early: {metric} was best after {state.best_at} examples ({value:.5g}), and "
-        f"{state.worse} evaluations since then were worse"
+        f"Stopping early: {metric} was best after {counted(state.best_at, 'example')} ({value:.5g}); worse evaluations "
+        f"since then: {state.worse}"
     )
 
 

@@ -8,7 +8,7 @@ import huggingface_hub
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from omegaconf import DictConfig
 
-from basics.printing import markdown, markdown_code
+from basics.printing import counted, markdown, markdown_code
 from basics.saved_config import flatten
 from checkpointing.atomic_directory import CARD
 from checkpointing.fingerprints import is_of_model
@@ -116,10 +116,10 @@ def _introduction(config: DictConfig, state: dict, is_adapter: bool) -> str:
     name = os.path.basename(os.path.normpath(source.name_or_path))
     what = "A LoRA adapter, trained" if is_adapter else "A language model, trained"
     whole = "" if state.get("complete", True) else " Training was not over."
+    examples, steps = counted(state.get("examples", 0), "example"), counted(state.get("updates", 0), "optimizer step")
     return (
         f"# {markdown(name)}, trained with {config.loss.name.upper()}\n\n"
-        f"{what} with `{config.loss.name}` from {start}: "
-        f"{state.get('examples', 0):,} examples, {state.get('updates', 0):,} optimizer steps.{whole}"
+        f"{what} with `{config.loss.name}` from {start}: {examples}, {steps}.{whole}"
     )
 
 
@@ -170,9 +170,9 @@ def _evaluation(n: int | None, state: dict) -> str:
     found = [name for name in _METRICS if name in metrics]
     if not found:
         return "## Evaluation\n\nNone in training."
-    when = f", after {examples:,} training examples" if examples is not None else ""
-    lines = ["## Evaluation", "", f"On {'all' if n is None else n} evaluation examples{when}:", "",
-             "| metric | mean | standard error |", "|---|---|---|"]  # fmt: skip
+    on = "all evaluation examples" if n is None else counted(n, "evaluation example")
+    after = f", after {counted(examples, 'training example')}" if examples is not None else ""
+    lines = ["## Evaluation", "", f"On {on}{after}:", "", "| metric | mean | standard error |", "|---|---|---|"]
     for name in found:
         error = metrics.get(f"{name}_se")
         lines.append(f"| {_METRICS[name]} | {metrics[name]:.4f} | {'' if error is None else f'{error:.4f}'} |")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from basics.files import open_regular
+from basics.printing import counted
 from basics.saved_config import flatten
 from utils import UserError, rank0_print
 
@@ -160,9 +161,8 @@ def restore_rng_state(states: list[dict], shard: int, n_shards: int):
         states: one per batch shard when the checkpoint was saved.
     """
     if states and len(states) != n_shards:
-        rank0_print(
-            f"WARNING: saved with every batch in {len(states)} shards, resumed with {n_shards}: samples will differ"
-        )
+        saved = counted(len(states), "shard")
+        rank0_print(f"WARNING: saved with every batch in {saved}, resumed with {n_shards}: samples will differ")
     if shard < len(states):
         set_rng_state(states[shard])
 
@@ -172,7 +172,8 @@ def set_rng_state(state: dict):
     _set_cpu_rng_state(state)
     gpus = _gpus() if torch.cuda.is_available() else []
     if len(state["cuda"]) != len(gpus):
-        rank0_print(f"WARNING: saved with {len(state['cuda'])} GPUs, resumed with {len(gpus)}: samples will differ")
+        saved = counted(len(state["cuda"]), "GPU")
+        rank0_print(f"WARNING: saved with {saved}, resumed with {len(gpus)}: samples will differ")
     for gpu, gpu_state in zip(gpus, state["cuda"], strict=False):
         torch.cuda.set_rng_state(gpu_state, gpu)
     if state.get("mps") and torch.backends.mps.is_available():

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from basics.files import append_json_lines, atomic_file, json_line, read_json_lines, write_errors_named
 from basics.locks import in_turn
 from basics.outputs import Output, check_outputs, json_lines, new_file
+from basics.printing import counted
 from checkpointing import fingerprints
 from checkpointing.integrity import content_digest
 from data.batches import chosen_and_rejected
@@ -178,7 +179,8 @@ def table(result: dict) -> str:
     """Return the lines to print: means and 95 % intervals over all examples, and means of each group."""
     names = [name for name in _IN_TABLE if name in result["metrics"]]
     where = result["checkpoint"] or "the model as it is loaded"
-    lines = [f"\n{where}, after {result['examples']} examples; {result['n_eval_examples']} evaluation examples"]
+    after, n = counted(result["examples"], "example"), counted(result["n_eval_examples"], "evaluation example")
+    lines = [f"\n{where}, after {after}; {n}"]
     for name in names:
         interval = result["metrics"][f"{name}_ci95"]
         shown = f"   95 % {interval[0]:.4f} to {interval[1]:.4f}" if interval is not None else ""

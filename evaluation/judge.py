@@ -7,7 +7,7 @@ import math
 from omegaconf import DictConfig, OmegaConf
 
 from basics.files import atomic_file
-from basics.printing import rank0_print
+from basics.printing import counted, rank0_print
 from config_checks.schema import expand_home
 from evaluation.chat_completions import ChatCompletions
 from evaluation.judge_options import (
@@ -79,12 +79,12 @@ def make_tasks(pairs: list[Pair], options: dict) -> list[Task]:
 
 def _print_counts(pairs: list[Pair], n_unmatched: int, n_there: int, options: dict):
     if options["b"] is None:
-        rank0_print(f"{len(pairs)} responses to score; {n_there} scored already")
+        rank0_print(f"{counted(len(pairs), 'response')} to score; {n_there:,} scored already")
         return
     n_identical = sum(pair.a == pair.b for pair in pairs)
     rank0_print(
-        f"{len(pairs)} pairs, {n_identical} of them with equal texts (ties); {n_unmatched} responses without a "
-        f"partner; {n_there} verdicts in the file"
+        f"{counted(len(pairs), 'pair')}, {n_identical:,} of them with equal texts (ties); "
+        f"{counted(n_unmatched, 'response')} without a partner; {counted(n_there, 'verdict')} in the file"
     )
 
 
@@ -95,7 +95,7 @@ def _print_expected_cost(judge: Judge, tasks: list[Task], options: dict):
     n_input = math.ceil(judge.n_characters(tasks) / _CHARACTERS_PER_TOKEN)
     n_output = _TOKENS_PER_ANSWER * len(tasks)
     text = (
-        f"{len(tasks)} calls to {judge.model} at {judge.endpoint.url}, about {n_input:,} tokens at "
+        f"{counted(len(tasks), 'call')} to {judge.model} at {judge.endpoint.url}, about {n_input:,} tokens at "
         f"{_CHARACTERS_PER_TOKEN} characters each"
     )
     if (price := cost(n_input, n_output, options)) is not None:

@@ -4,6 +4,7 @@ import dataclasses
 
 from omegaconf import DictConfig
 
+from basics.printing import counted
 from data import chat
 from data.batches import BatchIterator
 from data.formats import prompt_example
@@ -45,7 +46,7 @@ def read_requests(
     ids = [one if one[: len(bos)] == bos else bos + one for one in ids]
     n_cut = sum(len(one) > config.max_prompt_length for one in ids)
     if n_cut:
-        rank0_print(f"{n_cut} prompts are cut to the last {config.max_prompt_length} tokens (max_prompt_length)")
+        rank0_print(f"cut {counted(n_cut, 'prompt')} to the last {config.max_prompt_length} tokens (max_prompt_length)")
     return [
         Request(number, *texts, one[-config.max_prompt_length :])
         for number, (*texts, one) in enumerate(zip(given, rendered, ids, strict=True))

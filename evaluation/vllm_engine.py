@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from omegaconf import DictConfig
 
 from basics.outputs import holds_model, is_sharded
+from basics.printing import counted
 from checkpointing.resume import quoted
 from config_checks.schema import REPOSITORY
 from data.chat import end_token_ids
@@ -113,7 +114,7 @@ def generate(job: Job) -> list[list[int]]:
         paths = [os.path.join(directory, name) for name in ("job.json", "output.jsonl")]
         with open(paths[0], "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(job), file)
-        rank0_print(f"Drawing {len(job.prompts)} samples by vLLM from {job.engine['model']}")
+        rank0_print(f"Drawing {counted(len(job.prompts), 'sample')} by vLLM from {job.engine['model']}")
         search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         # -P: modules in the current directory can't shadow vLLM's
         command = [sys.executable, "-P", "-m", "evaluation.vllm_engine", *paths]

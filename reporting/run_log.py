@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from basics.files import append_json_lines, sha256, write_errors_named
+from basics.printing import counted
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, sample_lines, warning, wrapped
@@ -138,7 +139,7 @@ class RunLog:
         self.trackers.close(exit_code=int(failed))
         if self.n_steps and not failed:
             text = (
-                f"Trained on {n_examples:,} examples in {duration(self.seconds)} of steps: "
+                f"Trained on {counted(n_examples, 'example')} in {duration(self.seconds)} of steps: "
                 f"{number(n_examples / self.seconds)} per second, {self.n_tokens / self.n_steps:,.0f} tokens per step; "
                 f"peak memory: {peak_memory()}"
             )

@@ -55,7 +55,7 @@ def test_stop_when_worse_ends_and_completes_the_run(launcher, tmp_path):
     )  # the lengths stay as they are: no evaluation is better than the first
     assert list(evaluations(tmp_path / "run")) == [0, 8, 16, 24]
     assert "Stopping early: lengths_eval/chosen was best after 8 examples" in launcher.output
-    assert "2 evaluations since then were worse" in " ".join(launcher.output.split())
+    assert "worse evaluations since then: 2" in " ".join(launcher.output.split())
     state = json.loads((tmp_path / "run/LATEST/state.json").read_text())
     assert (state["complete"], state["examples"], state["worse"]) == (True, 24, 2)
     assert launcher.run(*run, "resume=auto") == 0, launcher.output
