@@ -54,7 +54,7 @@ class Comparison:
         return f"{_SHORT.get(metric, metric)}{'*' * self.incomparable(metric)}"
 
     def best(self, run: Run) -> dict[str, float]:
-        """Return a run's best evaluation by the metric that sorts the rows, without the one before training; {} if none."""
+        """Return a run's best evaluation since training began, by the metric that sorts the rows; {} if none."""
         trained = [line for line in run.eval if line["counters/examples"] > 0 and self.sorted_by in line]
         pick = max if larger_is_better(self.sorted_by) else min
         return pick(trained, key=lambda line: line[self.sorted_by], default={})
