@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from basics.checksums import read_checksums, verify_checksum
 from basics.files import open_regular
 from basics.outputs import CHECKSUMS, SHARDS, holds_model, is_sharded
-from checkpointing.sharded import SavedTensor, ShardedCheckpoint, in_memory, is_tensor, placed_like
+from checkpointing.sharded import SavedTensor, ShardedCheckpoint, is_tensor, placed_like
 from data import hub
 from utils import UserError, rank0_print
 
@@ -274,7 +274,7 @@ def fit_state(state: dict, model: nn.Module, path: str) -> dict:
 
 
 def _is_same(tensor: torch.Tensor | SavedTensor, other: torch.Tensor | SavedTensor) -> bool:
-    return tensor is other or torch.equal(in_memory(tensor), in_memory(other))
+    return tensor is other or torch.equal(*(t.full() if isinstance(t, SavedTensor) else t for t in (tensor, other)))
 
 
 def _refuse_misfits(

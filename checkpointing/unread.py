@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from checkpointing.archives import COMPUTED_BUFFERS, load_fitting, load_pretrained, not_finite, refuse_not_finite
-from checkpointing.sharded import SavedBox, SavedTensor, TensorFiles
+from checkpointing.sharded import Box, Place, SavedTensor, TensorFiles
 from distributed import collectives
 
 
@@ -103,7 +103,7 @@ class _Placeholders:
     def make(self, path: str, key: str, shape: list[int]) -> torch.Tensor:
         """Return a placeholder for a tensor in a file."""
         start, placeholder = (0,) * len(shape), torch.zeros((), dtype=self.dtype).expand(shape)
-        saved = SavedTensor(self.files, key, self.dtype, shape, [SavedBox(path, key, start, tuple(shape))])
+        saved = SavedTensor(self.files, key, self.dtype, shape, [Place(path, key, Box(start, tuple(shape), start))])
         self.tensors[placeholder.data_ptr()] = placeholder, saved
         return placeholder
 
