@@ -40,7 +40,7 @@ class Box(NamedTuple):
     @property
     def end(self) -> tuple[int, ...]:
         """The indices behind the box's last ones in the whole tensor."""
-        return tuple(map(int.__add__, self.offset, self.shape))
+        return tuple(first + size for first, size in zip(self.offset, self.shape, strict=True))
 
     @property
     def slices(self) -> tuple[slice, ...]:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from checkpointing.archives import COMPUTED_BUFFERS, load_fitting, load_pretrained, not_finite, refuse_not_finite
+from checkpointing.archives import COMPUTED_BUFFERS, check_finite, load_fitting, load_pretrained
 from checkpointing.sharded import Box, Place, SavedTensor, TensorFiles
 from distributed import collectives
 
@@ -37,11 +36,7 @@ class UnreadWeights(NamedTuple):
         Raises: UserError on all workers if a weight is NaN or infinite, and if a file can't be read.
         """
         load_fitting(self.tensors, model, self.origin)
-        group = collectives.local_group()[1]
-        by_worker = [None] * dist.get_world_size(group)
-        dist.all_gather_object(by_worker, not_finite(model), group)
-        bad = set().union(*by_worker)
-        refuse_not_finite([name for name, _ in model.named_parameters() if name in bad], model, self.origin)
+        check_finite(model, self.origin, collectives.local_group()[1])
 
 
 def load_unread(name: str, origin: str, dtype: torch.dtype, **options) -> nn.Module:
