@@ -1,8 +1,8 @@
-"""Load a model without its weights, so that every worker reads its own part of them from the safetensors files.
+"""Load a model without its weights; then every worker reads its own part of them from the safetensors files.
 
 `from_pretrained` gets placeholders, which need no memory, in place of the tensors in the files. It still finds and
-downloads the files, renames and ties weights, checks shapes and computes buffers. If it does more than that for a
-model, such as merging experts, the model is loaded the usual way: one worker reads it, and broadcasts each parameter.
+downloads the files, renames and ties weights, checks shapes and computes buffers. A model for which it does more, such
+as merging experts, is loaded the usual way: one worker reads it, and broadcasts each parameter.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ class UnreadWeights(NamedTuple):
 
 
 def load_unread(name: str, origin: str, dtype: torch.dtype, **options) -> nn.Module:
-    """Load a model with its parameters on the meta device; its attribute `unread` can read their values.
+    """Load a model with its parameters on the meta device, and an attribute `unread` that reads their values.
 
-    If its parameters are not simply the tensors in safetensors files, cast to `dtype`, it is loaded whole, on the CPU,
-    without that attribute.
+    If its parameters aren't simply the tensors in safetensors files, cast to `dtype`, the model is loaded whole, on the
+    CPU, and has no such attribute.
     """
     options |= {"dtype": dtype, "device_map": "cpu"}
     if not _is_plain(name, **options):
@@ -63,7 +63,7 @@ def load_unread(name: str, origin: str, dtype: torch.dtype, **options) -> nn.Mod
 
 @contextlib.contextmanager
 def _files_opened_by(function: Callable) -> Iterator[None]:
-    """Let transformers open safetensors files by this function instead of `safe_open`."""
+    """Make transformers open safetensors files with this function instead of `safe_open`."""
     module = transformers.modeling_utils
     before = module.safe_open
     module.safe_open = function
@@ -74,7 +74,7 @@ def _files_opened_by(function: Callable) -> Iterator[None]:
 
 
 def _is_plain(name: str, quantization_config: object, trust_remote_code: bool, **options) -> bool:
-    """False if transformers computes weights from those in the files, or code from the hub may do so."""
+    """False if transformers, or possibly code from the hub, computes weights from those in the files."""
     where = {key: options[key] for key in ("cache_dir", "revision") if key in options}
     config = None if trust_remote_code else transformers.AutoConfig.from_pretrained(name, **where)
     if config is None or quantization_config or getattr(config, "quantization_config", None):
@@ -103,7 +103,7 @@ class _Placeholders:
         return placeholder
 
     def used_by(self, model: nn.Module) -> dict[str, SavedTensor] | None:
-        """Return each parameter's tensor in the files, by its name; None if a part of the model's state has none."""
+        """Return each parameter's tensor in the files, by name; None if a part of the model's state is in no file."""
         left_over, used = {address: saved for address, (_, saved) in self.tensors.items()}, {}
         for name, parameter in model.named_parameters():
             tensor = left_over.pop(parameter.data_ptr(), None)

@@ -22,7 +22,7 @@ def exit_on_signals(interrupted: int = INTERRUPTED, waits_for_children: bool = F
     """
 
     def end(received: int, _frame):
-        with contextlib.suppress(OSError):  # nobody may read it any more
+        with contextlib.suppress(OSError):  # the output may be closed
             os.write(2, f"stopped by {signal.Signals(received).name}\n".encode())  # a print may be under way
         if waits_for_children:
             for number in SIGNALS:
