@@ -11,10 +11,10 @@ from reporting.intervals import mean_interval
 def summarize(pairs: list[Pair], lines: list[dict], options: dict) -> dict:
     """Return counts and win rates.
 
-    A pair counts as judged if all its tasks have verdicts; if these differ, the pair is a tie.
+    A pair counts as judged if all its tasks have verdicts; if the verdicts differ, the pair is a tie.
 
     Args:
-        lines: of a `VerdictFile`.
+        lines: of a `VerdictFile`, one per task.
     """
     verdicts_of_pair: dict[tuple[int, int], list[str | None]] = {}
     for line in lines:
@@ -79,7 +79,7 @@ def _failures(lines: list[dict]) -> dict[str, int]:
 
 
 def _order_figures(lines: list[dict], verdicts_of_pair: dict, both_orders: bool) -> dict:
-    """Return how much the verdicts depend on which response comes first."""
+    """Measure how much the verdicts depend on the order of the two responses."""
     first_won = [float(line["verdict"] == line["first"]) for line in lines if line["verdict"] in ("a", "b")]
     both = [verdicts for verdicts in verdicts_of_pair.values() if len(verdicts) == 2 and None not in verdicts]
     return {

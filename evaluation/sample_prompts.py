@@ -19,7 +19,7 @@ from utils import UserError, get_local_dir, rank0_print
 
 @dataclasses.dataclass
 class Request:
-    """A prompt to draw responses to: as it was given, as rendered text, and as tokens."""
+    """A prompt for samples: as given, as rendered text, and as token ids."""
 
     index: int
     given: str | list[dict]
@@ -33,7 +33,7 @@ def read_requests(
     """Return all prompts, each cut to its last `max_prompt_length` tokens.
 
     Args:
-        eval_iterator: the evaluation examples, whose prompts are taken if `prompts` names no file.
+        eval_iterator: supplies the evaluation prompts if `prompts` names no file.
 
     Raises: UserError naming the first row without a prompt.
     """
@@ -54,7 +54,7 @@ def read_requests(
 
 
 def _prompts_in_file(config: DictConfig, tokenizer, path: str) -> tuple[list[str | list[dict]], list[str]]:
-    """Return the prompts of a file's rows as they are given, and as the chat template renders them."""
+    """Return the prompts in a file as given, and as the chat template renders them."""
     location, cache_dir = locate(path, "prompts"), get_local_dir(config.local_dirs)
     splits = [open_rows(location, split, cache_dir, True) for split in location.files]
     renderer, given, rendered = chat.Renderer(tokenizer, config.chat_template), [], []
