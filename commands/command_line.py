@@ -29,10 +29,16 @@ _MODIFIERS = "|".join(UNLISTED)
 _FREE = re.compile(rf"(?:{'|'.join(FREE_KEYS)}|judge_args|engine_args|loss\.(?:{_MODIFIERS})=|loss\.parts|loss\.\w+\.)")
 
 
-def with_free_keys(overrides: list[str]) -> list[str]:
-    """Rewrite overrides for Hydra: prefix keys that no YAML file lists with ++, and expand `model=PATH_OR_ID`."""
-    words = [part for word in overrides for part in _with_model_expanded(word)]
-    return [f"++{word}" if _FREE.match(word) else word for word in words]
+def for_hydra(words: list[str]) -> list[str]:
+    """Rewrite the words of a command line in Hydra's grammar.
+
+    Keys that no YAML file lists get the prefix ++, `model=PATH_OR_ID` is expanded, and so is `~` at the beginning of
+    values and of list items.
+    """
+    words = [part for word in words for part in _with_model_expanded(word)]
+    words = [f"++{word}" if _FREE.match(word) else word for word in words]
+    home, start = os.path.expanduser("~"), r"""((?<==)["']?)~(?=/|$)|([\[,:]\s*)~(?=/)"""
+    return [re.sub(start, lambda match: (match[1] or match[2] or "") + home, word) for word in words]
 
 
 def _with_model_expanded(word: str) -> list[str]:
@@ -43,19 +49,12 @@ def _with_model_expanded(word: str) -> list[str]:
     return ["model=blank_model", f"model.name_or_path={name}"]
 
 
-def with_home(overrides: list[str]) -> list[str]:
-    """Expand `~` at the beginning of values and of list items; Hydra's grammar has no `~` there."""
-    home = os.path.expanduser("~")
-    start = r"""((?<==)["']?)~(?=/|$)|([\[,:]\s*)~(?=/)"""
-    return [re.sub(start, lambda match: (match[1] or match[2] or "") + home, word) for word in overrides]
-
-
 def compose_config(*overrides: str) -> DictConfig:
     """Return the config that these words would give on the command line: `run(compose_config("model=tiny"))`.
 
     Raises: UserError for unknown keys and unreadable values.
     """
-    words = with_home(with_free_keys(list(overrides)))
+    words = for_hydra(list(overrides))
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = hydra.compose("config", words, return_hydra_config=True)
@@ -88,7 +87,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
     if config_name == "config" and any(word.startswith(("--config-path", "-cp")) for word in sys.argv):
         with errors_reported():
             sys.argv[1:] = with_config_of_run(sys.argv[1:])
-    sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
+    sys.argv[1:] = for_hydra(sys.argv[1:])
 
     def job(config: DictConfig) -> float | None:  # Hydra's launchers may pickle it
         if in_sweep():
