@@ -12,7 +12,9 @@ from launcher import wait_until
 from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from basics.files import append_json_lines
 from evaluation.drawing import SeededDraws
+from evaluation.sample_file import sort_lines
 
 SAMPLE = REPOSITORY / "sample.py"
 PROMPTS = [f"\n\nHuman: say {'very ' * (n % 4)}much {n}\n\nAssistant:" for n in range(9)]
@@ -50,6 +52,18 @@ def test_draws_never_take_a_token_that_was_excluded():
     drawn = SeededDraws(list(range(5000)))(None, logits).argmax(1)
     assert set(drawn.tolist()) == {1, 4}
     assert (drawn == 4).float().mean() == pytest.approx(1 / (1 + math.exp(3)), abs=0.012)  # four standard errors
+
+
+def test_complete_file_is_sorted_by_prompt_and_sample_once(tmp_path):
+    path = tmp_path / "o.jsonl"
+    lines = [{"prompt_index": i, "sample": k, "response": "é\ud83d"} for i, k in ((2, 0), (10, 1), (10, 0), (2, 1))]
+    append_json_lines(str(path), lines)
+    sort_lines(str(path))
+    assert [place[:2] for place in texts(path)] == [(2, 0), (2, 1), (10, 0), (10, 1)]
+    assert {place[2] for place in texts(path)} == {"é\ud83d"}
+    sorted_file = path.stat()
+    sort_lines(str(path))
+    assert os.path.samestat(path.stat(), sorted_file)
 
 
 WAYS = {  # overrides and number of workers
