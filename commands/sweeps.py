@@ -103,42 +103,39 @@ def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | No
     if in_pool:  # joblib's pool sets the start method `loky`, which the processes that a job starts can't use
         multiprocessing.set_start_method("spawn", force=True)
     signals = contextlib.nullcontext() if in_main_process else exit_on_signals(interrupted=EXIT_CODE)
-    result, ended = _run_and_record(run, config, signals)
-    if ended is not None:
-        is_stopped = ended.code == EXIT_CODE
-        if in_main_process and (is_stopped or environment.is_launched()):
-            raise ended
-        if in_pool and is_stopped:
-            launch.end_process(EXIT_CODE)  # the pool would give this process the next job
+    result, status, exit_code = _run_and_record(run, config, signals)
+    if in_main_process and (status == "stopped" or (status == "failed" and environment.is_launched())):
+        sys.exit(exit_code)
+    if in_pool and status == "stopped":
+        launch.end_process(EXIT_CODE)  # the pool would give this process the next job
     return result
 
 
 def _run_and_record(
     run: Callable[[DictConfig], None], config: DictConfig, signals: contextlib.AbstractContextManager
-) -> tuple[float | None, SystemExit | None]:
+) -> tuple[float | None, str, int | str | None]:
     """Run a job, print its error if it fails, and add its row to the sweep's record.
 
     Args:
         signals: handles signals during the run.
 
-    Returns: the job's `result_of`; and the SystemExit that ended it, None if it is complete.
+    Returns: the job's `result_of`; complete, failed or stopped; and the code of the SystemExit that ended it.
     """
     log, start = SweepLog(HydraConfig.get().sweep.dir), time.monotonic()
     overrides = " ".join(f"{key}={value}" for key, value in job_overrides().items())
     rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
-    run_dir, status, error, result, ended = HydraConfig.get().runtime.output_dir, "failed", None, None, None
+    run_dir, status, result, exit_code = HydraConfig.get().runtime.output_dir, "failed", None, None
     try:
         with signals, errors_reported():
             run_dir = _claimed_dir(config, overrides, log)
             run(config)
         status, result = "complete", result_of(run_dir, config.keep_best)
-    except SystemExit as raised:
-        ended, status = raised, "stopped" if raised.code == EXIT_CODE else "failed"
-        if isinstance(raised.code, str):
-            error = raised.code
-            print(printable(error), file=sys.stderr, flush=True)
+    except SystemExit as ended:
+        exit_code, status = ended.code, "stopped" if ended.code == EXIT_CODE else "failed"
     finally:
-        last = last_evaluation(run_dir)
+        last, error = last_evaluation(run_dir), exit_code if isinstance(exit_code, str) else None
+        if error is not None:
+            print(printable(error), file=sys.stderr, flush=True)
         if on_rank0():
             log.add({
                 "job": os.path.basename(run_dir), "overrides": overrides, "status": status,
@@ -146,7 +143,7 @@ def _run_and_record(
                 "local_run_dir": run_dir, "result": result, "error": error, "sweep": sweep_values()["id"],
             })  # fmt: skip
         gc.collect()  # frees the trainer's memory, which reference cycles keep, for the next job
-    return result, ended
+    return result, status, exit_code
 
 
 def _claimed_dir(config: DictConfig, overrides: str, log: SweepLog) -> str:
