@@ -12,29 +12,23 @@ import textwrap
 from omegaconf import DictConfig, OmegaConf
 
 from acceleration.out_of_memory import out_of_memory_explained
+from basics.locks import locked_directory
 from basics.outputs import Output, check_outputs, new_run, resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
-    changed_inputs,
     check_restartable,
-    check_same_run,
-    find_checkpoint,
+    checkpoint_to_resume,
     is_complete,
     is_last,
     locate_run,
-    refuse_changed_inputs,
     resume_hinted,
 )
+from checkpointing.same_run import changed_inputs, check_same_run, refuse_changed_inputs
 from checkpointing.stop_signal import Stopped
 from commands import command_line
 from commands.command_line import compose_config  # noqa: F401 (for users: `run(compose_config(...))`)
-from commands.run_directory import (
-    create_run_dir,
-    in_sweep,
-    is_run_dir_given,
-    job_overrides,
-    locked_run,
-)
+from commands.run_directory import create_run_dir, in_sweep, is_run_dir_given
+from commands.sweeps import job_overrides
 from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
@@ -87,11 +81,12 @@ def check_and_lock(
         check_restartable(config, run_dir_given)
     if config.resume is not None:
         locate_run(config, run_dir_given)
-    stack.enter_context(locked_run(config.local_run_dir))
+    origin = f"local_run_dir={config.local_run_dir}"
+    stack.enter_context(locked_directory(config.local_run_dir, origin, "another process is running this run"))
     check_outputs([Output("local_run_dir", config.local_run_dir, new_run if config.resume is None else resumed_run)])
     checkpoint, file_hashes = None, fingerprints.file_fingerprints(config)
     if config.resume is not None:
-        checkpoint = find_checkpoint(config)
+        checkpoint = checkpoint_to_resume(config)
         check_same_run(config, checkpoint, file_hashes)
     changed = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(changed_keys(config))), "  ")
     rank0_print(f"Config keys that differ from the defaults (config.yaml will list all keys):\n{changed}")

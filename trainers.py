@@ -374,7 +374,7 @@ class BasicTrainer:
             try:
                 for batch in bar:
                     self._evaluate_and_save_where_due()
-                    if self.config.stop_when_worse and best.ends_run(self.state, self.config):
+                    if self.config.stop_when_worse and best.stops_early(self.state, self.config):
                         best.print_stop_reason(self.state)
                         break
                     self.log("train", self.train_step(batch))
@@ -532,7 +532,7 @@ class BasicTrainer:
             raise
         self.state.metrics, self.state.evaluated_at = metrics, self.state.examples
         if self.state.examples > 0:  # the untrained model can't be the best
-            best.judge(self.state, self.config)
+            best.record_evaluation(self.state, self.config)
         self.log("eval", metrics, samples)
 
     # ---- output ---------------------------------------------------------------------------------------------------

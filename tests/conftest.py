@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from process_pool import ProcessPool
 from safetensors.torch import load_file
 
-from commands.command_line import with_free_keys
+from commands.command_line import for_hydra
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR
 from models import load_policy, load_reference
@@ -251,7 +251,7 @@ def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
                 "curves=false",
                 f"local_dirs=[{directory}/cache]",
             ]
-            config = compose("config", [*with_free_keys([*names, *overrides])])
+            config = compose("config", [*for_hydra([*names, *overrides])])
         OmegaConf.resolve(config)
         check_config(config)
         policy = load_policy(config)

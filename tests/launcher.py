@@ -31,8 +31,8 @@ REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 600  # seconds
 PRELOADED = (  # imports of scripts and their libraries, many of them lazy
-    "checkpointing.resume", "config_checks.checks", "config_checks.explanations", "config_checks.schema",
-    "data.report", "data.toy", "datasets", "distributed.fsdp", "distributed.tensor_parallel",
+    "checkpointing.resume", "checkpointing.same_run", "config_checks.checks", "config_checks.explanations",
+    "config_checks.schema", "data.report", "data.toy", "datasets", "distributed.fsdp", "distributed.tensor_parallel",
     "hydra._internal.hydra", "hydra.core.plugins", "hydra.main", "peft", "commands.sweeps", "trainers",
     "transformers.conversion_mapping", "transformers.models.gpt_neox.modeling_gpt_neox",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing.archives import load_archive
 from checkpointing.atomic_directory import atomic_directory, recover_interrupted_saves
-from checkpointing.checkpoints import point_latest
+from checkpointing.checkpoints import point_to
 from checkpointing.integrity import find_corruption
 from checkpointing.restoring import resume_training
 from commands.run_directory import create_run_dir
@@ -176,7 +176,7 @@ def test_directory_is_replaced_completely_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["LATEST"]
     assert (tmp_path / "LATEST/file").read_text() == "new"
-    point_latest(str(tmp_path), "step-4")
+    point_to(str(tmp_path), "LATEST", "step-4")
     assert os.readlink(tmp_path / "LATEST") == "step-4"
     write(tmp_path / "LATEST", "newer")
     assert (tmp_path / "LATEST/file").read_text() == "newer"

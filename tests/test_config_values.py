@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from commands.command_line import compose_config, with_free_keys
+from commands.command_line import compose_config, for_hydra
 from config_checks.checks import check_config
 from config_checks.explanations import _SAME_LOSS
 from config_checks.schema import CONFIG_DIR, default_config
@@ -89,7 +89,7 @@ def composed(tmp_path_factory):
     def compose_with(*overrides: str):
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             words = ["model=tiny", "datasets=[toy]", "wandb.enabled=false", f"local_dirs=[{local}]", "exp_name=x"]
-            return compose("config", with_free_keys([*words, *overrides]))
+            return compose("config", for_hydra([*words, *overrides]))
 
     configs = {loss: compose_with(f"loss={loss}") for loss in LOSSES}
     return lambda loss: copy.deepcopy(configs[loss])

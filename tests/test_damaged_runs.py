@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import exhaustive_except
 
+from basics.locks import locked_directory
 from checkpointing.resume import find_checkpoints
-from commands.run_directory import locked_run
 from utils import UserError
 
 pytestmark = pytest.mark.slow
@@ -207,7 +207,7 @@ def test_run_directory_without_permission_is_named(mode, tmp_path, monkeypatch):
         for run_dir in ("run", "run/below"):
             if (mode, run_dir) != (0o300, "run/below"):
                 with pytest.raises(UserError, match=rf"local_run_dir={run_dir}: can't write there: \[Errno 13\]"):  # noqa: SIM117
-                    with locked_run(run_dir):
+                    with locked_directory(run_dir, f"local_run_dir={run_dir}", "it is held"):
                         pass
     finally:
         os.seteuid(0)

@@ -58,8 +58,15 @@ def run_export(run_dir: Path, output: Path, checkpoint: str = "LATEST"):
     export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": checkpoint, "output": str(output)}))
 
 
-def test_exported_folder_is_the_policy_and_nothing_of_training(finished, copied):
+def test_exported_folder_is_the_policy_and_nothing_of_training(finished, copied, capsys):
     run_export(copied / "run", copied / "plain")
+    is_merged = hasattr(finished[0].policy, "peft_config")
+    checkpoint, done = copied / "run/LATEST", capsys.readouterr().out.splitlines()[-1]
+    assert done == (
+        f"Merged the adapter of {checkpoint} into its base; wrote the model to {copied}/plain"
+        if is_merged
+        else f"Wrote the model of {checkpoint} to {copied}/plain"
+    )
     model = AutoModelForCausalLM.from_pretrained(copied / "plain").eval()
     torch.testing.assert_close(model(IDS).logits, finished[0].policy.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
     assert len(AutoTokenizer.from_pretrained(copied / "plain")) == 2048
@@ -73,7 +80,7 @@ def test_exported_folder_is_the_policy_and_nothing_of_training(finished, copied)
 def test_earlier_checkpoint_is_exported_by_its_name(copied):
     (copied / "plain").mkdir()  # an empty directory is accepted
     run_export(copied / "run", copied / "plain", "step-4")
-    assert "4 examples, 1 optimizer steps" in (copied / "plain/README.md").read_text()
+    assert "4 examples, 1 optimizer step." in (copied / "plain/README.md").read_text()
 
 
 @pytest.mark.parametrize("output", ["run", "run/LATEST", "base", "file"])

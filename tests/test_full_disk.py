@@ -20,7 +20,7 @@ from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import point_to
 from checkpointing.resume import resume_hinted
 from commands import output
-from commands.errors import errors_reported
+from commands.output import errors_reported
 from commands.run_directory import create_run_dir
 from data import arrow_cache, reading
 from evaluation.pairs import Pair, Task

@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from config_checks.schema import own_keys
 from evaluation.chat_completions import RateLimit, retry_after
 from evaluation.judge import run
+from evaluation.judge_summary import summarize, table
 from evaluation.pairs import Pair, Response, Task, match, read_responses
 from evaluation.prompts import PROMPTS, fill, load_template, read_verdict
 from evaluation.statistics import length_controlled, wilson_interval
@@ -157,6 +158,14 @@ def test_unmatched_responses_are_an_error_or_counted():
     assert n_unmatched == 3
     with pytest.raises(UserError, match="prompt_index=0, sample=0 is in a and not in b"):
         match({(0, 0): Response("p", "t")}, other, True)
+
+
+def test_table_counts_a_single_pair_in_the_singular():
+    line = {"prompt_index": 0, "sample": 0, "verdict": "a", "first": "a"}
+    summary = summarize([Pair(0, 0, "p", "x", "y")], [line], {"judge": "model"})
+    assert "\n  1 pair judged, of 1 prompt: a wins 1, ties 0, b wins 0\n" in table(
+        {"a": "a.jsonl", "b": "b.jsonl", "kl": None, **summary}
+    )
 
 
 def test_judge_prompt_takes_texts_verbatim(tmp_path):
@@ -397,7 +406,7 @@ def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, lau
     assert (summary["n_judged"], summary["n_failed"]) == (4, 4)
     assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 1, 1)  # 1, 7; 4; 0
     assert [endpoint.times(number) for number in range(8)] == [2, 2, 2, 2, 0, 1, 2, 1]
-    assert "4 pairs FAILED and are not counted" in launcher.output
+    assert "4 pairs FAILED, not counted" in launcher.output
     assert summary["input_tokens"] == 100 * 5  # including the two answers without a verdict
     endpoint.answer = endpoint.longer
     summary = judge(*endpoint.options, "judge_retries=1")

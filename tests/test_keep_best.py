@@ -55,7 +55,7 @@ def test_stop_when_worse_ends_and_completes_the_run(launcher, tmp_path):
     )  # the lengths stay as they are: no evaluation is better than the first
     assert list(evaluations(tmp_path / "run")) == [0, 8, 16, 24]
     assert "Stopping early: lengths_eval/chosen was best after 8 examples" in launcher.output
-    assert "2 evaluations since then were worse" in " ".join(launcher.output.split())
+    assert "worse evaluations since then: 2" in " ".join(launcher.output.split())
     state = json.loads((tmp_path / "run/LATEST/state.json").read_text())
     assert (state["complete"], state["examples"], state["worse"]) == (True, 24, 2)
     assert launcher.run(*run, "resume=auto") == 0, launcher.output
@@ -147,16 +147,16 @@ def test_equal_metric_is_not_better_and_a_new_metric_starts_over(make_trainer):
     assert (trainer.state.best, trainer.state.worse) == ({}, 0)  # the evaluation before training doesn't count
     for examples, loss in ((8, 0.5), (16, 0.5), (24, 0.6)):
         state.examples, state.metrics = examples, {"loss/eval": loss, "nll_eval/chosen": 2.0}
-        best.judge(state, config)
+        best.record_evaluation(state, config)
     assert (state.best, state.best_at, state.worse) == ({"loss/eval": 0.5}, 8, 2)
     config.keep_best, config.stop_when_worse = "nll_eval/chosen", 2
-    assert not best.ends_run(state, config)  # nothing was worse by the new metric yet
+    assert not best.stops_early(state, config)  # nothing was worse by the new metric yet
     assert not best.should_save_best(state, config)
-    best.judge(state, config)
+    best.record_evaluation(state, config)
     assert (state.best, state.best_at, state.worse) == ({"nll_eval/chosen": 2.0}, 24, 0)
     config.keep_best = "rewards_eval/accuracies"
     with pytest.raises(UserError, match="the evaluation has none"):
-        best.judge(state, config)
+        best.record_evaluation(state, config)
 
 
 def test_run_killed_between_its_last_step_and_latest_finishes_latest(launcher, tmp_path):

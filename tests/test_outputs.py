@@ -205,7 +205,7 @@ def test_files_are_opened_for_writing_only_where_it_is_known():
     assert {module: sorted(names) for module, names in found.items()} == {
         # outputs of commands
         "evaluation/evaluate.py": ["append_json_lines", "atomic_file"], "evaluation/judge.py": ["atomic_file"],
-        "evaluation/sample.py": ["append_json_lines"], "evaluation/sample_file.py": ["atomic_file"],
+        "evaluation/sample.py": ["append_json_lines"], "evaluation/sample_file.py": ["atomic_file", "atomic_file"],
         "evaluation/verdicts.py": ["append_whole"],
         "reporting/curves.py": ["atomic_file"],
         # in a run's or a sweep's directory

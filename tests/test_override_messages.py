@@ -5,7 +5,7 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from commands.command_line import compose_config, with_home
+from commands.command_line import compose_config, for_hydra
 from config_checks.overrides import explain_commas, explain_override, typed_string
 from utils import UserError
 
@@ -51,11 +51,11 @@ def test_suggested_word_gives_the_string(text):
 
 
 @pytest.mark.parametrize(
-    "word", ["datasets=[~/x]", "datasets=[a, ~/x,~/y]", "datasets=[{name: ~/x}]", "model=~/x", "a='~/x'"]
+    "word", ["datasets=[~/x]", "datasets=[a, ~/x,~/y]", "datasets=[{name: ~/x}]", "model.archive=~/x", "a='~/x'"]
 )
 def test_home_is_expanded_wherever_a_path_begins(word, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    (expanded,) = with_home([word])
+    (expanded,) = for_hydra([word])
     assert "~" not in expanded and expanded == word.replace("~", "/home/me")
     assert OverridesParser.create().parse_override(expanded)
 

@@ -1,6 +1,7 @@
 """The program runs on systems without Unix's modules, signals and symbolic links."""
 
 import ast
+import functools
 import json
 import os
 import socket
@@ -16,7 +17,6 @@ from basics import locks
 from basics.links import followed, link_target, make_link
 from checkpointing.checkpoints import delete_oldest, point_to
 from checkpointing.resume import find_checkpoints
-from commands.run_directory import locked_run
 from config_checks.checks import check_config
 from train import compose_config
 from utils import UserError, widest_dtype
@@ -58,15 +58,13 @@ def test_all_commands_run_without_what_windows_lacks(run_python, tmp_path):
 
 def test_run_is_locked_where_there_is_no_flock(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "fcntl", None)
-    with locked_run(str(tmp_path / "run")):
-        with (
-            pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"),
-            locked_run(str(tmp_path / "run")),
-        ):
+    run = functools.partial(locks.locked_directory, str(tmp_path / "run"), "local_run_dir", "it is held")
+    with run():
+        with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"), run():
             pass
         assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".lock.lock"]
     assert os.listdir(tmp_path) == []
-    with locked_run(str(tmp_path / "run")):
+    with run():
         pass
 
 

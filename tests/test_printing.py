@@ -12,7 +12,7 @@ from launcher import ENVIRONMENT
 
 from basics.printing import markdown, markdown_code, printable
 from checkpointing.model_card import write_card
-from reporting.curves import plain
+from reporting.curves import escaped
 
 SHOWN = {
     "a\x1b[2Jb": r"a\x1b[2Jb", "one\rtwo": r"one\rtwo", "bell\x07": r"bell\x07", "\x9b31m": r"\x9b31m",
@@ -69,9 +69,9 @@ def test_run_name_in_a_picture_is_no_formula(tmp_path):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    figure.text(0, 0, plain("run$x^{2$ $\x1b"))
+    figure.text(0, 0, escaped("run$x^{2$ $\x1b"))
     figure.savefig(tmp_path / "x.png")  # an unbalanced formula would raise
-    assert plain("$a\x1b") == r"\$a\x1b"
+    assert escaped("$a\x1b") == r"\$a\x1b"
 
 
 def test_error_message_carries_out_nothing(launcher, tmp_path):
@@ -84,7 +84,7 @@ def test_error_message_carries_out_nothing(launcher, tmp_path):
 def test_too_many_open_files_are_named(tmp_path):
     script = (
         "import os, resource\n"
-        "from commands.errors import errors_reported\n"
+        "from commands.output import errors_reported\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "with errors_reported():\n"
         "    resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))\n"

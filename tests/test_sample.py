@@ -12,7 +12,9 @@ from launcher import wait_until
 from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from basics.files import append_json_lines
 from evaluation.drawing import SeededDraws
+from evaluation.sample_file import sort_lines
 
 SAMPLE = REPOSITORY / "sample.py"
 PROMPTS = [f"\n\nHuman: say {'very ' * (n % 4)}much {n}\n\nAssistant:" for n in range(9)]
@@ -50,6 +52,18 @@ def test_draws_never_take_a_token_that_was_excluded():
     drawn = SeededDraws(list(range(5000)))(None, logits).argmax(1)
     assert set(drawn.tolist()) == {1, 4}
     assert (drawn == 4).float().mean() == pytest.approx(1 / (1 + math.exp(3)), abs=0.012)  # four standard errors
+
+
+def test_complete_file_is_sorted_by_prompt_and_sample_once(tmp_path):
+    path = tmp_path / "o.jsonl"
+    lines = [{"prompt_index": i, "sample": k, "response": "é\ud83d"} for i, k in ((2, 0), (10, 1), (10, 0), (2, 1))]
+    append_json_lines(str(path), lines)
+    sort_lines(str(path))
+    assert [place[:2] for place in texts(path)] == [(2, 0), (2, 1), (10, 0), (10, 1)]
+    assert {place[2] for place in texts(path)} == {"é\ud83d"}
+    sorted_file = path.stat()
+    sort_lines(str(path))
+    assert os.path.samestat(path.stat(), sorted_file)
 
 
 WAYS = {  # overrides and number of workers
@@ -119,9 +133,10 @@ def test_temperature_0_takes_the_likeliest_token(launcher, trained, prompts, tmp
     assert line["response"] == tokenizer.decode(ids[0, n_prompt:], skip_special_tokens=True)
 
 
-def test_interrupted_sampling_ends_with_the_same_file(launcher, trained, prompts, tmp_path):  # noqa: F811
+def test_interrupted_sampling_ends_with_the_same_file_in_the_order_of_the_data(launcher, trained, prompts, tmp_path):  # noqa: F811
     run = [f"run={trained('dpo')}", prompts, "n=4", "max_new_tokens=16", "eval_batch_size=2"]
     draw(launcher, *run, f"output={tmp_path}/whole")
+    assert [place[:2] for place in texts(tmp_path / "whole")] == [(i, k) for i in range(9) for k in range(4)]
     launcher.start(*run, f"output={tmp_path}/cut", script=SAMPLE)
     wait_until(lambda: (tmp_path / "cut").exists() and (tmp_path / "cut").stat().st_size >= 600)
     launcher.kill(signal.SIGKILL)
@@ -200,7 +215,8 @@ def test_rows_without_a_prompt_are_named(launcher, trained, tmp_path):  # noqa: 
 def test_output_of_another_model_or_other_prompts_is_refused(launcher, trained, tmp_path):  # noqa: F811
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     run_dir, options = trained("dpo"), [f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o"]
-    draw(launcher, *RUN, *options, f"model.archive={run_dir}/step-8")
+    output = draw(launcher, *RUN, *options, f"model.archive={run_dir}/step-8")
+    assert "1 sample drawn, 0 already in" in output
     assert launcher.run(*RUN, *options, f"model.archive={run_dir}/LATEST", "max_new_tokens=8", script=SAMPLE) == 1
     assert "samples under other settings" in launcher.output
     (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n')
@@ -269,7 +285,7 @@ def test_prompts_in_a_file_need_neither_data_nor_an_optimizer(launcher, trained,
     # the same texts and log-probabilities as with the data
     draw(launcher, f"run={run_dir}", f"output={tmp_path}/data", "n_eval_examples=2", "temperature=0")
     texts_of_data = read_jsonl(tmp_path / "data")
-    given = [{"prompt": line["prompt"]} for line in sorted(texts_of_data, key=lambda line: line["prompt_index"])]
+    given = [{"prompt": line["prompt"]} for line in texts_of_data]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     draw(launcher, f"run={run_dir}", f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/file", "temperature=0")
     for line, expected in zip(read_jsonl(tmp_path / "file"), texts_of_data, strict=True):

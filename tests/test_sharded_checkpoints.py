@@ -38,9 +38,10 @@ from checkpointing.optimizer_state import _add_saved_tensors, _sharded
 from checkpointing.restoring import load_checkpoint, resume_training
 from checkpointing.resume import find_checkpoints
 from checkpointing.sharded import (
+    Box,
     ShardedCheckpoint,
-    held_pieces,
-    pieces_to_write,
+    boxes_to_write,
+    held_boxes,
     shard_of,
     without_tensors,
     write_shard,
@@ -74,16 +75,23 @@ def pieces_are_right():
         mesh = init_device_mesh("cpu", shape)
         tensor = distribute_tensor(full, mesh, placements, src_data_rank=None)
         local = tensor.to_local()
-        for pieces in (held_pieces(tensor), pieces_to_write(tensor)):
-            for piece in pieces:
-                box = tuple(slice(begin, begin + size) for begin, size in zip(piece.offset, piece.shape, strict=True))
-                assert torch.equal(piece.local(local), full[box]), placements
-        assert sum(piece.local(local).numel() for piece in held_pieces(tensor)) == local.numel(), placements
-        written = torch.cat([full[:0, 0], *(piece.local(local).flatten() for piece in pieces_to_write(tensor))])
+        for box in (*held_boxes(tensor), *boxes_to_write(tensor)):
+            place = tuple(slice(begin, begin + size) for begin, size in zip(box.offset, box.shape, strict=True))
+            assert torch.equal(local[box.slices], full[place]), placements
+        assert sum(local[box.slices].numel() for box in held_boxes(tensor)) == local.numel(), placements
+        written = torch.cat([full[:0, 0], *(local[box.slices].flatten() for box in boxes_to_write(tensor))])
         everything = torch.cat(all_gather_object(written))
         assert sorted(everything.tolist()) == full.flatten().tolist(), placements
         if all(isinstance(placement, Replicate) for placement in placements):
             assert 0 < len(written) < 40  # replicas divide the work
+
+
+def test_overlap_of_boxes_has_its_place_in_each_holder():
+    held = Box(offset=(2, 0), shape=(4, 3), start=(1, 0))  # rows 2 to 5, from row 1 of the local tensor on
+    saved = Box(offset=(4, 1), shape=(9, 1), start=(0, 0))  # rows 4 to 12 of column 1
+    assert held.overlap(saved) == Box((4, 1), (2, 1), start=(3, 1))
+    assert saved.overlap(held) == Box((4, 1), (2, 1), start=(0, 0))
+    assert held.overlap(Box((6, 0), (1, 3), (0, 0))) is None
 
 
 def test_pieces_of_every_placement_cover_a_tensor_once(in_workers):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import textwrap
 import time
 
 import pytest
@@ -164,18 +165,30 @@ def test_samples_are_shortened_below_their_prompt(monkeypatch):
     drawn = samples(prompt, policy=" Yes, " + "of course " * 50, reference=" No.\033[2J\n\nHuman: x")
     text = "\n".join(sample_lines(drawn + samples("Hello", policy="", reference="Hi")))
     assert max(map(len, text.splitlines())) <= 79 and "\033" not in text
-    assert text.startswith("Samples: 2 of 2, shortened; all are in samples.jsonl\n… ")
+    head = "Samples: 2 of 2, drawn separately from each model, shortened; all are in samples.jsonl"
+    assert text.startswith("\n".join(textwrap.wrap(head, 79)) + "\n… ")
     assert len(re.findall(r" last\?\s+Assistant:\npolicy: Yes, of course ", text)) == 1  # the end of a long prompt
     assert re.search(r" of\s+… *\nreference: No\.\\x1b\[2J Human: x\n", text)  # the beginning of a long response
     assert text.endswith("\nHello\npolicy: (empty)\nreference: Hi")
     assert sample_lines([]) == []
 
 
+def test_samples_of_a_single_model_show_prompts_without_the_lines_they_share(monkeypatch):
+    monkeypatch.setattr(terminal, "width", lambda: 79)
+    prompts = [f"<system>\nBe kind. {'Be brief. ' * 40}\n<user>\nHow do {you}?\n<assistant>\n" for you in ("I", "we")]
+    drawn = [sample for prompt in prompts for sample in samples(prompt, policy="So.")]
+    assert sample_lines(drawn) == [
+        "Samples: 2 of 2, shortened; all are in samples.jsonl",
+        "… How do I? <assistant>", "policy: So.", "… How do we? <assistant>", "policy: So.",
+    ]  # fmt: skip
+    assert sample_lines(samples("\nOne prompt\nalone", policy="So."))[1] == "One prompt alone"
+
+
 @pytest.mark.slow
 def test_log_file_shows_samples_and_their_kl_once(launcher, tmp_path):
     assert launcher.run(*RUN, "n_examples=4", "eval_every=4", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     output = launcher.output
-    assert output.count("Samples: 2 of 2, shortened") == 2
+    assert output.count("Samples: 2 of 2, drawn separately from each model") == 2
     lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"]
     shown = re.findall(r"on the samples: (\S+) ± (\S+) nats per response, (\S+) per token", output)
     assert len(shown) == len(lines) == 2

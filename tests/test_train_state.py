@@ -11,7 +11,7 @@ from launcher import train_after, wait_until
 from omegaconf import OmegaConf
 from test_resume import FINISHED, TOY, log_lines
 
-from checkpointing.resume import _MAY_CHANGE
+from checkpointing.same_run import _MAY_CHANGE
 from checkpointing.stop_signal import EXIT_CODE
 from config_checks.schema import default_config
 
