@@ -20,8 +20,9 @@ from omegaconf import DictConfig
 
 from data.batches import BatchIterator, Prompt
 from data.choice import KEPT_ENDS, Choice, Settings
+from data.locations import check_path, locate_built_in
 from data.preparation import prepared_split
-from data.reading import check_path, read_split, row_place
+from data.reading import read_split, row_place
 from data.report import print_report
 from data.row_sources import ROWS  # noqa: F401 (re-exported)
 from data.selection import drop_identical, epoch_order, first_examples, without_overlong
@@ -298,7 +299,8 @@ def get_dataset(
     try:
         data = DATASETS[name].load(split, silent=silent, cache_dir=cache_dir, **kwargs)
     except RowError as error:
-        place = row_place(path or DATASETS[name].hub_id, error.split, error.row, cache_dir)
+        location = locate_built_in(name, path or DATASETS[name].hub_id, error.split)
+        place = row_place(location, error.split, error.row, cache_dir)
         raise UserError(f"{error}{place}\nCorrect the data there") from error
     if not data:
         raise UserError(f"datasets=[{name}]: the {split} split is empty")

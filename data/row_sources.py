@@ -13,7 +13,7 @@ from basics.files import content_hash
 from data import reading
 from data.batches import split_name
 from data.choice import Choice
-from data.locations import Location, choose_splits
+from data.locations import Location, choose_splits, find_problem
 from data.plain_reader import Fault, are_json_lines, readable_rows
 from utils import UserError, rank0_print
 
@@ -72,10 +72,7 @@ def _without_nulls(value: object) -> object:
 
 def open_splits(location: Location, choice: Choice, cache_dir: str, silent: bool) -> dict[str, Rows]:
     """Open the rows to train on and, if there is an evaluation split, those to evaluate on."""
-    if location.files is not None:
-        available = list(location.files)
-    else:
-        available = reading.split_names(location.where, location.path, location.config, cache_dir, "give local files")
+    available = list(location.files) if location.files is not None else reading.split_names(location, cache_dir)
     train, test = choose_splits(available, choice.train_split, choice.test_split, location.where)
     splits = {"train": train} | ({"test": test} if test is not None else {})
     return {role: open_rows(location, split, cache_dir, silent) for role, split in splits.items()}
@@ -89,14 +86,11 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
     where, label = split_name(location.name, split), f"{location.name} ({split})"
     silent = silent or label in _ANNOUNCED  # each split is opened twice, as both are prepared whenever one is needed
     _ANNOUNCED.add(label)
-    files = location.files[split.partition("[")[0]] if location.files is not None else None
-    if files and (reason := reading.problem_with_files(files)):
+    files = location.split_files(split)
+    if files and (reason := find_problem(files)):
         raise UserError(f"{where}: {reason}")
     try:
-        rows = reading.read_rows(
-            location.name, location.path, split, files, cache_dir, "give local files", location.config, silent,
-            csv_as_strings=True,
-        )  # fmt: skip
+        rows = reading.read_rows(location, split, cache_dir, silent)
     except reading.UnreadableRows as error:
         named = [(file, file) for file in files or []]
         if "[" in split or not (named and are_json_lines(named)):
@@ -106,7 +100,7 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
     cache_files = [file["filename"] for file in rows.cache_files]
 
     def place(row: int) -> str:
-        return reading.row_place(location.path, split, row, cache_dir, files)
+        return reading.row_place(location, split, row, cache_dir)
 
     # the library stores objects whose fields differ between rows as JSON, and must decode them
     holds_json = "Json(" in str(rows.features)

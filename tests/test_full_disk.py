@@ -23,6 +23,7 @@ from commands import output
 from commands.errors import errors_reported
 from commands.run_directory import create_run_dir
 from data import arrow_cache, reading
+from data.locations import Location
 from evaluation.pairs import Pair, Task
 from evaluation.sample_file import write_alpaca_eval
 from evaluation.verdicts import Verdict, VerdictFile
@@ -167,7 +168,7 @@ def test_error_tells_the_data_from_its_cache(number, place, said, tmp_path, monk
 
     monkeypatch.setattr(arrow_cache, "prepare", prepare)
     with pytest.raises(UserError) as raised:
-        reading.read_rows("hh", names["data"], "train", [names["data"]], names["cache"], remedy="-", silent=True)
+        reading.read_rows(Location("hh", names["data"], files={"train": [names["data"]]}), "train", names["cache"])
     assert str(raised.value).startswith(f"datasets=[hh], train split: {said.format(**names)}")
     assert ("local_dirs" in str(raised.value)) == ("keep" in said)
 
