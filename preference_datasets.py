@@ -18,14 +18,15 @@ from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.element import PreformattedString
 from omegaconf import DictConfig
 
-from data.batches import BatchIterator, Prompt
+from data.batches import BatchIterator, Prompt, split_name
 from data.choice import KEPT_ENDS, Choice, Settings
 from data.locations import check_path, locate_built_in
-from data.preparation import prepared_split
+from data.preparation import prepare
+from data.prepared import PreparedPrompts
 from data.reading import read_split, row_place
 from data.report import print_report
 from data.row_sources import ROWS  # noqa: F401 (re-exported)
-from data.selection import drop_identical, epoch_order, first_examples, without_overlong
+from data.selection import draw_examples, drop_identical, epoch_order, without_overlong
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
 from losses import find_loss
@@ -310,10 +311,10 @@ def get_dataset(
     return data
 
 
-def _named_prompts(
+def _built_in_prompts(
     name: str, split: str, mode: str, eos_token: str, silent: bool, cache_dir: str | None, path: str | None
 ) -> list[Prompt]:
-    """Load the prompts of a named dataset.
+    """Load the prompts of a built-in dataset.
 
     Raises: UserError if a text contains the end-of-sequence token, which marks where a response ends.
     """
@@ -331,6 +332,30 @@ def _named_prompts(
                     f"...{text[max(0, text.index(eos_token) - 60) :]!r:.160}\nRemove it from the data; it is added to "
                     "the end of every response."
                 )
+    return prompts
+
+
+def _load_prompts(
+    choice: Choice,
+    split: str,
+    path: str | None,
+    settings: Settings,
+    tokenizer,
+    accepted_kinds: Sequence[str],
+    cache_dir: str | None,
+    silent: bool,
+    prepared: dict[str, dict[str, PreparedPrompts]],
+) -> Sequence[Prompt]:
+    """Load the prompts of one split; see `get_batch_iterator`, `prepare` and, for `path`, `get_dataset`."""
+    built_in = DATASETS.get(choice.name)
+    mode = choice.truncation if choice.truncation in KEPT_ENDS else built_in.truncation_mode if built_in else "keep_end"
+    if built_in:
+        return _built_in_prompts(choice.name, split, mode, tokenizer.eos_token, silent, cache_dir, path)
+    if choice.name not in prepared:
+        prepared[choice.name] = prepare(choice, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
+    prompts = prepared[choice.name][split]
+    if len(prompts) == 0:
+        raise UserError(f"{split_name(choice.name, split)}: no rows left for it; add data, or change test_fraction")
     return prompts
 
 
@@ -355,6 +380,7 @@ def get_batch_iterator(
     unpaired: bool = False,
     add_bos: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (it can't be changed)
+    prepared: dict[str, dict[str, PreparedPrompts]] | None = None,
 ) -> BatchIterator:
     """Iterate over batches of a split, for `n_epochs` or `n_examples`, whichever ends first.
 
@@ -374,7 +400,9 @@ def get_batch_iterator(
             the KL divergence.
         unpaired: accept unpaired data, too: single responses, each marked good or bad.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
-        settings: how to read data that isn't a named dataset.
+        settings: how to read the user's own data.
+        prepared: the prompts of the user's own datasets by name and split, which are prepared together; those that it
+            lacks are added, for the iterator over the other split.
 
     Raises: UserError if a dataset can't be used or has less than one batch.
     """
@@ -383,22 +411,17 @@ def get_batch_iterator(
     choices = [name if isinstance(name, Choice) else Choice(name) for name in names]
     accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if unpaired else ("pairs",)
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
+    prepared = {} if prepared is None else prepared
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
-        named = DATASETS.get(choice.name)
-        mode = named.truncation_mode if named else "keep_end"
-        mode = choice.truncation if choice.truncation in KEPT_ENDS else mode
-        if named:
-            path = (paths or {}).get(choice.name)
-            part = _named_prompts(choice.name, split, mode, tokenizer.eos_token, silent, cache_dir, path)
-        else:
-            part = prepared_split(choice, split, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
+        path = (paths or {}).get(choice.name)
+        part = _load_prompts(choice, split, path, settings, tokenizer, accepted_kinds, cache_dir, silent, prepared)
         if choice.truncation in ("drop", "error"):
             part = without_overlong(part, choice, split, sft_mode, tokenizer, **lengths)
-        if not named and not sft_mode:  # the original keeps identical responses in named datasets
+        if choice.name not in DATASETS and not sft_mode:  # the original keeps identical responses in its datasets
             drop_identical(part, choice, split, settings.skips_bad, **lengths)
         if split == "train" and choice.n_examples is not None:
-            part = first_examples(part, choice, sft_mode, seed)
+            part = draw_examples(part, choice, sft_mode, seed)
         parts.append(part)
     is_every_prompt_once = all(choice.weight == 1 and choice.n_examples is None for choice in choices)
     order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, sft_mode, seed)
@@ -441,6 +464,7 @@ def open_batches(
         cache_dir=get_local_dir(config.local_dirs),
         paths=config.dataset_paths,
         shard=shard,
+        prepared={},
         settings=Settings(
             test_fraction=config.test_fraction,
             skips_bad=config.on_bad_example == "skip",

@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
 class PreparedPrompts(Sequence):
     """The tokenized prompts of a split; each is read from the memory-mapped file when it is indexed."""
 
-    def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, loss_takes: Sequence[str]):
+    def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, accepted_kinds: Sequence[str]):
         self.dataset, self.split, self.truncation_mode = dataset, role, truncation_mode
         with open(os.path.join(directory, "info.json"), encoding="utf-8") as file:
             self.info = json.load(file)
@@ -49,16 +49,16 @@ class PreparedPrompts(Sequence):
         self.n_labelled: dict[str, int] = {}  # unpaired data: number of responses by label
         labels = self.columns["label"]
         if len(labels) and labels.null_count == 0:
-            self._pair_by_label(labels.to_numpy(), loss_takes)
+            self._pair_by_label(labels.to_numpy(), accepted_kinds)
 
-    def _pair_by_label(self, labels: np.ndarray, loss_takes: Sequence[str]):
+    def _pair_by_label(self, labels: np.ndarray, accepted_kinds: Sequence[str]):
         """Pair each desirable response with an undesirable one, repeating the rarer ones; for SFT, keep the desirable.
 
         Raises: UserError if all have the same label.
         """
         desirable, undesirable = np.flatnonzero(labels), np.flatnonzero(~labels)
         self.n_labelled = {"desirable": len(desirable), "undesirable": len(undesirable)}
-        if "unpaired" not in loss_takes:
+        if "unpaired" not in accepted_kinds:
             self.numbers, self.n_pairs = desirable, np.zeros(len(desirable), dtype=np.int64)
             return
         if min(len(desirable), len(undesirable)) == 0:

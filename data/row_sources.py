@@ -19,7 +19,6 @@ from utils import UserError, rank0_print
 
 ROWS: dict[str, list[dict]] = {}  # rows given in Python, by their name in `datasets`; see docs/data.md
 
-_ANNOUNCED: set[str] = set()  # splits whose files were printed
 _SHOWN = 10  # bad rows listed in an error message
 _SHOWN_OF_ONE_KIND = 3  # if all bad rows are of one kind
 
@@ -84,8 +83,6 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
     Raises: UserError with file, line and remedy if they can't be read.
     """
     where, label = split_name(location.name, split), f"{location.name} ({split})"
-    silent = silent or label in _ANNOUNCED  # each split is opened twice, as both are prepared whenever one is needed
-    _ANNOUNCED.add(label)
     files = location.split_files(split)
     if files and (reason := find_problem(files)):
         raise UserError(f"{where}: {reason}")
@@ -131,7 +128,7 @@ class BadRows:
 
     def __init__(self, rows: Rows):
         self.rows, self.kinds, self.first = rows, Counter(), []
-        self.n_read, self.is_complete = 0, True  # rows checked, good or bad; False if reading stopped early
+        self.n_read = 0  # rows checked, good or bad
         self.n_identical_pairs = 0  # dropped from rows that keep other pairs
 
     def add(self, number: int, place: str, kind: str, reason: str):
@@ -153,9 +150,9 @@ class BadRows:
         lines = [f"  {self.place(number, place)}: {reason}" for number, place, reason in first]
         total = sum(self.kinds.values())
         if total > len(first):
-            within = "" if self.is_complete else f" of the first {self.n_read:,}"
+            share = "all" if total == self.n_read else f"{total:,}"
             counted = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
-            lines.append(f"  ... {'all ' if total == self.n_read else ''}{total:,} rows{within} ({counted})")
+            lines.append(f"  ... {share} of the first {self.n_read:,} rows ({counted})")
         raise UserError(
             f"{self.rows.where}: rows that can't be used:\n" + "\n".join(lines) + "\nCorrect them, or drop and "
             "count such rows with on_bad_example=skip"

@@ -89,7 +89,7 @@ def _masked_examples(numbers: np.ndarray, mask: np.ndarray) -> Iterator[tuple[in
         next_index[number] += 1
 
 
-def first_examples(part: Sequence[Prompt], choice: Choice, sft_mode: bool, seed: int) -> Sequence[Prompt]:
+def draw_examples(part: Sequence[Prompt], choice: Choice, sft_mode: bool, seed: int) -> Sequence[Prompt]:
     """Select `n_examples` of a dataset.
 
     Prompts are drawn by the seed, with all their pairs; the last one drawn may keep only its first pairs.
