@@ -26,7 +26,7 @@ from data.prepared import PreparedPrompts
 from data.reading import read_split, row_place
 from data.report import print_report
 from data.row_sources import ROWS  # noqa: F401 (re-exported)
-from data.selection import draw_examples, drop_identical, epoch_order, without_overlong
+from data.selection import draw_examples, drop_identical, drop_overlong, epoch_order
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
 from losses import find_loss
@@ -417,7 +417,7 @@ def get_batch_iterator(
         path = (paths or {}).get(choice.name)
         part = _load_prompts(choice, split, path, settings, tokenizer, accepted_kinds, cache_dir, silent, prepared)
         if choice.truncation in ("drop", "error"):
-            part = without_overlong(part, choice, split, sft_mode, tokenizer, **lengths)
+            part = drop_overlong(part, choice, split, sft_mode, tokenizer, max_length, add_bos)
         if choice.name not in DATASETS and not sft_mode:  # the original keeps identical responses in its datasets
             drop_identical(part, choice, split, settings.skips_bad, **lengths)
         if split == "train" and choice.n_examples is not None:
