@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from basics.outputs import is_sharded, why_not_writable
 from config_checks.datasets import check_data
 from config_checks.lora import check_adapter_fits, check_lora
+from config_checks.numbers import is_number
 from config_checks.schedules import check_schedule
 from config_checks.schema import default_config, expand_config, names_in
 from config_checks.values import check_one_of, check_values
@@ -96,17 +97,13 @@ def _check_optimizer_argument(key: str, value: object, parameter: inspect.Parame
         return
     if isinstance(default, tuple):
         numbers = value if isinstance(value, list) and len(value) == len(default) else [""]
-        if any(number is not None and _is_no_number(number) for number in numbers):
+        if not all(number is None or is_number(number) for number in numbers):
             raise UserError(f"{key}={value}: expected {len(default)} numbers, e.g. {list(default)}")
     elif isinstance(default, bool) or (default is None and "bool" in annotation):
         if not isinstance(value, bool):
             raise UserError(f"{key}={value}: expected true or false")
-    elif (isinstance(default, int | float) or "float" in annotation) and _is_no_number(value):
+    elif (isinstance(default, int | float) or "float" in annotation) and not is_number(value):
         raise UserError(f"{key}={value}: expected a number")
-
-
-def _is_no_number(value: object) -> bool:
-    return isinstance(value, bool) or not isinstance(value, int | float)
 
 
 def _check_model(config: DictConfig):
@@ -299,8 +296,6 @@ def _check_reference(config: DictConfig):
             f"{why} uses no reference: leave reference, reference_model and precompute_ref_log_probs at their defaults"
         )
     config.reference = resolved_reference(config)
-    if (alpha := config.reference_update_alpha) > 1:
-        raise UserError(f"reference_update_alpha={alpha}: must be at most 1, the policy's own weights")
     if config.reference_update_every is not None:
         _check_moving_reference(config)
     if find_loss(config.loss).takes_kl_estimate:

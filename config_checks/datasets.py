@@ -7,6 +7,7 @@ from glob import has_magic
 
 from omegaconf import DictConfig, ListConfig
 
+from config_checks.numbers import is_number
 from config_checks.values import check_one_of
 from data.choice import TRUNCATIONS, Choice
 from data.locations import is_location, locate
@@ -75,12 +76,11 @@ def _check_entry(given: dict, shown: str):
             raise UserError(f"{shown}: no setting {key!r}.{hint} There are: {', '.join(known)}")
     if not isinstance(given.get("name"), str) or not given["name"].strip():
         raise UserError(f"{shown}: expected names, files or ids on the hub, e.g. datasets=[hh]")
-    number = given.get("weight", 1)
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1000:
-        raise UserError(f"{shown}: weight={number}: must be a number above 0, at most 1000")
-    number = given.get("n_examples")
-    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-        raise UserError(f"{shown}: n_examples={number}: must be an integer above 0")
+    weight, n_examples = given.get("weight", 1), given.get("n_examples")
+    if not is_number(weight) or not 0 < weight <= 1000:
+        raise UserError(f"{shown}: weight={weight}: must be a number above 0, at most 1000")
+    if n_examples is not None and (not is_number(n_examples, int) or n_examples < 1):
+        raise UserError(f"{shown}: n_examples={n_examples}: must be an integer above 0")
     check_one_of(f"{shown}: truncation", given.get("truncation"), (*TRUNCATIONS, None))
     for key in ("train_split", "test_split"):
         if not isinstance(given.get(key), str | None):

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from config_checks.explanations import ELSEWHERE
+from config_checks.numbers import is_number
 from config_checks.values import check_one_of
 from distributed.strategies import STRATEGIES, trainers_with
 from utils import UserError, closest_match
@@ -65,10 +66,9 @@ def check_adapter_fits(config: DictConfig, settings: Mapping):
 
 def _check_lora_field(name: str, value: object, kind: object):
     """Refuse a value of another type than its field has; `check_lora_fits` checks lists of names."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if name == "r" and not (is_number and isinstance(value, int) and value > 0):
+    if name == "r" and not (is_number(value, int) and value > 0):
         raise UserError(f"lora.r={value}: the rank must be an integer above 0")
-    if kind in (int, float) and not is_number:
+    if kind in (int, float) and not (is_number(value) and math.isfinite(value)):
         raise UserError(f"lora.{name}={value}: expected a number")
     if name == "lora_alpha" and value == 0:
         raise UserError("lora.lora_alpha=0: it scales the adapter, which would have no effect")
