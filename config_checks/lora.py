@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from config_checks.explanations import ELSEWHERE
+from config_checks.explanations import KEY_HINTS
 from config_checks.numbers import is_number
 from config_checks.values import check_one_of
 from distributed.strategies import STRATEGIES, trainers_with
@@ -42,7 +42,7 @@ def check_lora(config: DictConfig):
     kinds = typing.get_type_hints(peft.LoraConfig)
     for name, value in OmegaConf.to_container(config.lora).items():
         if name not in fields:
-            hint = f" {ELSEWHERE[name]}" if name in ELSEWHERE else closest_match(name, fields)
+            hint = f" {KEY_HINTS[name]}" if name in KEY_HINTS else closest_match(name, fields)
             raise UserError(f"lora.{name}: LoraConfig has no such field.{hint}")
         if name == "lora_dropout" and value:
             raise UserError(f"lora.lora_dropout={value}: all dropout is off here; leave it out")
