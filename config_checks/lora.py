@@ -1,9 +1,9 @@
-"""Checks of the key `lora`: PEFT silently accepts settings that do nothing."""
+"""Checks of adapters and of the key `lora`: PEFT silently accepts settings that do nothing."""
 
 import dataclasses
+import importlib.util
 import math
 import typing
-from collections.abc import Mapping
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -12,6 +12,7 @@ from config_checks.explanations import KEY_HINTS
 from config_checks.numbers import is_number
 from config_checks.values import check_one_of
 from distributed.strategies import STRATEGIES, trainers_with
+from references import saved_settings, sources
 from utils import UserError, closest_match
 
 # fields of LoraConfig, or initializations, that PEFT would silently ignore, and why
@@ -29,13 +30,33 @@ _WITHOUT_EFFECT = {
 }
 
 
-def check_lora(config: DictConfig):
-    """Check names and types of LoraConfig's fields, and refuse what PEFT would silently ignore.
+def check_adapters(config: DictConfig):
+    """Check the adapter to be trained and, if there are any, the saved ones.
 
-    `check_lora_fits` checks what needs the model.
+    `check_lora_fits` makes the checks that need the model.
 
-    Raises: UserError naming the field, its value and the remedy.
+    Raises: UserError naming the key, its value and the remedy.
     """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("lora and adapters need PEFT: pip install peft")
+    if config.lora is not None and config.model.adapter is not None:
+        raise UserError(
+            "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
+        )
+    settings = [saved_settings(one.key("adapter"), one.adapter) for one in sources(config) if one.adapter is not None]
+    if config.lora is not None:
+        _check_lora(config)
+        settings.append(config.lora)
+    strategy = STRATEGIES[config.trainer]
+    if strategy.splits_tensors and any(one.get("trainable_token_indices") is not None for one in settings):
+        raise UserError(
+            f"trainer={config.trainer}: PEFT can't train trainable_token_indices of weights that are spread over "
+            f"workers; choose {trainers_with('splits_tensors', False)}"
+        )
+
+
+def _check_lora(config: DictConfig):
+    """Check names and types of LoraConfig's fields, and refuse what PEFT would silently ignore."""
     import peft
 
     fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
@@ -50,18 +71,6 @@ def check_lora(config: DictConfig):
         if key in _WITHOUT_EFFECT and value not in (None, fields[name].default):
             raise UserError(f"lora.{name}={value}: {_WITHOUT_EFFECT[key]}; leave it out")
         _check_lora_field(name, value, kinds[name])
-
-
-def check_adapter_fits(config: DictConfig, settings: Mapping):
-    """Refuse settings of a new or saved adapter that the trainer can't train.
-
-    Raises: UserError naming the trainers that can.
-    """
-    if settings.get("trainable_token_indices") is not None and STRATEGIES[config.trainer].splits_tensors:
-        raise UserError(
-            f"trainer={config.trainer}: PEFT can't train trainable_token_indices of weights that are spread over "
-            f"workers; choose {trainers_with('splits_tensors', False)}"
-        )
 
 
 def _check_lora_field(name: str, value: object, kind: object):

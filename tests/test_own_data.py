@@ -457,7 +457,7 @@ def test_reference_is_precomputed_for_ranked_data_and_refused_for_unpaired(kind,
         write(tmp_path / "data" / f"{split}.jsonl", rows)
     run = [*RUN, f"datasets=[{tmp_path}/data]"]
     if kind == "unpaired":
-        with pytest.raises(UserError, match="loss=kto pairs prompts anew in every batch"):
+        with pytest.raises(UserError, match="loss=kto forms new pairs of prompts and responses in every batch"):
             make_trainer(*run, "loss=kto", "precompute_ref_log_probs=true")
         return
     online, precomputed = (make_trainer(*run, f"precompute_ref_log_probs={value}") for value in ("false", "true"))
