@@ -39,7 +39,7 @@ _METADATA = re.compile(  # words in the names of metadata columns
     r"authors?|annotators?|worker|date|time|timestamp|created|updated|lang|language|category|categories|type|task|tags?|"
     r"domain|licen[sc]e|version|meta|metadata|status|scores?|ratings?|margin|difficulty|file|filename|path)(_|$)"
 )
-_ONE_WORD = re.compile(r"\S*[\d/:_.@-]\S*")  # an id, a number, a date, a path, an address
+_IDENTIFIER = re.compile(r"\S*[\d/:_.@-]\S*")  # an id, a number, a date, a path, an address
 
 
 def kind_of(value: object) -> str:
@@ -107,7 +107,7 @@ def check_names(columns: Columns, where: str):
             raise UserError(f"{where}: fields.{ours}={theirs}: no format has a field {ours!r}.{hint}")
         if theirs not in columns.kinds and not any(value_at(row, theirs) is not None for row in columns.rows):
             hint = closest_match(theirs, columns.kinds)
-            raise UserError(f"{where}: fields.{ours}={theirs}: it has no field {theirs!r}.{hint}")
+            raise UserError(f"{where}: fields.{ours}={theirs}: there is no column {theirs!r}.{hint}")
     for name in columns.ignored:
         if name not in columns.kinds:
             hint = closest_match(name, columns.kinds)
@@ -137,8 +137,7 @@ def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: 
             f"{where}: {_listed(media)}: images, audio and video can't be trained on; this program trains on text\n"
             f"Train on the text alone with {_ignoring(columns, media)}"
         )
-    lost = [name for name in left if _may_belong_to_prompt(columns, name, read, has_prompt)]
-    if lost:
+    if lost := [name for name in left if _column_may_belong_to_prompt(columns, name, read, has_prompt)]:
         field, meaning = ("input", " to append it to the prompt") if has_prompt else ("prompt", "")
         raise UserError(
             f"{where}: {_listed(lost)} may belong to the prompt, but would not be read\nMap it to a field: fields="
@@ -147,8 +146,8 @@ def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: 
         )
 
 
-def is_lost(name: str, value: object) -> bool:
-    """True for a value that may belong to the prompt, in a column that was empty in the first rows."""
+def value_may_belong_to_prompt(name: str, value: object) -> bool:
+    """True if a value may belong to the prompt, in a column that was empty in the first rows."""
     if is_blank(decoded(value)):
         return False
     return name.lower() in (*_PROMPT_PARTS, *MEDIA) or (
@@ -175,7 +174,7 @@ def _holds_media(columns: Columns, name: str) -> bool:
 def _is_metadata(name: str, value: object) -> bool:
     """True if a column's name or a string's form is that of metadata about the row."""
     return bool(_METADATA.search(_snake_case(name))) or (
-        isinstance(value, str) and bool(_ONE_WORD.fullmatch(value.strip()))
+        isinstance(value, str) and bool(_IDENTIFIER.fullmatch(value.strip()))
     )
 
 
@@ -183,7 +182,7 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])|[\s.-]+", "_", name).lower()
 
 
-def _may_belong_to_prompt(columns: Columns, name: str, read: list[str], has_prompt: bool) -> bool:
+def _column_may_belong_to_prompt(columns: Columns, name: str, read: list[str], has_prompt: bool) -> bool:
     """True unless the column holds numbers, repetitions, metadata or a few recurring strings such as categories."""
     kind, values = columns.kinds[name], [value for value in columns.values(name) if not is_blank(value)]
     if kind in ("number", "boolean", "empty"):
@@ -227,7 +226,7 @@ def _strings(value: object):
             yield from _strings(item)
 
 
-# ---- unknown formats------------------------------------------------------------------------------------------------
+# ---- unknown formats -----------------------------------------------------------------------------------------------
 
 
 def hint_for(columns: Columns) -> str | None:

@@ -133,8 +133,10 @@ def _in_context(row: Row, messages: list[dict]) -> list[dict]:
 # ---- preferences ----------------------------------------------------------------------------------------------------
 
 
-def read_texts(row: Row) -> Example:
-    """Read a prompt, a chosen and a rejected response, all strings."""
+def read_preferences(row: Row) -> Example:
+    """Read a prompt, a chosen and a rejected response."""
+    if row.is_chat:
+        return _read_messages(row)
     responses = [row.text("chosen"), row.text("rejected")]
     _check_different(responses)
     return Example(read_prompt(row), responses, [(0, 1)])
@@ -188,7 +190,7 @@ def _is_word_character(character: str) -> bool:
     return character.isalnum() and character < "\u2e80"  # later scripts (CJK) have no spaces between words
 
 
-def read_messages(row: Row) -> Example:
+def _read_messages(row: Row) -> Example:
     """Read a prompt, a chosen and a rejected response as messages; the responses may repeat the prompt."""
     sides = [row.turns(side, "assistant") for side in ("chosen", "rejected")]
     prompt, sides = _split_off_prompt(row, sides)

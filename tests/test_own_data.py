@@ -484,7 +484,7 @@ REFUSED = {
     "template": (["datasets=[rows.jsonl]", "chat_template=none.jinja"], "chat_template=none.jinja: no such file"),
     "a split of a named one": (["datasets=[toy]", "train_split=x"], "train_split=x: that is for files and hub ids"),
     "a split that isn't there": (["datasets=[rows.jsonl]", "test_split=x"], "test_split=x: it has no such split"),
-    "fields": (["datasets=[rows.jsonl]", "fields={chosen: good}"], "fields.chosen=good: it has no field 'good'"),
+    "fields": (["datasets=[rows.jsonl]", "fields={chosen: good}"], "fields.chosen=good: there is no column 'good'"),
 }
 
 
