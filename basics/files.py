@@ -82,7 +82,7 @@ def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
 def open_regular(path: str) -> IO:
     """Open a file to read its bytes. Raises: OSError if it is a pipe or a device, from which reading might not end."""
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
-        raise OSError(errno.EINVAL, "it is no regular file", path)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
     return open(path, "rb")
 
 
