@@ -152,6 +152,14 @@ def test_full_disk_under_tensorboard_or_a_librarys_log_prints_no_traceback(tmp_p
     assert logging.raiseExceptions is False
 
 
+def test_error_of_reading_another_file_is_not_reported_as_a_failed_write(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"), atomic_file(str(tmp_path / "new")):
+        (tmp_path / "missing").read_text()
+    with pytest.raises(CannotWrite, match="nowhere/new"), atomic_file(str(tmp_path / "nowhere/new")):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("number", "place", "said"),
     [
