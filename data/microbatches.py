@@ -55,7 +55,7 @@ def microbatches(
     max_tokens: int | None = None,
     agree: Callable[[int], int] = lambda n: n,
 ) -> list[dict]:
-    """Cut a batch into at least `min_microbatches` microbatches, none of which has more than 1 / `min_microbatches` of the examples.
+    """Cut a batch into at least n = `min_microbatches` microbatches, each of at most 1 / n of the examples.
 
     Examples are sorted by length, then cut where the cost of padding and of additional microbatches is lowest. Each
     example is in one microbatch; weigh a microbatch by its number of examples.
@@ -64,7 +64,7 @@ def microbatches(
         shared: a pair's prompt is computed once.
         overhead: cost of one more microbatch, in tokens.
         packed: there is no padding.
-        max_tokens: the maximum number of tokens in a microbatch, with padding; a longer example gets its own microbatch.
+        max_tokens: the maximum number of tokens in a microbatch, with padding; a longer example is a microbatch alone.
         agree: returns the maximum of a number over all workers, if all must make the same number of microbatches.
     """
     lengths = computed_tokens(batch, shared, padded=not packed)

@@ -301,7 +301,7 @@ def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
     make_trainer(*run, "truncation=drop")
     output = capsys.readouterr().out
     assert "dropped 2 examples longer than max_length" in output
-    assert "none is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
+    assert "no example is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
 
 
 @pytest.mark.parametrize("datasets", ["[toy]", "[toy,{}]"])

@@ -29,7 +29,7 @@ TEMPLATES = {
         "takes more than 0.4 seconds",
     ),
     "long range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
-    "long output": ("{% for i in range(90000) %}" + 20 * "a" + "{% endfor %}", "writes 1,800,000 characters from an input of"),
+    "long output": ("{% for i in range(90000) %}" + 20 * "a" + "{% endfor %}", "writes 1,800,000 characters from"),
 }  # fmt: skip
 
 
