@@ -95,7 +95,7 @@ def _reader(path: str, files: list[str], split: str, csv_as_strings: bool) -> tu
 
 
 def _checked_cache(cache_dir: str | None, folder: str | None, name: str | None) -> contextlib.AbstractContextManager:
-    """Check the library's Arrow files, except in its default cache, which other programs share."""
+    """Let `arrow_cache` check the library's files, except in its default cache, which other programs share."""
     if cache_dir is None:
         return contextlib.nullcontext()
     return arrow_cache.checked(folder, name, HashCache(cache_dir).sha256)
@@ -160,7 +160,7 @@ def row_place(location: Location, split: str, row: int, cache_dir: str | None) -
 
 
 def _listed(files: list[str], path: str) -> str:
-    """Name the first few files, the number of further ones, and their folder or hub commit."""
+    """Return the names of the first few files, the number of the others, and their folder or hub commit."""
     folder = os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path))
     shown = [hub.split_url(f)[2] if hub.is_url(f) else os.path.relpath(f, folder) for f in files]
     more = f" and {len(shown) - _SHOWN_FILES} more" if len(shown) > _SHOWN_FILES else ""

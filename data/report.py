@@ -62,7 +62,7 @@ def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
 
 
 def count_empty_prompts(batches: BatchIterator) -> int:
-    """Count the prompts without tokens."""
+    """Return the number of prompts without tokens."""
     return sum(
         part.count_empty_prompts() if isinstance(part, PreparedPrompts) else sum(not prompt.text for prompt in part)
         for part in batches.prompts.datasets

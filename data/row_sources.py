@@ -25,20 +25,20 @@ _SHOWN_OF_ONE_KIND = 3  # if all bad rows are of one kind
 
 @dataclass
 class Rows:
-    """The rows of a split, to be read in chunks, and their place in files."""
+    """The rows of a split, to be read in chunks."""
 
-    where: str
-    label: str
+    where: str  # dataset and split, for errors
+    label: str  # dataset and split, for other messages
     split: str
     fingerprint: str
-    n_rows: int | None
+    n_rows: int | None  # None: unknown until all are read
     dataset: object = None  # a dataset of the library, or a list; None: read `files` line by line
-    place: Callable[[int], str] | None = None  # from a row's number to its file and line, in words
+    place: Callable[[int], str] | None = None  # returns ' (FILE, line N)' for a row's number
     files: list[tuple[str, str]] = field(default_factory=list)  # name and path
-    adds_nulls: bool = False  # True if the file format gives all objects of a column the same keys, some with null
+    adds_nulls: bool = False  # the file format gives all objects of a column the same keys, some with null
 
     def chunks(self, size: int) -> Iterator[list[tuple[int, str, dict | Fault]]]:
-        """Yield lists of (number, place or an empty string, row or its fault)."""
+        """Yield lists of (number, place or an empty string, row or the fault in its line)."""
         if self.dataset is not None:
             for start in range(0, self.n_rows, size):
                 rows = _row_dicts(self.dataset[start : start + size])
@@ -59,7 +59,7 @@ def _row_dicts(rows: list[dict] | pa.Table | dict[str, list]) -> list[dict]:
 
 
 def _without_added_nulls(row: dict) -> dict:
-    """Drop the keys that hold null from the objects in a row; columns that are null stay."""
+    """Drop the keys that hold null from the objects inside a row; a column that is null stays."""
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -70,7 +70,7 @@ def _without_nulls(value: object) -> object:
 
 
 def open_splits(location: Location, choice: Choice, cache_dir: str, silent: bool) -> dict[str, Rows]:
-    """Open the rows to train on and, if there is an evaluation split, those to evaluate on."""
+    """Open the rows to train on ('train') and, if there is an evaluation split, those to evaluate on ('test')."""
     available = list(location.files) if location.files is not None else reading.split_names(location, cache_dir)
     train, test = choose_splits(available, choice.train_split, choice.test_split, location.where)
     splits = {"train": train} | ({"test": test} if test is not None else {})
@@ -78,9 +78,9 @@ def open_splits(location: Location, choice: Choice, cache_dir: str, silent: bool
 
 
 def open_rows(location: Location, split: str, cache_dir: str | None, silent: bool) -> Rows:
-    """Open the rows of a split; read JSON Lines line by line if the library can't read them.
+    """Open the rows of a split; if the library can't read JSON Lines, they are read line by line.
 
-    Raises: UserError with file, line and remedy if they can't be read.
+    Raises: UserError with file, line and remedy if the rows can't be read.
     """
     where, label = split_name(location.name, split), f"{location.name} ({split})"
     files = location.split_files(split)
@@ -108,9 +108,9 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
 
 
 def rows_of_list(name: str, rows: list[dict]) -> Rows:
-    """Open rows given in Python.
+    """Open rows that are given in Python.
 
-    Raises: UserError if one isn't a dict of JSON values.
+    Raises: UserError if a row isn't a dict of JSON values.
     """
     where = f"datasets=[{name}]"
     for number, row in enumerate(rows):
@@ -124,7 +124,7 @@ def rows_of_list(name: str, rows: list[dict]) -> Rows:
 
 
 class BadRows:
-    """Collects the rows of a split that can't be used: the number of each kind, and the first few."""
+    """Collects the rows of a split that can't be used: how many of each kind, and the first few."""
 
     def __init__(self, rows: Rows):
         self.rows, self.kinds, self.first = rows, Counter(), []
@@ -139,7 +139,7 @@ class BadRows:
 
     @property
     def has_enough(self) -> bool:
-        """True once there are as many as an error message lists."""
+        """True once there are as many bad rows as an error message lists."""
         return len(self.first) >= _SHOWN
 
     def raise_if_any(self):
@@ -159,5 +159,5 @@ class BadRows:
         )
 
     def place(self, number: int, place: str) -> str:
-        """Return the words that name a row: its number, file and line, as far as they are known."""
+        """Return the place of a row for messages: its file and line, or its number and, if known, file and line."""
         return place or f"row {number}{self.rows.place(number) if self.rows.place else ''}"
