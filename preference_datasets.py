@@ -1,4 +1,4 @@
-"""Named preference datasets, and the iterator over batches of these, of files and of hub datasets.
+"""Load the built-in preference datasets, and iterate over batches of these and of the user's own data.
 
 Files and hub datasets in a known format need no code (docs/data.md). For other data, add a function like `get_hh` here
 and an entry in `DATASETS`.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class RowError(UserError):
-    """Raised for a row that can't be used; `get_dataset` adds its file and line to the message."""
+    """Raised for a row that can't be used; `get_dataset` adds the row's file and line to the message."""
 
     def __init__(self, message: str, split: str, row: int):
         super().__init__(message)
@@ -51,9 +51,9 @@ def load_rows(
     """Load one split of a dataset from the hub or from a local folder, and check that it has all `fields`.
 
     Args:
-        path: hub id or folder; None means the hub id given in `DATASETS`.
+        path: a hub id or folder; None: the hub id in `DATASETS`.
 
-    Raises: UserError if the split can't be loaded or lacks a field, naming dataset and split.
+    Raises: UserError naming dataset and split if the split can't be loaded or lacks a field.
     """
     path = path or DATASETS[name].hub_id
     rows = read_split(name, path, split, cache_dir, silent)
@@ -71,9 +71,9 @@ def load_rows(
 def checked_rows(
     rows: "datasets.Dataset", name: str, split: str, fields: dict[str, type], silent: bool
 ) -> Iterator[tuple[int, dict]]:
-    """Yield each row with its number, after checking the types of its fields.
+    """Yield each row with its index, after checking the types of its fields.
 
-    The number is the row's place in the split, or its field 'row', if it has one (`get_se` shuffles).
+    The index is the row's position in the split or, after a shuffle, its field 'row' (see `get_se`).
 
     Raises: RowError naming dataset, split and row.
     """
@@ -110,7 +110,7 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
 
         {'responses': list[str],
          'pairs': list[tuple[int, int]],   # indices into responses: (preferred, dispreferred)
-         'sft_target': str,                # the response to imitate in SFT; in this dataset, the chosen one
+         'sft_target': str,                # the response to imitate in SFT; here, the chosen one
          'rows': list[int]}                # optional: the row of each pair, for error messages
 
     Prompts look like '\\n\\nHuman: ...\\n\\nAssistant:', with any number of turns; responses start with a space.
@@ -142,8 +142,7 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
 def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
     """Load the Stanford Human Preferences dataset; see `get_hh` for the format.
 
-    Only pairs whose scores differ by a factor of 2 or more are kept. The SFT target is the response with the highest
-    score.
+    Only pairs whose scores differ by a factor of 2 or more are kept. The SFT target is the highest-scoring response.
     """
     fields = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": int, "score_B": int, "labels": int}
     data: dict[str, dict] = defaultdict(_new_entry)
@@ -166,9 +165,9 @@ def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path
 
 
 def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
-    """Load StackExchange answers, with all HTML tags stripped but <code>; see `get_hh` for the format.
+    """Load StackExchange answers, with all HTML tags stripped except <code>; see `get_hh` for the format.
 
-    Any two answers to a question with different scores are a preference pair. The test split is a hundredth of the
+    Any two answers to a question with different scores are a preference pair. The test split is one percent of the
     questions, drawn with a fixed seed.
     """
     fields = {"question": str, "answers": list}
@@ -202,7 +201,7 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path:
 
 
 def _strip_html_of_row(row: dict) -> dict:
-    """Strip the HTML of a row. Malformed fields are left alone; `checked_rows` reports them."""
+    """Strip the HTML of a row. Malformed fields stay as they are; `checked_rows` reports them."""
     if not isinstance(row["answers"], list):
         return row
     answers = [answer if isinstance(answer, dict) else {"text": None} for answer in row["answers"]]
@@ -216,7 +215,7 @@ _CONTAINERS = {"[document]", "html", "body", "div", "blockquote", "section", "ar
 
 
 def strip_html_tags(html_string: str) -> str:
-    """Return the text of some HTML, with blank lines between blocks; <code> tags stay, as they mark code."""
+    """Return the text of some HTML, with blank lines between blocks; <code> tags stay to mark code."""
     return "\n\n".join(_text_blocks(BeautifulSoup(html_string, "html.parser")))
 
 
@@ -245,11 +244,11 @@ def _inline_text(element: Tag | NavigableString) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named dataset: its function, its place on the hub, and how its long prompts are truncated."""
+    """A built-in dataset: its function, its hub id, and how its long prompts are truncated."""
 
-    load: Callable  # takes and returns what `get_hh` does; data that is made in code needs no `path`
-    hub_id: str | None = None  # where it is loaded from, unless the config's `dataset_paths.NAME` is set
-    truncation_mode: str = "keep_end"  # the end of a long prompt that is kept: keep_end (for dialogues) or keep_start
+    load: Callable  # a function like `get_hh`; it needs no `path` if it makes its data
+    hub_id: str | None = None  # the source, unless the config's `dataset_paths.NAME` gives another
+    truncation_mode: str = "keep_end"  # which end of a long prompt is kept: keep_end (for dialogues) or keep_start
 
 
 DATASETS = {
@@ -269,10 +268,10 @@ def raise_unknown_dataset(name: str):
 
 
 def check_names(names: Sequence[str], paths: dict[str, str]):
-    """Check the names of datasets, and the config's `dataset_paths`.
+    """Check the names of built-in datasets, and the config's `dataset_paths`.
 
-    Raises: UserError if a name isn't in `DATASETS`, if a path is given for a dataset that takes none, or if the path of
-        a dataset in `names` is neither a folder nor a hub id.
+    Raises: UserError if a name isn't in `DATASETS`, if a dataset with a path takes none, or if the path of a dataset in
+        `names` is neither a folder nor a hub id.
     """
     for name in names:
         if name not in DATASETS:
@@ -282,7 +281,7 @@ def check_names(names: Sequence[str], paths: dict[str, str]):
             hint = closest_match(name, DATASETS)
             raise UserError(f"dataset_paths.{name}: no such dataset.{hint} There are: {', '.join(DATASETS)}")
         if "path" not in inspect.signature(DATASETS[name].load).parameters:
-            raise UserError(f"dataset_paths.{name}: this dataset is made in code, not loaded from anywhere")
+            raise UserError(f"dataset_paths.{name}: this dataset is made in code; leave its path out")
         if name in names and path is not None:
             check_path(name, path)
 
@@ -290,9 +289,12 @@ def check_names(names: Sequence[str], paths: dict[str, str]):
 def get_dataset(
     name: str, split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None
 ) -> dict[str, dict] | list[tuple[str, dict]]:
-    """Load a dataset by its name in `DATASETS`, from `path` (a folder or hub id) if it is given.
+    """Load a dataset by its name in `DATASETS`.
 
-    Returns: a dict from prompt to entry (see `get_hh`), or a list of (prompt, entry), where a prompt may recur.
+    Args:
+        path: a folder or hub id to load it from; None: its own hub id.
+
+    Returns: a dict from prompt to entry (see `get_hh`), or a list of (prompt, entry), which may repeat a prompt.
     Raises: UserError for an unknown name, an empty split or an entry with other keys.
     """
     check_names([name], {} if path is None else {name: path})
@@ -388,21 +390,21 @@ def get_batch_iterator(
 
     Args:
         names: datasets, each a name in `DATASETS`, a file, a folder, a pattern of files, a hub id or a `Choice`.
-        max_length: the most tokens in prompt and response together.
-        max_prompt_length: where prompt and response exceed `max_length`, the prompt is first cut to this many tokens.
+        max_length: the maximum number of tokens in prompt and response together.
+        max_prompt_length: the number of tokens to which the prompt is cut if prompt and response exceed `max_length`.
         sft_mode: yield one example per prompt, with the SFT target as 'chosen' and without 'rejected'.
-        seed: decides the order of the examples.
-        paths: for named datasets, folders or hub ids to load instead of the default ones.
+        seed: the random seed for the order of the examples.
+        paths: for built-in datasets, folders or hub ids to load instead of the default ones.
         drop_last: True, as in training: every batch is full, the remainder of an epoch is dropped, and n_examples is
-            rounded up. False: the last batch may be smaller, and n_examples takes no example twice.
-        shard: (index, count): yield only this one of `count` shards of each batch.
+            rounded up to full batches. False: the last batch may be smaller, and no example is repeated for n_examples.
+        shard: (index, count): divide each batch into `count` shards, and yield only this one.
         mismatched: add, under keys 'mismatched_...', each prompt with another prompt's responses, for KTO's estimate of
             the KL divergence.
-        unpaired: accept unpaired data, too: single responses, each marked good or bad.
+        unpaired: also accept unpaired data: single responses, each marked good or bad.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
         settings: how to read the user's own data.
-        prepared: the prompts of the user's own datasets by name and split, which are prepared together; those that it
-            lacks are added, for the iterator over the other split.
+        prepared: prompts of the user's own datasets, by name and split. Both splits of a dataset are prepared together
+            and added here, so that the iterator over the other split finds them.
 
     Raises: UserError if a dataset can't be used or has less than one batch.
     """
@@ -429,7 +431,7 @@ def get_batch_iterator(
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
         raise UserError(
-            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_dropped} examples, too few "
+            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_dropped} examples are too few "
             f"for one batch of {batch_size}; make batch_size smaller or add data"
         )
     return batches
@@ -446,7 +448,7 @@ def open_batches(
     """Open a config's training and evaluation batches (see `get_batch_iterator`), and print a data report.
 
     Args:
-        trains: False reads no training data, and returns None for them.
+        trains: False: open no training batches, and return None in their place.
     """
     loss = find_loss(config.loss)
     open_split = functools.partial(

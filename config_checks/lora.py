@@ -15,7 +15,7 @@ from distributed.strategies import STRATEGIES, trainers_with
 from references import saved_settings, sources
 from utils import UserError, closest_match
 
-# fields of LoraConfig, or initializations, that PEFT would silently ignore, and why
+# fields of LoraConfig, and initializations, that PEFT would silently ignore, each with the reason
 _WITHOUT_EFFECT = {
     **dict.fromkeys(
         ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"), "PEFT fills it in itself"
@@ -24,9 +24,9 @@ _WITHOUT_EFFECT = {
     **dict.fromkeys(("use_qalora", "qalora_group_size"), "it is for GPTQ's weights"),
     **dict.fromkeys(
         ("eva", "corda", "lora_ga", "eva_config", "corda_config", "lora_ga_config"),
-        "such an initialization needs a pass over data of its own, which isn't made here",
+        "this initialization needs a pass over data before training, which isn't made here",
     ),
-    "alora_invocation_tokens": "it is for generation, and the adapter would never be active in training",
+    "alora_invocation_tokens": "the adapter would be active only in generation, never in training",
 }
 
 
@@ -74,7 +74,7 @@ def _check_lora(config: DictConfig):
 
 
 def _check_lora_field(name: str, value: object, kind: object):
-    """Refuse a value of another type than its field has; `check_lora_fits` checks lists of names."""
+    """Refuse a value of another type than its field's; `check_lora_fits` checks lists of names."""
     if name == "r" and not (is_number(value, int) and value > 0):
         raise UserError(f"lora.r={value}: the rank must be an integer above 0")
     if kind in (int, float) and not (is_number(value) and math.isfinite(value)):
@@ -88,10 +88,10 @@ def _check_lora_field(name: str, value: object, kind: object):
     kinds = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         check_one_of(f"lora.{name}", value, kinds)
-    of_names = [other for other in kinds if other is dict or dataclasses.is_dataclass(other)]
-    if of_names and set(kinds) <= {*of_names, type(None)} and not isinstance(value, dict | None):
+    mappings = [other for other in kinds if other is dict or dataclasses.is_dataclass(other)]
+    if mappings and set(kinds) <= {*mappings, type(None)} and not isinstance(value, dict | None):
         raise UserError(f"lora.{name}={value}: expected names with their values, e.g. 'lora={{{name}:{{name:1}}}}'")
-    for section in filter(dataclasses.is_dataclass, of_names if isinstance(value, dict) else ()):
+    for section in filter(dataclasses.is_dataclass, mappings if isinstance(value, dict) else ()):
         known = [field.name for field in dataclasses.fields(section)]
         for other in value:
             if other not in known:
@@ -100,7 +100,7 @@ def _check_lora_field(name: str, value: object, kind: object):
 
 
 def check_lora_fits(fields: dict, model: nn.Module):
-    """Refuse fields of LoraConfig that name what the model doesn't have, with a UserError."""
+    """Raise UserError if LoraConfig names modules, parameters, layers or tokens that the model doesn't have."""
     _check_names_in_model(fields, model)
     _check_indices_in_model(fields, model)
 
@@ -118,7 +118,7 @@ def _check_names_in_model(fields: dict, model: nn.Module):
             raise UserError(f"lora.{field}={value}: expected a list of names, e.g. lora.{field}=[name]")
         existing = parameters if field == "target_parameters" else modules
         for name in value:
-            ending = name if field == "modules_to_save" else f".{name}"  # as PEFT compares them
+            ending = name if field == "modules_to_save" else f".{name}"  # PEFT compares names in this way
             if not any(f".{other}".endswith(ending) for other in existing):
                 n_parts = 2 if field == "target_parameters" else 1
                 options = dict.fromkeys(".".join(other.split(".")[-n_parts:]) for other in existing)
@@ -133,8 +133,8 @@ def _check_indices_in_model(fields: dict, model: nn.Module):
     lists = tokens.values() if isinstance(tokens, dict) else [tokens]
     given = [("trainable_token_indices", numbers, n_tokens) for numbers in lists]
     given.append(("layers_to_transform", fields.get("layers_to_transform"), model.config.num_hidden_layers))
-    for field, value, n_there in given:
+    for field, value, n_existing in given:
         numbers = [value] if field == "layers_to_transform" and isinstance(value, int) else value
         are_numbers = isinstance(numbers, list) and numbers and all(type(number) is int for number in numbers)
-        if value is not None and not (are_numbers and min(numbers) >= 0 and max(numbers) < n_there):
-            raise UserError(f"lora={{{field}: {fields[field]}}}: the model has the indices 0 to {n_there - 1}")
+        if value is not None and not (are_numbers and min(numbers) >= 0 and max(numbers) < n_existing):
+            raise UserError(f"lora={{{field}: {fields[field]}}}: the model has the indices 0 to {n_existing - 1}")
