@@ -36,7 +36,7 @@ ACCEPTED = {
     "checkpoint_format": [],
     "checkpoint_async": [False],
     "datasets": [],
-    "apply_chat_template": [False],  # toy is a named dataset
+    "apply_chat_template": [False],  # toy is a built-in dataset
     "verbatim_responses": [False],
     "wandb.entity": [None, *TEXTS[2:]],
     "wandb.project": TEXTS[2:],
