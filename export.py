@@ -15,7 +15,7 @@ import shutil
 from omegaconf import DictConfig, OmegaConf
 
 from basics.checksums import read_checksums
-from basics.outputs import MODEL_INDEX, SHARDS, Output, check_outputs, is_sharded, new_directory
+from basics.outputs import MODEL_INDEX, SHARDS, Output, check_outputs, is_sharded, refuse_nonempty_directory
 from checkpointing.atomic_directory import CARD, atomic_directory
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.model_card import write_card
@@ -47,7 +47,7 @@ def run(config: DictConfig):
     run_dir, output = str(options["run"]), os.path.normpath(str(options["output"]))
     if not isinstance(options["checkpoint"], str) or options["checkpoint"] == "all":
         raise UserError(f"checkpoint={options['checkpoint']}: give one: LATEST, BEST or step-N")
-    check_outputs([Output("output", output, new_directory)])
+    check_outputs([Output("output", output, refuse_nonempty_directory)])
     run_config = read_run_config(run_dir)
     (checkpoint,) = find_checkpoints(run_dir, options["checkpoint"])
     trust_remote_code = options.get("trust_remote_code") is True

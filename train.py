@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from acceleration.out_of_memory import out_of_memory_explained
 from basics.locks import locked_directory
-from basics.outputs import Output, check_outputs, new_run, resumed_run
+from basics.outputs import Output, check_outputs, refuse_unless_new_run, refuse_unless_resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
     check_restartable,
@@ -83,7 +83,8 @@ def check_and_lock(
         locate_run(config, run_dir_given)
     origin = f"local_run_dir={config.local_run_dir}"
     stack.enter_context(locked_directory(config.local_run_dir, origin, "another process is running this run"))
-    check_outputs([Output("local_run_dir", config.local_run_dir, new_run if config.resume is None else resumed_run)])
+    refusal = refuse_unless_new_run if config.resume is None else refuse_unless_resumed_run
+    check_outputs([Output("local_run_dir", config.local_run_dir, refusal)])
     checkpoint, file_hashes = None, fingerprints.file_fingerprints(config)
     if config.resume is not None:
         checkpoint = checkpoint_to_resume(config)

@@ -13,7 +13,7 @@ from basics.saved_config import flatten
 from checkpointing.atomic_directory import CARD
 from checkpointing.fingerprints import is_of_model
 from config_checks.datasets import chosen_datasets
-from data.reading import has_data_suffix
+from data.locations import has_data_suffix
 from losses import needs_reference
 from preference_datasets import DATASETS
 from references import policy_source

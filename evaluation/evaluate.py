@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from basics.files import append_json_lines, atomic_file, json_line, read_json_lines, write_errors_named
 from basics.locks import in_turn
-from basics.outputs import Output, check_outputs, json_lines, new_file
+from basics.outputs import Output, check_outputs, refuse_existing_file, refuse_unless_json_lines
 from basics.printing import counted
 from checkpointing import fingerprints
 from checkpointing.integrity import content_digest
@@ -25,7 +25,7 @@ from utils import UserError, on_rank0, rank0_print
 _IN_TABLE = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "nll_eval/rejected")
 _SHARES = (ACCURACY, TIES)  # metrics that are 0 or 1 for each example
 _N_BUCKETS = 4
-_EVALUATIONS = json_lines("evaluations", b'{"key": "', ("key", "metrics"))
+_EVALUATIONS = refuse_unless_json_lines("evaluations", b'{"key": "', ("key", "metrics"))
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) 
     if own["rows"] is not None and len(checkpoints) > 1:
         raise UserError(f"rows={own['rows']}: give one checkpoint at a time")
     output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
-    outputs = [Output("rows", str(own["rows"]), new_file)] if own["rows"] is not None else []
+    outputs = [Output("rows", str(own["rows"]), refuse_existing_file)] if own["rows"] is not None else []
     if output is not None:
         outputs.append(Output("output", str(output), _EVALUATIONS))
     check_outputs(outputs)

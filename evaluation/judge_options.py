@@ -5,7 +5,7 @@ import json
 import os
 
 from basics.files import sha256
-from basics.outputs import Output, check_outputs, document, json_lines
+from basics.outputs import Output, check_outputs, refuse_unless_document, refuse_unless_json_lines
 from checkpointing.fingerprints import folder_fingerprint
 from config_checks.explanations import unknown_key
 from config_checks.numbers import check_number
@@ -37,8 +37,8 @@ _NUMBERS = {  # type, lowest, highest, True if null is allowed
     "judge_input_price": (float, 0, 10**9, True),
     "judge_output_price": (float, 0, 10**9, True),
 }
-_VERDICTS = json_lines("verdicts", b'{"settings": "', ("texts", "prompt_index", "first", "verdict"))
-_SUMMARY = document("summaries", rb'\{\s*"a": ')
+_VERDICTS = refuse_unless_json_lines("verdicts", b'{"settings": "', ("texts", "prompt_index", "first", "verdict"))
+_SUMMARY = refuse_unless_document("summaries", rb'\{\s*"a": ')
 
 
 def check_options(options: dict):

@@ -5,7 +5,7 @@ import os
 
 from omegaconf import DictConfig
 
-from basics.outputs import Output, check_outputs, document, json_lines
+from basics.outputs import Output, check_outputs, refuse_unless_document, refuse_unless_json_lines
 from config_checks.numbers import check_number
 from data.locations import locate
 from distributed import environment
@@ -14,8 +14,8 @@ from evaluation import vllm_engine
 from utils import UserError, closest_match
 
 ENGINES = ("transformers", "vllm")
-_SAMPLES = json_lines("samples", b'{"settings": "', ("prompt_index", "sample", "response"))
-_ALPACA_EVAL = document("AlpacaEval's outputs", rb'\[(\]|\s*\{\s*"instruction": )')
+_SAMPLES = refuse_unless_json_lines("samples", b'{"settings": "', ("prompt_index", "sample", "response"))
+_ALPACA_EVAL = refuse_unless_document("AlpacaEval's outputs", rb'\[(\]|\s*\{\s*"instruction": )')
 
 
 @dataclasses.dataclass

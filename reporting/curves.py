@@ -16,7 +16,7 @@ import sys
 from basics.errors import UserError
 from basics.files import atomic_file
 from basics.interrupts import interrupts_reported
-from basics.outputs import PICTURE_OF, Output, check_outputs, picture
+from basics.outputs import PICTURE_OF, Output, check_outputs, refuse_unless_picture
 from basics.printing import printable
 from reporting.runs import NoRuns, Run, find_runs
 
@@ -183,7 +183,7 @@ def main(words: list[str]) -> str | None:
     try:
         runs = find_runs(args.runs)
         path = args.output or (os.path.join(runs[0].directory, "curves.png") if len(runs) == 1 else "curves.png")
-        check_outputs([Output("--output", path, picture)])
+        check_outputs([Output("--output", path, refuse_unless_picture)])
         draw(runs, path)
     except (NoRuns, UserError, OSError) as error:
         return printable(f"error: {error}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from basics.errors import UserError
-from basics.outputs import Output, check_outputs, picture
+from basics.outputs import Output, check_outputs, refuse_unless_picture
 from basics.printing import printable
 from reporting.curves import colors, escaped, save_figure
 from reporting.intervals import mean_interval
@@ -234,7 +234,7 @@ def command(
         )
         args = parser.parse_args(words)
         try:
-            output = Output("--output", args.output, picture)
+            output = Output("--output", args.output, refuse_unless_picture)
             check_outputs([output], {f"summary {path}": path for path in args.summaries})
             rows = draw(read_summaries(args.summaries), args.output)
             print(printable(f"{aligned(rows)}\n\n{args.output}"))

@@ -73,7 +73,10 @@ def test_added_loss_trains_without_a_reference_by_its_own_formula(parallel, trai
     ("yaml", "message"),
     [
         (None, "error: loss=own_simpo: LOSSES has it, but no config folder has loss/own_simpo.yaml"),
-        ("beta: 2.0\n", "error: loss.name=None: give loss=NAME; NAME's YAML file needs its name in LOSSES"),
+        (
+            "beta: 2.0\n",
+            "error: loss.name=None: give loss=NAME; the file config/loss/NAME.yaml must name an entry of LOSSES",
+        ),
         ("name: simpo_own\n", "error: loss.name=simpo_own: no such loss"),
     ],
     ids=["no file", "no name", "another name"],

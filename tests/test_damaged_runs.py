@@ -164,7 +164,7 @@ def test_checkpoint_file_that_is_a_pipe_or_a_device_is_named(name, kind, run_dir
     path = run_dir / "LATEST" / name
     path.unlink()
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=rf"{run_dir}/LATEST can't be used: .*it is no regular file.*{name}"):
+    with pytest.raises(UserError, match=rf"{run_dir}/LATEST can't be used: .*it is not a regular file.*{name}"):
         find_checkpoints(str(run_dir), "LATEST")
 
 

@@ -8,6 +8,7 @@ from test_formats import jsonl, parquet
 from test_own_data import RUN, numbered, pairs, write
 from transformers import AutoTokenizer
 
+from data import reading
 from data.choice import Choice, Settings
 from preference_datasets import get_batch_iterator
 from utils import UserError
@@ -121,18 +122,32 @@ def test_equal_responses_with_different_scores_are_no_pair(report):
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
+def test_every_run_of_a_process_prints_each_split_once(report, monkeypatch):
+    read, opened = reading.read_rows, []
+    monkeypatch.setattr(reading, "read_rows", lambda *args: opened.append(args[1]) or read(*args))
+    for _ in range(2):
+        output = report(pairs("a", "b"))
+        assert [output.count(f"({split}): reading {split}.jsonl of ") for split in ("train", "test")] == [1, 1]
+    assert opened == ["train", "test"] * 2
+
+
 def test_same_fault_in_all_rows_is_told_once(batches):
     with pytest.raises(UserError) as error:
         batches([{"prompt": f"Q {i}", "chosen": "", "rejected": "no"} for i in range(80)])
     lines = str(error.value).splitlines()
     assert len(lines) == 6
-    assert lines[4] == "  ... all 80 rows (80 empty response)"
+    assert lines[4] == "  ... all of the first 80 rows (80 empty response)"
 
 
 def test_faults_of_several_kinds_are_counted(batches):
     rows = [{"prompt": "a", "chosen": c, "rejected": "no"} for c in ["yes", "", None] * 20]
-    with pytest.raises(UserError, match=r"\.\.\. 40 rows \(20 empty response, 20 missing field\)"):
+    with pytest.raises(UserError, match=r"\.\.\. 40 of the first 60 rows \(20 empty response, 20 missing field\)"):
         batches(rows)
+
+
+def test_reading_stops_after_enough_faults_for_an_error(batches):
+    with pytest.raises(UserError, match=r"\.\.\. all of the first 1,024 rows \(1,024 missing field\)"):
+        batches([{"prompt": f"Q {i}", "chosen": None, "rejected": "no"} for i in range(3000)])
 
 
 def test_text_that_ends_in_the_end_token_says_to_leave_it_out(batches):

@@ -312,7 +312,7 @@ def test_fields_maps_column_names(examples, tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(jsonl(rows))
     fields = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     assert examples(Choice(f"{tmp_path}/rows.jsonl", fields=fields)) == expected_ids(tokenizer, PAIRS)
-    with pytest.raises(UserError, match=r"fields.chosen=goood: it has no field 'goood'\. Did you mean good?"):
+    with pytest.raises(UserError, match=r"fields.chosen=goood: there is no column 'goood'\. Did you mean good?"):
         examples(Choice(f"{tmp_path}/rows.jsonl", fields=fields | {"chosen": "goood"}))
 
 

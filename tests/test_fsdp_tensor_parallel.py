@@ -184,7 +184,7 @@ def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, models, in_
         ),
         (
             ["tensor_parallel=2", "trainer=TensorParallelTrainer"],
-            "tensor_parallel=2: only trainer=FSDPTrainer has that",
+            "tensor_parallel=2: only trainer=FSDPTrainer uses it",
         ),
         (["tensor_parallel=0"], "tensor_parallel=0: must be"),
     ],

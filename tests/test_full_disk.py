@@ -23,6 +23,7 @@ from commands import output
 from commands.output import errors_reported
 from commands.run_directory import create_run_dir
 from data import arrow_cache, reading
+from data.locations import Location
 from evaluation.pairs import Pair, Task
 from evaluation.sample_file import write_alpaca_eval
 from evaluation.verdicts import Verdict, VerdictFile
@@ -151,6 +152,14 @@ def test_full_disk_under_tensorboard_or_a_librarys_log_prints_no_traceback(tmp_p
     assert logging.raiseExceptions is False
 
 
+def test_error_of_reading_another_file_is_not_reported_as_a_failed_write(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"), atomic_file(str(tmp_path / "new")):
+        (tmp_path / "missing").read_text()
+    with pytest.raises(CannotWrite, match="nowhere/new"), atomic_file(str(tmp_path / "nowhere/new")):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("number", "place", "said"),
     [
@@ -167,7 +176,7 @@ def test_error_tells_the_data_from_its_cache(number, place, said, tmp_path, monk
 
     monkeypatch.setattr(arrow_cache, "prepare", prepare)
     with pytest.raises(UserError) as raised:
-        reading.read_rows("hh", names["data"], "train", [names["data"]], names["cache"], remedy="-", silent=True)
+        reading.read_rows(Location("hh", names["data"], files={"train": [names["data"]]}), "train", names["cache"])
     assert str(raised.value).startswith(f"datasets=[hh], train split: {said.format(**names)}")
     assert ("local_dirs" in str(raised.value)) == ("keep" in said)
 

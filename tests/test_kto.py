@@ -81,7 +81,7 @@ def test_kto_with_accumulation_or_workers_gives_the_numbers_of_one_batch(way, la
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["precompute_ref_log_probs=true"], "loss=kto pairs prompts anew in every batch"),
+        (["precompute_ref_log_probs=true"], "loss=kto forms new pairs of prompts and responses in every batch"),
         (["batch_size=1", "eval_every=8"], "batch_size=1: loss=kto needs two or more"),
         (["n_eval_examples=5"], "leaves a last batch of one"),
         (["loss.beta=0"], "loss.beta=0: must be a number above 0"),

@@ -161,10 +161,14 @@ def test_busy_worker_notices_that_another_is_gone(launcher, tmp_path):
             2,
             "batch_size=8 doesn't divide by .*=8 × 2 workers",
         ),
-        (["trainer=FSDPTrainer", "world_size=2"], 2, "world_size=2: the launcher decides that"),
+        (["trainer=FSDPTrainer", "world_size=2"], 2, "world_size=2: the launcher sets it"),
         (["trainer=FSDPTrainer", "fsdp_replicate=2"], 1, "fsdp_replicate=2 doesn't divide the 1 workers"),
-        (["trainer=TensorParallelTrainer", "fsdp_replicate=2"], 2, "fsdp_replicate=2: only trainer=FSDPTrainer has"),
-        (["fsdp_cpu_offload=true"], 1, "fsdp_cpu_offload=True: only trainer=FSDPTrainer has"),
+        (
+            ["trainer=TensorParallelTrainer", "fsdp_replicate=2"],
+            2,
+            "fsdp_replicate=2: only trainer=FSDPTrainer uses it",
+        ),
+        (["fsdp_cpu_offload=true"], 1, "fsdp_cpu_offload=True: only trainer=FSDPTrainer uses it"),
         (["fsdp_port=29500"], 1, "fsdp_port=29500: trainer=BasicTrainer starts no workers"),
         (
             ["trainer=FSDPTrainer", "optimizer=Rprop"],

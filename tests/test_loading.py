@@ -359,7 +359,7 @@ BAD_LORA = {
     "lora={fan_in_fan_out:true}": r"lora=.*fan_in_fan_out is set to True but",
     "lora={loftq_config:{loftq_bits:4}}": r"lora=.*will be ignored",
     "lora={ensure_weight_tying:true}": r"lora=.*no tied modules",
-    "lora={init_lora_weights:eva}": r"lora\.init_lora_weights=eva: such an initialization needs a pass over data",
+    "lora={init_lora_weights:eva}": r"lora\.init_lora_weights=eva: this initialization needs a pass over data",
     "lora={lora_alpha:0}": r"lora\.lora_alpha=0: it scales the adapter",
     "lora={use_qalora:true}": r"lora\.use_qalora=True: it is for GPTQ's weights",
     "lora={peft_type:IA3}": r"lora\.peft_type=IA3: PEFT fills it in itself",

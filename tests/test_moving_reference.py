@@ -85,7 +85,7 @@ def test_resumed_run_restores_the_moved_reference(trainer, make_trainer, launche
     [
         (["loss=sft"], "loss=sft has no reference to move"),
         (["loss.reference_free=true"], "has no reference to move"),
-        (["precompute_ref_log_probs=true"], "numbers of a reference that has moved"),
+        (["precompute_ref_log_probs=true"], "precompute_ref_log_probs=true needs a reference that does"),
         (["lora={r:4}"], "an adapter's reference can't follow it"),
         (["reference_update_alpha=1.5"], "must be at most 1"),
         (["reference_update_alpha=0"], "must be a number above 0"),

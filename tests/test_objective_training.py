@@ -297,7 +297,7 @@ def test_evaluations_leave_moving_averages_alone(make_trainer):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["loss=dpo", "loss.ld_alpha=0.5", "precompute_ref_log_probs=true"], "loss.ld_alpha needs those up to"),
+        (["loss=dpo", "loss.ld_alpha=0.5", "precompute_ref_log_probs=true"], "loss.ld_alpha also needs those up to"),
         (["loss=dpo", "loss.ld_alpha=1.5"], "loss.ld_alpha=1.5: must be at most 1"),
         (["loss=dpo", "loss.f_divergence=kl"], "loss.f_divergence=kl: must be one of reverse_kl, forward_kl"),
         (["loss=kto", "loss.ld_alpha=0.5"], "loss.ld_alpha: loss=kto has no such option"),

@@ -11,7 +11,13 @@ from conftest import REPOSITORY
 from omegaconf import OmegaConf
 
 import export
-from basics.outputs import Output, check_outputs, new_directory, new_run, resumed_run
+from basics.outputs import (
+    Output,
+    check_outputs,
+    refuse_nonempty_directory,
+    refuse_unless_new_run,
+    refuse_unless_resumed_run,
+)
 from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import delete_oldest
 from config_checks.schema import expand_home, own_keys
@@ -151,7 +157,7 @@ def test_file_in_a_checkpoint_is_refused(output, tmp_path):
 def test_file_that_a_run_writes_itself_is_refused(output, name, tmp_path):
     check, key, *_ = OUTPUTS[output]
     (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
-    with pytest.raises(UserError, match=r"the run writes that itself|it exists"):
+    with pytest.raises(UserError, match=r"the run itself writes this file|it exists"):
         check(key, tmp_path / name)
 
 
@@ -240,7 +246,9 @@ def fill(path: Path, kind: str):
         path.write_text("mine")
 
 
-@pytest.mark.parametrize("refusal", [new_run, resumed_run], ids=["resume=null", "resume=auto"])
+@pytest.mark.parametrize(
+    "refusal", [refuse_unless_new_run, refuse_unless_resumed_run], ids=["resume=null", "resume=auto"]
+)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -256,7 +264,7 @@ def test_run_directory_with_files_of_others_is_refused(name, kind, refusal, tmp_
         check_outputs([Output("local_run_dir", str(tmp_path), refusal)])
 
 
-@pytest.mark.parametrize("refusal", [new_directory, new_run, resumed_run])
+@pytest.mark.parametrize("refusal", [refuse_nonempty_directory, refuse_unless_new_run, refuse_unless_resumed_run])
 @pytest.mark.parametrize("name", ["step-8", "BEST", "LATEST/new", "step-4/new/run", "link/new"])
 def test_directory_that_a_run_replaces_is_refused(name, refusal, tmp_path):
     (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
@@ -264,7 +272,9 @@ def test_directory_that_a_run_replaces_is_refused(name, refusal, tmp_path):
         Path(partial, "state.json").write_text("{}")
     (tmp_path / "LATEST").symlink_to("step-4")
     (tmp_path / "link").symlink_to("step-4", target_is_directory=True)
-    with pytest.raises(UserError, match=r"the run writes that itself|is a checkpoint's directory, which is replaced"):
+    with pytest.raises(
+        UserError, match=r"the run itself writes this file|is a checkpoint's directory, which is replaced"
+    ):
         check_outputs([Output("output", str(tmp_path / name), refusal)])
     check_outputs([Output("output", str(tmp_path / "beside"), refusal)])
 
@@ -285,7 +295,7 @@ def test_empty_path_is_refused(tmp_path):
 def test_directory_with_other_names_may_become_a_run(tmp_path):
     for name in ("notes.txt", "LATEST.old", "step-by-step", "data.jsonl"):
         fill(tmp_path / name, "file")
-    for refusal in (new_run, resumed_run):
+    for refusal in (refuse_unless_new_run, refuse_unless_resumed_run):
         check_outputs([Output("local_run_dir", str(tmp_path), refusal)])
 
 
@@ -295,12 +305,12 @@ def test_run_that_has_a_foreign_checkpoint_is_not_resumed(tmp_path):
     with atomic_directory(str(tmp_path / "step-4")) as partial:
         Path(partial, "state.json").write_text("{}")
     (tmp_path / "LATEST").symlink_to("step-4")
-    check_outputs([Output("local_run_dir", str(tmp_path), resumed_run)])
+    check_outputs([Output("local_run_dir", str(tmp_path), refuse_unless_resumed_run)])
     with pytest.raises(UserError, match=r"it holds another run; .*resume=auto"):
-        check_outputs([Output("local_run_dir", str(tmp_path), new_run)])
+        check_outputs([Output("local_run_dir", str(tmp_path), refuse_unless_new_run)])
     fill(tmp_path / "step-16", "directory")
-    with pytest.raises(UserError, match=f"{tmp_path}/step-16 is not a run's"):
-        check_outputs([Output("local_run_dir", str(tmp_path), resumed_run)])
+    with pytest.raises(UserError, match=f"{tmp_path}/step-16 was not written by a run"):
+        check_outputs([Output("local_run_dir", str(tmp_path), refuse_unless_resumed_run)])
 
 
 def test_deleting_the_oldest_spares_what_best_links_to_and_what_no_run_wrote(tmp_path):
@@ -322,5 +332,5 @@ def test_export_writes_only_into_a_new_or_empty_directory(name, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("local_run_dir: x")
     options = {"run": f"{tmp_path}/run", "checkpoint": "LATEST", "output": f"{tmp_path}/{name}"}
-    with pytest.raises(UserError, match=f"output={tmp_path}/{name}: (it is no directory|the directory exists)"):
+    with pytest.raises(UserError, match=f"output={tmp_path}/{name}: (it is not a directory|the directory exists)"):
         export.run(OmegaConf.create(options))

@@ -17,7 +17,7 @@ CASES = {  # the words on the command line, and parts of the message
     "lr==1e-5": ["there are two '='; type lr=1e-5"],
     "lr:1e-5": ["settings are key=value; type lr=1e-5"],
     "lr": ["settings are given as key=value"],
-    "datasets=[~user/x]": ["'~' must be quoted, with the item that it is in"],
+    "datasets=[~user/x]": ["'~' must be quoted: put quotes '...' around the whole item"],
     "lora={r:16": ["'lora={r:16': '{' is never closed"],
     "lora={r:16}}": ["'}' closes nothing"],
     "lora={'r':16}": ["keys inside { } are written without quotes"],

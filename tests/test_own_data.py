@@ -301,7 +301,7 @@ def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
     make_trainer(*run, "truncation=drop")
     output = capsys.readouterr().out
     assert "dropped 2 examples longer than max_length" in output
-    assert "none is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
+    assert "no example is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
 
 
 @pytest.mark.parametrize("datasets", ["[toy]", "[toy,{}]"])
@@ -457,7 +457,7 @@ def test_reference_is_precomputed_for_ranked_data_and_refused_for_unpaired(kind,
         write(tmp_path / "data" / f"{split}.jsonl", rows)
     run = [*RUN, f"datasets=[{tmp_path}/data]"]
     if kind == "unpaired":
-        with pytest.raises(UserError, match="loss=kto pairs prompts anew in every batch"):
+        with pytest.raises(UserError, match="loss=kto forms new pairs of prompts and responses in every batch"):
             make_trainer(*run, "loss=kto", "precompute_ref_log_probs=true")
         return
     online, precomputed = (make_trainer(*run, f"precompute_ref_log_probs={value}") for value in ("false", "true"))
@@ -482,9 +482,9 @@ REFUSED = {
     "fraction": (["datasets=[rows.jsonl]", "test_fraction=1"], "test_fraction=1: must be above 0 and below 1"),
     "on_bad_example": (["datasets=[rows.jsonl]", "on_bad_example=drop"], "on_bad_example=drop: must be one of"),
     "template": (["datasets=[rows.jsonl]", "chat_template=none.jinja"], "chat_template=none.jinja: no such file"),
-    "a split of a named one": (["datasets=[toy]", "train_split=x"], "train_split=x: that is for files and hub ids"),
+    "a split of a built-in one": (["datasets=[toy]", "train_split=x"], "train_split=x: it is for files and hub ids"),
     "a split that isn't there": (["datasets=[rows.jsonl]", "test_split=x"], "test_split=x: it has no such split"),
-    "fields": (["datasets=[rows.jsonl]", "fields={chosen: good}"], "fields.chosen=good: it has no field 'good'"),
+    "fields": (["datasets=[rows.jsonl]", "fields={chosen: good}"], "fields.chosen=good: there is no column 'good'"),
 }
 
 

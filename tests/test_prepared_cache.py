@@ -9,7 +9,6 @@ from conftest import REPOSITORY
 from transformers import AutoTokenizer
 
 from data.choice import Choice, Settings
-from data.locations import locate
 from data.preparation import prepare
 from data.reading import read_split
 
@@ -21,14 +20,12 @@ def tokenizer():
 
 @pytest.fixture
 def prepared(tokenizer, tmp_path):
-    """Prepare the pairs of a file; returns the training prompts' texts and responses."""
+    """Return a function that prepares the pairs of a file, and returns the training prompts' texts and responses."""
 
     def prepare_pairs() -> list[tuple]:
-        location, settings = locate(f"{tmp_path}/data.jsonl"), Settings(test_fraction=0.2)
-        train, _ = prepare(
-            Choice("own"), location, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", True
-        )
-        return [(prompt.text, *prompt.responses) for prompt in train]
+        choice, settings = Choice(f"{tmp_path}/data.jsonl"), Settings(test_fraction=0.2)
+        splits = prepare(choice, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", silent=True)
+        return [(prompt.text, *prompt.responses) for prompt in splits["train"]]
 
     write_pairs(tmp_path / "data.jsonl", "good")
     return prepare_pairs

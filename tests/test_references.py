@@ -334,7 +334,7 @@ def test_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(make_t
         (["reference=modle"], "must be one of auto, model, adapter_off, adapter_copy. Did you mean model?"),
         (["loss=sft", "reference=model"], "loss=sft uses no reference"),
         (["loss.reference_free=true", "precompute_ref_log_probs=true"], "reference_free uses no reference"),
-        (["lora=8"], "lora=8: expected fields of LoraConfig"),
+        (["lora=8"], "lora=8: must be fields of LoraConfig"),
         (["lora.alpha=8"], "lora.alpha: LoraConfig has no such field. Did you mean lora_alpha"),
         (["lora={target_modules:[nothing]}"], "lora=.*nothing"),
         (["model.adapter=/nowhere"], "no adapter_config.json there"),

@@ -1,4 +1,4 @@
-"""The workers of a machine share the text of named datasets: each maps the same file into memory."""
+"""The workers of a machine share the text of built-in datasets: each maps the same file into memory."""
 
 from pathlib import Path
 
