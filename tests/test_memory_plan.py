@@ -1,4 +1,7 @@
-"""Decisions for a GPU that can be tested on a CPU; test_pretend_gpu.py tests those that need a graph on one."""
+"""Memory decisions for GPUs, as far as a CPU can test them.
+
+test_pretend_gpu.py tests those that need an autograd graph of GPU tensors.
+"""
 
 import functools
 import types
@@ -34,7 +37,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_activations_of_a_linear_layer_are_counted_by_hand():
-    """For tanh(x W), the graph keeps x and the tanh's output; W is a weight."""
+    """For tanh(x W), the graph keeps the token ids of x, x itself and the tanh's output; W is a weight."""
 
     class Base(nn.Module):
         def __init__(self):
@@ -138,14 +141,14 @@ def test_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens
 )  # fmt: skip
 def test_optimizer_state_is_counted_for_each_weight(name, options, numbers):
     parameters = [nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))]
-    if name in ("Adafactor",):
+    if name == "Adafactor":
         parameters = parameters[:1]
     optimizer = getattr(torch.optim, name)(parameters, lr=1e-3, **options)
     n_bytes = sum(parameter.nbytes for parameter in parameters)
     assert state_bytes(optimizer) == {CPU: numbers * n_bytes}
 
 
-def test_stepping_one_by_one_lasts_and_gives_the_same_weights():
+def test_one_by_one_setting_survives_loading_and_gives_the_same_weights():
     def trained(one_by_one: bool) -> torch.Tensor:
         weight = nn.Parameter(torch.linspace(-1, 1, 6))
         optimizer = torch.optim.RMSprop([weight], lr=0.1, foreach=True)
@@ -204,7 +207,7 @@ def test_resumed_run_keeps_its_cap(saved, fitting, expected):
     assert memory_plan.resumed_cap(saved, fitting) == (expected, None)
 
 
-def test_resumed_run_on_a_smaller_gpu_takes_what_fits_and_says_so():
+def test_resumed_run_on_a_smaller_gpu_uses_a_smaller_cap_and_warns():
     cap, warning = memory_plan.resumed_cap(17_000, 8_000)
     assert cap == 8_000
     assert "8,000 tokens, the run began with 17,000" in warning
@@ -237,9 +240,9 @@ def llama_on_meta() -> nn.Module:
 def test_model_larger_than_the_gpu_is_refused(monkeypatch):
     model, config = llama_on_meta(), compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # without a GPU, it belongs there
+    _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU: the model stays in CPU memory
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _check_on_gpus(model, "model.name_or_path=x", config, "cpu")  # before it is sent to several workers
+    _check_on_gpus(model, "model.name_or_path=x", config, "cpu")  # loaded there to be divided between workers
     with pytest.raises(UserError, match=r"model.name_or_path=x has 0.4 GB of weights in float32") as error:
         _check_on_gpus(model, "model.name_or_path=x", config, "balanced")
     assert n_bytes / 1e9 == pytest.approx(0.4, abs=0.05)
@@ -282,7 +285,7 @@ def test_packed_4_bit_weights_count_whole():
 
 
 @pytest.mark.parametrize("key", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, monkeypatch):
+def test_allocator_gets_expandable_segments_unless_the_user_configures_it(key, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
@@ -295,7 +298,7 @@ def test_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, 
     assert sorted(filter(None, found.values())) == ["max_split_size_mb:64"]
 
 
-def test_deterministic_algorithms_are_used_and_left_again(monkeypatch):
+def test_deterministic_algorithms_are_turned_on_and_off_again(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:

@@ -21,7 +21,7 @@ def tokenizer():
 
 @pytest.fixture
 def prepared(tokenizer, tmp_path):
-    """Prepare the pairs of a file; returns the training prompts' texts and responses."""
+    """Return a function that prepares the pairs of a file and returns the training prompts' texts and responses."""
 
     def prepare_pairs() -> list[tuple]:
         location, settings = locate(f"{tmp_path}/data.jsonl"), Settings(test_fraction=0.2)
