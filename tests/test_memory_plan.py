@@ -85,7 +85,7 @@ def test_measuring_leaves_the_model_and_the_random_generators_as_they_were():
 
 
 def activations_of_a_sharded_model() -> tuple[dict, dict]:
-    """Measure a whole model, and the same one sharded by FSDP."""
+    """Measure a whole model, and the same model sharded by FSDP; return the bytes by device of both."""
     rows = shared_rows(BATCHES["ordinary"])
     whole = make_model(CONFIGS["llama"], torch.float32)
     given = make_model(CONFIGS["llama"], torch.float32) if dist.get_rank() == 0 else None
@@ -97,7 +97,7 @@ def activations_of_a_sharded_model() -> tuple[dict, dict]:
     return tuple(measured)
 
 
-def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
+def test_weights_that_fsdp_gathers_do_not_count_as_activations(in_workers):
     for whole, sharded in in_workers(2, activations_of_a_sharded_model):
         assert sharded[CPU] == pytest.approx(whole[CPU], rel=0.02)
 
@@ -105,7 +105,7 @@ def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
 @pytest.mark.parametrize(
     ("overrides", "n_tokens"),
     [
-        (["loss=dpo"], 16 + 48 + 48),  # of a prompt and two responses, in a row that they share
+        (["loss=dpo"], 16 + 48 + 48),  # a prompt and two responses in one row
         (["loss=dpo", "shared_prompt=false", "padding_free=false"], 2 * 64),
         (["loss=dpo", "padding_free=true", "shared_prompt=false"], 2 * 64),
         (["loss=sft", "model.policy_mp=bfloat16"], 64),
@@ -113,7 +113,9 @@ def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens, make_trainer, monkeypatch):
+def test_trainer_measures_a_pair_of_full_length_in_the_layout_of_training(
+    overrides, n_tokens, make_trainer, monkeypatch
+):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "n_examples=4", "n_eval_examples=4", "max_length=64",
                            "max_prompt_length=32", *overrides)  # fmt: skip
     planned = []
@@ -177,7 +179,7 @@ def test_only_a_default_step_on_a_gpu_may_be_made_smaller(name, options, expecte
     assert not steps_by_foreach(optimizer, CPU)
 
 
-def test_copies_of_trained_weights_are_gone_while_the_optimizer_steps():
+def test_copies_of_trained_weights_are_freed_before_the_optimizer_steps():
     model = make_model(CONFIGS["llama"], torch.float32)
     model.lm_head.weight.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -342,14 +344,14 @@ def test_reference_that_overflows_later_is_blamed_instead_of_lr():
         check_finite("step 3", ["a"], config, diverged, loss=float("nan"))
 
 
-def test_log_probabilities_of_a_reference_go_to_the_policys_device(make_trainer):
+def test_reference_log_probabilities_are_moved_to_the_policys_device(make_trainer):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=4", "n_eval_examples=4")
-    trainer.device = torch.device("meta")  # in place of a GPU other than the reference's
+    trainer.device = torch.device("meta")  # stands for another GPU than the reference's
     assert {logps.device.type for logps in trainer.reference_logps(trainer.eval_iterator.first_examples(2))} == {"meta"}
 
 
-@pytest.mark.parametrize(("given", "of_reference"), [("null", torch.bfloat16), ("float32", torch.float32)])
-def test_samples_are_drawn_in_the_precision_in_which_they_are_scored(given, of_reference, make_trainer):
+@pytest.mark.parametrize(("given", "expected"), [("null", torch.bfloat16), ("float32", torch.float32)])
+def test_samples_are_drawn_in_the_precision_in_which_they_are_scored(given, expected, make_trainer):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=4", "n_eval_examples=4",
                            "model.policy_mp=bfloat16", f"model.reference_dtype={given}", "max_length=40",
                            "max_prompt_length=32")  # fmt: skip
@@ -359,4 +361,4 @@ def test_samples_are_drawn_in_the_precision_in_which_they_are_scored(given, of_r
             lambda _module, _inputs, output, name=name: dtypes.setdefault(name, set()).add(output.dtype)
         )
     trainer.get_batch_samples(trainer.eval_batches[0])
-    assert dtypes == {"policy": {torch.bfloat16}, "reference": {of_reference}}
+    assert dtypes == {"policy": {torch.bfloat16}, "reference": {expected}}
