@@ -285,7 +285,7 @@ def test_moving_averages_of_a_loss_resume_with_the_run(make_trainer, tmp_path):
     assert forgetful.train_step(batches[2])["loss_train/bco"] != expected["loss_train/bco"]
 
 
-def test_evaluations_leave_moving_averages_alone(make_trainer):
+def test_evaluations_do_not_change_moving_averages(make_trainer):
     trainer = make_trainer(*RUN, "loss=bco")
     trainer.train_step(next(iter(trainer.train_iterator)))
     before = dict(trainer.loss_memory.averages)
@@ -311,6 +311,6 @@ def test_evaluations_leave_moving_averages_alone(make_trainer):
     ],
     ids=str,
 )  # fmt: skip
-def test_options_that_do_not_fit_are_refused_in_words(words, message, make_trainer):
+def test_options_that_do_not_fit_the_loss_are_refused(words, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer(*RUN, *words)

@@ -268,7 +268,7 @@ RUN = [
         ("loss=dpo max_tokens_per_microbatch=300 gradient_accumulation_steps=2 activation_checkpointing=true", 1),
     ],
 )  # fmt: skip
-def test_run_with_packed_rows_equals_the_run_without(variant, n_workers, launcher, tmp_path):
+def test_run_with_packed_rows_equals_the_run_without_them(variant, n_workers, launcher, tmp_path):
     lines = {}
     for setting in ("false", "true"):
         run_dir = tmp_path / setting
