@@ -54,12 +54,14 @@ def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) 
 
 def evaluate_checkpoints(trainer, options: Options):
     """Evaluate each checkpoint, unless the file has its figures already; print and write them."""
+    from checkpointing.restoring import load_checkpoint  # takes seconds to import
+
     earlier = _read_evaluations(options.output) if on_rank0() else {}
     with trainer.stop:
         trainer.precompute_reference()
         for checkpoint in options.checkpoints:
             if checkpoint is not None:
-                trainer.load_checkpoint(checkpoint)
+                load_checkpoint(trainer, checkpoint)
             key = _settings_hash(trainer.config, checkpoint, trainer)
             result = collectives.broadcast_object(earlier.get(key))
             if result is None or options.rows is not None:

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from basics.files import append_json_lines
 from basics.locks import locked
+from checkpointing.restoring import load_checkpoint
 from config_checks.datasets import chosen_datasets
 from distributed import collectives
 from evaluation import sample_file
@@ -38,7 +39,7 @@ def sample_checkpoints(make_trainer: Callable[[], object], config: DictConfig, o
         loaded = None
         for file in options.files:
             if file.checkpoint != loaded:
-                trainer.load_checkpoint(file.checkpoint)
+                load_checkpoint(trainer, file.checkpoint)
                 loaded = file.checkpoint
             _fill_file(trainer, requests, file, options, drawn_by_vllm.get(file.path))
 

@@ -16,6 +16,7 @@ from checkpointing.archives import load_archive
 from checkpointing.atomic_directory import atomic_directory, recover_interrupted_saves
 from checkpointing.checkpoints import point_latest
 from checkpointing.integrity import find_corruption
+from checkpointing.restoring import resume_training
 from commands.run_directory import create_run_dir
 from utils import UserError, disable_dropout
 
@@ -135,7 +136,7 @@ def test_save_every_and_keep_checkpoints_keep_the_last_two_checkpoints(make_trai
     assert "optimizer.pt" not in os.listdir(run_dir / "step-20")
     assert find_corruption(run_dir / "step-20") is None
     with pytest.raises(UserError, match="save_optimizer=false; resume_anyway=true starts with a new one"):
-        trainer.resume(str(run_dir / "LATEST"))
+        resume_training(trainer, str(run_dir / "LATEST"))
 
 
 def test_latest_is_the_newest_whole_checkpoint_at_any_time(make_trainer, monkeypatch):
@@ -312,7 +313,7 @@ def test_pickle_with_code_is_refused_and_not_run(name, make_trainer, run_dir, tm
     torch.save(bad, run_dir / "step-4" / name)
     (run_dir / "step-4/SHA256SUMS").unlink()
     with pytest.raises(UserError, match=f"{name}: can't read it .*[Uu]npickl"):
-        trainer.resume(str(run_dir / "step-4"))
+        resume_training(trainer, str(run_dir / "step-4"))
     if name == "policy.pt":
         with pytest.raises(UserError, match=f"{name}: can't read it .*[Uu]npickl"):
             load_archive(str(run_dir / "step-4"), trainer.policy)
@@ -339,7 +340,7 @@ def test_checkpoint_of_another_model_lists_the_tensors_that_do_not_fit(make_trai
     trainer = make_trainer(*TOY)
     _, run_dir = trained(make_trainer, f"model.name_or_path={gpt2_dir}")
     with pytest.raises(UserError, match=r"policy.pt doesn't fit the model.*\n  left over: .*\n(.*\n)*  and \d+ more"):
-        trainer.resume(str(run_dir / "LATEST"))
+        resume_training(trainer, str(run_dir / "LATEST"))
     with pytest.raises(UserError, match=r"LATEST/policy\.pt doesn't fit the model"):
         load_archive(str(run_dir / "LATEST"), trainer.policy)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
 from checkpointing.archives import read_state_dict
+from checkpointing.restoring import resume_training
 from checkpointing.train_state import restore_rng_state, seed_generators
 from commands.command_line import compose_config
 from config_checks.checks import check_config
@@ -131,7 +132,7 @@ def resume_and_save(words: list[str], checkpoint: str, directory: str) -> int:
     """Resume from a checkpoint and save at once; return this worker's next random number."""
     trainer = new_trainer(words, directory)
     torch.manual_seed(trainer.rank)
-    trainer.resume(checkpoint)
+    resume_training(trainer, checkpoint)
     restore_rng_state(trainer.state.rng_states, *trainer.strategy.batch_shard)
     trainer.save(os.path.join(directory, "saved"))
     return int(torch.randint(10**9, ()))

@@ -20,6 +20,7 @@ from acceleration.out_of_memory import out_of_memory_explained
 from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
+from checkpointing.restoring import resume_training, resumed_cap
 from commands.command_line import compose_config
 from distributed import gpu_settings
 from distributed.dtensor import distribute_model
@@ -206,11 +207,11 @@ def names_with_copies(model: nn.Module) -> list[str]:
     [(8600, 8550, 8600), (8600, 8700, 8600), (None, 8550, 8550), (8600, None, 8600), (None, None, None)],
 )
 def test_resumed_run_keeps_its_cap(saved, fitting, expected):
-    assert memory_plan.resumed_cap(saved, fitting) == (expected, None)
+    assert resumed_cap(saved, fitting) == (expected, None)
 
 
 def test_resumed_run_on_a_smaller_gpu_uses_a_smaller_cap_and_warns():
-    cap, warning = memory_plan.resumed_cap(17_000, 8_000)
+    cap, warning = resumed_cap(17_000, 8_000)
     assert cap == 8_000
     assert "8,000 tokens, the run began with 17,000" in warning
 
@@ -222,10 +223,10 @@ def test_cap_is_in_the_train_state(make_trainer, tmp_path):
     first.save(str(tmp_path / "saved"))
     second = make_trainer(*run)
     second.max_tokens = 630  # as a little less memory was free
-    second.resume(str(tmp_path / "saved"))
+    resume_training(second, str(tmp_path / "saved"))
     assert second.max_tokens == 640
     given = make_trainer(*run, "max_tokens_per_microbatch=100")
-    given.resume(str(tmp_path / "saved"))
+    resume_training(given, str(tmp_path / "saved"))
     assert given.max_tokens == 100
 
 

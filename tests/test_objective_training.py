@@ -13,6 +13,7 @@ from conftest import ORACLE, exhaustive_except, read_jsonl, trainers_in
 from omegaconf import OmegaConf
 from torch.nn.functional import logsigmoid
 
+from checkpointing.restoring import resume_training
 from config_checks.checks import check_config
 from losses import LOSSES, Memory, find_loss
 from utils import UserError
@@ -273,14 +274,14 @@ def test_moving_averages_of_a_loss_resume_with_the_run(make_trainer, tmp_path):
     expected = trainer.train_step(batches[2])
 
     resumed = make_trainer(*words)
-    resumed.resume(str(tmp_path / "run/LATEST"))
+    resume_training(resumed, str(tmp_path / "run/LATEST"))
     assert resumed.loss_memory.averages.keys() == {"bco_shift", "beta_dpo_margin"}
     metrics = resumed.train_step(batches[2])
     for key in ("loss/train", "loss_train/bco", "loss_train/beta_dpo", "grad_norm"):
         assert metrics[key] == expected[key], key
 
     forgetful = make_trainer(*words)
-    forgetful.resume(str(tmp_path / "run/LATEST"))
+    resume_training(forgetful, str(tmp_path / "run/LATEST"))
     forgetful.loss_memory = Memory()
     assert forgetful.train_step(batches[2])["loss_train/bco"] != expected["loss_train/bco"]
 

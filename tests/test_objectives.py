@@ -117,7 +117,7 @@ def test_every_loss_has_an_expected_formula():
 
 @pytest.mark.parametrize(("name", "options"), EXPECTED, ids=str)
 def test_losses_and_rewards_equal_the_papers_formula(name, options):
-    losses, *rewards = LOSSES[name](tensors(), dict(options))
+    losses, rewards, _ = LOSSES[name].compute(tensors(), dict(options))
     np.testing.assert_allclose(losses.numpy(), EXPECTED[name, options], rtol=1e-9, atol=1e-12)
     if rewards:
         beta = dict(options)["beta"]
@@ -135,7 +135,7 @@ def test_loss_gradients_equal_finite_differences(name, options):
     trained = [key for key in LOSSES[name].inputs if key.startswith("policy")]
 
     def mean_loss(*logps):
-        return LOSSES[name]({**inputs, **dict(zip(trained, logps, strict=True))}, dict(options))[0].mean()
+        return LOSSES[name].compute({**inputs, **dict(zip(trained, logps, strict=True))}, dict(options)).losses.mean()
 
     assert torch.autograd.gradcheck(
         mean_loss, [(inputs[key] - 0.01 * torch.arange(1, 7)).requires_grad_() for key in trained]
@@ -152,17 +152,17 @@ def test_extreme_log_probabilities_give_finite_losses_and_gradients(name):
         if key.startswith("policy"):
             inputs[key].requires_grad_()
     defaults = {key: option.default for key, option in LOSSES[name].options.items()}
-    losses, *rewards = LOSSES[name](inputs, defaults)
+    losses, rewards, _ = LOSSES[name].compute(inputs, defaults)
     losses.mean().backward()
     for values in (losses, *rewards, *(inputs[key].grad for key in LOSSES[name].inputs if key.startswith("policy"))):
         assert values.isfinite().all()
 
 
 def test_robust_dpo_is_unbiased_under_flipped_labels():
-    clean = LOSSES["dpo"](tensors(), {"beta": 0.2})[0]
+    clean = LOSSES["dpo"].compute(tensors(), {"beta": 0.2}).losses
     swapped = {key: tensors()[_other(key)] for key in INPUTS if "mean" not in key}
     options = {"beta": 0.2, "label_smoothing": 0.2}
-    kept, flipped = (LOSSES["robust_dpo"](inputs, options)[0] for inputs in (tensors(), swapped))
+    kept, flipped = (LOSSES["robust_dpo"].compute(inputs, options).losses for inputs in (tensors(), swapped))
     torch.testing.assert_close(0.8 * kept + 0.2 * flipped, clean)
 
 
@@ -174,5 +174,5 @@ def test_at_the_reference_dpo_and_its_kin_start_at_ln_2():
     inputs = tensors()
     inputs |= {f"policy_{side}_logps": inputs[f"reference_{side}_logps"] for side in ("chosen", "rejected")}
     for name, options in (("dpo", {}), ("robust_dpo", {"label_smoothing": 0.1}), ("dpop", {}), ("chi_po", {})):
-        losses = LOSSES[name](inputs, options)[0]
+        losses = LOSSES[name].compute(inputs, options).losses
         torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), msg=name)

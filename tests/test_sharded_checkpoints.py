@@ -35,6 +35,7 @@ from checkpointing.archives import load_fitting
 from checkpointing.checkpoints import _as_loaded, check_shared
 from checkpointing.integrity import find_corruption
 from checkpointing.optimizer_state import _add_saved_tensors, _sharded
+from checkpointing.restoring import load_checkpoint, resume_training
 from checkpointing.resume import find_checkpoints
 from checkpointing.sharded import (
     ShardedCheckpoint,
@@ -368,7 +369,7 @@ def test_adapter_is_saved_as_by_peft_and_its_optimizer_in_shards(make_trainer):
     names = os.listdir(run_dir / "step-8")
     assert {"adapter_model.safetensors", "README.md", "shards.json"} <= set(names) and "model.safetensors" not in names
     again = make_trainer(*overrides)
-    again.resume(str(run_dir / "step-8"))
+    resume_training(again, str(run_dir / "step-8"))
     again.train()
     for (name, parameter), expected in zip(again.policy.named_parameters(), trainer.policy.parameters(), strict=True):
         assert torch.equal(parameter, expected), name
@@ -378,7 +379,7 @@ def test_moving_reference_is_saved_in_shards(make_trainer):
     overrides = [*ALONE, "reference_update_every=1", "reference_update_alpha=0.5", "model.reference_dtype=float32"]
     trainer, run_dir = train_and_save(make_trainer, *overrides)
     again = make_trainer(*overrides, "seed=1")
-    again.load_checkpoint(str(run_dir / "LATEST"))
+    load_checkpoint(again, str(run_dir / "LATEST"))
     for parameter, expected in zip(
         again.reference.model.parameters(), trainer.reference.model.parameters(), strict=True
     ):
@@ -445,7 +446,7 @@ def test_malformed_shard_index_is_named(kind, finished, run_dir):
     edit, message = INDEXES[kind]
     edit_index(run_dir / "LATEST", edit)
     with pytest.raises(UserError, match=message):
-        finished[0].load_checkpoint(str(run_dir / "LATEST"))
+        load_checkpoint(finished[0], str(run_dir / "LATEST"))
 
 
 def test_full_disk_in_the_thread_ends_the_run_and_leaves_the_previous_checkpoint(make_trainer, monkeypatch):
