@@ -309,7 +309,7 @@ class BasicTrainer:
         return inputs
 
     def _on_policy_weights(self, batch: dict) -> torch.Tensor:
-        """Return WPO's weight of each response, (2 * batch_size,), from another plain forward pass, without gradient."""
+        """Return WPO's weight of each response, (2 * batch_size,), from another plain forward pass without gradient."""
         input_ids, attention_mask, labels = on_device(concatenated_inputs(batch), self.device).values()
         with torch.no_grad(), self.autocast(self.policy):
             logits = self.policy(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2B, T, V)

@@ -44,6 +44,11 @@ def _with_model_written_out(word: str) -> list[str]:
     return ["model=blank_model", f"model.name_or_path={name}"]
 
 
+def model_label(choice: str, name_or_path: str) -> str:
+    """Return the model's part of `exp_name`: its YAML file's name, or for `model=PATH_OR_ID` the path's last part."""
+    return choice if choice != "blank_model" else os.path.basename(os.path.abspath(str(name_or_path)))
+
+
 def with_home(overrides: list[str]) -> list[str]:
     """Expand `~` at the beginning of values and of list items, which Hydra's grammar doesn't take."""
     home = os.path.expanduser("~")
@@ -70,6 +75,7 @@ def compose_config(*overrides: str) -> DictConfig:
 
 OmegaConf.register_new_resolver("get_local_run_dir", default_run_dir, replace=True)
 OmegaConf.register_new_resolver("get_local_dir", get_local_dir, replace=True)
+OmegaConf.register_new_resolver("model_label", model_label, replace=True)
 OmegaConf.register_new_resolver("sweep_job", job_name, replace=True)
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 

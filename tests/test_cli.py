@@ -11,6 +11,8 @@ from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
 from launcher import train_after
 from safetensors.torch import load_file
 
+from commands.command_line import compose_config
+
 TOY = [
     "model=tiny",
     "datasets=[toy]",
@@ -369,6 +371,15 @@ def test_tilde_is_the_home_directory_in_every_path(word, train, tmp_path):
         assert f"{tmp_path}/home/" in result.stderr
     else:
         assert any((tmp_path / "home").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("pythia28", "pythia28"), ("EleutherAI/pythia-70m", "pythia-70m"), (f"{ORACLE}/model/", "model"),
+     ("blank_model", "model")],
+)  # fmt: skip
+def test_default_exp_name_is_loss_and_model_name(name, model):
+    assert compose_config(f"model={name}", "loss=sft").exp_name == f"sft_{model}"
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/../../../b"])
