@@ -23,7 +23,7 @@ def losses(run_dir) -> list[float]:
 
 
 def states(run_dir, name: str) -> list[dict[str, torch.Tensor]]:
-    """Return a file's state dict from each checkpoint, in their order."""
+    """Return a file's state dict from each checkpoint, in order."""
     paths = sorted(run_dir.glob("step-*"), key=lambda path: int(path.name[5:]))
     return [torch.load(path / f"{name}.pt", weights_only=True)["state"] for path in [*paths, run_dir / "LATEST"]]
 

@@ -1,4 +1,4 @@
-"""A run directory belongs to one process at a time, and files that aren't the run's are left untouched."""
+"""A run directory belongs to one process at a time, and files that the run didn't write are left untouched."""
 
 import contextlib
 import errno
@@ -31,7 +31,7 @@ def locked_run(path: Path) -> contextlib.AbstractContextManager:
 
 @pytest.fixture
 def start(launcher, tmp_path):
-    """Start the command of the same run."""
+    """Return a function that starts the command of one and the same run."""
 
     def start_command(*overrides: str) -> Run:
         return launcher.start(*RUN, f"local_run_dir={tmp_path}/run", *overrides, in_order=True)
@@ -68,7 +68,7 @@ def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
 def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     run = start("trainer=FSDPTrainer", "world_size=2")
     process = psutil.Process(*run.children)
-    wait_until(lambda: len(process.children()) == 3)  # one of them tracks resources
+    wait_until(lambda: len(process.children()) == 3)  # two workers, and Python's resource tracker
     if when == "training":
         run.wait_for("First step: ")
     children = process.children()
@@ -80,7 +80,7 @@ def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     assert (tmp_path / "run/config.yaml").exists() == (when == "training")
 
 
-def test_claimed_directory_is_removed_unless_written_to(tmp_path):
+def test_locked_directory_is_removed_unless_written_to(tmp_path):
     with locked_run(tmp_path / "new/run"):
         assert os.listdir(tmp_path / "new/run") == [".lock"]
     assert os.listdir(tmp_path) == []
@@ -153,7 +153,7 @@ def test_file_in_place_of_the_run_directory_is_named(tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-# ---- what isn't the run's -------------------------------------------------------------------------------------------
+# ---- foreign files --------------------------------------------------------------------------------------------------
 
 FOREIGN = ["data.partial-1", "notes.replaced", "step-4.partial-old", "LATEST.partial-DEADBEEF", "x-LATEST.replaced"]
 OWN = ["step-4.partial-0123abcd", "LATEST.partial-deadbeef", "step-8.partial-deleted", "step-12.replaced"]
@@ -165,11 +165,11 @@ def fill(directory, names):
         (directory / name / "file").write_text(name)
 
 
-def test_recovery_removes_only_what_a_run_made(tmp_path):
+def test_recovery_removes_only_files_that_a_run_made(tmp_path):
     fill(tmp_path, [*FOREIGN, *OWN])
     before = sorted(os.listdir(tmp_path))
     recover_interrupted_saves(str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == before  # nothing proves that it is a run's
+    assert sorted(os.listdir(tmp_path)) == before  # without a config.yaml, it may be no run's directory
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "config.yaml.partial-new").write_text("")
     recover_interrupted_saves(str(tmp_path))

@@ -120,11 +120,11 @@ def test_evaluation_line_shows_changes_and_ties():
     assert second.split()[:5] == ["eval", "20000", "0.12", "0.5000", "75.0%"]
     assert change.split()[:3] == ["change", "-0.1931", "+0.0000"]  # nothing for the accuracy: no earlier value
     assert table.evaluation(metrics(40_000, 0.6, 0.70))[1].split()[:3] == ["change", "+0.1000", "-5.0"]
-    goes_on = RunTable(160_000, 160_000, 40_000, metrics(40_000, 0.6, 0.70))
-    assert goes_on.evaluation(metrics(60_000, 0.4, 0.70))[-1].split()[:3] == ["change", "-0.2000", "+0.0"]
+    resumed = RunTable(160_000, 160_000, 40_000, metrics(40_000, 0.6, 0.70))
+    assert resumed.evaluation(metrics(60_000, 0.4, 0.70))[-1].split()[:3] == ["change", "-0.2000", "+0.0"]
 
 
-def test_table_header_is_repeated_now_and_then():
+def test_table_header_is_repeated_every_few_lines():
     table = RunTable(1000, 1000)
     printed = [line for i in range(60) for line in table.evaluation(metrics(i, 0.5, 0.75))]
     assert 2 <= sum(line.split()[0] == "examples" for line in printed) <= 4
@@ -152,10 +152,11 @@ def test_numbers_are_formatted_in_few_characters():
     ]  # fmt: skip
 
 
-def samples(prompt: str, **of_models: str) -> list[dict]:
+def samples(prompt: str, **responses: str) -> list[dict]:
+    """Return samples of one prompt; `responses`: by the model's name."""
     return [
         {"model": model, "prompt": prompt, "response": text, "sample": prompt + text}
-        for model, text in of_models.items()
+        for model, text in responses.items()
     ]
 
 
@@ -233,7 +234,7 @@ acceleration.model_check._SLOW_PARAMETERS = 0
 
 
 def test_run_into_a_pipe_prints_lines_within_every_long_stretch(train_ok, tmp_path):
-    """Each stretch is a single batch or a single call, so that its lines come from the clock alone."""
+    """Each stretch is a single batch or a single call, so that its lines can only come from the clock."""
     output = train_ok(
         *TOY, "n_examples=8", "batch_size=8", "eval_every=16", "loss=dpo", "lora.r=2", "lr=1e-3",
         "precompute_ref_log_probs=true", "n_eval_examples=16", "eval_batch_size=16", "sample_during_eval=true",
@@ -250,7 +251,7 @@ def test_run_into_a_pipe_prints_lines_within_every_long_stretch(train_ok, tmp_pa
         assert line in before_training, line
 
 
-def test_time_left_is_that_at_the_speed_so_far_without_the_first_evaluation(monkeypatch):
+def test_time_left_follows_the_speed_so_far_without_the_first_evaluation(monkeypatch):
     """A resumed run of 1000 examples, which begins at 200, spends half its time on evaluations and saves."""
     now = [0.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
@@ -265,7 +266,7 @@ def test_time_left_is_that_at_the_speed_so_far_without_the_first_evaluation(monk
     assert table.left(1000) == "0s"
 
 
-def test_loading_reports_every_minute_that_it_goes_on(monkeypatch, capsys):
+def test_long_loading_is_reported_every_minute(monkeypatch, capsys):
     monkeypatch.setattr(terminal, "_PROGRESS_EVERY", 0.01)
     with still_working("Loading the policy"):
         time.sleep(0.2)
