@@ -482,7 +482,10 @@ REFUSED = {
     "fraction": (["datasets=[rows.jsonl]", "test_fraction=1"], "test_fraction=1: must be above 0 and below 1"),
     "on_bad_example": (["datasets=[rows.jsonl]", "on_bad_example=drop"], "on_bad_example=drop: must be one of"),
     "template": (["datasets=[rows.jsonl]", "chat_template=none.jinja"], "chat_template=none.jinja: no such file"),
-    "a split of a built-in dataset": (["datasets=[toy]", "train_split=x"], "train_split=x: it is for files and hub ids"),
+    "a split of a built-in dataset": (
+        ["datasets=[toy]", "train_split=x"],
+        "train_split=x: it is for files and hub ids",
+    ),
     "a missing split": (["datasets=[rows.jsonl]", "test_split=x"], "test_split=x: it has no such split"),
     "fields": (["datasets=[rows.jsonl]", "fields={chosen: good}"], "fields.chosen=good: there is no column 'good'"),
 }
