@@ -87,7 +87,7 @@ def test_earlier_checkpoint_is_exported_by_its_name(copied):
 def test_output_that_holds_anything_is_refused(output, copied):
     (copied / "file").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
-    with pytest.raises(UserError, match=rf"output={copied}/{output}: .*(not empty|no directory)"):
+    with pytest.raises(UserError, match=rf"output={copied}/{output}: .*(not empty|not a directory)"):
         run_export(copied / "run", copied / output)
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
