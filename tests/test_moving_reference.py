@@ -23,7 +23,7 @@ def losses(run_dir) -> list[float]:
 
 
 def states(run_dir, name: str) -> list[dict[str, torch.Tensor]]:
-    """Return a file's state dict from each checkpoint, in their order."""
+    """Return a file's state dict from each checkpoint, in order."""
     paths = sorted(run_dir.glob("step-*"), key=lambda path: int(path.name[5:]))
     return [torch.load(path / f"{name}.pt", weights_only=True)["state"] for path in [*paths, run_dir / "LATEST"]]
 
@@ -85,7 +85,7 @@ def test_resumed_run_restores_the_moved_reference(trainer, make_trainer, launche
     [
         (["loss=sft"], "loss=sft has no reference to move"),
         (["loss.reference_free=true"], "has no reference to move"),
-        (["precompute_ref_log_probs=true"], "numbers of a reference that has moved"),
+        (["precompute_ref_log_probs=true"], "precompute_ref_log_probs=true needs a reference that does"),
         (["lora={r:4}"], "an adapter's reference can't follow it"),
         (["reference_update_alpha=1.5"], "must be at most 1"),
         (["reference_update_alpha=0"], "must be a number above 0"),
