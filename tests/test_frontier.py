@@ -243,7 +243,8 @@ def test_frontier_benchmark_trains_evaluates_and_reports_once(tmp_path, monkeypa
     assert int.from_bytes(header, "big") == 1200  # its width
 
 
-def test_labels_of_the_length_task_depend_on_reward_and_length():
+def test_labels_of_the_length_task_depend_on_reward_and_length(monkeypatch):
+    monkeypatch.setitem(toy.SPLITS, "train", (20_000, 1))  # other tests have fewer
     words, clauses = toy_length.all_long_responses()
     of_text = {
         toy_length.long_response_text(w, n): (toy.true_reward(w), n) for w, n in zip(words, clauses, strict=True)
@@ -256,7 +257,7 @@ def test_labels_of_the_length_task_depend_on_reward_and_length():
         longer.append(n_first - n_second)
         preferred.append(entry["pairs"] == [(0, 1)])
         counts[of_text[entry["sft_target"]][1]] += 1
-    np.testing.assert_allclose(counts / len(preferred), toy_length.CLAUSE_COUNTS, atol=0.055)
+    np.testing.assert_allclose(counts / 20_000, toy_length.CLAUSE_COUNTS, atol=0.017)
     margins, longer, preferred = np.array(margins), np.array(longer), np.array(preferred)
     for n in (-2, 0, 1):
         chosen = longer == n

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from data import toy
 from data.toy import (
     ALL_RESPONSES,
     PROMPTS,
@@ -14,6 +15,15 @@ from data.toy import (
     true_reward,
     word_distribution,
 )
+
+
+@pytest.fixture(autouse=True)
+def all_examples(monkeypatch):
+    """Let toy have all its examples, unlike in other tests."""
+    monkeypatch.setitem(toy.SPLITS, "train", (20_000, 1))
+    toy._make_toy.cache_clear()
+    yield
+    toy._make_toy.cache_clear()
 
 
 def test_every_response_parses_back_and_nothing_else_does():
@@ -72,7 +82,7 @@ def test_toy_data_has_the_hh_format_and_is_deterministic():
 def test_toy_variants_have_flipped_labels_or_fewer_pairs_or_preferred_targets():
     plain, flipped = get_toy("train"), get_toy("train", flipped=0.2)
     differ = np.mean([a["pairs"] != b["pairs"] for (_, a), (_, b) in zip(plain, flipped, strict=True)])
-    assert differ == pytest.approx(0.2, abs=5 * 0.4 / np.sqrt(len(plain)))
+    assert differ == pytest.approx(0.2, abs=5 * 0.4 / np.sqrt(20_000))
     assert [{**a, "pairs": 0} for _, a in plain] == [{**b, "pairs": 0} for _, b in flipped]
     assert get_toy("train", n_train=300) == plain[:300]
     assert get_toy("test", n_train=300) == get_toy("test")
