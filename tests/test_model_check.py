@@ -445,6 +445,7 @@ def test_workers_choose_the_layout_that_one_process_does(trainer, loss, launcher
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_workers_fall_back_together_and_refuse_together(launcher, model_dir, tmp_path):
     sizes = {"vocab_size": 512, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "bos_token_id": 0}
     sizes |= {"eos_token_id": 0, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 255}
