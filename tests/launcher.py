@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-import torch
 from process_pool import launcher_variables
 
 REPOSITORY = Path(__file__).parent.parent
@@ -290,6 +289,8 @@ def run_script(job: dict, env: dict[str, str], streams: list[int]) -> int:
     os.environ.update(env)
     sys.argv = job["command"]
     if job["forks_workers"]:
+        import torch
+
         torch.multiprocessing.start_processes = functools.partial(
             torch.multiprocessing.start_processes, start_method="fork"
         )
