@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from hub_server import Place
+from hub_server import HubAddress
 from hydra import compose, initialize_config_dir
 from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, measure_few_prompts, running_server
 from omegaconf import OmegaConf
@@ -169,21 +169,21 @@ def train_alone(run_python, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def hub_place(tmp_path_factory) -> Place:
+def hub_address(tmp_path_factory) -> HubAddress:
     """Reserve an address for the hubs of `train_from_hub`, one after the other."""
-    return Place(tmp_path_factory.mktemp("hub") / "home")
+    return HubAddress(tmp_path_factory.mktemp("hub") / "home")
 
 
 @pytest.fixture(scope="session")
-def hub_fork_server(hub_place):
-    with running_server(hub_place.environment()) as server:
+def hub_fork_server(hub_address):
+    with running_server(hub_address.environment()) as server:
         yield server
 
 
 @pytest.fixture
-def train_from_hub(hub_fork_server, hub_place, tmp_path, tmp_path_factory):
-    """Like `train`, in processes that use the hub at `hub_place`, with an empty download cache."""
-    shutil.rmtree(hub_place.home, ignore_errors=True)
+def train_from_hub(hub_fork_server, hub_address, tmp_path, tmp_path_factory):
+    """Like `train`, in processes that use the hub at `hub_address`, with an empty download cache."""
+    shutil.rmtree(hub_address.home, ignore_errors=True)
     launcher = Launcher(hub_fork_server, tmp_path_factory.mktemp("launcher"))
     yield train_with(launcher, tmp_path)
     launcher.stop()

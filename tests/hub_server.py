@@ -43,10 +43,10 @@ class Repository:
         return self.refs.get(revision, revision if revision in self.commits else None)
 
 
-class Place:
-    """An address for one hub after the other, and a directory, `home`, for downloads from them.
+class HubAddress:
+    """A reserved address, at which hubs can be started one after the other, and the HF_HOME of their clients, `home`.
 
-    The address stays reserved: while no hub is there, connections are refused.
+    While no hub runs there, connections are refused.
     """
 
     def __init__(self, home: Path):
@@ -64,26 +64,26 @@ class Place:
 
 
 class _Server(ThreadingHTTPServer):
-    allow_reuse_port = True  # a `Place` reserves the port
+    allow_reuse_port = True  # a `HubAddress` reserves the port
 
 
 class Hub:
-    """The server: `with Hub(place) as hub`, `hub.repository("models", "owner/name").commit({...})`.
+    """The server: `with Hub(address) as hub`, `hub.repository("models", "owner/name").commit({...})`.
 
     `requests` lists requests as (method, path, Range header or None); the path of a download is ID#FILE. The next
     download of a file named `name` breaks off after `cut_off[name]` bytes, and `on_cut_off` is called. Requests whose
     path contains `word` are answered with `status[word]`, a status and an X-Error-Code.
     """
 
-    def __init__(self, place: Place):
+    def __init__(self, address: HubAddress):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.cut_off: dict[str, int] = {}
         self.on_cut_off = lambda: None
         self.status: dict[str, tuple[int, str]] = {}
         self.connections: set[socket.socket] = set()
-        self.server = _Server(("127.0.0.1", place.port), type("Handler", (_Handler,), {"hub": self}))
-        self.url = place.url
+        self.server = _Server(("127.0.0.1", address.port), type("Handler", (_Handler,), {"hub": self}))
+        self.url = address.url
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

@@ -35,7 +35,7 @@ def chat_model(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", exhaustive_except([False, True], True), ids=["all weights", "lora"])
-def test_run_on_conversations_saves_template_and_ends_and_shows_responses(lora, chat_model, launcher, tmp_path):
+def test_chat_run_saves_template_and_end_tokens_and_shows_responses(lora, chat_model, launcher, tmp_path):
     overrides = [
         "model=blank_model", f"model.name_or_path={chat_model}/model", f"chat_template={chat_model}/chatml.jinja",
         f"datasets=[{chat_model}/rows.jsonl]", "loss=dpo", "test_fraction=0.4", "batch_size=1", "eval_batch_size=2",

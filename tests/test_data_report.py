@@ -25,9 +25,9 @@ def tokenizer():
 
 @pytest.fixture
 def batches(tokenizer, tmp_path):
-    """Return a function that opens the batches of a folder with these rows, both to train and to evaluate on."""
+    """Return a function that writes rows as both splits of a folder, and opens the batches of one split."""
 
-    def open_them(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
+    def open_batches(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
         for name in ("train", "test"):
             write(tmp_path / "data" / f"{name}.jsonl", rows)
         choice = Choice(str(tmp_path / "data"), **kwargs.pop("choice", {}))
@@ -35,12 +35,12 @@ def batches(tokenizer, tmp_path):
         given = Settings(**({"chat_template": TEMPLATE} | (settings or {})))
         return get_batch_iterator([choice], tokenizer, split, settings=given, **kwargs)
 
-    return open_them
+    return open_batches
 
 
 @pytest.fixture
 def report(make_trainer, tmp_path, capsys):
-    """Return a function that returns the data report of a run on a folder with these rows."""
+    """Return a function that writes rows as both splits of a folder, and returns a run's data report on them."""
 
     def of(rows: list[dict], *overrides: str) -> str:
         for split in ("train", "test"):
@@ -55,13 +55,13 @@ def report(make_trainer, tmp_path, capsys):
 
 
 def long_pairs(n: int) -> list[dict]:
-    """Pairs that differ after 40 words."""
+    """Return pairs whose responses share their first 40 words."""
     return [
         {"prompt": f"Say {i}", "chosen": " same" * 40 + " good", "rejected": " same" * 40 + " bad"} for i in range(n)
     ]
 
 
-def test_pairs_that_are_identical_once_cut_are_refused_or_left_out(batches, capsys):
+def test_pairs_that_are_identical_once_cut_are_refused_or_dropped(batches, capsys):
     rows = long_pairs(3) + pairs("a")
     assert batches(rows, max_length=512).epoch_size == 4
     with pytest.raises(
@@ -78,7 +78,7 @@ def test_pairs_that_are_identical_once_cut_are_refused_or_left_out(batches, caps
 
 
 @pytest.mark.parametrize("max_length", range(20, 60, 7))
-def test_pairs_are_identical_once_cut_exactly_when_their_batch_is(max_length, batches):
+def test_pairs_reported_as_identical_once_cut_are_those_with_equal_token_ids(max_length, batches):
     rows = [
         {"prompt": "Say" * n, "chosen": " same" * m + " good", "rejected": " same" * m}
         for n in (1, 9)
@@ -87,7 +87,7 @@ def test_pairs_are_identical_once_cut_exactly_when_their_batch_is(max_length, ba
     lengths = {"max_length": max_length, "max_prompt_length": 8}
     iterator = batches(rows, **lengths, settings={"skips_bad": True}, split="test")
     assert all(b["chosen_input_ids"].tolist() != b["rejected_input_ids"].tolist() for b in iterator)
-    # the dropped pairs are identical when each response is cut alone
+    # a pair is dropped among the others exactly if it is dropped beside one that isn't
     n_identical = 0
     for row in rows:
         with_another = [row, {"prompt": "x", "chosen": " y", "rejected": " z"}]
@@ -113,7 +113,7 @@ def test_responses_that_the_template_makes_identical_are_bad_rows(batches, tmp_p
     assert batches(rows, settings=settings | {"skips_bad": True}).epoch_size == 1
 
 
-def test_equal_responses_with_different_scores_are_no_pair(report):
+def test_equal_responses_with_different_scores_are_not_a_pair(report):
     rows = [{"prompt": f"Q {i}", "responses": [" a", " a", " b"], "scores": [1, 2, 3]} for i in range(4)]
     output = report(rows)
     assert "4 prompts with 8 pairs; dropped 4 pairs of identical responses" in output
@@ -131,7 +131,7 @@ def test_every_run_of_a_process_prints_each_split_once(report, monkeypatch):
     assert opened == ["train", "test"] * 2
 
 
-def test_same_fault_in_all_rows_is_told_once(batches):
+def test_same_fault_in_all_rows_is_summarized(batches):
     with pytest.raises(UserError) as error:
         batches([{"prompt": f"Q {i}", "chosen": "", "rejected": "no"} for i in range(80)])
     lines = str(error.value).splitlines()
@@ -150,7 +150,7 @@ def test_reading_stops_after_enough_faults_for_an_error(batches):
         batches([{"prompt": f"Q {i}", "chosen": None, "rejected": "no"} for i in range(3000)])
 
 
-def test_text_that_ends_in_the_end_token_says_to_leave_it_out(batches):
+def test_error_for_a_text_ending_in_the_end_token_says_to_leave_it_out(batches):
     rows = [{"prompt": f"Colour {i}?", "chosen": " It is red.<|endoftext|>", "rejected": " No."} for i in range(2)]
     with pytest.raises(UserError, match="at its end; the end token is added to every response, so leave it out"):
         batches(rows)
@@ -192,7 +192,7 @@ def test_report_counts_the_labels_and_says_that_the_rarer_is_repeated(report):
     assert "4 desirable, 4 undesirable responses\n" in report(rows, "loss=kto")
 
 
-def test_ignored_columns_are_of_the_config_or_of_an_entry(report, tmp_path):
+def test_ignored_columns_can_be_set_in_the_config_or_per_dataset(report, tmp_path):
     rows = [row | {"persona": f"pirate {i}"} for i, row in enumerate(numbered(6))]
     with pytest.raises(UserError, match=r"column 'persona' may belong to the prompt"):
         report(rows)
@@ -208,7 +208,7 @@ def test_ignored_columns_are_of_the_config_or_of_an_entry(report, tmp_path):
 
 
 @pytest.mark.parametrize("n_examples", [1, 4, 5, 7, 12])
-def test_number_of_examples_of_a_dataset_is_exact_where_prompts_have_several_pairs(n_examples, batches):
+def test_n_examples_of_a_dataset_is_exact_even_if_prompts_have_several_pairs(n_examples, batches):
     rows = [{"prompt": f"Q {i}", "responses": [" a", f" b{i}", " c"], "scores": [1, 2, 3]} for i in range(4)]
     iterator = batches(rows, choice={"n_examples": n_examples})
     assert iterator.epoch_size == n_examples == sum(len(batch["prompt"]) for batch in iterator)
@@ -219,7 +219,7 @@ def test_number_of_examples_of_a_dataset_is_exact_where_prompts_have_several_pai
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_semicolons_separate_where_the_header_has_no_comma(tokenizer, tmp_path):
+def test_csv_columns_are_separated_by_semicolons_if_the_header_has_no_comma(tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text('prompt;chosen;rejected\n"a; b";yes, yes;no\nc;d;"e\nf"\n')
     settings = Settings(test_fraction=0.5)
     found = set()
@@ -233,8 +233,8 @@ def test_semicolons_separate_where_the_header_has_no_comma(tokenizer, tmp_path):
         get_batch_iterator([str(tmp_path / "rows.csv")], tokenizer, n_epochs=1, cache_dir=str(tmp_path / "cache"))
 
 
-def test_keys_that_a_column_format_adds_are_no_arguments_of_a_call(tokenizer, tmp_path):
-    """Parquet gives every call the arguments of all calls, as nulls; JSON Lines keep explicit nulls."""
+def test_null_arguments_that_parquet_adds_to_tool_calls_are_dropped(tokenizer, tmp_path):
+    """Parquet gives every tool call the arguments of all calls, as nulls; nulls in JSON Lines are the user's own."""
     (tmp_path / "t.jinja").write_text(
         "{% for m in messages %}{{ m.role + ':' + m.content }}{% if m.tool_calls %}"
         "{{ m.tool_calls[0].function.name + m.tool_calls[0].function.arguments | tojson }}{% endif %}{% endfor %}"

@@ -136,14 +136,14 @@ def own_code(tmp_path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
-def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_from_hub, hub_place, tmp_path):
+def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_from_hub, hub_address, tmp_path):
     overrides = [*TOY, f"model.name_or_path={own_code}", f"trainer={trainer}", f"local_run_dir={tmp_path}/run"]
     n_workers = 2 if trainer == "FSDPTrainer" else 1
     result = train_from_hub(*overrides, n_workers=n_workers)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "model.trust_remote_code=true runs the model's own code with your rights" in result.stderr
-    assert not list(hub_place.home.rglob("modules/**/modeling_own.py"))
+    assert not list(hub_address.home.rglob("modules/**/modeling_own.py"))
 
     result = train_from_hub(*overrides, "model.trust_remote_code=true", n_workers=n_workers)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -179,9 +179,9 @@ def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_f
         ("model.tokenizer_name_or_path", 401, "RepoNotFound"),
     ),
 )
-def test_model_refused_by_the_hub_names_the_token(key, status, code, train_from_hub, hub_place):
+def test_model_refused_by_the_hub_names_the_token(key, status, code, train_from_hub, hub_address):
     model = [] if key == "model.name_or_path" else [f"model.name_or_path={ORACLE}/model"]
-    with Hub(hub_place) as hub:
+    with Hub(hub_address) as hub:
         hub.status[""] = status, code
         result = train_from_hub(*TOY, *model, f"{key}=meta/private-model")
     assert result.returncode == 1

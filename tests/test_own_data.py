@@ -130,6 +130,18 @@ def test_training_on_part_of_the_test_split_excludes_it_from_evaluation(read, tm
     assert sorted(train + test) == sorted(row["prompt"] for row in numbered(20))
 
 
+@pytest.mark.parametrize(("part", "place"), [("[:75%]", r" \(.*train\.jsonl, line 3\)"), ("[25%:]", "")])
+def test_bad_row_in_part_of_a_split_is_named_by_its_line_only_if_the_part_begins_at_the_first_line(
+    part, place, read, tmp_path
+):
+    rows = numbered(8)
+    rows[2]["chosen"] = ""
+    write(tmp_path / "data" / "train.jsonl", rows)
+    number = 2 if place else 0
+    with pytest.raises(UserError, match=rf"row {number}{place}: field 'chosen' is an empty string"):
+        read(Choice(str(tmp_path / "data"), train_split=f"train{part}"))
+
+
 def test_glob_pattern_reads_the_matching_files(read, tmp_path):
     for name in ("a/train.jsonl", "a/more.jsonl", "a/test.jsonl", "b/train.jsonl", "contest.jsonl"):
         write(tmp_path / name, pairs(f"{name} 0", f"{name} 1"))
@@ -341,7 +353,7 @@ def test_unusable_rows_are_reported_at_the_command_line(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_hub_dataset_is_chosen_by_id_config_and_splits(train_from_hub, hub_place, tmp_path):
+def test_hub_dataset_is_chosen_by_id_config_and_splits(train_from_hub, hub_address, tmp_path):
     card = """---
 configs:
 - config_name: helpful
@@ -360,7 +372,7 @@ configs:
         "helpful/test.parquet": parquet(pairs(*(f"test {i}" for i in range(5)))),
         "honest/rows.parquet": parquet(pairs(*(f"honest {i}" for i in range(10)))),
     }
-    with Hub(hub_place) as hub:
+    with Hub(hub_address) as hub:
         hub.repository("datasets", "lab/prefs").commit(files)
 
         def run(dataset: str, *overrides: str):

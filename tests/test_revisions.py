@@ -30,9 +30,9 @@ def version(scale: float, **merged: str) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(hub_place):
+def hub(hub_address):
     """A hub with two versions of a model: the main branch, and the tag v1 with other weights and another tokenizer."""
-    with Hub(hub_place) as hub:
+    with Hub(hub_address) as hub:
         repository = hub.repository("models", PYTHIA)
         repository.commit(version(1.1, normalizer={"type": "Lowercase"}), "v1")
         repository.commit(version(1.0))
