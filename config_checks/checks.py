@@ -16,10 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from basics.outputs import is_sharded, why_not_writable
 from config_checks.datasets import check_data
 from config_checks.lora import check_adapters
-from config_checks.numbers import is_number
 from config_checks.schedules import check_schedule
 from config_checks.schema import default_config, expand_config, names_in
-from config_checks.values import check_one_of, check_values
+from config_checks.values import check_one_of, check_values, is_number
 from distributed import environment
 from distributed.strategies import STRATEGIES, trainers_with
 from losses import find_loss, needs_reference
