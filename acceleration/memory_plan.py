@@ -1,6 +1,5 @@
 """Plan a GPU's memory at the start: what a run will hold, whether it fits, and how much is left for a microbatch."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -169,16 +168,3 @@ def _needs(plan: MemoryPlan) -> str:
 def cap_of(plans: list[MemoryPlan]) -> int | None:
     """Return the most tokens of a microbatch that fit on every GPU; None without a GPU."""
     return min((plan.max_tokens for plan in plans), default=None)
-
-
-def resumed_cap(saved: int | None, fitting: int | None) -> tuple[int | None, str | None]:
-    """Return the cap of a resumed run, and a warning if it must differ from the cap that the run began with.
-
-    Free memory varies a little between starts; a larger difference means another GPU.
-    """
-    if saved is None or fitting is None or saved <= math.ceil(1.1 * fitting):
-        return (fitting if saved is None else saved), None
-    return fitting, (
-        f"WARNING: this GPU has memory for microbatches of {fitting:,} tokens, the run began with {saved:,}: batches "
-        "are cut differently, so the weights will differ by rounding"
-    )

@@ -21,9 +21,9 @@ from distributed.dtensor import full_tensor
 from references import (
     REFERENCE_ADAPTER,
     Reference,
-    has_the_weights,
     is_computed_as_policy,
     make_starting_reference,
+    policy_has_reference_weights,
     reference_dtype,
 )
 from reporting.terminal import Progress, progressing
@@ -233,7 +233,7 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
         trainer = [config.trainer, *([config.tensor_parallel] if config.tensor_parallel > 1 else [])]
         details["computed"] = [computed_in, config.model.policy_dtype, *trainer]  # trainers round in other places
     with_adapter = kind == "model" or (config.model.adapter is not None and kind != "adapter_off")
-    if kind == "model" and not has_the_weights(policy, config):
+    if kind == "model" and not policy_has_reference_weights(policy, config):
         model, cast_to = reference().model, None
     else:
         model, cast_to = policy, getattr(torch, reference_dtype(config)) if kind == "model" else None

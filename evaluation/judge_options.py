@@ -18,7 +18,7 @@ from evaluation.verdicts import Judge
 from utils import UserError, closest_match, get_local_dir
 
 _REQUIRED = ("a", "judge", "output")
-_KEYS = {  # for each judge: required keys, and other keys that only it has
+_KEYS = {  # by judge: required keys, and other keys that not all judges have
     "model": (("judge_model",), ("judge_batch_size", "chat_template")),
     "openai": (
         ("judge_url", "judge_model"),
@@ -27,7 +27,7 @@ _KEYS = {  # for each judge: required keys, and other keys that only it has
     ),
     "command": (("judge_command",), ("both_orders",)),
 }  # fmt: skip
-_NUMBERS = {  # type, lowest, highest, and whether null is allowed
+_NUMBERS = {  # type, lowest, highest, True if null is allowed
     "seed": (int, 0, 2**63, False),
     "judge_batch_size": (int, 1, 10**6, False),
     "judge_concurrency": (int, 1, 1000, False),

@@ -1,4 +1,4 @@
-"""Any content of a file is read, or refused in a message; rows that aren't trained on are counted."""
+"""Any content of a file is read, or refused with a message; rows that aren't trained on are counted."""
 
 import csv
 import gzip
@@ -69,7 +69,7 @@ broken_lines = st.one_of(
 
 
 def check(name: str, content: bytes, n_rows: int | None):
-    """Prepare the file for all losses, skipping and refusing bad rows; `n_rows`: number of rows, if known."""
+    """Prepare the file for each kind of loss, with bad rows skipped and refused; `n_rows`: number of rows, if known."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / name
         path.write_bytes(content)
@@ -101,7 +101,7 @@ def check(name: str, content: bytes, n_rows: int | None):
 
 
 def check_part(part):
-    """Check each prompt: every response ends once, and pairs are of its responses."""
+    """Check that every response has one end token, and that pairs and target are among the prompt's responses."""
     for prompt in part:
         for ids in prompt.response_ids:
             assert len(ids) > 1 and ids[-1] == TOKENIZER.eos_token_id and ids.count(TOKENIZER.eos_token_id) == 1

@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture
 def batches(tokenizer, tmp_path):
-    """Return a function that writes rows as both splits of a folder, and opens the batches of one split."""
+    """Return a function that writes rows as the train and the test split of a folder, and opens batches of one."""
 
     def open_batches(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
         for name in ("train", "test"):
@@ -51,7 +51,7 @@ def report(make_trainer, tmp_path, capsys):
     return of
 
 
-# ---- pairs that say nothing -----------------------------------------------------------------------------------------
+# ---- pairs of identical responses -----------------------------------------------------------------------------------
 
 
 def long_pairs(n: int) -> list[dict]:
@@ -78,7 +78,7 @@ def test_pairs_that_are_identical_once_cut_are_refused_or_dropped(batches, capsy
 
 
 @pytest.mark.parametrize("max_length", range(20, 60, 7))
-def test_pairs_reported_as_identical_once_cut_are_those_with_equal_token_ids(max_length, batches):
+def test_pairs_dropped_as_identical_once_cut_are_those_with_equal_token_ids(max_length, batches):
     rows = [
         {"prompt": "Say" * n, "chosen": " same" * m + " good", "rejected": " same" * m}
         for n in (1, 9)
@@ -87,7 +87,7 @@ def test_pairs_reported_as_identical_once_cut_are_those_with_equal_token_ids(max
     lengths = {"max_length": max_length, "max_prompt_length": 8}
     iterator = batches(rows, **lengths, settings={"skips_bad": True}, split="test")
     assert all(b["chosen_input_ids"].tolist() != b["rejected_input_ids"].tolist() for b in iterator)
-    # a pair is dropped among the others exactly if it is dropped beside one that isn't
+    # a pair is dropped among the others exactly if it is dropped on its own
     n_identical = 0
     for row in rows:
         with_another = [row, {"prompt": "x", "chosen": " y", "rejected": " z"}]
@@ -131,7 +131,7 @@ def test_every_run_of_a_process_prints_each_split_once(report, monkeypatch):
     assert opened == ["train", "test"] * 2
 
 
-def test_same_fault_in_all_rows_is_summarized(batches):
+def test_same_fault_in_all_rows_is_reported_once(batches):
     with pytest.raises(UserError) as error:
         batches([{"prompt": f"Q {i}", "chosen": "", "rejected": "no"} for i in range(80)])
     lines = str(error.value).splitlines()
@@ -150,7 +150,7 @@ def test_reading_stops_after_enough_faults_for_an_error(batches):
         batches([{"prompt": f"Q {i}", "chosen": None, "rejected": "no"} for i in range(3000)])
 
 
-def test_error_for_a_text_ending_in_the_end_token_says_to_leave_it_out(batches):
+def test_error_for_text_ending_in_the_end_token_says_to_leave_it_out(batches):
     rows = [{"prompt": f"Colour {i}?", "chosen": " It is red.<|endoftext|>", "rejected": " No."} for i in range(2)]
     with pytest.raises(UserError, match="at its end; the end token is added to every response, so leave it out"):
         batches(rows)
@@ -219,7 +219,7 @@ def test_n_examples_of_a_dataset_is_exact_even_if_prompts_have_several_pairs(n_e
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_csv_columns_are_separated_by_semicolons_if_the_header_has_no_comma(tokenizer, tmp_path):
+def test_csv_whose_header_has_no_comma_is_separated_by_semicolons(tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text('prompt;chosen;rejected\n"a; b";yes, yes;no\nc;d;"e\nf"\n')
     settings = Settings(test_fraction=0.5)
     found = set()
@@ -234,7 +234,7 @@ def test_csv_columns_are_separated_by_semicolons_if_the_header_has_no_comma(toke
 
 
 def test_null_arguments_that_parquet_adds_to_tool_calls_are_dropped(tokenizer, tmp_path):
-    """Parquet gives every tool call the arguments of all calls, as nulls; nulls in JSON Lines are the user's own."""
+    """Parquet gives every call the arguments of all calls, as nulls; JSON Lines keep explicit nulls."""
     (tmp_path / "t.jinja").write_text(
         "{% for m in messages %}{{ m.role + ':' + m.content }}{% if m.tool_calls %}"
         "{{ m.tool_calls[0].function.name + m.tool_calls[0].function.arguments | tojson }}{% endif %}{% endfor %}"

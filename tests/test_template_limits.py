@@ -1,4 +1,4 @@
-"""A chat template that loops or writes without end ends with an error that names row and template."""
+"""A chat template that loops or writes forever is stopped with an error that names row and template."""
 
 import json
 import threading
@@ -69,7 +69,7 @@ def test_limits_end_with_the_rendering(tokenizer):
     tokenizer.chat_template = "{{ messages[0].content }}"
     renderer = chat.Renderer(tokenizer, None)
     with template_limits.limited("t"):
-        assert renderer.render_dialogue(messages("user", "hi")) == "hi"  # one inside the other
+        assert renderer.render_dialogue(messages("user", "hi")) == "hi"  # sets a limit within the limit
     end = time.monotonic() + 0.8  # longer than the limit: nothing is raised here
     while time.monotonic() < end:
         sum(range(1000))
