@@ -56,7 +56,7 @@ def check_config(config: DictConfig, reads_data: bool = True):
         models = ", ".join(names_in("model"))
         hint = f" Choose a model with model=NAME; there are: {models}" if "model.name_or_path" in missing_keys else ""
         raise UserError(f"Got missing keys in config: {', '.join(missing_keys)}.{hint}")
-    if isinstance(config.exp_name, int | float) and not isinstance(config.exp_name, bool):
+    if is_number(config.exp_name):
         config.exp_name = str(config.exp_name)
     check_values(config)
     check_data(config, reads_data)
@@ -79,7 +79,7 @@ def _check_optimizer(config: DictConfig):
         name: value for name, value in vars(torch.optim).items() if isinstance(value, type)
         and issubclass(value, torch.optim.Optimizer) and value not in _UNSUPPORTED_OPTIMIZERS
     }  # fmt: skip
-    note = ", the optimizers of torch.optim that train with one gradient a step"
+    note = ", the optimizers of torch.optim that train with one gradient per step"
     check_one_of("optimizer", config.optimizer, optimizers, note)
     accepted = dict(inspect.signature(optimizers[config.optimizer]).parameters)
     del accepted["params"], accepted["lr"]
