@@ -143,7 +143,7 @@ def _check_model(config: DictConfig):
 
 
 def _use_plain_forward(config: DictConfig):
-    """Turn off, or refuse, whatever changes the forward pass: the router's loss depends on all tokens of the batch."""
+    """Turn off faster layouts and refuse `compile`: the router's loss depends on all tokens of the forward pass."""
     coefficient = f"model.router_aux_loss_coef={config.model.router_aux_loss_coef}"
     for key in ("shared_prompt", "padding_free", "compile"):
         if config[key] is True:

@@ -134,7 +134,7 @@ def _check_loss(config: DictConfig):
         _check_options(f"loss.{part}", part, config.loss[part])
     if unknown := [key for key in config.loss if key not in ("name", "parts", *parts)]:
         raise UserError(
-            f"loss.{unknown[0]}: loss=mix has no such option; those of a part are loss.PART.OPTION, and the parts are: "
+            f"loss.{unknown[0]}: loss=mix has no such option. A part's options are loss.PART.OPTION; the parts are: "
             f"{', '.join(parts)}"
         )
 
