@@ -60,7 +60,7 @@ CONFIG_ERRORS = {
     "unreadable override": (["model=tiny", "datasets=[hh"], ["can't read 'datasets=[hh'"]),
     "unknown trainer": (["model=tiny", "trainer=BasicTrainr"], ["Did you mean BasicTrainer?"]),
     "unknown optimizer": (["model=tiny", "optimizer=RMSPropp"], ["Did you mean RMSprop?", "AdamW"]),
-    "optimizer that needs a closure": (["model=tiny", "optimizer=LBFGS"], ["optimizer=LBFGS", "one gradient a step"]),
+    "optimizer that needs a closure": (["model=tiny", "optimizer=LBFGS"], ["optimizer=LBFGS", "one gradient per step"]),
     "no dataset": (["model=tiny", "datasets=[]"], ["datasets=[]", "at least one"]),
     "batch that doesn't divide": (
         ["model=tiny", "batch_size=6", "gradient_accumulation_steps=4"],
