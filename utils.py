@@ -16,6 +16,11 @@ from basics.errors import UserError
 from basics.printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_short_of_files(error: BaseException | None) -> bool:
     """True if an error, or one that caused it, is "too many open files"."""
     seen = set()

@@ -23,7 +23,7 @@ from acceleration.response_head import head_gives_logits
 from distributed import collectives
 from distributed.strategies import SingleProcess
 from reporting.terminal import still_working
-from utils import UserError, rank0_print, unwrap_adapter
+from utils import UserError, first_line, rank0_print, unwrap_adapter
 
 # Limits on a faster way's distance from the standard: a multiple of the standard's rounding noise, and absolute limits
 # for log-probabilities (nats / √tokens of the response) and gradients (relative). On docs/architectures.md's models,
@@ -305,4 +305,4 @@ def _name(model: nn.Module) -> str:
 
 
 def _shortened(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+    return f"{type(error).__name__}: {first_line(error)[:200]}"

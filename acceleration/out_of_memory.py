@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from distributed.strategies import STRATEGIES
 from losses import needs_reference
 from references import resolved_reference
-from utils import UserError
+from utils import UserError, first_line
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def out_of_memory_explained(config: DictConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"a GPU is out of memory: {str(error).splitlines()[0]}\n{remedies(config)}") from error
+        raise UserError(f"a GPU is out of memory: {first_line(error)}\n{remedies(config)}") from error
 
 
 def remedies(config: DictConfig) -> str:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from distributed import attempts, environment
 from distributed.gpu_settings import use_expandable_segments
 from distributed.heartbeat import Heartbeat
-from utils import UserError
+from utils import UserError, first_line
 
 # Long, because workers wait while one loads or writes a large model; the heartbeat notices a lost worker sooner.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -95,7 +95,7 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
                 "the address must be that of the machine of RANK=0, the port must be free there, and all "
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} workers must start within {_RENDEZVOUS_TIMEOUT:.0f} seconds"
             )
-        reason = str(error).splitlines()[0][:300]
+        reason = first_line(error)[:300]
         raise UserError(f"{where}: the workers don't find each other ({reason}): {remedy}") from error
     results[0][0].set_timeout(_TIMEOUT)
     return results[0]
