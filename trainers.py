@@ -36,7 +36,7 @@ from data import hub
 from data.batches import prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives
-from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
+from distributed.environment import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
 from log_probabilities import (

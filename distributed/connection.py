@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from distributed import attempts, environment
-from distributed.gpu_settings import use_expandable_segments
 from distributed.heartbeat import Heartbeat
 from utils import UserError, first_line
 
@@ -35,7 +34,7 @@ def process_group(worker_timeout: float = 600) -> Iterator[None]:
     if isinstance(worker_timeout, bool) or not isinstance(worker_timeout, int | float) or not worker_timeout > 0:
         raise UserError(f"worker_timeout={worker_timeout}: must be a number above 0 (seconds)")
     _raise_open_file_limit()
-    use_expandable_segments()
+    environment.use_expandable_segments()
     local_rank, has_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if has_gpus:
         if local_rank >= torch.cuda.device_count():

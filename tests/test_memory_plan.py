@@ -18,7 +18,7 @@ from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
-from distributed import gpu_settings
+from distributed import environment
 from distributed.dtensor import distribute_model
 from distributed.fsdp import make_meshes, shard_model
 from distributed.strategies import FullySharded, SingleProcess
@@ -286,12 +286,12 @@ def test_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, 
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
-    gpu_settings.use_expandable_segments()
-    assert gpu_settings.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    environment.use_expandable_segments()
+    assert environment.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setenv(key, "max_split_size_mb:64")
-    gpu_settings.use_expandable_segments()
-    found = {name: gpu_settings.os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    environment.use_expandable_segments()
+    found = {name: environment.os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
     assert sorted(filter(None, found.values())) == ["max_split_size_mb:64"]
 
 
@@ -299,11 +299,11 @@ def test_deterministic_algorithms_are_used_and_left_again(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
-        gpu_settings.use_deterministic_algorithms(True)
+        environment.use_deterministic_algorithms(True)
         assert torch.are_deterministic_algorithms_enabled()
-        assert gpu_settings.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert environment.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
-        gpu_settings.use_deterministic_algorithms(False)
+        environment.use_deterministic_algorithms(False)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
