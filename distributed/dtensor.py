@@ -1,4 +1,4 @@
-"""Distribute a model over the workers as DTensors, and gather full tensors from it.
+"""Distribute a model over the workers as DTensors, gather full tensors from it, and clip their gradients.
 
 The first worker on each machine loads the model. It sends the others a copy without weights, and every worker splits
 that copy. If the first worker hasn't read the weights (`checkpointing.unread`), every worker now reads its shards from
@@ -8,11 +8,12 @@ machine never holds more than one copy of the model, and a GPU never more than i
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -125,3 +126,17 @@ def full_state_dict(state: dict) -> dict:
         return gathered[id(value)]
 
     return tree_map(gather, state)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip like `torch.nn.utils.clip_grad_norm_`; the parameters may be on different meshes, or on none."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
+    norms = [full_tensor(nn.utils.get_total_norm([p.grad for p in group])) for group in groups.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm

@@ -75,7 +75,7 @@ def get_world_size(starts_workers: bool, requested: int | None) -> int:
     return (requested or torch.cuda.device_count() or 1) if starts_workers else 1
 
 
-# ---- settings that only matter on a GPU -----------------------------------------------------------------------------
+# ---- GPU settings ----------------------------------------------------------------------------------------------------
 
 
 def use_expandable_segments():

@@ -95,9 +95,9 @@ class _SeveralProcesses(SingleProcess):
         return SingleProcess.token_logps(head, hidden_states, targets)
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-        from distributed.gradient_clipping import clip_grad_norm
+        from distributed import dtensor
 
-        return clip_grad_norm(parameters, max_norm)
+        return dtensor.clip_grad_norm(parameters, max_norm)
 
     def stops_sampling(self, stop_requested: bool) -> bool:
         if self.tensor_mesh is None:
