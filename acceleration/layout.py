@@ -1,12 +1,11 @@
 """The layout of a model's batches: making rows, and the forward pass over them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from acceleration.prefix_sharing import PACKED, SHARED, Rows, packed_rows, padded_rows
+from acceleration.prefix_sharing import Rows, packed_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from distributed.strategies import SingleProcess
 from utils import unwrap_adapter
@@ -16,23 +15,10 @@ from utils import unwrap_adapter
 class Layout:
     """A layout of batches. `model_check.choose_layout` chooses it, after comparing it with the plain forward."""
 
-    make_rows: Callable[[dict], Rows] | None  # None: the plain way, as the original computes
+    is_shared: bool = False  # each pair's prompt is computed once
+    is_packed: bool = False  # all sequences are in one row, without padding
     whole_logits: bool = False  # take logits from the whole model, which does more to them than apply the output head
-
-    @property
-    def is_plain(self) -> bool:
-        """True if the trainer's own plain forward computes the model."""
-        return self.make_rows is None
-
-    @property
-    def is_shared(self) -> bool:
-        """True if a pair's prompt is computed once."""
-        return self.make_rows in SHARED
-
-    @property
-    def is_packed(self) -> bool:
-        """True if rows have no padding."""
-        return self.make_rows in PACKED
+    is_plain: bool = False  # the trainer's own plain forward computes the model
 
     def response_logps(
         self, model: nn.Module, batch: dict, strategy: type[SingleProcess], until: torch.Tensor | None = None
@@ -50,15 +36,16 @@ class Layout:
         if self.is_plain:
             return batch
         rows = self.rows(batch).pin_memory() if pin_memory else self.rows(batch)
-        return batch | {"rows": batch.get("rows", {}) | {self.make_rows: rows}}
+        return batch | {"rows": batch.get("rows", {}) | {(self.is_shared, self.is_packed): rows}}
 
     def rows(self, batch: dict) -> Rows:
-        """Return the rows of a batch: those that `prepare` has made, if it was called."""
-        if self.make_rows in batch.get("rows", {}):
-            return batch["rows"][self.make_rows]
-        if "rejected_labels" in batch:
-            return self.make_rows(batch)
-        return packed_rows(batch) if self.is_packed else padded_rows(batch)  # single sequences share nothing
+        """Return the rows of a batch: those that `prepare` has made, or else new ones."""
+        if prepared := batch.get("rows", {}).get((self.is_shared, self.is_packed)):
+            return prepared
+        is_shared = self.is_shared and "rejected_labels" in batch  # single sequences share nothing
+        if self.is_packed:
+            return packed_rows(batch, is_shared)
+        return shared_rows(batch) if is_shared else padded_rows(batch)
 
 
-PLAIN = Layout(None)
+PLAIN = Layout(is_plain=True)

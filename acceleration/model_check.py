@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,7 +19,6 @@ from torch import nn
 from acceleration.layout import PLAIN, Layout
 from acceleration.measurement import Numbers, Standard, full_length_batch, measure, rounded_otherwise, synthetic_batch
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention
-from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import head_gives_logits
 from distributed import collectives
 from distributed.strategies import SingleProcess
@@ -81,16 +81,16 @@ def find_layout(
     must_share, must_pack = may_share and config.shared_prompt is True, config.padding_free is True
     with check.mode(is_trained):
         check.measure_plain()
-        ways = _allowed_layouts(config, may_share, must_share, check.device.type == "cuda")
-        # on all workers, if any of them must take the logits of every position from the model
-        must_take_logits = bool(ways) and not head_gives_logits(check.base, check.short)
+        layouts = _allowed_layouts(config, may_share, check.device.type == "cuda")
+        # if one worker must take the logits of every position from the model, all do: they run the same code
+        must_take_logits = bool(layouts) and not head_gives_logits(check.base, check.short)
         whole_logits = bool(collectives.all_reduce_max(int(must_take_logits)))
-        reasons: dict[Callable, str] = {}
-        for make_rows in ways:
-            layout = Layout(make_rows, whole_logits)
+        reasons: dict[Layout, str] = {}
+        for layout in layouts:
+            layout = replace(layout, whole_logits=whole_logits)
             if (reason := check.why_not(layout)) is None:
                 return layout, _layout_message(layout, reasons, may_share, check.plain_name)
-            reasons[make_rows] = reason
+            reasons[layout] = reason
         if must_share or must_pack:
             key, why = "padding_free" if must_pack else "shared_prompt", "; ".join(dict.fromkeys(reasons.values()))
             raise UserError(f"{key}=true, but the model {_name(model)} can't: {why}; use {key}=auto")
@@ -98,28 +98,25 @@ def find_layout(
     return PLAIN, _layout_message(PLAIN, reasons, may_share, check.plain_name)
 
 
-def _allowed_layouts(config, may_share: bool, must_share: bool, on_gpu: bool) -> list[Callable]:
-    """Return the faster ways that the config allows, fastest first; with both settings false, none."""
-    may_pack = config.padding_free is True or (config.padding_free == "auto" and on_gpu)
-    may_pad = config.padding_free is not True
-    allowed = {
-        packed_shared_rows: may_share and may_pack,
-        shared_rows: may_share and may_pad,
-        packed_rows: may_pack and not must_share,
-        padded_rows: may_pad and not must_share and (config.shared_prompt, config.padding_free) != (False, False),
-    }
-    return [make_rows for make_rows, is_allowed in allowed.items() if is_allowed]
+def _allowed_layouts(config, may_share: bool, on_gpu: bool) -> list[Layout]:
+    """Return the faster layouts that the config allows, fastest first; with both settings false, none."""
+    if config.shared_prompt is False and config.padding_free is False:
+        return []
+    sharing = {True: [True], "auto": [True, False], False: [False]}[config.shared_prompt] if may_share else [False]
+    packing = {True: [True], "auto": [True, False] if on_gpu else [False], False: [False]}[config.padding_free]
+    return [Layout(is_shared, is_packed) for is_shared in sharing for is_packed in packing]
 
 
-def _layout_message(layout: Layout, reasons: dict[Callable, str], may_share: bool, plain_name: str) -> str:
+def _layout_message(layout: Layout, reasons: dict[Layout, str], may_share: bool, plain_name: str) -> str:
     """Return the line that names the chosen layout, and why no faster one is used; it may be empty."""
-    unshared = reasons.get(shared_rows) or reasons.get(packed_shared_rows)
-    unpacked = next((reasons[way] for way in PACKED if way in reasons), None)
+    # of two layouts with shared prompts, or without padding, the slower one's reason is given
+    unshared = {tried.is_shared: reason for tried, reason in reasons.items()}.get(True)
+    unpacked = {tried.is_packed: reason for tried, reason in reasons.items()}.get(True)
     parts = []
     if may_share:
         parts.append("Prefix sharing: on" if layout.is_shared else f"Prefix sharing: off; {unshared}")
     elif layout.is_plain and reasons:
-        parts.append(f"Output head at responses only: off; {reasons[padded_rows]}")
+        parts.append(f"Output head at responses only: off; {list(reasons.values())[-1]}")
     if layout.is_plain and reasons:
         parts[0] += ", which is used instead" if plain_name in parts[0] else f"; {plain_name} is used instead"
     elif layout.is_packed:

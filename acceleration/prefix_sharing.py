@@ -3,8 +3,8 @@
 - `padded_rows` does as the original: 2B rows, [prompt, chosen] and [prompt, rejected], padded to the longest.
 - `shared_rows` computes each prompt once (prefix sharing, https://arxiv.org/abs/2410.20305): B rows [prompt, chosen,
   rejected]. Each response attends to the prompt and to itself, and both have the positions that follow the prompt.
-- `packed_rows` and `packed_shared_rows` put the same sequences into a single row, one after the other, without padding
-  and without a mask (see `acceleration.packed_attention`).
+- `packed_rows` puts the same sequences into a single row, one after the other, without padding and without a mask (see
+  `acceleration.packed_attention`). It can share prompts, too.
 
 All of them give the same log-probabilities.
 """
@@ -130,15 +130,6 @@ def packed_rows(batch: dict, shared: bool = False) -> Rows:
             is_target = batch[f"{side}_labels"][number, :n_tokens] != -100
             row.add(ids, is_target, number + place * n_pairs, n_shared=n_prompts[number] if shared and place else 0)
     return row.rows(n_pairs * len(sides))
-
-
-def packed_shared_rows(batch: dict) -> Rows:
-    """Pack a batch of pairs into one row, computing each pair's prompt once; see `packed_rows`."""
-    return packed_rows(batch, shared=True)
-
-
-SHARED = (shared_rows, packed_shared_rows)  # layouts that compute a pair's prompt once
-PACKED = (packed_rows, packed_shared_rows)  # layouts without padding
 
 
 class _PackedRow:

@@ -12,6 +12,7 @@ On a CPU the parts run at toy size, to try them out; `synchronization` then has 
 
 import argparse
 import copy
+import itertools
 import json
 import warnings
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ from torch import nn
 from acceleration.layout import Layout
 from acceleration.model_check import find_layout
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention
-from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
+from acceleration.prefix_sharing import padded_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import shadow_linear_weights
 from log_probabilities import _get_batch_logps, concatenated_inputs
@@ -85,19 +86,18 @@ def correctness():
         torch.backends.cuda.matmul.allow_tf32 = False
         with torch.no_grad():
             reference_logps = response_logps(model, padded_rows(batch))
-        padded = Layout(padded_rows, whole_logits=False)
-        expected_logps, expected = gradients(model, padded, batch, reference_logps, None)
+        expected_logps, expected = gradients(model, Layout(), batch, reference_logps, None)
         norm = torch.stack([gradient.norm() for gradient in expected]).norm()
         for precision, (dtype, autocast) in PRECISIONS.items():
             policy = copy.deepcopy(model).to(dtype)
             if autocast:
                 shadow_linear_weights(policy)
-            for make_rows in (padded_rows, shared_rows, packed_rows, packed_shared_rows):
-                result = {"model": name, "precision": precision, "rows": make_rows.__name__}
+            for is_packed, is_shared in itertools.product((False, True), (False, True)):
+                result = {"model": name, "precision": precision, "is_packed": is_packed, "is_shared": is_shared}
                 try:
-                    if make_rows in PACKED and supports_packed_attention(policy):
+                    if is_packed and supports_packed_attention(policy):
                         use_packed_attention(policy)
-                    found, ours = gradients(policy, Layout(make_rows, False), batch, reference_logps, autocast)
+                    found, ours = gradients(policy, Layout(is_shared, is_packed), batch, reference_logps, autocast)
                     off = [(a - b).norm() for a, b in zip(ours, expected, strict=True)]
                     result["logps_differ_by_nats"] = float((found - expected_logps).abs().max())
                     result["gradient_differs_by"] = float(torch.stack(off).norm() / norm)

@@ -18,9 +18,9 @@ from common import collate, print_header, print_row, random_pairs
 from torch import nn
 
 from acceleration.capacity import measure_activations
+from acceleration.layout import Layout
 from acceleration.measurement import full_length_batch
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention
-from acceleration.prefix_sharing import packed_shared_rows, shared_rows
 from acceleration.response_head import LOGITS_BYTES, response_logps
 from acceleration.shadow_weights import release_copies, shadow_linear_weights
 from utils import disable_dropout
@@ -80,10 +80,10 @@ def measure(name: str, way: str, n_pairs: int) -> list[float]:
     """Predict and, on a GPU, measure the memory of a microbatch of random pairs; return the figures of `COLUMNS`."""
     dtype, autocast_dtype, checkpointing = WAYS[way]
     model = build(name, dtype, autocast_dtype, checkpointing)
-    make_rows = shared_rows if MODELS[name][0] == "gptj" else packed_shared_rows
+    layout = Layout(is_shared=True, is_packed=MODELS[name][0] != "gptj")
     vocabulary = model.config.vocab_size
     batch = collate(random_pairs(n_pairs, vocabulary, MAX_LENGTH, MAX_LENGTH // 2))
-    rows, full = make_rows(batch), make_rows(full_length_batch(batch, MAX_LENGTH))
+    rows, full = layout.rows(batch), layout.rows(full_length_batch(batch, MAX_LENGTH))
     autocast = partial(torch.autocast, DEVICE.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext
 
     def logps(rows) -> torch.Tensor:

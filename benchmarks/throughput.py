@@ -38,7 +38,6 @@ from torch import nn
 from acceleration.capacity import microbatch_overhead
 from acceleration.layout import Layout
 from acceleration.packed_attention import use_packed_attention
-from acceleration.prefix_sharing import packed_shared_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from data.batches import prefetched
@@ -205,9 +204,8 @@ def train_ours(
         training.on_step_end()
 
 
-def train_in_layout(training: Training, batches: list[dict], args: Namespace, make_rows: Callable, **options):
+def train_in_layout(training: Training, batches: list[dict], args: Namespace, layout: Layout, **options):
     """Train as `trainers.py` does with one of its layouts; leave the models as they were, but for the weights."""
-    layout = Layout(make_rows, whole_logits=False)
     for model in (training.policy, training.reference) if layout.is_packed else ():
         use_packed_attention(model)
     if args.mixed_precision:
@@ -289,13 +287,13 @@ def train_with_trl(
 
 WAYS = {  # name in the table, function that trains on (training, batches, args), its further arguments
     "original": ("original", train_ours, {"split": original_microbatches, "logps": original_logps}),
-    "padded": ("padded, response-only head", train_in_layout, {"make_rows": padded_rows}),
-    "shared": ("shared prompt", train_in_layout, {"make_rows": shared_rows}),
-    "packed": ("shared prompt, packed", train_in_layout, {"make_rows": packed_shared_rows}),
+    "padded": ("padded, response-only head", train_in_layout, {"layout": Layout()}),
+    "shared": ("shared prompt", train_in_layout, {"layout": Layout(is_shared=True)}),
+    "packed": ("shared prompt, packed", train_in_layout, {"layout": Layout(is_shared=True, is_packed=True)}),
     "cached": ("shared prompt, cached reference", train_in_layout,
-               {"make_rows": shared_rows, "cached_reference": True}),
+               {"layout": Layout(is_shared=True), "cached_reference": True}),
     "packed-cached": ("shared prompt, packed, cached reference", train_in_layout,
-                      {"make_rows": packed_shared_rows, "cached_reference": True}),
+                      {"layout": Layout(is_shared=True, is_packed=True), "cached_reference": True}),
     "trl-default": ("TRL, its defaults", train_with_trl, {"tuned": False}),
     "trl": ("TRL, tuned", train_with_trl, {"tuned": True}),
     "trl-cached": ("TRL, tuned, cached reference", train_with_trl, {"tuned": True, "cached_reference": True}),

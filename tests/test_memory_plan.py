@@ -14,7 +14,7 @@ from acceleration import memory_plan, speed_up
 from acceleration.capacity import measure_activations
 from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
 from acceleration.out_of_memory import out_of_memory_explained
-from acceleration.prefix_sharing import packed_shared_rows, shared_rows
+from acceleration.prefix_sharing import packed_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
@@ -57,7 +57,7 @@ def test_activations_of_a_linear_layer_are_counted_by_hand():
         def get_output_embeddings(self):
             return self.head
 
-    rows = packed_shared_rows(BATCHES["ordinary"])
+    rows = packed_rows(BATCHES["ordinary"], shared=True)
     model = Model()
     activations = measure_activations(model, lambda: response_logps(model, rows), rows.input_ids.numel())
     ids, inputs, outputs = 8, 4 * 8, 4 * 12  # bytes a token

@@ -16,7 +16,6 @@ from acceleration import packed_attention, response_head
 from acceleration.capacity import microbatch_overhead
 from acceleration.layout import PLAIN, Layout
 from acceleration.measurement import each_alone, full_length_batch, synthetic_batch
-from acceleration.prefix_sharing import padded_rows, shared_rows
 from acceleration.response_head import chunked_token_logps
 from benchmarks.architectures import batch_of, check_model, compare, own_logps, tiny_model
 from data.microbatches import microbatches
@@ -69,7 +68,7 @@ def test_neutral_settings_leave_logits_to_the_output_head(dtype):
         transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=1.0),
     ]
     for config in configs:
-        assert check_model(as_initialized(config, dtype), BATCHES["ordinary"], 24)[0] == Layout(shared_rows)
+        assert check_model(as_initialized(config, dtype), BATCHES["ordinary"], 24)[0] == Layout(is_shared=True)
 
 
 # ---- the examples ---------------------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def test_attention_window_by_row_position_is_noticed(dtype):
     model = tiny_model("gpt_neo", window_size=32, max_position_embeddings=1024).to(dtype)
     assert check_model(model, SHORT, 16, shared_prompt=True)[0].is_shared  # rows are within the window
     layout, message = check_model(model, SHORT)
-    assert layout == Layout(padded_rows)
+    assert layout == Layout()
     assert "Prefix sharing: off; the model attends to a window of 32 places in a row, whatever the pos" in message
     if dtype != torch.bfloat16:
         assert compare(model, layout)["gradient"] < 1e-4
@@ -122,21 +121,21 @@ def test_design_that_excludes_prompt_sharing_is_noticed_in_16_bits(model_type, w
     if model_type == "mistral":
         model.config.sliding_window = 128
     layout, message = check_model(model.to(torch.bfloat16), SHORT)
-    assert layout == Layout(padded_rows)
+    assert layout == Layout()
     assert message.startswith(f"Prefix sharing: off; {why}")
 
 
-@pytest.mark.parametrize(("window", "make_rows"), [(MAX_LENGTH - 2, padded_rows), (MAX_LENGTH - 1, shared_rows)])
-def test_window_one_token_too_short_is_noticed(window, make_rows):
+@pytest.mark.parametrize(("window", "is_shared"), [(MAX_LENGTH - 2, False), (MAX_LENGTH - 1, True)])
+def test_window_one_token_too_short_is_noticed(window, is_shared):
     """MAX_LENGTH - 2 tokens precede the last token that predicts another one."""
     model = tiny_model("mistral", sliding_window=window).double()
-    assert check_model(model, SHORT)[0] == Layout(make_rows)
+    assert check_model(model, SHORT)[0] == Layout(is_shared)
 
 
 def test_rows_longer_than_a_model_can_compute_are_noticed():
     model = tiny_model("gpt_neo", window_size=1024, max_position_embeddings=2 * MAX_LENGTH - 1)
     layout, message = check_model(model, SHORT)
-    assert layout == Layout(padded_rows)
+    assert layout == Layout()
     assert message.startswith("Prefix sharing: off; its forward fails with RuntimeError")
     with pytest.raises(UserError, match="its forward fails with RuntimeError"):
         check_model(model, SHORT, shared_prompt=True)
