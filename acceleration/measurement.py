@@ -158,9 +158,20 @@ class Standard:
         of_gradient = (ours.gradient - self.numbers.gradient).norm() / self.numbers.gradient.norm().clamp(min=1e-30)
         return float(of_logps.square().mean().sqrt()), float(of_gradient)
 
-    def multiples(self, ours: Numbers) -> list[float]:
-        """Return the same distances as multiples of rounding noise."""
-        return [distance / rounding for distance, rounding in zip(self.distances(ours), self.rounding, strict=True)]
+    def difference(self, ours: Numbers, within: float, at_most: tuple[float, float]) -> str | None:
+        """Describe how `ours` differ from the standard; None if their distances are within the limits.
+
+        Args:
+            within: limit on both distances, as a multiple of rounding noise.
+            at_most: absolute limits on each.
+        """
+        of_logps, of_gradient = distances = self.distances(ours)
+        limits = [min(within * rounding, most) for rounding, most in zip(self.rounding, at_most, strict=True)]
+        if not of_logps <= limits[0]:  # they may be NaN
+            return f"it changes log-probabilities by up to {self.nats(ours):.3g} nats"
+        if not of_gradient <= limits[1]:
+            return f"it changes the gradient by {100 * distances[1]:.2g} %"
+        return None
 
     def nats(self, ours: Numbers) -> float:
         """Return the largest difference of a response's log-probability, in nats."""

@@ -13,8 +13,9 @@ After `use_packed_attention(model)`, the model computes packed rows when its for
 ordinary rows when it doesn't.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 
 import torch
@@ -175,9 +176,20 @@ def supports_packed_attention(model: nn.Module) -> bool:
     return model.config._attn_implementation in ("sdpa", NAME)
 
 
-def use_packed_attention(model: nn.Module, use: bool = True):
-    """Let a model whose attention is 'sdpa' compute packed rows too; `use=False` restores 'sdpa'."""
-    model.config._attn_implementation = NAME if use else "sdpa"
+def use_packed_attention(model: nn.Module):
+    """Let a model whose attention is 'sdpa' compute packed rows too."""
+    model.config._attn_implementation = NAME
+
+
+@contextlib.contextmanager
+def packed_attention_used(model: nn.Module) -> Iterator[None]:
+    """Let a model compute packed rows inside the block, and restore its attention afterwards."""
+    former = model.config._attn_implementation
+    use_packed_attention(model)
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = former
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

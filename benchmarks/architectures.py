@@ -26,7 +26,6 @@ sys.path.insert(0, str(REPOSITORY))
 from acceleration.layout import Layout  # noqa: E402
 from acceleration.measurement import synthetic_batch  # noqa: E402
 from acceleration.model_check import find_layout  # noqa: E402
-from acceleration.packed_attention import use_packed_attention  # noqa: E402
 from distributed.strategies import SingleProcess  # noqa: E402
 from trainers import BasicTrainer  # noqa: E402
 from utils import UserError, disable_dropout  # noqa: E402
@@ -195,13 +194,14 @@ def try_model(model: nn.Module) -> dict:
         result = {"decision": "refused", "why": str(error)}
     else:
         result = {"decision": name_of(layout), "why": why, **compare(model, layout)}
+    attention = model.config._attn_implementation
     try:
         layout, _ = check_model(model, short, padding_free=True)
     except UserError:
         return result | {"without_padding": "no"}
     kind = "shared" if layout.is_shared else "by itself"
     without_padding = f"{kind}: {_in_table(compare(model, layout))}"
-    use_packed_attention(model, False)
+    model.config._attn_implementation = attention
     return result | {"without_padding": without_padding}
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from acceleration.layout import Layout
 from acceleration.model_check import find_layout
-from acceleration.packed_attention import supports_packed_attention, use_packed_attention
+from acceleration.packed_attention import packed_attention_used, supports_packed_attention
 from acceleration.prefix_sharing import padded_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import shadow_linear_weights
@@ -94,16 +94,15 @@ def correctness():
                 shadow_linear_weights(policy)
             for is_packed, is_shared in itertools.product((False, True), (False, True)):
                 result = {"model": name, "precision": precision, "is_packed": is_packed, "is_shared": is_shared}
+                is_prepared = is_packed and supports_packed_attention(policy)
                 try:
-                    if is_packed and supports_packed_attention(policy):
-                        use_packed_attention(policy)
-                    found, ours = gradients(policy, Layout(is_shared, is_packed), batch, reference_logps, autocast)
+                    with packed_attention_used(policy) if is_prepared else nullcontext():
+                        found, ours = gradients(policy, Layout(is_shared, is_packed), batch, reference_logps, autocast)
                     off = [(a - b).norm() for a, b in zip(ours, expected, strict=True)]
                     result["logps_differ_by_nats"] = float((found - expected_logps).abs().max())
                     result["gradient_differs_by"] = float(torch.stack(off).norm() / norm)
                 except Exception as error:
                     result["fails_with"] = f"{type(error).__name__}: {error}"[:200]
-                use_packed_attention(policy, False)
                 print(json.dumps(result), flush=True)
             autocasting = partial(torch.autocast, DEVICE.type, autocast) if autocast else nullcontext
             config = SimpleNamespace(shared_prompt="auto", padding_free="auto", max_length=args.max_length)

@@ -16,6 +16,7 @@ everything else in a step is. The columns:
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -37,7 +38,7 @@ from torch import nn
 
 from acceleration.capacity import microbatch_overhead
 from acceleration.layout import Layout
-from acceleration.packed_attention import use_packed_attention
+from acceleration.packed_attention import packed_attention_used
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from data.batches import prefetched
@@ -206,16 +207,15 @@ def train_ours(
 
 def train_in_layout(training: Training, batches: list[dict], args: Namespace, layout: Layout, **options):
     """Train as `trainers.py` does with one of its layouts; leave the models as they were, but for the weights."""
-    for model in (training.policy, training.reference) if layout.is_packed else ():
-        use_packed_attention(model)
     if args.mixed_precision:
         shadow_linear_weights(training.policy)
     try:
-        train_ours(training, batches, args, functools.partial(planned_microbatches, layout=layout),
-                   lambda model, batch: response_logps(model, layout.rows(batch)), **options)  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            for model in (training.policy, training.reference) if layout.is_packed else ():
+                stack.enter_context(packed_attention_used(model))
+            train_ours(training, batches, args, functools.partial(planned_microbatches, layout=layout),
+                       lambda model, batch: response_logps(model, layout.rows(batch)), **options)  # fmt: skip
     finally:
-        for model in (training.policy, training.reference) if layout.is_packed else ():
-            use_packed_attention(model, False)
         for module in training.policy.modules():
             if type(module) is ShadowedLinear:
                 module.forget_copies()

@@ -99,10 +99,10 @@ def test_attention_window_by_row_position_is_noticed(dtype):
     assert check_model(model, SHORT, 16, shared_prompt=True)[0].is_shared  # rows are within the window
     layout, message = check_model(model, SHORT)
     assert layout == Layout()
-    assert "Prefix sharing: off; the model attends to a window of 32 places in a row, whatever the pos" in message
+    assert "Prefix sharing: off; the model's local attention (window of 32) ignores position_ids" in message
     if dtype != torch.bfloat16:
         assert compare(model, layout)["gradient"] < 1e-4
-    with pytest.raises(UserError, match=r"shared_prompt=true, but the model GPTNeoForCausalLM can't: the model att"):
+    with pytest.raises(UserError, match=r"shared_prompt=true, but the model GPTNeoForCausalLM can't: the model's loc"):
         check_model(model, SHORT, shared_prompt=True)
 
 
@@ -242,7 +242,7 @@ def test_model_whose_padding_changes_what_it_computes_is_refused(settings):
     with torch.no_grad():
         model.transformer.wpe.weight.normal_(0, 0.3)
     disable_dropout(model)
-    with pytest.raises(UserError, match=r"CountsFromTheEnd: padding changes what it computes.*padding_free=true"):
+    with pytest.raises(UserError, match=r"CountsFromTheEnd is wrong on padded batches: it changes .*padding_free=true"):
         check_model(model, SHORT, **settings)
 
 
@@ -273,9 +273,7 @@ def test_wrong_backward_of_packed_attention_is_noticed(monkeypatch):
     attend = packed_attention._by_segment
     monkeypatch.setattr(packed_attention, "_by_segment", lambda *args: TooSteep.apply(attend(*args)))
     model = make_model(CONFIGS["llama"], torch.float32)
-    with pytest.raises(
-        UserError, match=r"padding_free=true, .*it gives another gradient than concatenated_forward \(by"
-    ):
+    with pytest.raises(UserError, match=r"padding_free=true, .*it changes the gradient by"):
         check_model(model, BATCHES["ordinary"], 24, padding_free=True)
 
 
@@ -286,9 +284,7 @@ def test_wrong_backward_of_the_output_head_is_noticed(monkeypatch):
     )
     layout, message = check_model(make_model(CONFIGS["llama"], torch.float32), BATCHES["ordinary"], 24)
     assert layout == PLAIN
-    assert message == (
-        "Prefix sharing: off; it gives another gradient than concatenated_forward (by 10 %), which is used instead"
-    )
+    assert message == "Prefix sharing: off; it changes the gradient by 10 %; concatenated_forward is used instead"
 
 
 EDITED = ["model=blank_model", f"model.name_or_path={ORACLE}/model", f"dataset_paths.hh={ORACLE}/hh", "max_length=128",
@@ -311,9 +307,9 @@ def test_whoever_edits_get_batch_logps_changes_what_is_trained(loss, metric, mak
     assert trainer.layout == PLAIN
     subject, plain = {"dpo": ("Prefix sharing", "concatenated_forward"),
                       "sft": ("Output head at responses only", "plain_logps")}[loss]  # fmt: skip
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "which is used instead" in line]
-    assert line.startswith(f"{subject}: off; it gives other log-probabilities than {plain} (by ")
-    assert line.endswith(" nats), which is used instead")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "is used instead" in line]
+    assert line.startswith(f"{subject}: off; it changes log-probabilities by up to ")
+    assert line.endswith(f" nats; {plain} is used instead")
     step = first_step(trainer)
     assert step[metric] == pytest.approx(2 * expected[metric], rel=1e-5)
     if loss == "sft":
@@ -330,7 +326,7 @@ def test_subclass_that_edits_concatenated_forward_changes_what_is_trained(make_t
     expected = first_step(make_trainer(*EDITED, "loss=dpo"))
     monkeypatch.setattr("conftest.BasicTrainer", Edited)
     step = first_step(make_trainer(*EDITED, "loss=dpo"))
-    assert "than concatenated_forward (by" in capsys.readouterr().out
+    assert "concatenated_forward is used instead" in capsys.readouterr().out
     assert step["logps_train/rejected"] == pytest.approx(expected["logps_train/rejected"] / 2, rel=1e-5)
     assert step["grad_norm"] == pytest.approx(expected["grad_norm"] / 2, rel=1e-3)
 

@@ -190,7 +190,7 @@ def test_models_with_windows_share_prompts_only_in_packed_rows():
 CANNOT = {
     "attention of its own": (CONFIGS["gptj"], "attn_implementation=eager doesn't support packed rows"),
     "a class of attention of its own": (
-        transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "it gives other log-probabilities"
+        transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "it changes log-probabilities"
     ),
     "sinks": (
         transformers.GptOssConfig(**SMALL, **LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1, head_dim=8),
