@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from acceleration.shadow_weights import release_copies
+from acceleration.shadow_weights import free_trained_copies
 from utils import n_weights, transformer_blocks, unwrap_adapter
 
 # seconds that a host takes to launch the kernels of one layer, forward and backward
@@ -56,7 +56,7 @@ def measure_activations(
         n_tokens: tokens in these responses and their prompts.
         counts_logits: False if the memory for logits doesn't grow with the number of tokens (`response_head`).
     """
-    release_copies(policy)
+    free_trained_copies(policy)
     graph, weights = _Graph(), _WeightStorages(policy)
     with (
         _training(policy),

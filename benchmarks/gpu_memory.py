@@ -22,7 +22,7 @@ from acceleration.layout import Layout
 from acceleration.measurement import full_length_batch
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention
 from acceleration.response_head import LOGITS_BYTES, response_logps
-from acceleration.shadow_weights import release_copies, shadow_linear_weights
+from acceleration.shadow_weights import free_trained_copies, shadow_linear_weights
 from utils import disable_dropout
 
 HAS_GPU = torch.cuda.is_available()
@@ -99,7 +99,7 @@ def measure(name: str, way: str, n_pairs: int) -> list[float]:
     figures = [n_tokens, (kept + backward) / 1e6, predicted]
     if HAS_GPU:
         for _ in range(2):  # the first allocates the gradients
-            release_copies(model)
+            free_trained_copies(model)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

@@ -40,7 +40,7 @@ from acceleration.capacity import microbatch_overhead
 from acceleration.layout import Layout
 from acceleration.packed_attention import packed_attention_used
 from acceleration.response_head import response_logps
-from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
+from acceleration.shadow_weights import shadow_linear_weights, unshadow_linear_weights
 from data.batches import prefetched
 from data.microbatches import CPU_OVERHEAD, microbatches
 from log_probabilities import concatenated_inputs
@@ -207,19 +207,14 @@ def train_ours(
 
 def train_in_layout(training: Training, batches: list[dict], args: Namespace, layout: Layout, **options):
     """Train as `trainers.py` does with one of its layouts; leave the models as they were, but for the weights."""
-    if args.mixed_precision:
-        shadow_linear_weights(training.policy)
-    try:
-        with contextlib.ExitStack() as stack:
-            for model in (training.policy, training.reference) if layout.is_packed else ():
-                stack.enter_context(packed_attention_used(model))
-            train_ours(training, batches, args, functools.partial(planned_microbatches, layout=layout),
-                       lambda model, batch: response_logps(model, layout.rows(batch)), **options)  # fmt: skip
-    finally:
-        for module in training.policy.modules():
-            if type(module) is ShadowedLinear:
-                module.forget_copies()
-                module.__class__ = nn.Linear
+    with contextlib.ExitStack() as stack:
+        if args.mixed_precision:
+            shadow_linear_weights(training.policy)
+            stack.callback(unshadow_linear_weights, training.policy)
+        for model in (training.policy, training.reference) if layout.is_packed else ():
+            stack.enter_context(packed_attention_used(model))
+        train_ours(training, batches, args, functools.partial(planned_microbatches, layout=layout),
+                   lambda model, batch: response_logps(model, layout.rows(batch)), **options)  # fmt: skip
 
 
 # ---- TRL ------------------------------------------------------------------------------------------------------------
