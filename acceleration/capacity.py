@@ -1,4 +1,4 @@
-"""Estimate bytes per token kept for the backward pass, and the cost of one more microbatch."""
+"""Estimate the memory that a microbatch needs, and the time that one more microbatch costs."""
 
 import contextlib
 from collections import Counter
@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from acceleration.response_head import LOGITS_BYTES
 from acceleration.shadow_weights import free_trained_copies
 from utils import n_weights, transformer_blocks, unwrap_adapter
 
@@ -38,8 +39,16 @@ class Activations:
     """Bytes that a training forward pass keeps on each device, as measured."""
 
     kept: dict[torch.device, float]  # for each token, from the forward to the backward pass; logits not counted
-    backward: dict[torch.device, float]  # for each token, gradients inside a block: taken as what it keeps
+    backward: dict[torch.device, float]  # for each token, gradients inside a block: estimated as what the block keeps
     casts: dict[torch.device, int]  # copies of weights cast for computing; they don't grow with the tokens
+
+
+def microbatch_bytes(policy: nn.Module, activations: Activations, device: torch.device) -> tuple[int, float]:
+    """Return the peak bytes of a microbatch on a device, besides copies of weights: a constant, and bytes per token."""
+    trained = (parameter for parameter in policy.parameters() if parameter.requires_grad and parameter.device == device)
+    largest = max((4 * parameter.numel() for parameter in trained), default=0)
+    # the largest weight's gradient is held twice, in float32: the new one, and the sum to which it is added
+    return LOGITS_BYTES + 2 * largest, activations.kept[device] + activations.backward.get(device, 0)
 
 
 def measure_activations(

@@ -8,10 +8,9 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from acceleration.capacity import Activations
+from acceleration.capacity import Activations, microbatch_bytes
 from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
 from acceleration.out_of_memory import remedies
-from acceleration.response_head import LOGITS_BYTES
 from distributed import collectives
 from distributed.dtensor import n_gathered
 from utils import UserError, rank0_print, transformer_blocks, unwrap_adapter
@@ -88,13 +87,11 @@ def memory_plans(
         gathers_blocks: weights are gathered for each block in turn (FSDP).
     """
     weights, gradients, of_reference = Counter(), Counter(), Counter()
-    largest: Counter[torch.device] = Counter()
     for parameter in policy.parameters():
         device, n_bytes = parameter.device, _local_bytes(parameter)
         weights[device] += n_bytes
         if parameter.requires_grad:
             gradients[device] += n_bytes
-            largest[device] = max(largest[device], 4 * parameter.numel())
     for parameter in reference.parameters() if reference is not None else ():
         of_reference[parameter.device] += _local_bytes(parameter)
     plans = []
@@ -113,9 +110,8 @@ def memory_plans(
         free, total = free_and_total_bytes(device)
         # weights and reference are allocated already
         left = free - sum(held.values()) + held["weights"] + held["reference"]
-        room = left - LOGITS_BYTES - 2 * largest[device]
-        token = activations.kept[device] + activations.backward.get(device, 0)
-        n_tokens = max(1, int(_SHARE_FOR_ACTIVATIONS * room / token)) if left > 0 else 0
+        constant, token = microbatch_bytes(policy, activations, device)
+        n_tokens = max(1, int(_SHARE_FOR_ACTIVATIONS * (left - constant) / token)) if left > 0 else 0
         copies = activations.casts.get(device, 0)  # released before the step
         plans.append(MemoryPlan(device, held, total, token, n_tokens, left + copies >= gradients[device]))
     return plans
