@@ -75,8 +75,7 @@ def correctness():
         args = throughput_options(
             arch=name.split(",")[0], layers=4, batch_size=16, mixed_precision=False, dtype="float32"
         )
-        training = throughput.build_models(args)
-        model = training.policy
+        model = throughput.build_models(args).policy
         if "grouped" in name:
             config = copy.deepcopy(model.config)
             config.num_key_value_heads = config.num_attention_heads // 4
@@ -110,9 +109,10 @@ def correctness():
             print(json.dumps({"model": name, "precision": precision, "chosen": message}), flush=True)
 
 
-def one_step(training: throughput.Training, args: argparse.Namespace) -> None:
+def one_step(models: throughput.Models, args: argparse.Namespace):
     """Take one training step with packed rows on a batch of random pairs."""
-    throughput.Case("packed").run(training, [collate(random_pairs(args.batch_size, args.vocab))], args)
+    with throughput.StepRecorder(models.policy) as recorder:
+        throughput.Case("packed").run(models, recorder, [collate(random_pairs(args.batch_size, args.vocab))], args)
 
 
 def synchronization():
@@ -124,13 +124,12 @@ def synchronization():
         print("there is no GPU to wait for")
         return
     args = throughput_options(layers=4)
-    training = throughput.build_models(args)
-    training.reset()
-    one_step(training, args)
+    models = throughput.build_models(args)
+    one_step(models, args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        one_step(training, args)
+        one_step(models, args)
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message)[:200] for warning in caught if "synchroniz" in str(warning.message)]
     print(json.dumps({"waits": len(waits), "of": sorted(set(waits))}))
@@ -139,13 +138,12 @@ def synchronization():
 def profile():
     """Print the operations that take most of a step's time."""
     args = throughput_options()
-    training = throughput.build_models(args)
-    training.reset()
+    models = throughput.build_models(args)
     for _ in range(2):
-        one_step(training, args)
+        one_step(models, args)
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if HAS_GPU else [])]
     with torch.profiler.profile(activities=activities) as profiler:
-        one_step(training, args)
+        one_step(models, args)
     sort_by = "self_device_time_total" if HAS_GPU else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=sort_by, row_limit=30, max_name_column_width=70))
 
