@@ -21,14 +21,14 @@ class Layout:
     is_plain: bool = False  # the trainer's own plain forward computes the model
 
     def response_logps(
-        self, model: nn.Module, batch: dict, strategy: type[SingleProcess], until: torch.Tensor | None = None
+        self, model: nn.Module, batch: dict, strategy: type[SingleProcess], n_first: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the log-probability of each of the batch's S responses, chosen before rejected: (S,), in nats.
 
-        `until`: see `response_head.response_logps`.
+        `n_first`: see `response_head.response_logps`.
         """
         model = unwrap_adapter(model)
-        args = self.rows(batch), self.whole_logits, strategy, until
+        args = self.rows(batch), self.whole_logits, strategy, n_first
         return strategy.run_as_forward(model, response_logps, model, *args)
 
     def prepare(self, batch: dict, pin_memory: bool) -> dict:

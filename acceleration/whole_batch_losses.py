@@ -50,9 +50,9 @@ def whole_batch_losses(trainer, batch: dict, microbatches: list[dict], train: bo
 
 def _loss_inputs(trainer, batch: dict) -> dict[str, torch.Tensor]:
     """Run the policy's forward pass and return the inputs of a loss."""
-    until = shared_lengths(batch) if trainer.loss.needs_shared_logps(trainer.config.loss) else None
-    policy_logps = trainer.response_logps(trainer.policy, batch, until)
-    return trainer.loss_inputs(batch, policy_logps, until, trainer.config.loss)
+    n_first = shared_lengths(batch) if trainer.loss.needs_shared_logps(trainer.config.loss) else None
+    policy_logps = trainer.response_logps(trainer.policy, batch, n_first)
+    return trainer.loss_inputs(batch, policy_logps, n_first, trainer.config.loss)
 
 
 def estimate_kl(trainer, batch: dict) -> torch.Tensor:

@@ -75,7 +75,7 @@ def our_inputs(policy: nn.Module, reference: nn.Module, batch: dict) -> dict[str
     sides, inputs, stacked = ("chosen", "rejected"), {}, concatenated_inputs(batch)
     with torch.no_grad():
         for name, model in (("policy", policy), ("reference", reference)):
-            logps, shared = response_logps(model, padded_rows(batch), until=shared_lengths(batch))
+            logps, shared = response_logps(model, padded_rows(batch), n_first=shared_lengths(batch))
             inputs |= {f"{name}_{side}_logps": of_side for side, of_side in zip(sides, logps.chunk(2), strict=True)}
             inputs |= {f"{name}_{side}_shared_logps": part for side, part in zip(sides, shared.chunk(2), strict=True)}
         logits = policy(stacked["concatenated_input_ids"], stacked["concatenated_attention_mask"]).logits
