@@ -1,4 +1,4 @@
-"""The layout of a model's batches: making rows, and the forward pass over them."""
+"""The layout of batches: it makes the rows that a model computes, and their log-probabilities."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Layout:
 
     is_shared: bool = False  # each pair's prompt is computed once
     is_packed: bool = False  # all sequences are in one row, without padding
-    whole_logits: bool = False  # take logits from the whole model, which does more to them than apply the output head
+    whole_logits: bool = False  # take logits from the whole model, because it modifies its output head's result
     is_plain: bool = False  # the trainer's own plain forward computes the model
 
     def response_logps(
@@ -32,7 +32,7 @@ class Layout:
         return strategy.run_as_forward(model, response_logps, model, *args)
 
     def prepare(self, batch: dict, pin_memory: bool) -> dict:
-        """Return the batch with its rows, made ahead of time; a GPU can copy pinned ones while it computes."""
+        """Return the batch with its rows, made ahead of time; a GPU can copy pinned rows while it computes."""
         if self.is_plain:
             return batch
         rows = self.rows(batch).pin_memory() if pin_memory else self.rows(batch)

@@ -56,9 +56,9 @@ def _mask_and_positions(model: nn.Module, rows: Rows, device: torch.device) -> d
     """Return the keyword arguments for a model's forward."""
     if rows.packing is not None:
         return {"attention_mask": no_mask(device), "position_ids": rows.position_ids, "packing": rows.packing}
-    if rows.segments is not None:
+    if rows.roles is not None:
         additive = model.config._attn_implementation == "eager"  # SDPA takes booleans; under autocast, only these
-        mask = tree_mask(rows.segments, model.dtype if additive else None)
+        mask = tree_mask(rows.roles, model.dtype if additive else None)
         return {"attention_mask": mask, "position_ids": rows.position_ids}
     return {}
 
@@ -107,15 +107,15 @@ def chunked_token_logps(
     return torch.cat(logps)
 
 
-def tree_mask(segments: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def tree_mask(roles: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Return the attention mask: causal, but rejected responses don't see chosen ones. (B, T) to (B, 1, T, T).
 
     With a dtype, the mask is for adding to attention scores; without one, it is boolean. Padding is at the end: no
     other token sees it, and it sees earlier tokens, so that no softmax is empty.
     """
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    mask = causal & ~((segments[:, :, None] == 2) & (segments[:, None, :] == 1))
+    length = roles.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=roles.device).tril()
+    mask = causal & ~((roles[:, :, None] == 2) & (roles[:, None, :] == 1))
     if dtype is not None:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     return mask[:, None]

@@ -244,8 +244,8 @@ def test_model_that_scales_its_logits_computes_them_whole():
 
 
 def test_wrong_numbers_from_sharing_are_noticed(monkeypatch):
-    def wrong_mask(segments, dtype):
-        return tree_mask(torch.zeros_like(segments), dtype)  # the rejected response sees the chosen one
+    def wrong_mask(roles, dtype):
+        return tree_mask(torch.zeros_like(roles), dtype)  # the rejected response sees the chosen one
 
     monkeypatch.setattr(response_head, "tree_mask", wrong_mask)
     model = make_model(CONFIGS["llama"], torch.float32)
