@@ -1,10 +1,10 @@
 """Choose the fastest way to compute a model that agrees with the trainer's plain forward.
 
-The check runs where training starts: on the model, the device and the precision of the run, in training mode. The
+The check runs at the start of training: on the model, the device and the precision of the run, in training mode. The
 standard is the plain forward (`concatenated_forward`) of one pair at a time, without padding: log-probabilities and one
 gradient of short pairs, and the log-probabilities of a pair of full length, which attention windows alter. A faster
-layout computes the same pairs together, and is used if it agrees up to rounding. How far rounding moves the standard is
-measured, as that depends on dtype, depth and weights.
+layout computes the same pairs together, and is used if it agrees up to rounding. How far rounding moves the standard
+depends on dtype, depth and weights, so it is measured.
 """
 
 import contextlib
@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from acceleration.layout import PLAIN, Layout
-from acceleration.measurement import Numbers, Standard, full_length_batch, measure, rounded_otherwise, synthetic_batch
+from acceleration.measurement import (
+    Numbers,
+    Standard,
+    full_length_batch,
+    measure,
+    perturbed_by_rounding,
+    synthetic_batch,
+)
 from acceleration.packed_attention import packed_attention_used, supports_packed_attention, use_packed_attention
 from acceleration.response_head import head_gives_logits
 from distributed import collectives
@@ -30,8 +37,8 @@ from utils import UserError, first_line, rank0_print, unwrap_adapter
 # correct layouts stay within 0.6 times rounding. In 16 bits some wrong ones do too; the absolute limits catch those.
 CHOSEN_WITHIN, CHOSEN_AT_MOST = 2, (0.1, 0.15)
 REFUSED_BEYOND = 8  # the multiple for the plain forward of a padded batch, to which there is no alternative
-_RANDOM_BEYOND = 0.1  # the multiple for a repetition of the same batch by a model that draws random numbers
-_LEAK = 5e-4  # a gradient's `leak` (see `Numbers`) up to which it counts as 0, as a causal model's is
+_RANDOM_BEYOND = 0.1  # the multiple for a second computation of the same batch, if the model draws random numbers
+_LEAK = 5e-4  # a causal model's `leak` (see `Numbers`) is 0, or at most this after rounding
 _DENSE_MASKS = ("eager", "sdpa")  # attention implementations that take a (B, 1, T, T) mask; others may crash on one
 _PLAIN_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}  # `layer_types`
 _SLOW_PARAMETERS = 50_000_000  # larger models take long enough to check that progress is printed
@@ -162,18 +169,18 @@ class ModelCheck:
     def measure_plain(self):
         """Compute the standard, and how far rounding moves it.
 
-        Raises: UserError if the model fails, sees the tokens that it is to predict, or gives random results.
+        Raises: UserError if the model fails, sees the tokens that it must predict, or gives random results.
         """
         try:
             numbers, draws = self._alone(self.full_length, seed=0)
-            with rounded_otherwise(self.base):
-                rounded = self._alone(None, seed=0)[0]
+            with perturbed_by_rounding(self.base):
+                perturbed = self._alone(None, seed=0)[0]
             again = self._alone(None, seed=1)[0] if collectives.all_reduce_max(int(draws)) else None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise self._cannot_compute(error) from error
-        self.standard = Standard(numbers, rounded, [self.short, self.full_length])
+        self.standard = Standard(numbers, perturbed, [self.short, self.full_length])
         problem = None
         if not (numbers.logps.isfinite().all() and numbers.gradient.isfinite().all()):
             problem = "its log-probabilities or their gradient aren't finite. Check its weights, or try a wider dtype"
@@ -217,7 +224,7 @@ class ModelCheck:
         return reason
 
     def _alone(self, full_length: dict | None, seed: int) -> tuple[Numbers, bool]:
-        """Return the plain numbers of each example alone, and True if random numbers were drawn for them."""
+        """Return the plain numbers of each example alone, and True if the model drew random numbers for them."""
         torch.manual_seed(seed)
         before = self._random_state()
         numbers = measure(self.model, self.plain, self.short, full_length, self.autocast, alone=True)
@@ -255,7 +262,7 @@ class ModelCheck:
 
     @staticmethod
     def _agreed(problem: str | None) -> str | None:
-        """Return the problem on all workers if there is one on any."""
+        """Return a problem on all workers if any worker has one."""
         is_any = collectives.all_reduce_max(int(problem is not None))
         return (problem or "it failed the check on another worker") if is_any else None
 
