@@ -1,4 +1,4 @@
-"""Plan a GPU's memory at the start: what a run will hold, whether it fits, and how much is left for a microbatch."""
+"""Plan a GPU's memory at the start of a run: the bytes that it will hold, and the largest microbatch that then fits."""
 
 import math
 from collections import Counter
@@ -20,13 +20,13 @@ _SHARE_FOR_ACTIVATIONS = 0.9  # of free memory; the rest is for fragmentation an
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The bytes to be held on one GPU, and `max_tokens`, the largest microbatch for which the rest is enough."""
+    """The bytes that a run will hold on one GPU, and the largest microbatch that fits into the rest."""
 
     device: torch.device
     held: dict[str, int]  # bytes by kind, from the first step on
-    total: int
+    total: int  # bytes of the GPU's memory
     token: float  # peak bytes per token of a microbatch
-    max_tokens: int  # 0: what is held doesn't fit
+    max_tokens: int  # in a microbatch; 0: the held bytes alone don't fit
     foreach_fits: bool  # there is room for an optimizer step over all weights at once, which copies the gradients
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ def plan_memory(
 
     `n_tokens`: tokens in an example of full length; for the other arguments see `memory_plans`.
 
-    Returns: the most tokens that fit into a microbatch, the same on all workers; None without a GPU.
+    Returns: the largest number of tokens in a microbatch, the same on all workers; None without a GPU.
     Raises: UserError if the run doesn't fit.
     """
     dtype = getattr(torch, config.model.policy_mp) if config.model.policy_mp else policy.dtype
@@ -112,13 +112,13 @@ def memory_plans(
         left = free - sum(held.values()) + held["weights"] + held["reference"]
         constant, token = microbatch_bytes(policy, activations, device)
         n_tokens = max(1, int(_SHARE_FOR_ACTIVATIONS * (left - constant) / token)) if left > 0 else 0
-        copies = activations.casts.get(device, 0)  # released before the step
+        copies = activations.casts.get(device, 0)  # freed before the step
         plans.append(MemoryPlan(device, held, total, token, n_tokens, left + copies >= gradients[device]))
     return plans
 
 
 def free_and_total_bytes(device: torch.device) -> tuple[int, int]:
-    """Return how many bytes of a GPU this process can still allocate, and how many it has in all."""
+    """Return the bytes of a GPU that this process can still allocate, and all bytes of that GPU."""
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
@@ -128,7 +128,7 @@ def _local_bytes(parameter: torch.Tensor) -> int:
 
 
 def _gathered_bytes(policy: nn.Module, compute_dtype: torch.dtype) -> int:
-    """Return the bytes FSDP gathers at a time: all outside the blocks, two blocks, and one block's gradients."""
+    """Return the bytes that FSDP gathers: weights outside the blocks, weights of two blocks, gradients of one part."""
 
     def size(modules: nn.Module) -> int:
         return sum(n_gathered(parameter) for parameter in modules.parameters())
@@ -163,12 +163,12 @@ def _needs(plan: MemoryPlan) -> str:
 
 
 def cap_of(plans: list[MemoryPlan]) -> int | None:
-    """Return the most tokens of a microbatch that fit on every GPU; None without a GPU."""
+    """Return the largest number of tokens in a microbatch that fits on every GPU; None without a GPU."""
     return min((plan.max_tokens for plan in plans), default=None)
 
 
 def resumed_cap(saved: int | None, fitting: int | None) -> tuple[int | None, str | None]:
-    """Return the cap of a resumed run, and a warning if it must differ from the cap that the run began with.
+    """Return the cap on a resumed run's microbatches, and a warning if it must be lower than at the run's start.
 
     Free memory varies a little between starts; a larger difference means another GPU.
     """
@@ -176,5 +176,5 @@ def resumed_cap(saved: int | None, fitting: int | None) -> tuple[int | None, str
         return (fitting if saved is None else saved), None
     return fitting, (
         f"WARNING: this GPU has memory for microbatches of {fitting:,} tokens, the run began with {saved:,}: batches "
-        "are cut differently, so the weights will differ by rounding"
+        "are now cut into other microbatches, so the weights will differ by rounding"
     )

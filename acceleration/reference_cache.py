@@ -1,4 +1,4 @@
-"""A cache on disk for the reference's log-probabilities, which are computed once, before training."""
+"""Cache the reference's log-probabilities on disk; they are computed once, before training."""
 
 import contextlib
 import functools
@@ -86,7 +86,7 @@ class LogpsCache:
             self.write()
 
     def write(self):
-        """Write what was added to a file, which gets its final name once it is complete."""
+        """Write the unwritten log-probabilities to a new file, which gets its final name once it is complete."""
         logps, self.unwritten = self.unwritten, {}
         if not logps or not on_rank0():
             return
@@ -106,7 +106,7 @@ class LogpsCache:
 
 
 def pair_keys(batch: dict) -> list[bytes]:
-    """Return a key for each pair that depends on its token ids, after truncation, and on which of them are trained."""
+    """Return a hash of each pair: of its token ids after truncation, and of which tokens are trained."""
     keys = []
     for index in range(len(batch["prompt"])):
         digest = hashlib.sha256()
@@ -126,7 +126,7 @@ def _checksum(keys: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
 
 
 def _fingerprint(model: nn.Module, with_adapter: bool, cast_to: torch.dtype | None, details: dict[str, object]) -> str:
-    """Hash what the log-probabilities depend on besides the pairs: the model's config, its weights, and `details`.
+    """Hash everything that determines the log-probabilities of a pair: the model's config, its weights, and `details`.
 
     Args:
         with_adapter: include the adapter's weights.
@@ -204,8 +204,8 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
     Args:
         policy: the policy before its first update.
         kind: the kind of reference, see `references`.
-        reference: loads the reference. It is called only if the policy doesn't have the reference's weights, so that a
-            run with a complete cache needn't load a second model.
+        reference: loads the reference. It is only called if the policy doesn't have the reference's weights: with a
+            complete cache, most runs needn't load a second model.
     """
     details: dict[str, object] = {}
     computed_in = config.model.policy_mp or config.model.policy_dtype
@@ -224,7 +224,7 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
 
 
 def _adapter_scaling(model: nn.Module) -> dict[str, str]:
-    """Return the adapter's settings that, besides its weights, decide what it computes."""
+    """Return the adapter's settings that change its output, besides its weights."""
     settings = model.peft_config["default"]
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     return {name: str(getattr(settings, name, None)) for name in names}

@@ -1,10 +1,11 @@
-"""Weights in the dtype that autocast computes in, kept beside their float32 masters and cast once a step.
+"""Keep copies of float32 weights in autocast's dtype, so that they are cast once per step.
 
 Autocast casts the weights of every linear layer again in every forward pass: with eight microbatches, eight times
-a step. Here the copy stays until the weight has changed. Gradients pass through the copy into the master; the
-optimizer, checkpoints and all other code see only masters. All numbers are autocast's, bit for bit, with one exception:
-if an output head makes its logits in several chunks, the chunks' gradients of its weight are summed in float32, where
-autocast sums them in its own dtype. A copy takes 2 bytes per weight, as much as autocast takes during a forward pass.
+per step. Here the copy is kept until its master, the float32 weight, has changed. Gradients pass through the copy to
+the master; the optimizer, checkpoints and all other code see only masters. All numbers equal autocast's bit for bit,
+with one exception: if an output head computes its logits in several chunks, the chunks' gradients of its weight are
+summed in float32; autocast sums them in its own dtype. A copy needs 2 bytes per weight, like autocast's own copies
+during a forward pass.
 """
 
 import types
@@ -94,7 +95,7 @@ def free_trained_copies(model: nn.Module):
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Return the plain linear layers whose float32 weights no other layer uses."""
+    """Return the plain linear layers with float32 weights that no other layer uses."""
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -123,9 +124,9 @@ def shadow_if_equal(
 
 
 def round_if_equal(model: nn.Module, dtype: torch.dtype, compute: Callable[[], torch.Tensor]) -> bool:
-    """Keep a frozen model's linear weights in autocast's dtype alone if the numbers stay the same, bit for bit.
+    """Round a frozen model's linear weights to autocast's dtype if its numbers stay the same, bit for bit.
 
-    Autocast would round them in every forward pass. Rounded once, they take half the memory.
+    Autocast would round them in every forward pass. Rounded once, they need half the memory.
 
     `compute`: log-probabilities of a few examples under the model and autocast.
 
