@@ -1,4 +1,4 @@
-"""A process's environment: its place in the run, which the launcher's variables tell, and its GPU settings.
+"""A process's environment: its place in the run, given by the launcher's variables, and its GPU settings.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. scripts/slurm.sh does the same, and so does
 `launch.run_workers` for the workers that it starts. Nothing here communicates.

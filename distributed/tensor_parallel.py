@@ -29,8 +29,8 @@ _REMEDY = "use trainer=FSDPTrainer with tensor_parallel=1, which splits any mode
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split a transformers causal LM, or the one in a PeftModel, over the workers of a 1-D mesh, in place.
 
-    All workers must pass equal parameters, or parameters on the meta device, which are to be filled afterwards: a
-    DTensor by `distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)`.
+    All workers must pass equal parameters, or parameters on the meta device, to be filled afterwards (see
+    `dtensor.distribute_like`).
 
     Raises: UserError if the model's layers or heads can't be split.
     """
@@ -98,7 +98,7 @@ class _RowParallel(ParallelStyle):
     """Each worker multiplies its shard of a linear layer's inputs; outputs are summed: (..., I / workers) to (..., O).
 
     Args:
-        shard_inputs: the inputs are whole, and each worker takes its shard of them first.
+        shard_inputs: the inputs are whole, so each worker first takes its shard of them.
     """
 
     def __init__(self, shard_inputs: bool = False):
@@ -120,8 +120,8 @@ class _RowParallel(ParallelStyle):
 class _VocabularyParallelEmbedding(ParallelStyle):
     """Each worker looks up the tokens in its shard of the vocabulary; the results are summed: (B, T) to (B, T, H).
 
-    We don't use torch's RowwiseParallel: it would treat row `padding_idx` of every worker's shard as padding, and give
-    it no gradient.
+    torch's RowwiseParallel is not used: it would treat row `padding_idx` of every worker's shard as padding, without a
+    gradient.
     """
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -189,12 +189,12 @@ def _local_shard(parameter: torch.Tensor, mesh: DeviceMesh, n_fused: int) -> tor
 
 
 def _all_reduce(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Sum a tensor over the workers; backward, each worker's tensor gets the gradient of the sum."""
+    """Sum a tensor over the workers; in the backward pass, each worker's tensor gets the gradient of the sum."""
     return DTensor.from_local(tensor, mesh, [Partial()], run_check=False).full_tensor()
 
 
 def _with_summed_gradient(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Return a tensor that is equal on all workers; backward, its gradient is summed over the workers.
+    """Return a tensor that is equal on all workers; in the backward pass, sum its gradient over the workers.
 
     The result is cached on the tensor, so that layers with the same input (q, k and v) share one all-reduce.
     """
@@ -205,7 +205,7 @@ def _with_summed_gradient(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tenso
 
 
 def _first_token(vocab_size: int, mesh: DeviceMesh) -> int:
-    """Return the first token of this worker's shard of the vocabulary, split as by torch.chunk."""
+    """Return the first token of this worker's shard of the vocabulary, which is split like torch.chunk does."""
     return min(-(-vocab_size // mesh.size()) * mesh.get_local_rank(), vocab_size)
 
 
@@ -242,7 +242,7 @@ _STYLES = {
     "rowwise_split_input": _RowParallel(shard_inputs=True),
     "embedding_rowwise": _VocabularyParallelEmbedding(),
     "replicated_with_grad_allreduce": _ReplicatedWithSummedGradient(),
-    "fused_qkv": _ColumnParallel(n_fused=3),  # our name; the others are those of transformers' plans
+    "fused_qkv": _ColumnParallel(n_fused=3),  # our own name; the others are names in transformers' plans
 }
 
 _PLANS = {  # for models without a plan in transformers
