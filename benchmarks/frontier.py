@@ -1,4 +1,4 @@
-"""Reward against KL for every objective, and the best that any policy can reach: `python benchmarks/frontier.py`.
+"""Reward against KL for every objective, and the most that any policy can reach: `python benchmarks/frontier.py`.
 
 This is the paper's controlled-sentiment experiment (Figure 2, left, of https://arxiv.org/abs/2305.18290) on `toy`, with
 known true reward and optimum. After one SFT run, it trains with each loss of `losses.LOSSES` at five strengths on
@@ -7,8 +7,8 @@ known true reward and optimum. After one SFT run, it trains with each loss of `l
 
 The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer; `--model tiny` uses the tiny model
 itself and takes three times as long. All 198 runs take about two and a half hours of CPU time in two processes;
-`--quick` (DPO and IPO) takes a few minutes. Each run writes a JSON file under `--out`, and runs that have one are
-skipped. In the end, tables are printed and a picture is drawn.
+`--quick` (DPO and IPO) takes a few minutes. Each run writes a JSON file under `--out`; runs that have one are skipped.
+Finally, tables are printed and a picture is drawn.
 """
 
 import argparse
@@ -53,9 +53,9 @@ DATASETS |= {
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
-# A run is trained in legs: (examples at its end, factor of the learning rate)
+# A run is trained in legs, each resumed from the one before: (examples at the leg's end, factor of the learning rate)
 LEGS = ((7040, 1.0), (10016, 0.15))
-SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # (examples at its end, AdamW's learning rate)
+SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # (examples at the end, AdamW's learning rate)
 
 BETAS = (2.0, 1.5, 1.0, 0.7, 0.5)
 STRENGTHS = {  # an option of the loss and five values, from closest to the reference to farthest
@@ -126,11 +126,11 @@ def objectives() -> list[str]:
 def learning_rate(run: Run, n_tokens: int) -> float:
     """Return step_size / |∂ loss / ∂ log π| at the reference, for two responses of equal likelihood.
 
-    The derivative is the larger of those with respect to the preferred and the dispreferred response.
+    There is a derivative with respect to the preferred and one to the dispreferred response; the larger one counts.
 
-    This makes SGD's steps independent of an objective's scale and strength; for DPO it is 2 · step_size / β. Other
-    optimizers don't need it. DPOP's loss has a kink at the reference; its slope is taken on the steeper side, where
-    the preferred response is less likely than under the reference.
+    This makes SGD's steps independent of an objective's scale and strength; for DPO the result is 2 · step_size / β.
+    Other optimizers don't need it. DPOP's loss has a kink at the reference; the slope is that of the steeper side,
+    where the preferred response is less likely than under the reference.
     """
     if not any(word == "optimizer=SGD" for word in run.optimizer):
         return run.step_size
@@ -162,7 +162,7 @@ def tasks() -> dict[str, Task]:
 
 
 class Start:
-    """A task's SFT model, from which all runs on that task start, and its exact log-probabilities."""
+    """A task's SFT model, from which all runs on the task start, and its exact log-probabilities."""
 
     def __init__(self, name: str, task: Task, bench: "Bench"):
         self.name, self.task, self.bench = name, task, bench
@@ -258,7 +258,7 @@ class Bench:
         return run.name
 
     def evaluate(self, start: Start, directory: Path, n_examples: int, evaluated: list[int]) -> list[dict]:
-        """Return the figures of a leg's step-N checkpoints that aren't evaluated yet, and of its end."""
+        """Return the figures of a leg's checkpoints, LATEST included, that aren't evaluated yet."""
         steps = {int(path.name[5:]): path for path in directory.glob("step-*")} | {n_examples: directory / "LATEST"}
         checkpoints = []
         for examples in sorted(steps.keys() - set(evaluated)):
@@ -289,7 +289,7 @@ def preferred_sft() -> Run:
 
 
 def optimizer_runs(larger_rate: bool) -> list[Run]:
-    """Return runs of DPO at β = 0.5 with other optimizers, and with a larger eps or an NLL term, which may help.
+    """Return runs of DPO at β = 0.5 with other optimizers; two have a larger eps and one an NLL term, as remedies.
 
     Args:
         larger_rate: take the larger of two constant learning rates.

@@ -60,7 +60,9 @@ def dpo_loss(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor
     return preference_loss(*logps.chunk(2), *reference_logps.chunk(2), beta=throughput.BETA)[0].mean()
 
 
-def gradients(model: nn.Module, layout: Layout, batch: dict, reference_logps: torch.Tensor, autocast: torch.dtype):
+def logps_and_gradients(
+    model: nn.Module, layout: Layout, batch: dict, reference_logps: torch.Tensor, autocast: torch.dtype | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the log-probabilities of a batch's responses and the gradient of each parameter."""
     model.zero_grad()
     with torch.autocast(DEVICE.type, autocast) if autocast else nullcontext():
@@ -85,7 +87,7 @@ def correctness():
         torch.backends.cuda.matmul.allow_tf32 = False
         with torch.no_grad():
             reference_logps = response_logps(model, padded_rows(batch))
-        expected_logps, expected = gradients(model, Layout(), batch, reference_logps, None)
+        expected_logps, expected = logps_and_gradients(model, Layout(), batch, reference_logps, None)
         norm = torch.stack([gradient.norm() for gradient in expected]).norm()
         for precision, (dtype, autocast) in PRECISIONS.items():
             policy = copy.deepcopy(model).to(dtype)
@@ -96,7 +98,9 @@ def correctness():
                 is_prepared = is_packed and supports_packed_attention(policy)
                 try:
                     with packed_attention_used(policy) if is_prepared else nullcontext():
-                        found, ours = gradients(policy, Layout(is_shared, is_packed), batch, reference_logps, autocast)
+                        found, ours = logps_and_gradients(
+                            policy, Layout(is_shared, is_packed), batch, reference_logps, autocast
+                        )
                     off = [(a - b).norm() for a, b in zip(ours, expected, strict=True)]
                     result["logps_differ_by_nats"] = float((found - expected_logps).abs().max())
                     result["gradient_differs_by"] = float(torch.stack(off).norm() / norm)

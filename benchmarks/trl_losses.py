@@ -1,4 +1,4 @@
-"""Our losses and TRL's on the same pairs and models: `pip install trl==1.16.0`, then `python benchmarks/trl_losses.py`.
+"""Compare our losses with TRL's on the same pairs: `pip install trl==1.16.0`, then `python benchmarks/trl_losses.py`.
 
 Nothing is trained. Both sides compute the mean loss of one batch in float32, with a small random policy and reference.
 Ours comes from this repository's log-probabilities; TRL's from its trainer's `compute_loss`, or from its function of
@@ -129,7 +129,7 @@ def trl_loss(
 
 
 def trl_function(kind: str, inputs: dict[str, torch.Tensor]) -> float:
-    """Return TRL's mean ORPO, CPO or SimPO loss; its function is called directly, as the trainers take only text."""
+    """Return TRL's mean ORPO, CPO or SimPO loss, from its loss function, because these trainers only take text."""
     chosen, rejected = inputs["policy_chosen_logps"], inputs["policy_rejected_logps"]
     accelerator = Namespace(device=torch.device("cpu"))
     if kind == "ORPO":
