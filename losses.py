@@ -1,4 +1,4 @@
-"""The paper's losses, and the table of all: pure tensor maths on log-probabilities, in nats.
+"""The paper's losses, and the table of all losses: pure tensor maths on log-probabilities, in nats.
 
 A new loss is one function, here or in `objectives/`, one entry in `LOSSES` and one file in `config/loss`. The
 function's signature says what it needs: see `Loss`.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from objectives import whole_batch, with_reference, without_reference
-from objectives.declaration import Loss, Memory, Outputs, WholeBatch  # noqa: F401 (for a loss of your own, as below)
+from objectives.declaration import Loss, Memory, Outputs, WholeBatch  # noqa: F401 (for a loss of your own)
 from objectives.mix import MIX, Mix
 from objectives.options import FlipProbability, Momentum, NonNegative, OneOf, Positive, Range  # noqa: F401
 
@@ -33,8 +33,8 @@ def preference_loss(
         beta: temperature of the implied KL penalty; for IPO the regularization τ.
         label_smoothing: probability that a preference label is flipped, in [0, 0.5); 0 is plain DPO.
         ipo: use the IPO loss instead (label_smoothing does not apply).
-        reference_free: the *loss* takes the reference as uniform. As in the original, the rewards subtract the
-            reference's log-probabilities as they are given; the trainers then load no reference and give zeros.
+        reference_free: compute the *loss* with a uniform reference. As in the original, the rewards still subtract the
+            given log-probabilities of the reference; the trainers then load no reference and pass zeros.
 
     Returns: losses, chosen_rewards, rejected_rewards, each of shape (batch_size,); the rewards carry no gradient.
     """

@@ -17,7 +17,14 @@ from checkpointing.archives import check_finite, describe, load_archive, load_pr
 from config_checks.lora import check_lora_fits
 from data import chat, hub
 from distributed import environment
-from references import REFERENCE_ADAPTER, Source, has_the_weights, policy_source, reference_dtype, reference_source
+from references import (
+    REFERENCE_ADAPTER,
+    Source,
+    policy_has_reference_weights,
+    policy_source,
+    reference_dtype,
+    reference_source,
+)
 from reporting.terminal import still_working
 from utils import UserError, default_device, disable_dropout, get_local_dir, rank0_print, unwrap_adapter
 
@@ -26,13 +33,13 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     """Load a model, without dropout and without an adapter; by default the one that the policy starts from.
 
     Args:
-        device_map: 'balanced' over the machine's GPUs; 'cpu'; 'meta': without weights, where workers can read their
-            parts of them from the files (`checkpointing.unread`), else as 'cpu'.
+        device_map: 'balanced' spreads layers over the machine's GPUs. 'meta' loads no weights if each worker can read
+            its part of them from the files (`checkpointing.unread`); otherwise it is the same as 'cpu'.
 
     Raises: UserError if the model isn't found or can't be loaded, or its weights don't fit its config.
     """
     source = source or policy_source(config)
-    if device_map == "meta" and (source.archive or source.adapter):  # both need the base's weights
+    if device_map == "meta" and (source.archive or source.adapter):  # these change the base's weights
         device_map = "cpu"
     name, options = source.name_or_path, _hub_options(config, source)
     origin = f"{source.key('name_or_path')}={name}"
@@ -70,7 +77,7 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
 
 
 def _random_model(name: str, seed: int, options: dict) -> nn.Module:
-    """Return a model with random weights: the same in every dtype, as they are drawn in float32 and then rounded."""
+    """Return a model with random weights, drawn in float32, so that after rounding they are the same in every dtype."""
     torch.manual_seed(seed)
     attention = {key: options[key] for key in ("attn_implementation", "trust_remote_code") if key in options}
     to_find = {key: value for key, value in options.items() if key != "attn_implementation"}
@@ -79,22 +86,22 @@ def _random_model(name: str, seed: int, options: dict) -> nn.Module:
 
 
 def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map: str):
-    """Refuse a model of which accelerate left a part in the CPU's memory, as the GPUs are full.
+    """Refuse a model of which accelerate left a part in CPU memory, because the GPUs are full.
 
-    Raises: UserError with the memory that it takes, and remedies.
+    Raises: UserError that states the memory needed and remedies.
     """
     left_out = [parameter for parameter in model.parameters() if parameter.device.type in ("cpu", "meta", "disk")]
     if device_map != "balanced" or not torch.cuda.is_available() or not left_out:
         return
     total, missing = (sum(p.nbytes for p in parameters) / 1e9 for parameters in (model.parameters(), left_out))
     raise UserError(
-        f"{origin} has {total:.1f} GB of weights in {str(model.dtype)[6:]}; the GPUs have no room for {missing:.1f} GB "
-        f"of them.\n{remedies(config)}"
+        f"{origin} has {total:.1f} GB of weights in {str(model.dtype)[6:]}; the GPUs lack memory for {missing:.1f} "
+        f"GB of them.\n{remedies(config)}"
     )
 
 
 def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
-    """Return the arguments of `from_pretrained` for a source; `model.revision` is only that of `model.name_or_path`."""
+    """Return the arguments of `from_pretrained` for a source; `model.revision` applies only to `model.name_or_path`."""
     options = {"cache_dir": get_local_dir(config.local_dirs), "trust_remote_code": config.model.trust_remote_code}
     if config.model.revision is not None and source.name_or_path == config.model.name_or_path:
         options["revision"] = config.model.revision
@@ -102,12 +109,12 @@ def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
 
 
 def allow_own_code():
-    """Let this process unpickle a model of a class from the hub, sent by a worker (`model.trust_remote_code`)."""
+    """Let this process unpickle models, sent by a worker, whose class is defined on the hub (`trust_remote_code`)."""
     transformers.dynamic_module_utils.init_hf_modules()
 
 
 def _announce_remote_code(name: str, options: dict):
-    """Name the classes of a model's own code before they run."""
+    """Print which classes of a model's own code are about to run."""
     revision = {key: value for key, value in options.items() if key != "trust_remote_code"}
     classes = transformers.PreTrainedConfig.get_config_dict(name, **revision)[0].get("auto_map") or {}
     if classes:
@@ -121,14 +128,14 @@ def _code_hint(error: Exception) -> str:
 
 
 def configured_dropout_rates(config: DictConfig) -> dict[str, float]:
-    """Return the dropout rates of the model's config.json; training sets them to 0, checkpoints write them back."""
+    """Return the dropout rates in the model's config.json: training sets them to 0, checkpoints restore them."""
     source = policy_source(config)
     model_config = transformers.AutoConfig.from_pretrained(source.name_or_path, **_hub_options(config, source))
     return {key: value for key, value in model_config.to_dict().items() if "drop" in key and isinstance(value, float)}
 
 
 def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer; one without a padding token pads with its end-of-sequence token."""
+    """Load the tokenizer; if it has no padding token, it pads with its end-of-sequence token."""
     name = config.model.tokenizer_name_or_path or config.model.name_or_path
     rank0_print(f"Loading tokenizer {name}")
     tokenizer = read_tokenizer(name, config)
@@ -151,7 +158,7 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **_hub_options(config, Source(name)))
         n_tokens = len(tokenizer("Hello", add_special_tokens=False)["input_ids"])
-    except Exception as error:  # the tokenizers library raises bare ones
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         cause, remedy = hub.explain_failure(error, name, "model") or (
             describe(error, 2000),
             f"Name a model that has one{_code_hint(error)}",
@@ -166,7 +173,7 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
 
 
 def end_at_turns(model: nn.Module, tokenizer):
-    """Set the end tokens of the generation config, which is saved with the model, to those that training ends with."""
+    """Set the end tokens of the generation config, which is saved with the model, to those that end trained turns."""
     ends, generation_config = chat.end_token_ids(model.generation_config, tokenizer), model.generation_config
     known = generation_config.eos_token_id
     if ends != (known if isinstance(known, list) else [known]):
@@ -174,7 +181,7 @@ def end_at_turns(model: nn.Module, tokenizer):
 
 
 def _quantization(config: DictConfig):
-    """Return the settings of `model.load_in_4bit`: weights that compute in bfloat16 (QLoRA, arXiv 2305.14314)."""
+    """Return the settings of `model.load_in_4bit`: 4-bit weights, computed in bfloat16 (QLoRA, arXiv 2305.14314)."""
     if not config.model.load_in_4bit:
         return None
     return transformers.BitsAndBytesConfig(
@@ -193,12 +200,12 @@ def model_loaders(
         return lambda: None, lambda: None
     policy = functools.partial(load_policy, config, device_map)
     if device_map == "balanced":
-        policy = functools.cache(policy)  # the reference may be a copy of it
+        policy = functools.cache(policy)  # the reference may be copied from it
     return policy, lambda: load_reference(config, policy() if device_map == "balanced" else None, device_map)
 
 
 def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
-    """Load the model to train: all its weights, a new LoRA adapter (`lora`), or a saved one (`model.adapter`)."""
+    """Load the model to train; with `lora`, it gets a new adapter, with `model.adapter`, a saved one."""
     rank0_print("building policy")
     if device_map == "meta" and config.lora is not None:  # PEFT needs the weights that it adapts
         device_map = "cpu"
@@ -210,20 +217,20 @@ def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
         policy = load_adapter(policy, policy_source(config), is_trainable=True)
         if config.reference == "adapter_copy":
             policy.load_adapter(config.model.adapter, REFERENCE_ADAPTER, is_trainable=False)
-    disable_dropout(policy)  # an adapter's too
+    disable_dropout(policy)  # also that of the adapter
     return policy
 
 
 def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str = "balanced") -> nn.Module:
-    """Load a second model: the one that `reference_model` names, by default the policy's.
+    """Load the model that `reference_model` names: by default, the one that the policy starts from.
 
-    A `policy` with the same weights in the same dtype is copied, rather than read again.
+    If `policy` has the same weights in the same dtype, it is copied rather than read again.
     """
     rank0_print("building reference model")
     source, dtype = reference_source(config), reference_dtype(config)
     is_on_one_device = len(set(getattr(policy, "hf_device_map", {}).values())) <= 1
     same_dtype = dtype == config.model.policy_dtype
-    if policy is not None and is_on_one_device and same_dtype and has_the_weights(policy, config):
+    if policy is not None and is_on_one_device and same_dtype and policy_has_reference_weights(policy, config):
         return copy.deepcopy(policy)
     with still_working("Loading the reference"):
         reference_model = load_model(config, dtype, device_map, source)
@@ -234,7 +241,7 @@ def load_reference(config: DictConfig, policy: nn.Module | None, device_map: str
 
 
 def check_tokenizer_fits(policy: nn.Module, tokenizer, config: DictConfig):
-    """Refuse a tokenizer with more tokens than the model, and a `max_length` beyond its positions."""
+    """Refuse a tokenizer with more tokens than the model embeds, and a `max_length` beyond the model's positions."""
     n_embeddings = policy.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > n_embeddings:
         raise UserError(
@@ -249,7 +256,7 @@ def check_tokenizer_fits(policy: nn.Module, tokenizer, config: DictConfig):
 def check_reference_fits(
     reference_model: nn.Module, policy: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, config: DictConfig
 ):
-    """Refuse a `reference_model` for which the policy's token ids mean something else.
+    """Refuse a `reference_model` that doesn't share the policy's token ids.
 
     Raises: UserError if it embeds another number of tokens, has fewer positions than `max_length`, or has a tokenizer
         with other tokens.
@@ -281,7 +288,7 @@ def check_reference_fits(
 
 @contextlib.contextmanager
 def router_losses(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect the auxiliary loss of the router in each forward pass, as transformers computes it: of shape ()."""
+    """Collect the router's auxiliary loss, as transformers computes it, in each forward pass: shape ()."""
     losses: list[torch.Tensor] = []
 
     def request(_model, args: tuple, kwargs: dict) -> tuple:
@@ -299,7 +306,7 @@ def router_losses(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def check_has_router(model: nn.Module, coefficient: float):
-    """Raise UserError if a model gives no auxiliary loss of a router; computes two tokens."""
+    """Raise UserError if the model returns no auxiliary loss of a router in a forward pass of two tokens."""
     token_ids, reason = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device), ""
     losses: list[torch.Tensor | None] = []
     _register_outputs(model)
@@ -316,7 +323,7 @@ def check_has_router(model: nn.Module, coefficient: float):
 
 
 def _register_outputs(model: nn.Module):
-    """Register what transformers can record of a model; its constructor does so, but workers unpickle their copies."""
+    """Let transformers record outputs of a model that a worker has unpickled: only constructors register it."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     for module in model.modules():
@@ -327,7 +334,7 @@ def _register_outputs(model: nn.Module):
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
-# parts of PEFT's warnings about settings that it ignores; here they are errors
+# parts of PEFT's warnings about settings that it ignores; here these are errors
 _IGNORED = (
     "were set but no", "no modules were excluded", "rank_pattern", "alpha_pattern", "will be ignored",
     "fan_in_fan_out is set to True", "no tied modules",
@@ -336,10 +343,10 @@ _IGNORED = (
 
 @contextlib.contextmanager
 def _peft_warnings(as_errors: list[str]) -> Iterator[None]:
-    """Raise these of PEFT's warnings as errors, and silence those that a user can do nothing about."""
+    """Raise PEFT's warnings that contain one of these texts as errors; silence those that users can't act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers deprecates
-        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # PEFT sets them for fused experts
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # PEFT's own, for fused experts
         for text in as_errors:
             warnings.filterwarnings("error", message=f".*{text}")
         yield
@@ -361,7 +368,7 @@ def _add_lora(model: nn.Module, config: DictConfig) -> nn.Module:
 
 
 def _check_tied_weights(model: nn.Module, origin: str):
-    """Refuse an adapter on one of two layers that share a weight: merging it would change the other layer, too."""
+    """Refuse an adapter on one of two layers that share a weight: merging it would change the other layer as well."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
@@ -375,7 +382,7 @@ def _check_tied_weights(model: nn.Module, origin: str):
 
 
 def load_adapter(model: nn.Module, source: Source, is_trainable: bool) -> nn.Module:
-    """Put the saved adapter of `source` on the model.
+    """Add the saved adapter of `source` to the model.
 
     Raises: UserError if it can't be read, belongs to another model, or holds weights that are not finite.
     """

@@ -1,4 +1,4 @@
-"""Make the optimizer (any of torch.optim) and the schedule (any of Transformers' that needs no metric)."""
+"""Make the optimizer (any class of torch.optim) and the schedule (any of Transformers' that needs no metric)."""
 
 import inspect
 import math
@@ -18,11 +18,11 @@ _SMALL_IN_16_BITS = 1e-5  # below it, most updates of weights in 16 bits round t
 def make_optimizer(
     policy: nn.Module, config: DictConfig, device: torch.device, strategy_args: dict
 ) -> torch.optim.Optimizer:
-    """Make the optimizer of the policy's trained weights.
+    """Make the optimizer of the policy's trainable weights.
 
     Args:
-        strategy_args: arguments from the trainer's strategy. Those that the optimizer doesn't have are dropped, and the
-            config's `optimizer_args` override them.
+        strategy_args: the strategy's default arguments; the config's `optimizer_args` override them, and an optimizer
+            gets only those that it has.
 
     Raises: UserError if no parameter is trained, or the optimizer refuses its settings.
     """
@@ -43,7 +43,7 @@ def make_optimizer(
     try:
         probe = nn.Parameter(torch.ones(2, 2, dtype=parameters[0].dtype, device=device))
         probe.grad = torch.ones_like(probe)
-        optimizer_class([probe], lr=config.lr, **args).step()  # it refuses some settings only in a step
+        optimizer_class([probe], lr=config.lr, **args).step()  # some settings are refused only in a step
         return optimizer_class(groups, lr=config.lr, **args)
     except Exception as error:  # the optimizer may raise anything
         settings = f"optimizer={config.optimizer} lr={config.lr} optimizer_args={config.optimizer_args}"
@@ -51,7 +51,7 @@ def make_optimizer(
 
 
 def _with_undecayed(parameters: list[nn.Parameter], config: DictConfig) -> list[dict]:
-    """Put biases and norms, which have one dimension, in a group without weight decay."""
+    """Put biases and norms, the parameters of one dimension, into a group without weight decay."""
     if "weight_decay" not in inspect.signature(getattr(torch.optim, config.optimizer)).parameters:
         raise UserError(f"decay_biases_and_norms=false: {config.optimizer} has no weight_decay; leave it true")
     groups = [
@@ -62,7 +62,7 @@ def _with_undecayed(parameters: list[nn.Parameter], config: DictConfig) -> list[
 
 
 def count_warmup_steps(config: DictConfig, n_steps: int) -> int:
-    """Return the number of warmup steps; a `warmup_steps` between 0 and 1 is a fraction of the run's `n_steps`."""
+    """Return the number of warmup steps; `warmup_steps` between 0 and 1 is a fraction of the run's `n_steps`."""
     return math.ceil(config.warmup_steps * n_steps) if 0 < config.warmup_steps < 1 else int(config.warmup_steps)
 
 
@@ -88,14 +88,13 @@ def rate_warning(config: DictConfig, n_steps: int) -> str | None:
 
 
 def lr_multiplier(config: DictConfig, n_steps: int) -> Callable[[int], float]:
-    """Return the function from the number of steps taken to the factor of `lr`: warmup, then the schedule.
+    """Return a function that gives the factor of `lr` after a number of steps: warmup, then the schedule.
 
-    Raises: UserError if the factor isn't a finite number of 0 or more at the first, the middle or the last step, or at
-        the end of warmup.
+    Raises: UserError if the factor is negative or not finite at the first, middle or last step or at the end of warmup.
     """
     warmup_steps = count_warmup_steps(config, n_steps)
     if config.lr_scheduler == DEFAULT_SCHEDULE:
-        return lambda step: min(1.0, (step + 1) / (warmup_steps + 1))  # as the original
+        return lambda step: min(1.0, (step + 1) / (warmup_steps + 1))  # as in the original
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     args = OmegaConf.to_container(config.lr_scheduler_args)
     settings = f"lr_scheduler={config.lr_scheduler} lr_scheduler_args={args} warmup_steps={warmup_steps}"
@@ -107,7 +106,7 @@ def lr_multiplier(config: DictConfig, n_steps: int) -> Callable[[int], float]:
     for step, value in checked.items():
         if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
             raise UserError(f"{settings}: the learning rate would be {config.lr} × {value} at step {step + 1}")
-    # from step 1 on, as in the original: the rate at step 0, and at the last step of a decay, may be 0
+    # shifted by one step, as in the original: a schedule's first and last rates may be 0
     return lambda step: multiplier(step + 1)
 
 

@@ -1,4 +1,4 @@
-"""Named preference datasets, and the iterator over batches of these, of files and of hub datasets.
+"""Load the built-in preference datasets, and iterate over batches of these and of the user's own data.
 
 Files and hub datasets in a known format need no code (docs/data.md). For other data, add a function like `get_hh` here
 and an entry in `DATASETS`.
@@ -18,13 +18,15 @@ from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.element import PreformattedString
 from omegaconf import DictConfig
 
-from data.batches import BatchIterator, Prompt
+from data.batches import BatchIterator, Prompt, split_name
 from data.choice import KEPT_ENDS, Choice, Settings
-from data.preparation import prepared_split
-from data.reading import check_path, read_split, row_place
+from data.locations import check_path, locate_built_in
+from data.preparation import prepare
+from data.prepared import PreparedPrompts
+from data.reading import read_split, row_place
 from data.report import print_report
 from data.row_sources import ROWS  # noqa: F401 (re-exported)
-from data.selection import drop_identical, epoch_order, first_examples, without_overlong
+from data.selection import draw_examples, drop_identical, drop_overlong, epoch_order
 from data.tokenization import get_collate_fn, tokenize_batch_element  # noqa: F401 (re-exported)
 from data.toy import get_toy
 from losses import find_loss
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class RowError(UserError):
-    """Raised for a row that can't be used; `get_dataset` adds its file and line to the message."""
+    """Raised for a row that can't be used; `get_dataset` adds the row's file and line to the message."""
 
     def __init__(self, message: str, split: str, row: int):
         super().__init__(message)
@@ -49,9 +51,9 @@ def load_rows(
     """Load one split of a dataset from the hub or from a local folder, and check that it has all `fields`.
 
     Args:
-        path: hub id or folder; None means the hub id given in `DATASETS`.
+        path: a hub id or folder; None: the hub id in `DATASETS`.
 
-    Raises: UserError if the split can't be loaded or lacks a field, naming dataset and split.
+    Raises: UserError naming dataset and split if the split can't be loaded or lacks a field.
     """
     path = path or DATASETS[name].hub_id
     rows = read_split(name, path, split, cache_dir, silent)
@@ -69,9 +71,9 @@ def load_rows(
 def checked_rows(
     rows: "datasets.Dataset", name: str, split: str, fields: dict[str, type], silent: bool
 ) -> Iterator[tuple[int, dict]]:
-    """Yield each row with its number, after checking the types of its fields.
+    """Yield each row with its index, after checking the types of its fields.
 
-    The number is the row's place in the split, or its field 'row', if it has one (`get_se` shuffles).
+    The index is the row's position in the split or, after a shuffle, its field 'row' (see `get_se`).
 
     Raises: RowError naming dataset, split and row.
     """
@@ -108,7 +110,7 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
 
         {'responses': list[str],
          'pairs': list[tuple[int, int]],   # indices into responses: (preferred, dispreferred)
-         'sft_target': str,                # the response to imitate in SFT; in this dataset, the chosen one
+         'sft_target': str,                # the response to imitate in SFT; here, the chosen one
          'rows': list[int]}                # optional: the row of each pair, for error messages
 
     Prompts look like '\\n\\nHuman: ...\\n\\nAssistant:', with any number of turns; responses start with a space.
@@ -140,8 +142,7 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None, path:
 def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
     """Load the Stanford Human Preferences dataset; see `get_hh` for the format.
 
-    Only pairs whose scores differ by a factor of 2 or more are kept. The SFT target is the response with the highest
-    score.
+    Only pairs whose scores differ by a factor of 2 or more are kept. The SFT target is the highest-scoring response.
     """
     fields = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": int, "score_B": int, "labels": int}
     data: dict[str, dict] = defaultdict(_new_entry)
@@ -164,9 +165,9 @@ def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path
 
 
 def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
-    """Load StackExchange answers, with all HTML tags stripped but <code>; see `get_hh` for the format.
+    """Load StackExchange answers, with all HTML tags stripped except <code>; see `get_hh` for the format.
 
-    Any two answers to a question with different scores are a preference pair. The test split is a hundredth of the
+    Any two answers to a question with different scores are a preference pair. The test split is one percent of the
     questions, drawn with a fixed seed.
     """
     fields = {"question": str, "answers": list}
@@ -200,7 +201,7 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path:
 
 
 def _strip_html_of_row(row: dict) -> dict:
-    """Strip the HTML of a row. Malformed fields are left alone; `checked_rows` reports them."""
+    """Strip the HTML of a row. Malformed fields stay as they are; `checked_rows` reports them."""
     if not isinstance(row["answers"], list):
         return row
     answers = [answer if isinstance(answer, dict) else {"text": None} for answer in row["answers"]]
@@ -214,7 +215,7 @@ _CONTAINERS = {"[document]", "html", "body", "div", "blockquote", "section", "ar
 
 
 def strip_html_tags(html_string: str) -> str:
-    """Return the text of some HTML, with blank lines between blocks; <code> tags stay, as they mark code."""
+    """Return the text of some HTML, with blank lines between blocks; <code> tags stay to mark code."""
     return "\n\n".join(_text_blocks(BeautifulSoup(html_string, "html.parser")))
 
 
@@ -243,11 +244,11 @@ def _inline_text(element: Tag | NavigableString) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named dataset: its function, its place on the hub, and how its long prompts are truncated."""
+    """A built-in dataset: its function, its hub id, and how its long prompts are truncated."""
 
-    load: Callable  # takes and returns what `get_hh` does; data that is made in code needs no `path`
-    hub_id: str | None = None  # where it is loaded from, unless the config's `dataset_paths.NAME` is set
-    truncation_mode: str = "keep_end"  # the end of a long prompt that is kept: keep_end (for dialogues) or keep_start
+    load: Callable  # a function like `get_hh`; it needs no `path` if it makes its data
+    hub_id: str | None = None  # the source, unless the config's `dataset_paths.NAME` gives another
+    truncation_mode: str = "keep_end"  # which end of a long prompt is kept: keep_end (for dialogues) or keep_start
 
 
 DATASETS = {
@@ -267,10 +268,10 @@ def raise_unknown_dataset(name: str):
 
 
 def check_names(names: Sequence[str], paths: dict[str, str]):
-    """Check the names of datasets, and the config's `dataset_paths`.
+    """Check the names of built-in datasets, and the config's `dataset_paths`.
 
-    Raises: UserError if a name isn't in `DATASETS`, if a path is given for a dataset that takes none, or if the path of
-        a dataset in `names` is neither a folder nor a hub id.
+    Raises: UserError if a name isn't in `DATASETS`, if a dataset with a path takes none, or if the path of a dataset in
+        `names` is neither a folder nor a hub id.
     """
     for name in names:
         if name not in DATASETS:
@@ -280,7 +281,7 @@ def check_names(names: Sequence[str], paths: dict[str, str]):
             hint = closest_match(name, DATASETS)
             raise UserError(f"dataset_paths.{name}: no such dataset.{hint} There are: {', '.join(DATASETS)}")
         if "path" not in inspect.signature(DATASETS[name].load).parameters:
-            raise UserError(f"dataset_paths.{name}: this dataset is made in code, not loaded from anywhere")
+            raise UserError(f"dataset_paths.{name}: this dataset is made in code; leave its path out")
         if name in names and path is not None:
             check_path(name, path)
 
@@ -288,9 +289,12 @@ def check_names(names: Sequence[str], paths: dict[str, str]):
 def get_dataset(
     name: str, split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None
 ) -> dict[str, dict] | list[tuple[str, dict]]:
-    """Load a dataset by its name in `DATASETS`, from `path` (a folder or hub id) if it is given.
+    """Load a dataset by its name in `DATASETS`.
 
-    Returns: a dict from prompt to entry (see `get_hh`), or a list of (prompt, entry), where a prompt may recur.
+    Args:
+        path: a folder or hub id to load it from; None: its own hub id.
+
+    Returns: a dict from prompt to entry (see `get_hh`), or a list of (prompt, entry), which may repeat a prompt.
     Raises: UserError for an unknown name, an empty split or an entry with other keys.
     """
     check_names([name], {} if path is None else {name: path})
@@ -298,7 +302,8 @@ def get_dataset(
     try:
         data = DATASETS[name].load(split, silent=silent, cache_dir=cache_dir, **kwargs)
     except RowError as error:
-        place = row_place(path or DATASETS[name].hub_id, error.split, error.row, cache_dir)
+        location = locate_built_in(name, path or DATASETS[name].hub_id, error.split)
+        place = row_place(location, error.split, error.row, cache_dir)
         raise UserError(f"{error}{place}\nCorrect the data there") from error
     if not data:
         raise UserError(f"datasets=[{name}]: the {split} split is empty")
@@ -308,10 +313,10 @@ def get_dataset(
     return data
 
 
-def _named_prompts(
+def _built_in_prompts(
     name: str, split: str, mode: str, eos_token: str, silent: bool, cache_dir: str | None, path: str | None
 ) -> list[Prompt]:
-    """Load the prompts of a named dataset.
+    """Load the prompts of a built-in dataset.
 
     Raises: UserError if a text contains the end-of-sequence token, which marks where a response ends.
     """
@@ -329,6 +334,30 @@ def _named_prompts(
                     f"...{text[max(0, text.index(eos_token) - 60) :]!r:.160}\nRemove it from the data; it is added to "
                     "the end of every response."
                 )
+    return prompts
+
+
+def _load_prompts(
+    choice: Choice,
+    split: str,
+    path: str | None,
+    settings: Settings,
+    tokenizer,
+    accepted_kinds: Sequence[str],
+    cache_dir: str | None,
+    silent: bool,
+    prepared: dict[str, dict[str, PreparedPrompts]],
+) -> Sequence[Prompt]:
+    """Load the prompts of one split; see `get_batch_iterator`, `prepare` and, for `path`, `get_dataset`."""
+    built_in = DATASETS.get(choice.name)
+    mode = choice.truncation if choice.truncation in KEPT_ENDS else built_in.truncation_mode if built_in else "keep_end"
+    if built_in:
+        return _built_in_prompts(choice.name, split, mode, tokenizer.eos_token, silent, cache_dir, path)
+    if choice.name not in prepared:
+        prepared[choice.name] = prepare(choice, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
+    prompts = prepared[choice.name][split]
+    if len(prompts) == 0:
+        raise UserError(f"{split_name(choice.name, split)}: no rows left for it; add data, or change test_fraction")
     return prompts
 
 
@@ -353,6 +382,7 @@ def get_batch_iterator(
     unpaired: bool = False,
     add_bos: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (it can't be changed)
+    prepared: dict[str, dict[str, PreparedPrompts]] | None = None,
 ) -> BatchIterator:
     """Iterate over batches of a split, for `n_epochs` or `n_examples`, whichever ends first.
 
@@ -360,19 +390,21 @@ def get_batch_iterator(
 
     Args:
         names: datasets, each a name in `DATASETS`, a file, a folder, a pattern of files, a hub id or a `Choice`.
-        max_length: the most tokens in prompt and response together.
-        max_prompt_length: where prompt and response exceed `max_length`, the prompt is first cut to this many tokens.
+        max_length: the maximum number of tokens in prompt and response together.
+        max_prompt_length: the number of tokens to which the prompt is cut if prompt and response exceed `max_length`.
         sft_mode: yield one example per prompt, with the SFT target as 'chosen' and without 'rejected'.
-        seed: decides the order of the examples.
-        paths: for named datasets, folders or hub ids to load instead of the default ones.
+        seed: the random seed for the order of the examples.
+        paths: for built-in datasets, folders or hub ids to load instead of the default ones.
         drop_last: True, as in training: every batch is full, the remainder of an epoch is dropped, and n_examples is
-            rounded up. False: the last batch may be smaller, and n_examples takes no example twice.
-        shard: (index, count): yield only this one of `count` shards of each batch.
+            rounded up to full batches. False: the last batch may be smaller, and no example is repeated for n_examples.
+        shard: (index, count): divide each batch into `count` shards, and yield only this one.
         mismatched: add, under keys 'mismatched_...', each prompt with another prompt's responses, for KTO's estimate of
             the KL divergence.
-        unpaired: accept unpaired data, too: single responses, each marked good or bad.
+        unpaired: also accept unpaired data: single responses, each marked good or bad.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
-        settings: how to read data that isn't a named dataset.
+        settings: how to read the user's own data.
+        prepared: prompts of the user's own datasets, by name and split. Both splits of a dataset are prepared together
+            and added here, so that the iterator over the other split finds them.
 
     Raises: UserError if a dataset can't be used or has less than one batch.
     """
@@ -381,22 +413,17 @@ def get_batch_iterator(
     choices = [name if isinstance(name, Choice) else Choice(name) for name in names]
     accepted_kinds = ("targets",) if sft_mode else ("pairs", "unpaired") if unpaired else ("pairs",)
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
+    prepared = {} if prepared is None else prepared
     parts: list[Sequence[Prompt]] = []
     for choice in choices:
-        named = DATASETS.get(choice.name)
-        mode = named.truncation_mode if named else "keep_end"
-        mode = choice.truncation if choice.truncation in KEPT_ENDS else mode
-        if named:
-            path = (paths or {}).get(choice.name)
-            part = _named_prompts(choice.name, split, mode, tokenizer.eos_token, silent, cache_dir, path)
-        else:
-            part = prepared_split(choice, split, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
+        path = (paths or {}).get(choice.name)
+        part = _load_prompts(choice, split, path, settings, tokenizer, accepted_kinds, cache_dir, silent, prepared)
         if choice.truncation in ("drop", "error"):
-            part = without_overlong(part, choice, split, sft_mode, tokenizer, **lengths)
-        if not named and not sft_mode:  # the original keeps identical responses in named datasets
+            part = drop_overlong(part, choice, split, sft_mode, tokenizer, max_length, add_bos)
+        if choice.name not in DATASETS and not sft_mode:  # the original keeps identical responses in its datasets
             drop_identical(part, choice, split, settings.skips_bad, **lengths)
         if split == "train" and choice.n_examples is not None:
-            part = first_examples(part, choice, sft_mode, seed)
+            part = draw_examples(part, choice, sft_mode, seed)
         parts.append(part)
     is_every_prompt_once = all(choice.weight == 1 and choice.n_examples is None for choice in choices)
     order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, sft_mode, seed)
@@ -404,7 +431,7 @@ def get_batch_iterator(
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
         raise UserError(
-            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_dropped} examples, too few "
+            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_dropped} examples are too few "
             f"for one batch of {batch_size}; make batch_size smaller or add data"
         )
     return batches
@@ -421,7 +448,7 @@ def open_batches(
     """Open a config's training and evaluation batches (see `get_batch_iterator`), and print a data report.
 
     Args:
-        trains: False reads no training data, and returns None for them.
+        trains: False: open no training batches, and return None in their place.
     """
     loss = find_loss(config.loss)
     open_split = functools.partial(
@@ -439,6 +466,7 @@ def open_batches(
         cache_dir=get_local_dir(config.local_dirs),
         paths=config.dataset_paths,
         shard=shard,
+        prepared={},
         settings=Settings(
             test_fraction=config.test_fraction,
             skips_bad=config.on_bad_example == "skip",

@@ -46,10 +46,10 @@ def policy_source(config: DictConfig) -> Source:
 
 
 def reference_source(config: DictConfig) -> Source:
-    """Return the weights of a second model as reference: by default the policy's.
+    """Return the source of a second model that serves as the reference: by default, the policy's.
 
-    `reference_model` replaces a part (base, archive or adapter). What lies below that part is the policy's; what lies
-    above is dropped, as it belongs to another model.
+    If `reference_model` sets one of base, archive and adapter, those before it in this order are the policy's, and
+    those after it are left out, because they belong to another model.
     """
     policy, names = policy_source(config), ("name_or_path", "archive", "adapter")
     values = {name: OmegaConf.select(config, f"reference_model.{name}") for name in names}
@@ -64,14 +64,14 @@ def reference_source(config: DictConfig) -> Source:
 
 
 def sources(config: DictConfig) -> list[Source]:
-    """Return the policy's source and the reference's, once if they are equal."""
+    """Return the sources of policy and reference; only one if they are equal."""
     return list(dict.fromkeys((policy_source(config), reference_source(config))))
 
 
 def resolved_reference(config: DictConfig) -> str:
-    """Return a config's kind of reference, with `reference=auto` resolved; 'auto' for a loss without reference.
+    """Return the config's `reference`, with auto replaced by a kind; 'auto' if the loss needs no reference.
 
-    Raises: UserError if the policy can't have this kind of reference, naming the possible ones.
+    Raises: UserError that names the possible kinds, if the policy can't have this one.
     """
     if not needs_reference(config.loss):
         return "auto"
@@ -96,7 +96,7 @@ def resolved_reference(config: DictConfig) -> str:
 
 
 def _adapter_settings(config: DictConfig) -> dict:
-    """Return the LoraConfig fields of the new or the saved adapter."""
+    """Return the LoraConfig fields of the policy's adapter, new or saved."""
     adapter = config.model.adapter
     if adapter is not None and os.path.exists(os.path.join(adapter, "adapter_config.json")):
         return saved_settings("model.adapter", adapter)
@@ -104,7 +104,7 @@ def _adapter_settings(config: DictConfig) -> dict:
 
 
 def saved_settings(key: str, adapter: str) -> dict:
-    """Read adapter_config.json of a saved adapter."""
+    """Read the adapter_config.json of a saved adapter; `key` is the config key that names its directory."""
     path = os.path.join(adapter, "adapter_config.json")
     if not os.path.exists(path):
         raise UserError(f"{key}={adapter}: no adapter_config.json there; give the directory of a saved adapter")
@@ -118,27 +118,27 @@ def saved_settings(key: str, adapter: str) -> dict:
     return settings
 
 
-# ---- the model that is compared with --------------------------------------------------------------------------------
+# ---- the reference model -------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Reference:
-    """A frozen model to compare the policy with; `with reference.active() as model` lends it for forward passes."""
+    """A frozen model to compare the policy with: `with reference.active() as model` gives it for forward passes."""
 
     model: nn.Module
-    switch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # makes the policy the reference
+    switch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # turns policy into reference
 
     @contextlib.contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """Lend the reference, without gradients; the policy is restored afterwards, also after an error."""
+        """Give the reference, without gradients; afterwards, also after an error, restore the policy."""
         with torch.no_grad(), self.switch():
             yield self.model
 
 
 def move_reference(reference: Reference, policy: nn.Module, alpha: float):
-    """Let a second model follow the policy (TR-DPO, https://arxiv.org/abs/2404.09656).
+    """Move the weights of a second model towards the policy's (TR-DPO, https://arxiv.org/abs/2404.09656).
 
-    Its weights become `alpha` times the policy's plus 1 - `alpha` times its own, in its own dtype.
+    They become `alpha` times the policy's plus 1 - `alpha` times the reference's, in the reference's dtype.
     """
     with torch.no_grad():
         for moved, towards in zip(reference.model.parameters(), policy.parameters(), strict=True):
@@ -146,7 +146,7 @@ def move_reference(reference: Reference, policy: nn.Module, alpha: float):
 
 
 def check_reference_can_move(reference_model: nn.Module, policy: nn.Module, config: DictConfig):
-    """Refuse a reference whose weights can't follow the policy's, as they have other names or shapes.
+    """Refuse a reference whose weights have other names or shapes than the policy's, so that they can't follow it.
 
     Raises: UserError naming the key and the first weight that differs.
     """
@@ -162,7 +162,7 @@ def check_reference_can_move(reference_model: nn.Module, policy: nn.Module, conf
 
 
 def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) -> Reference:
-    """Make the reference of this kind; `load` loads the second model where one is needed."""
+    """Make a reference of this kind; `load` loads the second model if one is needed."""
     if kind == "model":
         model = load()
         return Reference(model if model is policy else model.eval().requires_grad_(False))
@@ -172,7 +172,7 @@ def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) 
 
 
 def is_computed_as_policy(config: DictConfig) -> bool:
-    """True if the reference rounds as the policy does: `model.reference_dtype` names no dtype of its own."""
+    """True if the reference is computed in the policy's precision: `model.reference_dtype` isn't set."""
     return config.model.reference_dtype is None
 
 
@@ -184,29 +184,29 @@ def reference_dtype(config: DictConfig) -> str:
 def make_starting_reference(
     kind: str, policy: nn.Module, config: DictConfig, load: Callable[[], nn.Module]
 ) -> Reference:
-    """Make the reference as it is before training: the policy itself if that gives the same numbers, bit for bit."""
+    """Make the reference before training starts: the policy itself if it gives the same numbers, bit for bit."""
     same_dtype = reference_dtype(config) == config.model.policy_dtype
     same_rounding = is_computed_as_policy(config) or (same_dtype and config.model.policy_mp is None)
-    if kind == "model" and same_rounding and has_the_weights(policy, config):
+    if kind == "model" and same_rounding and policy_has_reference_weights(policy, config):
         return Reference(policy.eval())
     return make_reference(kind, policy, load)
 
 
-def has_the_weights(policy: nn.Module, config: DictConfig) -> bool:
-    """True if the policy before training, cast to the reference's dtype, has the weights of a second model.
+def policy_has_reference_weights(policy: nn.Module, config: DictConfig) -> bool:
+    """True if the untrained policy, cast to the reference's dtype, has the same weights as a second model would.
 
-    It hasn't if it has an adapter, which has its own dtype and may change the base, or if its dtype is narrower, as
-    rounding twice gives other weights than rounding once.
+    False if it has an adapter, which has its own dtype and may change the base, or if its dtype is narrower than the
+    reference's, because rounding twice gives other weights than rounding once.
     """
     dtypes = [getattr(torch, name) for name in (config.model.policy_dtype, reference_dtype(config))]
-    has_own = hasattr(policy, "peft_config") or bool(reference_source(config).given)
-    return not has_own and torch.promote_types(*dtypes) == dtypes[0]
+    differs = hasattr(policy, "peft_config") or bool(reference_source(config).given)
+    return not differs and torch.promote_types(*dtypes) == dtypes[0]
 
 
 @contextlib.contextmanager
 def _adapter_switched(model: nn.Module, name: str) -> Iterator[None]:
     trained = model.active_adapter
-    model.set_adapter(name, inference_mode=True)  # or it would become trainable
+    model.set_adapter(name, inference_mode=True)  # by default it would become trainable
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from evaluation.sample_options import Options, make_options
 
 
 def run(config: DictConfig):
-    """Check the config, then draw."""
+    """Check the config, then draw samples."""
     run_with_options(config, "sample", make_options, _sample)
 
 

@@ -12,29 +12,23 @@ import textwrap
 from omegaconf import DictConfig, OmegaConf
 
 from acceleration.out_of_memory import out_of_memory_explained
-from basics.outputs import Output, check_outputs, new_run, resumed_run
+from basics.locks import locked_directory
+from basics.outputs import Output, check_outputs, refuse_unless_new_run, refuse_unless_resumed_run
 from checkpointing import fingerprints
 from checkpointing.resume import (
-    changed_inputs,
     check_restartable,
-    check_same_run,
-    find_checkpoint,
+    checkpoint_to_resume,
     is_complete,
     is_last,
     locate_run,
-    refuse_changed_inputs,
     resume_hinted,
 )
+from checkpointing.same_run import changed_inputs, check_same_run, refuse_changed_inputs
 from checkpointing.stop_signal import Stopped
 from commands import command_line
 from commands.command_line import compose_config  # noqa: F401 (for users: `run(compose_config(...))`)
-from commands.run_directory import (
-    create_run_dir,
-    in_sweep,
-    is_run_dir_given,
-    job_overrides,
-    locked_run,
-)
+from commands.run_directory import create_run_dir, in_sweep, is_run_dir_given
+from commands.sweeps import job_overrides
 from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.datasets import chosen_datasets, hub_names
@@ -53,7 +47,7 @@ def run(config: DictConfig) -> tuple[dict[str, float], str]:
     Raises: UserError with the message that the command line prints.
     """
     run_dir_given = is_run_dir_given(config)
-    OmegaConf.to_container(config, resolve=True)  # unlike `resolve`, it names the key of an interpolation that fails
+    OmegaConf.to_container(config, resolve=True)  # if an interpolation fails, this names its key
     OmegaConf.resolve(config)
     if in_sweep() and "exp_name" not in (varied := job_overrides()):  # wandb tells jobs apart by their names
         config.exp_name = " ".join([str(config.exp_name), *(f"{key}={value}" for key, value in varied.items())])
@@ -67,7 +61,7 @@ def run(config: DictConfig) -> tuple[dict[str, float], str]:
         elif config.data_only:
             report_data(config)
         elif launch.must_start_workers(config):
-            with resume_hinted(config.local_run_dir, UserError):  # workers that were killed can't say how to resume
+            with resume_hinted(config.local_run_dir, UserError):  # killed workers can't print how to resume
                 run_in_workers(train_from, config, checkpoint, file_hashes)
         else:
             train_from(config, checkpoint, file_hashes)
@@ -79,19 +73,21 @@ def check_and_lock(
 ) -> tuple[str | None, bool, dict[str, str]]:
     """Check the config, and lock the run directory until `stack` is closed.
 
-    Returns: the checkpoint to resume from; True if nothing is left to do; fingerprints of the files that the run starts
-        from.
+    Returns: the checkpoint to resume from, if any; True if the run is already complete; fingerprints of the files that
+        the run starts from.
     """
     check_config(config)
     if environment.is_launched_by_user():
         check_restartable(config, run_dir_given)
     if config.resume is not None:
         locate_run(config, run_dir_given)
-    stack.enter_context(locked_run(config.local_run_dir))
-    check_outputs([Output("local_run_dir", config.local_run_dir, new_run if config.resume is None else resumed_run)])
+    origin = f"local_run_dir={config.local_run_dir}"
+    stack.enter_context(locked_directory(config.local_run_dir, origin, "another process is running this run"))
+    refusal = refuse_unless_new_run if config.resume is None else refuse_unless_resumed_run
+    check_outputs([Output("local_run_dir", config.local_run_dir, refusal)])
     checkpoint, file_hashes = None, fingerprints.file_fingerprints(config)
     if config.resume is not None:
-        checkpoint = find_checkpoint(config)
+        checkpoint = checkpoint_to_resume(config)
         check_same_run(config, checkpoint, file_hashes)
     changed = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(changed_keys(config))), "  ")
     rank0_print(f"Config keys that differ from the defaults (config.yaml will list all keys):\n{changed}")
@@ -115,12 +111,13 @@ def report_data(config: DictConfig):
 
 
 def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str, str]):
-    """Load data and models, then the checkpoint if there is one, train to the end, and save.
+    """Load data, models and, if there is one, the checkpoint; train to the end; save.
 
     Args:
         file_hashes: fingerprints of the files that the run starts from.
     """
-    from trainers import make_trainer  # takes seconds to import
+    from checkpointing.restoring import resume_training  # these two take seconds to import
+    from trainers import make_trainer
 
     trainer, run_dir = make_trainer(config), config.local_run_dir
     # the fingerprints of the data, and of models from the hub, are known only now
@@ -130,8 +127,8 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
             if config.precompute_ref_log_probs:
                 trainer.precompute_reference()
             if checkpoint is not None:
-                trainer.resume(checkpoint)
-        if trainer.state.complete and is_last(checkpoint):  # under the settings of now, not those it was written under
+                resume_training(trainer, checkpoint)
+        if trainer.state.complete and is_last(checkpoint):  # under today's settings, not the saved ones
             rank0_print(f"This run is complete: {checkpoint}")
             return
         if on_rank0():

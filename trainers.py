@@ -1,7 +1,6 @@
 """The training loop, and the trainers, which differ only in where a model's tensors live."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import time
@@ -16,7 +15,6 @@ import models
 import references
 from acceleration.compiled import compile_blocks
 from acceleration.layout import PLAIN, Layout
-from acceleration.memory_plan import resumed_cap
 from acceleration.model_check import choose_layout
 from acceleration.out_of_memory import out_of_memory_explained
 from acceleration.overflow import check_no_overflow
@@ -26,9 +24,8 @@ from acceleration.speed_up import speed_up
 from acceleration.whole_batch_losses import whole_batch_losses
 from checkpointing import best, train_state
 from checkpointing.background import Background
-from checkpointing.checkpoints import check_shared, load_model_state, load_policy_state
-from checkpointing.optimizer_state import load_optimizer_state
-from checkpointing.saving import begin_save, is_over, save_step
+from checkpointing.checkpoints import check_shared
+from checkpointing.saving import begin_save, save_step
 from checkpointing.stop_signal import Stopped, StopSignal
 from commands.output import quiet_libraries
 from config_checks.datasets import chosen_datasets, hub_names
@@ -56,7 +53,6 @@ from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
 from utils import (
-    UserError,
     get_block_class_from_model,
     get_local_dir,
     on_device,
@@ -90,22 +86,22 @@ class BasicTrainer:
     ):
         """Load the data, then get the models and the optimizer ready.
 
-        Only the first worker on each machine passes `policy` and `reference_model`; the others pass None, or functions
-        that return None.
+        On each machine, only the first worker passes `policy` and `reference_model`. The others pass None, or
+        functions that return None.
 
         Args:
-            policy: the model to train, or a function that loads it; it is called after the data have been read.
-            config: one that `check_config` has checked.
-            reference_model: the model to compare with, or a function that loads it; called only if it is needed.
-            purpose: what is loaded besides the models. "train": all data and an optimizer; "evaluate": evaluation data;
-                "sample": nothing.
+            policy: the model to train, or a function that loads it, which is called after the data have been read.
+            config: must have passed `check_config`.
+            reference_model: the model to compare with, or a function that loads it, which is called only if needed.
+            purpose: "train" also loads all data and makes an optimizer; "evaluate" also loads evaluation data; "sample"
+                loads only the models.
         """
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
         self.loss, self.loss_memory = find_loss(config.loss), Memory()
         self.policy_mp = getattr(torch, config.model.policy_mp) if config.model.policy_mp else None
         self.strategy = self.strategy_class(config)
-        self.is_sharded = self.strategy.batch_shard[1] > 1  # other workers compute other shards of each batch
+        self.is_sharded = self.strategy.batch_shard[1] > 1  # other workers compute the other shards of each batch
         self.moves_reference = config.reference_update_every is not None
         self.state = train_state.TrainState()
         self.stop, self.background = StopSignal(), Background()
@@ -152,7 +148,7 @@ class BasicTrainer:
         self.policy = self.strategy.distribute(policy, is_policy=True)
         models.end_at_turns(self.policy, self.tokenizer)
         self.device = self.strategy.device(self.policy)
-        # for checkpoints; read now, as the hub may be out of reach by then
+        # for checkpoints; read now, because the hub may be unreachable later
         self.dropout_rates = models.configured_dropout_rates(config) if self.rank == 0 else {}
         models.check_tokenizer_fits(self.policy, self.tokenizer, config)
         if config.model.router_aux_loss_coef is not None:
@@ -172,7 +168,7 @@ class BasicTrainer:
         )  # fmt: skip
 
     def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
-        """Prepare the reference, unless it is precomputed: then `precompute_reference` loads it."""
+        """Make the reference, unless it is precomputed; then `precompute_reference` makes it."""
         self.reference: references.Reference | None = None
         self.reference_cache: LogpsCache | None = None
         config = self.config
@@ -198,7 +194,7 @@ class BasicTrainer:
         if self.eval_iterator is not None and model.dtype == torch.float16:
             check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
         if is_another or (self.layout.is_packed and not references.is_computed_as_policy(config)):
-            self.reference_layout = self._choose_layout(model)  # whether packed rows agree depends on the dtype
+            self.reference_layout = self._choose_layout(model)  # the dtype decides whether packed rows agree
         elif self.layout.is_packed:
             use_packed_attention(unwrap_adapter(model))
         if config.compile:
@@ -206,7 +202,7 @@ class BasicTrainer:
         return model
 
     def precompute_reference(self):
-        """With `precompute_ref_log_probs`, compute the reference's log-probabilities of all pairs, once.
+        """With `precompute_ref_log_probs`, compute the reference's log-probabilities of all pairs, unless that is done.
 
         Raises: Stopped after a signal.
         """
@@ -214,7 +210,7 @@ class BasicTrainer:
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
         if is_needed and self.reference_cache is None:
             self.reference_cache = fill_cache(self)
-            if config.reference != "model":  # it shares the policy's memory, and samples are drawn from it
+            if config.reference != "model":  # it shares the policy's weights, so keep it for samples
                 self.reference = references.make_reference(config.reference, self.policy, self.load_reference)
             elif config.sample_during_eval:
                 rank0_print("Reference freed: samples come from the policy only")
@@ -232,7 +228,7 @@ class BasicTrainer:
     def concatenated_forward(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities of the chosen and the rejected responses, each (batch_size,), in nats.
 
-        This forward pass and `_get_batch_logps` define the computation. A faster way that gives other numbers is not
+        This forward pass and `_get_batch_logps` define the computation. A faster layout that gives other numbers isn't
         used (`acceleration.model_check`).
         """
         inputs = {key: value.to(self.device) for key, value in concatenated_inputs(batch).items()}
@@ -269,9 +265,9 @@ class BasicTrainer:
             return torch.stack([self.plain_logps(model, part) for part in (batch, with_first_labels(batch, n_first))])
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Return a context for computing in `model.policy_mp`; it does nothing for a reference with its own dtype.
+        """Return autocast to `model.policy_mp`; for a reference with a dtype of its own, a context that does nothing.
 
-        FSDP also casts weights as it gathers them (`distributed.fsdp`); other trainers cast them once a step
+        FSDP also casts weights when it gathers them (`distributed.fsdp`); other trainers cast them once per step
         (`acceleration.shadow_weights`).
         """
         if self.policy_mp is None or not (model is self.policy or references.is_computed_as_policy(self.config)):
@@ -313,14 +309,14 @@ class BasicTrainer:
         return inputs
 
     def _on_policy_weights(self, batch: dict) -> torch.Tensor:
-        """Return WPO's weight of each response, (2 * batch_size,), by another plain forward pass, without gradient."""
+        """Return WPO's weight of each response, (2 * batch_size,), from another plain forward pass without gradient."""
         input_ids, attention_mask, labels = on_device(concatenated_inputs(batch), self.device).values()
         with torch.no_grad(), self.autocast(self.policy):
             logits = self.policy(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (2B, T, V)
         return on_policy_weights(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
     def _loss_functions(self, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
-        """Return the loss of each microbatch of a batch, a function of its inputs and options."""
+        """Return a loss function of inputs and options for each microbatch of a batch."""
         if self.loss.needs_batch:
             return whole_batch_losses(self, batch, microbatches, train)
         return [self.loss.compute] * len(microbatches)
@@ -328,10 +324,10 @@ class BasicTrainer:
     def get_batch_metrics(
         self, batch: dict, loss_config: Mapping, train: bool = True, loss: Callable | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the mean loss of a batch, and every metric for each of its examples: tensors of shape (batch_size,).
+        """Return the mean loss of a batch, and each metric for every example: tensors of shape (batch_size,).
 
         Args:
-            loss: that of a microbatch, if the loss needs the whole batch; None takes this batch for a whole one.
+            loss: the loss function of a microbatch (see `_loss_functions`); None if this is a whole batch.
         """
         split, router_coef = "train" if train else "eval", self.config.model.router_aux_loss_coef
         n_first = shared_lengths(batch) if self.loss.needs_shared_logps(loss_config) else None
@@ -344,7 +340,7 @@ class BasicTrainer:
         if router_coef is not None:
             aux_loss = aux_losses[0].to(losses.device)
             losses = losses + router_coef * aux_loss
-            metrics[f"aux_loss/{split}"] = aux_loss.detach().expand(len(losses))  # of the microbatch, for each example
+            metrics[f"aux_loss/{split}"] = aux_loss.detach().expand(len(losses))  # the microbatch's, for each example
         averaged = loss_config.get("average_log_prob", False)
         for side in ("rejected", "chosen") if self.loss.needs_pairs else ("chosen",):
             logps = inputs[f"policy_{side}_logps"].detach()
@@ -356,13 +352,13 @@ class BasicTrainer:
     # ---- training -------------------------------------------------------------------------------------------------
 
     def train(self):
-        """Train to the end of the data, evaluating and saving on the way, and evaluate once more.
+        """Train to the end of the data, with evaluations and checkpoints on the way, and evaluate once more.
 
         Raises: Stopped after a signal; LATEST then holds the current state.
         """
         if self.config.precompute_ref_log_probs:
             self.precompute_reference()
-        # workers with other prompts draw other samples
+        # workers with different prompts draw different samples
         train_state.seed_generators(self.seed + self.strategy.batch_shard[0])
         if self.state.rng_states:
             train_state.restore_rng_state(self.state.rng_states, *self.strategy.batch_shard)
@@ -378,7 +374,7 @@ class BasicTrainer:
             try:
                 for batch in bar:
                     self._evaluate_and_save_where_due()
-                    if self.config.stop_when_worse and best.ends_run(self.state, self.config):
+                    if self.config.stop_when_worse and best.stops_early(self.state, self.config):
                         best.print_stop_reason(self.state)
                         break
                     self.log("train", self.train_step(batch))
@@ -408,7 +404,7 @@ class BasicTrainer:
     def train_step(self, batch: dict) -> dict[str, float]:
         """Take one optimizer step on a batch, in at least `gradient_accumulation_steps` microbatches.
 
-        The host waits for the GPU once, to read the metrics, before the weights change.
+        The CPU waits for the GPU only once: for the metrics, before the weights change.
 
         Returns: mean metrics.
         Raises: UserError, before the weights change, if loss or gradient are not finite.
@@ -417,7 +413,7 @@ class BasicTrainer:
         start_time = time.perf_counter()
         all_metrics = []
         parts = batch.get("microbatches") or self.with_microbatches(batch)["microbatches"]
-        loss_config = OmegaConf.to_container(self.config.loss)  # read many times below, which takes OmegaConf longer
+        loss_config = OmegaConf.to_container(self.config.loss)  # a dict is read faster
         losses = self._loss_functions(batch, parts, train=True)
         for number, (microbatch, loss_function) in enumerate(zip(parts, losses, strict=True), 1):
             loss, metrics = self.get_batch_metrics(microbatch, loss_config, True, loss_function)
@@ -447,9 +443,9 @@ class BasicTrainer:
         return {**metrics, **self.throughput.metrics(self.config.batch_size, n_tokens, seconds)}
 
     def _training_batches(self, skip: int) -> Iterator[dict]:
-        """Yield the training batches after the first `skip`, prepared ahead of time in a thread.
+        """Yield the training batches after the first `skip`; a thread prepares them ahead of time.
 
-        That thread needs its own process group: its collectives must not mix with those of training.
+        The thread needs a process group of its own, so that its collectives don't mix with those of training.
         """
         group = collectives.thread_group("batches") if self.is_sharded else None
         batches = (self.with_microbatches(batch, group) for batch in self.train_iterator.batches(skip))
@@ -464,9 +460,9 @@ class BasicTrainer:
         return batch | {"microbatches": parts}
 
     def microbatches(self, batch: dict, n_least: int, group: ProcessGroup | None = None) -> list[dict]:
-        """Cut the batch into microbatches of similar length, as many as the other workers; see `data.microbatches`.
+        """Cut the batch into microbatches of similar length, the same number on all workers; see `data.microbatches`.
 
-        `group`: the process group in which workers agree on the number, by default that of the main thread.
+        `group`: the process group in which workers agree on the number; None in the main thread.
         """
         return microbatches(
             batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed, self.max_tokens,
@@ -505,13 +501,13 @@ class BasicTrainer:
         return all_metrics, indices
 
     def counted(self, batch: dict) -> torch.Tensor:
-        """Return a mask, (batch_size,): False for repetitions that only fill up the last shard of an evaluation."""
+        """Return a mask, (batch_size,): False for repetitions that only fill up an evaluation's last shard."""
         if "index" not in batch:  # a training batch
             return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)
         return torch.tensor([i is not None for i in batch["index"]], device=self.device)
 
     def get_batch_samples(self, batch: dict) -> tuple[list[str], list[str]]:
-        """Draw a sample from the policy, and one from the reference if there is one, for each prompt of the batch.
+        """Sample a response from the policy, and one from the reference if there is one, for each prompt of the batch.
 
         Returns: the policy's and the reference's samples, each preceded by its prompt.
         """
@@ -521,9 +517,9 @@ class BasicTrainer:
         return policy, reference
 
     def evaluate_and_log(self):
-        """Evaluate and, with `sample_during_eval`, sample; log both and keep the metrics for the next checkpoint.
+        """Evaluate, with `sample_during_eval` also sample, log the results, and keep them for the next checkpoint.
 
-        Raises: Stopped after a signal, as if the evaluation had not begun.
+        Raises: Stopped after a signal; the state is then as if the evaluation had not begun.
         """
         rng_state = train_state.get_rng_state()
         try:
@@ -535,8 +531,8 @@ class BasicTrainer:
             train_state.set_rng_state(rng_state)
             raise
         self.state.metrics, self.state.evaluated_at = metrics, self.state.examples
-        if self.state.examples > 0:  # the weights that training starts from don't count
-            best.judge(self.state, self.config)
+        if self.state.examples > 0:  # the untrained model can't be the best
+            best.record_evaluation(self.state, self.config)
         self.log("eval", metrics, samples)
 
     # ---- output ---------------------------------------------------------------------------------------------------
@@ -551,36 +547,6 @@ class BasicTrainer:
         """Write a checkpoint to `output_dir`, by default LATEST; `metrics` replaces those of the last evaluation."""
         begin_save(self, output_dir or os.path.join(self.run_dir, "LATEST"), metrics)
         self.background.wait()
-
-    def resume(self, checkpoint: str):
-        """Restore the state of training from a checkpoint.
-
-        Raises: UserError if it doesn't fit the model, is beyond the end of training, or has no optimizer state.
-        """
-        self.precompute_reference()  # before the weights change: it starts from the same ones
-        state, n_batches = train_state.TrainState.load(checkpoint), self.train_iterator.n_batches
-        if state.batches > n_batches:
-            raise UserError(
-                f"{checkpoint} is after step {state.batches}, but n_epochs={self.config.n_epochs} "
-                f"n_examples={self.config.n_examples} end the run at step {n_batches}"
-            )
-        rank0_print(f"Resuming from {checkpoint}: {state.examples} examples, {state.updates} steps")
-        self.load_checkpoint(checkpoint)
-        load_optimizer_state(checkpoint, self.optimizer, self.scheduler, self.config)
-        if self.config.max_tokens_per_microbatch is None:
-            self.max_tokens, warning = resumed_cap(state.max_tokens, self.max_tokens)
-            if warning:
-                rank0_print(warning)
-        self.state.complete = self.state.complete and is_over(self)
-
-    def load_checkpoint(self, checkpoint: str):
-        """Load the policy, a reference that moves, and the counters from a checkpoint of this run."""
-        load_policy_state(checkpoint, self.policy)
-        if self.moves_reference:
-            load_model_state(checkpoint, "reference", self.reference.model)
-        self.state = dataclasses.replace(train_state.TrainState.load(checkpoint), inputs=self.state.inputs)
-        averages = self.state.loss_memory.items()
-        self.loss_memory = Memory({name: torch.tensor(value, dtype=torch.float64) for name, value in averages})
 
 
 class FSDPTrainer(BasicTrainer):

@@ -1,6 +1,5 @@
 """Plan a GPU's memory at the start of a run: the bytes that it will hold, and the largest microbatch that then fits."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -165,16 +164,3 @@ def _needs(plan: MemoryPlan) -> str:
 def cap_of(plans: list[MemoryPlan]) -> int | None:
     """Return the largest number of tokens in a microbatch that fits on every GPU; None without a GPU."""
     return min((plan.max_tokens for plan in plans), default=None)
-
-
-def resumed_cap(saved: int | None, fitting: int | None) -> tuple[int | None, str | None]:
-    """Return the cap on a resumed run's microbatches, and a warning if it must be lower than at the run's start.
-
-    Free memory varies a little between starts; a larger difference means another GPU.
-    """
-    if saved is None or fitting is None or saved <= math.ceil(1.1 * fitting):
-        return (fitting if saved is None else saved), None
-    return fitting, (
-        f"WARNING: this GPU has memory for microbatches of {fitting:,} tokens, the run began with {saved:,}: batches "
-        "are now cut into other microbatches, so the weights will differ by rounding"
-    )

@@ -20,9 +20,9 @@ from distributed.dtensor import full_tensor
 from references import (
     REFERENCE_ADAPTER,
     Reference,
-    has_the_weights,
     is_computed_as_policy,
     make_starting_reference,
+    policy_has_reference_weights,
     reference_dtype,
 )
 from reporting.terminal import Progress, progressing
@@ -213,7 +213,7 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
         trainer = [config.trainer, *([config.tensor_parallel] if config.tensor_parallel > 1 else [])]
         details["computed"] = [computed_in, config.model.policy_dtype, *trainer]  # trainers differ in where they round
     model, cast_to, with_adapter = policy, None, kind != "adapter_off"
-    if kind == "model" and has_the_weights(policy, config):
+    if kind == "model" and policy_has_reference_weights(policy, config):
         cast_to = getattr(torch, reference_dtype(config))
     elif kind == "model":
         model = reference().model

@@ -1,4 +1,4 @@
-"""SHA256SUMS: the checksums of a directory's files, beside them, as `sha256sum` writes and checks them."""
+"""Write and check SHA256SUMS, the checksums of a directory's files in the format of `sha256sum`."""
 
 import os
 import re
@@ -19,7 +19,7 @@ def write_checksums(directory: str, without: str | None = None, known: Mapping[s
 def read_checksums(directory: str) -> dict[str, str]:
     """Return the recorded SHA-256 of each file, in hexadecimal.
 
-    Raises: OSError; ValueError if a line isn't what `sha256sum` writes.
+    Raises: OSError; ValueError if a line isn't in the format of `sha256sum`.
     """
     with open_regular(os.path.join(directory, CHECKSUMS)) as file:
         lines = file.read().decode().splitlines()
@@ -36,7 +36,7 @@ def verify_checksum(directory: str, name: str, digest: str | None, hash_file: Ca
 
 
 def find_damage(directory: str, needed: Iterable[str], hash_file: Callable[[str], str] = sha256) -> str | None:
-    """Return why a directory's files are not as they were written, or which one is missing; None if they are whole."""
+    """Return which file of a directory is missing, or has changed since it was written; None if all are whole."""
     try:
         checksums = read_checksums(directory)
         if missing := set(needed) - checksums.keys():

@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, JSON Lines that a crash may have cut off, and hashes of whole files.
 
-It imports nothing but the standard library, so that commands which only read files start at once.
+Only the standard library is imported, so that commands which only read files start at once.
 """
 
 import contextlib
@@ -35,24 +35,29 @@ class CannotWrite(OSError, UserError):
 
 
 def has_no_room(error: BaseException) -> bool:
-    """True for errors of a disk that is full."""
+    """True if an error says that a disk is full."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def explain_failed_write(error: OSError) -> str:
     """Return why a write failed, and the remedy."""
-    remedy = "make room" if has_no_room(error) else "see that it can be written"
+    remedy = "make room" if has_no_room(error) else "make sure that it can be written"
     return f"{error.strerror}; {remedy}, and give the same command again: what is written is kept"
 
 
 @contextlib.contextmanager
 def write_errors_named(path: str) -> Iterator[None]:
-    """Turn an OSError inside the block into `CannotWrite`, which names the file; an OSError of a write doesn't."""
+    """Turn an OSError inside the block into `CannotWrite`, because the OSError of a write doesn't name its file.
+
+    An OSError that names another file is raised as it is.
+    """
     try:
         yield
     except CannotWrite:
         raise
     except OSError as error:
+        if error.filename is not None and not os.fspath(error.filename).startswith(path):
+            raise
         raise CannotWrite(error.errno, error.strerror or str(error), path) from error
 
 
@@ -82,7 +87,7 @@ def atomic_file(path: str, binary: bool = False) -> Iterator[IO]:
 def open_regular(path: str) -> IO:
     """Open a file to read its bytes. Raises: OSError if it is a pipe or a device, from which reading might not end."""
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
-        raise OSError(errno.EINVAL, "it is no regular file", path)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
     return open(path, "rb")
 
 
@@ -128,7 +133,7 @@ def read_json_lines(path: str, skips_damaged: bool = False) -> Iterator[tuple[di
 def append_json_lines(path: str, values: Iterable[dict]):
     """Append a line for each value, all or none of them; if a crash cut off the last line, end that one first.
 
-    Raises: CannotWrite; the file is as it was then.
+    Raises: CannotWrite; the file is then unchanged.
     """
     with write_errors_named(path), open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
@@ -138,12 +143,12 @@ def append_json_lines(path: str, values: Iterable[dict]):
 
 
 def json_line(value: dict) -> bytes:
-    """Return the line of a value; half a surrogate pair, which no file can hold, is escaped."""
+    """Return a value as a line of JSON; half a surrogate pair, which UTF-8 can't encode, is escaped."""
     return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def append_whole(descriptor: int, data: bytes):
-    """Append bytes to a file, in one write where that is possible, and all or none of them."""
+    """Append bytes to a file, in one write if possible; after an error none of them are in it."""
     size, rest = os.fstat(descriptor).st_size, memoryview(data)
     try:
         while rest:
@@ -178,7 +183,7 @@ class HashCache:
 
     @functools.cached_property
     def known(self) -> dict[tuple, str]:
-        """The cached hashes."""
+        """The cached hashes, by device, inode, size, mtime and ctime."""
         known = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for line, _ in read_json_lines(os.path.join(self.directory, _HASHES)):
@@ -194,7 +199,7 @@ class HashCache:
             if time.time() - info.st_ctime < _SETTLED:
                 return digest
             self.known[key] = digest
-            with contextlib.suppress(OSError):  # not cached: it is read again next time
+            with contextlib.suppress(OSError):  # then the file is read again next time
                 os.makedirs(self.directory, exist_ok=True)
                 append_json_lines(os.path.join(self.directory, _HASHES), [{"stat": key, "sha256": digest}])
         return self.known[key]

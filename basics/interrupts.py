@@ -1,4 +1,4 @@
-"""Ctrl-C in a command ends it without a traceback, also while its imports run, which take seconds."""
+"""End a command on Ctrl-C without a traceback, even during its imports, which take seconds."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 
 
 def end_at_once():
-    """Let Ctrl-C end the process at once, up to `interrupts_reported`; commands call it before their other imports.
+    """Let Ctrl-C end the process at once until `interrupts_reported`; commands call this before their other imports.
 
     Some libraries swallow a KeyboardInterrupt in their imports, or turn it into another error.
     """
@@ -19,7 +19,7 @@ def end_at_once():
 
 @contextlib.contextmanager
 def interrupts_reported() -> Iterator[None]:
-    """In the block, Ctrl-C raises KeyboardInterrupt; if nothing catches it, the process ends with one word."""
+    """Let Ctrl-C raise KeyboardInterrupt inside the block; if nothing catches it, print "interrupted" and exit."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -1,4 +1,4 @@
-"""LATEST and BEST lead to a checkpoint beside them: as links or, on Windows, as files that contain its name."""
+"""Make and follow LATEST and BEST: links to a checkpoint beside them or, on Windows, files that contain its name."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def make_link(target: str, path: str):
 
 
 def link_target(path: str) -> str | None:
-    """Return where such a link leads, as written there; None for anything else."""
+    """Return the target of a symbolic link, or of a file that serves as one; None for any other path."""
     if os.path.islink(path):
         return os.readlink(path)
     if os.path.basename(path) not in NAMES or not os.path.isfile(path):
@@ -31,7 +31,7 @@ def link_target(path: str) -> str | None:
 
 
 def followed(path: str) -> str:
-    """Return a path with each file that stands for a link replaced by the checkpoint that it names."""
+    """Return a path in which each file that serves as a link is replaced by the checkpoint that it names."""
     parts = Path(path).parts
     for n, name in enumerate(parts, 1):
         link = os.path.join(*parts[:n])

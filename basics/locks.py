@@ -31,17 +31,19 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def locked(path: str, origin: str, busy: str) -> Iterator[int]:
-    """Lock a file for this process alone and yield its descriptor; create it if needed; remove it later if still empty.
+    """Lock a file for this process alone, and yield its descriptor.
 
-    The lock is an flock, which ends with this process, however that ends. It also holds between machines that share the
-    directory, if the file system passes flock on, as CephFS, NFS and Lustre (mounted with `flock`) do. If a machine
+    The file is created if needed, and removed at the end if it is empty.
+
+    The lock is an flock, which the system releases however the process ends. It also holds between machines that share
+    the directory, if the file system passes flock on, as CephFS, NFS and Lustre (mounted with `flock`) do. If a machine
     crashes, the server releases its locks, on NFS after a minute or two. A mount that keeps locks local (`nolock`,
     `local_lock`, `localflock`) shuts out only this machine's processes. If the file system has no locks at all, a
     warning is printed. Windows has no flock: there `filelock` locks a second file, so that others can still read this.
 
     Args:
         origin: key and value that name the file, for messages.
-        busy: what the error says if another process holds the lock.
+        busy: the error message if another process holds the lock.
 
     Raises: UserError if another process holds it; OSError if it can't be opened.
     """
@@ -86,7 +88,7 @@ def _locked_beside(path: str, origin: str, busy: str) -> Iterator[int]:
 
 
 def _busy(path: str, origin: str, busy: str) -> UserError:
-    """Return the error for a lock that another process holds, which is named if it wrote its name into the file."""
+    """Return the error for a lock that another process holds; name the process if the file does."""
     holder = ""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         holder = file.read(200).decode(errors="replace").strip()
@@ -127,7 +129,7 @@ def locked_directory(directory: str, origin: str, busy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_turn(path: str) -> Iterator[None]:
-    """Let one process at a time change a file, where the file system has locks; others wait.
+    """Let one process at a time run the block, which changes a file, if the file system has locks; others wait.
 
     Raises: OSError if it can't be opened.
     """
@@ -144,7 +146,7 @@ def in_turn(path: str) -> Iterator[None]:
 
 
 def _open_locked(path: str, origin: str, busy: str) -> int:
-    """Return a descriptor of the locked file; see `locked` for what is raised."""
+    """Return a descriptor of the locked file. Raises: UserError and OSError as `locked` does."""
     while True:
         try:
             descriptor = os.open(path, _FLAGS, 0o666)

@@ -1,7 +1,7 @@
-"""`check_outputs` refuses outputs that would overwrite files which these commands didn't write.
+"""Refuse outputs that would overwrite files which these commands didn't write.
 
-A file that a command overwrites or appends to must be recognizable: a run's directory by its config.yaml or its
-checkpoints, other files by how their content begins.
+Our own files are recognized by their content: a run's directory by its config.yaml or its checkpoints, other files by
+how they begin.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ PICTURE_OF = "direct-preference-optimization"  # in the metadata of each picture
 _PICTURE = re.compile(rb"\x89PNG.{,2000}" + PICTURE_OF.encode(), re.DOTALL)
 _CHECKPOINT = re.compile(r"step-[0-9]+|LATEST|BEST")
 _LOGS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png")
-_HEAD = 2**16  # bytes by which a file is recognized
-_LONGEST_NAME = 255 - len(".partial-01234567")  # bytes: what file systems take, less what unfinished files add
+_HEAD = 2**16  # bytes of a file that are read to recognize it
+_LONGEST_NAME = 255 - len(".partial-01234567")  # bytes: file systems allow 255, and unfinished files have this suffix
 
-Refusal = Callable[[str], str | None]  # returns why a path must not be written, or None
+Refusal = Callable[[str], str | None]  # returns why a path must not be written; None if it may
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def check_outputs(outputs: Iterable[Output], inputs: Mapping[str, str | None] | 
         if place in taken:
             raise UserError(f"{shown} is also the file of {taken[place]}; give another")
         taken[place] = output.key
-        reason = why_not_writable(os.path.dirname(os.path.abspath(output.path)))
-        if reason := reason or output.refusal(output.path):
+        if reason := why_not_writable(os.path.dirname(os.path.abspath(output.path))) or output.refusal(output.path):
             raise UserError(f"{shown}: {reason}")
 
 
@@ -79,32 +78,37 @@ def why_not_writable(directory: str) -> str | None:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def new_file(path: str) -> str | None:
+def refuse_existing_file(path: str) -> str | None:
     """Refuse a file that exists."""
-    return _why_no_file(path) or ("it exists; give another file, or delete it" if os.path.lexists(path) else None)
+    exists = "it exists; give another file, or delete it" if os.path.lexists(path) else None
+    return _why_not_a_file_path(path) or exists
 
 
-def json_lines(what: str, start: bytes, keys: Iterable[str]) -> Refusal:
-    """Return a function that refuses a file whose first line doesn't begin with `start` and hold `keys`."""
-    return _own_file(what, lambda head: _is_line(head, start, set(keys)))
+def refuse_unless_json_lines(contents: str, start: bytes, keys: Iterable[str]) -> Refusal:
+    """Return a function that refuses a file whose first line doesn't begin with `start`, or lacks one of the `keys`.
+
+    Args:
+        contents: a plural noun for the lines, for messages.
+    """
+    return _refuse_unless(contents, lambda head: _is_line(head, start, set(keys)))
 
 
-def document(what: str, start: bytes) -> Refusal:
+def refuse_unless_document(contents: str, start: bytes) -> Refusal:
     """Return a function that refuses a file whose beginning doesn't match the regular expression `start`."""
-    return _own_file(what, lambda head: re.match(start, head) is not None)
+    return _refuse_unless(contents, lambda head: re.match(start, head) is not None)
 
 
-def picture(path: str) -> str | None:
-    """Refuse a file that isn't a picture drawn here; a run directory's curves.png is one."""
-    is_runs = os.path.basename(path) == "curves.png" and is_run(os.path.dirname(path) or ".")
-    if is_runs and (os.path.isfile(path) or not os.path.lexists(path)):
+def refuse_unless_picture(path: str) -> str | None:
+    """Refuse a file that isn't a picture drawn by these commands, except the curves.png of a run."""
+    is_curves_of_run = os.path.basename(path) == "curves.png" and is_run(os.path.dirname(path) or ".")
+    if is_curves_of_run and (os.path.isfile(path) or not os.path.lexists(path)):
         return None
-    return _own_file("pictures drawn here", lambda head: _PICTURE.match(head) is not None)(path)
+    return _refuse_unless("pictures drawn here", lambda head: _PICTURE.match(head) is not None)(path)
 
 
-def _own_file(what: str, is_own: Callable[[bytes], bool]) -> Refusal:
+def _refuse_unless(contents: str, is_own: Callable[[bytes], bool]) -> Refusal:
     def refusal(path: str) -> str | None:
-        if reason := _why_no_file(path):
+        if reason := _why_not_a_file_path(path):
             return reason
         if not os.path.exists(path) or os.path.getsize(path) == 0:
             return None
@@ -113,7 +117,7 @@ def _own_file(what: str, is_own: Callable[[bytes], bool]) -> Refusal:
                 head = file.read(_HEAD)
         except OSError as error:
             return f"can't read it: {error}"
-        return None if is_own(head) else f"it exists, but doesn't hold {what}; give another file"
+        return None if is_own(head) else f"it exists, but doesn't hold {contents}; give another file"
 
     return refusal
 
@@ -128,8 +132,8 @@ def _is_line(head: bytes, start: bytes, keys: set[str]) -> bool:
         return False
 
 
-def _why_no_file(path: str) -> str | None:
-    """Return why no command may write a file here, whatever it holds."""
+def _why_not_a_file_path(path: str) -> str | None:
+    """Return why no command may write a file at a path, whatever is there; None if one may."""
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         return "there is no such directory; give a file in one that exists"
     if reason := _why_bad_name(path):
@@ -137,8 +141,8 @@ def _why_no_file(path: str) -> str | None:
     if os.path.isdir(path):
         return "it is a directory; give a file"
     if os.path.lexists(path) and not os.path.isfile(path):
-        return "it is no regular file; give another"
-    return _why_runs_own(path)
+        return "it is not a regular file; give another"
+    return _why_run_replaces(path)
 
 
 def _why_bad_name(path: str) -> str | None:
@@ -146,15 +150,15 @@ def _why_bad_name(path: str) -> str | None:
     return f"the name has {n_bytes} bytes; give one of at most {_LONGEST_NAME}" if n_bytes > _LONGEST_NAME else None
 
 
-def _why_runs_own(path: str) -> str | None:
-    """Return why a run would replace this file or directory, or one that it is in; None if none would."""
+def _why_run_replaces(path: str) -> str | None:
+    """Return why a run would replace a file or directory, or a directory above it; None if no run would."""
     directory, name = os.path.split(os.path.abspath(path))
-    with contextlib.suppress(PermissionError):  # it can't be listed
+    with contextlib.suppress(PermissionError):  # the directory can't be listed
         if (name in {*_LOGS, ".lock"} or is_checkpoint_name(name)) and is_run(directory):
-            return "the run writes that itself; give another"
+            return "the run itself writes this file; give another"
     above = Path(os.path.realpath(directory))
     for place in map(str, (above, *above.parents)):
-        # further up, SHA256SUMS alone may be the user's
+        # directories further up may have a SHA256SUMS of the user's own
         names = (CHECKSUMS, "state.json") if place != str(above) else (CHECKSUMS,)
         if all(os.path.exists(os.path.join(place, name)) for name in names):
             return f"{place} is a checkpoint's directory, which is replaced as a whole; give a place elsewhere"
@@ -164,31 +168,31 @@ def _why_runs_own(path: str) -> str | None:
 # ---- directories ----------------------------------------------------------------------------------------------------
 
 
-def new_directory(path: str) -> str | None:
+def refuse_nonempty_directory(path: str) -> str | None:
     """Refuse a directory that holds anything."""
     if reason := _why_bad_name(path):
         return reason
     if os.path.lexists(path) and not os.path.isdir(path):
-        return "it is no directory; give another"
+        return "it is not a directory; give another"
     if os.path.isdir(path) and os.listdir(path):
         return "the directory exists and is not empty; give another"
-    return _why_runs_own(path)
+    return _why_run_replaces(path)
 
 
-def new_run(path: str) -> str | None:
-    """Refuse a directory that holds anything under a name that a run writes."""
-    if os.path.isdir(path) and is_run(path):
+def refuse_unless_new_run(path: str) -> str | None:
+    """Refuse a directory for a new run that holds anything under a name that a run writes."""
+    if is_run(path):
         return "it holds another run; choose another directory, or resume that run with resume=auto"
     if names := _run_names(path):
         whole = os.path.join(path, names[0])
-        return f"{whole} is not a run's, and a run would replace it; choose another directory, or move it away"
-    return _why_runs_own(path)
+        return f"{whole} was not written by a run, which would replace it; choose another directory, or move it away"
+    return _why_run_replaces(path)
 
 
-def resumed_run(path: str) -> str | None:
-    """Refuse a directory with a file or link that the run would replace, unless a run wrote it."""
-    is_known = os.path.isdir(path) and is_run(path)
-    if not is_known and (reason := _why_runs_own(path)):
+def refuse_unless_resumed_run(path: str) -> str | None:
+    """Refuse a directory for a resumed run if the run would replace a file or link there that no run wrote."""
+    is_known = is_run(path)
+    if not is_known and (reason := _why_run_replaces(path)):
         return reason
     for name in _run_names(path):
         whole = os.path.join(path, name)
@@ -197,14 +201,14 @@ def resumed_run(path: str) -> str | None:
         elif not os.path.isfile(whole):
             return f"{whole} is not a regular file; move it away"
         else:
-            is_own = is_known and (name != "config.yaml" or is_own_config(whole))
+            is_own = is_known and (name != "config.yaml" or _is_own_config(whole))
         if not is_own:
-            return f"{whole} is not a run's, and the run would replace it; move it away"
+            return f"{whole} was not written by a run, which would replace it; move it away"
     return None
 
 
 def _run_names(directory: str) -> list[str]:
-    """Return the names in a directory that a run writes, those of checkpoints first."""
+    """Return the names in a directory that a run would write, checkpoints first."""
     names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
     checkpoints = [name for name in names if is_checkpoint_name(name.removesuffix(".replaced"))]
     return checkpoints + [name for name in names if name in _LOGS]
@@ -226,14 +230,14 @@ def holds_model(checkpoint: str) -> bool:
 
 
 def is_own_checkpoint(path: str) -> bool:
-    """True if a run wrote this directory, which may be damaged, or this link to one."""
+    """True if a path is a checkpoint that a run wrote, even a damaged one, or a link to a checkpoint."""
     if (target := link_target(path)) is not None:
         return is_checkpoint_name(target)
     return any(os.path.isfile(os.path.join(path, name)) for name in (CHECKSUMS, "state.json"))
 
 
-def is_own_config(path: str) -> bool:
-    """True if a file is a run's config.yaml, by its header or its keys, or if it is empty."""
+def _is_own_config(path: str) -> bool:
+    """True if a file is the config.yaml of a run, by its header or its keys, or is empty."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
@@ -242,7 +246,7 @@ def is_own_config(path: str) -> bool:
 
 
 def is_run(directory: str) -> bool:
-    """True if a run wrote to this directory: it has the run's config.yaml, or one of its checkpoints."""
-    return is_own_config(os.path.join(directory, "config.yaml")) or any(
+    """True if a run wrote to a directory, which then holds its config.yaml or a checkpoint."""
+    return _is_own_config(os.path.join(directory, "config.yaml")) or any(
         os.path.exists(os.path.join(directory, name, CHECKSUMS)) for name in _run_names(directory)
     )

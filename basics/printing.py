@@ -20,7 +20,7 @@ _JOINERS = "\u200c\u200d\u00ad"  # invisible, but parts of words and emoji
 
 
 def masked(text: str) -> str:
-    """Return the text with `***` in place of this process's keys and of users and passwords in URLs."""
+    """Replace this process's API keys, and user names and passwords in URLs, by `***`."""
     for variable in _SECRETS:
         secret = os.environ.get(variable, "").strip()
         if len(secret) >= _SHORTEST_SECRET:
@@ -29,7 +29,7 @@ def masked(text: str) -> str:
 
 
 def printable(text: object) -> str:
-    """Return a text that is safe to print: secrets masked, control sequences escaped.
+    """Return a string that is safe to print: secrets masked, control sequences escaped.
 
     All text from data, files, names, endpoints or errors passes through here before it reaches a terminal, a log, a
     model card or a table. Line breaks and tabs stay.
@@ -48,18 +48,18 @@ def _is_harmless(character: str) -> bool:
 
 
 def one_line(error: object) -> str:
-    """Return an error's message on one line, shortened; its type if it has none."""
+    """Return an error's message on one line, shortened; the name of its type if it has no message."""
     return " ".join((str(error) or type(error).__name__).split())[:400]
 
 
 def markdown(text: object) -> str:
-    """Return a text on one line for a Markdown paragraph or table, with its markup escaped."""
+    """Return a string on one line for a Markdown paragraph or table, with its markup escaped."""
     line = " ".join(printable(text).split())
     return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", line)
 
 
 def markdown_code(text: object) -> str:
-    """Return a text as Markdown code on one line; no backtick in it ends the code."""
+    """Return a string as Markdown code on one line, even if it contains backticks."""
     line = " ".join(printable(text).split()).replace("|", "\\|")  # a bar would end a table's cell
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     space = " " if line.startswith("`") or line.endswith("`") else ""

@@ -1,4 +1,4 @@
-"""The config.yaml of a run, which may be a stranger's, read as data."""
+"""Read the config.yaml of a run safely, even if the run comes from a stranger."""
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -9,8 +9,8 @@ _MOST_CHARACTERS = 1_000_000
 def read_saved_config(path: str) -> DictConfig:
     """Read a run's config.yaml.
 
-    It holds plain values. Interpolations could read this process's environment, and aliases of aliases grow without
-    end, so a file with either is refused.
+    Runs write plain values only. An interpolation could read this process's environment, and aliases of aliases could
+    grow without end, so files with either are refused.
 
     Raises: OSError; yaml.YAMLError; ValueError if it is refused or holds no keys.
     """
@@ -30,7 +30,7 @@ def read_saved_config(path: str) -> DictConfig:
 
 
 def flatten(config: dict | DictConfig, prefix: str = "") -> dict[str, object]:
-    """Return a config with one level of keys: {'loss.beta': 0.1, ...}."""
+    """Return a config's values by their full keys: {'loss.beta': 0.1, ...}."""
     flat = {}
     for key, value in (OmegaConf.to_container(config) if isinstance(config, DictConfig) else config).items():
         if isinstance(value, dict) and value:

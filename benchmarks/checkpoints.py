@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import trainers
 from checkpointing.optimizer_state import load_optimizer_state
+from checkpointing.restoring import load_checkpoint
 from checkpointing.saving import begin_save
 from commands.command_line import compose_config
 from config_checks.checks import check_config
@@ -58,7 +59,7 @@ def round_trip(trainer: trainers.BasicTrainer, name: str) -> list[float]:
         return time.perf_counter() - start_time
 
     def load():
-        trainer.load_checkpoint(path)
+        load_checkpoint(trainer, path)
         load_optimizer_state(path, trainer.optimizer, trainer.scheduler, trainer.config)
 
     os.sync()

@@ -1,4 +1,4 @@
-"""Read and write files of tensors: checkpoints, and weights to start from, in today's and 2023's formats."""
+"""Read and write files of tensors: checkpoints, and weights to start from, in the original's format, too."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from basics.checksums import read_checksums, verify_checksum
 from basics.files import open_regular
 from basics.outputs import CHECKSUMS, SHARDS, holds_model, is_sharded
-from checkpointing.sharded import SavedTensor, ShardedCheckpoint, in_memory, is_tensor, placed_like
+from checkpointing.sharded import SavedTensor, ShardedCheckpoint, is_tensor, placed_like
 from data import hub
 from utils import UserError, rank0_print
 
@@ -38,9 +39,9 @@ def write_tensors(value: dict, path: str):
 
 
 def read_tensors(path: str, mmap: bool = False) -> dict:
-    """Read what `write_tensors` wrote; with `mmap` a tensor is read when it is used.
+    """Read a file that `write_tensors` wrote; with `mmap`, a tensor is read when it is used.
 
-    Raises: UserError if the file can't be read, or holds anything but tensors and plain values.
+    Raises: UserError if the file can't be read, or holds more than tensors and plain values.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -51,7 +52,7 @@ def read_tensors(path: str, mmap: bool = False) -> dict:
 def read_state_dict(path: str, mmap: bool = False) -> dict:
     """Read the state dict in one of a checkpoint's .pt files.
 
-    Raises: UserError if the file can't be read, or holds none.
+    Raises: UserError if the file can't be read, or holds no state dict.
     """
     saved = read_tensors(path, mmap)
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
@@ -72,7 +73,7 @@ def describe(error: Exception, n_characters: int = 300) -> str:
 
 
 def verify_weights(directory: str):
-    """Compare a folder's files of weights with its SHA256SUMS, if it has one.
+    """Compare a folder's files of weights with its SHA256SUMS, if there is one.
 
     Raises: ValueError if a file is damaged.
     """
@@ -92,7 +93,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
     or sharded, a directory that `save_pretrained` wrote, or a model on the hub.
 
     Args:
-        key: of the config, for messages.
+        key: the config's key that names the archive, for messages.
         trust_remote_code: see `model.trust_remote_code` in the config.
 
     Raises: UserError if it can't be read, or naming the weights that are missing, left over, of another shape, or not
@@ -121,15 +122,16 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
         else:
             options = {"dtype": model.dtype, "trust_remote_code": trust_remote_code}
             state, origin = load_pretrained(path, f"{key}={path}", **options).state_dict(), ""
-        _check_tensors(state)
+        if not isinstance(state, dict):
+            raise ValueError(f"its state is a {type(state).__name__}")
     except UserError:
         raise
-    except Exception as error:  # a file that holds something else raises errors of any kind
+    except Exception as error:  # other kinds of files raise errors of any kind
         if explanation := hub.explain_failure(error, path, "model"):
             raise UserError(f"{key}={path}: {explanation[0]}\n{explanation[1]}") from error
         raise UserError(
             f"{key}={path}: can't read it as a checkpoint ({describe(error)}). "
-            f"Expected is a policy.pt as training writes it, a .safetensors file, or what from_pretrained takes"
+            f"Expected a policy.pt that training wrote, a .safetensors file, or a folder or hub id for from_pretrained"
         ) from error
     rank0_print(f"loading pre-trained weights from {path}{origin}")
     load_fitting(state, model, f"{key}={path}")
@@ -137,16 +139,16 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
     rank0_print("loaded pre-trained weights")
 
 
-def _check_tensors(state: dict):
-    """Raise ValueError unless a state dict holds only named tensors that have values."""
+def _check_tensors(state: dict, path: str):
+    """Raise UserError unless a state dict holds only named tensors that have values."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not is_tensor(tensor):
-            raise ValueError(f"its state holds more than named tensors: {name!r} is a {type(tensor).__name__}")
+            raise UserError(f"{path} holds more than named tensors: {name!r} is a {type(tensor).__name__}")
         if isinstance(tensor, SavedTensor):
             continue
         if tensor.is_meta or tensor.layout != torch.strided:
             kind = "without values (on the meta device)" if tensor.is_meta else f"of the layout {tensor.layout}"
-            raise ValueError(f"{name} is a tensor {kind}")
+            raise UserError(f"{path}: {name} is a tensor {kind}")
 
 
 def load_pretrained(
@@ -154,7 +156,7 @@ def load_pretrained(
 ) -> nn.Module:
     """Call `auto_class.from_pretrained(name, **options)`, and check that its files hold exactly the model's weights.
 
-    Weights of whole parts that the model lacks, such as a reward head, are ignored with a message; buffers that models
+    Weights of parts that the model lacks, such as a reward head, are ignored with a message; buffers that models
     compute are ignored silently.
 
     Args:
@@ -178,16 +180,16 @@ def load_pretrained(
     missing = set(info["missing_keys"]) - buffers
     shapes = [(key, tuple(found), tuple(own)) for key, found, own in info["mismatched_keys"]]
     is_whole = not missing and not shapes
-    aside = sorted(key for key in left_over if is_whole and not _is_in_a_part_of(model, key))
-    _refuse_misfits(origin, missing, left_over - set(aside), shapes)
-    if aside:
-        shown = ", ".join(aside[:5]) + (f" and {len(aside) - 5} more" if len(aside) > 5 else "")
+    ignored = sorted(key for key in left_over if is_whole and not _belongs_to(model, key))
+    _refuse_misfits(origin, missing, left_over - set(ignored), shapes)
+    if ignored:
+        shown = ", ".join(ignored[:5]) + (f" and {len(ignored) - 5} more" if len(ignored) > 5 else "")
         rank0_print(f"{origin}: ignored weights of parts that {type(model).__name__} lacks: {shown}")
     return model
 
 
-def _is_in_a_part_of(model: nn.Module, key: str) -> bool:
-    """True if a weight's name begins with one of the model's own parts: its embeddings, blocks, norms or head."""
+def _belongs_to(model: nn.Module, key: str) -> bool:
+    """True if a weight's name begins with one of the model's own parts: embeddings, blocks, norms or head."""
     parts = {name for module in (model, model.base_model) for name, _ in module.named_children()}
     first = key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
     return first in parts
@@ -208,27 +210,27 @@ def _without_report() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-def check_finite(model: nn.Module, origin: str):
-    """Raise UserError naming the weights that hold NaN or infinity; `origin`: where they come from."""
-    refuse_not_finite(not_finite(model), model, origin)
+def check_finite(model: nn.Module, origin: str, group: dist.ProcessGroup | None = None):
+    """Raise UserError naming the weights that hold NaN or infinity.
 
-
-def not_finite(model: nn.Module) -> list[str]:
-    """Return the names of the parameters with NaN or infinity in this worker's part of them."""
-    bad = []
+    Args:
+        origin: where the weights come from, for the message.
+        group: the workers that hold the other parts of these weights, if there are any; all of them must call this.
+    """
+    bad = set()
     for name, parameter in model.named_parameters():
         part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if part.numel() > 0 and part.is_floating_point():  # 4-bit weights are integers
             bounds = part.detach().aminmax()  # needs no memory of the tensor's size
             if not all(bound.isfinite() for bound in bounds):
-                bad.append(name)
-    return bad
-
-
-def refuse_not_finite(bad: list[str], model: nn.Module, origin: str):
-    """Raise UserError if there are names of weights that hold NaN or infinity."""
+                bad.add(name)
+    if group is not None:
+        by_worker: list[set[str]] = [set()] * dist.get_world_size(group)
+        dist.all_gather_object(by_worker, bad, group)
+        bad = set().union(*by_worker)
     if bad:
-        shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        names = [name for name, _ in model.named_parameters() if name in bad]
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         raise UserError(f"{origin}: weights that are NaN or infinite in {str(model.dtype)[6:]}: {shown}")
 
 
@@ -242,11 +244,10 @@ def load_fitting(state: dict, model: nn.Module, path: str):
 
 
 def fit_state(state: dict, model: nn.Module, path: str) -> dict:
-    """Return a state dict under the names of the model's parameters. Raises: see `load_archive`."""
+    """Return a state dict with the names of the model's parameters. Raises: see `load_archive`."""
     expected = model.state_dict(keep_vars=True)
     fitted = {}
-    if strange := sorted(str(name) for name, value in state.items() if not is_tensor(value)):
-        raise UserError(f"{path} holds more than tensors: {', '.join(strange[:10])}")
+    _check_tensors(state, path)
     for name, tensor in state.items():
         new_name = "lm_head.weight" if name == "embed_out.weight" and name not in expected else name
         if new_name in expected or not new_name.endswith(COMPUTED_BUFFERS):
@@ -274,7 +275,7 @@ def fit_state(state: dict, model: nn.Module, path: str) -> dict:
 
 
 def _is_same(tensor: torch.Tensor | SavedTensor, other: torch.Tensor | SavedTensor) -> bool:
-    return tensor is other or torch.equal(in_memory(tensor), in_memory(other))
+    return tensor is other or torch.equal(*(t.full() if isinstance(t, SavedTensor) else t for t in (tensor, other)))
 
 
 def _refuse_misfits(
@@ -284,7 +285,7 @@ def _refuse_misfits(
     shapes: Iterable[tuple[str, tuple, tuple]],
     others: Iterable[str] = (),
 ):
-    """Raise UserError if there are any; `shapes`: (name, the shape found, the model's shape)."""
+    """Raise UserError if any weights don't fit; `shapes`: (name, the shape found, the model's shape)."""
     by_kind = [
         [f"missing: {name}" for name in missing],
         [f"left over: {name}" for name in left_over],
@@ -298,4 +299,4 @@ def _refuse_misfits(
         n_more = sum(map(len, by_kind)) - len(first)
         shown = "\n  ".join(first)
         more = f"\n  and {n_more} more" if n_more else ""
-        raise UserError(f"{origin} doesn't fit the model; is it of another model=...?\n  {shown}{more}")
+        raise UserError(f"{origin} doesn't fit the model. Was it trained with another model=NAME?\n  {shown}{more}")

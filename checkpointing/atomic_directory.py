@@ -16,15 +16,11 @@ from basics.outputs import is_checkpoint_name, is_own_checkpoint, is_run
 from distributed.heartbeat import is_lost_connection
 from utils import UserError
 
-CARD = "README.md"  # people write into it before they upload a checkpoint, so it has no checksum
-
-
-_INTERRUPTED = re.compile(  # names of what was being written or deleted when a run was killed
+CARD = "README.md"  # has no checksum, as people edit it before they upload a checkpoint
+_INTERRUPTED = re.compile(  # names of files and directories that a killed run was writing or deleting
     rf"(?:step-[0-9]+|LATEST|BEST|config\.yaml|curves\.png){PARTIAL}|step-[0-9]+\.partial-deleted"
     r"|config\.yaml\.partial-new"
 )
-
-
 _REMEDY = (
     "earlier checkpoints are unchanged. Make room or choose another local_run_dir; keep_checkpoints=N keeps only "
     "the last N, save_optimizer=false leaves the optimizer out"
@@ -37,9 +33,9 @@ def atomic_directory(path: str, remedy: str = _REMEDY, known: Mapping[str, str] 
 
     Args:
         remedy: the remedy in the error message.
-        known: SHA-256 by file name, of files that needn't be read for it; entries may be added until the block ends.
+        known: SHA-256 by file name; these files aren't read again. Entries may be added until the block ends.
 
-    Raises: UserError if it can't be written; nothing of it remains then, and `path` is as it was.
+    Raises: UserError if the directory can't be written; then nothing of it remains, and `path` is unchanged.
     """
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
     with write_errors_explained(path, remedy):
@@ -59,7 +55,7 @@ def atomic_directory(path: str, remedy: str = _REMEDY, known: Mapping[str, str] 
 
 @contextlib.contextmanager
 def write_errors_explained(path: str, remedy: str = _REMEDY) -> Iterator[None]:
-    """Turn errors while a checkpoint is written into a UserError that names it and a remedy."""
+    """Turn errors that writing a checkpoint raises into a UserError with its path and a remedy."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -76,7 +72,7 @@ def replace_path(new: str, path: str):
 
     After a crash in between, `recover_interrupted_saves` restores the old one.
 
-    Raises: OSError, also if PATH.replaced is taken, or if what is now at `path` was not written by a run.
+    Raises: OSError, also if PATH.replaced exists, or if no run wrote the directory at `path`.
     """
     older, exists = f"{path}.replaced", os.path.lexists(path)
     if exists and os.path.lexists(older):
@@ -112,7 +108,7 @@ def _remove(path: str):
 
 
 def recover_interrupted_saves(run_dir: str):
-    """Repair a run directory after a crash during a save: remove partial files, put back what was being replaced.
+    """Repair a run directory after a crash during a save: remove partial files, put replaced checkpoints back.
 
     Other files, and directories that aren't a run's, are left untouched.
     """

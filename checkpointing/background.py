@@ -1,4 +1,4 @@
-"""Write a checkpoint while training goes on."""
+"""Write a checkpoint while training continues."""
 
 import contextlib
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Background(contextlib.AbstractContextManager):
         self.last = self.threads.submit(function)
 
     def wait(self):
-        """Wait until the function has ended; raise what it has raised."""
+        """Wait until the function has ended; raise its exception, if any."""
         last, self.last = self.last, None
         if last is not None:
             last.result()

@@ -1,10 +1,11 @@
-"""Keep track of the best evaluation and its checkpoint, and end a run after enough worse evaluations."""
+"""Keep track of the best evaluation and its checkpoint, and stop a run early after enough worse evaluations."""
 
 import os
 
 from omegaconf import DictConfig
 
 from basics.links import link_target
+from basics.printing import counted
 from checkpointing.checkpoints import point_to
 from checkpointing.train_state import TrainState
 from reporting.metric_names import LOSS, larger_is_better
@@ -13,10 +14,10 @@ from utils import UserError, rank0_print
 LINK = "BEST"  # beside LATEST
 
 
-def judge(state: TrainState, config: DictConfig):
-    """Compare the last evaluation with the best one so far, and record it in `state` if it is better.
+def record_evaluation(state: TrainState, config: DictConfig):
+    """Record the last evaluation in `state`: as the new best, or as one more that is worse.
 
-    Raises: UserError if it lacks the metric that `keep_best` names.
+    Raises: UserError if the evaluation lacks the metric that `keep_best` names.
     """
     metric = config.keep_best or LOSS
     if metric not in state.metrics:
@@ -29,18 +30,18 @@ def judge(state: TrainState, config: DictConfig):
         state.worse += 1
 
 
-def ends_run(state: TrainState, config: DictConfig) -> bool:
-    """True if `stop_when_worse` ends the run here; a count for another metric, from before a resume, is ignored."""
+def stops_early(state: TrainState, config: DictConfig) -> bool:
+    """True if `stop_when_worse` evaluations in a row were worse, by the metric that `keep_best` names now."""
     is_counted = (config.keep_best or LOSS) in state.best
     return config.stop_when_worse is not None and is_counted and state.worse >= config.stop_when_worse
 
 
 def print_stop_reason(state: TrainState):
-    """Print why the run ends before its data does."""
+    """Print why the run stops early."""
     ((metric, value),) = state.best.items()
     rank0_print(
-        f"Stopping early: {metric} was best after {state.best_at} examples ({value:.5g}), and "
-        f"{state.worse} evaluations since then were worse"
+        f"Stopping early: {metric} was best after {counted(state.best_at, 'example')} ({value:.5g}); worse evaluations "
+        f"since then: {state.worse}"
     )
 
 

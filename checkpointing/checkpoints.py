@@ -1,15 +1,16 @@
-"""Checkpoint directories: writing one, reading a policy from one, and deleting old ones.
+"""Checkpoint directories: write one, read a policy from one, delete old ones.
 
 A checkpoint is a directory that appears whole or not at all. It contains:
 - the original's files, `policy.pt`, `optimizer.pt` and `scheduler.pt`, each {'step_idx': training examples seen,
   'state': a state dict, 'metrics': those of the last evaluation};
-- model and tokenizer for `from_pretrained` (if the policy has an adapter, only that, in PEFT's format), a model card;
+- model and tokenizer for `from_pretrained` (of a policy with an adapter only the adapter, in PEFT's format);
+- `README.md`, a model card;
 - `state.json` and `rng.pt`, the train state;
 - `SHA256SUMS`, to detect damage.
 
 A sharded checkpoint keeps the tensors of policy, reference and optimizer in one file per worker
-(`checkpointing.sharded`); an adapter and all else are as above. The last one of a run has the model for
-`from_pretrained`, too (`checkpointing.model_files`).
+(`checkpointing.sharded`); an adapter and all other files are as above. A run's last checkpoint also has the model for
+`from_pretrained` (`checkpointing.model_files`).
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from basics.outputs import is_sharded
 from checkpointing.archives import UNREADABLE, describe, fit_state, load_fitting, read_state_dict, write_tensors
 from checkpointing.atomic_directory import atomic_directory, remove_whole, replace_path, write_errors_explained
 from checkpointing.model_card import write_card
+from checkpointing.resume import is_last
 from checkpointing.sharded import ShardedCheckpoint, not_shared, shard_of, without_tensors, write_shard
 from checkpointing.train_state import TrainState, read_state_json
 from distributed import collectives
@@ -47,7 +49,7 @@ def state_dicts_to_save(
 ) -> dict[str, dict]:
     """Return the state dicts that a checkpoint holds, with this worker's tensors.
 
-    That of a policy with an adapter has only the trained weights and the adapter's frozen parts.
+    For a policy with an adapter, 'policy' has only the trained weights and the adapter's frozen parts.
     """
     policy_state = dict(policy.state_dict(keep_vars=True))
     if hasattr(policy, "peft_config"):
@@ -69,7 +71,7 @@ def state_dicts_to_save(
 
 @dataclass
 class Contents:
-    """Everything that a checkpoint is written from."""
+    """The content of a checkpoint to be written."""
 
     policy: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -78,7 +80,6 @@ class Contents:
     config: DictConfig  # the run's
     dropout_rates: dict[str, float]  # written to the model's config.json in place of the policy's, which are 0
     n_eval_examples: int  # the number of examples in an evaluation, for the model card
-    ends_run: bool = False  # nothing follows: a sharded checkpoint also gets the model for `from_pretrained`
 
     @property
     def has_adapter(self) -> bool:
@@ -91,12 +92,23 @@ class Contents:
         write_tensors(value, os.path.join(directory, f"{name}.pt"))
 
     def write_model(self, directory: str, state: dict):
-        """Write the policy, or its adapter alone, with these tensors, the tokenizer and the train state."""
+        """Write the policy, or only its adapter, for `from_pretrained`, with the tensors of `state`.
+
+        If `state` is empty, write no weights. The model's own code is written, too, if it has any.
+        """
         if self.has_adapter:
             options = {"selected_adapters": ["default"], "save_embedding_layers": False}
             self.policy.save_pretrained(directory, state_dict=state, **options)
-        else:
-            _export_model(self.policy, state, directory, self.dropout_rates)
+            return
+        _as_loaded(self.policy).save_pretrained(directory, state_dict=dict(state))
+        path = os.path.join(directory, "config.json")
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(config | self.dropout_rates, file, indent=2)
+
+    def write_tokenizer_and_state(self, directory: str):
+        """Write the tokenizer, for `from_pretrained`, and the train state."""
         self.tokenizer.save_pretrained(directory)
         self.train_state.save(directory, self.config)
 
@@ -121,6 +133,7 @@ def write_whole(path: str, contents: Contents, then: Callable[[TrainState], None
                 if name != "policy" or not contents.has_adapter:
                     contents.write_state_dict(partial, name, state)
             contents.write_model(partial, state_dicts["policy"])
+            contents.write_tokenizer_and_state(partial)
             contents.write_card(partial)
         _print_end(path, start_time)
         then(contents.train_state)
@@ -153,14 +166,14 @@ def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], No
             with unfinished:
                 digests.update(write_shard(directory, shard, group))
                 shard.pieces.clear()  # frees their memory
-                if contents.ends_run and not contents.has_adapter:
+                if train_state.complete and is_last(path) and not contents.has_adapter:
                     digests.update(_add_model(directory, contents, group, path))
             if on_rank0():
                 _print_end(path, start_time)
                 then(train_state)
         except UserError as error:
             problem = str(error)
-        for reason in collectives.all_gather_object(problem, group):  # none leaves before rank 0 is done
+        for reason in collectives.all_gather_object(problem, group):  # no worker leaves before rank 0 is done
             if reason is not None:
                 raise UserError(reason)
 
@@ -168,11 +181,12 @@ def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], No
 
 
 def _write_small_files(directory: str, contents: Contents, adapter: dict):
-    """Write all files of a sharded checkpoint but the shards."""
+    """Write all files of a sharded checkpoint except the shards."""
     if "optimizer" in contents.state_dicts:
         contents.write_state_dict(directory, "optimizer", without_tensors(contents.state_dicts["optimizer"]))
         contents.write_state_dict(directory, "scheduler", contents.state_dicts["scheduler"])
     contents.write_model(directory, adapter)
+    contents.write_tokenizer_and_state(directory)
     if contents.has_adapter:
         contents.write_card(directory)
 
@@ -213,19 +227,8 @@ def _print_end(path: str, start_time: float):
     rank0_print(f"wrote {size / 1e6:.1f} MB to {path} in {time.perf_counter() - start_time:.2f} s")
 
 
-def _export_model(policy: nn.Module, state: dict, directory: str, dropout_rates: dict[str, float]):
-    """Write the policy for `from_pretrained`, with the model's own code if it has any; an empty `state`: no weights."""
-    _as_loaded(policy).save_pretrained(directory, state_dict=dict(state))
-    path = os.path.join(directory, "config.json")
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    config |= dropout_rates
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2)
-
-
 def _as_loaded(policy: nn.Module) -> nn.Module:
-    """Return a view of the model with the class that it was loaded with; transformers doesn't know FSDP's."""
+    """Return a view of the model with the class that it was loaded as; transformers doesn't know FSDP's classes."""
     model_class = next(base for base in type(policy).__mro__ if not base.__module__.startswith("torch."))
     model = model_class.__new__(model_class)
     model.__dict__ = policy.__dict__
@@ -238,7 +241,7 @@ def _as_loaded(policy: nn.Module) -> nn.Module:
 def load_model_state(directory: str, name: str, model: nn.Module):
     """Load the weights of a checkpoint's 'policy' or 'reference' into a model, bit for bit.
 
-    Raises: UserError if they aren't there or don't fit.
+    Raises: UserError if the weights aren't there or don't fit.
     """
     if is_sharded(directory):
         load_fitting(ShardedCheckpoint(directory).state_dict(name), model, f"{directory}, {name}")
@@ -250,7 +253,7 @@ def load_model_state(directory: str, name: str, model: nn.Module):
 def empty_model(directory: str, trust_remote_code: bool) -> nn.Module:
     """Return the model that a checkpoint's config.json describes, on the meta device.
 
-    Raises: UserError if it can't be read.
+    Raises: UserError if config.json can't be read.
     """
     options = {"trust_remote_code": trust_remote_code}
     try:
@@ -264,7 +267,7 @@ def empty_model(directory: str, trust_remote_code: bool) -> nn.Module:
 def fill_model(model: nn.Module, directory: str):
     """Move a model from the meta device to the CPU, with the weights of a sharded checkpoint's policy.
 
-    Raises: UserError if they can't be read or don't fit.
+    Raises: UserError if the weights can't be read or don't fit.
     """
     state = fit_state(ShardedCheckpoint(directory).state_dict("policy"), model, directory)
     model.load_state_dict({name: tensor.full() for name, tensor in state.items()}, assign=True)
@@ -292,13 +295,8 @@ def load_policy_state(directory: str, policy: nn.Module):
 # ---- links and old checkpoints --------------------------------------------------------------------------------------
 
 
-def point_latest(run_dir: str, name: str):
-    """Make LATEST a link to the checkpoint `name`."""
-    point_to(run_dir, "LATEST", name)
-
-
 def point_to(run_dir: str, link: str, name: str):
-    """Make `link` a link to the checkpoint `name`."""
+    """Make `link`, such as LATEST, a link to the checkpoint `name`."""
     partial = os.path.join(run_dir, f"{link}.partial-{uuid.uuid4().hex[:8]}")
     try:
         make_link(name, partial)
@@ -312,7 +310,7 @@ def point_to(run_dir: str, link: str, name: str):
 def delete_oldest(run_dir: str, n_kept: int | None, examples: int):
     """Delete the step-N checkpoints with N up to `examples`, except the last `n_kept` and the one that BEST links to.
 
-    Directories that no run wrote are neither counted nor deleted. None keeps all.
+    Directories that no run wrote are neither counted nor deleted. `n_kept=None` keeps all.
     """
     best = os.path.realpath(followed(os.path.join(run_dir, "BEST")))
     names = [name for name in os.listdir(run_dir) if name.startswith("step-") and name[5:].isdecimal()]

@@ -1,4 +1,4 @@
-"""Fingerprints of the models that a run starts from, to notice changes when it resumes, even if files have moved.
+"""Fingerprints of the models that a run starts from: a resumed run notices changed weights, wherever they are now.
 
 They are in every checkpoint's state.json and, for a run that has no checkpoint yet, in the first line of its
 config.yaml.
@@ -23,16 +23,16 @@ _WEIGHTS = (".safetensors", ".bin")  # endings of files that are read from a mod
 _SETTINGS = (".json", ".model", ".txt")  # its config and tokenizer
 _BLOCK, _MAX_BLOCKS = 2**20, 64  # bytes, and how many blocks of them `_sampled_sha256` reads
 _HEADER = "# SHA-256 of what the run started from, compared when it is resumed: "
-_HEADERS = (_HEADER, "# SHA-256 of what the run started from, compared when it goes on: ")  # today's and an earlier one
+_HEADERS = (_HEADER, "# SHA-256 of what the run started from, compared when it goes on: ")  # and an earlier version's
 
 
 def file_fingerprints(config: DictConfig, sampled: bool = False) -> dict[str, str]:
-    """Return a SHA-256 of each local file or folder that weights and tokenizer come from, by its config key.
+    """Return a SHA-256 of each local file or folder that weights and tokenizer come from, by config key.
 
-    It covers the content, and the names of files in a folder, but not the path itself.
+    It covers the content, and the names of files in a folder, but not the path.
 
     Args:
-        sampled: read only 64 blocks of files above 64 MiB, as earlier versions did.
+        sampled: of files above 64 MiB read only 64 blocks, as earlier versions did.
 
     Raises: UserError if a file can't be read.
     """
@@ -65,11 +65,11 @@ def _fingerprint(path: str, endings: tuple[str, ...], hash_large: Callable[[str]
         files = [(name, _fingerprint(os.path.join(path, name), endings, hash_large)) for name in names]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
     is_large = os.path.getsize(path) > _BLOCK * _MAX_BLOCKS
-    return hash_large(path) if is_large else _sampled_sha256(path)  # which reads all of a small file
+    return hash_large(path) if is_large else _sampled_sha256(path)  # reads all of a small file
 
 
 def _sampled_sha256(path: str) -> str:
-    """Return a SHA-256 of a file's size and of up to 64 blocks of 1 MiB: the first, the last, others between them."""
+    """Return a SHA-256 of a file's size and of up to 64 blocks of 1 MiB, evenly spaced from the first to the last."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     n_blocks = min(-(-size // _BLOCK), _MAX_BLOCKS)
@@ -81,7 +81,7 @@ def _sampled_sha256(path: str) -> str:
 
 
 def hub_revisions(config: DictConfig) -> dict[str, str]:
-    """Return the commit of each model that was loaded from the hub, by its config key; see `model.revision`."""
+    """Return the commit of each model that was loaded from the hub, by config key; see `model.revision`."""
     revisions = {}
     for key in (key for key in _KEYS if not key.endswith(".adapter")):
         name = OmegaConf.select(config, key)
@@ -112,7 +112,7 @@ def changed_models(config: DictConfig, former: dict[str, str], now: dict[str, st
 
 
 def is_of_model(name: str) -> bool:
-    """True if a fingerprint is that of a model or a tokenizer, not of a dataset."""
+    """True for the name of a model's or a tokenizer's fingerprint, False for a dataset's."""
     return name in _KEYS
 
 

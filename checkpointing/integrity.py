@@ -19,7 +19,7 @@ def find_corruption(directory: str) -> str | None:
         checksums = read_checksums(directory)
         if "state.json" not in checksums:
             return f"{CHECKSUMS} doesn't list state.json"
-        with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        with ThreadPoolExecutor() as threads:  # hashing releases the GIL
             for _ in threads.map(lambda name: verify_checksum(directory, name, checksums[name]), checksums):
                 pass
     except FileNotFoundError as error:

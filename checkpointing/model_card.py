@@ -8,12 +8,12 @@ import huggingface_hub
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from omegaconf import DictConfig
 
-from basics.printing import markdown, markdown_code
+from basics.printing import counted, markdown, markdown_code
 from basics.saved_config import flatten
 from checkpointing.atomic_directory import CARD
 from checkpointing.fingerprints import is_of_model
 from config_checks.datasets import chosen_datasets
-from data.reading import has_data_suffix
+from data.locations import has_data_suffix
 from losses import needs_reference
 from preference_datasets import DATASETS
 from references import policy_source
@@ -39,7 +39,7 @@ _CITATION = """\
 def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool, n_eval_examples: int | None = None):
     """Write README.md; it replaces one that PEFT may have written.
 
-    Its front matter names only models and datasets on the hub. The text names local ones, too, as the config does.
+    The front matter names only models and datasets on the hub; the text names local ones, too.
 
     Args:
         config: the run's config.
@@ -65,7 +65,7 @@ def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool
 
 
 def is_hub_id(name: str | None) -> bool:
-    """True if a name is that of a repository on the hub, and not of a local file or folder."""
+    """True if a name can be that of a repository on the hub, and isn't that of a local file or folder."""
     if name is None or os.path.exists(os.path.expanduser(name)):
         return False
     try:
@@ -87,7 +87,7 @@ def _base_revision(config: DictConfig, state: dict) -> str | None:
 
 
 def _datasets(config: DictConfig) -> list[tuple[str, str | None]]:
-    """Return name and source of each dataset: an id on the hub, a path, or None if it is made in code."""
+    """Return each dataset's name and source: an id on the hub, a path, or None if it is made in code."""
     found = []
     for choice in chosen_datasets(config):
         named = DATASETS.get(choice.name)
@@ -115,11 +115,11 @@ def _introduction(config: DictConfig, state: dict, is_adapter: bool) -> str:
         start += f" with the adapter {markdown_code(source.adapter)}"
     name = os.path.basename(os.path.normpath(source.name_or_path))
     what = "A LoRA adapter, trained" if is_adapter else "A language model, trained"
-    whole = "" if state.get("complete", True) else " Training was not over."
+    unfinished = "" if state.get("complete", True) else " Training was not over."
+    examples, steps = counted(state.get("examples", 0), "example"), counted(state.get("updates", 0), "optimizer step")
     return (
         f"# {markdown(name)}, trained with {config.loss.name.upper()}\n\n"
-        f"{what} with `{config.loss.name}` from {start}: "
-        f"{state.get('examples', 0):,} examples, {state.get('updates', 0):,} optimizer steps.{whole}"
+        f"{what} with `{config.loss.name}` from {start}: {examples}, {steps}.{unfinished}"
     )
 
 
@@ -170,9 +170,9 @@ def _evaluation(n: int | None, state: dict) -> str:
     found = [name for name in _METRICS if name in metrics]
     if not found:
         return "## Evaluation\n\nNone in training."
-    when = f", after {examples:,} training examples" if examples is not None else ""
-    lines = ["## Evaluation", "", f"On {'all' if n is None else n} evaluation examples{when}:", "",
-             "| metric | mean | standard error |", "|---|---|---|"]  # fmt: skip
+    on = "all evaluation examples" if n is None else counted(n, "evaluation example")
+    after = f", after {counted(examples, 'training example')}" if examples is not None else ""
+    lines = ["## Evaluation", "", f"On {on}{after}:", "", "| metric | mean | standard error |", "|---|---|---|"]
     for name in found:
         error = metrics.get(f"{name}_se")
         lines.append(f"| {_METRICS[name]} | {metrics[name]:.4f} | {'' if error is None else f'{error:.4f}'} |")

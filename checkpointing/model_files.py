@@ -27,9 +27,9 @@ class ModelFiles:
     """The files in which `save_pretrained` would write the policy of a sharded checkpoint."""
 
     checkpoint: ShardedCheckpoint
-    model: nn.Module  # transformers reads from it how tensors are named and formed in files
-    state: dict[str, SavedTensor]  # by the model's own names
-    names: dict[str, list[str]]  # the model's own names of the tensors in each file
+    model: nn.Module  # tells transformers how tensors are named and shaped in files
+    state: dict[str, SavedTensor]  # by their names in the model
+    names: dict[str, list[str]]  # the names of each file's tensors in the model
     index: dict  # the content of `MODEL_INDEX`
 
     def write(self, directory: str, file: str):
@@ -56,9 +56,9 @@ def model_files(directory: str, model: nn.Module) -> ModelFiles | None:
     """Plan the files of a sharded checkpoint's policy.
 
     Args:
-        model: of the policy's architecture, without FSDP's class; its weights aren't read.
+        model: has the policy's architecture, without FSDP's class; its weights aren't read.
 
-    Returns: None if transformers joins tensors from different files into one.
+    Returns: None if transformers would join tensors of different files into one.
     Raises: UserError if the checkpoint can't be read or doesn't fit the model.
     """
     checkpoint = ShardedCheckpoint(directory)
@@ -90,7 +90,7 @@ def add_model_files(
 ) -> dict[str, str]:
     """Write the model's files beside the shards, each file by one worker; all workers must call this.
 
-    If that fails, a warning gives the reason and the `remedy`, and none of these files remains; the shards do.
+    If that fails, a warning gives the reason and the `remedy`, and these files are removed; the shards remain.
 
     Args:
         group: see `write_shard`.

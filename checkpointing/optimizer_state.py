@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from basics.outputs import is_sharded
 from checkpointing.archives import read_state_dict
 from checkpointing.sharded import ShardedCheckpoint, is_tensor, placed_like
-from checkpointing.train_state import MISUSED, read_state_json
+from checkpointing.train_state import BAD_STATE_ERRORS, read_state_json
 from utils import UserError, rank0_print
 
 
@@ -18,7 +18,7 @@ def load_optimizer_state(
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     config: DictConfig,
 ):
-    """Load the states of optimizer and scheduler from a checkpoint; their settings remain those of the config.
+    """Load the states of optimizer and scheduler from a checkpoint; their settings stay those of the config.
 
     Raises: UserError if the checkpoint has no state for this optimizer, unless `resume_anyway` is true.
     """
@@ -36,7 +36,7 @@ def load_optimizer_state(
             _add_saved_tensors(state, ShardedCheckpoint(checkpoint))
         optimizer.load_state_dict(_sharded(state, optimizer))
         scheduler.load_state_dict(scheduler_state)
-    except MISUSED as error:
+    except BAD_STATE_ERRORS as error:
         message = f"{checkpoint} holds no state for optimizer={config.optimizer}: {error}"
         if not config.resume_anyway:
             raise UserError(f"{message}; resume_anyway=true starts with a new one") from error
@@ -50,7 +50,7 @@ def load_optimizer_state(
 
 
 def _add_saved_tensors(state: dict, checkpoint: ShardedCheckpoint):
-    """Add the tensors to an optimizer's state dict; a sharded checkpoint keeps them apart from its optimizer.pt."""
+    """Add the tensors, which a sharded checkpoint keeps apart from its optimizer.pt, to the optimizer's state dict."""
     for name, tensor in checkpoint.state_dict("optimizer").items():
         number, _, key = name.partition(".")
         state["state"].setdefault(int(number), {})[key] = tensor
@@ -60,7 +60,7 @@ def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """Return an optimizer's state dict with its tensors sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(parameters) != sum(len(group["params"]) for group in state["param_groups"]):
-        raise ValueError("it is of another number of parameters")
+        raise ValueError("it has another number of parameters")
     for number, values in state["state"].items():
         shape = parameters[number].shape
         for key, value in values.items():
@@ -77,6 +77,6 @@ def _sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def _fits(shape: torch.Size, parameter_shape: torch.Size) -> bool:
-    """True if an optimizer may keep a tensor of this shape: one number, or one per weight, row or column."""
+    """True if a tensor can belong to a parameter's state: it holds one number, or one per weight, row or column."""
     same_rank = len(shape) == len(parameter_shape)
     return len(shape) == 0 or (same_rank and all(n in (1, m) for n, m in zip(shape, parameter_shape, strict=True)))

@@ -9,11 +9,10 @@ from checkpointing.checkpoints import (
     Contents,
     begin_sharded,
     delete_oldest,
-    point_latest,
+    point_to,
     state_dicts_to_save,
     write_whole,
 )
-from checkpointing.resume import is_last
 from checkpointing.train_state import TrainState, get_rng_state
 from utils import rank0_print
 
@@ -24,8 +23,8 @@ def begin_save(
     """Write a checkpoint; with `checkpoint_async`, only copy its tensors and write it in a thread.
 
     Args:
-        metrics: replaces those of the last evaluation.
-        then: called on rank 0, with the train state in the checkpoint, once that is on disk.
+        metrics: written in place of those of the last evaluation.
+        then: called on rank 0, with the checkpoint's train state, once the checkpoint is on disk.
     """
     config = trainer.config
     if config.debug:
@@ -38,8 +37,7 @@ def begin_save(
     if metrics is not None:
         state = dataclasses.replace(state, metrics=metrics)
     contents = Contents(
-        trainer.policy, trainer.tokenizer, state_dicts, state, config, trainer.dropout_rates, trainer.n_eval_examples,
-        ends_run=state.complete and is_last(path),
+        trainer.policy, trainer.tokenizer, state_dicts, state, config, trainer.dropout_rates, trainer.n_eval_examples
     )  # fmt: skip
     if config.checkpoint_format == "whole":
         write_whole(path, contents, then)
@@ -50,7 +48,7 @@ def begin_save(
 
 
 def _current_state(trainer) -> TrainState:
-    """Return the train state, completed for a checkpoint: with random generators, the logs' sizes and so on."""
+    """Return the trainer's train state with all that a checkpoint adds: random generators, sizes of logs and so on."""
     return dataclasses.replace(
         trainer.state,
         complete=is_over(trainer) and trainer.state.evaluated_at == trainer.state.examples,
@@ -63,16 +61,16 @@ def _current_state(trainer) -> TrainState:
 
 def is_over(trainer) -> bool:
     """True if no step is left, or if the run stops early."""
-    return trainer.state.batches == trainer.train_iterator.n_batches or best.ends_run(trainer.state, trainer.config)
+    return trainer.state.batches == trainer.train_iterator.n_batches or best.stops_early(trainer.state, trainer.config)
 
 
 def save_step(trainer):
-    """Write step-N, point LATEST to it, delete the checkpoints that `keep_checkpoints` drops."""
+    """Write step-N, make LATEST a link to it, and delete the checkpoints that `keep_checkpoints` drops."""
     trainer.state.saved_at = trainer.state.examples
     name = f"step-{trainer.state.examples}"
 
     def link(state: TrainState):
-        point_latest(trainer.run_dir, name)
+        point_to(trainer.run_dir, "LATEST", name)
         best.point_best(trainer.run_dir, state, trainer.config)
         delete_oldest(trainer.run_dir, trainer.config.keep_checkpoints, state.examples)
 

@@ -1,7 +1,7 @@
-"""Save tensors in parts: each worker writes what it holds to a file of its own, and reads what it needs from any file.
+"""Save tensors in parts: each worker writes its part to a file of its own, and reads the parts it needs from all files.
 
 The files are plain safetensors. `shards.json` lists each tensor's dtype, shape and pieces: boxes that cover the tensor,
-and the file that holds each of them. So another number of workers, or another trainer, can read what these wrote.
+and the file that holds each of them. So a checkpoint can be read by another number of workers, or another trainer.
 """
 
 import functools
@@ -30,60 +30,72 @@ _FORMAT = 1  # of the index
 # ---- which part of a tensor this worker holds -----------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
-    """A box of a tensor that a worker holds."""
+class Box(NamedTuple):
+    """A box of a tensor, whose values are in another tensor: a worker's local one, or one in a file."""
 
-    offset: tuple[int, ...]  # where it begins in the whole tensor
+    offset: tuple[int, ...]  # of the box in the whole tensor
     shape: tuple[int, ...]
-    local_offset: tuple[int, ...]  # where it begins in the worker's local tensor
+    start: tuple[int, ...]  # of the box in the tensor that holds its values
 
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this piece of the worker's local tensor, as a view."""
-        return tensor[_box(self.local_offset, self.shape)]
+    @property
+    def end(self) -> tuple[int, ...]:
+        """The indices behind the box's last ones in the whole tensor."""
+        return tuple(first + size for first, size in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The box as an index of the tensor that holds its values."""
+        return tuple(slice(start, start + size) for start, size in zip(self.start, self.shape, strict=True))
+
+    def overlap(self, other: "Box") -> "Box | None":
+        """Return the part of this box that the other box has, too; None if there is none."""
+        begin, end = tuple(map(max, self.offset, other.offset)), tuple(map(min, self.end, other.end))
+        if any(first >= last for first, last in zip(begin, end, strict=True)):
+            return None
+        shape = tuple(last - first for first, last in zip(begin, end, strict=True))
+        start = tuple(s + first - o for s, first, o in zip(self.start, begin, self.offset, strict=True))
+        return Box(begin, shape, start)
 
 
-def _box(offset: Iterable[int], shape: Iterable[int]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+def held_boxes(tensor: torch.Tensor) -> list[Box]:
+    """Return the boxes of a tensor that this worker holds: one for most placements, three for fused q, k and v."""
+    return _boxes(tensor, 0, 1)
 
 
-def held_pieces(tensor: torch.Tensor) -> list[Piece]:
-    """Return the pieces of a tensor that this worker holds: one for most placements, three for fused q, k and v."""
-    return _pieces(tensor, 0, 1)
+def boxes_to_write(tensor: torch.Tensor) -> list[Box]:
+    """Return the boxes that this worker writes: those of all workers are the tensor, once.
 
-
-def pieces_to_write(tensor: torch.Tensor) -> list[Piece]:
-    """Return the pieces that this worker writes: all workers' pieces together are the tensor, once.
-
-    Workers that hold the same rows divide them; rank 0 writes what isn't distributed.
+    Workers that hold the same rows divide them between them; rank 0 writes tensors that aren't distributed.
     """
     rank = collectives.rank_and_world_size()[0]
     if not isinstance(tensor, DTensor) or tensor.ndim == 0:
-        return held_pieces(tensor) if rank == 0 else []
+        return held_boxes(tensor) if rank == 0 else []
     number, n_replicas = 0, 1
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     for dim, placement in enumerate(tensor.placements):
         if isinstance(placement, Replicate):
             number, n_replicas = number * mesh.size(dim) + coordinate[dim], n_replicas * mesh.size(dim)
-    return _pieces(tensor, number, n_replicas)
+    return _boxes(tensor, number, n_replicas)
 
 
-def _pieces(tensor: torch.Tensor, number: int, n_replicas: int) -> list[Piece]:
-    """Return this worker's pieces of a tensor, cut to the `number`-th of `n_replicas` equal parts of their rows."""
+def _boxes(tensor: torch.Tensor, number: int, n_replicas: int) -> list[Box]:
+    """Return this worker's boxes of a tensor, cut to the `number`-th of `n_replicas` equal parts of their rows."""
     if isinstance(tensor, DTensor):
         mesh, placements = tensor.device_mesh, tensor.placements
-        along = [_ranges_held(size, mesh, tuple(_along(placement, dim) for placement in placements))
-                 for dim, size in enumerate(tensor.shape)]  # fmt: skip
+        ranges_by_dim = [_ranges_held(size, mesh, tuple(_placement_of_dim(placement, dim) for placement in placements))
+                         for dim, size in enumerate(tensor.shape)]  # fmt: skip
     else:
-        along = [[(0, size, 0)] for size in tensor.shape]
-    if along:
-        n_rows = sum(size for _, size, _ in along[0])
-        along[0] = _cut(along[0], number * n_rows // n_replicas, (number + 1) * n_rows // n_replicas)
-    boxes = itertools.product(*along)  # each has an offset, a length and a local offset for every dimension
-    return [Piece(*(tuple(ranges[i] for ranges in box) for i in range(3))) for box in boxes]
+        ranges_by_dim = [[(0, size, 0)] for size in tensor.shape]
+    if ranges_by_dim:
+        rows = ranges_by_dim[0]
+        n_rows = sum(size for _, size, _ in rows)
+        ranges_by_dim[0] = _cut(rows, number * n_rows // n_replicas, (number + 1) * n_rows // n_replicas)
+    boxes = itertools.product(*ranges_by_dim)  # each has an offset, a length and a start for every dimension
+    return [Box(*(tuple(ranges[i] for ranges in box) for i in range(3))) for box in boxes]
 
 
-def _along(placement: Placement, dim: int) -> Placement:
-    """Return the placement of a tensor with one dimension that is distributed as this dimension is."""
+def _placement_of_dim(placement: Placement, dim: int) -> Placement:
+    """Return how a 1-D tensor must be placed to be divided as dimension `dim` of this tensor is."""
     if isinstance(placement, _StridedShard) and placement.dim == dim:
         return _StridedShard(0, split_factor=placement.split_factor)
     return Shard(0) if isinstance(placement, Shard) and placement.dim == dim else Replicate()
@@ -91,19 +103,19 @@ def _along(placement: Placement, dim: int) -> Placement:
 
 @functools.lru_cache(maxsize=1024)
 def _ranges_held(size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[tuple[int, int, int]]:
-    """Return the indices of a dimension that this worker holds, as ranges: first, length, position in its tensor."""
+    """Return the indices of a dimension that this worker holds, as ranges: first, length, start in its local tensor."""
     indices = distribute_tensor(torch.arange(size), mesh, placements, src_data_rank=None).to_local().tolist()
     starts = [i for i, index in enumerate(indices) if i == 0 or index != indices[i - 1] + 1]
     return [(indices[i], end - i, i) for i, end in itertools.pairwise([*starts, len(indices)])]
 
 
 def _cut(ranges: list[tuple[int, int, int]], begin: int, end: int) -> list[tuple[int, int, int]]:
-    """Return the part of these ranges between two positions in the local tensor."""
+    """Return the parts of these ranges from `begin` to `end` in the local tensor."""
     cut = []
-    for first, size, position in ranges:
-        start, stop = max(position, begin), min(position + size, end)
-        if start < stop:
-            cut.append((first + start - position, stop - start, start))
+    for first, size, start in ranges:
+        new_start, stop = max(start, begin), min(start + size, end)
+        if new_start < stop:
+            cut.append((first + new_start - start, stop - new_start, new_start))
     return cut
 
 
@@ -114,26 +126,26 @@ class WorkerShard(NamedTuple):
     """This worker's pieces of all tensors, in CPU memory, and their description for the index."""
 
     pieces: dict[str, torch.Tensor]  # by their keys in the file
-    tensors: dict[str, dict]  # dtype, shape and this worker's pieces ([offset, shape]) of every tensor, by its name
+    tensors: dict[str, dict]  # by name: dtype, shape, and this worker's pieces as [offset, shape]
 
 
 def shard_of(state_dicts: dict[str, dict], copies: bool) -> WorkerShard:
     """Return this worker's part of a checkpoint's state dicts; a tensor with several names is saved once.
 
     Args:
-        copies: copy even what is in CPU memory, so that training may change the tensors before they are written.
+        copies: copy tensors in CPU memory, too, so that training can change them before they are written.
     """
     shard, seen = WorkerShard({}, {}), set()
     for name, tensor in _named_tensors(state_dicts).items():
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        pieces, local = pieces_to_write(tensor), tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for piece in pieces:
-            piece_on_cpu = piece.local(local.detach()).to("cpu", copy=copies).contiguous()
-            shard.pieces[_key(name, piece.offset)] = piece_on_cpu
-        boxes = [[piece.offset, piece.shape] for piece in pieces]
-        shard.tensors[name] = {"dtype": str(tensor.dtype)[6:], "shape": list(tensor.shape), "pieces": boxes}
+        boxes, local = boxes_to_write(tensor), tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for box in boxes:
+            piece = local.detach()[box.slices].to("cpu", copy=copies).contiguous()
+            shard.pieces[_key(name, box.offset)] = piece
+        pieces = [[box.offset, box.shape] for box in boxes]
+        shard.tensors[name] = {"dtype": str(tensor.dtype)[6:], "shape": list(tensor.shape), "pieces": pieces}
     return shard
 
 
@@ -203,8 +215,8 @@ def not_shared(rank: int) -> str:
 def _write_index(directory: str, files: list[str], by_worker: list[dict[str, dict]]):
     tensors = {}
     for name, described in by_worker[0].items():
-        pieces = {tuple(box[0]): (number, *box) for number, worker in enumerate(by_worker)
-                  for box in worker[name]["pieces"]}  # fmt: skip
+        pieces = {tuple(offset): (number, offset, shape) for number, worker in enumerate(by_worker)
+                  for offset, shape in worker[name]["pieces"]}  # fmt: skip
         # listed once: workers that FSDP places on different meshes may write the same piece
         tensors[name] = {**described, "pieces": list(pieces.values())}
     with open(os.path.join(directory, SHARDS), "w", encoding="utf-8") as file:
@@ -224,14 +236,14 @@ class TensorFiles:
         """Close the files; they are opened again as they are needed."""
         self._open_files.clear()
 
-    def read(self, name: str, key: str, box: tuple[slice, ...]) -> torch.Tensor:
+    def read(self, name: str, key: str, slices: tuple[slice, ...]) -> torch.Tensor:
         """Read a part of a tensor. Raises: UserError if the file doesn't hold it."""
         path = os.path.join(self.directory, name)
         try:
             if name not in self._open_files:
                 self._open_files[name] = safe_open(path, framework="pt")
             file = self._open_files[name]
-            return file.get_slice(key)[box] if box else file.get_tensor(key)
+            return file.get_slice(key)[slices] if slices else file.get_tensor(key)
         except (OSError, RuntimeError, ValueError, IndexError, SafetensorError) as error:
             raise UserError(f"{path}: can't read {key} ({type(error).__name__}: {str(error)[:300]})") from error
 
@@ -256,10 +268,11 @@ class ShardedCheckpoint(TensorFiles):
             raise UserError(f"{path}: can't read it ({type(error).__name__}: {str(error)[:300]})") from error
 
     def _saved(self, name: str, dtype: str, shape: list[int], pieces: list) -> "SavedTensor":
-        boxes = [SavedBox(self.files[number], _key(name, offset), offset, size) for number, offset, size in pieces]
+        places = [Place(self.files[number], _key(name, offset), Box(tuple(offset), tuple(size), (0,) * len(offset)))
+                  for number, offset, size in pieces]  # fmt: skip
         if not isinstance(getattr(torch, dtype), torch.dtype):
             raise ValueError(f"{name} has the dtype {dtype!r}")
-        return SavedTensor(self, name, getattr(torch, dtype), shape, boxes)
+        return SavedTensor(self, name, getattr(torch, dtype), shape, places)
 
     def state_dict(self, kind: str) -> dict[str, "SavedTensor"]:
         """Return the tensors of one kind, policy, reference or optimizer, by their names."""
@@ -267,20 +280,19 @@ class ShardedCheckpoint(TensorFiles):
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
-class SavedBox(NamedTuple):
-    """A box of a tensor that a file holds."""
+class Place(NamedTuple):
+    """A tensor in a file that holds a box of a saved tensor."""
 
     file: str
-    key: str  # its name in the file
-    offset: tuple[int, ...]  # where it begins in the whole tensor
-    shape: tuple[int, ...]
+    key: str  # the tensor's name in the file
+    box: Box
 
 
 class SavedTensor:
     """A tensor in safetensors files, in one piece or several; parts of it are read when needed, and cast to `dtype`."""
 
-    def __init__(self, files: TensorFiles, name: str, dtype: torch.dtype, shape: Iterable[int], boxes: list[SavedBox]):
-        self.files, self.name, self.dtype, self.shape, self.boxes = files, name, dtype, torch.Size(shape), boxes
+    def __init__(self, files: TensorFiles, name: str, dtype: torch.dtype, shape: Iterable[int], places: list[Place]):
+        self.files, self.name, self.dtype, self.shape, self.places = files, name, dtype, torch.Size(shape), places
 
     def is_floating_point(self) -> bool:
         """True if it holds floating-point numbers."""
@@ -289,28 +301,24 @@ class SavedTensor:
     def full(self) -> torch.Tensor:
         """Read the whole tensor into CPU memory."""
         start = (0,) * len(self.shape)
-        return self._read([Piece(start, tuple(self.shape), start)], self.shape)
+        return self._read([Box(start, tuple(self.shape), start)], self.shape)
 
     def read_like(self, target: torch.Tensor) -> torch.Tensor:
         """Return the tensor distributed as `target` is (see `distribute_like`); read only this worker's part."""
         if not isinstance(target, DTensor) or self.shape != target.shape:
             return distribute_like(target, self.full())
         mesh, placements = target.device_mesh, target.placements
-        local = self._read(held_pieces(target), target.to_local().shape).to(mesh.device_type)
+        local = self._read(held_boxes(target), target.to_local().shape).to(mesh.device_type)
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=self.shape, stride=target.stride())
 
-    def _read(self, wanted: list[Piece], local_shape: torch.Size) -> torch.Tensor:
-        """Return a worker's local tensor, filled with the wanted pieces of this tensor."""
+    def _read(self, wanted: list[Box], local_shape: torch.Size) -> torch.Tensor:
+        """Return a worker's local tensor, filled with the wanted boxes of this tensor."""
         local, n_read = torch.empty(local_shape, dtype=self.dtype), 0
-        for piece, (file, key, offset, shape) in itertools.product(wanted, self.boxes):
-            bounds = [(max(p, o), min(p + m, o + n)) for p, m, o, n in zip(*piece[:2], offset, shape, strict=True)]
-            if all(begin < end for begin, end in bounds):
-                size = [end - begin for begin, end in bounds]
-                source = [begin - o for (begin, _), o in zip(bounds, offset, strict=True)]
-                place = [begin - p + at for (begin, _), p, _, at in zip(bounds, *piece, strict=True)]
-                part = self.files.read(file, key, _box(source, size))
-                local[_box(place, size)] = part
-                n_read += part.numel()
+        for box, place in itertools.product(wanted, self.places):
+            if (part := box.overlap(place.box)) is not None:
+                values = self.files.read(place.file, place.key, place.box.overlap(box).slices)
+                local[part.slices] = values
+                n_read += values.numel()
         if n_read != local.numel():
             path = os.path.join(self.files.directory, SHARDS)
             raise UserError(f"{path}: of {self.name} it lists {n_read} of {local.numel()} values that are needed")
@@ -322,11 +330,6 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor | SavedTensor)
 
 
-def in_memory(tensor: torch.Tensor | SavedTensor) -> torch.Tensor:
-    """Return a tensor, read whole if it is in files."""
-    return tensor.full() if isinstance(tensor, SavedTensor) else tensor
-
-
 def placed_like(target: torch.Tensor, tensor: torch.Tensor | SavedTensor) -> torch.Tensor:
-    """Return a tensor distributed as `target` is; this worker reads only its part of one in files."""
+    """Return a tensor distributed as `target` is; of a tensor in files, this worker reads only its part."""
     return tensor.read_like(target) if isinstance(tensor, SavedTensor) else distribute_like(target, tensor)

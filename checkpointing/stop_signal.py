@@ -15,7 +15,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Inside its `with` block, a first signal sets `received`, which training checks; a second ends the process."""
+    """Inside its `with` block, the first signal sets `received`, which training checks; a second ends the process."""
 
     received: str | None = None  # the signal's name
 
@@ -32,7 +32,7 @@ class StopSignal:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         text = f"\n{self.received}: stopping as soon as this step is done and saved; a second signal ends it at once\n"
-        with contextlib.suppress(OSError):  # nobody may read it any more
+        with contextlib.suppress(OSError):  # the output may be closed
             os.write(1, text.encode())  # a print may be under way
 
     def check(self):

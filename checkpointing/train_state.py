@@ -15,6 +15,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from basics.files import open_regular
+from basics.printing import counted
 from basics.saved_config import flatten
 from utils import UserError, rank0_print
 
@@ -24,26 +25,26 @@ _ADDED_LATER = ("inputs", "log_sha256", "best", "best_at", "worse", "max_tokens"
 
 @dataclass
 class TrainState:
-    """The progress of a run. A checkpoint keeps it in `state.json`, but for the random generators, in `rng.pt`.
+    """The progress of a run. A checkpoint keeps it in `state.json`, and the random generators in `rng.pt`.
 
     state.json also records the config, trainer, optimizer and versions under which it was written.
     """
 
     examples: int = 0  # trained on
     updates: int = 0  # optimizer steps
-    batches: int = 0  # batches of training data used so far; training resumes after them
+    batches: int = 0  # training batches used so far; training resumes after them
     evaluated_at: int | None = None  # `examples` at the last evaluation
     saved_at: int | None = None  # `examples` at the last step-N
     complete: bool = False  # trained to the end, and evaluated there
     best: dict[str, float] = field(default_factory=dict)  # the best value so far of the metric that `keep_best` names
-    best_at: int | None = None  # `examples` there
-    worse: int = 0  # evaluations since
+    best_at: int | None = None  # `examples` at that evaluation
+    worse: int = 0  # number of evaluations since then
     max_tokens: int | None = None  # tokens in the largest microbatch; another value would change rounding
     loss_memory: dict[str, float] = field(default_factory=dict)  # moving averages of the loss, if it keeps any
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None
     log_bytes: dict[str, int] = field(default_factory=dict)  # size of each log file
-    log_sha256: dict[str, str] = field(default_factory=dict)  # and of its content
+    log_sha256: dict[str, str] = field(default_factory=dict)  # of each log file
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of what the run started from
     rng_states: list[dict] = field(default_factory=list)  # one per batch shard, see `get_rng_state`
 
@@ -60,7 +61,7 @@ class TrainState:
 
     @classmethod
     def load(cls, checkpoint: str) -> "TrainState":
-        """Read state.json and rng.pt. Raises: UserError if they can't be read, are incomplete or hold other things."""
+        """Read state.json and rng.pt. Raises: UserError if they can't be read, or lack values."""
         from checkpointing.archives import read_tensors
 
         saved, path = read_state_json(checkpoint), os.path.join(checkpoint, "rng.pt")
@@ -72,7 +73,7 @@ class TrainState:
         try:
             state.rng_states = read_tensors(path)["workers"]
             _check_rng_states(state.rng_states)
-        except MISUSED as error:
+        except BAD_STATE_ERRORS as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: it doesn't hold the states of random generators: {str(error)[:300]}") from error
@@ -80,7 +81,7 @@ class TrainState:
 
 
 # raised for content of an unexpected form
-MISUSED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
+BAD_STATE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
 def read_state_json(checkpoint: str) -> dict:
@@ -115,12 +116,12 @@ def _is_of_type(value: object, kind: object) -> bool:
 
 def training_settings(config: DictConfig) -> dict[str, object]:
     """Return the flat config, without the run's directory and the keys that resume it."""
-    where = ("local_run_dir", "resume", "resume_anyway")
-    return {key: value for key, value in flatten(config).items() if key not in where}
+    left_out = ("local_run_dir", "resume", "resume_anyway")
+    return {key: value for key, value in flatten(config).items() if key not in left_out}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of libraries on which the numbers may depend."""
+    """Return the versions of Python and of the libraries that influence a run's numbers."""
     transformers = importlib.metadata.version("transformers")  # without importing it
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers}
 
@@ -129,7 +130,7 @@ def versions() -> dict[str, str]:
 
 
 def _gpus() -> list[int]:
-    """Return the GPUs whose random generators are this worker's."""
+    """Return the GPUs whose random generators this worker uses."""
     return [torch.cuda.current_device()] if dist.is_initialized() else list(range(torch.cuda.device_count()))
 
 
@@ -152,7 +153,7 @@ def get_rng_state() -> dict:
 
 
 def restore_rng_state(states: list[dict], shard: int, n_shards: int):
-    """Restore this worker's random generators from a checkpoint, if that has a state for the worker's batch shard.
+    """Restore this worker's random generators from a checkpoint, if it has a state for the worker's batch shard.
 
     Workers that compute the same shard must draw the same numbers, so they all get its state.
 
@@ -160,9 +161,8 @@ def restore_rng_state(states: list[dict], shard: int, n_shards: int):
         states: one per batch shard when the checkpoint was saved.
     """
     if states and len(states) != n_shards:
-        rank0_print(
-            f"WARNING: saved with every batch in {len(states)} shards, resumed with {n_shards}: samples will differ"
-        )
+        saved = counted(len(states), "shard")
+        rank0_print(f"WARNING: saved with every batch in {saved}, resumed with {n_shards}: samples will differ")
     if shard < len(states):
         set_rng_state(states[shard])
 
@@ -172,7 +172,8 @@ def set_rng_state(state: dict):
     _set_cpu_rng_state(state)
     gpus = _gpus() if torch.cuda.is_available() else []
     if len(state["cuda"]) != len(gpus):
-        rank0_print(f"WARNING: saved with {len(state['cuda'])} GPUs, resumed with {len(gpus)}: samples will differ")
+        saved = counted(len(state["cuda"]), "GPU")
+        rank0_print(f"WARNING: saved with {saved}, resumed with {len(gpus)}: samples will differ")
     for gpu, gpu_state in zip(gpus, state["cuda"], strict=False):
         torch.cuda.set_rng_state(gpu_state, gpu)
     if state.get("mps") and torch.backends.mps.is_available():

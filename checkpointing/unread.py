@@ -1,8 +1,8 @@
-"""Load a model without its weights, so that every worker reads its own part of them from the safetensors files.
+"""Load a model without its weights; then every worker reads its own part of them from the safetensors files.
 
 `from_pretrained` gets placeholders, which need no memory, in place of the tensors in the files. It still finds and
-downloads the files, renames and ties weights, checks shapes and computes buffers. If it does more than that for a
-model, such as merging experts, the model is loaded the usual way: one worker reads it, and broadcasts each parameter.
+downloads the files, renames and ties weights, checks shapes and computes buffers. A model for which it does more, such
+as merging experts, is loaded the usual way: one worker reads it, and broadcasts each parameter.
 """
 
 import contextlib
@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from checkpointing.archives import COMPUTED_BUFFERS, load_fitting, load_pretrained, not_finite, refuse_not_finite
-from checkpointing.sharded import SavedBox, SavedTensor, TensorFiles
+from checkpointing.archives import COMPUTED_BUFFERS, check_finite, load_fitting, load_pretrained
+from checkpointing.sharded import Box, Place, SavedTensor, TensorFiles
 from distributed import collectives
 
 
@@ -37,18 +36,14 @@ class UnreadWeights(NamedTuple):
         Raises: UserError on all workers if a weight is NaN or infinite, and if a file can't be read.
         """
         load_fitting(self.tensors, model, self.origin)
-        group = collectives.local_group()[1]
-        by_worker = [None] * dist.get_world_size(group)
-        dist.all_gather_object(by_worker, not_finite(model), group)
-        bad = set().union(*by_worker)
-        refuse_not_finite([name for name, _ in model.named_parameters() if name in bad], model, self.origin)
+        check_finite(model, self.origin, collectives.local_group()[1])
 
 
 def load_unread(name: str, origin: str, dtype: torch.dtype, **options) -> nn.Module:
-    """Load a model with its parameters on the meta device; its attribute `unread` can read their values.
+    """Load a model with its parameters on the meta device, and an attribute `unread` that reads their values.
 
-    If its parameters are not simply the tensors in safetensors files, cast to `dtype`, it is loaded whole, on the CPU,
-    without that attribute.
+    If its parameters aren't simply the tensors in safetensors files, cast to `dtype`, the model is loaded whole, on the
+    CPU, and has no such attribute.
     """
     options |= {"dtype": dtype, "device_map": "cpu"}
     if not _is_plain(name, **options):
@@ -68,7 +63,7 @@ def load_unread(name: str, origin: str, dtype: torch.dtype, **options) -> nn.Mod
 
 @contextlib.contextmanager
 def _files_opened_by(function: Callable) -> Iterator[None]:
-    """Let transformers open safetensors files by this function instead of `safe_open`."""
+    """Make transformers open safetensors files with this function instead of `safe_open`."""
     module = transformers.modeling_utils
     before = module.safe_open
     module.safe_open = function
@@ -79,7 +74,7 @@ def _files_opened_by(function: Callable) -> Iterator[None]:
 
 
 def _is_plain(name: str, quantization_config: object, trust_remote_code: bool, **options) -> bool:
-    """False if transformers computes weights from those in the files, or code from the hub may do so."""
+    """False if transformers, or possibly code from the hub, computes weights from those in the files."""
     where = {key: options[key] for key in ("cache_dir", "revision") if key in options}
     config = None if trust_remote_code else transformers.AutoConfig.from_pretrained(name, **where)
     if config is None or quantization_config or getattr(config, "quantization_config", None):
@@ -103,12 +98,12 @@ class _Placeholders:
     def make(self, path: str, key: str, shape: list[int]) -> torch.Tensor:
         """Return a placeholder for a tensor in a file."""
         start, placeholder = (0,) * len(shape), torch.zeros((), dtype=self.dtype).expand(shape)
-        saved = SavedTensor(self.files, key, self.dtype, shape, [SavedBox(path, key, start, tuple(shape))])
+        saved = SavedTensor(self.files, key, self.dtype, shape, [Place(path, key, Box(start, tuple(shape), start))])
         self.tensors[placeholder.data_ptr()] = placeholder, saved
         return placeholder
 
     def used_by(self, model: nn.Module) -> dict[str, SavedTensor] | None:
-        """Return each parameter's tensor in the files, by its name; None if a part of the model's state has none."""
+        """Return each parameter's tensor in the files, by name; None if a part of the model's state is in no file."""
         left_over, used = {address: saved for address, (_, saved) in self.tensors.items()}, {}
         for name, parameter in model.named_parameters():
             tensor = left_over.pop(parameter.data_ptr(), None)

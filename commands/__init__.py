@@ -1,1 +1,1 @@
-"""Running a command: its errors, its workers, its run directory, and sweeps."""
+"""Run a command: its config, output, workers and run directory, and sweeps."""

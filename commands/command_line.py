@@ -14,10 +14,9 @@ from basics.interrupts import INTERRUPTED, interrupts_reported
 from basics.printing import printable
 from checkpointing.stop_signal import EXIT_CODE
 from commands import sweeps
-from commands.errors import SHOWS_TRACEBACK, errors_reported
 from commands.exit_on_signals import exit_on_signals
-from commands.output import keep_output_going
-from commands.run_directory import default_run_dir, in_sweep, job_name
+from commands.output import SHOWS_TRACEBACK, errors_reported, keep_output_going
+from commands.run_directory import default_run_dir, in_sweep
 from commands.start_again import with_config_of_run
 from config_checks.explanations import explain_flags, explain_hydra_error
 from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
@@ -30,33 +29,37 @@ _MODIFIERS = "|".join(UNLISTED)
 _FREE = re.compile(rf"(?:{'|'.join(FREE_KEYS)}|judge_args|engine_args|loss\.(?:{_MODIFIERS})=|loss\.parts|loss\.\w+\.)")
 
 
-def with_free_keys(overrides: list[str]) -> list[str]:
-    """Rewrite overrides for Hydra: mark keys that no YAML file lists by ++, and write `model=PATH_OR_ID` out."""
-    words = [part for word in overrides for part in _with_model_written_out(word)]
-    return [f"++{word}" if _FREE.match(word) else word for word in words]
+def for_hydra(words: list[str]) -> list[str]:
+    """Rewrite the words of a command line in Hydra's grammar.
+
+    Keys that no YAML file lists get the prefix ++, `model=PATH_OR_ID` is expanded, and so is `~` at the beginning of
+    values and of list items.
+    """
+    words = [part for word in words for part in _with_model_expanded(word)]
+    words = [f"++{word}" if _FREE.match(word) else word for word in words]
+    home, start = os.path.expanduser("~"), r"""((?<==)["']?)~(?=/|$)|([\[,:]\s*)~(?=/)"""
+    return [re.sub(start, lambda match: (match[1] or match[2] or "") + home, word) for word in words]
 
 
-def _with_model_written_out(word: str) -> list[str]:
-    """Turn `model=PATH_OR_ID`, where config/model has no such file, into a blank model of that name."""
+def _with_model_expanded(word: str) -> list[str]:
+    """Replace `model=PATH_OR_ID`, unless config/model has a file of that name, by a blank model with that name."""
     key, _, name = word.partition("=")
     if key != "model" or name in names_in("model") or not ("/" in name or os.path.isdir(name)) or "," in name:
         return [word]
     return ["model=blank_model", f"model.name_or_path={name}"]
 
 
-def with_home(overrides: list[str]) -> list[str]:
-    """Expand `~` at the beginning of values and of list items, which Hydra's grammar doesn't take."""
-    home = os.path.expanduser("~")
-    start = r"""((?<==)["']?)~(?=/|$)|([\[,:]\s*)~(?=/)"""
-    return [re.sub(start, lambda match: (match[1] or match[2] or "") + home, word) for word in overrides]
+def model_label(choice: str, name_or_path: str) -> str:
+    """Return the model's part of `exp_name`: its YAML file's name, or for `model=PATH_OR_ID` the path's last part."""
+    return choice if choice != "blank_model" else os.path.basename(os.path.abspath(str(name_or_path)))
 
 
 def compose_config(*overrides: str) -> DictConfig:
-    """Return the config that the command line would give `run`, for Python: `run(compose_config("model=tiny"))`.
+    """Return the config that these words would give on the command line: `run(compose_config("model=tiny"))`.
 
     Raises: UserError for unknown keys and unreadable values.
     """
-    words = with_home(with_free_keys(list(overrides)))
+    words = for_hydra(list(overrides))
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = hydra.compose("config", words, return_hydra_config=True)
@@ -70,7 +73,8 @@ def compose_config(*overrides: str) -> DictConfig:
 
 OmegaConf.register_new_resolver("get_local_run_dir", default_run_dir, replace=True)
 OmegaConf.register_new_resolver("get_local_dir", get_local_dir, replace=True)
-OmegaConf.register_new_resolver("sweep_job", job_name, replace=True)
+OmegaConf.register_new_resolver("model_label", model_label, replace=True)
+OmegaConf.register_new_resolver("sweep_job", sweeps.job_name, replace=True)
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 
 
@@ -81,22 +85,22 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
     A user's mistake ends the process with its message alone; HYDRA_FULL_ERROR=1 shows the traceback, too.
 
     Args:
-        run: with `can_sweep`, a function that other processes can import.
-        can_sweep: the command may be run with `-m`, once for each combination of values.
+        run: the command's function; with `can_sweep`, other processes must be able to import it.
+        can_sweep: the command accepts `-m`, which runs it once for each combination of values.
     """
     keep_output_going()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra pass every error on unchanged
     if config_name == "config" and any(word.startswith(("--config-path", "-cp")) for word in sys.argv):
         with errors_reported():
             sys.argv[1:] = with_config_of_run(sys.argv[1:])
-    sys.argv[1:] = with_home(with_free_keys(sys.argv[1:]))
+    sys.argv[1:] = for_hydra(sys.argv[1:])
 
-    def job(config: DictConfig) -> float | None:  # Hydra's launchers may send it to other processes
+    def job(config: DictConfig) -> float | None:  # Hydra's launchers may pickle it
         if in_sweep():
             if not can_sweep:
                 sys.exit("error: only train.py supports sweeps with -m")
             return sweeps.run_job(run, config)
-        # inside the job, as Hydra would print a line of its own above an error that leaves it
+        # in here, because Hydra prints a line of its own above any error that a job raises
         with errors_reported(EXIT_CODE if can_sweep else INTERRUPTED):
             run(config)
 

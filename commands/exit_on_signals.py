@@ -1,4 +1,4 @@
-"""Signals that end a process which has nothing to save. (Training stops by `checkpointing.stop_signal.StopSignal`.)"""
+"""End a process that has nothing to save on a signal. (Training uses `checkpointing.stop_signal.StopSignal`.)"""
 
 import contextlib
 import multiprocessing
@@ -14,15 +14,15 @@ from utils import SIGNALS, signals_handled
 
 @contextlib.contextmanager
 def exit_on_signals(interrupted: int = INTERRUPTED, waits_for_children: bool = False) -> Iterator[None]:
-    """Let signals end this process by SystemExit, which removes unfinished files and child processes.
+    """Let signals raise SystemExit, so that unfinished files are removed; child processes are ended, too.
 
     Args:
         interrupted: the exit code after Ctrl-C; after other signals it is `EXIT_CODE`.
-        waits_for_children: ask child processes to end, and wait until they have, instead of killing them.
+        waits_for_children: first ask child processes to end, and wait for them; otherwise they are killed at once.
     """
 
     def end(received: int, _frame):
-        with contextlib.suppress(OSError):  # nobody may read it any more
+        with contextlib.suppress(OSError):  # the output may be closed
             os.write(2, f"stopped by {signal.Signals(received).name}\n".encode())  # a print may be under way
         if waits_for_children:
             for number in SIGNALS:

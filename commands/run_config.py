@@ -1,4 +1,4 @@
-"""Config for commands that work on a run: the run's config, plus the command's own keys."""
+"""Configs of commands that work on a run: the run's config, and the command's own keys."""
 
 import contextlib
 import os
@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from basics.printing import one_line
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
-from checkpointing.resume import check_models_unchanged, find_checkpoints
-from commands.run_directory import parsed
+from checkpointing.resume import find_checkpoints
+from checkpointing.same_run import check_models_unchanged
+from commands.sweeps import parse_overrides
 from commands.workers import run_in_workers
 from config_checks.checks import check_config
 from config_checks.schema import FREE_KEYS, expand_home, own_keys
@@ -35,11 +36,11 @@ def read_run_config(run_dir: str) -> DictConfig:
 
 def _given_keys() -> list[str]:
     """Return the keys on the command line."""
-    return [override.key_or_group for override in parsed(HydraConfig.get().overrides.task)]
+    return [override.key_or_group for override in parse_overrides(HydraConfig.get().overrides.task)]
 
 
 def _config_without(config: DictConfig, own: dict) -> DictConfig:
-    """Return the training config, without the command's own keys: the run's, if any, with the given overrides.
+    """Return the training config without the command's own keys: with `run`, the run's with the given overrides.
 
     Raises: UserError if there is no such run, or its config can't be read.
     """
@@ -57,12 +58,12 @@ def _config_without(config: DictConfig, own: dict) -> DictConfig:
 
 
 def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
-    """Return the config of a run, in which keys of the command line replace the run's.
+    """Return a run's config, with the keys given on the command line replaced.
 
     `model.trust_remote_code` counts only on the command line: a run's config can't allow code to run.
 
     Args:
-        config: composed from the command line and the defaults, for keys that are newer than the run.
+        config: composed from the command line and the defaults; supplies keys that the run's config lacks.
     """
     former, given = read_run_config(run_dir), _given_keys()
     merged = OmegaConf.to_container(config, resolve=False)
@@ -82,14 +83,14 @@ def _config_of_run(config: DictConfig, run_dir: str, own: dict) -> DictConfig:
 
 
 def run_with_options(config: DictConfig, config_name: str, make_options: Callable, work: Callable):
-    """Call `work(config, options, given)` here, in workers that this process starts, or as one of a launcher's workers.
+    """Check the config and the options, then call `work(config, options, given)`, in workers if the trainer needs them.
 
-    `given` are the keys on the command line, which workers don't have.
+    `given`: the keys on the command line, which only this process knows.
 
     Args:
         config_name: the config file with the command's own keys.
-        make_options: called with the training config, the command's own keys and their checkpoints, it returns
-            `options`; it may raise UserError.
+        make_options: called with the training config, the command's own keys and the checkpoints that they name;
+            returns `options`, or raises UserError.
     """
     given = _given_keys()
     own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})

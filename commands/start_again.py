@@ -9,15 +9,15 @@ from basics.saved_config import read_saved_config
 from config_checks.schema import changed_keys
 from utils import UserError
 
-_PATH, _NAME = ("--config-path", "-cp"), ("--config-name", "-cn")  # options of Hydra's
-# keys of one run alone, and a key that no file may set: it allows code to be run
+_PATH, _NAME = ("--config-path", "-cp"), ("--config-name", "-cn")  # Hydra's options
+# keys that belong to one run, and a key that no file may set, because it allows code to run
 _LEFT_OUT = ("resume", "resume_anyway", "data_only", "model.trust_remote_code")
 
 
 def with_config_of_run(words: list[str]) -> list[str]:
-    """Replace `--config-path RUN`, if given, by the settings in RUN/config.yaml, as overrides before all others.
+    """Replace `--config-path RUN` by the settings in RUN/config.yaml, as overrides before all others.
 
-    A folder with another kind of config.yaml is left to Hydra.
+    If it names a folder that isn't a run's, Hydra handles the option.
 
     Raises: UserError if the file can't be read.
     """
@@ -44,7 +44,7 @@ def with_config_of_run(words: list[str]) -> list[str]:
 def _config_options(words: list[str]) -> tuple[str, str, list[str]]:
     """Return the values of Hydra's two options, and the other words.
 
-    argparse can't be used: it takes another option of Hydra's, `-c`, for an abbreviation of these.
+    Not by argparse: it would read another option of Hydra's, `-c`, as an abbreviation of these.
     """
     path, name, rest, ahead = "", "config", [], iter(words)
     for word in ahead:
@@ -58,7 +58,7 @@ def _config_options(words: list[str]) -> tuple[str, str, list[str]]:
 
 
 def as_typed(value: object) -> str:
-    """Return a value as it is typed in an override."""
+    """Format a value for an override."""
     if isinstance(value, str):
         return QuotedString(value, Quote.single).with_quotes()
     if isinstance(value, dict):

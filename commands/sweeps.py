@@ -1,14 +1,16 @@
 """Sweeps (`-m`) under any of Hydra's sweepers and launchers: each job's result, and a table of how all have ended.
 
-The process that was started reads the command line and prints the table; its launcher runs the jobs, in this process or
-in others, which may be on other machines. They share the sweep's directory, and `SWEEP` in their environment.
+The sweep's main process reads the command line and prints the table. Hydra's launcher runs the jobs, in this process or
+in others, which may be on other machines. All of them share the sweep's directory, and `SWEEP` in their environment.
 """
 
 import contextlib
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import sys
 import time
@@ -16,17 +18,19 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from basics.files import append_json_lines, read_json_lines
 from basics.locks import in_turn, locked_directory
 from basics.printing import printable
-from checkpointing.resume import resume_command
+from checkpointing.resume import SWEEP, resume_command
 from checkpointing.stop_signal import EXIT_CODE
-from commands.errors import errors_reported
 from commands.exit_on_signals import exit_on_signals
-from commands.run_directory import SWEEP, fixed_keys, is_run_dir_given, job_overrides, sweep_values
+from commands.output import errors_reported
+from commands.run_directory import is_run_dir_given
 from config_checks.schema import REPOSITORY
 from distributed import environment, launch
 from reporting.metric_names import ACCURACY, LOSS, larger_is_better
@@ -35,6 +39,7 @@ from reporting.terminal import aligned
 from utils import UserError, on_rank0, rank0_print
 
 METRICS = (LOSS, ACCURACY)  # metrics of a job's last evaluation in the table
+_LONGEST_NAME = 150  # characters; file systems take 255 bytes
 
 
 # ---- the record of a sweep, in its directory -------------------------------------------------------------------------
@@ -66,15 +71,15 @@ class SweepLog:
         lines = [("job", "overrides", "status", *METRICS, "time")]
         for row in self.rows().values():
             metrics = ["-" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
-            time = str(timedelta(seconds=round(row["seconds"])))
-            lines.append((row["job"], row["overrides"], row["status"], *metrics, time))
+            duration = str(timedelta(seconds=round(row["seconds"])))
+            lines.append((row["job"], row["overrides"], row["status"], *metrics, duration))
         return aligned(lines)
 
 
 def result_of(run_dir: str, keep_best: str | None) -> float | None:
-    """Return what a sweeper optimizes: the best value of the metric that `keep_best` names, else the last loss/eval.
+    """Return the value that a sweeper optimizes: the best of `keep_best`'s metric or, by default, the last loss/eval.
 
-    As for `keep_best`, the weights before training don't count. None: there is no evaluation.
+    As for `keep_best`, the evaluation before training doesn't count. None: there is no other.
     """
     metric = keep_best or LOSS
     trained = [line for line in evaluations(run_dir) if line["counters/examples"] > 0]
@@ -88,34 +93,49 @@ def result_of(run_dir: str, keep_best: str | None) -> float | None:
 
 
 def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | None:
-    """Run a job of a sweep and record how it ended; its errors are printed here.
+    """Run a job of a sweep and record how it ended; then end this process if it must not begin another job.
 
-    Returns: its `result_of`, None if it failed.
-    Raises: SystemExit after a signal, if this process runs all jobs.
+    Returns: the job's `result_of`; None if it failed.
+    Raises: SystemExit in the sweep's main process, after a signal or, under torchrun or Slurm, after any failure: there
+        all workers must run the same jobs.
     """
-    is_parent = _Sweep.current is not None
-    if multiprocessing.parent_process() is not None:  # in joblib's pool, whose start method workers don't know
+    in_main_process, in_pool = _Sweep.current is not None, multiprocessing.parent_process() is not None
+    if in_pool:  # joblib's pool sets the start method `loky`, which the processes that a job starts can't use
         multiprocessing.set_start_method("spawn", force=True)
+    signals = contextlib.nullcontext() if in_main_process else exit_on_signals(interrupted=EXIT_CODE)
+    result, status, exit_code = _run_and_record(run, config, signals)
+    if in_main_process and (status == "stopped" or (status == "failed" and environment.is_launched())):
+        sys.exit(exit_code)
+    if in_pool and status == "stopped":
+        launch.end_process(EXIT_CODE)  # the pool would give this process the next job
+    return result
+
+
+def _run_and_record(
+    run: Callable[[DictConfig], None], config: DictConfig, signals: contextlib.AbstractContextManager
+) -> tuple[float | None, str, int | str | None]:
+    """Run a job, print its error if it fails, and add its row to the sweep's record.
+
+    Args:
+        signals: handles signals during the run.
+
+    Returns: the job's `result_of`; complete, failed or stopped; and the code of the SystemExit that ended it.
+    """
     log, start = SweepLog(HydraConfig.get().sweep.dir), time.monotonic()
     overrides = " ".join(f"{key}={value}" for key, value in job_overrides().items())
     rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
-    run_dir, status, error = HydraConfig.get().runtime.output_dir, "failed", None
+    run_dir, status, result, exit_code = HydraConfig.get().runtime.output_dir, "failed", None, None
     try:
-        with contextlib.nullcontext() if is_parent else exit_on_signals(EXIT_CODE), errors_reported():
+        with signals, errors_reported():
             run_dir = _claimed_dir(config, overrides, log)
             run(config)
-        status = "complete"
+        status, result = "complete", result_of(run_dir, config.keep_best)
     except SystemExit as ended:
-        if isinstance(ended.code, str):
-            error = ended.code
-            print(printable(error), file=sys.stderr, flush=True)
-        status = "stopped" if ended.code == EXIT_CODE else "failed"
-        # a signal ends all jobs of this process; so does any failure under a launcher, whose workers must keep in step
-        if is_parent and (status == "stopped" or environment.is_launched()):
-            raise
+        exit_code, status = ended.code, "stopped" if ended.code == EXIT_CODE else "failed"
     finally:
-        last = last_evaluation(run_dir)
-        result = result_of(run_dir, config.keep_best) if status == "complete" else None
+        last, error = last_evaluation(run_dir), exit_code if isinstance(exit_code, str) else None
+        if error is not None:
+            print(printable(error), file=sys.stderr, flush=True)
         if on_rank0():
             log.add({
                 "job": os.path.basename(run_dir), "overrides": overrides, "status": status,
@@ -123,15 +143,17 @@ def run_job(run: Callable[[DictConfig], None], config: DictConfig) -> float | No
                 "local_run_dir": run_dir, "result": result, "error": error, "sweep": sweep_values()["id"],
             })  # fmt: skip
         gc.collect()  # frees the trainer's memory, which reference cycles keep, for the next job
-    if status == "stopped" and multiprocessing.parent_process() is not None:
-        launch.end_process(EXIT_CODE)  # otherwise this process of a pool would begin the next job
-    return result
+    return result, status, exit_code
 
 
 def _claimed_dir(config: DictConfig, overrides: str, log: SweepLog) -> str:
-    """Return a job's directory. Only an earlier job with the same overrides may have used it.
+    """Return a job's directory.
 
-    A sweeper may try the same values again. If this sweep has completed them, the job resumes and has nothing to do.
+    A sweeper may try the same values again. If this sweep has completed them, `resume` is set, so that nothing is left
+    to do.
+
+    Raises: UserError if a job of this sweep with other overrides has used the directory, if `resume` names a run, or if
+        torchrun's or Slurm's workers would choose different directories.
     """
     if config.resume not in (None, "auto"):
         raise UserError(f"resume={config.resume}: a sweep resumes all its jobs by resume=auto and hydra.sweep.dir=DIR")
@@ -150,20 +172,59 @@ def _claimed_dir(config: DictConfig, overrides: str, log: SweepLog) -> str:
     return run_dir
 
 
-# ---- the process that was started ------------------------------------------------------------------------------------
+# ---- what a sweep varies ---------------------------------------------------------------------------------------------
+
+
+def job_name() -> str:
+    """Return a directory name made of the job's overrides, of characters that need no quoting in an override."""
+    overrides = [f"{key}-{value}" for key, value in job_overrides().items()]
+    name = re.sub(r"[^\w.+-]+", "_", "_".join(overrides)) or f"job_{OmegaConf.select(HydraConfig.get(), 'job.num')}"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def job_overrides() -> dict[str, str]:
+    """Return the keys that the sweep varies, with this job's values: {'loss.beta': '0.1', ...}."""
+    job, fixed = parse_overrides(HydraConfig.get().overrides.task), sweep_values()["fixed"]
+    return {o.key_or_group: o.get_value_element_as_str() for o in job if o.key_or_group not in fixed}
+
+
+def fixed_keys(config: DictConfig) -> list[str]:
+    """Return the keys to which a sweep's command line gives one value for all jobs.
+
+    Args:
+        config: the sweep's, with Hydra's own keys.
+    """
+    given = parse_overrides(config.hydra.overrides.task)
+    varied = {*(config.hydra.sweeper.get("params") or {}), *(o.key_or_group for o in given if o.is_sweep_override())}
+    return sorted({o.key_or_group for o in given} - varied)
+
+
+def sweep_values() -> dict:
+    """Return the `id` of this process's sweep, and its `fixed` keys, as `_Sweep` has set them in the environment."""
+    return json.loads(os.environ.get(SWEEP, '{"id": null, "fixed": []}'))
+
+
+def parse_overrides(words: ListConfig) -> list[Override]:
+    """Parse overrides by Hydra's grammar."""
+    return OverridesParser.create().parse_overrides(OmegaConf.to_container(words))
+
+
+# ---- the sweep's main process ----------------------------------------------------------------------------------------
 
 
 class SweepStart(Callback):
-    """Hydra calls it in the process that was started, before the first job (config.yaml: hydra.callbacks)."""
+    """Called by Hydra in the sweep's main process before the first job (config.yaml: hydra.callbacks)."""
 
     def on_multirun_start(self, config: DictConfig, **_):
-        """Lock the sweep's directory, and tell the processes of its jobs about the sweep."""
+        """Lock the sweep's directory, and tell the jobs' processes about the sweep."""
         with errors_reported():
             _Sweep.current = _Sweep(config)
 
 
 class _Sweep:
-    """A sweep whose jobs this process starts: a failing job doesn't stop the others, a signal stops all."""
+    """A sweep, in its main process."""
 
     current: "_Sweep | None" = None
 
@@ -206,13 +267,13 @@ class _Sweep:
 
 
 def report():
-    """End the sweep that this process has started, if any; see `_Sweep.report`."""
+    """Report this process's sweep, if it is a sweep's main process; see `_Sweep.report`."""
     if _Sweep.current is not None:
         _Sweep.current.report()
 
 
 def _check_sweeper(config: DictConfig, metric: str):
-    """Refuse a sweeper that would optimize in the wrong direction, or whose jobs a launcher's workers can't share.
+    """Refuse a sweeper that would optimize in the wrong direction, or under torchrun or Slurm give workers other jobs.
 
     Raises: UserError naming the key and the remedy.
     """

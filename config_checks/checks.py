@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from basics.outputs import is_sharded, why_not_writable
 from config_checks.datasets import check_data
-from config_checks.lora import check_adapter_fits, check_lora
+from config_checks.lora import check_adapters
+from config_checks.numbers import is_number
 from config_checks.schedules import check_schedule
 from config_checks.schema import default_config, expand_config, names_in
 from config_checks.values import check_one_of, check_values
@@ -23,30 +24,30 @@ from distributed import environment
 from distributed.strategies import STRATEGIES, trainers_with
 from losses import find_loss, needs_reference
 from optimization import DEFAULT_SCHEDULE
-from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
+from references import REFERENCES, reference_source, resolved_reference, sources
 from reporting.metric_names import evaluation_metrics
 from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir, rank0_print
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' names
-# packages that they need on a GPU; on a CPU, flex_attention crashes torch's compiler
+# implementations that need a GPU, and their packages; on a CPU, flex_attention crashes torch's compiler
 _GPU_ATTENTION = {
     "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flex_attention": "triton",
 }  # fmt: skip
 # LBFGS needs several losses per step, SparseAdam sparse gradients
-_OTHERS = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+_UNSUPPORTED_OPTIMIZERS = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
 NOT_FOR_DTENSORS = ("Adafactor", "Rprop")  # optimizers that use an operation which DTensors lack
 _HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # NAME or OWNER/NAME, as a regular expression
 
 
 def check_config(config: DictConfig, reads_data: bool = True):
-    """Refuse a config that can't work; fill in what it leaves open.
+    """Refuse a config that can't work, and complete it in place.
 
-    `~` is expanded in paths, `eval_every` and `save_every` are rounded down to whole batches, `reference=auto` and the
-    reference's dtype are resolved.
+    `~` is expanded in paths, `eval_every` and `save_every` are rounded down to whole batches, and `reference=auto` is
+    resolved.
 
     Args:
-        reads_data: False for commands that use no dataset: then those of the config need not exist.
+        reads_data: False for commands that use no dataset: then the config's datasets need not exist.
 
     Raises: UserError naming the key, its value and the remedy.
     """
@@ -67,16 +68,17 @@ def check_config(config: DictConfig, reads_data: bool = True):
     _check_lengths_and_batches(config)
     _check_workers(config)
     _check_reference(config)
-    _check_checkpoints(config)
-    _check_files(config)
+    _check_sources(config)
+    if config.lora is not None or any(source.adapter is not None for source in sources(config)):
+        check_adapters(config)
+    _check_output(config)
 
 
 def _check_optimizer(config: DictConfig):
-    """Refuse an unknown optimizer or unknown arguments of it, with a UserError."""
-    classes = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
+    """Refuse an unknown optimizer, or an argument that it doesn't take."""
     optimizers = {
-        name: value for name, value in classes.items()
-        if issubclass(value, torch.optim.Optimizer) and value not in _OTHERS
+        name: value for name, value in vars(torch.optim).items() if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer) and value not in _UNSUPPORTED_OPTIMIZERS
     }  # fmt: skip
     note = ", the optimizers of torch.optim that train with one gradient a step"
     check_one_of("optimizer", config.optimizer, optimizers, note)
@@ -90,27 +92,23 @@ def _check_optimizer(config: DictConfig):
 
 
 def _check_optimizer_argument(key: str, value: object, parameter: inspect.Parameter):
-    """Refuse a string for a number, a number for true or false, and the like, by the optimizer's signature."""
+    """Refuse a value of another type than the optimizer's signature has, e.g. a string instead of a number."""
     default, annotation = parameter.default, str(parameter.annotation)
     if value is None and default is None:
         return
     if isinstance(default, tuple):
         numbers = value if isinstance(value, list) and len(value) == len(default) else [""]
-        if any(number is not None and _is_no_number(number) for number in numbers):
+        if not all(number is None or is_number(number) for number in numbers):
             raise UserError(f"{key}={value}: expected {len(default)} numbers, e.g. {list(default)}")
     elif isinstance(default, bool) or (default is None and "bool" in annotation):
         if not isinstance(value, bool):
             raise UserError(f"{key}={value}: expected true or false")
-    elif (isinstance(default, int | float) or "float" in annotation) and _is_no_number(value):
+    elif (isinstance(default, int | float) or "float" in annotation) and not is_number(value):
         raise UserError(f"{key}={value}: expected a number")
 
 
-def _is_no_number(value: object) -> bool:
-    return isinstance(value, bool) or not isinstance(value, int | float)
-
-
 def _check_model(config: DictConfig):
-    """Check where the model comes from, its dtypes and its attention."""
+    """Check the policy's and the reference's dtypes, and how the model is loaded and computed."""
     model = config.model
     check_one_of("model.policy_dtype", model.policy_dtype, DTYPES)
     check_one_of("model.reference_dtype", model.reference_dtype, (*DTYPES, None))
@@ -118,7 +116,7 @@ def _check_model(config: DictConfig):
         if model[key] == "float64" and default_device() == "mps":
             raise UserError(f"model.{key}=float64: Apple's GPUs have no float64; use float32")
     if None not in (model.policy_mp, model.fsdp_policy_mp) and model.policy_mp != model.fsdp_policy_mp:
-        raise UserError("model.policy_mp and model.fsdp_policy_mp are two names for one thing: give one of them")
+        raise UserError("model.policy_mp and model.fsdp_policy_mp are two names of the same setting: give one of them")
     model.policy_mp = model.policy_mp or model.fsdp_policy_mp
     for key in ("policy_dtype", "policy_mp"):
         if model[key] == "float16":
@@ -136,16 +134,17 @@ def _check_model(config: DictConfig):
         _check_attention(model)
     if model.load_in_4bit:
         _check_4bit(config)
-    if config.lora is not None and model.adapter is not None:
-        raise UserError(
-            "lora is for a new adapter, model.adapter for a saved one, which has its own settings: give one"
-        )
     if model.router_aux_loss_coef is not None:
-        _turn_off_faster_layouts(config)
+        _use_plain_forward(config)
+    compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
+    if config.compile and not any(shutil.which(compiler) for compiler in compilers if compiler):
+        raise UserError(
+            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
+        )
 
 
-def _turn_off_faster_layouts(config: DictConfig):
-    """Turn faster layouts off: they change which tokens a forward pass computes, which the router's loss depends on."""
+def _use_plain_forward(config: DictConfig):
+    """Turn off, or refuse, whatever changes the forward pass: the router's loss depends on all tokens of the batch."""
     coefficient = f"model.router_aux_loss_coef={config.model.router_aux_loss_coef}"
     for key in ("shared_prompt", "padding_free", "compile"):
         if config[key] is True:
@@ -177,7 +176,8 @@ def _check_4bit(config: DictConfig):
         raise UserError("model.load_in_4bit=true: 4-bit weights can't be trained; add lora={} or model.adapter")
     if any(source.archive is not None or source.from_scratch for source in sources(config)):
         raise UserError(
-            "model.load_in_4bit=true reads its weights from model.name_or_path: no archive, not from_scratch"
+            "model.load_in_4bit=true reads its weights from model.name_or_path: leave out model.archive and "
+            "model.from_scratch"
         )
 
 
@@ -194,13 +194,13 @@ def _check_lengths_and_batches(config: DictConfig):
             f"batch_size={config.batch_size} doesn't divide by gradient_accumulation_steps="
             f"{config.gradient_accumulation_steps} into microbatches of equal size"
         )
-    for key, what in (("eval_every", "evaluation"), ("save_every", "checkpoint")):
+    for key, noun in (("eval_every", "evaluation"), ("save_every", "checkpoint")):
         if config[key] is None:
             continue
         if config[key] < config.batch_size:
             raise UserError(
                 f"{key}={config[key]} examples is below batch_size={config.batch_size}: "
-                f"there can't be more than one {what} a batch"
+                f"there can't be more than one {noun} per batch"
             )
         if config[key] % config.batch_size != 0:
             rounded = config[key] - config[key] % config.batch_size
@@ -211,7 +211,7 @@ def _check_lengths_and_batches(config: DictConfig):
 
 
 def _check_workers(config: DictConfig):
-    """Refuse workers that can't be started or can't share the work, and keys that the trainer has no use for."""
+    """Refuse workers that can't be started or can't share the work, and keys that the trainer doesn't use."""
     check_one_of("trainer", config.trainer, STRATEGIES)
     trainer, strategy = config.trainer, STRATEGIES[config.trainer]
     world_size = environment.get_world_size(strategy.starts_workers, config.world_size)
@@ -222,12 +222,12 @@ def _check_workers(config: DictConfig):
         raise UserError(f"trainer={trainer} trains in one process, not in {n_workers} (world_size); choose {others}")
     for key in ("world_size", "fsdp_port"):
         if config[key] is not None and (not strategy.starts_workers or environment.is_launched()):
-            who = "the launcher decides that" if strategy.starts_workers else f"trainer={trainer} starts no workers"
-            raise UserError(f"{key}={config[key]}: {who}; leave it null")
+            why = "the launcher sets it" if strategy.starts_workers else f"trainer={trainer} starts no workers"
+            raise UserError(f"{key}={config[key]}: {why}; leave it null")
     for name, other in STRATEGIES.items():
         for key, default in other.config_keys.items():
             if config[key] != default and key not in strategy.config_keys:
-                raise UserError(f"{key}={config[key]}: only trainer={name} has that; leave it {default}")
+                raise UserError(f"{key}={config[key]}: only trainer={name} uses it; leave it {default}")
     if strategy.starts_workers:
         _check_division(config, world_size)
     n_gpus = torch.cuda.device_count()
@@ -235,15 +235,10 @@ def _check_workers(config: DictConfig):
         raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
     if strategy.splits_tensors:
         _check_split_tensors(config)
-    compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
-    if config.compile and not any(shutil.which(compiler) for compiler in compilers if compiler):
-        raise UserError(
-            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
-        )
 
 
 def _check_start(config: DictConfig):
-    """Refuse workers that can't be started here."""
+    """Refuse Windows, and a port that doesn't exist."""
     if sys.platform == "win32":
         raise UserError(
             f"trainer={config.trainer} runs several processes, which this program can't do on Windows: choose "
@@ -254,7 +249,7 @@ def _check_start(config: DictConfig):
 
 
 def _check_division(config: DictConfig, world_size: int):
-    """Refuse workers that can't be divided into equal groups, and batches that can't be divided among these."""
+    """Refuse workers that can't be divided into equal groups, and batches that can't be divided among the groups."""
     n_together = config.tensor_parallel
     if world_size % n_together != 0:
         raise UserError(
@@ -276,7 +271,7 @@ def _check_division(config: DictConfig, world_size: int):
 
 
 def _check_split_tensors(config: DictConfig):
-    """Refuse what works only on whole tensors, for a trainer that splits them."""
+    """Refuse settings that need whole tensors, for a trainer that splits them."""
     trainer, others = config.trainer, trainers_with("splits_tensors", False)
     if config.compile:
         raise UserError(f"compile=true isn't for trainer={trainer}; leave it out")
@@ -290,7 +285,7 @@ def _check_split_tensors(config: DictConfig):
 
 
 def _check_reference(config: DictConfig):
-    """Refuse a reference that the loss or the policy can't be compared with; resolve `reference=auto`."""
+    """Refuse a reference that the loss doesn't use or that doesn't fit the policy; resolve `reference=auto`."""
     check_one_of("reference", config.reference, ("auto", *REFERENCES))
     sets_reference = config.reference != "auto" or config.precompute_ref_log_probs or reference_source(config).given
     if not needs_reference(config.loss) and sets_reference:
@@ -299,31 +294,31 @@ def _check_reference(config: DictConfig):
             f"{why} uses no reference: leave reference, reference_model and precompute_ref_log_probs at their defaults"
         )
     config.reference = resolved_reference(config)
-    if (alpha := config.reference_update_alpha) > 1:
-        raise UserError(f"reference_update_alpha={alpha}: must be at most 1, the policy's own weights")
     if config.reference_update_every is not None:
         _check_moving_reference(config)
     if find_loss(config.loss).takes_kl_estimate:
         _check_kl_estimate(config)
     if find_loss(config.loss).needs_shared_logps(config.loss) and config.precompute_ref_log_probs:
         raise UserError(
-            "precompute_ref_log_probs=true keeps the log-probabilities of whole responses alone; loss.ld_alpha needs "
-            "those up to the shared length, too: use precompute_ref_log_probs=false"
+            "precompute_ref_log_probs=true keeps only the log-probabilities of whole responses; loss.ld_alpha also "
+            "needs those up to the length of the shorter response: use precompute_ref_log_probs=false"
         )
 
 
 def _check_kl_estimate(config: DictConfig):
-    """Check that the divergence can be estimated: from prompts with other prompts' responses, in every batch."""
+    """Check that every batch has two prompts, to estimate the KL divergence from prompts with others' responses."""
     loss = f"loss={config.loss.name}"
     if config.precompute_ref_log_probs:
-        raise UserError(f"precompute_ref_log_probs=true: {loss} pairs prompts anew in every batch")
+        raise UserError(
+            f"precompute_ref_log_probs=true: {loss} forms new pairs of prompts and responses in every batch"
+        )
     for key in ("batch_size", "eval_batch_size"):
         if config[key] < 2:
-            raise UserError(f"{key}={config[key]}: {loss} needs two or more prompts a batch")
+            raise UserError(f"{key}={config[key]}: {loss} needs two or more prompts per batch")
     if config.n_eval_examples is not None and config.n_eval_examples % config.eval_batch_size == 1:
         raise UserError(
             f"n_eval_examples={config.n_eval_examples} leaves a last batch of one at eval_batch_size="
-            f"{config.eval_batch_size}; {loss} needs two or more prompts a batch"
+            f"{config.eval_batch_size}; {loss} needs two or more prompts per batch"
         )
 
 
@@ -333,7 +328,7 @@ def _check_moving_reference(config: DictConfig):
         raise UserError(f"reference_update_every={every}: loss={config.loss.name} has no reference to move")
     if config.precompute_ref_log_probs:
         raise UserError(
-            f"reference_update_every={every}: precompute_ref_log_probs would keep numbers of a reference that has moved"
+            f"reference_update_every={every}: precompute_ref_log_probs=true needs a reference that doesn't move"
         )
     if config.reference != "model" or config.lora is not None or config.model.adapter is not None:
         raise UserError(f"reference_update_every={every}: an adapter's reference can't follow it; train all weights")
@@ -344,29 +339,11 @@ def _check_moving_reference(config: DictConfig):
         )
 
 
-def _check_checkpoints(config: DictConfig):
-    if config.keep_best is not None:
-        known = evaluation_metrics(find_loss(config.loss), config)
-        check_one_of("keep_best", config.keep_best, known, ", the metrics of these evaluations")
-    check_one_of("checkpoint_format", config.checkpoint_format, ("whole", "sharded"))
-    if config.checkpoint_async and config.checkpoint_format != "sharded":
-        raise UserError(
-            "checkpoint_async=true writes what each worker holds, but checkpoint_format=whole gathers it first, while "
-            "training waits: add checkpoint_format=sharded"
-        )
-
-
-def _check_files(config: DictConfig):
-    """Check that optional packages are installed, that local files exist and that outputs can be written."""
-    for tracker in ("tensorboard", "wandb"):
-        if config[tracker].enabled and not config.debug and importlib.util.find_spec(tracker) is None:
-            raise UserError(f"{tracker} is not installed: pip install {tracker}, or pass {tracker}.enabled=false")
-    has_adapter = config.lora is not None or any(source.adapter is not None for source in sources(config))
-    if has_adapter and importlib.util.find_spec("peft") is None:
-        raise UserError("lora and adapters need PEFT: pip install peft")
+def _check_sources(config: DictConfig):
+    """Refuse local files and folders of models that don't exist; the hub isn't asked for its ids."""
     folders_or_ids = {"model.tokenizer_name_or_path": config.model.tokenizer_name_or_path}
     folders_or_ids |= {source.key("name_or_path"): source.name_or_path for source in sources(config)}
-    for key, name in folders_or_ids.items():  # the hub itself isn't asked
+    for key, name in folders_or_ids.items():
         if name is not None and not os.path.exists(name) and not re.fullmatch(_HUB_ID, name, re.ASCII):
             raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
     for source in sources(config):
@@ -375,18 +352,6 @@ def _check_files(config: DictConfig):
             directory = os.path.dirname(archive)
             remedy = f" The checkpoint is sharded: give {directory}" if is_sharded(directory) else ""
             raise UserError(f"{source.key('archive')}={archive}: no such file.{remedy or closest_sibling(archive)}")
-        if source.adapter is not None:
-            check_adapter_fits(config, saved_settings(source.key("adapter"), source.adapter))
-    if config.lora is not None:
-        check_lora(config)
-        check_adapter_fits(config, config.lora)
-    outputs = {f"local_run_dir={config.local_run_dir}": config.local_run_dir}
-    if config.precompute_ref_log_probs:
-        directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
-        outputs[f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs)"] = directory
-    for name, directory in outputs.items():
-        if reason := why_not_writable(directory):
-            raise UserError(f"{name}: {reason}")
 
 
 def _may_be_hub_id(name: str) -> bool:
@@ -394,3 +359,26 @@ def _may_be_hub_id(name: str) -> bool:
     owner, _, model = name.partition("/")
     is_file = os.path.exists(owner) or model.endswith((".pt", ".safetensors", ".bin"))
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not is_file
+
+
+def _check_output(config: DictConfig):
+    """Check what the run writes: checkpoints, trackers, and directories that must be writable."""
+    if config.keep_best is not None:
+        known = evaluation_metrics(find_loss(config.loss), config)
+        check_one_of("keep_best", config.keep_best, known, ", the metrics of these evaluations")
+    check_one_of("checkpoint_format", config.checkpoint_format, ("whole", "sharded"))
+    if config.checkpoint_async and config.checkpoint_format != "sharded":
+        raise UserError(
+            "checkpoint_async=true lets each worker write its own tensors, but checkpoint_format=whole gathers them "
+            "first, while training waits: add checkpoint_format=sharded"
+        )
+    for tracker in ("tensorboard", "wandb"):
+        if config[tracker].enabled and not config.debug and importlib.util.find_spec(tracker) is None:
+            raise UserError(f"{tracker} is not installed: pip install {tracker}, or pass {tracker}.enabled=false")
+    outputs = {f"local_run_dir={config.local_run_dir}": config.local_run_dir}
+    if config.precompute_ref_log_probs:
+        directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
+        outputs[f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs)"] = directory
+    for name, directory in outputs.items():
+        if reason := why_not_writable(directory):
+            raise UserError(f"{name}: {reason}")

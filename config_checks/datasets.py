@@ -1,4 +1,4 @@
-"""Checks of `datasets` and its settings; the names that are loaded from the hub."""
+"""Check `datasets` and its settings, and list the names that are loaded from the hub."""
 
 import os
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from glob import has_magic
 
 from omegaconf import DictConfig, ListConfig
 
+from config_checks.numbers import is_number
 from config_checks.values import check_one_of
 from data.choice import TRUNCATIONS, Choice
 from data.locations import is_location, locate
@@ -16,7 +17,7 @@ from utils import UserError, closest_match
 
 
 def check_data(config: DictConfig, reads_data: bool):
-    """Check the datasets' names and, if the command reads them, their settings, as far as possible before reading."""
+    """Check the names of the datasets and, if the command reads them, their settings, without reading any data."""
     if isinstance(config.datasets, str):
         config.datasets = ListConfig([config.datasets])
     if not isinstance(config.datasets, ListConfig):
@@ -33,17 +34,17 @@ def check_data(config: DictConfig, reads_data: bool):
     if config.fields or config.ignored_columns:
         _check_columns(config, "config")
     choices = chosen_datasets(config)
-    of_rows = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template", "verbatim_responses")
-    given = [key for key in of_rows if config[key]] + ["trained_turns"] * (config.trained_turns != "all")
+    row_keys = ("train_split", "test_split", "fields", "ignored_columns", "apply_chat_template", "verbatim_responses")
+    given = [key for key in row_keys if config[key]] + ["trained_turns"] * (config.trained_turns != "all")
     if given and all(choice.name in DATASETS for choice in choices):
-        raise UserError(f"{given[0]}={config[given[0]]}: that is for files and hub ids; named datasets have their own")
+        raise UserError(f"{given[0]}={config[given[0]]}: it is for files and hub ids, not for built-in datasets")
     _check_choices(choices, config.dataset_paths)
     if config.chat_template is not None and not os.path.isfile(config.chat_template):
         raise UserError(f"chat_template={config.chat_template}: no such file, seen from {os.getcwd()}")
 
 
 def chosen_datasets(config: DictConfig) -> list[Choice]:
-    """Return the entries of `datasets`, with the config's settings where an entry has none of its own.
+    """Return the entries of `datasets`; an entry's own settings replace the config's.
 
     Raises: UserError if an entry has an unknown setting, or one with a wrong value.
     """
@@ -53,11 +54,10 @@ def chosen_datasets(config: DictConfig) -> list[Choice]:
     choices = []
     for entry in config.datasets:
         given = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
-        if not (isinstance(entry, str) and entry.strip()):  # a mapping, or a mistake
+        if not (isinstance(entry, str) and entry.strip()):  # a mapping, or an invalid entry
             _check_entry(given, f"datasets=[{entry}]")
-        is_named = given["name"] in DATASETS
-        inherited = {"truncation": common["truncation"]} if is_named else common
-        settings = inherited | given
+        is_built_in = given["name"] in DATASETS
+        settings = ({"truncation": common["truncation"]} if is_built_in else common) | given
         settings["fields"] = dict(settings.get("fields", {}))
         settings["ignored_columns"] = tuple(settings.get("ignored_columns", ()))
         choices.append(Choice(**settings))
@@ -75,12 +75,11 @@ def _check_entry(given: dict, shown: str):
             raise UserError(f"{shown}: no setting {key!r}.{hint} There are: {', '.join(known)}")
     if not isinstance(given.get("name"), str) or not given["name"].strip():
         raise UserError(f"{shown}: expected names, files or ids on the hub, e.g. datasets=[hh]")
-    number = given.get("weight", 1)
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1000:
-        raise UserError(f"{shown}: weight={number}: must be a number above 0, at most 1000")
-    number = given.get("n_examples")
-    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-        raise UserError(f"{shown}: n_examples={number}: must be an integer above 0")
+    weight, n_examples = given.get("weight", 1), given.get("n_examples")
+    if not is_number(weight) or not 0 < weight <= 1000:
+        raise UserError(f"{shown}: weight={weight}: must be a number above 0, at most 1000")
+    if n_examples is not None and (not is_number(n_examples, int) or n_examples < 1):
+        raise UserError(f"{shown}: n_examples={n_examples}: must be an integer above 0")
     check_one_of(f"{shown}: truncation", given.get("truncation"), (*TRUNCATIONS, None))
     for key in ("train_split", "test_split"):
         if not isinstance(given.get(key), str | None):
@@ -92,13 +91,15 @@ def _check_columns(settings: Mapping, shown: str):
     """Raise UserError unless `fields` maps strings to strings, and `ignored_columns` is a list of strings."""
     given, ignored = settings.get("fields", {}), settings.get("ignored_columns", [])
     if not isinstance(given, Mapping) or not all(isinstance(x, str) for item in given.items() for x in item):
-        raise UserError(f"{shown}: fields={given}: expected a format's names and the data's, e.g. {{prompt: question}}")
+        raise UserError(
+            f"{shown}: fields={given}: expected a format's fields and the data's columns, e.g. {{prompt: question}}"
+        )
     if not isinstance(ignored, list | ListConfig) or not all(isinstance(name, str) for name in ignored):
         raise UserError(f"{shown}: ignored_columns={ignored}: expected a list of columns, e.g. ignored_columns=[id]")
 
 
 def _check_choices(choices: list[Choice], paths: dict[str, str]):
-    """Raise UserError if a dataset doesn't exist, or a setting isn't for it."""
+    """Raise UserError if a dataset doesn't exist, or has a setting that isn't used with it."""
     check_names([choice.name for choice in choices if choice.name in DATASETS], paths)
     for choice in choices:
         if choice.name in DATASETS and choice.name in ROWS:
@@ -117,7 +118,7 @@ def _check_choices(choices: list[Choice], paths: dict[str, str]):
 
 
 def hub_names(config: DictConfig, reads_data: bool = True) -> list[str]:
-    """Return the names that a run loads: ids on the hub or local folders."""
+    """Return the hub ids, and local paths that may be given instead, which a run loads."""
     model, reference = config.model, config.reference_model
     names = [model.name_or_path, model.tokenizer_name_or_path, model.archive, reference.name_or_path, reference.archive]
     for choice in chosen_datasets(config) if reads_data else []:

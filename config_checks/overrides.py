@@ -1,4 +1,4 @@
-"""Explain words of the command line that Hydra's grammar can't read."""
+"""Explain command-line words that Hydra's grammar can't read."""
 
 import re
 import shlex
@@ -6,11 +6,11 @@ import shlex
 from hydra.core.override_parser.types import Quote, QuotedString
 
 _PAIRS = {"[": "]", "{": "}", "(": ")"}
-_READ_UNQUOTED = re.compile(r"[\w/\-%+.$:*@?|\\ \t,\[\]{}()=]", re.ASCII)  # of Hydra's grammar
+_UNQUOTED = re.compile(r"[\w/\-%+.$:*@?|\\ \t,\[\]{}()=]", re.ASCII)  # allowed without quotes by Hydra's grammar
 
 
 def explain_override(word: str, words: list[str]) -> str:
-    """Return why a word isn't an override that Hydra can read, and how to type what is probably meant.
+    """Return why Hydra can't read a word as an override, and how to type what is probably meant.
 
     Args:
         words: all words of the command line.
@@ -29,13 +29,13 @@ def explain_override(word: str, words: list[str]) -> str:
 
 
 def typed_string(key: str, value: str) -> str:
-    """Return how a string is typed in a shell, quoted for Hydra and once more for the shell."""
+    """Return an override with a string value as it is typed: quoted for Hydra, and once more for the shell."""
     word = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
     return shlex.quote(word) if re.search(r'[$`\\!"]', word) else f'"{word}"'
 
 
 def _explain_without_sign(word: str, words: list[str]) -> str:
-    """Explain a word without `=`: half of a `key = value`, or a `key: value`."""
+    """Explain a word without `=`, such as half of `key = value`, or `key: value`."""
     at = words.index(word) if word in words else 0
     before, after = words[at - 1] if at else "", words[at + 1] if at + 1 < len(words) else ""
     if before.endswith("=") and before != "=":
@@ -49,9 +49,11 @@ def _explain_without_sign(word: str, words: list[str]) -> str:
 
 
 def _reason(value: str) -> str:
-    """Return what Hydra can't read in a value."""
+    """Return why Hydra can't read a value."""
     is_inside = value.lstrip()[:1] in _PAIRS
-    must_be_quoted = "must be quoted" + (", with the item that it is in, by '...'" if is_inside else "")
+    must_be_quoted = "must be quoted" + (
+        ": put quotes '...' around the whole item that contains it" if is_inside else ""
+    )
     open_brackets, quote = [], ""
     for position, character in enumerate(value):
         before = value[:position].rstrip()[-1:]
@@ -69,19 +71,19 @@ def _reason(value: str) -> str:
             if not open_brackets or _PAIRS[open_brackets.pop()] != character:
                 return f"{character!r} closes nothing"
         elif character == "=":
-            inside = "inside { } it is key:value" if open_brackets[-1:] == ["{"] else f"a second '=' {must_be_quoted}"
-            return inside
-        elif not _READ_UNQUOTED.match(character):
+            is_in_mapping = open_brackets[-1:] == ["{"]
+            return "inside { } it is key:value" if is_in_mapping else f"a second '=' {must_be_quoted}"
+        elif not _UNQUOTED.match(character):
             return f"{character!r} {must_be_quoted}"
     if quote:
         return f"the quote {quote} is never closed"
     if open_brackets:
         return f"{open_brackets[-1]!r} is never closed"
-    return _fault_of_form(value)
+    return _reason_in_form(value)
 
 
-def _fault_of_form(value: str) -> str:
-    """Return what is wrong with a value whose characters and brackets are right."""
+def _reason_in_form(value: str) -> str:
+    """Return why Hydra can't read a value whose characters and brackets are right."""
     if "(" in value:
         return "lists are written with [ ], not with ( )"
     if re.search(r"""[{,]\s*(['"])\w+\1\s*:""", value):
@@ -90,11 +92,11 @@ def _fault_of_form(value: str) -> str:
         return "there is nothing before or after a comma"
     if value[:1] in _PAIRS and not value.rstrip().endswith(_PAIRS[value[0]]):
         return f"something follows the closing {_PAIRS[value[0]]!r}"
-    return "it has no form that a value can have"
+    return "it isn't a valid value (a number, a word, a list, a mapping or a quoted string)"
 
 
 def explain_commas(word: str) -> str:
-    """Explain a value with commas outside brackets, which would be a sweep."""
+    """Explain a value with commas outside brackets, which Hydra reads as a sweep."""
     key, _, value = word.lstrip("+").partition("=")
     return (
         f"{word}: a list is typed {shlex.quote(f'{key}=[{value}]')}, a string {typed_string(key, value)}; several "

@@ -1,4 +1,4 @@
-"""Checks of the keys `lr_scheduler` and `lr_scheduler_args`."""
+"""Check the keys `lr_scheduler` and `lr_scheduler_args`."""
 
 import inspect
 import math
@@ -16,13 +16,13 @@ def schedules() -> dict[str, list[str]]:
     arguments = {}
     for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items():
         parameters = inspect.signature(function).parameters
-        if "kwargs" not in parameters:  # those that take it depend on a metric, not on the step
+        if "kwargs" not in parameters:  # schedules with it depend on a metric, not on the step
             arguments[kind.value] = [name for name in parameters if name not in _SET_BY_US]
     return arguments
 
 
 def check_schedule(name: str, args: dict):
-    """Refuse an unknown schedule or unknown arguments of it, with a UserError; importing Transformers takes seconds."""
+    """Raise UserError for an unknown schedule or an argument that it doesn't take; imports Transformers (seconds)."""
     known = schedules()
     check_one_of("lr_scheduler", name, known)
     for key in args:

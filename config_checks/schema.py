@@ -1,4 +1,4 @@
-"""Keys that a config may have: their defaults, and those whose values are paths."""
+"""The keys that a config may have: their defaults, and which of them hold paths."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ from utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
-# sections whose keys we don't define: PEFT, optimizers, schedules and datasets do
+# sections whose keys are defined elsewhere: by PEFT, optimizers, schedules and datasets
 FREE_KEYS = ("lora", "optimizer_args", "lr_scheduler_args", "dataset_paths", "fields")
 
 
@@ -21,7 +21,7 @@ def default_config(loss_name: str | None = None) -> dict[str, object]:
     """Return every key a config may have, with its default: {'lr': 5e-7, 'loss.beta': 0.1, ...}.
 
     Args:
-        loss_name: leave out the options of other losses; of `mix` they are all left out.
+        loss_name: leave out the options of other losses, and all options if it is `mix`.
     """
     flat = dict(_defaults_in_files())
     losses = LOSSES.values() if loss_name is None else [LOSSES[loss_name]] if loss_name in LOSSES else []
@@ -38,7 +38,7 @@ def _defaults_in_files() -> dict[str, object]:
 
 
 def changed_keys(config: DictConfig) -> dict[str, object]:
-    """Return the keys that differ from the defaults, but for the run's directories: {'lr': 1e-5, ...}."""
+    """Return the keys that differ from the defaults, except the run's directories: {'lr': 1e-5, ...}."""
     defaults = default_config(config.loss.name)
     flat = flatten(config)
     return {
@@ -49,13 +49,13 @@ def changed_keys(config: DictConfig) -> dict[str, object]:
 
 
 def own_keys(config_name: str) -> dict[str, object]:
-    """Return the keys that config/<config_name>.yaml has itself, with their defaults."""
+    """Return the keys in config/<config_name>.yaml itself, with their defaults."""
     own = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))
     return {key: value for key, value in own.items() if key not in ("hydra", "defaults")}
 
 
 def names_in(group: str) -> list[str]:
-    """Return the names that `GROUP=NAME` takes."""
+    """Return the valid names for `GROUP=NAME`."""
     return sorted(path.stem for path in CONFIG_DIR.glob(f"{group}/*.yaml"))
 
 
@@ -74,7 +74,7 @@ _OWN_PATHS = (
 
 
 def expand_config(config: DictConfig):
-    """Expand `~` in every path of training's config, in place."""
+    """Expand `~` in all paths of a training config, in place."""
     for key in _PATHS:
         value = OmegaConf.select(config, key)
         if value is not None:
@@ -82,9 +82,9 @@ def expand_config(config: DictConfig):
 
 
 def expand_home(own: dict) -> dict:
-    """Return the values of a command's own keys, `~` expanded in those that are paths.
+    """Return the values of a command's own keys, with `~` expanded in paths.
 
-    Raises: UserError if a path is empty, as `output=$FILE` is where there is no such variable.
+    Raises: UserError if a path is empty, as in `output=$FILE` with an unset variable.
     """
     if empty := [key for key in _OWN_PATHS if own.get(key) == ""]:
         raise UserError(f"{empty[0]}= is empty: give a path, or leave it out")

@@ -7,34 +7,43 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from basics.saved_config import flatten
 from config_checks.explanations import other_loss, unknown_key
+from config_checks.numbers import is_number
 from config_checks.schema import FREE_KEYS, default_config
 from losses import LOSSES, MIX
 from objectives.modifiers import UNLISTED
+from objectives.options import Option, Range
 from utils import UserError, closest_match
 
-_POSITIVE = (
-    "batch_size", "eval_batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm", "max_length",
-    "max_prompt_length", "n_epochs", "n_examples", "n_eval_examples", "eval_every", "save_every", "keep_checkpoints",
-    "world_size", "fsdp_replicate", "tensor_parallel", "worker_timeout", "reference_update_every",
-    "reference_update_alpha", "stop_when_worse", "max_tokens_per_microbatch",
-)  # fmt: skip
-_NON_NEGATIVE = (
-    "seed", "warmup_steps", "n_eval_model_samples", "minimum_log_interval_secs", "model.router_aux_loss_coef",
-)  # fmt: skip
-_HIGHEST = {
-    "max_grad_norm": math.inf,  # no clipping
-    "lr": 1e38,  # of float32
-    "n_eval_examples": 10**7,  # all are kept in memory
-}
-_MAY_BE_NULL = ("n_epochs", "n_examples", "n_eval_examples")
-# types of keys whose default is null; those that aren't listed are strings
-_TYPES_OF_NULL = dict.fromkeys(
-    (
-        "n_examples", "fsdp_port", "world_size", "save_every", "keep_checkpoints", "reference_update_every",
-        "stop_when_worse", "max_tokens_per_microbatch",
+_COUNT = Option(int, range=Range(above=0, at_most=2**53))
+_NON_NEGATIVE = Option(float, range=Range(at_least=0, at_most=1e300))
+_NUMBERS = {
+    **dict.fromkeys(
+        (
+            "batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_tokens_per_microbatch", "max_length",
+            "max_prompt_length", "n_epochs", "n_examples", "eval_every", "save_every", "keep_checkpoints",
+            "stop_when_worse", "reference_update_every", "world_size", "fsdp_replicate", "tensor_parallel",
+            "worker_timeout",
+        ),
+        _COUNT,
     ),
-    int,
-) | {"model.router_aux_loss_coef": float}  # fmt: skip
+    "n_eval_examples": Option(int, range=Range(above=0, at_most=10**7)),  # all are kept in memory
+    "n_eval_model_samples": Option(int, range=Range(at_least=0, at_most=2**53)),
+    "warmup_steps": Option(int, range=Range(at_least=0, at_most=2**53)),  # or a fraction of the steps
+    "seed": Option(int, range=Range(at_least=0, at_most=2**32 - 1)),
+    "fsdp_port": Option(int),
+    "lr": Option(float, range=Range(above=0, at_most=1e38)),  # float32's largest power of ten
+    "max_grad_norm": Option(float, range=Range(above=0)),  # infinity: no clipping
+    "minimum_log_interval_secs": _NON_NEGATIVE,
+    "reference_update_alpha": Option(float, range=Range(above=0, at_most=1)),
+    "model.router_aux_loss_coef": _NON_NEGATIVE,
+}  # fmt: skip
+_NULLABLE = ("n_epochs", "n_eval_examples")  # although their defaults aren't null
+_EXPECTED = {  # keys whose values are of several types, or of one that needs an explanation
+    "shared_prompt": "auto, true or false",
+    "padding_free": "auto, true or false",
+    "resume": "auto, a run directory or a checkpoint in one",
+    "lora": "fields of LoraConfig, e.g. lora.r=16 or 'lora={r:16}' (quoted for the shell)",
+}
 
 
 def check_values(config: DictConfig):
@@ -43,12 +52,58 @@ def check_values(config: DictConfig):
     Raises: UserError naming the key, its value and the remedy.
     """
     _check_loss(config)
-    _check_keys_and_types(config)
-    _check_ranges(config)
+    defaults = default_config()
+    known = [key for key in defaults if not key.startswith("loss.")]
+    given = {key: value for key, value in flatten(config).items() if not key.startswith("loss.")}
+    for key, value in given.items():
+        if key not in known and not key.startswith(tuple(f"{section}." for section in FREE_KEYS)):
+            raise UserError(unknown_key(key))
+        _check_value(key, value, defaults.get(key))
+    for key in known:
+        if key not in given and not any(name.startswith(f"{key}.") for name in given):
+            hint = "; choose a model with model=NAME, and start its YAML with 'defaults: [blank_model]'"
+            raise UserError(f"the config lacks the key {key!r}{hint if key.startswith('model.') else ''}")
+
+
+def _check_value(key: str, value: object, default: object):
+    """Refuse a value that is out of its range, or of another type than its default."""
+    if value is None and (default is None or key in _NULLABLE):
+        return
+    if isinstance(value, str) and not value.strip():
+        remedy = "null" if default is None else "something"
+        raise UserError(f"{key}={value!r} is empty: give {remedy}, or leave it out")
+    if key in _EXPECTED:
+        accepted = {"resume": str, "lora": dict}.get(key, bool)
+        if not isinstance(value, accepted) and not (accepted is bool and value == "auto"):
+            raise UserError(f"{key}={value}: must be {_EXPECTED[key]}")
+    elif number := _NUMBERS.get(key):
+        is_fraction = key == "warmup_steps" and is_number(value) and 0 < value < 1
+        if not is_fraction:
+            _check_type(key, value, number.type)
+        if violation := number.range and number.range.violation(value):
+            raise UserError(f"{key}={value}: {violation}")
+    elif key != "datasets" and not key.startswith(("lora.", "optimizer_args.", "lr_scheduler_args.")):
+        _check_type(key, value, str if default is None else type(default))
+
+
+def _check_type(key: str, value: object, expected: type):
+    if not (is_number(value, expected) if expected in (int, float) else isinstance(value, expected)):
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+        raise UserError(f"{key}={value}: expected {names.get(expected, f'a {expected.__name__}')}")
+
+
+def check_one_of(key: str, value: object, options: Iterable[str | None], note: str = ""):
+    """Raise UserError, with the closest match, unless a value is one of the options."""
+    if value not in (options := list(options)):
+        names = ["null" if option is None else option for option in options]
+        raise UserError(f"{key}={value}: must be one of {', '.join(names)}{note}.{closest_match(str(value), names)}")
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
 
 
 def _check_loss(config: DictConfig):
-    """Check the loss, or the parts of a sum of losses, and their options."""
+    """Check the loss, or the parts of a sum of losses, and the options of each."""
     name = OmegaConf.select(config, "loss.name")
     if name != MIX:
         _check_loss_name("loss.name", name)
@@ -75,19 +130,19 @@ def _check_loss(config: DictConfig):
 def _check_loss_name(key: str, name: object):
     if name is None:
         raise UserError(
-            f"{key}=None: give loss=NAME; NAME's YAML file needs its name in LOSSES, e.g. 'name: dpo'. There are: "
-            f"{', '.join([*LOSSES, MIX])}"
+            f"{key}=None: give loss=NAME; the file config/loss/NAME.yaml must name an entry of LOSSES, e.g. "
+            f"'name: dpo'. There are: {', '.join([*LOSSES, MIX])}"
         )
     if name not in LOSSES:
         other = other_loss(str(name)) or f".{closest_match(str(name), LOSSES)}"
         raise UserError(
-            f"{key}={name}: no such loss{other} There are: {', '.join([*LOSSES, MIX])}; a new one needs an entry in "
-            "LOSSES, which it has only in the script that adds it, if that is elsewhere (docs/objectives.md)"
+            f"{key}={name}: no such loss{other} There are: {', '.join([*LOSSES, MIX])}. A loss of your own must be "
+            "added to LOSSES; if a script of yours adds it, run that script instead (docs/objectives.md)"
         )
 
 
 def _check_options(section: str, name: str, given: DictConfig):
-    """Check a loss's options by its signature; those that the config leaves out get their defaults."""
+    """Check a loss's options by its signature, and add the defaults of those left out, except `UNLISTED` ones."""
     if not isinstance(given, DictConfig):
         raise UserError(f"{section}={given}: expected the options of {name}, e.g. {section}.beta=0.1")
     options = LOSSES[name].options
@@ -112,71 +167,3 @@ def _check_options(section: str, name: str, given: DictConfig):
             raise UserError(f"{section}.{key}={value}: {violation or 'must be a finite number'}")
     if problem := LOSSES[name].why_output_is_wrong(given):
         raise UserError(f"loss={name}: {problem}")
-
-
-def _check_keys_and_types(config: DictConfig):
-    defaults = default_config()
-    known = [key for key in defaults if not key.startswith("loss.")]
-    given = flatten(config)
-    for key, value in given.items():
-        if key.startswith("loss."):
-            continue
-        if key not in known and not key.startswith(tuple(f"{holder}." for holder in FREE_KEYS)):
-            raise UserError(unknown_key(key))
-        _check_key_type(key, value, defaults.get(key))
-    for key in known:
-        if key not in given and not any(name.startswith(f"{key}.") for name in given):
-            hint = "; choose a model with model=NAME, and start its YAML with 'defaults: [blank_model]'"
-            raise UserError(f"the config lacks the key {key!r}{hint if key.startswith('model.') else ''}")
-
-
-def _check_key_type(key: str, value: object, default: object):
-    """Refuse a value of another type than its default's, with the exceptions listed here."""
-    if value is None and (default is None or key in _MAY_BE_NULL):
-        return
-    if isinstance(value, str) and not value.strip():
-        remedy = "null" if default is None else "something"
-        raise UserError(f"{key}={value!r} is empty: give {remedy}, or leave it out")
-    if key == "datasets" and isinstance(value, str):
-        return
-    if key == "warmup_steps" and isinstance(value, float) and 0 < value < 1:  # a fraction of the steps
-        return
-    if key in ("shared_prompt", "padding_free"):
-        if not isinstance(value, bool) and value != "auto":
-            raise UserError(f"{key}={value}: must be auto, true or false")
-    elif key == "resume":
-        if not isinstance(value, str):
-            raise UserError(f"resume={value}: must be auto, a run directory or a checkpoint in one")
-    elif key == "lora":
-        if not isinstance(value, dict):
-            raise UserError(
-                f"lora={value}: expected fields of LoraConfig, e.g. lora.r=16 or 'lora={{r:16}}' (quoted for the shell)"
-            )
-    elif not key.startswith(("lora.", "optimizer_args.", "lr_scheduler_args.")):
-        _check_type(key, value, _TYPES_OF_NULL.get(key, str) if default is None else type(default))
-
-
-def _check_type(key: str, value: object, expected: type):
-    accepted = (int, float) if expected is float else (expected,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
-        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-        raise UserError(f"{key}={value}: expected {names.get(expected, f'a {expected.__name__}')}")
-
-
-def check_one_of(key: str, value: object, options: Iterable[str | None], note: str = ""):
-    """Raise UserError, with the closest match, unless a value is one of the options."""
-    if value not in (options := list(options)):
-        names = ["null" if option is None else option for option in options]
-        raise UserError(f"{key}={value}: must be one of {', '.join(names)}{note}.{closest_match(str(value), names)}")
-
-
-def _check_ranges(config: DictConfig):
-    for keys, lowest, wording in ((_POSITIVE, 1e-300, "above 0"), (_NON_NEGATIVE, 0, "0 or more")):
-        for key in keys:
-            value = OmegaConf.select(config, key)
-            highest = _HIGHEST.get(key, 2**53 if isinstance(value, int) else 1e300)
-            if value is not None and not lowest <= value <= highest:
-                bound = f" and at most {highest:g}" if highest < value < math.inf else ""
-                raise UserError(f"{key}={value}: must be a number {wording}{bound}")
-    if config.seed >= 2**32:
-        raise UserError(f"seed={config.seed}: must be below 2**32")

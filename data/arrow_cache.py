@@ -1,7 +1,7 @@
-"""The Arrow files into which the `datasets` library reads rows: they get checksums, and are read again if damaged.
+"""Checksum the Arrow files that the `datasets` library writes, and rebuild them from the rows if they are damaged.
 
-The library checks nothing when it maps them into memory: a file that is cut off ends in an error of any kind or a
-SIGBUS, and changed bytes become other data.
+The library checks nothing when it maps them into memory: a truncated file causes an error of any kind or a SIGBUS, and
+changed bytes become other data.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def prepare(builder: "datasets.DatasetBuilder"):
-    """Let the library read the rows, unless it already has, and checksum its files; call it inside `checked`."""
+    """Let the library convert the rows, unless it has already, and checksum its files; call this inside `checked`."""
     builder.download_and_prepare()
     if not os.path.exists(os.path.join(builder.cache_dir, CHECKSUMS)):
         write_checksums(builder.cache_dir)
@@ -29,13 +29,13 @@ def prepare(builder: "datasets.DatasetBuilder"):
 
 @contextlib.contextmanager
 def checked(folder: str, name: str | None, hash_file: Callable[[str], str]) -> Iterator[None]:
-    """Remove damaged Arrow files; inside the block no other process writes any.
+    """Remove damaged Arrow files, and keep other processes from writing any inside the block.
 
     Args:
-        folder: the library's cache.
+        folder: the library's cache directory.
         name: check only the files of this hub id, or of this local folder; None checks the whole cache.
 
-    Raises: UserError if files are damaged, and the hub that they came from can't be reached.
+    Raises: UserError if files are damaged whose rows come from the hub, and the hub can't be reached.
     """
     os.makedirs(folder, exist_ok=True)
     lock = "rows" if name is None else os.path.basename(name) if os.path.isdir(name) else name.replace("/", "___")
@@ -49,7 +49,7 @@ def checked(folder: str, name: str | None, hash_file: Callable[[str], str]) -> I
 
 
 def _roots(name: str, folder: str) -> list[str]:
-    """Return the cache's folders that may hold a dataset: the library calls them owner___name, in snake case."""
+    """Return the cache's folders that may hold a dataset; the library names them owner___name, in snake case."""
 
     def plain(text: str) -> str:
         return text.lower().replace("/", "").replace("_", "")

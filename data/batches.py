@@ -1,4 +1,4 @@
-"""Batches of tokenized examples: their order, epochs, and a shard for each worker."""
+"""Make batches of tokenized examples: in which order, over how many epochs, and which shard for each worker."""
 
 import hashlib
 import itertools
@@ -21,7 +21,7 @@ _MISMATCHED = "mismatched_"  # prefix of the keys of prompts with other prompts'
 
 
 def split_name(dataset: str, split: str) -> str:
-    """Name a dataset's split in messages."""
+    """Return the name of a dataset's split for messages."""
     return f"datasets=[{dataset}], {split} split"
 
 
@@ -35,17 +35,17 @@ class Prompt:
     sft_target: str
     dataset: str
     split: str
-    truncation_mode: str  # which end of an over-long prompt is kept: keep_end or keep_start
-    rows: list[int] = field(default_factory=list)  # the row number of each pair
+    truncation_mode: str  # which end of an overlong prompt is kept: keep_end or keep_start
+    rows: list[int] = field(default_factory=list)  # the row of each pair
     prompt_ids: list[int] | None = None  # None: not tokenized yet
     response_ids: list[list[int]] = field(default_factory=list)  # with the end token
-    trained: list[list[int]] = field(default_factory=list)  # runs of trained tokens in each; see `make_element`
+    trained: list[list[int]] = field(default_factory=list)  # runs of trained tokens by response; see `make_element`
     target: int = 0  # index of sft_target in responses
     n_kept: int = 0  # leading tokens (such as BOS) that truncation never removes
     other: "Prompt | None" = None  # unpaired data: the prompt of the dispreferred response
 
     def place(self, pair: int) -> str:
-        """Name the dataset, split and row of a pair, for messages."""
+        """Return the dataset, split and row of a pair for messages."""
         row = f"row {self.rows[pair]}" if pair < len(self.rows) else f"prompt {self.text!r:.200}"
         return f"{split_name(self.dataset, self.split)}, {row}"
 
@@ -53,7 +53,7 @@ class Prompt:
 def shard_indices(n_examples: int, shard: tuple[int, int]) -> list[int | None]:
     """Return the indices of a batch's examples in one shard, given as (index, count).
 
-    All shards have the same size. If the examples run out, None stands for the batch's last example, which is repeated.
+    All shards have the same size. After the last example, None stands for a repetition of that example.
     """
     index, count = shard
     size = -(-n_examples // count)
@@ -70,12 +70,12 @@ class BatchIterator:
     """Iterates over the batches of a split, in order; made by `preference_datasets.get_batch_iterator`.
 
     Attributes:
-        prompts: those of all datasets, one dataset after the other; `prompts.datasets` are the datasets' own.
+        prompts: the concatenation of all datasets; `prompts.datasets` has the prompts of each dataset.
         n_pairs: the number of pairs of each prompt, (n_prompts,).
         n_batches, n_examples: totals over all epochs.
         epoch_size: examples per epoch, without the `n_dropped` that don't fill a batch.
         n_distinct: distinct examples over all epochs.
-        is_unpaired: some examples are two single responses, each with its own prompt.
+        is_unpaired: some examples consist of two single responses, each with its own prompt.
     """
 
     def __init__(self, parts: list[Sequence[Prompt]], tokenizer, batch_size: int, shuffle: bool, sft_mode: bool,
@@ -85,7 +85,7 @@ class BatchIterator:
 
         Args:
             parts: the prompts of each dataset.
-            order: the prompts of an epoch before shuffling, numbered through all datasets; None: each once.
+            order: the indices of an epoch's prompts in the concatenation, before shuffling; None: each prompt once.
         """
         self.prompts, self.n_pairs = ConcatDataset(parts), np.concatenate([example_counts(part) for part in parts])
         self.tokenizer, self.lengths, self.shard = tokenizer, lengths, shard
@@ -105,7 +105,7 @@ class BatchIterator:
         self.n_distinct = available if self.n_examples >= self.epoch_size else self.n_examples
 
     def fingerprints(self) -> dict[str, str]:
-        """Return a SHA-256 (hexadecimal) of the texts and pairs of each dataset, by `split_name`."""
+        """Return a SHA-256 (hexadecimal) of each dataset's texts and pairs, by `split_name`."""
         digests = {}
         for part in self.prompts.datasets:
             if (known := getattr(part, "fingerprint", None)) is not None:
@@ -119,7 +119,7 @@ class BatchIterator:
         return digests
 
     def _epoch_examples(self, order: MutableSequence[int]) -> Iterator[tuple[int, int]]:
-        """Yield the prompt's number and the pair's index of each example; in SFT a prompt is one example."""
+        """Yield the indices of the prompt and of its pair for each example; in SFT, each prompt is one example."""
         for number in order:
             for index in range(1 if self.sft_mode else int(self.n_pairs[number])):
                 yield number, index
@@ -127,7 +127,7 @@ class BatchIterator:
     def _tokenize(
         self, examples: list[tuple[Prompt, int]], partners: list[tuple[Prompt, int]] | None = None
     ) -> list[dict]:
-        """Tokenize the prompt of each example with its own responses, or with those of its partner."""
+        """Tokenize each example's prompt with its own responses or, if there are partners, with its partner's."""
         whole = [(prompt, *partner) for (prompt, _), partner in zip(examples, partners or examples, strict=True)]
         texts = [
             (prompt.text, *chosen_and_rejected(partner, index, self.sft_mode)[0], prompt.truncation_mode)
@@ -138,7 +138,7 @@ class BatchIterator:
             tokenized = iter(tokenize_batch(texts, self.tokenizer, **self.lengths) if texts else [])
         except UserError as error:
             places = "\n".join(f"  {prompt.place(index)}" for prompt, index in examples)
-            raise UserError(f"{error}\nIt is one of:\n{places}") from error
+            raise UserError(f"{error}\nThe text is in one of:\n{places}") from error
         elements = [
             next(tokenized) if example[0].prompt_ids is None else self._element_of_ids(*example) for example in whole
         ]
@@ -147,7 +147,7 @@ class BatchIterator:
         return elements
 
     def _element_of_ids(self, prompt: Prompt, partner: Prompt, index: int) -> dict:
-        """Make the element of an example that is tokenized already."""
+        """Make the element of an example whose texts are tokenized already."""
         texts, ids = chosen_and_rejected(partner, index, self.sft_mode)
         numbers = (partner.target, partner.target) if self.sft_mode else partner.pairs[index]  # chosen, rejected
         runs = [partner.trained[number] for number in numbers]
@@ -166,7 +166,7 @@ class BatchIterator:
         return chosen | {key: value for key, value in rejected.items() if key.startswith("rejected")}
 
     def _epoch_orders(self) -> Iterator[MutableSequence[int]]:
-        """Yield the prompts' numbers in each epoch's order; an epoch shuffles the order of the previous one."""
+        """Yield the indices of the prompts in each epoch's order; an epoch shuffles the order of the previous one."""
         epoch_seeds = np.random.RandomState(self.seed)
         order = self.order[:]
         while True:
@@ -175,13 +175,13 @@ class BatchIterator:
             yield order
 
     def distinct_examples(self) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """Yield every distinct example once, in batches: this worker's shard, and the size of the whole batch."""
+        """Yield every distinct example once, in batches: this worker's shard and the size of the whole batch."""
         examples = itertools.islice(self._epoch_examples(next(self._epoch_orders())), self.n_distinct)
         while batch := list(itertools.islice(examples, self.batch_size)):
             yield self._collate(batch, self.shard), len(batch)
 
     def indices(self, batch_index: int) -> list[int | None]:
-        """Return the numbers of the examples in this shard of a batch, counted from the first batch.
+        """Return the examples in this shard of a batch, counted from the first batch's first example.
 
         None means a repetition; see `shard_indices`.
         """
@@ -194,7 +194,7 @@ class BatchIterator:
         return [(self.prompts[number], index) for number, index in self.example_numbers()]
 
     def example_numbers(self) -> list[tuple[int, int]]:
-        """Return the prompt's number and the pair's index of every example, over all epochs."""
+        """Return the indices of the prompt and of its pair for every example, over all epochs."""
         epochs = (itertools.islice(self._epoch_examples(order), self.epoch_size) for order in self._epoch_orders())
         return list(itertools.islice(itertools.chain.from_iterable(epochs), self.n_examples))
 
@@ -203,7 +203,11 @@ class BatchIterator:
         return self._collate(list(itertools.islice(self._epoch_examples(next(self._epoch_orders())), n)), (0, 1))
 
     def _collate(self, numbers: list[tuple[int, int]], shard: tuple[int, int]) -> dict[str, list | torch.Tensor]:
-        """Tokenize and pad one shard of a batch of examples, given by their numbers."""
+        """Tokenize and pad one shard of a batch.
+
+        Args:
+            numbers: the indices of the prompt and of its pair for each example of the whole batch.
+        """
         batch = [(self.prompts[number], index) for number, index in numbers]
         in_shard = [i if i is not None else -1 for i in shard_indices(len(batch), shard)]
         examples = [batch[i] for i in in_shard]
@@ -228,14 +232,14 @@ class BatchIterator:
                     yield self._collate(batch, self.shard)
 
     def batches(self, skip: int = 0) -> Iterator[dict[str, list | torch.Tensor]]:
-        """Yield the batches without the first `skip`, which are not tokenized."""
+        """Yield the batches after the first `skip`, which aren't tokenized."""
         return prefetched(self._batches(skip))
 
     __iter__ = batches
 
 
 def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[list[str], list[list[int]]]:
-    """Return the texts of a pair's responses and, if tokenized, their ids; in SFT the target serves as both."""
+    """Return the texts of a pair's responses, and their ids if they are tokenized; in SFT both are the target."""
     if sft_mode:
         return [prompt.sft_target] * 2, [prompt.response_ids[prompt.target]] * 2 if prompt.response_ids else []
     pair = prompt.pairs[index]
@@ -243,13 +247,13 @@ def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[lis
 
 
 def next_other_prompt(batch: list[tuple[Prompt, int]], index: int) -> int:
-    """Return the index of the next example of a batch, cyclically, that has another prompt; if none has, the next."""
+    """Return the index of the next example in a batch, cyclically, that has another prompt, or else of the next one."""
     after = [(index + step) % len(batch) for step in range(1, len(batch) + 1)]
     return next((i for i in after if batch[i][0].text != batch[index][0].text), after[0])
 
 
 def mismatched_batch(batch: dict) -> dict:
-    """Return the batch of other prompts' responses that is in the keys 'mismatched_...' of a batch, and its 'index'."""
+    """Return the batch that is stored under the keys 'mismatched_...' of a batch, with the same 'index'."""
     others = {key.removeprefix(_MISMATCHED): value for key, value in batch.items() if key.startswith(_MISMATCHED)}
     return others | {key: batch[key] for key in ("index",) if key in batch}
 

@@ -1,7 +1,7 @@
 """Render messages by a model's chat template, and tokenize them.
 
 A template is a program in a tokenizer's files (https://huggingface.co/docs/transformers/chat_templating) that writes
-turns, and the tokens between them, as one string. Only what the assistant wrote is trained (`data.turns`).
+messages, and the tokens between them, as one string. Only the text of the assistant is trained (`data.turns`).
 """
 
 import functools
@@ -23,16 +23,16 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Rendered:
     """An example as strings.
 
-    A templated example has all its special tokens, and its responses end with the last trained turn.
+    If a template wrote it, all special tokens are in it, and each response ends with its last trained turn.
     """
 
     prompt: str
     responses: list[str]
-    trained: list[list[Span]] | None = None  # in each response, what the assistant wrote; None: all, not templated
+    trained: list[list[Span]] | None = None  # the assistant's parts of each response; None: all, without a template
 
     @property
     def is_templated(self) -> bool:
-        """True if a chat template wrote it."""
+        """True if a chat template wrote the example."""
         return self.trained is not None
 
 
@@ -42,7 +42,7 @@ class Tokenized:
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
-    trained: list[list[int]]  # in each response, start and end of each run of trained tokens, one after the other
+    trained: list[list[int]]  # by response: the runs of trained tokens, as start, end, start, end, ...
 
 
 class Renderer:
@@ -56,11 +56,11 @@ class Renderer:
         last_turn_only: bool = False,
     ):
         """Args:
-        template_path: a file with the chat template; None: the tokenizer's own.
-        verbatim_responses: write responses that the template alters as they are, instead of refusing them.
+        template_path: a file with the chat template; None: the tokenizer's own template.
+        verbatim_responses: write responses verbatim if the template alters them; False: refuse them.
         last_turn_only: train only the last of the assistant's turns in a response.
 
-        Raises: UserError if the file can't be read or is no template.
+        Raises: UserError if the file can't be read or isn't a template.
         """
         self.tokenizer, self.verbatim_responses = tokenizer, verbatim_responses
         self.last_turn_only = last_turn_only
@@ -73,15 +73,15 @@ class Renderer:
         end = turn_end(tokenizer, self.template)
         self.end_token = _any_of({*special, *([end] if end else [])})
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
-        self.unopened: set[str] = set()  # ends of the generation prompt that rendered dialogues lack
+        self.unopened: set[str] = set()  # endings of the generation prompt that rendered dialogues lack
 
     # ---- rendering --------------------------------------------------------------------------------------------------
 
     def render(self, example: Example) -> Rendered:
-        """Return an example's strings; messages are rendered by the chat template.
+        """Return an example's strings, after rendering messages by the chat template.
 
-        Raises: BadExample if a text contains special tokens, which only the template may place, if the template refuses
-            the messages, or if it leaves something out of them.
+        Raises: BadExample if a text contains special tokens, which only the template may write, or if the template
+            refuses the messages or leaves something out.
         """
         if isinstance(example.prompt, str):
             for text in (example.prompt, *example.responses):
@@ -94,7 +94,7 @@ class Renderer:
         with limited(self.origin):
             dialogues = [self._dialogue(prompt, response, example.tools) for response in responses]
             if dialogues:
-                return self._divided_dialogues(dialogues)
+                return self._divide_dialogues(dialogues)
             return Rendered(self._dialogue(prompt, [], example.tools).opened, [], [])
 
     def render_dialogue(self, messages: list[dict]) -> str:
@@ -115,7 +115,7 @@ class Renderer:
             )
 
     def _apply(self, tools: list | None, messages: list[dict], **kwargs) -> tuple[str, list[Span]]:
-        """Render messages; also return the parts that the template marks as the assistant's, if it marks any."""
+        """Return messages as the template writes them, and the parts that it marks as the assistant's."""
         kwargs |= {"chat_template": self.template, "tools": tools}
         try:
             if not self.marks_turns:
@@ -131,32 +131,32 @@ class Renderer:
         return text, spans
 
     def _dialogue(self, prompt: list[dict], response: list[dict], tools: list | None) -> Dialogue:
-        """Render a prompt and a response. Raises: BadExample if the template leaves something out."""
+        """Return a rendered prompt and response. Raises: BadExample if the template leaves something out."""
         apply = functools.partial(self._apply, tools)
         dialogue = Dialogue(apply, prompt, response, self.end_token, self.marks_turns)
-        lacking = dialogue.left_out()
+        missing = dialogue.missing_parts()
         answers = {n: m for n, m in enumerate(dialogue.messages) if n >= len(prompt) and is_assistants(m)}
-        altered = [n for n in lacking if n in answers and isinstance(answers[n].get("content"), str)]
-        other = "give a template that does, by chat_template=FILE"
+        altered = [n for n in missing if n in answers and isinstance(answers[n].get("content"), str)]
+        remedy = "give a template that does, by chat_template=FILE"
         if altered:
-            dialogue.keep(altered)
-            kept = dialogue.left_out()
+            dialogue.keep_unaltered(altered)
+            still_missing = dialogue.missing_parts()
             # tool calls and reasoning can't be written verbatim: only the template knows their form
-            if self.verbatim_responses or kept:
-                lacking = kept
+            if self.verbatim_responses or still_missing:
+                missing = still_missing
             else:
-                other = "verbatim_responses=true writes such responses as they are"
-        for number, part in lacking.items():
+                remedy = "verbatim_responses=true writes such responses as they are"
+        for number, part in missing.items():
             role = dialogue.messages[number]["role"]
             raise BadExample(
-                _ALTERED, f"the chat template doesn't write {part!r:.100} of the {role}'s message; {other}"
+                _ALTERED, f"the chat template doesn't write {part!r:.100} of the {role}'s message; {remedy}"
             )
-        for fault, remedy in self._lost_tools(dialogue, tools):
-            raise BadExample(_ALTERED, f"the chat template doesn't write {fault}; {other}{remedy}")
+        for fault, other_remedy in self._missing_tools(dialogue, tools):
+            raise BadExample(_ALTERED, f"the chat template doesn't write {fault}; {remedy}{other_remedy}")
         return dialogue
 
-    def _lost_tools(self, dialogue: Dialogue, tools: list | None) -> Iterator[tuple[str, str]]:
-        """Yield each part of tools and tool calls that the template leaves out, and one more remedy."""
+    def _missing_tools(self, dialogue: Dialogue, tools: list | None) -> Iterator[tuple[str, str]]:
+        """Yield the parts of tools and tool calls that the template leaves out, each with a second remedy or ''."""
         for tool in tools or []:
             function = tool.get("function", tool)
             for part in (function.get("name"), function.get("description")):
@@ -167,15 +167,15 @@ class Renderer:
         if ignored := dialogue.ignored_calls():
             yield f"the tool calls of message {ignored[0]}", ""
 
-    def _divided_dialogues(self, dialogues: list[Dialogue]) -> Rendered:
-        """Split dialogues with the same prompt into that prompt and their responses."""
+    def _divide_dialogues(self, dialogues: list[Dialogue]) -> Rendered:
+        """Split dialogues with the same prompt into this prompt and the responses."""
         wholes = [dialogue.text for dialogue in dialogues]
         opening = None if self.marks_turns else self._opening(dialogues)
         spans = [dialogue.spans(opening) for dialogue in dialogues]
         if self.last_turn_only:
             spans = [found[-1:] for found in spans]
         border, shared = min(found[0][0] for found in spans), shared_start(wholes)
-        if border > len(shared):  # they differ before the first word that is trained
+        if border > len(shared):  # the dialogues differ before the first trained character
             border = max(self._cuts(shared))
         prompt, opened = wholes[0][:border], dialogues[0].opened
         if dialogues[0].begins_with_assistant and not wholes[0].startswith(opened) and opened.startswith(prompt):
@@ -185,32 +185,30 @@ class Renderer:
         return Rendered(prompt, responses, trained)
 
     def _opening(self, dialogues: list[Dialogue]) -> int | None:
-        """Return where the responses begin, after the opening of the assistant's turn; None to search each one.
+        """Return where the responses begin, after the opening of the assistant's turn; None: search each dialogue.
 
-        Some templates open a turn differently in a prompt than in a dialogue. Then the responses begin where the two
-        differ, after a line or special token.
+        Some templates open a turn differently in a prompt than in a dialogue. Then the responses begin after the last
+        line or special token that both have in common.
         """
         if not all(dialogue.begins_with_assistant for dialogue in dialogues):
             return None
-        before, opened = dialogues[0].before, dialogues[0].opened
+        prompt_text, opened = dialogues[0].prompt_text, dialogues[0].opened
         wholes = [dialogue.text for dialogue in dialogues]
         if all(whole.startswith(opened) for whole in wholes):
             return len(opened)
         shared = shared_start([opened, *wholes])
-        if shared.startswith(before):
-            return max(len(before), *self._cuts(shared))
-        if any(dialogue.has_several for dialogue in dialogues):  # later turns may change how earlier ones are written
+        if shared.startswith(prompt_text):
+            return max(len(prompt_text), *self._cuts(shared))
+        if any(dialogue.has_several_messages for dialogue in dialogues):  # later turns may alter earlier ones
             return None
         if dialogues[0].n_prompt and is_assistants(dialogues[0].messages[dialogues[0].n_prompt - 1]):
             remedy = "the prompt ends with an answer: end it with a question, and begin both responses with that answer"
         else:
-            remedy = "give a template that writes it alike, by chat_template=FILE"
-        raise BadExample(
-            _REFUSED, f"the chat template writes the prompt differently where a response follows; {remedy}"
-        )
+            remedy = "give a template that writes it the same way, by chat_template=FILE"
+        raise BadExample(_REFUSED, f"the chat template writes the prompt differently if a response follows; {remedy}")
 
     def _cuts(self, text: str) -> list[int]:
-        """Return where a prompt may end in a text: at the start, after the last line, after each special token."""
+        """Return where a prompt may end: at the start of a text, after its last line break or any special token."""
         return [0, text.rfind("\n") + 1, *(match.end() for match in self.is_special.finditer(text))]
 
     # ---- tokenizing -------------------------------------------------------------------------------------------------
@@ -218,26 +216,26 @@ class Renderer:
     def tokenize(self, rendered: list[Rendered]) -> list[Tokenized]:
         """Tokenize the strings of several examples, all in one call of the tokenizer.
 
-        Without a template, prompt and response are tokenized separately, as in the original, and the response gets the
-        end-of-sequence token. With one, they are tokenized together and then split at the borders of turns; if a token
-        crosses a border, they are tokenized separately there. A response ends as the template ends it; it gets the
-        end-of-sequence token only if that isn't a special token.
+        Without a template, prompt and response are tokenized separately, as in the original, and the end-of-sequence
+        token is added to the response. With a template, they are tokenized together, and split at the borders of turns;
+        if a token crosses a border, both sides are tokenized separately. The end-of-sequence token is added only if the
+        template doesn't end the response with a special token.
         """
         borders = [_borders(one) for one in rendered]
         texts = []
-        for one, of_response in zip(rendered, borders, strict=True):
+        for one, response_borders in zip(rendered, borders, strict=True):
             texts.append(one.prompt)
-            for response, ends in zip(one.responses, of_response, strict=True):
+            for response, ends in zip(one.responses, response_borders, strict=True):
                 whole = one.prompt + response if one.is_templated else response
                 texts += [whole, *(whole[:end] for end in ends)]
         ids = iter(token_ids(texts, self.tokenizer))
-        return [self._tokenized(one, of_response, ids) for one, of_response in zip(rendered, borders, strict=True)]
+        return [self._tokenized(*both, ids) for both in zip(rendered, borders, strict=True)]
 
     def _tokenized(self, one: Rendered, borders: list[list[int]], ids: Iterator[list[int]]) -> Tokenized:
         """Return one example's tokens.
 
         Args:
-            borders: positions of borders inside each response.
+            borders: the positions of borders inside each response.
             ids: yields the token ids of the prompt, then of each response, whole and up to each border.
         """
         prompt_ids, response_ids, trained = next(ids), [], []
@@ -266,8 +264,8 @@ class Renderer:
         """Return the ids of a text, and the number of ids before each border.
 
         Args:
-            ids: token ids of the whole text.
-            starts: ids of the text up to each border.
+            ids: the token ids of the whole text.
+            starts: the ids of the text up to each border.
         """
         counts = []
         for index, (border, start) in enumerate(zip(borders, starts, strict=True)):
@@ -280,19 +278,22 @@ class Renderer:
         return ids, counts
 
     def _ends_turn(self, response: str) -> bool:
-        """True if the text ends with an end token, perhaps followed by white space."""
+        """True if a response ends with an end token, perhaps followed by white space."""
         return self.marks_turns or any(
             not response[match.end() :].strip() for match in self.end_token.finditer(response)
         )
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern:
-    """Return a pattern that matches any of the tokens, the longest first, as one may begin like another."""
+    """Return a pattern that matches any of the tokens, longer ones first, because one may be the prefix of another."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _with_shared_start(prompt: list[dict], responses: list[list[dict]]) -> tuple[list[dict], list[list[dict]]]:
-    """Move first turns that all responses share, if others wrote them (such as a tool's output), to the prompt."""
+    """Move the first turns of all responses to the prompt, if they are equal and not the assistant's.
+
+    Such a turn is, for example, the output of a tool.
+    """
     n = 0
     while responses and all(
         len(response) > n + 1 and not is_assistants(response[n]) and response[n] == responses[0][n]
@@ -303,7 +304,7 @@ def _with_shared_start(prompt: list[dict], responses: list[list[dict]]) -> tuple
 
 
 def _borders(one: Rendered) -> list[list[int]]:
-    """Return where trained turns begin and end in each response, in characters from the start of the prompt."""
+    """Return the positions where trained turns begin or end in each response, counted from the start of the prompt."""
     if not one.is_templated:
         return [[] for _ in one.responses]
     return [
@@ -312,13 +313,13 @@ def _borders(one: Rendered) -> list[list[int]]:
     ]
 
 
-# ---- templates and what ends a turn ---------------------------------------------------------------------------------
+# ---- templates and end tokens ---------------------------------------------------------------------------------------
 
 
 def read_template(tokenizer, path: str | None) -> str | None:
     """Return the chat template in a file, or the tokenizer's own.
 
-    Raises: UserError if the file can't be read or is no template.
+    Raises: UserError if the file can't be read or isn't a template.
     """
     if path is None:
         return tokenizer.chat_template and tokenizer.get_chat_template()
@@ -329,7 +330,7 @@ def read_template(tokenizer, path: str | None) -> str | None:
             tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
     except TemplateLimit:
         raise
-    except Exception as error:  # jinja's
+    except Exception as error:  # Jinja may raise anything
         raise UserError(f"chat_template={path}: {error}; give a file with a Jinja chat template") from error
     return template
 
@@ -354,7 +355,7 @@ def turn_end(tokenizer, template: str | None) -> str | None:
 
 
 def end_token_ids(generation_config, tokenizer) -> list[int]:
-    """Return the ids that end a response: the tokenizer's, the model's, and the chat template's end of a turn."""
+    """Return the ids that end a response: those of the tokenizer, the model and the chat template."""
     ends = generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     if getattr(tokenizer, "chat_template", None):
@@ -378,6 +379,6 @@ def token_ids(texts: list[str], tokenizer) -> list[list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
-    backend.no_truncation()  # a tokenizer's file may turn on both
+    backend.no_truncation()  # a tokenizer's file may turn on truncation and padding
     backend.no_padding()
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -1,14 +1,14 @@
-"""Settings of datasets: `Choice` has those of one dataset, `Settings` those that all share."""
+"""Settings of datasets: `Choice` for one dataset, `Settings` for all of the user's own."""
 
 from dataclasses import dataclass, field
 
-KEPT_ENDS = ("keep_end", "keep_start")  # the end of a long prompt that is kept
+KEPT_ENDS = ("keep_end", "keep_start")  # which end of a long prompt is kept
 TRUNCATIONS = (*KEPT_ENDS, "drop", "error")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An entry of `datasets`: a name, and the settings of this dataset."""
+    """An entry of `datasets`: a name, and settings of its own."""
 
     name: str
     weight: float = 1.0
@@ -16,17 +16,17 @@ class Choice:
     truncation: str | None = None
     train_split: str | None = None
     test_split: str | None = None
-    fields: dict[str, str] = field(default_factory=dict)  # from a format's field names to those in the data
-    ignored_columns: tuple[str, ...] = ()  # not read, although they might belong to the prompt
+    fields: dict[str, str] = field(default_factory=dict)  # by a format's field: the data's column
+    ignored_columns: tuple[str, ...] = ()  # columns that are left out, although they may belong to the prompt
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings for reading all datasets that aren't in `DATASETS`."""
+    """Settings for reading the user's own datasets, i.e. all that aren't in `DATASETS`."""
 
-    test_fraction: float = 0.05  # fraction of the prompts that is held out if there is no test split
-    skips_bad: bool = False  # skip examples that can't be used, instead of stopping
+    test_fraction: float = 0.05  # the fraction of the prompts to hold out if there is no test split
+    skips_bad: bool = False  # skip examples that can't be used; False: raise an error
     chat_template: str | None = None  # a file; None means the tokenizer's own template
     texts_as_messages: bool = False  # render plain prompts and responses with the chat template, too
-    trained_turns: str = "all"  # the assistant's turns to train in a response: all, or last
-    verbatim_responses: bool = False  # write a response as it is if the chat template would alter it
+    trained_turns: str = "all"  # which of the assistant's turns in a response are trained: all, or last
+    verbatim_responses: bool = False  # write responses verbatim if the chat template would alter them

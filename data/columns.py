@@ -1,4 +1,4 @@
-"""Sort the columns of a dataset: fields of its format, metadata that isn't needed, and parts of the prompt.
+"""Tell fields of a dataset's format, metadata and further parts of the prompt apart by their columns.
 
 An unread column that may belong to the prompt is an error, because the prompts would be incomplete without it.
 """
@@ -39,11 +39,11 @@ _METADATA = re.compile(  # words in the names of metadata columns
     r"authors?|annotators?|worker|date|time|timestamp|created|updated|lang|language|category|categories|type|task|tags?|"
     r"domain|licen[sc]e|version|meta|metadata|status|scores?|ratings?|margin|difficulty|file|filename|path)(_|$)"
 )
-_ONE_WORD = re.compile(r"\S*[\d/:_.@-]\S*")  # an id, a number, a date, a path, an address
+_IDENTIFIER = re.compile(r"\S*[\d/:_.@-]\S*")  # one word that may be an id, a number, a date, a path or an address
 
 
 def kind_of(value: object) -> str:
-    """Name the kind of a value, for error messages."""
+    """Return the kind of a value: 'string', 'messages', 'list of strings', ..., or 'empty'."""
     whole = decoded(value)
     if is_messages(whole) or is_message(whole):
         return "messages"
@@ -56,25 +56,25 @@ def kind_of(value: object) -> str:
 
 @dataclass
 class Columns:
-    """Columns in the first rows of a dataset, by the formats' field names."""
+    """Columns in the first rows of a dataset, by their own names and by the formats' field names."""
 
     rows: list[dict]  # the first ones
-    fields: dict[str, str] = field(default_factory=dict)  # name of a format's field: the data's column
+    fields: dict[str, str] = field(default_factory=dict)  # by a format's field: the data's column
     ignored: tuple[str, ...] = ()
     kinds: dict[str, str] = field(init=False)  # by column: the kind of most values, as single rows may be bad
-    known: dict[str, str] = field(init=False)  # kinds by the fields' names
+    known: dict[str, str] = field(init=False)  # the same by field
 
     def __post_init__(self):
         counts: dict[str, Counter] = {}
         for row in self.rows:
             for name, value in row.items():
                 counts.setdefault(name, Counter())[kind_of(value)] += value is not None and value != []
-        self.kinds = {name: of_column.most_common(1)[0][0] for name, of_column in counts.items()}
+        self.kinds = {name: column_counts.most_common(1)[0][0] for name, column_counts in counts.items()}
         skipped = {*self.fields.values(), *self.ignored}
         self.known = {name: kind for name, kind in self.kinds.items() if name not in skipped}
         for ours in self.fields:
-            of_field = Counter(map(kind_of, self.values(ours))) or Counter(["empty"])
-            self.known[ours] = of_field.most_common(1)[0][0]
+            field_counts = Counter(map(kind_of, self.values(ours))) or Counter(["empty"])
+            self.known[ours] = field_counts.most_common(1)[0][0]
 
     def values(self, name: str) -> list:
         """Return the values of a field in the first rows, without nulls."""
@@ -82,7 +82,7 @@ class Columns:
         return [value for value in values if value is not None]
 
     def first(self, names: tuple[str, ...], *kinds: str) -> str | None:
-        """Return the first of these names that has a column, of one of these kinds if any are given."""
+        """Return the first of these names that has a column, of one of the kinds if any are given."""
         return next((name for name in names if name in self.known and (not kinds or self.known[name] in kinds)), None)
 
     def is_empty(self, name: str) -> bool:
@@ -107,7 +107,7 @@ def check_names(columns: Columns, where: str):
             raise UserError(f"{where}: fields.{ours}={theirs}: no format has a field {ours!r}.{hint}")
         if theirs not in columns.kinds and not any(value_at(row, theirs) is not None for row in columns.rows):
             hint = closest_match(theirs, columns.kinds)
-            raise UserError(f"{where}: fields.{ours}={theirs}: it has no field {theirs!r}.{hint}")
+            raise UserError(f"{where}: fields.{ours}={theirs}: there is no column {theirs!r}.{hint}")
     for name in columns.ignored:
         if name not in columns.kinds:
             hint = closest_match(name, columns.kinds)
@@ -118,7 +118,7 @@ def check_names(columns: Columns, where: str):
 
 
 def unread(columns: Columns, read: Iterable[str]) -> list[str]:
-    """Return the columns that aren't read, not even in part: reading 'a.b' reads column 'a'."""
+    """Return the columns that aren't read at all; reading 'a.b' counts as reading column 'a'."""
     outer = {name if name in columns.kinds else name.partition(".")[0] for name in read}
     return [name for name in columns.kinds if name not in outer]
 
@@ -137,8 +137,7 @@ def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: 
             f"{where}: {_listed(media)}: images, audio and video can't be trained on; this program trains on text\n"
             f"Train on the text alone with {_ignoring(columns, media)}"
         )
-    lost = [name for name in left if _may_belong_to_prompt(columns, name, read, has_prompt)]
-    if lost:
+    if lost := [name for name in left if _column_may_belong_to_prompt(columns, name, read, has_prompt)]:
         field, meaning = ("input", " to append it to the prompt") if has_prompt else ("prompt", "")
         raise UserError(
             f"{where}: {_listed(lost)} may belong to the prompt, but would not be read\nMap it to a field: fields="
@@ -147,8 +146,8 @@ def check_unread(columns: Columns, read: Iterable[str], where: str, has_prompt: 
         )
 
 
-def is_lost(name: str, value: object) -> bool:
-    """True for a value that may belong to the prompt, in a column that was empty in the first rows."""
+def value_may_belong_to_prompt(name: str, value: object) -> bool:
+    """True if a value may belong to the prompt, in a column that was empty in the first rows."""
     if is_blank(decoded(value)):
         return False
     return name.lower() in (*_PROMPT_PARTS, *MEDIA) or (
@@ -165,7 +164,7 @@ def _ignoring(columns: Columns, names: list[str]) -> str:
 
 
 def _holds_media(columns: Columns, name: str) -> bool:
-    """True for columns named after media, or with the library's form of media: {"bytes": ..., "path": ...}."""
+    """True if a column is named after media, or holds them in the library's form: {"bytes": ..., "path": ...}."""
     if set(_snake_case(name).split("_")) & set(MEDIA) and columns.kinds[name] not in ("number", "boolean"):
         return True
     items = [item for value in columns.values(name) for item in (value if isinstance(value, list) else [value])]
@@ -173,9 +172,9 @@ def _holds_media(columns: Columns, name: str) -> bool:
 
 
 def _is_metadata(name: str, value: object) -> bool:
-    """True if a column's name or a string's form is that of metadata about the row."""
+    """True if a column's name, or the form of a string in it, is typical of metadata about the row."""
     return bool(_METADATA.search(_snake_case(name))) or (
-        isinstance(value, str) and bool(_ONE_WORD.fullmatch(value.strip()))
+        isinstance(value, str) and bool(_IDENTIFIER.fullmatch(value.strip()))
     )
 
 
@@ -183,12 +182,12 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])|[\s.-]+", "_", name).lower()
 
 
-def _may_belong_to_prompt(columns: Columns, name: str, read: list[str], has_prompt: bool) -> bool:
-    """True unless the column holds numbers, repetitions, metadata or a few recurring strings such as categories."""
+def _column_may_belong_to_prompt(columns: Columns, name: str, read: list[str], has_prompt: bool) -> bool:
+    """True unless a column holds numbers, repetitions of other columns, metadata, or categories (recurring strings)."""
     kind, values = columns.kinds[name], [value for value in columns.values(name) if not is_blank(value)]
     if kind in ("number", "boolean", "empty"):
         return False
-    if kind == "object" and name.lower() in _PROMPT_PARTS:  # it may hold no strings that could be compared
+    if kind == "object" and name.lower() in _PROMPT_PARTS:  # it may have no strings to compare with other columns
         return True
     if all(_repeats_read_columns(row.get(name), row, read) for row in columns.rows):
         return False
@@ -203,12 +202,12 @@ def _may_belong_to_prompt(columns: Columns, name: str, read: list[str], has_prom
 
 
 def _repeats_read_columns(value: object, row: dict, read: list[str]) -> bool:
-    """True if all strings in a value are in columns that are read, or if it is the whole example as one string."""
+    """True if all strings in a value are in columns that are read, or if it contains all of those as one string."""
     strings = list(_strings(value))
     known = {string for name in read for string in _strings(value_at(row, name))}
     if all(string in known for string in strings):
         return True
-    # such as a prompt and its response rendered by a template
+    # the whole example as one string, e.g. rendered by a template
     return isinstance(value, str) and len(known) > 1 and all(string in value for string in known)
 
 
@@ -227,7 +226,7 @@ def _strings(value: object):
             yield from _strings(item)
 
 
-# ---- unknown formats------------------------------------------------------------------------------------------------
+# ---- unknown formats -----------------------------------------------------------------------------------------------
 
 
 def hint_for(columns: Columns) -> str | None:

@@ -1,6 +1,7 @@
 """Find the bad line after the `datasets` library failed to load a file.
 
-It is the first line that can't be read. If all can be read, it is the first one whose columns or types differ.
+That is the first line that can't be read or, if all can be read, the first one whose columns or types differ from
+those of earlier lines.
 """
 
 import itertools
@@ -28,7 +29,7 @@ _INFERENCE_CHUNK = 10 << 20  # bytes; the library infers the columns of a JSON f
 
 
 def first_fault(files: list[tuple[str, str]]) -> Fault | None:
-    """Return the first unreadable place in these files, given by name and local path; else the first difference."""
+    """Return the first unreadable line of files, given by name and local path, or else the first difference."""
     columns: dict[str, str] = {}
     difference = None
     for name, path in files:
@@ -41,7 +42,11 @@ def first_fault(files: list[tuple[str, str]]) -> Fault | None:
 
 
 def _faults(path: str, name: str, columns: dict[str, str]) -> Iterator[Fault]:
-    """Yield the faults of a file. `columns` has the type of each column in earlier files; this file's are added."""
+    """Yield the faults of a file.
+
+    Args:
+        columns: the type of each column in earlier files; this file's columns are added.
+    """
     try:
         if os.path.getsize(path) == 0:
             yield Fault("the file is empty", _FILL_IT)
@@ -76,15 +81,19 @@ def _json_faults(path: str, name: str, columns: dict[str, str]) -> Iterator[Faul
 
 
 def _column_fault(key: str, value: object, columns: dict[str, str], may_be_new: bool) -> Fault | None:
-    """Compare a value with its column's type so far, and update that; a column may be new only if `may_be_new`."""
-    is_known, type_before = key in columns, columns.setdefault(key, "null")
-    if type_before == "null":
+    """Compare a value with its column's type so far, and record its type if there is none.
+
+    Args:
+        may_be_new: accept a column that earlier rows don't have.
+    """
+    is_known, known_type = key in columns, columns.setdefault(key, "null")
+    if known_type == "null":
         columns[key] = json_type(value)
     if not is_known and not may_be_new:
         reason = f"a column {key!r} that earlier rows don't have; they have {sorted(set(columns) - {key})}"
         return Fault(reason, "Give all rows of a split the same columns", is_certain=False)
-    if value is not None and type_before not in ("null", json_type(value)):
-        reason = f"field {key!r} is a {json_type(value)}, in earlier rows a {type_before}: {value!r:.60}"
+    if value is not None and known_type not in ("null", json_type(value)):
+        reason = f"field {key!r} is a {json_type(value)}, in earlier rows a {known_type}: {value!r:.60}"
         return Fault(reason, "Give a field the same type in all rows", is_certain=False)
     return None
 
@@ -119,7 +128,7 @@ def _parquet_faults(path: str, columns: dict[str, str]) -> Iterator[Fault]:
 
     first_row, place = 0, None
     try:
-        with open(path, "rb") as file:  # pyarrow would take a folder name like a=b in a path for a partition
+        with open(path, "rb") as file:  # given a path, pyarrow would interpret a folder name like a=b as a partition
             check_is_data(file.read(64))
             parquet = pyarrow.parquet.ParquetFile(file)
             types = {field.name: str(field.type) for field in parquet.schema_arrow}
@@ -140,7 +149,7 @@ def _parquet_faults(path: str, columns: dict[str, str]) -> Iterator[Fault]:
 
 
 def place_of_row(files: list[tuple[str, str]], row: int) -> str | None:
-    """Return 'FILE, line N' for a row, counted from 0 through all files; None if they have fewer rows."""
+    """Return 'FILE, line N' for a row of several files, counted from 0; None if they have fewer rows."""
     for name, path in files:
         for place in _row_places(path, name):
             if row == 0:
@@ -150,7 +159,7 @@ def place_of_row(files: list[tuple[str, str]], row: int) -> str | None:
 
 
 def _row_places(path: str, name: str) -> Iterator[str]:
-    """Return the place of each row in words."""
+    """Return the place of each row of a file: 'line N', or 'row N' of Parquet."""
     if file_format(name) in CSV_SUFFIXES:
         return (f"line {line}" for line, _ in itertools.islice(csv_rows(path, name), 1, None))
     if file_format(name) == ".parquet":

@@ -1,6 +1,6 @@
-"""Find out why the Hugging Face hub can't be reached, or doesn't give a repository.
+"""Find out why the Hugging Face hub can't be reached, or refuses a repository.
 
-The libraries that load models and datasets hide some of the hub's answers. So once they have failed, the hub is asked
+The libraries that load models and datasets hide some of the hub's answers, so after they have failed, the hub is asked
 again directly.
 """
 
@@ -12,7 +12,7 @@ from basics.printing import one_line
 from utils import rank0_print
 
 _TIMEOUT = 10  # seconds
-_MAX_REQUESTED_FILES = 40  # of a repository, to find one that the hub refuses
+_MAX_REQUESTED_FILES = 40  # files of a repository that are requested to find one that the hub refuses
 
 
 def use_cache_if_unreachable(names: list[str]):
@@ -34,21 +34,21 @@ def use_cache_if_unreachable(names: list[str]):
 
 
 def current_commit(repo_id: str, cache_dir: str) -> str | None:
-    """Return the commit of a model's main branch: the hub's, else the cache's; None if neither has it."""
+    """Return the commit of a model's main branch on the hub, or else in the cache; None if neither has it."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     use_cache_if_unreachable([repo_id])
     if not constants.is_offline_mode():
-        with contextlib.suppress(Exception):  # loading the model will explain it
+        with contextlib.suppress(Exception):  # explained later, when the model can't be loaded
             return HfApi().model_info(repo_id, timeout=_TIMEOUT).sha
     path = try_to_load_from_cache(repo_id, "config.json", cache_dir)
     return os.path.basename(os.path.dirname(path)) if isinstance(path, str) else None
 
 
 def explain_failure(failure: Exception, repo_id: str, repo_type: str) -> tuple[str, str] | None:
-    """Return why the hub doesn't give a repository to this user, and the remedy.
+    """Return why the hub refuses a repository to this user, and the remedy.
 
-    None means that the hub gives it, or that `repo_id` isn't a hub id.
+    None means that the hub doesn't refuse it, or that `repo_id` isn't a hub id.
 
     Args:
         failure: the exception of the library that failed to load it.
@@ -75,7 +75,7 @@ def explain_failure(failure: Exception, repo_id: str, repo_type: str) -> tuple[s
 
 
 def _explain_answer(error: Exception, repo_id: str, repo_type: str) -> tuple[str, str]:
-    """Return cause and remedy for an error of the hub."""
+    """Return cause and remedy for an error that the hub answered with."""
     from huggingface_hub import constants, errors
 
     page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
@@ -114,7 +114,7 @@ def split_url(url: str) -> tuple[str, str, str]:
 
 
 def cached_copy(url: str) -> str | None:
-    """Return the path of a hub file in the cache; None if it isn't there."""
+    """Return the path of a hub file's copy in the cache; None if there is none."""
     from huggingface_hub import try_to_load_from_cache
 
     repo_id, commit, path = split_url(url)

@@ -1,7 +1,7 @@
 """Normalize messages of several formats to lists of {"role": ..., "content": ...}.
 
-The formats are ShareGPT's turns ({"from": ..., "value": ...}), a single message instead of a list, histories as pairs
-of strings, and messages, tools and tool calls stored as JSON strings.
+These formats are ShareGPT's turns ({"from": ..., "value": ...}), a single message instead of a list, histories as
+pairs of strings, and messages, tools and tool calls that are stored as JSON strings.
 """
 
 import ast
@@ -9,20 +9,21 @@ import json
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values")
 _MEDIA_PARTS = (*MEDIA, "image_url", "input_image", "input_audio", "video_url", "file")
-_CALL = "function call"  # an assistant turn that only calls functions
-_ROLES = {  # other formats' names for the roles of chat templates, which are in the first line
+_CALL = "function call"  # the role of an assistant turn that only calls functions
+_ROLES = {  # by name: the role in chat templates; the first line has these roles themselves
     "user": "user", "assistant": "assistant", "system": "system", "tool": "tool", "developer": "developer",
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "chatbot": "assistant",
     "ai": "assistant", "model": "assistant", "bing": "assistant", "bard": "assistant",
     "function_call": _CALL, "tool_call": _CALL,
     "observation": "tool", "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip
-_USER_KEYS = ("user", "human", "instruction", "question", "prompt", "input", "query")  # in a history of objects
+# in a history of objects, the keys of the user's and of the assistant's text
+_USER_KEYS = ("user", "human", "instruction", "question", "prompt", "input", "query")
 _ASSISTANT_KEYS = ("assistant", "gpt", "bot", "response", "answer", "output", "completion")
 
 
 class BadExample(Exception):
-    """Raised if a row can't be used, with the reason; `kind` groups such rows in counts."""
+    """Raised if a row can't be used, with the reason; rows of the same `kind` are counted together."""
 
     def __init__(self, kind: str, reason: str | None = None):
         super().__init__(reason or kind)
@@ -71,9 +72,9 @@ def as_turn(text: str, role: str) -> list[dict]:
 
 
 def message_list(value: object, column: str) -> list[dict]:
-    """Return messages, or a single one, with the roles of chat templates and without keys that hold null.
+    """Return messages, or a single one as a list, with the roles of chat templates and without keys that hold null.
 
-    Raises: BadExample if the value isn't messages, or their contents aren't strings.
+    Raises: BadExample if the value isn't messages, or a content isn't a string.
     """
     messages = decoded(value)
     messages = [messages] if is_message(messages) else messages
@@ -96,7 +97,7 @@ def _message(given: dict, place: str) -> dict:
     for key in ("weight", "train"):
         if key in message and message[key] in (0, False):
             raise BadExample(
-                "untrained message", f"{place}: {key}={message[key]}: single messages can't be left untrained"
+                "untrained message", f"{place}: {key}={message[key]}: single messages can't be excluded from training"
             )
     if found := next((key for key in MEDIA if message.get(key)), None):
         raise BadExample("images, audio or video", f"{place} has {found!r}; this program trains on text")
@@ -120,11 +121,11 @@ def _known_role(role: str, is_sharegpt: bool, place: str) -> str:
         if role == "function":
             return "tool"
         raise BadExample("unknown role", f"{place}: unknown role {role!r}; known are {', '.join(_ROLES)}")
-    return known or role  # the template may know it
+    return known or role  # the template may know other roles
 
 
 def _joined_parts(content: object, place: str) -> object:
-    """Return the string of a content that is a list of parts, or the content itself."""
+    """Return the text of a content that is a list of text parts; any other content as it is."""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return content
     kinds = [part.get("type") for part in content]
@@ -137,7 +138,7 @@ def _joined_parts(content: object, place: str) -> object:
 
 
 def _tool_calls(value: object, place: str) -> list[dict]:
-    """Return calls as {"type": "function", "function": {"name": ..., "arguments": {...}}}; nulls in arguments stay."""
+    """Return calls as {"type": "function", "function": {"name": ..., "arguments": {...}}}, with nulls in arguments."""
     calls = decoded(value)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not calls:
@@ -164,7 +165,7 @@ def _tool_call(call: object, place: str) -> dict:
 def tool_list(value: object, column: str) -> list | None:
     """Return the tools of a row for the chat template; None if it has none.
 
-    Raises: BadExample if they aren't objects, or JSON of such.
+    Raises: BadExample if they aren't objects, or JSON of objects.
     """
     tools = decoded(value)
     if is_blank(tools):
@@ -182,7 +183,7 @@ def tool_list(value: object, column: str) -> list | None:
 
 
 def system_messages(value: object, column: str) -> list[dict]:
-    """Return a system text, or messages, as messages; an empty list if there are none."""
+    """Return messages, given as such or as a system text; an empty list if there are none."""
     if is_blank(value):
         return []
     if isinstance(value, str) and not is_messages(decoded(value)):
@@ -191,7 +192,7 @@ def system_messages(value: object, column: str) -> list[dict]:
 
 
 def history_messages(value: object, column: str) -> list[dict]:
-    """Return earlier turns, given as messages or as pairs of user and assistant texts.
+    """Return earlier turns, given as messages or as pairs of user and assistant texts, as messages.
 
     Raises: BadExample if they are neither.
     """

@@ -1,4 +1,4 @@
-"""Cut a batch into microbatches: parts that are computed one after the other, their gradients added up."""
+"""Cut a batch into microbatches, which are computed one after the other while their gradients add up."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,10 @@ CPU_OVERHEAD = 64  # cost of one more microbatch on a CPU, in tokens
 
 
 def part_lengths(batch: dict) -> list[torch.Tensor]:
-    """Return the tokens in each example's prompt, and in the rest of each sequence: (batch_size,) each.
+    """Return the number of tokens in each example's prompt, and in the rest of each sequence: (batch_size,) each.
 
-    The prompt is the part that both sequences share before their first trained token. The rest may hold tokens that
-    aren't trained: others' turns between those of the assistant.
+    The prompt is the part that both sequences share before their first trained token. The rest may hold untrained
+    tokens, too: turns of the user or of tools between the assistant's.
     """
     sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
     n_tokens = [batch[f"{side}_attention_mask"].sum(1) for side in sides]
@@ -27,13 +27,13 @@ def part_lengths(batch: dict) -> list[torch.Tensor]:
 
 
 def _first(is_wanted: torch.Tensor) -> torch.Tensor:
-    """Return the first wanted position of each row, its length if there is none: (B, T) to (B,)."""
-    places = torch.arange(is_wanted.shape[1]).expand_as(is_wanted)
-    return places.masked_fill(~is_wanted, is_wanted.shape[1]).amin(1)
+    """Return the first wanted position of each row, or T if there is none: (B, T) to (B,)."""
+    positions = torch.arange(is_wanted.shape[1]).expand_as(is_wanted)
+    return positions.masked_fill(~is_wanted, is_wanted.shape[1]).amin(1)
 
 
 def computed_tokens(batch: dict, shared: bool, padded: bool = False) -> torch.Tensor:
-    """Return how many tokens are computed for each example, (batch_size,).
+    """Return the number of tokens that are computed for each example, (batch_size,).
 
     Args:
         shared: a pair's prompt is computed once.
@@ -41,35 +41,35 @@ def computed_tokens(batch: dict, shared: bool, padded: bool = False) -> torch.Te
     """
     if shared:
         return sum(part_lengths(batch))
-    # whole sequences, as the two of unpaired data have prompts of their own
+    # count whole sequences: in unpaired data, the chosen and the rejected one have different prompts
     n_tokens = [batch[key].sum(1) for key in ("chosen_attention_mask", "rejected_attention_mask") if key in batch]
     return len(n_tokens) * torch.stack(n_tokens).amax(0) if padded else sum(n_tokens)
 
 
 def microbatches(
     batch: dict,
-    n_least: int,
+    min_microbatches: int,
     shared: bool,
     overhead: float = CPU_OVERHEAD,
     packed: bool = False,
     max_tokens: int | None = None,
     agree: Callable[[int], int] = lambda n: n,
 ) -> list[dict]:
-    """Cut a batch into at least `n_least` microbatches, none of which has more than 1 / `n_least` of the examples.
+    """Cut a batch into at least n = `min_microbatches` microbatches, each of at most 1 / n of the examples.
 
-    Examples are sorted by length first, and cut where padding and the cost of one more microbatch are least. Each
+    Examples are sorted by length, then cut where the cost of padding and of additional microbatches is lowest. Each
     example is in one microbatch; weigh a microbatch by its number of examples.
 
     Args:
         shared: a pair's prompt is computed once.
         overhead: cost of one more microbatch, in tokens.
         packed: there is no padding.
-        max_tokens: the most tokens in a microbatch, padding included; a longer example gets one of its own.
-        agree: returns the largest number of microbatches that any worker makes, if all must make the same number.
+        max_tokens: the maximum number of tokens in a microbatch, with padding; a longer example is a microbatch alone.
+        agree: returns the maximum of a number over all workers, if all must make the same number of microbatches.
     """
     lengths = computed_tokens(batch, shared, padded=not packed)
     order = lengths.argsort(descending=True, stable=True)
-    sizes = _cheapest_cuts(lengths[order].tolist(), len(order) // n_least, overhead, packed, max_tokens)
+    sizes = _cheapest_cuts(lengths[order].tolist(), len(order) // min_microbatches, overhead, packed, max_tokens)
     for _ in range(agree(len(sizes)) - len(sizes)):
         largest = sizes.index(max(sizes))
         sizes[largest : largest + 1] = [sizes[largest] - sizes[largest] // 2, sizes[largest] // 2]
@@ -77,11 +77,14 @@ def microbatches(
 
 
 def _cheapest_cuts(
-    lengths: list[int], max_size: int, overhead: float, packed: bool = False, max_tokens: int | None = None
+    lengths: list[int], max_size: int, overhead: float, packed: bool, max_tokens: int | None
 ) -> list[int]:
-    """Return the sizes of the cheapest consecutive groups of at most `max_size` examples; `lengths` must not increase.
+    """Return the sizes of the cheapest consecutive groups of at most `max_size` examples.
 
-    A group costs its size times its longest length, or if packed the sum of its lengths, plus `overhead`.
+    A group costs its size times its longest length or, if packed, the sum of its lengths, plus `overhead`.
+
+    Args:
+        lengths: the length of each example, in descending order.
     """
     best = [0.0] + [float("inf")] * len(lengths)  # cost of the first n examples
     last = [0] * (len(lengths) + 1)  # size of their last group

@@ -1,6 +1,6 @@
-"""Read JSON, JSON Lines and CSV files line by line, for when the `datasets` library can't: errors name the line.
+"""Read JSON, JSON Lines and CSV files line by line, with errors that name the line, if the `datasets` library fails.
 
-`data.diagnosis` finds the bad line with it, and `readable_rows` reads JSON Lines past bad lines.
+`data.diagnosis` uses this module to find the bad line; `readable_rows` reads JSON Lines despite bad lines.
 """
 
 import bz2
@@ -38,8 +38,8 @@ class Fault:
     remedy: str
     line: int | str | None = None
     is_certain: bool = True  # False: the line can be read, but differs from earlier ones
-    name: str = ""  # the file's
-    path: str = ""  # of its local copy
+    name: str = ""  # the file's name
+    path: str = ""  # the path of its local copy
 
     @property
     def place(self) -> str:
@@ -55,7 +55,7 @@ class FaultFound(Exception):
 
 
 def file_format(name: str) -> str:
-    """Return a file's suffix, ignoring that of its compression: .jsonl for x.jsonl.gz."""
+    """Return a file's suffix without that of a compression: .jsonl for x.jsonl.gz."""
     stem, suffix = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] if suffix in _OPENERS else suffix
 
@@ -85,9 +85,9 @@ def _text_lines(path: str, name: str) -> Iterator[str]:
 
 
 def _decoded(line: bytes, number: int) -> str:
-    """Return a line as a string, without a byte order mark.
+    """Decode a line, and drop a byte order mark.
 
-    Raises: FaultFound if it isn't UTF-8, holds NUL bytes or is the first line of something else.
+    Raises: FaultFound if it isn't UTF-8, holds NUL bytes, or is the first line of a file that isn't data.
     """
     if number == 1:
         check_is_data(line)
@@ -102,7 +102,7 @@ def _decoded(line: bytes, number: int) -> str:
 
 
 def check_is_data(first_line: bytes):
-    """Raise FaultFound if a file starts like a Git LFS pointer, UTF-16 or a web page."""
+    """Raise FaultFound if a file begins like a Git LFS pointer, UTF-16 or a web page."""
     if first_line.startswith(b"version https://git-lfs"):
         raise FaultFound("it is a Git LFS pointer, not the data", "Get the data: git lfs pull", 1)
     if first_line.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -115,7 +115,7 @@ def check_is_data(first_line: bytes):
 
 
 def json_rows(path: str, name: str) -> Iterator[tuple[int, object]]:
-    """Yield the line and value of each row of a file of JSON Lines or JSON. Raises: FaultFound if it isn't JSON."""
+    """Yield the line number and the value of each row of JSON Lines or JSON. Raises: FaultFound if it isn't JSON."""
     lines = _text_lines(path, name)
     head = list(itertools.islice(lines, 50))
     if not _is_json_lines(next((line for line in head if line.strip()), "")):
@@ -163,7 +163,7 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _multiline_json(text: str) -> Iterator[tuple[int, object]]:
-    """Yield line and value of each row in an array of objects, or in a sequence of objects that span several lines.
+    """Yield the line number and the value of each row, in an array of objects or a sequence of multi-line objects.
 
     Raises: FaultFound if it isn't JSON, or the array has no end.
     """
@@ -205,11 +205,11 @@ def _lone_surrogate(value: object) -> str | None:
 
 
 def json_type(value: object) -> str:
-    """Name the type of a JSON value, for messages."""
+    """Return the type of a JSON value, for messages."""
     return _TYPE_NAMES.get(type(value), "null")
 
 
-# ---- JSON Lines, past bad lines -------------------------------------------------------------------------------------
+# ---- JSON Lines with bad lines --------------------------------------------------------------------------------------
 
 
 def are_json_lines(files: list[tuple[str, str]]) -> bool:
@@ -227,7 +227,7 @@ def are_json_lines(files: list[tuple[str, str]]) -> bool:
 
 
 def readable_rows(files: list[tuple[str, str]]) -> Iterator[tuple[str, dict | Fault]]:
-    """Yield the place of each line of JSON Lines files, and its object, or the fault if it has none."""
+    """Yield the place of each line of JSON Lines files, and its object or the fault in it."""
     for name, path in files:
         try:
             for number, line in enumerate(_byte_lines(path, name), 1):
@@ -250,7 +250,7 @@ def _row_or_fault(line: bytes, number: int) -> dict | Fault:
 
 
 def csv_delimiter(path: str, name: str) -> str:
-    """Return a tab for TSV; for CSV a comma, or a semicolon or tab if the header has these and no comma."""
+    """Return the delimiter: a tab in TSV; in CSV a comma, unless the header has only semicolons or tabs."""
     if file_format(name) == ".tsv":
         return "\t"
     try:
@@ -262,7 +262,7 @@ def csv_delimiter(path: str, name: str) -> str:
 
 
 def csv_rows(path: str, name: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first line and the fields of each record, including the header.
+    """Yield the number of the first line and the fields of each record, including the header.
 
     Raises: FaultFound if a quoted field has no end.
     """

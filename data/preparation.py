@@ -1,7 +1,7 @@
-"""Read, check and tokenize a dataset once, into files that every worker of every run maps into memory.
+"""Read, check and tokenize the user's own data once, into files that every worker of every run maps into memory.
 
-A hash of the rows, the settings and the tokenizer names the files. The first process that needs them writes them; the
-others wait.
+The files are in a directory whose name is a hash of the rows, the settings and the tokenizer. The first process that
+needs them writes them; the others wait.
 """
 
 import functools
@@ -20,10 +20,10 @@ from filelock import FileLock
 from basics.checksums import find_damage, write_checksums
 from basics.files import HashCache, flush_to_disk
 from data import chat
-from data.batches import prefetched, split_name
+from data.batches import prefetched
 from data.choice import Choice, Settings
 from data.formats import Format, recognize
-from data.locations import Location, locate
+from data.locations import locate
 from data.messages import BadExample
 from data.plain_reader import Fault
 from data.prepared import SCHEMA, TEXTS, PreparedPrompts
@@ -34,10 +34,9 @@ from reporting.terminal import Progress
 from utils import UserError, get_local_dir, rank0_print
 
 VERSION = 4  # of the cache's format and of how rows are read; bump to rebuild
-_CHUNK = 1024  # rows tokenized at a time
+_CHUNK = 1024  # rows read and tokenized at a time
 _INSPECTED = 100  # rows that decide the format
 _FILES = ("info.json", "train.arrow", "test.arrow")
-_COUNTED = 10_000  # rows in which all bad ones are counted before an error is raised
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------
@@ -76,7 +75,7 @@ def _array(values: list, kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(ends, _array(list(chain.from_iterable(values)), kind.value_type))
 
 
-# ---- examples of rows ------------------------------------------------------------------------------------------------
+# ---- from rows to examples ------------------------------------------------------------------------------------------
 
 
 def _prompt_hash(example: Example) -> float:
@@ -86,7 +85,7 @@ def _prompt_hash(example: Example) -> float:
 
 
 def _usable(
-    chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows
+    chunk: list, data_format: Format, renderer: chat.Renderer, bad: BadRows
 ) -> list[tuple[int, str, Example, chat.Rendered]]:
     """Return (number, place, example, rendered texts) of each usable row of a chunk; add the others to `bad`."""
     usable = []
@@ -94,24 +93,24 @@ def _usable(
         try:
             if isinstance(row, Fault):
                 raise BadExample("broken row", row.reason)
-            example = read.read(row)
+            example = data_format.read(row)
             usable.append((number, place, example, renderer.render(example)))
         except BadExample as error:
             bad.add(number, place, error.kind, str(error))
-        except TemplateLimit as error:  # the same may happen in every row
+        except TemplateLimit as error:  # it isn't skipped, because every other row may take as long
             raise UserError(f"{bad.rows.where}, {bad.place(number, place)}: {error}") from error
     return usable
 
 
-def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -> list[tuple[float, dict]]:
+def _records(chunk: list, data_format: Format, renderer: chat.Renderer, bad: BadRows) -> list[tuple[float, dict]]:
     """Return the prompt's hash and the record (see `SCHEMA`) of each usable row of a chunk."""
-    usable = _usable(chunk, read, renderer, bad)
+    usable = _usable(chunk, data_format, renderer, bad)
     tokenized = renderer.tokenize([rendered for *_, rendered in usable])
     records = []
     for (number, place, example, rendered), tokens in zip(usable, tokenized, strict=True):
         prompt_ids, response_ids = tokens.prompt_ids, tokens.response_ids
         pairs = [(i, j) for i, j in example.pairs if response_ids[i] != response_ids[j]]
-        if len(pairs) < len(example.pairs) and not read.is_ranked:
+        if len(pairs) < len(example.pairs) and not data_format.is_ranked:
             bad.add(number, place, "identical responses", "chosen and rejected are the same tokens once rendered")
             continue
         bad.n_identical_pairs += len(example.pairs) - len(pairs)
@@ -133,44 +132,47 @@ def _records(chunk: list, read: Format, renderer: chat.Renderer, bad: BadRows) -
 
 
 def _checked_chunks(
-    rows: Rows, read: Format, renderer: chat.Renderer, bad: BadRows, skips_bad: bool
+    rows: Rows, data_format: Format, renderer: chat.Renderer, bad: BadRows, skips_bad: bool
 ) -> Iterator[tuple[int, list[tuple[float, dict]]]]:
-    """Yield the number of rows and the records of each chunk.
-
-    Once there are enough bad rows for an error, the rest are only counted, and no records are made.
-    """
+    """Yield the number of rows and the records of each chunk, until there are enough bad rows for an error."""
     for chunk in rows.chunks(_CHUNK):
-        will_fail = bad.has_enough and not skips_bad
-        if will_fail and bad.n_read >= _COUNTED:
-            bad.is_complete = False
-            return
         bad.n_read += len(chunk)
-        if will_fail:
-            _usable(chunk, read, renderer, bad)
-        yield len(chunk), [] if will_fail else _records(chunk, read, renderer, bad)
+        yield len(chunk), _records(chunk, data_format, renderer, bad)
+        if bad.has_enough and not skips_bad:
+            return
 
 
 # ---- preparing ------------------------------------------------------------------------------------------------------
 
 
-def _write_files(directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, read: Format):
+def _write_files(
+    directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, data_format: Format
+):
     """Write the files of both splits, and `info.json` about them, into a directory.
 
     Without a source for 'test', the training prompts with the smallest hashes are held out for it.
     """
-    info, smallest = _write_splits(directory, sources, settings, renderer, read, limit=settings.test_fraction)
+    info, smallest = _write_splits(directory, sources, settings, renderer, data_format, limit=settings.test_fraction)
     if "test" not in sources and info["test"]["n_prompts"] == 0 and smallest < 1:
         # with few prompts, none may have a hash below the limit: hold out one
-        info, _ = _write_splits(directory, sources, settings, renderer, read, limit=smallest)
+        info, _ = _write_splits(directory, sources, settings, renderer, data_format, limit=smallest)
+    info |= {
+        "format": data_format.description,
+        "unread": data_format.unread,
+        "skips_template": data_format.could_be_chat and bool(renderer.template),
+        "unopened": sorted(renderer.unopened),
+    }
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
-        about = {"format": read.description, "unread": read.unread,
-                 "skips_template": read.could_be_chat and bool(renderer.template),
-                 "unopened": sorted(renderer.unopened)}  # fmt: skip
-        json.dump(info | about, file)
+        json.dump(info, file)
 
 
 def _write_splits(
-    directory: str, sources: dict[str, Rows], settings: Settings, renderer: chat.Renderer, read: Format, limit: float
+    directory: str,
+    sources: dict[str, Rows],
+    settings: Settings,
+    renderer: chat.Renderer,
+    data_format: Format,
+    limit: float,
 ) -> tuple[dict, float]:
     """Write both splits; return their counts, and the smallest hash of a training prompt.
 
@@ -183,13 +185,13 @@ def _write_splits(
         bad = BadRows(rows)
         with Progress(f"Tokenizing {rows.label}", rows.n_rows, "rows") as progress:
             # a thread tokenizes the next chunks on all cores while this one is written
-            chunks = prefetched(_checked_chunks(rows, read, renderer, bad, settings.skips_bad), n_ahead=2)
+            chunks = prefetched(_checked_chunks(rows, data_format, renderer, bad, settings.skips_bad), n_ahead=2)
             for n_rows, records in chunks:
                 by_role = {"train": [], "test": []}
                 for hashed, record in records:
                     by_role[role if "test" in sources or hashed > limit else "test"].append(record)
-                for writer_role, of_role in by_role.items():
-                    writers[writer_role].write(of_role)
+                for written_role, role_records in by_role.items():
+                    writers[written_role].write(role_records)
                 smallest = min([smallest, *(hashed for hashed, _ in records)])
                 progress.update(n_rows)
         if not settings.skips_bad:
@@ -209,38 +211,41 @@ def _tokenizer_fingerprint(tokenizer) -> str:
 
 def prepare(
     choice: Choice,
-    source: Location | list[dict],
     settings: Settings,
     tokenizer,
     truncation_mode: str,
-    loss_takes: Sequence[str],
-    cache_dir: str,
+    accepted_kinds: Sequence[str],
+    cache_dir: str | None,
     silent: bool,
-) -> tuple["PreparedPrompts", "PreparedPrompts"]:
-    """Return the training and evaluation prompts of a dataset, from the cache or prepared now.
+) -> dict[str, PreparedPrompts]:
+    """Return the prompts of both splits, 'train' and 'test', from the cache or prepared now.
 
     Args:
-        source: where its rows are, or the rows themselves.
-        loss_takes: kinds of data that the loss accepts: 'pairs', 'targets', 'unpaired'.
+        choice: a file, folder, pattern of files or hub id, or the name of rows in `ROWS`.
+        accepted_kinds: the kinds of data that the loss accepts: 'pairs', 'targets', 'unpaired'.
 
     Raises: UserError with place and remedy if rows can't be used, or the loss doesn't accept them.
     """
+    cache_dir = cache_dir or get_local_dir([".cache"])
     renderer = chat.Renderer(
         tokenizer, settings.chat_template, settings.verbatim_responses, settings.trained_turns == "last"
     )
-    if isinstance(source, list):
-        sources = {"train": rows_of_list(choice.name, source)}
+    if choice.name in ROWS:
+        sources = {"train": rows_of_list(choice.name, ROWS[choice.name])}
     else:
-        sources = open_splits(source, choice, cache_dir, silent)
-    read = _recognize(sources, choice, settings.texts_as_messages, loss_takes)
-    of_choice = {key: getattr(choice, key) for key in ("train_split", "test_split", "fields", "ignored_columns")}
+        sources = open_splits(locate(choice.name), choice, cache_dir, silent)
+    data_format = _recognize(sources, choice, settings.texts_as_messages, accepted_kinds)
+    own_settings = {key: getattr(choice, key) for key in ("train_split", "test_split", "fields", "ignored_columns")}
     key = json.dumps(
         [VERSION, {role: [rows.fingerprint, rows.split, rows.n_rows] for role, rows in sources.items()},
-         asdict(settings) | of_choice, renderer.template, _tokenizer_fingerprint(tokenizer), read.description],
+         asdict(settings) | own_settings, renderer.template, _tokenizer_fingerprint(tokenizer),
+         data_format.description],
         sort_keys=True,
     )  # fmt: skip
     directory = os.path.join(cache_dir, "prepared", hashlib.sha256(key.encode()).hexdigest()[:32])
-    write = functools.partial(_write_files, sources=sources, settings=settings, renderer=renderer, read=read)
+    write = functools.partial(
+        _write_files, sources=sources, settings=settings, renderer=renderer, data_format=data_format
+    )
     try:
         _write_once(directory, HashCache(cache_dir), write)
     except OSError as error:
@@ -248,13 +253,14 @@ def prepare(
             f"datasets=[{choice.name}]: can't write the tokenized data to {directory}: {error}\nMake room, or choose "
             "another place with local_dirs=[DIR]"
         ) from error
-    return tuple(
-        PreparedPrompts(directory, role, choice.name, truncation_mode, loss_takes) for role in ("train", "test")
-    )
+    return {
+        split: PreparedPrompts(directory, split, choice.name, truncation_mode, accepted_kinds)
+        for split in ("train", "test")
+    }
 
 
 def _write_once(directory: str, hashes: HashCache, write: Callable[[str], None]):
-    """Let `write` fill a directory, unless a process has done so; a damaged one is written again.
+    """Let `write` fill a directory, unless it is there already; if it is damaged, write it again.
 
     Raises: OSError.
     """
@@ -277,22 +283,23 @@ def _write_once(directory: str, hashes: HashCache, write: Callable[[str], None])
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _recognize(sources: dict[str, Rows], choice: Choice, texts_as_messages: bool, loss_takes: Sequence[str]) -> Format:
+def _recognize(
+    sources: dict[str, Rows], choice: Choice, texts_as_messages: bool, accepted_kinds: Sequence[str]
+) -> Format:
     """Return the format of the training rows.
 
     Raises: UserError if the loss can't train on it, or a split has unread columns that may belong to the prompt.
     """
     rows, ignored = sources["train"], choice.ignored_columns
-    read = recognize(_first_rows(rows), choice.fields, rows.where, ignored, texts_as_messages)
-    if "test" in sources and (others := _first_rows(sources["test"])):
-        read.check_columns(others, ignored, sources["test"].where)
-    if read.is_unpaired and not {"unpaired", "targets"} & set(loss_takes):
-        raise UserError(
-            f"{rows.where}: it has {read.description}: use loss=kto or bco, or loss=sft for the desirable ones"
-        )
-    if not read.has_pairs and not read.is_unpaired and "targets" not in loss_takes:
-        raise UserError(f"{rows.where}: it has {read.description}, and no pairs of responses: use loss=sft")
-    return read
+    data_format = recognize(_first_rows(rows), choice.fields, rows.where, ignored, texts_as_messages)
+    if "test" in sources and (test_rows := _first_rows(sources["test"])):
+        data_format.check_columns(test_rows, ignored, sources["test"].where)
+    found = f"{rows.where}: it has {data_format.description}"
+    if data_format.is_unpaired and not {"unpaired", "targets"} & set(accepted_kinds):
+        raise UserError(f"{found}: use loss=kto or bco, or loss=sft for the desirable ones")
+    if not data_format.has_pairs and not data_format.is_unpaired and "targets" not in accepted_kinds:
+        raise UserError(f"{found}, and no pairs of responses: use loss=sft")
+    return data_format
 
 
 def _first_rows(rows: Rows) -> list[dict]:
@@ -305,23 +312,3 @@ def _first_rows(rows: Rows) -> list[dict]:
         bad.add(number, place, "broken row", fault.reason)
     bad.raise_if_any()
     raise UserError(f"{rows.where}: there are no rows")
-
-
-def prepared_split(
-    choice: Choice,
-    split: str,
-    settings: Settings,
-    tokenizer,
-    truncation_mode: str,
-    loss_takes: Sequence[str],
-    cache_dir: str | None,
-    silent: bool,
-) -> PreparedPrompts:
-    """Return the prompts of a split of a dataset that isn't a named one."""
-    source = ROWS[choice.name] if choice.name in ROWS else locate(choice.name)
-    cache_dir = cache_dir or get_local_dir([".cache"])
-    train, test = prepare(choice, source, settings, tokenizer, truncation_mode, loss_takes, cache_dir, silent)
-    prompts = train if split == "train" else test
-    if len(prompts) == 0:
-        raise UserError(f"{split_name(choice.name, split)}: no rows left for it; add data, or change test_fraction")
-    return prompts

@@ -1,4 +1,4 @@
-"""Tokenized prompts in a memory-mapped file that `data.preparation` writes."""
+"""Read tokenized prompts from a memory-mapped file that `data.preparation` has written."""
 
 import json
 import os
@@ -23,15 +23,18 @@ SCHEMA = pa.schema(
         "n_kept": pa.int32(),
         "prompt_ids": IDS,
         "response_ids": pa.list_(IDS),
-        "trained": pa.list_(IDS),  # in each response: start, end, start, end, ... of the runs of trained tokens
+        "trained": pa.list_(IDS),  # by response: the runs of trained tokens, as start, end, start, end, ...
     }
 )
 
 
 class PreparedPrompts(Sequence):
-    """The tokenized prompts of a split; each is read from the memory-mapped file when it is indexed."""
+    """The tokenized prompts of a split; each is read from the memory-mapped file when it is indexed.
 
-    def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, loss_takes: Sequence[str]):
+    Examples can be dropped, in memory alone.
+    """
+
+    def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, accepted_kinds: Sequence[str]):
         self.dataset, self.split, self.truncation_mode = dataset, role, truncation_mode
         with open(os.path.join(directory, "info.json"), encoding="utf-8") as file:
             self.info = json.load(file)
@@ -39,27 +42,27 @@ class PreparedPrompts(Sequence):
         table = pa.ipc.open_file(pa.memory_map(os.path.join(directory, f"{role}.arrow"))).read_all()
         self.columns = {name: table[name] for name in SCHEMA.names}
         self._all_pairs = pc.list_flatten(self.columns["pairs"]).to_numpy().reshape(-1, 2)
-        self.kept = np.ones(len(self._all_pairs), dtype=bool)  # mask of the pairs in use
+        self.kept = np.ones(len(self._all_pairs), dtype=bool)  # mask of the pairs that weren't dropped
         counts = self._list_lengths("pairs") // 2
-        self._number_of_pair = np.repeat(np.arange(len(counts)), counts)
+        self._row_of_pair = np.repeat(np.arange(len(counts)), counts)
         self._first_pair = np.concatenate([[0], counts.cumsum()])
-        self.numbers = np.arange(len(counts))  # rows of the file
-        self.others = None  # unpaired data: rows of the undesirable responses, with the desirable ones in `numbers`
+        self.file_rows = np.arange(len(counts))  # the row of each prompt in the file
+        self.others = None  # unpaired data: the rows of the undesirable responses; `file_rows` has the desirable ones
         self.n_pairs = counts
-        self.n_labelled: dict[str, int] = {}  # unpaired data: number of responses by label
+        self.n_labelled: dict[str, int] = {}  # unpaired data: the number of responses by label
         labels = self.columns["label"]
         if len(labels) and labels.null_count == 0:
-            self._pair_by_label(labels.to_numpy(), loss_takes)
+            self._pair_by_label(labels.to_numpy(), accepted_kinds)
 
-    def _pair_by_label(self, labels: np.ndarray, loss_takes: Sequence[str]):
-        """Pair each desirable response with an undesirable one, repeating the rarer ones; for SFT, keep the desirable.
+    def _pair_by_label(self, labels: np.ndarray, accepted_kinds: Sequence[str]):
+        """Pair each desirable response with an undesirable one, repeating the rarer kind; for SFT drop the undesirable.
 
         Raises: UserError if all have the same label.
         """
         desirable, undesirable = np.flatnonzero(labels), np.flatnonzero(~labels)
         self.n_labelled = {"desirable": len(desirable), "undesirable": len(undesirable)}
-        if "unpaired" not in loss_takes:
-            self.numbers, self.n_pairs = desirable, np.zeros(len(desirable), dtype=np.int64)
+        if "unpaired" not in accepted_kinds:
+            self.file_rows, self.n_pairs = desirable, np.zeros(len(desirable), dtype=np.int64)
             return
         if min(len(desirable), len(undesirable)) == 0:
             raise UserError(
@@ -67,17 +70,17 @@ class PreparedPrompts(Sequence):
                 "unpaired data need both kinds; add data, or hold out more with test_fraction"
             )
         n = max(len(desirable), len(undesirable))
-        self.numbers, self.others = np.resize(desirable, n), np.resize(np.roll(undesirable, -1), n)
+        self.file_rows, self.others = np.resize(desirable, n), np.resize(np.roll(undesirable, -1), n)
         self.n_pairs = np.ones(n, dtype=np.int64)
 
     def _list_lengths(self, name: str) -> np.ndarray:
         return pc.list_value_length(self.columns[name]).to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.file_rows)
 
     def __getitem__(self, index: int) -> Prompt:
-        prompt = self._prompt(int(self.numbers[index]))
+        prompt = self._prompt(int(self.file_rows[index]))
         if self.others is not None:
             prompt.other = other = self._prompt(int(self.others[index]))
             prompt.responses = [*prompt.responses, *other.responses]
@@ -86,11 +89,11 @@ class PreparedPrompts(Sequence):
             prompt.pairs = [(0, 1)]
         return prompt
 
-    def _prompt(self, number: int) -> Prompt:
+    def _prompt(self, file_row: int) -> Prompt:
         """Read a row of the file."""
-        cells = {name: column[number] for name, column in self.columns.items()}
+        cells = {name: column[file_row] for name, column in self.columns.items()}
         responses, target = cells["responses"].as_py(), cells["target"].as_py()
-        first, end = self._first_pair[number], self._first_pair[number + 1]
+        first, end = self._first_pair[file_row], self._first_pair[file_row + 1]
         pairs = self._all_pairs[first:end]
         if self.others is None:
             pairs = pairs[self.kept[first:end]]
@@ -113,47 +116,52 @@ class PreparedPrompts(Sequence):
     # ---- lengths ----------------------------------------------------------------------------------------------------
 
     def lengths(self, sft_mode: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return each example's tokens in prompt and longest response, and its prompt's number: (n_examples,) each."""
+        """Return what `data.report.example_lengths` does."""
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])
-        of_response = pc.list_value_length(pc.list_flatten(self.columns["response_ids"])).to_numpy()
-        of_prompt = self._list_lengths("prompt_ids")
+        response_lengths = pc.list_value_length(pc.list_flatten(self.columns["response_ids"])).to_numpy()
+        prompt_lengths = self._list_lengths("prompt_ids")
         if sft_mode:
-            targets = self.columns["target"].to_numpy()[self.numbers]
-            return of_prompt[self.numbers], of_response[first_response[self.numbers] + targets], np.arange(len(self))
+            targets = self.columns["target"].to_numpy()[self.file_rows]
+            return (
+                prompt_lengths[self.file_rows],
+                response_lengths[first_response[self.file_rows] + targets],
+                np.arange(len(self)),
+            )
         if self.others is not None:
-            sides = (self.numbers, self.others)
-            prompts = np.maximum(*(of_prompt[side] for side in sides))
-            return prompts, np.maximum(*(of_response[first_response[side]] for side in sides)), np.arange(len(self))
-        number, pairs = self._number_of_pair[self.kept], self._all_pairs[self.kept]
-        both = of_response[first_response[number][:, None] + pairs]
-        return of_prompt[number], both.max(1, initial=0), number
+            sides = (self.file_rows, self.others)
+            prompts = np.maximum(*(prompt_lengths[side] for side in sides))
+            responses = np.maximum(*(response_lengths[first_response[side]] for side in sides))
+            return prompts, responses, np.arange(len(self))
+        prompt_of_pair, pairs = self._row_of_pair[self.kept], self._all_pairs[self.kept]
+        both = response_lengths[first_response[prompt_of_pair][:, None] + pairs]
+        return prompt_lengths[prompt_of_pair], both.max(1, initial=0), prompt_of_pair
 
     def count_empty_prompts(self) -> int:
-        """Count the prompts without tokens."""
-        return int((self._list_lengths("prompt_ids")[self.numbers] == 0).sum())
+        """Return the number of prompts without tokens."""
+        return int((self._list_lengths("prompt_ids")[self.file_rows] == 0).sum())
 
     def drop(self, unwanted: np.ndarray, sft_mode: bool):
-        """Drop the examples that a mask selects, one entry for each example of `lengths`."""
+        """Drop the examples that a mask selects; its shape is (n_examples,), as those of `lengths`."""
         if sft_mode or self.others is not None:
-            self.numbers = self.numbers[~unwanted]
+            self.file_rows = self.file_rows[~unwanted]
             self.others = self.others[~unwanted] if self.others is not None else None
             self.n_pairs = self.n_pairs[~unwanted]
             return
         self.kept[np.flatnonzero(self.kept)[unwanted]] = False
-        self.n_pairs = np.bincount(self._number_of_pair[self.kept], minlength=len(self.n_pairs)).astype(np.int64)
+        self.n_pairs = np.bincount(self._row_of_pair[self.kept], minlength=len(self.n_pairs)).astype(np.int64)
 
     def are_identical_when_truncated(self, max_length: int, max_prompt_length: int, add_bos: bool) -> np.ndarray:
         """Return a mask of the pairs whose responses are the same tokens after truncation; see `make_element`."""
-        if self.others is not None:  # the two have different prompts
+        if self.others is not None:  # the responses of a pair have different prompts
             return np.zeros(len(self), dtype=bool)
-        prompts, responses, numbers = self.lengths(sft_mode=False)
+        prompts, responses, prompt_of_pair = self.lengths(sft_mode=False)
         if add_bos:
-            prompts = prompts + (self.columns["n_kept"].to_numpy()[numbers] == 0)
+            prompts = prompts + (self.columns["n_kept"].to_numpy()[prompt_of_pair] == 0)
         is_cut = (prompts + responses > max_length) & (np.minimum(prompts, max_prompt_length) + responses > max_length)
-        identical, pairs = np.zeros(len(numbers), dtype=bool), self._all_pairs[self.kept]
+        identical, pairs = np.zeros(len(is_cut), dtype=bool), self._all_pairs[self.kept]
         for index in np.flatnonzero(is_cut):
-            all_ids = self.columns["response_ids"][int(numbers[index])].values
+            all_ids = self.columns["response_ids"][int(prompt_of_pair[index])].values
             cut = [all_ids[int(i)].values[: max_length - max_prompt_length] for i in pairs[index]]
             identical[index] = cut[0].equals(cut[1])
         return identical

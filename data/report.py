@@ -1,4 +1,4 @@
-"""The data report printed before training: rows, lengths, truncation, and an example as the model sees it."""
+"""Print the data report before training: rows, lengths, truncation, and an example as the model sees it."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,18 @@ from data.batches import BatchIterator, Prompt, chosen_and_rejected
 from data.prepared import PreparedPrompts
 from utils import rank0_print
 
-_MEASURED = 10_000  # prompts of a named dataset that are tokenized to estimate lengths
-_SHOWN_TOKENS = 200  # of the prompt, and of each response
+_MEASURED = 10_000  # prompts of a built-in dataset that are tokenized to estimate lengths
+_SHOWN_TOKENS = 200  # tokens of the prompt, and of each response, that are printed
 _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 
 
 def example_lengths(
     part: Sequence[Prompt], sft_mode: bool, tokenizer, step: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each example's tokens in prompt and longer response, and its prompt's number: (n_examples,) each.
+    """Return each example's number of tokens in the prompt and in the longer response, and the index of its prompt.
 
-    Responses are counted with their end token. Only every `step`-th prompt of a named dataset is measured.
+    All have shape (n_examples,). Responses are counted with their end token. Only every `step`-th prompt of a built-in
+    dataset is measured.
     """
     if isinstance(part, PreparedPrompts):
         return part.lengths(sft_mode)
@@ -38,7 +39,7 @@ def example_lengths(
 
 
 def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
-    """Return lines that list rows read and dropped, lengths, and truncation of a split."""
+    """Return lines about a split: rows read and dropped, lengths, and truncation."""
     prepared = [part for part in batches.prompts.datasets if isinstance(part, PreparedPrompts)]
     lines = [line for part in prepared for line in _row_lines(part, split)]
     measured, note = [], ""
@@ -49,19 +50,19 @@ def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
     prompts, responses = (np.concatenate(values) for values in zip(*measured, strict=True))
     prompts = prompts + int(batches.lengths["add_bos"])
     quantiles = "/".join(f"{q:.0%}" for q in _QUANTILES[:-1])
-    of_prompts, of_responses = (
+    prompt_lengths, response_lengths = (
         "/".join(str(int(n)) for n in np.quantile(values, _QUANTILES, method="higher"))
         for values in (prompts, responses)
     )
     lines.append(
-        f"Tokens ({split}, {quantiles}/longest{note}): prompt {of_prompts}, longer response {of_responses}; "
+        f"Tokens ({split}, {quantiles}/longest{note}): prompt {prompt_lengths}, longer response {response_lengths}; "
         f"{_truncation(prompts, responses, **batches.lengths)}"
     )
     return lines
 
 
 def count_empty_prompts(batches: BatchIterator) -> int:
-    """Count the prompts without tokens."""
+    """Return the number of prompts without tokens."""
     return sum(
         part.count_empty_prompts() if isinstance(part, PreparedPrompts) else sum(not prompt.text for prompt in part)
         for part in batches.prompts.datasets
@@ -69,7 +70,7 @@ def count_empty_prompts(batches: BatchIterator) -> int:
 
 
 def _row_lines(part: PreparedPrompts, split: str) -> list[str]:
-    """Report the rows of a dataset that were read and dropped, and the columns that aren't used."""
+    """Return lines about a dataset: the rows that were read and dropped, and the columns that aren't used."""
     labels = [_label_line(part, split)] if part.others is not None else []
     rows = part.info.get(f"{split}_rows")
     if rows is None:
@@ -103,7 +104,7 @@ def _row_lines(part: PreparedPrompts, split: str) -> list[str]:
 
 
 def _label_line(part: PreparedPrompts, split: str) -> str:
-    """Report the number of responses by label, and the repetitions of the rarer ones."""
+    """Return a line with the number of responses by label, and how often the rarer ones are repeated."""
     (rarer, n_rarer), (_, n) = sorted(part.n_labelled.items(), key=lambda item: item[1])
     counted = ", ".join(f"{count:,} {label}" for label, count in part.n_labelled.items())
     repeated = f"; each {rarer} one is used {n / n_rarer:.3g} times per epoch" if n > n_rarer else ""
@@ -111,10 +112,10 @@ def _label_line(part: PreparedPrompts, split: str) -> str:
 
 
 def _truncation(prompts: np.ndarray, responses: np.ndarray, max_length: int, max_prompt_length: int, **_) -> str:
-    """Describe how many examples are truncated."""
+    """Return how many examples are truncated, in words."""
     too_long = prompts + responses > max_length
     if not too_long.any():
-        return f"none is longer than max_length={max_length}"
+        return f"no example is longer than max_length={max_length}"
     cut_prompts = too_long & (prompts > max_prompt_length)
     cut_responses = np.minimum(prompts, max_prompt_length) + responses > max_length
     return (
@@ -125,7 +126,7 @@ def _truncation(prompts: np.ndarray, responses: np.ndarray, max_length: int, max
 
 
 def format_example(batches: BatchIterator, tokenizer) -> str:
-    """Decode the first example; the trained tokens are coloured on a terminal, otherwise in brackets."""
+    """Decode the first example, with the trained tokens in colour on a terminal and otherwise in brackets."""
     batch = batches.first_examples(1)
     parts = []
     for side in ("chosen", "rejected"):
@@ -149,7 +150,7 @@ def format_example(batches: BatchIterator, tokenizer) -> str:
 
 
 def _runs(ids: torch.Tensor, labels: torch.Tensor) -> list[tuple[list[int], bool]]:
-    """Divide a response's ids where trained tokens begin and end; True for those that are trained."""
+    """Divide a response's ids into runs of trained tokens (True) and of untrained ones (False)."""
     is_trained = labels != -100
     borders = (is_trained[1:] != is_trained[:-1]).nonzero().flatten() + 1
     parts = zip(ids.tensor_split(borders), is_trained.tensor_split(borders), strict=True)
@@ -185,5 +186,5 @@ def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):
     if not test.lengths["add_bos"] and (n_empty := sum(map(count_empty_prompts, opened.values()))):
         rank0_print(
             f"WARNING: {n_empty} prompts are empty: nothing predicts the first token of their responses, so it isn't "
-            "trained on, and no samples are drawn for them; add_bos=true begins every prompt with a token"
+            "trained, and no samples are drawn for them; add_bos=true begins every prompt with a token"
         )

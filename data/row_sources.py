@@ -13,33 +13,32 @@ from basics.files import content_hash
 from data import reading
 from data.batches import split_name
 from data.choice import Choice
-from data.locations import Location, choose_splits
+from data.locations import Location, choose_splits, find_problem
 from data.plain_reader import Fault, are_json_lines, readable_rows
 from utils import UserError, rank0_print
 
 ROWS: dict[str, list[dict]] = {}  # rows given in Python, by their name in `datasets`; see docs/data.md
 
-_ANNOUNCED: set[str] = set()  # splits whose files were printed
 _SHOWN = 10  # bad rows listed in an error message
 _SHOWN_OF_ONE_KIND = 3  # if all bad rows are of one kind
 
 
 @dataclass
 class Rows:
-    """The rows of a split, to be read in chunks, and their place in files."""
+    """The rows of a split, to be read in chunks."""
 
-    where: str
-    label: str
+    where: str  # dataset and split, for errors
+    label: str  # dataset and split, for other messages
     split: str
     fingerprint: str
-    n_rows: int | None
+    n_rows: int | None  # None: unknown until all are read
     dataset: object = None  # a dataset of the library, or a list; None: read `files` line by line
-    place: Callable[[int], str] | None = None  # from a row's number to its file and line, in words
+    place: Callable[[int], str] | None = None  # returns ' (FILE, line N)' for a row's number
     files: list[tuple[str, str]] = field(default_factory=list)  # name and path
-    adds_nulls: bool = False  # True if the file format gives all objects of a column the same keys, some with null
+    adds_nulls: bool = False  # the file format gives all objects of a column the same keys, some with null
 
     def chunks(self, size: int) -> Iterator[list[tuple[int, str, dict | Fault]]]:
-        """Yield lists of (number, place or an empty string, row or its fault)."""
+        """Yield lists of (number, place or an empty string, row or the fault in its line)."""
         if self.dataset is not None:
             for start in range(0, self.n_rows, size):
                 rows = _row_dicts(self.dataset[start : start + size])
@@ -60,7 +59,7 @@ def _row_dicts(rows: list[dict] | pa.Table | dict[str, list]) -> list[dict]:
 
 
 def _without_added_nulls(row: dict) -> dict:
-    """Drop the keys that hold null from the objects in a row; columns that are null stay."""
+    """Drop the keys that hold null from the objects inside a row; a column that is null stays."""
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -71,32 +70,24 @@ def _without_nulls(value: object) -> object:
 
 
 def open_splits(location: Location, choice: Choice, cache_dir: str, silent: bool) -> dict[str, Rows]:
-    """Open the rows to train on and, if there is an evaluation split, those to evaluate on."""
-    if location.files is not None:
-        available = list(location.files)
-    else:
-        available = reading.split_names(location.where, location.path, location.config, cache_dir, "give local files")
+    """Open the rows to train on ('train') and, if there is an evaluation split, those to evaluate on ('test')."""
+    available = list(location.files) if location.files is not None else reading.split_names(location, cache_dir)
     train, test = choose_splits(available, choice.train_split, choice.test_split, location.where)
     splits = {"train": train} | ({"test": test} if test is not None else {})
     return {role: open_rows(location, split, cache_dir, silent) for role, split in splits.items()}
 
 
 def open_rows(location: Location, split: str, cache_dir: str | None, silent: bool) -> Rows:
-    """Open the rows of a split; read JSON Lines line by line if the library can't read them.
+    """Open the rows of a split; if the library can't read JSON Lines, they are read line by line.
 
-    Raises: UserError with file, line and remedy if they can't be read.
+    Raises: UserError with file, line and remedy if the rows can't be read.
     """
     where, label = split_name(location.name, split), f"{location.name} ({split})"
-    silent = silent or label in _ANNOUNCED  # each split is opened twice, as both are prepared whenever one is needed
-    _ANNOUNCED.add(label)
-    files = location.files[split.partition("[")[0]] if location.files is not None else None
-    if files and (reason := reading.problem_with_files(files)):
+    files = location.split_files(split)
+    if files and (reason := find_problem(files)):
         raise UserError(f"{where}: {reason}")
     try:
-        rows = reading.read_rows(
-            location.name, location.path, split, files, cache_dir, "give local files", location.config, silent,
-            csv_as_strings=True,
-        )  # fmt: skip
+        rows = reading.read_rows(location, split, cache_dir, silent)
     except reading.UnreadableRows as error:
         named = [(file, file) for file in files or []]
         if "[" in split or not (named and are_json_lines(named)):
@@ -106,7 +97,7 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
     cache_files = [file["filename"] for file in rows.cache_files]
 
     def place(row: int) -> str:
-        return reading.row_place(location.path, split, row, cache_dir, files)
+        return reading.row_place(location, split, row, cache_dir)
 
     # the library stores objects whose fields differ between rows as JSON, and must decode them
     holds_json = "Json(" in str(rows.features)
@@ -117,9 +108,9 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
 
 
 def rows_of_list(name: str, rows: list[dict]) -> Rows:
-    """Open rows given in Python.
+    """Open rows that are given in Python.
 
-    Raises: UserError if one isn't a dict of JSON values.
+    Raises: UserError if a row isn't a dict of JSON values.
     """
     where = f"datasets=[{name}]"
     for number, row in enumerate(rows):
@@ -133,11 +124,11 @@ def rows_of_list(name: str, rows: list[dict]) -> Rows:
 
 
 class BadRows:
-    """Collects the rows of a split that can't be used: the number of each kind, and the first few."""
+    """Collects the rows of a split that can't be used: how many of each kind, and the first few."""
 
     def __init__(self, rows: Rows):
         self.rows, self.kinds, self.first = rows, Counter(), []
-        self.n_read, self.is_complete = 0, True  # rows checked, good or bad; False if reading stopped early
+        self.n_read = 0  # rows checked, good or bad
         self.n_identical_pairs = 0  # dropped from rows that keep other pairs
 
     def add(self, number: int, place: str, kind: str, reason: str):
@@ -148,7 +139,7 @@ class BadRows:
 
     @property
     def has_enough(self) -> bool:
-        """True once there are as many as an error message lists."""
+        """True once there are as many bad rows as an error message lists."""
         return len(self.first) >= _SHOWN
 
     def raise_if_any(self):
@@ -159,14 +150,14 @@ class BadRows:
         lines = [f"  {self.place(number, place)}: {reason}" for number, place, reason in first]
         total = sum(self.kinds.values())
         if total > len(first):
-            within = "" if self.is_complete else f" of the first {self.n_read:,}"
+            share = "all" if total == self.n_read else f"{total:,}"
             counted = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
-            lines.append(f"  ... {'all ' if total == self.n_read else ''}{total:,} rows{within} ({counted})")
+            lines.append(f"  ... {share} of the first {self.n_read:,} rows ({counted})")
         raise UserError(
             f"{self.rows.where}: rows that can't be used:\n" + "\n".join(lines) + "\nCorrect them, or drop and "
             "count such rows with on_bad_example=skip"
         )
 
     def place(self, number: int, place: str) -> str:
-        """Return the words that name a row: its number, file and line, as far as they are known."""
+        """Return the place of a row for messages: its file and line, or its number and, if known, file and line."""
         return place or f"row {number}{self.rows.place(number) if self.rows.place else ''}"

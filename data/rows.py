@@ -21,11 +21,11 @@ from data.messages import (
 Text = str | list[dict]  # a string, or messages
 TURN = "\n\nAssistant:"  # the end of a prompt, in dialogues as one string
 
-# possible keys of a response given as an object
-_TEXT_OF = ("content", "text", "response", "completion", "value")
-_SCORE_OF = ("score", "overall_score", "pm_score", "rating")
-_RANK_OF = "rank"
-_LABELS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # CSV has strings
+# possible keys of a response that is an object
+_TEXT_KEYS = ("content", "text", "response", "completion", "value")
+_SCORE_KEYS = ("score", "overall_score", "pm_score", "rating")
+_RANK_KEY = "rank"
+_LABELS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # strings are those of CSV
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Row:
     """The fields of a row, by the formats' field names."""
 
     values: dict
-    columns: Mapping[str, str]  # name of a field that is read: the data's column
+    columns: Mapping[str, str]  # by field: the data's column
     kinds: Mapping[str, str]  # by field: the kind of most rows' values
     is_chat: bool  # prompt and responses are messages, or are turned into messages
 
@@ -80,8 +80,8 @@ class Row:
         if isinstance(whole, dict) and (found := [key for key, item in whole.items() if is_messages(item)]):
             raise BadExample(
                 "messages within JSON",
-                f"field {self.name(field)!r} is JSON of an object whose {found[0]!r} holds messages: write these as "
-                "the field, and what is beside them as columns",
+                f"field {self.name(field)!r} is JSON of an object whose {found[0]!r} holds messages: make the messages "
+                "the field, and the object's other values columns",
             )
         return value
 
@@ -101,7 +101,7 @@ class Row:
 
 
 def read_prompt(row: Row) -> Text:
-    """Return the prompt followed by its input; in a chat, preceded by system message and history."""
+    """Return the prompt, followed by its input; in a chat, preceded by system message and history."""
     if not row.is_chat:
         return _with_input(row, row.text("prompt", may_be_empty=True))
     value = row.value("prompt")
@@ -118,7 +118,7 @@ def _with_input(row: Row, prompt: str) -> str:
 
 
 def _in_context(row: Row, messages: list[dict]) -> list[dict]:
-    """Return messages preceded by the row's system message and earlier turns."""
+    """Return messages, preceded by the row's system message and earlier turns."""
     system = system_messages(row.get("system"), row.name("system")) if "system" in row.columns else []
     history = history_messages(row.get("history"), row.name("history")) if "history" in row.columns else []
     if system and messages and messages[0] == system[0]:
@@ -133,8 +133,10 @@ def _in_context(row: Row, messages: list[dict]) -> list[dict]:
 # ---- preferences ----------------------------------------------------------------------------------------------------
 
 
-def read_texts(row: Row) -> Example:
-    """Read a prompt, a chosen and a rejected response, all strings."""
+def read_preferences(row: Row) -> Example:
+    """Read a prompt, a chosen and a rejected response."""
+    if row.is_chat:
+        return _read_messages(row)
     responses = [row.text("chosen"), row.text("rejected")]
     _check_different(responses)
     return Example(read_prompt(row), responses, [(0, 1)])
@@ -159,7 +161,7 @@ def shared_start(texts: list[str]) -> str:
 
 
 def read_transcripts(row: Row) -> Example:
-    """Read two whole dialogues as strings; the prompt is their shared start, up to the last turn or word."""
+    """Read two whole dialogues as strings; the prompt is their shared start, up to its last turn or word."""
     chosen, rejected = row.text("chosen"), row.text("rejected")
     _check_different([chosen, rejected])
     shared = shared_start([chosen, rejected])
@@ -176,7 +178,7 @@ def read_transcripts(row: Row) -> Example:
 
 
 def _word_border(shared: str, *texts: str) -> int:
-    """Return the end of the shared start's last whole word; the next word keeps its leading space, as in tokens."""
+    """Return where the shared start's last whole word ends; the next word keeps its leading space, as tokens do."""
     border = len(shared)
     if any(_is_word_character(text[border : border + 1]) for text in texts):
         while border > 0 and _is_word_character(shared[border - 1]):
@@ -188,7 +190,7 @@ def _is_word_character(character: str) -> bool:
     return character.isalnum() and character < "\u2e80"  # later scripts (CJK) have no spaces between words
 
 
-def read_messages(row: Row) -> Example:
+def _read_messages(row: Row) -> Example:
     """Read a prompt, a chosen and a rejected response as messages; the responses may repeat the prompt."""
     sides = [row.turns(side, "assistant") for side in ("chosen", "rejected")]
     prompt, sides = _split_off_prompt(row, sides)
@@ -218,7 +220,7 @@ def _split_off_prompt(row: Row, sides: list[list[dict]]) -> tuple[list[dict], li
             raise BadExample("no shared prompt", reason)
         return _in_context(row, shared), after_shared
     given = message_list(given, row.name("prompt"))
-    if shared[-len(given) :] == given:  # perhaps after other messages, such as a system message
+    if shared[-len(given) :] == given:  # a system message or other messages may precede the prompt
         return _in_context(row, shared), after_shared
     return read_prompt(row), [_without_start(side, given) for side in sides]
 
@@ -240,7 +242,7 @@ def _check_response(response: list[dict]):
 
 
 def read_ranked(row: Row) -> Example:
-    """Read a prompt and several responses with scores or ranks; every two with different ones are a pair."""
+    """Read a prompt and several responses with scores or ranks; any two with different scores are a pair."""
     completions, name = row.value("completions"), row.name("completions")
     if not isinstance(completions, list) or not completions:
         raise BadExample("wrong type", f"field {name!r} is {completions!r:.60}, expected responses")
@@ -258,7 +260,7 @@ def read_ranked(row: Row) -> Example:
 
 
 def _scores(row: Row, completions: list) -> list[float]:
-    """Return a number for each response; greater is better."""
+    """Return a score for each response; a higher one is better."""
     scores_field = next((name for name in ("scores", RANKS) if name in row.columns), None)
     if scores_field is None:
         scores = [_score(completion, row.name("completions")) for completion in completions]
@@ -275,15 +277,15 @@ def _scores(row: Row, completions: list) -> list[float]:
 
 
 def _response(completion: object, name: str) -> Text:
-    """Return the text or the messages of a response, which may be an object with its text."""
+    """Return the text or the messages of a response, which may be an object that contains its text."""
     if is_messages(completion) or (is_message(completion) and "tool_calls" in completion):
         messages = message_list(completion, name)
         _check_response(messages)
         return messages
     if isinstance(completion, dict):
-        key = next((key for key in _TEXT_OF if isinstance(completion.get(key), str)), None)
+        key = next((key for key in _TEXT_KEYS if isinstance(completion.get(key), str)), None)
         if key is None:
-            raise BadExample("missing field", f"a response in {name!r} has no text ({', '.join(_TEXT_OF)})")
+            raise BadExample("missing field", f"a response in {name!r} has no text ({', '.join(_TEXT_KEYS)})")
         completion = completion[key]
     if not isinstance(completion, str):
         raise BadExample("wrong type", f"a response in {name!r} is {completion!r:.60}, expected a string")
@@ -293,12 +295,14 @@ def _response(completion: object, name: str) -> Text:
 
 
 def _score(completion: object, name: str) -> float:
-    """Return the score of a response given as an object with a score or rank."""
-    keys = [key for key in (*_SCORE_OF, _RANK_OF) if isinstance(completion, dict) and completion.get(key) is not None]
+    """Return the score of a response that is an object with a score or rank."""
+    keys = [
+        key for key in (*_SCORE_KEYS, _RANK_KEY) if isinstance(completion, dict) and completion.get(key) is not None
+    ]
     if not keys:
-        raise BadExample("missing field", f"a response in {name!r} has no score ({', '.join(_SCORE_OF)})")
+        raise BadExample("missing field", f"a response in {name!r} has no score ({', '.join(_SCORE_KEYS)})")
     value = completion[keys[0]]
-    return -value if keys[0] == _RANK_OF and isinstance(value, int | float) else value
+    return -value if keys[0] == _RANK_KEY and isinstance(value, int | float) else value
 
 
 # ---- single responses -----------------------------------------------------------------------------------------------
@@ -316,11 +320,11 @@ def read_single(row: Row) -> Example:
 
 
 def _label(row: Row) -> bool | None:
-    """Return True for desirable, False for undesirable, None without a label."""
+    """Return True for a desirable response, False for an undesirable one, None without a label."""
     if "label" not in row.columns:
         return None
     label = row.value("label")
-    is_number = isinstance(label, int | float)  # so are true and false
+    is_number = isinstance(label, int | float)  # including booleans
     is_desirable = _LABELS.get(label.lower() if isinstance(label, str) else label if is_number else None)
     if is_desirable is None:
         raise BadExample("wrong type", f"field {row.name('label')!r} is {label!r:.60}, expected true or false")
@@ -328,9 +332,9 @@ def _label(row: Row) -> bool | None:
 
 
 def read_dialogue(row: Row) -> Example:
-    """Read a dialogue: the response is all after its first question, or the assistant's last turn if it has a label.
+    """Read a dialogue. The response begins at the assistant's first turn or, with a label, at its last one.
 
-    Turns of others after the assistant's last one are dropped.
+    Turns after the assistant's last one are dropped.
     """
     messages, name = message_list(row.value("dialogue"), row.name("dialogue")), row.name("dialogue")
     turns = [n for n, message in enumerate(messages) if n > 0 and message["role"] == "assistant"]

@@ -1,4 +1,4 @@
-"""Keep the text of named datasets once per machine: its workers map the same file into memory."""
+"""Keep the text of built-in datasets once per machine: its workers map the same file into memory."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _BATCH = 1024  # prompts
 
 
 class MappedPrompts(Sequence):
-    """The prompts of a named dataset, in a memory-mapped file; each is read when it is indexed."""
+    """The prompts of a built-in dataset, in a memory-mapped file; each is read when it is indexed."""
 
     def __init__(self, path: str, first: Prompt, n_pairs: np.ndarray):
         self.dataset, self.split, self.truncation_mode = first.dataset, first.split, first.truncation_mode
@@ -35,10 +35,10 @@ class MappedPrompts(Sequence):
 
 
 def share_text(iterators: list[BatchIterator | None], directory: str):
-    """Let the workers of each machine share the text that each of them holds; all workers must call it.
+    """Replace the text that each worker holds by a file that a machine's workers share; all workers must call this.
 
     Args:
-        directory: a directory for the file, which is deleted when all have opened it.
+        directory: a directory for the file, which is deleted once all workers have opened it.
 
     Raises: UserError on all workers if the file can't be written.
     """
@@ -62,7 +62,7 @@ def _shared(part: list[Prompt], directory: str) -> MappedPrompts:
     mapped = MappedPrompts(values[0], part[0], example_counts(part))
     dist.barrier(group)
     if dist.get_rank() == first_rank:
-        os.remove(values[0])  # it stays mapped
+        os.remove(values[0])  # the workers keep it mapped
     return mapped
 
 

@@ -1,6 +1,6 @@
-"""Limits for rendering chat templates, which are a stranger's programs: time, and the length of the output.
+"""Limit the time and the output of chat templates, which are programs written by strangers.
 
-Jinja's sandbox keeps a template from the machine, but not from looping without end.
+Jinja's sandbox keeps a template from harming the machine, but not from looping forever.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from utils import UserError
 
 SECONDS = 20  # for one row, which usually takes less than a millisecond
-_LONGEST, _LARGEST_FACTOR = 1_000_000, 100  # characters, and how many for each that was given
+_MAX_LENGTH, _MAX_FACTOR = 1_000_000, 100  # characters of output: in total, and per character of input
 _TICK = 0.5  # seconds
 _REMEDY = "correct the template, or give another: chat_template=FILE"
 
@@ -25,10 +25,10 @@ class TemplateLimit(UserError):
 
 @contextlib.contextmanager
 def limited(template: str) -> Iterator[None]:
-    """Limit the time of what is rendered inside, in any thread.
+    """Limit the time that this thread may spend inside the block.
 
     Args:
-        template: its name in the error message.
+        template: the template's name in the error message.
 
     Raises: TemplateLimit.
     """
@@ -39,40 +39,39 @@ def limited(template: str) -> Iterator[None]:
         finally:
             _watch.stop()
     except _TooLong:
-        _watch.stop()  # if the exception was raised in the line above
+        _watch.stop()  # again, because the exception may have interrupted the call above
     else:
         return
     raise TemplateLimit(f"{template} takes more than {SECONDS} seconds to render; {_REMEDY}")
 
 
 def check_length(text: str, template: str, *given: object):
-    """Raise TemplateLimit if a rendered text is long, and out of proportion to what was given to the template."""
-    if len(text) > _LONGEST and len(text) > _LARGEST_FACTOR * (n_given := len(json.dumps(given, default=str))):
-        raise TemplateLimit(f"{template} writes {len(text):,} characters for {n_given:,}; {_REMEDY}")
+    """Raise TemplateLimit if a rendered text is long, and out of proportion to the template's input."""
+    if len(text) > _MAX_LENGTH and len(text) > _MAX_FACTOR * (n_given := len(json.dumps(given, default=str))):
+        raise TemplateLimit(f"{template} writes {len(text):,} characters from an input of {n_given:,}; {_REMEDY}")
 
 
 class _TooLong(BaseException):
-    """Raised in the thread that renders. It is no Exception, so that Jinja doesn't catch it."""
+    """Raised in the thread that renders; not an Exception, so that Jinja doesn't catch it."""
 
 
 @dataclass
 class _Watch:
     """Raises `_TooLong` in threads that render for too long.
 
-    Signals would only reach the main thread. The watching thread counts its own ticks, so that time in which the whole
-    process is stopped doesn't count; it ends once nothing is rendered. A single call of a function in C isn't
-    interrupted.
+    A signal would reach only the main thread. The watching thread counts its own ticks, so that time during which the
+    process is stopped doesn't count; it ends when no thread renders. A call of a C function can't be interrupted.
     """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    ticks: dict[int, int] = field(default_factory=dict)  # of each rendering thread, by its id
+    ticks: dict[int, int] = field(default_factory=dict)  # by the id of each rendering thread
     thread: threading.Thread | None = None
 
     def start(self):
         """Watch this thread from now on."""
         with self.lock:
             self.ticks[threading.get_ident()] = 0
-            if self.thread is None or not self.thread.is_alive():  # a forked process has lost it
+            if self.thread is None or not self.thread.is_alive():  # after a fork, the thread is missing
                 self.thread = threading.Thread(target=self._watch, daemon=True)
                 self.thread.start()
 

@@ -11,8 +11,8 @@ from utils import UserError
 def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, list | torch.Tensor]]:
     """Return a function that turns a list of tokenized examples into a batch.
 
-    Lists of ids, masks and labels become tensors of shape (batch_size, longest): prompts padded on the left (for
-    sampling), all else on the right. Strings are passed through as lists.
+    Ids, masks and labels become tensors of shape (batch_size, longest): prompts are padded on the left (for sampling),
+    everything else on the right. Strings become lists of strings.
     """
     pad_values = {"_input_ids": tokenizer.pad_token_id, "_attention_mask": 0, "_labels": -100}
 
@@ -41,11 +41,11 @@ def tokenize_batch(
 ) -> list[dict]:
     """Tokenize several (prompt, chosen, rejected, truncation_mode), all in one call of the tokenizer.
 
-    The longer of an example's two sequences decides how both are cut: if prompt and response exceed `max_length`
-    tokens, the prompt is cut to `max_prompt_length` ('keep_start' or 'keep_end' of it); if they still do, the responses
-    are cut to `max_length - max_prompt_length`. A response ends with the end-of-sequence token unless it was cut.
-    Labels are the sequence's ids, with -100 over the prompt. With `add_bos` every prompt, however it is cut, begins
-    with the beginning-of-sequence token, which both lengths count.
+    An example's longer sequence decides how both are cut. If it exceeds `max_length` tokens, the prompt is cut to
+    `max_prompt_length` tokens, at its start or end as `truncation_mode` says. If it is still too long, the responses
+    are cut to `max_length - max_prompt_length` tokens. A response ends with the end-of-sequence token unless it was
+    cut. Labels are the sequence's ids, with -100 over the prompt. With `add_bos`, every prompt begins with the
+    beginning-of-sequence token, even after a cut; both lengths count it.
 
     Raises: UserError if a string contains the end-of-sequence token.
     """
@@ -94,9 +94,9 @@ def make_element(
 
     Args:
         texts: prompt, chosen, rejected.
-        response_ids: of both responses, each with its end.
-        n_kept: leading tokens of the prompt (such as BOS) that truncation never removes.
-        trained: in each response, start and end of each run of trained tokens, one after the other; None: all are.
+        response_ids: the ids of both responses, each with its end token.
+        n_kept: the number of leading tokens of the prompt (such as BOS) that truncation never removes.
+        trained: the runs of trained tokens in each response, as start, end, start, end, ...; None: all are trained.
     """
     longest = max(map(len, response_ids))
     if len(prompt_ids) + longest > max_length:
@@ -129,7 +129,7 @@ def make_element(
 
 
 def _labels(tokens: list[int], runs: list[int]) -> list[int]:
-    """Return the tokens with -100 outside the runs, which are given as start, end, start, end, ..."""
+    """Return the tokens, with -100 outside the runs (start, end, start, end, ...)."""
     labels = [-100] * len(tokens)
     for start, end in zip(runs[::2], runs[1::2], strict=True):
         labels[start:end] = tokens[start:end]
@@ -139,7 +139,7 @@ def _labels(tokens: list[int], runs: list[int]) -> list[int]:
 def decode_response(prompt_ids: list[int], response_ids: list[int], tokenizer) -> str:
     """Decode the tokens of a response, without special tokens.
 
-    They are decoded after their prompt, as some tokenizers drop the space before the first word that they decode.
+    They are decoded together with their prompt, because some tokenizers drop the space before the first word.
     """
     prompt, whole = (
         tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt_ids, [*prompt_ids, *response_ids])

@@ -1,10 +1,10 @@
-"""`toy`: synthetic preference data whose true reward and optimal policy are known exactly.
+"""Make `toy`, synthetic preference data whose true reward and optimal policy are known exactly.
 
 A prompt asks for a short review. A response fills four slots with one of eight words each, independently, and ends. The
 words of a slot are listed from worst to best, with weights evenly spaced from -2 to 2; the true reward r of a response
 is the sum of its words' weights. Both responses of a pair are drawn from p, and Bradley-Terry decides which one is
-preferred: P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from the reference p is known slot by slot,
-π*(y) ∝ p(y) exp(r(y) / β) (Eq. 4 of the paper), and a prompt's 4,096 responses can be summed over.
+preferred: P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from the reference p is known for each slot,
+π*(y) ∝ p(y) exp(r(y) / β) (Eq. 4 of the paper), and sums over all 4,096 responses to a prompt can be computed.
 
 `python -m data.toy RUN_DIR` reports on the samples of a preference run on this data.
 """
@@ -40,7 +40,7 @@ WORD_REWARDS = np.linspace(-2, 2, N_WORDS)  # weights of a slot's words, from wo
 ALL_RESPONSES = np.stack(np.unravel_index(np.arange(N_WORDS**N_SLOTS), (N_WORDS,) * N_SLOTS), axis=1)  # (4096, 4)
 
 _GRAMMAR = re.compile(TEMPLATE.replace(".", r"\.").format(*("(" + "|".join(words) + ")" for words in SLOTS)))
-SPLITS = {"train": (20_000, 1), "test": (512, 2)}  # number of examples, seed
+SPLITS = {"train": (20_000, 1), "test": (512, 2)}  # number of examples, random seed
 
 
 def response_text(words: np.ndarray) -> str:
@@ -55,7 +55,7 @@ def response_words(text: str) -> np.ndarray | None:
 
 
 def true_reward(words: np.ndarray) -> np.ndarray:
-    """Return r(y), the sum of the words' weights, from -8 to 8: indices of shape (..., 4) to (...)."""
+    """Return r(y), the sum of the words' weights, from -8 to 8: indices of words (..., 4) to rewards (...)."""
     return WORD_REWARDS[words].sum(-1)
 
 
@@ -73,9 +73,9 @@ def word_distribution(beta: float | None = None) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def sample_words(rng: np.random.RandomState, prompts: np.ndarray, beta: float | None = None) -> np.ndarray:
-    """Draw a response to each prompt: indices of prompts, shape (n,), to indices of words, (n, 4)."""
-    cumulative = word_distribution(beta)[prompts].cumsum(-1)  # (n, 4, 8)
+def sample_words(rng: np.random.RandomState, prompts: np.ndarray) -> np.ndarray:
+    """Draw a response to each prompt from p: indices of prompts, shape (n,), to indices of words, (n, 4)."""
+    cumulative = word_distribution()[prompts].cumsum(-1)  # (n, 4, 8)
     return (rng.random_sample((len(prompts), N_SLOTS, 1)) > cumulative[..., :-1]).sum(-1)
 
 
@@ -87,15 +87,15 @@ def get_toy(
     n_train: int | None = None,
     imitates_preferred: bool = False,
 ) -> list[tuple[str, dict]]:
-    """Return examples (train 20,000, test 512): a prompt each, with one preference pair and an SFT target.
+    """Return examples (train 20,000, test 512): each is a prompt with one preference pair and an SFT target.
 
-    The two responses and the SFT target are independent draws from p. `silent` and `cache_dir` are not used. The other
-    arguments make variants, e.g. `Dataset(functools.partial(get_toy, flipped=0.2))`.
+    The two responses and the SFT target are drawn independently from p. `silent` and `cache_dir` are not used. The
+    other arguments make variants, e.g. `Dataset(functools.partial(get_toy, flipped=0.2))`.
 
     Args:
-        flipped: the probability that a label is flipped, whatever the rewards.
-        n_train: return only the first `n_train` training examples.
-        imitates_preferred: the SFT target is the pair's preferred response.
+        flipped: the probability that a preference label is flipped.
+        n_train: the number of training examples to return, the first ones; None: all.
+        imitates_preferred: take the pair's preferred response as the SFT target.
     """
     return _make_toy(split, flipped, imitates_preferred)[: n_train if split == "train" else None]
 

@@ -1,8 +1,9 @@
-"""Find the turns of a rendered dialogue: the characters that the assistant wrote, and parts that are missing.
+"""Find, in a rendered dialogue, the characters that the assistant wrote, and parts of messages that are missing.
 
-A chat template doesn't show who wrote what, unless it marks it by `{% generation %}`. So turns are found by rendering
-the dialogue up to each of them. Some templates write an unfinished dialogue differently (Qwen 3 drops reasoning from
-earlier turns, Mistral moves tools to the last question); then the dialogue is rendered with the turn changed.
+A chat template doesn't show who wrote what, unless it marks the assistant's turns by `{% generation %}`. So each turn
+is found by rendering the dialogue up to it. Some templates write an unfinished dialogue differently (Qwen 3 drops
+reasoning from earlier turns, Mistral moves tools to the last question); then the dialogue is rendered again with the
+turn changed.
 """
 
 import bisect
@@ -16,7 +17,7 @@ from data.messages import BadExample
 from data.rows import shared_start
 
 Span = tuple[int, int]  # start and end, in characters
-STAND_IN = "\ue000"  # private use: no message holds it, and trimming, changing case or JSON leave it as it is
+STAND_IN = "\ue000"  # a private-use character: not in any message, and unchanged by trimming, changing case or JSON
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _REFUSED = "refused by the chat template"
 
@@ -38,18 +39,18 @@ class Dialogue:
         is_marked: bool,
     ):
         """Args:
-        apply: renders messages, and returns the parts that the template marks as the assistant's; with
-            `add_generation_prompt` it opens the assistant's next turn.
+        apply: renders messages; returns the text and the parts that the template marks as the assistant's. With
+            `add_generation_prompt`, it opens the assistant's next turn.
         end_token: matches tokens that may end a turn.
-        is_marked: the template marks what the assistant wrote.
+        is_marked: the template marks the assistant's turns.
         """
         self.apply, self.end_token, self.is_marked = apply, end_token, is_marked
         self.messages, self.n_prompt = prompt + response, len(prompt)
-        self._stand_ins: dict[int, str] = {}  # placeholders for contents to keep unaltered, by message `id`
+        self._stand_ins: dict[int, str] = {}  # by message `id`: placeholders of contents to keep unaltered
         self.text = self.render(self.messages)
 
     def render(self, messages: list[dict], **kwargs) -> str:
-        """Render some of the messages."""
+        """Return some of the messages as the template writes them."""
         return self._render(messages, **kwargs)[0]
 
     def _render(self, messages: list[dict], **kwargs) -> tuple[str, list[Span]]:
@@ -66,8 +67,8 @@ class Dialogue:
                 spans = [(start + grown * (start > at), end + grown * (end > at)) for start, end in spans]
         return text, spans
 
-    def keep(self, numbers: list[int]):
-        """Render these messages with unaltered contents, whatever the template does to them."""
+    def keep_unaltered(self, numbers: list[int]):
+        """Render these messages with their contents verbatim, even if the template would alter them."""
         for number in numbers:
             self._stand_ins[id(self.messages[number])] = f"{STAND_IN}{number}{STAND_IN}"
         self.text = self.render(self.messages)
@@ -78,26 +79,26 @@ class Dialogue:
         return is_assistants(self.messages[self.n_prompt])
 
     @property
-    def has_several(self) -> bool:
+    def has_several_messages(self) -> bool:
         """True if the response has several messages."""
         return len(self.messages) > self.n_prompt + 1
 
     @functools.cached_property
-    def before(self) -> str:
+    def prompt_text(self) -> str:
         """The prompt alone."""
         return self.render(self.messages[: self.n_prompt])
 
     @functools.cached_property
     def opened(self) -> str:
-        """The prompt, followed by the opening of the assistant's turn."""
+        """The prompt and the opening of the assistant's turn."""
         return self.render(self.messages[: self.n_prompt], add_generation_prompt=True)
 
-    def left_out(self) -> dict[int, str]:
-        """Return the missing parts of messages, by the message's number."""
-        return dict(left_out(self.messages, self.n_prompt, self.text))
+    def missing_parts(self) -> dict[int, str]:
+        """Return the parts of messages that the template left out, by the message's number."""
+        return dict(_missing_parts(self.messages, self.n_prompt, self.text))
 
     def ignored_calls(self) -> list[int]:
-        """Return the numbers of messages that are written as if they called no tools."""
+        """Return the numbers of messages whose tool calls the template left out."""
         ignored = []
         for number, message in enumerate(self.messages):
             if message.get("tool_calls"):
@@ -111,9 +112,9 @@ class Dialogue:
         """Return the parts of the response that the assistant wrote, each turn with its end token.
 
         Args:
-            opening: where the response begins, if its first message is the assistant's; None: search for it.
+            opening: the start of the response, if its first message is the assistant's; None: search for it.
 
-        Raises: BadExample if it can't be told, or if there is nothing.
+        Raises: BadExample if the turns can't be found, or the assistant wrote nothing.
         """
         found = self._marked() if self.is_marked else self._found(opening)
         if not found:
@@ -135,10 +136,10 @@ class Dialogue:
         return found
 
     def _start(self, number: int, position: int) -> int:
-        """Return where the assistant's part of a turn begins: after the opening by the generation prompt.
+        """Return where the assistant's part of a turn begins: after its opening, which the generation prompt shows.
 
         Args:
-            position: where the assistant's turn before this one ends.
+            position: the end of the assistant's previous turn.
         """
         opened = self.render(self.messages[:number], add_generation_prompt=True)
         if self.text.startswith(opened):
@@ -146,10 +147,10 @@ class Dialogue:
         before, (content, _) = self.render(self.messages[:number]), self._changed(number)
         header = opened[len(before) :] if opened.startswith(before) else ""
         cuts = {len(header), *(match.end() for match in re.finditer(rf"\n|{self.end_token.pattern}", header))}
-        for cut in sorted(cuts - {0}, reverse=True):  # a dialogue may have only part of the opening
+        for cut in sorted(cuts - {0}, reverse=True):  # the dialogue may have only the beginning of the opening
             if (at := self.text.rfind(header[:cut], position, content)) >= 0:
                 return at + cut
-        if not header:  # then the turn includes the white space before its first word
+        if not header:  # the turn includes the white space before its first word
             return max(position, len(self.text[:content].rstrip()))
         return content
 
@@ -162,14 +163,14 @@ class Dialogue:
             if token is not None:
                 return token.end()
             content, end = str(self.messages[number].get("content", "")), max(start, len(closed.rstrip()))
-            own_space = content[len(content.rstrip()) :]  # the template may trim it, and add some of its own
+            own_space = content[len(content.rstrip()) :]  # the template may trim it, and add other white space
             return end + len(shared_start([own_space, closed[end:]]))
         if token is not None and (at := self.text.find(token[0], start)) >= 0:
             return at + len(token[0])
         return max(start, self._changed(number)[1])
 
     def _last_token(self, text: str) -> re.Match | None:
-        """Return the end token at the end of a text, ignoring white space."""
+        """Return the end token at the end of a text, before any white space; None if there is none."""
         found = list(self.end_token.finditer(text))
         return found[-1] if found and not text[found[-1].end() :].strip() else None
 
@@ -179,40 +180,40 @@ class Dialogue:
         for other in ({"role": message["role"], "content": STAND_IN}, {**message, "content": STAND_IN}):
             try:
                 changed = self.render([*self.messages[:number], other, *self.messages[number + 1 :]])
-            except BadExample:  # such as a tool's output that no call precedes
+            except BadExample:  # e.g. the output of a tool, without a call before it
                 continue
             if changed != self.text:
                 start = len(shared_start([self.text, changed]))
                 n_after = len(shared_start([self.text[start:][::-1], changed[start:][::-1]]))
                 return start, len(self.text) - n_after
-        raise BadExample(_REFUSED, f"can't tell which part of its rendering message {number} is; its turns are unclear")
+        raise BadExample(_REFUSED, f"can't tell which part of the rendered dialogue is message {number}")
 
 
-# ---- what a rendering leaves out ------------------------------------------------------------------------------------
+# ---- missing parts --------------------------------------------------------------------------------------------------
 
 
-def left_out(messages: list[dict], n_prompt: int, text: str) -> Iterator[tuple[int, str]]:
-    """Yield the number of each message that a rendering doesn't hold whole, and the part that is missing.
+def _missing_parts(messages: list[dict], n_prompt: int, text: str) -> Iterator[tuple[int, str]]:
+    """Yield the number of each message of which the rendered text lacks a part, and that part.
 
-    White space around a content doesn't count, nor does reasoning in the prompt's earlier answers, which a model
+    White space around a content may be missing, and so may the reasoning in the prompt's earlier answers, which a model
     doesn't see again. Tools' outputs may be rendered as JSON.
     """
-    position = 0  # messages are looked for one after the other, so that none is found in another
+    position = 0  # each message is searched for after the previous one, so that it isn't found inside that one
     for number, message in enumerate(messages):
-        is_movable = message["role"] in ("system", "developer")  # into the first question, or the last
+        is_movable = message["role"] in ("system", "developer")  # the template may move it into a question
         may_lack_reasoning = number < n_prompt and is_assistants(message)
         ends = [position]
         for part in _parts(message, with_reasoning=number >= n_prompt):
             end = _find(part, text, 0 if is_movable else position, may_lack_reasoning)
             if end is None:
-                yield number, _missing(part.strip(), text, position)
+                yield number, _missing_words(part.strip(), text, position)
                 break
             ends.append(end)
         position = position if is_movable else max(ends[:2])
 
 
 def _parts(message: dict, with_reasoning: bool) -> list[str]:
-    """Return the strings that a rendering must hold: content, reasoning, names and arguments of called functions."""
+    """Return a message's strings that must be rendered: content, reasoning, names and arguments of function calls."""
     values = [message.get(key) for key in ("content", *(REASONING if with_reasoning else ()))]
     parts = [value for value in values if isinstance(value, str)]
     for call in message.get("tool_calls") or []:
@@ -230,7 +231,7 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def _find(part: str, text: str, position: int, may_lack_reasoning: bool) -> int | None:
-    """Return where a part of a message ends in the text at or after a position; None if it isn't there."""
+    """Return where the first occurrence of a part at or after a position ends in the text; None if there is none."""
     forms = [part, *(json.dumps(part, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (False, True))]
     if may_lack_reasoning:
         forms.append(part.rpartition("</think>")[2])
@@ -239,12 +240,12 @@ def _find(part: str, text: str, position: int, may_lack_reasoning: bool) -> int 
 
 
 def holds(text: str, part: str) -> bool:
-    """True if a rendering holds a string, as it is or as JSON."""
+    """True if a text holds a string, as it is or as JSON."""
     return _find(part, text, 0, may_lack_reasoning=False) is not None
 
 
-def _missing(part: str, text: str, position: int) -> str:
-    """Return the missing words of a part: all but its longest prefix or suffix in the text after a position."""
+def _missing_words(part: str, text: str, position: int) -> str:
+    """Return a part without its longest prefix or suffix that the text holds after a position, in whole words."""
     sizes = range(1, len(part) + 1)
     n_start = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[:n], position) < 0)
     n_end = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[-n:], position) < 0)

@@ -1,1 +1,1 @@
-"""Evaluation of responses: pairs of them, judges, verdicts, and summaries."""
+"""Evaluate models: metrics of checkpoints, samples, and judges of responses."""

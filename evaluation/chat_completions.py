@@ -19,7 +19,7 @@ from evaluation.verdicts import Verdict
 from utils import UserError, is_short_of_files
 
 _KEY = "OPENAI_API_KEY"  # the environment variable
-_TEMPORARY = (408, 409, 425, 429)  # statuses, beside those from 500 on, after which a request is repeated
+_TEMPORARY = (408, 409, 425, 429)  # statuses after which a request is repeated, as after all from 500 on
 _LONGEST_ANSWER = 1 << 22  # bytes
 _LONGEST_PAUSE = 600  # seconds
 _SHOWN = 300  # characters of an answer
@@ -31,9 +31,9 @@ class Endpoint:
     def __init__(self, url: str):
         """
         Args:
-            url: its base, which ends in /v1 or the like.
+            url: the base, which ends in /v1 or the like.
 
-        Raises: UserError if it is no URL, if the key can't be sent, or if OpenAI's own endpoint is named without a key.
+        Raises: UserError if `url` is no URL, if the key can't be sent, or if OpenAI's own endpoint has no key.
         """
         parts = _checked_parts(url)
         path = parts.path.rstrip("/").removesuffix("/chat/completions")
@@ -46,10 +46,7 @@ class Endpoint:
             raise UserError(f"judge_url={self.url} needs a key; set the variable {_KEY}")
 
     def authorize(self, request):
-        """Set the Authorization header of a request.
-
-        The library requests calls this; without it, requests would take the header from .netrc.
-        """
+        """Set a request's Authorization header; called by the library `requests`, instead of reading .netrc."""
         if self.key is not None:
             request.headers["Authorization"] = f"Bearer {self.key}"
         return request
@@ -58,7 +55,7 @@ class Endpoint:
 def _checked_parts(url: str) -> SplitResult:
     """Return a URL's parts.
 
-    Raises: UserError, which doesn't show user and password, if requests can't be sent there.
+    Raises: UserError, without user and password, if requests can't be sent there.
     """
     scheme, separator, rest = url.partition("://")
     shown = f"{scheme}{separator}{rest.rpartition('@')[2]}"
@@ -93,7 +90,7 @@ class RateLimit:
         time.sleep(max(0.0, start - time.monotonic()))
 
     def pause(self, seconds: float):
-        """Start no request for this time."""
+        """Start no request for `seconds` from now on."""
         with self.lock:
             self.next = max(self.next, time.monotonic() + seconds)
 
@@ -124,7 +121,7 @@ class ChatCompletions:
         self.limit = RateLimit(requests_per_minute)
 
     def n_characters(self, tasks: list[Task]) -> int:
-        """Return the number of characters that are sent for these tasks."""
+        """Return the number of characters in the requests for these tasks."""
         return sum(len(fill(self.template, task)) for task in tasks)
 
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
@@ -177,7 +174,7 @@ class ChatCompletions:
         return verdict
 
     def _request(self, content: str) -> tuple[Verdict, bool]:
-        """Return a verdict, which may be a failure, and True if the request is worth repeating."""
+        """Return a verdict or a failure, and True if the request is worth repeating."""
         import requests
         import urllib3
 
@@ -222,7 +219,7 @@ class ChatCompletions:
 
 
 def _first_bytes(response) -> bytes:
-    """Return the beginning of an answer, about `_LONGEST_ANSWER` bytes; a longer one is cut, and so is no JSON."""
+    """Return an answer, cut at about `_LONGEST_ANSWER` bytes: the rest of a longer one isn't read."""
     content = b""
     for chunk in response.iter_content(1 << 16):
         content += chunk
@@ -232,7 +229,7 @@ def _first_bytes(response) -> bytes:
 
 
 def _content(body: dict) -> tuple[str, dict[str, int]]:
-    """Return the text of a chat completion, and the numbers of tokens by the endpoint's count."""
+    """Return the text of a chat completion, and the endpoint's counts of tokens."""
     usage = body.get("usage") or {}
     tokens = {"input_tokens": usage.get("prompt_tokens"), "output_tokens": usage.get("completion_tokens")}
     content = body["choices"][0]["message"]["content"] or ""
@@ -240,7 +237,7 @@ def _content(body: dict) -> tuple[str, dict[str, int]]:
 
 
 def retry_after(value: str | None) -> float:
-    """Return the seconds to wait by a Retry-After header, which gives seconds or a date; at most ten minutes."""
+    """Return the seconds to wait, at most ten minutes, by a Retry-After header, which has seconds or a date."""
     seconds = 0.0
     try:
         seconds = float(value or 0)

@@ -1,4 +1,4 @@
-"""A judge that is the user's own command."""
+"""Let a command of the user's judge responses."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ class Command:
     def judge(self, tasks: list[Task]) -> Iterator[tuple[Task, Verdict]]:
         """Yield verdicts in the order of the tasks.
 
-        Raises: UserError if a line is no verdict, or if the command fails or prints too many or too few.
+        Raises: UserError if a line is no verdict, or if the command fails or prints too many or too few verdicts.
         """
         name = f"judge_command={self.command!r}"
         missing = list(reversed(tasks))

@@ -1,4 +1,4 @@
-"""Draws samples, each from a seed of its own, and scores them under policy and reference."""
+"""Draw samples, each with its own seed, and score them under policy and reference."""
 
 import hashlib
 import os
@@ -20,8 +20,8 @@ from evaluation.sample_prompts import Request
 from evaluation.sampling import end_tokens, generate_scorable, target_ids
 from utils import on_device, widest_dtype
 
-Item = tuple[Request, int]  # a prompt, and the number of the sample that is drawn for it
-Tokens = dict[tuple[int, int], list[int]]  # token ids of responses, by their prompt's index and their number
+Item = tuple[Request, int]  # a prompt, and the number of a sample for it
+Tokens = dict[tuple[int, int], list[int]]  # token ids of responses, by prompt index and sample number
 
 
 def sample_seed(seed: int, prompt_index: int, number: int) -> int:
@@ -30,10 +30,10 @@ def sample_seed(seed: int, prompt_index: int, number: int) -> int:
 
 
 class SeededDraws(LogitsProcessor):
-    """Makes one token of each row the likeliest: a draw from the softmax by a uniform number of the row's own seed.
+    """Samples one token per row from the softmax, by the row's own generator, and masks all others.
 
-    The token is the first whose cumulative probability exceeds the number (inverse transform sampling). So what a row
-    draws doesn't depend on the other rows of the batch.
+    So greedy decoding picks the sampled token, and a row's tokens don't depend on the other rows of the batch. The
+    token is the first whose cumulative probability exceeds a uniform random number (inverse transform sampling).
     """
 
     def __init__(self, seeds: list[int]):
@@ -48,7 +48,7 @@ class SeededDraws(LogitsProcessor):
 
 
 def logits_processors(temperature: float, options: Options, seeds: list[int]) -> LogitsProcessorList:
-    """Return transformers' warpers for temperature, top_k and top_p, and then the draw; nothing at temperature 0."""
+    """Return transformers' warpers for temperature, top_k and top_p, then `SeededDraws`; nothing at temperature 0."""
     if temperature == 0:
         return LogitsProcessorList()
     warpers = LogitsProcessorList()
@@ -62,13 +62,13 @@ def logits_processors(temperature: float, options: Options, seeds: list[int]) ->
 
 
 def draw(trainer, items: list[Item], temperature: float, options: Options, tokens: Tokens | None) -> list[dict]:
-    """Draw a sample for each item, each worker its share; return them as lines of the output file.
+    """Draw a sample for each item, divided between the workers; return them as lines of the output file.
 
     Args:
         tokens: the responses, if another engine has drawn them already.
     """
-    index, count = trainer.strategy.batch_shard
-    own = items[index::count]
+    shard, n_shards = trainer.strategy.batch_shard
+    own = items[shard::n_shards]
     batch = own or items[:1]  # a worker without items generates too: the forward pass is collective
     trainer.policy.eval()
     if tokens is None:
@@ -81,7 +81,7 @@ def draw(trainer, items: list[Item], temperature: float, options: Options, token
 
 
 def _scored_lines(trainer, items: list[Item], targets: dict, has_prompt: torch.Tensor) -> list[dict]:
-    """Return the lines of the first samples in `targets`, with log-probabilities under policy and reference."""
+    """Return the items' lines, with log-probabilities under policy and reference; `targets` may have more rows."""
     n_rows = len(has_prompt)
     with torch.no_grad():
         policy_logps = trainer.response_logps(trainer.policy, targets).tolist()
@@ -120,7 +120,7 @@ def _generate(trainer, items: list[Item], temperature: float, options: Options) 
 
 
 def _as_sft_targets(trainer, items: list[Item], tokens: Tokens) -> tuple[dict, torch.Tensor]:
-    """Return drawn responses as `_generate` does; an empty prompt is replaced by the end token."""
+    """Return drawn responses in the form of `_generate`'s; an empty prompt is replaced by the end token."""
     examples, end = [], trainer.tokenizer.eos_token_id
     for request, number in items:
         prompt, response = request.ids or [end], tokens.get((request.index, number), [])

@@ -1,4 +1,4 @@
-"""The body of `evaluate.py`: means with intervals, over all examples and by dataset and length."""
+"""The body of `evaluate.py`: means with intervals, over all examples, by dataset, and by length."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from basics.files import append_json_lines, atomic_file, json_line, read_json_lines, write_errors_named
 from basics.locks import in_turn
-from basics.outputs import Output, check_outputs, json_lines, new_file
+from basics.outputs import Output, check_outputs, refuse_existing_file, refuse_unless_json_lines
+from basics.printing import counted
 from checkpointing import fingerprints
 from checkpointing.integrity import content_digest
 from data.batches import chosen_and_rejected
@@ -24,7 +25,7 @@ from utils import UserError, on_rank0, rank0_print
 _IN_TABLE = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "nll_eval/rejected")
 _SHARES = (ACCURACY, TIES)  # metrics that are 0 or 1 for each example
 _N_BUCKETS = 4
-_EVALUATIONS = json_lines("evaluations", b'{"key": "', ("key", "metrics"))
+_EVALUATIONS = refuse_unless_json_lines("evaluations", b'{"key": "', ("key", "metrics"))
 
 
 @dataclasses.dataclass
@@ -42,7 +43,7 @@ def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) 
     if own["rows"] is not None and len(checkpoints) > 1:
         raise UserError(f"rows={own['rows']}: give one checkpoint at a time")
     output = own["output"] or (os.path.join(str(run_dir), "evaluations.jsonl") if run_dir is not None else None)
-    outputs = [Output("rows", str(own["rows"]), new_file)] if own["rows"] is not None else []
+    outputs = [Output("rows", str(own["rows"]), refuse_existing_file)] if own["rows"] is not None else []
     if output is not None:
         outputs.append(Output("output", str(output), _EVALUATIONS))
     check_outputs(outputs)
@@ -53,13 +54,15 @@ def make_options(_config: DictConfig, own: dict, checkpoints: list[str | None]) 
 
 
 def evaluate_checkpoints(trainer, options: Options):
-    """Evaluate each checkpoint, unless the file has its figures already; print and write them."""
+    """Evaluate each checkpoint whose figures aren't in the output file yet; print and write them."""
+    from checkpointing.restoring import load_checkpoint  # takes seconds to import
+
     earlier = _read_evaluations(options.output) if on_rank0() else {}
     with trainer.stop:
         trainer.precompute_reference()
         for checkpoint in options.checkpoints:
             if checkpoint is not None:
-                trainer.load_checkpoint(checkpoint)
+                load_checkpoint(trainer, checkpoint)
             key = _settings_hash(trainer.config, checkpoint, trainer)
             result = collectives.broadcast_object(earlier.get(key))
             if result is None or options.rows is not None:
@@ -113,7 +116,7 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options):
                                   for name in next(iter(rows.values()))}},
         "groups": {name: _figures([rows[i] for i in members]) for name, members in groups.items() if members},
     }  # fmt: skip
-    rank0_print(table(result))  # first: if the disk is full, it isn't lost
+    rank0_print(table(result))  # first, so that a full disk doesn't lose it
     if options.output is not None:
         _record(options.output, result)
     if options.rows is not None:  # last, as the same command would refuse an existing file
@@ -129,7 +132,7 @@ def _record(output: str, result: dict):
 
 
 def _gather_rows(trainer, all_metrics: list[dict], indices: list[int]) -> dict[int, dict[str, float]]:
-    """Return each example's metrics by its number, from all workers."""
+    """Return the metrics of all workers' examples, by the example's number."""
     rows, start = {}, 0
     for metrics in all_metrics:
         columns = {name: values.cpu().double().tolist() for name, values in metrics.items()}
@@ -142,7 +145,7 @@ def _gather_rows(trainer, all_metrics: list[dict], indices: list[int]) -> dict[i
 
 
 def _length_buckets(rows: dict[int, dict[str, float]]) -> dict[str, list[int]]:
-    """Group the examples by length of the chosen response: in quartiles, or fewer groups if few lengths differ."""
+    """Group the examples by quartiles of the chosen responses' lengths; equal quartiles give fewer groups."""
     lengths = {i: int(row["lengths_eval/chosen"]) for i, row in rows.items()}
     quartiles = np.quantile(list(lengths.values()), np.linspace(0, 1, _N_BUCKETS + 1), method="higher")
     starts = sorted({int(n) for n in quartiles[:-1]})  # the shortest of each group
@@ -178,7 +181,8 @@ def table(result: dict) -> str:
     """Return the lines to print: means and 95 % intervals over all examples, and means of each group."""
     names = [name for name in _IN_TABLE if name in result["metrics"]]
     where = result["checkpoint"] or "the model as it is loaded"
-    lines = [f"\n{where}, after {result['examples']} examples; {result['n_eval_examples']} evaluation examples"]
+    after, n = counted(result["examples"], "example"), counted(result["n_eval_examples"], "evaluation example")
+    lines = [f"\n{where}, after {after}; {n}"]
     for name in names:
         interval = result["metrics"][f"{name}_ci95"]
         shown = f"   95 % {interval[0]:.4f} to {interval[1]:.4f}" if interval is not None else ""
@@ -193,7 +197,7 @@ def table(result: dict) -> str:
 
 
 def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_mode: bool):
-    """Write a line per example: its place in the data, its texts and its metrics."""
+    """Write a line per example: its place in the data, its texts, its metrics."""
     with atomic_file(path, binary=True) as file:
         for index, metrics in rows.items():
             prompt, pair = places[index]

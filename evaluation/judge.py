@@ -7,7 +7,7 @@ import math
 from omegaconf import DictConfig, OmegaConf
 
 from basics.files import atomic_file
-from basics.printing import rank0_print
+from basics.printing import counted, rank0_print
 from config_checks.schema import expand_home
 from evaluation.chat_completions import ChatCompletions
 from evaluation.judge_options import (
@@ -53,7 +53,7 @@ def run(config: DictConfig):
 
 
 def _judged_lines(pairs: list[Pair], n_unmatched: int, options: dict, settings: str, commit: str | None) -> list[dict]:
-    """Return the verdict on each task, a line of the output file; ask the judge for those that the file lacks."""
+    """Return a line of the output file for each task; ask the judge for the verdicts that the file lacks."""
     tasks = make_tasks([pair for pair in pairs if pair.a != pair.b], options)
     verdicts = VerdictFile(options["output"], settings)
     try:
@@ -69,7 +69,7 @@ def _judged_lines(pairs: list[Pair], n_unmatched: int, options: dict, settings: 
 
 
 def make_tasks(pairs: list[Pair], options: dict) -> list[Task]:
-    """Return the judge's tasks: each pair in the order drawn for it, or in both orders."""
+    """Return the judge's tasks: each pair in an order drawn at random, or in both orders."""
     if options["both_orders"]:
         return [Task(pair, first) for pair in pairs for first in "ab"]
     if options["b"] is None:
@@ -77,14 +77,14 @@ def make_tasks(pairs: list[Pair], options: dict) -> list[Task]:
     return [Task(pair, first_shown(pair, options["seed"])) for pair in pairs]
 
 
-def _print_counts(pairs: list[Pair], n_unmatched: int, n_there: int, options: dict):
+def _print_counts(pairs: list[Pair], n_unmatched: int, n_kept: int, options: dict):
     if options["b"] is None:
-        rank0_print(f"{len(pairs)} responses to score; {n_there} scored already")
+        rank0_print(f"{counted(len(pairs), 'response')} to score; {n_kept:,} scored already")
         return
     n_identical = sum(pair.a == pair.b for pair in pairs)
     rank0_print(
-        f"{len(pairs)} pairs, {n_identical} of them with equal texts (ties); {n_unmatched} responses without a "
-        f"partner; {n_there} verdicts in the file"
+        f"{counted(len(pairs), 'pair')}, {n_identical:,} of them with equal texts (ties); "
+        f"{counted(n_unmatched, 'response')} without a partner; {counted(n_kept, 'verdict')} in the file"
     )
 
 
@@ -95,7 +95,7 @@ def _print_expected_cost(judge: Judge, tasks: list[Task], options: dict):
     n_input = math.ceil(judge.n_characters(tasks) / _CHARACTERS_PER_TOKEN)
     n_output = _TOKENS_PER_ANSWER * len(tasks)
     text = (
-        f"{len(tasks)} calls to {judge.model} at {judge.endpoint.url}, about {n_input:,} tokens at "
+        f"{counted(len(tasks), 'call')} to {judge.model} at {judge.endpoint.url}, about {n_input:,} tokens at "
         f"{_CHARACTERS_PER_TOKEN} characters each"
     )
     if (price := cost(n_input, n_output, options)) is not None:
@@ -108,7 +108,7 @@ def _collect(judge: Judge, tasks: list[Task], verdicts: VerdictFile):
     size, n_failed = verdicts.size, 0
     with Progress("Judging", len(tasks), "verdicts") as progress:
         try:
-            with contextlib.closing(judge.judge(tasks)) as outcomes:  # ends a command's processes in any case
+            with contextlib.closing(judge.judge(tasks)) as outcomes:  # also ends a command's processes
                 for task, verdict in outcomes:
                     verdicts.add(task, verdict)
                     n_failed += verdict.winner is None

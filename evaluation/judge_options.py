@@ -5,7 +5,7 @@ import json
 import os
 
 from basics.files import sha256
-from basics.outputs import Output, check_outputs, document, json_lines
+from basics.outputs import Output, check_outputs, refuse_unless_document, refuse_unless_json_lines
 from checkpointing.fingerprints import folder_fingerprint
 from config_checks.explanations import unknown_key
 from config_checks.numbers import check_number
@@ -18,7 +18,7 @@ from evaluation.verdicts import Judge
 from utils import UserError, closest_match, get_local_dir
 
 _REQUIRED = ("a", "judge", "output")
-_KEYS = {  # for each judge: required keys, and other keys that only it has
+_KEYS = {  # by judge: required keys, and other keys that not all judges have
     "model": (("judge_model",), ("judge_batch_size", "chat_template")),
     "openai": (
         ("judge_url", "judge_model"),
@@ -27,7 +27,7 @@ _KEYS = {  # for each judge: required keys, and other keys that only it has
     ),
     "command": (("judge_command",), ("both_orders",)),
 }  # fmt: skip
-_NUMBERS = {  # type, lowest, highest, and whether null is allowed
+_NUMBERS = {  # type, lowest, highest, True if null is allowed
     "seed": (int, 0, 2**63, False),
     "judge_batch_size": (int, 1, 10**6, False),
     "judge_concurrency": (int, 1, 1000, False),
@@ -37,8 +37,8 @@ _NUMBERS = {  # type, lowest, highest, and whether null is allowed
     "judge_input_price": (float, 0, 10**9, True),
     "judge_output_price": (float, 0, 10**9, True),
 }
-_VERDICTS = json_lines("verdicts", b'{"settings": "', ("texts", "prompt_index", "first", "verdict"))
-_SUMMARY = document("summaries", rb'\{\s*"a": ')
+_VERDICTS = refuse_unless_json_lines("verdicts", b'{"settings": "', ("texts", "prompt_index", "first", "verdict"))
+_SUMMARY = refuse_unless_document("summaries", rb'\{\s*"a": ')
 
 
 def check_options(options: dict):

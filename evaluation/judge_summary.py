@@ -2,6 +2,7 @@
 
 import collections
 
+from basics.printing import counted
 from evaluation.pairs import Pair
 from evaluation.statistics import length_controlled, mean_and_error, wilson_interval
 from reporting.intervals import mean_interval
@@ -10,10 +11,10 @@ from reporting.intervals import mean_interval
 def summarize(pairs: list[Pair], lines: list[dict], options: dict) -> dict:
     """Return counts and win rates.
 
-    A pair counts as judged if all its tasks have verdicts; if these differ, the pair is a tie.
+    A pair counts as judged if all its tasks have verdicts; if the verdicts differ, the pair is a tie.
 
     Args:
-        lines: of a `VerdictFile`.
+        lines: of a `VerdictFile`, one per task.
     """
     verdicts_of_pair: dict[tuple[int, int], list[str | None]] = {}
     for line in lines:
@@ -78,7 +79,7 @@ def _failures(lines: list[dict]) -> dict[str, int]:
 
 
 def _order_figures(lines: list[dict], verdicts_of_pair: dict, both_orders: bool) -> dict:
-    """Return how much the verdicts depend on which response comes first."""
+    """Measure how much the verdicts depend on the order of the two responses."""
     first_won = [float(line["verdict"] == line["first"]) for line in lines if line["verdict"] in ("a", "b")]
     both = [verdicts for verdicts in verdicts_of_pair.values() if len(verdicts) == 2 and None not in verdicts]
     return {
@@ -101,8 +102,8 @@ def table(summary: dict) -> str:
     if summary["kl"] is not None:
         lines.append(_mean_line("KL from reference", summary, "kl", "nats per response"))
     if summary["n_failed"]:
-        lines.append(f"  {summary['n_failed']} {'responses' if summary['b'] is None else 'pairs'} FAILED and are not "
-                     f"counted: {failures_in_words(summary)}; the same command asks about them again")  # fmt: skip
+        failed = counted(summary["n_failed"], "response" if summary["b"] is None else "pair")
+        lines.append(f"  {failed} FAILED, not counted: {failures_in_words(summary)}; the same command asks again")
     if summary.get("input_tokens"):
         price = f", cost {summary['cost']:.2f}" if summary["cost"] is not None else ""
         lines.append(f"  {summary['input_tokens']:,} tokens sent, {summary['output_tokens']:,} received{price}")
@@ -111,7 +112,8 @@ def table(summary: dict) -> str:
 
 def _table_of_scores(summary: dict) -> list[str]:
     lines = [f"\na: {summary['a']}"]
-    lines.append(f"  {summary['n_scored']} responses scored, to {summary['n_prompts']} prompts")
+    n, n_prompts = counted(summary["n_scored"], "response"), counted(summary["n_prompts"], "prompt")
+    lines.append(f"  {n} scored, to {n_prompts}")
     if summary["n_scored"]:
         lines.append(_mean_line("score", summary, "score", summary["judge_model"]))
         lines.append(f"  {'mean length':<20}{summary['mean_length_a']:>8.1f}   (characters)")
@@ -126,8 +128,9 @@ def _mean_line(label: str, summary: dict, name: str, unit: str) -> str:
 
 def _table_of_verdicts(summary: dict) -> list[str]:
     lines = [f"\na: {summary['a']}\nb: {summary['b']}"]
-    lines.append(f"  {summary['n_judged']} pairs judged, of {summary['n_prompts']} prompts: a wins {summary['wins']}, "
-                 f"ties {summary['ties']}, b wins {summary['losses']}")  # fmt: skip
+    n, n_prompts = counted(summary["n_judged"], "pair"), counted(summary["n_prompts"], "prompt")
+    outcomes = f"a wins {summary['wins']}, ties {summary['ties']}, b wins {summary['losses']}"
+    lines.append(f"  {n} judged, of {n_prompts}: {outcomes}")
     rows = [("win rate of a", "win_rate"), ("at equal lengths", "length_controlled_win_rate")]
     for label, name in [*rows, ("first response wins", "first_wins")]:
         if summary.get(name) is not None:

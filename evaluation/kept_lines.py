@@ -1,4 +1,4 @@
-"""Read the lines that an earlier command left in an output file, so that the same command only adds what is missing."""
+"""Read the lines that an earlier command wrote to an output file, so that only the missing ones are added."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ def read_kept_lines(
     """Read a file of JSON Lines, each of which has a hash of the settings that decided it.
 
     Args:
-        what: the content of the file, for messages.
+        what: the kind of content, for messages.
         settings: the hash of today's settings.
-        key_of: returns a line's key; raises ValueError, KeyError or TypeError for a line of something else.
+        key_of: returns a line's key; raises ValueError, KeyError or TypeError for a line of another kind.
 
     Returns: the last line with each key; and the size of the file (bytes) without a line that a crash cut off.
     Raises: UserError if the file holds something else, or was written under other settings.

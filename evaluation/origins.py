@@ -1,4 +1,4 @@
-"""Tell where responses come from, and how far their model is from its reference (KL divergence)."""
+"""Describe responses: how they were drawn, and their model's KL divergence from its reference."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ def digest(responses: dict[Place, Response]) -> str:
 def origins(responses: dict[Place, Response]) -> list[dict]:
     """Return the distinct origins of the responses; an empty list if the origin of any is unknown."""
     found = dict.fromkeys(response.drawn for response in responses.values())
-    return [dataclasses.asdict(drawn) for drawn in found if None not in found]
+    return [] if None in found else [dataclasses.asdict(drawn) for drawn in found]
 
 
 def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:

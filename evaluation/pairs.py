@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from utils import UserError
 
 Prompt = str | list[dict]  # text, or messages
-Place = tuple[int, int | None]  # a response's prompt number and sample number; None: the only one for its prompt
+Place = tuple[int, int | None]  # prompt number and sample number of a response; None: its prompt has only this one
 _FORMATS = (
     "give JSON Lines as sample.py writes them (prompt_index, sample, prompt, response) or evaluate.py as rows (prompt, "
     "chosen), or JSON as AlpacaEval has it (instruction, output)"
@@ -18,7 +18,7 @@ _FORMATS = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """Origin of a response by `sample.py`: run and checkpoint by name (None without a run), and sampling settings."""
+    """How `sample.py` drew a response: names of run and checkpoint (None without a run), and sampling settings."""
 
     run: str | None
     checkpoint: str | None
@@ -84,13 +84,13 @@ def first_shown(pair: Pair, seed: int) -> str:
 def read_responses(key: str, path: str) -> dict[Place, Response]:
     """Return the responses in a file, by their places.
 
-    Of `evaluate.py`'s rows, each prompt's first preferred response is taken; prompts are numbered as by `sample.py`.
-    These rows and AlpacaEval's have one response to a prompt, which is matched with every sample of the other file.
+    Rows of `evaluate.py` give each prompt's first preferred response; prompts are numbered as by `sample.py`. Such a
+    response, and one of AlpacaEval's, is the only one to its prompt: it is matched with every sample of the other file.
 
     Args:
         key: the config's key for the file, for messages.
 
-    Raises: UserError if the file can't be read, or naming the first row that is no response.
+    Raises: UserError if the file can't be read, or if a row is no response, naming the first one.
     """
     found: dict[Place, Response] = {}
     prompt_numbers: dict[str, int] = {}  # by the prompt as JSON, for rows of evaluate.py
@@ -130,7 +130,7 @@ def _logratio(row: dict) -> float | None:
 
 
 def _rows(where: str, path: str) -> Iterator[tuple[str, dict]]:
-    """Yield a file's JSON objects, each with its place in words."""
+    """Yield a file's JSON objects, each with its place in words, for messages."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -176,9 +176,9 @@ def single_responses(a: dict[Place, Response]) -> list[Pair]:
 
 
 def match(a: dict[Place, Response], b: dict[Place, Response], allow_unmatched: bool) -> tuple[list[Pair], int]:
-    """Return the pairs of responses to the same prompt and sample number, and how many responses have no partner.
+    """Pair the responses to the same prompt and sample number; also return the number of responses without a partner.
 
-    Raises: UserError if prompts of the same number differ, or a response has no partner and that isn't allowed.
+    Raises: UserError if two prompts with the same number differ, or, unless allowed, if a response has no partner.
     """
     pairs, used = [], set()
     samples: dict[int, list[Place]] = {}

@@ -22,7 +22,7 @@ Summary B:
 {b}
 
 """
-# those of https://arxiv.org/abs/2305.18290, appendix C.2: GPT-4 (S), GPT-4 (C), and that for dialogue
+# the DPO paper's prompts (https://arxiv.org/abs/2305.18290, appendix C.2): GPT-4 (S), GPT-4 (C), and for dialogue
 PROMPTS = {
     "summarization": "Which of the following summaries does a better job of summarizing the most important points in "
     f"the given forum post?{_POST_AND_SUMMARIES}{_CHOICE}",
@@ -54,7 +54,7 @@ _VERDICT = re.compile(
 def load_template(name: str) -> str:
     """Return a prompt of the DPO paper by its name, or one in a file.
 
-    Raises: UserError if there is none, or if it lacks one of its placeholders.
+    Raises: UserError if there is no such prompt, or if it lacks a placeholder.
     """
     if name in PROMPTS:
         return PROMPTS[name]
@@ -70,7 +70,7 @@ def load_template(name: str) -> str:
         raise UserError(f"judge_prompt={name}: can't read it: {error}; give a text file") from error
     if missing := [name for name in _PLACEHOLDERS if f"{{{name}}}" not in template]:
         listed = ", ".join(f"{{{name}}}" for name in missing)
-        raise UserError(f"judge_prompt={name}: it lacks {listed}; write that where the text belongs")
+        raise UserError(f"judge_prompt={name}: it lacks {listed}; put it where the text belongs")
     return template
 
 
@@ -82,7 +82,7 @@ def fill(template: str, task: Task) -> str:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """Return a prompt as one text: messages each after its role, a single message as its content."""
+    """Return a prompt as one string: each message follows its role; a single message is only its content."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -91,7 +91,10 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def read_verdict(answer: str) -> str | None:
-    """Return 'first', 'second' or 'tie' by the last line that is A, B or tie, maybe with a label; None if none is."""
+    """Return 'first', 'second' or 'tie' by the last line that consists of A, B or tie, optionally after a label.
+
+    None: there is no such line.
+    """
     for line in reversed(answer.splitlines()):
         if (found := _VERDICT.fullmatch(line)) is not None:
             return {"a": "first", "b": "second", "tie": "tie"}[found[1].lower()]

@@ -1,4 +1,4 @@
-"""A judge that scores each response alone: a reward model, or another sequence classifier."""
+"""Judge responses by their scores from a reward model, or from another sequence classifier."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from utils import UserError, default_device, rank0_print
 
 
 class RewardModel:
-    """Prefers the response with the higher score: the model's one output, or the log-odds of its class 1 of two."""
+    """Prefers the response with the higher score: the model's only output, or the log-odds of class 1 of two."""
 
     def __init__(self, name: str, batch_size: int, chat_template: str | None, cache_dir: str, revision: str | None):
         """
@@ -23,9 +23,9 @@ class RewardModel:
             name: an id on the hub, or a local folder.
             batch_size: the number of responses to score at a time.
             chat_template: a file; None: the tokenizer's own.
-            revision: the commit on the hub; None: the newest, or a local folder.
+            revision: the commit on the hub; None: the newest commit, or a local folder.
 
-        Raises: UserError if there is no such model, or if it has no score.
+        Raises: UserError if there is no such model, or if it gives no score.
         """
         self.name, self.batch_size, self.chat_template = name, batch_size, chat_template
         self.device = default_device()
@@ -52,7 +52,7 @@ class RewardModel:
         self._choose_padding()
 
     def _choose_padding(self):
-        """Let model and tokenizer agree on the padding token: the model scores the last token that isn't padding."""
+        """Give model and tokenizer the same padding token: the model scores the last token that isn't padding."""
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
@@ -82,7 +82,7 @@ class RewardModel:
     @staticmethod
     def _verdict(task: Task, scores: list[float]) -> Verdict:
         a, b = scores if len(scores) == 2 else (scores[0], 0.0)
-        if math.isnan(a - b) or (len(scores) == 1 and math.isinf(a)):  # nan also if both are infinite
+        if math.isnan(a - b) or (len(scores) == 1 and math.isinf(a)):  # two infinite scores differ by NaN
             return Verdict(failure="a score that is no number")
         if len(scores) == 1:
             return Verdict("scored", details={"scores": scores})

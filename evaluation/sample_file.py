@@ -1,6 +1,6 @@
-"""Files of samples, in JSON Lines. A file keeps what was drawn earlier, so that no sample is drawn twice.
+"""Files of samples, in JSON Lines. A file keeps the samples drawn earlier, so that none is drawn twice.
 
-Each line begins with a hash of all settings that decide a sample, and names its origin.
+Each line begins with a hash of all settings that decide a sample, and names the sample's origin.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import os
 
 from omegaconf import DictConfig, OmegaConf
 
-from basics.files import atomic_file, read_json_lines
+from basics.files import atomic_file, json_line, read_json_lines
 from checkpointing.fingerprints import file_fingerprints, hub_revisions
 from checkpointing.integrity import content_digest
 from evaluation.kept_lines import read_kept_lines
@@ -19,7 +19,7 @@ from utils import rank0_print
 
 
 def settings_hash(config: DictConfig, requests: list[Request], file: SampleFile, options: Options) -> str:
-    """Return a short hash of all that decides samples and their log-probabilities."""
+    """Return a short hash of everything that decides samples and their log-probabilities."""
     deciding = [
         file.checkpoint and content_digest(file.checkpoint), config.seed, config.max_prompt_length,
         file.temperature, options.top_p, options.top_k, options.max_new_tokens,
@@ -28,13 +28,13 @@ def settings_hash(config: DictConfig, requests: list[Request], file: SampleFile,
     ]  # fmt: skip
     if options.engine == "transformers":
         deciding.append(hub_revisions(config))
-    else:  # vLLM loads the models itself, after this
+    else:  # vLLM will load the models later, so their commits on the hub aren't known yet
         deciding.append(options.engine)
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:12]
 
 
 def origin(examples: int, file: SampleFile, options: Options) -> dict:
-    """Return the origin that each line names: run and checkpoint, and the sampling settings."""
+    """Return the fields of each line that name its origin: run, checkpoint and sampling settings."""
     return {
         "run": options.run and os.path.basename(os.path.abspath(options.run)),
         "checkpoint": file.checkpoint and os.path.basename(file.checkpoint),
@@ -50,14 +50,27 @@ def drawn_samples(path: str, settings: str) -> set[tuple[int, int]]:
     """
     if not os.path.exists(path):
         return set()
-    lines, size = read_kept_lines(path, "samples", settings, lambda line: (line["prompt_index"], line["sample"]))
+    lines, size = read_kept_lines(path, "samples", settings, _place)
     os.truncate(path, size)
     return set(lines)
 
 
+def sort_lines(path: str):
+    """Sort a file by the numbers of prompts and samples: samples are drawn, and added, in the order of length."""
+    lines = [line for line, _ in read_json_lines(path)]
+    in_order = sorted(lines, key=_place)
+    if in_order != lines and os.name == "posix":  # Windows can't replace an open file, as a locked one is
+        with atomic_file(path, binary=True) as file:
+            file.writelines(map(json_line, in_order))
+
+
+def _place(line: dict) -> tuple[int, int]:
+    return line["prompt_index"], line["sample"]
+
+
 def write_alpaca_eval(path: str, samples_path: str, checkpoint: str | None):
-    """Write the first sample for each prompt as AlpacaEval reads it (JSON)."""
-    samples = sorted((line for line, _ in read_json_lines(samples_path)), key=lambda line: line["prompt_index"])
+    """Write the first sample for each prompt, in AlpacaEval's JSON format."""
+    samples = sorted((line for line, _ in read_json_lines(samples_path)), key=_place)
     rows = [
         {"instruction": line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"],
          "output": line["response"], "generator": checkpoint or "policy"}

@@ -5,7 +5,7 @@ import os
 
 from omegaconf import DictConfig
 
-from basics.outputs import Output, check_outputs, document, json_lines
+from basics.outputs import Output, check_outputs, refuse_unless_document, refuse_unless_json_lines
 from config_checks.numbers import check_number
 from data.locations import locate
 from distributed import environment
@@ -14,8 +14,8 @@ from evaluation import vllm_engine
 from utils import UserError, closest_match
 
 ENGINES = ("transformers", "vllm")
-_SAMPLES = json_lines("samples", b'{"settings": "', ("prompt_index", "sample", "response"))
-_ALPACA_EVAL = document("AlpacaEval's outputs", rb'\[(\]|\s*\{\s*"instruction": )')
+_SAMPLES = refuse_unless_json_lines("samples", b'{"settings": "', ("prompt_index", "sample", "response"))
+_ALPACA_EVAL = refuse_unless_document("AlpacaEval's outputs", rb'\[(\]|\s*\{\s*"instruction": )')
 
 
 @dataclasses.dataclass
@@ -44,11 +44,11 @@ class Options:
 
 
 def make_options(config: DictConfig, own: dict, checkpoints: list[str | None]) -> Options:
-    """Return the options; sets `precompute_ref_log_probs` to false, as samples are new to the reference's cache.
+    """Return the options, and set `precompute_ref_log_probs` to false: new samples aren't among the precomputed pairs.
 
     Args:
         own: the values of `sample.py`'s own keys.
-        checkpoints: the directories that `own` names; None: the policy as it is loaded.
+        checkpoints: the directories that `own` names; None stands for the policy as it is loaded.
 
     Raises: UserError if a value can't be used, or a file can't be written.
     """
@@ -75,7 +75,7 @@ def make_options(config: DictConfig, own: dict, checkpoints: list[str | None]) -
 
 
 def _check_outputs(own: dict, files: list[SampleFile]):
-    """Raise UserError if an output would replace anything but what `sample.py` has written."""
+    """Raise UserError if an output would replace a file that `sample.py` didn't write."""
     splits = locate(own["prompts"], "prompts").files if own["prompts"] is not None else {}
     prompts = [path for paths in splits.values() for path in paths]
     inputs = {f"prompts ({path})" if len(prompts) > 1 else "prompts": path for path in prompts}
@@ -108,7 +108,7 @@ def _check_engine(config: DictConfig, own: dict):
 
 
 def _temperatures(given: object) -> list[tuple[float, str]]:
-    """Return each temperature with its suffix for a file's name; a temperature outside a list has none.
+    """Return each temperature with its suffix for file names, which is empty if there is no list.
 
     Raises: UserError if one is out of range or given twice.
     """

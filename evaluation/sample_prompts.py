@@ -4,6 +4,7 @@ import dataclasses
 
 from omegaconf import DictConfig
 
+from basics.printing import counted
 from data import chat
 from data.batches import BatchIterator
 from data.formats import prompt_example
@@ -18,7 +19,7 @@ from utils import UserError, get_local_dir, rank0_print
 
 @dataclasses.dataclass
 class Request:
-    """A prompt to draw responses to: as it was given, as rendered text, and as tokens."""
+    """A prompt for samples: as given, as rendered text, and as token ids."""
 
     index: int
     given: str | list[dict]
@@ -32,7 +33,7 @@ def read_requests(
     """Return all prompts, each cut to its last `max_prompt_length` tokens.
 
     Args:
-        eval_iterator: the evaluation examples, whose prompts are taken if `prompts` names no file.
+        eval_iterator: supplies the evaluation prompts if `prompts` names no file.
 
     Raises: UserError naming the first row without a prompt.
     """
@@ -45,7 +46,7 @@ def read_requests(
     ids = [one if one[: len(bos)] == bos else bos + one for one in ids]
     n_cut = sum(len(one) > config.max_prompt_length for one in ids)
     if n_cut:
-        rank0_print(f"{n_cut} prompts are cut to the last {config.max_prompt_length} tokens (max_prompt_length)")
+        rank0_print(f"cut {counted(n_cut, 'prompt')} to the last {config.max_prompt_length} tokens (max_prompt_length)")
     return [
         Request(number, *texts, one[-config.max_prompt_length :])
         for number, (*texts, one) in enumerate(zip(given, rendered, ids, strict=True))
@@ -53,7 +54,7 @@ def read_requests(
 
 
 def _prompts_in_file(config: DictConfig, tokenizer, path: str) -> tuple[list[str | list[dict]], list[str]]:
-    """Return the prompts of a file's rows as they are given, and as the chat template renders them."""
+    """Return the prompts in a file as given, and as the chat template renders them."""
     location, cache_dir = locate(path, "prompts"), get_local_dir(config.local_dirs)
     splits = [open_rows(location, split, cache_dir, True) for split in location.files]
     renderer, given, rendered = chat.Renderer(tokenizer, config.chat_template), [], []

@@ -15,7 +15,7 @@ from reporting.metrics import kl_metrics
 from reporting.terminal import progressing
 from utils import on_device, pad_to_length, rank0_print, select_examples, unwrap_adapter
 
-NOTABLE_SECONDS = 60.0  # sampling that takes less is not worth a warning
+NOTABLE_SECONDS = 60.0  # shorter sampling gives no warning
 _WARNED: set[str] = set()  # run directories
 
 
@@ -38,7 +38,8 @@ def generate_scorable(
     Args:
         max_length: of prompt and response, in tokens.
         stops: called at every token; if it returns True, all responses end there.
-        synced: all workers gather the model for each token; so a worker that is done continues until all are.
+        synced: all workers gather the model for each token; so a worker whose responses have ended continues until
+            all workers' have.
         processors: change the logits before the largest is taken; None: draw tokens from the softmax.
     """
     prompt_ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]  # (batch_size, longest prompt)
@@ -100,8 +101,8 @@ def _as_targets(output: torch.Tensor, prompt_mask: torch.Tensor, ends: list[int]
 def _unaltered_distribution(model: nn.Module, tokenizer) -> Iterator[None]:
     """Let `model.generate` draw from the model's softmax: keep only the token ids of its generation config.
 
-    The config is replaced, because `generate` reads from it all that it isn't given. Router logits are switched off:
-    with a cache, a mixture of experts' auxiliary loss fails, as the mask is longer than the step's tokens.
+    The config is replaced, because `generate` reads all arguments from it that aren't given. Router logits are switched
+    off: with a cache, a mixture of experts' auxiliary loss fails, as the mask is longer than the step's tokens.
     """
     former, text_config = model.generation_config, model.config.get_text_config()
     returns_router_logits = getattr(text_config, "output_router_logits", None)
@@ -135,7 +136,7 @@ def sample_evaluation(trainer, evaluation_seconds: float = 0.0) -> tuple[list[di
     """Draw responses to the first `n_eval_model_samples` evaluation prompts; all workers must call it.
 
     Args:
-        evaluation_seconds: how long the evaluation itself took; if sampling takes longer, a run says so once.
+        evaluation_seconds: the duration of the evaluation; if sampling takes longer, the run warns once.
 
     Returns: samples, see `RunLog.log`; and the policy's KL divergence from the reference on them, if the reference is
         in memory.
@@ -146,7 +147,7 @@ def sample_evaluation(trainer, evaluation_seconds: float = 0.0) -> tuple[list[di
     for batch in progressing(trainer.eval_batches[:n_batches], "Sampling", "batches"):
         trainer.stop.check()
         wanted = [i for i, index in enumerate(batch["index"]) if index is not None and index < n_samples]
-        # a worker without any generates too: forwards are collective
+        # a worker without wanted samples generates too: the forward pass is collective
         batch = select_examples(batch, torch.tensor(wanted or [0]))
         policy, reference, scores = sample_batch(trainer, on_device(batch, trainer.device))
         drawn = [
@@ -195,7 +196,7 @@ def sample_batch(trainer, batch: dict) -> tuple[list[str], list[str], list[tuple
 
 
 def _generate(trainer, model: nn.Module, batch: dict) -> tuple[list[str], dict, torch.Tensor]:
-    with trainer.autocast(model):  # samples are drawn in the precision in which they are scored
+    with trainer.autocast(model):  # the precision in which samples are scored
         samples = generate_scorable(
             model, trainer.tokenizer, batch, trainer.config.max_length,
             lambda: trainer.strategy.stops_sampling(trainer.stop.received is not None), synced=trainer.is_sharded,

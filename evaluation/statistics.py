@@ -13,17 +13,18 @@ _PRECISIONS = np.array([0.1, 0.001])
 
 
 def wilson_interval(mean: float, n: int) -> list[float]:
-    """Return Wilson's 95 % interval of a share of `n` (https://doi.org/10.1080/01621459.1927.10502953)."""
+    """Return Wilson's 95 % interval for the share `mean` of `n` (https://doi.org/10.1080/01621459.1927.10502953)."""
     center, width = mean + Z**2 / (2 * n), Z * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
     low, high = ((center + sign * width) / (1 + Z**2 / n) for sign in (-1, 1))
-    return [min(low, mean), max(high, mean)]  # for shares of 0 and 1, which rounding would leave outside
+    return [min(low, mean), max(high, mean)]  # rounding would leave shares of 0 and 1 outside
 
 
 def mean_and_error(values: Sequence[float], clusters: Sequence[object]) -> tuple[float, float | None]:
-    """Return the mean and its standard error; values of one cluster, such as samples for one prompt, may be alike.
+    """Return the mean and its standard error; values in the same cluster, such as samples for one prompt, may be alike.
 
     The error is the cluster-robust one: for N values with residuals e in G clusters,
-    sqrt(G / (G - 1) Σ_g (Σ_{i in g} e_i)²) / N. For clusters of one value it is the usual one; for one cluster, None.
+    sqrt(G / (G - 1) Σ_g (Σ_{i in g} e_i)²) / N. For clusters of one value this is the usual error; for a single cluster
+    it is None.
     """
     mean = sum(values) / len(values)
     sums: dict[object, float] = {}

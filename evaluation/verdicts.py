@@ -15,9 +15,9 @@ from utils import UserError
 
 @dataclass
 class Verdict:
-    """The better of the two responses shown, or the kind of failure; a single response is only scored."""
+    """The better of the two responses shown, or the kind of failure; a single response has only a score."""
 
-    winner: str | None = None  # first, second or tie; scored for a single response
+    winner: str | None = None  # "first", "second" or "tie"; "scored" for a single response
     failure: str | None = None  # its kind, such as timeout
     details: dict = field(default_factory=dict)  # also kept in the file: the answer, scores, tokens
 
@@ -34,7 +34,7 @@ class MisassignedVerdicts(UserError):
 
 
 class VerdictFile:
-    """A file of verdicts, in JSON Lines. One process at a time writes to it, each verdict as it comes.
+    """A file of verdicts, in JSON Lines. One process at a time writes to it, line by line.
 
     If a task has several lines, the last one counts: a later verdict replaces a failure.
     """
@@ -42,9 +42,9 @@ class VerdictFile:
     def __init__(self, path: str, settings: str):
         """
         Args:
-            settings: a short hash of what decides a verdict.
+            settings: a short hash of the settings that decide a verdict.
 
-        Raises: UserError if another process writes to it, or if it holds something else or verdicts under other
+        Raises: UserError if another process is writing to it, or if it holds something else, or verdicts under other
             settings.
         """
         self.path, self.settings = path, settings
@@ -93,16 +93,16 @@ class VerdictFile:
         return os.fstat(self.descriptor).st_size
 
     def truncate(self, size: int):
-        """Remove what was added since the file had this size (bytes)."""
+        """Cut the file back to this size (bytes)."""
         os.ftruncate(self.descriptor, size)
 
     def close(self):
-        """Let another process write; a file without verdicts is removed."""
+        """Release the lock; a file without verdicts is removed."""
         self.stack.close()
 
 
 def _checked_key(line: dict) -> tuple[int, int, str]:
-    """Return the key of a verdict's task; raises an error of any kind if the line is no verdict."""
+    """Return the key of a verdict's task; if the line is no verdict, raise an error of any kind."""
     key = (line["prompt_index"], line["sample"], line["first"])
     line["texts"], line["failure"]
     hash(key)

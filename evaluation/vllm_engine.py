@@ -1,4 +1,4 @@
-"""Draw responses by vLLM (https://docs.vllm.ai), in a process of its own, so that its end frees the GPU's memory.
+"""Draw responses by vLLM (https://docs.vllm.ai) in a separate process, which frees the GPU's memory when it ends.
 
 This module is also the program of that process: `python -m evaluation.vllm_engine JOB OUTPUT`. JOB is a JSON file with
 `Job`'s fields; OUTPUT gets a line of token ids for each prompt.
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from omegaconf import DictConfig
 
 from basics.outputs import holds_model, is_sharded
+from basics.printing import counted
 from checkpointing.resume import quoted
 from config_checks.schema import REPOSITORY
 from data.chat import end_token_ids
@@ -46,8 +47,8 @@ def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, se
 
     Args:
         top_k: 0 for all tokens.
-        n_new: the largest number of tokens.
-        ends: token ids that end the sample; the first one drawn stays in it.
+        n_new: the maximum number of tokens.
+        ends: token ids that end the sample, which includes the one that ended it.
     """
     return {
         "temperature": temperature, "top_p": top_p, "top_k": top_k or -1, "max_tokens": n_new, "seed": seed,
@@ -74,7 +75,7 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
         return
     with tempfile.TemporaryDirectory(dir=beside, prefix=".merged-") as directory:
         merged = os.path.join(directory, "model")
-        # in a process of its own, which frees what it takes of the GPU
+        # in a separate process, which frees its GPU memory when it ends
         run_dir, name = os.path.split(os.path.abspath(checkpoint))
         words = [f"run={quoted(run_dir)}", f"checkpoint={name}", f"output={quoted(merged)}"]
         words.append(f"trust_remote_code={str(config.model.trust_remote_code).lower()}")
@@ -85,18 +86,18 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
 
 
 def end_tokens(name: str, tokenizer) -> list[int]:
-    """Return the ids that end a sample of the model in a folder, or with a hub id."""
+    """Return the token ids that end a sample of a model, given its folder or hub id."""
     from transformers import GenerationConfig
 
     try:
         generation_config = GenerationConfig.from_pretrained(name)
-    except OSError:  # it has none
+    except OSError:  # the model has none
         generation_config = GenerationConfig()
     return end_token_ids(generation_config, tokenizer)
 
 
 def arguments(config: DictConfig, name: str, longest: int) -> dict:
-    """Return the arguments of `vllm.LLM`; `longest`: prompt and response (tokens)."""
+    """Return the arguments of `vllm.LLM`; `longest`: tokens of prompt and response."""
     revision = {"revision": config.model.revision} if name == config.model.name_or_path else {}
     return {
         "model": name, **revision, "dtype": config.model.policy_mp or config.model.policy_dtype,
@@ -105,7 +106,7 @@ def arguments(config: DictConfig, name: str, longest: int) -> dict:
 
 
 def generate(job: Job) -> list[list[int]]:
-    """Return the token ids of a response to each prompt; nothing of vLLM stays in memory.
+    """Return the token ids of a response to each prompt; vLLM's memory is freed.
 
     Raises: UserError if vLLM fails; what it printed says why.
     """
@@ -113,7 +114,7 @@ def generate(job: Job) -> list[list[int]]:
         paths = [os.path.join(directory, name) for name in ("job.json", "output.jsonl")]
         with open(paths[0], "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(job), file)
-        rank0_print(f"Drawing {len(job.prompts)} samples by vLLM from {job.engine['model']}")
+        rank0_print(f"Drawing {counted(len(job.prompts), 'sample')} by vLLM from {job.engine['model']}")
         search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         # -P: modules in the current directory can't shadow vLLM's
         command = [sys.executable, "-P", "-m", "evaluation.vllm_engine", *paths]

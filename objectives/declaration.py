@@ -1,4 +1,4 @@
-"""Read from a loss function's signature which inputs, options and moving averages it needs."""
+"""Loss: a loss function, with the inputs, options and moving averages that its signature declares."""
 
 import difflib
 import functools
@@ -52,7 +52,7 @@ class Result(NamedTuple):
 class Loss:
     """A loss function, and the inputs and options that its signature declares.
 
-    Its parameters are, by their names,
+    A parameter's name decides what it is:
 
     - inputs, tensors of shape (batch_size,): `policy_chosen_logps`, `policy_rejected_logps`, `reference_chosen_logps`,
       `reference_rejected_logps` (log-probabilities of whole responses, in nats) and `chosen_lengths`,
@@ -62,14 +62,14 @@ class Loss:
     - inputs of shape (), for the whole batch: `kl_estimate`, the policy's KL divergence from the reference (nats, at
       least 0), and `mean_chosen_length`, the mean of `chosen_lengths`;
     - `memory`, a `Memory` of moving averages; it needs the whole batch;
-    - options, all others: `loss.NAME` in the config, with the type, range (`Range`, `OneOf`) and default of the
-      annotation. With an option `reference_free` set to true, no reference is loaded and its log-probabilities are
-      zeros.
+    - all others are options: `loss.NAME` in the config, with the type and range (`Range`, `OneOf`) of the annotation
+      and the parameter's default. If an option `reference_free` is true, no reference is loaded, and its
+      log-probabilities are zeros.
 
-    Modifiers (`objectives.modifiers`) are further options, of every loss that they fit.
+    Every loss also has the options of those modifiers (`objectives.modifiers`) that fit it.
 
-    It returns the losses, or a tuple of losses, chosen rewards and rejected rewards; each of shape (batch_size,). No
-    gradient passes through the rewards.
+    The function returns the losses, or a tuple of losses, chosen rewards and rejected rewards, each of shape
+    (batch_size,). No gradient passes through the rewards.
 
     Raises: TypeError if the signature declares something else.
     """
@@ -78,12 +78,12 @@ class Loss:
         """Read the signature.
 
         Args:
-            unpaired: the loss takes unpaired data: it doesn't matter which responses form a pair.
+            unpaired: the loss accepts unpaired data, because it doesn't matter which responses form a pair.
             of_margin: the loss depends only on the difference of the two log-ratios.
         """
         self.function, self.accepts_unpaired = function, unpaired
         self._name = getattr(getattr(function, "func", function), "__name__", str(function))
-        # arguments that functools.partial has set are no options
+        # arguments that functools.partial sets aren't options
         given = function.keywords if isinstance(function, functools.partial) else {}
         hints = typing.get_type_hints(getattr(function, "func", function), include_extras=True)
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in given]
@@ -92,10 +92,8 @@ class Loss:
         unknown = [name for name, alike in misspelled.items() if name not in _INPUTS and (alike or name in self.inputs)]
         if unknown or not self.inputs:
             alike = [f" Did you mean {names[0]}?" for names in map(misspelled.get, unknown) if names][:1]
-            raise TypeError(
-                f"{self._name}: unknown inputs {sorted(unknown)}, or none.{''.join(alike)} "
-                f"There are {', '.join(_INPUTS)}"
-            )
+            problem = f"unknown inputs {sorted(unknown)}" if unknown else "it has no inputs"
+            raise TypeError(f"{self._name}: {problem}.{''.join(alike)} There are {', '.join(_INPUTS)}")
         self.options = {p.name: read_option(p, hints.get(p.name)) for p in parameters if p.name not in self.inputs}
         self._own_options = tuple(self.options)
         self.takes_kl_estimate = KL_ESTIMATE in self.inputs
@@ -107,7 +105,7 @@ class Loss:
         self.needs_pairs = any("rejected" in name for name in self.inputs)
         self._compares = any(name.startswith("reference_") for name in self.inputs)
         if self._compares and not self.needs_pairs:
-            raise TypeError(f"{self._name}: references are of pairs; take policy_rejected_logps, too")
+            raise TypeError(f"{self._name}: a loss with a reference needs pairs: take policy_rejected_logps, too")
         if MEMORY in self.inputs and not self.takes_whole_batch:
             raise TypeError(f"{self._name}: memory holds averages over whole batches; annotate inputs with WholeBatch")
         if not takes_lengths and not self.takes_kl_estimate:
@@ -162,8 +160,3 @@ class Loss:
             f"{self._name} {problem}; return the losses, or losses, chosen rewards and rejected rewards: tensors with "
             "one value for each example"
         )
-
-    def __call__(self, inputs: dict, loss_config) -> tuple[torch.Tensor, ...]:
-        """Return the losses, or losses, chosen rewards and rejected rewards."""
-        result = self.compute(inputs, loss_config)
-        return result.losses, *result.rewards

@@ -1,9 +1,9 @@
-"""Modifiers: options that change the inputs of any fitting loss. All are off by default; they apply in this order.
+"""Modifiers: options that change the inputs of a loss. All are off by default; they are applied in this order:
 
-- `ld_alpha`, LD-DPO (https://arxiv.org/abs/2409.06411): tokens beyond the length of the shorter response count α times;
+- `ld_alpha`, LD-DPO (https://arxiv.org/abs/2409.06411): tokens beyond the shorter response's length weigh α;
 - `average_log_prob`: log-probabilities are means over a response's tokens;
-- `wpo`, WPO (https://arxiv.org/abs/2406.11827): pairs that the policy itself would hardly give count less;
-- `f_divergence`, f-DPO (https://arxiv.org/abs/2309.16240): another divergence than the reverse KL regularizes.
+- `wpo`, WPO (https://arxiv.org/abs/2406.11827): pairs that the policy itself would hardly generate count less;
+- `f_divergence`, f-DPO (https://arxiv.org/abs/2309.16240): regularizes by another divergence than the reverse KL.
 """
 
 import math
@@ -28,7 +28,7 @@ def options(of_pairs: bool, of_batch: bool, of_margin: bool) -> dict[str, Option
     """Return the modifiers that fit a loss of log-probabilities alone.
 
     Args:
-        of_batch: the loss needs the whole batch; so its pairs can't be weighted one by one.
+        of_batch: the loss needs the whole batch, so its pairs can't be weighted one by one.
         of_margin: the loss depends only on the difference of the two log-ratios.
     """
     of_each_pair = WEIGHTED if of_pairs and not of_batch else {}

@@ -1,4 +1,4 @@
-"""The options of a loss: their types, ranges and defaults, as its signature declares them."""
+"""Options of a loss, whose types, ranges and defaults are read from its signature."""
 
 import inspect
 import typing

@@ -1,6 +1,6 @@
-"""Losses that need the whole batch: they sort it, average it, or update a moving average by it.
+"""Losses that need the whole batch: they sort it, average it, or update a moving average with it.
 
-The trainers give them the pairs of all microbatches and workers, so that the result depends on neither.
+Their inputs hold the pairs of all microbatches and workers, so the result doesn't depend on how a batch is divided.
 """
 
 import torch
@@ -22,9 +22,9 @@ def aot_loss(
     reference_rejected_logps: WholeBatch,
     beta: Positive = 0.1,
 ) -> Outputs:
-    """AOT on pairs (https://arxiv.org/abs/2406.05882): margins dominate those of the reference, as distributions.
+    """AOT on pairs (https://arxiv.org/abs/2406.05882): the distribution of margins shall dominate the reference's.
 
-    -log σ(β (m₍ᵢ₎ - m_ref₍ᵢ₎)): the i-th smallest margin log π(chosen) - log π(rejected) against the reference's i-th.
+    -log σ(β (m₍ᵢ₎ - m_ref₍ᵢ₎)), where m₍ᵢ₎ is the batch's i-th smallest margin log π(chosen) - log π(rejected).
     """
     margins = policy_chosen_logps - policy_rejected_logps
     reference_margins = reference_chosen_logps - reference_rejected_logps
@@ -41,9 +41,9 @@ def aot_unpaired_loss(
     reference_rejected_logps: WholeBatch,
     beta: Positive = 0.1,
 ) -> Outputs:
-    """AOT on single responses (https://arxiv.org/abs/2406.05882): chosen log-ratios dominate the rejected ones.
+    """AOT on single responses (https://arxiv.org/abs/2406.05882): chosen log-ratios shall dominate the rejected ones.
 
-    -log σ(β (r(chosen)₍ᵢ₎ - r(rejected)₍ᵢ₎)): the i-th smallest of the one against the i-th smallest of the other.
+    -log σ(β (r(chosen)₍ᵢ₎ - r(rejected)₍ᵢ₎)), where r(chosen)₍ᵢ₎ is the i-th smallest log-ratio of chosen responses.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -52,7 +52,7 @@ def aot_unpaired_loss(
 
 
 def _same_rank(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return, for each value, the one of the others with the same rank: for the third smallest the third smallest."""
+    """Return, for each value, the entry of `others` that has the same rank."""
     return others.sort().values[values.argsort().argsort()]
 
 
@@ -67,8 +67,8 @@ def bco_loss(
 ) -> Outputs:
     """BCO (https://arxiv.org/abs/2404.04656): the reward is the logit of a classifier of good and bad responses.
 
-    -log σ(r(chosen) - δ) - log σ(-(r(rejected) - δ)), r being β times a log-ratio. The reward shift δ, the mean of the
-    rewards of both, is a moving average over batches.
+    -log σ(R(chosen) - δ) - log σ(δ - R(rejected)), where R is the reward, β times a log-ratio. The reward shift δ is a
+    moving average, over batches, of the mean reward of all responses.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -87,10 +87,10 @@ def beta_dpo_loss(
     sensitivity: NonNegative = 0.6,
     momentum: Momentum = 0.9,
 ) -> Outputs:
-    """β-DPO (https://arxiv.org/abs/2407.08639): batches that are told apart more easily than usual get a larger β.
+    """β-DPO (https://arxiv.org/abs/2407.08639): batches with a larger margin than usual get a larger β.
 
-    -log σ(β h), β = (1 + α (M - M₀)) β₀, at least β₀ / 100: M is the batch's mean reward margin β₀ h, M₀ its moving
-    average over batches, α the `sensitivity`, β₀ the option `beta`. The paper's filter of outliers isn't included.
+    -log σ(β h), where β = (1 + α (M - M₀)) β₀, at least β₀ / 100. M is the batch's mean reward margin β₀ h, M₀ the
+    moving average of M, α the option `sensitivity`, β₀ the option `beta`. The paper's filter of outliers is left out.
     """
     logratios = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
     margins = logratios[0] - logratios[1]

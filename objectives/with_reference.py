@@ -1,6 +1,7 @@
 """Losses of preference pairs that compare the policy with a reference.
 
-h is the log-ratio of the chosen response less that of the rejected; a reward is β times a log-ratio, as DPO's.
+In the formulas, r is a response's log-ratio, log π(y|x) - log π_ref(y|x), and h = r(chosen) - r(rejected). Rewards are
+β r, as in DPO, unless a loss says otherwise.
 """
 
 import math
@@ -21,9 +22,9 @@ def robust_dpo_loss(
     beta: Positive = 0.1,
     label_smoothing: FlipProbability = 0.1,
 ) -> Outputs:
-    """Robust DPO (https://arxiv.org/abs/2403.00409): unbiased where labels are flipped with probability ε.
+    """Robust DPO (https://arxiv.org/abs/2403.00409): unbiased if labels are flipped with probability ε.
 
-    ((1 - ε) ℓ(h) - ε ℓ(-h)) / (1 - 2ε), with ℓ(h) = -log σ(βh). It has no lower bound.
+    ((1 - ε) ℓ(h) - ε ℓ(-h)) / (1 - 2ε), where ℓ(h) = -log σ(βh) and ε is `label_smoothing`. It has no lower bound.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -43,8 +44,8 @@ def hinge_loss(
 ) -> Outputs:
     """The hinge of SLiC (https://arxiv.org/abs/2305.10425): max(0, δ - βh).
 
-    With `reference_free` and β = 1 it is the calibration term of Eq. 1 there; beside a reference, that of
-    https://arxiv.org/abs/2309.06657.
+    With `reference_free` and β = 1 it is the calibration term of Eq. 1 there; with a reference, the hinge loss of RSO
+    (https://arxiv.org/abs/2309.06657).
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -60,9 +61,9 @@ def dpop_loss(
     beta: Positive = 0.3,
     penalty: NonNegative = 50.0,
 ) -> Outputs:
-    """DPO-Positive (https://arxiv.org/abs/2402.13228): a chosen response may not become less likely than it was.
+    """DPO-Positive (https://arxiv.org/abs/2402.13228): penalizes a chosen response that becomes less likely.
 
-    -log σ(β (h - λ max(0, log π_ref(chosen) - log π(chosen)))), λ being `penalty`.
+    -log σ(β (h - λ max(0, -r(chosen)))), where λ is `penalty`.
     """
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
@@ -79,9 +80,9 @@ def dpo_nll_loss(
     beta: Positive = 0.1,
     nll_weight: NonNegative = 1.0,
 ) -> Outputs:
-    """DPO with the negative log-likelihood of the chosen response, as in iterative RPO (arXiv 2404.19733).
+    """DPO plus the negative log-likelihood of the chosen response, as in iterative RPO (arXiv 2404.19733).
 
-    -log σ(βh) - α log π(chosen) / |chosen|, α being `nll_weight`; lengths are those of the response alone.
+    -log σ(βh) - α log π(chosen) / |chosen|, where α is `nll_weight` and |chosen| counts the tokens of the response.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -99,9 +100,10 @@ def length_dpo_loss(
     beta: Positive = 0.1,
     length_penalty: NonNegative = 0.01,
 ) -> Outputs:
-    """Length-regularised DPO, R-DPO (https://arxiv.org/abs/2403.19159): a token costs α (`length_penalty`) of reward.
+    """Length-regularised DPO, R-DPO (https://arxiv.org/abs/2403.19159): each token costs a reward of α.
 
-    -log σ(βh + α (|chosen| - |rejected|)): the part of a preference that length explains is not learnt.
+    -log σ(βh + α (|chosen| - |rejected|)), where α is `length_penalty`. The policy then doesn't learn the part of a
+    preference that length explains.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -118,9 +120,9 @@ def exo_loss(
     beta: Positive = 0.1,
     label_smoothing: Annotated[float, Range(above=0, below=0.5)] = 0.001,
 ) -> Outputs:
-    """EXO on preferences (https://arxiv.org/abs/2402.00856): the reverse KL from the labels, (1 - ε, ε), to the policy.
+    """EXO on preferences (https://arxiv.org/abs/2402.00856): KL(policy ‖ labels), the labels being (1 - ε, ε).
 
-    Eq. 16 with two responses: with p = σ(βh), p log(p / (1 - ε)) + (1 - p) log((1 - p) / ε).
+    Eq. 16 for two responses: p log(p / (1 - ε)) + (1 - p) log((1 - p) / ε), where p = σ(βh).
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -138,10 +140,10 @@ def chi_po_loss(
     beta: Positive = 0.1,
     max_reward: Positive = 10.0,
 ) -> Outputs:
-    """χPO (https://arxiv.org/abs/2407.13399): DPO with the link φ(z) = z + log z, of z = π / π_ref, in place of log z.
+    """χPO (https://arxiv.org/abs/2407.13399): DPO with φ(z) = z + log z in place of log z, where z = π / π_ref.
 
-    Algorithm 1: -log σ(clip(β φ(z chosen) - β φ(z rejected), ±2 R)), R being `max_reward`, for which the paper has no
-    default. A ratio above e²⁰ counts as that, so that no exponential overflows. The rewards are β φ(z).
+    Algorithm 1: -log σ(clip(β φ(z chosen) - β φ(z rejected), ±2 R)), where R is `max_reward`; the paper gives no
+    default. In the term z, ratios are capped at e²⁰, so that no exponential overflows. Rewards are β φ(z).
     """
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
@@ -163,9 +165,9 @@ def kto_loss(
 ) -> Outputs:
     """KTO (https://arxiv.org/abs/2402.01306): chosen responses are desirable, rejected ones undesirable.
 
-    Eq. 8: λ_D (1 - σ(β (r - z₀))) for a desirable, λ_U (1 - σ(β (z₀ - r))) for an undesirable response, where r is the
-    log-ratio of policy and reference and z₀, `kl_estimate`, the batch's estimate of their KL divergence (nats, 0 or
-    more, without gradient). A pair's loss is the mean of its two.
+    Eq. 8: λ_D (1 - σ(β (r - z₀))) for a desirable response, λ_U (1 - σ(β (z₀ - r))) for an undesirable one. z₀ is
+    `kl_estimate`, the batch's estimate of the KL divergence of policy and reference (nats, at least 0, without
+    gradient). A pair's loss is the mean over its two responses.
     """
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
@@ -183,7 +185,7 @@ def apo_zero_loss(
 ) -> Outputs:
     """APO-zero (https://arxiv.org/abs/2408.06266): chosen responses become likelier, rejected ones less likely.
 
-    Eq. 7: 1 - σ(β r(chosen)) + σ(β r(rejected)), r being a response's log-ratio.
+    Eq. 7: 1 - σ(β r(chosen)) + σ(β r(rejected)).
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -198,9 +200,9 @@ def apo_down_loss(
     reference_rejected_logps: torch.Tensor,
     beta: Positive = 0.1,
 ) -> Outputs:
-    """APO-down (https://arxiv.org/abs/2408.06266): both become less likely, rejected responses more so.
+    """APO-down (https://arxiv.org/abs/2408.06266): both responses become less likely, the rejected one more so.
 
-    Eq. 8: σ(β r(chosen)) + 1 - σ(β (r(chosen) - r(rejected))), for a model better than the chosen responses.
+    Eq. 8: σ(β r(chosen)) + 1 - σ(βh). For data whose chosen responses are worse than the model's own.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
@@ -215,7 +217,7 @@ def nca_loss(
     reference_rejected_logps: torch.Tensor,
     beta: Positive = 0.1,
 ) -> Outputs:
-    """NCA on pairs (https://arxiv.org/abs/2402.05369): the likelihood of the chosen response itself matters.
+    """NCA on pairs (https://arxiv.org/abs/2402.05369): keeps the chosen response's likelihood from falling.
 
     -log σ(β r(chosen)) - ½ log σ(-β r(chosen)) - ½ log σ(-β r(rejected)).
     """
@@ -232,10 +234,10 @@ def sppo_loss(
     reference_rejected_logps: torch.Tensor,
     beta: Positive = 0.1,
 ) -> Outputs:
-    """SPPO with hard labels (https://arxiv.org/abs/2405.00675): the log-ratio of each response goes to ±1/(2β).
+    """SPPO with hard labels (https://arxiv.org/abs/2405.00675): regresses log-ratios to 1/(2β) and -1/(2β).
 
-    (r(chosen) - 1/(2β))² + (r(rejected) + 1/(2β))²: Eq. 4.7 with η = 1/β, the chosen response winning with probability
-    1 and the rejected one with 0.
+    (r(chosen) - 1/(2β))² + (r(rejected) + 1/(2β))²: Eq. 4.7 with η = 1/β, if the chosen response wins with
+    probability 1.
     """
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
@@ -251,14 +253,14 @@ def discopop_loss(
     beta: Positive = 0.05,
     tau: Annotated[float, Range(above=0, below=1)] = 0.05,
 ) -> Outputs:
-    """DiscoPOP, the log-ratio modulated loss that a language model found (https://arxiv.org/abs/2406.08414).
+    """DiscoPOP (https://arxiv.org/abs/2406.08414): the log-ratio modulated loss, which a language model proposed.
 
     Eq. 5: (1 - σ(βh/τ)) (-log σ(βh)) + σ(βh/τ) e^-βh.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     margins = chosen_rewards - rejected_rewards
-    exponential = (F.logsigmoid(margins / tau) - margins).exp()  # the product in one exponent, which can't overflow
+    exponential = (F.logsigmoid(margins / tau) - margins).exp()  # σ(βh/τ) e^-βh as one exponential can't overflow
     losses = torch.sigmoid(-margins / tau) * -F.logsigmoid(margins) + exponential
     return losses, chosen_rewards, rejected_rewards
 
@@ -272,9 +274,9 @@ def dpo_norm_loss(
     rejected_lengths: torch.Tensor,
     beta: Positive = 5.0,
 ) -> Outputs:
-    """Length-normalized DPO, Tülu 3's (https://arxiv.org/abs/2411.15124): log-ratios are means over tokens.
+    """Length-normalized DPO, as in Tülu 3 (https://arxiv.org/abs/2411.15124): log-ratios are means over tokens.
 
-    -log σ(β r(chosen) / |chosen| - β r(rejected) / |rejected|). It is `dpo` with `average_log_prob` and a larger β.
+    -log σ(β r(chosen) / |chosen| - β r(rejected) / |rejected|). The same as `dpo` with `average_log_prob` and larger β.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps) / chosen_lengths
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps) / rejected_lengths

@@ -34,10 +34,10 @@ def orpo_loss(
     rejected_lengths: torch.Tensor,
     beta: NonNegative = 0.1,
 ) -> Outputs:
-    """ORPO (https://arxiv.org/abs/2403.07691): SFT on the chosen response and, weighed by λ (`beta`), the odds ratio.
+    """ORPO (https://arxiv.org/abs/2403.07691): SFT on the chosen response, plus a loss of the odds ratio.
 
-    Eq. 6 and 7: -log P(chosen) - λ log σ(log odds(chosen) - log odds(rejected)), where log P is the mean
-    log-probability of a token and odds = P / (1 - P). The rewards are λ log odds.
+    Eq. 6 and 7: -log P(chosen) - λ log σ(log odds(chosen) - log odds(rejected)), where λ is `beta`, log P the
+    mean log-probability of a token, and odds = P / (1 - P). Rewards are λ log odds.
     """
     chosen_logps, rejected_logps = policy_chosen_logps / chosen_lengths, policy_rejected_logps / rejected_lengths
     chosen_odds, rejected_odds = (logps - _log_one_minus_exp(logps) for logps in (chosen_logps, rejected_logps))
@@ -46,9 +46,9 @@ def orpo_loss(
 
 
 def _log_one_minus_exp(logps: torch.Tensor) -> torch.Tensor:
-    """Return log(1 - e^x) of x < 0 without loss of digits; x is clamped to at most -1e-7, as odds are infinite at 0."""
+    """Return log(1 - e^x) for x < 0 without loss of digits; x is clamped to -1e-7, because odds are infinite at 0."""
     logps = logps.clamp(max=-1e-7)
-    # where a branch isn't taken it is computed at a harmless value, or its gradient would not be finite
+    # `where` also computes the branch not taken; a harmless input there keeps its gradient finite
     is_near_zero = logps > -math.log(2)
     near = torch.where(is_near_zero, logps, -1.0)
     far = torch.where(is_near_zero, -1.0, logps)
@@ -61,9 +61,9 @@ def cpo_loss(
     beta: Positive = 0.1,
     nll_weight: NonNegative = 1.0,
 ) -> Outputs:
-    """CPO (https://arxiv.org/abs/2401.08417): DPO under a uniform reference, and SFT on the chosen response.
+    """CPO (https://arxiv.org/abs/2401.08417): DPO with a uniform reference, plus SFT on the chosen response.
 
-    -log σ(β log π(chosen) - β log π(rejected)) - log π(chosen); `nll_weight` (1) weighs the second term.
+    -log σ(β log π(chosen) - β log π(rejected)) - log π(chosen); `nll_weight` (1) multiplies the second term.
     """
     chosen_rewards, rejected_rewards = beta * policy_chosen_logps, beta * policy_rejected_logps
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards) - nll_weight * policy_chosen_logps

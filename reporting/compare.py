@@ -1,7 +1,7 @@
 """Compare runs in a table: `python -m reporting.compare RUN [RUN ...]`; RUN: a run or sweep directory, or a pattern.
 
 Each run has a row: the keys that tell it apart, its last evaluation, and its best one by the metric that sorts the
-rows. Figures are means over the evaluation examples ± their standard errors. Columns marked * can't be compared.
+rows. Numbers are means over the evaluation examples ± their standard errors. Columns marked * can't be compared.
 """
 
 if __name__ == "__main__":  # first, as the other imports take seconds
@@ -12,6 +12,7 @@ if __name__ == "__main__":  # first, as the other imports take seconds
 import argparse
 import csv
 import io
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from reporting.metric_names import ACCURACY, KL, LOSS, MARGIN, larger_is_better
 from reporting.runs import NoRuns, Run, differing_keys, find_runs, short_values, telling_keys
 from reporting.terminal import LOG_FILE_WIDTH, aligned, width, wrapped
 
-METRICS = (ACCURACY, LOSS, MARGIN, "nll_eval/chosen", "logratios_eval/chosen", KL)  # as far as measured
+METRICS = (ACCURACY, LOSS, MARGIN, "nll_eval/chosen", "logratios_eval/chosen", KL)  # shown if measured
 _SHORT = {ACCURACY: "accuracy", LOSS: "loss", MARGIN: "margin", "nll_eval/chosen": "nll/token",
           "logratios_eval/chosen": "chosen log-ratio", KL: "KL/token"}  # fmt: skip
 # metrics on the loss's own scale: DPO's margins grow with β, and different losses measure different things
@@ -38,7 +39,8 @@ class Comparison:
 
     runs: list[Run]  # in the order of their rows
     keys: list[str]  # in which they differ
-    metrics: list[str]  # shown
+    measured: list[str]  # all metrics of their last evaluations
+    metrics: list[str]  # those shown in tables
     sorted_by: str
 
     def incomparable(self, metric: str) -> bool:
@@ -47,8 +49,12 @@ class Comparison:
             return True
         return metric.startswith(_SCALED) and any(key.startswith("loss.") for key in self.keys)
 
+    def heading(self, metric: str) -> str:
+        """Return the heading of a metric's column."""
+        return f"{_SHORT.get(metric, metric)}{'*' * self.incomparable(metric)}"
+
     def best(self, run: Run) -> dict[str, float]:
-        """Return a run's best evaluation by the metric that sorts the rows, leaving out the one before training."""
+        """Return a run's best evaluation since training began, by the metric that sorts the rows; {} if none."""
         trained = [line for line in run.eval if line["counters/examples"] > 0 and self.sorted_by in line]
         pick = max if larger_is_better(self.sorted_by) else min
         return pick(trained, key=lambda line: line[self.sorted_by], default={})
@@ -76,36 +82,35 @@ def compare(runs: list[Run], sort: str | None = None) -> Comparison:
     runs = [run for run in runs if any(line["counters/examples"] > 0 for line in run.eval)]
     if not runs:
         raise NoRuns("none of these runs has been evaluated since it began to train")
-    measured = dict.fromkeys(name for run in runs for name in run.eval[-1] if "/" in name)
+    measured = list(dict.fromkeys(name for run in runs for name in run.eval[-1] if "/" in name))
     sort = sort or (ACCURACY if ACCURACY in measured else LOSS)
     if sort not in measured:
         raise NoRuns(f"--sort {sort}: no such metric. There are: {', '.join(measured)}")
     metrics = [name for name in dict.fromkeys((*METRICS, sort)) if name in measured]
-    comparison = Comparison(runs, differing_keys(runs), metrics, sort)
-    sign = -1 if larger_is_better(sort) else 1
-    runs.sort(key=lambda run: sign * comparison.best(run).get(sort, sign * float("inf")))
+    comparison = Comparison(runs, differing_keys(runs), measured, metrics, sort)
+    worst = -math.inf if larger_is_better(sort) else math.inf  # of a run without this metric
+    runs.sort(key=lambda run: comparison.best(run).get(sort, worst), reverse=larger_is_better(sort))
     return comparison
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def columns(comparison: Comparison) -> dict[str, list[str]]:
-    """Return the table's columns by their headings."""
-    marked = {name: f"{_SHORT.get(name, name)}{'*' * comparison.incomparable(name)}" for name in comparison.metrics}
+def columns(comparison: Comparison, metrics: list[str]) -> dict[str, list[str]]:
+    """Return the table's columns by their headings; of the last evaluations only these metrics."""
     runs, sort = comparison.runs, comparison.sorted_by
     table = {"run": [_cut(os.path.basename(os.path.abspath(run.directory))) for run in runs]}
     table |= {key: short_values([run.config.get(key) for run in runs]) for key in telling_keys(runs)}
     table["examples"] = [str(run.eval[-1]["counters/examples"]) for run in runs]
-    table |= {heading: [_mean_and_error(run.eval[-1], name) for run in runs] for name, heading in marked.items()}
+    table |= {comparison.heading(name): [_mean_and_error(run.eval[-1], name) for run in runs] for name in metrics}
     best = [comparison.best(run) for run in runs]
-    table[f"best {marked[sort]}"] = [_mean_and_error(line, sort) for line in best]
+    table[f"best {comparison.heading(sort)}"] = [_mean_and_error(line, sort) for line in best]
     table["at"] = [str(line.get("counters/examples", "-")) for line in best]
     return table
 
 
 def _cut(name: str) -> str:
-    """Return a directory's name, or its beginning and end if it is long."""
+    """Shorten a directory's name to its beginning and end if it is long."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2 - 1]}…{name[-_LONGEST_NAME // 2 :]}"
 
 
@@ -119,23 +124,20 @@ def _mean_and_error(line: dict[str, float], name: str) -> str:
 
 def as_text(comparison: Comparison) -> str:
     """Return the table in aligned columns, as many of them as fit on a line."""
-    table, left_out = columns(comparison), []
-    for name in reversed(comparison.metrics):
-        if _width(table) <= max(width(), LOG_FILE_WIDTH):
-            break
-        if name != comparison.sorted_by:
-            heading = next(heading for heading in table if heading.rstrip("*") == _SHORT.get(name, name))
-            left_out.insert(0, heading)
-            del table[heading]
+    shown, left_out = list(comparison.metrics), []
+    removable = [name for name in comparison.metrics if name != comparison.sorted_by]
+    while removable and _width(columns(comparison, shown)) > max(width(), LOG_FILE_WIDTH):
+        shown.remove(name := removable.pop())
+        left_out.insert(0, comparison.heading(name))
     notes = comparison.notes()
     if left_out:
         notes.append(f"Not shown, as the line would be too long: {', '.join(left_out)}; --format csv has them")
-    return "\n".join([aligned(_rows(table)), *map(wrapped, notes)])
+    return "\n".join([aligned(_rows(columns(comparison, shown))), *map(wrapped, notes)])
 
 
 def as_markdown(comparison: Comparison) -> str:
     """Return the table in Markdown."""
-    header, *rows = ([markdown(cell) for cell in row] for row in _rows(columns(comparison)))
+    header, *rows = ([markdown(cell) for cell in row] for row in _rows(columns(comparison, comparison.metrics)))
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
         [*(f"| {' | '.join(line)} |" for line in lines), *(f"\n{markdown(n)}" for n in comparison.notes())]
@@ -147,14 +149,16 @@ def _rows(table: dict[str, list[str]]) -> list[list[str]]:
 
 
 def _width(table: dict[str, list[str]]) -> int:
-    """Return the columns of a terminal that the table takes."""
+    """Return the table's width in characters."""
     return sum(max(map(len, (heading, *cells))) + 2 for heading, cells in table.items()) - 2
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return all keys and numbers in full, under the names of metrics.jsonl: `final/...` and `best/...`."""
-    file = io.StringIO()
-    measured = list(dict.fromkeys(name for run in comparison.runs for name in run.eval[-1] if "/" in name))
+    """Return a CSV table with all differing keys and unrounded numbers.
+
+    The columns of numbers are named `final/` or `best/` and the metric's name in metrics.jsonl.
+    """
+    file, measured = io.StringIO(), comparison.measured
     columns = ["run", *comparison.keys, *(f"{which}/{name}" for which in ("final", "best") for name in measured)]
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()

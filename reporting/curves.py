@@ -16,7 +16,7 @@ import sys
 from basics.errors import UserError
 from basics.files import atomic_file
 from basics.interrupts import interrupts_reported
-from basics.outputs import PICTURE_OF, Output, check_outputs, picture
+from basics.outputs import PICTURE_OF, Output, check_outputs, refuse_unless_picture
 from basics.printing import printable
 from reporting.runs import NoRuns, Run, find_runs
 
@@ -77,13 +77,13 @@ def draw(runs: list[Run], path: str):
         save_figure(figure, path)
 
 
-def plain(label: str) -> str:
-    """Escape the dollar signs in a label: matplotlib reads text between two of them as mathematics."""
+def escaped(label: str) -> str:
+    """Escape a label's dollar signs; matplotlib would read the text between two of them as mathematics."""
     return printable(label).replace("$", r"\$")
 
 
 def legend_columns(runs: list[Run]) -> int:
-    """Return how many columns of the runs' labels fit beside the other legend."""
+    """Return the number of columns of the runs' legend that fit beside the other legend."""
     return max(1, _LEGEND_CHARACTERS // (max(len(run.label) for run in runs) + 6)) if len(runs) > 4 else 1
 
 
@@ -104,7 +104,7 @@ def _series(run: Run, key: str, split: str) -> list[tuple[float, float]]:
     if split == "eval" and name == key:  # a metric of training only
         return []
     lines = [line for line in getattr(run, split) if name in line]
-    if "accuracies" in key:  # where most pairs are ties an accuracy would mislead
+    if "accuracies" in key:  # accuracies are left out where most pairs are ties, as they would mislead
         lines = [line for line in lines if line.get(f"rewards_{split}/ties", 0) < 0.5]
     return [(line["counters/examples"], line[name]) for line in lines]
 
@@ -160,16 +160,16 @@ def colors(n: int) -> list:
 def _draw_legend(figure, runs: list[Run]):
     from matplotlib.lines import Line2D
 
-    how = [
+    line_styles = [
         Line2D([], [], color="gray", alpha=0.3, linewidth=0.8, label="training, each step"),
         Line2D([], [], color="gray", linewidth=1.1, label="training, smoothed"),
         Line2D([], [], color="gray", marker="o", markersize=4, linewidth=1.6, label="evaluation ± 2 standard errors"),
     ]
-    which = [Line2D([], [], color=c, linewidth=3, label=plain(run.label))
-             for run, c in zip(runs, colors(len(runs)), strict=True)]  # fmt: skip
+    run_colors = [Line2D([], [], color=c, linewidth=3, label=escaped(run.label))
+                  for run, c in zip(runs, colors(len(runs)), strict=True)]  # fmt: skip
     n_columns = legend_columns(runs)
-    figure.legend(handles=which, loc="outside upper left", ncols=n_columns, frameon=False, fontsize=10)
-    figure.legend(handles=how, loc="outside upper right", ncols=3 if len(runs) == 1 else 1, frameon=False)
+    figure.legend(handles=run_colors, loc="outside upper left", ncols=n_columns, frameon=False, fontsize=10)
+    figure.legend(handles=line_styles, loc="outside upper right", ncols=3 if len(runs) == 1 else 1, frameon=False)
 
 
 def main(words: list[str]) -> str | None:
@@ -183,7 +183,7 @@ def main(words: list[str]) -> str | None:
     try:
         runs = find_runs(args.runs)
         path = args.output or (os.path.join(runs[0].directory, "curves.png") if len(runs) == 1 else "curves.png")
-        check_outputs([Output("--output", path, picture)])
+        check_outputs([Output("--output", path, refuse_unless_picture)])
         draw(runs, path)
     except (NoRuns, UserError, OSError) as error:
         return printable(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Draw `curves.png` in the run directory during training, in a process of its own: training never waits for it."""
+"""Draw `curves.png` in the run directory during training, in a separate process, so that training never waits."""
 
 import contextlib
 import importlib.util
@@ -13,9 +13,9 @@ from tqdm import tqdm
 from reporting.terminal import warning
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_SHARE = 0.02  # of the run's time, which drawing may take
+_SHARE = 0.02  # of the run's time that drawing may take
 _FIRST_AFTER = 100.0  # seconds of the run
-_LONGEST, _LONGEST_AFTER_FAILURE = 60, 5  # seconds to wait for the last picture; a stopped job has few
+_LONGEST, _LONGEST_AFTER_FAILURE = 60, 5  # seconds to wait for the last picture; a stopped job may be killed soon
 
 
 class CurvesDrawer:
@@ -25,12 +25,12 @@ class CurvesDrawer:
         self.run_dir = os.path.abspath(run_dir)
         self.process: subprocess.Popen | None = None
         self.started, self.next_start = 0.0, time.monotonic() + _FIRST_AFTER
-        self.is_due, self.works = False, importlib.util.find_spec("matplotlib") is not None
-        if not self.works:
+        self.is_due, self.can_draw = False, importlib.util.find_spec("matplotlib") is not None
+        if not self.can_draw:
             tqdm.write("No curves.png, as matplotlib is not installed: pip install matplotlib, or pass curves=false")
 
     def notice(self, is_evaluation: bool):
-        """Note a step or an evaluation; start drawing if it is time to. This returns at once."""
+        """Note a step or an evaluation; start drawing if it is time. Return at once."""
         self.is_due |= is_evaluation
         if self.process is not None and self.process.poll() is not None:
             self._reap()
@@ -38,7 +38,7 @@ class CurvesDrawer:
             self._draw()
 
     def finish(self, failed: bool = False):
-        """Draw the last picture and wait for it, but only briefly if the run `failed` or was stopped."""
+        """Draw the last picture and wait for it; if the run `failed` or was stopped, wait only briefly."""
         longest = _LONGEST_AFTER_FAILURE if failed else _LONGEST
         self._wait(longest)
         self._draw()
@@ -46,7 +46,7 @@ class CurvesDrawer:
 
     def _draw(self):
         self.is_due = False
-        if not self.works:
+        if not self.can_draw:
             return
         self.started = time.monotonic()
         paths = os.pathsep.join([str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -76,6 +76,7 @@ class CurvesDrawer:
         self._reap()
 
     def _reap(self):
+        """Choose the next start from the time that the finished process took; stop drawing if it failed."""
         now = time.monotonic()
         self.next_start = now + (now - self.started) / _SHARE
         message = self.process.stderr.read().decode(errors="replace").strip().splitlines()
@@ -85,5 +86,5 @@ class CurvesDrawer:
         self.process = None
 
     def _give_up(self, why: str):
-        self.works = False
-        tqdm.write(warning(f"curves.png can't be drawn, and won't be in this run: {why[:300]}"))
+        self.can_draw = False
+        tqdm.write(warning(f"curves.png can't be drawn, and won't be tried again in this run: {why[:300]}"))

@@ -2,8 +2,8 @@
 
 SUMMARY is a file that judge.py wrote on samples of one checkpoint at temperature 1, with their mean score or their win
 rate. The picture has a line for each run, through its checkpoints, with 95 % intervals (figure 2, left, of
-https://arxiv.org/abs/2305.18290); the same numbers are printed as a table. KL(policy ‖ reference) is the mean over the
-samples of the policy's log-probability minus the reference's.
+https://arxiv.org/abs/2305.18290); the same numbers are printed as a table. KL(policy ‖ reference) is estimated as the
+mean of the samples' log-probability under the policy minus that under the reference.
 """
 
 if __name__ == "__main__":  # first, as the other imports take seconds

@@ -1,6 +1,6 @@
-"""Names of evaluation metrics, and whether each should rise; without torch, so that reports start at once.
+"""Names of evaluation metrics, and which should rise. It needs no torch, so that reports start at once.
 
-Training metrics have the same names with `train` for `eval`. They are computed in `metrics.py` (rewards, lengths),
+Training metrics are named alike, with `train` in place of `eval`. They are computed in `metrics.py` (rewards, lengths),
 `trainers.get_batch_metrics` (loss, log-probabilities) and `trainers.train_step` (gradient norm).
 """
 
@@ -19,7 +19,7 @@ WITH_ERRORS = (LOSS, ACCURACY, MARGIN, "nll_eval/chosen", "logratios_eval/chosen
 
 
 def evaluation_metrics(loss: "Loss | Mix", config: "DictConfig") -> list[str]:
-    """Return the metrics of evaluations under this config, without standard errors."""
+    """Return the names of all evaluation metrics under this config, except standard errors."""
     sides = ("chosen", "rejected") if loss.needs_pairs else ("chosen",)
     of_sides = ["logps_eval", "nll_eval", "lengths_eval"]
     names = [LOSS] + ["aux_loss/eval"] * (config.model.router_aux_loss_coef is not None)

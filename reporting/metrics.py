@@ -16,7 +16,7 @@ TIE = 1e-5  # smaller differences of rewards are rounding noise: ties
 def mean_metrics(batches: list[dict[str, torch.Tensor]], n_examples: int | None = None) -> dict[str, float]:
     """Return the mean of each metric over the examples of several batches, on all workers.
 
-    Only here do metrics leave the device.
+    Metrics stay on the device until this function is called.
 
     Args:
         n_examples: the number of examples on all workers; from 2 on, the metrics in `WITH_ERRORS` get a standard error,
@@ -51,7 +51,7 @@ def reward_metrics(split: str, chosen_rewards: torch.Tensor, rejected_rewards: t
     }
 
 
-def response_metrics(split: str, inputs: dict[str, torch.Tensor], compares: bool) -> dict[str, torch.Tensor]:
+def response_metrics(split: str, inputs: dict[str, torch.Tensor], has_reference: bool) -> dict[str, torch.Tensor]:
     """Return metrics that can be compared across losses and settings: tensors of shape (batch_size,).
 
     `nll_*`: negative log-likelihood of a response per token. `lengths_*`: tokens in a response. `logratios_*`:
@@ -59,7 +59,7 @@ def response_metrics(split: str, inputs: dict[str, torch.Tensor], compares: bool
 
     Args:
         inputs: the loss's inputs: log-probabilities, summed over each response, and lengths.
-        compares: True if the inputs include the reference's log-probabilities.
+        has_reference: the inputs include the reference's log-probabilities.
     """
     metrics = {}
     for side in ("chosen", "rejected"):
@@ -67,7 +67,7 @@ def response_metrics(split: str, inputs: dict[str, torch.Tensor], compares: bool
             continue
         logps, lengths = inputs[f"policy_{side}_logps"].detach(), inputs[f"{side}_lengths"]
         metrics[f"nll_{split}/{side}"] = -logps / lengths.clamp(min=1)
-        if compares:
+        if has_reference:
             metrics[f"logratios_{split}/{side}"] = logps - inputs[f"reference_{side}_logps"].detach()
         metrics[f"lengths_{split}/{side}"] = lengths
     return metrics
@@ -93,8 +93,9 @@ def check_finite(where: str, prompts: list[str], config: DictConfig, metrics: di
     """Raise UserError if one of the numbers isn't finite.
 
     Args:
-        where: the step or evaluation, for the message; `prompts`, those of its batch.
-        metrics: their means show if the reference overflows.
+        where: the step or evaluation, for the message.
+        prompts: those of its batch.
+        metrics: the batch's means, which show whether the reference overflows.
     """
     if all(math.isfinite(number) for number in numbers.values()):
         return

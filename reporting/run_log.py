@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from basics.files import append_json_lines, sha256, write_errors_named
+from basics.printing import counted
 from reporting.drawing import CurvesDrawer
 from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, sample_lines, warning, wrapped
@@ -22,8 +23,8 @@ class RunLog:
     """Writes every step and evaluation to the run directory.
 
     At most every `minimum_log_interval_secs`, it prints a line with means over the steps since the line before, and
-    passes the last step's numbers to the trackers. The end of its `with` block ends the trackers' runs, after an
-    exception as failed.
+    passes the last step's numbers to the trackers. At the end of its `with` block the trackers' runs end, as failed
+    ones after an exception.
     """
 
     def __init__(self, config: DictConfig, run_dir: str, n_examples: int, epoch_size: int, state):
@@ -72,9 +73,12 @@ class RunLog:
         return {"wandb_run_id": self.trackers.wandb_run_id, "log_bytes": sizes, "log_sha256": digests}
 
     def log(self, split: str, metrics: dict[str, float], samples: list[dict]):
-        """Record one optimizer step or evaluation: `metrics` are batch means and counters.
+        """Record one optimizer step or evaluation.
 
-        `samples` are dicts with the keys 'model' (policy or reference), 'prompt', 'response' and 'sample' (both).
+        Args:
+            metrics: means, and counters.
+            samples: dicts with the keys 'model' (policy or reference), 'prompt', 'response' and 'sample' (prompt and
+                response).
         """
         examples = metrics["counters/examples"]
         append_json_lines(os.path.join(self.run_dir, "metrics.jsonl"), [{"split": split, **metrics}])
@@ -94,7 +98,7 @@ class RunLog:
             self.curves.notice(is_evaluation=split == "eval")
 
     def _training_lines(self, metrics: dict[str, float]) -> list[str]:
-        """Return the lines to print after a step; within the interval there are none, except after the first step."""
+        """Return the lines to print after a step: within the interval none, except after the first step."""
         seconds = self.batch_size / metrics["examples_per_second"]
         n_tokens = metrics["tokens_per_second"] * seconds
         self.n_steps, self.n_tokens, self.seconds = self.n_steps + 1, self.n_tokens + n_tokens, self.seconds + seconds
@@ -138,7 +142,7 @@ class RunLog:
         self.trackers.close(exit_code=int(failed))
         if self.n_steps and not failed:
             text = (
-                f"Trained on {n_examples:,} examples in {duration(self.seconds)} of steps: "
+                f"Trained on {counted(n_examples, 'example')} in {duration(self.seconds)} of steps: "
                 f"{number(n_examples / self.seconds)} per second, {self.n_tokens / self.n_steps:,.0f} tokens per step; "
                 f"peak memory: {peak_memory()}"
             )
@@ -148,7 +152,7 @@ class RunLog:
 
 
 def _cut_to_whole_lines(path: str):
-    """Drop an unfinished last line, or the next line would be appended to it."""
+    """Drop an unfinished last line, so that the next line isn't appended to it."""
     if os.path.exists(path):
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)

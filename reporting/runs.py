@@ -1,4 +1,4 @@
-"""Find runs on disk, read their metrics, and find the keys that tell them apart; without torch, to start at once."""
+"""Find runs on disk, read their metrics, and find the keys that tell them apart. It starts fast, without torch."""
 
 import contextlib
 import glob
@@ -10,8 +10,8 @@ from basics.files import read_json_lines
 from basics.printing import printable
 from basics.saved_config import flatten, read_saved_config
 
-# keys for a run's place and logging, which don't change what it computes
-_NOT_OF_THE_RUN = (
+# keys of paths and logging, which don't change a run's numbers
+_IGNORED_KEYS = (
     "local_run_dir", "local_dirs", "exp_name", "resume", "resume_anyway", "wandb.", "tensorboard.", "curves", "debug",
     "minimum_log_interval_secs", "fsdp_port", "worker_timeout", "keep_checkpoints", "save_every", "save_optimizer",
     "sample_during_eval", "n_eval_model_samples", "do_first_eval", "checkpoint_format", "checkpoint_async",
@@ -26,7 +26,7 @@ class NoRuns(ValueError):
 
 @dataclass
 class Run:
-    """A run directory's config, with flat keys, and the lines of its metrics.jsonl by their split."""
+    """A run's config, with flat keys, and the lines of its metrics.jsonl by split."""
 
     directory: str
     config: dict[str, object]
@@ -36,7 +36,7 @@ class Run:
 
 
 def evaluations(run_dir: str) -> list[dict[str, float]]:
-    """Return a run's evaluations, the lines of its metrics.jsonl; none if it has logged nothing."""
+    """Return a run's evaluations, lines of its metrics.jsonl; an empty list if it has logged nothing."""
     try:
         return read_run(run_dir).eval
     except NoRuns:
@@ -62,7 +62,7 @@ def read_run(directory: str) -> Run:
     except OSError as error:
         raise NoRuns(f"{directory}: no run that has logged anything: {error}") from error
     config = {}
-    with contextlib.suppress(Exception):  # missing, damaged, or refused as it holds more than values
+    with contextlib.suppress(Exception):  # it is missing or damaged, or not allowed, as it holds more than values
         flat = flatten(read_saved_config(os.path.join(directory, "config.yaml")))
         config = {key: value for key, value in flat.items() if value != {}}
     name = os.path.basename(os.path.normpath(os.path.abspath(directory)))
@@ -70,7 +70,7 @@ def read_run(directory: str) -> Run:
 
 
 def find_runs(paths: list[str]) -> list[Run]:
-    """Find the runs that paths, patterns and sweeps' directories name, each once; label them by what tells them apart.
+    """Find the runs that paths, patterns and sweeps' directories name, each once; label them by the keys that differ.
 
     Raises: NoRuns if a path names none.
     """
@@ -102,7 +102,7 @@ def _label(runs: list[Run]):
 
 
 def _run_dirs(path: str) -> list[str]:
-    """Return the path itself if it is a run's, else the runs in it."""
+    """Return the path itself if it is a run directory, otherwise the run directories in it."""
     if os.path.exists(os.path.join(path, "metrics.jsonl")):
         return [path]
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
@@ -111,14 +111,14 @@ def _run_dirs(path: str) -> list[str]:
 
 def differing_keys(runs: list[Run]) -> list[str]:
     """Return the keys whose values differ between runs, in their order in the config."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if not key.startswith(_NOT_OF_THE_RUN))
+    keys = dict.fromkeys(key for run in runs for key in run.config if not key.startswith(_IGNORED_KEYS))
     return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
 
 
 def telling_keys(runs: list[Run]) -> list[str]:
-    """Return keys that tell the runs apart, the shortest first; other keys may differ along with them.
+    """Return enough keys to tell the runs apart, the shortest first; other keys may differ along with these.
 
-    The seed explains nothing: it is only among them if nothing else tells runs apart.
+    The seed explains nothing: it is included only if the other keys don't tell all runs apart.
     """
     columns = {key: short_values([run.config.get(key) for run in runs]) for key in differing_keys(runs)}
     telling: list[str] = []
@@ -132,8 +132,8 @@ def telling_keys(runs: list[Run]) -> list[str]:
 
 
 def short_values(values: list[object]) -> list[str]:
-    """Return values as typed on a command line; paths are cut to what differs, other long texts to their end."""
-    texts = [printable(_typed(value)) for value in values]
+    """Format values for a table: paths are cut to the parts that differ, other long values to their end."""
+    texts = [printable(_as_typed(value)) for value in values]
     paths = {text: text.split("/") for text in texts if text != "null"}
     if all(len(parts) > 1 for parts in paths.values()):
         for _ in range(2):  # cut off equal beginnings, then equal ends
@@ -149,5 +149,5 @@ def _n_equal_parts(paths: list[list[str]]) -> int:
     return min([n_equal, *(len(parts) - 1 for parts in paths)])
 
 
-def _typed(value: object) -> str:
+def _as_typed(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from basics.errors import UserError
-from basics.outputs import Output, check_outputs, picture
+from basics.outputs import Output, check_outputs, refuse_unless_picture
 from basics.printing import printable
-from reporting.curves import colors, plain, save_figure
+from reporting.curves import colors, escaped, save_figure
 from reporting.intervals import mean_interval
 from reporting.terminal import aligned
 
@@ -48,20 +48,20 @@ class Summary:
     a: str
     b: str | None
     judge: str
-    judged_by: tuple  # equal for summaries that can be compared: settings of the judge, digest of b's responses
+    judged_by: tuple  # hash of the judge's settings, digest of b's responses: equal if summaries can be compared
     kl: Figure | None  # from the reference, nats per response
     n_kl: int  # responses
     kl_unknown: str | None  # why there is no KL
 
 
 def read_summaries(paths: list[str]) -> list[Summary]:
-    """Read summaries, which must come from one judge that compared all of them with the same responses b, or with none.
+    """Read summaries that can be compared: of one judge, and with the same responses b, or all without b.
 
     Raises: BadSummary naming the file and the remedy.
     """
     summaries = [_read(path) for path in paths]
-    places: dict[tuple, str] = {}
-    for first, summary in ((summaries[0], summary) for summary in summaries):
+    first, places = summaries[0], {}
+    for summary in summaries:
         for i, what in enumerate(("another judge, or other settings of one,", "other responses b")):
             if summary.judged_by[i] != first.judged_by[i]:
                 raise BadSummary(
@@ -102,7 +102,7 @@ def _read(path: str) -> Summary:
 
 def _parse(path: str, found: dict) -> Summary:
     """Return a summary read from JSON; raises an error of any kind if something is missing or of another type."""
-    drawn, a = found["drawn"], _text(found["a"])
+    drawn, a = found["drawn"], _string(found["a"])
     if not drawn:
         raise BadSummary(f"{path}: nothing says how the responses of {a} were drawn; {_DRAW}")
     if len(drawn) > 1:
@@ -117,18 +117,18 @@ def _parse(path: str, found: dict) -> Summary:
         reward = Figure(float(found["win_rate"]), float(low), float(high))
     else:
         reward = _mean(found, "score")
-    (origin,), judge = drawn, _text(found["judge"])
+    (origin,), judge = drawn, _string(found["judge"])
     return Summary(
         path=path,
-        run=_text(origin["run"] or os.path.splitext(os.path.basename(a))[0]),
-        checkpoint=None if origin["checkpoint"] is None else _text(origin["checkpoint"]),
+        run=_string(origin["run"] or os.path.splitext(os.path.basename(a))[0]),
+        checkpoint=None if origin["checkpoint"] is None else _string(origin["checkpoint"]),
         examples=int(origin["examples"]),
         temperature=float(origin["temperature"]),
         reward=reward,
         n=int(found["n_judged"] if compares else found["n_scored"]),
         a=a,
-        b=_text(found["b"]) if compares else None,
-        judge=os.path.basename(os.path.normpath(_text(found["judge_model"] or judge))),
+        b=_string(found["b"]) if compares else None,
+        judge=os.path.basename(os.path.normpath(_string(found["judge_model"] or judge))),
         judged_by=(found["settings"], found.get("b_digest")),
         kl=None if found["kl"] is None else _mean(found, "kl"),
         n_kl=int(found["n_kl"]),
@@ -136,7 +136,7 @@ def _parse(path: str, found: dict) -> Summary:
     )
 
 
-def _text(value: object) -> str:
+def _string(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no string")
     return value
@@ -169,7 +169,7 @@ def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[st
     Args:
         groups: points (x, y), by label.
         labels: of the axes.
-        shares: y is a share, such as a win rate: shown in percent, with a line at a half.
+        shares: y is a share, such as a win rate: shown in percent, with a line at 50 %.
 
     Raises: ImportError without matplotlib.
     """
@@ -180,8 +180,8 @@ def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[st
     from matplotlib.transforms import ScaledTranslation
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    axis.set_xlabel(plain(labels[0]))
-    axis.set_ylabel(plain(labels[1]))
+    axis.set_xlabel(escaped(labels[0]))
+    axis.set_ylabel(escaped(labels[1]))
     axis.grid(alpha=0.3)
     axis.set_axisbelow(True)
     for number, (color, (label, points)) in enumerate(zip(colors(len(groups)), groups.items(), strict=True)):
@@ -190,7 +190,7 @@ def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[st
         (x, x_bars), (y, y_bars) = map(_bars, zip(*points, strict=True))
         axis.errorbar(
             x, y, xerr=x_bars, yerr=y_bars, fmt="o-", markersize=5, color=color, linewidth=1.3, elinewidth=0.9,
-            capsize=2, label=plain(label), transform=place,
+            capsize=2, label=escaped(label), transform=place,
         )  # fmt: skip
         for point in points:  # the axes' limits ignore what is shifted
             for i in (1, 2):
@@ -204,7 +204,7 @@ def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[st
 
 
 def _bars(figures: list[Figure]) -> tuple[list[float], list[list[float]] | None]:
-    """Return the values, and how far their intervals reach below and above them, if any has one."""
+    """Return the values, and the lengths of their error bars below and above; None if no value has an interval."""
     values = [figure.value for figure in figures]
     if all(figure.low is None for figure in figures):
         return values, None
@@ -216,7 +216,11 @@ def _bars(figures: list[Figure]) -> tuple[list[float], list[list[float]] | None]
 def command(
     name: str, description: str, draw: Callable[[list[Summary], str], list[tuple[str, ...]]]
 ) -> Callable[[list[str]], str | None]:
-    """Return the `main` of a figure's module; `draw(summaries, path)` draws it, and returns its table to print."""
+    """Return the `main` of a figure's module.
+
+    Args:
+        draw: called as `draw(summaries, path)`, it draws the figure and returns the rows of the table to print.
+    """
 
     def main(words: list[str]) -> str | None:
         """Run the command; return an error message, or None."""
@@ -230,7 +234,7 @@ def command(
         )
         args = parser.parse_args(words)
         try:
-            output = Output("--output", args.output, picture)
+            output = Output("--output", args.output, refuse_unless_picture)
             check_outputs([output], {f"summary {path}": path for path in args.summaries})
             rows = draw(read_summaries(args.summaries), args.output)
             print(printable(f"{aligned(rows)}\n\n{args.output}"))

@@ -1,4 +1,4 @@
-"""Warn once of each symptom of trouble in a run's metrics, with what to try."""
+"""Warn once of each symptom of trouble in a run's metrics, and say what to try."""
 
 import functools
 import math
@@ -10,8 +10,8 @@ from losses import find_loss
 from objectives.declaration import KL_ESTIMATE, LENGTHS, LOGPS, MEAN_LENGTH, MEMORY, Memory
 from reporting.terminal import number
 
-N_EVALUATIONS = 3  # in a row with a symptom, before it is reported
-N_CLIPPED = 50  # steps in a row whose gradient was clipped, before that is reported
+N_EVALUATIONS = 3  # number of evaluations in a row with a symptom before it is reported
+N_CLIPPED = 50  # number of steps in a row with a clipped gradient before it is reported
 _DOCS = "see docs/metrics.md#{}"
 
 

@@ -1,6 +1,7 @@
 """A run on a terminal and in a job's log file: aligned lines, samples, progress, times, colour."""
 
 import contextlib
+import itertools
 import shutil
 import sys
 import textwrap
@@ -14,14 +15,14 @@ from tqdm import tqdm
 
 from basics.printing import hides_progress, on_rank0, printable, rank0_print, uses_color
 
-LOG_FILE_WIDTH = 120  # columns, where output is not to a terminal
+LOG_FILE_WIDTH = 120  # characters
 _HEADER_EVERY = 20  # lines
 _PROGRESS_EVERY = 60.0  # seconds between two lines of progress in a log file
 _BOLD, _DIM, _MAGENTA = "1", "2", "35"  # readable on light and on dark
 
 
 def width() -> int:
-    """Return the columns that a line may have; a terminal's last one stays free, as some break the line there."""
+    """Return the length of the longest line: a terminal's width less one, as some terminals break a full line."""
     return shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else LOG_FILE_WIDTH
 
 
@@ -123,7 +124,7 @@ def progressing(items: Sequence, what: str, unit: str) -> Iterator:
 
 
 def still_working(what: str) -> contextlib.AbstractContextManager:
-    """Print a line a minute while something runs whose end can't be foreseen, such as loading a large model."""
+    """Print a line a minute while something of unknown duration runs, such as loading a large model."""
     start = time.monotonic()
     return _every_minute(lambda: f"{what}: {duration(time.monotonic() - start)} so far")
 
@@ -145,7 +146,7 @@ def _every_minute(line: Callable[[], str]) -> Iterator[None]:
 
 
 def training_bar(batches: Iterable, n_batches: int, n_done: int) -> tqdm:
-    """Return a bar over the batches of a training run; a log file has the lines of `RunTable` instead."""
+    """Return a progress bar over the training batches; a log file has `RunTable`'s lines instead."""
     return tqdm(
         batches, "Training", n_batches, initial=n_done, disable=hides_progress(), dynamic_ncols=True,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}",
@@ -173,7 +174,7 @@ _OF_TARGETS = {  # in SFT
     "loss": _Column("loss/{}", 7), "nll": _Column("nll_{}/chosen", 7), **_TRAINING,
     "ex./s": _Column("examples_per_second", 7),
 }  # fmt: skip
-_LEFT_OUT_FIRST = ("epoch", "lr", "rejected", "grad", "margin")  # where a terminal is narrow
+_LEFT_OUT_FIRST = ("epoch", "lr", "rejected", "grad", "margin")  # in this order, if the terminal is narrow
 _EXPLANATION = (
     "Each line gives means over the steps since the line before. {}; left: time to the end at the speed so far. See "
     "docs/metrics.md"
@@ -186,7 +187,7 @@ _ABOUT_TARGETS = "nll: negative log-likelihood per token (nats)"
 
 
 class RunTable:
-    """Formats training and evaluations as lines with the same columns, which fit the terminal as it is at the first."""
+    """Formats steps and evaluations as lines of one table; the first line chooses the columns that fit the terminal."""
 
     def __init__(self, n_examples: int, epoch_size: int, n_done: int = 0, former: dict[str, float] | None = None):
         """
@@ -207,15 +208,15 @@ class RunTable:
         return duration(seconds)
 
     def train(self, means: dict[str, float]) -> list[str]:
-        """Return the line for the means of the steps since the line before, with a header above it now and then."""
+        """Return the line of means over the steps since the last line, with a header above it now and then."""
         examples, lines = means["counters/examples"], self._header("train", means)
         cells = self._cells("train", means) | {"examples": f"{examples}/{self.n_examples}", "left": self.left(examples)}
         return [*lines, self._line(cells)]
 
     def evaluation(self, metrics: dict[str, float]) -> list[str]:
-        """Return a line, and below it the changes since the last evaluation."""
+        """Return the line of an evaluation and, below it, the changes since the last one."""
         examples, lines = metrics["counters/examples"], self._header("eval", metrics)
-        if examples == self.n_done:  # the evaluation before the first step, which says nothing of the time left
+        if examples == self.n_done:  # the evaluation before the first step: time left is estimated from here on
             self.start = time.monotonic()
         rows = [self._cells("eval", metrics) | {"examples": f"eval {examples}"}]
         if self.former:
@@ -227,7 +228,7 @@ class RunTable:
         return lines + [styled(self._line(cells), _BOLD) for cells in rows]
 
     def _cells(self, split: str, metrics: dict[str, float], is_change: bool = False) -> dict[str, str]:
-        """Return the cells of metrics, or of their changes, by their columns."""
+        """Format metrics, or their changes, by column."""
         cells = {}
         for name, column in self.columns.items():
             if (value := metrics.get(column.metric.format(split))) is not None:
@@ -242,7 +243,7 @@ class RunTable:
         return "  ".join(cells.get(name, "").rjust(width) for name, width in self.widths.items()).rstrip()
 
     def _header(self, split: str, metrics: dict[str, float]) -> list[str]:
-        """Return the lines above the next one: every 20 lines the columns' names, at first with an explanation."""
+        """Return the lines to print above the next one: every 20 lines the columns' names, the first time explained."""
         lines = []
         if not self.columns:
             is_of_pairs = f"rewards_{split}/margins" in metrics
@@ -267,9 +268,12 @@ class RunTable:
 
 
 def sample_lines(samples: list[dict], n_shown: int = 3) -> list[str]:
-    """Return lines with the first samples, shortened: each prompt once, and below it each model's response.
+    """Return lines with the first samples, shortened: each prompt, and below it each model's response.
 
-    `samples`: see `RunLog.log`; every model has the same prompts in the same order.
+    Lines that all prompts begin with, such as a system prompt, are left out.
+
+    Args:
+        samples: see `RunLog.log`; every model has the same prompts in the same order.
     """
     by_model: dict[str, list[dict]] = {}
     for sample in samples:
@@ -278,10 +282,14 @@ def sample_lines(samples: list[dict], n_shown: int = 3) -> list[str]:
     if not by_prompt:
         return []
     n, n_characters = len(by_prompt), 2 * width()
-    lines = [styled(f"Samples: {min(n_shown, n)} of {n}, shortened; all are in samples.jsonl", _BOLD)]
-    for of_prompt in by_prompt[:n_shown]:
-        prompt = " ".join(of_prompt[0]["prompt"].split())
-        lines.append(wrapped(prompt if len(prompt) <= n_characters else f"… {prompt[-n_characters:]}", _DIM))
+    separately = ", drawn separately from each model" if len(by_model) > 1 else ""
+    lines = [wrapped(f"Samples: {min(n_shown, n)} of {n}{separately}, shortened; all are in samples.jsonl", _BOLD)]
+    prompts = [of_prompt[0]["prompt"].strip().split("\n") for of_prompt in by_prompt]  # as lines
+    same_lines = itertools.takewhile(lambda same: len(set(same)) == 1, zip(*(p[:-1] for p in prompts), strict=False))
+    n_same = len([*same_lines]) if any(prompt != prompts[0] for prompt in prompts) else 0
+    for prompt, of_prompt in zip(prompts[:n_shown], by_prompt, strict=False):
+        text = " ".join(" ".join(prompt[n_same:]).split())
+        lines.append(wrapped(f"… {text[-n_characters:]}" if n_same or len(text) > n_characters else text, _DIM))
         for sample in of_prompt:
             response = " ".join(sample["response"].split()) or "(empty)"
             response = response if len(response) <= n_characters else f"{response[:n_characters]} …"

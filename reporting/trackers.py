@@ -21,7 +21,7 @@ class Trackers:
         """
         Args:
             wandb_run_id: the wandb run to resume, if there is one.
-            n_examples: number of examples trained on so far; what TensorBoard has beyond them is replaced.
+            n_examples: number of examples trained on so far; TensorBoard's entries beyond them are replaced.
         """
         self.run_dir, self.wandb_run_id = run_dir, wandb_run_id
         self.active: dict[str, WandbTracker | TensorBoardTracker] = {}
@@ -40,12 +40,12 @@ class Trackers:
         for name, tracker in list(self.active.items()):
             try:
                 tracker.log(examples, metrics, samples)
-            except Exception as error:  # no failure of a tracker may end training
+            except Exception as error:  # a failing tracker must not end training
                 tqdm.write(warning(f"{name} failed and is dropped; {self.run_dir} still gets everything: {error}"))
                 del self.active[name]
 
     def close(self, exit_code: int):
-        """End the trackers' runs, as failed ones unless `exit_code` is 0."""
+        """End the trackers' runs, marked as failed unless `exit_code` is 0."""
         for name, tracker in self.active.items():
             try:
                 tracker.close(exit_code)
@@ -92,7 +92,7 @@ class TensorBoardTracker:
             self.writer.add_scalar(name, value, examples)
         for model in sorted({sample["model"] for sample in samples}):
             texts = [sample["sample"] for sample in samples if sample["model"] == model]
-            as_code = ["    " + text.replace("\n", "\n    ") for text in texts]  # it may hold Markdown
+            as_code = ["    " + text.replace("\n", "\n    ") for text in texts]  # the text may hold Markdown
             self.writer.add_text(f"samples/{model}", "\n\n---\n\n".join(as_code), examples)
         self.writer.flush()
 
@@ -122,8 +122,8 @@ def start_wandb(config: DictConfig, run_dir: str, run_id: str | None):
             return wandb.init(
                 entity=config.wandb.entity, project=config.wandb.project, config=OmegaConf.to_container(config),
                 dir=run_dir, name=config.exp_name, mode=attempt, id=run_id, resume="allow" if run_id else None,
-                reinit="create_new",  # the next job of a sweep is another run
-                settings=wandb.Settings(quiet=True),  # no history of every metric at the end
+                reinit="create_new",  # each job of a sweep is a run of its own
+                settings=wandb.Settings(quiet=True),  # prints no history of every metric at the end
             )  # fmt: skip
         except Exception as error:
             print(warning(f"wandb can't start ({attempt or 'online'} mode): {error}"))

@@ -8,7 +8,7 @@ from torch import nn
 
 from utils import n_weights
 
-# Dense operations a second in bfloat16, by the words that a GPU's name holds; NVIDIA's data sheets, without sparsity
+# Dense bfloat16 operations per second, without sparsity, by words in the GPU's name (NVIDIA's data sheets)
 _PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "A6000": 155e12, "A40": 150e12,
@@ -28,7 +28,7 @@ def peak_flops(gpu: str) -> float | None:
 
 
 def n_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the numbers of trained and of all parameters, on all workers together."""
+    """Return the number of trained parameters and of all, over all workers."""
     sizes = [(n_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
@@ -37,7 +37,10 @@ class Throughput:
     """Computes the rates of a step from its time."""
 
     def __init__(self, policy: nn.Module, reference_model: nn.Module | None, n_workers: int):
-        """`reference_model`: the one that every step computes; None if there is none."""
+        """
+        Args:
+            reference_model: the second model that every step computes; None if there is none.
+        """
         self.n_trained, self.n_parameters = n_parameters(policy)
         n_reference = n_parameters(reference_model)[1] if reference_model is not None else 0
         # operations per parameter and token: 2 forward, 2 backward for the inputs, 2 for a trained parameter's gradient
@@ -47,10 +50,10 @@ class Throughput:
         self.peak = peak * n_gpus if peak else None
 
     def metrics(self, n_examples: int, n_tokens: int, seconds: float) -> dict[str, float]:
-        """Return the rates of a step of all workers.
+        """Return a step's rates, over all workers.
 
-        `model_flops_utilisation` (from 0 to 1) is the share of the GPU's advertised bfloat16 rate, as in
-        https://arxiv.org/abs/2204.02311, without attention.
+        `model_flops_utilisation` is the share (0 to 1) of the GPU's advertised bfloat16 rate, as in
+        https://arxiv.org/abs/2204.02311, not counting attention.
         """
         rates = {"examples_per_second": n_examples / seconds, "tokens_per_second": n_tokens / seconds}
         if self.peak:
@@ -68,7 +71,7 @@ def peak_memory() -> str:
 
 
 def _peak_bytes() -> int:
-    """Return the most memory that this process has held on the host."""
+    """Return the host memory that this process has used at its peak."""
     try:
         import resource
     except ImportError:
@@ -82,11 +85,11 @@ def _peak_bytes() -> int:
 def parameters_in_words(n_trained: int, n_all: int) -> str:
     """Return text such as '1.2 M parameters, all of them trained'."""
     if n_trained == n_all:
-        return f"{_in_short(n_all)} parameters, all of them trained"
-    return f"{_in_short(n_all)} parameters, {_in_short(n_trained)} of them trained ({n_trained / n_all:.2%})"
+        return f"{_abbreviated(n_all)} parameters, all of them trained"
+    return f"{_abbreviated(n_all)} parameters, {_abbreviated(n_trained)} of them trained ({n_trained / n_all:.2%})"
 
 
-def _in_short(number: int) -> str:
+def _abbreviated(number: int) -> str:
     """Return text such as '1.23 M'."""
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= size:

@@ -3,8 +3,8 @@
 #   sbatch scripts/slurm.sh model=pythia28 datasets=[hh] loss=dpo local_run_dir=/shared/run ...
 # local_run_dir must be on a file system that all machines see: a job that is preempted or out of time resumes there.
 #
-# Every task must see all GPUs of its machine, so don't use --gpus-per-task: it picks one by its local rank. Slurm must
-# send USR1 to every task (so not B:USR1), early enough to write a checkpoint before the time is up.
+# Every task must see all GPUs of its machine, because it picks one by its local rank; so don't use --gpus-per-task. Slurm
+# must send USR1 to every task (so not B:USR1), early enough to write a checkpoint before the time is up.
 #SBATCH --job-name=dpo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

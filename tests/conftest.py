@@ -12,14 +12,14 @@ import psutil
 import pytest
 import torch
 import transformers
-from hub_server import Place
+from hub_server import HubAddress
 from hydra import compose, initialize_config_dir
 from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, measure_few_prompts, running_server
 from omegaconf import OmegaConf
 from process_pool import ProcessPool
 from safetensors.torch import load_file
 
-from commands.command_line import with_free_keys
+from commands.command_line import for_hydra
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR
 from models import load_policy, load_reference
@@ -106,7 +106,7 @@ def train_with(launcher: Launcher, directory: Path) -> Callable[..., subprocess.
 
 @pytest.fixture
 def train(launcher, tmp_path):
-    """Run `train.py` as a user would, in an empty directory, without network, wandb or a terminal."""
+    """Return a function that runs `train.py` as a user would: in an empty directory, without network and terminal."""
     return train_with(launcher, tmp_path)
 
 
@@ -129,7 +129,7 @@ def refusal(tmp_path, monkeypatch):
 
 @pytest.fixture
 def train_ok(train):
-    """Like `train`, for commands that must succeed; returns their output."""
+    """Return a function that runs `train.py`, which must succeed, and returns its output."""
 
     def run_command(*overrides: str, **kwargs) -> str:
         result = train(*overrides, **kwargs)
@@ -141,7 +141,7 @@ def train_ok(train):
 
 @pytest.fixture
 def run_python(tmp_path):
-    """Run a command in a new Python process, as a user would, in an empty directory or `directory`."""
+    """Return a function that runs a command in a new Python process, in an empty directory or `directory`."""
 
     def run_command(
         *words: str, directory: Path = tmp_path, env: dict[str, str] | None = None
@@ -156,7 +156,7 @@ def run_python(tmp_path):
 
 @pytest.fixture
 def train_alone(run_python, tmp_path):
-    """Like `train`, in a new Python process: for variables that are read when libraries are imported."""
+    """Return a function like `train`'s for a new Python process: for variables that libraries read when imported."""
 
     def run_command(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         words = [*overrides, f"local_dirs=[{tmp_path}/cache]"]
@@ -169,21 +169,21 @@ def train_alone(run_python, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def hub_place(tmp_path_factory) -> Place:
-    """Reserve an address for the hubs of `train_from_hub`, one after the other."""
-    return Place(tmp_path_factory.mktemp("hub") / "home")
+def hub_address(tmp_path_factory) -> HubAddress:
+    """Reserve an address at which a test's hubs are started one after the other."""
+    return HubAddress(tmp_path_factory.mktemp("hub") / "home")
 
 
 @pytest.fixture(scope="session")
-def hub_fork_server(hub_place):
-    with running_server(hub_place.environment()) as server:
+def hub_fork_server(hub_address):
+    with running_server(hub_address.environment()) as server:
         yield server
 
 
 @pytest.fixture
-def train_from_hub(hub_fork_server, hub_place, tmp_path, tmp_path_factory):
-    """Like `train`, in processes that use the hub at `hub_place`, with an empty download cache."""
-    shutil.rmtree(hub_place.home, ignore_errors=True)
+def train_from_hub(hub_fork_server, hub_address, tmp_path, tmp_path_factory):
+    """Return a function like `train`'s for processes that use the hub at `hub_address`, with nothing downloaded."""
+    shutil.rmtree(hub_address.home, ignore_errors=True)
     launcher = Launcher(hub_fork_server, tmp_path_factory.mktemp("launcher"))
     yield train_with(launcher, tmp_path)
     launcher.stop()
@@ -191,9 +191,9 @@ def train_from_hub(hub_fork_server, hub_place, tmp_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_workers(request):
-    """Run a function of the test's module in `n` processes: see `ProcessPool.run`.
+    """Return a function that runs a function of the test's module in n processes: see `ProcessPool.run`.
 
-    The processes are shared by the module's tests. If the module has a function `prepare_worker`, each calls it first.
+    The module's tests share the processes. If the module has a function `prepare_worker`, each process calls it first.
     """
     pool = ProcessPool(getattr(request.module, "prepare_worker", None))
     with pytest.MonkeyPatch.context() as patch:
@@ -240,7 +240,7 @@ def oracle_model() -> list[str]:
 def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
     """Return a function that makes a trainer in this process, from overrides as on the command line.
 
-    If the reference is precomputed, that is done, too. Data, caches and runs are in the directory.
+    The function also precomputes the reference if the config says so. Caches and runs are in `directory`.
     """
 
     def make(*overrides: str, purpose: str = "train") -> BasicTrainer:
@@ -251,7 +251,7 @@ def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
                 "curves=false",
                 f"local_dirs=[{directory}/cache]",
             ]
-            config = compose("config", [*with_free_keys([*names, *overrides])])
+            config = compose("config", [*for_hydra([*names, *overrides])])
         OmegaConf.resolve(config)
         check_config(config)
         policy = load_policy(config)
@@ -266,7 +266,7 @@ def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a command in the test's directory; kill those that still run at its end."""
+    """Return a function that starts a command in the test's directory; kill what still runs when the test ends."""
     processes = []
 
     def start_command(*command: str, log: str, env: dict[str, str] | None = None) -> subprocess.Popen:
@@ -282,11 +282,9 @@ def start(tmp_path):
 
     yield start_command
     for process in processes:
-        with_children = (
-            [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
-        )
-        for running in with_children:
-            running.kill()
+        if process.poll() is None:
+            for running in [*psutil.Process(process.pid).children(recursive=True), process]:
+                running.kill()
         process.wait()
 
 

@@ -43,47 +43,47 @@ class Repository:
         return self.refs.get(revision, revision if revision in self.commits else None)
 
 
-class Place:
-    """An address for one hub after the other, and a directory, `home`, for downloads from them.
+class HubAddress:
+    """A reserved address at which hubs can be started one after the other, and the HF_HOME of their clients.
 
-    The address stays reserved: while no hub is there, connections are refused.
+    While no hub runs, connections are refused.
     """
 
     def __init__(self, home: Path):
-        self.home, self.held = home, socket.socket()
-        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self.held.bind(("127.0.0.1", 0))
-        self.port = self.held.getsockname()[1]
+        self.home, self.reservation = home, socket.socket()
+        self.reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.reservation.bind(("127.0.0.1", 0))
+        self.port = self.reservation.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     def environment(self) -> dict[str, str]:
-        """Environment variables that make a process use this hub, keep its cache in `home`, and reach no other host."""
+        """Return variables that make a process use this hub, keep its cache in `home`, and reach no other host."""
         proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), self.url)
         names = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
         return {**names, **proxies, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "ALL_PROXY": "", "all_proxy": ""}
 
 
 class _Server(ThreadingHTTPServer):
-    allow_reuse_port = True  # a `Place` reserves the port
+    allow_reuse_port = True  # a `HubAddress` reserves the port
 
 
 class Hub:
-    """The server: `with Hub(place) as hub`, `hub.repository("models", "owner/name").commit({...})`.
+    """The server: `with Hub(address) as hub`, `hub.repository("models", "owner/name").commit({...})`.
 
     `requests` lists requests as (method, path, Range header or None); the path of a download is ID#FILE. The next
-    download of a file named `name` breaks off after `cut_off[name]` bytes, and `on_cut_off` is called. Requests whose
+    download of the file `name` breaks off after `cut_off[name]` bytes, and then `on_cut_off` is called. Requests whose
     path contains `word` are answered with `status[word]`, a status and an X-Error-Code.
     """
 
-    def __init__(self, place: Place):
+    def __init__(self, address: HubAddress):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.cut_off: dict[str, int] = {}
         self.on_cut_off = lambda: None
         self.status: dict[str, tuple[int, str]] = {}
         self.connections: set[socket.socket] = set()
-        self.server = _Server(("127.0.0.1", place.port), type("Handler", (_Handler,), {"hub": self}))
-        self.url = place.url
+        self.server = _Server(("127.0.0.1", address.port), type("Handler", (_Handler,), {"hub": self}))
+        self.url = address.url
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

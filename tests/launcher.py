@@ -1,6 +1,6 @@
-"""Run `train.py`, and scripts like it, in processes that are forked from one that has all imports.
+"""Run `train.py` and other scripts in processes that are forked from a server, which has imported everything already.
 
-Run as a script, this file is that process.
+Run as a script, this file is the server.
 """
 
 import atexit
@@ -31,21 +31,21 @@ REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 600  # seconds
 PRELOADED = (  # imports of scripts and their libraries, many of them lazy
-    "checkpointing.resume", "config_checks.checks", "config_checks.explanations", "config_checks.schema",
-    "data.report", "data.toy", "datasets", "distributed.fsdp", "distributed.tensor_parallel",
+    "checkpointing.resume", "checkpointing.same_run", "config_checks.checks", "config_checks.explanations",
+    "config_checks.schema", "data.report", "data.toy", "datasets", "distributed.fsdp", "distributed.tensor_parallel",
     "hydra._internal.hydra", "hydra.core.plugins", "hydra.main", "peft", "commands.sweeps", "trainers",
     "transformers.conversion_mapping", "transformers.models.gpt_neox.modeling_gpt_neox",
 )  # fmt: skip
 
 
 def measure_few_prompts():
-    """Tokenize 500 prompts of toy for the data report, not 10,000, which take longer than a test's training."""
+    """Let the data report tokenize 500 prompts of toy instead of 10,000, which take longer than a test's training."""
     importlib.import_module("data.report")._MEASURED = 500
 
 
 @contextlib.contextmanager
 def running_server(env: dict[str, str] | None = None) -> Iterator[subprocess.Popen]:
-    """Start the process that runs are forked from; `env`: variables that are read when libraries are imported."""
+    """Start the server that runs are forked from; `env`: variables that libraries read when they are imported."""
     server = subprocess.Popen(
         [sys.executable, __file__], env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), **(env or {})},
         text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -63,7 +63,7 @@ def train_after(code: str, directory: Path, command: str = "train.py") -> Path:
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 300, output: Callable[[], str] = str):
-    """Wait until a condition holds; `output`: what to show if it doesn't in time."""
+    """Wait until a condition holds; if it doesn't in time, show what `output` returns."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, output()[-3000:]
@@ -101,16 +101,16 @@ class Run:
     def kill(self, number: int):
         """Send a signal to each of its processes."""
         for child in self.children:
-            with contextlib.suppress(ProcessLookupError):  # `wait` tells
+            with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.kill(child, number)
 
     def wait(self) -> int:
         """Wait for the run's end; return its exit code, or minus the signal that killed it.
 
-        If one of several workers fails, the others are ended, as launchers do, and its exit code is returned.
+        If one of several workers fails, the others are ended, as launchers do, and the exit code is that worker's.
         """
         if self.code is None:
-            self.code = self.launcher.ask("wait", self.children, or_else=lambda: self.kill(signal.SIGKILL))
+            self.code = self.launcher.ask("wait", self.children, on_timeout=lambda: self.kill(signal.SIGKILL))
         return self.code
 
 
@@ -127,13 +127,13 @@ class Launcher:
     def __init__(self, server: subprocess.Popen, directory: Path):
         self.server, self.directory, self.runs = server, directory, []
 
-    def ask(self, method: str, argument: object, or_else: Callable = lambda: None):
-        """Call a method of the `Server` and return its result; call `or_else` if that takes too long."""
+    def ask(self, method: str, argument: object, on_timeout: Callable = lambda: None):
+        """Call a method of the `Server` and return its result; call `on_timeout` if it takes too long."""
         self.server.stdin.write(json.dumps([method, argument]) + "\n")
         self.server.stdin.flush()
         in_time = select.select([self.server.stdout], [], [], TIMEOUT)[0]
         if not in_time:
-            or_else()
+            on_timeout()
         answer = json.loads(self.server.stdout.readline())
         assert in_time, f"no end in {TIMEOUT} seconds: {self.output}"
         return answer
@@ -155,9 +155,9 @@ class Launcher:
         """Start a run, without wandb and curves by default; with `n_workers`, as a launcher starts workers.
 
         `in_order`: write stdout and stderr to one file. `of_training`: the script has training's keys. `as_typed`: add
-        nothing to the words. `terminal`: the device for all three streams. `printed_to`: replaces the files for stdout
-        and stderr. `forks_workers`: fork the workers that the script itself starts (world_size=N), which saves them the
-        imports.
+        nothing to `overrides`. `terminal`: the device for all three streams. `printed_to`: a file for stdout and stderr
+        instead of the usual two. `forks_workers`: fork the workers that the script itself starts (world_size=N), which
+        saves them the imports.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
@@ -207,7 +207,7 @@ class Launcher:
 
 
 class Server:
-    """Reads the name of a method and its argument from each line of stdin, and answers with a line."""
+    """Reads a method's name and argument from each line of stdin, and answers with the result on a line of stdout."""
 
     def __init__(self):
         self.running: set[int] = set()
@@ -215,8 +215,8 @@ class Server:
 
     def serve(self):
         modules = {name: importlib.import_module(name) for name in PRELOADED}
-        modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("")  # makes and keeps those of all
-        modules["hydra.core.plugins"].Plugins.instance()  # looks for them
+        modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("")  # fills its cache
+        modules["hydra.core.plugins"].Plugins.instance()  # discovers the plugins
         modules["config_checks.schema"].default_config()
         measure_few_prompts()
         for split in ("train", "test"):
@@ -228,10 +228,10 @@ class Server:
         os._exit(0)  # skip the interpreter's teardown, which would take a second
 
     def start(self, job: dict) -> list[int]:
-        """Process ids, one for each of the job's environments."""
+        """Start a process for each of the job's environments; return their ids."""
         children = []
         flags = (os.O_RDONLY, os.O_WRONLY | os.O_APPEND, os.O_WRONLY | os.O_APPEND)
-        streams = [os.open(path, how | os.O_NOCTTY) for path, how in zip(job["streams"], flags, strict=True)]
+        streams = [os.open(path, flag | os.O_NOCTTY) for path, flag in zip(job["streams"], flags, strict=True)]
         for env in job["envs"]:
             child = os.fork()
             if child == 0:
@@ -248,7 +248,7 @@ class Server:
         return children
 
     def wait(self, children: list[int]) -> int:
-        """Wait for all; return the exit code of the first that fails."""
+        """Wait for all; return the exit code of the first that fails, or 0."""
         while self.running.intersection(children):
             if any(self.codes.get(child) for child in children):
                 self.end(children)

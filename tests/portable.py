@@ -1,7 +1,7 @@
 """Run commands as on a system that lacks what Windows lacks: `python portable.py '[["train.py", "key=value"], ...]'`.
 
-This repository's code can't import Unix's modules, and what they offer elsewhere is gone. Packages may: they have their
-own ways on other systems, which are chosen by the name of the system.
+Imports of Unix's modules fail in this repository's own code, and the Unix functions of `os` and `signal` are deleted.
+Other packages may import those modules (except pwd): by the system's name they take their code for Unix.
 """
 
 import builtins

@@ -13,11 +13,11 @@ import torch
 from distributed import connection
 
 TIMEOUT = 300  # seconds
-RESERVED: deque[socket.socket] = deque(maxlen=64)  # the oldest are closed, and their ports are free again
+RESERVED: deque[socket.socket] = deque(maxlen=64)  # older sockets are closed, which frees their ports
 
 
 def reserve_port() -> str:
-    """Return a port that no other process is given while the test runs, and on which nobody listens yet."""
+    """Return a port on which nobody listens, and which the system gives to no other process during the test."""
     RESERVED.append(socket.socket())
     RESERVED[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     RESERVED[-1].bind(("127.0.0.1", 0))
@@ -31,7 +31,7 @@ def launcher_variables(n_workers: int) -> list[dict[str, str]]:
 
 
 class Workers:
-    """Processes that run one function after another, each time all of them the same one."""
+    """Processes that run a function together, one call after the other."""
 
     def __init__(self, n_workers: int, prepare: Callable | None):
         context = multiprocessing.get_context("forkserver")

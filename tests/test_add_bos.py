@@ -1,4 +1,4 @@
-"""`add_bos`: every prompt begins with the beginning-of-sequence token, which lengths count."""
+"""`add_bos`: every prompt begins with the beginning-of-sequence token, which counts towards the maximum lengths."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def tokenize(prompt: str, chosen: str, rejected: str, mode: str, max_length: int
     ("prompt", "chosen", "mode", "lengths", "expected_prompt", "expected_response"),
     [
         ("10 11", "20", "keep_end", (5, 3), [BOS, 10, 11], [20, EOS]),  # just fits
-        ("10 11 12", "20", "keep_end", (5, 3), [BOS, 11, 12], [20, EOS]),  # one token too long with it
+        ("10 11 12", "20", "keep_end", (5, 3), [BOS, 11, 12], [20, EOS]),  # with the BOS, one token too long
         ("10 11 12", "20", "keep_start", (5, 3), [BOS, 10, 11], [20, EOS]),
         ("10 11 12", "20 21 22", "keep_end", (5, 3), [BOS, 11, 12], [20, 21]),  # both are cut
         ("10 11 12", "20", "keep_end", (4, 1), [BOS], [20, EOS]),  # the prompt is cut away
@@ -67,7 +67,7 @@ def test_prompts_get_no_bos_token_without_add_bos():
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_rows_equal_the_models_forward_and_bos_predicts_the_first_token_of_an_empty_prompt(add_bos):
+def test_rows_equal_the_models_forward_and_bos_predicts_the_first_token_after_an_empty_prompt(add_bos):
     texts = [("", "20 21", "30"), ("10 11", "20", "30 31 32"), ("10", "20 21 22", "33")]
     elements = tokenize_batch([(*text, "keep_end") for text in texts], Words(), 12, 6, add_bos)
     batch = get_collate_fn(Words())(elements)

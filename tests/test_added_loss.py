@@ -36,7 +36,7 @@ RUN = [
 
 @pytest.fixture
 def train_simpo(launcher, tmp_path):
-    """Run the script with a config folder of its own that holds loss/own_simpo.yaml."""
+    """Return a function that runs the script with a config folder that holds loss/own_simpo.yaml."""
     (tmp_path / "train_simpo.py").write_text(SCRIPT)
     (tmp_path / "conf/loss").mkdir(parents=True)
     (tmp_path / "conf/loss/own_simpo.yaml").write_text("name: own_simpo\nbeta: 2.0\ngamma: 1.0\n")
@@ -65,7 +65,7 @@ def test_added_loss_trains_without_a_reference_by_its_own_formula(parallel, trai
     # every toy response has as many tokens, so the mean reward is beta times the mean log-probability over that
     n_tokens = 2.0 * first["logps_eval/chosen"] / first["rewards_eval/chosen"]
     assert n_tokens == pytest.approx(18, abs=0.01)
-    # the untrained model tells the two responses hardly apart: -log σ(margin - γ) at a margin of about 0
+    # the untrained model hardly tells the responses apart: -log σ(margin - γ) at a margin of about 0
     assert first["loss/eval"] == pytest.approx(math.log(1 + math.exp(0.5)), abs=0.01)
 
 
@@ -73,12 +73,15 @@ def test_added_loss_trains_without_a_reference_by_its_own_formula(parallel, trai
     ("yaml", "message"),
     [
         (None, "error: loss=own_simpo: LOSSES has it, but no config folder has loss/own_simpo.yaml"),
-        ("beta: 2.0\n", "error: loss.name=None: give loss=NAME; NAME's YAML file needs its name in LOSSES"),
+        (
+            "beta: 2.0\n",
+            "error: loss.name=None: give loss=NAME; the file config/loss/NAME.yaml must name an entry of LOSSES",
+        ),
         ("name: simpo_own\n", "error: loss.name=simpo_own: no such loss"),
     ],
     ids=["no file", "no name", "another name"],
 )
-def test_loss_without_a_right_yaml_file_is_told_what_is_missing(yaml, message, train_simpo, launcher, tmp_path):
+def test_loss_without_a_valid_yaml_file_is_refused_with_what_is_missing(yaml, message, train_simpo, launcher, tmp_path):
     path = tmp_path / "conf/loss/own_simpo.yaml"
     path.unlink() if yaml is None else path.write_text(yaml)
     assert train_simpo() == 1

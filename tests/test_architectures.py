@@ -1,6 +1,6 @@
 """Architectures that rule out some layouts: the layout chosen for each, and equality with the model's own numbers.
 
-benchmarks/architectures.py does the same for every type.
+benchmarks/architectures.py does the same for every model type.
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ DECISIONS = {
     "ALiBi": ("bloom", {}, PADDED),
     "a state-space model": ("mamba", {}, PADDED),
     "state-space and attention layers": ("granitemoehybrid", {"layer_types": ["mamba", "attention"] * 2}, PADDED),
-    "attention layers alone of such a model": ("granitemoehybrid", {"layer_types": ["attention"] * 4}, SHARED),
+    "only the attention layers of such a model": ("granitemoehybrid", {"layer_types": ["attention"] * 4}, SHARED),
     "linear attention": ("qwen3_next", {}, PADDED),
     "experts": ("mixtral", {}, SHARED),
     "experts, windows and sinks": ("gpt_oss", {}, PADDED),
@@ -48,7 +48,7 @@ DECISIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("exact", exhaustive_except([True, False], True), ids=["exact", "bfloat16"])
 @pytest.mark.parametrize("name", DECISIONS)
-def test_each_architecture_is_computed_the_fastest_right_way(name, exact):
+def test_each_architecture_gets_its_fastest_correct_layout(name, exact):
     model_type, overrides, decision = DECISIONS[name]
     model = tiny_model(model_type, **overrides)
     model.to(torch.bfloat16 if not exact else torch.float32 if model_type in IN_FLOAT32 else torch.float64)
@@ -58,7 +58,7 @@ def test_each_architecture_is_computed_the_fastest_right_way(name, exact):
         return
     layout, message = check_model(model, SHORT)
     assert decision is None or replace(layout, whole_logits=decision.whole_logits) == decision, message
-    # a base may put out float32, which the head takes in 16 bits
+    # a base model may return float32, which the output head then rounds to 16 bits
     assert decision is None or layout.whole_logits is decision.whole_logits or (not exact and layout.whole_logits)
     if exact:
         differences = compare(model, layout)

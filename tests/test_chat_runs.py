@@ -7,12 +7,12 @@ import torch
 import transformers
 from chat_templates import CHATML
 from conftest import REPOSITORY, exhaustive_except, read_jsonl
-from test_trained_turns import IM, make_tokenizer, said
+from test_trained_turns import IM, make_tokenizer, message
 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    """A model whose tokenizer has the tokens of turns, but no template; and a template in a file."""
+    """Write a model whose tokenizer has the tokens of turns but no template, a template and data; return the folder."""
     directory = tmp_path_factory.mktemp("chat")
     tokenizer = make_tokenizer(CHATML, IM, None, "<|endoftext|>")
     tokenizer.chat_template = None
@@ -25,8 +25,8 @@ def chat_model(tmp_path_factory):
     tokenizer.save_pretrained(directory / "model")
     (directory / "chatml.jinja").write_text(CHATML)
     rows = [
-        {"prompt": [said("user", f"Colour {n}?")], "chosen": [said("assistant", f"Red {n}.")],
-         "rejected": [said("assistant", "No."), said("user", "Why?"), said("assistant", f"{n} reasons.")]}
+        {"prompt": [message("user", f"Colour {n}?")], "chosen": [message("assistant", f"Red {n}.")],
+         "rejected": [message("assistant", "No."), message("user", "Why?"), message("assistant", f"{n} reasons.")]}
         for n in range(6)
     ]  # fmt: skip
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -35,7 +35,7 @@ def chat_model(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", exhaustive_except([False, True], True), ids=["all weights", "lora"])
-def test_run_on_conversations_saves_template_and_ends_and_shows_responses(lora, chat_model, launcher, tmp_path):
+def test_chat_run_saves_template_and_end_tokens_and_shows_responses(lora, chat_model, launcher, tmp_path):
     overrides = [
         "model=blank_model", f"model.name_or_path={chat_model}/model", f"chat_template={chat_model}/chatml.jinja",
         f"datasets=[{chat_model}/rows.jsonl]", "loss=dpo", "test_fraction=0.4", "batch_size=1", "eval_batch_size=2",
@@ -63,7 +63,7 @@ def test_run_on_conversations_saves_template_and_ends_and_shows_responses(lora, 
         assert "Colour" not in sample["response"] and "<|im_" not in sample["response"]
     assert samples[0]["response"].split()[0] in printed.split("Samples:")[1]  # the table of samples
 
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": [said("user", "Colour?")]}) + "\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": [message("user", "Colour?")]}) + "\n")
     words = [
         f"run={tmp_path}/run",
         f"prompts={tmp_path}/prompts.jsonl",
@@ -72,4 +72,4 @@ def test_run_on_conversations_saves_template_and_ends_and_shows_responses(lora, 
     ]
     assert launcher.run(*words, script=REPOSITORY / "sample.py") == 0, launcher.output
     (line,) = read_jsonl(tmp_path / "o.jsonl")
-    assert line["prompt"] == [said("user", "Colour?")] and line["response"] and "<|im_" not in line["response"]
+    assert line["prompt"] == [message("user", "Colour?")] and line["response"] and "<|im_" not in line["response"]

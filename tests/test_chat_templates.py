@@ -1,4 +1,4 @@
-"""Conversations are tokenized as a model's own chat template has them, and the response with its end is trained on."""
+"""Conversations are tokenized as by the model's own chat template, and the response with its end is trained."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def messages(*turns: tuple[str, str]) -> list[dict]:
 
 
 def make_tokenizer(name: str, directory=REPOSITORY / "assets" / "tiny"):
-    """The tiny byte-level tokenizer with a model's special tokens and its template."""
+    """Return the tiny byte-level tokenizer with a model's special tokens and template."""
     model = MODELS[name]
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     # most models list these among the added tokens alone, not among the tokenizer's named special tokens
@@ -51,7 +51,7 @@ def make_tokenizer(name: str, directory=REPOSITORY / "assets" / "tiny"):
     tokenizer.add_special_tokens({"eos_token": model.eos, **({"bos_token": model.bos} if model.bos else {})})
     if model.bos is None:
         tokenizer.bos_token = None
-    if "Llama-3" in name or "Qwen" in name:  # which keep line ends together, also before a word
+    if "Llama-3" in name or "Qwen" in name:  # their tokenizers keep line ends together, even before a word
         split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
         bytes_alone = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_alone])
@@ -62,7 +62,7 @@ def make_tokenizer(name: str, directory=REPOSITORY / "assets" / "tiny"):
 
 @pytest.fixture
 def read(tmp_path):
-    """Return the token ids of a row's only example: prompt, chosen and rejected, each response with its end."""
+    """Return a function that reads a row's token ids: prompt, chosen and rejected, each response with its end."""
 
     def example(tokenizer, row: dict, sft: bool = False, **kwargs) -> list[list[int]]:
         for split in ("train", "test"):
@@ -169,7 +169,7 @@ def test_no_token_spans_prompt_and_response(read):
 
 
 def test_tokenizer_that_prepends_a_space_prepends_it_once(read):
-    """As SentencePiece does for Llama 2."""
+    """SentencePiece prepends a space for Llama 2."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
     trained.decoder = tokenizers.decoders.Metaspace()
@@ -191,7 +191,7 @@ def test_tokenizer_that_prepends_a_space_prepends_it_once(read):
 
 
 def test_think_tag_of_a_generation_prompt_is_left_out_of_training(read):
-    """Templates of reasoning models open the thoughts in a prompt, and leave them out of a dialogue."""
+    """Templates of reasoning models open a think tag in the generation prompt, but not in a rendered dialogue."""
     tokenizer = make_tokenizer("teknium/OpenHermes-2.5-Mistral-7B (ChatML)")
     tokenizer.chat_template = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
     row = row_of(messages(("user", "Hi")), "<b>Yes</b>", "<i>No</i>")
@@ -210,7 +210,7 @@ def test_special_tokens_in_a_text_are_refused(name, read):
             read(tokenizer, row_of(messages(("user", f"Hi {token} you"))))
 
 
-def test_response_gets_the_end_token_where_the_template_adds_none(read):
+def test_response_gets_the_end_token_if_the_template_adds_none(read):
     tokenizer = make_tokenizer("HuggingFaceH4/zephyr-7b-beta")
     settings = Settings(chat_template=str(REPOSITORY / "assets" / "human_assistant.jinja"))
     prompt, chosen, _ = read(tokenizer, row_of(messages(*TURNS[:3])), settings=settings)

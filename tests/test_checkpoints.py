@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing.archives import load_archive
 from checkpointing.atomic_directory import atomic_directory, recover_interrupted_saves
-from checkpointing.checkpoints import point_latest
+from checkpointing.checkpoints import point_to
 from checkpointing.integrity import find_corruption
+from checkpointing.restoring import resume_training
 from commands.run_directory import create_run_dir
 from utils import UserError, disable_dropout
 
@@ -30,23 +32,23 @@ IDS = torch.arange(1, 9)[None]
 
 
 def trained(make_trainer, *overrides: str):
-    """Train and save; returns the trainer and its run directory."""
+    """Train and save; return the trainer and its run directory."""
     trainer = make_trainer(*TOY, *overrides)
     create_run_dir(trainer.config)
     trainer.train()
     trainer.save()
-    return trainer, type(ORACLE)(trainer.run_dir)
+    return trainer, Path(trainer.run_dir)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run for tests that only read: its trainer and its directory."""
+    """Finish a run, for tests that only read it; return its trainer and its directory."""
     return trained(trainers_in(tmp_path_factory.mktemp("finished")))
 
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
-    """A copy of the finished run's directory, to be changed."""
+    """Copy the finished run's directory, which the test may change; return the copy."""
     return shutil.copytree(finished[1], tmp_path / "run", symlinks=True)
 
 
@@ -70,7 +72,7 @@ def test_every_checkpoint_opens_with_from_pretrained_and_generates(finished):
 
 @pytest.fixture
 def gpt2_dir(tmp_path):
-    """A small GPT-2, whose output head is its embedding, with dropout, and the tiny tokenizer."""
+    """Return the folder of a small GPT-2 with tied embeddings and dropout, and the tiny tokenizer."""
     shutil.copytree(ORACLE.parent.parent / "assets" / "tiny", tmp_path / "gpt2")
     config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=128, vocab_size=2048, bos_token_id=0,
                                      eos_token_id=0)  # fmt: skip
@@ -122,7 +124,7 @@ def test_unreachable_hub_id_is_named(make_trainer, monkeypatch):
         make_trainer(*TOY, "model.archive=nobody/nothing")
 
 
-# ---- which checkpoints there are ------------------------------------------------------------------------------------
+# ---- when checkpoints are written and deleted -----------------------------------------------------------------------
 
 
 def test_save_every_and_keep_checkpoints_keep_the_last_two_checkpoints(make_trainer):
@@ -134,13 +136,13 @@ def test_save_every_and_keep_checkpoints_keep_the_last_two_checkpoints(make_trai
     assert "optimizer.pt" not in os.listdir(run_dir / "step-20")
     assert find_corruption(run_dir / "step-20") is None
     with pytest.raises(UserError, match="save_optimizer=false; resume_anyway=true starts with a new one"):
-        trainer.resume(str(run_dir / "LATEST"))
+        resume_training(trainer, str(run_dir / "LATEST"))
 
 
 def test_latest_is_the_newest_whole_checkpoint_at_any_time(make_trainer, monkeypatch):
     trainer = make_trainer(*TOY, "n_examples=12")
     create_run_dir(trainer.config)
-    latest, seen = type(ORACLE)(trainer.run_dir) / "LATEST", []
+    latest, seen = Path(trainer.run_dir) / "LATEST", []
     step = trainer.train_step
 
     def look_and_step(batch):
@@ -175,7 +177,7 @@ def test_directory_is_replaced_completely_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["LATEST"]
     assert (tmp_path / "LATEST/file").read_text() == "new"
-    point_latest(str(tmp_path), "step-4")
+    point_to(str(tmp_path), "LATEST", "step-4")
     assert os.readlink(tmp_path / "LATEST") == "step-4"
     write(tmp_path / "LATEST", "newer")
     assert (tmp_path / "LATEST/file").read_text() == "newer"
@@ -208,7 +210,7 @@ def test_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, mo
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_directory_named_replaced_that_someone_else_made_stays(exists, tmp_path):
+def test_foreign_directory_with_the_suffix_replaced_stays(exists, tmp_path):
     (tmp_path / "model.replaced").mkdir()
     (tmp_path / "model.replaced/mine").write_text("mine")
     if exists:
@@ -247,7 +249,7 @@ def test_file_size_limit_leaves_the_previous_checkpoint_intact(launcher, tmp_pat
 
 @pytest.fixture
 def mounted(tmp_path):
-    """Mount a file system of some size (bytes) in memory, where that is allowed."""
+    """Return a function that mounts a file system in memory, of a size in bytes; skip the test if it may not."""
 
     def mount(size: int):
         (tmp_path / "small").mkdir()
@@ -291,7 +293,7 @@ def test_unwritable_run_directory_is_named(launcher, mounted, tmp_path):
     assert "Traceback" not in launcher.output
 
 
-# ---- read with care -------------------------------------------------------------------------------------------------
+# ---- damaged and malicious files ------------------------------------------------------------------------------------
 
 
 class Intruder:
@@ -311,7 +313,7 @@ def test_pickle_with_code_is_refused_and_not_run(name, make_trainer, run_dir, tm
     torch.save(bad, run_dir / "step-4" / name)
     (run_dir / "step-4/SHA256SUMS").unlink()
     with pytest.raises(UserError, match=f"{name}: can't read it .*[Uu]npickl"):
-        trainer.resume(str(run_dir / "step-4"))
+        resume_training(trainer, str(run_dir / "step-4"))
     if name == "policy.pt":
         with pytest.raises(UserError, match=f"{name}: can't read it .*[Uu]npickl"):
             load_archive(str(run_dir / "step-4"), trainer.policy)
@@ -338,7 +340,7 @@ def test_checkpoint_of_another_model_lists_the_tensors_that_do_not_fit(make_trai
     trainer = make_trainer(*TOY)
     _, run_dir = trained(make_trainer, f"model.name_or_path={gpt2_dir}")
     with pytest.raises(UserError, match=r"policy.pt doesn't fit the model.*\n  left over: .*\n(.*\n)*  and \d+ more"):
-        trainer.resume(str(run_dir / "LATEST"))
+        resume_training(trainer, str(run_dir / "LATEST"))
     with pytest.raises(UserError, match=r"LATEST/policy\.pt doesn't fit the model"):
         load_archive(str(run_dir / "LATEST"), trainer.policy)
 
@@ -353,7 +355,7 @@ LAYER_BUFFERS = {  # of transformers 4.29, by layer
     "llama": ["model.layers.{}.self_attn.rotary_emb.inv_freq"],
     "gpt_neox": ["gpt_neox.layers.{}.attention." + name for name in ("bias", "masked_bias", "rotary_emb.inv_freq")],
 }
-CONFIGS = {  # the original's models, small: those of one class differ in their sizes alone
+CONFIGS = {  # small versions of the original's models; those of one class differ only in size
     "gpt2-large": transformers.GPT2Config(**GPT2),
     "gpt2-xl": transformers.GPT2Config(**{**GPT2, "n_layer": 3}),
     "gptj": transformers.GPTJConfig(**GPT2, rotary_dim=4),

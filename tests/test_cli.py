@@ -11,6 +11,8 @@ from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
 from launcher import train_after
 from safetensors.torch import load_file
 
+from commands.command_line import compose_config
+
 TOY = [
     "model=tiny",
     "datasets=[toy]",
@@ -73,12 +75,12 @@ CONFIG_ERRORS = {
     "keep no checkpoint": (["model=tiny", "keep_checkpoints=0"], ["keep_checkpoints=0: must be a number above 0"]),
     "resume without a directory": (["model=tiny", "resume=auto"], ["resume=auto", "local_run_dir", "give that, too"]),
     "resume from nowhere": (["model=tiny", "resume=nowhere"], ["resume=nowhere: no such directory"]),
-    "no end": (["model=tiny", "n_epochs=null"], ["n_epochs and n_examples are both null"]),
-    "text for a number": (["model=tiny", "lr=fast"], ["lr=fast: expected a number"]),
+    "no end of training": (["model=tiny", "n_epochs=null"], ["n_epochs and n_examples are both null"]),
+    "string for a number": (["model=tiny", "lr=fast"], ["lr=fast: expected a number"]),
     "fraction for an integer": (["model=tiny", "batch_size=1.5"], ["batch_size=1.5: expected an integer"]),
     "negative": (["model=tiny", "n_examples=-1"], ["n_examples=-1: must be a number above 0"]),
     "label smoothing too large": (["model=tiny", "loss=dpo", "loss.label_smoothing=0.5"], ["must be below 0.5"]),
-    "shared prompts neither on nor off": (["model=tiny", "shared_prompt=maybe"], ["auto, true or false"]),
+    "shared_prompt=maybe": (["model=tiny", "shared_prompt=maybe"], ["auto, true or false"]),
     "port without FSDP": (["model=tiny", "fsdp_port=1234"], ["fsdp_port=1234", "leave it null"]),
     "unknown dtype": (["model=tiny", "model.policy_dtype=fp32"], ["model.policy_dtype=fp32", "bfloat16"]),
     "mixed precision that needs loss scaling": (
@@ -104,7 +106,7 @@ COMMAND = [REPOSITORY / "train.py", *SHORT, "sample_during_eval=false", "wandb.e
 
 
 @pytest.mark.exhaustive
-def test_train_py_reports_a_mistake(run_python, tmp_path):
+def test_train_py_reports_a_users_mistake(run_python, tmp_path):
     assert_refused(run_python(*COMMAND, "batchsize=4"), tmp_path, "Did you mean batch_size?")
 
 
@@ -118,7 +120,7 @@ def test_train_py_trains(run_python, tmp_path):
 
 @pytest.fixture
 def broken_files(tmp_path):
-    """Files that a user might give by mistake."""
+    """Write files that a user might give by mistake."""
     (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
     state = load_file(ORACLE / "figures" / "sft_weights.safetensors")
     torch.save({"step_idx": 0, "state": state, "metrics": {}}, tmp_path / "other_model.pt")
@@ -335,7 +337,7 @@ def test_missing_wandb_matters_only_when_enabled(train, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_model_that_cannot_share_prompts_trains_without_or_is_refused(train, tmp_path):
+def test_model_that_cannot_share_prompts_trains_without_sharing_or_is_refused(train, tmp_path):
     config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 2048}
     model_dir = tmp_path / "bloom"
     shutil.copytree(REPOSITORY / "assets" / "tiny", model_dir)
@@ -365,10 +367,19 @@ def test_tilde_is_the_home_directory_in_every_path(word, train, tmp_path):
     result = train(*SHORT, "debug=true", *shlex.split(word), env={"HOME": f"{tmp_path}/home"})
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("~")]
     assert "~" not in result.stderr, result.stderr
-    if result.returncode:  # no such file: the message has the whole path
+    if result.returncode:  # no such file: the message has the full path
         assert f"{tmp_path}/home/" in result.stderr
     else:
         assert any((tmp_path / "home").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("pythia28", "pythia28"), ("EleutherAI/pythia-70m", "pythia-70m"), (f"{ORACLE}/model/", "model"),
+     ("blank_model", "model")],
+)  # fmt: skip
+def test_default_exp_name_is_loss_and_model_name(name, model):
+    assert compose_config(f"model={name}", "loss=sft").exp_name == f"sft_{model}"
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/../../../b"])

@@ -1,4 +1,4 @@
-"""Workers reduce numbers by gloo, in the main thread and in another one, and create each group once."""
+"""Workers reduce numbers by gloo, in the main thread and in another thread, and create each group once."""
 
 import threading
 import time
@@ -14,30 +14,30 @@ from config_checks.checks import check_config
 from distributed import collectives
 
 
-def agreements_of_two_threads(n: int) -> tuple[list[int], list[int]]:
-    """Reduce numbers in the main thread and in another one at the same time, at a different pace in each worker."""
+def reduce_in_two_threads(n: int) -> tuple[list[int], list[int]]:
+    """Reduce numbers in the main thread and in another thread at once, at a different pace in each worker."""
     rank, group = dist.get_rank(), collectives.thread_group("test")
-    beside: list[int] = []
+    other: list[int] = []
 
-    def agree_beside():
+    def reduce_in_thread():
         for i in range(n):
             time.sleep(0.002 * (rank + i) % 3)
-            beside.append(collectives.all_reduce_max(1000 + i + rank, group))
+            other.append(collectives.all_reduce_max(1000 + i + rank, group))
 
-    thread = threading.Thread(target=agree_beside)
+    thread = threading.Thread(target=reduce_in_thread)
     thread.start()
     main = []
     for i in range(n):
         time.sleep(0.001 * (2 - rank))
         main.append(collectives.all_reduce_max(i + rank))
     thread.join()
-    return main, beside
+    return main, other
 
 
-def test_threads_collectives_do_not_mix_with_the_main_threads(in_workers):
-    for main, beside in in_workers(2, agreements_of_two_threads, 20):
+def test_collectives_of_two_threads_do_not_mix(in_workers):
+    for main, other in in_workers(2, reduce_in_two_threads, 20):
         assert main == [i + 1 for i in range(20)]
-        assert beside == [1000 + i + 1 for i in range(20)]
+        assert other == [1000 + i + 1 for i in range(20)]
 
 
 def devices_of_reduced_numbers() -> set[str]:
@@ -94,11 +94,11 @@ def prepared_batches(directory: str) -> tuple[set[bool], list[list[int]]]:
     sizes = []
     for batch in trainer._training_batches(0):
         sizes.append([len(part["prompt"]) for part in batch["microbatches"]])
-        trainer.stop.check()  # a collective of the main thread, between the other thread's
+        trainer.stop.check()  # a collective in the main thread, between those of the other thread
     return in_main_thread, sizes
 
 
-def test_batches_are_prepared_beside_the_main_thread_under_fsdp(in_workers, tmp_path):
+def test_batches_are_prepared_in_another_thread_under_fsdp(in_workers, tmp_path):
     (first, sizes), (second, other_sizes) = in_workers(2, prepared_batches, str(tmp_path))
     assert first == second == {False}
     assert len(sizes) == 4 and all(sum(parts) == 8 for parts in [*sizes, *other_sizes])

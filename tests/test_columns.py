@@ -1,9 +1,9 @@
-"""Every column is read, left out by name, or refused."""
+"""Every column is read, listed as unused, or refused."""
 
 import json
 
 import pytest
-from test_row_shapes import ASKED, NO, SAYS, TOOL, assistant, read, turn, user
+from test_row_shapes import ASKED, NO, ROSE, TOOL, assistant, read, turn, user
 
 from data.columns import Columns
 from data.formats import prompt_example, recognize
@@ -52,11 +52,11 @@ REFUSED = {  # rows, settings, parts of the message
     "a constant context": ([{"context": "The same.", "prompt": c, **PAIR} for c in "ab"], {}, "column 'context' may"),
     "a string that differs": ([{"persona": c, "prompt": c * 3, **PAIR} for c in "abc"], {}, "column 'persona' may"),
     "other messages": (
-        [{"dialog": [user(f"Hi {c}"), *SAYS], "prompt": c, **PAIR} for c in "ab"],
+        [{"dialog": [user(f"Hi {c}"), *ROSE], "prompt": c, **PAIR} for c in "ab"],
         {},
         "column 'dialog' may",
     ),
-    "what may be the prompt of whole dialogues": (
+    "a possible prompt of whole dialogues": (
         [{"topic": c, **PAIR} for c in "abab"],
         {},
         r"column 'topic' may belong.*fields=\{prompt: topic\}",
@@ -83,7 +83,7 @@ REFUSED = {  # rows, settings, parts of the message
         r"fields=\{prompt: Prompt, chosen: Ch",
     ),
     "OpenAI preferences": (
-        [{"input": {"messages": ASKED}, "preferred_output": SAYS, "non_preferred_output": NO}],
+        [{"input": {"messages": ASKED}, "preferred_output": ROSE, "non_preferred_output": NO}],
         {},
         r"fields=\{prompt: input.messages, chosen: preferred_output, rejected: non_preferred_output\}",
     ),
@@ -127,17 +127,17 @@ def test_column_that_would_be_lost_is_refused_with_the_remedy(name):
 
 BAD = {  # a good row, which decides the format; the bad row; the message
     "image part": (
-        {"messages": [*ASKED, *SAYS]},
-        {"messages": [turn("user", [{"type": "image"}]), *SAYS]},
+        {"messages": [*ASKED, *ROSE]},
+        {"messages": [turn("user", [{"type": "image"}]), *ROSE]},
         "a part of type 'image'",
     ),
     "images in a message": (
-        {"messages": [*ASKED, *SAYS]},
-        {"messages": [turn("user", "Hi", images=["a"]), *SAYS]},
+        {"messages": [*ASKED, *ROSE]},
+        {"messages": [turn("user", "Hi", images=["a"]), *ROSE]},
         "has 'images'",
     ),
     "content that is a number": (
-        {"messages": [*ASKED, *SAYS]},
+        {"messages": [*ASKED, *ROSE]},
         {"messages": [*ASKED, turn("assistant", 5)]},
         "its content is 5",
     ),
@@ -152,18 +152,18 @@ BAD = {  # a good row, which decides the format; the bad row; the message
         "expected a list of calls",
     ),
     "arguments that are no JSON": (
-        {"messages": [*ASKED, *SAYS]},
+        {"messages": [*ASKED, *ROSE]},
         {"messages": [*ASKED, assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{oops"}}])]},
         "its arguments are '{oops'",
     ),
     "tools that are no JSON": (
-        {"messages": [*ASKED, *SAYS], "tools": [TOOL]},
-        {"messages": [*ASKED, *SAYS], "tools": "weather"},
+        {"messages": [*ASKED, *ROSE], "tools": [TOOL]},
+        {"messages": [*ASKED, *ROSE], "tools": "weather"},
         "a string that isn't JSON",
     ),
     "two system texts": (
-        {"system": "A", "messages": [*ASKED, *SAYS]},
-        {"system": "A", "messages": [turn("system", "B"), *ASKED, *SAYS]},
+        {"system": "A", "messages": [*ASKED, *ROSE]},
+        {"system": "A", "messages": [turn("system", "B"), *ASKED, *ROSE]},
         "a system message, but the row has",
     ),
     "a system text that comes late": (
@@ -172,23 +172,23 @@ BAD = {  # a good row, which decides the format; the bad row; the message
         "column 'system' is 'Be kind.'",
     ),
     "a weight of 0": (
-        {"messages": [*ASKED, *SAYS]},
-        {"messages": [*ASKED, assistant("x", weight=0), user("y"), *SAYS]},
+        {"messages": [*ASKED, *ROSE]},
+        {"messages": [*ASKED, assistant("x", weight=0), user("y"), *ROSE]},
         "weight=0",
     ),
     "response that begins with another prompt": (
-        {"prompt": ASKED, "chosen": [*ASKED, *SAYS], "rejected": [*ASKED, *NO]},
-        {"prompt": ASKED, "chosen": [user("Hm?"), *SAYS], "rejected": [user("So?"), *NO]},
+        {"prompt": ASKED, "chosen": [*ASKED, *ROSE], "rejected": [*ASKED, *NO]},
+        {"prompt": ASKED, "chosen": [user("Hm?"), *ROSE], "rejected": [user("So?"), *NO]},
         "begins with a message of role",
     ),
     "prompt that isn't in the messages": (
-        {"prompt": "Name a red thing.", "chosen": [*ASKED, *SAYS], "rejected": [*ASKED, *NO]},
-        {"prompt": "Something else", "chosen": [*ASKED, *SAYS], "rejected": [*ASKED, *NO]},
+        {"prompt": "Name a red thing.", "chosen": [*ASKED, *ROSE], "rejected": [*ASKED, *NO]},
+        {"prompt": "Something else", "chosen": [*ASKED, *ROSE], "rejected": [*ASKED, *NO]},
         "don't begin with the prompt in field",
     ),
     "messages within JSON": (
         {"prompt": "a", **PAIR},
-        {"prompt": "b", **PAIR, "chosen": json.dumps({"messages": [*ASKED, *SAYS], "tools": []})},
+        {"prompt": "b", **PAIR, "chosen": json.dumps({"messages": [*ASKED, *ROSE], "tools": []})},
         "field 'chosen' is JSON of an object whose 'messages' holds messages",
     ),
     "history of another form": (
@@ -200,7 +200,7 @@ BAD = {  # a good row, which decides the format; the bad row; the message
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_row_says_what_is_wrong(name):
+def test_error_for_a_bad_row_says_what_is_wrong(name):
     good, bad, message = BAD[name]
     found = recognize([good, good], {}, "datasets=[x]")
     found.read(good)
@@ -208,7 +208,7 @@ def test_bad_row_says_what_is_wrong(name):
         found.read(bad)
 
 
-def test_columns_that_say_something_about_a_row_are_listed():
+def test_columns_that_describe_a_row_are_listed_as_unused():
     rows = [
         {
             "prompt": f"Say {c}",
@@ -237,7 +237,7 @@ def test_columns_of_the_test_split_are_checked_too():
         found.check_columns([{"prompt": "a", "system": "Be kind.", **PAIR}], [], "test")
 
 
-def test_prompts_alone_have_what_belongs_to_them():
+def test_rows_of_prompts_alone_are_read_with_system_text_history_and_tools():
     for row, expected in (
         ({"prompt": "a", "chosen": "x"}, "a"),
         ({"instruction": "Sum.", "input": "1+1"}, "Sum.\n1+1"),
@@ -252,6 +252,6 @@ def test_prompts_alone_have_what_belongs_to_them():
         prompt_example({"messages": [user("a"), assistant("b")]})
 
 
-def test_kinds_of_values_are_those_of_most_rows():
+def test_kind_of_a_column_is_that_of_most_rows():
     columns = Columns([{"a": "x"}, {"a": 1}, {"a": "y"}, {"a": None, "b": [{"from": "human", "value": "x"}]}])
     assert columns.kinds == {"a": "string", "b": "messages"}

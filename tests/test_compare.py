@@ -1,4 +1,4 @@
-"""Comparing runs: the table, its formats, what can be compared, and a whole sweep."""
+"""Comparing runs: the table and its formats, columns that can't be compared, and a whole sweep."""
 
 import csv
 import io
@@ -33,11 +33,11 @@ def sweep(tmp_path) -> str:
     write_run(tmp_path / "sweep/a", [0.6, 0.8, 0.7], loss={"name": "dpo", "beta": 0.1}, lr=1e-5)
     write_run(tmp_path / "sweep/b", [0.65, 0.9], loss={"name": "dpo", "beta": 0.5}, lr=1e-5)
     write_run(tmp_path / "sweep/c", [0.7], loss={"name": "dpo", "beta": 0.9}, lr=1e-5)
-    (tmp_path / "sweep/d").mkdir()  # one that failed
+    (tmp_path / "sweep/d").mkdir()  # a job that failed
     return str(tmp_path / "sweep")
 
 
-def test_rows_are_sorted_by_the_best_evaluation_and_show_it_beside_the_last(sweep):
+def test_rows_are_sorted_by_the_best_evaluation_and_show_the_last_one_too(sweep):
     header, *rows = [line.split("  ") for line in as_text(compare(find_runs([sweep]))).splitlines()[:4]]
     rows = [[cell.strip() for cell in row if cell] for row in rows]
     assert [cell.strip() for cell in header if cell] == [
@@ -82,14 +82,14 @@ def test_only_keys_that_tell_runs_apart_have_columns(tmp_path):
     assert {"model.archive", "seed"} <= set(header.split(","))  # the CSV has every key
 
 
-def test_paths_are_shown_by_what_differs():
+def test_paths_are_shortened_to_the_parts_that_differ():
     assert short_values(["/a/b/x/LATEST/policy.pt", "/a/b/y/LATEST/policy.pt", None]) == ["x", "y", "null"]
     assert short_values(["/a/b", "/a/b/c"]) == ["b", "b/c"]
     assert short_values([True, 1e-6, "x" * 50]) == ["true", "1e-06", "…" + "x" * 39]
     assert short_values(["a/x", "b/x", "c"]) == ["a/x", "b/x", "c"]
 
 
-def test_table_too_wide_for_120_columns_names_what_it_leaves_out(tmp_path):
+def test_table_too_wide_for_120_characters_names_the_omitted_columns(tmp_path):
     for i in range(2):
         path = Path(write_run(tmp_path / f"r/{i}", [0.6 + i / 10], lr=i, note="y" * 39 + str(i)))
         rows = [line | {"nll_eval/chosen": 1.0, "nll_eval/chosen_se": 0.1, "logratios_eval/chosen": -1.0,

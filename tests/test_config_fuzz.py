@@ -101,7 +101,7 @@ def command_lines(*overrides: st.SearchStrategy) -> st.SearchStrategy:
 
 
 def assert_names_a_key(output: str, words: list[str]):
-    """Check that the output ends with one message that names one of the words."""
+    """Check that the output ends with one error message, which names a key of the command line."""
     assert "Traceback" not in output, (words, output)
     assert len(re.findall("^error: ", output, re.MULTILINE)) == 1, (words, output)
     message = output[re.search("^error: ", output, re.MULTILINE).start() :]
@@ -110,29 +110,29 @@ def assert_names_a_key(output: str, words: list[str]):
     assert any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message) for name in names), (words, message)
 
 
-class Loads(BaseException):
-    """Raised in place of loading anything, once all checks have passed; no Exception, so that nothing catches it."""
+class ChecksPassed(BaseException):
+    """Raised instead of loading anything, once all checks have passed; no Exception, so that nothing catches it."""
 
 
 def refusal(words: list[str], directory: Path) -> str | None:
     """Return the message that refuses a command line before anything is loaded; None if it is accepted."""
 
-    def loads(*_):
-        raise Loads
+    def stop(*_):
+        raise ChecksPassed
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         patch.setattr(sys, "argv", ["train.py", *words])
-        patch.setattr(train, "train_from", loads)
-        patch.setattr("commands.workers.launch.run_workers", loads)
+        patch.setattr(train, "train_from", stop)
+        patch.setattr("commands.workers.launch.run_workers", stop)
         try:
             train.main()
-        except Loads:
+        except ChecksPassed:
             return None
         except SystemExit as error:
             assert isinstance(error.code, str), (words, error.code)
             return error.code
-    raise AssertionError(f"{words}: it does nothing")
+    raise AssertionError(f"{words}: neither accepted nor refused")
 
 
 @pytest.mark.parametrize("n_examples", exhaustive_except([5, 100], 5))

@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from commands.command_line import compose_config, with_free_keys
+from commands.command_line import compose_config, for_hydra
 from config_checks.checks import check_config
-from config_checks.explanations import _SAME_LOSS
+from config_checks.explanations import _OUR_LOSSES
 from config_checks.schema import CONFIG_DIR, default_config
 from losses import LOSSES
 from utils import UserError, get_local_dir
@@ -22,12 +22,12 @@ VALUES = [None, True, False, *NUMBERS, *TEXTS, [], [1], ["x"], [None], {}, {"a":
 SOME_VALUES = [None, True, -1, 0.5, math.nan, "x", [1]]
 
 # Values that check_config accepts. For keys that aren't listed, only values of the default's type, listed below.
-POSITIVE_WHOLE = [1, 3, 1000]
+POSITIVE_INTEGERS = [1, 3, 1000]
 ACCEPTED = {
     "seed": [0, 1, 3, 1000],
     "exp_name": [*NUMBERS, *TEXTS[2:]],
-    "batch_size": POSITIVE_WHOLE,
-    "eval_batch_size": POSITIVE_WHOLE,
+    "batch_size": POSITIVE_INTEGERS,
+    "eval_batch_size": POSITIVE_INTEGERS,
     "world_size": [None],
     "fsdp_port": [None],
     "fsdp_replicate": [1],
@@ -36,36 +36,36 @@ ACCEPTED = {
     "checkpoint_format": [],
     "checkpoint_async": [False],
     "datasets": [],
-    "apply_chat_template": [False],  # toy is a named dataset
+    "apply_chat_template": [False],  # toy is a built-in dataset
     "verbatim_responses": [False],
     "wandb.entity": [None, *TEXTS[2:]],
     "wandb.project": TEXTS[2:],
     "local_dirs": [["x"]],
     "n_eval_model_samples": [0, 1, 3, 1000],
     "local_run_dir": TEXTS[2:],
-    "lr": [0.5, 1, 3, 1000, 2**80],
+    "lr": [1e-320, 0.5, 1, 3, 1000, 2**80],
     "gradient_accumulation_steps": [1],
-    "max_grad_norm": [0.5, 1, 3, 1000, 1e300, 2**80, math.inf],
+    "max_grad_norm": [1e-320, 0.5, 1, 3, 1000, 1e300, 2**80, math.inf],
     "max_length": [1000],
     "max_prompt_length": [1, 3],
-    "n_epochs": POSITIVE_WHOLE,
-    "n_examples": [None, *POSITIVE_WHOLE],
-    "n_eval_examples": [None, *POSITIVE_WHOLE],
+    "n_epochs": POSITIVE_INTEGERS,
+    "n_examples": [None, *POSITIVE_INTEGERS],
+    "n_eval_examples": [None, *POSITIVE_INTEGERS],
     "trainer": [],
     "optimizer": [],
     "optimizer_args": [{}],
     "warmup_steps": [0, 0.5, 1e-320, 1, 3, 1000],
     "shared_prompt": [True, False],
     "padding_free": [True, False],
-    "max_tokens_per_microbatch": [None, *POSITIVE_WHOLE],
+    "max_tokens_per_microbatch": [None, *POSITIVE_INTEGERS],
     "reference": [],
     "precompute_ref_log_probs": [False],  # loss=sft has no reference
     "lora": [None, {}],
     "eval_every": [1000],
     "save_every": [None, 1000],
-    "keep_checkpoints": [None, *POSITIVE_WHOLE],
+    "keep_checkpoints": [None, *POSITIVE_INTEGERS],
     "resume": [None, *TEXTS[2:]],  # checked earlier
-    "minimum_log_interval_secs": [-0.0, 0, 0.5, 1, 3, 1000, 1e300, 1e-320],
+    "minimum_log_interval_secs": [-0.0, 0, 0.5, 1, 3, 1000, 1e300, 1e-320, 2**80],
     "model.name_or_path": ["x", "1", "null"],  # it may be on the hub
     "model.tokenizer_name_or_path": [None, "x", "1", "null"],
     "model.archive": [None],
@@ -89,7 +89,7 @@ def composed(tmp_path_factory):
     def compose_with(*overrides: str):
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             words = ["model=tiny", "datasets=[toy]", "wandb.enabled=false", f"local_dirs=[{local}]", "exp_name=x"]
-            return compose("config", with_free_keys([*words, *overrides]))
+            return compose("config", for_hydra([*words, *overrides]))
 
     configs = {loss: compose_with(f"loss={loss}") for loss in LOSSES}
     return lambda loss: copy.deepcopy(configs[loss])
@@ -107,7 +107,7 @@ def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, values, co
     loss = next(name for name in LOSSES if option in LOSSES[name].options) if option else "sft"
     accepted = ACCEPTED.get(key, [True, False] if isinstance(default, bool) else None)
     if key.startswith("dataset_paths."):
-        accepted = TEXTS[2:]  # settings of datasets that aren't used
+        accepted = TEXTS[2:]  # paths of unused datasets aren't checked
     for value in values:
         config = composed(loss)
         passes = any(same(value, other) for other in accepted or [])
@@ -124,9 +124,9 @@ def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, values, co
             assert passes or accepted is None, f"{key}={value!r} is accepted as {OmegaConf.select(config, key)!r}"
 
 
-def test_other_names_of_losses_lead_to_losses_that_there_are():
-    assert set(_SAME_LOSS.values()) <= LOSSES.keys()
-    assert not _SAME_LOSS.keys() & LOSSES.keys()
+def test_other_names_of_losses_lead_to_existing_losses():
+    assert set(_OUR_LOSSES.values()) <= LOSSES.keys()
+    assert not _OUR_LOSSES.keys() & LOSSES.keys()
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -140,12 +140,12 @@ REFUSED = {  # override: parts of the message
     "~model": ["model.name_or_path", "model=NAME"],
     "~lr": ["the config lacks the key 'lr'"],
     "datasets={a:1}": ["datasets={a:1}", "Cannot merge DictConfig with ListConfig"],
-    "wandb=null": ["wandb.enabled can't be set", "it is a section of keys"],
+    "wandb=null": ["wandb.enabled can't be set", "wandb must be a section of keys"],
     "wandb={foo:1}": ["no config key 'wandb.foo'"],
     "exp_name=é": ["can't read 'exp_name=é': 'é' must be quoted", "exp_name='é'"],
     "model.archive=/x/a=b": ["can't read 'model.archive=/x/a=b': a second '='", "model.archive='/x/a=b'"],
-    "lr=1e300": ["lr=1e+300: must be a number above 0 and at most 1e+38"],
-    "n_eval_examples=1000000000000": ["n_eval_examples=1000000000000", "at most 1e+07"],
+    "lr=1e300": ["lr=1e+300: must be at most 1e+38"],
+    "n_eval_examples=1000000000000": ["n_eval_examples=1000000000000", "must be at most 10000000"],
     "exp_name=null": ["exp_name=None: expected a string"],
     "optimizer_args={maximize:x}": ["optimizer_args.maximize=x: expected true or false"],
     "optimizer_args={lr:1}": ["optimizer_args.lr: RMSprop takes no such argument", "key lr"],
@@ -153,7 +153,7 @@ REFUSED = {  # override: parts of the message
     "model.name_or_path=/no/where": ["model.name_or_path=/no/where: no such folder, and no id on the hub"],
     "model.tokenizer_name_or_path=a/b/c": ["model.tokenizer_name_or_path=a/b/c: no such folder"],
     "model.policy_mp=bfloat16 model.policy_dtype=float16": ["model.policy_dtype=float16"],
-    # other libraries' names for it
+    # other libraries' names
     "learning_rate=1": ["'learning_rate'", "learning_rate is called lr here"],
     "lora.rank=8": ["lora.rank: LoraConfig has no such field", "rank is called lora.r here"],
     "lora={bias:nope}": ["lora.bias=nope: must be one of none, all, lora_only"],
@@ -168,7 +168,7 @@ REFUSED = {  # override: parts of the message
     "loss=ld_dpo": ["it is loss=dpo with loss.ld_alpha below 1"],
     "f_divergence_type=forward_kl": ["f_divergence_type is called loss.f_divergence here"],
     "loss_weights=[1]": ["loss=mix loss.parts={dpo: 0.8, sft: 0.2}"],
-    "per_device_train_batch_size=4": ["batch_size is that of all devices"],
+    "per_device_train_batch_size=4": ["batch_size counts the examples of all devices"],
     "num_train_epochs=1": ["num_train_epochs is called n_epochs here"],
     "output_dir=x": ["output_dir is called local_run_dir here"],
     "beta=1 loss=dpo": ["Did you mean loss.beta?"],
@@ -180,7 +180,7 @@ REFUSED = {  # override: parts of the message
     "warmup_ratio=0.1": ["warmup_steps between 0 and 1 is a fraction of the steps"],
     "Seed=1": ["Did you mean seed?"],
 }
-OF_HYDRA = {
+HYDRA_ERRORS = {
     "lr=${x}": ["Interpolation key 'x' not found", "lr"],
     "hydra.run.dir=/proc/nope": ["/proc/nope"],
     "hydra.mode=NOPE": ["hydra.mode=NOPE", "RUN, MULTIRUN"],
@@ -203,19 +203,19 @@ def test_mistyped_override_is_refused_in_words(typed, refusal, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# of each kind, and what Hydra itself refuses
+# one of each kind
 TYPED = ["loss=null", "~lr", "exp_name=é", "learning_rate=1", "optimizer=adamw"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("typed", [*TYPED, *OF_HYDRA, *LATE])
+@pytest.mark.parametrize("typed", [*TYPED, *HYDRA_ERRORS, *LATE])
 def test_command_line_refuses_by_one_message(typed, launcher, tmp_path):
     assert launcher.run("model=tiny", "datasets=[toy]", f"local_run_dir={tmp_path}/run", *typed.split()) == 1
     output = launcher.output
     assert "Traceback" not in output
     assert "Error executing job" not in output
     message = output[output.index("error: ") :]
-    for part in {**REFUSED, **OF_HYDRA, **LATE}[typed]:
+    for part in {**REFUSED, **HYDRA_ERRORS, **LATE}[typed]:
         assert part in message
     assert ("building policy" in output) == (typed in LATE)
     assert list(tmp_path.iterdir()) == []
@@ -238,11 +238,11 @@ def test_local_dirs_must_be_a_list_of_directories(directories):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "config/experiment").glob("*.yaml")))
-def test_every_recipe_passes_the_check_and_says_how_it_is_typed(name):
+def test_every_recipe_passes_the_check_and_shows_its_command(name):
     text = (REPOSITORY / "config/experiment" / f"{name}.yaml").read_text()
     assert f"python train.py +experiment={name}" in text
     config = compose_config(f"+experiment={name}", "model=tiny", "datasets=[toy]", "wandb.enabled=false")
-    if not config.model.load_in_4bit:  # which needs a GPU
+    if not config.model.load_in_4bit:  # 4 bits need a GPU
         check_config(config)
     assert config.loss.name == {"hh_pythia28_sft": "sft", "kto_unpaired": "kto"}.get(name, "dpo")
 

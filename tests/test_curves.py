@@ -70,7 +70,8 @@ def test_picture_shows_the_runs_numbers(monkeypatch, tmp_path):
             assert (x, [line[key] for line in getattr(run, split)]) in panels[title], (title, split)
     ((x, y),) = [line for line in panels["learning rate"]]
     assert (x[0], x[-1], set(y)) == (4, 160, {1e-5})
-    assert len(panels["log-probability of responses (nats)"]) == 2 * 3  # raw, smoothed, evaluations; of either response
+    # raw, smoothed and evaluations, for chosen and rejected responses
+    assert len(panels["log-probability of responses (nats)"]) == 2 * 3
     assert [0.0, 1.0] in [list(x) for x, y in panels["gradient norm, before clipping"]]  # the line at max_grad_norm
     assert png_size(tmp_path / "picture.png")[0] == 1200
     assert sorted(os.listdir(tmp_path)) == ["picture.png", "run"]
@@ -149,17 +150,17 @@ def test_drawing_error_warns_once(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_training_never_waits_for_drawing_and_drawing_keeps_to_its_share(tmp_path, monkeypatch):
+def test_training_never_waits_for_drawing_and_drawing_takes_a_small_share_of_time(tmp_path, monkeypatch):
     """The drawing process of this test ends when its stdin is closed."""
     write_run(tmp_path / "run")
     started = []
     popen = subprocess.Popen
 
-    def until_told(_command, **options):
+    def wait_for_stdin(_command, **options):
         started.append(popen([sys.executable, "-c", "import sys; sys.stdin.read()"], **options | {"stdin": stdin}))
         return started[-1]
 
-    monkeypatch.setattr(drawing.subprocess, "Popen", until_told)
+    monkeypatch.setattr(drawing.subprocess, "Popen", wait_for_stdin)
     stdin = subprocess.PIPE
     drawer = CurvesDrawer(str(tmp_path / "run"))
     drawer.notice(is_evaluation=True)
@@ -172,7 +173,7 @@ def test_training_never_waits_for_drawing_and_drawing_keeps_to_its_share(tmp_pat
     started[0].wait()
     drawer.notice(is_evaluation=False)
     now = time.monotonic()
-    assert len(started) == 1 and drawer.process is None  # the next one is due, but not yet
+    assert len(started) == 1 and drawer.process is None  # another drawing is pending, but it is too early
     assert drawer.next_start - now == pytest.approx(50 * (now - drawer.started), rel=0.2)
     drawer.next_start = now
     drawer.notice(is_evaluation=False)

@@ -1,4 +1,4 @@
-"""A run directory with files that the run didn't write is refused by a message that names the file."""
+"""A run directory with damaged or foreign files is refused by a message that names the file."""
 
 import hashlib
 import itertools
@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import exhaustive_except
 
+from basics.locks import locked_directory
 from checkpointing.resume import find_checkpoints
-from commands.run_directory import locked_run
 from utils import UserError
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def write_sums(checkpoint):
 
 @pytest.fixture
 def assert_told(refusal, run_dir):
-    """Check the message that a run gives when it is to be resumed."""
+    """Return a function that resumes the run and checks that the message of the refusal has these parts."""
 
     def check(*parts: str):
         message = refusal(*RUN, "n_examples=12", f"local_run_dir={run_dir}", "resume=auto")
@@ -61,13 +61,13 @@ STATES = {
     "empty": lambda state: b"",
     "binary": lambda state: bytes(range(256)),
     "a list": lambda state: b"[1, 2]",
-    "nothing in it": lambda state: b"{}",
+    "an empty object": lambda state: b"{}",
     "deeply nested": lambda state: b"[" * 100_000,
-    "a text for a number": lambda state: json.dumps({**state, "examples": "eight"}).encode(),
+    "a string for a number": lambda state: json.dumps({**state, "examples": "eight"}).encode(),
     "a negative number": lambda state: json.dumps({**state, "batches": -1}).encode(),
     "an infinite number": lambda state: json.dumps({**state, "examples": float("inf")}).encode(),
     "a list for an object": lambda state: json.dumps({**state, "config": [1]}).encode(),
-    "a text for a size": lambda state: json.dumps({**state, "log_bytes": {"metrics.jsonl": "x"}}).encode(),
+    "a string for a size": lambda state: json.dumps({**state, "log_bytes": {"metrics.jsonl": "x"}}).encode(),
     "a list for the metrics": lambda state: json.dumps({**state, "metrics": [1]}).encode(),
     "a number for a digest": lambda state: json.dumps({**state, "inputs": {"model.name_or_path": 5}}).encode(),
     "other keys": lambda state: json.dumps({"examples": 8, "config": state["config"]}).encode(),
@@ -76,7 +76,7 @@ STATES = {
 
 @pytest.mark.parametrize(
     "kind",
-    exhaustive_except(STATES, "truncated", "a list", "a text for a number", "other keys"),
+    exhaustive_except(STATES, "truncated", "a list", "a string for a number", "other keys"),
 )
 def test_malformed_state_json_is_named(kind, assert_told, run_dir):
     path = run_dir / "LATEST/state.json"
@@ -95,13 +95,13 @@ CONFIGS = {
     "no model": lambda text: "seed: 0\nloss: {name: dpo}\n",
     "a number for an object": lambda text: text.replace("model:\n", "model: 5\nother:\n"),
     "no YAML": lambda text: "a: [b\n\t- }",
-    "a first line of ours, cut": lambda text: text[:100] + "\n" + text,
+    "the first line, with fingerprints, cut": lambda text: text[:100] + "\n" + text,
     "a first line of another type": lambda text: text.splitlines()[0].split(": {")[0] + ": [1]\n" + text,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "kind", exhaustive_except(CONFIGS, "truncated", "a list", "no model", "a first line of ours, cut")
+    "kind", exhaustive_except(CONFIGS, "truncated", "a list", "no model", "the first line, with fingerprints, cut")
 )
 def test_malformed_config_yaml_is_named(kind, assert_told, run_dir):
     path = run_dir / "config.yaml"
@@ -123,7 +123,7 @@ def test_edited_values_in_config_yaml_are_reported_as_changes(assert_told, run_d
 def test_malformed_checksums_are_named(content, assert_told, run_dir, capsys):
     (run_dir / "LATEST/SHA256SUMS").write_bytes(content.encode("latin-1"))
     assert_told("none of its checkpoints is whole")
-    assert ("SHA256SUMS" in capsys.readouterr().out) or content == "\xff\xfe"  # which is no text
+    assert ("SHA256SUMS" in capsys.readouterr().out) or content == "\xff\xfe"  # not UTF-8
 
 
 CONTENTS = {
@@ -132,11 +132,11 @@ CONTENTS = {
     "other keys": {"x": 1},
     "numbers": {"state": 5, "workers": 5},
     "an empty state": {"state": {}, "workers": [{}]},
-    "texts in it": {
+    "strings for numbers": {
         "state": {"state": "x", "param_groups": "y", "last_epoch": "z", "_step_count": "z"},
         "workers": ["x"],
     },
-    "other values in it": {
+    "values of other types": {
         "state": {"a": 1},
         "workers": [{"torch": torch.zeros(3), "cuda": [], "numpy": [1], "python": 2}],
     },
@@ -147,7 +147,7 @@ CONTENTS = {
     ("name", "kind"),
     exhaustive_except(
         itertools.product(["rng.pt", "scheduler.pt", "optimizer.pt", "policy.pt"], CONTENTS),
-        lambda case: case[1] == "other keys" or case == ("optimizer.pt", "texts in it"),
+        lambda case: case[1] == "other keys" or case == ("optimizer.pt", "strings for numbers"),
     ),
 )
 def test_checkpoint_file_with_other_content_is_named(name, kind, assert_told, run_dir):
@@ -164,7 +164,7 @@ def test_checkpoint_file_that_is_a_pipe_or_a_device_is_named(name, kind, run_dir
     path = run_dir / "LATEST" / name
     path.unlink()
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=rf"{run_dir}/LATEST can't be used: .*it is no regular file.*{name}"):
+    with pytest.raises(UserError, match=rf"{run_dir}/LATEST can't be used: .*it is not a regular file.*{name}"):
         find_checkpoints(str(run_dir), "LATEST")
 
 
@@ -180,7 +180,7 @@ def test_optimizer_state_with_other_shapes_is_named(launcher, assert_told, run_d
 
 
 @pytest.mark.parametrize("value", ["true", "5", "[a]", "1.5"])
-def test_resume_takes_a_path_or_auto(value, refusal, tmp_path):
+def test_resume_must_be_a_path_or_auto(value, refusal, tmp_path):
     message = refusal(*RUN, f"local_run_dir={tmp_path}/run", f"resume={value}")
     assert message.startswith("resume=") and "must be auto, a run directory or a checkpoint in one" in message
 
@@ -207,7 +207,7 @@ def test_run_directory_without_permission_is_named(mode, tmp_path, monkeypatch):
         for run_dir in ("run", "run/below"):
             if (mode, run_dir) != (0o300, "run/below"):
                 with pytest.raises(UserError, match=rf"local_run_dir={run_dir}: can't write there: \[Errno 13\]"):  # noqa: SIM117
-                    with locked_run(run_dir):
+                    with locked_directory(run_dir, f"local_run_dir={run_dir}", "it is held"):
                         pass
     finally:
         os.seteuid(0)

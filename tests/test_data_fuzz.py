@@ -1,4 +1,4 @@
-"""Any content of a file is read, or refused in a message; rows that aren't trained on are counted."""
+"""Any content of a file is read, or refused with a message; rows that aren't trained on are counted."""
 
 import csv
 import gzip
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.choice import Choice, Settings
-from data.locations import locate
 from data.preparation import prepare
+from data.row_sources import ROWS
 from utils import UserError
 
 TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "assets" / "tiny")
@@ -69,29 +69,28 @@ broken_lines = st.one_of(
 
 
 def check(name: str, content: bytes, n_rows: int | None):
-    """Prepare the file for all losses, skipping and refusing bad rows; `n_rows`: number of rows, if known."""
+    """Prepare the file for each kind of loss, with bad rows skipped and refused; `n_rows`: number of rows, if known."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / name
         path.write_bytes(content)
-        for loss_takes in (("pairs",), ("pairs", "unpaired"), ("targets",)):
+        for kinds in (("pairs",), ("pairs", "unpaired"), ("targets",)):
             outcomes = {}
             for skips_bad in (True, False):
                 given_ = Settings(skips_bad=skips_bad, chat_template=TEMPLATE)
                 try:
                     both = prepare(
-                        Choice(str(path)), locate(str(path)), given_, TOKENIZER, "keep_end", loss_takes,
-                        f"{directory}/cache", silent=True,
-                    )  # fmt: skip
+                        Choice(str(path)), given_, TOKENIZER, "keep_end", kinds, f"{directory}/cache", silent=True
+                    )
                 except UserError as error:
                     assert str(path) in str(error) and "Traceback" not in str(error)
                     outcomes[skips_bad] = str(error)
                     continue
-                info = both[0].info
+                info = both["train"].info
                 read, bad = info["train_rows"]["n_read"], sum(info["train_rows"]["bad"].values())
                 assert read == info["train"]["n_prompts"] + info["test"]["n_prompts"] + bad
                 assert n_rows is None or read == n_rows
                 assert skips_bad or bad == 0
-                for part in both:
+                for part in both.values():
                     check_part(part)
                 outcomes[skips_bad] = bad
             event(str({key: "error" if isinstance(value, str) else "read" for key, value in outcomes.items()}))
@@ -102,7 +101,7 @@ def check(name: str, content: bytes, n_rows: int | None):
 
 
 def check_part(part):
-    """Check each prompt: every response ends once, and pairs are of its responses."""
+    """Check that every response has one end token, and that pairs and target are among the prompt's responses."""
     for prompt in part:
         for ids in prompt.response_ids:
             assert len(ids) > 1 and ids[-1] == TOKENIZER.eos_token_id and ids.count(TOKENIZER.eos_token_id) == 1
@@ -164,10 +163,11 @@ def test_random_python_rows_are_kept_or_counted_as_bad(others, rows):
     given_ = [*rows, *others]
     with tempfile.TemporaryDirectory() as directory:
         try:
-            both = prepare(Choice("mine"), given_, Settings(skips_bad=True, chat_template=TEMPLATE), TOKENIZER,
-                           "keep_end", ("targets",), directory, silent=True)  # fmt: skip
+            ROWS["mine"] = given_
+            both = prepare(Choice("mine"), Settings(skips_bad=True, chat_template=TEMPLATE), TOKENIZER, "keep_end",
+                           ("targets",), directory, silent=True)  # fmt: skip
         except UserError:
             return
-        info = both[0].info
+        info = both["train"].info
         kept = info["train"]["n_prompts"] + info["test"]["n_prompts"]
         assert info["train_rows"]["n_read"] == len(given_) == kept + sum(info["train_rows"]["bad"].values())

@@ -8,6 +8,7 @@ from test_formats import jsonl, parquet
 from test_own_data import RUN, numbered, pairs, write
 from transformers import AutoTokenizer
 
+from data import reading
 from data.choice import Choice, Settings
 from preference_datasets import get_batch_iterator
 from utils import UserError
@@ -24,9 +25,9 @@ def tokenizer():
 
 @pytest.fixture
 def batches(tokenizer, tmp_path):
-    """Return a function that opens the batches of a folder with these rows, both to train and to evaluate on."""
+    """Return a function that writes rows as the train and the test split of a folder, and opens batches of one."""
 
-    def open_them(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
+    def open_batches(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
         for name in ("train", "test"):
             write(tmp_path / "data" / f"{name}.jsonl", rows)
         choice = Choice(str(tmp_path / "data"), **kwargs.pop("choice", {}))
@@ -34,7 +35,7 @@ def batches(tokenizer, tmp_path):
         given = Settings(**({"chat_template": TEMPLATE} | (settings or {})))
         return get_batch_iterator([choice], tokenizer, split, settings=given, **kwargs)
 
-    return open_them
+    return open_batches
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def report(make_trainer, tmp_path, capsys):
     return of
 
 
-# ---- pairs that say nothing -----------------------------------------------------------------------------------------
+# ---- pairs of identical responses -----------------------------------------------------------------------------------
 
 
 def long_pairs(n: int) -> list[dict]:
@@ -77,7 +78,7 @@ def test_pairs_that_are_identical_once_cut_are_refused_or_left_out(batches, caps
 
 
 @pytest.mark.parametrize("max_length", range(20, 60, 7))
-def test_pairs_are_identical_once_cut_exactly_when_their_batch_is(max_length, batches):
+def test_pairs_dropped_as_identical_once_cut_are_those_with_equal_token_ids(max_length, batches):
     rows = [
         {"prompt": "Say" * n, "chosen": " same" * m + " good", "rejected": " same" * m}
         for n in (1, 9)
@@ -86,7 +87,7 @@ def test_pairs_are_identical_once_cut_exactly_when_their_batch_is(max_length, ba
     lengths = {"max_length": max_length, "max_prompt_length": 8}
     iterator = batches(rows, **lengths, settings={"skips_bad": True}, split="test")
     assert all(b["chosen_input_ids"].tolist() != b["rejected_input_ids"].tolist() for b in iterator)
-    # the dropped pairs are identical when each response is cut alone
+    # a pair is dropped among the others exactly if it is dropped on its own
     n_identical = 0
     for row in rows:
         with_another = [row, {"prompt": "x", "chosen": " y", "rejected": " z"}]
@@ -121,21 +122,35 @@ def test_equal_responses_with_different_scores_are_no_pair(report):
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def test_same_fault_in_all_rows_is_told_once(batches):
+def test_every_run_of_a_process_prints_each_split_once(report, monkeypatch):
+    read, opened = reading.read_rows, []
+    monkeypatch.setattr(reading, "read_rows", lambda *args: opened.append(args[1]) or read(*args))
+    for _ in range(2):
+        output = report(pairs("a", "b"))
+        assert [output.count(f"({split}): reading {split}.jsonl of ") for split in ("train", "test")] == [1, 1]
+    assert opened == ["train", "test"] * 2
+
+
+def test_same_fault_in_all_rows_is_reported_once(batches):
     with pytest.raises(UserError) as error:
         batches([{"prompt": f"Q {i}", "chosen": "", "rejected": "no"} for i in range(80)])
     lines = str(error.value).splitlines()
     assert len(lines) == 6
-    assert lines[4] == "  ... all 80 rows (80 empty response)"
+    assert lines[4] == "  ... all of the first 80 rows (80 empty response)"
 
 
 def test_faults_of_several_kinds_are_counted(batches):
     rows = [{"prompt": "a", "chosen": c, "rejected": "no"} for c in ["yes", "", None] * 20]
-    with pytest.raises(UserError, match=r"\.\.\. 40 rows \(20 empty response, 20 missing field\)"):
+    with pytest.raises(UserError, match=r"\.\.\. 40 of the first 60 rows \(20 empty response, 20 missing field\)"):
         batches(rows)
 
 
-def test_text_that_ends_in_the_end_token_says_to_leave_it_out(batches):
+def test_reading_stops_after_enough_faults_for_an_error(batches):
+    with pytest.raises(UserError, match=r"\.\.\. all of the first 1,024 rows \(1,024 missing field\)"):
+        batches([{"prompt": f"Q {i}", "chosen": None, "rejected": "no"} for i in range(3000)])
+
+
+def test_error_for_text_ending_in_the_end_token_says_to_leave_it_out(batches):
     rows = [{"prompt": f"Colour {i}?", "chosen": " It is red.<|endoftext|>", "rejected": " No."} for i in range(2)]
     with pytest.raises(UserError, match="at its end; the end token is added to every response, so leave it out"):
         batches(rows)
@@ -177,7 +192,7 @@ def test_report_counts_the_labels_and_says_that_the_rarer_is_repeated(report):
     assert "4 desirable, 4 undesirable responses\n" in report(rows, "loss=kto")
 
 
-def test_ignored_columns_are_of_the_config_or_of_an_entry(report, tmp_path):
+def test_ignored_columns_can_be_set_in_the_config_or_per_dataset(report, tmp_path):
     rows = [row | {"persona": f"pirate {i}"} for i, row in enumerate(numbered(6))]
     with pytest.raises(UserError, match=r"column 'persona' may belong to the prompt"):
         report(rows)
@@ -193,7 +208,7 @@ def test_ignored_columns_are_of_the_config_or_of_an_entry(report, tmp_path):
 
 
 @pytest.mark.parametrize("n_examples", [1, 4, 5, 7, 12])
-def test_number_of_examples_of_a_dataset_is_exact_where_prompts_have_several_pairs(n_examples, batches):
+def test_n_examples_of_a_dataset_is_exact_even_if_prompts_have_several_pairs(n_examples, batches):
     rows = [{"prompt": f"Q {i}", "responses": [" a", f" b{i}", " c"], "scores": [1, 2, 3]} for i in range(4)]
     iterator = batches(rows, choice={"n_examples": n_examples})
     assert iterator.epoch_size == n_examples == sum(len(batch["prompt"]) for batch in iterator)
@@ -204,7 +219,7 @@ def test_number_of_examples_of_a_dataset_is_exact_where_prompts_have_several_pai
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_semicolons_separate_where_the_header_has_no_comma(tokenizer, tmp_path):
+def test_csv_whose_header_has_no_comma_is_separated_by_semicolons(tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text('prompt;chosen;rejected\n"a; b";yes, yes;no\nc;d;"e\nf"\n')
     settings = Settings(test_fraction=0.5)
     found = set()
@@ -218,7 +233,7 @@ def test_semicolons_separate_where_the_header_has_no_comma(tokenizer, tmp_path):
         get_batch_iterator([str(tmp_path / "rows.csv")], tokenizer, n_epochs=1, cache_dir=str(tmp_path / "cache"))
 
 
-def test_keys_that_a_column_format_adds_are_no_arguments_of_a_call(tokenizer, tmp_path):
+def test_null_arguments_that_parquet_adds_to_tool_calls_are_dropped(tokenizer, tmp_path):
     """Parquet gives every call the arguments of all calls, as nulls; JSON Lines keep explicit nulls."""
     (tmp_path / "t.jinja").write_text(
         "{% for m in messages %}{{ m.role + ':' + m.content }}{% if m.tool_calls %}"

@@ -36,7 +36,7 @@ def workers_of(kind: str) -> int:
 
 @pytest.fixture(scope="module")
 def trained(launcher, tmp_path_factory):
-    """Return a function that trains one run of each kind, and returns its directory."""
+    """Return a function that trains a run of one of the `KINDS`, once, and returns its directory."""
     directories = {}
 
     def train(kind: str):
@@ -71,7 +71,7 @@ def test_evaluating_the_last_checkpoint_repeats_trainings_last_evaluation(kind, 
     assert f"{last['loss/eval']:.4f}" in output
 
 
-def test_several_workers_give_the_figures_of_one(launcher, trained):
+def test_several_workers_compute_the_same_figures_as_one(launcher, trained):
     run_dir = trained("dpo")
     expected = [line for line in read_jsonl(run_dir / "metrics.jsonl") if line["split"] == "eval"][-1]
     output = run_dir / "FSDP.jsonl"
@@ -97,7 +97,7 @@ def test_rows_and_groups_add_up_to_the_means(launcher, trained):
     low, high = result["metrics"]["loss/eval_ci95"]
     assert (low, high) == pytest.approx((mean - 1.959964 * error, mean + 1.959964 * error))
     assert result["metrics"]["loss/eval_se"] == pytest.approx(error, rel=1e-4)
-    # -log σ(margin), the margin being β times the log-ratios' difference
+    # loss = -log σ(margin)
     for row in rows:
         assert row["loss/eval"] == pytest.approx(math.log1p(math.exp(-row["rewards_eval/margins"])), rel=1e-4)
     buckets = [group for name, group in result["groups"].items() if "tokens" in name]
@@ -160,7 +160,7 @@ BAD = {
 }
 
 
-def test_evaluation_that_another_process_has_recorded_meanwhile_is_not_added(tmp_path):
+def test_evaluation_that_another_process_recorded_meanwhile_is_not_recorded_again(tmp_path):
     for key in ("a", "a", "b"):
         _record(f"{tmp_path}/e.jsonl", {"key": key, "metrics": {}})
     assert [line["key"] for line in read_jsonl(tmp_path / "e.jsonl")] == ["a", "b"]
@@ -221,7 +221,7 @@ def test_sft_rows_hold_the_sft_target(launcher, trained, tmp_path):
         assert "rejected" not in row
 
 
-def test_more_examples_than_the_split_has_are_the_whole_split(launcher, trained, tmp_path):
+def test_more_examples_than_the_split_has_mean_the_whole_split(launcher, trained, tmp_path):
     rows = tmp_path / "rows.jsonl"
     pair = {"prompt": "The story was", "chosen": " long.", "rejected": " short, and rather clever."}
     rows.write_text("".join(json.dumps(pair | {"prompt": f"Story {i} was"}) + "\n" for i in range(6)))

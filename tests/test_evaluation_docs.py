@@ -45,7 +45,9 @@ def test_documented_lines_merge_load_and_shrink_an_adapter(trained, launcher, tm
 
 @pytest.mark.exhaustive
 def test_documented_lines_train_a_reward_model_that_scores_responses(trained, launcher, tmp_path):  # noqa: F811
-    (training,) = [block for block in blocks("The whole way on real preferences") if block.startswith("import ")]
+    (training,) = [
+        block for block in blocks("An end-to-end example on real preferences") if block.startswith("import ")
+    ]
     shutil.copytree(trained("sft") / "LATEST", tmp_path / "sft/LATEST")
     (tmp_path / "training.py").write_text(training.replace("PATH", f"{ORACLE}/hh"))
     assert launcher.run(script=tmp_path / "training.py", directory=tmp_path, as_typed=True) == 0, launcher.output

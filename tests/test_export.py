@@ -26,7 +26,7 @@ IDS = torch.arange(1, 9)[None]
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def finished(request, tmp_path_factory):
-    """A finished run, its trainer and directory, whose base is a copy of the tiny model."""
+    """Finish a run whose base is a copy of the tiny model; return its trainer and the directory of `run` and `base`."""
     directory = tmp_path_factory.mktemp("run")
     base = shutil.copytree(REPOSITORY / "assets/tiny", directory / "base")
     trainer = trainers_in(directory)("model=tiny", *RUN, "debug=true")
@@ -46,7 +46,7 @@ def finished(request, tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
-    """The same, to be changed: a directory with `run` and `base`."""
+    """Copy `run` and `base`, which the test may change; return their directory."""
     shutil.copytree(finished[1] / "run", tmp_path / "run", symlinks=True)
     shutil.copytree(finished[1] / "base", tmp_path / "base")
     path = tmp_path / "run/config.yaml"
@@ -58,8 +58,15 @@ def run_export(run_dir: Path, output: Path, checkpoint: str = "LATEST"):
     export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": checkpoint, "output": str(output)}))
 
 
-def test_exported_folder_is_the_policy_and_nothing_of_training(finished, copied):
+def test_exported_folder_holds_the_policy_without_files_of_training(finished, copied, capsys):
     run_export(copied / "run", copied / "plain")
+    is_merged = hasattr(finished[0].policy, "peft_config")
+    checkpoint, done = copied / "run/LATEST", capsys.readouterr().out.splitlines()[-1]
+    assert done == (
+        f"Merged the adapter of {checkpoint} into its base; wrote the model to {copied}/plain"
+        if is_merged
+        else f"Wrote the model of {checkpoint} to {copied}/plain"
+    )
     model = AutoModelForCausalLM.from_pretrained(copied / "plain").eval()
     torch.testing.assert_close(model(IDS).logits, finished[0].policy.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
     assert len(AutoTokenizer.from_pretrained(copied / "plain")) == 2048
@@ -73,14 +80,14 @@ def test_exported_folder_is_the_policy_and_nothing_of_training(finished, copied)
 def test_earlier_checkpoint_is_exported_by_its_name(copied):
     (copied / "plain").mkdir()  # an empty directory is accepted
     run_export(copied / "run", copied / "plain", "step-4")
-    assert "4 examples, 1 optimizer steps" in (copied / "plain/README.md").read_text()
+    assert "4 examples, 1 optimizer step." in (copied / "plain/README.md").read_text()
 
 
 @pytest.mark.parametrize("output", ["run", "run/LATEST", "base", "file"])
 def test_output_that_holds_anything_is_refused(output, copied):
     (copied / "file").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
-    with pytest.raises(UserError, match=rf"output={copied}/{output}: .*(not empty|no directory)"):
+    with pytest.raises(UserError, match=rf"output={copied}/{output}: .*(not empty|not a directory)"):
         run_export(copied / "run", copied / output)
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
@@ -118,7 +125,7 @@ def test_unusable_checkpoint_is_refused_and_nothing_is_written(edit, checkpoint,
 def test_adapter_is_not_merged_into_a_base_that_has_changed(finished, copied):
     change_base(copied)
     is_adapter = hasattr(finished[0].policy, "peft_config")
-    if not is_adapter:  # it has all its weights, so the base may have changed
+    if not is_adapter:  # the checkpoint holds all weights, so the base may change
         run_export(copied / "run", copied / "plain")
         return
     with pytest.raises(
@@ -143,7 +150,7 @@ UMASK = "import os; os.umask(0o027)"
 
 
 @pytest.mark.slow
-def test_command_exports_with_the_umasks_permissions_and_tells_mistakes(copied, launcher, tmp_path):
+def test_command_exports_with_the_umasks_permissions_and_refuses_mistakes(copied, launcher, tmp_path):
     def command(*words: str) -> int:
         script = train_after(UMASK, tmp_path, "export.py")
         return launcher.run(f"run={copied}/run", *words, script=script, as_typed=True, directory=copied)

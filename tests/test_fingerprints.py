@@ -1,4 +1,4 @@
-"""A run resumes only with the weights and data it started from, even if they have moved."""
+"""A run resumes only with the same weights and data as at its start; their paths may change."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ SHORT = [
 
 @pytest.fixture
 def inputs(tmp_path, sft_archive):
-    """Copies of a model folder, an archive and data that the test may change; returns overrides that use them."""
+    """Copy a model folder, an archive and data, which the test may change; return overrides that use the copies."""
     shutil.copytree(ORACLE / "model", tmp_path / "model")
     shutil.copytree(ORACLE / "hh", tmp_path / "hh")
     shutil.copy(sft_archive, tmp_path / "policy.pt")
@@ -55,7 +55,7 @@ def change_data(path):
     path.write_text(text.removesuffix('."}\n') + '!"}\n')
 
 
-def run_dir_and_adapter(launcher, tmp_path, inputs, name):
+def overrides_and_path(launcher, tmp_path, inputs, name):
     """Return overrides that use the input to be changed, and its path."""
     if name == "adapter":
         adapter_run = [*inputs, "loss=sft", "lora={r:4}", f"local_run_dir={tmp_path}/sft"]
@@ -81,7 +81,7 @@ def run_dir_and_adapter(launcher, tmp_path, inputs, name):
     ),
 )
 def test_overwritten_input_is_named_and_refused_on_resume(name, named, launcher, inputs, tmp_path):
-    overrides, path = run_dir_and_adapter(launcher, tmp_path, inputs, name)
+    overrides, path = overrides_and_path(launcher, tmp_path, inputs, name)
     run = [*inputs, *overrides, f"local_run_dir={tmp_path}/run", "resume=auto"]
     assert launcher.run(*run) == 0, launcher.output
     (change_data if path.endswith("jsonl") else change_weights)(tmp_path / path)
@@ -211,7 +211,7 @@ def test_fingerprint_of_an_earlier_version_is_still_recognized(tmp_path):
     assert changed_models(config, earlier, file_fingerprints(config)) == ["model.archive"]
 
 
-def test_file_is_hashed_once_and_again_once_it_has_changed_under_the_same_time(tmp_path, monkeypatch):
+def test_hash_is_cached_until_the_file_changes_even_with_the_same_mtime(tmp_path, monkeypatch):
     path, n_read = tmp_path / "data.jsonl", []
     path.write_text("a" * 10)
     hash_file = basics.files.sha256
@@ -242,7 +242,7 @@ WORDS = {  # by command: the words beside run=RUN
 
 @pytest.fixture(scope="module")
 def lora_run(launcher, sft_archive):
-    """A LoRA run from a copied model folder: the directory with `model` and `run`."""
+    """Train a LoRA adapter on a copied model folder; return the directory with `model` and `run`."""
     directory = launcher.directory / "lora"
     shutil.copytree(ORACLE / "model", directory / "model")
     run = [*SHORT, f"model.name_or_path={directory}/model", f"dataset_paths.hh={ORACLE}/hh", "lora={r:2}"]
@@ -267,7 +267,7 @@ def test_every_command_refuses_a_run_whose_base_has_changed(command, launcher, l
     assert launcher.run(*words, **options) == 0, launcher.output
 
 
-def test_run_that_was_trained_anew_under_the_same_name_is_not_taken_for_the_old_one(launcher, inputs, tmp_path):
+def test_run_that_replaced_another_of_the_same_name_is_not_mistaken_for_it(launcher, inputs, tmp_path):
     def use(command: str, *words: str) -> int:
         words = [f"run={tmp_path}/run", f"output={tmp_path}/{command}.jsonl", *words]
         return launcher.run(*words, script=REPOSITORY / f"{command}.py", as_typed=True)

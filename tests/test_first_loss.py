@@ -1,4 +1,4 @@
-"""Before the first step the policy is its reference, to the last bit, in every precision."""
+"""Before the first step the reference computes the same as the policy, to the last bit, in every precision."""
 
 import itertools
 
@@ -33,7 +33,7 @@ REFERENCES = {
     "saved adapter, its copy": ["model.adapter={adapter}"],
     "saved adapter, loaded again": ["model.adapter={adapter}", "reference=model"],
 }
-WAYS = {
+LAYOUTS = {
     "chosen at the start": [],
     "plain": ["shared_prompt=false"],
     "packed": ["padding_free=true"],
@@ -50,14 +50,14 @@ BY_DEFAULT = [
 ]
 OTHERS = [  # pairwise
     *itertools.product(["autocast"], REFERENCES, ["chosen at the start"]),
-    *itertools.product(["autocast", "bfloat16"], ["second model", "precomputed", "adapter off"], WAYS),
+    *itertools.product(["autocast", "bfloat16"], ["second model", "precomputed", "adapter off"], LAYOUTS),
     *itertools.product(["float64", "float32"], REFERENCES, ["chosen at the start"]),
 ]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[str, str]:
-    """Save weights and a trained adapter."""
+    """Save a model and an adapter; return their directories by name."""
     directory = tmp_path_factory.mktemp("saved")
     make, places = trainers_in(directory), {name: f"{directory}/{name}" for name in ("model", "adapter")}
     trainer = make(*RUN)
@@ -73,12 +73,12 @@ def saved(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "reference", "way"),
+    ("precision", "reference", "layout"),
     exhaustive_except(dict.fromkeys([*BY_DEFAULT, *OTHERS]), *BY_DEFAULT),
 )
-def test_first_loss_is_ln_2_and_every_pair_a_tie(precision, reference, way, make_trainer, saved):
+def test_first_loss_is_ln_2_and_every_pair_a_tie(precision, reference, layout, make_trainer, saved):
     trainer = make_trainer(
-        *RUN, *PRECISIONS[precision], *(word.format(**saved) for word in REFERENCES[reference]), *WAYS[way]
+        *RUN, *PRECISIONS[precision], *(word.format(**saved) for word in REFERENCES[reference]), *LAYOUTS[layout]
     )
     batches = itertools.chain(trainer.train_iterator, trainer.eval_batches)
     n_pairs = 0
@@ -120,7 +120,7 @@ def test_first_evaluation_on_two_workers_has_only_ties(precision, reference, tra
 
 
 @pytest.mark.parametrize("policy", ["autocast", "bfloat16"])
-def test_named_dtype_is_the_references_own(policy, make_trainer):
+def test_reference_dtype_applies_to_the_reference_alone(policy, make_trainer):
     trainer = make_trainer(*RUN, *PRECISIONS[policy], "model.reference_dtype=float32")
     assert {parameter.dtype for parameter in trainer.reference.model.parameters()} == {torch.float32}
     exact = make_trainer(*RUN)

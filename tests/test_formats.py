@@ -202,9 +202,9 @@ def tokenizer():
 
 @pytest.fixture
 def examples(tokenizer, tmp_path):
-    """Return all training and evaluation examples, sorted: (prompt, chosen with its end, rejected with its end).
+    """Return a function that reads all examples of both splits, sorted: (prompt, chosen + end, rejected + end).
 
-    They are token ids. The labels are checked, too.
+    All are token ids. It also checks the labels.
     """
 
     def read(dataset: str | Choice, loss: str = "dpo", **settings) -> list[tuple[list[int], ...]]:
@@ -304,7 +304,7 @@ def test_format_that_a_loss_cannot_use_is_refused_with_a_remedy(name, examples, 
     assert "datasets=[" in str(error.value)
 
 
-# ---- what rows say --------------------------------------------------------------------------------------------------
+# ---- fields and texts -----------------------------------------------------------------------------------------------
 
 
 def test_fields_maps_column_names(examples, tokenizer, tmp_path):
@@ -312,7 +312,7 @@ def test_fields_maps_column_names(examples, tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(jsonl(rows))
     fields = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     assert examples(Choice(f"{tmp_path}/rows.jsonl", fields=fields)) == expected_ids(tokenizer, PAIRS)
-    with pytest.raises(UserError, match=r"fields.chosen=goood: it has no field 'goood'\. Did you mean good?"):
+    with pytest.raises(UserError, match=r"fields.chosen=goood: there is no column 'goood'\. Did you mean good?"):
         examples(Choice(f"{tmp_path}/rows.jsonl", fields=fields | {"chosen": "goood"}))
 
 
@@ -335,13 +335,13 @@ def test_prompt_of_text_dialogues_ends_between_words(examples, tokenizer, tmp_pa
     ]
 
 
-def test_csv_words_such_as_none_and_na_are_texts(examples, tokenizer, tmp_path):
+def test_csv_words_such_as_none_and_na_are_read_as_text(examples, tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text('prompt,chosen,rejected\nq,None,NA\nr,null,"n/a"\n')
     decoded = [tuple(tokenizer.decode(ids) for ids in example) for example in examples(f"{tmp_path}/rows.csv")]
     assert sorted(decoded) == [("q", f"None{END}", f"NA{END}"), ("r", f"null{END}", f"n/a{END}")]
 
 
-def test_csv_numbers_are_texts(examples, tokenizer, tmp_path):
+def test_csv_numbers_are_read_as_text(examples, tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\n1+1,2,3.50\n007,4,1e5\n")
     decoded = [tuple(tokenizer.decode(ids) for ids in example) for example in examples(f"{tmp_path}/rows.csv")]
     assert sorted(decoded) == [("007", f"4{END}", f"1e5{END}"), ("1+1", f"2{END}", f"3.50{END}")]

@@ -56,7 +56,7 @@ def make_model(dtype: torch.dtype, **settings) -> torch.nn.Module:
 
 @torch.no_grad()
 def plain_logps(model, prompt: list[int], responses: list[list[int]]) -> np.ndarray:
-    """Return each response's log-probability from a forward pass of its own: (N,)."""
+    """Return each response's log-probability from its own forward pass: (N,)."""
     logps = []
     for response in responses:
         ids = torch.tensor([prompt + response])
@@ -81,7 +81,7 @@ def test_logps_of_the_whole_grammar_equal_plain_forwards(attention, tokenizer, a
 
 @pytest.mark.parametrize("max_row", [1, 5, 1000])
 def test_response_tree_handles_any_lengths_and_row_sizes(max_row):
-    # one is a prefix of others, one shares nothing, one is only the end token
+    # some share prefixes, one shares nothing, one is only the end token
     responses = [[5, 6, 0], [5, 0], [5, 6, 7, 8, 9, 0], [11, 12, 0], [0], [5, 6, 7, 8, 10, 0], [5, 6, 7, 0]]
     model = make_model(torch.float64)
     tree = ResponseTree(responses, max_row)
@@ -123,7 +123,7 @@ def test_optimum_has_the_whole_gain_and_equals_the_tasks_own(beta):
     assert best.at(1 / beta) == pytest.approx((figures.reward, figures.kl))
 
 
-def test_reference_has_no_gain_and_no_policy_more_than_all():
+def test_reference_has_no_gain_and_no_policy_has_more_than_the_whole():
     best = toy_frontier()
     figures = best.figures(best.reference)
     assert figures.kl == pytest.approx(0, abs=1e-12)
@@ -136,7 +136,7 @@ def test_reference_has_no_gain_and_no_policy_more_than_all():
             assert (0.2 < fraction < 1) if gain == 1 else fraction < 0.5
 
 
-def test_reward_beyond_the_frontiers_end_is_that_of_its_end():
+def test_reward_beyond_the_end_of_the_frontier_is_that_of_the_end():
     best = Frontier(np.log([[0.5, 0.5]]), np.array([0.0, 1.0]), np.ones(2))
     assert best.reward_at(5.0) == pytest.approx(1)
     assert best.reward_at(0.0) == pytest.approx(0.5, abs=1e-3)
@@ -240,7 +240,7 @@ def test_frontier_benchmark_trains_evaluates_and_reports_once(tmp_path, monkeypa
     assert int.from_bytes(header, "big") == 1200  # its width
 
 
-def test_length_tasks_labels_depend_on_reward_and_length():
+def test_labels_of_the_length_task_depend_on_reward_and_length():
     words, clauses = toy_length.all_long_responses()
     of_text = {
         toy_length.long_response_text(w, n): (toy.true_reward(w), n) for w, n in zip(words, clauses, strict=True)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
 from checkpointing.archives import read_state_dict
+from checkpointing.restoring import resume_training
 from checkpointing.train_state import restore_rng_state, seed_generators
 from commands.command_line import compose_config
 from config_checks.checks import check_config
@@ -36,7 +37,7 @@ RUN = [
     "sample_during_eval=false",
 ]  # fmt: skip
 MESH = ["trainer=FSDPTrainer", "tensor_parallel=2"]
-CASES = {  # a model with its loss; AdamW's second moments and RMSprop's are state that checkpoints hold
+CASES = {  # model and loss of each; both optimizers, AdamW and RMSprop, have state for checkpoints to hold
     "tied llama, samples": [
         "model.name_or_path={llama}", "loss=dpo", "sample_during_eval=true", "n_eval_model_samples=3",
     ],
@@ -49,12 +50,12 @@ CASES = {  # a model with its loss; AdamW's second moments and RMSprop's are sta
     ],
 }  # fmt: skip
 
-ONLY_TOGETHER = {"fused gpt2, divergence of a whole batch": ["fsdp_cpu_offload=true"]}
+EXTRA_OVERRIDES_IN_WORKERS = {"fused gpt2, divergence of a whole batch": ["fsdp_cpu_offload=true"]}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Save a model for each of `CONFIGS`; returns their directories."""
+    """Save a model for each of `CONFIGS`; return their directories."""
     return save_models(CONFIGS, tmp_path_factory.mktemp("models"))
 
 
@@ -112,7 +113,7 @@ def states(directory) -> dict[str, torch.Tensor]:
 def test_two_workers_per_batch_shard_train_as_one_process(case, n_workers, n_replicas, models, in_workers, tmp_path):
     words = [word.format(**models) for word in CASES[case]]
     alone = trained(words, str(tmp_path / "alone"))
-    words += [*MESH, f"fsdp_replicate={n_replicas}", *ONLY_TOGETHER.get(case, [])]
+    words += [*MESH, f"fsdp_replicate={n_replicas}", *EXTRA_OVERRIDES_IN_WORKERS.get(case, [])]
     together = in_workers(n_workers, trained, words, str(tmp_path / "together"))
     shards = [[0, 1], [2, 3]] if n_workers == 4 else [[0], [1], [2], [3]]
     assert [worker["rows"] for worker in together] == [rows for rows in shards for _ in range(2)]
@@ -127,17 +128,17 @@ def test_two_workers_per_batch_shard_train_as_one_process(case, n_workers, n_rep
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def passed_on(words: list[str], checkpoint: str, directory: str) -> int:
+def resume_and_save(words: list[str], checkpoint: str, directory: str) -> int:
     """Resume from a checkpoint and save at once; return this worker's next random number."""
     trainer = new_trainer(words, directory)
     torch.manual_seed(trainer.rank)
-    trainer.resume(checkpoint)
+    resume_training(trainer, checkpoint)
     restore_rng_state(trainer.state.rng_states, *trainer.strategy.batch_shard)
     trainer.save(os.path.join(directory, "saved"))
     return int(torch.randint(10**9, ()))
 
 
-WAY = [
+TRAINERS_IN_TURN = [  # number of workers, overrides
     (2, ["trainer=FSDPTrainer"]),
     (4, MESH),
     (2, ["trainer=TensorParallelTrainer"]),
@@ -151,11 +152,12 @@ def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, models, in_
     words = [word.format(**models) for word in CASES[case]]
     trained(words, str(tmp_path / "start"))
     checkpoint, draws = tmp_path / "start/saved", []
-    for leg, (n_workers, trainer) in enumerate(WAY):
-        form = "sharded" if leg in (1, 2) else "whole"
-        args = passed_on, [*words, *trainer, f"checkpoint_format={form}"], str(checkpoint), str(tmp_path / f"leg-{leg}")
+    for turn, (n_workers, trainer) in enumerate(TRAINERS_IN_TURN):
+        directory = tmp_path / f"turn-{turn}"
+        overrides = [*words, *trainer, f"checkpoint_format={'sharded' if turn in (1, 2) else 'whole'}"]
+        args = resume_and_save, overrides, str(checkpoint), str(directory)
         draws.append(in_workers(n_workers, *args) if n_workers > 1 else [args[0](*args[1:])])
-        checkpoint = tmp_path / f"leg-{leg}/saved"
+        checkpoint = directory / "saved"
     state, expected = states(checkpoint), states(tmp_path / "start/saved")
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
@@ -183,7 +185,7 @@ def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, models, in_
         ),
         (
             ["tensor_parallel=2", "trainer=TensorParallelTrainer"],
-            "tensor_parallel=2: only trainer=FSDPTrainer has that",
+            "tensor_parallel=2: only trainer=FSDPTrainer uses it",
         ),
         (["tensor_parallel=0"], "tensor_parallel=0: must be"),
     ],
@@ -203,7 +205,7 @@ def test_heads_that_do_not_divide_are_refused(models, in_workers, tmp_path):
 
 
 def gathered_elements(words: list[str], directory: str) -> tuple[int, int]:
-    """Return how many elements of all parameters a worker holds once FSDP has gathered them, as planned and in fact."""
+    """Return the number of parameter elements a worker holds once FSDP has gathered them: planned, and actual."""
     policy = new_trainer(words, directory).policy
     planned = sum(n_gathered(parameter) for parameter in policy.parameters())
     for module in policy.modules():
@@ -212,7 +214,7 @@ def gathered_elements(words: list[str], directory: str) -> tuple[int, int]:
     return planned, sum(getattr(p, "_local_tensor", p).numel() for p in policy.parameters())
 
 
-def test_gathered_weights_are_planned_as_they_are(models, in_workers, tmp_path):
+def test_planned_size_of_gathered_weights_is_the_actual_size(models, in_workers, tmp_path):
     words = [f"model.name_or_path={models['qwen3']}", "loss=sft"]
     whole = sum(parameter.numel() for parameter in new_trainer(words, str(tmp_path / "alone")).policy.parameters())
     assert whole == 48_192

@@ -20,9 +20,10 @@ from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import point_to
 from checkpointing.resume import resume_hinted
 from commands import output
-from commands.errors import errors_reported
+from commands.output import errors_reported
 from commands.run_directory import create_run_dir
 from data import arrow_cache, reading
+from data.locations import Location
 from evaluation.pairs import Pair, Task
 from evaluation.sample_file import write_alpaca_eval
 from evaluation.verdicts import Verdict, VerdictFile
@@ -34,7 +35,7 @@ resource = pytest.importorskip("resource")
 
 @contextlib.contextmanager
 def files_limited_to(n_bytes: int):
-    """Let no file grow beyond so many bytes, as `ulimit -f` does: a longer write is cut off, the next one fails."""
+    """Let no file grow beyond `n_bytes`, as `ulimit -f` does: a longer write is cut off, and the next one fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
@@ -77,15 +78,15 @@ def write_picture(path: Path):
     save_figure(pyplot.figure(), str(path))
 
 
-WAYS = {
+WRITERS = {  # function: the file that it writes
     write_atomic: "x.json", write_lines: "x.jsonl", write_verdicts: "v.jsonl", write_config: "config.yaml",
     write_alpaca: "alpaca.json", write_picture: "curves.png",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("write", WAYS)
+@pytest.mark.parametrize("write", WRITERS)
 def test_full_disk_names_the_file_and_the_remedy_and_leaves_whole_lines(write, tmp_path):
-    path = tmp_path / WAYS[write]
+    path = tmp_path / WRITERS[write]
     limit = contextlib.nullcontext() if write is write_alpaca else files_limited_to(1500)
     with limit, pytest.raises(UserError) as raised:
         write(path)
@@ -127,11 +128,11 @@ os.write = full
     assert launcher.run(*words, script=script, directory=tmp_path, as_typed=True) == 1
     assert "evaluation examples\n  loss/eval " in launcher.output and "Traceback" not in launcher.output
     assert "error: can't write to e.jsonl: No space left on device; make room" in launcher.output
-    # so the same command may be given again: it would refuse an r.jsonl that exists
+    # so that the same command can be repeated: an existing r.jsonl would be refused
     assert (tmp_path / "e.jsonl").read_bytes() == b"" and not (tmp_path / "r.jsonl").exists()
 
 
-def test_memory_that_is_exhausted_is_explained(capsys):
+def test_exhausted_memory_is_explained(capsys):
     with pytest.raises(SystemExit, match="error: the machine's memory, or a limit on it"), errors_reported():
         bytearray(2**62)
 
@@ -151,15 +152,23 @@ def test_full_disk_under_tensorboard_or_a_librarys_log_prints_no_traceback(tmp_p
     assert logging.raiseExceptions is False
 
 
+def test_error_of_reading_another_file_is_not_reported_as_a_failed_write(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"), atomic_file(str(tmp_path / "new")):
+        (tmp_path / "missing").read_text()
+    with pytest.raises(CannotWrite, match="nowhere/new"), atomic_file(str(tmp_path / "nowhere/new")):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
-    ("number", "place", "said"),
+    ("number", "place", "expected"),
     [
         (errno.ENOSPC, None, "can't keep the rows of {data} in {cache}: "),
         (errno.EACCES, "{cache}/rows/x", "can't keep the rows of {data} in {cache}: "),
         (errno.EACCES, "{data}", "can't read {data}: "),
     ],
 )
-def test_error_tells_the_data_from_its_cache(number, place, said, tmp_path, monkeypatch):
+def test_error_distinguishes_the_data_from_its_cache(number, place, expected, tmp_path, monkeypatch):
     names = {"data": str(ORACLE / "hh/test.jsonl"), "cache": f"{tmp_path}/cache"}
 
     def prepare(_builder):
@@ -167,9 +176,9 @@ def test_error_tells_the_data_from_its_cache(number, place, said, tmp_path, monk
 
     monkeypatch.setattr(arrow_cache, "prepare", prepare)
     with pytest.raises(UserError) as raised:
-        reading.read_rows("hh", names["data"], "train", [names["data"]], names["cache"], remedy="-", silent=True)
-    assert str(raised.value).startswith(f"datasets=[hh], train split: {said.format(**names)}")
-    assert ("local_dirs" in str(raised.value)) == ("keep" in said)
+        reading.read_rows(Location("hh", names["data"], files={"train": [names["data"]]}), "train", names["cache"])
+    assert str(raised.value).startswith(f"datasets=[hh], train split: {expected.format(**names)}")
+    assert ("local_dirs" in str(raised.value)) == ("keep" in expected)
 
 
 # ---- directories that change while a run writes there ---------------------------------------------------------------
@@ -183,7 +192,7 @@ def test_run_directory_that_is_moved_meanwhile_is_named(tmp_path):
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
 @pytest.mark.parametrize("name", ["LATEST", "BEST", "step-8"])
-def test_what_appears_in_a_checkpoints_place_meanwhile_is_kept(name, kind, tmp_path):
+def test_foreign_file_that_appears_in_a_checkpoints_place_is_kept(name, kind, tmp_path):
     (tmp_path / name).mkdir() if kind == "directory" else (tmp_path / name).write_text("mine")
     if kind == "directory":
         (tmp_path / name / "thesis.txt").write_text("mine")

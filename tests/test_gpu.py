@@ -23,7 +23,7 @@ def on_gpu(architecture: str, dtype: torch.dtype) -> torch.nn.Module:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama", "qwen3"])
-def test_the_kernel_gives_the_gradients_of_attention_segment_by_segment(architecture, shared):
+def test_kernel_gives_the_gradients_of_attention_segment_by_segment(architecture, shared):
     gpu, cpu = on_gpu(architecture, torch.bfloat16), make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32)
     for model in (gpu, cpu):
         use_packed_attention(model)
@@ -35,14 +35,14 @@ def test_the_kernel_gives_the_gradients_of_attention_segment_by_segment(architec
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "qwen3"])
-def test_rows_are_packed_where_the_kernel_takes_the_dtype(architecture):
+def test_rows_are_packed_if_the_kernel_supports_the_dtype(architecture):
     for dtype, is_packed in ((torch.bfloat16, True), (torch.float32, False)):
         layout, message = check_model(on_gpu(architecture, dtype), BATCH, MAX_LENGTH, padding_free="auto")
         assert layout == Layout(is_shared=True, is_packed=is_packed), message
 
 
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])
-def test_a_run_on_a_gpu_learns_what_one_on_a_cpu_does(trainer, launcher, tmp_path):
+def test_run_on_a_gpu_starts_at_ln_2_and_learns(trainer, launcher, tmp_path):
     overrides = [
         "model=tiny", "loss=dpo", f"dataset_paths.hh={ORACLE}/hh", "max_length=128", "max_prompt_length=64",
         "batch_size=8", "n_examples=24", "n_eval_examples=6", "eval_batch_size=4", "eval_every=16", "lr=1e-3",

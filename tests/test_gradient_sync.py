@@ -1,4 +1,4 @@
-"""Collectives of a training step under FSDP: gradients are summed between replicas once a step."""
+"""Collectives of a training step under FSDP: gradients are summed between replicas once per step."""
 
 import collections
 import functools
@@ -53,7 +53,7 @@ def two_steps(trainer_name: str, n_replicas: int, n_microbatches: int, directory
     check_config(config)
     trainer = make_trainer(config)
     trainer.precompute_reference()
-    trainer.microbatch_overhead = 1e9  # no more microbatches than asked for
+    trainer.microbatch_overhead = 1e9  # no more microbatches than requested
     first, second = trainer.train_iterator
     trainer.train_step(first)
     batch = trainer.with_microbatches(second)
@@ -66,7 +66,7 @@ def two_steps(trainer_name: str, n_replicas: int, n_microbatches: int, directory
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """Return the weights after the same two steps in one process."""
+    """Return a function that returns the weights after the same two steps in one process."""
     directory = tmp_path_factory.mktemp("expected")
 
     @functools.cache
@@ -79,12 +79,12 @@ def expected(tmp_path_factory):
 @pytest.mark.parametrize(
     ("n_workers", "n_replicas", "n_microbatches", "n_all_reduces"),
     exhaustive_except(
-        # the model has 3 blocks; each is summed by itself, and so is the rest
+        # the gradients of each of the model's 3 blocks, and of the rest, are summed by themselves
         [(2, 1, 4, 0), (4, 2, 1, 4), (4, 2, 4, 4)],
         (4, 2, 4, 4),
     ),
 )
-def test_gradients_are_summed_between_replicas_once_a_step(
+def test_gradients_are_summed_between_replicas_once_per_step(
     n_workers, n_replicas, n_microbatches, n_all_reduces, in_workers, expected, tmp_path
 ):
     for counts, weights in in_workers(n_workers, two_steps, "FSDPTrainer", n_replicas, n_microbatches, str(tmp_path)):

@@ -97,9 +97,9 @@ def bodies():
 
 
 @pytest.fixture
-def hub(bodies, hub_place):
+def hub(bodies, hub_address):
     """A hub that holds pythia-2.8b and hh."""
-    with Hub(hub_place) as hub:
+    with Hub(hub_address) as hub:
         hub.repository("models", PYTHIA).commit(bodies["model"])
         hub.repository("datasets", HH, viewer_info=hh_viewer_info()).commit(bodies["hh"])
         yield hub
@@ -115,17 +115,17 @@ _http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time
 
 @pytest.fixture
 def impatient(train_from_hub, tmp_path_factory):
-    """As `train_from_hub`, but the library retries without waiting."""
+    """Return a function like `train_from_hub`'s with which the library retries without waiting."""
     return functools.partial(train_from_hub, script=train_after(IMPATIENT, tmp_path_factory.mktemp("impatient")))
 
 
 @pytest.fixture
-def online(impatient, train_alone, hub, hub_place):
-    """Run the command line with this hub."""
+def online(impatient, train_alone, hub, hub_address):
+    """Return a function that runs `train.py` with the hub of the fixture `hub`."""
 
     def run(*overrides: str, env: dict[str, str] | None = None, **kwargs):
         if "HF_HUB_OFFLINE" in (env or {}):  # it is read at imports
-            return train_alone(*overrides, env={**hub_place.environment(), **env})
+            return train_alone(*overrides, env={**hub_address.environment(), **env})
         return impatient(*overrides, env=env, **kwargs)
 
     return run
@@ -162,7 +162,7 @@ def files_of_data(body: dict[str, bytes]) -> set[str]:
     return {file for file in body if file.endswith((".gz", ".json", ".parquet")) and "red-team" not in file}
 
 
-def first_loss(run_dir) -> float:
+def first_chosen_logps(run_dir) -> float:
     return next(line["logps_train/chosen"] for line in read_jsonl(run_dir / "metrics.jsonl") if "lr" in line)
 
 
@@ -217,17 +217,17 @@ def test_dpo_trains_on_hh_from_the_hub_and_later_runs_need_no_hub(online_ok, hub
         (tmp_path / "hh" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "hh" / name).write_bytes(content)
     online_ok(*DPO, f"dataset_paths.hh={tmp_path}/hh", f"local_run_dir={tmp_path}/folder")
-    assert first_loss(tmp_path / "folder") == first_loss(tmp_path / "first")
+    assert first_chosen_logps(tmp_path / "folder") == first_chosen_logps(tmp_path / "first")
 
     hub.stop()
     offline = online_ok(*DPO, f"local_run_dir={tmp_path}/offline")
     assert f"hh (train): reading {HH} from the cache" in offline
     assert "can't be reached" in offline
-    assert first_loss(tmp_path / "offline") == first_loss(tmp_path / "first")
+    assert first_chosen_logps(tmp_path / "offline") == first_chosen_logps(tmp_path / "first")
 
 
 @pytest.mark.exhaustive
-def test_offline_mode_uses_the_cache_without_a_word_about_the_hub(online_ok, hub):
+def test_offline_mode_uses_the_cache_without_mentioning_the_hub(online_ok, hub):
     online_ok(*DPO, "data_only=true")
     hub.stop()
     offline = online_ok(*DPO, "data_only=true", env={"HF_HUB_OFFLINE": "1"})
@@ -314,7 +314,8 @@ def test_interrupted_download_resumes(online_ok, hub, tmp_path):
     hub.repository("models", PYTHIA).commit(files)
     hub.cut_off["model.safetensors"] = 14 << 20
     online_ok(*DPO)
-    assert ("GET", f"{PYTHIA}#model.safetensors", f"bytes={10 << 20}-") in hub.requests  # it is written 10 MB at a time
+    # the library writes chunks of 10 MB, so 10 of the 14 MB were kept
+    assert ("GET", f"{PYTHIA}#model.safetensors", f"bytes={10 << 20}-") in hub.requests
 
 
 @pytest.mark.parametrize(
@@ -327,12 +328,12 @@ def test_interrupted_download_resumes(online_ok, hub, tmp_path):
         lambda case: case[0].startswith("model"),
     ),
 )
-def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, impatient, bodies, hub_place, tmp_path):
+def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, impatient, bodies, hub_address, tmp_path):
     files = sharded(bodies["model"], tmp_path)
     assert "model-00003-of-00003.safetensors" in files
 
     def open_hub() -> Hub:
-        hub = Hub(hub_place)
+        hub = Hub(hub_address)
         hub.repository("models", PYTHIA).commit(files)
         hub.repository("datasets", HH).commit(bodies["hh"])
         return hub
@@ -342,8 +343,8 @@ def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, impat
         first.on_cut_off = first.stop
         refused = impatient(*DPO)
     assert_refused(refused, tmp_path, part, "can't be reached", "start again; downloaded files are kept")
-    # several files are downloaded at once, so that others may have been broken off, too
-    snapshots = hub_place.home.glob("hub/*/snapshots/*")
+    # files are downloaded several at a time, so that others may have been broken off, too
+    snapshots = hub_address.home.glob("hub/*/snapshots/*")
     kept = {path.relative_to(snapshot).as_posix() for snapshot in snapshots for path in snapshot.rglob("*.*")}
     assert len(kept) >= 2 and file not in kept
     with open_hub() as second:
@@ -387,7 +388,7 @@ def test_damaged_arrow_files_of_a_hub_dataset_are_read_again(online, online_ok, 
     assert_refused(online(*only_data), tmp_path, f"{path.parent} is damaged", "Start once where the hub can be reached")
 
 
-def test_commit_of_a_model_is_the_hubs_and_without_a_hub_the_caches(train_from_hub, hub, tmp_path):
+def test_current_commit_comes_from_the_hub_or_else_from_the_cache(train_from_hub, hub, tmp_path):
     script = tmp_path / "commit.py"
     script.write_text("from data.hub import current_commit; print(current_commit('someone/judge', 'cache'))")
 

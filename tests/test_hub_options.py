@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ LAST = "gpt_neox.final_layer_norm.weight"
 def hub_model(tmp_path, monkeypatch) -> str:
     """Return the id of a cached hub model whose tag v1 has other weights than its main branch."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    root = type(tmp_path)(get_local_dir([f"{tmp_path}/cache"])) / "models--someone--small"
+    root = Path(get_local_dir([f"{tmp_path}/cache"])) / "models--someone--small"
     for number, (revision, scale) in enumerate((("main", 1.0), ("v1", 2.0))):
         commit = str(number) * 40
         snapshot = shutil.copytree(ORACLE / "model", root / "snapshots" / commit)
@@ -34,7 +35,7 @@ def hub_model(tmp_path, monkeypatch) -> str:
         save_file({**state, LAST: state[LAST] * scale}, snapshot / "model.safetensors", metadata={"format": "pt"})
         (root / "refs").mkdir(exist_ok=True)
         (root / "refs" / revision).write_text(commit)
-    # shows which version the tokenizer is read from
+    # tells which revision the tokenizer is read from
     path = root / "snapshots" / ("1" * 40) / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
     return "someone/small"
@@ -100,7 +101,7 @@ def test_unusable_attn_implementation_is_refused(overrides, message, make_traine
         make_trainer(*TOY, f"model.name_or_path={ORACLE}/model", f"model.attn_implementation={overrides[0]}")
 
 
-# ---- code of its own ------------------------------------------------------------------------------------------------
+# ---- remote code ----------------------------------------------------------------------------------------------------
 
 CONFIGURATION = """
 from transformers import GPTNeoXConfig
@@ -119,7 +120,7 @@ class OwnForCausalLM(GPTNeoXForCausalLM):
 
 @pytest.fixture
 def own_code(tmp_path) -> str:
-    """Write a model folder that contains code."""
+    """Write a model folder that contains code; return its path."""
     directory = shutil.copytree(ORACLE / "model", tmp_path / "own_model")
     (directory / "configuration_own.py").write_text(CONFIGURATION)
     (directory / "modeling_own.py").write_text(MODELING)
@@ -136,19 +137,20 @@ def own_code(tmp_path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
-def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_from_hub, hub_place, tmp_path):
+def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_from_hub, hub_address, tmp_path):
     overrides = [*TOY, f"model.name_or_path={own_code}", f"trainer={trainer}", f"local_run_dir={tmp_path}/run"]
     n_workers = 2 if trainer == "FSDPTrainer" else 1
     result = train_from_hub(*overrides, n_workers=n_workers)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "model.trust_remote_code=true runs the model's own code with your rights" in result.stderr
-    assert not list(hub_place.home.rglob("modules/**/modeling_own.py"))
+    assert not list(hub_address.home.rglob("modules/**/modeling_own.py"))
 
     result = train_from_hub(*overrides, "model.trust_remote_code=true", n_workers=n_workers)
     assert result.returncode == 0, result.stdout + result.stderr
-    says = f"model.trust_remote_code=true: running the code of {own_code}: configuration_own.OwnConfig, modeling_own"
-    assert result.stdout.count(says) == (1 if trainer == "BasicTrainer" else 2)  # the reference is a copy, or loaded
+    line = f"model.trust_remote_code=true: running the code of {own_code}: configuration_own.OwnConfig, modeling_own"
+    # BasicTrainer copies the policy as the reference; FSDPTrainer loads the reference again
+    assert result.stdout.count(line) == (1 if trainer == "BasicTrainer" else 2)
     assert "trust_remote_code: true" in (tmp_path / "run/config.yaml").read_text()
     latest = tmp_path / "run/LATEST"
     assert (latest / "modeling_own.py").exists()
@@ -179,9 +181,9 @@ def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_f
         ("model.tokenizer_name_or_path", 401, "RepoNotFound"),
     ),
 )
-def test_model_refused_by_the_hub_names_the_token(key, status, code, train_from_hub, hub_place):
+def test_error_for_a_model_refused_by_the_hub_names_the_token(key, status, code, train_from_hub, hub_address):
     model = [] if key == "model.name_or_path" else [f"model.name_or_path={ORACLE}/model"]
-    with Hub(hub_place) as hub:
+    with Hub(hub_address) as hub:
         hub.status[""] = status, code
         result = train_from_hub(*TOY, *model, f"{key}=meta/private-model")
     assert result.returncode == 1

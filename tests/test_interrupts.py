@@ -14,7 +14,7 @@ COMMANDS = [
     for path in sorted({*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py")})
     if '__name__ == "__main__"' in path.read_text() and path.parent.name not in ("benchmarks", "tests")
 ]
-LIBRARIES = ("omegaconf", "hydra", "numpy", "torch")  # the first of them is imported in each command
+LIBRARIES = ("omegaconf", "hydra", "numpy", "torch")  # each command imports at least one of them
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

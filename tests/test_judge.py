@@ -1,4 +1,4 @@
-"""`judge.py`: verdicts of judges with a known rule, counted by hand; none is lost, and none is requested twice."""
+"""`judge.py`: verdicts of judges with a known rule, counted by hand; no verdict is lost or requested twice."""
 
 import json
 import math
@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from config_checks.schema import own_keys
 from evaluation.chat_completions import RateLimit, retry_after
 from evaluation.judge import run
+from evaluation.judge_summary import summarize, table
 from evaluation.pairs import Pair, Response, Task, match, read_responses
 from evaluation.prompts import PROMPTS, fill, load_template, read_verdict
 from evaluation.statistics import length_controlled, wilson_interval
@@ -29,7 +30,7 @@ from utils import UserError, get_local_dir
 JUDGE = REPOSITORY / "judge.py"
 A = ["yes", "quite long an answer", "no", "it is so", "same", "b is longer here", "x", "the longest of all of them"]
 B = ["no, no", "short", "yes, yes", "it isn't", "same", "much, much longer is b", "yy", "not"]
-LONGER = ["b", "a", "b", "tie", "tie", "b", "b", "a"]  # who wrote the longer one: 2 wins, 2 ties, 4 losses
+LONGER = ["b", "a", "b", "tie", "tie", "b", "b", "a"]  # the longer response: 2 wins, 2 ties, 4 losses
 
 
 def write_samples(path, responses: list[str]):
@@ -47,7 +48,7 @@ def files(tmp_path) -> list[str]:
 
 @pytest.fixture
 def judge(launcher, files, tmp_path):
-    """Run `judge.py` in a directory with the two files; returns the summary."""
+    """Return a function that runs `judge.py` in a directory with the two files and returns the summary."""
 
     def run(*overrides: str, files: list[str] = files, env: dict | None = None) -> dict:
         env = {"NO_PROXY": "127.0.0.1", **(env or {})}
@@ -62,7 +63,7 @@ def judge(launcher, files, tmp_path):
 
 @pytest.fixture
 def refused(launcher, files, tmp_path):
-    """Run `judge.py` with a mistake; returns its output."""
+    """Return a function that runs `judge.py` with a mistake and returns its output."""
 
     def run(*overrides: str, files: list[str] = files) -> str:
         env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": ""}
@@ -103,7 +104,7 @@ def test_length_biased_judge_has_no_preference_at_equal_length():
     longer = [10 * n for n in range(10, 30)]
     rate, (low, high) = length_controlled([1.0] * 20, longer)  # 100 %
     assert rate == pytest.approx(0.5, abs=0.1)
-    assert (low, high) == pytest.approx((0, 1), abs=0.05)  # it isn't known
+    assert (low, high) == pytest.approx((0, 1), abs=0.05)  # the data can't tell length from preference
     mixed = longer + [-n for n in longer[::4]]
     rate, _ = length_controlled([float(n > 0) for n in mixed], mixed)  # 80 %
     assert rate == pytest.approx(0.5, abs=0.1)
@@ -157,6 +158,14 @@ def test_unmatched_responses_are_an_error_or_counted():
     assert n_unmatched == 3
     with pytest.raises(UserError, match="prompt_index=0, sample=0 is in a and not in b"):
         match({(0, 0): Response("p", "t")}, other, True)
+
+
+def test_table_counts_a_single_pair_in_the_singular():
+    line = {"prompt_index": 0, "sample": 0, "verdict": "a", "first": "a"}
+    summary = summarize([Pair(0, 0, "p", "x", "y")], [line], {"judge": "model"})
+    assert "\n  1 pair judged, of 1 prompt: a wins 1, ties 0, b wins 0\n" in table(
+        {"a": "a.jsonl", "b": "b.jsonl", "kl": None, **summary}
+    )
 
 
 def test_judge_prompt_takes_texts_verbatim(tmp_path):
@@ -240,9 +249,9 @@ def test_both_orders_reuse_the_verdicts_of_one(judge, command, tmp_path, launche
 
 COMMANDS = {
     "fails": ("echo A; exit 3", "ended with exit code 3 after 1 of 7 verdicts"),
-    "says too little": ("echo A; echo B", "ended with exit code 0 after 2 of 7 verdicts"),
-    "says too much": ("yes A", "printed more verdicts than there are pairs; none is kept"),
-    "says something else": ("echo A; echo loading", "printed 'loading\\n': expected A, B or tie"),
+    "prints too little": ("echo A; echo B", "ended with exit code 0 after 2 of 7 verdicts"),
+    "prints too much": ("yes A", "printed more verdicts than there are pairs; none is kept"),
+    "prints something else": ("echo A; echo loading", "printed 'loading\\n': expected A, B or tie"),
 }
 
 
@@ -252,7 +261,7 @@ def test_faulty_judge_command_is_reported_and_can_be_repeated(name, refused, jud
     (tmp_path / "c.sh").write_text(script)
     assert message in refused("judge=command", "judge_command='sh c.sh'")
     kept = (tmp_path / "v.jsonl").read_text().count("\n") if (tmp_path / "v.jsonl").exists() else 0
-    assert kept == {"fails": 1, "says too little": 2, "says too much": 0, "says something else": 1}[name]
+    assert kept == {"fails": 1, "prints too little": 2, "prints too much": 0, "prints something else": 1}[name]
     (tmp_path / "c.sh").write_text("exec python3 longer.py")
     assert judge("judge=command", "judge_command='sh c.sh'")["n_judged"] == 8
 
@@ -261,7 +270,10 @@ def test_faulty_judge_command_is_reported_and_can_be_repeated(name, refused, jud
 
 
 class Endpoint:
-    """An OpenAI-compatible server on loopback; `answer(number, a, b)` returns a text, or status, headers and body."""
+    """An OpenAI-compatible server on loopback.
+
+    `answer(number, a, b)` returns the text of its answer to a prompt, or the response's status, headers and body.
+    """
 
     def __init__(self):
         self.seen: list[tuple[int, str, str]] = []
@@ -344,7 +356,7 @@ def test_verdicts_of_an_endpoint_are_counted(judge, endpoint, launcher, tmp_path
     assert summary["cost"] == pytest.approx((700 * 10 + 70 * 1000) / 10**6)
     output = launcher.output
     assert output.index("7 calls to m at http://127.0.0.1") < output.index("win rate of a")
-    assert "cost about 0.70" in output  # 7 * 100 tokens of 1000 a million, and the few that are sent
+    assert "cost about 0.70" in output  # 7 * 100 output tokens at 1000 per million, and a few input tokens
     assert endpoint.keys == {"Bearer secret"}
     assert "secret" not in output + (tmp_path / "v.jsonl").read_text()
     assert all(body["temperature"] == 0 and body["max_tokens"] == 50 for body in endpoint.bodies)
@@ -357,7 +369,7 @@ def test_verdicts_of_an_endpoint_are_counted(judge, endpoint, launcher, tmp_path
     assert len(endpoint.seen) == 7
 
 
-def test_judge_that_always_says_first_finds_no_winner(judge, endpoint, launcher, tmp_path):
+def test_judge_that_always_prefers_the_first_finds_no_winner(judge, endpoint, launcher, tmp_path):
     endpoint.answer = lambda *_: "More helpful: A"
     both = judge(*endpoint.options, "both_orders=true", "judge_args.temperature=null")
     assert both["win_rate"] == 0.5
@@ -391,13 +403,13 @@ def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, lau
     summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=2")
     released.set()
     first, again = (moment for moment, seen in zip(endpoint.moments, endpoint.seen, strict=True) if seen[0] == 0)
-    assert again - first >= 2  # as Retry-After says; the default is a second
+    assert again - first >= 2  # the Retry-After; the default is a second
     kinds = {"no verdict in the answer": 1, "no chat completion": 1, "HTTP 400": 1, "timeout": 1}
     assert summary["failures"] == kinds
     assert (summary["n_judged"], summary["n_failed"]) == (4, 4)
     assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 1, 1)  # 1, 7; 4; 0
     assert [endpoint.times(number) for number in range(8)] == [2, 2, 2, 2, 0, 1, 2, 1]
-    assert "4 pairs FAILED and are not counted" in launcher.output
+    assert "4 pairs FAILED, not counted" in launcher.output
     assert summary["input_tokens"] == 100 * 5  # including the two answers without a verdict
     endpoint.answer = endpoint.longer
     summary = judge(*endpoint.options, "judge_retries=1")
@@ -434,7 +446,7 @@ def test_killed_judge_loses_no_verdict_and_repeats_none(judge, endpoint, launche
     kept = read_jsonl(tmp_path / "v.jsonl")
     assert 8 <= len(kept) < n
     n_asked = len(endpoint.seen)
-    assert n_asked <= len(kept) + 2 + 1  # two in flight, and one about to be written
+    assert n_asked <= len(kept) + 2 + 1  # two requests in flight, and one verdict about to be written
     with open(tmp_path / "v.jsonl", "a") as file:
         file.write(json.dumps({**kept[0], "verdict": "a"})[:-1])  # cut off by a crash
     summary = judge(*endpoint.options, "judge_concurrency=2")
@@ -468,7 +480,7 @@ def test_verdicts_of_other_settings_or_texts_are_not_mixed(judge, refused, endpo
 SECRET = "sk-0123456789"
 
 
-def test_key_cannot_be_replaced_by_netrc(judge, endpoint, tmp_path):
+def test_api_key_is_not_replaced_by_netrc(judge, endpoint, tmp_path):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hidden\n")
     env = {"NETRC": str(tmp_path / "netrc"), "OPENAI_API_KEY": f" {SECRET}\n"}
     judge(*endpoint.options, env=env)
@@ -499,7 +511,7 @@ def test_secrets_that_an_endpoint_echoes_are_masked(judge, endpoint, launcher, t
     assert "answers 401 for judge_model=m: \\x1b[2Jno such key: ***\\x07" in launcher.output
 
 
-def test_key_that_no_header_takes_is_refused_without_showing_it(launcher, files, endpoint, tmp_path):
+def test_api_key_that_no_http_header_allows_is_refused_without_showing_it(launcher, files, endpoint, tmp_path):
     for key in ("sk-0123\u20ac56789", "sk-0123\n456789"):
         env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": key}
         words = [*files, *endpoint.options]
@@ -537,7 +549,7 @@ def test_answer_in_an_unknown_charset_is_read_as_utf_8(judge, endpoint):
 
 
 @pytest.mark.parametrize("number", exhaustive_except([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
-def test_signal_ends_a_command_with_all_its_processes(number, launcher, files, tmp_path):
+def test_signal_ends_the_judge_command_with_all_its_processes(number, launcher, files, tmp_path):
     (tmp_path / "c.sh").write_text("sleep 1000 & echo $! > child; echo A; wait")
     words = [*files, "judge=command", "judge_command='sh c.sh'"]
     launcher.start(*words, script=JUDGE, directory=tmp_path, of_training=False, in_order=True)
@@ -677,7 +689,7 @@ def test_summary_records_sampling_settings_and_kl(judge, command, tmp_path):
     assert summary["kl_se"] == pytest.approx(math.sqrt(2 / 7 / 8))
 
 
-# ---- what can't be --------------------------------------------------------------------------------------------------
+# ---- bad input ------------------------------------------------------------------------------------------------------
 
 
 ASKS = ["judge=openai", "judge_model=m"]
@@ -691,7 +703,7 @@ BAD = {
     "no model": (["judge=model"], "judge=model needs judge_model"),
     "no endpoint": (ASKS, "judge=openai needs judge_url"),
     "no URL": ([*ASKS, "judge_url=localhost:8000"], "judge_url=localhost:8000: expected a URL"),
-    "a port that is none": ([*ASKS, "judge_url=http://h:abc/v1"], "judge_url=http://h:abc/v1: its host or port"),
+    "an impossible port": ([*ASKS, "judge_url=http://h:abc/v1"], "judge_url=http://h:abc/v1: its host or port"),
     "a label that is too long": (
         [*ASKS, f"judge_url=http://{'a' * 64}.com/v1"], "aaa.com/v1: its host or port can't be one; expected a URL"
     ),
@@ -699,19 +711,19 @@ BAD = {
         [*ASKS, "judge_url=http://me:secret@h/v1"], "judge_url=http://h/v1: leave out user and password; only the key"
     ),
     "no API key": ([*ASKS, "judge_url=https://api.openai.com/v1"], "set the variable OPENAI_API_KEY"),
-    "orders of a reward model": (["judge=model", "judge_model=m", "both_orders=true"], "both_orders=True: not used"),
-    "a URL of a command": ([*COMMAND, "judge_url=u"], "judge_url=u: not used with judge=command"),
+    "both orders by a model": (["judge=model", "judge_model=m", "both_orders=true"], "both_orders=True: not used"),
+    "a URL with a command": ([*COMMAND, "judge_url=u"], "judge_url=u: not used with judge=command"),
     "no such prompt": ([*OPENAI, "judge_prompt=dialog"], "judge_prompt=dialog: no such file. Did you mean dialogue?"),
     "a prompt that lacks b": ([*OPENAI, "judge_prompt=lacking.txt"], "judge_prompt=lacking.txt: it lacks {b}"),
-    "no time": ([*OPENAI, "judge_timeout=0"], "judge_timeout=0: must be 0.001 to 100000"),
-    "half a try": ([*OPENAI, "judge_retries=0.5"], "judge_retries=0.5: expected an integer"),
+    "a timeout of 0": ([*OPENAI, "judge_timeout=0"], "judge_timeout=0: must be 0.001 to 100000"),
+    "half a retry": ([*OPENAI, "judge_retries=0.5"], "judge_retries=0.5: expected an integer"),
     "an unknown key": (["judge_promt=x"], "no config key 'judge_promt'. Did you mean judge_prompt? config/judge.yaml"),
     "a key of training": (["lora.r=2", *OPENAI], "no config key 'lora'"),
     "no such file": (["a=nowhere", *OPENAI], "a=nowhere: can't read it"),
     "a file of something else": (["a=other.jsonl", *OPENAI], "a=other.jsonl, line 2: no response, its fields are x"),
     "a file that is cut off": (["b=cut.jsonl", *OPENAI], "b=cut.jsonl, line 8: no JSON"),
-    "twice the same": (["b=twice.jsonl", *OPENAI], "line 9: prompt_index=0, sample=0 is listed twice"),
-    "too few": (["b=few.jsonl", *OPENAI], "prompt_index=3, sample=0 is in a and not in b (5 responses are without"),
+    "a response listed twice": (["b=twice.jsonl", *OPENAI], "line 9: prompt_index=0, sample=0 is listed twice"),
+    "too few responses": (["b=few.jsonl", *OPENAI], "prompt_index=3, sample=0 is in a and not in b (5 responses are"),
     "other prompts": (["b=prompts.jsonl", *OPENAI], "a and b have different prompts at prompt_index=0"),
     "an output that is an input": (["output=a.jsonl", *OPENAI], "output=a.jsonl is also the file of a"),
     "an output of something else": (["output=other.jsonl", *OPENAI], "doesn't hold verdicts"),
@@ -719,7 +731,7 @@ BAD = {
     "a summary in the place of an input": (
         ["b=v_summary.json", *OPENAI], "the summary of output=v_summary.json is also the file of b; give another"
     ),
-    "scores that are none": (["output=scores.jsonl", *OPENAI], "doesn't hold verdicts"),
+    "an output without scores": (["output=scores.jsonl", *OPENAI], "doesn't hold verdicts"),
     "nowhere to write": (["output=no/where.jsonl", *OPENAI], "output=no/where.jsonl: there is no such directory"),
     "a model that isn't there": (["judge=model", "judge_model=nowhere/x"], "can't load judge_model=nowhere/x"),
     "a model without a score": (["judge=model", f"judge_model={ORACLE}/model"], "score.weight"),
@@ -737,7 +749,7 @@ def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp
         "scores.jsonl": '{"settings": "s", "prompt_index": 0, "sample": 0, "first": "a", "texts": "t", '
                         '"failure": null, "verdict": "scored", "scores": []}\n',
     }  # fmt: skip
-    if "b=v_summary.json" not in overrides:  # that is refused earlier
+    if "b=v_summary.json" not in overrides:  # an existing summary would be refused first
         del contents["v_summary.json"]
     for file, content in contents.items():
         (tmp_path / file).write_text(content)
@@ -746,7 +758,7 @@ def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp
     assert message in output
     assert "calls to" not in output
     assert not (tmp_path / "v.jsonl").exists()
-    assert {file: (tmp_path / file).read_text() for file in contents} == contents  # all are left as they are
+    assert {file: (tmp_path / file).read_text() for file in contents} == contents  # unchanged
 
 
 def test_judge_sweep_is_refused(refused, files):

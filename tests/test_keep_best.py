@@ -50,12 +50,11 @@ def test_best_checkpoint_stays_beside_the_newest(metric, pick, launcher, tmp_pat
 
 def test_stop_when_worse_ends_and_completes_the_run(launcher, tmp_path):
     run = [*RUN, "n_examples=40", "stop_when_worse=2", "keep_best=lengths_eval/chosen", f"local_run_dir={tmp_path}/run"]
-    assert launcher.run(*run) == 0, (
-        launcher.output
-    )  # the lengths stay as they are: no evaluation is better than the first
+    # the lengths of the data never change, so no evaluation is better than the first
+    assert launcher.run(*run) == 0, launcher.output
     assert list(evaluations(tmp_path / "run")) == [0, 8, 16, 24]
     assert "Stopping early: lengths_eval/chosen was best after 8 examples" in launcher.output
-    assert "2 evaluations since then were worse" in " ".join(launcher.output.split())
+    assert "worse evaluations since then: 2" in " ".join(launcher.output.split())
     state = json.loads((tmp_path / "run/LATEST/state.json").read_text())
     assert (state["complete"], state["examples"], state["worse"]) == (True, 24, 2)
     assert launcher.run(*run, "resume=auto") == 0, launcher.output
@@ -81,7 +80,7 @@ def test_best_checkpoint_and_early_stopping_survive_a_kill(launcher, tmp_path):
 
 def test_best_link_is_repaired_after_a_crash_and_kept_without_keep_best(launcher, tmp_path):
     run = [*RUN, "keep_checkpoints=1", "save_every=8", f"local_run_dir={tmp_path}/run"]
-    keep = "keep_best=lengths_eval/chosen"  # the lengths stay as they are: the first evaluation is the best
+    keep = "keep_best=lengths_eval/chosen"  # the lengths of the data never change: the first evaluation is the best
     assert launcher.run(*run, keep, "n_examples=16") == 0, launcher.output
     os.rename(tmp_path / "run/BEST", tmp_path / "run/BEST.replaced")
     assert launcher.run(*run, keep, "n_examples=24", "resume=auto") == 0, launcher.output
@@ -147,26 +146,26 @@ def test_equal_metric_is_not_better_and_a_new_metric_starts_over(make_trainer):
     assert (trainer.state.best, trainer.state.worse) == ({}, 0)  # the evaluation before training doesn't count
     for examples, loss in ((8, 0.5), (16, 0.5), (24, 0.6)):
         state.examples, state.metrics = examples, {"loss/eval": loss, "nll_eval/chosen": 2.0}
-        best.judge(state, config)
+        best.record_evaluation(state, config)
     assert (state.best, state.best_at, state.worse) == ({"loss/eval": 0.5}, 8, 2)
     config.keep_best, config.stop_when_worse = "nll_eval/chosen", 2
-    assert not best.ends_run(state, config)  # nothing was worse by the new metric yet
+    assert not best.stops_early(state, config)  # no evaluation counts as worse by the new metric
     assert not best.should_save_best(state, config)
-    best.judge(state, config)
+    best.record_evaluation(state, config)
     assert (state.best, state.best_at, state.worse) == ({"nll_eval/chosen": 2.0}, 24, 0)
     config.keep_best = "rewards_eval/accuracies"
     with pytest.raises(UserError, match="the evaluation has none"):
-        best.judge(state, config)
+        best.record_evaluation(state, config)
 
 
-def test_run_killed_between_its_last_step_and_latest_finishes_latest(launcher, tmp_path):
+def test_run_killed_before_the_final_latest_writes_it_on_resume(launcher, tmp_path):
     run = [*RUN, "n_examples=8", "keep_best=loss/eval", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, launcher.output
     assert json.loads((tmp_path / "run/step-8/state.json").read_text())["complete"]
     assert os.readlink(tmp_path / "run/BEST") == "step-8"
     shutil.copytree(tmp_path / "run", tmp_path / "whole", symlinks=True)
     shutil.rmtree(tmp_path / "run/LATEST")
-    (tmp_path / "run/LATEST").symlink_to("step-8")  # as it is before LATEST is written at the end
+    (tmp_path / "run/LATEST").symlink_to("step-8")  # the final LATEST, a directory, is missing
     for message in ("Resuming from", "This run is complete"):
         assert launcher.run(*run, "resume=auto") == 0, launcher.output
         assert message in launcher.output

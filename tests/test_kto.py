@@ -54,7 +54,7 @@ def test_kl_estimate_is_the_mean_log_ratio_of_mismatched_responses(make_trainer)
 
 
 # test_objective_training.py has KTO among the losses of whole batches, too
-WAYS = {
+SETUPS = {
     "two rows": ["shared_prompt=false", "gradient_accumulation_steps=4"],
     "FSDP": ["trainer=FSDPTrainer", "gradient_accumulation_steps=2"],
 }
@@ -62,10 +62,10 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("way", WAYS)
-def test_kto_with_accumulation_or_workers_gives_the_numbers_of_one_batch(way, launcher, tmp_path):
+@pytest.mark.parametrize("setup", SETUPS)
+def test_kto_with_accumulation_or_workers_gives_the_numbers_of_one_batch(setup, launcher, tmp_path):
     lines = []
-    for name, overrides in (("one", []), (way, WAYS[way])):
+    for name, overrides in (("one", []), (setup, SETUPS[setup])):
         n_workers = 2 if "trainer" in "".join(overrides) else 1
         code = launcher.run(*KTO, *overrides, f"local_run_dir={tmp_path}/{name}", n_workers=n_workers)
         assert code == 0, launcher.output
@@ -81,7 +81,7 @@ def test_kto_with_accumulation_or_workers_gives_the_numbers_of_one_batch(way, la
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["precompute_ref_log_probs=true"], "loss=kto pairs prompts anew in every batch"),
+        (["precompute_ref_log_probs=true"], "loss=kto forms new pairs of prompts and responses in every batch"),
         (["batch_size=1", "eval_every=8"], "batch_size=1: loss=kto needs two or more"),
         (["n_eval_examples=5"], "leaves a last batch of one"),
         (["loss.beta=0"], "loss.beta=0: must be a number above 0"),

@@ -22,7 +22,7 @@ RUN = [
     "n_eval_examples=8", "eval_batch_size=4", "sample_during_eval=false", "lr=1e-3", "warmup_steps=2", "eval_every=400",
     "save_every=16", "keep_checkpoints=2",
 ]  # fmt: skip
-LIMIT = 120  # seconds within which a run must end after a worker has died; without that it would wait for hours
+LIMIT = 120  # seconds for a run to end after a worker has died; without the heartbeat it would wait for hours
 
 
 def children_of(pid: int) -> list[psutil.Process]:
@@ -38,7 +38,7 @@ def updates(run_dir) -> list[int]:
 
 @pytest.fixture
 def start_run(launcher, tmp_path):
-    """Start `train.py` with two workers of its own."""
+    """Return a function that starts `train.py` with two workers of its own."""
 
     def start_train(*overrides: str):
         words = [*RUN, "trainer=FSDPTrainer", "world_size=2", f"local_run_dir={tmp_path}/run", *overrides]
@@ -134,7 +134,7 @@ heartbeat._HEARTBEAT_INTERVAL, heartbeat._LOST_CONNECTION_DELAY = 0.5, 0.5
 with connection.process_group():
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)  # waits for a GPU that waits for the other worker's
+    time.sleep(600)  # like a main thread that waits for a collective with the dead worker
 """
 
 
@@ -161,10 +161,14 @@ def test_busy_worker_notices_that_another_is_gone(launcher, tmp_path):
             2,
             "batch_size=8 doesn't divide by .*=8 × 2 workers",
         ),
-        (["trainer=FSDPTrainer", "world_size=2"], 2, "world_size=2: the launcher decides that"),
+        (["trainer=FSDPTrainer", "world_size=2"], 2, "world_size=2: the launcher sets it"),
         (["trainer=FSDPTrainer", "fsdp_replicate=2"], 1, "fsdp_replicate=2 doesn't divide the 1 workers"),
-        (["trainer=TensorParallelTrainer", "fsdp_replicate=2"], 2, "fsdp_replicate=2: only trainer=FSDPTrainer has"),
-        (["fsdp_cpu_offload=true"], 1, "fsdp_cpu_offload=True: only trainer=FSDPTrainer has"),
+        (
+            ["trainer=TensorParallelTrainer", "fsdp_replicate=2"],
+            2,
+            "fsdp_replicate=2: only trainer=FSDPTrainer uses it",
+        ),
+        (["fsdp_cpu_offload=true"], 1, "fsdp_cpu_offload=True: only trainer=FSDPTrainer uses it"),
         (["fsdp_port=29500"], 1, "fsdp_port=29500: trainer=BasicTrainer starts no workers"),
         (
             ["trainer=FSDPTrainer", "optimizer=Rprop"],

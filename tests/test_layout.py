@@ -13,7 +13,7 @@ from test_cli import TOY
 
 from distributed.strategies import STRATEGIES
 
-LEVELS = [  # modules and folders; each imports only from those below it, and modules of a folder from one another
+LEVELS = [  # modules and folders: each imports only from levels below it; modules of one folder import each other
     {"train", "evaluate", "sample", "judge", "export"},
     {"trainers"},
     {"evaluation"},
@@ -66,18 +66,18 @@ def level(module: str) -> int:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_what_lies_below_it(module):
+def test_module_imports_only_from_levels_below(module):
     folder = module.split(".")[0]
     for name in modules_imported(module):
         assert level(name) > level(module) or name.split(".")[0] == folder, name
 
 
-def test_no_imports_run_in_a_circle():
+def test_imports_are_not_circular():
     graphlib.TopologicalSorter({module: modules_imported(module) for module in MODULES}).prepare()
 
 
 @pytest.mark.parametrize("module", ["losses", *(module for module in MODULES if module.startswith("objectives."))])
-def test_losses_need_torch_alone(module):
+def test_losses_need_only_torch(module):
     packages = {name.split(".")[0] for name in imported(MODULES[module], in_functions=True)}
     assert packages - sys.stdlib_module_names <= {"torch", "objectives"}
 
@@ -86,7 +86,7 @@ SLOW_TO_IMPORT = ("transformers", "datasets", "accelerate", "torch.distributed.t
 
 
 @pytest.mark.parametrize("command", sorted(LEVELS[0]))
-def test_a_config_is_checked_before_slow_libraries_are_imported(command):
+def test_config_is_checked_before_slow_libraries_are_imported(command):
     reached, ahead = set(), [command]
     while ahead:
         reached.add(module := ahead.pop())
@@ -98,7 +98,7 @@ def test_a_config_is_checked_before_slow_libraries_are_imported(command):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_what_few_runs_need_is_imported_by_functions(module):
+def test_libraries_that_few_runs_need_are_imported_inside_functions(module):
     parts = {part for name in imported(MODULES[module], in_functions=False) for part in name.split(".")}
     assert not parts & {"wandb", "peft", "matplotlib", "tensorboard"}
 
@@ -111,9 +111,9 @@ def test_only_strategies_compare_with_a_trainers_name(module):
             assert not constants & STRATEGIES.keys(), f"line {node.lineno}"
 
 
-# ---- the road -------------------------------------------------------------------------------------------------------
+# ---- the modules to read first --------------------------------------------------------------------------------------
 
-ROAD = {  # README: "read these, in this order"
+READ_FIRST = {  # README: "Read these, in this order"
     "train", "preference_datasets", "models", "log_probabilities", "losses", "references", "trainers", "optimization",
     "utils",
 }  # fmt: skip
@@ -162,8 +162,8 @@ sys.setprofile(note)
 MOST_FUNCTIONS, MOST_FILES = 319, 57  # entered before the first step's log-softmax, evaluation and samples included
 
 
-def test_root_holds_the_road_and_the_commands_alone():
-    assert {path.stem for path in REPOSITORY.glob("*.py")} == ROAD | COMMANDS
+def test_root_holds_only_the_modules_to_read_first_and_the_commands():
+    assert {path.stem for path in REPOSITORY.glob("*.py")} == READ_FIRST | COMMANDS
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS - {"export"}))

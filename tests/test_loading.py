@@ -54,8 +54,8 @@ MISFITS = {  # an edit of the weights, changes to config.json, and the message
     "a key renamed": (lambda s: {k.replace(LAST, "gpt_neox.final_norm.weight"): v for k, v in s.items()}, {},
                       f"missing: {LAST}"),
     "all keys renamed": (lambda s: {f"policy.{k}": v for k, v in s.items()}, {}, "missing: .*\n(.*\n)*  and .* more"),
-    "a layer more in config.json": (None, {"num_hidden_layers": 3}, r"missing: gpt_neox\.layers\.2\..*\n  and 2 more"),
-    "a layer less in config.json": (None, {"num_hidden_layers": 1}, "left over: gpt_neox.layers.1.*\n  and 2 more"),
+    "too many layers in config": (None, {"num_hidden_layers": 3}, r"missing: gpt_neox\.layers\.2\..*\n  and 2 more"),
+    "too few layers in config": (None, {"num_hidden_layers": 1}, "left over: gpt_neox.layers.1.*\n  and 2 more"),
     "another shape": (lambda s: {**s, LAST: torch.ones(3)}, {}, re.escape(f"{LAST}: shape (3,), the model's is (64,)")),
     "another width in config.json": (None, {"hidden_size": 128}, r"embed_in.weight: shape \(512, 64\), .*512, 128"),
     "another architecture": (None, {"model_type": "gpt2"}, "missing: transformer"),
@@ -87,7 +87,7 @@ def test_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
     model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path)
 
-    def as_then(state):
+    def as_in_2023(state):
         if config.model_type == "gpt_neox":
             state["embed_out.weight"] = state.pop("embed_out.weight", state.pop("lm_head.weight", None))
         for layer in range(config.num_hidden_layers):
@@ -96,7 +96,7 @@ def test_hub_model_of_2023_with_its_old_buffers_loads(name, tmp_path, capsys):
         # GPT-2's files on the hub are those of the base model
         return {k.removeprefix("transformer.") if config.model_type == "gpt2" else k: v for k, v in state.items()}
 
-    edit_weights(tmp_path / "model.safetensors", as_then)
+    edit_weights(tmp_path / "model.safetensors", as_in_2023)
     loaded = load_pretrained(str(tmp_path), "x", dtype=torch.float32)
     for key, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
@@ -359,7 +359,7 @@ BAD_LORA = {
     "lora={fan_in_fan_out:true}": r"lora=.*fan_in_fan_out is set to True but",
     "lora={loftq_config:{loftq_bits:4}}": r"lora=.*will be ignored",
     "lora={ensure_weight_tying:true}": r"lora=.*no tied modules",
-    "lora={init_lora_weights:eva}": r"lora\.init_lora_weights=eva: such an initialization needs a pass over data",
+    "lora={init_lora_weights:eva}": r"lora\.init_lora_weights=eva: this initialization needs a pass over data",
     "lora={lora_alpha:0}": r"lora\.lora_alpha=0: it scales the adapter",
     "lora={use_qalora:true}": r"lora\.use_qalora=True: it is for GPTQ's weights",
     "lora={peft_type:IA3}": r"lora\.peft_type=IA3: PEFT fills it in itself",
@@ -408,7 +408,7 @@ def test_adapter_on_a_tied_head_is_refused(target, tied_dir, make_trainer):
 
 
 @pytest.mark.parametrize("lora", ["r:2", "r:2,target_modules:[q_proj],modules_to_save:[lm_head]"])
-def test_adapter_of_a_tied_model_merges_right(lora, tied_dir, make_trainer, tmp_path):
+def test_merged_adapter_of_a_tied_model_gives_the_same_logits(lora, tied_dir, make_trainer, tmp_path):
     policy = make_tied(make_trainer, tied_dir, lora).policy
     ids = torch.arange(20)[None]
     with torch.no_grad():

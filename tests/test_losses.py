@@ -39,7 +39,7 @@ def test_batch_logps_equal_the_original(average):
 
 
 def test_batch_logps_of_uniform_logits_count_the_labels():
-    # four tokens are equally likely; three labels are predicted (the first position predicts nothing before it)
+    # four tokens are equally likely; three labels are predicted (all but the first, as nothing precedes it)
     logits, labels = torch.zeros(1, 4, 4), torch.tensor([[-100, 1, 2, 3]])
     assert _get_batch_logps(logits, labels).item() == pytest.approx(-3 * math.log(4))
     assert _get_batch_logps(logits, labels, average_log_prob=True).item() == pytest.approx(-math.log(4))
@@ -111,7 +111,7 @@ def reference_of_one(policy_chosen_logps, reference_chosen_logps):
         (bad_input, r"bad_input: unknown inputs \['policy_chosen_logp'\].* Did you mean policy_chosen_logps\?"),
         (misspelled_input, "Did you mean chosen_lengths"),
         (other_input, "critic_chosen_logps"),
-        (no_input, "or none. There are policy_chosen_logps"),
+        (no_input, "no_input: it has no inputs. There are policy_chosen_logps"),
         (reference_of_one, "policy_rejected_logps"),
     ],
 )
@@ -120,7 +120,7 @@ def test_loss_signature_with_unknown_inputs_is_an_error(function, message):
         Loss(function)
 
 
-WRONG_OUTPUTS = {  # what a loss of log-probabilities π, π′ returns, and what is said to it
+WRONG_OUTPUTS = {  # by case: a loss that returns the wrong thing, and the error
     "a column": (lambda chosen, rejected: (rejected - chosen)[:, None], "returns the shape (3, 1) for 3 examples"),
     "all pairs": (lambda chosen, rejected: rejected - chosen[:, None], "returns the shape (3, 3) for 3 examples"),
     "a mean": (lambda chosen, rejected: (rejected - chosen).mean(), "returns the shape () for 3 examples"),

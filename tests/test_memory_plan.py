@@ -1,4 +1,7 @@
-"""Decisions for a GPU that can be tested on a CPU; test_pretend_gpu.py tests those that need a graph on one."""
+"""Memory decisions for GPUs, as far as a CPU can test them.
+
+test_pretend_gpu.py tests those that need an autograd graph of GPU tensors.
+"""
 
 import functools
 import types
@@ -17,6 +20,7 @@ from acceleration.out_of_memory import out_of_memory_explained
 from acceleration.prefix_sharing import packed_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
+from checkpointing.restoring import resume_training, resumed_cap
 from commands.command_line import compose_config
 from distributed import environment
 from distributed.dtensor import distribute_model
@@ -34,7 +38,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_activations_of_a_linear_layer_are_counted_by_hand():
-    """For tanh(x W), the graph keeps x and the tanh's output; W is a weight."""
+    """For tanh(x W), the graph keeps the token ids of x, x itself and the tanh's output; W is a weight."""
 
     class Base(nn.Module):
         def __init__(self):
@@ -82,7 +86,7 @@ def test_measuring_leaves_the_model_and_the_random_generators_as_they_were():
 
 
 def activations_of_a_sharded_model() -> tuple[dict, dict]:
-    """Measure a whole model, and the same one sharded by FSDP."""
+    """Measure a whole model, and the same model sharded by FSDP; return the bytes by device of both."""
     rows = shared_rows(BATCHES["ordinary"])
     whole = make_model(CONFIGS["llama"], torch.float32)
     given = make_model(CONFIGS["llama"], torch.float32) if dist.get_rank() == 0 else None
@@ -94,7 +98,7 @@ def activations_of_a_sharded_model() -> tuple[dict, dict]:
     return tuple(measured)
 
 
-def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
+def test_weights_that_fsdp_gathers_do_not_count_as_activations(in_workers):
     for whole, sharded in in_workers(2, activations_of_a_sharded_model):
         assert sharded[CPU] == pytest.approx(whole[CPU], rel=0.02)
 
@@ -102,7 +106,7 @@ def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
 @pytest.mark.parametrize(
     ("overrides", "n_tokens"),
     [
-        (["loss=dpo"], 16 + 48 + 48),  # of a prompt and two responses, in a row that they share
+        (["loss=dpo"], 16 + 48 + 48),  # a prompt and two responses in one row
         (["loss=dpo", "shared_prompt=false", "padding_free=false"], 2 * 64),
         (["loss=dpo", "padding_free=true", "shared_prompt=false"], 2 * 64),
         (["loss=sft", "model.policy_mp=bfloat16"], 64),
@@ -110,7 +114,9 @@ def test_weights_that_fsdp_gathers_are_no_activations(in_workers):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens, make_trainer, monkeypatch):
+def test_trainer_measures_a_pair_of_full_length_in_the_layout_of_training(
+    overrides, n_tokens, make_trainer, monkeypatch
+):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "n_examples=4", "n_eval_examples=4", "max_length=64",
                            "max_prompt_length=32", *overrides)  # fmt: skip
     planned = []
@@ -138,14 +144,14 @@ def test_trainer_measures_a_pair_of_full_length_as_it_trains(overrides, n_tokens
 )  # fmt: skip
 def test_optimizer_state_is_counted_for_each_weight(name, options, numbers):
     parameters = [nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))]
-    if name in ("Adafactor",):
+    if name == "Adafactor":
         parameters = parameters[:1]
     optimizer = getattr(torch.optim, name)(parameters, lr=1e-3, **options)
     n_bytes = sum(parameter.nbytes for parameter in parameters)
     assert state_bytes(optimizer) == {CPU: numbers * n_bytes}
 
 
-def test_stepping_one_by_one_lasts_and_gives_the_same_weights():
+def test_one_by_one_setting_survives_loading_and_gives_the_same_weights():
     def trained(one_by_one: bool) -> torch.Tensor:
         weight = nn.Parameter(torch.linspace(-1, 1, 6))
         optimizer = torch.optim.RMSprop([weight], lr=0.1, foreach=True)
@@ -174,7 +180,7 @@ def test_only_a_default_step_on_a_gpu_may_be_made_smaller(name, options, expecte
     assert not steps_by_foreach(optimizer, CPU)
 
 
-def test_copies_of_trained_weights_are_gone_while_the_optimizer_steps():
+def test_copies_of_trained_weights_are_freed_before_the_optimizer_steps():
     model = make_model(CONFIGS["llama"], torch.float32)
     model.lm_head.weight.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -201,11 +207,11 @@ def names_with_copies(model: nn.Module) -> list[str]:
     [(8600, 8550, 8600), (8600, 8700, 8600), (None, 8550, 8550), (8600, None, 8600), (None, None, None)],
 )
 def test_resumed_run_keeps_its_cap(saved, fitting, expected):
-    assert memory_plan.resumed_cap(saved, fitting) == (expected, None)
+    assert resumed_cap(saved, fitting) == (expected, None)
 
 
-def test_resumed_run_on_a_smaller_gpu_takes_what_fits_and_says_so():
-    cap, warning = memory_plan.resumed_cap(17_000, 8_000)
+def test_resumed_run_on_a_smaller_gpu_uses_a_smaller_cap_and_warns():
+    cap, warning = resumed_cap(17_000, 8_000)
     assert cap == 8_000
     assert "8,000 tokens, the run began with 17,000" in warning
 
@@ -217,10 +223,10 @@ def test_cap_is_in_the_train_state(make_trainer, tmp_path):
     first.save(str(tmp_path / "saved"))
     second = make_trainer(*run)
     second.max_tokens = 630  # as a little less memory was free
-    second.resume(str(tmp_path / "saved"))
+    resume_training(second, str(tmp_path / "saved"))
     assert second.max_tokens == 640
     given = make_trainer(*run, "max_tokens_per_microbatch=100")
-    given.resume(str(tmp_path / "saved"))
+    resume_training(given, str(tmp_path / "saved"))
     assert given.max_tokens == 100
 
 
@@ -237,9 +243,9 @@ def llama_on_meta() -> nn.Module:
 def test_model_larger_than_the_gpu_is_refused(monkeypatch):
     model, config = llama_on_meta(), compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # without a GPU, it belongs there
+    _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU: the model stays in CPU memory
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _check_on_gpus(model, "model.name_or_path=x", config, "cpu")  # before it is sent to several workers
+    _check_on_gpus(model, "model.name_or_path=x", config, "cpu")  # loaded there to be divided between workers
     with pytest.raises(UserError, match=r"model.name_or_path=x has 0.4 GB of weights in float32") as error:
         _check_on_gpus(model, "model.name_or_path=x", config, "balanced")
     assert n_bytes / 1e9 == pytest.approx(0.4, abs=0.05)
@@ -282,7 +288,7 @@ def test_packed_4_bit_weights_count_whole():
 
 
 @pytest.mark.parametrize("key", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, monkeypatch):
+def test_allocator_gets_expandable_segments_unless_the_user_configures_it(key, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
@@ -295,7 +301,7 @@ def test_allocator_gets_expandable_segments_unless_the_user_says_otherwise(key, 
     assert sorted(filter(None, found.values())) == ["max_split_size_mb:64"]
 
 
-def test_deterministic_algorithms_are_used_and_left_again(monkeypatch):
+def test_deterministic_algorithms_are_turned_on_and_off_again(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
@@ -339,14 +345,14 @@ def test_reference_that_overflows_later_is_blamed_instead_of_lr():
         check_finite("step 3", ["a"], config, diverged, loss=float("nan"))
 
 
-def test_log_probabilities_of_a_reference_go_to_the_policys_device(make_trainer):
+def test_reference_log_probabilities_are_moved_to_the_policys_device(make_trainer):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=4", "n_eval_examples=4")
-    trainer.device = torch.device("meta")  # in place of a GPU other than the reference's
+    trainer.device = torch.device("meta")  # stands for another GPU than the reference's
     assert {logps.device.type for logps in trainer.reference_logps(trainer.eval_iterator.first_examples(2))} == {"meta"}
 
 
-@pytest.mark.parametrize(("given", "of_reference"), [("null", torch.bfloat16), ("float32", torch.float32)])
-def test_samples_are_drawn_in_the_precision_in_which_they_are_scored(given, of_reference, make_trainer):
+@pytest.mark.parametrize(("given", "expected"), [("null", torch.bfloat16), ("float32", torch.float32)])
+def test_samples_are_drawn_in_the_precision_in_which_they_are_scored(given, expected, make_trainer):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "loss=dpo", "n_examples=4", "n_eval_examples=4",
                            "model.policy_mp=bfloat16", f"model.reference_dtype={given}", "max_length=40",
                            "max_prompt_length=32")  # fmt: skip
@@ -356,4 +362,4 @@ def test_samples_are_drawn_in_the_precision_in_which_they_are_scored(given, of_r
             lambda _module, _inputs, output, name=name: dtypes.setdefault(name, set()).add(output.dtype)
         )
     trainer.get_batch_samples(trainer.eval_batches[0])
-    assert dtypes == {"policy": {torch.bfloat16}, "reference": {of_reference}}
+    assert dtypes == {"policy": {torch.bfloat16}, "reference": {expected}}

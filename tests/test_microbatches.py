@@ -1,4 +1,4 @@
-"""Microbatches lose no pair, cost the least possible, and give the batch's gradient."""
+"""Microbatches hold every pair once, cost the least possible, and give the batch's gradient."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from data.microbatches import _cheapest_cuts, computed_tokens, microbatches
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("n_least", [1, 2, 4])
-def test_microbatches_hold_every_pair_once_and_are_no_larger_than_asked(n_least, shared):
+def test_microbatches_hold_every_pair_once_and_are_no_larger_than_requested(n_least, shared):
     batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
     batch["prompt"] = list(range(8))
     parts = microbatches(batch, n_least, shared)
@@ -25,7 +25,7 @@ def test_microbatches_hold_every_pair_once_and_are_no_larger_than_asked(n_least,
 
 
 @pytest.mark.parametrize("n_others", [1, 3, 8])
-def test_all_workers_make_as_many_microbatches_as_the_one_with_most(n_others):
+def test_all_workers_make_as_many_microbatches_as_the_worker_with_the_most(n_others):
     batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
     batch["prompt"] = list(range(8))
     n_alone = len(microbatches(batch, 1, shared=True))

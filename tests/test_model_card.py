@@ -40,11 +40,11 @@ def test_card_of_a_whole_model_describes_run_and_metrics(make_trainer):
 
 @pytest.fixture(scope="module")
 def adapter_run(tmp_path_factory):
-    """A finished run with an adapter, for tests that only read: its trainer and its directory."""
+    """Train an adapter, for tests that only read the run; return its trainer and its directory."""
     return trained(trainers_in(tmp_path_factory.mktemp("adapter")), *LORA)
 
 
-def test_adapter_card_replaces_pefts_and_the_merged_model_has_one(adapter_run, tmp_path):
+def test_adapter_and_merged_model_have_our_card_instead_of_the_template_of_peft(adapter_run, tmp_path):
     _, run_dir = adapter_run
     matter = front_matter(run_dir / "LATEST")
     assert (matter["library_name"], matter["tags"]) == ("peft", ["dpo", "lora"])

@@ -33,7 +33,7 @@ def as_initialized(config: transformers.PreTrainedConfig, dtype: torch.dtype) ->
     return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
-# ---- what is done to logits -----------------------------------------------------------------------------------------
+# ---- logits that are capped or scaled -------------------------------------------------------------------------------
 
 GEMMA = {**SMALL, **LLAMA_LIKE, "pad_token_id": 0, "head_dim": 8}
 CAPPED_OR_SCALED = {
@@ -71,10 +71,10 @@ def test_neutral_settings_leave_logits_to_the_output_head(dtype):
         assert check_model(as_initialized(config, dtype), BATCHES["ordinary"], 24)[0] == Layout(is_shared=True)
 
 
-# ---- the examples ---------------------------------------------------------------------------------------------------
+# ---- synthetic examples ---------------------------------------------------------------------------------------------
 
 
-def test_examples_have_the_lengths_asked_for_and_tokens_of_the_data():
+def test_synthetic_examples_have_the_requested_lengths_and_tokens_of_the_data():
     batch = synthetic_batch(SHORT, [(2, 5), (0, 8)])
     assert batch["chosen_attention_mask"].sum(1).tolist() == batch["rejected_attention_mask"].sum(1).tolist() == [5, 8]
     assert (
@@ -88,7 +88,7 @@ def test_examples_have_the_lengths_asked_for_and_tokens_of_the_data():
     assert full_length_batch(SHORT, 64)["chosen_input_ids"].shape == (1, 64)
 
 
-# ---- which layout ---------------------------------------------------------------------------------------------------
+# ---- the choice of the layout ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_model_check_leaves_modes_hooks_gradients_and_random_numbers_untouched()
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- refused models -------------------------------------------------------------------------------------------------
 
 PLAIN_SETTINGS = {"shared_prompt": False, "padding_free": False}
 
@@ -220,7 +220,7 @@ def test_model_that_routes_at_random_in_training_is_refused(settings, dtype):
 @pytest.mark.parametrize(
     ("model_type", "noise"), [("mixtral", {"router_jitter_noise": 0.1}), ("opt", {"layerdrop": 0.5})]
 )
-def test_noise_of_training_is_turned_off_with_dropout(model_type, noise):
+def test_training_noise_is_turned_off_with_dropout(model_type, noise):
     model = tiny_model(model_type, **noise)
     assert check_model(model, SHORT)[0].is_shared
     model.train()
@@ -254,11 +254,11 @@ def test_weights_that_are_not_finite_are_refused():
         check_model(model, SHORT)
 
 
-# ---- what steps aside -----------------------------------------------------------------------------------------------
+# ---- fast paths that differ from the plain forward ------------------------------------------------------------------
 
 
 class TooSteep(torch.autograd.Function):
-    """Changes no number, but makes gradients 1.1 times as large."""
+    """Copies a tensor, but makes its gradient 1.1 times as large."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
@@ -297,7 +297,7 @@ def first_step(trainer: trainers.BasicTrainer) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("loss", "metric"), [("dpo", "logps_train/chosen"), ("sft", "loss/train")])
-def test_whoever_edits_get_batch_logps_changes_what_is_trained(loss, metric, make_trainer, monkeypatch, capsys):
+def test_edit_of_get_batch_logps_changes_what_is_trained(loss, metric, make_trainer, monkeypatch, capsys):
     expected = first_step(make_trainer(*EDITED, f"loss={loss}"))
     line = "" if loss == "sft" else "Prefix sharing: on\n"
     assert line in capsys.readouterr().out
@@ -334,7 +334,7 @@ def test_subclass_that_edits_concatenated_forward_changes_what_is_trained(make_t
 # ---- devices --------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_devices_get_microbatches_too():
+def test_batches_on_unknown_devices_are_divided_into_microbatches():
     batch, device = batch_of(), torch.device("meta")
     overhead = microbatch_overhead(tiny_model("llama").to(device))
     assert sum(len(part["prompt"]) for part in microbatches(batch, 1, shared=True, overhead=overhead)) == 3
@@ -354,7 +354,7 @@ RUN = [
 
 @pytest.fixture
 def model_dir(tmp_path):
-    """Write a config with the recorded runs' tokenizer, and weights `scale` times as large as drawn."""
+    """Return a function that saves a model of a config, with weights scaled by `scale`, and the recorded tokenizer."""
 
     def write(config: transformers.PreTrainedConfig, scale: float = 1.0, **keys) -> str:
         directory = tmp_path / "model"

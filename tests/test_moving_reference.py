@@ -8,6 +8,7 @@ import torch
 from conftest import REPOSITORY, exhaustive_except, read_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
+from checkpointing.restoring import resume_training
 from commands.run_directory import create_run_dir
 from utils import UserError
 
@@ -22,7 +23,7 @@ def losses(run_dir) -> list[float]:
 
 
 def states(run_dir, name: str) -> list[dict[str, torch.Tensor]]:
-    """Return a file's state dict from each checkpoint, in their order."""
+    """Return a file's state dict from each checkpoint, in order."""
     paths = sorted(run_dir.glob("step-*"), key=lambda path: int(path.name[5:]))
     return [torch.load(path / f"{name}.pt", weights_only=True)["state"] for path in [*paths, run_dir / "LATEST"]]
 
@@ -84,7 +85,7 @@ def test_resumed_run_restores_the_moved_reference(trainer, make_trainer, launche
     [
         (["loss=sft"], "loss=sft has no reference to move"),
         (["loss.reference_free=true"], "has no reference to move"),
-        (["precompute_ref_log_probs=true"], "numbers of a reference that has moved"),
+        (["precompute_ref_log_probs=true"], "precompute_ref_log_probs=true needs a reference that does"),
         (["lora={r:4}"], "an adapter's reference can't follow it"),
         (["reference_update_alpha=1.5"], "must be at most 1"),
         (["reference_update_alpha=0"], "must be a number above 0"),
@@ -117,7 +118,7 @@ def test_reference_with_tied_embeddings_follows_a_tied_policy_only(make_trainer,
     policy = ["model=tiny", f"model.name_or_path={tmp_path}/tied"]
     trainer = train(make_trainer, *policy, "n_examples=8", "reference_update_every=1", f"local_run_dir={tmp_path}/run")
     assert losses(tmp_path / "run") == pytest.approx([math.log(2)] * 2, abs=1e-6)
-    trainer.resume(f"{tmp_path}/run/LATEST")
+    resume_training(trainer, f"{tmp_path}/run/LATEST")
     config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "untied")
     with pytest.raises(UserError, match=r"\(lm_head.weight: \(2048, 32\), the policy's is absent\)"):
@@ -131,4 +132,4 @@ def test_checkpoint_without_the_moved_reference_is_refused(make_trainer, tmp_pat
     assert not (tmp_path / "run/LATEST/reference.pt").exists()
     trainer.moves_reference = True
     with pytest.raises(UserError, match=r"reference\.pt: can't read it"):
-        trainer.resume(str(tmp_path / "run/LATEST"))
+        resume_training(trainer, str(tmp_path / "run/LATEST"))

@@ -1,6 +1,6 @@
 """Three steps of every objective, in microbatches, equal an independent computation of its paper's formula.
 
-The independent computation knows neither microbatches nor the losses: it computes each response alone, the whole
+The independent computation uses neither microbatches nor the losses: it computes each response alone, the whole
 batch's mean loss by the formula, its gradient, and SGD by hand, all in float64.
 """
 
@@ -13,6 +13,7 @@ from conftest import ORACLE, exhaustive_except, read_jsonl, trainers_in
 from omegaconf import OmegaConf
 from torch.nn.functional import logsigmoid
 
+from checkpointing.restoring import resume_training
 from config_checks.checks import check_config
 from losses import LOSSES, Memory, find_loss
 from utils import UserError
@@ -168,7 +169,7 @@ class Batch:
 
 @pytest.fixture(scope="module")
 def shared_trainers(tmp_path_factory):
-    """Return trainers on pairs (with mismatched responses) and on SFT targets, which each test sets to its loss."""
+    """Return a trainer on pairs (with mismatched responses) and one on SFT targets; `set_loss` changes their loss."""
     make = trainers_in(tmp_path_factory.mktemp("objectives"))
     return {False: make(*RUN, "loss=kto"), True: make(*RUN, "loss=sft")}
 
@@ -189,7 +190,7 @@ def set_loss(trainer, words: list[str]):
 
 
 def train_by_hand(trainer, formula) -> tuple[torch.nn.Module, list[float]]:
-    """Train a copy of the policy by the formula; return it and the losses of the steps."""
+    """Train a copy of the policy by the formula; return the copy and the losses of the steps."""
     policy, seen, losses = copy.deepcopy(trainer.policy), {}, []
     reference = trainer.reference.model if trainer.reference else policy
     for batch, _ in zip(trainer.train_iterator, range(N_STEPS), strict=False):
@@ -233,13 +234,13 @@ def test_three_steps_in_microbatches_equal_the_formula_of_the_whole_batch(words,
         assert "weight" not in name or not torch.equal(value, start[name])
 
 
-# ---- whole batches, whatever the microbatches and workers -----------------------------------------------------------
+# ---- losses of whole batches ----------------------------------------------------------------------------------------
 
-OF_BATCHES = [
+WHOLE_BATCH = [
     *RUN, "loss=mix", "loss.parts={bco:1,beta_dpo:0.5,aot:0.3,aot_unpaired:0.2,sft_tokens:0.1,dpo:1,kto:0.5}",
     "loss.dpo.ld_alpha=0.4", "loss.dpo.wpo=true", "loss.bco.momentum=0.5", "optimizer=RMSprop", "lr=1e-3",
 ]  # fmt: skip
-WAYS = {
+SETUPS = {
     "FSDP": ["trainer=FSDPTrainer"],
     "TP": ["trainer=TensorParallelTrainer"],
     "packed rows": ["padding_free=true"],
@@ -248,12 +249,12 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", exhaustive_except(WAYS, "FSDP"))
-def test_losses_of_whole_batches_depend_on_neither_microbatches_nor_workers(way, launcher, tmp_path):
+@pytest.mark.parametrize("setup", exhaustive_except(SETUPS, "FSDP"))
+def test_losses_of_whole_batches_depend_on_neither_microbatches_nor_workers(setup, launcher, tmp_path):
     lines = []
-    for name, overrides in (("one", ["gradient_accumulation_steps=1"]), (way, WAYS[way])):
+    for name, overrides in (("one", ["gradient_accumulation_steps=1"]), (setup, SETUPS[setup])):
         n_workers = 2 if "trainer" in "".join(overrides) else 1
-        code = launcher.run(*OF_BATCHES, *overrides, f"local_run_dir={tmp_path}/{name}", n_workers=n_workers)
+        code = launcher.run(*WHOLE_BATCH, *overrides, f"local_run_dir={tmp_path}/{name}", n_workers=n_workers)
         assert code == 0, launcher.output
         lines.append(read_jsonl(tmp_path / name / "metrics.jsonl"))
     assert {"loss_train/bco", "loss_eval/aot", "loss_eval/sft_tokens"} <= {key for line in lines[0] for key in line}
@@ -273,19 +274,19 @@ def test_moving_averages_of_a_loss_resume_with_the_run(make_trainer, tmp_path):
     expected = trainer.train_step(batches[2])
 
     resumed = make_trainer(*words)
-    resumed.resume(str(tmp_path / "run/LATEST"))
+    resume_training(resumed, str(tmp_path / "run/LATEST"))
     assert resumed.loss_memory.averages.keys() == {"bco_shift", "beta_dpo_margin"}
     metrics = resumed.train_step(batches[2])
     for key in ("loss/train", "loss_train/bco", "loss_train/beta_dpo", "grad_norm"):
         assert metrics[key] == expected[key], key
 
     forgetful = make_trainer(*words)
-    forgetful.resume(str(tmp_path / "run/LATEST"))
+    resume_training(forgetful, str(tmp_path / "run/LATEST"))
     forgetful.loss_memory = Memory()
     assert forgetful.train_step(batches[2])["loss_train/bco"] != expected["loss_train/bco"]
 
 
-def test_evaluations_leave_moving_averages_alone(make_trainer):
+def test_evaluations_do_not_change_moving_averages(make_trainer):
     trainer = make_trainer(*RUN, "loss=bco")
     trainer.train_step(next(iter(trainer.train_iterator)))
     before = dict(trainer.loss_memory.averages)
@@ -296,7 +297,7 @@ def test_evaluations_leave_moving_averages_alone(make_trainer):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["loss=dpo", "loss.ld_alpha=0.5", "precompute_ref_log_probs=true"], "loss.ld_alpha needs those up to"),
+        (["loss=dpo", "loss.ld_alpha=0.5", "precompute_ref_log_probs=true"], "loss.ld_alpha also needs those up to"),
         (["loss=dpo", "loss.ld_alpha=1.5"], "loss.ld_alpha=1.5: must be at most 1"),
         (["loss=dpo", "loss.f_divergence=kl"], "loss.f_divergence=kl: must be one of reverse_kl, forward_kl"),
         (["loss=kto", "loss.ld_alpha=0.5"], "loss.ld_alpha: loss=kto has no such option"),
@@ -311,6 +312,6 @@ def test_evaluations_leave_moving_averages_alone(make_trainer):
     ],
     ids=str,
 )  # fmt: skip
-def test_options_that_do_not_fit_are_refused_in_words(words, message, make_trainer):
+def test_options_that_do_not_fit_the_loss_are_refused(words, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer(*RUN, *words)

@@ -8,7 +8,7 @@ import torch
 
 from losses import LOSSES, Memory
 
-# log-probabilities (nats) and lengths (tokens) of six pairs: likely and hopeless ones, equal ones, a falling chosen one
+# log-probabilities (nats) and lengths (tokens) of six pairs: likely, very unlikely, with equal logps, chosen falling
 POLICY_CHOSEN = np.array([-12.0, -3.5, -40.0, -7.0, -0.02, -25.0])
 POLICY_REJECTED = np.array([-15.0, -2.0, -90.0, -7.0, -6.0, -21.0])
 REFERENCE_CHOSEN = np.array([-13.0, -3.0, -38.5, -7.0, -1.0, -24.0])
@@ -46,7 +46,7 @@ def odds(mean_logps):
 
 
 def of_same_rank(values, others):
-    """The i-th smallest of the others for the i-th smallest value, in the order of the values."""
+    """Return, for the i-th smallest of `values`, the i-th smallest of `others`, in the order of `values`."""
     partners = np.empty_like(others)
     partners[np.argsort(values)] = np.sort(others)
     return partners
@@ -54,7 +54,7 @@ def of_same_rank(values, others):
 
 MEAN_CHOSEN, MEAN_REJECTED = POLICY_CHOSEN / CHOSEN_LENGTHS, POLICY_REJECTED / REJECTED_LENGTHS
 MARGINS = POLICY_CHOSEN - POLICY_REJECTED
-# moving averages after this batch, where they were 0.3 before it
+# moving averages after this batch; before it, both were 0.3
 BCO_SHIFT = 0.9 * 0.3 + 0.1 * 0.2 * (RATIO_CHOSEN.mean() + RATIO_REJECTED.mean()) / 2
 BATCH_BETA = 0.2 * (1 + 0.5 * (0.2 * H.mean() - (0.9 * 0.3 + 0.1 * 0.2 * H.mean())))
 EXPECTED = {  # loss, options: the losses by the paper's formula
@@ -95,7 +95,7 @@ EXPECTED = {  # loss, options: the losses by the paper's formula
     ("orpo", (("beta", 0.2),)): -MEAN_CHOSEN + 0.2 * nll(np.log(odds(MEAN_CHOSEN)) - np.log(odds(MEAN_REJECTED))),
     ("cpo", (("beta", 0.2), ("nll_weight", 0.5))): nll(0.2 * (POLICY_CHOSEN - POLICY_REJECTED)) - 0.5 * POLICY_CHOSEN,
 }
-REWARDS = {  # of the chosen responses, where they aren't beta times the log-ratio
+REWARDS = {  # rewards of the chosen responses that aren't beta times the log-ratio
     "dpo_norm": lambda beta: beta * RATIO_CHOSEN / CHOSEN_LENGTHS,
     "beta_dpo": lambda beta: BATCH_BETA * RATIO_CHOSEN,
     "chi_po": lambda beta: beta * phi(RATIO_CHOSEN),
@@ -117,7 +117,7 @@ def test_every_loss_has_an_expected_formula():
 
 @pytest.mark.parametrize(("name", "options"), EXPECTED, ids=str)
 def test_losses_and_rewards_equal_the_papers_formula(name, options):
-    losses, *rewards = LOSSES[name](tensors(), dict(options))
+    losses, rewards, _ = LOSSES[name].compute(tensors(), dict(options))
     np.testing.assert_allclose(losses.numpy(), EXPECTED[name, options], rtol=1e-9, atol=1e-12)
     if rewards:
         beta = dict(options)["beta"]
@@ -129,17 +129,18 @@ def test_losses_and_rewards_equal_the_papers_formula(name, options):
 @pytest.mark.parametrize(("name", "options"), EXPECTED, ids=str)
 def test_loss_gradients_equal_finite_differences(name, options):
     if name == "beta_dpo":
-        pytest.skip("its β counts as given, although it depends on the batch")
+        pytest.skip("the loss treats β as a constant, although it depends on the batch")
     inputs = tensors()
     inputs["memory"].is_frozen = True
     trained = [key for key in LOSSES[name].inputs if key.startswith("policy")]
 
     def mean_loss(*logps):
-        return LOSSES[name]({**inputs, **dict(zip(trained, logps, strict=True))}, dict(options))[0].mean()
+        return LOSSES[name].compute({**inputs, **dict(zip(trained, logps, strict=True))}, dict(options)).losses.mean()
 
+    # shift the inputs off kinks and ties
     assert torch.autograd.gradcheck(
         mean_loss, [(inputs[key] - 0.01 * torch.arange(1, 7)).requires_grad_() for key in trained]
-    )  # off the kinks and without ties
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -152,17 +153,17 @@ def test_extreme_log_probabilities_give_finite_losses_and_gradients(name):
         if key.startswith("policy"):
             inputs[key].requires_grad_()
     defaults = {key: option.default for key, option in LOSSES[name].options.items()}
-    losses, *rewards = LOSSES[name](inputs, defaults)
+    losses, rewards, _ = LOSSES[name].compute(inputs, defaults)
     losses.mean().backward()
     for values in (losses, *rewards, *(inputs[key].grad for key in LOSSES[name].inputs if key.startswith("policy"))):
         assert values.isfinite().all()
 
 
 def test_robust_dpo_is_unbiased_under_flipped_labels():
-    clean = LOSSES["dpo"](tensors(), {"beta": 0.2})[0]
+    clean = LOSSES["dpo"].compute(tensors(), {"beta": 0.2}).losses
     swapped = {key: tensors()[_other(key)] for key in INPUTS if "mean" not in key}
     options = {"beta": 0.2, "label_smoothing": 0.2}
-    kept, flipped = (LOSSES["robust_dpo"](inputs, options)[0] for inputs in (tensors(), swapped))
+    kept, flipped = (LOSSES["robust_dpo"].compute(inputs, options).losses for inputs in (tensors(), swapped))
     torch.testing.assert_close(0.8 * kept + 0.2 * flipped, clean)
 
 
@@ -170,9 +171,9 @@ def _other(key: str) -> str:
     return key.replace("chosen", "rejected") if "chosen" in key else key.replace("rejected", "chosen")
 
 
-def test_at_the_reference_dpo_and_its_kin_start_at_ln_2():
+def test_dpo_and_its_variants_start_at_ln_2():
     inputs = tensors()
     inputs |= {f"policy_{side}_logps": inputs[f"reference_{side}_logps"] for side in ("chosen", "rejected")}
     for name, options in (("dpo", {}), ("robust_dpo", {"label_smoothing": 0.1}), ("dpop", {}), ("chi_po", {})):
-        losses = LOSSES[name](inputs, options)[0]
+        losses = LOSSES[name].compute(inputs, options).losses
         torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), msg=name)

@@ -54,7 +54,7 @@ ALONE += [
     *((name, 1, "padding_free=true shared_prompt=true") for name in ("dpo", "ipo")),
     *((name, 1, "padding_free=true shared_prompt=false") for name in ("dpo", "sft")),
     ("dpo", 1, "precompute_ref_log_probs=true"),
-    ("dpo", 1, "model.reference_dtype=float64"),  # loaded apart
+    ("dpo", 1, "model.reference_dtype=float64"),  # the reference is loaded as a second model
 ]
 TOGETHER = [
     (name, n_workers, f"trainer={trainer} shared_prompt={shared} activation_checkpointing={checkpointing}")
@@ -116,7 +116,7 @@ def test_run_gives_the_numbers_of_the_original(name, n_workers, variant, launche
     for key, expected in run["final_weights"].items():
         weight = state["lm_head.weight" if key == "embed_out.weight" else key].double()
         assert weight.norm().item() == pytest.approx(expected["norm"], rel=tolerance), key
-        # A sum whose terms cancel is known to the rounding of its terms only. A key bias adds the same to every score
-        # of a query, so softmax leaves it no gradient but rounding noise, which RMSprop blows up to whole steps.
+        # A sum whose terms cancel is only as exact as its terms. A key bias adds the same to every score of a query, so
+        # its gradient after softmax is only rounding noise, which RMSprop enlarges to whole steps.
         slack = 100 if sft and key.endswith("query_key_value.bias") else 1
         assert weight.sum().item() == pytest.approx(expected["sum"], abs=slack * tolerance * weight.abs().sum().item())

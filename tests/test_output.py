@@ -44,35 +44,34 @@ ASCII = "import sys\nfor stream in (sys.stdout, sys.stderr):\n    stream.reconfi
 
 
 @pytest.fixture(params=exhaustive_except(["streams", "locale"], "streams"))
-def how(request) -> str:
+def ascii_only(request) -> str:
     """Return what is limited to ASCII: the streams, as by PYTHONIOENCODING, or the locale, and so the whole process."""
     return request.param
 
 
 @pytest.fixture
-def train_ascii(how, train, train_alone, tmp_path):
-    if how == "streams":
+def train_ascii(ascii_only, train, train_alone, tmp_path):
+    if ascii_only == "streams":
         return functools.partial(train, script=train_after(ASCII, tmp_path))
     return functools.partial(train_alone, env={"PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONUTF8": "0"})
 
 
-def test_ascii_only_terminal_trains_and_escapes_other_letters(how, train_ascii, tmp_path):
+def test_ascii_only_terminal_trains_and_escapes_other_letters(ascii_only, train_ascii, tmp_path):
     overrides = ["exp_name='β → é'", "loss=dpo", f"local_run_dir={tmp_path}/run"]
     result = train_ascii(*SHORT, *overrides)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.isascii()
-    if how == "streams":  # otherwise the words on the command line aren't ASCII either
+    if ascii_only == "streams":  # the locale also changes how the command line is decoded
         assert "exp_name: \\u03b2 \\u2192 \\xe9" in result.stdout
     assert_complete(tmp_path / "run")
-    words = ["batch_size=6", "gradient_accumulation_steps=2", "trainer=FSDPTrainer", "world_size=2"]
-    result = train_ascii(*SHORT, *words)
+    result = train_ascii(*SHORT, "batch_size=6", "gradient_accumulation_steps=2", "trainer=FSDPTrainer", "world_size=2")
     assert result.returncode == 1
     assert "gradient_accumulation_steps=2 \\xd7 2 workers" in result.stderr
 
 
 @pytest.fixture
 def start_piped(launcher, tmp_path):
-    """Start a run whose output goes to a pipe (`2>&1 |`) with a reader that ends after some lines; return those."""
+    """Return a function that starts a run, reads n lines of its output from a pipe and closes it, as `| head` does."""
 
     def start(n_lines: int, *overrides: str) -> list[str]:
         os.mkfifo(tmp_path / "pipe")
@@ -176,7 +175,7 @@ def test_file_in_place_of_a_cache_directory_is_named(precompute, tmp_path):
         path.write_text("")
         run = precompute(local)
         assert_refused(run, str(path), "local_dirs")
-        # the others are noticed before
+        # local_dirs is checked before the models are loaded, the cache in it only after
         assert ("building policy" in run.output) == (path == fingerprint)
         assert not (tmp_path / "run").exists()
         path.unlink()

@@ -1,4 +1,4 @@
-"""No command overwrites files of others: every command, with every file and directory that it can write."""
+"""No command overwrites a file that it did not write: every command, with every file and directory it can write."""
 
 import ast
 import json
@@ -11,7 +11,13 @@ from conftest import REPOSITORY
 from omegaconf import OmegaConf
 
 import export
-from basics.outputs import Output, check_outputs, new_directory, new_run, resumed_run
+from basics.outputs import (
+    Output,
+    check_outputs,
+    refuse_nonempty_directory,
+    refuse_unless_new_run,
+    refuse_unless_resumed_run,
+)
 from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import delete_oldest
 from config_checks.schema import expand_home, own_keys
@@ -28,7 +34,7 @@ OWN_PICTURE = b"\x89PNG\r\n\x1a\n....tEXtCreator\0direct-preference-optimization
 EVERYTHING = {
     "samples": SAMPLES, "verdicts": VERDICTS, "evaluations": EVALUATIONS, "a summary": SUMMARY,
     "AlpacaEval's outputs": ALPACA_EVAL, "a picture": OWN_PICTURE, "a text": "my notes\n",
-    "a text without an end": "my notes", "rows": '{"prompt": "p", "chosen": "c"}\n', "JSON": "[1, 2]",
+    "a text without a line end": "my notes", "rows": '{"prompt": "p", "chosen": "c"}\n', "JSON": "[1, 2]",
     "bytes": b"\xff\xfe\0",
     "a photo": b"\x89PNG\r\n\x1a\n....IDAT", "a long line": "x" * 10**6, "YAML": "seed: 0\n",
 }  # fmt: skip
@@ -62,7 +68,7 @@ def reporting_with(main: Callable, *words: str) -> Callable[[str, Path], None]:
     return run
 
 
-BEYOND = "error: beyond the check"  # raised in place of the command's work, once an output is accepted
+BEYOND = "error: beyond the check"  # raised instead of the command's work once the output has been accepted
 FILES = {  # (module, key) of each `Output` -> command, key, name of the file, and contents that may be overwritten
     ("evaluation/evaluate.py", "rows"): (evaluate_with, "rows", "x.jsonl", set()),
     ("evaluation/evaluate.py", "output"): (evaluate_with, "output", "x.jsonl", {"evaluations"}),
@@ -80,7 +86,7 @@ FILES = {  # (module, key) of each `Output` -> command, key, name of the file, a
     ),
 }  # fmt: skip
 DIRECTORIES = {("export.py", "output"), ("train.py", "local_run_dir")}  # tested at the end
-OUTPUTS = {f"{Path(module).stem} {key}": way for (module, key), way in FILES.items()}
+OUTPUTS = {f"{Path(module).stem} {key}": case for (module, key), case in FILES.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -100,15 +106,15 @@ def test_existing_file_is_refused_unless_the_same_command_wrote_it(output, tmp_p
     check, key, name, own = OUTPUTS[output]
     path = tmp_path / name
     check(key, path)
-    for what, content in EVERYTHING.items():
+    for kind, content in EVERYTHING.items():
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         before = path.read_bytes()
-        if what in own:
+        if kind in own:
             check(key, path)
         else:
             with pytest.raises(UserError, match=f"{path}"):
                 check(key, path)
-        assert path.read_bytes() == before, what
+        assert path.read_bytes() == before, kind
     path.write_bytes(b"")
     if output != "evaluate rows":
         check(key, path)
@@ -146,12 +152,12 @@ def test_file_in_a_checkpoint_is_refused(output, tmp_path):
             check(key, tmp_path / folder / name)
 
 
-@pytest.mark.parametrize("output", [name for name, way in OUTPUTS.items() if way[2] == "x.jsonl"])
+@pytest.mark.parametrize("output", [name for name, case in OUTPUTS.items() if case[2] == "x.jsonl"])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml", "curves.png", "step-4"])
 def test_file_that_a_run_writes_itself_is_refused(output, name, tmp_path):
     check, key, *_ = OUTPUTS[output]
     (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
-    with pytest.raises(UserError, match=r"the run writes that itself|it exists"):
+    with pytest.raises(UserError, match=r"the run itself writes this file|it exists"):
         check(key, tmp_path / name)
 
 
@@ -170,7 +176,7 @@ def test_output_that_is_an_input_or_another_output_is_refused(tmp_path):
 
 
 def calls(is_wanted: Callable[[ast.Call], object]) -> list[tuple[str, object]]:
-    """Return the module of each such call in the repository, and what `is_wanted` returns for it."""
+    """Return the module of each call in the repository for which `is_wanted` returns a true value, and that value."""
     found = []
     for path in sorted([*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py")]):
         module = path.relative_to(REPOSITORY)
@@ -186,10 +192,10 @@ def test_each_output_of_each_command_is_tested_here():
     assert set(found) == FILES.keys() | DIRECTORIES
 
 
-def test_files_are_opened_for_writing_only_where_it_is_known():
-    """A new file is an `Output` that `check_outputs` has checked, or is in a directory that only this program writes.
+def test_files_are_opened_for_writing_only_in_the_listed_places():
+    """Add a place to the list only if the file is an `Output`, or in a directory that only this program writes.
 
-    It is opened by `atomic_file` or `append_json_lines`, whose errors name it and the remedy.
+    Open it with `atomic_file` or `append_json_lines`, whose errors name the file and the remedy.
     """
 
     def opens(call: ast.Call) -> str | None:
@@ -205,7 +211,7 @@ def test_files_are_opened_for_writing_only_where_it_is_known():
     assert {module: sorted(names) for module, names in found.items()} == {
         # outputs of commands
         "evaluation/evaluate.py": ["append_json_lines", "atomic_file"], "evaluation/judge.py": ["atomic_file"],
-        "evaluation/sample.py": ["append_json_lines"], "evaluation/sample_file.py": ["atomic_file"],
+        "evaluation/sample.py": ["append_json_lines"], "evaluation/sample_file.py": ["atomic_file", "atomic_file"],
         "evaluation/verdicts.py": ["append_whole"],
         "reporting/curves.py": ["atomic_file"],
         # in a run's or a sweep's directory
@@ -220,7 +226,7 @@ def test_files_are_opened_for_writing_only_where_it_is_known():
         # in local_dirs
         "acceleration/reference_cache.py": ["atomic_file"], "data/preparation.py": ["OSFile", "open"],
         "data/shared_text.py": ["OSFile"],
-        # what the others call, and /dev/null
+        # the functions that the others call, and /dev/null
         "basics/files.py": ["append_json_lines", "append_whole", "open", "open", "open"],
         "commands/output.py": ["open"],
     }  # fmt: skip
@@ -240,7 +246,9 @@ def fill(path: Path, kind: str):
         path.write_text("mine")
 
 
-@pytest.mark.parametrize("refusal", [new_run, resumed_run], ids=["resume=null", "resume=auto"])
+@pytest.mark.parametrize(
+    "refusal", [refuse_unless_new_run, refuse_unless_resumed_run], ids=["resume=null", "resume=auto"]
+)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -250,13 +258,13 @@ def fill(path: Path, kind: str):
         ("config.yaml", "directory"), ("metrics.jsonl", "directory"),
     ],
 )  # fmt: skip
-def test_run_directory_with_files_of_others_is_refused(name, kind, refusal, tmp_path):
+def test_run_directory_with_foreign_files_is_refused(name, kind, refusal, tmp_path):
     fill(tmp_path / name, kind)
     with pytest.raises(UserError, match=f"local_run_dir={tmp_path}: {tmp_path}/{name} is no"):
         check_outputs([Output("local_run_dir", str(tmp_path), refusal)])
 
 
-@pytest.mark.parametrize("refusal", [new_directory, new_run, resumed_run])
+@pytest.mark.parametrize("refusal", [refuse_nonempty_directory, refuse_unless_new_run, refuse_unless_resumed_run])
 @pytest.mark.parametrize("name", ["step-8", "BEST", "LATEST/new", "step-4/new/run", "link/new"])
 def test_directory_that_a_run_replaces_is_refused(name, refusal, tmp_path):
     (tmp_path / "config.yaml").write_text(f"local_run_dir: {tmp_path}\n")
@@ -264,12 +272,14 @@ def test_directory_that_a_run_replaces_is_refused(name, refusal, tmp_path):
         Path(partial, "state.json").write_text("{}")
     (tmp_path / "LATEST").symlink_to("step-4")
     (tmp_path / "link").symlink_to("step-4", target_is_directory=True)
-    with pytest.raises(UserError, match=r"the run writes that itself|is a checkpoint's directory, which is replaced"):
+    with pytest.raises(
+        UserError, match=r"the run itself writes this file|is a checkpoint's directory, which is replaced"
+    ):
         check_outputs([Output("output", str(tmp_path / name), refusal)])
     check_outputs([Output("output", str(tmp_path / "beside"), refusal)])
 
 
-def test_file_may_be_written_where_nothing_can_be_listed(tmp_path, monkeypatch):
+def test_file_may_be_written_into_a_directory_that_cannot_be_listed(tmp_path, monkeypatch):
     def listdir(path):
         raise PermissionError(13, "Permission denied", path)
 
@@ -285,7 +295,7 @@ def test_empty_path_is_refused(tmp_path):
 def test_directory_with_other_names_may_become_a_run(tmp_path):
     for name in ("notes.txt", "LATEST.old", "step-by-step", "data.jsonl"):
         fill(tmp_path / name, "file")
-    for refusal in (new_run, resumed_run):
+    for refusal in (refuse_unless_new_run, refuse_unless_resumed_run):
         check_outputs([Output("local_run_dir", str(tmp_path), refusal)])
 
 
@@ -295,15 +305,15 @@ def test_run_that_has_a_foreign_checkpoint_is_not_resumed(tmp_path):
     with atomic_directory(str(tmp_path / "step-4")) as partial:
         Path(partial, "state.json").write_text("{}")
     (tmp_path / "LATEST").symlink_to("step-4")
-    check_outputs([Output("local_run_dir", str(tmp_path), resumed_run)])
+    check_outputs([Output("local_run_dir", str(tmp_path), refuse_unless_resumed_run)])
     with pytest.raises(UserError, match=r"it holds another run; .*resume=auto"):
-        check_outputs([Output("local_run_dir", str(tmp_path), new_run)])
+        check_outputs([Output("local_run_dir", str(tmp_path), refuse_unless_new_run)])
     fill(tmp_path / "step-16", "directory")
-    with pytest.raises(UserError, match=f"{tmp_path}/step-16 is not a run's"):
-        check_outputs([Output("local_run_dir", str(tmp_path), resumed_run)])
+    with pytest.raises(UserError, match=f"{tmp_path}/step-16 was not written by a run"):
+        check_outputs([Output("local_run_dir", str(tmp_path), refuse_unless_resumed_run)])
 
 
-def test_deleting_the_oldest_spares_what_best_links_to_and_what_no_run_wrote(tmp_path):
+def test_deleting_old_checkpoints_spares_best_and_foreign_directories(tmp_path):
     for step in (4, 8, 12, 16):
         with atomic_directory(str(tmp_path / f"step-{step}")) as partial:
             Path(partial, "state.json").write_text("{}")
@@ -322,5 +332,5 @@ def test_export_writes_only_into_a_new_or_empty_directory(name, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("local_run_dir: x")
     options = {"run": f"{tmp_path}/run", "checkpoint": "LATEST", "output": f"{tmp_path}/{name}"}
-    with pytest.raises(UserError, match=f"output={tmp_path}/{name}: (it is no directory|the directory exists)"):
+    with pytest.raises(UserError, match=f"output={tmp_path}/{name}: (it is not a directory|the directory exists)"):
         export.run(OmegaConf.create(options))

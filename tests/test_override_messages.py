@@ -1,11 +1,11 @@
-"""Words of the command line that Hydra can't read: what is wrong with them, and what to type instead."""
+"""Errors for command-line words that Hydra can't read say what is wrong and what to type instead."""
 
 import shlex
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from commands.command_line import compose_config, with_home
+from commands.command_line import compose_config, for_hydra
 from config_checks.overrides import explain_commas, explain_override, typed_string
 from utils import UserError
 
@@ -17,7 +17,7 @@ CASES = {  # the words on the command line, and parts of the message
     "lr==1e-5": ["there are two '='; type lr=1e-5"],
     "lr:1e-5": ["settings are key=value; type lr=1e-5"],
     "lr": ["settings are given as key=value"],
-    "datasets=[~user/x]": ["'~' must be quoted, with the item that it is in"],
+    "datasets=[~user/x]": ["'~' must be quoted: put quotes '...' around the whole item"],
     "lora={r:16": ["'lora={r:16': '{' is never closed"],
     "lora={r:16}}": ["'}' closes nothing"],
     "lora={'r':16}": ["keys inside { } are written without quotes"],
@@ -45,17 +45,17 @@ def test_unreadable_words_are_explained(words):
 
 
 @pytest.mark.parametrize("text", ["a;b", "it's", 'a"b', "a$b!", "~x", "[a", "a=b, c", "é\\\\", "'", "50% {x}"])
-def test_suggested_word_gives_the_string(text):
+def test_suggested_word_is_parsed_as_the_string(text):
     (word,) = shlex.split(typed_string("exp_name", text))
     assert OverridesParser.create().parse_override(word).value() == text
 
 
 @pytest.mark.parametrize(
-    "word", ["datasets=[~/x]", "datasets=[a, ~/x,~/y]", "datasets=[{name: ~/x}]", "model=~/x", "a='~/x'"]
+    "word", ["datasets=[~/x]", "datasets=[a, ~/x,~/y]", "datasets=[{name: ~/x}]", "model.archive=~/x", "a='~/x'"]
 )
-def test_home_is_expanded_wherever_a_path_begins(word, monkeypatch):
+def test_tilde_is_expanded_wherever_a_path_begins(word, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    (expanded,) = with_home([word])
+    (expanded,) = for_hydra([word])
     assert "~" not in expanded and expanded == word.replace("~", "/home/me")
     assert OverridesParser.create().parse_override(expanded)
 

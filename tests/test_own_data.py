@@ -49,7 +49,7 @@ def tokenizer():
 
 @pytest.fixture
 def read(tokenizer, tmp_path):
-    """Return the prompts of a split's batches in their order."""
+    """Return a function that returns the prompts of a split's batches, in order."""
 
     def prompts(*datasets: str | Choice, split: str = "train", settings: dict | None = None, **kwargs) -> list[str]:
         kwargs = {"n_epochs": 1, "drop_last": False, "silent": True, "cache_dir": str(tmp_path / "cache")} | kwargs
@@ -93,7 +93,7 @@ def test_one_prompt_is_held_out_of_few(read, tmp_path):
 
 SPLITS = {  # files; settings of the dataset; prompts to train on, and to evaluate on (None: some are held out)
     "folder": (["train.jsonl", "test.jsonl"], {}, "train", "test"),
-    "folders in it": (["data/train/0.jsonl", "data/train/1.jsonl", "data/validation/0.jsonl"], {}, "train", "valid"),
+    "subfolders": (["data/train/0.jsonl", "data/train/1.jsonl", "data/validation/0.jsonl"], {}, "train", "valid"),
     "test before validation": (["train.jsonl", "validation.jsonl", "test.jsonl"], {}, "train", "test.jsonl"),
     "chosen": (["train.jsonl", "validation.jsonl", "test.jsonl"], {"test_split": "validation"}, "train", "valid"),
     "shards": (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "dev.jsonl"], {}, "train", "dev"),
@@ -148,7 +148,7 @@ def test_glob_pattern_reads_the_matching_files(read, tmp_path):
 
 
 def test_caches_and_runs_in_a_data_folder_are_not_read_as_data(launcher, tmp_path):
-    """The folder gets a cache and, with each run, a run directory."""
+    """The folder also holds a cache and, after each run, a run directory."""
     folder = tmp_path / "data"
     write(folder / "train.jsonl", numbered(8))
     write(folder / "test.jsonl", numbered(4, start=100))
@@ -240,7 +240,7 @@ def test_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, 
     assert "inputs have changed since the run began:\n" in launcher.output
     assert f"  datasets=[{path}], train split\n" in launcher.output
     assert "Traceback" not in launcher.output
-    write(tmp_path / "rows.jsonl", numbered(40))  # as it was: written at another time
+    write(tmp_path / "rows.jsonl", numbered(40))  # the first content, written later
     assert launcher.run(*more) == 0, launcher.output
 
 
@@ -301,7 +301,7 @@ def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
     make_trainer(*run, "truncation=drop")
     output = capsys.readouterr().out
     assert "dropped 2 examples longer than max_length" in output
-    assert "none is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
+    assert "no example is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
 
 
 @pytest.mark.parametrize("datasets", ["[toy]", "[toy,{}]"])
@@ -341,7 +341,7 @@ def test_unusable_rows_are_reported_at_the_command_line(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_hub_dataset_is_chosen_by_id_config_and_splits(train_from_hub, hub_place, tmp_path):
+def test_hub_dataset_is_chosen_by_id_config_and_splits(train_from_hub, hub_address, tmp_path):
     card = """---
 configs:
 - config_name: helpful
@@ -360,7 +360,7 @@ configs:
         "helpful/test.parquet": parquet(pairs(*(f"test {i}" for i in range(5)))),
         "honest/rows.parquet": parquet(pairs(*(f"honest {i}" for i in range(10)))),
     }
-    with Hub(hub_place) as hub:
+    with Hub(hub_address) as hub:
         hub.repository("datasets", "lab/prefs").commit(files)
 
         def run(dataset: str, *overrides: str):
@@ -369,8 +369,8 @@ configs:
         splits = ["train_split=train_prefs", "test_split=test_prefs"]
         result = run("lab/prefs:helpful", *splits, "data_only=true")
         assert result.returncode == 0, result.stdout + result.stderr
-        for said in ("12 rows read, 12 prompts", "5 rows read, 5 prompts", "Training data: 12 examples"):
-            assert said in result.stdout
+        for text in ("12 rows read, 12 prompts", "5 rows read, 5 prompts", "Training data: 12 examples"):
+            assert text in result.stdout
         result = run("lab/prefs:honest", "data_only=true")
         assert result.returncode == 0, result.stdout + result.stderr
         assert "10 rows read" in result.stdout and "held out from the training data" in result.stdout
@@ -457,7 +457,7 @@ def test_reference_is_precomputed_for_ranked_data_and_refused_for_unpaired(kind,
         write(tmp_path / "data" / f"{split}.jsonl", rows)
     run = [*RUN, f"datasets=[{tmp_path}/data]"]
     if kind == "unpaired":
-        with pytest.raises(UserError, match="loss=kto pairs prompts anew in every batch"):
+        with pytest.raises(UserError, match="loss=kto forms new pairs of prompts and responses in every batch"):
             make_trainer(*run, "loss=kto", "precompute_ref_log_probs=true")
         return
     online, precomputed = (make_trainer(*run, f"precompute_ref_log_probs={value}") for value in ("false", "true"))
@@ -482,9 +482,12 @@ REFUSED = {
     "fraction": (["datasets=[rows.jsonl]", "test_fraction=1"], "test_fraction=1: must be above 0 and below 1"),
     "on_bad_example": (["datasets=[rows.jsonl]", "on_bad_example=drop"], "on_bad_example=drop: must be one of"),
     "template": (["datasets=[rows.jsonl]", "chat_template=none.jinja"], "chat_template=none.jinja: no such file"),
-    "a split of a named one": (["datasets=[toy]", "train_split=x"], "train_split=x: that is for files and hub ids"),
-    "a split that isn't there": (["datasets=[rows.jsonl]", "test_split=x"], "test_split=x: it has no such split"),
-    "fields": (["datasets=[rows.jsonl]", "fields={chosen: good}"], "fields.chosen=good: it has no field 'good'"),
+    "a split of a built-in dataset": (
+        ["datasets=[toy]", "train_split=x"],
+        "train_split=x: it is for files and hub ids",
+    ),
+    "a missing split": (["datasets=[rows.jsonl]", "test_split=x"], "test_split=x: it has no such split"),
+    "fields": (["datasets=[rows.jsonl]", "fields={chosen: good}"], "fields.chosen=good: there is no column 'good'"),
 }
 
 

@@ -43,7 +43,7 @@ def model_for_packed_rows(architecture: str, dtype=torch.float64, **changes) -> 
     return model
 
 
-# ---- the numbers ----------------------------------------------------------------------------------------------------
+# ---- log-probabilities and gradients --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_name", ["dpo", "ipo"])
@@ -89,7 +89,7 @@ def test_recomputed_activations_give_the_same_gradients(architecture):
 @pytest.mark.parametrize("window", [1, 3, 8])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.usefixtures("all_in_float64")
-def test_attention_windows_hold_in_packed_rows(window, shared):
+def test_attention_windows_work_in_packed_rows(window, shared):
     model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=window))
     batch = BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
@@ -149,7 +149,7 @@ def test_packed_rows_hold_no_padding():
     assert packed_rows(batch, shared=True).input_ids.shape == (1, n_tokens)
 
 
-# ---- which models can -----------------------------------------------------------------------------------------------
+# ---- supported models -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -188,8 +188,8 @@ def test_models_with_windows_share_prompts_only_in_packed_rows():
 
 
 CANNOT = {
-    "attention of its own": (CONFIGS["gptj"], "attn_implementation=eager doesn't support packed rows"),
-    "a class of attention of its own": (
+    "its own attention code": (CONFIGS["gptj"], "attn_implementation=eager doesn't support packed rows"),
+    "its own attention class": (
         transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "it changes log-probabilities"
     ),
     "sinks": (
@@ -269,7 +269,7 @@ RUN = [
         ("loss=dpo max_tokens_per_microbatch=300 gradient_accumulation_steps=2 activation_checkpointing=true", 1),
     ],
 )  # fmt: skip
-def test_run_with_packed_rows_equals_the_run_without(variant, n_workers, launcher, tmp_path):
+def test_run_with_packed_rows_equals_the_run_without_them(variant, n_workers, launcher, tmp_path):
     lines = {}
     for setting in ("false", "true"):
         run_dir = tmp_path / setting

@@ -35,13 +35,13 @@ CONFIGS = {
     "qwen2 with both of two tied weights": transformers.Qwen2Config(**LLAMA, **TIED),
     "gpt2 in a pickle": transformers.GPT2Config(**GPT2),
 }
-DEFAULT = ("llama", "gpt2 as on the hub", "mixtral with experts apart")  # the others are repeats
+DEFAULT = ("llama", "gpt2 as on the hub", "mixtral with experts apart")
 READ_WHOLE = ("mixtral with experts apart", "qwen2 with both of two tied weights", "gpt2 in a pickle")
-FSDP, TENSOR, BOTH = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer", "tensor_parallel=2"
+FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
 
 
 def edit(name: str, state: dict) -> dict:
-    """Return weights under the names, and with the additions, of files on the hub."""
+    """Rename and add tensors, so that the file looks like the one on the hub."""
     if name == "gpt2 as on the hub":
         buffers = {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8) for layer in range(2)}
         return {key.removeprefix("transformer."): value for key, value in state.items()} | buffers
@@ -122,12 +122,12 @@ def test_weights_read_in_parts_are_those_of_from_pretrained(name, models, in_wor
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_workers_of_a_mesh_read_their_parts(name, models, in_workers):
     state, buffers = whole(models[name])
-    for words in ([FSDP, BOTH], [FSDP, "fsdp_replicate=2"]):
+    for words in ([FSDP, "tensor_parallel=2"], [FSDP, "fsdp_replicate=2"]):
         for is_unread, n_bytes in in_workers(4, loaded_in_workers, models[name], words, True, state, buffers):
             assert n_bytes < 0.65 * sum(tensor.nbytes for tensor in state.values()), is_unread
 
 
-def test_reference_that_is_rounded_twice_is_so_when_read_in_parts(models, in_workers):
+def test_reference_read_in_parts_is_rounded_through_the_policys_dtype_too(models, in_workers):
     state, buffers = whole(models["llama"], torch.float16)
     state = {name: tensor.bfloat16() for name, tensor in state.items()}
     words = [FSDP, "model.policy_dtype=float16", "model.policy_mp=bfloat16"]

@@ -1,4 +1,4 @@
-"""Whole runs on several workers (`train.py` over gloo) equal runs on one."""
+"""Whole runs on several workers (`train.py` over gloo) equal runs on one worker."""
 
 import itertools
 import shutil
@@ -14,7 +14,7 @@ SIZES = {
     "num_key_value_heads": 4, "max_position_embeddings": 256,
 }  # fmt: skip
 GPT2_SIZES = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 256}
-CONFIGS = {  # small ones of the models in config/model
+CONFIGS = {  # small versions of the models in config/model
     "gpt2": transformers.GPT2Config(**GPT2_SIZES),
     "gptj": transformers.GPTJConfig(**GPT2_SIZES, rotary_dim=4, tie_word_embeddings=False),
     "pythia": transformers.GPTNeoXConfig(**SIZES),
@@ -33,13 +33,13 @@ RUN = [
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Save a model for each of `CONFIGS`; returns their directories."""
+    """Save a model for each of `CONFIGS`; return their directories."""
     return save_models(CONFIGS, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def run(launcher, tmp_path):
-    """Run `train.py` on a number of workers; returns the run directory."""
+    """Return a function that runs `train.py` on n workers and returns the run directory."""
 
     def run_on(n_workers: int, *overrides: str, name: str = "") -> str:
         run_dir = tmp_path / (name or f"run-{len(list(tmp_path.iterdir()))}")
@@ -88,29 +88,29 @@ def test_every_architecture_trains_on_several_workers_as_on_one(name, loss, n_wo
         assert_same_numbers(together, alone, tolerance=1e-6)
 
 
-SHORT_WAY = [("BasicTrainer", 1), ("FSDPTrainer", 2), ("TensorParallelTrainer", 2), ("BasicTrainer", 1)]
-LONG_WAY = [*SHORT_WAY[:2], ("FSDPTrainer", 4), ("FSDPTrainer tensor_parallel=2", 4), *SHORT_WAY[2:]]
+FEW_TRAINERS = [("BasicTrainer", 1), ("FSDPTrainer", 2), ("TensorParallelTrainer", 2), ("BasicTrainer", 1)]
+ALL_TRAINERS = [*FEW_TRAINERS[:2], ("FSDPTrainer", 4), ("FSDPTrainer tensor_parallel=2", 4), *FEW_TRAINERS[2:]]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "legs"),
+    ("overrides", "trainers"),
     exhaustive_except(
         [
-            (["loss=dpo", "optimizer=AdamW"], SHORT_WAY),
-            (["loss=dpo", "lora.r=4", "model.name_or_path={qwen3}"], LONG_WAY),
-            (["loss=sft", "model.name_or_path={gpt2}"], LONG_WAY),
+            (["loss=dpo", "optimizer=AdamW"], FEW_TRAINERS),
+            (["loss=dpo", "lora.r=4", "model.name_or_path={qwen3}"], ALL_TRAINERS),
+            (["loss=sft", "model.name_or_path={gpt2}"], ALL_TRAINERS),
         ],
-        lambda case: case[1] is SHORT_WAY,
+        lambda case: case[1] is FEW_TRAINERS,
     ),
     ids=str,
 )
-def test_run_moved_between_trainers_and_world_sizes_ends_as_one_that_stayed(overrides, legs, run, models):
+def test_run_moved_between_trainers_and_world_sizes_ends_as_one_that_stayed(overrides, trainers, run, models):
     overrides = [*RUN, f"model.name_or_path={models['pythia']}", *(word.format(**models) for word in overrides)]
     overrides += ["eval_every=8"]
-    stayed = run(1, *overrides, f"n_examples={8 * len(legs)}", name="stayed")
-    for leg, (trainer, n_workers) in enumerate(legs):
-        form = "whole" if leg in (0, len(legs) - 1) else "sharded"
-        words = [f"n_examples={8 * (leg + 1)}", f"checkpoint_format={form}", "resume=auto"]
+    stayed = run(1, *overrides, f"n_examples={8 * len(trainers)}", name="stayed")
+    for turn, (trainer, n_workers) in enumerate(trainers):
+        form = "whole" if turn in (0, len(trainers) - 1) else "sharded"
+        words = [f"n_examples={8 * (turn + 1)}", f"checkpoint_format={form}", "resume=auto"]
         moved = run(n_workers, *overrides, *words, *f"trainer={trainer}".split(), name="moved")
     assert_same_numbers(moved, stayed, tolerance=1e-5)
 
@@ -139,7 +139,7 @@ def test_adapters_train_on_several_workers_as_on_one(reference, trainer, run, mo
 
 @pytest.fixture(scope="module")
 def adapter(launcher, models) -> str:
-    """Return a LoRA adapter that SFT has trained."""
+    """Return the directory of a LoRA adapter trained by SFT."""
     run_dir = launcher.directory / "adapter"
     overrides = [*RUN, "loss=sft", "lora={r:4}", f"model.name_or_path={models['llama3']}", f"local_run_dir={run_dir}"]
     assert launcher.run(*overrides) == 0, launcher.output
@@ -155,7 +155,7 @@ SAMPLING = ["sample_during_eval=true", "n_eval_model_samples=5", "do_first_eval=
         [("FSDPTrainer", 2), ("TensorParallelTrainer", 2), ("FSDPTrainer tensor_parallel=2", 4)], ("FSDPTrainer", 2)
     ),
 )
-def test_several_workers_sample_the_same_prompts_as_one_and_so_does_a_resumed_run(trainer, n_workers, run, models):
+def test_several_workers_and_a_resumed_run_sample_the_same_prompts_as_one_worker(trainer, n_workers, run, models):
     overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING, "save_every=8", "eval_every=8"]
     alone, together = run(1, *overrides), run(n_workers, *overrides, *f"trainer={trainer}".split(), name="together")
     samples, expected = (read_jsonl(path / "samples.jsonl") for path in (together, alone))
@@ -171,7 +171,7 @@ def test_several_workers_sample_the_same_prompts_as_one_and_so_does_a_resumed_ru
 
 
 @pytest.mark.parametrize("trainer", exhaustive_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
-def test_mixed_precision_leaves_the_reference_and_what_is_saved_in_float32(trainer, run, models):
+def test_mixed_precision_leaves_the_reference_and_the_saved_weights_in_float32(trainer, run, models):
     overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=dpo", "n_examples=8", "eval_every=8"]
     overrides += ["model.policy_dtype=float32", "model.reference_dtype=float32"]
     exact, half = run(1, *overrides), run(2, *overrides, "model.policy_mp=bfloat16", f"trainer={trainer}")

@@ -1,6 +1,7 @@
 """The program runs on systems without Unix's modules, signals and symbolic links."""
 
 import ast
+import functools
 import json
 import os
 import socket
@@ -16,7 +17,6 @@ from basics import locks
 from basics.links import followed, link_target, make_link
 from checkpointing.checkpoints import delete_oldest, point_to
 from checkpointing.resume import find_checkpoints
-from commands.run_directory import locked_run
 from config_checks.checks import check_config
 from train import compose_config
 from utils import UserError, widest_dtype
@@ -26,7 +26,7 @@ SOURCES = [*REPOSITORY.glob("*.py"), *(path for folder in FOLDERS for path in fo
 
 
 def test_all_commands_run_without_what_windows_lacks(run_python, tmp_path):
-    """One process runs them all, one after the other."""
+    """One process runs all commands, one after the other."""
     run = [
         "model=tiny", "datasets=[toy]", "loss=dpo", "eval_every=8", "batch_size=8", "n_eval_examples=4",
         "eval_batch_size=4", "max_length=48", "max_prompt_length=24", "n_eval_model_samples=1", "keep_best=loss/eval",
@@ -56,17 +56,15 @@ def test_all_commands_run_without_what_windows_lacks(run_python, tmp_path):
     assert (tmp_path / "exported/model.safetensors").exists()
 
 
-def test_run_is_locked_where_there_is_no_flock(tmp_path, monkeypatch):
+def test_run_is_locked_on_systems_without_flock(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "fcntl", None)
-    with locked_run(str(tmp_path / "run")):
-        with (
-            pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"),
-            locked_run(str(tmp_path / "run")),
-        ):
+    run = functools.partial(locks.locked_directory, str(tmp_path / "run"), "local_run_dir", "it is held")
+    with run():
+        with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"), run():
             pass
         assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".lock.lock"]
     assert os.listdir(tmp_path) == []
-    with locked_run(str(tmp_path / "run")):
+    with run():
         pass
 
 
@@ -83,7 +81,7 @@ def linking(request, monkeypatch):
     return request.param
 
 
-def test_link_is_followed_wherever_a_path_may_hold_it(linking, tmp_path):
+def test_link_is_followed_anywhere_in_a_path(linking, tmp_path):
     (tmp_path / "step-8").mkdir()
     (tmp_path / "step-8/policy.pt").write_text("weights")
     make_link("step-8", str(tmp_path / "BEST"))
@@ -101,7 +99,7 @@ def test_path_without_a_link_stays_as_it_is(path):
     assert followed(path) == path
 
 
-def test_other_files_named_like_a_link_are_none(tmp_path):
+def test_other_files_named_like_a_link_are_not_links(tmp_path):
     for content in (b"", b"step-", b"step-8\nmore", b"\xff", b"../step-8"):
         (tmp_path / "LATEST").write_bytes(content)
         assert link_target(str(tmp_path / "LATEST")) is None

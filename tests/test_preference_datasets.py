@@ -135,7 +135,7 @@ def test_shards_make_up_the_batch_and_each_worker_tokenizes_only_its_own(
     tokenized, tokenize = [], shards[0]._tokenize
     monkeypatch.setattr(shards[0], "_tokenize", lambda examples: tokenized.append(len(examples)) or tokenize(examples))
     batches = [list(shard) for shard in shards]
-    assert tokenized == [8 // count, 8 // count, size_of_last]  # of the last batch's 5, equally many each
+    assert tokenized == [8 // count, 8 // count, size_of_last]  # the last batch's 5 examples are rounded up per worker
     for number, batch in enumerate(full):
         indices = [index for shard in shards for index in shard.indices(number)]
         responses = [text for of_shard in batches for text in of_shard[number]["chosen_response_only"]]
@@ -178,7 +178,7 @@ def test_rows_without_the_expected_fields_are_named(rows, message, tmp_path):
         get_dataset("hh", "train", silent=True, path=write_rows(tmp_path / "hh", rows))
 
 
-def test_missing_dataset_says_how_to_give_a_folder(tmp_path):
+def test_error_for_a_missing_dataset_says_how_to_give_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"dataset_paths\.hh=DIR"):
         get_dataset("hh", "train", path=str(tmp_path / "nowhere"))
 
@@ -235,7 +235,7 @@ def shp_row(**changes) -> dict:
     return {**row, **changes}
 
 
-def test_shp_keeps_clear_preferences_and_takes_the_best_response_for_sft(tmp_path):
+def test_shp_keeps_clear_preferences_and_the_best_response_is_the_sft_target(tmp_path):
     rows = [shp_row(), shp_row(score_A=3), shp_row(human_ref_A="c", human_ref_B="d", score_A=1, score_B=9, labels=0)]
     data = get_dataset("shp", "train", silent=True, path=write_rows(tmp_path / "shp", rows))
     assert data["\n\nHuman: q\n\nAssistant:"] == {
@@ -264,7 +264,7 @@ def test_se_pairs_answers_with_different_scores_and_splits_off_a_hundredth(tmp_p
 
 
 @pytest.mark.parametrize("answers", [[{"pm_score": 1}], ["a", "b"], [{"text": None, "pm_score": 1}], [{"text": "a"}]])
-def test_se_answer_of_another_form_is_an_error_with_its_row(answers, tmp_path):
+def test_malformed_se_answer_is_an_error_with_its_row(answers, tmp_path):
     rows = se_rows(20)
     path = write_rows(tmp_path / "se", [{**row, "answers": answers} for row in rows[:1]])
     with pytest.raises(UserError, match=r"datasets=\[se\], row 0: an answer has no 'text' or no number as 'pm_score'"):

@@ -9,7 +9,6 @@ from conftest import REPOSITORY
 from transformers import AutoTokenizer
 
 from data.choice import Choice, Settings
-from data.locations import locate
 from data.preparation import prepare
 from data.reading import read_split
 
@@ -21,14 +20,12 @@ def tokenizer():
 
 @pytest.fixture
 def prepared(tokenizer, tmp_path):
-    """Prepare the pairs of a file; returns the training prompts' texts and responses."""
+    """Return a function that prepares the pairs of a file and returns the training prompts' texts and responses."""
 
     def prepare_pairs() -> list[tuple]:
-        location, settings = locate(f"{tmp_path}/data.jsonl"), Settings(test_fraction=0.2)
-        train, _ = prepare(
-            Choice("own"), location, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", True
-        )
-        return [(prompt.text, *prompt.responses) for prompt in train]
+        choice, settings = Choice(f"{tmp_path}/data.jsonl"), Settings(test_fraction=0.2)
+        splits = prepare(choice, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", silent=True)
+        return [(prompt.text, *prompt.responses) for prompt in splits["train"]]
 
     write_pairs(tmp_path / "data.jsonl", "good")
     return prepare_pairs
@@ -72,7 +69,7 @@ def flip(path):
 
 @pytest.mark.parametrize("damage", [truncate, flip, os.remove])
 @pytest.mark.parametrize("name", ["train.arrow", "test.arrow", "info.json", "SHA256SUMS"])
-def test_damaged_prepared_data_are_prepared_again_with_a_warning(damage, name, prepared, tmp_path, capsys):
+def test_damaged_prepared_data_is_prepared_again_with_a_warning(damage, name, prepared, tmp_path, capsys):
     expected = prepared()
     (directory,) = (path for path in (tmp_path / "cache/prepared").iterdir() if path.is_dir())
     damage(directory / name)
@@ -84,7 +81,7 @@ def test_damaged_prepared_data_are_prepared_again_with_a_warning(damage, name, p
     assert capsys.readouterr().out == ""
 
 
-def test_moved_data_need_not_be_prepared_again(prepared, tmp_path):
+def test_moved_data_is_not_prepared_again(prepared, tmp_path):
     expected = prepared()
     shutil.copy(tmp_path / "data.jsonl", tmp_path / "copy.jsonl")
     os.replace(tmp_path / "copy.jsonl", tmp_path / "data.jsonl")  # another inode and time, the same content

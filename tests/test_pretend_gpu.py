@@ -1,4 +1,4 @@
-"""Forward passes and the plan of memory on pretend GPUs; see pretend_gpu.py. They run in a process of their own."""
+"""Forward passes and the memory plan on pretend GPUs (see pretend_gpu.py), in a process of their own."""
 
 import itertools
 import multiprocessing
@@ -36,7 +36,7 @@ LLAMA_LIKE = {
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
 GPT2_LIKE = {"n_embd": HIDDEN, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 256}
-# of the original's six models: GPT-2 large and XL, GPT-J, LLaMA, two of Pythia; then those of today
+# the classes of the original's models (GPT-2, GPT-J, Pythia, LLaMA), then today's
 CONFIGS = {
     "gpt2": transformers.GPT2Config(**TOKENS, **GPT2_LIKE),
     "gptj": transformers.GPTJConfig(**TOKENS, **GPT2_LIKE, rotary_dim=8),
@@ -59,18 +59,18 @@ GPU, OTHER_GPU = torch.device("cuda", 0), torch.device("cuda", 1)
 
 @pytest.fixture(scope="module")
 def on_gpu(tmp_path_factory):
-    """Run a function of this file, with its arguments, in a process that has pretend GPUs."""
+    """Return a function that runs a function of this file in a process that has pretend GPUs."""
     library = pretend_gpu.compile_guard(tmp_path_factory.mktemp("guard"))
     context = multiprocessing.get_context("fork")  # the child inherits all imports; only the child loads the guard
     with ProcessPoolExecutor(1, context, initializer=pretend_gpu.load_guard, initargs=(library,)) as process:
         yield lambda function, *args, **kwargs: process.submit(function, *args, **kwargs).result(timeout=300)
 
 
-# ---- in that process ------------------------------------------------------------------------------------------------
+# ---- functions that run in that process -----------------------------------------------------------------------------
 
 
 def pair_batch(*lengths: tuple[int, int, int]) -> dict:
-    """Pairs with these numbers of tokens in prompt, chosen and rejected."""
+    """Return pairs with these numbers of tokens in prompt, chosen and rejected."""
     batch = {"prompt": [""] * len(lengths)}
     for side, place in (("chosen", 1), ("rejected", 2)):
         n_tokens = [pair[0] + pair[place] for pair in lengths]
@@ -145,7 +145,7 @@ def logps_of(model: torch.nn.Module, rows, autocast) -> torch.Tensor:
 
 
 def bytes_of_graph(model: torch.nn.Module, rows, autocast) -> dict[torch.device, int]:
-    """Count what a forward pass saves, by another rule: a tensor is a weight if it has the shape of one."""
+    """Count the bytes that a forward pass saves, by another rule: a tensor is a weight if it has the shape of one."""
     shapes = set()
     for parameter in model.parameters():
         for shape in (parameter.shape, parameter.shape[1:]):  # one expert's, too
@@ -172,7 +172,7 @@ def predicted_and_saved(family: str, layout_name: str, weights: str, lora: bool 
     warnings.filterwarnings("ignore")
     layout = LAYOUTS[layout_name]
     full = layout.rows(full_length_batch(pair_batch((25, 75, 56)), MAX_LENGTH))
-    pairs = [(25, 75, 56), (30, 70, 51), (20, 80, 61)]  # the same total, in other parts
+    pairs = [(25, 75, 56), (30, 70, 51), (20, 80, 61)]  # prompt and responses vary
     if layout.is_packed:
         pairs += [(3, 9, 33), (11, 5, 2)]
     rows = layout.rows(pair_batch(*pairs))
@@ -182,7 +182,7 @@ def predicted_and_saved(family: str, layout_name: str, weights: str, lora: bool 
         put_on_gpus(model, autocast_dtype, **options)
         full, rows = (with_tensors(given, pretend_gpu.like_on_gpu) for given in (full, rows))
         activations = measure_activations(model, partial(logps_of, model, full, autocast), full.input_ids.numel())
-        if options.get("checkpointing"):  # one block at a time keeps everything, in the backward pass
+        if options.get("checkpointing"):  # the backward pass recomputes and keeps one block at a time
             layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
             assert all(layer.gradient_checkpointing for layer in layers)
             layers[-1].gradient_checkpointing = False
@@ -197,7 +197,7 @@ def check_prediction(result: dict, n_gpus: int = 1, within: float = 0.1):
     assert set(result["saved"]) == {GPU, OTHER_GPU} if n_gpus == 2 else {GPU}
     for device, saved in result["saved"].items():
         assert result["predicted"][device] == pytest.approx(saved, rel=within), (device, result)
-    assert result["copies"][0] >= result["copies"][1] / 2  # PEFT uses some weights of adapters without their layers
+    assert result["copies"][0] >= result["copies"][1] / 2  # PEFT uses some adapter weights without calling their layers
 
 
 def plan(family: str, n_gpus: int, free: int, weights: str = "mixed", lora: bool = False) -> tuple[list, list[str]]:
@@ -222,7 +222,7 @@ def plan(family: str, n_gpus: int, free: int, weights: str = "mixed", lora: bool
 
 
 @pytest.mark.parametrize("family", exhaustive_except(CONFIGS, "gpt2", "qwen3", "mixtral"))
-def test_plan_predicts_what_a_graph_saves(family, on_gpu):
+def test_plan_predicts_the_bytes_that_the_graph_saves(family, on_gpu):
     for name, layout in LAYOUTS.items():
         if family == "gptj" and layout.is_packed:  # GPT-J has its own attention
             continue
@@ -250,15 +250,15 @@ OTHER_CASES = [
     [*DEFAULT_CASES, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHER_CASES)],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_plan_predicts_it_for_every_way_to_train(variant, family, layout_name, on_gpu):
+def test_plan_predicts_the_saved_bytes_for_every_training_mode(variant, family, layout_name, on_gpu):
     options = VARIANTS[variant]
     check_prediction(on_gpu(predicted_and_saved, family, layout_name, **options), options.get("n_gpus", 1))
 
 
-# ---- the plan of memory ---------------------------------------------------------------------------------------------
+# ---- the memory plan ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_held_is_counted_to_the_byte(on_gpu):
+def test_held_memory_is_counted_to_the_byte(on_gpu):
     n_weights = {family: sum(p.numel() for p in meta_model(family, torch.float32, False).parameters()) for family in
                  ("gpt2", "llama")}  # fmt: skip
     for family, n in n_weights.items():
@@ -267,14 +267,14 @@ def test_what_is_held_is_counted_to_the_byte(on_gpu):
         assert {key: held[key] for key in ("weights", "gradients", "optimizer", "reference")} == {
             "weights": 4 * n, "gradients": 4 * n, "optimizer": 4 * n, "reference": 2 * n
         }  # fmt: skip
-        # all are cast but embeddings that aren't the head, and norms (2 numbers a unit in GPT-2, 1 in Llama)
+        # all weights are cast except untied embeddings and norms (2 numbers per unit in GPT-2, 1 in Llama)
         norms = {"gpt2": 2 * 5 * HIDDEN, "llama": 5 * HIDDEN}[family]
         embeddings = {"gpt2": 256 * HIDDEN, "llama": VOCAB * HIDDEN}[family]
         assert held["bfloat16 copies"] == 2 * (n - norms - embeddings)
         assert "Memory of cuda:0 (GB): weights " in line and "tokens per microbatch" in line
 
 
-def test_cap_is_what_the_rest_has_room_for(on_gpu):
+def test_cap_is_the_number_of_tokens_that_fit_into_the_remaining_memory(on_gpu):
     free = 4 * 10**9
     ((found,), _) = on_gpu(plan, "llama", n_gpus=1, free=free)
     to_come = sum(found.held[name] for name in ("gradients", "optimizer", "bfloat16 copies"))
@@ -284,7 +284,7 @@ def test_cap_is_what_the_rest_has_room_for(on_gpu):
     assert found.foreach_fits
 
 
-def test_each_gpu_is_planned_for_by_itself(on_gpu):
+def test_each_gpu_has_its_own_plan(on_gpu):
     plans, _ = on_gpu(plan, "llama", n_gpus=2, free=4 * 10**9)
     assert [plan.device for plan in plans] == [GPU, OTHER_GPU]
     n = sum(p.numel() for p in meta_model("llama", torch.float32, False).parameters())
@@ -292,13 +292,13 @@ def test_each_gpu_is_planned_for_by_itself(on_gpu):
     assert memory_plan.cap_of(plans) == min(plan.max_tokens for plan in plans) > 0
 
 
-def test_adapter_takes_no_gradients_of_its_base(on_gpu):
+def test_plan_of_an_adapter_holds_no_gradients_of_its_base(on_gpu):
     ((found,), _) = on_gpu(plan, "llama", n_gpus=1, free=4 * 10**9, lora=True)
     trained = sum(p.numel() for p in meta_model("llama", torch.float32, True).parameters() if p.requires_grad)
     assert found.held["gradients"] == found.held["optimizer"] == 4 * trained < found.held["weights"] / 5
 
 
-def test_what_cannot_fit_is_refused_with_remedies(on_gpu):
+def test_run_that_cannot_fit_is_refused_with_remedies(on_gpu):
     ((found,), _) = on_gpu(plan, "llama", n_gpus=1, free=9 * 10**5)
     assert found.max_tokens == 0
     config = compose_config("model=tiny", "loss=dpo", "model.policy_mp=bfloat16", "model.reference_dtype=float16")
@@ -311,7 +311,7 @@ def test_what_cannot_fit_is_refused_with_remedies(on_gpu):
     assert "model.reference_dtype" not in str(error.value)
 
 
-def test_optimizer_steps_over_all_weights_at_once_only_where_another_copy_fits(on_gpu):
+def test_optimizer_steps_over_all_weights_at_once_only_if_another_copy_fits(on_gpu):
     ((roomy,), _) = on_gpu(plan, "llama", n_gpus=1, free=4 * 10**9)
     to_come = roomy.held["gradients"] + roomy.held["optimizer"]
     for left, fits in ((roomy.held["gradients"] - 1, False), (roomy.held["gradients"], True)):

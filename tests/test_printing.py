@@ -12,7 +12,7 @@ from launcher import ENVIRONMENT
 
 from basics.printing import markdown, markdown_code, printable
 from checkpointing.model_card import write_card
-from reporting.curves import plain
+from reporting.curves import escaped
 
 SHOWN = {
     "a\x1b[2Jb": r"a\x1b[2Jb", "one\rtwo": r"one\rtwo", "bell\x07": r"bell\x07", "\x9b31m": r"\x9b31m",
@@ -28,7 +28,7 @@ def test_control_characters_are_shown_and_other_text_stays(text):
 
 
 @pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "WANDB_API_KEY", "HF_TOKEN"])
-def test_keys_are_masked(variable, monkeypatch):
+def test_api_keys_are_masked(variable, monkeypatch):
     monkeypatch.setenv(variable, " sk-0123456789\n")
     assert printable("no such key: sk-0123456789!") == "no such key: ***!"
     monkeypatch.setenv(variable, "x")  # a key for a local server, not a secret
@@ -43,19 +43,19 @@ def test_users_and_passwords_in_urls_are_masked():
     assert printable('{"a":"http://h","mail":"me@h"}') == '{"a":"http://h","mail":"me@h"}'
 
 
-def test_markdown_shows_markup_on_one_line():
+def test_markdown_escapes_markup_and_line_breaks():
     assert markdown("a|b\n<b>*c*</b> `d` [e](f) \x1b[1m") == (
         r"a\|b \<b\>\*c\*\</b\> \`d\` \[e\](f) \\x1b\[1m"
     )  # fmt: skip
 
 
-def test_markdown_code_cannot_be_left():
+def test_text_cannot_break_out_of_markdown_code():
     assert markdown_code("plain") == "`plain`"
     assert markdown_code("a`b``c\n|d") == r"```a`b``c \|d```"
     assert markdown_code("`x`") == "`` `x` ``"
 
 
-def test_model_card_shows_markup_of_names(make_trainer, tmp_path):
+def test_model_card_escapes_markup_in_names(make_trainer, tmp_path):
     trainer = make_trainer("model=tiny", "datasets=[toy]", "n_examples=8", "batch_size=4", "n_eval_examples=8")
     config, state = trainer.config.copy(), {"examples": 8, "updates": 2}
     config.model.archive, config.datasets = "evil`<script>`\x1b[2J.pt", ["a|b*c*.jsonl"]
@@ -65,16 +65,16 @@ def test_model_card_shows_markup_of_names(make_trainer, tmp_path):
     assert r"| a\|b\*c\*.jsonl | `a\|b*c*.jsonl` |" in text
 
 
-def test_run_name_in_a_picture_is_no_formula(tmp_path):
+def test_run_name_in_a_picture_is_not_read_as_a_formula(tmp_path):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    figure.text(0, 0, plain("run$x^{2$ $\x1b"))
+    figure.text(0, 0, escaped("run$x^{2$ $\x1b"))
     figure.savefig(tmp_path / "x.png")  # an unbalanced formula would raise
-    assert plain("$a\x1b") == r"\$a\x1b"
+    assert escaped("$a\x1b") == r"\$a\x1b"
 
 
-def test_error_message_carries_out_nothing(launcher, tmp_path):
+def test_error_message_escapes_control_sequences(launcher, tmp_path):
     name = "no\x1b[2Jwhere"
     assert launcher.run(f"run='{name}'", script=REPOSITORY / "evaluate.py", in_order=True) == 1
     assert "\x1b" not in launcher.output and r"no\x1b[2Jwhere" in launcher.output
@@ -84,7 +84,7 @@ def test_error_message_carries_out_nothing(launcher, tmp_path):
 def test_too_many_open_files_are_named(tmp_path):
     script = (
         "import os, resource\n"
-        "from commands.errors import errors_reported\n"
+        "from commands.output import errors_reported\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "with errors_reported():\n"
         "    resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))\n"
@@ -98,8 +98,8 @@ def test_too_many_open_files_are_named(tmp_path):
 
 
 def prints_unescaped(call: ast.Call) -> bool:
-    """True unless each argument of `print` is a constant, or passes through the function that escapes."""
-    safe = ("printable", "warning", "format_example")  # the last two escape what they colour
+    """True unless each argument of `print` is a constant, or the result of a function that escapes."""
+    safe = ("printable", "warning", "format_example")  # the last two escape the text that they colour
     return not all(
         isinstance(value, ast.Constant) or (isinstance(value, ast.Call) and getattr(value.func, "id", "") in safe)
         for value in call.args

@@ -64,7 +64,7 @@ def test_rows_that_cannot_be_used_are_refused(name, rows, message, make_trainer,
         make_trainer(*RUN, f"datasets=[{name}]")
 
 
-def test_fields_that_the_first_row_lacks_are_there():
+def test_fields_that_the_first_row_lacks_are_read():
     rows = [{"prompt": "a"}, {"prompt": "b", "tools": [{"x": None}]}]
     assert next(rows_of_list("mine", rows).chunks(9)) == [(0, "", rows[0]), (1, "", rows[1])]
 
@@ -79,7 +79,7 @@ MISTAKES = {  # overrides, and the message of the command line
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_raise_the_command_lines_messages(mistake, tmp_path):
+def test_mistakes_raise_the_messages_of_the_command_line(mistake, tmp_path):
     overrides, message = MISTAKES[mistake]
     with pytest.raises(UserError, match=message):
         run(compose_config("model=tiny", f"local_run_dir={tmp_path}/run", *overrides))

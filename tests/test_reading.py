@@ -1,4 +1,4 @@
-"""Local folders of data: the files that are read, and the messages about files that can't be."""
+"""Local folders of data: the files that are read, and the messages about files that can't be read."""
 
 import gzip
 import io
@@ -48,7 +48,7 @@ PARQUET = parquet(*[ROW | {"chosen": ROW["chosen"] + str(i) * 9} for i in range(
 
 BAD_FILES = {  # (file, content, message after the folder's name, remedy)
     "no JSON": (J, LINE * 3 + b'{"chosen": oops}\n' + LINE, "line 4: not JSON: Expecting value", OBJECT),
-    "no JSON far behind": (J, LINE * 150_000 + b"{oops\n", "line 150001: not JSON", OBJECT),
+    "no JSON in a late line": (J, LINE * 150_000 + b"{oops\n", "line 150001: not JSON", OBJECT),
     "cut within its last line": (J, LINE * 3 + LINE[:40], "line 4: the line is incomplete", COPY),
     "cut within a line": (J, LINE * 3 + LINE[:40] + b"\n" + LINE, "line 4: not JSON", OBJECT),
     "NUL bytes in a line": (J, LINE + LINE.replace(b"a", b"\0"), "line 2: NUL bytes, starting at byte", COPY),
@@ -67,7 +67,7 @@ BAD_FILES = {  # (file, content, message after the folder's name, remedy)
     ),
     "gzip cut": ("train.jsonl.gz", GZ[:-20], "line 1997: the compressed data ends too early", COPY),
     "gzip damaged": ("train.jsonl.gz", damaged(GZ, 60), "the compressed data is damaged", COPY),
-    "gzip that is none": ("train.jsonl.gz", LINE * 3, "it isn't compressed", "take the suffix off"),
+    "gzip suffix on plain text": ("train.jsonl.gz", LINE * 3, "it isn't compressed", "take the suffix off"),
     "gzip with a bad line": ("train.jsonl.gz", gzip.compress(LINE * 3 + b"{oops\n"), "line 4: not JSON", OBJECT),
     "empty": (J, b"", "the file is empty", "Fill it, or remove it"),
     "blank lines alone": (J, b"\n\n", "the file has no rows", "Fill it, or remove it"),
@@ -78,7 +78,7 @@ BAD_FILES = {  # (file, content, message after the folder's name, remedy)
     "web page": (J, b"<!DOCTYPE html>\n<html>\n", "line 1: it is a web page", "Download the file itself"),
     "Parquet cut": ("train.parquet", PARQUET[:-30], "damaged: Parquet magic bytes not found", COPY),
     "Parquet damaged": ("train.parquet", damaged(PARQUET, len(PARQUET) // 2), "rows 50 to 99 (row group 1): d", COPY),
-    "Parquet that is none": ("train.parquet", b"hello", "damaged: Parquet file size is 5 bytes", COPY),
+    "Parquet suffix on plain text": ("train.parquet", b"hello", "damaged: Parquet file size is 5 bytes", COPY),
     "CSV with too many fields": ("train.csv", CSV + b"a,b,c\n", "line 7: 3 fields, the header has 2", "in quotes"),
     "CSV with an open quote": ("train.csv", CSV + b'"a,b\n', "line 7: not CSV: unexpected end", "close the quote"),
     "CSV in another encoding": ("train.csv", CSV + b"\xe9,x\n", "line 7: not UTF-8: byte 0xe9", "iconv"),
@@ -158,9 +158,9 @@ GOOD_FILES = {  # 3 rows each
     "folder of a split": {"train/a.jsonl": LINE * 2, "train/b.jsonl": LINE, "test/a.jsonl": LINE},
     "twice in the patterns": {"train/my-train/train.jsonl": LINE * 3},
     "no split in the name": {"data.jsonl": LINE * 3},
-    "notes beside it": {"data.jsonl": LINE * 3, "NOTES.md": b"#\n", "X.md": b"#\n", "a.toml": b"\n", "a.txt": b"x"},
-    "hidden beside it": {"data.jsonl": LINE * 3, ".cache/data.jsonl": LINE, "__old__/data.jsonl": LINE},
-    "script beside it": {J: LINE * 3, "make.py": b"raise SystemExit\n"},
+    "notes beside data": {"data.jsonl": LINE * 3, "NOTES.md": b"#\n", "X.md": b"#\n", "a.toml": b"\n", "a.txt": b"x"},
+    "hidden files beside data": {"data.jsonl": LINE * 3, ".cache/data.jsonl": LINE, "__old__/data.jsonl": LINE},
+    "script beside data": {J: LINE * 3, "make.py": b"raise SystemExit\n"},
     "other columns in the test split": {J: LINE * 3, "test.jsonl": lines({"x": 1})},
     "other format in the test split": {J: LINE * 3, "test.csv": CSV},
     "broken test split": {J: LINE * 3, "test.jsonl": b"{oops\n"},
@@ -168,11 +168,11 @@ GOOD_FILES = {  # 3 rows each
         "README.md": b"---\nconfigs:\n- config_name: x\n  data_files:\n  - split: train\n    path: a/x.jsonl\n---\n",
         "a/x.jsonl": LINE * 3, "a/train.jsonl": LINE,
     },
-    "run in it": {
+    "run in the folder": {
         "data.jsonl": LINE * 3, "sft-train_1/config.yaml": b"", "sft-train_1/metrics.jsonl": b'{"loss": 1}\n' * 9,
         "sft-train_1/samples.jsonl": b'{"a": 1}\n',
     },
-    "model from the hub in it": {
+    "model from the hub in the folder": {
         "data.jsonl": LINE * 3, "models--a--b/refs/main": b"1", "models--a--b/snapshots/1/vocab.json": b'{"a": 1}',
         "models--a--b/snapshots/1/tokenizer.json": b"{}",
     },
@@ -245,7 +245,7 @@ NO_FILES = {
 
 
 @pytest.mark.parametrize("case", NO_FILES)
-def test_folder_without_files_for_the_split_says_what_it_holds(case, tmp_path):
+def test_error_for_a_folder_without_files_of_the_split_lists_its_content(case, tmp_path):
     files, cause, remedy = NO_FILES[case]
     path = folder(tmp_path / "hh", files)
     with pytest.raises(UserError) as raised:
@@ -280,7 +280,7 @@ def test_command_line_names_a_bad_path_or_file(value, parts, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_local_dirs_within_the_data_folder_train_on_each_row_once_every_time(train_ok, tmp_path):
+def test_local_dirs_within_the_data_folder_are_never_read_as_data(train_ok, tmp_path):
     path = tmp_path / "cache"  # the fixture's local_dirs
     for split in ("train", "test"):
         folder(path, {f"{split}.jsonl": (ORACLE / f"hh/{split}.jsonl").read_bytes()})

@@ -1,4 +1,4 @@
-"""A key of the reference cache has the same value in every run that computes it."""
+"""Runs share a cached reference only if they would compute the same log-probabilities."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ PRECOMPUTED = [*TOY, "precompute_ref_log_probs=true"]
 
 @pytest.fixture
 def archives(make_trainer, tmp_path) -> dict[str, str]:
-    """Return weights in float32, and the same weights rounded to bfloat16."""
+    """Save weights in float32 ("exact") and rounded to bfloat16 ("rounded"); return the override for each."""
     make_trainer(*TOY).policy.save_pretrained(tmp_path / "exact")
     path = tmp_path / "exact/model.safetensors"
     rounded = {name: tensor.bfloat16().float() for name, tensor in load_file(path).items()}
@@ -28,7 +28,10 @@ def archives(make_trainer, tmp_path) -> dict[str, str]:
 
 @pytest.fixture
 def precompute(make_trainer, capsys):
-    """Run the reference pass; return the trainer, the number of pairs computed, and True if a model was loaded."""
+    """Return a function that runs the reference pass.
+
+    It returns the trainer, the number of pairs computed, and True if a model was loaded.
+    """
 
     def run(*overrides: str):
         capsys.readouterr()
@@ -59,7 +62,8 @@ def test_cache_of_another_precision_is_not_used(precompute, make_trainer):
         online = logps(make_trainer(*TOY, *overrides))
         torch.testing.assert_close(values[-1], online, rtol=0, atol=0)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(values[:3], 2))
-    assert precompute("model.reference_dtype=float32", "model.policy_mp=bfloat16")[1] == 0  # the first one's
+    # uses the cache of precisions[0]
+    assert precompute("model.reference_dtype=float32", "model.policy_mp=bfloat16")[1] == 0
 
 
 def test_archives_that_differ_only_in_float32_have_separate_caches(precompute, archives):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def sft(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def dpo(tmp_path_factory, sft) -> str:
-    """Return the last checkpoint of a short DPO run that started from it."""
+    """Return the last checkpoint of a short DPO run that started from `sft`."""
     return finished(trainers_in(tmp_path_factory.mktemp("dpo"))(*TOY, f"model.archive={sft}"))
 
 
@@ -55,7 +56,7 @@ def hand_logps(directory: str, batch: dict, side: str) -> torch.Tensor:
 
 
 def hand_losses(policy: str, reference: str, batch: dict, beta: float = 0.1) -> list[float]:
-    """Eq. 7 of the DPO paper."""
+    """Compute the loss of each pair by Eq. 7 of the DPO paper."""
     ratios = [hand_logps(d, batch, "chosen") - hand_logps(d, batch, "rejected") for d in (policy, reference)]
     return (-F.logsigmoid(beta * (ratios[0] - ratios[1]))).tolist()
 
@@ -132,7 +133,7 @@ def test_several_workers_train_against_a_reference_model_as_one(
     run_dir = tmp_path / "run"
     code = launcher.run(*overrides, f"trainer={trainer}", f"local_run_dir={run_dir}", n_workers=2)
     assert code == 0, launcher.output
-    lines = [read_jsonl(type(run_dir)(d) / "metrics.jsonl") for d in (run_dir, expected.run_dir)]
+    lines = [read_jsonl(Path(d) / "metrics.jsonl") for d in (run_dir, expected.run_dir)]
     for ours, theirs in zip(*lines, strict=True):
         for key in theirs:
             if key.startswith(("loss", "rewards", "logps")):
@@ -144,7 +145,7 @@ def test_several_workers_train_against_a_reference_model_as_one(
 
 @pytest.fixture
 def other(tmp_path):
-    """Return a folder with a model of another architecture (with sliding windows) and the tiny model's tokenizer."""
+    """Return a function that saves a model of another architecture (with windows) and the tiny model's tokenizer."""
 
     def save(tokenizer: bool = True, **settings) -> str:
         directory = tmp_path / f"other_{len(list(tmp_path.iterdir()))}"
@@ -168,6 +169,7 @@ def other(tmp_path):
 def test_reference_of_another_architecture_uses_its_own_layout(tokenizer, make_trainer, other):
     directory = other(tokenizer)
     trainer = make_trainer(*TOY, f"reference_model.name_or_path={directory}")
+    # the policy shares prompts; the reference can't
     assert trainer.layout.is_shared and not trainer.reference_layout.is_shared
     batch = trainer.eval_batches[0]
     for ours, side in zip(trainer.reference_logps(batch), ("chosen", "rejected"), strict=True):
@@ -188,7 +190,7 @@ def test_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path):
     with pytest.raises(UserError, match=r"max_length=64: reference_model\.name_or_path=.* has only 48 positions"):
         make_trainer(*TOY, f"reference_model.name_or_path={other(max_position_embeddings=48)}")
     directory = other()
-    path = type(tmp_path)(directory) / "tokenizer.json"
+    path = Path(directory) / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     (first, a), (second, b) = list(vocabulary.items())[50:52]
@@ -198,7 +200,7 @@ def test_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path):
         make_trainer(*TOY, f"reference_model.name_or_path={directory}")
 
 
-# ---- what goes together ---------------------------------------------------------------------------------------------
+# ---- which settings combine -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_impossible_reference_model_is_refused(overrides, message, refusal, tmp_
     assert not list(tmp_path.rglob("config.yaml"))
 
 
-def test_weights_of_a_reference_that_do_not_fit_name_its_key(make_trainer, other, tmp_path):
+def test_error_for_reference_weights_that_do_not_fit_names_the_key(make_trainer, other, tmp_path):
     directory = other()
     with pytest.raises(UserError, match=rf"(?s)reference_model\.archive={directory} doesn't fit the model.*left over"):
         make_trainer(*TOY, f"reference_model.archive={directory}")
@@ -254,7 +256,7 @@ def test_reference_model_inherits_lower_layers_and_drops_higher_ones():
     assert source(archive="x").key("name_or_path") == "model.name_or_path"
 
 
-# ---- its dtype ------------------------------------------------------------------------------------------------------
+# ---- the reference's dtype ------------------------------------------------------------------------------------------
 
 NO_DTYPE = [word for word in TOY if "_dtype" not in word]
 ORACLE_RUN = ["model=blank_model", f"model.name_or_path={ORACLE}/model", *NO_DTYPE[1:]]
@@ -274,7 +276,7 @@ def test_reference_has_the_policys_dtype_unless_given(overrides, expected, make_
     assert str(trainer.reference.model.dtype) == f"torch.{expected}"
 
 
-def said_of_changes(output: str) -> str:
+def reported_changes(output: str) -> str:
     """Return the changes that a resumed run reports."""
     return output[output.index("Changed since the run began:") :].partition("Config keys that differ")[0]
 
@@ -283,10 +285,10 @@ def said_of_changes(output: str) -> str:
 def test_resumed_run_keeps_its_reference_dtype(launcher, tmp_path):
     run_dir = tmp_path / "run"
     assert launcher.run(*ORACLE_RUN, "model.reference_dtype=float16", f"local_run_dir={run_dir}") == 0, launcher.output
-    # the default of an earlier version
+    # float16 was the default of an earlier version
     resumed = [*ORACLE_RUN, f"resume={run_dir}", "n_examples=24"]
     assert launcher.run(*resumed) == 0, launcher.output
     assert "reference_dtype: float16" in (run_dir / "config.yaml").read_text()
-    assert "model.reference_dtype:" not in said_of_changes(launcher.output)
+    assert "model.reference_dtype:" not in reported_changes(launcher.output)
     assert launcher.run(*resumed, "n_examples=32", "model.reference_dtype=float32") == 1
     assert "model.reference_dtype: float16 → float32" in launcher.output

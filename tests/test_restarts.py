@@ -1,4 +1,4 @@
-"""A launcher restarts a run after a failure, and the run resumes by itself."""
+"""After a failure, the launcher restarts the run, and the run resumes."""
 
 import itertools
 import os
@@ -89,8 +89,8 @@ def crash_machine(agents: Agents):
     agents.machines[-1] = agents.start_machine(agents.n_machines - 1)
 
 
-# With static rendezvous an agent learns of a frozen worker only from its own other ones. With torchrun.sh's
-# settings alone a new agent finds the others.
+# With static rendezvous, an agent notices a frozen worker only if it has other workers of its own. Only with the
+# settings of torchrun.sh can a new agent find the others.
 CASES = [
     (kill, "c10d", 2, 1), (freeze, "static", 1, 2), (kill, "static", 2, 2), (freeze, "c10d", 2, 2),
     (crash_machine, "torchrun.sh", 2, 1),
@@ -113,7 +113,7 @@ def test_failure_is_followed_by_a_restart_that_resumes(fail, rendezvous, n_machi
     print(f"training again after {seconds:.1f} s")
     resumed = re.findall(r"Resuming from \S+: \d+ examples, (\d+) steps", agents.output)
     assert len(resumed) == 1, agents.output[-5000:]
-    if fail is kill and n_machines == 2:  # the machine whose worker lives on says why it ends
+    if fail is kill and n_machines == 2:  # the surviving worker's machine says why it ends
         log = (tmp_path / "log-0-0").read_text()
         assert "error: another worker is gone" in log
         assert re.search(r"The last checkpoint is .*/step-\d+; to resume from it: the launcher with .* resume=", log)

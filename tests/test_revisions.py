@@ -30,9 +30,9 @@ def version(scale: float, **merged: str) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(hub_place):
-    """A hub with two versions of a model: the main branch, and the tag v1 with other weights and another tokenizer."""
-    with Hub(hub_place) as hub:
+def hub(hub_address):
+    """Start a hub with two versions of a model: the branch main, and the tag v1 with other weights and tokenizer."""
+    with Hub(hub_address) as hub:
         repository = hub.repository("models", PYTHIA)
         repository.commit(version(1.1, normalizer={"type": "Lowercase"}), "v1")
         repository.commit(version(1.0))
@@ -41,7 +41,7 @@ def hub(hub_place):
 
 @pytest.fixture
 def run(train_from_hub, hub, tmp_path):
-    """Run the command line with this hub."""
+    """Return a function that runs `train.py` with the hub of the fixture `hub`."""
 
     def run_command(name: str, *overrides: str):
         return train_from_hub(*RUN, f"local_run_dir={tmp_path}/{name}", *overrides)
@@ -91,7 +91,7 @@ def test_run_trains_its_revision_and_records_the_commit(run_ok, hub, tmp_path):
         assert (tokenizer.encode("WHAT").ids == tokenizer.encode("what").ids) == is_lower_case
 
 
-def test_run_of_a_revision_resumes_after_main_moves_but_not_after_the_tag_does(run, run_ok, hub, tmp_path):
+def test_run_of_a_tag_resumes_after_main_has_moved_but_not_after_the_tag_has(run, run_ok, hub, tmp_path):
     run_ok("whole", "model.revision=v1", "n_examples=8")
     run_ok("run", "model.revision=v1")
     repository = hub.repository("models", PYTHIA)
@@ -111,7 +111,7 @@ def test_run_of_a_revision_resumes_after_main_moves_but_not_after_the_tag_does(r
 def test_run_of_a_moved_main_resumes_with_the_named_commit(run, run_ok, hub, tmp_path):
     run_ok("whole", "n_examples=8")
     run_ok("run")
-    began_with = hub.repository("models", PYTHIA).refs["main"]
+    first_commit = hub.repository("models", PYTHIA).refs["main"]
     hub.repository("models", PYTHIA).commit(version(0.5))
     result = run("run", "n_examples=8", "resume=auto")
     assert result.returncode == 1
@@ -119,7 +119,7 @@ def test_run_of_a_moved_main_resumes_with_the_named_commit(run, run_ok, hub, tmp
         r"inputs have changed since the run began:\n  model\.name_or_path=\S+\n    (model\.revision=\S+) is",
         result.stderr,
     )
-    assert remedy[1] == f"model.revision={began_with}"
+    assert remedy[1] == f"model.revision={first_commit}"
     shutil.copytree(tmp_path / "run", tmp_path / "kept")
     other = hub.repository("models", PYTHIA).refs["main"]
     result = run("run", f"model.revision={other}", "n_examples=8", "resume=auto")

@@ -27,7 +27,7 @@ COEFFICIENT = 0.5
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Save a small model for each of `CONFIGS`; returns their directories."""
+    """Save a small model for each of `CONFIGS`; return their directories."""
     directory = tmp_path_factory.mktemp("experts")
     tokenizer = transformers.AutoTokenizer.from_pretrained(ORACLE / "model")
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_loss_and_gradient_are_those_of_transformers(name, loss, checkpointed, m
         torch.testing.assert_close(grad, of_loss[name] + of_router.get(name, 0), rtol=1e-4, atol=1e-6)
 
 
-def test_microbatches_count_by_their_examples(models, make_trainer):
+def test_auxiliary_losses_of_microbatches_are_weighted_by_their_examples(models, make_trainer):
     """Three examples make microbatches of two and one; each has the auxiliary loss of its own tokens."""
     options = [*RUN, "loss=sft", f"model.name_or_path={models['mixtral']}", "gradient_accumulation_steps=2"]
     trainer = make_trainer(*options, f"model.router_aux_loss_coef={COEFFICIENT}")
@@ -107,7 +107,7 @@ def test_model_without_a_router_is_refused(make_trainer):
 
 
 @pytest.mark.parametrize("key", ["shared_prompt", "padding_free", "compile"])
-def test_faster_ways_that_are_asked_for_are_refused(key, make_trainer):
+def test_requested_fast_layouts_are_refused(key, make_trainer):
     with pytest.raises(UserError, match=rf"router_aux_loss_coef=0\.01 needs the plain forward pass: leave {key} out"):
         make_trainer("model=tiny", "datasets=[toy]", "model.router_aux_loss_coef=0.01", f"{key}=true")
 

@@ -33,7 +33,7 @@ def read(rows: list[dict], **settings) -> list[tuple]:
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {}}}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}
-SAYS, NO = [assistant("A red rose.")], [assistant("No.")]
+ROSE, NO = [assistant("A red rose.")], [assistant("No.")]
 ASKED = [user("Name a red thing.")]
 
 READ = {  # rows (only the first of each is compared), settings, the example in the first row
@@ -132,11 +132,11 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
     ),
     "system message that the messages begin with": (
         [
-            {"system": "Be kind.", "prompt": [turn("system", "Be kind."), user(c)], "chosen": SAYS, "rejected": NO}
+            {"system": "Be kind.", "prompt": [turn("system", "Be kind."), user(c)], "chosen": ROSE, "rejected": NO}
             for c in "ab"
         ],
         {},
-        ([turn("system", "Be kind."), user("a")], SAYS, NO),
+        ([turn("system", "Be kind."), user("a")], ROSE, NO),
     ),
     "system text as messages": (
         [{"system": [turn("system", "Be kind.")], "prompt": c, "chosen": "x", "rejected": "y"} for c in "ab"],
@@ -157,7 +157,7 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
             }
         ],
         {},
-        (ASKED, SAYS, NO),
+        (ASKED, ROSE, NO),
     ),
     "ShareGPT, preferences of several turns": (
         [
@@ -185,7 +185,7 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
             }
         ],
         {},
-        (ASKED, SAYS),
+        (ASKED, ROSE),
     ),
     "ShareGPT with a system text, tools, calls and observations": (
         [
@@ -229,7 +229,7 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
         ("a", "x", "y"),
     ),
     "fields of an OpenAI preference": (
-        [{"input": {"messages": ASKED, "tools": [TOOL]}, "preferred_output": SAYS, "non_preferred_output": NO}],
+        [{"input": {"messages": ASKED, "tools": [TOOL]}, "preferred_output": ROSE, "non_preferred_output": NO}],
         {
             "fields": {
                 "prompt": "input.messages",
@@ -238,7 +238,7 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
                 "rejected": "non_preferred_output",
             }
         },
-        (ASKED, SAYS, NO, [TOOL]),
+        (ASKED, ROSE, NO, [TOOL]),
     ),
     "dialogue as a JSON string": (
         [{"messages": json.dumps([user(c), assistant("x")])} for c in "ab"],
@@ -246,39 +246,39 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
         ([user("a")], [assistant("x")]),
     ),
     "messages as Python writes them": (
-        [{"prompt": str([user(c)]), "chosen": str(SAYS), "rejected": str(NO)} for c in "ab"],
+        [{"prompt": str([user(c)]), "chosen": str(ROSE), "rejected": str(NO)} for c in "ab"],
         {},
-        ([user("a")], SAYS, NO),
+        ([user("a")], ROSE, NO),
     ),
-    "responses as a single message": ([{"prompt": ASKED, "chosen": SAYS[0], "rejected": NO[0]}], {}, (ASKED, SAYS, NO)),
+    "responses as a single message": ([{"prompt": ASKED, "chosen": ROSE[0], "rejected": NO[0]}], {}, (ASKED, ROSE, NO)),
     "responses as strings to messages": (
         [{"prompt": ASKED, "chosen": "A red rose.", "rejected": "No."}],
         {},
-        (ASKED, SAYS, NO),
+        (ASKED, ROSE, NO),
     ),
     "prompt as a string to messages": (
-        [{"prompt": "Name a red thing.", "chosen": SAYS, "rejected": NO}],
+        [{"prompt": "Name a red thing.", "chosen": ROSE, "rejected": NO}],
         {},
-        (ASKED, SAYS, NO),
+        (ASKED, ROSE, NO),
     ),
     "system message that only the responses repeat": (
         [
             {
                 "prompt": ASKED,
-                "chosen": [turn("system", "S"), *ASKED, *SAYS],
+                "chosen": [turn("system", "S"), *ASKED, *ROSE],
                 "rejected": [turn("system", "S"), *ASKED, *NO],
             }
         ],
         {},
-        ([turn("system", "S"), *ASKED], SAYS, NO),
+        ([turn("system", "S"), *ASKED], ROSE, NO),
     ),
     "messages that repeat the chosen dialogue": (
         [
-            {"prompt": c, "messages": [user(c), *SAYS], "chosen": [user(c), *SAYS], "rejected": [user(c), *NO]}
+            {"prompt": c, "messages": [user(c), *ROSE], "chosen": [user(c), *ROSE], "rejected": [user(c), *NO]}
             for c in "ab"
         ],
         {},
-        ([user("a")], SAYS, NO),
+        ([user("a")], ROSE, NO),
     ),
     "messages without an answer as the prompt of a response": (
         [{"messages": [user(c)], "completion": "x"} for c in "ab"],
@@ -330,9 +330,9 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
         ([user("a")], [assistant("x")], [assistant("y")], [TOOL]),
     ),
     "content in parts": (
-        [{"messages": [turn("user", [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]), *SAYS]}],
+        [{"messages": [turn("user", [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]), *ROSE]}],
         {},
-        ([user("Hi you")], SAYS),
+        ([user("Hi you")], ROSE),
     ),
     "history of objects": (
         [{"history": [{"user": "Hi", "assistant": "Ho"}], "prompt": c, "chosen": "x", "rejected": "y"} for c in "ab"],

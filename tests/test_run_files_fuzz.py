@@ -98,7 +98,7 @@ def damages(draw):
 
     def apply(run_dir: Path) -> list[str]:
         files = files_in(run_dir)
-        # choose the few files outside the checkpoints as often as the many inside
+        # choose the few files outside of checkpoints as often as the many inside
         files = [name for name in files if "/" not in name] * 4 + files
         names = [files[int(place * len(files))] for place in places]
         if damage is not None:
@@ -149,41 +149,41 @@ def results(run_dir: Path) -> dict[str, object]:
 
 
 class Finished:
-    """Return a finished run of each kind, and its results after resuming undamaged."""
+    """A finished run of each kind, and its results after resuming undamaged."""
 
     def __init__(self, launcher):
         self.launcher, self.runs = launcher, {}
         for kind, overrides in KINDS.items():
             run_dir = launcher.directory / kind
             assert launcher.run(*RUN, *overrides, "n_examples=8", f"local_run_dir={run_dir}") == 0, launcher.output
-            shutil.copytree(run_dir, f"{run_dir}-on", symlinks=True)
-            assert self.go_on(kind, Path(f"{run_dir}-on")) == 0, launcher.output
-            self.runs[kind] = run_dir, results(Path(f"{run_dir}-on"))
+            shutil.copytree(run_dir, f"{run_dir}-resumed", symlinks=True)
+            assert self.resume(kind, Path(f"{run_dir}-resumed")) == 0, launcher.output
+            self.runs[kind] = run_dir, results(Path(f"{run_dir}-resumed"))
 
-    def go_on(self, kind: str, run_dir: Path, resume: str = "auto") -> int:
+    def resume(self, kind: str, run_dir: Path, resume: str = "auto") -> int:
         resume = resume if resume == "auto" else run_dir / resume
         overrides = [*KINDS[kind], "n_examples=12", f"local_run_dir={run_dir}", f"resume={resume}"]
         return self.launcher.run(*RUN, *overrides)
 
     def check(self, kind: str, damage: Callable[[Path], list[str]], resume: str):
-        """Damage a copy and resume it."""
+        """Damage a copy of the run, resume it, and check that the results are the same or the file is named."""
         whole, expected = self.runs[kind]
         run_dir = self.launcher.directory / "damaged"
         shutil.rmtree(run_dir, ignore_errors=True)
         shutil.copytree(whole, run_dir, symlinks=True)
         names = damage(run_dir)
         before = contents(run_dir)
-        code, output = self.go_on(kind, run_dir, resume), self.launcher.output
+        code, output = self.resume(kind, run_dir, resume), self.launcher.output
         assert "Traceback" not in output
         if code == 0:
             warned = [line for line in output.splitlines() if line.startswith("WARNING: ")]
-            is_told = any(str(run_dir / name) in line for line in warned for name in names)
+            is_named = any(str(run_dir / name) in line for line in warned for name in names)
             ours = results(run_dir)
             assert ours["state"] == expected["state"]
             for name in ("metrics", "samples"):  # in a damaged log, the new lines are the same
                 n_new = len(expected[name]) - len(lines_of(whole / f"{name}.jsonl"))
                 assert ours[name][-n_new:] == expected[name][-n_new:]
-                assert is_told or ours[name] == expected[name], names
+                assert is_named or ours[name] == expected[name], names
             return
         assert code == 1
         message = output[output.index("error: ") :]

@@ -1,18 +1,20 @@
-"""A run directory belongs to one process at a time, and files that aren't the run's are left untouched."""
+"""A run directory belongs to one process at a time, and files that the run didn't write are left untouched."""
 
+import contextlib
 import errno
 import fcntl
 import os
 import signal
 import socket
+from pathlib import Path
 
 import psutil
 import pytest
 from conftest import exhaustive_except, read_jsonl
 from launcher import Run, wait_until
 
+from basics.locks import locked_directory
 from checkpointing.atomic_directory import recover_interrupted_saves
-from commands.run_directory import locked_run
 from utils import UserError
 
 RUN = [
@@ -22,9 +24,14 @@ RUN = [
 ]  # fmt: skip
 
 
+def locked_run(path: Path) -> contextlib.AbstractContextManager:
+    """Hold a run directory for this process alone, as train.py does."""
+    return locked_directory(str(path), f"local_run_dir={path}", "another process is running this run")
+
+
 @pytest.fixture
 def start(launcher, tmp_path):
-    """Start the command of the same run."""
+    """Return a function that starts the command of one and the same run."""
 
     def start_command(*overrides: str) -> Run:
         return launcher.start(*RUN, f"local_run_dir={tmp_path}/run", *overrides, in_order=True)
@@ -61,24 +68,24 @@ def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
 def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     run = start("trainer=FSDPTrainer", "world_size=2")
     process = psutil.Process(*run.children)
-    wait_until(lambda: len(process.children()) == 3)  # one of them tracks resources
+    wait_until(lambda: len(process.children()) == 3)  # two workers, and Python's resource tracker
     if when == "training":
         run.wait_for("First step: ")
     children = process.children()
     run.kill(signal.SIGKILL)
     run.wait()
-    with locked_run(str(tmp_path / "run")):
+    with locked_run(tmp_path / "run"):
         pass
     wait_until(lambda: not any(child.is_running() for child in children))
     assert (tmp_path / "run/config.yaml").exists() == (when == "training")
 
 
-def test_claimed_directory_is_removed_unless_written_to(tmp_path):
-    with locked_run(str(tmp_path / "new/run")):
+def test_locked_directory_is_removed_unless_written_to(tmp_path):
+    with locked_run(tmp_path / "new/run"):
         assert os.listdir(tmp_path / "new/run") == [".lock"]
     assert os.listdir(tmp_path) == []
     (tmp_path / "there").mkdir()
-    with locked_run(str(tmp_path / "there")), locked_run(str(tmp_path / "new/run")):
+    with locked_run(tmp_path / "there"), locked_run(tmp_path / "new/run"):
         (tmp_path / "new/run/config.yaml").write_text("")
     assert sorted(os.listdir(tmp_path)) == ["new", "there"]
     assert os.listdir(tmp_path / "new/run") == ["config.yaml"]
@@ -87,8 +94,8 @@ def test_claimed_directory_is_removed_unless_written_to(tmp_path):
 def test_forked_child_does_not_keep_the_lock(launcher, tmp_path):
     script = f"""
 import os, signal, sys, time
-from commands.run_directory import locked_run
-with locked_run({str(tmp_path / "run")!r}):
+from basics.locks import locked_directory
+with locked_directory({str(tmp_path / "run")!r}, "local_run_dir", "it is held"):
     forked, tell = os.pipe()
     child = os.fork()
     if child == 0:
@@ -103,24 +110,24 @@ with locked_run({str(tmp_path / "run")!r}):
     assert run.wait() == -signal.SIGKILL, run.output
     child = int(run.output)
     assert psutil.Process(child).is_running()
-    with locked_run(str(tmp_path / "run")):
+    with locked_run(tmp_path / "run"):
         os.kill(child, signal.SIGKILL)
 
 
 def test_competing_processes_never_hold_the_lock_together(launcher, tmp_path):
     script = f"""
 import os, sys
-from commands.run_directory import locked_run
+from basics.locks import locked_directory
 from utils import UserError
 n = 0
 while n < 150:
     try:
-        with locked_run({str(tmp_path / "run")!r}):
+        with locked_directory({str(tmp_path / "run")!r}, "local_run_dir", "it is held"):
             os.close(os.open({str(tmp_path / "held")!r}, os.O_CREAT | os.O_EXCL))
             os.remove({str(tmp_path / "held")!r})
             n += 1
     except UserError as error:
-        assert "another process is running this run" in str(error), error
+        assert "it is held" in str(error), error
 """
     (tmp_path / "script.py").write_text(script)
     runs = [launcher.start(script=tmp_path / "script.py", as_typed=True) for _ in range(4)]
@@ -133,7 +140,7 @@ def test_file_system_without_locks_warns(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with locked_run(str(tmp_path / "run")):
+    with locked_run(tmp_path / "run"):
         assert "WARNING: local_run_dir=" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []
 
@@ -141,12 +148,12 @@ def test_file_system_without_locks_warns(tmp_path, monkeypatch, capsys):
 def test_file_in_place_of_the_run_directory_is_named(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match=f"local_run_dir={tmp_path}/run: can't write there: .*Not a directory"):  # noqa: SIM117
-        with locked_run(str(tmp_path / "run")):
+        with locked_run(tmp_path / "run"):
             pass
     assert (tmp_path / "run").read_text() == "mine"
 
 
-# ---- what isn't the run's -------------------------------------------------------------------------------------------
+# ---- foreign files --------------------------------------------------------------------------------------------------
 
 FOREIGN = ["data.partial-1", "notes.replaced", "step-4.partial-old", "LATEST.partial-DEADBEEF", "x-LATEST.replaced"]
 OWN = ["step-4.partial-0123abcd", "LATEST.partial-deadbeef", "step-8.partial-deleted", "step-12.replaced"]
@@ -158,11 +165,11 @@ def fill(directory, names):
         (directory / name / "file").write_text(name)
 
 
-def test_recovery_removes_only_what_a_run_made(tmp_path):
+def test_recovery_removes_only_files_that_a_run_made(tmp_path):
     fill(tmp_path, [*FOREIGN, *OWN])
     before = sorted(os.listdir(tmp_path))
     recover_interrupted_saves(str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == before  # nothing proves that it is a run's
+    assert sorted(os.listdir(tmp_path)) == before  # without a config.yaml, it may be no run's directory
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "config.yaml.partial-new").write_text("")
     recover_interrupted_saves(str(tmp_path))

@@ -1,4 +1,4 @@
-"""`sample.py`: samples don't depend on the rest of the batch, and none is drawn twice or lost."""
+"""`sample.py`: a sample doesn't depend on the rest of its batch, and none is drawn twice or lost."""
 
 import json
 import math
@@ -12,7 +12,9 @@ from launcher import wait_until
 from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from basics.files import append_json_lines
 from evaluation.drawing import SeededDraws
+from evaluation.sample_file import sort_lines
 
 SAMPLE = REPOSITORY / "sample.py"
 PROMPTS = [f"\n\nHuman: say {'very ' * (n % 4)}much {n}\n\nAssistant:" for n in range(9)]
@@ -35,7 +37,7 @@ def texts(path) -> list[tuple]:
     return [(line["prompt_index"], line["sample"], line["response"]) for line in read_jsonl(path)]
 
 
-def test_draws_follow_the_softmax_and_depend_on_their_seed_alone():
+def test_drawn_tokens_follow_the_softmax_and_depend_only_on_their_seed():
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
     n = 20_000
     drawn = SeededDraws(list(range(n)))(None, logits.expand(n, 4)).argmax(1)
@@ -44,7 +46,7 @@ def test_draws_follow_the_softmax_and_depend_on_their_seed_alone():
     assert SeededDraws([7])(None, logits[None]).argmax(1) == drawn[7]
 
 
-def test_draws_never_take_a_token_that_was_excluded():
+def test_excluded_tokens_are_never_drawn():
     logits = torch.full((5000, 6), -torch.inf)  # as top_k and top_p leave it
     logits[:, [1, 4]] = torch.tensor([0.0, -3.0])
     drawn = SeededDraws(list(range(5000)))(None, logits).argmax(1)
@@ -52,7 +54,19 @@ def test_draws_never_take_a_token_that_was_excluded():
     assert (drawn == 4).float().mean() == pytest.approx(1 / (1 + math.exp(3)), abs=0.012)  # four standard errors
 
 
-WAYS = {  # overrides and number of workers
+def test_complete_file_is_sorted_by_prompt_and_sample_once(tmp_path):
+    path = tmp_path / "o.jsonl"
+    lines = [{"prompt_index": i, "sample": k, "response": "é\ud83d"} for i, k in ((2, 0), (10, 1), (10, 0), (2, 1))]
+    append_json_lines(str(path), lines)
+    sort_lines(str(path))
+    assert [place[:2] for place in texts(path)] == [(2, 0), (2, 1), (10, 0), (10, 1)]
+    assert {place[2] for place in texts(path)} == {"é\ud83d"}
+    sorted_file = path.stat()
+    sort_lines(str(path))
+    assert os.path.samestat(path.stat(), sorted_file)
+
+
+SETUPS = {  # overrides and number of workers
     "one": (["eval_batch_size=1"], 1),
     "four": (["eval_batch_size=4"], 1),
     "FSDP": (["trainer=FSDPTrainer"], 2),
@@ -63,25 +77,25 @@ WAYS = {  # overrides and number of workers
 
 @pytest.fixture(scope="module")
 def drawn(launcher, trained, prompts, tmp_path_factory):  # noqa: F811
-    """Return a function that draws in one of the `WAYS`, once, and returns the file."""
+    """Return a function that draws samples with one of the `SETUPS`, once, and returns their file."""
     directory = tmp_path_factory.mktemp("drawn")
 
-    def draw_in(way: str):
-        if not (directory / way).exists():
-            overrides, n_workers = WAYS[way]
-            words = [f"run={trained('dpo')}", prompts, "n=2", f"output={directory}/{way}", *overrides]
+    def draw_with(setup: str):
+        if not (directory / setup).exists():
+            overrides, n_workers = SETUPS[setup]
+            words = [f"run={trained('dpo')}", prompts, "n=2", f"output={directory}/{setup}", *overrides]
             draw(launcher, *words, n_workers=n_workers)
-        return directory / way
+        return directory / setup
 
-    return draw_in
+    return draw_with
 
 
-@pytest.mark.parametrize("way", exhaustive_except([way for way in WAYS if way != "one"], "FSDP"))
-def test_batch_size_and_workers_do_not_change_a_sample(way, drawn):
-    ours, alone = read_jsonl(drawn(way)), read_jsonl(drawn("one"))
+@pytest.mark.parametrize("setup", exhaustive_except([setup for setup in SETUPS if setup != "one"], "FSDP"))
+def test_batch_size_and_workers_do_not_change_a_sample(setup, drawn):
+    ours, alone = read_jsonl(drawn(setup)), read_jsonl(drawn("one"))
     assert {(line["prompt_index"], line["sample"]) for line in alone} == {(i, k) for i in range(9) for k in (0, 1)}
     assert len({line["response"] for line in alone}) > 9
-    assert texts(drawn(way)) == texts(drawn("one"))
+    assert texts(drawn(setup)) == texts(drawn("one"))
     for line, expected in zip(ours, alone, strict=True):
         for key in ("policy_logps", "reference_logps"):
             assert line[key] == pytest.approx(expected[key], abs=1e-3), key
@@ -96,14 +110,14 @@ def test_sample_log_probabilities_equal_the_models(launcher, trained, prompts, t
         prompt = tokenizer(line["prompt"], add_special_tokens=False)["input_ids"]
         response = tokenizer(line["response"], add_special_tokens=False)["input_ids"]
         if len(response) != line["n_tokens"] or tokenizer.decode(response) != line["response"]:
-            continue  # reading this text gives other tokens
+            continue  # this text is tokenized differently
         with torch.no_grad():
             logps = model(torch.tensor([prompt + response])).logits[0, :-1].log_softmax(-1)
         logps = logps[len(prompt) - 1 :].gather(1, torch.tensor(response)[:, None]).sum()
         assert line["policy_logps"] == pytest.approx(logps.item(), abs=1e-3)
 
 
-def test_temperature_0_takes_the_likeliest_token(launcher, trained, prompts, tmp_path):  # noqa: F811
+def test_temperature_0_draws_the_likeliest_token(launcher, trained, prompts, tmp_path):  # noqa: F811
     run_dir = trained("dpo")
     draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/o", "temperature=0")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST").eval()
@@ -119,9 +133,10 @@ def test_temperature_0_takes_the_likeliest_token(launcher, trained, prompts, tmp
     assert line["response"] == tokenizer.decode(ids[0, n_prompt:], skip_special_tokens=True)
 
 
-def test_interrupted_sampling_ends_with_the_same_file(launcher, trained, prompts, tmp_path):  # noqa: F811
+def test_interrupted_sampling_ends_with_the_same_file_in_the_order_of_the_data(launcher, trained, prompts, tmp_path):  # noqa: F811
     run = [f"run={trained('dpo')}", prompts, "n=4", "max_new_tokens=16", "eval_batch_size=2"]
     draw(launcher, *run, f"output={tmp_path}/whole")
+    assert [place[:2] for place in texts(tmp_path / "whole")] == [(i, k) for i in range(9) for k in range(4)]
     launcher.start(*run, f"output={tmp_path}/cut", script=SAMPLE)
     wait_until(lambda: (tmp_path / "cut").exists() and (tmp_path / "cut").stat().st_size >= 600)
     launcher.kill(signal.SIGKILL)
@@ -154,7 +169,7 @@ def test_sampling_writes_messages_checkpoints_and_alpaca_eval(launcher, trained,
     assert [entry["output"] for entry in entries] == [line["response"] for line in drawn["LATEST"]]
 
 
-def test_each_temperature_has_a_file_of_its_own(launcher, trained, prompts, tmp_path):  # noqa: F811
+def test_each_temperature_has_its_own_file(launcher, trained, prompts, tmp_path):  # noqa: F811
     run_dir = trained("dpo")
     draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/o.jsonl", "temperature=[0,0.7]", "top_k=50")
     draw(launcher, f"run={run_dir}", prompts, f"output={tmp_path}/alone.jsonl", "temperature=0.7", "top_k=50")
@@ -168,13 +183,13 @@ def test_each_temperature_has_a_file_of_its_own(launcher, trained, prompts, tmp_
 BAD = {
     "no prompts": (["run={run}", "prompts=nowhere.jsonl"], "prompts=nowhere.jsonl: there is no such file"),
     "a negative temperature": (["run={run}", "temperature=-1"], "temperature=-1: must be 0 to 1e+06"),
-    "a top_p of nothing": (["run={run}", "top_p=0"], "top_p=0: must be"),
+    "a top_p of 0": (["run={run}", "top_p=0"], "top_p=0: must be"),
     "half a sample": (["run={run}", "n=0.5"], "n=0.5: expected an integer"),
     "no output file": (RUN, "output: name the file"),
     "no temperature": (["run={run}", "temperature=[]"], "temperature=[]: give one, or several that differ"),
     "a temperature twice": (["run={run}", "temperature=[1,1.0]"], "give one, or several that differ"),
     "one of several negative": (["run={run}", "temperature=[1,-1]"], "temperature=-1: must be 0 to 1e+06"),
-    "AlpacaEval's at two": (["run={run}", "temperature=[0,1]", "alpaca_eval=a"], "one temperature at a time"),
+    "AlpacaEval's file for two": (["run={run}", "temperature=[0,1]", "alpaca_eval=a"], "one temperature at a time"),
     "one file for several": (["run={run}", "checkpoint=all", "output=o"], "give one checkpoint at a time"),
 }
 
@@ -200,7 +215,8 @@ def test_rows_without_a_prompt_are_named(launcher, trained, tmp_path):  # noqa: 
 def test_output_of_another_model_or_other_prompts_is_refused(launcher, trained, tmp_path):  # noqa: F811
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     run_dir, options = trained("dpo"), [f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/o"]
-    draw(launcher, *RUN, *options, f"model.archive={run_dir}/step-8")
+    output = draw(launcher, *RUN, *options, f"model.archive={run_dir}/step-8")
+    assert "1 sample drawn, 0 already in" in output
     assert launcher.run(*RUN, *options, f"model.archive={run_dir}/LATEST", "max_new_tokens=8", script=SAMPLE) == 1
     assert "samples under other settings" in launcher.output
     (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n')
@@ -224,7 +240,7 @@ def test_sampling_computes_the_reference_that_training_had_precomputed(launcher,
 
 
 OWN = {  # (content of the file, overrides, message)
-    "one line without an end": ('{"my": "data"}', "output={path}", "doesn't hold samples"),
+    "one line without a line end": ('{"my": "data"}', "output={path}", "doesn't hold samples"),
     "the prompts": ('{"prompt": "The story"}\n', "prompts={path} output={path}", "is also the file of prompts"),
     "the prompts, for AlpacaEval": (
         '{"prompt": "The story"}', "prompts={path} output={path}.x alpaca_eval={path}", "is also the file of prompts"
@@ -269,7 +285,7 @@ def test_prompts_in_a_file_need_neither_data_nor_an_optimizer(launcher, trained,
     # the same texts and log-probabilities as with the data
     draw(launcher, f"run={run_dir}", f"output={tmp_path}/data", "n_eval_examples=2", "temperature=0")
     texts_of_data = read_jsonl(tmp_path / "data")
-    given = [{"prompt": line["prompt"]} for line in sorted(texts_of_data, key=lambda line: line["prompt_index"])]
+    given = [{"prompt": line["prompt"]} for line in texts_of_data]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     draw(launcher, f"run={run_dir}", f"prompts={tmp_path}/p.jsonl", f"output={tmp_path}/file", "temperature=0")
     for line, expected in zip(read_jsonl(tmp_path / "file"), texts_of_data, strict=True):

@@ -12,7 +12,7 @@ from evaluation.sampling import generate_scorable
 
 N_SAMPLES, N_TOKENS = 4096, 8
 
-BENT = {  # settings that a model's own generation config may have
+GENERATION_CONFIGS = {  # settings that a model's own generation config may have
     "nothing": {},
     "temperature": {"do_sample": True, "temperature": 0.2, "top_k": 3, "top_p": 0.5},
     "repetition_penalty": {"repetition_penalty": 100.0},
@@ -38,7 +38,7 @@ def tokenizer():
 
 
 def small_model():
-    """A model for which about eight of 512 tokens are likely, among them 5, 6, 7 and 9."""
+    """Return a model for which eight of 512 tokens are likely, among them 5, 6, 7 and 9."""
     model = AutoModelForCausalLM.from_pretrained(ORACLE / "model").eval()
     head = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.full((512,), -20.0))
@@ -52,7 +52,7 @@ def one_token_prompts(n: int) -> dict:
 
 
 class Ids:
-    """The tokenizer's special tokens, with characters of their ids in place of texts."""
+    """A tokenizer that decodes each id to the character with that number."""
 
     eos_token_id = pad_token_id = 0
 
@@ -79,18 +79,18 @@ def test_mixture_of_experts_that_returns_router_logits_is_sampled():
     batch = one_token_prompts(2)
     assert len(generate(model, Ids, batch, max_length=8)) == 2
     assert model.config.output_router_logits
-    assert model(batch["prompt_input_ids"]).aux_loss is not None  # as before
+    assert model(batch["prompt_input_ids"]).aux_loss is not None  # sampling has restored the setting
 
 
 @pytest.mark.parametrize(
     ("name", "has_adapter"),
     exhaustive_except(
-        itertools.product(BENT, [False, True]), lambda case: case == ("temperature", True) or not case[1]
+        itertools.product(GENERATION_CONFIGS, [False, True]), lambda case: case == ("temperature", True) or not case[1]
     ),
 )
 def test_first_tokens_follow_the_softmax(name, has_adapter):
     model = small_model()
-    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, **BENT[name])
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, **GENERATION_CONFIGS[name])
     if has_adapter:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).eval()
     former = model.generation_config
@@ -137,7 +137,7 @@ def test_empty_prompts_have_empty_samples(tokenizer):
 
 
 def test_prompts_beside_an_empty_one_are_sampled_as_without_it():
-    """Greedy here: the most likely token gets all the weight."""
+    """Scaled logits make the draw greedy: the likeliest token has all the probability."""
     model = small_model()
     model.get_output_embeddings().weight.data *= 1000
     ids = torch.tensor([[0, 0, 0], [5, 6, 7]])

@@ -1,4 +1,4 @@
-"""A run's config.yaml may be a stranger's: it is read as data, and can't allow anything."""
+"""A run's config.yaml may come from a stranger: it is read as data, and can't allow anything."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -20,7 +20,7 @@ BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_config_of_a_run_that_is_more_than_values_is_refused(case, tmp_path):
+def test_run_config_with_more_than_plain_values_is_refused(case, tmp_path):
     text, message = REFUSED[case]
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -28,7 +28,7 @@ def test_config_of_a_run_that_is_more_than_values_is_refused(case, tmp_path):
 
 
 @pytest.mark.parametrize("text", [REFUSED["interpolation of a variable"][0], BOMB, "- 1\n", "\0"])
-def test_reports_on_runs_read_no_such_config(text, tmp_path):
+def test_reports_on_runs_ignore_a_refused_config(text, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     (tmp_path / "metrics.jsonl").write_text('{"split": "eval", "loss/eval": 1.0}\n')
     run = read_run(str(tmp_path))
@@ -36,7 +36,7 @@ def test_reports_on_runs_read_no_such_config(text, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "allowed"), [([], False), (["model.trust_remote_code=true"], True)])
-def test_remote_code_is_allowed_by_the_command_line_alone(overrides, allowed, tmp_path):
+def test_only_the_command_line_can_allow_remote_code(overrides, allowed, tmp_path):
     of_run = compose_config("model=tiny", "model.trust_remote_code=true", f"local_run_dir={tmp_path}", "lr=0.5")
     OmegaConf.resolve(of_run)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(of_run))
@@ -44,7 +44,7 @@ def test_remote_code_is_allowed_by_the_command_line_alone(overrides, allowed, tm
     assert (config.model.trust_remote_code, config.lr) == (allowed, 0.5)
 
 
-def test_run_that_is_older_than_a_key_has_its_default(tmp_path):
+def test_run_that_is_older_than_a_key_gets_the_keys_default(tmp_path):
     of_run = compose_config("model=tiny", f"local_run_dir={tmp_path}", "lora.r=2")
     OmegaConf.resolve(of_run)
     saved = OmegaConf.to_container(of_run)

@@ -26,7 +26,7 @@ ARGUMENTS = {
 
 @pytest.fixture
 def make_config():
-    """Compose a config as the command line does, and check it."""
+    """Return a function that composes a config as the command line does, and checks it."""
 
     def compose(*overrides: str):
         config = compose_config(*overrides, "wandb.enabled=false")
@@ -62,7 +62,7 @@ def test_every_schedule_equals_transformers_shifted_by_one_step(name, make_train
     trainer = make_trainer(*RUN, f"n_examples={4 * N_STEPS}", *overrides)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     given = {k: v for k, v in trainer.config.lr_scheduler_args.items()}
-    # two steps more than the run has, the first and the last of which have a rate of 0
+    # give Transformers two steps more than the run has: its first and last step have a rate of 0
     theirs = get_scheduler(name, optimizer, 4, N_STEPS + 1, scheduler_specific_kwargs=given)
     expected = []
     for _ in range(N_STEPS):
@@ -128,7 +128,7 @@ def test_unknown_or_invalid_schedule_is_refused(overrides, parts, refusal):
     assert all(part in message for part in parts), message
 
 
-# ---- rates that can work --------------------------------------------------------------------------------------------
+# ---- warmup and warnings --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("warmup", "n_steps"), [(0.1, 12), (0.5, 3), (3, 12), (0, 12)])
@@ -152,7 +152,7 @@ WARNED = {  # overrides, steps, parts of the warning
 
 
 @pytest.mark.parametrize("case", WARNED)
-def test_rate_that_cannot_work_is_warned_of(case, make_config):
+def test_learning_rate_that_cannot_work_gives_a_warning(case, make_config):
     overrides, n_steps, parts = WARNED[case]
     warning = rate_warning(make_config(*TOY, "loss=dpo", *overrides), n_steps)
     assert warning.startswith("WARNING: ") and all(part in warning for part in parts)
@@ -161,11 +161,11 @@ def test_rate_that_cannot_work_is_warned_of(case, make_config):
 @pytest.mark.parametrize(
     "overrides", [["lr=5e-7"], ["lora.r=4", "lr=2e-5"], ["model.policy_dtype=bfloat16", "lr=1e-5"]]
 )
-def test_rate_that_can_work_is_not_warned_of(overrides, make_config):
+def test_usual_learning_rate_gives_no_warning(overrides, make_config):
     assert rate_warning(make_config(*TOY, "loss=dpo", "warmup_steps=0", *overrides), 100) is None
 
 
-def test_data_report_ends_with_the_warning_of_the_rate(train, tmp_path):
+def test_data_report_ends_with_the_warning_about_the_learning_rate(train, tmp_path):
     result = train(*TOY, "loss=dpo", "data_only=true", "n_examples=32", "warmup_steps=150", "lr=1e-3")
     assert result.returncode == 0, result.stderr
     assert "WARNING: largest learning rate of this run: 5.3e-05, 5% of lr=0.001" in result.stdout

@@ -48,7 +48,7 @@ def trained(
 
 
 class CountCasts(TorchDispatchMode):
-    """Counts casts to bfloat16 of tensors of a weight's shape."""
+    """Counts casts to bfloat16 of tensors that have a weight's shape."""
 
     def __init__(self, shape: torch.Size):
         super().__init__()
@@ -80,19 +80,19 @@ def test_hundred_steps_with_shadow_weights_equal_autocast(architecture):
     ),
     ids=str,
 )
-def test_steps_of_fused_and_foreach_optimizers_are_noticed(name, options):
+def test_weights_changed_by_fused_and_foreach_optimizers_are_cast_again(name, options):
     """Fused optimizers change weights without increasing their versions."""
     model = small_model()
     shadowed = copy.deepcopy(model)
     shadow_linear_weights(shadowed)
-    how = {"optimizer_class": getattr(torch.optim, name), **options}
-    for ours, expected in zip(trained(shadowed, 5, **how), trained(model, 5, **how), strict=True):
+    optimizer = {"optimizer_class": getattr(torch.optim, name), **options}
+    for ours, expected in zip(trained(shadowed, 5, **optimizer), trained(model, 5, **optimizer), strict=True):
         assert torch.equal(ours, expected)
 
 
-def test_weights_are_cast_once_a_step_instead_of_once_a_microbatch():
+def test_weights_are_cast_once_per_step_instead_of_once_per_microbatch():
     model = small_model()
-    shape = model.model.layers[0].mlp.up_proj.weight.shape  # gate and up have it, in two layers
+    shape = model.model.layers[0].mlp.up_proj.weight.shape  # four weights have it: gate and up, in two layers
     with CountCasts(shape) as casts:
         trained(model, n_steps=3, n_microbatches=4)
     assert casts.count == 4 * 3 * 4
@@ -201,11 +201,11 @@ def test_rounded_frozen_weights_equal_autocast_in_half_the_memory(architecture):
         assert round_if_equal(model, torch.bfloat16, lambda: computed(model))
         assert torch.equal(computed(model), expected)
     linear = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16]
-    assert linear or architecture == "gpt2"  # its linear layers are another class's
+    assert linear or architecture == "gpt2"  # GPT-2's linear layers are of another class
     assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
-def test_model_that_depends_on_its_weights_dtype_keeps_them():
+def test_model_whose_numbers_depend_on_the_dtype_of_weights_is_not_rounded():
     model = small_model()
     layer = model.model.layers[0].mlp.down_proj
     layer.register_forward_hook(lambda module, _inputs, output: output * (1 + (module.weight.dtype == torch.bfloat16)))

@@ -35,11 +35,13 @@ from checkpointing.archives import load_fitting
 from checkpointing.checkpoints import _as_loaded, check_shared
 from checkpointing.integrity import find_corruption
 from checkpointing.optimizer_state import _add_saved_tensors, _sharded
+from checkpointing.restoring import load_checkpoint, resume_training
 from checkpointing.resume import find_checkpoints
 from checkpointing.sharded import (
+    Box,
     ShardedCheckpoint,
-    held_pieces,
-    pieces_to_write,
+    boxes_to_write,
+    held_boxes,
     shard_of,
     without_tensors,
     write_shard,
@@ -50,7 +52,7 @@ from distributed.dtensor import distribute_like, distribute_model
 from trainers import BasicTrainer
 from utils import UserError
 
-# ---- which part a worker holds and writes ---------------------------------------------------------------------------
+# ---- the part that a worker holds and writes ------------------------------------------------------------------------
 
 PLACEMENTS = [  # mesh, placements
     ((4,), [Shard(0)]),
@@ -66,31 +68,38 @@ PLACEMENTS = [  # mesh, placements
 ]
 
 
-def pieces_are_right():
+def check_pieces():
     """Check the pieces of an uneven tensor by its values, which number its elements."""
     full = torch.arange(7 * 12).reshape(7, 12)
     for shape, placements in PLACEMENTS:
         mesh = init_device_mesh("cpu", shape)
         tensor = distribute_tensor(full, mesh, placements, src_data_rank=None)
         local = tensor.to_local()
-        for pieces in (held_pieces(tensor), pieces_to_write(tensor)):
-            for piece in pieces:
-                box = tuple(slice(begin, begin + size) for begin, size in zip(piece.offset, piece.shape, strict=True))
-                assert torch.equal(piece.local(local), full[box]), placements
-        assert sum(piece.local(local).numel() for piece in held_pieces(tensor)) == local.numel(), placements
-        written = torch.cat([full[:0, 0], *(piece.local(local).flatten() for piece in pieces_to_write(tensor))])
+        for box in (*held_boxes(tensor), *boxes_to_write(tensor)):
+            place = tuple(slice(begin, begin + size) for begin, size in zip(box.offset, box.shape, strict=True))
+            assert torch.equal(local[box.slices], full[place]), placements
+        assert sum(local[box.slices].numel() for box in held_boxes(tensor)) == local.numel(), placements
+        written = torch.cat([full[:0, 0], *(local[box.slices].flatten() for box in boxes_to_write(tensor))])
         everything = torch.cat(all_gather_object(written))
         assert sorted(everything.tolist()) == full.flatten().tolist(), placements
         if all(isinstance(placement, Replicate) for placement in placements):
             assert 0 < len(written) < 40  # replicas divide the work
 
 
+def test_overlap_of_boxes_has_its_place_in_each_holder():
+    held = Box(offset=(2, 0), shape=(4, 3), start=(1, 0))  # rows 2 to 5, from row 1 of the local tensor on
+    saved = Box(offset=(4, 1), shape=(9, 1), start=(0, 0))  # rows 4 to 12 of column 1
+    assert held.overlap(saved) == Box((4, 1), (2, 1), start=(3, 1))
+    assert saved.overlap(held) == Box((4, 1), (2, 1), start=(0, 0))
+    assert held.overlap(Box((6, 0), (1, 3), (0, 0))) is None
+
+
 def test_pieces_of_every_placement_cover_a_tensor_once(in_workers):
-    in_workers(4, pieces_are_right)
+    in_workers(4, check_pieces)
 
 
-def directory_is_not_shared(directory: str):
-    """Check what all workers say of a directory that only rank 0 has."""
+def check_unshared_directory(directory: str):
+    """Check that every worker refuses a directory that only rank 0 sees."""
     if dist.get_rank() > 0:
         directory += "/elsewhere"
     message = r"worker 1 doesn't see it\. .* a file system that all machines share; checkpoint_format=whole"
@@ -101,13 +110,13 @@ def directory_is_not_shared(directory: str):
 
 
 def test_directory_that_another_worker_does_not_see_is_refused(in_workers, tmp_path):
-    in_workers(4, directory_is_not_shared, str(tmp_path))
+    in_workers(4, check_unshared_directory, str(tmp_path))
 
 
 # ---- resharding -----------------------------------------------------------------------------------------------------
 
 
-def trained(model: nn.Module) -> torch.optim.Optimizer:
+def take_step(model: nn.Module) -> torch.optim.Optimizer:
     """Take a step with the same gradient however the model is distributed; return the optimizer."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.1, foreach=False)
@@ -131,31 +140,31 @@ def flat(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.
     return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in tensors.items()}
 
 
-def loaded(checkpoint: ShardedCheckpoint, rest: dict, model: nn.Module, optimizer: torch.optim.Optimizer):
+def load(checkpoint: ShardedCheckpoint, rest: dict, model: nn.Module, optimizer: torch.optim.Optimizer):
     load_fitting(checkpoint.state_dict("policy"), model, "test")
     state = copy.deepcopy(rest)
     _add_saved_tensors(state, checkpoint)
     optimizer.load_state_dict(_sharded(state, optimizer))
 
 
-def distributed(name: str, how: str) -> nn.Module:
-    return distribute_model(make_model(name) if dist.get_rank() == 0 else None, lambda model: split(model, how))
+def distributed(name: str, mesh: str) -> nn.Module:
+    return distribute_model(make_model(name) if dist.get_rank() == 0 else None, lambda model: split(model, mesh))
 
 
-def reshard(name: str, hows: list[str], directory: str):
-    """Write a trained model in each way of distributing it, and read each of these checkpoints in each way."""
+def reshard(name: str, meshes: list[str], directory: str):
+    """Write a checkpoint of a model distributed over each mesh, and load each checkpoint on every mesh."""
     expected_model = make_model(name)
-    expected = flat(expected_model, optimizer := trained(expected_model))
+    expected = flat(expected_model, optimizer := take_step(expected_model))
     rest = without_tensors(optimizer.state_dict())
-    models = {how: distributed(name, how) for how in hows}
-    optimizers = {how: trained(model) for how, model in models.items()}
-    for how in hows:
-        path = os.path.join(directory, f"{name}-{how}".replace(" ", "-"))
+    models = {mesh: distributed(name, mesh) for mesh in meshes}
+    optimizers = {mesh: take_step(model) for mesh, model in models.items()}
+    for mesh in meshes:
+        path = os.path.join(directory, f"{name}-{mesh}".replace(" ", "-"))
         os.makedirs(path, exist_ok=True)
-        before = flat(models[how], optimizers[how])
+        before = flat(models[mesh], optimizers[mesh])
         for key, value in before.items():
-            assert torch.equal(value, expected[key]), (how, key)
-        write_shard(path, shard_of(state_dicts(models[how], optimizers[how]), copies=False), None)
+            assert torch.equal(value, expected[key]), (mesh, key)
+        write_shard(path, shard_of(state_dicts(models[mesh], optimizers[mesh]), copies=False), None)
         dist.barrier()
         for other, model in models.items():
             with torch.no_grad():
@@ -163,31 +172,31 @@ def reshard(name: str, hows: list[str], directory: str):
                     model.parameters(), *(values.values() for values in optimizers[other].state.values())
                 ):
                     tensor.zero_()
-            loaded(ShardedCheckpoint(path), rest, model, optimizers[other])
+            load(ShardedCheckpoint(path), rest, model, optimizers[other])
             for key, value in flat(model, optimizers[other]).items():
-                assert torch.equal(value, expected[key]), (how, other, key)
+                assert torch.equal(value, expected[key]), (mesh, other, key)
 
 
 @pytest.mark.parametrize("name", exhaustive_except(["tied", "fused", "lora"], "fused"))
 def test_state_is_the_same_after_resharding(name, in_workers, tmp_path):
     in_workers(4, reshard, name, ["fsdp", "hybrid", "tensor parallel", "2 x 2"], str(tmp_path))
     model = make_model(name)
-    expected = flat(model, optimizer := trained(model))
+    expected = flat(model, optimizer := take_step(model))
     rest = without_tensors(optimizer.state_dict())
     n_bytes = sum(tensor.nbytes for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     for path in tmp_path.iterdir():
         other = make_model(name)
-        other_optimizer = trained(other)
+        other_optimizer = take_step(other)
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.zero_()
-        loaded(checkpoint := ShardedCheckpoint(str(path)), rest, other, other_optimizer)
+        load(checkpoint := ShardedCheckpoint(str(path)), rest, other, other_optimizer)
         assert all(torch.equal(value, expected[key]) for key, value in flat(other, other_optimizer).items())
         saved = sum(tensor.full().nbytes for tensor in checkpoint.state_dict("policy").values())
-        assert saved <= n_bytes  # tied weights once
+        assert saved <= n_bytes  # tied weights are saved once
         sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
         assert len(sizes) == 4
-        if path.name != f"{name}-tensor-parallel":  # which replicates much of an adapter
+        if path.name != f"{name}-tensor-parallel":  # tensor parallelism replicates much of an adapter
             assert max(sizes) < 1.5 * min(sizes)  # each worker writes its share
 
 
@@ -203,7 +212,7 @@ ASYNC = ["checkpoint_format=sharded", "checkpoint_async=true"]
 
 @pytest.fixture(scope="module")
 def never_stopped(launcher) -> Path:
-    """A run of two workers that wrote sharded checkpoints beside training."""
+    """Run two workers that write sharded checkpoints asynchronously; return the run directory."""
     run_dir = launcher.directory / "never_stopped"
     code = launcher.run(*RUN, *ASYNC, "trainer=FSDPTrainer", f"local_run_dir={run_dir}", n_workers=2)
     assert code == 0, launcher.output
@@ -218,7 +227,7 @@ def run_export(run_dir: Path, checkpoint: str, output: Path) -> Path:
 PLAIN = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json")  # for from_pretrained
 
 
-def test_sharded_checkpoints_are_those_that_whole_ones_are(never_stopped, launcher, tmp_path):
+def test_sharded_checkpoints_hold_the_same_state_as_whole_ones(never_stopped, launcher, tmp_path):
     whole = tmp_path / "whole"
     assert launcher.run(*RUN, "trainer=FSDPTrainer", f"local_run_dir={whole}", n_workers=2) == 0, launcher.output
     assert sorted(os.listdir(never_stopped)) == sorted(os.listdir(whole))
@@ -244,14 +253,14 @@ def test_sharded_checkpoints_are_those_that_whole_ones_are(never_stopped, launch
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", range(6))
 def test_run_killed_while_it_writes_in_a_thread_ends_as_one_that_never_stopped(seed, never_stopped, launcher, tmp_path):
-    moments, run_dir = random.Random(seed), tmp_path / "run"
+    rng, run_dir = random.Random(seed), tmp_path / "run"
     overrides = [*RUN, *ASYNC, "trainer=FSDPTrainer", f"local_run_dir={run_dir}", "resume=auto"]
     launcher.start(*overrides, n_workers=2)
-    n_before = moments.randint(0, 2)  # checkpoints before the one that is cut off
+    n_before = rng.randint(0, 2)  # complete checkpoints before the one that is cut off
     while len(re.findall("wrote .* MB", launcher.output)) < n_before or not half_saved(run_dir):
         assert launcher.runs[-1].is_running, launcher.output
         time.sleep(0.001)
-    time.sleep(moments.uniform(0, 0.05))
+    time.sleep(rng.uniform(0, 0.05))
     launcher.kill(signal.SIGKILL)
     assert launcher.wait() == -signal.SIGKILL, launcher.output
     assert launcher.run(*overrides, n_workers=2) == 0, launcher.output
@@ -261,7 +270,7 @@ def test_run_killed_while_it_writes_in_a_thread_ends_as_one_that_never_stopped(s
 # ---- files for from_pretrained -------------------------------------------------------------------------------------
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-CONFIGS = {  # True: it can be written in several files
+CONFIGS = {  # config; True if the model can be written in several files
     "tied": (transformers.LlamaConfig(**SIZES, tie_word_embeddings=True), True),
     "experts that files hold one by one": (transformers.MixtralConfig(**SIZES, num_local_experts=4), True),
     "q, k and v that files hold fused": (transformers.HrmTextConfig(**SIZES), False),
@@ -300,10 +309,13 @@ def test_model_written_file_by_file_is_the_one_that_save_pretrained_writes(kind,
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def writes_model_files(name: str, how: str, directory: str) -> tuple[list[str], dict[str, str], str]:
-    """Write shards and a model's files; return the names after a full disk on one worker, the digests, the warning."""
+def write_model_files(name: str, mesh: str, directory: str) -> tuple[list[str], dict[str, str], str]:
+    """Write shards, then the model's files with a full disk on one worker, and then without.
+
+    Returns: the names of the files after the failure, the files' digests, the warning
+    """
     model_files.MAX_FILE_SIZE = 10_000
-    model = distributed(name, how)
+    model = distributed(name, mesh)
     write_shard(directory, shard_of({"policy": dict(model.state_dict(keep_vars=True))}, copies=False), None)
 
     def full(*_, **__):
@@ -319,9 +331,9 @@ def writes_model_files(name: str, how: str, directory: str) -> tuple[list[str], 
     return names, model_files.add_model_files(directory, _as_loaded(model), None, "do it later"), output.getvalue()
 
 
-@pytest.mark.parametrize(("name", "how"), [("tied", "2 x 2"), ("fused", "fsdp")])
-def test_workers_write_the_model_together_or_leave_it_out(name, how, in_workers, tmp_path):
-    results = in_workers(4, writes_model_files, name, how, str(tmp_path))
+@pytest.mark.parametrize(("name", "mesh"), [("tied", "2 x 2"), ("fused", "fsdp")])
+def test_workers_write_the_model_together_or_leave_it_out(name, mesh, in_workers, tmp_path):
+    results = in_workers(4, write_model_files, name, mesh, str(tmp_path))
     shards = [f"shard-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
     assert all(sorted(names) == [*shards, "shards.json"] for names, _, _ in results)
     assert re.fullmatch(r"WARNING: .*worker 2: .*No space left on device\); do it later\n", results[0][2])
@@ -329,7 +341,7 @@ def test_workers_write_the_model_together_or_leave_it_out(name, how, in_workers,
     assert len(digests) > 4 and digests == {path: sha256(tmp_path / path) for path in digests}
     expected = make_model(name).state_dict()
     found = tensors_in(tmp_path)
-    assert expected.keys() - found.keys() == {"lm_head.weight"}  # both are tied
+    assert expected.keys() - found.keys() == {"lm_head.weight"}  # both models tie it to the embedding
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
@@ -341,7 +353,7 @@ ALONE += ["n_examples=16", "save_every=8", "checkpoint_format=sharded"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[BasicTrainer, Path]:
-    """A finished run in one process: its trainer and directory."""
+    """Finish a run in one process; return its trainer and directory."""
     return train_and_save(trainers_in(tmp_path_factory.mktemp("finished")), *ALONE)
 
 
@@ -355,7 +367,7 @@ def train_and_save(make_trainer, *overrides: str) -> tuple[BasicTrainer, Path]:
 
 @pytest.fixture
 def run_dir(finished, tmp_path) -> Path:
-    """A copy of the finished run's directory, to be changed."""
+    """Copy the finished run's directory, which the test may change; return the copy."""
     return shutil.copytree(finished[1], tmp_path / "run", symlinks=True)
 
 
@@ -365,7 +377,7 @@ def test_adapter_is_saved_as_by_peft_and_its_optimizer_in_shards(make_trainer):
     names = os.listdir(run_dir / "step-8")
     assert {"adapter_model.safetensors", "README.md", "shards.json"} <= set(names) and "model.safetensors" not in names
     again = make_trainer(*overrides)
-    again.resume(str(run_dir / "step-8"))
+    resume_training(again, str(run_dir / "step-8"))
     again.train()
     for (name, parameter), expected in zip(again.policy.named_parameters(), trainer.policy.parameters(), strict=True):
         assert torch.equal(parameter, expected), name
@@ -375,7 +387,7 @@ def test_moving_reference_is_saved_in_shards(make_trainer):
     overrides = [*ALONE, "reference_update_every=1", "reference_update_alpha=0.5", "model.reference_dtype=float32"]
     trainer, run_dir = train_and_save(make_trainer, *overrides)
     again = make_trainer(*overrides, "seed=1")
-    again.load_checkpoint(str(run_dir / "LATEST"))
+    load_checkpoint(again, str(run_dir / "LATEST"))
     for parameter, expected in zip(
         again.reference.model.parameters(), trainer.reference.model.parameters(), strict=True
     ):
@@ -438,11 +450,11 @@ INDEXES = {
 
 
 @pytest.mark.parametrize("kind", INDEXES)
-def test_index_with_other_content_is_named(kind, finished, run_dir):
+def test_malformed_shard_index_is_named(kind, finished, run_dir):
     edit, message = INDEXES[kind]
     edit_index(run_dir / "LATEST", edit)
     with pytest.raises(UserError, match=message):
-        finished[0].load_checkpoint(str(run_dir / "LATEST"))
+        load_checkpoint(finished[0], str(run_dir / "LATEST"))
 
 
 def test_full_disk_in_the_thread_ends_the_run_and_leaves_the_previous_checkpoint(make_trainer, monkeypatch):
@@ -457,13 +469,13 @@ def test_full_disk_in_the_thread_ends_the_run_and_leaves_the_previous_checkpoint
     monkeypatch.setattr("checkpointing.sharded.save_file", save_or_fail)
     with pytest.raises(UserError, match=r"can't write the checkpoint .*/step-8 .*No space left.*keep_checkpoints=N"):
         trainer.train()
-    assert trainer.state.examples == 12  # the next save tells
+    assert trainer.state.examples == 12  # the error is raised at the next save
     run_dir = Path(trainer.run_dir)
     assert os.readlink(run_dir / "LATEST") == "step-4" and find_corruption(str(run_dir / "LATEST")) is None
     assert not half_saved(run_dir)
 
 
-def test_error_of_training_waits_for_the_checkpoint_that_is_written(make_trainer, monkeypatch):
+def test_training_error_waits_for_the_checkpoint_being_written(make_trainer, monkeypatch):
     trainer, step = make_trainer(*ALONE, "checkpoint_async=true"), BasicTrainer.train_step
     create_run_dir(trainer.config)
 
@@ -494,6 +506,6 @@ def test_error_of_training_waits_for_the_checkpoint_that_is_written(make_trainer
     ],
     ids=str,
 )
-def test_unknown_combination_is_refused(overrides, message, make_trainer):
+def test_impossible_checkpoint_format_is_refused(overrides, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer(*RUN, *overrides)

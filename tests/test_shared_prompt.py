@@ -1,7 +1,6 @@
-"""The fast ways equal the original's computation: two padded sequences per pair, logits at every position."""
+"""The fast layouts equal the original's computation: two padded sequences per pair, logits at every position."""
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,7 +52,7 @@ def make_model(config, dtype=torch.float64) -> torch.nn.Module:
 
 
 class DoubleTorch:
-    """torch for a model's code that computes parts in float32 whatever the model's dtype: in float64 instead."""
+    """Replaces `torch` in a model's code, so that parts that are always in float32 are computed in float64."""
 
     def __getattr__(self, name: str):
         return torch.float64 if name == "float32" else getattr(torch, name)
@@ -61,7 +60,7 @@ class DoubleTorch:
 
 @pytest.fixture
 def all_in_float64(monkeypatch):
-    """Let GPT-J's attention scores and Llama's norms be computed in float64, so that equality can be seen to 1e-9."""
+    """Compute GPT-J's attention scores and Llama's norms in float64, too, so that equality shows to 1e-9."""
     for name in ("gptj", "llama", "qwen3", "granite", "mistral"):
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         monkeypatch.setattr(module, "torch", DoubleTorch())
@@ -175,7 +174,7 @@ def test_tree_mask_lets_a_response_see_the_prompt_and_itself():
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 2**30])
-def test_chunked_logits_give_the_same_gradients_whether_kept_or_made_again(kept_bytes, monkeypatch):
+def test_chunked_logits_give_the_same_gradients_whether_kept_or_recomputed(kept_bytes, monkeypatch):
     torch.manual_seed(0)
     hidden, head, targets = torch.randn(10, 8).double(), torch.nn.Linear(8, 5).double(), torch.arange(10) % 5
     hidden.requires_grad_()
@@ -189,7 +188,7 @@ def test_chunked_logits_give_the_same_gradients_whether_kept_or_made_again(kept_
     torch.testing.assert_close(gradients, expected_gradients)
 
 
-# ---- which models can -----------------------------------------------------------------------------------------------
+# ---- supported models -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -213,7 +212,7 @@ FALLBACKS = {
 
 @pytest.mark.parametrize("name", FALLBACKS)
 @pytest.mark.usefixtures("all_in_float64")
-def test_models_that_cannot_share_prompts_fall_back_and_say_why(name):
+def test_models_that_cannot_share_prompts_fall_back_with_the_reason(name):
     config, reason = FALLBACKS[name]
     model, batch = make_model(config), BATCHES["ordinary"]
     layout, message = check_model(model, batch, MAX_LENGTH)
@@ -271,8 +270,8 @@ def test_dropout_is_off_everywhere():
     }.items():
         config = CONFIGS[name].__class__(**{**CONFIGS[name].to_dict(), **rates})
         model = make_model(config).train()
-        ids = SimpleNamespace(ids=torch.arange(1, 9)[None])
-        first, second = (model(ids.ids).logits for _ in range(2))
+        ids = torch.arange(1, 9)[None]
+        first, second = (model(ids).logits for _ in range(2))
         model.eval()
         assert torch.equal(first, second), name
-        assert torch.equal(first, model(ids.ids).logits), name
+        assert torch.equal(first, model(ids).logits), name

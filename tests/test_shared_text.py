@@ -1,4 +1,4 @@
-"""The workers of a machine share the text of named datasets: each maps the same file into memory."""
+"""The workers of a machine share the text of built-in datasets: each maps the same file into memory."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def hh_batches(split: str) -> BatchIterator:
                               paths={"hh": str(ORACLE / "hh")})  # fmt: skip
 
 
-def shares_equal_text(directory: str):
+def check_shared_text(directory: str):
     iterators = [hh_batches("train"), None, hh_batches("test")]
     (prompts,), fingerprints = iterators[0].prompts.datasets, iterators[0].fingerprints()
     prompts[0].text += " \ud800é"  # a lone surrogate, as JSON may hold one
@@ -41,7 +41,7 @@ def refused(directory: str) -> str:
 
 
 def test_workers_share_the_prompts_that_each_has_read(in_workers, tmp_path):
-    in_workers(2, shares_equal_text, str(tmp_path))
+    in_workers(2, check_shared_text, str(tmp_path))
     assert list(tmp_path.iterdir()) == []  # the file is deleted, but stays mapped
 
 

@@ -1,4 +1,4 @@
-"""Under FSDP, which gathers the model for every token, a run says if sampling took longer than the evaluation."""
+"""Under FSDP, which gathers the model for every token, a run warns if sampling took longer than the evaluation."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from trainers import make_trainer
 
 
 def printed(directory: str, trainer_name: str, *evaluation_seconds: float) -> list[str]:
-    """Return what two rounds of sampling from 4 prompts print, for each number of seconds that an evaluation took."""
+    """Return the output of two rounds of sampling from 4 prompts, for each duration of an evaluation in seconds."""
     config = compose_config(
         "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "max_length=72", "max_prompt_length=64",
         "n_eval_examples=4", "eval_batch_size=2", "n_eval_model_samples=4", f"local_dirs=[{directory}/cache]",
@@ -43,5 +43,5 @@ def test_sampling_that_took_longer_than_the_evaluation_warns_once(in_workers, tm
 
 
 @pytest.mark.exhaustive
-def test_sampling_in_one_process_warns_of_nothing(tmp_path):
+def test_sampling_in_one_process_gives_no_warning(tmp_path):
     assert "WARNING" not in printed(str(tmp_path), "BasicTrainer", 0.0)[0]

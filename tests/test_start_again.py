@@ -1,4 +1,4 @@
-"""A run's own config.yaml starts it again: `python train.py --config-path RUN`."""
+"""`python train.py --config-path RUN` starts a run again from its config.yaml."""
 
 import shutil
 
@@ -35,7 +35,7 @@ def test_copied_config_repeats_the_run(launcher, tmp_path):
 
 
 def saved(tmp_path, *overrides: str) -> str:
-    """Write a run's config.yaml; returns its directory."""
+    """Write a run's config.yaml; return its directory."""
     config = compose_config("model=tiny", "loss=dpo", f"local_run_dir={tmp_path}", *overrides)
     OmegaConf.resolve(config)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config))
@@ -43,7 +43,7 @@ def saved(tmp_path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("option", [["--config-path", "{}"], ["--config-path={}", "--config-name=config"], ["-cp={}"]])
-def test_settings_of_any_form_come_back(option, tmp_path):
+def test_settings_of_any_form_are_restored(option, tmp_path):
     odd = {"exp_name": "it's \\ a = {b}, [c]: 'd\\'", "lora.target_modules": ["a", "b c"],
            "max_grad_norm": float("inf"),
            "datasets": [{"name": "a b.jsonl", "weight": 2, "fields": {"prompt": "x"}}, "~/b.jsonl"]}  # fmt: skip
@@ -62,7 +62,7 @@ def test_settings_of_any_form_come_back(option, tmp_path):
     assert again.resume is None and not again.data_only
 
 
-def test_another_model_or_loss_brings_its_own_options(tmp_path):
+def test_another_model_or_loss_has_its_own_options(tmp_path):
     words = ["-m", "--config-path", saved(tmp_path, "loss.beta=0.7"), "loss=simpo", "model=gpt2-xl"]
     words = with_config_of_run(words)
     assert words[0] == "-m"  # Hydra's options stay together

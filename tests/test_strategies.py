@@ -37,21 +37,21 @@ def make_model(name: str) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")) if name == "lora" else model
 
 
-def split(model: nn.Module, how: str):
-    if how == "tensor parallel":
+def split(model: nn.Module, mesh_name: str):
+    if mesh_name == "tensor parallel":
         parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
         return
-    mesh, tensor_mesh = make_meshes(2 if how == "hybrid" else 1, 2 if how == "2 x 2" else 1)
+    mesh, tensor_mesh = make_meshes(2 if mesh_name == "hybrid" else 1, 2 if mesh_name == "2 x 2" else 1)
     if tensor_mesh is not None:
         parallelize(model, tensor_mesh)
     shard_model(model, mesh, None, None, offload=False)
 
 
-def placed_is_whole(name: str, how: str) -> dict[str, tuple[int, int]]:
+def check_distribution(name: str, mesh_name: str) -> dict[str, tuple[int, int]]:
     """Distribute a model that only the first worker has; return each parameter's (local, total) number of elements."""
     expected = make_model(name)
     given = copy.deepcopy(expected) if dist.get_rank() == 0 else None
-    placed = distribute_model(given, lambda model: split(model, how))
+    placed = distribute_model(given, lambda model: split(model, mesh_name))
     assert given is None or not any(parameter.numel() for parameter in given.parameters())
     state, expected_state = full_state_dict(dict(placed.state_dict(keep_vars=True))), expected.state_dict()
     assert list(state) == list(expected_state)
@@ -76,35 +76,35 @@ def placed_is_whole(name: str, how: str) -> dict[str, tuple[int, int]]:
     }
 
 
-SPREADS = [("fsdp", 2, 2), ("fsdp", 4, 4), ("hybrid", 4, 2), ("tensor parallel", 2, 2)]
+MESHES = [("fsdp", 2, 2), ("fsdp", 4, 4), ("hybrid", 4, 2), ("tensor parallel", 2, 2)]  # name, workers, shards
 
 
 @pytest.mark.parametrize(
-    ("name", "how", "n_workers", "n_shards"),
+    ("name", "mesh_name", "n_workers", "n_shards"),
     exhaustive_except(
-        ((name, *spread) for name in ("tied", "untied", "lora") for spread in SPREADS),
+        ((name, *mesh) for name in ("tied", "untied", "lora") for mesh in MESHES),
         lambda case: case[2] == 2,
     ),
 )
-def test_model_of_one_worker_is_spread_over_all(name, how, n_workers, n_shards, in_workers):
-    for sizes in in_workers(n_workers, placed_is_whole, name, how):
-        spread = {key: size for key, size in sizes.items() if how != "tensor parallel" or size[0] < size[1]}
+def test_model_of_one_worker_is_distributed_over_all(name, mesh_name, n_workers, n_shards, in_workers):
+    for sizes in in_workers(n_workers, check_distribution, name, mesh_name):
+        spread = {key: size for key, size in sizes.items() if mesh_name != "tensor parallel" or size[0] < size[1]}
         local, total = (sum(size[i] for size in spread.values()) for i in (0, 1))
         assert total >= 0.9 * sum(size[1] for size in sizes.values())
         assert local == pytest.approx(total / n_shards, rel=0.05)  # 61 tokens don't divide evenly
 
 
-def no_blocks():
+def check_unknown_blocks():
     with pytest.raises(UserError, match=r"GPTNeoXForCausalLM doesn't name its transformer blocks; give .*block_name"):
         shard_model(make_model("untied"), make_meshes(1)[0], "Blocks", None, offload=False)
 
 
 def test_model_without_known_blocks_is_refused(in_workers):
-    in_workers(1, no_blocks)
+    in_workers(1, check_unknown_blocks)
 
 
-def clipped(max_norm: float):
-    """Clip gradients on two meshes, with different shards and none; compare with clipping all of them unsharded."""
+def check_clipping(max_norm: float):
+    """Clip gradients that are sharded on two meshes or whole; compare with clipping all of them whole."""
     torch.manual_seed(0)
     mesh, other_mesh = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     dense = [nn.Parameter(torch.randn(5, 6, dtype=torch.float64)) for _ in range(4)]
@@ -125,7 +125,7 @@ def clipped(max_norm: float):
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
 def test_clipping_uses_the_norm_of_the_whole_gradient(max_norm, in_workers):
-    in_workers(2, clipped, max_norm)
+    in_workers(2, check_clipping, max_norm)
 
 
 def optimizers() -> dict[str, type]:
@@ -134,8 +134,8 @@ def optimizers() -> dict[str, type]:
     return {k: v for k, v in found.items() if k not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")}  # 2-D tensors only
 
 
-def optimized() -> list[str]:
-    """Return the optimizers that fail on sharded parameters; check that all others update them as whole ones."""
+def failing_optimizers() -> list[str]:
+    """Return the optimizers that fail on sharded parameters; check that all others update them like whole ones."""
     mesh, failing = init_device_mesh("cpu", (2,)), []
     for name, optimizer_class in optimizers().items():
         torch.manual_seed(0)
@@ -158,6 +158,6 @@ def optimized() -> list[str]:
     return failing
 
 
-def test_every_allowed_optimizer_trains_sharded_parameters_as_whole_ones(in_workers):
-    for failing in in_workers(2, optimized):
+def test_every_allowed_optimizer_updates_sharded_parameters_like_whole_ones(in_workers):
+    for failing in in_workers(2, failing_optimizers):
         assert sorted(failing) == sorted(NOT_FOR_DTENSORS)

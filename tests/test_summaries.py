@@ -34,7 +34,7 @@ def score(mean: float, error: float | None, **more) -> dict:
 
 @pytest.fixture
 def drawn_points(monkeypatch):
-    """Collect the points and error bars of a picture's lines, by label, as matplotlib has them."""
+    """Return a dict that collects the points and error bars of a picture's lines by label, as matplotlib has them."""
     from matplotlib.figure import Figure
 
     read = {}
@@ -53,7 +53,7 @@ def drawn_points(monkeypatch):
     return read
 
 
-# ---- what a summary knows -------------------------------------------------------------------------------------------
+# ---- standard errors and KL -----------------------------------------------------------------------------------------
 
 
 def test_standard_error_counts_prompts_not_samples():
@@ -99,7 +99,7 @@ def test_win_rates_are_drawn_by_checkpoint_and_temperature(tmp_path, drawn_point
     assert png_size(tmp_path / "w.png")[0] == 900
 
 
-def test_checkpoints_have_their_own_lines_and_other_files_their_names(tmp_path, drawn_points):
+def test_lines_are_labelled_by_checkpoint_or_by_file_name(tmp_path, drawn_points):
     files = [
         write_summary(tmp_path / "1.json", {"checkpoint": "step-50", "examples": 50}, **rate(0.5, 0.4, 0.6)),
         write_summary(tmp_path / "2.json", **rate(0.6, 0.5, 0.7)),
@@ -129,14 +129,14 @@ def test_rewards_are_drawn_against_the_kl_of_checkpoints(tmp_path, drawn_points,
     assert rows[3] == ["b", "step-100", "100", "3.000", "10", "1.000", "10"]
 
 
-def test_reward_axis_may_be_a_win_rate(tmp_path, drawn_points, capsys):
+def test_win_rates_can_be_drawn_against_kl(tmp_path, drawn_points, capsys):
     summary = write_summary(tmp_path / "1.json", **rate(0.6, 0.5, 0.8))
     assert frontier.main([summary, "--output", f"{tmp_path}/f"]) is None
     assert drawn_points["dpo"][0] == [(2.0, 0.6)]
     assert "60.0% (95 % 50.0% to 80.0%)" in capsys.readouterr().out
 
 
-# ---- what can't be --------------------------------------------------------------------------------------------------
+# ---- refused summaries ----------------------------------------------------------------------------------------------
 
 HALF = rate(0.5, 0.4, 0.6)
 COLD = DRAWN | {"temperature": 0.5}
@@ -148,7 +148,7 @@ BAD = {  # changes to the second of two files, and the message
     "nothing judged": ({"win_rate": None}, "nothing could be judged (n = 0)"),
     "another judge": ({"settings": "t"}, "has another judge, or other settings of one, than"),
     "another opponent": ({"b_digest": "e"}, "has other responses b than"),
-    "the same place": ({}, "are both of dpo, LATEST, at temperature 1: leave one out"),
+    "the same point": ({}, "are both of dpo, LATEST, at temperature 1: leave one out"),
     "no summary": ({"settings": "absent"}, "no summary of judge.py; give files that it wrote"),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Sweeps under Hydra's other launchers and sweepers, joblib, submitit and optuna: jobs in processes of their own."""
+"""Sweeps under other launchers and sweepers of Hydra (joblib, submitit, optuna), whose jobs run in other processes."""
 
 import multiprocessing
 import signal
@@ -112,7 +112,7 @@ def add_rows(log: SweepLog, name: str):
         log.add({"overrides": f"{name}={number}", "seconds": 1.0, "text": "x" * 5000})
 
 
-def test_jobs_that_end_together_all_get_their_line(tmp_path):
+def test_jobs_that_end_at_the_same_time_are_all_recorded(tmp_path):
     log = SweepLog(str(tmp_path))
     processes = [multiprocessing.get_context("fork").Process(target=add_rows, args=(log, name)) for name in "abc"]
     for process in processes:

@@ -48,7 +48,7 @@ def files(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
-def test_sweep_has_one_directory_named_jobs_and_a_table(launcher, tmp_path):
+def test_sweep_has_one_directory_with_named_jobs_and_prints_a_table(launcher, tmp_path):
     code = launcher.run("-m", *SHORT, "loss.beta=0.1,0.5", "optimizer=SGD", f"hydra.sweep.dir={tmp_path}/sweep")
     assert code == 0, launcher.output
     assert sorted(os.listdir(tmp_path / "sweep")) == ["loss.beta-0.1", "loss.beta-0.5", "multirun.yaml", "sweep.jsonl"]
@@ -70,12 +70,13 @@ def test_sweep_has_one_directory_named_jobs_and_a_table(launcher, tmp_path):
     assert launcher.run("-m", *SHORT, "loss.beta=0.1,0.5,0.2", *overrides) == 0, launcher.output
     assert files(tmp_path / "sweep/loss.beta-0.1") == before
     assert launcher.output.count("This run is complete") == 2
-    assert launcher.output.count("building policy") == 1  # nothing is loaded for the others
+    assert launcher.output.count("building policy") == 1  # nothing is loaded for the complete jobs
     assert [row[2] for row in table(launcher.output)[1:]] == ["complete"] * 3
 
 
 def test_failing_job_is_reported_and_the_others_run(launcher, tmp_path):
-    sweep = ["max_length=32,4096,64", f"hydra.sweep.dir={tmp_path}/sweep"]  # 32: no room for a response; 4096: loads
+    # 32 is refused before the model is loaded, 4096 after
+    sweep = ["max_length=32,4096,64", f"hydra.sweep.dir={tmp_path}/sweep"]
     assert launcher.run("-m", *[word for word in SHORT if "max_length" not in word], *sweep, in_order=True) == 1
     output = launcher.output
     assert "Traceback" not in output
@@ -168,7 +169,7 @@ NAMES = {  # overrides of a sweep: the directories of its jobs
 @pytest.mark.parametrize("name", NAMES)
 def test_job_directories_have_typable_names(name, launcher, tmp_path):
     overrides, expected = NAMES[name]
-    # raises before any job runs
+    # batch_size=0 is refused before any job runs
     assert launcher.run("-m", *TOY, "batch_size=0", *overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
     names = [row["job"] for row in read_jsonl(tmp_path / "sweep/sweep.jsonl")]
     if expected is None:
@@ -206,7 +207,7 @@ def test_printed_resume_command_quotes_the_run_directory(launcher, tmp_path):
     assert f"Resuming from {run_dir}/LATEST: {examples} examples" in launcher.output
 
 
-def test_help_and_cfg_are_hydras_own(train_ok):
+def test_help_and_cfg_print_what_hydra_prints(train_ok):
     assert "== Config ==" in train_ok("--help")
     shown = train_ok("--cfg", "job", "model=tiny", "loss=dpo")
     assert "beta: 0.1" in shown

@@ -27,7 +27,7 @@ def evaluation(examples: int = 100, loss: float = 0.5, accuracy: float = 0.8, ch
     }  # fmt: skip
 
 
-def said(symptoms: Symptoms, *evaluations: dict) -> list[str]:
+def warnings_of(symptoms: Symptoms, *evaluations: dict) -> list[str]:
     return [text for metrics in evaluations for text in symptoms.notice("eval", metrics)]
 
 
@@ -38,7 +38,7 @@ def said(symptoms: Symptoms, *evaluations: dict) -> list[str]:
 )  # fmt: skip
 def test_loss_at_the_reference_is_known_for_each_loss(name, expected):
     value = loss_at_reference(config(name=name).loss)
-    if name == "exo":  # the same for every pair
+    if name == "exo":  # a constant without a short formula
         assert value is not None
     else:
         assert value == (None if expected is None else pytest.approx(expected, rel=1e-4))
@@ -63,18 +63,18 @@ SHOWN = {
 @pytest.mark.parametrize("name", SHOWN)
 def test_symptom_is_reported_once_after_several_evaluations_in_a_row(name):
     symptoms, shown = Symptoms(config()), SHOWN[name]
-    assert said(symptoms, *shown[:-1], evaluation(), *shown[:-1]) == []
-    (text,) = said(symptoms, shown[0])
+    assert warnings_of(symptoms, *shown[:-1], evaluation(), *shown[:-1]) == []
+    (text,) = warnings_of(symptoms, shown[0])
     assert "\n" not in text and "Try " in text and text.endswith(f"; see docs/metrics.md#{name}")
-    assert said(symptoms, evaluation(), *shown, *shown) == []
+    assert warnings_of(symptoms, evaluation(), *shown, *shown) == []
 
 
 def test_healthy_run_reports_no_symptoms():
     good = [evaluation(0, 0.6931, 0.0, 0.0, 0.0)] * 5
     good += [evaluation(chosen=-2.0, rejected=-40.0), evaluation(0.4), evaluation(chosen=3.0, rejected=1.0)] * 4
     good += [evaluation(chosen=-1.0, rejected=-1.1)] * 5  # a twentieth of a nat per token
-    assert said(Symptoms(config()), *good) == []
-    assert said(Symptoms(config(name="simpo")), *[{"counters/examples": 8, "loss/eval": 9.0}] * 5) == []
+    assert warnings_of(Symptoms(config()), *good) == []
+    assert warnings_of(Symptoms(config(name="simpo")), *[{"counters/examples": 8, "loss/eval": 9.0}] * 5) == []
 
 
 def test_constant_clipping_is_reported():
@@ -96,8 +96,8 @@ def test_symptom_links_exist_in_the_docs():
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_overfitting_run_reports_it(launcher, tmp_path):
-    """Trained for many epochs on a few pairs of the toy data."""
+def test_overfitting_run_reports_overfitting(launcher, tmp_path):
+    """The run trains for many epochs on a few pairs of the toy data."""
     for split, n in (("train", 16), ("test", 64)):
         pairs = [(prompt, entry["responses"], entry["pairs"][0]) for prompt, entry in get_toy(split)[:n]]
         rows = [{"chosen": p + texts[a], "rejected": p + texts[b]} for p, texts, (a, b) in pairs]

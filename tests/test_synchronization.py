@@ -40,7 +40,7 @@ class WaitingCopies(TorchDispatchMode):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Read metrics on the meta device as ones; collect the names that are read together."""
+    """Return a list that collects the names of metrics read together; all values are read as 1."""
     collected = []
 
     def read(parts, n_examples=None):
@@ -53,7 +53,7 @@ def reads(monkeypatch):
 
 
 def on_meta(trainer: trainers.BasicTrainer) -> dict:
-    """Move the models to the meta device; returns a prepared batch."""
+    """Move the models to the meta device; return a prepared batch."""
     trainer.precompute_reference()
     batch = next(iter(trainer.train_iterator))
     trainer.policy.to(META)
@@ -66,7 +66,7 @@ def on_meta(trainer: trainers.BasicTrainer) -> dict:
 CACHED = "loss=dpo precompute_ref_log_probs=true optimizer=AdamW"
 
 
-# in rows with padding but without a mask, transformers looks for packed sequences, once a forward
+# in padded rows without a mask, Transformers looks for packed sequences once per forward pass
 @pytest.mark.parametrize(
     "variant",
     exhaustive_except(

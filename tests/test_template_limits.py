@@ -1,4 +1,4 @@
-"""A chat template that loops or writes without end ends with an error that names row and template."""
+"""A chat template that loops or writes forever is stopped with an error that names row and template."""
 
 import json
 import threading
@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from config_checks.schema import CONFIG_DIR
 from data import chat, template_limits
 from data.choice import Choice, Settings
-from data.locations import locate
 from data.messages import BadExample
 from data.preparation import prepare
 from data.rows import Example
@@ -30,7 +29,7 @@ TEMPLATES = {
         "takes more than 0.4 seconds",
     ),
     "long range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
-    "long output": ("{% for i in range(90000) %}" + 20 * "a" + "{% endfor %}", "writes 1,800,000 characters for"),
+    "long output": ("{% for i in range(90000) %}" + 20 * "a" + "{% endfor %}", "writes 1,800,000 characters from"),
 }  # fmt: skip
 
 
@@ -70,7 +69,7 @@ def test_limits_end_with_the_rendering(tokenizer):
     tokenizer.chat_template = "{{ messages[0].content }}"
     renderer = chat.Renderer(tokenizer, None)
     with template_limits.limited("t"):
-        assert renderer.render_dialogue(messages("user", "hi")) == "hi"  # one inside the other
+        assert renderer.render_dialogue(messages("user", "hi")) == "hi"  # sets a limit within the limit
     end = time.monotonic() + 0.8  # longer than the limit: nothing is raised here
     while time.monotonic() < end:
         sum(range(1000))
@@ -87,10 +86,9 @@ def write_rows(path):
 @pytest.mark.parametrize("skips", [False, True])
 def test_row_of_an_endless_template_is_named(skips, tokenizer, tmp_path):
     tokenizer.chat_template = tokenizer.chat_template.replace("LOOPS", LOOPS)
-    location = locate(str(write_rows(tmp_path / "data.jsonl")))
-    settings = Settings(skips_bad=skips)
+    choice, settings = Choice(str(write_rows(tmp_path / "data.jsonl"))), Settings(skips_bad=skips)
     with pytest.raises(UserError, match=r"row 2 \(.*data.jsonl, line 3\): the chat template of .*tiny takes"):
-        prepare(Choice("own"), location, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", True)
+        prepare(choice, settings, tokenizer, "keep_end", ("pairs",), f"{tmp_path}/cache", silent=True)
 
 
 def test_prompt_of_an_endless_template_is_named(tokenizer, tmp_path):

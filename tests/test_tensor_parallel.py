@@ -74,15 +74,15 @@ def prepare_worker():
         importlib.import_module(name).torch = DoubleTorch()
 
 
-# ---- what they compare ----------------------------------------------------------------------------------------------
+# ---- functions that run in the workers ------------------------------------------------------------------------------
 
 
 def mesh_of_all() -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-def both(name: str, dtype=torch.float64) -> tuple[nn.Module, nn.Module]:
-    """Return the same model whole and split."""
+def dense_and_split(name: str, dtype=torch.float64) -> tuple[nn.Module, nn.Module]:
+    """Return a model, and the same model split over the workers."""
     models = make_model(CONFIGS[name], dtype), make_model(CONFIGS[name], dtype)
     parallelize(models[1], mesh_of_all())
     return models
@@ -105,7 +105,7 @@ def outputs_and_gradients(model: nn.Module, rows: str) -> dict[str, torch.Tensor
 
 
 def check_equals_dense(name: str, checkpointing: bool = False):
-    models = both(name)
+    models = dense_and_split(name)
     for model in models if checkpointing else ():
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -149,7 +149,7 @@ def check_parameters(name: str):
 
 
 def check_generation(name: str):
-    dense, split = both(name)
+    dense, split = dense_and_split(name)
     prompt = BATCH["chosen_input_ids"][:, :5]
     for sampling in ({"do_sample": False}, {"do_sample": True, "top_k": 20}):
         texts = []
@@ -181,9 +181,10 @@ def with_adapters(model: nn.Module, name: str) -> nn.Module:
 def check_adapters(name: str):
     models = [with_adapters(make_model(CONFIGS[name]), name) for _ in range(2)]
     parallelize(models[1], mesh_of_all())
-    halves = {n: p for n, p in models[1].named_parameters() if "lora_" in n}  # of each adapter one half is split
-    n_split = sum(isinstance(p, DTensor) or "c_attn.lora_B" in n for n, p in halves.items())  # but not a fused layer's
-    assert 2 * n_split == len(halves)
+    matrices = {n: p for n, p in models[1].named_parameters() if "lora_" in n}
+    # A or B of each adapter is split, except in fused layers
+    n_split = sum(isinstance(p, DTensor) or "c_attn.lora_B" in n for n, p in matrices.items())
+    assert 2 * n_split == len(matrices)
     outputs = []
     for adapter in ("default", "reference"):
         for model in models:
@@ -202,7 +203,7 @@ def check_adapters(name: str):
 
 def check_training(name: str, optimizer: str):
     """Take three steps, with gradients accumulated over two microbatches."""
-    models = both(name)
+    models = dense_and_split(name)
     for model in models:
         update = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3)
         for _ in range(3):
@@ -217,7 +218,7 @@ def check_training(name: str, optimizer: str):
 
 
 def check_autocast(name: str):
-    models = both(name, torch.float32)
+    models = dense_and_split(name, torch.float32)
     dtypes = {}, {}  # of each module's output, in both models
     for model, ours in zip(models, dtypes, strict=True):
         for n, module in model.named_modules():
@@ -231,7 +232,7 @@ def check_autocast(name: str):
 
 
 def check_chunks(name: str):
-    """Check with head chunks of a few tokens, whose logits are recomputed in the backward pass."""
+    """Check with the output head in chunks of a few tokens, whose logits are recomputed in the backward pass."""
     sizes = response_head._CHUNK_BYTES["cpu"], response_head._KEPT_LOGITS_BYTES
     response_head._CHUNK_BYTES["cpu"], response_head._KEPT_LOGITS_BYTES = 4 * 61 * 5, 0
     try:
@@ -241,8 +242,8 @@ def check_chunks(name: str):
 
 
 def check_large_logits(name: str):
-    """Logits of several thousand overflow when exponentiated; their log-probabilities are as large."""
-    models = both(name)
+    """Check with logits of several thousand, which would overflow if exponentiated."""
+    models = dense_and_split(name)
     for model in models:
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(1e3)
@@ -252,8 +253,8 @@ def check_large_logits(name: str):
 
 
 def numbers_sent(name: str) -> tuple[int, int]:
-    """Return the tokens, and the elements gathered or summed to get log-probabilities from hidden states."""
-    _, split = both(name)
+    """Return the number of tokens, and of the elements sent to get their log-probabilities from hidden states."""
+    _, split = dense_and_split(name)
     rows = padded_rows(BATCH)
     hidden_states, head = torch.randn(len(rows.targets), 32).double(), split.get_output_embeddings()
     with profile(record_shapes=True) as events, torch.no_grad():
@@ -264,7 +265,7 @@ def numbers_sent(name: str) -> tuple[int, int]:
 
 def count_all_reduces(name: str) -> tuple[int, int]:
     """Count the all-reduces of the model without its head, forward and backward."""
-    _, split = both(name)
+    _, split = dense_and_split(name)
     with profile() as forward:
         hidden_states = split.base_model(BATCH["chosen_input_ids"])[0]
     with profile() as backward:
@@ -332,13 +333,13 @@ def test_large_logits_do_not_overflow(n_workers, name, in_workers):
 
 
 @pytest.mark.parametrize(("n_workers", "name"), SOME)
-def test_log_probabilities_take_three_numbers_a_token(n_workers, name, in_workers):
+def test_log_probabilities_send_three_numbers_per_token(n_workers, name, in_workers):
     for n_tokens, n_sent in in_workers(n_workers, numbers_sent, name):
         assert n_sent == 3 * n_tokens
 
 
 @pytest.mark.parametrize(("name", "n_backward"), [("gpt2", 2), ("gptj", 1), ("llama3", 2)])
-def test_block_takes_two_all_reduces_each_way(name, n_backward, in_workers):
+def test_block_needs_two_all_reduces_in_each_pass(name, n_backward, in_workers):
     """The embedding needs one more. GPT-J's attention and MLP read the same hidden states."""
     n_layers = 2
     assert set(in_workers(2, count_all_reduces, name)) == {(2 * n_layers + 1, n_backward * n_layers)}

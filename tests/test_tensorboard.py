@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def scalars(run_dir: Path) -> dict[tuple[str, int], float]:
-    """Return the logged values by name and step; for a resumed run the last ones."""
+    """Return the logged values by name and step; if a resumed run logged a step twice, the last value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
@@ -32,7 +32,7 @@ def expected(run_dir: Path) -> dict[tuple[str, int], float]:
     }
 
 
-def test_event_files_hold_everything_in_metrics_jsonl_also_after_a_resume(launcher, tmp_path):
+def test_event_files_hold_everything_in_metrics_jsonl_even_after_a_resume(launcher, tmp_path):
     run = [*RUN, "eval_every=4", "n_examples=12", "warmup_steps=0", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, launcher.output
     assert "WARNING" not in launcher.output

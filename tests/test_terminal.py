@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import textwrap
 import time
 
 import pytest
@@ -119,11 +120,11 @@ def test_evaluation_line_shows_changes_and_ties():
     assert second.split()[:5] == ["eval", "20000", "0.12", "0.5000", "75.0%"]
     assert change.split()[:3] == ["change", "-0.1931", "+0.0000"]  # nothing for the accuracy: no earlier value
     assert table.evaluation(metrics(40_000, 0.6, 0.70))[1].split()[:3] == ["change", "+0.1000", "-5.0"]
-    goes_on = RunTable(160_000, 160_000, 40_000, metrics(40_000, 0.6, 0.70))
-    assert goes_on.evaluation(metrics(60_000, 0.4, 0.70))[-1].split()[:3] == ["change", "-0.2000", "+0.0"]
+    resumed = RunTable(160_000, 160_000, 40_000, metrics(40_000, 0.6, 0.70))
+    assert resumed.evaluation(metrics(60_000, 0.4, 0.70))[-1].split()[:3] == ["change", "-0.2000", "+0.0"]
 
 
-def test_table_header_is_repeated_now_and_then():
+def test_table_header_is_repeated_every_few_lines():
     table = RunTable(1000, 1000)
     printed = [line for i in range(60) for line in table.evaluation(metrics(i, 0.5, 0.75))]
     assert 2 <= sum(line.split()[0] == "examples" for line in printed) <= 4
@@ -151,10 +152,11 @@ def test_numbers_are_formatted_in_few_characters():
     ]  # fmt: skip
 
 
-def samples(prompt: str, **of_models: str) -> list[dict]:
+def samples(prompt: str, **responses: str) -> list[dict]:
+    """Return samples of one prompt; `responses`: by the model's name."""
     return [
         {"model": model, "prompt": prompt, "response": text, "sample": prompt + text}
-        for model, text in of_models.items()
+        for model, text in responses.items()
     ]
 
 
@@ -164,18 +166,30 @@ def test_samples_are_shortened_below_their_prompt(monkeypatch):
     drawn = samples(prompt, policy=" Yes, " + "of course " * 50, reference=" No.\033[2J\n\nHuman: x")
     text = "\n".join(sample_lines(drawn + samples("Hello", policy="", reference="Hi")))
     assert max(map(len, text.splitlines())) <= 79 and "\033" not in text
-    assert text.startswith("Samples: 2 of 2, shortened; all are in samples.jsonl\n… ")
+    head = "Samples: 2 of 2, drawn separately from each model, shortened; all are in samples.jsonl"
+    assert text.startswith("\n".join(textwrap.wrap(head, 79)) + "\n… ")
     assert len(re.findall(r" last\?\s+Assistant:\npolicy: Yes, of course ", text)) == 1  # the end of a long prompt
     assert re.search(r" of\s+… *\nreference: No\.\\x1b\[2J Human: x\n", text)  # the beginning of a long response
     assert text.endswith("\nHello\npolicy: (empty)\nreference: Hi")
     assert sample_lines([]) == []
 
 
+def test_samples_of_a_single_model_show_prompts_without_the_lines_they_share(monkeypatch):
+    monkeypatch.setattr(terminal, "width", lambda: 79)
+    prompts = [f"<system>\nBe kind. {'Be brief. ' * 40}\n<user>\nHow do {you}?\n<assistant>\n" for you in ("I", "we")]
+    drawn = [sample for prompt in prompts for sample in samples(prompt, policy="So.")]
+    assert sample_lines(drawn) == [
+        "Samples: 2 of 2, shortened; all are in samples.jsonl",
+        "… How do I? <assistant>", "policy: So.", "… How do we? <assistant>", "policy: So.",
+    ]  # fmt: skip
+    assert sample_lines(samples("\nOne prompt\nalone", policy="So."))[1] == "One prompt alone"
+
+
 @pytest.mark.slow
 def test_log_file_shows_samples_and_their_kl_once(launcher, tmp_path):
     assert launcher.run(*RUN, "n_examples=4", "eval_every=4", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     output = launcher.output
-    assert output.count("Samples: 2 of 2, shortened") == 2
+    assert output.count("Samples: 2 of 2, drawn separately from each model") == 2
     lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"]
     shown = re.findall(r"on the samples: (\S+) ± (\S+) nats per response, (\S+) per token", output)
     assert len(shown) == len(lines) == 2
@@ -220,7 +234,7 @@ acceleration.model_check._SLOW_PARAMETERS = 0
 
 
 def test_run_into_a_pipe_prints_lines_within_every_long_stretch(train_ok, tmp_path):
-    """Each stretch is a single batch or a single call, so that its lines come from the clock alone."""
+    """Each stretch is a single batch or a single call, so that its lines can only come from the clock."""
     output = train_ok(
         *TOY, "n_examples=8", "batch_size=8", "eval_every=16", "loss=dpo", "lora.r=2", "lr=1e-3",
         "precompute_ref_log_probs=true", "n_eval_examples=16", "eval_batch_size=16", "sample_during_eval=true",
@@ -237,7 +251,7 @@ def test_run_into_a_pipe_prints_lines_within_every_long_stretch(train_ok, tmp_pa
         assert line in before_training, line
 
 
-def test_time_left_is_that_at_the_speed_so_far_without_the_first_evaluation(monkeypatch):
+def test_time_left_follows_the_speed_so_far_without_the_first_evaluation(monkeypatch):
     """A resumed run of 1000 examples, which begins at 200, spends half its time on evaluations and saves."""
     now = [0.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
@@ -252,7 +266,7 @@ def test_time_left_is_that_at_the_speed_so_far_without_the_first_evaluation(monk
     assert table.left(1000) == "0s"
 
 
-def test_loading_reports_every_minute_that_it_goes_on(monkeypatch, capsys):
+def test_long_loading_is_reported_every_minute(monkeypatch, capsys):
     monkeypatch.setattr(terminal, "_PROGRESS_EVERY", 0.01)
     with still_working("Loading the policy"):
         time.sleep(0.2)

@@ -88,13 +88,13 @@ def test_report_gives_mean_reward_and_share_outside_the_grammar_of_the_last_samp
         for model, n, text in rows
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "config.yaml").write_text("loss: {beta: 1.0e-9}")  # as β vanishes, π* takes the best words alone
+    (tmp_path / "config.yaml").write_text("loss: {beta: 1.0e-9}")  # as β vanishes, π* uses only the best words
     before, after = report(tmp_path).split("after 8 pairs")
     assert "1 samples, mean true reward -8.00" in before
     assert "2 samples, mean true reward +8.00 (of at most 8), 50.0% outside the grammar" in after
     assert "(π*): mean true reward +8.00" in after
 
 
-def test_report_of_a_run_without_a_reference_says_what_is_missing(tmp_path):
+def test_report_on_a_run_without_a_reference_says_what_is_missing(tmp_path):
     (tmp_path / "samples.jsonl").write_text("")
     assert "no samples of both policy and reference" in report(tmp_path)

@@ -11,21 +11,21 @@ from launcher import train_after, wait_until
 from omegaconf import OmegaConf
 from test_resume import FINISHED, TOY, log_lines
 
-from checkpointing.resume import _MAY_CHANGE
+from checkpointing.same_run import _MAY_CHANGE
 from checkpointing.stop_signal import EXIT_CODE
 from config_checks.schema import default_config
 
 
 @pytest.fixture(scope="module")
 def finished(launcher):
-    """Return a DPO run of 16 examples, and one of 8 that is to be resumed to the same end."""
+    """Return the directories of a DPO run of 16 examples, and of the same run stopped after 8."""
     for name, overrides in (("whole", []), ("half", ["n_examples=8"])):
         code = launcher.run(*FINISHED, *overrides, f"local_run_dir={launcher.directory}/{name}")
         assert code == 0, launcher.output
     return launcher.directory / "whole", launcher.directory / "half"
 
 
-def test_checkpoint_from_before_the_train_state_resumes(launcher, finished, tmp_path):
+def test_checkpoint_older_than_the_train_state_resumes(launcher, finished, tmp_path):
     whole, run_dir = finished[0], tmp_path / "run"
     shutil.copytree(finished[1], run_dir)
     config = OmegaConf.load(run_dir / "config.yaml")
@@ -49,7 +49,7 @@ def test_checkpoint_from_before_the_train_state_resumes(launcher, finished, tmp_
         assert (run_dir / "LATEST" / name).read_bytes() == (whole / "LATEST" / name).read_bytes()
 
 
-def test_every_key_must_stay_the_same_but_those_that_may_change():
+def test_all_keys_except_the_listed_ones_must_stay_the_same_on_resume():
     keys = set(default_config())
     assert {key for key in _MAY_CHANGE if not any(key == k or k.startswith(f"{key}.") for k in keys)} == set()
     deciding = keys - set(_MAY_CHANGE)
@@ -87,4 +87,4 @@ def test_signal_during_precomputation_exits_with_75_and_keeps_the_cache(n_worker
     assert not (tmp_path / "run").exists()
 
     assert launcher.run(*overrides, "n_examples=16", n_workers=n_workers) == 0, launcher.output
-    assert "Reference log-probabilities: 4 computed" in launcher.output  # those of the evaluation
+    assert "Reference log-probabilities: 4 computed" in launcher.output  # only the evaluation's are missing

@@ -47,7 +47,7 @@ def make_tokenizer(template: str, special: tuple[str, ...], bos: str | None, eos
     return tokenizer
 
 
-def said(role: str, content: str, **more) -> dict:
+def message(role: str, content: str, **more) -> dict:
     return {"role": role, "content": content, **more}
 
 
@@ -66,14 +66,14 @@ def marked(tokenizer, example: Example, **kwargs) -> list[str]:
     return texts
 
 
-SYSTEM, HI, YES = said("system", "Be brief."), said("user", "Hi"), said("assistant", "Yes")
-AND, FINE = said("user", "And you?"), said("assistant", "Fine.")
+SYSTEM, HI, YES = message("system", "Be brief."), message("user", "Hi"), message("assistant", "Yes")
+AND, FINE = message("user", "And you?"), message("assistant", "Fine.")
 TOOL = {"type": "function", "function": {"name": "warmth", "parameters": {"type": "object", "properties": {}}}}
 DESCRIBED = {"type": "function", "function": {**TOOL["function"], "description": "Ask how warm it is."}}
-CALL = said(
+CALL = message(
     "assistant", "", tool_calls=[{"type": "function", "function": {"name": "warmth", "arguments": {"in": "Rome"}}}]
 )
-RESULT, WARM = said("tool", '30 "C"'), said("assistant", "Warm.")
+RESULT, WARM = message("tool", '30 "C"'), message("assistant", "Warm.")
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 USER, ASSISTANT, IPYTHON = (HEADER.format(role) for role in ("user", "assistant", "ipython"))
 LLAMA_SYSTEM = f"<|begin_of_text|>{HEADER.format('system')}"
@@ -112,7 +112,7 @@ QUICK = ("llama 3.1", "qwen 3", "mistral")
 
 
 def named(names):
-    """Return the models, all but a few of them only in the exhaustive run."""
+    """Return the names as parameters, those outside `QUICK` marked as exhaustive."""
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.exhaustive) for name in names]
 
 
@@ -121,12 +121,12 @@ def test_users_turn_in_a_response_is_not_trained(name):
     tokenizer = make_tokenizer(*SPECIAL[name])
     prompt = [HI] if name == "mistral" else [SYSTEM, HI]
     response = [YES, AND, FINE]
-    chosen, rejected = marked(tokenizer, Example(prompt, [response, [said("assistant", "No")]], [(0, 1)]))
+    chosen, rejected = marked(tokenizer, Example(prompt, [response, [message("assistant", "No")]], [(0, 1)]))
     assert chosen == THREE_TURNS[name]
     end = re.search(r"Yes(.*?)⟧", chosen)[1]
     no = {"qwen 3": "<think>\n\n</think>\n\nNo", "mistral": " No"}.get(name, "No")
     assert rejected == f"{chosen.split('|⟦')[0]}|⟦{no}{end}⟧"
-    assert marked(tokenizer, Example(prompt, [[*response, said("user", "Bye")]]))[0] == (
+    assert marked(tokenizer, Example(prompt, [[*response, message("user", "Bye")]]))[0] == (
         THREE_TURNS[name].replace("<think>\n\n</think>\n\n", "")  # Qwen writes this only in the last turn
     )
 
@@ -173,8 +173,8 @@ def test_template_without_tools_refuses_them(name):
             marked(tokenizer, example)
 
 
-def test_template_that_moves_the_system_text_to_the_last_question_is_divided_where_turns_are():
-    """Like Mistral's template, which puts it into the prompt, but later into a whole dialogue."""
+def test_dialogue_is_divided_at_turns_even_if_the_template_moves_the_system_text():
+    """The template writes it into the last question, as Mistral's: into the prompt, or later in a whole dialogue."""
     tokenizer = make_tokenizer(*SPECIAL["mistral"])
     dialogue = "<s>[INST] Hi[/INST]|⟦ Yes</s>⟧[INST] Be brief.\n\nAnd you?[/INST]⟦ Fine.</s>⟧"
     tokenizer.chat_template = MISTRAL_V3.replace("loop.last and system", "message == questions[-1] and system")
@@ -204,7 +204,7 @@ GENERATION = {
 
 
 @pytest.mark.parametrize("name", GENERATION)
-def test_marked_turns_are_those_that_transformers_masks(name):
+def test_turns_in_generation_blocks_are_trained_as_transformers_masks_them(name):
     tokenizer = make_tokenizer(GENERATION[name], IM, None, "<|im_end|>")
     renderer = Renderer(tokenizer, None)
     for prompt, response in (([SYSTEM, HI], [YES, AND, FINE]), ([HI, YES, AND], [FINE])):
@@ -227,7 +227,7 @@ REASONING = (
     "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"
 )
-THOUGHTS = said("assistant", "<think>\nLet me see.\n</think>\n\nIt is red.")
+THOUGHTS = message("assistant", "<think>\nLet me see.\n</think>\n\nIt is red.")
 
 
 def reasoning_tokenizer():
@@ -242,7 +242,7 @@ def test_stripped_reasoning_is_an_error_that_shows_it():
 
 def test_verbatim_response_keeps_its_reasoning_after_the_generation_prompt():
     """The generation prompt ends with `<think>`, which then belongs to the prompt and isn't written twice."""
-    other = said("assistant", "<think>\nHm.\n</think>\n\nNo idea.")
+    other = message("assistant", "<think>\nHm.\n</think>\n\nNo idea.")
     texts = marked(reasoning_tokenizer(), Example([HI], [[THOUGHTS], [other]], [(0, 1)]), verbatim_responses=True)
     assert texts == [
         "<|User|>Hi<|Assistant|><think>\n|⟦Let me see.\n</think>\n\nIt is red.<|endoftext|>⟧",
@@ -267,16 +267,16 @@ ALTERED = {
         "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}",
         Example([SYSTEM, HI], [[YES]]), "'Be brief.' of the system's message"),
     "capitals": ("{% for m in messages %}{{ m.role + ':' + m.content | upper + eos_token }}{% endfor %}",
-                 Example([said("user", "HI")], [[said("assistant", "Ann")]]), "'Ann' of the assistant's message"),
+                 Example([message("user", "HI")], [[message("assistant", "Ann")]]), "'Ann' of the assistant's message"),
     "calls that are dropped": (CHATML, Example([HI], [[CALL, RESULT, WARM]]),
                                "'warmth' of the assistant's message; give a template"),
-    "a field of reasoning": (CHATML, Example([HI], [[said("assistant", "Yes", reasoning_content="Hm, so.")]]),
+    "a field of reasoning": (CHATML, Example([HI], [[message("assistant", "Yes", reasoning_content="Hm, so.")]]),
                              "'Hm, so.' of the assistant's message"),
     "calls whose name is in the text": (
         CHATML, Example([HI], [[{**CALL, "content": "I ask warmth in Rome."}, RESULT, WARM]]),
         "the tool calls of message 1"),
     "calls with numbers alone, in the prompt": (
-        CHATML, Example([said("user", "warmth?"), said("assistant", "warmth", tool_calls=[
+        CHATML, Example([message("user", "warmth?"), message("assistant", "warmth", tool_calls=[
             {"type": "function", "function": {"name": "warmth", "arguments": {"n": 3}}}]), RESULT], [[WARM]]),
         "the tool calls of message 1"),
     "tools": (CHATML, Example([HI], [[YES]], tools=[TOOL]), "'warmth' of the row's tools"),
@@ -284,12 +284,12 @@ ALTERED = {
         "{{ tools[0].function.name if tools }}" + CHATML, Example([HI], [[YES]], tools=[DESCRIBED]),
         "'Ask how warm it is.' of the row's tools"),
     "tools, whose name is in a message": (
-        CHATML, Example([said("user", "warmth")], [[YES]], tools=[TOOL]), "the row's tools"),
+        CHATML, Example([message("user", "warmth")], [[YES]], tools=[TOOL]), "the row's tools"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ALTERED)
-def test_what_a_template_leaves_out_is_named(case):
+def test_part_that_a_template_leaves_out_is_named(case):
     template, example, missing = ALTERED[case]
     with pytest.raises(BadExample, match=re.escape(f"the chat template doesn't write {missing}")):
         marked(make_tokenizer(template, IM, None, "<|endoftext|>"), example)
@@ -328,7 +328,7 @@ def test_white_space_that_a_template_adds_without_an_end_token_is_not_trained(co
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     tokenizer = make_tokenizer(template, (), None, "<|endoftext|>")
-    texts = marked(tokenizer, Example([HI], [[said("assistant", content)]]))
+    texts = marked(tokenizer, Example([HI], [[message("assistant", content)]]))
     assert texts == [f"user: Hi\nassistant: |⟦{written}<|endoftext|>⟧"]
 
 
@@ -336,7 +336,7 @@ def test_white_space_that_a_template_adds_without_an_end_token_is_not_trained(co
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_responses_end_at_the_turns_end_and_at_the_tokenizers(name):
+def test_samples_end_at_the_end_token_of_turn_or_tokenizer(name):
     tokenizer = make_tokenizer(*SPECIAL[name])
     ends = {"llama 3": ["<|eot_id|>"], "llama 3.1": ["<|eot_id|>"], "gemma 3": ["<eos>", "<end_of_turn>"],
             "mistral": ["</s>"], "chatml": ["<|endoftext|>", "<|im_end|>"]}.get(name, ["<|im_end|>"])  # fmt: skip
@@ -345,7 +345,7 @@ def test_responses_end_at_the_turns_end_and_at_the_tokenizers(name):
     assert end_token_ids(transformers.GenerationConfig(eos_token_id=[5, 6]), tokenizer) == sorted([5, 6, *ids])
 
 
-def test_response_is_decoded_without_its_prompt_whose_special_tokens_are_not_shown():
+def test_decoded_response_shows_neither_prompt_nor_special_tokens():
     tokenizer = make_tokenizer(*SPECIAL["chatml"])
     prompt, response = (tokenizer(text)["input_ids"] for text in ("<|im_start|>user\nHi<|im_end|>\n", "Yes.<|im_end|>"))
     assert decode_response(prompt, response, tokenizer) == "Yes."
@@ -378,7 +378,7 @@ def masked_batch() -> dict:
 
 
 @pytest.mark.parametrize("make_rows", [padded_rows, shared_rows])
-def test_layouts_predict_what_is_labelled_and_compute_the_rest(make_rows):
+def test_layouts_score_labelled_tokens_as_the_original_does(make_rows):
     batch, model = masked_batch(), make_model(CONFIGS["gpt2"])
     expected = original_logps(model, batch)
     torch.testing.assert_close(response_logps(model, make_rows(batch)), expected, rtol=1e-9, atol=1e-9)
@@ -398,13 +398,13 @@ def test_packed_rows_predict_the_same_tokens_as_padded_ones():
         assert torch.equal(before, expected.input_ids.flatten()[expected.predictors[wanted]])
 
 
-def test_shared_prompt_ends_where_responses_differ_even_before_what_is_trained():
+def test_shared_prompt_ends_at_the_first_difference_even_of_untrained_tokens():
     n_prompt, n_chosen, n_rejected = part_lengths(masked_batch())
     assert n_prompt.tolist() == [4, 3, 0, 5]
     assert n_chosen.tolist() == [7, 4, 5, 6] and n_rejected.tolist() == [5, 9, 3, 7]
 
 
-def test_key_of_a_cached_pair_depends_on_what_is_trained():
+def test_key_of_a_cached_pair_depends_on_the_trained_tokens():
     batch = masked_batch()
     other = select_examples(batch, torch.arange(4)) | {"chosen_labels": batch["chosen_labels"].clone()}
     other["chosen_labels"][0, 5] = -100

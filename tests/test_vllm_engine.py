@@ -16,7 +16,7 @@ SAMPLE = str(REPOSITORY / "sample.py")
 
 @pytest.fixture
 def draw(launcher, tmp_path):
-    """Run sample.py with a package named vllm; return its output."""
+    """Return a function that runs sample.py with the stand-in as the package vllm, and returns its output."""
     (tmp_path / "packages/vllm").mkdir(parents=True)
     shutil.copy(REPOSITORY / "tests/vllm_stand_in.py", tmp_path / "packages/vllm/__init__.py")
 
@@ -50,13 +50,13 @@ def test_vllm_greedy_samples_equal_those_of_transformers(
 
 
 @pytest.mark.exhaustive
-def test_vllm_samples_have_seeds_of_their_own_and_only_missing_ones_are_drawn(draw, trained, prompts, tmp_path):  # noqa: F811
+def test_each_vllm_sample_has_its_own_seed_and_only_missing_ones_are_drawn(draw, trained, prompts, tmp_path):  # noqa: F811
     common = [f"run={trained('dpo')}", prompts, "engine=vllm"]
     draw(*common, "n=2", f"output={tmp_path}/two.jsonl")
     draw(*common, f"output={tmp_path}/one.jsonl")
     output = draw(*common, "n=2", f"output={tmp_path}/one.jsonl")
     assert "Drawing 9 samples by vLLM" in output and "9 samples drawn, 9 already in " in output
-    assert sorted(texts(tmp_path / "one.jsonl")) == sorted(texts(tmp_path / "two.jsonl"))
+    assert texts(tmp_path / "one.jsonl") == texts(tmp_path / "two.jsonl")
 
 
 @pytest.mark.exhaustive
@@ -79,7 +79,7 @@ BAD = {
         "engine=vllm: vLLM isn't installed here. Install it on a machine with a GPU",
     ),
     "no such engine": (["engine=vlm"], "engine=vlm: must be one of transformers, vllm. Did you mean vllm?"),
-    "arguments of none": (["engine_args.x=1"], "not used with engine=transformers; leave them out"),
+    "arguments without vLLM": (["engine_args.x=1"], "not used with engine=transformers; leave them out"),
 }
 
 
@@ -91,7 +91,7 @@ def test_unusable_engine_is_refused_before_models_are_loaded(name, launcher, tra
     assert "building policy" not in launcher.output and "Traceback" not in launcher.output
 
 
-BAD_WITH_IT = {
+BAD_WITH_VLLM = {
     "several workers": (
         ["trainer=FSDPTrainer"],
         "trainer=FSDPTrainer starts several workers; give trainer=BasicTrainer",
@@ -100,8 +100,8 @@ BAD_WITH_IT = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_WITH_IT)
-def test_vllm_refuses_what_it_cannot_sample_from(name, draw, trained):  # noqa: F811
-    overrides, message = BAD_WITH_IT[name]
+@pytest.mark.parametrize("name", BAD_WITH_VLLM)
+def test_settings_that_vllm_does_not_support_are_refused(name, draw, trained):  # noqa: F811
+    overrides, message = BAD_WITH_VLLM[name]
     run = [] if "model=tiny" in overrides else [f"run={trained('dpo')}"]
     assert message in draw(*run, "engine=vllm", *overrides, fails=True)

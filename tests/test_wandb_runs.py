@@ -67,7 +67,7 @@ def no_account(tmp_path) -> dict[str, str]:
 
 
 def assert_recorded(run: OfflineRun, run_dir: Path):
-    """wandb has all that metrics.jsonl has, at the same steps; a step may have both training and evaluation."""
+    """Check that wandb has all values of metrics.jsonl at the same steps; a step can have training and evaluation."""
     expected = {}
     for line in read_jsonl(run_dir / "metrics.jsonl"):
         expected.setdefault(line["counters/examples"], {}).update({k: v for k, v in line.items() if k != "split"})

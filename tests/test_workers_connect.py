@@ -1,4 +1,4 @@
-"""Workers that can't find each other soon end with the reason; a silent worker ends the run, a slow one doesn't."""
+"""If workers can't find each other, they end quickly and say why; a silent worker ends the run, a slow one doesn't."""
 
 import os
 import re
@@ -26,10 +26,10 @@ RUN = [
 
 @pytest.fixture
 def start(launcher, tmp_path):
-    """Start a script of this file as one of several workers."""
+    """Return a function that runs one of the scripts below as one of several workers."""
 
     def start_script(script: str, *words: object, env: dict[str, str]) -> Run:
-        path = tmp_path / f"script-{len(list(tmp_path.iterdir()))}.py"  # the last may not have been read yet
+        path = tmp_path / f"script-{len(list(tmp_path.iterdir()))}.py"  # the previous one may not have been read yet
         path.write_text(script)
         return launcher.start(*words, env=env, script=path, as_typed=True, in_order=True)
 
@@ -118,7 +118,7 @@ def test_error_without_a_message_is_named_by_its_class(monkeypatch):
 
 def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
     assert connection._RENDEZVOUS_TIMEOUT == 60
-    seconds = 4  # instead
+    seconds = 4  # the scripts use this timeout instead
     ports = [reserve_port() for _ in range(3)]
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -188,7 +188,7 @@ with connection.process_group(worker_timeout=4):
     if os.environ["RANK"] == rank:
         time.sleep(float(asleep))
         end = time.monotonic() + float(at_work)
-        while time.monotonic() < end:  # Python at work
+        while time.monotonic() < end:  # busy, not asleep
             hashlib.sha256(b"x" * 10_000_000)
     collectives.barrier()
 """
