@@ -39,7 +39,7 @@ class Layout:
         return batch | {"rows": batch.get("rows", {}) | {(self.is_shared, self.is_packed): rows}}
 
     def rows(self, batch: dict) -> Rows:
-        """Return the rows of a batch: those that `prepare` has made, or else new ones."""
+        """Return the rows of a batch; make them unless `prepare` has made them already."""
         if prepared := batch.get("rows", {}).get((self.is_shared, self.is_packed)):
             return prepared
         is_shared = self.is_shared and "rejected_labels" in batch  # single sequences share nothing

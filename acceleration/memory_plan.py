@@ -141,7 +141,7 @@ def _gathered_bytes(policy: nn.Module, compute_dtype: torch.dtype) -> int:
 def check_fits(plans: list[MemoryPlan], config: DictConfig, n_tokens: int) -> str | None:
     """Return a warning if the run fits into memory, but not with an example of full length (`n_tokens`).
 
-    Raises: UserError if what the run holds doesn't fit.
+    Raises: UserError if the bytes that the run holds don't fit.
     """
     if not plans:
         return None

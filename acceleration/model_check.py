@@ -34,7 +34,7 @@ from utils import UserError, first_line, rank0_print, unwrap_adapter
 
 # Limits on a layout's distance from the standard: a multiple of the standard's rounding noise, and absolute limits for
 # log-probabilities (nats / √tokens of the response) and gradients (relative). For docs/architectures.md's models,
-# correct layouts stay within 0.6 times rounding. In 16 bits some wrong ones do too; the absolute limits catch those.
+# correct layouts stay within 0.6 times rounding. In 16 bits, some wrong ones do, too; the absolute limits catch them.
 CHOSEN_WITHIN, CHOSEN_AT_MOST = 2, (0.1, 0.15)
 REFUSED_BEYOND = 8  # the multiple for the plain forward of a padded batch, to which there is no alternative
 _RANDOM_BEYOND = 0.1  # the multiple for a second computation of the same batch, if the model draws random numbers
@@ -73,7 +73,7 @@ def find_layout(
 
     Args:
         plain: returns the log-probability of each of a batch's S responses, chosen before rejected: (S,), in nats.
-        batch: examples whose tokens are used to make up the examples of the check.
+        batch: examples; the check uses their tokens in examples of its own.
         config: its `shared_prompt`, `padding_free` and `max_length` are read.
         strategy: where the model's tensors live.
         autocast: the context that the model is computed in.
@@ -90,7 +90,7 @@ def find_layout(
     with check.mode(is_trained):
         check.measure_plain()
         layouts = _allowed_layouts(config, may_share, check.device.type == "cuda")
-        # if one worker must take the logits of every position from the model, all do: they run the same code
+        # if one worker must take the logits of every position from the model, all do, so that they run the same code
         must_take_logits = bool(layouts) and not head_gives_logits(check.base, check.short)
         whole_logits = bool(collectives.all_reduce_max(int(must_take_logits)))
         reasons: dict[Layout, str] = {}

@@ -62,7 +62,7 @@ def with_tensors(holder, change: Callable[[torch.Tensor], torch.Tensor]):
 
 
 class _GatherKeys(torch.autograd.Function):
-    """Gathers the keys or values of all segments from those of the row's tokens: (N, H, D) to (M, H, D).
+    """Gathers the keys or values of all segments from the row's tokens: (N, H, D) to (M, H, D).
 
     Each token is used once or twice, so the backward pass reads its gradient from one place or two. The backward of
     `index_select` adds atomically: order and rounding would change from run to run.

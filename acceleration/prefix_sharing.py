@@ -24,7 +24,7 @@ class Rows:
     """The input of one forward pass: B rows of T tokens, which hold S responses with N predicted tokens in total."""
 
     input_ids: torch.Tensor  # (B, T)
-    predictors: torch.Tensor  # (N,) index among the B * T positions: the one that predicts each response token
+    predictors: torch.Tensor  # (N,) index, among the B * T positions, of each response token's predictor
     targets: torch.Tensor  # (N,) the token to predict there
     sequences: torch.Tensor  # (N,) index of the token's response, below S
     offsets: torch.Tensor  # (N,) the token's index among the predicted tokens of its response

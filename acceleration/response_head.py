@@ -27,8 +27,8 @@ def response_logps(
     """Return the log-probability of each response in `rows` under `model`: (S,), in nats, in float32 or better.
 
     Args:
-        whole_logits: take the logits from the whole model at every position: for models that do more to them than
-            apply the output head.
+        whole_logits: take the logits of every position from the whole model, because it modifies its output head's
+            result.
         strategy: where the model's tensors live.
         n_first: (S,); if given, also return the log-probability of each response's first `n_first` tokens: (2, S).
     """

@@ -23,9 +23,9 @@ from utils import widest_dtype
 
 
 def whole_batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
-    """Return the loss function of each of this worker's microbatches: it takes inputs and options.
+    """Return a loss function of inputs and options for each of this worker's microbatches.
 
-    The inputs that are taken from the whole batch are computed here: see `objectives.declaration.Loss`.
+    Inputs of shape (), which depend on the whole batch, are computed here; see `objectives.declaration.Loss`.
 
     Args:
         batch: this worker's shard of the whole batch.
@@ -91,9 +91,9 @@ def _linearized(
 
     Args:
         loss: computes a whole batch from its inputs.
-        inputs: those of this worker's microbatches, without gradient.
+        inputs: the inputs of this worker's microbatches, without gradient.
         counted: a mask for each microbatch, which is False for examples that only fill up the batch.
-        strategy: knows the other workers, which may have other examples of the batch.
+        strategy: gathers the inputs of the other workers' microbatches.
     """
     sizes = [len(part) for part in counted]
     own = {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]} | {"counted": torch.cat(counted)}

@@ -81,7 +81,7 @@ _OF_TYPE = {
 
 
 def tiny_sizes(config_class: type) -> dict:
-    """Return arguments that make a config of this class, and those within it, tiny."""
+    """Return arguments that make a config of this class, and its sub-configs, tiny."""
     default, sizes = config_class(), {}
     for name, value in _SIZES.items():
         if name in vars(default) or name in config_class.attribute_map:
@@ -167,7 +167,7 @@ def logps_and_gradient(model: nn.Module, compute: Callable) -> tuple[torch.Tenso
 
 
 def compare(model: nn.Module, layout: Layout) -> dict:
-    """Return the distance of a layout's numbers from those of each sequence alone, in training mode."""
+    """Return how far a layout's numbers are from forward passes of each sequence alone, in training mode."""
     compute = plain_logps if layout.is_plain else partial(layout.response_logps, strategy=SingleProcess)
     model.train()
     expected, expected_gradient = logps_and_gradient(model, own_logps)

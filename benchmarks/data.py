@@ -5,7 +5,7 @@ work before training can begin, plus the tokenization of the first epoch:
 - The original reads all rows into a dict of prompts and calls the tokenizer three times per pair
   (https://github.com/eric-mitchell/direct-preference-optimization, preference_datasets.py).
 - Here, the first start reads, checks, tokenizes and caches all pairs; a later start only maps the cache into memory;
-  and an epoch draws its batches from it.
+  and an epoch reads its batches from it.
 
 Each measurement runs in a fresh process. Memory is the peak of RssAnon in /proc, minus its value at the start.
 """

@@ -72,7 +72,7 @@ def logps_and_gradients(
 
 
 def correctness():
-    """Compare log-probabilities and gradients of all layouts with those of padded rows in float32, without TF32."""
+    """Compare all layouts' log-probabilities and gradients with padded rows in float32, without TF32."""
     for name in ARCHITECTURES:
         args = throughput_options(
             arch=name.split(",")[0], layers=4, batch_size=16, mixed_precision=False, dtype="float32"

@@ -1,4 +1,4 @@
-"""Compare the time in which `sample.py` draws with that of plain Transformers' `generate`, in one process, in turn.
+"""Compare the speed of `sample.py` with plain Transformers' `generate`, in one process, in turn.
 
 `python benchmarks/sampling.py --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts PROMPTS.jsonl`. Both draw one
 answer of up to `--max-new-tokens` to each of the first `--n` prompts at temperature 1, in the same batches of prompts

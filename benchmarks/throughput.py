@@ -156,7 +156,7 @@ def build_models(args: Namespace) -> Models:
     if args.mixed_precision:
         reference.bfloat16()
     if args.activation_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return Models(policy.train(), reference)
 
 
@@ -266,7 +266,7 @@ def train_with_trl(
     """Train on the batches with TRL's `DPOTrainer`.
 
     Args:
-        tuned: use the dtype, activation checkpointing, optimizer and clipping of the other ways, not TRL's defaults.
+        tuned: use the other ways' dtype, activation checkpointing, optimizer and clipping instead of TRL's defaults.
     """
     from trl import DPOConfig, DPOTrainer
 

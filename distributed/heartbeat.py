@@ -142,7 +142,7 @@ class Heartbeat:
         """Tell the other workers, which wait for rank 0's answer, which worker is silent."""
         name = torch.tensor(-silent_rank)
         others = (rank for rank in range(1, len(self.workers)) if rank != silent_rank)
-        with contextlib.suppress(RuntimeError):  # one of them is gone, too
+        with contextlib.suppress(RuntimeError):  # another worker is gone, too
             for sending in [dist.isend(name, rank, self.group) for rank in others]:
                 sending.wait(datetime.timedelta(seconds=1))
 

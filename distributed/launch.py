@@ -43,7 +43,7 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
         UserError if a worker was killed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _n_processors() // n)))
-    # silence warnings about what killed workers left behind: it is cleaned up
+    # silence warnings about leftovers of killed workers: they are cleaned up
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     reserved = _reserve_port()  # kept open until the workers have ended

@@ -27,7 +27,7 @@ _REMEDY = "use trainer=FSDPTrainer with tensor_parallel=1, which splits any mode
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split a transformers causal LM, or the one in a PeftModel, over the workers of a 1-D mesh, in place.
+    """Split a transformers causal LM, also inside a PeftModel, over the workers of a 1-D mesh, in place.
 
     All workers must pass equal parameters, or parameters on the meta device, to be filled afterwards (see
     `dtensor.distribute_like`).
