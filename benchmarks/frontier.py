@@ -143,7 +143,7 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | trained
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
     inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(float(n_tokens)), MEMORY: Memory()}
-    loss(inputs, options)[0].mean().backward()
+    loss.compute(inputs, options).losses.mean().backward()
     return run.step_size / max(abs(logps.grad.item()) for logps in trained.values() if logps.grad is not None)
 
 
