@@ -256,21 +256,21 @@ def test_another_data_order_reuses_the_cache(make_trainer, capsys, tmp_path):
 
 
 def test_interrupted_reference_pass_resumes(make_trainer, capsys, monkeypatch):
-    fill_batch, n_filled = LogpsCache.fill_batch, []
+    add, n_added = LogpsCache.add, []
 
-    def fill_and_stop(self, *args):
-        if n_filled:
+    def add_and_stop(self, logps):
+        if n_added:
             raise KeyboardInterrupt
-        n_filled.append(fill_batch(self, *args))
-        return n_filled[-1]
+        n_added.append(len(logps))
+        add(self, logps)
 
     with monkeypatch.context() as patch:
         patch.setattr(reference_cache, "_PAIRS_PER_FILE", 4)
-        patch.setattr(LogpsCache, "fill_batch", fill_and_stop)
+        patch.setattr(LogpsCache, "add", add_and_stop)
         with pytest.raises(KeyboardInterrupt):
             make_trainer(*PRECOMPUTED)
     make_trainer(*PRECOMPUTED)
-    assert n_filled == [4]
+    assert n_added == [4]
     assert n_computed(capsys) == 32 - 4
 
 

@@ -13,6 +13,7 @@ from process_pool import launcher_variables, reserve_port
 from test_launch import children_of
 
 from distributed import connection
+from utils import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +101,18 @@ def test_impossible_port_is_named(port, message, launcher, tmp_path):
     assert len(re.findall(pattern, launcher.output)) == 1, launcher.output
     assert "Traceback" not in launcher.output
     assert not (tmp_path / "run").exists()
+
+
+def test_error_without_a_message_is_named_by_its_class(monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise ConnectionError
+
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(connection, "_RENDEZVOUS_TIMEOUT", -1)
+    monkeypatch.setattr(connection.socket, "create_connection", fail)
+    with pytest.raises(UserError, match=r"the workers don't find each other \(ConnectionError\)"):
+        connection._rendezvous()
 
 
 @pytest.mark.parametrize(
