@@ -298,7 +298,7 @@ def test_damaged_checkpoint_is_named_and_the_previous_one_resumes(damaged, name,
     if damaged == "missing":
         path.unlink()
     assert launcher.run(*FINISHED, f"resume={run_dir}/LATEST") == 1
-    assert f"resume={run_dir}/LATEST is no whole checkpoint: " in launcher.output
+    assert f"resume={run_dir}/LATEST is damaged: " in launcher.output
     assert launcher.run(*FINISHED, "resume=auto", f"local_run_dir={run_dir}") == 0, launcher.output
     assert f"WARNING: {run_dir}/LATEST can't be used: " in launcher.output
     assert f"Resuming from {run_dir}/step-12" in launcher.output
@@ -309,7 +309,7 @@ def test_resume_without_a_whole_checkpoint_is_an_error(launcher, run_dir, tmp_pa
     for name in ("LATEST", "step-4", "step-8", "step-12"):
         (run_dir / name / "policy.pt").write_bytes(b"")
     assert launcher.run(*FINISHED, f"resume={run_dir}") == 1
-    assert "none of its checkpoints is whole" in launcher.output
+    assert "all of its checkpoints are damaged" in launcher.output
     assert launcher.run(*FINISHED, "resume=auto") == 1
     assert "resume=auto resumes the run in local_run_dir: give local_run_dir, too" in launcher.output
     assert launcher.run(*FINISHED, "resume=nowhere") == 1
