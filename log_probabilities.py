@@ -1,6 +1,6 @@
-"""The log-probability of each response of a batch, the plain way, as the original computes it.
+"""Compute the log-probability of each response of a batch plainly, as the original does.
 
-`acceleration/` has faster ways, which are checked against this one.
+`acceleration/` has faster layouts, which are compared with this computation.
 """
 
 import torch
@@ -9,12 +9,12 @@ from utils import pad_to_length
 
 
 def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_prob: bool = False) -> torch.Tensor:
-    """Log-probability of each sequence's labels: Σ_t log π(label_t | the tokens before it).
+    """Return the log-probability of each sequence's labels: Σ_t log π(label_t | the tokens before it).
 
     Args:
         logits: unnormalized, shape (batch_size, sequence_length, vocab_size).
         labels: token ids, shape (batch_size, sequence_length); positions labelled -100 are left out.
-        average_log_prob: divide by the number of labelled tokens; the trainers divide later (`get_batch_metrics`).
+        average_log_prob: divide by the number of labelled tokens; in training, `objectives.modifiers` divides instead.
 
     Returns: shape (batch_size,), in nats.
     """
@@ -29,23 +29,23 @@ def _get_batch_logps(logits: torch.Tensor, labels: torch.Tensor, average_log_pro
 
 
 def response_lengths(labels: torch.Tensor) -> torch.Tensor:
-    """Predicted tokens in each response: (batch_size, sequence_length) labels to (batch_size,).
+    """Return the number of predicted tokens of each response: (batch_size, sequence_length) labels to (batch_size,).
 
-    The first token of a sequence has nothing before it to predict it, so it never counts.
+    Nothing predicts a sequence's first token, so it never counts.
     """
     return (labels[:, 1:] != -100).sum(-1)
 
 
 def shared_lengths(batch: dict) -> torch.Tensor:
-    """Return the tokens of each pair's shorter response, for its chosen and its rejected one: (2 * batch_size,)."""
+    """Return the length of the shorter response of each response's pair: (2 * batch_size,), chosen before rejected."""
     lengths = [response_lengths(batch[f"{side}_labels"]) for side in ("chosen", "rejected")]
     return torch.minimum(*lengths).repeat(2)
 
 
-def with_first_labels(batch: dict, until: torch.Tensor) -> dict:
-    """Return the batch with the labels of the first `until` tokens of each response alone; (2 * batch_size,)."""
+def with_first_labels(batch: dict, n_first: torch.Tensor) -> dict:
+    """Return the batch with only the first `n_first` tokens of each response labelled; `n_first`: (2 * batch_size,)."""
     cut = dict(batch)
-    for side, n_tokens in zip(("chosen", "rejected"), until.chunk(2), strict=True):
+    for side, n_tokens in zip(("chosen", "rejected"), n_first.chunk(2), strict=True):
         labels = batch[f"{side}_labels"].clone()
         predicted = labels[:, 1:]
         predicted[(predicted != -100).cumsum(1) > n_tokens[:, None]] = -100
@@ -56,7 +56,7 @@ def with_first_labels(batch: dict, until: torch.Tensor) -> dict:
 def on_policy_weights(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return exp of the mean over a response's tokens of log π(token) - log Σ_v π(v)², shape (batch_size,).
 
-    These are WPO's weights (https://arxiv.org/abs/2406.11827, Eq. 2): large where the model itself would respond so.
+    These are WPO's weights (https://arxiv.org/abs/2406.11827, Eq. 2): large for responses that the model would sample.
     """
     log_collisions = (2 * logits[:, :-1].log_softmax(-1)).logsumexp(-1)  # (B, T-1)
     is_predicted = labels[:, 1:] != -100
@@ -65,7 +65,7 @@ def on_policy_weights(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
 
 def concatenated_inputs(batch: dict[str, list | torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Stack the chosen over the rejected sequences: shape (2 * batch_size, longest), under 'concatenated_...' keys."""
+    """Stack the chosen above the rejected sequences: (2 * batch_size, longest), under 'concatenated_...' keys."""
     length = max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1])
     concatenated_batch = {}
     for kind in ("input_ids", "attention_mask", "labels"):

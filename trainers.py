@@ -33,7 +33,7 @@ from data import hub
 from data.batches import prefetched
 from data.microbatches import computed_tokens, microbatches
 from distributed import collectives
-from distributed.gpu_settings import use_deterministic_algorithms, use_expandable_segments
+from distributed.environment import use_deterministic_algorithms, use_expandable_segments
 from distributed.strategies import STRATEGIES
 from evaluation import sampling
 from log_probabilities import (
@@ -251,19 +251,18 @@ class BasicTrainer:
         logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
         return _get_batch_logps(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
-    def response_logps(self, model: nn.Module, batch: dict, until: torch.Tensor | None = None) -> torch.Tensor:
+    def response_logps(self, model: nn.Module, batch: dict, n_first: torch.Tensor | None = None) -> torch.Tensor:
         """Return the same as `plain_logps`, computed in the model's layout.
 
-        `until`: (S,) numbers of tokens. If given, the result is (2, S); its second row counts only the first `until`
-        tokens of each response.
+        `n_first`: (S,); if given, also return the log-probability of each response's first `n_first` tokens: (2, S).
         """
         layout = self.layout if model is self.policy else self.reference_layout
         with self.autocast(model):
             if not layout.is_plain:
-                return layout.response_logps(model, batch, self.strategy, until)
-            if until is None:
+                return layout.response_logps(model, batch, self.strategy, n_first)
+            if n_first is None:
                 return self.plain_logps(model, batch)
-            return torch.stack([self.plain_logps(model, part) for part in (batch, with_first_labels(batch, until))])
+            return torch.stack([self.plain_logps(model, part) for part in (batch, with_first_labels(batch, n_first))])
 
     def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """Return autocast to `model.policy_mp`; for a reference with a dtype of its own, a context that does nothing.
@@ -275,7 +274,7 @@ class BasicTrainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 
-    def reference_logps(self, batch: dict, until: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference_logps(self, batch: dict, n_first: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the reference's log-probabilities of both responses; without a reference (reference_free), zeros."""
         if self.reference_cache is not None:
             dtype = torch.promote_types(self.policy.dtype, torch.float32)
@@ -284,19 +283,20 @@ class BasicTrainer:
             zeros = torch.zeros(len(batch["prompt"]), device=self.device)
             return zeros, zeros
         with self.reference.active() as model:
-            return self.response_logps(model, batch, until).to(self.device).chunk(2, dim=-1)  # it may be on another GPU
+            logps = self.response_logps(model, batch, n_first).to(self.device)  # the reference may be on another GPU
+        return logps.chunk(2, dim=-1)
 
     def loss_inputs(
-        self, batch: dict, policy_logps: torch.Tensor, until: torch.Tensor | None, loss_config: Mapping
+        self, batch: dict, policy_logps: torch.Tensor, n_first: torch.Tensor | None, loss_config: Mapping
     ) -> dict[str, torch.Tensor]:
         """Return the inputs of a loss, (batch_size,) each: log-probabilities (nats), lengths (tokens) and weights.
 
-        `policy_logps`: the policy's `response_logps(..., until)`.
+        `policy_logps` and `n_first`: the result of `response_logps` for the policy, and its argument.
         """
         sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
         logps, inputs = {"policy": policy_logps}, {}
         if self.loss.needs_pairs:
-            logps["reference"] = torch.cat(self.reference_logps(batch, until), -1)
+            logps["reference"] = torch.cat(self.reference_logps(batch, n_first), -1)
         for model, of_model in logps.items():
             for side, values in zip(sides, of_model.chunk(len(sides), -1), strict=True):
                 if values.ndim == 2:  # (2, batch_size)
@@ -330,10 +330,10 @@ class BasicTrainer:
             loss: the loss function of a microbatch (see `_loss_functions`); None if this is a whole batch.
         """
         split, router_coef = "train" if train else "eval", self.config.model.router_aux_loss_coef
-        until = shared_lengths(batch) if self.loss.needs_shared_logps(loss_config) else None
+        n_first = shared_lengths(batch) if self.loss.needs_shared_logps(loss_config) else None
         with contextlib.nullcontext() if router_coef is None else models.router_losses(self.policy) as aux_losses:
-            policy_logps = self.response_logps(self.policy, batch, until)
-        inputs = self.loss_inputs(batch, policy_logps, until, loss_config)
+            policy_logps = self.response_logps(self.policy, batch, n_first)
+        inputs = self.loss_inputs(batch, policy_logps, n_first, loss_config)
         loss = loss or self._loss_functions(batch, [batch], train)[0]
         losses, rewards, parts = loss(inputs, loss_config)
         metrics = reward_metrics(split, *rewards) if rewards else {}

@@ -1,4 +1,4 @@
-"""Small helpers that several files share: errors for the user, ranks, directories, padding, dropout."""
+"""Small helpers that several files share: messages, signals, directories, batches, models."""
 
 import contextlib
 import difflib
@@ -16,8 +16,13 @@ from basics.errors import UserError
 from basics.printing import on_rank0, rank0_print  # noqa: F401 (users of the original import it from here)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_short_of_files(error: BaseException | None) -> bool:
-    """True if an error, or one that caused it, is "too many open files"."""
+    """True if an error, or an error that caused it, is "too many open files"."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -29,7 +34,7 @@ def is_short_of_files(error: BaseException | None) -> bool:
 
 
 def closest_match(name: str, options: Iterable[str]) -> str:
-    """Return ' Did you mean X?' with the option most like `name`, or an empty string if none is near."""
+    """Return ' Did you mean X?' with the option most like `name`, or an empty string if none is similar."""
     options = list(options)
     if same := [option for option in options if option.lower() == name.lower()]:
         return f" Did you mean {same[0]}?"
@@ -41,20 +46,20 @@ def closest_match(name: str, options: Iterable[str]) -> str:
 
 
 def closest_sibling(path: str) -> str:
-    """Return ' Did you mean X?' for a path that doesn't exist, or an empty string."""
+    """Return ' Did you mean X?' with the sibling most like a path that doesn't exist, or an empty string."""
     parent = os.path.dirname(path.rstrip("/" + os.sep))
     names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     return closest_match(path, [os.path.join(parent, name) for name in names])
 
 
-# signals that ask a run to stop; schedulers can send SIGUSR1 before they kill. Windows has others.
+# signals that ask a run to stop; schedulers can send SIGUSR1 before they kill, and Windows has SIGBREAK
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 @contextlib.contextmanager
 def signals_handled(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handle the signals that ask a run to stop with `handler` inside the block."""
+    """Let `handler` handle the signals that ask a run to stop, inside the block."""
     former = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
@@ -66,9 +71,9 @@ def signals_handled(handler: Callable[[int, object], None]) -> Iterator[None]:
 def get_local_dir(prefixes_to_resolve: list[str]) -> str:
     """Return this user's directory under the first prefix that exists and is writable, else under the last.
 
-    Nothing is created: whoever writes there creates it.
+    The directory isn't created here.
 
-    Raises: UserError if they are not a list of directories.
+    Raises: UserError if `prefixes_to_resolve` isn't a list of directories.
     """
     is_list = isinstance(prefixes_to_resolve, Sequence) and not isinstance(prefixes_to_resolve, str)
     if not is_list or not prefixes_to_resolve or not all(isinstance(p, str) and p for p in prefixes_to_resolve):
@@ -85,7 +90,7 @@ def get_local_dir(prefixes_to_resolve: list[str]) -> str:
 
 
 def get_local_run_dir(exp_name: str, local_dirs: list[str]) -> str:
-    """Return a new path for this run's outputs; it is created once the config has been checked.
+    """Return a new path for this run's outputs; the directory isn't created yet.
 
     Raises: UserError if `exp_name` leads out of the local directory.
     """
@@ -102,7 +107,7 @@ def get_local_run_dir(exp_name: str, local_dirs: list[str]) -> str:
 def slice_and_move_batch_for_device(batch: dict, rank: int, world_size: int, device: torch.device | str) -> dict:
     """Return the `rank`-th of `world_size` equal parts of a batch, its tensors on `device`.
 
-    For users of the original: here workers get shards of their own from `data.batches`.
+    For users of the original; this repository's workers get their shards from `data.batches`.
     """
     chunk_size = len(next(iter(batch.values()))) // world_size
     part = slice(chunk_size * rank, chunk_size * (rank + 1))
@@ -115,7 +120,7 @@ def on_device(batch: dict, device: torch.device | str) -> dict:
 
 
 def default_device() -> str:
-    """Return the kind of device that one process computes on: an NVIDIA or AMD GPU, Apple's, or the CPU."""
+    """Return the kind of device for a single process: 'cuda' (NVIDIA or AMD), 'mps' (Apple) or 'cpu'."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -125,7 +130,7 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 
 
 def computed_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which a matrix product is computed: autocast's if that is active, else the tensor's."""
+    """Return the dtype in which matrix products of a tensor are computed: autocast's if it is active, else its own."""
     device = tensor.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -141,7 +146,7 @@ def select_examples(batch: dict, indices: torch.Tensor) -> dict:
 
 
 def pad_to_length(tensor: torch.Tensor, length: int, pad_value: int | float, dim: int = -1) -> torch.Tensor:
-    """Pad `tensor` with `pad_value` at the end of `dim` up to `length`; a longer tensor stays as it is."""
+    """Pad `tensor` with `pad_value` at the end of `dim` up to `length`; return a longer tensor unchanged."""
     missing = length - tensor.size(dim)
     if missing <= 0:
         return tensor
@@ -151,21 +156,21 @@ def pad_to_length(tensor: torch.Tensor, length: int, pad_value: int | float, dim
 
 
 def unwrap_adapter(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a PEFT model; any other model as it is."""
+    """Return the transformers model inside a PEFT model; return any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def n_weights(parameter: torch.Tensor) -> int:
-    """Return how many weights a parameter holds; 4-bit ones (bitsandbytes) are packed, two in a byte."""
+    """Return the number of weights in a parameter; bitsandbytes packs two 4-bit weights into a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
 
 def disable_dropout(model: nn.Module):
-    """Turn off all dropout: modules, rates held as attributes (GPT-NeoX, Llama) or read from the config (GPT-J).
+    """Turn off all dropout: modules, and rates held as attributes (GPT-NeoX, Llama) or read from the config (GPT-J).
 
     Policy and reference must compute the same function, and gradients must not depend on a random mask. For
-    the same reasons, the noise of mixtures' routers (Mixtral, DBRX) is off, too.
+    the same reasons, the noise of routers in mixtures of experts (Mixtral, DBRX) is turned off, too.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -185,7 +190,7 @@ def _zero_dropout_rates(holder: object):
 
 
 def transformer_blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
-    """Return a model's transformer blocks, of the class `block_name`; None: of the classes in `_no_split_modules`."""
+    """Return a model's transformer blocks: its modules of the class `block_name`, by default of `_no_split_modules`."""
     names = [block_name] if block_name is not None else list(model._no_split_modules or [])
     return [module for module in model.modules() if type(module).__name__ in names]
 

@@ -1,1 +1,1 @@
-"""Ways to compute the same numbers faster or in less memory: prefix sharing, packed rows, a check of both, ..."""
+"""Compute the same numbers faster or in less memory: prefix sharing, packed rows, a check of both, ..."""

@@ -1,4 +1,4 @@
-"""Estimate bytes per token kept for the backward pass, and the cost of one more microbatch."""
+"""Estimate the memory that a microbatch needs, and the time that one more microbatch costs."""
 
 import contextlib
 from collections import Counter
@@ -10,19 +10,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from acceleration.shadow_weights import release_copies
+from acceleration.response_head import LOGITS_BYTES
+from acceleration.shadow_weights import free_trained_copies
 from utils import n_weights, transformer_blocks, unwrap_adapter
 
-# seconds that a host takes to launch the kernels of one layer, forward and backward
-_LAUNCH_SECONDS = 5e-4
+_LAUNCH_SECONDS = 5e-4  # for a host to launch the kernels of one layer, forward and backward
 _OPERATIONS_PER_SECOND = 4e14  # of a current GPU, in bfloat16
-_OPERATIONS_PER_PARAMETER = 6  # for a token, forward and backward
+_OPERATIONS_PER_PARAMETER = 6  # for each token, forward and backward
 
 
 def microbatch_overhead(policy: nn.Module) -> float:
     """Return the cost of one more microbatch on a GPU, in tokens that could be computed in the same time.
 
-    It is the time to launch kernels, for which a small model waits. The constants above are estimates, not
+    A GPU that computes a small model waits for the host to launch kernels. The constants above are estimates, not
     measurements; they give 400 tokens for 2.8 billion parameters, and 10,000 for 70 million (19 million outside the
     embeddings).
     """
@@ -35,11 +35,21 @@ def microbatch_overhead(policy: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a training forward pass keeps on each device, as measured."""
+    """Measured bytes that a training forward pass keeps on each device."""
 
-    kept: dict[torch.device, float]  # for each token, from the forward to the backward pass; logits not counted
-    backward: dict[torch.device, float]  # for each token, gradients inside a block: taken as what it keeps
+    kept: dict[torch.device, float]  # for each token, from the forward to the backward pass
+    backward: dict[
+        torch.device, float
+    ]  # for each token, gradients inside a block, estimated as the bytes that it keeps
     casts: dict[torch.device, int]  # copies of weights cast for computing; they don't grow with the tokens
+
+
+def microbatch_bytes(policy: nn.Module, activations: Activations, device: torch.device) -> tuple[int, float]:
+    """Return the peak bytes of a microbatch on a device, besides copies of weights: a constant, and bytes per token."""
+    trained = (parameter for parameter in policy.parameters() if parameter.requires_grad and parameter.device == device)
+    largest = max((4 * parameter.numel() for parameter in trained), default=0)
+    # the largest weight's gradient is held twice, in float32: the new one, and the sum to which it is added
+    return LOGITS_BYTES + 2 * largest, activations.kept[device] + activations.backward.get(device, 0)
 
 
 def measure_activations(
@@ -47,16 +57,15 @@ def measure_activations(
 ) -> Activations:
     """Run one forward pass with gradients as in training, and count the storages that its graph keeps, each once.
 
-    With activation checkpointing the last block is run without it: in the backward pass, one block at a time is
-    computed again and keeps everything. Blocks must not be compiled yet. The policy and the random generators are left
-    as they were.
+    Under activation checkpointing, the last block is computed without it: in the backward pass, one block at a time is
+    recomputed and keeps everything. Blocks must not be compiled yet. The policy and the random generators are restored.
 
     Args:
-        compute: the log-probabilities of a few responses under the policy.
+        compute: returns the log-probabilities of a few responses under the policy.
         n_tokens: tokens in these responses and their prompts.
         counts_logits: False if the memory for logits doesn't grow with the number of tokens (`response_head`).
     """
-    release_copies(policy)
+    free_trained_copies(policy)
     graph, weights = _Graph(), _WeightStorages(policy)
     with (
         _training(policy),
@@ -67,7 +76,7 @@ def measure_activations(
         weights,
     ):
         logps = compute()
-    # counted before the graph is freed; FSDP has freed the weights it gathered, so that they count as 0 bytes
+    # count before the graph is freed; FSDP has already freed the weights that it gathered, so they count as 0 bytes
     of_tokens = {key: tensor for key, tensor in graph.kept.items() if key not in weights.storages}
     of_weights = {key: tensor for key, tensor in graph.kept.items() if key in weights.derived}
     kept = _bytes_by_device(of_tokens)
@@ -84,7 +93,7 @@ def measure_activations(
 
 @contextlib.contextmanager
 def _watched_modules(policy: nn.Module, graph: "_Graph", counts_logits: bool) -> Iterator[None]:
-    """Tell the graph when the last block runs and where the output head begins; let that block keep everything."""
+    """Tell the graph when the last block runs and when the output head begins; let the last block keep everything."""
     base, block = unwrap_adapter(policy).base_model, _last_block(policy)
     hooks = [
         block.register_forward_pre_hook(lambda *_: graph.enter_block(), prepend=True),
@@ -141,7 +150,7 @@ class _WeightStorages(TorchDispatchMode):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        # keep the tensors alive, so that no other tensor gets their address
+        # keep the tensors alive, so that no other tensor gets the same address
         self.storages = {_storage_id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.derived: set[int] = set()
         self.casts: dict[int, torch.Tensor] = {}
@@ -181,7 +190,7 @@ def _is_checkpointed(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _training(policy: nn.Module) -> Iterator[None]:
-    """Put the policy into training mode inside the block; otherwise nothing would be checkpointed."""
+    """Put the policy into training mode inside the block; activations are only checkpointed in that mode."""
     modes = {module: module.training for module in policy.modules()}
     policy.train()
     try:

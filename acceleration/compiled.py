@@ -6,9 +6,9 @@ from utils import UserError, transformer_blocks
 
 
 def compile_blocks(model: nn.Module, block_name: str | None):
-    """Have each transformer block compiled at its first call, once for all sequence lengths.
+    """Let each transformer block be compiled at its first call, once for all sequence lengths.
 
-    Attention over packed rows is not compiled: it is a single kernel already.
+    Attention over packed rows is not compiled, because it is a single kernel already.
 
     Raises: UserError if neither `block_name` nor the model names its transformer blocks.
     """

@@ -1,12 +1,11 @@
-"""The layout of a model's batches: making rows, and the forward pass over them."""
+"""The layout of batches: it makes the rows that a model computes, and their log-probabilities."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from acceleration.prefix_sharing import PACKED, SHARED, Rows, packed_rows, padded_rows
+from acceleration.prefix_sharing import Rows, packed_rows, padded_rows, shared_rows
 from acceleration.response_head import response_logps
 from distributed.strategies import SingleProcess
 from utils import unwrap_adapter
@@ -16,49 +15,37 @@ from utils import unwrap_adapter
 class Layout:
     """A layout of batches. `model_check.choose_layout` chooses it, after comparing it with the plain forward."""
 
-    make_rows: Callable[[dict], Rows] | None  # None: the plain way, as the original computes
-    whole_logits: bool = False  # take logits from the whole model, which does more to them than apply the output head
-
-    @property
-    def is_plain(self) -> bool:
-        """True if the trainer's own plain forward computes the model."""
-        return self.make_rows is None
-
-    @property
-    def is_shared(self) -> bool:
-        """True if a pair's prompt is computed once."""
-        return self.make_rows in SHARED
-
-    @property
-    def is_packed(self) -> bool:
-        """True if rows have no padding."""
-        return self.make_rows in PACKED
+    is_shared: bool = False  # each pair's prompt is computed once
+    is_packed: bool = False  # all sequences are in one row, without padding
+    whole_logits: bool = False  # take logits from the whole model, because it modifies its output head's result
+    is_plain: bool = False  # the trainer's own plain forward computes the model
 
     def response_logps(
-        self, model: nn.Module, batch: dict, strategy: type[SingleProcess], until: torch.Tensor | None = None
+        self, model: nn.Module, batch: dict, strategy: type[SingleProcess], n_first: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the log-probability of each of the batch's S responses, chosen before rejected: (S,), in nats.
 
-        `until`: see `response_head.response_logps`.
+        `n_first`: see `response_head.response_logps`.
         """
         model = unwrap_adapter(model)
-        args = self.rows(batch), self.whole_logits, strategy, until
+        args = self.rows(batch), self.whole_logits, strategy, n_first
         return strategy.run_as_forward(model, response_logps, model, *args)
 
     def prepare(self, batch: dict, pin_memory: bool) -> dict:
-        """Return the batch with its rows, made ahead of time; a GPU can copy pinned ones while it computes."""
+        """Return the batch with its rows, made ahead of time; a GPU can copy pinned rows while it computes."""
         if self.is_plain:
             return batch
         rows = self.rows(batch).pin_memory() if pin_memory else self.rows(batch)
-        return batch | {"rows": batch.get("rows", {}) | {self.make_rows: rows}}
+        return batch | {"rows": batch.get("rows", {}) | {(self.is_shared, self.is_packed): rows}}
 
     def rows(self, batch: dict) -> Rows:
-        """Return the rows of a batch: those that `prepare` has made, if it was called."""
-        if self.make_rows in batch.get("rows", {}):
-            return batch["rows"][self.make_rows]
-        if "rejected_labels" in batch:
-            return self.make_rows(batch)
-        return packed_rows(batch) if self.is_packed else padded_rows(batch)  # single sequences share nothing
+        """Return the rows of a batch; make them unless `prepare` has made them already."""
+        if prepared := batch.get("rows", {}).get((self.is_shared, self.is_packed)):
+            return prepared
+        is_shared = self.is_shared and "rejected_labels" in batch  # single sequences share nothing
+        if self.is_packed:
+            return packed_rows(batch, is_shared)
+        return shared_rows(batch) if is_shared else padded_rows(batch)
 
 
-PLAIN = Layout(None)
+PLAIN = Layout(is_plain=True)

@@ -1,4 +1,4 @@
-"""Measure one way of computing a model: its log-probabilities, one gradient, and how far rounding moves them."""
+"""Measure a computation of a model: its log-probabilities, one gradient, and how far rounding moves them."""
 
 import contextlib
 import itertools
@@ -12,11 +12,11 @@ from log_probabilities import response_lengths
 from utils import computed_dtype, select_examples, unwrap_adapter
 
 SIDES = ("chosen", "rejected")
-# Log-probabilities are multiplied by it, so that gradients are about as small as a loss's and fit into float16.
-_SMALL = 1 / 16
-_TOKEN_WEIGHTS = torch.randn(997, generator=torch.Generator().manual_seed(0))  # a token's is at its id modulo 997
-# Error of a float32 sum, in units of its last digit. For results in 16 bits, rounding them at the end outweighs it.
-_ACCUMULATED = 32
+# A factor for log-probabilities that makes their gradients about as small as a loss's, so that they fit into float16.
+_SCALE = 1 / 16
+_TOKEN_WEIGHTS = torch.randn(997, generator=torch.Generator().manual_seed(0))  # token i has the weight at i % 997
+# Error of a float32 sum, in units of its last digit. For 16-bit results, the final rounding outweighs it.
+_SUM_ERROR = 32
 
 
 # ---- examples -------------------------------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ _ACCUMULATED = 32
 def synthetic_batch(batch: dict, lengths: list[tuple[int, int]]) -> dict:
     """Return examples with these numbers of tokens (prompt, whole sequence); both responses are equally long.
 
-    Tokens are drawn from those in `batch`, to avoid special ones.
+    Their tokens are drawn at random from those in `batch`, to avoid special tokens.
     """
     seen = batch["chosen_input_ids"][batch["chosen_attention_mask"].bool()]
     generator = torch.Generator().manual_seed(0)
@@ -60,11 +60,11 @@ def each_alone(batch: dict) -> Iterator[dict]:
 
 @dataclass
 class Numbers:
-    """Results of one way of computing E examples: short ones, and one of full length unless it was left out."""
+    """Results for E examples: short ones, and one of full length unless it was left out."""
 
     logps: torch.Tensor  # (1 or 2, E) of chosen and rejected responses, in nats
     gradient: torch.Tensor  # (H,), a projection of the short examples' gradient
-    leak: float  # the share of the gradient that reaches a row's last token: 0 if the model is causal
+    leak: float  # the fraction of the gradient that reaches a row's last token: 0 if the model is causal
 
 
 def measure(
@@ -78,7 +78,7 @@ def measure(
     """Compute a batch of short examples, forward and backward, and the forward pass of a batch of full length.
 
     Args:
-        compute: gives the log-probability of each response, chosen before rejected: (S,).
+        compute: returns the log-probability of each response, chosen before rejected: (S,).
         alone: compute each short example separately.
     """
     parts = list(each_alone(short)) if alone else [short]
@@ -97,7 +97,7 @@ def _forward_and_backward(
     """Return log-probabilities (sides, B), the projected gradient of chosen minus rejected ones (H,), and its leak.
 
     The gradient is taken with respect to the embedded tokens, so it passes through every layer's backward. It is
-    weighted by token id and summed over tokens, so that it doesn't depend on where a layout puts a token.
+    weighted by token id and summed over tokens, because a token's place in a row depends on the layout.
     """
     with _embeddings_as_leaves(unwrap_adapter(model)) as embedded, torch.enable_grad(), autocast():
         logps = compute(model, batch)
@@ -105,9 +105,9 @@ def _forward_and_backward(
     if not embedded:
         raise RuntimeError("the model doesn't call the layer that get_input_embeddings() returns")
     ids, leaves = zip(*embedded, strict=True)
-    objective = _SMALL * (logps[0].sum() - logps[1:].sum())
+    objective = _SCALE * (logps[0].sum() - logps[1:].sum())
     gradients = [gradient.cpu().double() for gradient in torch.autograd.grad(objective, leaves, materialize_grads=True)]
-    weights = [_TOKEN_WEIGHTS[of_tokens.cpu() % len(_TOKEN_WEIGHTS)].unsqueeze(-1) for of_tokens in ids]
+    weights = [_TOKEN_WEIGHTS[tokens.cpu() % len(_TOKEN_WEIGHTS)].unsqueeze(-1) for tokens in ids]
     projection = sum((w * g).flatten(0, -2).sum(0) for w, g in zip(weights, gradients, strict=True))
     leak = max(float(gradient[:, -1].norm() / gradient.norm().clamp(min=1e-30)) for gradient in gradients)
     return logps.detach().cpu().double(), projection, leak
@@ -115,13 +115,13 @@ def _forward_and_backward(
 
 @contextlib.contextmanager
 def _embeddings_as_leaves(model: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Yield a list that collects token ids and embedded tokens of each forward; gradients reach the latter."""
+    """Yield a list that collects the token ids and embedded tokens of each forward; gradients end at the embeddings."""
     embedded = []
 
     def make_leaf(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         leaf = output.detach().requires_grad_()
         embedded.append((inputs[0], leaf))
-        return leaf * 1  # some models change it in place, which a leaf doesn't allow
+        return leaf * 1  # not the leaf itself, because some models change embeddings in place
 
     hook = model.get_input_embeddings().register_forward_hook(make_leaf)
     try:
@@ -136,8 +136,14 @@ def _embeddings_as_leaves(model: nn.Module) -> Iterator[list[tuple[torch.Tensor,
 class Standard:
     """Numbers that others are compared with, and how far rounding moves them."""
 
-    def __init__(self, numbers: Numbers, rounded: Numbers, batches: list[dict]):
-        """Args: `rounded`: numbers of the short examples under `rounded_otherwise`; `batches`: all examples."""
+    def __init__(self, numbers: Numbers, perturbed: Numbers, batches: list[dict]):
+        """Compute how far rounding moves the standard.
+
+        Args:
+            numbers: the standard.
+            perturbed: numbers of the short examples inside `perturbed_by_rounding`.
+            batches: all examples.
+        """
         self.numbers = numbers
         sides = [
             [response_lengths(batch[f"{side}_labels"]) for batch in batches] for side in SIDES[: len(numbers.logps)]
@@ -145,22 +151,33 @@ class Standard:
         self.lengths = torch.stack([torch.cat(side) for side in sides]).clamp(min=1)  # (sides, E) in tokens
         size = float((numbers.logps / self.lengths.sqrt()).square().mean().sqrt())
         last_digits = 2 * torch.finfo(torch.float32).eps * size, 2 * torch.finfo(torch.float32).eps
-        self.rounding = [max(pair) for pair in zip(self.distances(rounded), last_digits, strict=True)]
+        self.rounding = [max(pair) for pair in zip(self.distances(perturbed), last_digits, strict=True)]
 
     def distances(self, ours: Numbers) -> tuple[float, float]:
-        """Return how far `ours` are from the standard; they may lack the example of full length.
+        """Return how far `ours` are from the standard; the example of full length may be missing.
 
-        The first is the root mean square of the differences of log-probabilities (nats), each divided by the square
-        root of the response's number of tokens; the second is the relative difference of the gradient.
+        Returns: the root mean square of the differences of log-probabilities (nats), each divided by the square root of
+            the response's number of tokens; and the relative difference of the gradient.
         """
         n = ours.logps.shape[1]
-        of_logps = (ours.logps - self.numbers.logps[:, :n]) / self.lengths[:, :n].sqrt()
-        of_gradient = (ours.gradient - self.numbers.gradient).norm() / self.numbers.gradient.norm().clamp(min=1e-30)
-        return float(of_logps.square().mean().sqrt()), float(of_gradient)
+        logp_errors = (ours.logps - self.numbers.logps[:, :n]) / self.lengths[:, :n].sqrt()
+        gradient_error = (ours.gradient - self.numbers.gradient).norm() / self.numbers.gradient.norm().clamp(min=1e-30)
+        return float(logp_errors.square().mean().sqrt()), float(gradient_error)
 
-    def multiples(self, ours: Numbers) -> list[float]:
-        """Return the same distances as multiples of rounding noise."""
-        return [distance / rounding for distance, rounding in zip(self.distances(ours), self.rounding, strict=True)]
+    def difference(self, ours: Numbers, within: float, at_most: tuple[float, float]) -> str | None:
+        """Describe how `ours` differ from the standard; None if their distances are within the limits.
+
+        Args:
+            within: limit on both distances, as a multiple of rounding noise.
+            at_most: absolute limits on each.
+        """
+        distances = self.distances(ours)
+        limits = [min(within * rounding, most) for rounding, most in zip(self.rounding, at_most, strict=True)]
+        if not distances[0] <= limits[0]:  # also if it is NaN
+            return f"it changes log-probabilities by up to {self.nats(ours):.3g} nats"
+        if not distances[1] <= limits[1]:
+            return f"it changes the gradient by {100 * distances[1]:.2g} %"
+        return None
 
     def nats(self, ours: Numbers) -> float:
         """Return the largest difference of a response's log-probability, in nats."""
@@ -168,12 +185,11 @@ class Standard:
 
 
 @contextlib.contextmanager
-def rounded_otherwise(model: nn.Module) -> Iterator[None]:
-    """Perturb every layer's output, and the gradient that comes back through it, by errors of the size of rounding.
+def perturbed_by_rounding(model: nn.Module) -> Iterator[None]:
+    """Perturb the output of every layer except the head, and its gradient, by errors of the size of rounding.
 
-    The head is left out. This is Monte Carlo arithmetic (D. S. Parker, UCLA CSD-970002, 1997) at the granularity of
-    layers. The noise of the n-th output is drawn from the seed n, so that workers which compute the same output add the
-    same noise.
+    This is Monte Carlo arithmetic (D. S. Parker, UCLA CSD-970002, 1997) at the granularity of layers. The n-th output's
+    noise is drawn with seed n, so that workers which compute the same output add the same noise.
     """
     counter = itertools.count()
 
@@ -195,9 +211,9 @@ def rounded_otherwise(model: nn.Module) -> Iterator[None]:
 
 def _rounding_error(tensor: torch.Tensor) -> float:
     """Return the largest relative rounding error of results in a tensor's dtype."""
-    dtype = computed_dtype(tensor)  # a wider output is rounded to it when the next layer reads it
-    if dtype not in (torch.float32, torch.float64):  # float64: parts of some models are in float32 even then
+    dtype = computed_dtype(tensor)  # even if the output is wider, the next layer rounds it to this dtype
+    if dtype not in (torch.float32, torch.float64):
         return torch.finfo(dtype).eps / 2
-    if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32:  # which has as many digits as float16
+    if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32:  # TF32 has as many digits as float16
         return torch.finfo(torch.float16).eps / 2
-    return _ACCUMULATED * torch.finfo(torch.float32).eps / 2
+    return _SUM_ERROR * torch.finfo(torch.float32).eps / 2  # also in float64: some models have parts in float32

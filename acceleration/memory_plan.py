@@ -1,4 +1,4 @@
-"""Plan a GPU's memory at the start: what a run will hold, whether it fits, and how much is left for a microbatch."""
+"""Plan a GPU's memory at the start of a run: the bytes that it will hold, and the largest microbatch that then fits."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -7,10 +7,9 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from acceleration.capacity import Activations
+from acceleration.capacity import Activations, microbatch_bytes
 from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
 from acceleration.out_of_memory import remedies
-from acceleration.response_head import LOGITS_BYTES
 from distributed import collectives
 from distributed.dtensor import n_gathered
 from utils import UserError, rank0_print, transformer_blocks, unwrap_adapter
@@ -20,13 +19,13 @@ _SHARE_FOR_ACTIVATIONS = 0.9  # of free memory; the rest is for fragmentation an
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The bytes to be held on one GPU, and `max_tokens`, the largest microbatch for which the rest is enough."""
+    """The bytes that a run will hold on one GPU, and the largest microbatch that fits into the rest."""
 
     device: torch.device
     held: dict[str, int]  # bytes by kind, from the first step on
-    total: int
+    total: int  # bytes of the GPU's memory
     token: float  # peak bytes per token of a microbatch
-    max_tokens: int  # 0: what is held doesn't fit
+    max_tokens: int  # in a microbatch; 0: the held bytes alone don't fit
     foreach_fits: bool  # there is room for an optimizer step over all weights at once, which copies the gradients
 
     def __str__(self) -> str:
@@ -54,7 +53,7 @@ def plan_memory(
 
     `n_tokens`: tokens in an example of full length; for the other arguments see `memory_plans`.
 
-    Returns: the most tokens that fit into a microbatch, the same on all workers; None without a GPU.
+    Returns: the largest number of tokens in a microbatch, the same on all workers; None without a GPU.
     Raises: UserError if the run doesn't fit.
     """
     dtype = getattr(torch, config.model.policy_mp) if config.model.policy_mp else policy.dtype
@@ -87,13 +86,11 @@ def memory_plans(
         gathers_blocks: weights are gathered for each block in turn (FSDP).
     """
     weights, gradients, of_reference = Counter(), Counter(), Counter()
-    largest: Counter[torch.device] = Counter()
     for parameter in policy.parameters():
         device, n_bytes = parameter.device, _local_bytes(parameter)
         weights[device] += n_bytes
         if parameter.requires_grad:
             gradients[device] += n_bytes
-            largest[device] = max(largest[device], 4 * parameter.numel())
     for parameter in reference.parameters() if reference is not None else ():
         of_reference[parameter.device] += _local_bytes(parameter)
     plans = []
@@ -112,16 +109,15 @@ def memory_plans(
         free, total = free_and_total_bytes(device)
         # weights and reference are allocated already
         left = free - sum(held.values()) + held["weights"] + held["reference"]
-        room = left - LOGITS_BYTES - 2 * largest[device]
-        token = activations.kept[device] + activations.backward.get(device, 0)
-        n_tokens = max(1, int(_SHARE_FOR_ACTIVATIONS * room / token)) if left > 0 else 0
-        copies = activations.casts.get(device, 0)  # released before the step
+        constant, token = microbatch_bytes(policy, activations, device)
+        n_tokens = max(1, int(_SHARE_FOR_ACTIVATIONS * (left - constant) / token)) if left > 0 else 0
+        copies = activations.casts.get(device, 0)  # freed before the step
         plans.append(MemoryPlan(device, held, total, token, n_tokens, left + copies >= gradients[device]))
     return plans
 
 
 def free_and_total_bytes(device: torch.device) -> tuple[int, int]:
-    """Return how many bytes of a GPU this process can still allocate, and how many it has in all."""
+    """Return the bytes of a GPU that this process can still allocate, and all bytes of that GPU."""
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
@@ -131,7 +127,7 @@ def _local_bytes(parameter: torch.Tensor) -> int:
 
 
 def _gathered_bytes(policy: nn.Module, compute_dtype: torch.dtype) -> int:
-    """Return the bytes FSDP gathers at a time: all outside the blocks, two blocks, and one block's gradients."""
+    """Return the bytes that FSDP gathers: weights outside the blocks, weights of two blocks, gradients of one part."""
 
     def size(modules: nn.Module) -> int:
         return sum(n_gathered(parameter) for parameter in modules.parameters())
@@ -145,7 +141,7 @@ def _gathered_bytes(policy: nn.Module, compute_dtype: torch.dtype) -> int:
 def check_fits(plans: list[MemoryPlan], config: DictConfig, n_tokens: int) -> str | None:
     """Return a warning if the run fits into memory, but not with an example of full length (`n_tokens`).
 
-    Raises: UserError if what the run holds doesn't fit.
+    Raises: UserError if the bytes that the run holds don't fit.
     """
     if not plans:
         return None
@@ -166,5 +162,5 @@ def _needs(plan: MemoryPlan) -> str:
 
 
 def cap_of(plans: list[MemoryPlan]) -> int | None:
-    """Return the most tokens of a microbatch that fit on every GPU; None without a GPU."""
+    """Return the largest number of tokens in a microbatch that fits on every GPU; None without a GPU."""
     return min((plan.max_tokens for plan in plans), default=None)

@@ -1,50 +1,56 @@
 """Choose the fastest way to compute a model that agrees with the trainer's plain forward.
 
-The check runs where training starts: on the model, the device and the precision of the run, in training mode. The
+The check runs at the start of training: on the model, the device and the precision of the run, in training mode. The
 standard is the plain forward (`concatenated_forward`) of one pair at a time, without padding: log-probabilities and one
-gradient of short pairs, and the log-probabilities of a pair of full length, which attention windows alter. A faster way
-computes the same pairs together, and is used if it agrees up to rounding. How far rounding moves the standard is
-measured, as that depends on dtype, depth and weights.
+gradient of short pairs, and the log-probabilities of a pair of full length, which attention windows alter. A faster
+layout computes the same pairs together, and is used if it agrees up to rounding. How far rounding moves the standard
+depends on dtype, depth and weights, so it is measured.
 """
 
 import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from acceleration.layout import PLAIN, Layout
-from acceleration.measurement import Numbers, Standard, full_length_batch, measure, rounded_otherwise, synthetic_batch
-from acceleration.packed_attention import supports_packed_attention, use_packed_attention
-from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
+from acceleration.measurement import (
+    Numbers,
+    Standard,
+    full_length_batch,
+    measure,
+    perturbed_by_rounding,
+    synthetic_batch,
+)
+from acceleration.packed_attention import packed_attention_used, supports_packed_attention, use_packed_attention
 from acceleration.response_head import head_gives_logits
 from distributed import collectives
 from distributed.strategies import SingleProcess
 from reporting.terminal import still_working
-from utils import UserError, rank0_print, unwrap_adapter
+from utils import UserError, first_line, rank0_print, unwrap_adapter
 
-# Limits on a faster way's distance from the standard: a multiple of the standard's rounding noise, and absolute limits
-# for log-probabilities (nats / √tokens of the response) and gradients (relative). On docs/architectures.md's models,
-# correct ways stay within 0.6 times rounding. In 16 bits some wrong ones do too; the absolute limits catch those.
+# Limits on a layout's distance from the standard: a multiple of the standard's rounding noise, and absolute limits for
+# log-probabilities (nats / √tokens of the response) and gradients (relative). For docs/architectures.md's models,
+# correct layouts stay within 0.6 times rounding. In 16 bits, some wrong ones do, too; the absolute limits catch them.
 CHOSEN_WITHIN, CHOSEN_AT_MOST = 2, (0.1, 0.15)
-_ANY = float("inf"), float("inf")
 REFUSED_BEYOND = 8  # the multiple for the plain forward of a padded batch, to which there is no alternative
-_RANDOM_BEYOND = 0.1  # the multiple for a repetition of the same batch by a model that draws random numbers
-_LEAK = 5e-4  # a gradient's `leak` (see `Numbers`) up to which it counts as 0, as a causal model's is
+_RANDOM_BEYOND = 0.1  # the multiple for a second computation of the same batch, if the model draws random numbers
+_LEAK = 5e-4  # a causal model's `leak` (see `Numbers`) is 0, or at most this after rounding
 _DENSE_MASKS = ("eager", "sdpa")  # attention implementations that take a (B, 1, T, T) mask; others may crash on one
 _PLAIN_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}  # `layer_types`
-_SLOW_PARAMETERS = 50_000_000  # for larger models the check takes long enough to print that it runs
+_SLOW_PARAMETERS = 50_000_000  # larger models take long enough to check that progress is printed
 
 
 def choose_layout(model: nn.Module, *args, is_trained: bool = True, **kwargs) -> Layout:
     """Choose the fastest correct layout for a model, and print it; takes the arguments of `find_layout`."""
     is_slow = sum(parameter.numel() for parameter in model.parameters()) > _SLOW_PARAMETERS
-    what = f"Comparing faster ways to compute {_name(model)} with the plain forward"
+    work = f"Comparing faster ways to compute {_name(model)} with the plain forward"
     if is_slow:
-        rank0_print(f"{what} ...")
-    with still_working(what) if is_slow else contextlib.nullcontext():
+        rank0_print(f"{work} ...")
+    with still_working(work) if is_slow else contextlib.nullcontext():
         layout, message = find_layout(model, *args, is_trained=is_trained, **kwargs)
     if message:
         rank0_print(message if is_trained else f"Reference model: {message}")
@@ -63,65 +69,69 @@ def find_layout(
 ) -> tuple[Layout, str]:
     """Return the fastest layout that agrees with `plain`, and the line to print; the same on all workers.
 
+    The model is then ready to be computed in that layout.
+
     Args:
-        plain: gives the log-probability of each of a batch's S responses, chosen before rejected: (S,), in nats.
-        batch: examples that tokens are drawn from.
+        plain: returns the log-probability of each of a batch's S responses, chosen before rejected: (S,), in nats.
+        batch: examples; the check uses their tokens in examples of its own.
         config: its `shared_prompt`, `padding_free` and `max_length` are read.
         strategy: where the model's tensors live.
         autocast: the context that the model is computed in.
         is_unpaired: the two responses of an example have prompts of their own.
         is_trained: check the model in training mode; a reference is computed in evaluation mode.
 
-    Raises: UserError if the plain forward itself can't be trained, or the model doesn't support a setting that is true.
+    Raises: UserError if the plain forward itself can't be trained, or if the model doesn't support `shared_prompt=true`
+        or `padding_free=true`.
     """
     if is_unpaired and config.shared_prompt is True:
         raise UserError("shared_prompt=true: the two responses of unpaired data have prompts of their own")
     check = ModelCheck(model, plain, batch, config.max_length, strategy, autocast)
     may_share = "rejected_labels" in batch and not is_unpaired and config.shared_prompt is not False
-    must_share, must_pack = may_share and config.shared_prompt is True, config.padding_free is True
     with check.mode(is_trained):
         check.measure_plain()
-        ways = _allowed_layouts(config, may_share, must_share, check.device.type == "cuda")
-        # on all workers, if any of them must take the logits of every position from the model
-        must_take_logits = bool(ways) and not head_gives_logits(check.base, check.short)
+        layouts = _allowed_layouts(config, may_share, check.device.type == "cuda")
+        # if one worker must take the logits of every position from the model, all do, so that they run the same code
+        must_take_logits = bool(layouts) and not head_gives_logits(check.base, check.short)
         whole_logits = bool(collectives.all_reduce_max(int(must_take_logits)))
-        reasons: dict[Callable, str] = {}
-        for make_rows in ways:
-            layout = Layout(make_rows, whole_logits)
+        reasons: dict[Layout, str] = {}
+        for layout in layouts:
+            layout = replace(layout, whole_logits=whole_logits)
             if (reason := check.why_not(layout)) is None:
-                return layout, _layout_message(layout, reasons, may_share, check.plain_name)
-            reasons[make_rows] = reason
-        if must_share or must_pack:
-            key, why = "padding_free" if must_pack else "shared_prompt", "; ".join(dict.fromkeys(reasons.values()))
-            raise UserError(f"{key}=true, but the model {_name(model)} can't: {why}; use {key}=auto")
-        check.check_padding()
-    return PLAIN, _layout_message(PLAIN, reasons, may_share, check.plain_name)
+                break
+            reasons[layout] = reason
+        else:
+            if config.padding_free is True or (may_share and config.shared_prompt is True):
+                key = "padding_free" if config.padding_free is True else "shared_prompt"
+                why = "; ".join(dict.fromkeys(reasons.values()))
+                raise UserError(f"{key}=true, but the model {_name(model)} can't: {why}; use {key}=auto")
+            check.check_padding()
+            layout = PLAIN
+    if layout.is_packed:
+        use_packed_attention(check.base)
+    return layout, _layout_message(layout, reasons, may_share, check.plain_name)
 
 
-def _allowed_layouts(config, may_share: bool, must_share: bool, on_gpu: bool) -> list[Callable]:
-    """Return the faster ways that the config allows, fastest first; with both settings false, none."""
-    may_pack = config.padding_free is True or (config.padding_free == "auto" and on_gpu)
-    may_pad = config.padding_free is not True
-    allowed = {
-        packed_shared_rows: may_share and may_pack,
-        shared_rows: may_share and may_pad,
-        packed_rows: may_pack and not must_share,
-        padded_rows: may_pad and not must_share and (config.shared_prompt, config.padding_free) != (False, False),
-    }
-    return [make_rows for make_rows, is_allowed in allowed.items() if is_allowed]
+def _allowed_layouts(config, may_share: bool, on_gpu: bool) -> list[Layout]:
+    """Return the faster layouts that the config allows, fastest first; with both settings false, none."""
+    if config.shared_prompt is False and config.padding_free is False:
+        return []
+    sharing = {True: [True], "auto": [True, False], False: [False]}[config.shared_prompt] if may_share else [False]
+    packing = {True: [True], "auto": [True, False] if on_gpu else [False], False: [False]}[config.padding_free]
+    return [Layout(is_shared, is_packed) for is_shared in sharing for is_packed in packing]
 
 
-def _layout_message(layout: Layout, reasons: dict[Callable, str], may_share: bool, plain_name: str) -> str:
+def _layout_message(layout: Layout, reasons: dict[Layout, str], may_share: bool, plain_name: str) -> str:
     """Return the line that names the chosen layout, and why no faster one is used; it may be empty."""
-    unshared = reasons.get(shared_rows) or reasons.get(packed_shared_rows)
-    unpacked = next((reasons[way] for way in PACKED if way in reasons), None)
+    # of two layouts with shared prompts, or without padding, the slower one's reason is given
+    unshared = {tried.is_shared: reason for tried, reason in reasons.items()}.get(True)
+    unpacked = {tried.is_packed: reason for tried, reason in reasons.items()}.get(True)
     parts = []
     if may_share:
         parts.append("Prefix sharing: on" if layout.is_shared else f"Prefix sharing: off; {unshared}")
     elif layout.is_plain and reasons:
-        parts.append(f"Output head at responses only: off; {reasons[padded_rows]}")
+        parts.append(f"Output head at responses only: off; {list(reasons.values())[-1]}")
     if layout.is_plain and reasons:
-        parts[0] += ", which is used instead" if plain_name in parts[0] else f"; {plain_name} is used instead"
+        parts.append(f"{plain_name} is used instead")
     elif layout.is_packed:
         parts.append("rows have no padding")
     elif unpacked and unpacked != unshared:
@@ -133,12 +143,13 @@ def _layout_message(layout: Layout, reasons: dict[Callable, str], may_share: boo
 
 
 class ModelCheck:
-    """Compares ways to compute a model with the plain forward of each example alone."""
+    """Compares layouts of batches with the plain forward of each example alone."""
 
     def __init__(self, model: nn.Module, plain: Callable, batch: dict, max_length: int, strategy, autocast: Callable):
         self.model, self.base, self.plain = model, unwrap_adapter(model), plain
         self.strategy, self.autocast, self.max_length = strategy, autocast, max_length
         self.device = self.base.get_input_embeddings().weight.device
+        self.gpus = list({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"})
         self.short = synthetic_batch(batch, [(min(n, max_length) // 2, min(n, max_length)) for n in (12, 32, 64)])
         self.full_length = full_length_batch(batch, max_length)
         self.longest = synthetic_batch(batch, [(0, max_length)])  # a row of both responses without a prompt
@@ -150,7 +161,7 @@ class ModelCheck:
         was_training = self.model.training
         self.model.train(is_trained)
         try:
-            with torch.random.fork_rng(self._gpus()):
+            with torch.random.fork_rng(self.gpus):
                 yield
         finally:
             self.model.train(was_training)
@@ -158,18 +169,18 @@ class ModelCheck:
     def measure_plain(self):
         """Compute the standard, and how far rounding moves it.
 
-        Raises: UserError if the model fails, sees the tokens that it is to predict, or gives random results.
+        Raises: UserError if the model fails, sees the tokens that it must predict, or gives random results.
         """
         try:
             numbers, draws = self._alone(self.full_length, seed=0)
-            with rounded_otherwise(self.base):
-                rounded = self._alone(None, seed=0)[0]
+            with perturbed_by_rounding(self.base):
+                perturbed = self._alone(None, seed=0)[0]
             again = self._alone(None, seed=1)[0] if collectives.all_reduce_max(int(draws)) else None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise self._cannot_compute(error) from error
-        self.standard = Standard(numbers, rounded, [self.short, self.full_length])
+        self.standard = Standard(numbers, perturbed, [self.short, self.full_length])
         problem = None
         if not (numbers.logps.isfinite().all() and numbers.gradient.isfinite().all()):
             problem = "its log-probabilities or their gradient aren't finite. Check its weights, or try a wider dtype"
@@ -178,7 +189,7 @@ class ModelCheck:
                 "its predictions depend on the very tokens that they predict. Is it a causal language model? An "
                 "encoder can't be trained this way; some can be set up as decoders in their config.json (is_decoder)"
             )
-        elif again is not None and self.standard.multiples(again)[0] > _RANDOM_BEYOND:
+        elif again is not None and self.standard.distances(again)[0] > _RANDOM_BEYOND * self.standard.rounding[0]:
             problem = (
                 "its results are random in training, although dropout is off: two forward passes of the same tokens "
                 f"differ by {self.standard.nats(again):.2g} nats. Choose a model without random routing"
@@ -188,15 +199,14 @@ class ModelCheck:
 
     def check_padding(self):
         """Raise UserError if the plain forward of a padded batch differs from that of each example alone."""
-        if problem := self._why_not(self.plain, None, REFUSED_BEYOND):
+        if problem := self._compare(self.plain, None, REFUSED_BEYOND):
             raise UserError(
-                f"{_name(self.model)}: padding changes what it computes: on a padded batch {problem}. Training would "
-                "use wrong numbers. padding_free=true computes without padding, if "
-                "its attention can; otherwise choose another model"
+                f"{_name(self.model)} is wrong on padded batches: {problem}. padding_free=true computes without "
+                "padding, if the model's attention supports it; otherwise choose another model"
             )
 
     def why_not(self, layout: Layout) -> str | None:
-        """Return why a layout can't be used; None if it agrees with the standard. The model is then ready for it."""
+        """Return why a layout can't be used; None if it agrees with the standard."""
         attention, reads_masks = self.base.config._attn_implementation, layout.is_shared and not layout.is_packed
         if layout.is_packed and not supports_packed_attention(self.base):
             return f"attn_implementation={attention} doesn't support packed rows; sdpa does"
@@ -205,42 +215,42 @@ class ModelCheck:
         if reason := _excluding_design(self.base, layout, self.max_length):
             return reason
         compute = functools.partial(layout.response_logps, strategy=self.strategy)
-        if layout.is_packed:
-            use_packed_attention(self.base)
         n_positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 0
         longest = self.longest if reads_masks and n_positions < 2 * self.max_length else None
-        reason = self._why_not(compute, self.full_length, CHOSEN_WITHIN, CHOSEN_AT_MOST, longest)
-        if reason and layout.is_packed:
-            use_packed_attention(self.base, False)
+        with packed_attention_used(self.base) if layout.is_packed else contextlib.nullcontext():
+            reason = self._compare(compute, self.full_length, CHOSEN_WITHIN, CHOSEN_AT_MOST, longest)
         if reason and reads_masks and "position_ids" not in inspect.signature(self.base.forward).parameters:
-            known = "the model takes no position_ids"
-            reason = f"{reason[:-1]}; {known})" if reason.endswith((" nats)", " %)")) else f"{reason} ({known})"
+            reason += "; the model takes no position_ids"
         return reason
 
     def _alone(self, full_length: dict | None, seed: int) -> tuple[Numbers, bool]:
-        """Return the plain numbers of each example alone, and True if random numbers were drawn for them."""
+        """Return the plain numbers of each example alone, and True if the model drew random numbers for them."""
         torch.manual_seed(seed)
         before = self._random_state()
         numbers = measure(self.model, self.plain, self.short, full_length, self.autocast, alone=True)
         return numbers, not torch.equal(self._random_state(), before)
 
     def _random_state(self) -> torch.Tensor:
-        return torch.cat([torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in self._gpus())])
+        return torch.cat([torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in self.gpus)])
 
-    def _gpus(self) -> list[torch.device]:
-        return list({parameter.device for parameter in self.model.parameters() if parameter.device.type == "cuda"})
-
-    def _why_not(
-        self, compute: Callable, full_length: dict | None, within: float, at_most=_ANY, longest: dict | None = None
+    def _compare(
+        self,
+        compute: Callable,
+        full_length: dict | None,
+        within: float,
+        at_most: tuple[float, float] = (float("inf"), float("inf")),
+        longest: dict | None = None,
     ) -> str | None:
-        """Return how a way of computing differs from the standard, or how it fails; None if it is correct.
+        """Return how a computation differs from the standard, or how it fails; None if it is correct.
 
         Args:
-            longest: a batch that it must be able to compute; the result isn't compared.
+            compute: see `measure`.
+            within, at_most: see `Standard.difference`.
+            longest: a batch that must also be computed without an error; its results aren't compared.
         """
         try:
             numbers = measure(self.model, compute, self.short, full_length, self.autocast)
-            reason = self._difference(numbers, within, at_most)
+            reason = self.standard.difference(numbers, within, at_most)
             if longest is not None and reason is None:
                 with torch.no_grad(), self.autocast():
                     compute(self.model, longest)
@@ -250,20 +260,9 @@ class ModelCheck:
             reason = f"its forward fails with {_shortened(error)}"
         return self._agreed(reason)
 
-    def _difference(self, ours: Numbers, within: float, at_most: tuple[float, float]) -> str | None:
-        """Describe how numbers differ from the standard's; None if they are within the limits."""
-        distances = self.standard.distances(ours)
-        pairs = zip(distances, at_most, self.standard.multiples(ours), strict=True)
-        logps_agree, gradients_agree = (distance <= most and multiple <= within for distance, most, multiple in pairs)
-        if not logps_agree:
-            return f"it gives other log-probabilities than {self.plain_name} (by {self.standard.nats(ours):.3g} nats)"
-        if not gradients_agree:
-            return f"it gives another gradient than {self.plain_name} (by {100 * distances[1]:.2g} %)"
-        return None
-
     @staticmethod
     def _agreed(problem: str | None) -> str | None:
-        """Return the problem on all workers if there is one on any."""
+        """Return a problem on all workers if any worker has one."""
         is_any = collectives.all_reduce_max(int(problem is not None))
         return (problem or "it failed the check on another worker") if is_any else None
 
@@ -277,10 +276,11 @@ class ModelCheck:
 
 
 def _excluding_design(model: nn.Module, layout: Layout, max_length: int) -> str | None:
-    """Return the part of a model's design with which a layout gives wrong numbers, which rounding in 16 bits may hide.
+    """Return why a model's design makes a layout's numbers wrong; None if it doesn't.
 
-    A row with a tree mask holds both responses, one behind the other. Packed attention knows windows. The last token of
-    a sequence attends to nothing that counts, so that a window of max_length - 1 tokens is long enough.
+    A comparison isn't enough: in 16 bits, the error may be within rounding. Attention windows exclude only rows with a
+    tree mask, in which the rejected response lies behind the chosen one; packed attention applies windows itself. A
+    window of max_length - 1 tokens is long enough, because the output of a sequence's last token is never used.
     """
     if not (layout.is_shared or layout.is_packed):
         return None
@@ -294,7 +294,7 @@ def _excluding_design(model: nn.Module, layout: Layout, max_length: int) -> str 
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
         return "the model's positions are ALiBi biases"
     if "local" in getattr(config, "attention_layers", ()) and config.window_size < 2 * max_length:  # GPT-Neo's
-        return f"the model attends to a window of {config.window_size} places in a row, whatever the positions"
+        return f"the model's local attention (window of {config.window_size}) ignores position_ids"
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     windows = [window for window in windows if isinstance(window, int) and 0 < window < max_length - 1]
     return f"the model attends to a window of {min(windows)} tokens, max_length is {max_length}" if windows else None
@@ -305,4 +305,4 @@ def _name(model: nn.Module) -> str:
 
 
 def _shortened(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+    return f"{type(error).__name__}: {first_line(error)[:200]}"

@@ -1,4 +1,4 @@
-"""The memory that an optimizer needs for its state, and in a step."""
+"""Estimate the memory that an optimizer needs for its state and in a step."""
 
 import inspect
 from collections import Counter
@@ -8,9 +8,10 @@ from torch import nn
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> dict[torch.device, int]:
-    """Return the bytes of the tensors that an optimizer will keep for its weights, on each device.
+    """Return the bytes that an optimizer will keep on each device as its state.
 
-    Found by a step of the same optimizer on a few weights: RMSprop keeps one number for each, AdamW two.
+    They are measured by a step of the same kind of optimizer on a few weights: RMSprop keeps one number per weight,
+    AdamW two.
     """
     n_bytes: Counter[torch.device] = Counter()
     per_weight: dict[torch.dtype, float] = {}
@@ -32,18 +33,18 @@ def _state_bytes_per_weight(optimizer: torch.optim.Optimizer, dtype: torch.dtype
     probe.grad = torch.ones_like(probe)
     probing = type(optimizer)([probe], **settings)
     probing.step()
-    of_weights = (v for v in probing.state[probe].values() if isinstance(v, torch.Tensor) and v.shape == probe.shape)
-    return sum(value.nbytes for value in of_weights) / probe.numel()
+    tensors = (value for value in probing.state[probe].values() if isinstance(value, torch.Tensor))
+    return sum(value.nbytes for value in tensors if value.shape == probe.shape) / probe.numel()
 
 
 def step_one_by_one(optimizer: torch.optim.Optimizer):
-    """Let an optimizer update one tensor at a time; all at once (foreach) needs a copy of all of them."""
+    """Let an optimizer update one tensor at a time: all at once (foreach), it needs a copy of all tensors."""
     for settings in (optimizer.defaults, *optimizer.param_groups):
         settings["foreach"] = False
 
 
 def steps_by_foreach(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """True if an optimizer's step works on all weights at once, as PyTorch's do by default on a GPU."""
+    """True if an optimizer updates all weights at once, as PyTorch's optimizers do by default on a GPU."""
     settings = optimizer.defaults
     is_default = settings.get("foreach", False) is None and not settings.get("fused") and device.type == "cuda"
     return is_default and not settings.get("differentiable")

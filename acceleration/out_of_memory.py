@@ -1,4 +1,4 @@
-"""Explain a GPU that is out of memory, with the keys that would help."""
+"""Name the keys that would help if a GPU is out of memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,20 +9,20 @@ from omegaconf import DictConfig
 from distributed.strategies import STRATEGIES
 from losses import needs_reference
 from references import resolved_reference
-from utils import UserError
+from utils import UserError, first_line
 
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: DictConfig) -> Iterator[None]:
-    """Turn "a GPU is out of memory", raised inside the block, into a UserError with remedies."""
+    """Turn PyTorch's out-of-memory error, raised inside the block, into a UserError with remedies."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"a GPU is out of memory: {str(error).splitlines()[0]}\n{remedies(config)}") from error
+        raise UserError(f"a GPU is out of memory: {first_line(error)}\n{remedies(config)}") from error
 
 
 def remedies(config: DictConfig) -> str:
-    """Name the keys that would reduce the run's memory and that it doesn't use yet."""
+    """Return a sentence with the settings that would reduce a run's memory and that it doesn't use yet."""
     model, trains_all = config.model, config.lora is None and config.model.adapter is None
     second_model = needs_reference(config.loss) and resolved_reference(config) == "model"
     held_dtype = model.reference_dtype or model.policy_mp or model.policy_dtype

@@ -9,9 +9,9 @@ from utils import UserError
 
 
 def check_no_overflow(model: nn.Module, compute: Callable[[nn.Module], torch.Tensor]):
-    """Refuse a float16 reference whose log-probabilities on a few examples are not finite.
+    """Refuse a float16 reference whose log-probabilities of a few examples are not finite.
 
-    `compute`: returns a model's log-probabilities of some examples, the same examples on all workers.
+    `compute`: returns a model's log-probabilities of these examples, which are the same on all workers.
 
     Raises: UserError that names the first layer to overflow.
     """
@@ -30,13 +30,13 @@ def _first_overflow(model: nn.Module, compute: Callable[[nn.Module], torch.Tenso
     """Return the name of the first layer whose output isn't finite."""
     found: list[str] = []
 
-    def look(name: str, output: object):
+    def note_overflow(name: str, output: object):
         if isinstance(output, torch.Tensor) and output.is_floating_point() and not output.isfinite().all():
             found.append(name)
 
     layers = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: note_overflow(name, output))
         for name, module in layers
     ]
     try:

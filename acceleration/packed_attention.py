@@ -1,9 +1,9 @@
 """Attention over a packed row: many sequences one after the other, without padding and without a mask.
 
-A row is cut into segments. The queries of a segment attend causally to that segment's keys; the last query sees all of
-them. When a prompt is computed once for two responses, the segments are [prompt, chosen] and [rejected]. The keys of
-the first are its own tokens. The keys of the second are [prompt, rejected]: the prompt's keys and values are used a
-second time.
+A row is cut into segments. The queries of a segment attend causally to that segment's keys, so that the last query
+sees all of them. When a prompt is computed once for two responses, the segments are [prompt, chosen] and [rejected].
+The keys of the first segment are its own tokens. The keys of the second are [prompt, rejected]: the prompt's keys and
+values are used a second time.
 
 On a GPU, one call of a kernel for sequences of varying length computes all segments (`torch.nn.attention.varlen`,
 FlashAttention: https://arxiv.org/abs/2307.08691). Elsewhere, PyTorch's attention is called once per segment, so that
@@ -13,8 +13,9 @@ After `use_packed_attention(model)`, the model computes packed rows when its for
 ordinary rows when it doesn't.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 
 import torch
@@ -38,10 +39,10 @@ class Packing:
     query_starts: torch.Tensor  # (S + 1,) int32; where each segment's queries start in the row, then the row's end
     key_starts: torch.Tensor  # (S + 1,) int32; where each segment's keys start among all keys, then their end
     longest_query: int  # queries in the longest segment
-    longest_key: int  # keys in the segment that has the most
-    key_tokens: torch.Tensor | None = None  # (M,) index of each key's token in the row; None: the row's tokens in order
+    longest_key: int  # keys in the segment with the most keys
+    key_tokens: torch.Tensor | None = None  # (M,) index of each key's token in the row; None: key i is token i
     first_key: torch.Tensor | None = None  # (N,) index of each token's first key
-    second_key: torch.Tensor | None = None  # (M - N,) indices of the keys that are the second use of their token
+    second_key: torch.Tensor | None = None  # (M - N,) indices of the keys that use a token for the second time
 
     def to(self, device: torch.device | int, non_blocking: bool = False) -> "Packing":
         """Return the same segments on another device; accelerate calls this for layers on another GPU."""
@@ -61,10 +62,10 @@ def with_tensors(holder, change: Callable[[torch.Tensor], torch.Tensor]):
 
 
 class _GatherKeys(torch.autograd.Function):
-    """Gathers the keys or values of all segments from those of the row's tokens: (N, H, D) to (M, H, D).
+    """Gathers the keys or values of all segments from the row's tokens: (N, H, D) to (M, H, D).
 
-    Each token is used once or twice, so the backward pass reads its gradient from one place or two. That of
-    `index_select` would add atomically, in an order that changes from run to run, and with it the rounding.
+    Each token is used once or twice, so the backward pass reads its gradient from one place or two. The backward of
+    `index_select` adds atomically: order and rounding would change from run to run.
     """
 
     @staticmethod
@@ -94,11 +95,11 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function for transformers: queries (1, H, N, D), keys and values (1, H_kv, N, D) to (1, N, H, D).
+    """Compute attention for transformers: queries (1, H, N, D), keys and values (1, H_kv, N, D) to (1, N, H, D).
 
-    Without `packing` it is 'sdpa'.
+    Without `packing`, this is 'sdpa'.
 
-    Raises: NotImplementedError if the model needs something that packed rows don't support.
+    Raises: NotImplementedError if the model passes an argument that packed rows don't support.
     """
     if packing is None:
         return sdpa_attention_forward(
@@ -136,7 +137,7 @@ def _by_flash_attention(query, key, value, packing: Packing, scale: float | None
 
 
 def _by_segment(query, key, value, packing: Packing, scale: float | None, window: int | None) -> torch.Tensor:
-    """Compute what the GPU kernel computes, one segment after the other."""
+    """Compute the same as the GPU kernel, one segment after the other."""
     query_starts, key_starts = packing.query_starts.tolist(), packing.key_starts.tolist()
     outputs = []
     for segment in range(len(query_starts) - 1):
@@ -156,10 +157,7 @@ def _by_segment(query, key, value, packing: Packing, scale: float | None, window
 
 
 def _causal_mask(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return a causal mask, (n_queries, n_keys), in which the last query sees the last key.
-
-    None means that plain causal attention does the same.
-    """
+    """Return a causal mask, (n_queries, n_keys), in which the last query sees the last key; None if none is needed."""
     if n_queries == n_keys and (window is None or window >= n_keys):
         return None
     mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
@@ -175,9 +173,20 @@ def supports_packed_attention(model: nn.Module) -> bool:
     return model.config._attn_implementation in ("sdpa", NAME)
 
 
-def use_packed_attention(model: nn.Module, use: bool = True):
-    """Let a model whose attention is 'sdpa' compute packed rows too; `use=False` restores 'sdpa'."""
-    model.config._attn_implementation = NAME if use else "sdpa"
+def use_packed_attention(model: nn.Module):
+    """Let a model whose attention is 'sdpa' compute packed rows too."""
+    model.config._attn_implementation = NAME
+
+
+@contextlib.contextmanager
+def packed_attention_used(model: nn.Module) -> Iterator[None]:
+    """Let a model compute packed rows inside the block, and restore its attention afterwards."""
+    former = model.config._attn_implementation
+    use_packed_attention(model)
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = former
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """Lay out a batch as rows that a model computes: padded, with shared prompts (prefix sharing), or packed.
 
-- `padded_rows` does as the original: 2B rows, [prompt, chosen] and [prompt, rejected], padded to the longest.
+- `padded_rows` makes the original's rows: 2B rows, [prompt, chosen] and [prompt, rejected], padded to the longest.
 - `shared_rows` computes each prompt once (prefix sharing, https://arxiv.org/abs/2410.20305): B rows [prompt, chosen,
   rejected]. Each response attends to the prompt and to itself, and both have the positions that follow the prompt.
-- `packed_rows` and `packed_shared_rows` put the same sequences into a single row, one after the other, without padding
-  and without a mask (see `acceleration.packed_attention`).
+- `packed_rows` puts the same sequences into a single row, one after the other, without padding and without a mask (see
+  `acceleration.packed_attention`). It can share prompts, too.
 
-All of them give the same log-probabilities.
+All layouts give the same log-probabilities.
 """
 
 from collections import defaultdict
@@ -24,13 +24,13 @@ class Rows:
     """The input of one forward pass: B rows of T tokens, which hold S responses with N predicted tokens in total."""
 
     input_ids: torch.Tensor  # (B, T)
-    predictors: torch.Tensor  # (N,) index, among the B * T positions, of the position that predicts each response token
+    predictors: torch.Tensor  # (N,) index, among the B * T positions, of each response token's predictor
     targets: torch.Tensor  # (N,) the token to predict there
-    sequences: torch.Tensor  # (N,) index of its response, below S
-    offsets: torch.Tensor  # (N,) its index within the response
+    sequences: torch.Tensor  # (N,) index of the token's response, below S
+    offsets: torch.Tensor  # (N,) the token's index among the predicted tokens of its response
     n_sequences: int  # S
     position_ids: torch.Tensor | None = None  # (B, T)
-    segments: torch.Tensor | None = None  # (B, T) 0: prompt, 1: chosen, 2: rejected; None: plain causal attention
+    roles: torch.Tensor | None = None  # (B, T) 0: prompt, 1: chosen, 2: rejected; None: plain causal attention
     packing: Packing | None = None  # the segments of a packed row (then B is 1)
 
     def __post_init__(self):
@@ -49,8 +49,8 @@ class Rows:
 def _predictions(input_ids: torch.Tensor, is_target: torch.Tensor, predictors: torch.Tensor, first_sequence: int):
     """Return predictors, targets, sequences and offsets (see `Rows`) of the tokens in `is_target`: (B, T) to (N,) each.
 
-    Each row holds one of the responses that are numbered from `first_sequence`. A token without a predictor (-1), as
-    the first one after an empty prompt, is left out.
+    Row i belongs to response `first_sequence` + i. A token without a predictor (-1), such as the first one after an
+    empty prompt, is left out.
     """
     rows, columns = (is_target & (predictors >= 0)).nonzero(as_tuple=True)
     offsets = ((is_target & (predictors >= 0)).cumsum(1) - 1)[rows, columns]
@@ -63,10 +63,7 @@ def _predictions(input_ids: torch.Tensor, is_target: torch.Tensor, predictors: t
 
 
 def padded_rows(batch: dict) -> Rows:
-    """Lay out a batch with one sequence per row: chosen responses, then rejected ones; or only the SFT targets.
-
-    There is one response per row: S is the number of rows.
-    """
+    """Lay out a batch with one sequence per row: chosen responses, then rejected ones; or only the SFT targets."""
     if "rejected_input_ids" in batch:
         inputs = concatenated_inputs(batch)
         input_ids, labels = inputs["concatenated_input_ids"], inputs["concatenated_labels"]
@@ -105,40 +102,30 @@ def shared_rows(batch: dict) -> Rows:
         *(torch.cat(parts) for parts in zip(chosen, rejected, strict=True)),
         n_sequences=2 * len(n_prompt),
         position_ids=torch.where(is_rejected | (t < end_of_chosen), position_ids, 0),
-        segments=is_chosen.to(torch.uint8) + 2 * is_rejected.to(torch.uint8),
+        roles=is_chosen.to(torch.uint8) + 2 * is_rejected.to(torch.uint8),
     )
 
 
 def _is_target(batch: dict, side: str, positions: torch.Tensor) -> torch.Tensor:
-    """Tell which positions of a side's sequences are trained: (B, T) to (B, T)."""
+    """Return True for the positions of a side's sequences that are trained: (B, T) to (B, T)."""
     labels = batch[f"{side}_labels"]
     return labels.gather(1, positions.clamp(max=labels.shape[1] - 1)) != -100
 
 
 def packed_rows(batch: dict, shared: bool = False) -> Rows:
-    """Pack a batch's sequences into one row without padding; responses are numbered as in the other layouts.
+    """Pack a batch's sequences into one row without padding. S counts the chosen responses, then the rejected ones.
 
-    Args:
-        shared: compute the prompt of each pair once, with the chosen response.
+    `shared`: compute the prompt of each pair once, with the chosen response.
     """
     sides = [side for side in ("chosen", "rejected") if f"{side}_labels" in batch]
     n_prompts, n_pairs, row = part_lengths(batch)[0].tolist(), len(batch["chosen_labels"]), _PackedRow()
-    for number in range(n_pairs):
-        for place, side in enumerate(sides):
-            n_tokens = int(batch[f"{side}_attention_mask"][number].sum())
-            ids = batch[f"{side}_input_ids"][number, :n_tokens]
-            is_target = batch[f"{side}_labels"][number, :n_tokens] != -100
-            row.add(ids, is_target, number + place * n_pairs, n_shared=n_prompts[number] if shared and place else 0)
+    for pair in range(n_pairs):
+        for number, side in enumerate(sides):
+            n_tokens = int(batch[f"{side}_attention_mask"][pair].sum())
+            ids = batch[f"{side}_input_ids"][pair, :n_tokens]
+            is_target = batch[f"{side}_labels"][pair, :n_tokens] != -100
+            row.add(ids, is_target, pair + number * n_pairs, n_shared=n_prompts[pair] if shared and number else 0)
     return row.rows(n_pairs * len(sides))
-
-
-def packed_shared_rows(batch: dict) -> Rows:
-    """Pack a batch of pairs into one row, computing each pair's prompt once; see `packed_rows`."""
-    return packed_rows(batch, shared=True)
-
-
-SHARED = (shared_rows, packed_shared_rows)  # layouts that compute a pair's prompt once
-PACKED = (packed_rows, packed_shared_rows)  # layouts without padding
 
 
 class _PackedRow:
@@ -147,23 +134,21 @@ class _PackedRow:
     def __init__(self):
         self.parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.query_starts, self.key_starts = [0], [0]
-        self.last_start = 0  # where the last sequence starts in the row
+        self.prompt_start = 0  # where the last prompt starts in the row
 
     def add(self, ids: torch.Tensor, is_target: torch.Tensor, sequence: int, n_shared: int):
         """Add a sequence of prompt and response, (n,).
 
         Args:
-            is_target: True for trained tokens.
+            is_target: (n,), True for trained tokens.
             sequence: the number of the response.
-            n_shared: how many of its first tokens it shares with the last sequence added; they aren't computed again.
+            n_shared: number of first tokens that are the last sequence's, too, and aren't computed again.
         """
         start, key_start = self.query_starts[-1], self.key_starts[-1]
-        self.last_start = self.last_start if n_shared else start
+        self.prompt_start = self.prompt_start if n_shared else start
         n_new, n_keys = len(ids) - n_shared, len(ids)
-        shared_tokens = torch.arange(self.last_start, self.last_start + n_shared)
-        key_tokens = torch.cat(
-            [shared_tokens, torch.arange(start, start + n_new)]
-        )  # the place of each token in the row
+        shared_tokens = torch.arange(self.prompt_start, self.prompt_start + n_shared)
+        key_tokens = torch.cat([shared_tokens, torch.arange(start, start + n_new)])  # indices in the row
         predicted = is_target[1:].nonzero().squeeze(1) + 1  # nothing predicts a sequence's first token
         new_parts = {
             "input_ids": ids[n_shared:],
@@ -182,7 +167,7 @@ class _PackedRow:
         self.key_starts.append(key_start + n_keys)
 
     def rows(self, n_sequences: int) -> Rows:
-        """Return all sequences added so far as rows; `n_sequences` is the number of responses, S."""
+        """Return the sequences added so far as one row; `n_sequences` is the number of responses, S."""
         parts = {name: torch.cat(parts) for name, parts in self.parts.items()}
         query_starts, key_starts = (torch.tensor(starts, dtype=torch.int32) for starts in
                                     (self.query_starts, self.key_starts))  # fmt: skip

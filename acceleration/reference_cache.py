@@ -1,4 +1,4 @@
-"""A cache on disk for the reference's log-probabilities, which are computed once, before training."""
+"""Cache the reference's log-probabilities on disk; they are computed once, before training."""
 
 import contextlib
 import functools
@@ -15,7 +15,6 @@ from safetensors.torch import save
 from torch import nn
 
 from basics.files import atomic_file
-from data.batches import BatchIterator
 from distributed import collectives
 from distributed.dtensor import full_tensor
 from references import (
@@ -35,7 +34,8 @@ _PAIRS_PER_FILE = 1024
 class LogpsCache:
     """Log-probabilities of pairs by their keys (see `pair_keys`), in a directory of files that never change.
 
-    Runs can share a directory: each only adds files. Rank 0 reads and writes them, and all ranks hold the same values.
+    Runs can share a directory: each adds files of its own, and removes only damaged ones. Rank 0 reads and writes them,
+    and all ranks hold the same values.
 
     Raises: UserError if the directory can't be read or written.
     """
@@ -86,7 +86,7 @@ class LogpsCache:
             self.write()
 
     def write(self):
-        """Write what was added to a file, which gets its final name once it is complete."""
+        """Write the unwritten log-probabilities to a new file, which gets its final name once it is complete."""
         logps, self.unwritten = self.unwritten, {}
         if not logps or not on_rank0():
             return
@@ -104,50 +104,9 @@ class LogpsCache:
         values = values.to(device, non_blocking=True)
         return values[:, 0], values[:, 1]
 
-    def fill(
-        self,
-        iterators: dict[str, tuple[BatchIterator, int]],
-        compute: Callable[[dict], tuple[torch.Tensor, torch.Tensor]],
-        split: Callable[[dict, int], list[dict]],
-    ):
-        """Compute and add the missing log-probabilities for all pairs of the iterators.
-
-        They are computed in the microbatches in which the policy will first compute them, so that both round alike.
-
-        Args:
-            iterators: by the name of their split, each with the least number of microbatches of its batches.
-            compute: returns a microbatch's chosen and rejected log-probabilities, each (batch_size,).
-            split: cuts a batch into at least so many microbatches.
-        """
-        n_computed = 0
-        for name, (iterator, n_least) in iterators.items():
-            with Progress(f"Precomputing the reference, {name} data", iterator.n_distinct, "pairs") as progress:
-                for batch, n_pairs in iterator.distinct_examples():
-                    n_computed += self.fill_batch(batch, compute, lambda part, n=n_least: split(part, n))
-                    progress.update(n_pairs)
-            self.write()
-        rank0_print(f"Reference log-probabilities: {n_computed} computed, the others read from {self.directory}")
-
-    def fill_batch(self, batch: dict, compute: Callable, split: Callable) -> int:
-        """Compute and add a batch's missing log-probabilities; return the number of distinct pairs added.
-
-        The forward pass is collective, so all workers must compute the same number of pairs: a worker with fewer
-        missing pairs fills up by computing its first pair again.
-        """
-        missing = [index for index, key in enumerate(pair_keys(batch)) if key not in self.logps]
-        missing += [0] * (collectives.all_reduce_max(len(missing)) - len(missing))
-        new, n_before = {}, len(self.logps)
-        for microbatch in split(select_examples(batch, torch.tensor(missing))) if missing else []:
-            logps = torch.stack(compute(microbatch), dim=1).tolist()  # (batch_size, 2)
-            new |= zip(pair_keys(microbatch), map(tuple, logps), strict=True)
-        for worker_logps in collectives.all_gather_object(new):
-            new |= worker_logps
-        self.add(new)
-        return len(self.logps) - n_before
-
 
 def pair_keys(batch: dict) -> list[bytes]:
-    """Return a key for each pair that depends on its token ids, after truncation, and on which of them are trained."""
+    """Return a hash of each pair: of its token ids after truncation, and of which tokens are trained."""
     keys = []
     for index in range(len(batch["prompt"])):
         digest = hashlib.sha256()
@@ -167,7 +126,7 @@ def _checksum(keys: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
 
 
 def _fingerprint(model: nn.Module, with_adapter: bool, cast_to: torch.dtype | None, details: dict[str, object]) -> str:
-    """Hash what the log-probabilities depend on besides the pairs: the model's config, its weights, and `details`.
+    """Hash everything that determines the log-probabilities of a pair: the model's config, its weights, and `details`.
 
     Args:
         with_adapter: include the adapter's weights.
@@ -201,21 +160,42 @@ def fill_cache(trainer) -> LogpsCache:
     make = functools.partial(make_starting_reference, kind, trainer.policy, config, trainer.load_reference)
     reference = functools.cache(make)
     cache = open_cache(trainer.policy, kind, config, reference)
+    n_read = len(cache.logps)
+    for name, iterator, min_microbatches in (
+        ("training", trainer.train_iterator, config.gradient_accumulation_steps),
+        ("evaluation", trainer.eval_iterator, 1),
+    ):
+        if iterator is None:
+            continue
+        with Progress(f"Precomputing the reference, {name} data", iterator.n_distinct, "pairs") as progress:
+            for batch, n_pairs in iterator.distinct_examples():
+                cache.add(_missing_logps(trainer, cache, reference, batch, min_microbatches))
+                progress.update(n_pairs)
+        cache.write()
+    n_computed = len(cache.logps) - n_read
+    rank0_print(f"Reference log-probabilities: {n_computed} computed, the others read from {cache.directory}")
+    return cache
 
-    def compute(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+
+def _missing_logps(
+    trainer, cache: LogpsCache, reference: Callable[[], Reference], batch: dict, min_microbatches: int
+) -> dict[bytes, tuple[float, float]]:
+    """Compute the log-probabilities that the cache lacks for all workers' shards of a batch, by key.
+
+    They are computed in the microbatches in which the policy will first compute them, so that both round alike. The
+    forward pass is collective: a worker that lacks fewer pairs than another one computes its first pair repeatedly.
+    """
+    missing = [index for index, key in enumerate(pair_keys(batch)) if key not in cache.logps]
+    missing += [0] * (collectives.all_reduce_max(len(missing)) - len(missing))
+    if not missing:
+        return {}
+    examples, logps = select_examples(batch, torch.tensor(missing)), {}
+    for microbatch in trainer.microbatches(examples, min(min_microbatches, len(missing))):
         trainer.stop.check()
         with reference().active() as model:
-            return trainer.response_logps(model, batch).chunk(2)
-
-    def split(batch: dict, n_least: int) -> list[dict]:
-        return trainer.microbatches(batch, min(n_least, len(batch["prompt"])))
-
-    iterators = {
-        "training": (trainer.train_iterator, config.gradient_accumulation_steps),
-        "evaluation": (trainer.eval_iterator, 1),
-    }
-    cache.fill({name: parts for name, parts in iterators.items() if parts[0] is not None}, compute, split)
-    return cache
+            pairs = trainer.response_logps(model, microbatch).view(2, -1).T  # (batch_size, 2)
+        logps |= zip(pair_keys(microbatch), map(tuple, pairs.tolist()), strict=True)
+    return {key: pair for of_worker in collectives.all_gather_object(logps) for key, pair in of_worker.items()}
 
 
 def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Callable[[], Reference]) -> LogpsCache:
@@ -224,19 +204,19 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
     Args:
         policy: the policy before its first update.
         kind: the kind of reference, see `references`.
-        reference: loads the reference. It is called only if the policy doesn't have the reference's weights, so that a
-            run with a complete cache needn't load a second model.
+        reference: loads the reference. It is only called if the policy doesn't have the reference's weights: with a
+            complete cache, most runs needn't load a second model.
     """
     details: dict[str, object] = {}
     computed_in = config.model.policy_mp or config.model.policy_dtype
     if (kind != "model" or is_computed_as_policy(config)) and computed_in not in ("float32", "float64"):
         trainer = [config.trainer, *([config.tensor_parallel] if config.tensor_parallel > 1 else [])]
-        details["computed"] = [computed_in, config.model.policy_dtype, *trainer]  # trainers round in other places
-    with_adapter = kind == "model" or (config.model.adapter is not None and kind != "adapter_off")
-    if kind == "model" and not policy_has_reference_weights(policy, config):
-        model, cast_to = reference().model, None
-    else:
-        model, cast_to = policy, getattr(torch, reference_dtype(config)) if kind == "model" else None
+        details["computed"] = [computed_in, config.model.policy_dtype, *trainer]  # trainers differ in where they round
+    model, cast_to, with_adapter = policy, None, kind != "adapter_off"
+    if kind == "model" and policy_has_reference_weights(policy, config):
+        cast_to = getattr(torch, reference_dtype(config))
+    elif kind == "model":
+        model = reference().model
     if with_adapter and hasattr(model, "peft_config"):
         details["adapter"] = _adapter_scaling(model)
     fingerprint = _fingerprint(model, with_adapter, cast_to, details)
@@ -244,7 +224,7 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
 
 
 def _adapter_scaling(model: nn.Module) -> dict[str, str]:
-    """Return the adapter's settings that, besides its weights, decide what it computes."""
+    """Return the adapter's settings that change its output, besides its weights."""
     settings = model.peft_config["default"]
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
     return {name: str(getattr(settings, name, None)) for name in names}

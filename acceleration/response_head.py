@@ -12,9 +12,9 @@ from utils import unwrap_adapter
 # The head's logits are computed in chunks of this many bytes, chosen for a CPU's caches or an accelerator's throughput.
 _CHUNK_BYTES = {"cpu": 2**25}
 _ACCELERATOR_CHUNK_BYTES = 2**28
-# If all of them together would take more than this, they are recomputed in the backward pass.
-_KEPT_LOGITS_BYTES = 2**30
-LOGITS_BYTES = _KEPT_LOGITS_BYTES + 3 * _ACCELERATOR_CHUNK_BYTES  # at most: those kept, a chunk and its gradient
+_KEPT_LOGITS_BYTES = 2**30  # if all logits would need more, they are recomputed in the backward pass
+# The largest memory for logits: the kept ones, and for one chunk its logits, their log-softmax and its gradient.
+LOGITS_BYTES = _KEPT_LOGITS_BYTES + 3 * _ACCELERATOR_CHUNK_BYTES
 
 
 def response_logps(
@@ -22,15 +22,15 @@ def response_logps(
     rows: Rows,
     whole_logits: bool = False,
     strategy: type[SingleProcess] = SingleProcess,
-    until: torch.Tensor | None = None,
+    n_first: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the log-probability of each response in `rows` under `model`: (S,), in nats, in float32 or better.
 
     Args:
-        whole_logits: take the logits from the whole model at every position: for models that do more to them than
-            apply the output head.
+        whole_logits: take the logits of every position from the whole model, because it modifies its output head's
+            result.
         strategy: where the model's tensors live.
-        until: (S,) number of tokens; the log-probability of that many first ones is returned, too: (2, S).
+        n_first: (S,); if given, also return the log-probability of each response's first `n_first` tokens: (2, S).
     """
     model = unwrap_adapter(model)
     device = model.get_input_embeddings().weight.device
@@ -43,12 +43,12 @@ def response_logps(
     predicting = outputs.flatten(0, 1).index_select(0, rows.predictors.to(outputs.device))  # (N, H or V)
     vocab_size = model.config.get_text_config().vocab_size
     logps = chunked_token_logps(predicting, head, rows.targets, vocab_size, strategy).to(device)
-    # summed over a table, as atomic additions on a GPU would come out differently every time
+    # fill a table and sum its rows: atomic additions on a GPU would round differently every time
     table = logps.new_zeros(rows.n_sequences, rows.longest_response)
     table = table.index_put((rows.sequences, rows.offsets), logps)
-    if until is None:
+    if n_first is None:
         return table.sum(1)
-    is_first = torch.arange(table.shape[1], device=device) < until.to(device)[:, None]
+    is_first = torch.arange(table.shape[1], device=device) < n_first.to(device)[:, None]
     return torch.stack([table.sum(1), (table * is_first).sum(1)])
 
 
@@ -56,9 +56,9 @@ def _mask_and_positions(model: nn.Module, rows: Rows, device: torch.device) -> d
     """Return the keyword arguments for a model's forward."""
     if rows.packing is not None:
         return {"attention_mask": no_mask(device), "position_ids": rows.position_ids, "packing": rows.packing}
-    if rows.segments is not None:
-        additive = model.config._attn_implementation == "eager"  # SDPA takes booleans, under autocast nothing else
-        mask = tree_mask(rows.segments, model.dtype if additive else None)
+    if rows.roles is not None:
+        additive = model.config._attn_implementation == "eager"  # SDPA takes booleans; under autocast, only these
+        mask = tree_mask(rows.roles, model.dtype if additive else None)
         return {"attention_mask": mask, "position_ids": rows.position_ids}
     return {}
 
@@ -66,8 +66,8 @@ def _mask_and_positions(model: nn.Module, rows: Rows, device: torch.device) -> d
 def head_gives_logits(model: nn.Module, batch: dict) -> bool:
     """True if a model's logits are exactly its output head applied to its base's output.
 
-    Both are compared to the last bit, as they are the same operation on the same tensor; with the base's output times
-    64, as a soft cap on the small logits of untrained weights would be lost in their rounding.
+    The two must be equal bit for bit. The base's output is multiplied by 64 first: untrained weights give small logits,
+    for which a soft cap would vanish in rounding.
     """
     ids = batch["chosen_input_ids"][:1].to(model.get_input_embeddings().weight.device)
     head, expected = model.get_output_embeddings(), []
@@ -80,7 +80,7 @@ def head_gives_logits(model: nn.Module, batch: dict) -> bool:
         return torch.equal(expected.pop().to(logits), logits)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # a base or a head of another form
+    except Exception:  # a base or a head with other arguments or results
         return False
     finally:
         hook.remove()
@@ -89,7 +89,10 @@ def head_gives_logits(model: nn.Module, batch: dict) -> bool:
 def chunked_token_logps(
     hidden_states: torch.Tensor, head: nn.Module, targets: torch.Tensor, vocab_size: int, strategy: type[SingleProcess]
 ) -> torch.Tensor:
-    """log softmax(head(h))[target] of every token, (N, H) and (N,) to (N,): in float32, without all logits at once."""
+    """Return log softmax(head(h))[target] of every token: (N, H) and (N,) to (N,), in float32.
+
+    The logits are computed in chunks, so that they are never all in memory.
+    """
     bytes_per_token = 4 * vocab_size
     chunk_bytes = _CHUNK_BYTES.get(hidden_states.device.type, _ACCELERATOR_CHUNK_BYTES)
     chunk_size = max(1, chunk_bytes // bytes_per_token)
@@ -104,15 +107,15 @@ def chunked_token_logps(
     return torch.cat(logps)
 
 
-def tree_mask(segments: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def tree_mask(roles: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Return the attention mask: causal, but rejected responses don't see chosen ones. (B, T) to (B, 1, T, T).
 
-    With a dtype, the mask is added to attention scores; without one, it is boolean. Padding is at the end: no token
-    sees it, but it sees other tokens, so that no softmax is empty.
+    With a dtype, the mask is for adding to attention scores; without one, it is boolean. Padding is at the end: no
+    other token sees it, and it sees earlier tokens, so that no softmax is empty.
     """
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    mask = causal & ~((segments[:, :, None] == 2) & (segments[:, None, :] == 1))
+    length = roles.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=roles.device).tril()
+    mask = causal & ~((roles[:, :, None] == 2) & (roles[:, None, :] == 1))
     if dtype is not None:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     return mask[:, None]

@@ -1,10 +1,11 @@
-"""Weights in the dtype that autocast computes in, kept beside their float32 masters and cast once a step.
+"""Keep copies of float32 weights in autocast's dtype, so that they are cast once per step.
 
 Autocast casts the weights of every linear layer again in every forward pass: with eight microbatches, eight times
-a step. Here the copy stays until the weight has changed. Gradients pass through the copy into the master; the
-optimizer, checkpoints and all other code see only masters. All numbers are autocast's, bit for bit, with one exception:
-if an output head makes its logits in several chunks, the chunks' gradients of its weight are summed in float32, where
-autocast sums them in its own dtype. A copy takes 2 bytes per weight, as much as autocast takes during a forward pass.
+per step. Here the copy is kept until its master, the float32 weight, has changed. Gradients pass through the copy to
+the master; the optimizer, checkpoints and all other code see only masters. All numbers equal autocast's bit for bit,
+with one exception: if an output head computes its logits in several chunks, the chunks' gradients of its weight are
+summed in float32; autocast sums them in its own dtype. A copy needs 2 bytes per weight, like autocast's own copies
+during a forward pass.
 """
 
 import types
@@ -45,14 +46,14 @@ class ShadowedLinear(nn.Linear):
         if master.dtype == dtype:
             return master
         copies = self.__dict__.setdefault("_copies", {})
-        of, version, copy = copies.get(name, (None, None, None))
-        if of is not master or version != master._version or copy.dtype != dtype or copy.device != master.device:
+        source, version, copy = copies.get(name, (None, None, None))
+        if source is not master or version != master._version or copy.dtype != dtype or copy.device != master.device:
             copy = master.detach().to(dtype)
             copies[name] = master, master._version, copy
         return _AsCopied.apply(master, copy)
 
-    def forget_copies(self):
-        """Drop the copies of weights that have changed, so that they are cast again."""
+    def free_copies(self):
+        """Free the copies; they are made again when they are next used."""
         self.__dict__.pop("_copies", None)
 
     def __getstate__(self) -> dict:
@@ -62,19 +63,39 @@ class ShadowedLinear(nn.Linear):
 def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
     """Let a model's plain linear layers keep 16-bit copies, except those that share their weight with an embedding.
 
-    `optimizer`: of the model's weights; before each of its steps the copies of what it trains are freed. The step can
-    use their memory, and a fused optimizer doesn't raise a weight's `_version`, by which a copy is known to be old.
+    `optimizer`: the optimizer that trains the model. Before each of its steps, the copies of trained weights are freed:
+    the step can use their memory, and a fused optimizer doesn't raise a weight's `_version`, by which a copy is
+    known to be old.
     """
     for module in _linear_layers(model):
-        module.__class__ = ShadowedLinear
-        if hasattr(module, "_old_forward"):  # accelerate's hooks between GPUs call this one instead of the class's
-            module._old_forward = types.MethodType(ShadowedLinear.forward, module)
+        _set_class(module, ShadowedLinear)
     if optimizer is not None:
-        optimizer.register_step_pre_hook(lambda *_: release_copies(model))
+        optimizer.register_step_pre_hook(lambda *_: free_trained_copies(model))
+
+
+def unshadow_linear_weights(model: nn.Module):
+    """Turn layers that keep copies back into plain linear layers."""
+    for module in model.modules():
+        if isinstance(module, ShadowedLinear):
+            module.free_copies()
+            _set_class(module, nn.Linear)
+
+
+def _set_class(module: nn.Linear, linear_class: type[nn.Linear]):
+    module.__class__ = linear_class
+    if hasattr(module, "_old_forward"):  # accelerate's hooks between GPUs call this one instead of the class's
+        module._old_forward = types.MethodType(linear_class.forward, module)
+
+
+def free_trained_copies(model: nn.Module):
+    """Free the copies of the weights that are trained."""
+    for module in model.modules():
+        if isinstance(module, ShadowedLinear) and module.weight.requires_grad:
+            module.free_copies()
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Return the plain linear layers whose float32 weights no other layer uses."""
+    """Return the plain linear layers with float32 weights that no other layer uses."""
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -98,19 +119,14 @@ def shadow_if_equal(
         shadow_linear_weights(model, optimizer)
         if torch.equal(compute(), expected):
             return True
-    for module in model.modules():
-        if isinstance(module, ShadowedLinear):
-            module.forget_copies()
-            module.__class__ = nn.Linear
-            if hasattr(module, "_old_forward"):
-                module._old_forward = types.MethodType(nn.Linear.forward, module)
+    unshadow_linear_weights(model)
     return False
 
 
 def round_if_equal(model: nn.Module, dtype: torch.dtype, compute: Callable[[], torch.Tensor]) -> bool:
-    """Keep a frozen model's linear weights in autocast's dtype alone if the numbers stay the same, bit for bit.
+    """Round a frozen model's linear weights to autocast's dtype if its numbers stay the same, bit for bit.
 
-    Autocast would round them in every forward pass. Rounded once, they take half the memory.
+    Autocast would round them in every forward pass. Rounded once, they need half the memory.
 
     `compute`: log-probabilities of a few examples under the model and autocast.
 
@@ -126,10 +142,3 @@ def round_if_equal(model: nn.Module, dtype: torch.dtype, compute: Callable[[], t
     for layer, name, master in masters:
         layer._parameters[name] = master
     return False
-
-
-def release_copies(model: nn.Module):
-    """Free the copies of the weights that are trained; they are cast again when they are next used."""
-    for module in model.modules():
-        if isinstance(module, ShadowedLinear) and module.weight.requires_grad:
-            module.forget_copies()

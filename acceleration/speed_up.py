@@ -1,4 +1,4 @@
-"""Speed up a trainer whose models and optimizer are loaded: cast weights once a step, compile, plan memory."""
+"""Speed up a trainer whose models and optimizer are loaded: cast weights once per step, compile, plan memory."""
 
 from acceleration.capacity import measure_activations, microbatch_overhead
 from acceleration.compiled import compile_blocks
@@ -11,10 +11,10 @@ from utils import rank0_print
 
 
 def speed_up(trainer) -> tuple[float, int | None]:
-    """Apply all speed-ups to a trainer's policy; without an optimizer, no memory is planned.
+    """Apply all speed-ups to a trainer's models. Memory is planned only for a trainer with an optimizer, on a GPU.
 
-    Returns: the cost of one more microbatch, as the number of tokens that could be computed in that time; and the most
-        tokens that a microbatch may have (None: any number).
+    Returns: the cost of one more microbatch, in tokens that could be computed in the same time; and the largest number
+        of tokens in a microbatch (None: no limit).
     """
     config, policy = trainer.config, trainer.policy
     if trainer.policy_mp is not None and trainer.eval_iterator is not None:
@@ -27,7 +27,7 @@ def speed_up(trainer) -> tuple[float, int | None]:
 
 
 def _cast_once(trainer):
-    """Cast the policy's weights for autocast once a step, and a fixed reference's for good, if results stay equal."""
+    """Cast the policy's weights for autocast once per step, and a fixed reference's once, if results stay equal."""
     policy, batch = trainer.policy, trainer.eval_iterator.first_examples(2)
     if not trainer.strategy.splits_tensors and not shadow_if_equal(
         policy, trainer.optimizer, lambda: trainer.response_logps(policy, batch)
@@ -36,7 +36,7 @@ def _cast_once(trainer):
     if _may_round_reference(trainer):
         reference, dtype = trainer.reference.model, trainer.config.model.policy_dtype
         if not round_if_equal(reference, trainer.policy_mp, lambda: trainer.response_logps(reference, batch)):
-            rank0_print(f"The reference keeps its {dtype} weights: rounded, it gives other numbers")
+            rank0_print(f"The reference keeps its {dtype} weights: rounding them would change its results here")
 
 
 def _may_round_reference(trainer) -> bool:
@@ -49,7 +49,7 @@ def _may_round_reference(trainer) -> bool:
 
 
 def _fitting_tokens(trainer) -> int | None:
-    """Compute a pair of full length, measure what it keeps, and plan the GPU's memory; see `plan_memory`."""
+    """Measure the activations of a pair of full length, and plan the GPU's memory; see `plan_memory`."""
     pair = full_length_batch(trainer.eval_iterator.first_examples(2), trainer.config.max_length)
     n_tokens = int(computed_tokens(pair, trainer.layout.is_shared, padded=not trainer.layout.is_packed))
     activations = measure_activations(

@@ -6,10 +6,13 @@ log-probability. Then each microbatch computes its log-probabilities once more, 
 the first pass, and that derivative is their gradient.
 """
 
+import functools
+import itertools
+import operator
 from collections.abc import Callable
-from functools import partial
 
 import torch
+from torch.utils._pytree import tree_map
 
 from data.batches import mismatched_batch
 from distributed import collectives
@@ -20,33 +23,36 @@ from utils import widest_dtype
 
 
 def whole_batch_losses(trainer, batch: dict, microbatches: list[dict], train: bool) -> list[Callable]:
-    """Return a loss function, of inputs and options, for each of this worker's microbatches of a batch that all share.
+    """Return a loss function of inputs and options for each of this worker's microbatches.
 
-    What the loss takes from the whole batch is computed here: see `objectives.declaration.Loss`.
+    Inputs of shape (), which depend on the whole batch, are computed here; see `objectives.declaration.Loss`.
+
+    Args:
+        batch: this worker's shard of the whole batch.
     """
-    loss, of_batch = trainer.loss, {"memory": trainer.loss_memory}
+    loss, batch_inputs = trainer.loss, {"memory": trainer.loss_memory}
     trainer.loss_memory.is_frozen = not train
     if loss.takes_kl_estimate:
-        of_batch["kl_estimate"] = estimate_kl(trainer, batch)
+        batch_inputs["kl_estimate"] = estimate_kl(trainer, batch)
     if loss.takes_mean_length:
-        of_batch["mean_chosen_length"] = _mean_length(trainer, batch)
+        batch_inputs["mean_chosen_length"] = _mean_length(trainer, batch)
 
     def compute(inputs: dict, loss_config) -> Result:
-        return loss.compute(inputs | of_batch, loss_config)
+        return loss.compute(inputs | batch_inputs, loss_config)
 
     if not loss.takes_whole_batch or (len(microbatches) == 1 and not trainer.is_sharded):
         return [compute] * len(microbatches)
     with torch.no_grad():
         inputs = [_loss_inputs(trainer, microbatch) for microbatch in microbatches]
     counted = [trainer.counted(microbatch) for microbatch in microbatches]
-    return _linearized(partial(compute, loss_config=trainer.config.loss), inputs, counted, trainer.strategy)
+    return _linearized(functools.partial(compute, loss_config=trainer.config.loss), inputs, counted, trainer.strategy)
 
 
 def _loss_inputs(trainer, batch: dict) -> dict[str, torch.Tensor]:
-    """Return the inputs of a loss, with the policy's forward pass."""
-    until = shared_lengths(batch) if trainer.loss.needs_shared_logps(trainer.config.loss) else None
-    policy_logps = trainer.response_logps(trainer.policy, batch, until)
-    return trainer.loss_inputs(batch, policy_logps, until, trainer.config.loss)
+    """Run the policy's forward pass and return the inputs of a loss."""
+    n_first = shared_lengths(batch) if trainer.loss.needs_shared_logps(trainer.config.loss) else None
+    policy_logps = trainer.response_logps(trainer.policy, batch, n_first)
+    return trainer.loss_inputs(batch, policy_logps, n_first, trainer.config.loss)
 
 
 def estimate_kl(trainer, batch: dict) -> torch.Tensor:
@@ -85,9 +91,9 @@ def _linearized(
 
     Args:
         loss: computes a whole batch from its inputs.
-        inputs: those of this worker's microbatches, without gradient.
-        counted: for each of them a mask, which is False for examples that only fill up the batch.
-        strategy: knows the other workers, which may have other examples of the batch.
+        inputs: the inputs of this worker's microbatches, without gradient.
+        counted: a mask for each microbatch, which is False for examples that only fill up the batch.
+        strategy: gathers the inputs of the other workers' microbatches.
     """
     sizes = [len(part) for part in counted]
     own = {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]} | {"counted": torch.cat(counted)}
@@ -98,28 +104,25 @@ def _linearized(
     with torch.enable_grad():
         result = loss(leaves | {name: leaves[name].requires_grad_() for name in trained})
         gradients = torch.autograd.grad(result.losses.sum(), [leaves[name] for name in trained], allow_unused=True)
+    slopes = {name: slope for name, slope in zip(trained, gradients, strict=True) if slope is not None}
 
-    def of_microbatches(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        filled = values.new_zeros(len(counts)).masked_scatter(counts, values.detach())
-        return filled[start : start + sum(sizes)].split(sizes)
+    def with_zeros(values: torch.Tensor) -> torch.Tensor:  # for the examples that don't count
+        return values.new_zeros(len(counts)).masked_scatter(counts, values.detach())
 
-    losses, rewards = of_microbatches(result.losses), [of_microbatches(values) for values in result.rewards]
-    parts = {name: of_microbatches(values) for name, values in result.parts.items()}
-    slopes = {name: of_microbatches(slope) for name, slope in zip(trained, gradients, strict=True) if slope is not None}
+    values = tree_map(with_zeros, (result, slopes))
+    bounds = itertools.pairwise(itertools.accumulate(sizes, initial=start))
+    parts = [tree_map(operator.itemgetter(slice(first, end)), values) for first, end in bounds]
+    return [functools.partial(_linear_loss, *part) for part in parts]
 
-    def of_microbatch(number: int) -> Callable:
-        def linear(inputs: dict, _loss_config) -> Result:
-            change = sum(of_all[number] * (inputs[name] - inputs[name].detach()) for name, of_all in slopes.items())
-            of_parts = {name: of_all[number] for name, of_all in parts.items()}
-            return Result(losses[number] + change, tuple(of_all[number] for of_all in rewards), of_parts)
 
-        return linear
-
-    return [of_microbatch(number) for number in range(len(inputs))]
+def _linear_loss(result: Result, slopes: dict[str, torch.Tensor], inputs: dict, _loss_config) -> Result:
+    """Return the result of a microbatch, with a gradient: `slopes` holds the losses' derivatives by each input."""
+    zero = sum(slope * (inputs[name] - inputs[name].detach()) for name, slope in slopes.items())
+    return result._replace(losses=result.losses + zero)
 
 
 def _gathered(own: dict[str, torch.Tensor], strategy: SingleProcess) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the tensors of all batch shards, one after the other, and the place of this one's first example."""
+    """Return the tensors of all batch shards, one after the other, and the index of this shard's first example."""
     index, count = strategy.batch_shard
     if count == 1:
         return own, 0

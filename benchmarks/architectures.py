@@ -1,9 +1,9 @@
 """Try shared prompts with every causal language model of transformers: `python benchmarks/architectures.py`.
 
-Each is built at a tiny size with random weights, checked as training does at its start (`model_check.find_layout`), and
-computed as the check decided. Log-probabilities and gradients are compared with those of the model's own forward of
-each sequence alone. Windows are as long as the config's defaults. Writes docs/architectures.md; if types are named,
-prints only their rows.
+Each is built at a tiny size with random weights, checked as at the start of training (`model_check.find_layout`), and
+computed in the layout that the check chooses. Log-probabilities and gradients are compared with those of the model's
+own forward of each sequence alone. Attention windows have their default length. The program writes
+docs/architectures.md; if types are named, it only prints their rows.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,6 @@ sys.path.insert(0, str(REPOSITORY))
 from acceleration.layout import Layout  # noqa: E402
 from acceleration.measurement import synthetic_batch  # noqa: E402
 from acceleration.model_check import find_layout  # noqa: E402
-from acceleration.packed_attention import use_packed_attention  # noqa: E402
 from distributed.strategies import SingleProcess  # noqa: E402
 from trainers import BasicTrainer  # noqa: E402
 from utils import UserError, disable_dropout  # noqa: E402
@@ -36,7 +36,6 @@ MAX_LENGTH = 192  # tokens
 MAX_PARAMETERS = 10_000_000
 VOCAB = 97
 N_LAYERS = 4
-DTYPES = ("float64", "float32", "bfloat16")
 _KEYS = ("input_ids", "attention_mask", "labels")
 LENGTHS = ((40, 120, 152), (3, 60, 189), (100, 92, 1))  # tokens in prompt, chosen and rejected response
 
@@ -82,7 +81,7 @@ _OF_TYPE = {
 
 
 def tiny_sizes(config_class: type) -> dict:
-    """Return arguments that make a config of this class, and those within it, tiny."""
+    """Return arguments that make a config of this class, and its sub-configs, tiny."""
     default, sizes = config_class(), {}
     for name, value in _SIZES.items():
         if name in vars(default) or name in config_class.attribute_map:
@@ -90,7 +89,7 @@ def tiny_sizes(config_class: type) -> dict:
     for name in config_class.sub_configs:
         if getattr(default, name, None) is not None:
             sizes[name] = tiny_sizes(type(getattr(default, name)))
-    if "kv_lora_rank" in sizes:  # multi-head latent attention has as many
+    if "kv_lora_rank" in sizes:  # multi-head latent attention has equally many heads
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     return sizes | _OF_TYPE.get(config_class.model_type, {})
 
@@ -98,7 +97,7 @@ def tiny_sizes(config_class: type) -> dict:
 def tiny_model(model_type: str, **overrides) -> nn.Module:
     """Return a tiny causal language model of this type in float32, with weights so large that attention matters.
 
-    Raises: RuntimeError if it stays large.
+    Raises: RuntimeError if the config has no fields that make it small.
     """
     config_class = transformers.CONFIG_MAPPING[model_type]
     config = config_class(**{**tiny_sizes(config_class), **overrides})
@@ -112,7 +111,7 @@ def tiny_model(model_type: str, **overrides) -> nn.Module:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
-            else:  # of norms, biases, decays: around what they are initialized to
+            else:  # norms, biases and decays stay around their initial values
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     disable_dropout(model)
     return model.eval()
@@ -168,7 +167,7 @@ def logps_and_gradient(model: nn.Module, compute: Callable) -> tuple[torch.Tenso
 
 
 def compare(model: nn.Module, layout: Layout) -> dict:
-    """Return the distance of a layout's numbers from those of each sequence alone, in training mode."""
+    """Return how far a layout's numbers are from forward passes of each sequence alone, in training mode."""
     compute = plain_logps if layout.is_plain else partial(layout.response_logps, strategy=SingleProcess)
     model.train()
     expected, expected_gradient = logps_and_gradient(model, own_logps)
@@ -180,112 +179,141 @@ def compare(model: nn.Module, layout: Layout) -> dict:
     }
 
 
-def name_of(layout: Layout) -> str:
-    """Return a layout's name in the table."""
-    kind = "plain" if layout.is_plain else "shared" if layout.is_shared else "padded"
-    return f"{kind}, whole logits" if layout.whole_logits else kind
+@dataclass
+class Outcome:
+    """The check's decision on a model in one dtype, and the distances of the chosen layout's numbers."""
+
+    why: str  # the check's message or error
+    layout: Layout | None = None  # None: refused
+    nats: float = 0.0
+    gradient: float = 0.0
+    without_padding: str = "no"  # a cell of the table
+
+    def __str__(self) -> str:
+        if self.layout is None:
+            return "refused"
+        kind = "plain" if self.layout.is_plain else "shared" if self.layout.is_shared else "padded"
+        return f"{kind}, whole logits" if self.layout.whole_logits else kind
+
+    @property
+    def speed(self) -> int:
+        """The rank of the chosen layout among all, slowest first."""
+        return 0 if self.layout is None else 1 if self.layout.is_plain else 2 + self.layout.is_shared
 
 
-def try_model(model: nn.Module) -> dict:
+@dataclass
+class Results:
+    """Everything that was found out about a model type."""
+
+    class_name: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)  # by dtype: float64 or float32, then bfloat16
+    failure: str = ""  # why not everything was tried
+
+    @property
+    def exact(self) -> Outcome | None:
+        """The outcome in float64, or in float32 for a model that can't be computed in float64."""
+        return next(iter(self.outcomes.values()), None)
+
+
+def try_model(model: nn.Module) -> Outcome:
     """Run the check at the start of training on a model; return its decision and the distances measured."""
     short = batch_of(((9, 4, 7), (3, 6, 2)))
     try:
         layout, why = check_model(model, short)
+        outcome = Outcome(why, layout, **compare(model, layout))
     except UserError as error:
-        result = {"decision": "refused", "why": str(error)}
-    else:
-        result = {"decision": name_of(layout), "why": why, **compare(model, layout)}
+        outcome = Outcome(str(error))
+    attention = model.config._attn_implementation
     try:
         layout, _ = check_model(model, short, padding_free=True)
     except UserError:
-        return result | {"without_padding": "no"}
+        return outcome
     kind = "shared" if layout.is_shared else "by itself"
-    without_padding = f"{kind}: {_in_table(compare(model, layout))}"
-    use_packed_attention(model, False)
-    return result | {"without_padding": without_padding}
+    outcome.without_padding = f"{kind}: {_in_table(**compare(model, layout))}"
+    model.config._attn_implementation = attention
+    return outcome
 
 
-def try_type(model_type: str, results: multiprocessing.SimpleQueue):
-    """Put (dtype, result) for float64, or float32 where the model can't, and for bfloat16; or (None, why not)."""
+def try_type(model_type: str, queue: multiprocessing.SimpleQueue):
+    """Try a model type in float64, or in float32 if it can't be computed in that, and in bfloat16.
+
+    Puts the `Results` found so far into the queue, again and again.
+    """
     torch.set_num_threads(1)
+    results = Results()
     try:
         model = tiny_model(model_type)
         own_logps(model, batch_of())
     except Exception as error:
-        results.put((None, f"{type(error).__name__}: {str(error).strip()}"))
+        results.failure = f"{type(error).__name__}: {str(error).strip()}"
+        queue.put(results)
         return
-    results.put(("class", type(model).__name__))
-    exact = try_model(model.to(torch.float64))
-    if "_forward fails" in exact["why"] and exact["decision"] == "refused":
-        results.put(("float32", try_model(model.to(torch.float32))))
-    else:
-        results.put(("float64", exact))
-    results.put(("bfloat16", try_model(model.to(torch.bfloat16))))
+    results.class_name = type(model).__name__
+    queue.put(results)
+    try:
+        logps_and_gradient(model.to(torch.float64), own_logps)
+        exact_dtype = torch.float64
+    except Exception:  # some layers have no float64
+        exact_dtype = torch.float32
+    for dtype in (exact_dtype, torch.bfloat16):
+        results.outcomes[str(dtype).removeprefix("torch.")] = try_model(model.to(dtype))
+        queue.put(results)
 
 
-def try_in_process(model_type: str, time_limit: float) -> dict:
-    """Run `try_type` in a separate process: {'class': ..., dtype: result, ...}, or {None: why not}."""
+def try_in_process(model_type: str, time_limit: float) -> Results:
+    """Run `try_type` in a separate process, and return the last results that it puts into the queue."""
     context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-    process = context.Process(target=try_type, args=(model_type, results))
+    queue = context.SimpleQueue()
+    process = context.Process(target=try_type, args=(model_type, queue))
     process.start()
     process.join(time_limit)
-    late = process.is_alive()
-    if late:
+    is_late = process.is_alive()
+    if is_late:
         process.kill()
         process.join()
-    collected = {}
-    while not results.empty():
-        key, value = results.get()
-        collected[key] = value
-    if late and "bfloat16" not in collected:
-        collected[None] = f"not done in {time_limit:.0f} seconds"
-    elif process.exitcode and not late:
-        collected[None] = f"its process ended with {process.exitcode}"
-    return collected
+    results = Results()
+    while not queue.empty():
+        results = queue.get()
+    if is_late and "bfloat16" not in results.outcomes:
+        results.failure = f"not done in {time_limit:.0f} seconds"
+    elif process.exitcode and not is_late:
+        results.failure = f"its process ended with {process.exitcode}"
+    return results
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def _in_table(result: dict) -> str:
-    return f"{result['nats']:.0e} nats, {result['gradient']:.0e}"
+def _in_table(nats: float, gradient: float) -> str:
+    return f"{nats:.0e} nats, {gradient:.0e}"
 
 
-def is_wrong(results: dict) -> bool:
-    """True if the chosen layout differs from single sequences in float64 or float32, or is chosen in 16 bits only."""
-    exact = results.get("float64") or results.get("float32")
-    if exact is None or exact["decision"] == "refused":
-        return exact is not None and results.get("bfloat16", exact)["decision"] != "refused"
-    speed = {"refused": 0, "plain": 1, "padded": 2, "shared": 3}
-    in_16_bits = results.get("bfloat16", exact)["decision"].split(",")[0]
-    return (
-        exact["nats"] > 0.01 or exact["gradient"] > 0.001 or speed[in_16_bits] > speed[exact["decision"].split(",")[0]]
-    )
+def is_wrong(results: Results) -> bool:
+    """True if the chosen layout's numbers are wrong, or if bfloat16 gets a faster layout than the exact dtype."""
+    exact = results.exact
+    if exact is None:
+        return False
+    return exact.nats > 0.01 or exact.gradient > 0.001 or results.outcomes.get("bfloat16", exact).speed > exact.speed
 
 
-def cell(result: dict) -> str:
-    return "refused" if result["decision"] == "refused" else f"{result['decision']}: {_in_table(result)}"
-
-
-def row_of(model_type: str, results: dict) -> str:
-    dtypes = [dtype for dtype in DTYPES if dtype in results]
-    cells = [cell(results[dtype]) for dtype in dtypes]
-    if "float32" in dtypes:
+def row_of(model_type: str, results: Results) -> str:
+    """Return a model type's row of the table."""
+    outcomes = list(results.outcomes.values())
+    cells = [str(o) if o.layout is None else f"{o}: {_in_table(o.nats, o.gradient)}" for o in outcomes]
+    if "float32" in results.outcomes:
         cells[0] += " in float32"
-    notes = [note(results[dtype]["why"]) for dtype in dtypes]
-    if None in results:
-        notes = [" ".join(results[None].split())[:160]]
-    if len(dtypes) == 2 and len({results[dtype]["decision"] for dtype in dtypes}) == 1:
+    notes = [note(outcome.why) for outcome in outcomes]
+    if results.failure:
+        notes = [" ".join(results.failure.split())[:160]]
+    if len(outcomes) == 2 and str(outcomes[0]) == str(outcomes[1]):
         notes = notes[:1]
-    reason = "; bfloat16: ".join(notes)
     cells += [""] * (2 - len(cells))
-    cells.append(results[dtypes[0]].get("without_padding", "") if dtypes else "")
-    return f"| {model_type} | {results.get('class', '')} | {' | '.join(cells)} | {reason} |"
+    cells.append(outcomes[0].without_padding if outcomes else "")
+    return f"| {model_type} | {results.class_name} | {' | '.join(cells)} | {'; bfloat16: '.join(notes)} |"
 
 
 def note(why: str) -> str:
-    """Return, for a table's cell, why a model isn't computed in the fastest way."""
+    """Return, for a table's cell, why a model isn't computed in the fastest layout."""
     if why == "Prefix sharing: on":
         return ""
     return " ".join(why.removeprefix("Prefix sharing: off; ").split()).replace("|", "\\|")[:300]
@@ -324,10 +352,9 @@ def main():
     rows, counts, wrong, n_packed = [], Counter(), [], 0
     for model_type in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         results = try_in_process(model_type, args.time_limit)
-        tried = [results[dtype] for dtype in DTYPES if dtype in results]
         wrong += [model_type] if is_wrong(results) else []
-        counts[tried[0]["decision"] if tried else "not built"] += 1
-        n_packed += bool(tried) and tried[0].get("without_padding", "no") != "no"
+        counts[str(results.exact or "not built")] += 1
+        n_packed += results.exact is not None and results.exact.without_padding != "no"
         rows.append(row_of(model_type, results))
         print(rows[-1], flush=True)
     if not args.types:

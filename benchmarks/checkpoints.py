@@ -1,13 +1,12 @@
-"""Measure what writing and reading checkpoints costs: `python benchmarks/checkpoints.py`, on Linux.
+"""Measure time and memory of writing and reading checkpoints: `python benchmarks/checkpoints.py`, on Linux.
 
 Workers of FSDPTrainer, connected by gloo, save and load the state of a model with random weights (float32, RMSprop)
-after one step of SFT, in each of the formats:
-  waits      seconds until training goes on
+after one step of SFT, in each of the formats. The columns, medians of several rounds through the formats:
+  waits      seconds until training continues
   total      seconds until the checkpoint is on disk
   MB         size of the checkpoint
-  peak       the most memory (MB) that saving or loading adds at any time: in rank 0, and in the largest other worker
-  load       seconds in which all workers load weights and optimizer from it (files are in the page cache)
-Figures are medians of several rounds through the formats.
+  peak       peak increase of memory (MB) while saving or loading: of rank 0, and the maximum over the other workers
+  load       seconds until all workers have loaded weights and optimizer from it (files are in the page cache)
 """
 
 import argparse
@@ -38,7 +37,7 @@ COLUMNS = ("waits", "total", "MB", "peak of rank 0", "peak of others", "load", "
 
 
 def measured(function: Callable[[], float | None]) -> tuple[float, float, float]:
-    """Call a function on all workers; return the seconds that it returns or else takes, and the peaks of memory."""
+    """Call a function on all workers; return the seconds that it returns or, if None, takes, and the memory peaks."""
     barrier()
     before, start_time = reset_peak_memory(), time.perf_counter()
     seconds = function()

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: random pairs, models of other sizes, a process's memory, tables. It needs only torch."""
+"""Helpers of the benchmarks: random pairs, models of other sizes, a process's memory, tables. They need only torch."""
 
 import ctypes
 import gc
@@ -18,7 +18,7 @@ from data.tokenization import get_collate_fn, make_element  # noqa: E402
 
 EOS = 0  # token id of the end token, also used for padding
 
-# Quantiles of the number of characters in HH's prompts, chosen and rejected responses; the two ends are a guess
+# Quantiles of the number of characters in HH's prompts, chosen and rejected responses; minimum and maximum are guesses
 QUANTILES = [0.0, 0.1, 0.5, 0.9, 0.99, 1.0]
 HH_CHARACTERS = [[20, 63, 363, 1101, 2194, 2852], [8, 31, 111, 384, 827, 1075], [8, 34, 145, 462, 1041, 1353]]
 CHARACTERS_PER_TOKEN = 4.45
@@ -62,7 +62,7 @@ def process_memory(key: str) -> float:
 
 
 def reset_peak_memory() -> float:
-    """Let the peak of this process's memory (VmHWM) begin anew; return the memory in use, in bytes."""
+    """Reset the peak of this process's memory (VmHWM); return the memory in use, in bytes."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is used again would not raise the peak

@@ -5,7 +5,7 @@ work before training can begin, plus the tokenization of the first epoch:
 - The original reads all rows into a dict of prompts and calls the tokenizer three times per pair
   (https://github.com/eric-mitchell/direct-preference-optimization, preference_datasets.py).
 - Here, the first start reads, checks, tokenizes and caches all pairs; a later start only maps the cache into memory;
-  and an epoch draws its batches from it.
+  and an epoch reads its batches from it.
 
 Each measurement runs in a fresh process. Memory is the peak of RssAnon in /proc, minus its value at the start.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from common import REPOSITORY, print_header, print_row, process_memory
 
-WORDS = 20_000  # in the vocabulary of the generated dialogues; their frequencies follow Zipf's law
+WORDS = 20_000  # in the vocabulary of the generated dialogues; word frequencies follow Zipf's law
 MAX_LENGTH, MAX_PROMPT_LENGTH = 512, 256
 
 
@@ -84,7 +84,7 @@ def reference_loop(path: Path, cache_dir: str) -> dict[str, float]:
 
 
 def reference_element(prompt: str, chosen: str, rejected: str, tokenizer) -> dict:
-    """Tokenize one pair as the original: three calls, the end token, truncation that keeps a prompt's end, labels."""
+    """Tokenize one pair like the original: three calls, the end token, truncation that keeps a prompt's end, labels."""
     parts = [dict(tokenizer(text, add_special_tokens=False)) for text in (chosen, rejected, prompt)]
     for tokens in parts:
         assert tokenizer.eos_token_id not in tokens["input_ids"]
@@ -106,7 +106,7 @@ def reference_element(prompt: str, chosen: str, rejected: str, tokenizer) -> dic
 
 
 def start(path: Path, cache_dir: str, draws_epoch: bool = False) -> dict[str, float]:
-    """Do all that a run does with its data before it loads a model; then, if told to, draw the batches of an epoch."""
+    """Do everything that a run does with its data before it loads a model, and optionally draw an epoch's batches."""
     from preference_datasets import get_batch_iterator
 
     tokenizer, before = load_tokenizer(), time.perf_counter()

@@ -175,7 +175,7 @@ def _child_logps(model, prompt, tokens, depths, masks, predictors, nodes, tree, 
 
 @dataclass(frozen=True)
 class Figures:
-    """Exact figures of a policy, averaged over prompts. All but `outside` are for grammatical responses only."""
+    """Exact figures of a policy, averaged over prompts; all but `outside` are for grammatical responses only."""
 
     reward: float  # E[r]
     kl: float  # KL(policy || reference), in nats

@@ -1,4 +1,4 @@
-"""Reward against KL for every objective, and the best that any policy can reach: `python benchmarks/frontier.py`.
+"""Reward against KL for every objective, and the most that any policy can reach: `python benchmarks/frontier.py`.
 
 This is the paper's controlled-sentiment experiment (Figure 2, left, of https://arxiv.org/abs/2305.18290) on `toy`, with
 known true reward and optimum. After one SFT run, it trains with each loss of `losses.LOSSES` at five strengths on
@@ -6,9 +6,9 @@ known true reward and optimum. After one SFT run, it trains with each loss of `l
 300 pairs, and on `toy_length`, whose labels also favour length. Rewards and KL are exact: see `exact.py`.
 
 The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer; `--model tiny` uses the tiny model
-itself and takes three times as long. All 225 runs take about two and a half hours of CPU time in two processes;
-`--quick` (DPO and IPO) takes a few minutes. Each run writes a JSON file under `--out`, and runs that have one are
-skipped. In the end, tables are printed and a picture is drawn.
+itself and takes three times as long. All 198 runs take about two and a half hours of CPU time in two processes;
+`--quick` (DPO and IPO) takes a few minutes. Each run writes a JSON file under `--out`; runs that have one are skipped.
+Finally, tables are printed and a picture is drawn.
 """
 
 import argparse
@@ -53,9 +53,9 @@ DATASETS |= {
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
-# A run is trained in legs: (examples at its end, factor of the learning rate)
+# A run is trained in legs, each resumed from the one before: (examples at the leg's end, factor of the learning rate)
 LEGS = ((7040, 1.0), (10016, 0.15))
-SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # (examples at its end, AdamW's learning rate)
+SFT_LEGS = ((24960, 4e-3), (54912, 3e-3), (79872, 8e-4), (89856, 1e-4))  # (examples at the end, AdamW's learning rate)
 
 BETAS = (2.0, 1.5, 1.0, 0.7, 0.5)
 STRENGTHS = {  # an option of the loss and five values, from closest to the reference to farthest
@@ -126,11 +126,11 @@ def objectives() -> list[str]:
 def learning_rate(run: Run, n_tokens: int) -> float:
     """Return step_size / |∂ loss / ∂ log π| at the reference, for two responses of equal likelihood.
 
-    The derivative is the larger of those with respect to the preferred and the dispreferred response.
+    There is a derivative with respect to the preferred and one to the dispreferred response; the larger one counts.
 
-    This makes SGD's steps independent of an objective's scale and strength; for DPO it is 2 · step_size / β. Other
-    optimizers don't need it. DPOP's loss has a kink at the reference; its slope is taken on the steeper side, where
-    the preferred response is less likely than under the reference.
+    This makes SGD's steps independent of an objective's scale and strength; for DPO the result is 2 · step_size / β.
+    Other optimizers don't need it. DPOP's loss has a kink at the reference; the slope is that of the steeper side,
+    where the preferred response is less likely than under the reference.
     """
     if not any(word == "optimizer=SGD" for word in run.optimizer):
         return run.step_size
@@ -143,7 +143,7 @@ def learning_rate(run: Run, n_tokens: int) -> float:
     inputs = {name: torch.tensor([-8.0]) for name in LOGPS} | trained
     inputs |= {f"{side}_lengths": torch.tensor([n_tokens]) for side in ("chosen", "rejected")}
     inputs |= {KL_ESTIMATE: torch.tensor(0.0), MEAN_LENGTH: torch.tensor(float(n_tokens)), MEMORY: Memory()}
-    loss(inputs, options)[0].mean().backward()
+    loss.compute(inputs, options).losses.mean().backward()
     return run.step_size / max(abs(logps.grad.item()) for logps in trained.values() if logps.grad is not None)
 
 
@@ -162,7 +162,7 @@ def tasks() -> dict[str, Task]:
 
 
 class Start:
-    """A task's SFT model, from which all runs on that task start, and its exact log-probabilities."""
+    """A task's SFT model, from which all runs on the task start, and its exact log-probabilities."""
 
     def __init__(self, name: str, task: Task, bench: "Bench"):
         self.name, self.task, self.bench = name, task, bench
@@ -182,24 +182,26 @@ class Start:
 
     @functools.cached_property
     def reference_logps(self) -> np.ndarray:
-        path = self.directory / "reference.npy"
-        if not path.exists():
-            np.save(path, self.logps(self.directory / "LATEST"))
-        return np.load(path)
+        return np.load(self.directory / "reference.npy")
 
     @functools.cached_property
     def frontier(self) -> Frontier:
         """The frontier with the SFT model as its reference."""
         return Frontier(self.reference_logps, self.task.rewards, self.tree.lengths)
 
-    def train(self):
-        """Train the SFT model with AdamW on 90,000 examples (4.5 epochs), with a falling learning rate."""
+    def prepare(self):
+        """Train the SFT model with AdamW on 90,000 examples (4.5 epochs), with a falling learning rate; save its logps.
+
+        What an earlier call has done is kept.
+        """
         state = self.directory / "LATEST/state.json"
         for n_examples, lr in SFT_LEGS:
             if state.exists() and json.loads(state.read_text())["examples"] >= n_examples:
                 continue
             settings = ["loss=sft", f"datasets=[{self.name}]", "optimizer=AdamW", "batch_size=64", "warmup_steps=20"]
             self.bench.train(self.directory, *settings, f"lr={lr}", f"n_examples={n_examples}")
+        if not (self.directory / "reference.npy").exists():
+            np.save(self.directory / "reference.npy", self.logps(self.directory / "LATEST"))
 
 
 class Bench:
@@ -256,7 +258,7 @@ class Bench:
         return run.name
 
     def evaluate(self, start: Start, directory: Path, n_examples: int, evaluated: list[int]) -> list[dict]:
-        """Return the figures of a leg's step-N checkpoints that aren't evaluated yet, and of its end."""
+        """Return the figures of a leg's checkpoints, LATEST included, that aren't evaluated yet."""
         steps = {int(path.name[5:]): path for path in directory.glob("step-*")} | {n_examples: directory / "LATEST"}
         checkpoints = []
         for examples in sorted(steps.keys() - set(evaluated)):
@@ -286,11 +288,11 @@ def preferred_sft() -> Run:
     return Run("sft", None, "toy_preferred", step_size=0.05)
 
 
-def optimizer_runs(rate: int) -> list[Run]:
-    """Return runs of DPO at β = 0.5 with other optimizers, and with a larger eps or an NLL term, which may help.
+def optimizer_runs(larger_rate: bool) -> list[Run]:
+    """Return runs of DPO at β = 0.5 with other optimizers; two have a larger eps and one an NLL term, as remedies.
 
     Args:
-        rate: 0 or 1, for the smaller or the larger of two constant learning rates.
+        larger_rate: take the larger of two constant learning rates.
     """
     runs = []
     for objective, optimizer, settings, rates in (
@@ -301,7 +303,7 @@ def optimizer_runs(rate: int) -> list[Run]:
         ("dpo_nll", "RMSprop", (), (1e-4, 3e-4)),
     ):
         overrides = (f"optimizer={optimizer}", *settings)
-        runs.append(Run(objective, 0.5, step_size=rates[rate], optimizer=overrides, legs=((10016, 1.0),)))
+        runs.append(Run(objective, 0.5, step_size=rates[larger_rate], optimizer=overrides, legs=((10016, 1.0),)))
     return runs
 
 
@@ -326,12 +328,12 @@ def all_runs(quick: bool) -> list[Run]:
         preferred_sft(),
         *(run for name in every for run in sweep(name, which=(2,))),
         *(run for name in CORE for run in sweep(name, which=(0, 4))),
-        *optimizer_runs(0),
+        *optimizer_runs(larger_rate=False),
         *(run for name in CORE for data in ("toy_flipped", "toy_scarce") for run in sweep(name, data, (2,))),
         *length_runs(["dpo", "ipo", "simpo"]),
         *(run for name in every for data in ("toy_flipped", "toy_scarce") for run in sweep(name, data, (2,))),
         *length_runs(every),
-        *optimizer_runs(1),
+        *optimizer_runs(larger_rate=True),
         *(run for name in every for run in sweep(name, which=(0, 4))),
         *(run for name in every for run in sweep(name, which=(1, 3))),
     ]
@@ -352,10 +354,8 @@ def _execute(run: Run) -> str:
     return _BENCH.execute(run)
 
 
-def _sft(name: str):
-    start = _BENCH.starts[name]
-    start.train()
-    start.frontier  # noqa: B018 (computes and caches it)
+def _prepare(name: str):
+    _BENCH.starts[name].prepare()
 
 
 def main():
@@ -371,7 +371,7 @@ def main():
     if not args.report:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.processes, context, _start_worker, (out, args.model)) as pool:
-            list(pool.map(_sft, ["toy"] if args.quick else bench.starts))
+            list(pool.map(_prepare, ["toy"] if args.quick else bench.starts))
             todo = {run.name: run for run in all_runs(args.quick) if bench.result(run) is None}
             for future in as_completed([pool.submit(_execute, run) for run in todo.values()]):
                 print(summary(bench, todo[future.result()]), flush=True)

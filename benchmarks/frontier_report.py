@@ -1,12 +1,9 @@
 """Tables and a picture of the results of `frontier.py`.
 
-`python benchmarks/frontier_report.py docs/objectives.md docs/objectives.png` draws the picture again from the
-table in the page.
+In the tables, a policy *leaked* the probability of all responses outside the task's grammar (`exact.Figures.outside`).
 """
 
 import json
-import re
-import sys
 from pathlib import Path
 
 
@@ -30,13 +27,20 @@ def best_checkpoint(results: list[dict]) -> dict | None:
     return max(moved, key=lambda c: c["fraction"], default=None)
 
 
-def ends(results: list[dict], objective: str, data: str = "toy") -> list[dict]:
-    """Return the last checkpoint at each strength of an objective, from closest to the reference to farthest."""
-    chosen = select(results, objective=objective, data=data, optimizer=["optimizer=SGD"], extra=[])
-    chosen = [r for r in chosen if r["checkpoints"] and not r["error"]]
-    return sorted(
-        ({"strength": r["run"]["strength"], **r["checkpoints"][-1]} for r in chosen), key=lambda end: end["kl"]
-    )
+def last_checkpoints(results: list[dict], objectives: dict[str, tuple[str, float]]) -> dict[str, list[dict]]:
+    """Return, by objective, the last checkpoint at each strength, from closest to the reference to farthest.
+
+    The baseline, SFT on the preferred responses, comes last.
+    """
+    common = {"optimizer": ["optimizer=SGD"], "extra": []}
+    runs = {name: select(results, objective=name, data="toy", **common) for name in objectives}
+    runs["sft on the preferred"] = select(results, objective="sft", **common)
+    found = {}
+    for name, of_objective in runs.items():
+        finished = [r for r in of_objective if r["checkpoints"] and not r["error"]]
+        if last := [{"strength": r["run"]["strength"], **r["checkpoints"][-1]} for r in finished]:
+            found[name] = sorted(last, key=lambda checkpoint: checkpoint["kl"])
+    return found
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -48,19 +52,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def sweep_table(results: list[dict], objectives: dict[str, tuple[str, float]]) -> str:
-    """Return a table of the last checkpoint at each strength of every objective."""
+def sweep_table(checkpoints: dict[str, list[dict]], objectives: dict[str, tuple[str, float]]) -> str:
+    """Return a table of `last_checkpoints`."""
     rows = []
-    for name, (option, _) in objectives.items():
-        if row := ends(results, name):
-            strengths = ", ".join(f"{end['strength']:g}" for end in row)
-            fractions = ", ".join(f"{percent(end['fraction'])} at {end['kl']:.2f}" for end in row)
-            leaked = f"{percent(min(e['outside'] for e in row))} to {percent(max(e['outside'] for e in row))}"
-            rows.append([name, f"`{option}` {strengths}", fractions, leaked])
-    for result in select(results, objective="sft"):
-        end = result["checkpoints"][-1]
-        fraction = f"{percent(end['fraction'])} at {end['kl']:.2f}"
-        rows.append(["sft on the preferred", "", fraction, percent(end["outside"])])
+    for name, row in checkpoints.items():
+        strengths = ", ".join(f"{end['strength']:g}" for end in row if end["strength"] is not None)
+        fractions = ", ".join(f"{percent(end['fraction'])} at {end['kl']:.2f}" for end in row)
+        leaks = [percent(choose(end["outside"] for end in row)) for choose in (min, max)]
+        option = f"`{objectives[name][0]}` {strengths}" if name in objectives else ""
+        rows.append([name, option, fractions, " to ".join(dict.fromkeys(leaks))])
     return table(["objective", "option", "fraction of the optimum's gain at the policy's KL (nats)", "leaked"], rows)
 
 
@@ -86,7 +86,7 @@ def conditions_table(results: list[dict], objectives: dict[str, tuple[str, float
 
 
 def optimizer_table(results: list[dict]) -> str:
-    """Return a table of the runs with other optimizers than SGD, at their ends."""
+    """Return a table of the last checkpoint of each run with an optimizer other than SGD."""
     rows = []
     for result in results:
         run = result["run"]
@@ -98,7 +98,7 @@ def optimizer_table(results: list[dict]) -> str:
 
 
 def length_table(bench, results: list[dict]) -> str:
-    """Return a table of the policies' mean lengths on `toy_length`, at the ends of the runs."""
+    """Return a table of the last checkpoint of each run on `toy_length`, with the policy's mean length."""
     start = bench.starts["toy_length"]
     reference = start.frontier.figures(start.reference_logps)
     rows = [["the reference", "", "", "0", percent(reference.outside), f"{reference.length:.1f}"]]
@@ -118,16 +118,11 @@ HIGHLIGHTED = {  # the others are grey
 }  # fmt: skip
 
 
-def points(table: str) -> dict[str, list[tuple[float, float]]]:
-    """Read (KL, fraction of the optimum's gain) of every objective from the text of `sweep_table`."""
-    figure = r"[\d.]+ % at [\d.]+"
-    rows = re.findall(rf"^\| (\w[^|]*) \| [^|]*\| ({figure}(?:, {figure})*) \|", table, re.MULTILINE)
-    cells = {name: re.findall(r"([\d.]+) % at ([\d.]+)", cell) for name, cell in rows}
-    return {name: sorted((float(kl), float(of_gain) / 100) for of_gain, kl in cell) for name, cell in cells.items()}
+def draw(checkpoints: dict[str, list[dict]], path: Path):
+    """Plot, for each objective, the percentage of the largest gain that it loses, against KL; 1,200 pixels wide.
 
-
-def draw(table: str, path: Path):
-    """Draw the part of the largest gain that each objective of a table loses, against KL, 1,200 pixels wide."""
+    `checkpoints`: see `last_checkpoints`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,8 +130,8 @@ def draw(table: str, path: Path):
 
     figure, axes = plt.subplots(figsize=(12, 6), dpi=100)
     labels: list[tuple[float, float, str, str]] = []
-    for name, row in sorted(points(table).items(), key=lambda item: item[0] in HIGHLIGHTED):
-        kl, lost = [kl for kl, _ in row], [100 - 100 * fraction for _, fraction in row]
+    for name, row in sorted(checkpoints.items(), key=lambda item: item[0] in HIGHLIGHTED):
+        kl, lost = [end["kl"] for end in row], [100 - 100 * end["fraction"] for end in row]
         colour = HIGHLIGHTED.get(name, GREY)
         axes.plot(kl, lost, "o-", color=colour, linewidth=2.2 if name in HIGHLIGHTED else 1, markersize=5)
         labels.append((kl[-1], lost[-1], name, colour))
@@ -176,13 +171,13 @@ def _label(axes, labels: list[tuple[float, float, str, str]]):
 def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
     """Draw the picture into the directory of results, and return the tables."""
     results = load(bench.results)
-    start = bench.starts["toy"]
-    draw(sweep_table(results, objectives), bench.out / "frontier.png")
+    checkpoints, start = last_checkpoints(results, objectives), bench.starts["toy"]
+    draw(checkpoints, bench.out / "frontier.png")
     reference = start.frontier.figures(start.reference_logps)
     return "\n\n".join(
         [
             f"The reference: E[r] = {reference.reward:+.2f}, {percent(reference.outside)} outside the grammar.",
-            sweep_table(results, objectives),
+            sweep_table(checkpoints, objectives),
             "Best fraction of the optimum's gain at its KL; leaked; mean length (tokens):",
             conditions_table(results, objectives),
             "DPO at β = 0.5 under other optimizers, at a constant learning rate:",
@@ -192,7 +187,3 @@ def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
             f"Picture: {bench.out / 'frontier.png'}",
         ]
     )
-
-
-if __name__ == "__main__":
-    draw(Path(sys.argv[1]).read_text(encoding="utf-8"), Path(sys.argv[2]))

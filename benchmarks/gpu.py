@@ -12,6 +12,7 @@ On a CPU the parts run at toy size, to try them out; `synchronization` then has 
 
 import argparse
 import copy
+import itertools
 import json
 import warnings
 from contextlib import nullcontext
@@ -26,8 +27,8 @@ from torch import nn
 
 from acceleration.layout import Layout
 from acceleration.model_check import find_layout
-from acceleration.packed_attention import supports_packed_attention, use_packed_attention
-from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
+from acceleration.packed_attention import packed_attention_used, supports_packed_attention
+from acceleration.prefix_sharing import padded_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import shadow_linear_weights
 from log_probabilities import _get_batch_logps, concatenated_inputs
@@ -59,7 +60,9 @@ def dpo_loss(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor
     return preference_loss(*logps.chunk(2), *reference_logps.chunk(2), beta=throughput.BETA)[0].mean()
 
 
-def gradients(model: nn.Module, layout: Layout, batch: dict, reference_logps: torch.Tensor, autocast: torch.dtype):
+def logps_and_gradients(
+    model: nn.Module, layout: Layout, batch: dict, reference_logps: torch.Tensor, autocast: torch.dtype | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the log-probabilities of a batch's responses and the gradient of each parameter."""
     model.zero_grad()
     with torch.autocast(DEVICE.type, autocast) if autocast else nullcontext():
@@ -69,13 +72,12 @@ def gradients(model: nn.Module, layout: Layout, batch: dict, reference_logps: to
 
 
 def correctness():
-    """Compare log-probabilities and gradients of all layouts with those of padded rows in float32, without TF32."""
+    """Compare all layouts' log-probabilities and gradients with padded rows in float32, without TF32."""
     for name in ARCHITECTURES:
         args = throughput_options(
             arch=name.split(",")[0], layers=4, batch_size=16, mixed_precision=False, dtype="float32"
         )
-        training = throughput.build_models(args)
-        model = training.policy
+        model = throughput.build_models(args).policy
         if "grouped" in name:
             config = copy.deepcopy(model.config)
             config.num_key_value_heads = config.num_attention_heads // 4
@@ -85,25 +87,25 @@ def correctness():
         torch.backends.cuda.matmul.allow_tf32 = False
         with torch.no_grad():
             reference_logps = response_logps(model, padded_rows(batch))
-        padded = Layout(padded_rows, whole_logits=False)
-        expected_logps, expected = gradients(model, padded, batch, reference_logps, None)
+        expected_logps, expected = logps_and_gradients(model, Layout(), batch, reference_logps, None)
         norm = torch.stack([gradient.norm() for gradient in expected]).norm()
         for precision, (dtype, autocast) in PRECISIONS.items():
             policy = copy.deepcopy(model).to(dtype)
             if autocast:
                 shadow_linear_weights(policy)
-            for make_rows in (padded_rows, shared_rows, packed_rows, packed_shared_rows):
-                result = {"model": name, "precision": precision, "rows": make_rows.__name__}
+            for is_packed, is_shared in itertools.product((False, True), (False, True)):
+                result = {"model": name, "precision": precision, "is_packed": is_packed, "is_shared": is_shared}
+                is_prepared = is_packed and supports_packed_attention(policy)
                 try:
-                    if make_rows in PACKED and supports_packed_attention(policy):
-                        use_packed_attention(policy)
-                    found, ours = gradients(policy, Layout(make_rows, False), batch, reference_logps, autocast)
+                    with packed_attention_used(policy) if is_prepared else nullcontext():
+                        found, ours = logps_and_gradients(
+                            policy, Layout(is_shared, is_packed), batch, reference_logps, autocast
+                        )
                     off = [(a - b).norm() for a, b in zip(ours, expected, strict=True)]
                     result["logps_differ_by_nats"] = float((found - expected_logps).abs().max())
                     result["gradient_differs_by"] = float(torch.stack(off).norm() / norm)
                 except Exception as error:
                     result["fails_with"] = f"{type(error).__name__}: {error}"[:200]
-                use_packed_attention(policy, False)
                 print(json.dumps(result), flush=True)
             autocasting = partial(torch.autocast, DEVICE.type, autocast) if autocast else nullcontext
             config = SimpleNamespace(shared_prompt="auto", padding_free="auto", max_length=args.max_length)
@@ -111,9 +113,10 @@ def correctness():
             print(json.dumps({"model": name, "precision": precision, "chosen": message}), flush=True)
 
 
-def one_step(training: throughput.Training, args: argparse.Namespace) -> None:
+def one_step(models: throughput.Models, args: argparse.Namespace):
     """Take one training step with packed rows on a batch of random pairs."""
-    throughput.Case("packed").run(training, [collate(random_pairs(args.batch_size, args.vocab))], args)
+    with throughput.StepRecorder(models.policy) as recorder:
+        throughput.Case("packed").run(models, recorder, [collate(random_pairs(args.batch_size, args.vocab))], args)
 
 
 def synchronization():
@@ -125,13 +128,12 @@ def synchronization():
         print("there is no GPU to wait for")
         return
     args = throughput_options(layers=4)
-    training = throughput.build_models(args)
-    training.reset()
-    one_step(training, args)
+    models = throughput.build_models(args)
+    one_step(models, args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        one_step(training, args)
+        one_step(models, args)
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message)[:200] for warning in caught if "synchroniz" in str(warning.message)]
     print(json.dumps({"waits": len(waits), "of": sorted(set(waits))}))
@@ -140,13 +142,12 @@ def synchronization():
 def profile():
     """Print the operations that take most of a step's time."""
     args = throughput_options()
-    training = throughput.build_models(args)
-    training.reset()
+    models = throughput.build_models(args)
     for _ in range(2):
-        one_step(training, args)
+        one_step(models, args)
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if HAS_GPU else [])]
     with torch.profiler.profile(activities=activities) as profiler:
-        one_step(training, args)
+        one_step(models, args)
     sort_by = "self_device_time_total" if HAS_GPU else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=sort_by, row_limit=30, max_name_column_width=70))
 

@@ -1,10 +1,10 @@
 """Predicted and measured memory of the original's models and of current ones: `python benchmarks/gpu_memory.py`.
 
 Each model has its real width, but only a few layers with random weights; nothing is downloaded. The prediction is that
-of the memory plan at the start of a run (`acceleration.memory_plan`) for one microbatch: activations, weights cast for
-computing, and logits. The measurement is the peak of a forward and backward pass, minus what was allocated before it.
-A ratio of measured to predicted above 1 means that the plan is too low. On a CPU the program only predicts, at toy
-size, to try it out.
+of the memory plan at the start of a run for one microbatch: `capacity.microbatch_bytes`, and the weights cast for
+computing. The measurement is the peak of a forward and backward pass, minus what was allocated before it. A ratio of
+measured to predicted above 1 means that the plan is too low; it keeps a tenth of free memory in reserve. On a CPU the
+program only predicts, at toy size, to try it out.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import transformers
 from common import collate, print_header, print_row, random_pairs
 from torch import nn
 
-from acceleration.capacity import measure_activations
+from acceleration.capacity import measure_activations, microbatch_bytes
+from acceleration.layout import Layout
 from acceleration.measurement import full_length_batch
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention
-from acceleration.prefix_sharing import packed_shared_rows, shared_rows
-from acceleration.response_head import LOGITS_BYTES, response_logps
-from acceleration.shadow_weights import release_copies, shadow_linear_weights
+from acceleration.response_head import response_logps
+from acceleration.shadow_weights import free_trained_copies, shadow_linear_weights
 from utils import disable_dropout
 
 HAS_GPU = torch.cuda.is_available()
@@ -51,12 +51,12 @@ MODELS = {  # the first six are the original's
 }  # fmt: skip
 TOY = {"hidden_size": 64, "n_embd": 64, "intermediate_size": 128, "num_attention_heads": 4, "n_head": 4,
        "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 16, "vocab_size": 512}  # fmt: skip
-WAYS = {  # dtype of the weights, autocast's dtype, activation checkpointing
+SETTINGS = {  # dtype of the weights, autocast's dtype, activation checkpointing
     "mixed": (torch.float32, torch.bfloat16, False),
     "mixed, checkpointing": (torch.float32, torch.bfloat16, True),
     "bfloat16": (torch.bfloat16, None, False),
 }
-COLUMNS = ("model", "way", "tokens", "MB a token", "predicted GB", "measured GB", "measured / predicted")
+COLUMNS = ("model", "setting", "tokens", "MB per token", "predicted GB", "measured GB", "measured / predicted")
 
 
 def build(name: str, dtype: torch.dtype, autocast_dtype: torch.dtype | None, checkpointing: bool) -> nn.Module:
@@ -76,14 +76,13 @@ def build(name: str, dtype: torch.dtype, autocast_dtype: torch.dtype | None, che
     return model.train()
 
 
-def measure(name: str, way: str, n_pairs: int) -> list[float]:
+def measure(name: str, setting: str, n_pairs: int) -> list[float]:
     """Predict and, on a GPU, measure the memory of a microbatch of random pairs; return the figures of `COLUMNS`."""
-    dtype, autocast_dtype, checkpointing = WAYS[way]
+    dtype, autocast_dtype, checkpointing = SETTINGS[setting]
     model = build(name, dtype, autocast_dtype, checkpointing)
-    make_rows = shared_rows if MODELS[name][0] == "gptj" else packed_shared_rows
-    vocabulary = model.config.vocab_size
-    batch = collate(random_pairs(n_pairs, vocabulary, MAX_LENGTH, MAX_LENGTH // 2))
-    rows, full = make_rows(batch), make_rows(full_length_batch(batch, MAX_LENGTH))
+    layout = Layout(is_shared=True, is_packed=MODELS[name][0] != "gptj")
+    batch = collate(random_pairs(n_pairs, model.config.vocab_size, MAX_LENGTH, MAX_LENGTH // 2))
+    rows, full = layout.rows(batch), layout.rows(full_length_batch(batch, MAX_LENGTH))
     autocast = partial(torch.autocast, DEVICE.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext
 
     def logps(rows) -> torch.Tensor:
@@ -91,15 +90,14 @@ def measure(name: str, way: str, n_pairs: int) -> list[float]:
             return response_logps(model, rows)
 
     activations = measure_activations(model, partial(logps, full), full.input_ids.numel())
-    (kept,), backward = activations.kept.values(), sum(activations.backward.values())
-    n_tokens, casts = rows.input_ids.numel(), sum(activations.casts.values())
-    logits = min(LOGITS_BYTES, 4 * 4 * vocabulary * len(rows.targets))
-    largest = 2 * 4 * max(parameter.numel() for parameter in model.parameters())
-    predicted = ((kept + backward) * n_tokens + casts + logits + largest) / 1e9
-    figures = [n_tokens, (kept + backward) / 1e6, predicted]
+    (device,) = activations.kept
+    constant, per_token = microbatch_bytes(model, activations, device)
+    n_tokens = rows.input_ids.numel()
+    predicted = (constant + activations.casts.get(device, 0) + per_token * n_tokens) / 1e9
+    figures = [n_tokens, per_token / 1e6, predicted]
     if HAS_GPU:
         for _ in range(2):  # the first allocates the gradients
-            release_copies(model)
+            free_trained_copies(model)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -117,12 +115,12 @@ def main():
     transformers.logging.set_verbosity_error()
     print_header(COLUMNS)
     for name in args.models:
-        for way in WAYS:
+        for setting in SETTINGS:
             try:
-                figures = [f"{figure:.3g}" for figure in measure(name, way, args.pairs)]
+                figures = [f"{figure:.3g}" for figure in measure(name, setting, args.pairs)]
             except Exception as error:  # the other models may still work
                 figures = [f"{type(error).__name__}: {error}"[:100]]
-            print_row([name, way, *figures])
+            print_row([name, setting, *figures])
             gc.collect()
             if HAS_GPU:
                 torch.cuda.empty_cache()

@@ -1,12 +1,12 @@
-"""Measure what loading a model costs its workers, before and now: `python benchmarks/loading.py`, on Linux.
+"""Measure time and memory of loading a model in several workers: `python benchmarks/loading.py`, on Linux.
 
 Workers connected by gloo load a model with random weights from safetensors files that are not in the page cache:
-  before   one worker reads everything, and broadcasts one parameter after another (still done for models that need it)
-  now      every worker reads its part of the files
+  broadcast  one worker reads everything, and broadcasts one parameter after another (needed by some models)
+  read       every worker reads its part of the files
 Columns:
   s        seconds until all workers hold their part
-  read     MB read from the disk: by the first worker, and the most by another one
-  memory   the most memory (MB) that loading adds at any time, without mapped files: in the first, in the largest other
+  read     MB read from the disk: by worker 0, and the maximum over the others
+  memory   peak increase in MB, not counting memory-mapped files: of worker 0, and the maximum over the others
 """
 
 import argparse
@@ -30,7 +30,7 @@ from distributed.collectives import all_gather_object, barrier
 from distributed.strategies import STRATEGIES
 from models import load_model
 
-WAYS = {"before": "cpu", "now": "meta"}  # the `device_map` of each
+WAYS = {"broadcast": "cpu", "read": "meta"}  # the `device_map` of each
 SPLITS = {
     "FSDPTrainer": ["trainer=FSDPTrainer"],
     "FSDPTrainer, tensor_parallel=2": ["trainer=FSDPTrainer", "tensor_parallel=2"],
@@ -52,7 +52,7 @@ def forget(directory: Path):
 
 @contextlib.contextmanager
 def peak_memory():
-    """Yield a list whose last item will be the peak of the memory inside the block, minus that at its start."""
+    """Yield a list whose last item is, after the block, the block's peak memory minus the memory before it."""
     values, is_over = [], threading.Event()
 
     def sample():

@@ -3,10 +3,10 @@
 Every row is a DPO run of the real trainer in real processes connected by gloo, with toy data and random weights, all in
 float32. The last step is measured. Figures are in MiB, with their ratio to theory in brackets:
   sent, collectives  bytes that a worker's collectives would send in NCCL's ring algorithm: (n-1)/n of the whole tensor
-                     for an all-gather or a reduce-scatter, twice that for an all-reduce; mean of the workers
+                     for an all-gather or a reduce-scatter, twice as much for an all-reduce; mean over the workers
   sent, kernel       bytes over the loopback interface of a separate network namespace, per worker: with gloo's
                      algorithms and TCP headers
-  held               memory of the tensors just after the optimizer's step; the largest of the workers
+  held               memory of the tensors just after the optimizer's step; maximum over the workers
 Theory depends only on the model's parameters, blocks and hidden size, and on the batch's tokens and microbatches.
 """
 
@@ -42,7 +42,7 @@ RUNS = [  # trainer, workers, keys
     ("FSDPTrainer", 4, {"tensor_parallel": 2}), ("TensorParallelTrainer", 2, {}), ("TensorParallelTrainer", 4, {}),
 ]  # fmt: skip
 MIB, FLOAT32 = 2**20, 4
-# How many times a ring sends (n-1)/n of the tensor for each collective, named as in c10d or in DTensor
+# How often a ring sends (n-1)/n of the tensor for each collective, by its name in c10d or in DTensor
 _ROUNDS = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2, "all_reduce": 2}
 _SENDS_NOTHING = {"_wrap_tensor_autograd", "wait_tensor"}
 

@@ -1,10 +1,10 @@
-"""DPO of a real chat model by this program and by TRL, on the same pairs, in a process each.
+"""Train a real chat model by DPO with this program and with TRL, on the same pairs, each in a process of its own.
 
 `pip install trl==1.16.0`, then `python benchmarks/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct
---data CHAT.jsonl`. The data are pairs of messages (`prompt`, `chosen`, `rejected`), of which the first that fit into
-`--max-length` are used. Both programs are started as users start them, in turn, and take the same steps: the same
-tokens in the same order, AdamW, a constant learning rate, the same clipping, no dropout. TRL trains in float32 without
-activation checkpointing, which is its fastest way on a CPU. The columns, medians over the rounds:
+--data CHAT.jsonl`. The data are pairs of messages (`prompt`, `chosen`, `rejected`); the first pairs that fit into
+`--max-length` are used. Both programs run from the command line, in turn, and take the same steps: the same tokens in
+the same order, AdamW, a constant learning rate, the same clipping, no dropout. TRL trains in float32 without
+activation checkpointing, which is its fastest setting on a CPU. The columns, medians over the rounds:
   pairs/s       of the steps after the first
   memory        the process's peak, weights included (GB)
   start         seconds from the command to the end of the first step, with precomputing the reference if that is on
@@ -43,7 +43,7 @@ MAX_GRAD_NORM = 10.0
 
 
 def our_keys(args: argparse.Namespace, data: str, directory: str) -> list[str]:
-    """Return the config keys that the run and `write_data`, which works out the order of its data, have in common."""
+    """Return the config keys of the run and of `write_data`, which computes the order of the run's examples."""
     return [
         f"model.name_or_path={args.model}", f"datasets=[{data}]", "loss=dpo", f"max_length={args.max_length}",
         f"max_prompt_length={args.max_length - 1}", f"batch_size={args.batch_size}", "n_epochs=1",
@@ -52,9 +52,9 @@ def our_keys(args: argparse.Namespace, data: str, directory: str) -> list[str]:
 
 
 def write_data(args: argparse.Namespace, directory: str) -> tuple[str, str]:
-    """Write the first pairs that fit twice: in their order for this program, which shuffles them; shuffled so for TRL.
+    """Write the first pairs that fit: in their order for this program, which shuffles them, and so shuffled for TRL.
 
-    Returns: this program's folder, with one pair more as its test split, and TRL's file.
+    Returns: this program's folder, which has one more pair as its test split, and TRL's file.
     """
     from transformers import AutoTokenizer
 
@@ -155,7 +155,7 @@ def run_trl(args: argparse.Namespace):
 
 
 def measure(command: list[str], steps_file: Path, args: argparse.Namespace) -> dict:
-    """Run a command that appends a line of JSON to a file after each step, and return what the table shows of it."""
+    """Run a command that appends a line of JSON to a file after each step; return its figures for the table."""
     start, times = time.time(), []
     log = steps_file.parent.parent / "log.txt"
     with open(log, "w") as file:
@@ -211,7 +211,7 @@ def main():
                     ("this program", command_of_ours, folder),
                     ("TRL", command_of_trl, trl_data),
                 ):
-                    run = Path(tempfile.mkdtemp(dir=directory))  # with a cache of its own for the reference
+                    run = Path(tempfile.mkdtemp(dir=directory))  # each run has its own cache for the reference
                     result = measure(make_command(args, mode, data, str(run)), run / "run/metrics.jsonl", args)
                     programs[program].append(result)
                     print(f"round {number + 1}, {mode}, {program}: {result}", file=sys.stderr, flush=True)

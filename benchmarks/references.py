@@ -1,8 +1,8 @@
 """Peak memory of training with each kind of reference, and the savings in a sweep: `python benchmarks/references.py`.
 
 Every row is a run of `train.py` in its own process, on the toy data and a model with random weights. Peak memory is the
-largest resident set of that process. The runs with precomputed log-probabilities differ only in β and share a cache, as
-in a sweep. The column 'pairs by the reference' counts the pairs for which the reference was run.
+process's largest resident set. The runs with precomputed log-probabilities differ only in β and share a cache, as
+in a sweep. The column 'pairs by the reference' counts the pairs that the reference computed.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The time that `sample.py` takes to draw, beside plain Transformers' `generate`, in one process and in turn.
+"""Compare the speed of `sample.py` with plain Transformers' `generate`, in one process, in turn.
 
 `python benchmarks/sampling.py --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts PROMPTS.jsonl`. Both draw one
 answer of up to `--max-new-tokens` to each of the first `--n` prompts at temperature 1, in the same batches of prompts
@@ -6,7 +6,7 @@ of similar length. The rows of the table, medians over the rounds:
   generate          plain Transformers: `model.generate(do_sample=True)`, with its growing cache
   generate, static  the same with `cache_implementation="static"`
   draw              this program: the same, but each sample has a seed of its own
-  draw and score    what sample.py does: also the log-probabilities of each answer under policy and reference
+  draw and score    like sample.py: also computes each answer's log-probabilities under policy and reference
 """
 
 import argparse
@@ -42,7 +42,7 @@ def load(args: argparse.Namespace, directory: str) -> BasicTrainer:
 
 
 def generate(trainer: BasicTrainer, items: list[Item], n_new: int, **settings):
-    """Draw by Transformers alone; prompts are padded on the left."""
+    """Draw by Transformers only; prompts are padded on the left."""
     tokenizer, prompts = trainer.tokenizer, {"input_ids": [request.ids for request, _ in items]}
     batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(trainer.device)
     chosen = GenerationConfig(

@@ -1,14 +1,14 @@
 """Speed, memory and gradients of DPO training in several ways, on the same pairs in one process.
 
-`python benchmarks/throughput.py` is for a CPU with 24 GB, most of it for the original's way. `--preset pythia-2.8b` is
-for a GPU. Tokens and weights are random; nothing is downloaded. Lengths are those of Anthropic's Helpful-Harmless
-dialogues. TRL is measured if it is installed.
+`python benchmarks/throughput.py` is for a CPU with 24 GB, most of which the original's way needs. `--preset
+pythia-2.8b` is for a GPU. Tokens and weights are random; nothing is downloaded. Prompts and responses are as long as in
+Anthropic's Helpful-Harmless dialogues. TRL is measured if it is installed.
 
 All ways start from the same weights and take the same number of steps on the same batches. Collation is not timed;
 everything else in a step is. The columns:
   pairs/s                      from each step's median time over the rounds
   computed tokens per pair     positions that pass through the policy, with padding, counted at its input embeddings
-  peak memory                  during steps, beyond what was in use before the first step. So it excludes the weights of
+  peak memory                  during steps, minus the memory in use before the first step: without the weights of
                                policy and reference, which stay loaded, even if the reference is cached
   largest gradient difference  max |g - g_original| / max |g_original|, the largest over all parameters, for the first
                                batch, before clipping. Computed in float32, because in bfloat16 the original's rounding
@@ -16,6 +16,7 @@ everything else in a step is. The columns:
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -37,10 +38,9 @@ from torch import nn
 
 from acceleration.capacity import microbatch_overhead
 from acceleration.layout import Layout
-from acceleration.packed_attention import use_packed_attention
-from acceleration.prefix_sharing import packed_shared_rows, padded_rows, shared_rows
+from acceleration.packed_attention import packed_attention_used
 from acceleration.response_head import response_logps
-from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
+from acceleration.shadow_weights import shadow_linear_weights, unshadow_linear_weights
 from data.batches import prefetched
 from data.microbatches import CPU_OVERHEAD, microbatches
 from log_probabilities import concatenated_inputs
@@ -49,9 +49,9 @@ from utils import disable_dropout, slice_and_move_batch_for_device
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 5e-7, 10.0
 
-PRESETS = {  # microbatches of 8 pairs, as on each of the original's four GPUs: 64 / (2 microbatches * 4)
+PRESETS = {  # 8 microbatches of 8 pairs, as on each of the original's four GPUs: 64 / (2 microbatches * 4)
     "pythia-2.8b": {
-        "hidden": 2560, "layers": 32, "heads": 32, "mixed_precision": True, "batch_size": 64, "microbatch": 8,
+        "hidden": 2560, "layers": 32, "heads": 32, "mixed_precision": True, "batch_size": 64, "n_microbatches": 8,
     },
 }  # fmt: skip
 
@@ -59,33 +59,52 @@ PRESETS = {  # microbatches of 8 pairs, as on each of the original's four GPUs: 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-class Training(transformers.TrainerCallback):
-    """Policy and reference, with a record of the policy's training steps, whatever trainer takes them."""
+@dataclass
+class Models:
+    """A policy and its reference, from whose weights each way to train starts."""
 
-    def __init__(self, policy: nn.Module, reference: nn.Module):
-        self.policy, self.reference = policy, reference  # every way starts from the reference's weights
-        self.device = policy.device
-        self.n_positions = n_positions = [0]  # positions computed by the policy; a list, so that its copies share it
+    policy: nn.Module
+    reference: nn.Module
 
-        def count(module: nn.Module, inputs: tuple[torch.Tensor]):
-            n_positions[0] += inputs[0].numel() if torch.is_grad_enabled() else 0
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
 
-        policy.get_input_embeddings().register_forward_pre_hook(count)
-
-    def reset(self, keep_gradients: bool = False):
-        """Restore the policy's initial weights and forget the recorded steps."""
+    def restore(self):
+        """Give the policy its initial weights again."""
         with torch.no_grad():
             for parameter, initial in zip(self.policy.parameters(), self.reference.parameters(), strict=True):
                 parameter.copy_(initial)
         self.policy.zero_grad()
-        self.steps: list[tuple[float, int]] = []  # each step's seconds and positions
-        self.keep_gradients, self.gradients = keep_gradients, {}
+
+
+class StepRecorder(transformers.TrainerCallback):
+    """Records a policy's training steps inside the block, whatever trainer takes them.
+
+    `steps` gets each step's seconds and positions; `gradients` holds the last step's, if they are kept.
+    """
+
+    def __init__(self, policy: nn.Module, keep_gradients: bool = False):
+        self.policy, self.keep_gradients = policy, keep_gradients
+        self.steps: list[tuple[float, int]] = []
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> "StepRecorder":
+        def count(module: nn.Module, inputs: tuple[torch.Tensor]):  # also called in deep copies of the policy
+            self.n_positions += inputs[0].numel() if torch.is_grad_enabled() else 0
+
+        self.n_positions = 0
+        self.hook = self.policy.get_input_embeddings().register_forward_pre_hook(count)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
 
     def on_step_begin(self, *args, **kwargs):
         """Called when the batch is ready and nothing is computed yet."""
         if not self.steps:
-            self.reset_peak_memory()
-        self.n_positions[0] = 0
+            reset_memory_peak(self.policy.device)
+        self.n_positions = 0
         self.start = self._now()
 
     def on_pre_optimizer_step(self, *args, **kwargs):
@@ -96,28 +115,30 @@ class Training(transformers.TrainerCallback):
 
     def on_step_end(self, *args, **kwargs):
         """Called when the weights are updated and the gradient is freed."""
-        self.steps.append((self._now() - self.start, self.n_positions[0]))
+        self.steps.append((self._now() - self.start, self.n_positions))
 
     def _now(self) -> float:
-        if self.device.type == "cuda":  # kernels run asynchronously
+        if self.policy.device.type == "cuda":  # kernels run asynchronously
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def reset_peak_memory(self) -> float:
-        """Let the peak of memory begin anew; return the bytes in use."""
-        in_use = reset_peak_memory()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            in_use = torch.cuda.memory_allocated()
-        return in_use
 
-    def peak_memory(self) -> float:
-        """Return the most bytes in use since `reset_peak_memory`."""
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else process_memory("VmHWM")
+def reset_memory_peak(device: torch.device) -> float:
+    """Reset the peak of a device's memory; return the bytes in use."""
+    in_use = reset_peak_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        in_use = torch.cuda.memory_allocated()
+    return in_use
 
 
-def build_models(args: Namespace) -> Training:
+def memory_peak(device: torch.device) -> float:
+    """Return the most bytes in use since `reset_memory_peak`."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else process_memory("VmHWM")
+
+
+def build_models(args: Namespace) -> Models:
     """Build two equal models with random weights, without dropout."""
     head_size = args.hidden // args.heads
     options = {
@@ -135,24 +156,25 @@ def build_models(args: Namespace) -> Training:
     if args.mixed_precision:
         reference.bfloat16()
     if args.activation_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Training(policy.train(), reference)
+        policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return Models(policy.train(), reference)
 
 
 # ---- this repository's ways and the original's ----------------------------------------------------------------------
 
 
-def original_microbatches(batch: dict, training: Training, args: Namespace) -> list[dict]:
+def original_microbatches(batch: dict, models: Models, args: Namespace) -> list[dict]:
     """Split a batch into equal parts, all padded to the longest sequence of the whole batch."""
-    return [slice_and_move_batch_for_device(batch, i, args.microbatch, training.device) for i in range(args.microbatch)]
+    n = args.n_microbatches
+    return [slice_and_move_batch_for_device(batch, number, n, models.device) for number in range(n)]
 
 
-def planned_microbatches(batch: dict, training: Training, args: Namespace, layout: Layout) -> list[dict]:
+def planned_microbatches(batch: dict, models: Models, args: Namespace, layout: Layout) -> list[dict]:
     """Split a batch as `trainers.py` does, and prepare the rows of each part."""
-    min_parts = 1 if layout.is_packed and args.max_tokens else args.microbatch
-    overhead = CPU_OVERHEAD if training.device.type == "cpu" else microbatch_overhead(training.policy)
+    min_parts = 1 if layout.is_packed and args.max_tokens else args.n_microbatches
+    overhead = CPU_OVERHEAD if models.device.type == "cpu" else microbatch_overhead(models.policy)
     parts = microbatches(batch, min_parts, layout.is_shared, overhead, layout.is_packed, args.max_tokens)
-    return [layout.prepare(part, pin_memory=training.device.type == "cuda") for part in parts]
+    return [layout.prepare(part, pin_memory=models.device.type == "cuda") for part in parts]
 
 
 def original_logps(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -170,58 +192,53 @@ def original_logps(model: nn.Module, batch: dict) -> torch.Tensor:
     return (per_token_logps * loss_mask).sum(-1)
 
 
-def with_reference_logps(batch: dict, training: Training, logps: Callable) -> dict:
+def with_reference_logps(batch: dict, models: Models, logps: Callable) -> dict:
     """Return the batch with the reference's log-probabilities added: (B, 2), for chosen and rejected responses."""
     with torch.no_grad():
-        return batch | {"reference_logps": torch.stack(logps(training.reference, batch).chunk(2), dim=1)}
+        return batch | {"reference_logps": torch.stack(logps(models.reference, batch).chunk(2), dim=1)}
 
 
-def train_ours(
-    training: Training, batches: list[dict], args: Namespace, split: Callable, logps: Callable,
+def train_by_loop(
+    models: Models, recorder: StepRecorder, batches: list[dict], args: Namespace, split: Callable, logps: Callable,
     cached_reference: bool = False,
 ):  # fmt: skip
     """Train on the batches with a loop like that of `trainers.py`.
 
     Args:
-        split: (batch, training, args) to a list of microbatches.
+        split: (batch, models, args) to a list of microbatches.
         logps: (model, microbatch) to the log-probabilities of its responses, chosen before rejected.
     """
-    optimizer = torch.optim.RMSprop(training.policy.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.RMSprop(models.policy.parameters(), lr=LEARNING_RATE)
     if cached_reference:
-        batches = [with_reference_logps(batch, training, logps) for batch in batches]
-    for batch, parts in prefetched(((batch, split(batch, training, args)) for batch in batches), n_ahead=2):
-        training.on_step_begin()
+        batches = [with_reference_logps(batch, models, logps) for batch in batches]
+    for batch, parts in prefetched(((batch, split(batch, models, args)) for batch in batches), n_ahead=2):
+        recorder.on_step_begin()
         for part in parts:
-            with torch.autocast(training.device.type, torch.bfloat16, enabled=args.mixed_precision):
-                policy_logps = logps(training.policy, part).chunk(2)
+            with torch.autocast(models.device.type, torch.bfloat16, enabled=args.mixed_precision):
+                policy_logps = logps(models.policy, part).chunk(2)
             if not cached_reference:
-                part = with_reference_logps(part, training, logps)
+                part = with_reference_logps(part, models, logps)
             losses, _, _ = preference_loss(*policy_logps, *part["reference_logps"].unbind(1), beta=BETA)
             (losses.sum() / len(batch["pairs"])).backward()
-        training.on_pre_optimizer_step()
-        nn.utils.clip_grad_norm_(training.policy.parameters(), MAX_GRAD_NORM)
+        recorder.on_pre_optimizer_step()
+        nn.utils.clip_grad_norm_(models.policy.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        training.on_step_end()
+        recorder.on_step_end()
 
 
-def train_in_layout(training: Training, batches: list[dict], args: Namespace, make_rows: Callable, **options):
-    """Train as `trainers.py` does with one of its layouts; leave the models as they were, but for the weights."""
-    layout = Layout(make_rows, whole_logits=False)
-    for model in (training.policy, training.reference) if layout.is_packed else ():
-        use_packed_attention(model)
-    if args.mixed_precision:
-        shadow_linear_weights(training.policy)
-    try:
-        train_ours(training, batches, args, functools.partial(planned_microbatches, layout=layout),
-                   lambda model, batch: response_logps(model, layout.rows(batch)), **options)  # fmt: skip
-    finally:
-        for model in (training.policy, training.reference) if layout.is_packed else ():
-            use_packed_attention(model, False)
-        for module in training.policy.modules():
-            if type(module) is ShadowedLinear:
-                module.forget_copies()
-                module.__class__ = nn.Linear
+def train_in_layout(
+    models: Models, recorder: StepRecorder, batches: list[dict], args: Namespace, layout: Layout, **options
+):
+    """Train as `trainers.py` does with one of its layouts; afterwards the models are as before, but for the weights."""
+    with contextlib.ExitStack() as stack:
+        if args.mixed_precision:
+            shadow_linear_weights(models.policy)
+            stack.callback(unshadow_linear_weights, models.policy)
+        for model in (models.policy, models.reference) if layout.is_packed else ():
+            stack.enter_context(packed_attention_used(model))
+        train_by_loop(models, recorder, batches, args, functools.partial(planned_microbatches, layout=layout),
+                      lambda model, batch: response_logps(model, layout.rows(batch)), **options)  # fmt: skip
 
 
 # ---- TRL ------------------------------------------------------------------------------------------------------------
@@ -243,12 +260,13 @@ def trl_data(batches: list[dict]) -> dict:
 
 
 def train_with_trl(
-    training: Training, batches: list[dict], args: Namespace, tuned: bool, cached_reference: bool = False
-):
+    models: Models, recorder: StepRecorder, batches: list[dict], args: Namespace, tuned: bool,
+    cached_reference: bool = False,
+):  # fmt: skip
     """Train on the batches with TRL's `DPOTrainer`.
 
     Args:
-        tuned: use the dtype, activation checkpointing, optimizer and clipping of the other ways, not TRL's defaults.
+        tuned: use the other ways' dtype, activation checkpointing, optimizer and clipping instead of TRL's defaults.
     """
     from trl import DPOConfig, DPOTrainer
 
@@ -259,26 +277,26 @@ def train_with_trl(
     def copy_sharing_weights(model: nn.Module) -> nn.Module:  # a copy, because TRL and Accelerate patch the model
         return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
-    policy = copy_sharing_weights(training.policy)
-    reference = None if cached_reference else copy_sharing_weights(training.reference)
+    policy = copy_sharing_weights(models.policy)
+    reference = None if cached_reference else copy_sharing_weights(models.reference)
     options, optimizer = {}, None
     if tuned:
         options = {"bf16": args.mixed_precision, "gradient_checkpointing": args.activation_checkpointing}
-        if training.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        if models.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
             options["use_liger_kernel"] = True
         options["max_grad_norm"] = MAX_GRAD_NORM
         optimizer = torch.optim.RMSprop(policy.parameters(), lr=LEARNING_RATE)
-    if training.keep_gradients:
+    if recorder.keep_gradients:
         options["max_grad_norm"] = 0.0  # don't clip: TRL has no callback between the backward pass and clipping
     with tempfile.TemporaryDirectory() as output_dir:
         config = DPOConfig(
-            output_dir, max_steps=len(batches), per_device_train_batch_size=args.batch_size // args.microbatch,
-            gradient_accumulation_steps=args.microbatch, learning_rate=LEARNING_RATE, beta=BETA,
+            output_dir, max_steps=len(batches), per_device_train_batch_size=args.batch_size // args.n_microbatches,
+            gradient_accumulation_steps=args.n_microbatches, learning_rate=LEARNING_RATE, beta=BETA,
             max_length=args.max_length, precompute_ref_log_probs=cached_reference, train_sampling_strategy="sequential",
-            use_cpu=training.device.type == "cpu", report_to="none", save_strategy="no", disable_tqdm=True, **options,
+            use_cpu=models.device.type == "cpu", report_to="none", save_strategy="no", disable_tqdm=True, **options,
         )  # fmt: skip
         trainer = TokenIdDPOTrainer(
-            policy, reference, config, callbacks=[training], optimizers=(optimizer, None), **trl_data(batches)
+            policy, reference, config, callbacks=[recorder], optimizers=(optimizer, None), **trl_data(batches)
         )
         trainer.remove_callback(transformers.PrinterCallback)  # or it would print into our table
         trainer.train()
@@ -287,15 +305,15 @@ def train_with_trl(
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
-WAYS = {  # name in the table, function that trains on (training, batches, args), its further arguments
-    "original": ("original", train_ours, {"split": original_microbatches, "logps": original_logps}),
-    "padded": ("padded, response-only head", train_in_layout, {"make_rows": padded_rows}),
-    "shared": ("shared prompt", train_in_layout, {"make_rows": shared_rows}),
-    "packed": ("shared prompt, packed", train_in_layout, {"make_rows": packed_shared_rows}),
+WAYS = {  # name in the table, function that trains on (models, recorder, batches, args), its further arguments
+    "original": ("original", train_by_loop, {"split": original_microbatches, "logps": original_logps}),
+    "padded": ("padded, response-only head", train_in_layout, {"layout": Layout()}),
+    "shared": ("shared prompt", train_in_layout, {"layout": Layout(is_shared=True)}),
+    "packed": ("shared prompt, packed", train_in_layout, {"layout": Layout(is_shared=True, is_packed=True)}),
     "cached": ("shared prompt, cached reference", train_in_layout,
-               {"make_rows": shared_rows, "cached_reference": True}),
+               {"layout": Layout(is_shared=True), "cached_reference": True}),
     "packed-cached": ("shared prompt, packed, cached reference", train_in_layout,
-                      {"make_rows": packed_shared_rows, "cached_reference": True}),
+                      {"layout": Layout(is_shared=True, is_packed=True), "cached_reference": True}),
     "trl-default": ("TRL, its defaults", train_with_trl, {"tuned": False}),
     "trl": ("TRL, tuned", train_with_trl, {"tuned": True}),
     "trl-cached": ("TRL, tuned, cached reference", train_with_trl, {"tuned": True, "cached_reference": True}),
@@ -316,10 +334,10 @@ class Case:
     def name(self) -> str:
         return WAYS[self.way][0]
 
-    def run(self, training: Training, batches: list[dict], args: Namespace):
+    def run(self, models: Models, recorder: StepRecorder, batches: list[dict], args: Namespace):
         """Train on the batches."""
         _, train, options = WAYS[self.way]
-        train(training, batches, args, **options)
+        train(models, recorder, batches, args, **options)
 
     @property
     def median_seconds(self) -> float:
@@ -327,60 +345,61 @@ class Case:
         return sum(statistics.median(step) for step in zip(*self.seconds, strict=True))
 
 
-def measure(cases: list[Case], training: Training, batches: list[dict], args: Namespace):
+def measure(cases: list[Case], models: Models, batches: list[dict], args: Namespace):
     """Train in each way on the batches; in every round, the ways take turns."""
     for n_round in range(1, args.repeats + 1):
         for case in cases:
             print(f"round {n_round} of {args.repeats}: {case.name}", file=sys.stderr, flush=True)
-            training.reset()
-            in_use = training.reset_peak_memory()
-            case.run(training, batches[:1] * args.warmup + batches, args)
-            case.peak_memory = max(case.peak_memory, training.peak_memory() - in_use)
-            seconds, n_positions = zip(*training.steps[args.warmup :], strict=True)
+            models.restore()
+            in_use = reset_memory_peak(models.device)
+            with StepRecorder(models.policy) as recorder:
+                case.run(models, recorder, batches[:1] * args.warmup + batches, args)
+            case.peak_memory = max(case.peak_memory, memory_peak(models.device) - in_use)
+            seconds, n_positions = zip(*recorder.steps[args.warmup :], strict=True)
             case.seconds.append(seconds)
             case.n_positions = sum(n_positions)
 
 
-def compare_gradients(cases: list[Case], training: Training, batch: dict, args: Namespace):
+def compare_gradients(cases: list[Case], models: Models, batch: dict, args: Namespace):
     """Compute how far each way's first gradient is from the original's."""
-    if training.reference.dtype == torch.bfloat16:
+    if models.reference.dtype == torch.bfloat16:
         args = Namespace(**vars(args) | {"mixed_precision": False})
-        training = Training(copy.deepcopy(training.policy).float(), copy.deepcopy(training.reference).float())
-        if args.batch_size % (2 * args.microbatch) == 0:  # float32 activations need smaller microbatches
-            args.microbatch *= 2
+        models = Models(copy.deepcopy(models.policy).float(), copy.deepcopy(models.reference).float())
+        if args.batch_size % (2 * args.n_microbatches) == 0:  # float32 activations need smaller microbatches
+            args.n_microbatches *= 2
     torch.backends.cuda.matmul.allow_tf32 = False
     expected = None
     for case in [Case("original"), *cases]:
         print(f"first gradient: {case.name}", file=sys.stderr, flush=True)
-        training.reset(keep_gradients=True)
-        case.run(training, [batch], args)
-        expected = expected or training.gradients
+        models.restore()
+        with StepRecorder(models.policy, keep_gradients=True) as recorder:
+            case.run(models, recorder, [batch], args)
+        expected = expected or recorder.gradients
         differences = [
-            (training.gradients[name] - g).abs().max() / g.abs().max().clamp(min=1e-30) for name, g in expected.items()
+            (recorder.gradients[name] - g).abs().max() / g.abs().max().clamp(min=1e-30) for name, g in expected.items()
         ]
         case.gradient_difference = max(differences).item()
-    training.reset()
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-def description(pairs: list[dict], training: Training, args: Namespace) -> str:
+def description(pairs: list[dict], models: Models, args: Namespace) -> str:
     """Describe the hardware, versions, model and data that the figures are for."""
-    if training.device.type == "cuda":
+    if models.device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     else:
         cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
         hardware = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
-    n_parameters = sum(parameter.numel() for parameter in training.policy.parameters())
+    n_parameters = sum(parameter.numel() for parameter in models.policy.parameters())
     means = [f"{part} {statistics.mean(len(pair[f'{part}_input_ids']) for pair in pairs):.1f}"
              for part in ("prompt", "chosen", "rejected")]  # fmt: skip
     settings = " ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ways")
     return (
         f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}; {n_parameters / 1e6:.1f} M "
-        f"parameters, attention: {training.policy.config._attn_implementation}; mean tokens, responses with their "
+        f"parameters, attention: {models.policy.config._attn_implementation}; mean tokens, responses with their "
         f"prompts: {', '.join(means)}; {settings}"
     )
 
@@ -411,7 +430,7 @@ def parse_args(words: list[str] | None = None) -> Namespace:
     parser.add_argument("--max-length", type=int, default=512, help="most tokens in prompt and response")
     parser.add_argument("--max-prompt-length", type=int, default=256, help="most tokens in the prompt of a long pair")
     parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
-    parser.add_argument("--microbatch", type=int, default=1, help="least number of microbatches in a batch")
+    parser.add_argument("--n-microbatches", type=int, default=1, help="smallest number of microbatches in a batch")
     parser.add_argument("--max-tokens", type=int, help="most tokens in a microbatch (not for the original and TRL)")
     parser.add_argument("--activation-checkpointing", action="store_true", help="use it in all ways")
     parser.add_argument("--steps", type=int, default=8, help="timed steps per way and round")
@@ -423,8 +442,8 @@ def parse_args(words: list[str] | None = None) -> Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args(words)[0].preset, {}))
     args = parser.parse_args(words)
-    if args.batch_size % args.microbatch:
-        parser.error(f"--microbatch {args.microbatch} does not divide the batch size")
+    if args.batch_size % args.n_microbatches:
+        parser.error(f"--n-microbatches {args.n_microbatches} does not divide the batch size")
     return args
 
 
@@ -440,11 +459,11 @@ def main():
     n_pairs = args.steps * args.batch_size
     pairs = random_pairs(n_pairs, args.vocab, args.max_length, args.max_prompt_length, args.seed)
     batches = [collate(pairs[start : start + args.batch_size]) for start in range(0, n_pairs, args.batch_size)]
-    training = build_models(args)
-    print(description(pairs, training, args), end="\n\n", flush=True)
+    models = build_models(args)
+    print(description(pairs, models, args), end="\n\n", flush=True)
     cases = [Case(way) for way in args.ways]
-    compare_gradients(cases, training, batches[0], args)
-    measure(cases, training, batches, args)
+    compare_gradients(cases, models, batches[0], args)
+    measure(cases, models, batches, args)
     print_table(cases, n_pairs)
 
 

@@ -1,4 +1,4 @@
-"""Our losses and TRL's on the same pairs and models: `pip install trl==1.16.0`, then `python benchmarks/trl_losses.py`.
+"""Compare our losses with TRL's on the same pairs: `pip install trl==1.16.0`, then `python benchmarks/trl_losses.py`.
 
 Nothing is trained. Both sides compute the mean loss of one batch in float32, with a small random policy and reference.
 Ours comes from this repository's log-probabilities; TRL's from its trainer's `compute_loss`, or from its function of
@@ -75,7 +75,7 @@ def our_inputs(policy: nn.Module, reference: nn.Module, batch: dict) -> dict[str
     sides, inputs, stacked = ("chosen", "rejected"), {}, concatenated_inputs(batch)
     with torch.no_grad():
         for name, model in (("policy", policy), ("reference", reference)):
-            logps, shared = response_logps(model, padded_rows(batch), until=shared_lengths(batch))
+            logps, shared = response_logps(model, padded_rows(batch), n_first=shared_lengths(batch))
             inputs |= {f"{name}_{side}_logps": of_side for side, of_side in zip(sides, logps.chunk(2), strict=True)}
             inputs |= {f"{name}_{side}_shared_logps": part for side, part in zip(sides, shared.chunk(2), strict=True)}
         logits = policy(stacked["concatenated_input_ids"], stacked["concatenated_attention_mask"]).logits
@@ -129,7 +129,7 @@ def trl_loss(
 
 
 def trl_function(kind: str, inputs: dict[str, torch.Tensor]) -> float:
-    """Return TRL's mean ORPO, CPO or SimPO loss; its function is called directly, as the trainers take only text."""
+    """Return TRL's mean ORPO, CPO or SimPO loss, from its loss function, because these trainers only take text."""
     chosen, rejected = inputs["policy_chosen_logps"], inputs["policy_rejected_logps"]
     accelerator = Namespace(device=torch.device("cpu"))
     if kind == "ORPO":

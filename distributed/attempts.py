@@ -1,22 +1,21 @@
-"""Give each attempt of a restarted run a name: torchrun's store still holds the keys of earlier attempts."""
+"""Give each attempt of a restarted run a name of its own: torchrun's store still holds keys of earlier attempts."""
 
 import time
 import uuid
 
 import torch.distributed as dist
 
-_INTERVAL = 0.05  # seconds between two looks into the store
+_INTERVAL = 0.05  # seconds between two reads of the store
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, deadline: float) -> str:
-    """Return a name for this attempt that all of its workers share and that no earlier attempt had.
+    """Return a new name for this attempt, the same on all workers.
 
     Every worker puts a new token into the store, rank 0 answers each token with the name, and the workers confirm it.
-    Nobody reads the answers to tokens of earlier attempts. TORCHELASTIC_RESTART_COUNT can't be the name: each machine's
-    agent counts only the failures of its own workers.
+    No worker reads the answers to tokens of earlier attempts. TORCHELASTIC_RESTART_COUNT can't be the name, because
+    each machine's agent only counts the failures of its own workers.
 
-    Args:
-        deadline: by `time.monotonic`.
+    `deadline`: a time of `time.monotonic`.
 
     Raises: RuntimeError if a worker is missing at the deadline.
     """

@@ -1,6 +1,6 @@
 """Collective operations: all processes of a run must call them, in the same order.
 
-In a run of one process they return what they are given.
+In a run of one process, they return their arguments.
 """
 
 import functools
@@ -30,7 +30,7 @@ def broadcast_object(value: object) -> object:
 
 
 def all_gather_object(value: object, group: dist.ProcessGroup | None = None) -> list:
-    """Return the values of all ranks, in rank order; for `group` see `all_reduce_max`."""
+    """Return the values of all ranks, in rank order; `group`: see `all_reduce_max`."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -46,7 +46,7 @@ def all_reduce_sum(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max(number: int, group: dist.ProcessGroup | None = None) -> int:
-    """Return the largest of all ranks' numbers, by gloo: NCCL would wait until the GPU has finished its work.
+    """Return the largest of all ranks' numbers. It uses gloo: NCCL would wait until the GPU has finished its work.
 
     Threads other than the main one must pass their own `group`; see `thread_group`.
     """
@@ -62,7 +62,7 @@ def thread_group(thread: str) -> dist.ProcessGroup | None:
     return _thread_group(dist.group.WORLD, thread) if dist.is_initialized() else None
 
 
-@functools.lru_cache(maxsize=4)  # groups are never freed, so create only one for each thread
+@functools.lru_cache(maxsize=4)  # groups are never freed, so create only one per thread
 def _thread_group(_world: dist.ProcessGroup, _thread: str) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
@@ -74,14 +74,14 @@ def barrier():
 
 
 def local_group() -> tuple[int, dist.ProcessGroup]:
-    """Return the first rank on this machine, and the group of this machine's processes, created at the first call."""
+    """Return the first rank on this machine, and the group of this machine's processes."""
     return _local_group(dist.group.WORLD)
 
 
 @functools.lru_cache(maxsize=1)
 def _local_group(_world: dist.ProcessGroup) -> tuple[int, dist.ProcessGroup]:
     first_rank = dist.get_rank() - int(os.environ["LOCAL_RANK"])
-    first_ranks = all_gather_object(first_rank)  # of each rank's machine
+    first_ranks = all_gather_object(first_rank)  # for each rank, the first rank on its machine
     groups = {
         machine: dist.new_group([rank for rank, first in enumerate(first_ranks) if first == machine])
         for machine in sorted(set(first_ranks))

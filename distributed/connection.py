@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 
 from distributed import attempts, environment
-from distributed.gpu_settings import use_expandable_segments
 from distributed.heartbeat import Heartbeat
-from utils import UserError
+from utils import UserError, first_line
 
 # Long, because workers wait while one loads or writes a large model; the heartbeat notices a lost worker sooner.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -24,9 +23,9 @@ _RENDEZVOUS_TIMEOUT = 60.0  # seconds for all workers to find each other
 
 @contextlib.contextmanager
 def process_group(worker_timeout: float = 600) -> Iterator[None]:
-    """Connect this worker with the others inside the block: by NCCL between GPUs, by gloo between CPUs.
+    """Connect this worker to the others inside the block: by NCCL between GPUs, by gloo between CPUs.
 
-    If another worker is gone, or gives no sign of life for `worker_timeout` seconds, this process ends.
+    This process ends if another worker is gone, or gives no sign of life for `worker_timeout` seconds.
 
     Raises: UserError if the launcher's variables or the timeout are invalid, if the workers don't find each other
         within a minute, or if there are too few GPUs.
@@ -35,7 +34,7 @@ def process_group(worker_timeout: float = 600) -> Iterator[None]:
     if isinstance(worker_timeout, bool) or not isinstance(worker_timeout, int | float) or not worker_timeout > 0:
         raise UserError(f"worker_timeout={worker_timeout}: must be a number above 0 (seconds)")
     _raise_open_file_limit()
-    use_expandable_segments()
+    environment.use_expandable_segments()
     local_rank, has_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if has_gpus:
         if local_rank >= torch.cuda.device_count():
@@ -62,25 +61,26 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
 
     Raises: UserError if the workers don't find each other in time.
     """
-    rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     deadline = time.monotonic() + _RENDEZVOUS_TIMEOUT
-    # under torchrun, its agent has already opened the store
-    opens_store = rank == "0" and not environment.uses_agent_store()
+    opens_store = os.environ["RANK"] == "0" and not environment.uses_agent_store()
     results: list = []
 
     def connect():
         try:
             timeout = datetime.timedelta(seconds=max(deadline - time.monotonic(), 1))
-            store, *place = next(dist.rendezvous("env://", timeout=timeout))
-            attempt = attempts.agree_on_attempt(store, *place, deadline) if environment.uses_agent_store() else "0"
-            results.append((dist.PrefixStore(f"attempt_{attempt}", store), *place))
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            name = "0"
+            if environment.uses_agent_store():
+                name = attempts.agree_on_attempt(store, rank, world_size, deadline)
+            results.append((dist.PrefixStore(f"attempt_{name}", store), rank, world_size))
         except (RuntimeError, ValueError) as error:
             results.append(error)
 
     try:
         if not opens_store:
             _wait_for_listener(address, int(port), deadline)
-        thread = threading.Thread(target=connect, daemon=True)  # something else may listen there and never answer
+        thread = threading.Thread(target=connect, daemon=True)  # another program may listen there and never answer
         thread.start()
         thread.join(deadline - time.monotonic() + 5)
         if not results:
@@ -95,7 +95,7 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
                 "the address must be that of the machine of RANK=0, the port must be free there, and all "
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} workers must start within {_RENDEZVOUS_TIMEOUT:.0f} seconds"
             )
-        reason = str(error).splitlines()[0][:300]
+        reason = first_line(error)[:300]
         raise UserError(f"{where}: the workers don't find each other ({reason}): {remedy}") from error
     results[0][0].set_timeout(_TIMEOUT)
     return results[0]
@@ -117,7 +117,7 @@ def _wait_for_listener(address: str, port: int, deadline: float):
 
 
 def _check_local_ranks(local_ranks: list[int]):
-    """Raise UserError unless local ranks count up from 0 on each machine, and ranks go from machine to machine."""
+    """Raise UserError unless each machine has consecutive ranks, whose local ranks count up from 0."""
     for rank, (previous, local_rank) in enumerate(itertools.pairwise([0, *local_ranks])):
         if local_rank not in (0, previous + 1):
             raise UserError(

@@ -1,33 +1,34 @@
-"""Distribute a model over the workers as DTensors, and gather full tensors from it.
+"""Distribute a model over the workers as DTensors, gather full tensors from it, and clip their gradients.
 
 The first worker on each machine loads the model. It sends the others a copy without weights, and every worker splits
-that copy. If the first worker hasn't read the weights (`checkpointing.unread`), every worker now reads its shards from
+that copy. If the first worker hasn't read the weights (`checkpointing.unread`), every worker then reads its shards from
 the files. Otherwise the first worker broadcasts one parameter after another, and each worker keeps its shard. So a
-machine never holds more than one copy of the model, and a GPU never more than its shards and one full parameter.
+machine holds at most one copy of the model, and a GPU at most its shards and one full parameter.
 """
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from distributed import collectives
 
-TENSOR = "tensor"  # the mesh dimension of tensor parallelism, beside FSDP's
+TENSOR = "tensor"  # the name of tensor parallelism's mesh dimension
 
 
 def distribute_model(model: nn.Module | None, split: Callable[[nn.Module], None], on_cpu: bool = False) -> nn.Module:
-    """Distribute over all workers the model that each machine's first worker holds; free the parameters of that copy.
+    """Distribute a model, which the first worker on each machine holds, over all workers; free the original weights.
 
     Args:
         model: the model on each machine's first worker, None on the others. If its parameters are on the meta device,
             its attribute `unread` reads them.
-        split: turns the parameters of a model, which are on the meta device, into DTensors in place.
+        split: turns a model's parameters on the meta device into DTensors, in place.
         on_cpu: keep the parameters in the CPU's memory.
     """
     first_rank, group = collectives.local_group()
@@ -44,7 +45,7 @@ def distribute_model(model: nn.Module | None, split: Callable[[nn.Module], None]
 
 
 def _broadcast_parameters(model: nn.Module | None, distributed: nn.Module, first_rank: int, group: dist.ProcessGroup):
-    """Fill the parameters of `distributed` with those of the first worker's `model`, one after another."""
+    """Copy the parameters of the first worker's `model` into `distributed`, one after another."""
     full_parameters = model.parameters() if model is not None else [None] * len(list(distributed.parameters()))
     with torch.no_grad():
         for parameter, full in zip(distributed.parameters(), full_parameters, strict=True):
@@ -89,7 +90,7 @@ def _allocate(model: nn.Module, parameter_device: torch.device, buffer_device: t
 
 
 def distribute_like(target: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """Shard a full tensor, which every worker has, as `target` is sharded; replicate it if its shape differs."""
+    """Shard a full tensor, which every worker has, like `target`; replicate it if its shape differs."""
     if not isinstance(target, DTensor) or full.ndim == 0:
         return full
     has_same_shape = full.shape == target.shape
@@ -103,7 +104,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def n_gathered(parameter: torch.Tensor) -> int:
-    """Return how many elements of a sharded parameter a worker holds while FSDP has gathered it."""
+    """Return the number of a sharded parameter's elements that a worker holds while FSDP has gathered it."""
     mesh = getattr(parameter, "device_mesh", None)
     is_split = mesh is not None and TENSOR in (mesh.mesh_dim_names or ())
     return -(-parameter.numel() // mesh[TENSOR].size()) if is_split else parameter.numel()
@@ -120,8 +121,22 @@ def full_state_dict(state: dict) -> dict:
         if not isinstance(value, DTensor):
             return value.detach() if isinstance(value, torch.Tensor) else value
         if id(value) not in gathered:
-            full = value.detach().full_tensor()  # one at a time, so that no GPU has to hold them all
+            full = value.detach().full_tensor()  # one at a time, so that no GPU has to hold all of them
             gathered[id(value)] = full.cpu() if dist.get_rank() == 0 else None
         return gathered[id(value)]
 
     return tree_map(gather, state)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip like `torch.nn.utils.clip_grad_norm_`; the parameters may be on different meshes, or on none."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
+    norms = [full_tensor(nn.utils.get_total_norm([p.grad for p in group])) for group in groups.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm

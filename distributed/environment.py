@@ -1,7 +1,7 @@
-"""The environment variables by which a launcher tells each process its place in the run. Nothing here communicates.
+"""A process's environment: its place in the run, given by the launcher's variables, and its GPU settings.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. scripts/slurm.sh does the same, and so does
-`launch.run_workers` for the workers that it starts.
+`launch.run_workers` for the workers that it starts. Nothing here communicates.
 """
 
 import os
@@ -73,3 +73,27 @@ def get_world_size(starts_workers: bool, requested: int | None) -> int:
     if is_launched():
         return int(os.environ["WORLD_SIZE"])
     return (requested or torch.cuda.device_count() or 1) if starts_workers else 1
+
+
+# ---- GPU settings ----------------------------------------------------------------------------------------------------
+
+
+def use_expandable_segments():
+    """Let PyTorch's allocator grow its memory segments: fixed ones fragment when every batch has another length.
+
+    Call this before CUDA is first used, because the allocator reads its setting then. The user's own setting is kept.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def use_deterministic_algorithms(use: bool):
+    """Use kernels that give the same result every time; operations without such a kernel raise a RuntimeError.
+
+    Call this before cuBLAS is first used, because cuBLAS reads its environment variable then
+    (https://docs.pytorch.org/docs/stable/notes/randomness.html).
+    """
+    if use:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(use)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and only useful for finding bugs

@@ -25,8 +25,8 @@ from utils import UserError, transformer_blocks, unwrap_adapter
 def make_meshes(n_replicas: int, n_tensor_parallel: int = 1) -> tuple[DeviceMesh, DeviceMesh | None]:
     """Return the mesh over which FSDP shards a model, and the mesh of tensor parallelism or None.
 
-    With several replicas, each row of FSDP's mesh holds one. Both are parts of one mesh, in which the workers that
-    compute a layer together are neighbours.
+    If there are several replicas, FSDP's mesh is 2-D with one replica per row. The two returned meshes are slices of
+    one mesh, in which the workers of a tensor-parallel group have consecutive ranks.
     """
     n_shards = dist.get_world_size() // n_replicas // n_tensor_parallel
     sizes = {"replicate": n_replicas, "shard": n_shards, TENSOR: n_tensor_parallel}
@@ -34,7 +34,7 @@ def make_meshes(n_replicas: int, n_tensor_parallel: int = 1) -> tuple[DeviceMesh
     whole = init_device_mesh(collectives.device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if TENSOR not in sizes:
         return whole, None
-    # silence warnings that gathering a tensor that is split along two dimensions takes two collectives: one can't do it
+    # silence the warning that gathering a tensor sharded in two dimensions takes two collectives: there is no other way
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return whole[tuple(name for name in sizes if name != TENSOR)], whole[TENSOR]
 
@@ -59,26 +59,21 @@ def shard_model(
     # silence a warning about changing outputs in place, which nothing here does
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model = unwrap_adapter(model)  # generation calls this module's forward, not the adapter's
-    for block in _blocks(model, block_name):
-        shard(block)
-    shard(model)
-
-
-def round_parameters(model: nn.Module, dtype: torch.dtype):
-    """Round a frozen model's parameters to the dtype that FSDP gathers them in: the same numbers in half the memory."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-
-
-def _blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
     blocks = transformer_blocks(model, block_name)
     if not blocks:
         raise UserError(
             f"trainer=FSDPTrainer: {type(model).__name__} doesn't name its transformer blocks; "
             "give their class as model.block_name"
         )
-    return blocks
+    for module in [*blocks, model]:
+        shard(module)
+
+
+def round_parameters(model: nn.Module, dtype: torch.dtype):
+    """Round a frozen model's parameters to the dtype in which FSDP gathers them: the results stay the same."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def run_as_forward(model: nn.Module, function: Callable, *args):
@@ -89,6 +84,6 @@ def run_as_forward(model: nn.Module, function: Callable, *args):
     return model._run_as_forward(function, *args)
 
 
-def set_sums_over_replicas(model: nn.Module, enabled: bool):
-    """Let the next backward pass sum gradients over all replicas, or only add them up in this one."""
+def set_replica_all_reduce(model: nn.Module, enabled: bool):
+    """If `enabled`, the next backward pass all-reduces gradients across replicas; else it sums them within each."""
     unwrap_adapter(model).set_requires_all_reduce(enabled)

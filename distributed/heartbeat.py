@@ -1,4 +1,4 @@
-"""End a worker when another one is gone or silent, and let the worker that failed first report its error."""
+"""End a worker when another worker is gone or silent, and let the worker that failed first report its error."""
 
 import contextlib
 import datetime
@@ -16,14 +16,14 @@ import torch.distributed as dist
 from basics.printing import printable
 from distributed import environment
 
-# A worker waits this long (seconds) before it reports an error that another worker may report too, or may have caused.
-# Whoever started the workers ends them as soon as the first one exits, so only the first report appears.
+# Seconds that a worker waits before it reports an error that another worker may report too, or may have caused. The
+# launcher ends all workers as soon as the first one exits, so only the first report appears.
 _SAME_ERROR_DELAY, _LOST_CONNECTION_DELAY = 5.0, 5.0
 _HEARTBEAT_INTERVAL = 5.0  # seconds, at most
 
 
 class _Worker(NamedTuple):
-    """A worker's process. A later process, or one in another container, may have its id, but not its start time."""
+    """A worker's process. Another process may later have the same id, but not the same start time."""
 
     pid: int
     started: str
@@ -31,7 +31,7 @@ class _Worker(NamedTuple):
     local_rank: int
 
     def kill(self):
-        """Kill the process if it is on this machine and still the same one."""
+        """Kill the process if it is on this machine and is still the same process."""
         with contextlib.suppress(OSError):
             is_here = self.machine == socket.gethostname() and self.started
             if is_here and _start_time(self.pid) == self.started:
@@ -58,8 +58,8 @@ class Heartbeat:
     """Ends this process when another worker is gone or silent, whatever the main thread is doing.
 
     Every few seconds each worker sends rank 0 a sign of life, and rank 0 answers. Gloo notices a closed connection at
-    once; the main thread might wait for hours for a lost worker's GPU. Only time in which this process runs counts: if
-    all workers are suspended and resumed together, none has been silent.
+    once; the main thread might wait for hours for a lost worker's GPU. Only the time in which this process runs counts:
+    if all workers are suspended and resumed together, none has been silent.
     """
 
     def __init__(self, timeout: float, group_timeout: datetime.timedelta):
@@ -104,7 +104,7 @@ class Heartbeat:
             os._exit(1)
 
     def _exchange_once(self) -> bool:
-        """Exchange one sign of life with every worker; return True, on all workers alike, if all are stopping.
+        """Exchange one sign of life with every worker; return True on all workers if all are stopping.
 
         Instead of answering, rank 0 may name a silent worker: by -1 for rank 1, -2 for rank 2 and so on.
         """
@@ -127,7 +127,7 @@ class Heartbeat:
     def _watch(self):
         """End the process once another worker has been silent for too long."""
         tick = self.interval / 4
-        # rank 0 knows which worker is silent, so it reports first
+        # rank 0 knows which worker is silent, so the others give it time to report
         limit = self.timeout + (2 * self.interval if self.rank > 0 else 0)
         while not self.all_stopping.is_set():
             before = time.monotonic()
@@ -139,15 +139,18 @@ class Heartbeat:
                 self._end_for_silence(self.awaited_rank)
 
     def _name_to_others(self, silent_rank: int):
-        """Tell the other workers, which wait for rank 0's answer, who is silent."""
+        """Tell the other workers, which wait for rank 0's answer, which worker is silent."""
         name = torch.tensor(-silent_rank)
         others = (rank for rank in range(1, len(self.workers)) if rank != silent_rank)
-        with contextlib.suppress(RuntimeError):  # one of them is gone, too
+        with contextlib.suppress(RuntimeError):  # another worker is gone, too
             for sending in [dist.isend(name, rank, self.group) for rank in others]:
                 sending.wait(datetime.timedelta(seconds=1))
 
     def _end_for_silence(self, silent_rank: int):
-        """End this process, and under a launcher, which would wait for it, the silent one if it is on this machine."""
+        """Report the silent worker and end this process.
+
+        A launcher would wait for the silent process, so kill that, too, if it is on this machine.
+        """
         silent = self.workers[silent_rank]
         if self.rank <= 1 or environment.is_local_rank0():
             text = (
@@ -163,7 +166,7 @@ class Heartbeat:
 def wait_for_root_cause(error: BaseException):
     """Wait before reporting an error that another worker may have caused or may report too.
 
-    If that worker reports first, this process is ended while it waits.
+    If the other worker reports first, this process is ended while it waits.
     """
     if not environment.is_launched():
         return

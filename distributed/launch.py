@@ -1,7 +1,6 @@
 """Start a run's workers on this machine, and end all of them if one fails.
 
-For several machines, workers are started by a launcher instead: torchrun (scripts/torchrun.sh) or srun
-(scripts/slurm.sh).
+On several machines, a launcher starts the workers instead: torchrun (scripts/torchrun.sh) or srun (scripts/slurm.sh).
 """
 
 import atexit
@@ -27,7 +26,7 @@ _GRACE_PERIOD = 1.0  # seconds; once a worker has failed, the others get this lo
 
 
 def must_start_workers(config: DictConfig) -> bool:
-    """True if the trainer needs several processes, and no launcher has started them."""
+    """True if the trainer needs several processes, and no launcher has started this one."""
     return STRATEGIES[config.trainer].starts_workers and not is_launched()
 
 
@@ -38,13 +37,13 @@ def run_workers(work: Callable, n: int, port: int | None, *args):
     forwarded to them.
 
     Args:
-        port: where the workers find each other; None chooses a free one.
+        port: the port of MASTER_PORT; None chooses a free port.
 
     Raises: SystemExit with the exit code of a worker that printed its error, or with the traceback of one that raised;
         UserError if a worker was killed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _n_processors() // n)))
-    # silence warnings about what killed workers left behind: it is cleaned up
+    # silence warnings about leftovers of killed workers: they are cleaned up
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     reserved = _reserve_port()  # kept open until the workers have ended
@@ -69,7 +68,7 @@ def _run_worker(local_rank: int, work: Callable, n: int, port: int, parent: int,
     os.setpgrp()  # Ctrl-C in a terminal then reaches only the parent, which forwards it
     if sys.platform == "linux":
         mp._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no worker outlives the parent, however that ends
-    if os.getppid() != parent:  # the parent ended before that call
+    if os.getppid() != parent:  # the parent had already ended
         os._exit(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(n))
     os.environ.update(RANK=str(local_rank), LOCAL_RANK=str(local_rank), DPO_STARTED_BY="train.py")
@@ -88,7 +87,7 @@ def _n_processors() -> int:
 def end_process(code: int | str | None):
     """Exit with a code or a message: run the exit handlers and flush the output, but skip the interpreter's teardown.
 
-    During teardown, threads that still wait for other workers would abort the process and its exit code would be lost.
+    During teardown, threads that still wait for other workers would abort the process and change its exit code.
     """
     if isinstance(code, str):
         print(printable(code), file=sys.stderr)

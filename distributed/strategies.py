@@ -1,7 +1,7 @@
 """Parallel strategies: how a trainer distributes models and batches, clips gradients and stops sampling.
 
-To add a trainer, add a strategy here, its entry in `STRATEGIES`, and a class in trainers.py. Methods import
-torch.distributed and what uses it when they are called, so that checking a config doesn't need it.
+To add a trainer, add a strategy here, its entry in `STRATEGIES`, and a class in trainers.py. Only methods import
+torch.distributed and modules that use it, so that checking a config doesn't.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,13 +14,13 @@ from torch import nn
 
 
 class SingleProcess:
-    """Trains in this process. If there are several GPUs, the model's layers are spread over them at loading."""
+    """Trains in this process. If there are several GPUs, the model's layers are spread over them when it is loaded."""
 
     starts_workers = False  # trains in several processes
-    shards_batches = False  # each worker computes a shard of every batch; otherwise all compute the whole batch
+    shards_batches = False  # each worker computes a shard of every batch; otherwise every worker computes whole batches
     splits_tensors = False  # parameters are DTensors
     config_keys: ClassVar[dict] = {}  # keys of the config that only this strategy reads, with their defaults
-    device_map = "balanced"  # where Transformers loads the model's layers
+    device_map = "balanced"  # the device map with which Transformers loads a model
     batch_shard = 0, 1  # the index of this worker's shard of each batch, and the number of shards (`n_batch_shards`)
     optimizer_args: ClassVar[dict] = {}  # passed to optimizers that accept them
 
@@ -46,7 +46,7 @@ class SingleProcess:
 
     @staticmethod
     def run_as_forward(model: nn.Module, function: Callable, *args):
-        """Call `function(*args)`, which uses the model's parameters without calling `model` itself."""
+        """Call `function(*args)`, which uses the model's parameters without calling the model's forward."""
         return function(*args)
 
     @staticmethod
@@ -57,7 +57,7 @@ class SingleProcess:
         return -F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
     def prepare_backward(self, policy: nn.Module, is_last: bool):
-        """Get ready for the backward pass of a microbatch, the last one of its step or not."""
+        """Prepare the backward pass of a microbatch; `is_last`: it is the last one of its step."""
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Scale the gradient down if its norm exceeds `max_norm`; return the norm before that, of shape ()."""
@@ -73,7 +73,7 @@ class _SeveralProcesses(SingleProcess):
 
     starts_workers = True
     splits_tensors = True
-    device_map = "meta"  # on none of them: each worker reads its part of the weights, or one reads and broadcasts all
+    device_map = "meta"  # load no weights: each worker reads its part later, or one reads and broadcasts all
     tensor_mesh = None  # the DeviceMesh of the workers that compute each layer together with this one
 
     def device(self, policy: nn.Module) -> torch.device:
@@ -83,7 +83,7 @@ class _SeveralProcesses(SingleProcess):
 
     @property
     def optimizer_args(self) -> dict:
-        # foreach can't mix what tensor parallelism has split with the other tensors
+        # foreach can't mix the tensors that tensor parallelism has split with others
         return {} if self.tensor_mesh is None else {"foreach": False}
 
     @staticmethod
@@ -95,9 +95,9 @@ class _SeveralProcesses(SingleProcess):
         return SingleProcess.token_logps(head, hidden_states, targets)
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-        from distributed.gradient_clipping import clip_grad_norm
+        from distributed import dtensor
 
-        return clip_grad_norm(parameters, max_norm)
+        return dtensor.clip_grad_norm(parameters, max_norm)
 
     def stops_sampling(self, stop_requested: bool) -> bool:
         if self.tensor_mesh is None:
@@ -149,7 +149,7 @@ class FullySharded(_SeveralProcesses):
             if self.tensor_mesh is not None:
                 from distributed import tensor_parallel
 
-                tensor_parallel.parallelize(model, self.tensor_mesh)  # first, as FSDP shards what each worker has
+                tensor_parallel.parallelize(model, self.tensor_mesh)  # first, as FSDP shards each worker's tensors
             fsdp.shard_model(
                 model,
                 mesh=self.mesh,
@@ -170,7 +170,7 @@ class FullySharded(_SeveralProcesses):
         if self.config.fsdp_replicate > 1:
             from distributed import fsdp
 
-            fsdp.set_sums_over_replicas(policy, is_last)
+            fsdp.set_replica_all_reduce(policy, is_last)
 
 
 class TensorParallel(_SeveralProcesses):
@@ -197,5 +197,5 @@ STRATEGIES = {  # by the value of `trainer=`
 
 
 def trainers_with(attribute: str, value: bool) -> str:
-    """Return 'trainer=A or trainer=B': the trainers whose strategies have this value of an attribute."""
+    """Return 'trainer=A or trainer=B': all trainers whose strategies have this value of an attribute."""
     return " or ".join(f"trainer={name}" for name, other in STRATEGIES.items() if getattr(other, attribute) is value)

@@ -27,10 +27,10 @@ _REMEDY = "use trainer=FSDPTrainer with tensor_parallel=1, which splits any mode
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split a transformers causal LM, or the one in a PeftModel, over the workers of a 1-D mesh, in place.
+    """Split a transformers causal LM, also inside a PeftModel, over the workers of a 1-D mesh, in place.
 
-    All workers must pass equal parameters, or parameters on the meta device, which are to be filled afterwards: a
-    DTensor by `distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)`.
+    All workers must pass equal parameters, or parameters on the meta device, to be filled afterwards (see
+    `dtensor.distribute_like`).
 
     Raises: UserError if the model's layers or heads can't be split.
     """
@@ -66,8 +66,9 @@ class _ColumnParallel(ParallelStyle):
     Args:
         gather: return all outputs, (..., O), on every worker.
         n_fused: number of layers that are fused into this one, their outputs one after the other. Each of them is
-            split, so a worker's shard has several pieces. No DTensor can describe these once FSDP has cut dimension 0,
-            too; so a parameter that would be split there stays whole, and each forward pass takes its shard.
+            split, so a worker's shard consists of several pieces. A DTensor can't describe that if FSDP shards
+            dimension 0 as well. So parameters that would be split along dimension 0 are kept whole, and each forward
+            pass cuts the local shard out of them.
     """
 
     def __init__(self, gather: bool = False, n_fused: int = 1):
@@ -75,7 +76,7 @@ class _ColumnParallel(ParallelStyle):
         self.n_fused = n_fused
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        for name, dim in (("weight", 1 if isinstance(module, Conv1D) else 0), ("bias", 0)):
+        for name, dim in (("weight", _output_dim(module)), ("bias", 0)):
             if self.n_fused == 1:
                 _distribute(module, name, mesh, Shard(dim))
             elif dim > 0:
@@ -87,7 +88,7 @@ class _ColumnParallel(ParallelStyle):
         outputs = _local_outputs(module, mesh, inputs, self.n_fused)
         if not self.gather:
             return outputs
-        size = module.nf if isinstance(module, Conv1D) else module.out_features
+        size = module.weight.shape[_output_dim(module)]
         shape = (*outputs.shape[:-1], size)  # DTensor can't infer it: shards may differ in size
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(outputs, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride).full_tensor()
@@ -97,14 +98,14 @@ class _RowParallel(ParallelStyle):
     """Each worker multiplies its shard of a linear layer's inputs; outputs are summed: (..., I / workers) to (..., O).
 
     Args:
-        shard_inputs: the inputs are whole, and each worker takes its shard of them first.
+        shard_inputs: the inputs are whole, so each worker first takes its shard of them.
     """
 
     def __init__(self, shard_inputs: bool = False):
         self.shard_inputs = shard_inputs
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        _distribute(module, "weight", mesh, Shard(0 if isinstance(module, Conv1D) else 1))
+        _distribute(module, "weight", mesh, Shard(1 - _output_dim(module)))
         module.forward = partial(self._forward, module, mesh)
         return module
 
@@ -112,16 +113,15 @@ class _RowParallel(ParallelStyle):
         if self.shard_inputs:
             replicated = DTensor.from_local(inputs, mesh, [Replicate()], run_check=False)
             inputs = replicated.redistribute(placements=[Shard(-1)]).to_local()
-        weight = module.weight.to_local()
-        outputs = _all_reduce(F.linear(inputs, weight.T if isinstance(module, Conv1D) else weight), mesh)
+        outputs = _all_reduce(_linear(module, inputs, module.weight.to_local()), mesh)
         return outputs if module.bias is None else outputs + module.bias.to(outputs.dtype)
 
 
 class _VocabularyParallelEmbedding(ParallelStyle):
     """Each worker looks up the tokens in its shard of the vocabulary; the results are summed: (B, T) to (B, T, H).
 
-    We don't use torch's RowwiseParallel: it would treat row `padding_idx` of every worker's shard as padding, and give
-    it no gradient.
+    torch's RowwiseParallel is not used: it would treat row `padding_idx` of every worker's shard as padding, without a
+    gradient.
     """
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -154,6 +154,18 @@ class _ReplicatedWithSummedGradient(ParallelStyle):
                 parameter._is_summed = True
 
 
+def _output_dim(module: nn.Module) -> int:
+    """Return the dimension of a linear layer's weight along which its outputs lie."""
+    return 1 if isinstance(module, Conv1D) else 0
+
+
+def _linear(
+    module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute a linear layer with this shard of its weight."""
+    return F.linear(inputs, weight.T if isinstance(module, Conv1D) else weight, bias)
+
+
 def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
     """Replace a parameter by its DTensor, if the module has it."""
     if (parameter := getattr(module, name)) is not None:
@@ -165,7 +177,7 @@ def _local_outputs(module: nn.Module, mesh: DeviceMesh, inputs: torch.Tensor, n_
     """Compute this worker's shard of a column-parallel layer's outputs: (..., I) to (..., O / workers)."""
     weight = _local_shard(module.weight, mesh, n_fused)
     bias = None if module.bias is None else _local_shard(module.bias, mesh, n_fused)
-    return F.linear(_with_summed_gradient(inputs, mesh), weight.T if isinstance(module, Conv1D) else weight, bias)
+    return _linear(module, _with_summed_gradient(inputs, mesh), weight, bias)
 
 
 def _local_shard(parameter: torch.Tensor, mesh: DeviceMesh, n_fused: int) -> torch.Tensor:
@@ -177,12 +189,12 @@ def _local_shard(parameter: torch.Tensor, mesh: DeviceMesh, n_fused: int) -> tor
 
 
 def _all_reduce(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Sum a tensor over the workers; backward, each worker's tensor gets the gradient of the sum."""
+    """Sum a tensor over the workers; in the backward pass, each worker's tensor gets the gradient of the sum."""
     return DTensor.from_local(tensor, mesh, [Partial()], run_check=False).full_tensor()
 
 
 def _with_summed_gradient(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Return a tensor that is equal on all workers; backward, its gradient is summed over the workers.
+    """Return a tensor that is equal on all workers; in the backward pass, sum its gradient over the workers.
 
     The result is cached on the tensor, so that layers with the same input (q, k and v) share one all-reduce.
     """
@@ -193,7 +205,7 @@ def _with_summed_gradient(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tenso
 
 
 def _first_token(vocab_size: int, mesh: DeviceMesh) -> int:
-    """Return the first token of this worker's shard of the vocabulary, split as by torch.chunk."""
+    """Return the first token of this worker's shard of the vocabulary, which is split like torch.chunk does."""
     return min(-(-vocab_size // mesh.size()) * mesh.get_local_rank(), vocab_size)
 
 
@@ -230,7 +242,7 @@ _STYLES = {
     "rowwise_split_input": _RowParallel(shard_inputs=True),
     "embedding_rowwise": _VocabularyParallelEmbedding(),
     "replicated_with_grad_allreduce": _ReplicatedWithSummedGradient(),
-    "fused_qkv": _ColumnParallel(n_fused=3),  # our name; the others are those of transformers' plans
+    "fused_qkv": _ColumnParallel(n_fused=3),  # our own name; the others are names in transformers' plans
 }
 
 _PLANS = {  # for models without a plan in transformers
@@ -249,16 +261,16 @@ _PLANS = {  # for models without a plan in transformers
         "transformer.h.*.mlp.fc_out": "rowwise",
     },
 }
-# Where these models' attention keeps the size of q, k and v; other models read it from the tensors.
+# The attribute of these models' attention to divide by the number of workers; others read sizes from the tensors.
 _SIZES_IN_ATTENTION = {"gpt2": "split_size", "gptj": "num_attention_heads"}
 
 
 def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
     """Return the style of each layer that is split, by its name with * in place of the block's number."""
-    blocks = _PLANS.get(model.config.model_type) or model.config.get_text_config().base_model_tp_plan
-    if not blocks:
+    own_plan = _PLANS.get(model.config.model_type)
+    if not (own_plan or model.config.get_text_config().base_model_tp_plan):
         raise UserError(f"{type(model).__name__} has no plan for tensor parallelism; {_REMEDY}")
-    plan = dict(_PLANS.get(model.config.model_type) or model.tp_plan)
+    plan = dict(own_plan or model.tp_plan)
     names = {module: name for name, module in model.named_modules()}
     plan[names[model.get_input_embeddings()]] = "embedding_rowwise"
     plan[names[model.get_output_embeddings()]] = "colwise_gather_output"

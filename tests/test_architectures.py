@@ -3,20 +3,21 @@
 benchmarks/architectures.py does the same for every model type.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import exhaustive_except
 
 from acceleration.layout import Layout
-from acceleration.prefix_sharing import padded_rows, shared_rows
 from benchmarks.architectures import batch_of, check_model, compare, tiny_model
 from utils import UserError
 
 SHORT = batch_of(((9, 4, 7), (3, 6, 2)))
 IN_FLOAT32 = ("mixtral", "gpt_oss", "granitemoehybrid", "qwen3_next", "deepseek_v3")  # experts have no float64
 
-SHARED, PADDED = Layout(shared_rows), Layout(padded_rows)
-SHARED_WHOLE, PADDED_WHOLE = Layout(shared_rows, whole_logits=True), Layout(padded_rows, whole_logits=True)
+SHARED, PADDED = Layout(is_shared=True), Layout()
+SHARED_WHOLE, PADDED_WHOLE = Layout(is_shared=True, whole_logits=True), Layout(whole_logits=True)
 DECISIONS = {
     "a cap on logits": ("gemma2", {}, SHARED_WHOLE),
     "two rotary embeddings": ("gemma3_text", {}, SHARED),
@@ -46,7 +47,7 @@ DECISIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exact", exhaustive_except([True, False], True), ids=["exact", "bfloat16"])
-@pytest.mark.parametrize("name", DECISIONS)
+@pytest.mark.parametrize("name", exhaustive_except(DECISIONS, lambda name: name != "state-space and attention layers"))
 def test_each_architecture_gets_its_fastest_correct_layout(name, exact):
     model_type, overrides, decision = DECISIONS[name]
     model = tiny_model(model_type, **overrides)
@@ -56,7 +57,7 @@ def test_each_architecture_gets_its_fastest_correct_layout(name, exact):
             check_model(model, SHORT)
         return
     layout, message = check_model(model, SHORT)
-    assert decision is None or layout.make_rows is decision.make_rows, message
+    assert decision is None or replace(layout, whole_logits=decision.whole_logits) == decision, message
     # a base model may return float32, which the output head then rounds to 16 bits
     assert decision is None or layout.whole_logits is decision.whole_logits or (not exact and layout.whole_logits)
     if exact:

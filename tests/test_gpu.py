@@ -9,7 +9,7 @@ from test_shared_prompt import BATCHES, CONFIGS, MAX_LENGTH, loss_and_gradients,
 
 from acceleration.layout import Layout
 from acceleration.packed_attention import use_packed_attention
-from acceleration.prefix_sharing import packed_rows, packed_shared_rows, shared_rows
+from acceleration.prefix_sharing import packed_rows
 from acceleration.response_head import response_logps
 from benchmarks.architectures import check_model
 
@@ -21,14 +21,14 @@ def on_gpu(architecture: str, dtype: torch.dtype) -> torch.nn.Module:
     return make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32).to("cuda", dtype)
 
 
-@pytest.mark.parametrize("make_rows", [packed_rows, packed_shared_rows])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama", "qwen3"])
-def test_kernel_gives_the_gradients_of_attention_segment_by_segment(architecture, make_rows):
+def test_kernel_gives_the_gradients_of_attention_segment_by_segment(architecture, shared):
     gpu, cpu = on_gpu(architecture, torch.bfloat16), make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32)
     for model in (gpu, cpu):
         use_packed_attention(model)
-    ours = loss_and_gradients(gpu, response_logps(gpu, make_rows(BATCH)), "sft")
-    expected = loss_and_gradients(cpu, response_logps(cpu, make_rows(BATCH)), "sft")
+    ours = loss_and_gradients(gpu, response_logps(gpu, packed_rows(BATCH, shared)), "sft")
+    expected = loss_and_gradients(cpu, response_logps(cpu, packed_rows(BATCH, shared)), "sft")
     scale = max(value.norm() for name, value in expected.items() if name not in ("loss", "logps"))
     for name, value in expected.items():
         assert (ours[name].cpu().float() - value).norm() < 0.05 * max(scale, 1), name
@@ -36,9 +36,9 @@ def test_kernel_gives_the_gradients_of_attention_segment_by_segment(architecture
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "qwen3"])
 def test_rows_are_packed_if_the_kernel_supports_the_dtype(architecture):
-    for dtype, expected in ((torch.bfloat16, packed_shared_rows), (torch.float32, shared_rows)):
+    for dtype, is_packed in ((torch.bfloat16, True), (torch.float32, False)):
         layout, message = check_model(on_gpu(architecture, dtype), BATCH, MAX_LENGTH, padding_free="auto")
-        assert layout == Layout(expected), message
+        assert layout == Layout(is_shared=True, is_packed=is_packed), message
 
 
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])

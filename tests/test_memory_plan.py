@@ -17,12 +17,12 @@ from acceleration import memory_plan, speed_up
 from acceleration.capacity import measure_activations
 from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
 from acceleration.out_of_memory import out_of_memory_explained
-from acceleration.prefix_sharing import packed_shared_rows, shared_rows
+from acceleration.prefix_sharing import packed_rows, shared_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from checkpointing.restoring import resume_training, resumed_cap
 from commands.command_line import compose_config
-from distributed import gpu_settings
+from distributed import environment
 from distributed.dtensor import distribute_model
 from distributed.fsdp import make_meshes, shard_model
 from distributed.strategies import FullySharded, SingleProcess
@@ -61,7 +61,7 @@ def test_activations_of_a_linear_layer_are_counted_by_hand():
         def get_output_embeddings(self):
             return self.head
 
-    rows = packed_shared_rows(BATCHES["ordinary"])
+    rows = packed_rows(BATCHES["ordinary"], shared=True)
     model = Model()
     activations = measure_activations(model, lambda: response_logps(model, rows), rows.input_ids.numel())
     ids, inputs, outputs = 8, 4 * 8, 4 * 12  # bytes a token
@@ -292,12 +292,12 @@ def test_allocator_gets_expandable_segments_unless_the_user_configures_it(key, m
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
-    gpu_settings.use_expandable_segments()
-    assert gpu_settings.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    environment.use_expandable_segments()
+    assert environment.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setenv(key, "max_split_size_mb:64")
-    gpu_settings.use_expandable_segments()
-    found = {name: gpu_settings.os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    environment.use_expandable_segments()
+    found = {name: environment.os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
     assert sorted(filter(None, found.values())) == ["max_split_size_mb:64"]
 
 
@@ -305,11 +305,11 @@ def test_deterministic_algorithms_are_turned_on_and_off_again(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
-        gpu_settings.use_deterministic_algorithms(True)
+        environment.use_deterministic_algorithms(True)
         assert torch.are_deterministic_algorithms_enabled()
-        assert gpu_settings.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert environment.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
-        gpu_settings.use_deterministic_algorithms(False)
+        environment.use_deterministic_algorithms(False)
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -16,7 +16,6 @@ from acceleration import packed_attention, response_head
 from acceleration.capacity import microbatch_overhead
 from acceleration.layout import PLAIN, Layout
 from acceleration.measurement import each_alone, full_length_batch, synthetic_batch
-from acceleration.prefix_sharing import padded_rows, shared_rows
 from acceleration.response_head import chunked_token_logps
 from benchmarks.architectures import batch_of, check_model, compare, own_logps, tiny_model
 from data.microbatches import microbatches
@@ -69,7 +68,7 @@ def test_neutral_settings_leave_logits_to_the_output_head(dtype):
         transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=1.0),
     ]
     for config in configs:
-        assert check_model(as_initialized(config, dtype), BATCHES["ordinary"], 24)[0] == Layout(shared_rows)
+        assert check_model(as_initialized(config, dtype), BATCHES["ordinary"], 24)[0] == Layout(is_shared=True)
 
 
 # ---- synthetic examples ---------------------------------------------------------------------------------------------
@@ -99,11 +98,11 @@ def test_attention_window_by_row_position_is_noticed(dtype):
     model = tiny_model("gpt_neo", window_size=32, max_position_embeddings=1024).to(dtype)
     assert check_model(model, SHORT, 16, shared_prompt=True)[0].is_shared  # rows are within the window
     layout, message = check_model(model, SHORT)
-    assert layout == Layout(padded_rows)
-    assert "Prefix sharing: off; the model attends to a window of 32 places in a row, whatever the pos" in message
+    assert layout == Layout()
+    assert "Prefix sharing: off; the model's local attention (window of 32) ignores position_ids" in message
     if dtype != torch.bfloat16:
         assert compare(model, layout)["gradient"] < 1e-4
-    with pytest.raises(UserError, match=r"shared_prompt=true, but the model GPTNeoForCausalLM can't: the model att"):
+    with pytest.raises(UserError, match=r"shared_prompt=true, but the model GPTNeoForCausalLM can't: the model's loc"):
         check_model(model, SHORT, shared_prompt=True)
 
 
@@ -122,21 +121,21 @@ def test_design_that_excludes_prompt_sharing_is_noticed_in_16_bits(model_type, w
     if model_type == "mistral":
         model.config.sliding_window = 128
     layout, message = check_model(model.to(torch.bfloat16), SHORT)
-    assert layout == Layout(padded_rows)
+    assert layout == Layout()
     assert message.startswith(f"Prefix sharing: off; {why}")
 
 
-@pytest.mark.parametrize(("window", "make_rows"), [(MAX_LENGTH - 2, padded_rows), (MAX_LENGTH - 1, shared_rows)])
-def test_window_one_token_too_short_is_noticed(window, make_rows):
+@pytest.mark.parametrize(("window", "is_shared"), [(MAX_LENGTH - 2, False), (MAX_LENGTH - 1, True)])
+def test_window_one_token_too_short_is_noticed(window, is_shared):
     """MAX_LENGTH - 2 tokens precede the last token that predicts another one."""
     model = tiny_model("mistral", sliding_window=window).double()
-    assert check_model(model, SHORT)[0] == Layout(make_rows)
+    assert check_model(model, SHORT)[0] == Layout(is_shared)
 
 
 def test_rows_longer_than_a_model_can_compute_are_noticed():
     model = tiny_model("gpt_neo", window_size=1024, max_position_embeddings=2 * MAX_LENGTH - 1)
     layout, message = check_model(model, SHORT)
-    assert layout == Layout(padded_rows)
+    assert layout == Layout()
     assert message.startswith("Prefix sharing: off; its forward fails with RuntimeError")
     with pytest.raises(UserError, match="its forward fails with RuntimeError"):
         check_model(model, SHORT, shared_prompt=True)
@@ -243,7 +242,7 @@ def test_model_whose_padding_changes_what_it_computes_is_refused(settings):
     with torch.no_grad():
         model.transformer.wpe.weight.normal_(0, 0.3)
     disable_dropout(model)
-    with pytest.raises(UserError, match=r"CountsFromTheEnd: padding changes what it computes.*padding_free=true"):
+    with pytest.raises(UserError, match=r"CountsFromTheEnd is wrong on padded batches: it changes .*padding_free=true"):
         check_model(model, SHORT, **settings)
 
 
@@ -274,9 +273,7 @@ def test_wrong_backward_of_packed_attention_is_noticed(monkeypatch):
     attend = packed_attention._by_segment
     monkeypatch.setattr(packed_attention, "_by_segment", lambda *args: TooSteep.apply(attend(*args)))
     model = make_model(CONFIGS["llama"], torch.float32)
-    with pytest.raises(
-        UserError, match=r"padding_free=true, .*it gives another gradient than concatenated_forward \(by"
-    ):
+    with pytest.raises(UserError, match=r"padding_free=true, .*it changes the gradient by"):
         check_model(model, BATCHES["ordinary"], 24, padding_free=True)
 
 
@@ -287,9 +284,7 @@ def test_wrong_backward_of_the_output_head_is_noticed(monkeypatch):
     )
     layout, message = check_model(make_model(CONFIGS["llama"], torch.float32), BATCHES["ordinary"], 24)
     assert layout == PLAIN
-    assert message == (
-        "Prefix sharing: off; it gives another gradient than concatenated_forward (by 10 %), which is used instead"
-    )
+    assert message == "Prefix sharing: off; it changes the gradient by 10 %; concatenated_forward is used instead"
 
 
 EDITED = ["model=blank_model", f"model.name_or_path={ORACLE}/model", f"dataset_paths.hh={ORACLE}/hh", "max_length=128",
@@ -312,9 +307,9 @@ def test_edit_of_get_batch_logps_changes_what_is_trained(loss, metric, make_trai
     assert trainer.layout == PLAIN
     subject, plain = {"dpo": ("Prefix sharing", "concatenated_forward"),
                       "sft": ("Output head at responses only", "plain_logps")}[loss]  # fmt: skip
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "which is used instead" in line]
-    assert line.startswith(f"{subject}: off; it gives other log-probabilities than {plain} (by ")
-    assert line.endswith(" nats), which is used instead")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "is used instead" in line]
+    assert line.startswith(f"{subject}: off; it changes log-probabilities by up to ")
+    assert line.endswith(f" nats; {plain} is used instead")
     step = first_step(trainer)
     assert step[metric] == pytest.approx(2 * expected[metric], rel=1e-5)
     if loss == "sft":
@@ -331,7 +326,7 @@ def test_subclass_that_edits_concatenated_forward_changes_what_is_trained(make_t
     expected = first_step(make_trainer(*EDITED, "loss=dpo"))
     monkeypatch.setattr("conftest.BasicTrainer", Edited)
     step = first_step(make_trainer(*EDITED, "loss=dpo"))
-    assert "than concatenated_forward (by" in capsys.readouterr().out
+    assert "concatenated_forward is used instead" in capsys.readouterr().out
     assert step["logps_train/rejected"] == pytest.approx(expected["logps_train/rejected"] / 2, rel=1e-5)
     assert step["grad_norm"] == pytest.approx(expected["grad_norm"] / 2, rel=1e-3)
 

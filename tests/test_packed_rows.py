@@ -24,7 +24,7 @@ from test_shared_prompt import (
 
 from acceleration.layout import Layout
 from acceleration.packed_attention import Packing, _GatherKeys, packed_attention, use_packed_attention
-from acceleration.prefix_sharing import packed_rows, packed_shared_rows, padded_rows, shared_rows
+from acceleration.prefix_sharing import packed_rows, shared_rows
 from acceleration.response_head import response_logps
 from benchmarks.architectures import check_model
 from distributed.strategies import SingleProcess
@@ -53,7 +53,7 @@ def model_for_packed_rows(architecture: str, dtype=torch.float64, **changes) -> 
 def test_packed_row_gives_the_gradients_of_the_original(architecture, batch_name, loss_name):
     model, batch = model_for_packed_rows(architecture), BATCHES[batch_name]
     expected = loss_and_gradients(model, original_logps(model, batch), loss_name)
-    for rows in (packed_shared_rows(batch), packed_rows(batch)):
+    for rows in (packed_rows(batch, shared=True), packed_rows(batch)):
         assert_same(loss_and_gradients(model, response_logps(model, rows), loss_name), expected, 1e-9)
 
 
@@ -72,33 +72,34 @@ def test_sft_in_a_packed_row_gives_the_gradients_of_the_original(architecture, b
 def test_packed_rows_in_float32_differ_by_rounding_only(architecture):
     model, batch = model_for_packed_rows(architecture, torch.float32), BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
-    assert_same(loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo"), expected, 1e-5)
+    logps = response_logps(model, packed_rows(batch, shared=True))
+    assert_same(loss_and_gradients(model, logps, "dpo"), expected, 1e-5)
 
 
 @pytest.mark.parametrize("architecture", TAKE_PACKED)
 @pytest.mark.usefixtures("all_in_float64")
 def test_recomputed_activations_give_the_same_gradients(architecture):
-    model, batch = model_for_packed_rows(architecture), BATCHES["ordinary"]
-    expected = loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo")
+    model, rows = model_for_packed_rows(architecture), packed_rows(BATCHES["ordinary"], shared=True)
+    expected = loss_and_gradients(model, response_logps(model, rows), "dpo")
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert_same(loss_and_gradients(model, response_logps(model, packed_shared_rows(batch)), "dpo"), expected, 1e-12)
+    assert_same(loss_and_gradients(model, response_logps(model, rows), "dpo"), expected, 1e-12)
 
 
 @pytest.mark.parametrize("window", [1, 3, 8])
-@pytest.mark.parametrize("make_rows", [packed_rows, packed_shared_rows])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.usefixtures("all_in_float64")
-def test_attention_windows_work_in_packed_rows(window, make_rows):
+def test_attention_windows_work_in_packed_rows(window, shared):
     model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=window))
     batch = BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
     use_packed_attention(model)
-    assert_same(loss_and_gradients(model, response_logps(model, make_rows(batch)), "dpo"), expected, 1e-9)
+    assert_same(loss_and_gradients(model, response_logps(model, packed_rows(batch, shared)), "dpo"), expected, 1e-9)
 
 
 def test_gradient_of_a_shared_key_sums_both_places():
     torch.manual_seed(0)
-    rows = packed_shared_rows(BATCHES["ordinary"])
+    rows = packed_rows(BATCHES["ordinary"], shared=True)
     tokens = torch.randn(rows.input_ids.shape[1], 2, 3, dtype=torch.float64, requires_grad=True)
     taken = _GatherKeys.apply(tokens, rows.packing)
     torch.testing.assert_close(taken, tokens[rows.packing.key_tokens])
@@ -116,7 +117,7 @@ def test_packed_row_with_shared_prompts_has_the_expected_layout():
         [ids[:n] for ids, n in zip(batch[f"{side}_input_ids"].tolist(), lengths, strict=True)]
         for side, lengths in (("chosen", (2, 1)), ("chosen", (4, 2)), ("rejected", (5, 3)))
     )
-    rows = packed_shared_rows(batch)
+    rows = packed_rows(batch, shared=True)
     assert rows.input_ids.tolist() == [[*c, *r[2:], *d, *s[1:]]]
     assert [p, q] == [c[:2], d[:1]]
     assert rows.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 1, 2]]
@@ -145,7 +146,7 @@ def test_packed_row_of_single_sequences_has_the_expected_layout():
 def test_packed_rows_hold_no_padding():
     batch = make_batch(*((n, n % 5, n % 3) for n in (1, 9, 2, 12, 3, 7, 11, 4)))
     n_tokens = int(batch["chosen_attention_mask"].sum() + (batch["rejected_labels"] != -100).sum())
-    assert packed_shared_rows(batch).input_ids.shape == (1, n_tokens)
+    assert packed_rows(batch, shared=True).input_ids.shape == (1, n_tokens)
 
 
 # ---- supported models -----------------------------------------------------------------------------------------------
@@ -156,40 +157,40 @@ def test_packed_rows_hold_no_padding():
 def test_supported_models_get_packed_rows(architecture, dtype):
     model = make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32).to(dtype)
     chosen = check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free=True)
-    assert chosen == (Layout(packed_shared_rows), "Prefix sharing: on; rows have no padding")
+    assert chosen == (Layout(is_shared=True, is_packed=True), "Prefix sharing: on; rows have no padding")
     chosen = check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=False, padding_free=True)
-    assert chosen == (Layout(packed_rows), "Rows have no padding")
+    assert chosen == (Layout(is_packed=True), "Rows have no padding")
 
 
 def test_model_check_runs_under_autocast():
     model = make_model(copy.deepcopy(CONFIGS["qwen3"]), torch.float32)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     layout, _ = check_model(model, BATCHES["ordinary"], MAX_LENGTH, autocast, padding_free=True)
-    assert layout == Layout(packed_shared_rows)
+    assert layout == Layout(is_shared=True, is_packed=True)
     with torch.no_grad(), autocast():
-        ours = response_logps(model, packed_shared_rows(BATCHES["ordinary"]))
+        ours = response_logps(model, packed_rows(BATCHES["ordinary"], shared=True))
         expected = response_logps(model, shared_rows(BATCHES["ordinary"]))
     torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.1)
 
 
 def test_rows_are_packed_on_a_cpu_only_on_request():
     model = make_model(CONFIGS["llama"])
-    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free="auto")[0] == Layout(shared_rows)
+    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free="auto")[0] == Layout(is_shared=True)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_models_with_windows_share_prompts_only_in_packed_rows():
     config = transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=8)
     model = make_model(config)
-    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH)[0] == Layout(padded_rows)
+    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH)[0] == Layout()
     layout, _ = check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=True, padding_free=True)
-    assert layout == Layout(packed_shared_rows)
+    assert layout == Layout(is_shared=True, is_packed=True)
 
 
 CANNOT = {
     "its own attention code": (CONFIGS["gptj"], "attn_implementation=eager doesn't support packed rows"),
     "its own attention class": (
-        transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "it gives other log-probabilities"
+        transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "it changes log-probabilities"
     ),
     "sinks": (
         transformers.GptOssConfig(**SMALL, **LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1, head_dim=8),
@@ -215,7 +216,7 @@ def test_unsupported_models_are_refused_or_fall_back(name):
         check_model(model, batch, MAX_LENGTH, padding_free=True)
     assert model.config._attn_implementation == before
     layout, _ = check_model(model, batch, MAX_LENGTH, padding_free="auto")
-    assert layout.make_rows in (shared_rows, padded_rows)
+    assert not (layout.is_plain or layout.is_packed)
     logps = layout.response_logps(model, batch, SingleProcess)
     torch.testing.assert_close(logps, original_logps(model, batch), rtol=1e-4, atol=1e-4)
 
@@ -301,7 +302,10 @@ nn.Module.compile = lambda self, **options: compile(self, backend={backend!r}, *
     ("backend", "more"),
     exhaustive_except(
         [
-            ("aot_eager", ["loss=sft", "n_examples=8", "do_first_eval=false", "sample_during_eval=false"]),
+            (
+                "aot_eager",
+                ["loss=sft", "n_examples=8", "n_eval_examples=4", "do_first_eval=false", "sample_during_eval=false"],
+            ),
             ("inductor", ["loss=dpo"]),
         ],
         lambda case: case[0] == "aot_eager",

@@ -14,10 +14,11 @@ from conftest import exhaustive_except
 
 from acceleration import memory_plan
 from acceleration.capacity import measure_activations
+from acceleration.layout import Layout
 from acceleration.measurement import full_length_batch
 from acceleration.optimizer_memory import state_bytes
 from acceleration.packed_attention import supports_packed_attention, use_packed_attention, with_tensors
-from acceleration.prefix_sharing import PACKED, packed_rows, packed_shared_rows, padded_rows, shared_rows
+from acceleration.prefix_sharing import packed_rows
 from acceleration.response_head import response_logps
 from acceleration.shadow_weights import ShadowedLinear, shadow_linear_weights
 from commands.command_line import compose_config
@@ -48,7 +49,10 @@ CONFIGS = {
     "gemma3": transformers.Gemma3TextConfig(**TOKENS, **LLAMA_LIKE, head_dim=16, sliding_window=32),
     "mixtral": transformers.MixtralConfig(**TOKENS, **LLAMA_LIKE, num_local_experts=4),
 }  # fmt: skip
-ROWS = {rows.__name__: rows for rows in (padded_rows, shared_rows, packed_rows, packed_shared_rows)}
+LAYOUTS = {
+    "padded": Layout(), "shared": Layout(is_shared=True), "packed": Layout(is_packed=True),
+    "packed, shared": Layout(is_shared=True, is_packed=True),
+}  # fmt: skip
 WEIGHTS = {"mixed": (torch.float32, torch.bfloat16), "bfloat16": (torch.bfloat16, None)}
 GPU, OTHER_GPU = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -163,15 +167,15 @@ def bytes_of_graph(model: torch.nn.Module, rows, autocast) -> dict[torch.device,
     return by_device
 
 
-def predicted_and_saved(family: str, rows_name: str, weights: str, lora: bool = False, **options) -> dict:
+def predicted_and_saved(family: str, layout_name: str, weights: str, lora: bool = False, **options) -> dict:
     """Compare the plan's bytes for a batch of several pairs with those that its graph saves, on each GPU."""
     warnings.filterwarnings("ignore")
-    make_rows = ROWS[rows_name]
-    full = make_rows(full_length_batch(pair_batch((25, 75, 56)), MAX_LENGTH))
+    layout = LAYOUTS[layout_name]
+    full = layout.rows(full_length_batch(pair_batch((25, 75, 56)), MAX_LENGTH))
     pairs = [(25, 75, 56), (30, 70, 51), (20, 80, 61)]  # prompt and responses vary
-    if make_rows in PACKED:
+    if layout.is_packed:
         pairs += [(3, 9, 33), (11, 5, 2)]
-    rows = make_rows(pair_batch(*pairs))
+    rows = layout.rows(pair_batch(*pairs))
     dtype, autocast_dtype = WEIGHTS[weights]
     model, autocast = meta_model(family, dtype, lora), partial(pretend_gpu.autocast, autocast_dtype)
     with pretend_gpu.pretend_gpus():
@@ -201,7 +205,7 @@ def plan(family: str, n_gpus: int, free: int, weights: str = "mixed", lora: bool
     dtype, autocast_dtype = WEIGHTS[weights]
     models = [meta_model(family, dtype, lora), meta_model(family, torch.bfloat16, False)]
     memory_plan.free_and_total_bytes = lambda device: (free, 10**9)
-    rows = packed_shared_rows(full_length_batch(pair_batch((25, 75, 56)), MAX_LENGTH))
+    rows = packed_rows(full_length_batch(pair_batch((25, 75, 56)), MAX_LENGTH), shared=True)
     with pretend_gpu.pretend_gpus():
         for model in models:
             put_on_gpus(model, autocast_dtype, n_gpus=n_gpus)
@@ -219,10 +223,10 @@ def plan(family: str, n_gpus: int, free: int, weights: str = "mixed", lora: bool
 
 @pytest.mark.parametrize("family", exhaustive_except(CONFIGS, "gpt2", "qwen3", "mixtral"))
 def test_plan_predicts_the_bytes_that_the_graph_saves(family, on_gpu):
-    for rows_name in ROWS:
-        if family == "gptj" and ROWS[rows_name] in PACKED:  # GPT-J has its own attention
+    for name, layout in LAYOUTS.items():
+        if family == "gptj" and layout.is_packed:  # GPT-J has its own attention
             continue
-        check_prediction(on_gpu(predicted_and_saved, family, rows_name, "mixed"))
+        check_prediction(on_gpu(predicted_and_saved, family, name, "mixed"))
 
 
 VARIANTS = {
@@ -233,22 +237,22 @@ VARIANTS = {
     "two GPUs, checkpointing": {"weights": "mixed", "n_gpus": 2, "checkpointing": True},
     "LoRA, checkpointing, bfloat16": {"weights": "bfloat16", "lora": True, "checkpointing": True},
 }
-DEFAULT_CASES = [("gpt2", "packed_shared_rows"), ("llama", "packed_rows"), ("mixtral", "shared_rows")]
+DEFAULT_CASES = [("gpt2", "packed, shared"), ("llama", "packed"), ("mixtral", "shared")]
 OTHER_CASES = [
     case
-    for case in itertools.product(CONFIGS, ROWS)
-    if case not in DEFAULT_CASES and not (case[0] == "gptj" and ROWS[case[1]] in PACKED)
+    for case in itertools.product(CONFIGS, LAYOUTS)
+    if case not in DEFAULT_CASES and not (case[0] == "gptj" and LAYOUTS[case[1]].is_packed)
 ]
 
 
 @pytest.mark.parametrize(
-    ("family", "rows_name"),
+    ("family", "layout_name"),
     [*DEFAULT_CASES, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHER_CASES)],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_plan_predicts_the_saved_bytes_for_every_training_mode(variant, family, rows_name, on_gpu):
+def test_plan_predicts_the_saved_bytes_for_every_training_mode(variant, family, layout_name, on_gpu):
     options = VARIANTS[variant]
-    check_prediction(on_gpu(predicted_and_saved, family, rows_name, **options), options.get("n_gpus", 1))
+    check_prediction(on_gpu(predicted_and_saved, family, layout_name, **options), options.get("n_gpus", 1))
 
 
 # ---- the memory plan ------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_supported_models_share_prompts(architecture):
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(CONFIGS[architecture], torch.float32).to(dtype)
         layout, message = check_model(model, BATCHES["ordinary"], MAX_LENGTH)
-        assert layout == Layout(shared_rows, whole_logits=False)
+        assert layout == Layout(is_shared=True)
         assert message == "Prefix sharing: on"
 
 
@@ -216,7 +216,7 @@ def test_models_that_cannot_share_prompts_fall_back_with_the_reason(name):
     config, reason = FALLBACKS[name]
     model, batch = make_model(config), BATCHES["ordinary"]
     layout, message = check_model(model, batch, MAX_LENGTH)
-    assert layout.make_rows is padded_rows
+    assert not (layout.is_shared or layout.is_plain)
     assert message.startswith("Prefix sharing: off; ")
     with pytest.raises(
         UserError, match=f"shared_prompt=true, but the model {type(model).__name__} can't: .*({reason})"
@@ -236,26 +236,26 @@ def test_model_that_scales_its_logits_computes_them_whole():
     config = transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=4.0)
     model, batch = make_model(config), BATCHES["ordinary"]
     layout, _ = check_model(model, batch, MAX_LENGTH)
-    assert layout == Layout(shared_rows, whole_logits=True)
+    assert layout == Layout(is_shared=True, whole_logits=True)
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
     ours = layout.response_logps(model, batch, SingleProcess)
     assert_same(loss_and_gradients(model, ours, "dpo"), expected, 1e-9)
 
 
 def test_wrong_numbers_from_sharing_are_noticed(monkeypatch):
-    def wrong_mask(segments, dtype):
-        return tree_mask(torch.zeros_like(segments), dtype)  # the rejected response sees the chosen one
+    def wrong_mask(roles, dtype):
+        return tree_mask(torch.zeros_like(roles), dtype)  # the rejected response sees the chosen one
 
     monkeypatch.setattr(response_head, "tree_mask", wrong_mask)
     model = make_model(CONFIGS["llama"], torch.float32)
     layout, message = check_model(model, BATCHES["ordinary"], MAX_LENGTH)
-    assert layout == Layout(padded_rows)
-    assert message.startswith("Prefix sharing: off; it gives other log-probabilities than concatenated_forward (by ")
+    assert layout == Layout()
+    assert message.startswith("Prefix sharing: off; it changes log-probabilities by up to ")
 
 
 def test_shared_prompt_false_computes_two_sequences_per_pair():
     model = make_model(CONFIGS["llama"])
-    for padding_free, layout in (("auto", Layout(padded_rows)), (False, PLAIN)):
+    for padding_free, layout in (("auto", Layout()), (False, PLAIN)):
         settings = {"shared_prompt": False, "padding_free": padding_free}
         assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, **settings) == (layout, "")
 

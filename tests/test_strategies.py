@@ -13,9 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from config_checks.checks import NOT_FOR_DTENSORS
-from distributed.dtensor import distribute_like, distribute_model, full_state_dict, full_tensor
+from distributed.dtensor import clip_grad_norm, distribute_like, distribute_model, full_state_dict, full_tensor
 from distributed.fsdp import make_meshes, shard_model
-from distributed.gradient_clipping import clip_grad_norm
 from distributed.tensor_parallel import parallelize
 from utils import UserError
 

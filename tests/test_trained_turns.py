@@ -11,7 +11,7 @@ from chat_templates import CHATML, GEMMA_3, LLAMA_3, LLAMA_3_1, MISTRAL_V3, QWEN
 from conftest import REPOSITORY
 from test_shared_prompt import CONFIGS, make_model, original_logps
 
-from acceleration.prefix_sharing import packed_rows, packed_shared_rows, padded_rows, shared_rows
+from acceleration.prefix_sharing import packed_rows, padded_rows, shared_rows
 from acceleration.reference_cache import pair_keys
 from acceleration.response_head import response_logps
 from data.chat import Renderer, end_token_ids
@@ -389,8 +389,8 @@ def test_layouts_score_labelled_tokens_as_the_original_does(make_rows):
 def test_packed_rows_predict_the_same_tokens_as_padded_ones():
     batch = masked_batch()
     expected = padded_rows(batch)
-    for make_rows in (packed_rows, packed_shared_rows):
-        rows = make_rows(batch)
+    for shared in (False, True):
+        rows = packed_rows(batch, shared)
         order, wanted = ((r.sequences * 100 + r.offsets).argsort() for r in (rows, expected))
         for name in ("targets", "sequences", "offsets"):
             assert torch.equal(getattr(rows, name)[order], getattr(expected, name)[wanted])
