@@ -133,7 +133,7 @@ def _is_line(head: bytes, start: bytes, keys: set[str]) -> bool:
 
 
 def _why_not_a_file_path(path: str) -> str | None:
-    """Return why no command may write a file at a path, whatever is there; None if one may."""
+    """Return why commands must not write a file at a path, even if they wrote it before; None if they may."""
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         return "there is no such directory; give a file in one that exists"
     if reason := _why_bad_name(path):

@@ -16,10 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from basics.outputs import is_sharded, why_not_writable
 from config_checks.datasets import check_data
 from config_checks.lora import check_adapters
-from config_checks.numbers import is_number
 from config_checks.schedules import check_schedule
 from config_checks.schema import default_config, expand_config, names_in
-from config_checks.values import check_one_of, check_values
+from config_checks.values import check_one_of, check_values, is_number
 from distributed import environment
 from distributed.strategies import STRATEGIES, trainers_with
 from losses import find_loss, needs_reference
@@ -57,7 +56,7 @@ def check_config(config: DictConfig, reads_data: bool = True):
         models = ", ".join(names_in("model"))
         hint = f" Choose a model with model=NAME; there are: {models}" if "model.name_or_path" in missing_keys else ""
         raise UserError(f"Got missing keys in config: {', '.join(missing_keys)}.{hint}")
-    if isinstance(config.exp_name, int | float) and not isinstance(config.exp_name, bool):
+    if is_number(config.exp_name):
         config.exp_name = str(config.exp_name)
     check_values(config)
     check_data(config, reads_data)
@@ -80,7 +79,7 @@ def _check_optimizer(config: DictConfig):
         name: value for name, value in vars(torch.optim).items() if isinstance(value, type)
         and issubclass(value, torch.optim.Optimizer) and value not in _UNSUPPORTED_OPTIMIZERS
     }  # fmt: skip
-    note = ", the optimizers of torch.optim that train with one gradient a step"
+    note = ", the optimizers of torch.optim that train with one gradient per step"
     check_one_of("optimizer", config.optimizer, optimizers, note)
     accepted = dict(inspect.signature(optimizers[config.optimizer]).parameters)
     del accepted["params"], accepted["lr"]
@@ -144,7 +143,7 @@ def _check_model(config: DictConfig):
 
 
 def _use_plain_forward(config: DictConfig):
-    """Turn off, or refuse, whatever changes the forward pass: the router's loss depends on all tokens of the batch."""
+    """Turn off faster layouts and refuse `compile`: the router's loss depends on all tokens of the forward pass."""
     coefficient = f"model.router_aux_loss_coef={config.model.router_aux_loss_coef}"
     for key in ("shared_prompt", "padding_free", "compile"):
         if config[key] is True:

@@ -7,8 +7,7 @@ from glob import has_magic
 
 from omegaconf import DictConfig, ListConfig
 
-from config_checks.numbers import is_number
-from config_checks.values import check_one_of
+from config_checks.values import check_one_of, is_number
 from data.choice import TRUNCATIONS, Choice
 from data.locations import is_location, locate
 from data.row_sources import ROWS

@@ -43,13 +43,13 @@ KEY_HINTS = {theirs: f"{theirs} is called {ours} here" for theirs, ours in _OUR_
     "deepspeed": "trainer=FSDPTrainer divides weights, gradients and optimizer among GPUs",
 }
 _WITHOUT_TRAINING = ("judge", "export")  # configs without the keys of training
-_NO_LOSS = "it isn't implemented; a loss is a function in losses.py and a file in config/loss"
+_NOT_IMPLEMENTED = "it isn't implemented; a loss is a function in losses.py and a file in config/loss"
 _OUR_LOSSES = {  # by other libraries' and papers' names
     "sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "robust": "robust_dpo", "exo_pair": "exo", "nca_pair": "nca",
     "bco_pair": "bco", "sppo_hard": "sppo", "slic": "hinge", "rdpo": "length_dpo", "r_dpo": "length_dpo",
     "rpo": "dpo_nll", "apo_zero_unpaired": "apo_zero", "chipo": "chi_po", "lrml": "discopop", "nll": "sft",
 }  # fmt: skip
-_LOSS_HINTS = dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "tdpo"), _NO_LOSS) | {
+_LOSS_HINTS = dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo", "tdpo"), _NOT_IMPLEMENTED) | {
     "cdpo": "it is loss=dpo with loss.label_smoothing above 0",
     "ld_dpo": "it is loss=dpo with loss.ld_alpha below 1",
     "f_dpo": "it is loss=dpo with loss.f_divergence",

@@ -9,8 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from config_checks.explanations import KEY_HINTS
-from config_checks.numbers import is_number
-from config_checks.values import check_one_of
+from config_checks.values import check_one_of, is_number
 from distributed.strategies import STRATEGIES, trainers_with
 from references import saved_settings, sources
 from utils import UserError, closest_match

@@ -7,7 +7,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from basics.saved_config import flatten
 from config_checks.explanations import other_loss, unknown_key
-from config_checks.numbers import is_number
 from config_checks.schema import FREE_KEYS, default_config
 from losses import LOSSES, MIX
 from objectives.modifiers import UNLISTED
@@ -99,6 +98,19 @@ def check_one_of(key: str, value: object, options: Iterable[str | None], note: s
         raise UserError(f"{key}={value}: must be one of {', '.join(names)}{note}.{closest_match(str(value), names)}")
 
 
+def is_number(value: object, kind: type = float) -> bool:
+    """True for an integer and, unless `kind` is int, for a float; false for true and false, which Python counts too."""
+    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+
+
+def check_number(key: str, value: object, kind: type, lowest: float, highest: float):
+    """Raise UserError unless a value is a number of this kind, int or float, in the range."""
+    if not is_number(value, kind):
+        raise UserError(f"{key}={value}: expected {'an integer' if kind is int else 'a number'}")
+    if not lowest <= value <= highest:
+        raise UserError(f"{key}={value}: must be {lowest:g} to {highest:g}")
+
+
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +134,7 @@ def _check_loss(config: DictConfig):
         _check_options(f"loss.{part}", part, config.loss[part])
     if unknown := [key for key in config.loss if key not in ("name", "parts", *parts)]:
         raise UserError(
-            f"loss.{unknown[0]}: loss=mix has no such option; those of a part are loss.PART.OPTION, and the parts are: "
+            f"loss.{unknown[0]}: loss=mix has no such option. A part's options are loss.PART.OPTION; the parts are: "
             f"{', '.join(parts)}"
         )
 

@@ -1,7 +1,7 @@
 """Find the bad line after the `datasets` library failed to load a file.
 
-That is the first line that can't be read or, if all can be read, the first one whose columns or types differ from
-those of earlier lines.
+That is the first line that can't be read. If all can be read, it is the first one whose columns or types differ from
+earlier lines.
 """
 
 import itertools

@@ -30,7 +30,7 @@ class Location:
     path: str  # a local path or a hub id
     config: str | None = None  # the configuration of a hub dataset that has several
     files: dict[str, list[str]] | None = None  # absolute paths by split; None: the library finds them
-    is_built_in: bool = False  # the rows are those of a dataset in `preference_datasets.DATASETS`
+    is_built_in: bool = False  # the dataset is in `preference_datasets.DATASETS`
 
     def split_files(self, split: str) -> list[str] | None:
         """Return the files of a split, or of a slice of one, such as train[:80%]; None: the library finds them."""
@@ -190,7 +190,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _folder_files(folder: str, where: str) -> dict[str, list[str]] | None:
-    """Return the files of each split in a folder, without those of caches and runs; None if its card lists them.
+    """Return the files of each split in a folder, except in caches and runs; None if the folder's card lists them.
 
     Splits are recognized by the `datasets` library's file name patterns, tried in the library's order.
 

@@ -55,7 +55,7 @@ class FaultFound(Exception):
 
 
 def file_format(name: str) -> str:
-    """Return a file's suffix without that of a compression: .jsonl for x.jsonl.gz."""
+    """Return a file's suffix, ignoring a compression suffix: .jsonl for x.jsonl.gz."""
     stem, suffix = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] if suffix in _OPENERS else suffix
 

@@ -116,7 +116,7 @@ class PreparedPrompts(Sequence):
     # ---- lengths ----------------------------------------------------------------------------------------------------
 
     def lengths(self, sft_mode: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return what `data.report.example_lengths` does."""
+        """Return each example's tokens in prompt and longer response, and its prompt's index: (n_examples,) each."""
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])
         response_lengths = pc.list_value_length(pc.list_flatten(self.columns["response_ids"])).to_numpy()
@@ -142,7 +142,7 @@ class PreparedPrompts(Sequence):
         return int((self._list_lengths("prompt_ids")[self.file_rows] == 0).sum())
 
     def drop(self, unwanted: np.ndarray, sft_mode: bool):
-        """Drop the examples that a mask selects; its shape is (n_examples,), as those of `lengths`."""
+        """Drop the examples that a mask of shape (n_examples,) selects."""
         if sft_mode or self.others is not None:
             self.file_rows = self.file_rows[~unwanted]
             self.others = self.others[~unwanted] if self.others is not None else None

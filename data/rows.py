@@ -25,7 +25,7 @@ TURN = "\n\nAssistant:"  # the end of a prompt, in dialogues as one string
 _TEXT_KEYS = ("content", "text", "response", "completion", "value")
 _SCORE_KEYS = ("score", "overall_score", "pm_score", "rating")
 _RANK_KEY = "rank"
-_LABELS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # strings are those of CSV
+_LABELS = {1: True, 0: False, "1": True, "0": False, "true": True, "false": False}  # CSV has only strings
 
 
 @dataclass

@@ -120,20 +120,15 @@ def make_element(
     trained = trained or [[0, len(tokens)] for tokens in response_ids]
     for side, tokens, runs in zip(("chosen", "rejected"), response_ids, trained, strict=True):
         tokens = tokens[:response_length]
+        labels = [-100] * len(tokens)
+        for start, end in zip(runs[::2], runs[1::2], strict=True):
+            labels[start:end] = tokens[start:end]
         element[f"{side}_input_ids"] = prompt_ids + tokens
         element[f"{side}_attention_mask"] = [1] * (len(prompt_ids) + len(tokens))
-        element[f"{side}_labels"] = [-100] * len(prompt_ids) + _labels(tokens, runs)
+        element[f"{side}_labels"] = [-100] * len(prompt_ids) + labels
     element["prompt_input_ids"] = prompt_ids
     element["prompt_attention_mask"] = [1] * len(prompt_ids)
     return element
-
-
-def _labels(tokens: list[int], runs: list[int]) -> list[int]:
-    """Return the tokens, with -100 outside the runs (start, end, start, end, ...)."""
-    labels = [-100] * len(tokens)
-    for start, end in zip(runs[::2], runs[1::2], strict=True):
-        labels[start:end] = tokens[start:end]
-    return labels
 
 
 def decode_response(prompt_ids: list[int], response_ids: list[int], tokenizer) -> str:

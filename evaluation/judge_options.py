@@ -8,8 +8,8 @@ from basics.files import sha256
 from basics.outputs import Output, check_outputs, refuse_unless_document, refuse_unless_json_lines
 from checkpointing.fingerprints import folder_fingerprint
 from config_checks.explanations import unknown_key
-from config_checks.numbers import check_number
 from config_checks.schema import own_keys
+from config_checks.values import check_number
 from data import hub
 from evaluation.chat_completions import ChatCompletions, Endpoint
 from evaluation.command import Command

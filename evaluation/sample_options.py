@@ -6,7 +6,7 @@ import os
 from omegaconf import DictConfig
 
 from basics.outputs import Output, check_outputs, refuse_unless_document, refuse_unless_json_lines
-from config_checks.numbers import check_number
+from config_checks.values import check_number, is_number
 from data.locations import locate
 from distributed import environment
 from distributed.strategies import STRATEGIES
@@ -58,7 +58,7 @@ def make_options(config: DictConfig, own: dict, checkpoints: list[str | None]) -
     max_new_tokens = own["max_new_tokens"]
     if max_new_tokens is None:
         max_new_tokens = config.max_length - config.max_prompt_length
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if not is_number(max_new_tokens, int) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: must be an integer above 0")
     for key in ("prompts", "output", "alpaca_eval"):
         if own[key] is not None and not isinstance(own[key], str):

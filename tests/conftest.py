@@ -14,7 +14,7 @@ import torch
 import transformers
 from hub_server import HubAddress
 from hydra import compose, initialize_config_dir
-from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, measure_few_prompts, running_server
+from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, running_server, shrink_toy
 from omegaconf import OmegaConf
 from process_pool import ProcessPool
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ from utils import UserError
 
 os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"]  # for processes that tests start
 torch.set_num_threads(1)
-measure_few_prompts()
+shrink_toy()
 
 ORACLE = REPOSITORY / "tests" / "oracle"
 

@@ -47,6 +47,9 @@ if __name__ == "__main__":
     import torch.distributed.checkpoint  # noqa: F401
 
     hide()
+    for name, module in list(sys.modules.items()):  # of the process that was forked
+        if name != "__main__" and Path(getattr(module, "__file__", None) or "/").is_relative_to(REPOSITORY):
+            del sys.modules[name]
     sys.path[0] = str(REPOSITORY)
     for name, *words in json.loads(sys.argv[1]):
         sys.argv[:] = [str(REPOSITORY / name), *words]

@@ -21,7 +21,7 @@ SAMPLED = ["n_eval_examples=8", "n_eval_model_samples=8"]
 
 
 class Words:
-    """A tokenizer for texts of numbers."""
+    """A tokenizer whose texts are lists of token ids."""
 
     bos_token_id, eos_token_id, pad_token_id = BOS, EOS, 0
 

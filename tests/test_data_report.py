@@ -40,7 +40,7 @@ def batches(tokenizer, tmp_path):
 
 @pytest.fixture
 def report(make_trainer, tmp_path, capsys):
-    """Return a function that returns the data report of a run on a folder with these rows."""
+    """Return a function that writes rows as both splits of a folder, and returns a run's data report on them."""
 
     def of(rows: list[dict], *overrides: str) -> str:
         for split in ("train", "test"):
@@ -55,13 +55,13 @@ def report(make_trainer, tmp_path, capsys):
 
 
 def long_pairs(n: int) -> list[dict]:
-    """Pairs that differ after 40 words."""
+    """Return pairs whose responses share their first 40 words."""
     return [
         {"prompt": f"Say {i}", "chosen": " same" * 40 + " good", "rejected": " same" * 40 + " bad"} for i in range(n)
     ]
 
 
-def test_pairs_that_are_identical_once_cut_are_refused_or_left_out(batches, capsys):
+def test_pairs_that_are_identical_once_cut_are_refused_or_dropped(batches, capsys):
     rows = long_pairs(3) + pairs("a")
     assert batches(rows, max_length=512).epoch_size == 4
     with pytest.raises(
@@ -113,7 +113,7 @@ def test_responses_that_the_template_makes_identical_are_bad_rows(batches, tmp_p
     assert batches(rows, settings=settings | {"skips_bad": True}).epoch_size == 1
 
 
-def test_equal_responses_with_different_scores_are_no_pair(report):
+def test_equal_responses_with_different_scores_are_not_a_pair(report):
     rows = [{"prompt": f"Q {i}", "responses": [" a", " a", " b"], "scores": [1, 2, 3]} for i in range(4)]
     output = report(rows)
     assert "4 prompts with 8 pairs; dropped 4 pairs of identical responses" in output

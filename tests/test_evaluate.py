@@ -146,7 +146,7 @@ def test_data_too_small_to_train_on_is_evaluated(launcher, trained, tmp_path):
     rows = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(3)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = evaluate(launcher, f"run={trained('dpo')}", f"datasets=[{tmp_path}/mine.jsonl]", "n_eval_examples=null")
-    assert "1 evaluation examples" in output
+    assert "1 evaluation example" in output
 
 
 BAD = {

@@ -7,7 +7,7 @@ import torch
 from conftest import ORACLE, exhaustive_except, read_jsonl, trainers_in
 
 RUN = [
-    "model=tiny", "datasets=[hh]", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "n_examples=16", "n_eval_examples=16",
+    "model=tiny", "datasets=[hh]", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "n_examples=8", "n_eval_examples=8",
     "batch_size=8", "gradient_accumulation_steps=2", "eval_batch_size=8", "max_length=96", "max_prompt_length=48",
     "sample_during_eval=false",
 ]  # fmt: skip
@@ -82,7 +82,7 @@ def test_first_loss_is_ln_2_and_every_pair_a_tie(precision, reference, layout, m
     )
     batches = itertools.chain(trainer.train_iterator, trainer.eval_batches)
     n_pairs = 0
-    for batch, n_least in itertools.zip_longest(batches, [2, 2], fillvalue=1):
+    for batch, n_least in itertools.zip_longest(batches, [2], fillvalue=1):
         trainer.policy.train(n_least == 2)
         for microbatch in trainer.microbatches(batch, n_least):
             loss, metrics = trainer.get_batch_metrics(microbatch, trainer.config.loss)
@@ -92,7 +92,7 @@ def test_first_loss_is_ln_2_and_every_pair_a_tie(precision, reference, layout, m
             ln_2 = torch.tensor(LN_2, dtype=metrics["loss/train"].dtype)
             assert torch.equal(metrics["loss/train"], ln_2.expand(len(microbatch["prompt"])))
             n_pairs += len(microbatch["prompt"])
-    assert n_pairs == 32
+    assert n_pairs == 16
 
 
 @pytest.mark.parametrize(

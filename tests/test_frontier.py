@@ -240,7 +240,8 @@ def test_frontier_benchmark_trains_evaluates_and_reports_once(tmp_path, monkeypa
     assert int.from_bytes(header, "big") == 1200  # its width
 
 
-def test_labels_of_the_length_task_depend_on_reward_and_length():
+def test_labels_of_the_length_task_depend_on_reward_and_length(monkeypatch):
+    monkeypatch.setitem(toy.SPLITS, "train", (20_000, 1))  # other tests have fewer
     words, clauses = toy_length.all_long_responses()
     of_text = {
         toy_length.long_response_text(w, n): (toy.true_reward(w), n) for w, n in zip(words, clauses, strict=True)

@@ -145,17 +145,25 @@ TRAINERS_IN_TURN = [  # number of workers, overrides
     (4, MESH),
     (1, ["trainer=BasicTrainer"]),
 ]
+FEW_IN_TURN = [*TRAINERS_IN_TURN[:2], TRAINERS_IN_TURN[-1]]
 
 
-@pytest.mark.parametrize("case", exhaustive_except(list(CASES)[1:], "adapter of the fused gpt2"))
-def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, models, in_workers, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "in_turn"),
+    exhaustive_except(
+        [("adapter of the fused gpt2", FEW_IN_TURN), *((case, TRAINERS_IN_TURN) for case in list(CASES)[1:])],
+        lambda case: case[1] is FEW_IN_TURN,
+    ),
+    ids=str,
+)
+def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, in_turn, models, in_workers, tmp_path):
     words = [word.format(**models) for word in CASES[case]]
     trained(words, str(tmp_path / "start"))
     checkpoint, draws = tmp_path / "start/saved", []
-    for turn, (n_workers, trainer) in enumerate(TRAINERS_IN_TURN):
+    for turn, (n_workers, trainer) in enumerate(in_turn):
         directory = tmp_path / f"turn-{turn}"
-        overrides = [*words, *trainer, f"checkpoint_format={'sharded' if turn in (1, 2) else 'whole'}"]
-        args = resume_and_save, overrides, str(checkpoint), str(directory)
+        form = "sharded" if turn in (1, 2) and n_workers > 1 else "whole"
+        args = resume_and_save, [*words, *trainer, f"checkpoint_format={form}"], str(checkpoint), str(directory)
         draws.append(in_workers(n_workers, *args) if n_workers > 1 else [args[0](*args[1:])])
         checkpoint = directory / "saved"
     state, expected = states(checkpoint), states(tmp_path / "start/saved")
@@ -165,7 +173,7 @@ def test_state_stays_the_same_bit_for_bit_through_all_trainers(case, models, in_
     assert first != second
     # workers that compute together draw the same
     assert draws[1] == [first, first, second, second]
-    assert draws[2] == [first, first]
+    assert draws[2] in ([first, first], [first])
 
 
 @pytest.mark.parametrize(

@@ -400,7 +400,7 @@ def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, lau
         return endpoint.longer(number, a, b)
 
     endpoint.answer, released = answer, threading.Event()
-    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=2")
+    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=1")
     released.set()
     first, again = (moment for moment, seen in zip(endpoint.moments, endpoint.seen, strict=True) if seen[0] == 0)
     assert again - first >= 2  # the Retry-After; the default is a second

@@ -66,11 +66,11 @@ def test_reference_moves_every_n_steps_to_the_mixture(make_trainer, tmp_path):
     "trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer")
 )
 def test_resumed_run_restores_the_moved_reference(trainer, make_trainer, launcher, tmp_path):
-    overrides = ["reference_update_every=2", "reference_update_alpha=0.5", "eval_every=24"]
+    overrides = ["reference_update_every=2", "reference_update_alpha=0.5", "eval_every=16", "save_every=16"]
     overrides += ["model.policy_dtype=float64", "model.reference_dtype=float64"]  # rounding hides nothing
-    train(make_trainer, *overrides, f"local_run_dir={tmp_path}/one")
+    train(make_trainer, *overrides, "n_examples=16", f"local_run_dir={tmp_path}/one")
     n_workers = 1 if trainer == "BasicTrainer" else 2
-    for n_examples in (12, 24):
+    for n_examples in (12, 16):
         cut = [f"n_examples={n_examples}", f"trainer={trainer}", f"local_run_dir={tmp_path}/cut", "resume=auto"]
         assert launcher.run(*TOY, *overrides, *cut, n_workers=n_workers) == 0, launcher.output
     tolerance = 0 if trainer == "BasicTrainer" else 1e-6

@@ -239,6 +239,7 @@ def test_three_steps_in_microbatches_equal_the_formula_of_the_whole_batch(words,
 WHOLE_BATCH = [
     *RUN, "loss=mix", "loss.parts={bco:1,beta_dpo:0.5,aot:0.3,aot_unpaired:0.2,sft_tokens:0.1,dpo:1,kto:0.5}",
     "loss.dpo.ld_alpha=0.4", "loss.dpo.wpo=true", "loss.bco.momentum=0.5", "optimizer=RMSprop", "lr=1e-3",
+    "n_examples=16", "eval_every=16",
 ]  # fmt: skip
 SETUPS = {
     "FSDP": ["trainer=FSDPTrainer"],

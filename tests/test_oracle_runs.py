@@ -77,7 +77,6 @@ TOGETHER += [
 BY_DEFAULT = [
     ("sft_adamw_two_epochs", 1, "shared_prompt=true"),
     ("dpo", 2, "trainer=FSDPTrainer padding_free=true activation_checkpointing=true"),
-    ("dpo", 2, "trainer=TensorParallelTrainer shared_prompt=auto activation_checkpointing=true"),
 ]
 
 

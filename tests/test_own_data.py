@@ -130,6 +130,18 @@ def test_training_on_part_of_the_test_split_excludes_it_from_evaluation(read, tm
     assert sorted(train + test) == sorted(row["prompt"] for row in numbered(20))
 
 
+@pytest.mark.parametrize(("part", "place"), [("[:75%]", r" \(.*train\.jsonl, line 3\)"), ("[25%:]", "")])
+def test_bad_row_in_part_of_a_split_is_named_by_its_line_only_if_the_part_begins_at_the_first_line(
+    part, place, read, tmp_path
+):
+    rows = numbered(8)
+    rows[2]["chosen"] = ""
+    write(tmp_path / "data" / "train.jsonl", rows)
+    number = 2 if place else 0
+    with pytest.raises(UserError, match=rf"row {number}{place}: field 'chosen' is an empty string"):
+        read(Choice(str(tmp_path / "data"), train_split=f"train{part}"))
+
+
 def test_glob_pattern_reads_the_matching_files(read, tmp_path):
     for name in ("a/train.jsonl", "a/more.jsonl", "a/test.jsonl", "b/train.jsonl", "contest.jsonl"):
         write(tmp_path / name, pairs(f"{name} 0", f"{name} 1"))

@@ -302,7 +302,10 @@ nn.Module.compile = lambda self, **options: compile(self, backend={backend!r}, *
     ("backend", "more"),
     exhaustive_except(
         [
-            ("aot_eager", ["loss=sft", "n_examples=8", "do_first_eval=false", "sample_during_eval=false"]),
+            (
+                "aot_eager",
+                ["loss=sft", "n_examples=8", "n_eval_examples=4", "do_first_eval=false", "sample_during_eval=false"],
+            ),
             ("inductor", ["loss=dpo"]),
         ],
         lambda case: case[0] == "aot_eager",

@@ -131,7 +131,8 @@ REFERENCES = {
 )
 def test_adapters_train_on_several_workers_as_on_one(reference, trainer, run, models, adapter):
     overrides = REFERENCES[reference]
-    overrides = [*RUN, f"model.name_or_path={models['llama3']}", *(word.format(adapter=adapter) for word in overrides)]
+    overrides = [*RUN, "n_examples=8", *(word.format(adapter=adapter) for word in overrides)]
+    overrides += [f"model.name_or_path={models['llama3']}"]
     alone = run(1, *overrides, "loss=dpo")
     together = run(2, *overrides, "loss=dpo", f"trainer={trainer}", f"local_dirs=[{alone}/cache]")
     assert_same_numbers(together, alone, tolerance=1e-5)
@@ -146,7 +147,10 @@ def adapter(launcher, models) -> str:
     return f"{run_dir}/LATEST"
 
 
-SAMPLING = ["sample_during_eval=true", "n_eval_model_samples=5", "do_first_eval=false", "loss=dpo", "max_length=80"]
+SAMPLING = [
+    "sample_during_eval=true", "n_eval_model_samples=5", "do_first_eval=false", "loss=dpo", "max_length=40",
+    "max_prompt_length=32",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,15 @@ from config_checks.checks import check_config
 from train import compose_config
 from utils import UserError, widest_dtype
 
-PORTABLE = str(REPOSITORY / "tests/portable.py")
+PORTABLE = REPOSITORY / "tests/portable.py"
 SOURCES = [*REPOSITORY.glob("*.py"), *(path for folder in FOLDERS for path in folder.glob("**/*.py"))]
 
 
-def test_all_commands_run_without_what_windows_lacks(run_python, tmp_path):
+def test_all_commands_run_without_what_windows_lacks(launcher, tmp_path):
     """One process runs all commands, one after the other."""
     run = [
         "model=tiny", "datasets=[toy]", "loss=dpo", "eval_every=8", "batch_size=8", "n_eval_examples=4",
-        "eval_batch_size=4", "max_length=48", "max_prompt_length=24", "n_eval_model_samples=1", "keep_best=loss/eval",
+        "eval_batch_size=4", "max_length=48", "max_prompt_length=24", "sample_during_eval=false", "keep_best=loss/eval",
         "wandb.enabled=false", f"local_run_dir={tmp_path}/run", f"local_dirs=[{tmp_path}/cache]", "resume=auto",
     ]  # fmt: skip
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The film was"}\n')
@@ -45,12 +45,11 @@ def test_all_commands_run_without_what_windows_lacks(run_python, tmp_path):
         ["judge.py", "a=a.jsonl", "b=b.jsonl", "output=v.jsonl", "judge=command", judge],
         ["export.py", f"run={tmp_path}/run", "output=exported", "checkpoint=BEST"],
     ]
-    result = run_python(PORTABLE, json.dumps(commands))
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "Resuming from" in result.stdout
+    assert launcher.run(json.dumps(commands), script=PORTABLE, as_typed=True, directory=tmp_path) == 0, launcher.output
+    assert "Resuming from" in launcher.output
     best = (tmp_path / "run/BEST").read_bytes()
     assert best in (b"step-8\n", b"step-16\n", b"step-24\n")
-    assert f"step-{best[5:-1].decode()}" in result.stdout.partition("Resuming from")[2]
+    assert f"step-{best[5:-1].decode()}" in launcher.output.partition("Resuming from")[2]
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith(".lock")]
     assert json.loads((tmp_path / "v.jsonl").read_text())["verdict"] in ("a", "b", "tie")
     assert (tmp_path / "exported/model.safetensors").exists()

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from acceleration.reference_cache import open_cache
 
 TOY = [
-    "model=tiny", "datasets=[toy]", "n_examples=16", "n_eval_examples=8", "eval_batch_size=8", "max_length=64",
+    "model=tiny", "datasets=[toy]", "n_examples=4", "n_eval_examples=4", "eval_batch_size=4", "max_length=64",
     "max_prompt_length=32", "sample_during_eval=false", "loss=dpo", "model.reference_dtype=float32",
 ]  # fmt: skip
 PRECOMPUTED = [*TOY, "precompute_ref_log_probs=true"]
+N_PAIRS = 8
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_cache_of_another_precision_is_not_used(precompute, make_trainer):
     values = []
     for overrides in precisions:
         trainer, n_computed, was_loaded = precompute(*overrides)
-        assert (n_computed, was_loaded) == (24, "reference_dtype=bfloat16" in overrides[0]), overrides
+        assert (n_computed, was_loaded) == (N_PAIRS, "reference_dtype=bfloat16" in overrides[0]), overrides
         values.append(logps(trainer))
         online = logps(make_trainer(*TOY, *overrides))
         torch.testing.assert_close(values[-1], online, rtol=0, atol=0)
@@ -70,16 +71,16 @@ def test_archives_that_differ_only_in_float32_have_separate_caches(precompute, a
     """A bfloat16 policy can't tell the two archives apart; a float32 reference can."""
     overrides = ["model.policy_dtype=bfloat16"]
     exact, n_computed, _ = precompute(*overrides, archives["exact"])
-    assert n_computed == 24
+    assert n_computed == N_PAIRS
     rounded, n_computed, _ = precompute(*overrides, archives["rounded"])
-    assert n_computed == 24
+    assert n_computed == N_PAIRS
     assert not torch.equal(logps(exact), logps(rounded))
 
 
 def test_cache_does_not_depend_on_the_policys_dtype_or_adapter(precompute, archives):
     """Weights are hashed from the policy if possible; otherwise the reference is loaded."""
     expected, n_computed, was_loaded = precompute(archives["exact"])
-    assert (n_computed, was_loaded) == (24, False)
+    assert (n_computed, was_loaded) == (N_PAIRS, False)
     for overrides, is_loaded in (
         (["model.policy_dtype=bfloat16"], True),
         (["model.policy_mp=bfloat16"], False),
@@ -91,7 +92,7 @@ def test_cache_does_not_depend_on_the_policys_dtype_or_adapter(precompute, archi
 
 
 def test_float16_reference_is_not_loaded_when_fully_cached(precompute):
-    assert precompute("model.reference_dtype=float16")[1:] == (24, True)
+    assert precompute("model.reference_dtype=float16")[1:] == (N_PAIRS, True)
     assert precompute("model.reference_dtype=float16")[1:] == (0, False)
 
 

@@ -20,7 +20,7 @@ from references import Source, reference_source
 from utils import UserError
 
 TOY = [
-    "model=tiny", "datasets=[toy]", "n_examples=16", "n_eval_examples=8", "eval_batch_size=8", "lr=1e-3",
+    "model=tiny", "datasets=[toy]", "n_examples=8", "n_eval_examples=4", "eval_batch_size=4", "lr=1e-3",
     "warmup_steps=0", "sample_during_eval=false", "do_first_eval=false", "max_length=64", "max_prompt_length=32",
     "loss=dpo", "model.policy_dtype=float64", "model.reference_dtype=float64",
 ]  # fmt: skip
@@ -72,7 +72,7 @@ def test_dpo_run_is_continued_against_its_sft_model(precompute, make_trainer, sf
 
     against_itself = make_trainer(*overrides)
     losses = against_itself.get_batch_metrics(batch, trainer.config.loss)[1]["loss/train"].tolist()
-    assert losses == pytest.approx([LN_2] * 8, abs=1e-12)
+    assert losses == pytest.approx([LN_2] * 4, abs=1e-12)
 
     finished(trainer)
     state = read_state_json(f"{trainer.run_dir}/LATEST")
@@ -107,8 +107,8 @@ def test_each_reference_has_its_own_cache_whatever_the_policy_is(make_trainer, s
         make_trainer(*precomputed, *overrides)
         return int(capsys.readouterr().out.split("Reference log-probabilities: ")[1].split()[0])
 
-    assert n_computed(f"model.archive={sft}") == 24
-    assert n_computed(f"model.archive={dpo}") == 24
+    assert n_computed(f"model.archive={sft}") == 12
+    assert n_computed(f"model.archive={dpo}") == 12
     assert n_computed(f"model.archive={dpo}", f"reference_model.archive={sft}") == 0
     assert n_computed("lora={r:4}", f"reference_model.archive={dpo}") == 0
 

@@ -92,14 +92,14 @@ def crash_machine(agents: Agents):
 # With static rendezvous, an agent notices a frozen worker only if it has other workers of its own. Only with the
 # settings of torchrun.sh can a new agent find the others.
 CASES = [
-    (kill, "c10d", 2, 1), (freeze, "static", 1, 2), (kill, "static", 2, 2), (freeze, "c10d", 2, 2),
-    (crash_machine, "torchrun.sh", 2, 1),
+    (kill, "static", 1, 1), (kill, "c10d", 2, 1), (freeze, "static", 1, 2), (kill, "static", 2, 2),
+    (freeze, "c10d", 2, 2), (crash_machine, "torchrun.sh", 2, 1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("fail", "rendezvous", "n_machines", "n_workers"),
-    exhaustive_except(CASES, (kill, "c10d", 2, 1)),
+    exhaustive_except(CASES, (kill, "static", 1, 1)),
 )
 def test_failure_is_followed_by_a_restart_that_resumes(fail, rendezvous, n_machines, n_workers, start, tmp_path):
     agents = Agents(start, tmp_path, rendezvous, n_machines, n_workers)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from conftest import exhaustive_except, read_jsonl
 from launcher import Run, wait_until
+from test_launch import children_of
 
 from basics.locks import locked_directory
 from checkpointing.atomic_directory import recover_interrupted_saves
@@ -33,8 +34,8 @@ def locked_run(path: Path) -> contextlib.AbstractContextManager:
 def start(launcher, tmp_path):
     """Return a function that starts the command of one and the same run."""
 
-    def start_command(*overrides: str) -> Run:
-        return launcher.start(*RUN, f"local_run_dir={tmp_path}/run", *overrides, in_order=True)
+    def start_command(*overrides: str, **kwargs) -> Run:
+        return launcher.start(*RUN, f"local_run_dir={tmp_path}/run", *overrides, in_order=True, **kwargs)
 
     return start_command
 
@@ -66,9 +67,9 @@ def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", exhaustive_except(["starting", "training"], "training"))
 def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
-    run = start("trainer=FSDPTrainer", "world_size=2")
+    run = start("trainer=FSDPTrainer", "world_size=2", forks_workers=when == "training")
     process = psutil.Process(*run.children)
-    wait_until(lambda: len(process.children()) == 3)  # two workers, and Python's resource tracker
+    wait_until(lambda: len(children_of(process.pid)) == 2)
     if when == "training":
         run.wait_for("First step: ")
     children = process.children()

@@ -14,10 +14,10 @@ from trainers import make_trainer
 
 
 def printed(directory: str, trainer_name: str, *evaluation_seconds: float) -> list[str]:
-    """Return the output of two rounds of sampling from 4 prompts, for each duration of an evaluation in seconds."""
+    """Return the output of two rounds of sampling from 2 prompts, for each duration of an evaluation in seconds."""
     config = compose_config(
-        "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "max_length=72", "max_prompt_length=64",
-        "n_eval_examples=4", "eval_batch_size=2", "n_eval_model_samples=4", f"local_dirs=[{directory}/cache]",
+        "model=tiny", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "max_length=20", "max_prompt_length=16",
+        "n_eval_examples=2", "eval_batch_size=1", "n_eval_model_samples=2", f"local_dirs=[{directory}/cache]",
         f"local_run_dir={directory}/run", f"trainer={trainer_name}", "wandb.enabled=false",
     )  # fmt: skip
     OmegaConf.resolve(config)
@@ -30,7 +30,7 @@ def printed(directory: str, trainer_name: str, *evaluation_seconds: float) -> li
         with contextlib.redirect_stdout(io.StringIO()) as output:
             for _ in range(2):
                 samples, _ = sampling.sample_evaluation(trainer, seconds)
-                assert len(samples) == 8
+                assert len(samples) == 4
         outputs.append(output.getvalue())
     return outputs
 

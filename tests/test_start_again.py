@@ -12,7 +12,7 @@ from utils import UserError
 
 RUN = [
     "model=tiny", "datasets=[toy]", "loss=ipo", "loss.beta=0.3", "n_examples=8", "batch_size=4", "n_eval_examples=4",
-    "eval_every=4", "max_length=64", "max_prompt_length=32", "lr=1e-3", "warmup_steps=0.5", "n_eval_model_samples=2",
+    "eval_every=4", "max_length=64", "max_prompt_length=32", "lr=1e-3", "warmup_steps=0.5", "sample_during_eval=false",
     "optimizer=SGD", "optimizer_args.momentum=0.5",
 ]  # fmt: skip
 

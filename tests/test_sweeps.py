@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import read_jsonl
+from conftest import exhaustive_except, read_jsonl
 from launcher import Run, wait_until
 from test_cli import TOY
 
@@ -94,7 +94,7 @@ def test_failing_job_is_reported_and_the_others_run(launcher, tmp_path):
 
 
 def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(launcher, tmp_path):
-    overrides = [*SHORT, "n_examples=160", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
+    overrides = [*SHORT, "n_examples=80", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
     launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
     second = tmp_path / "sweep/loss.beta-0.2/metrics.jsonl"
     wait_for_lines(second, 6, launcher)
@@ -107,7 +107,7 @@ def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(launcher, tmp_
     assert not (tmp_path / "sweep/loss.beta-0.3").exists()
     assert [row[2] for row in table(output)[1:]] == ["complete", "stopped"]
     n_lines = len(read_jsonl(second))
-    assert 5 < n_lines < 40
+    assert 5 < n_lines < 20
 
     before = files(tmp_path / "sweep/loss.beta-0.1")
     again = run_printed(launcher, tmp_path)
@@ -119,7 +119,7 @@ def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(launcher, tmp_
     for beta in (0.1, 0.2, 0.3):
         lines = read_jsonl(tmp_path / f"sweep/loss.beta-{beta}/metrics.jsonl")
         trained = [line["counters/examples"] for line in lines if line["split"] == "train"]
-        assert trained == list(range(4, 164, 4))
+        assert trained == list(range(4, 84, 4))
 
 
 @pytest.mark.exhaustive
@@ -166,7 +166,9 @@ NAMES = {  # overrides of a sweep: the directories of its jobs
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", exhaustive_except(NAMES, "lists and dicts", "long values", "slashes, spaces and letters")
+)
 def test_job_directories_have_typable_names(name, launcher, tmp_path):
     overrides, expected = NAMES[name]
     # batch_size=0 is refused before any job runs

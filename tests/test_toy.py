@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from data import toy
 from data.toy import (
     ALL_RESPONSES,
     PROMPTS,
@@ -14,6 +15,15 @@ from data.toy import (
     true_reward,
     word_distribution,
 )
+
+
+@pytest.fixture(autouse=True)
+def all_examples(monkeypatch):
+    """Let toy have all its examples, unlike in other tests."""
+    monkeypatch.setitem(toy.SPLITS, "train", (20_000, 1))
+    toy._make_toy.cache_clear()
+    yield
+    toy._make_toy.cache_clear()
 
 
 def test_every_response_parses_back_and_nothing_else_does():

@@ -8,16 +8,17 @@ import pytest
 from conftest import read_jsonl
 from terminals import run_on_terminal
 from test_cli import SHORT
-from wandb.proto.wandb_internal_pb2 import Record
 
 RUN = [*SHORT, "eval_every=4", "warmup_steps=1", "minimum_log_interval_secs=1e-9", "wandb.enabled=true"]
 
 pytestmark = pytest.mark.slow
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list:
     """Parse a .wandb file: LevelDB's log format (https://github.com/google/leveldb/blob/main/doc/log_format.md)
     after a header of seven bytes, which belongs to the first block."""
+    from wandb.proto.wandb_internal_pb2 import Record  # takes more than a second
+
     data, place, parts, records = path.read_bytes(), 7, b"", []
     assert data[:4] == b":W&B"
     while place + 7 <= len(data):

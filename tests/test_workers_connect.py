@@ -69,11 +69,10 @@ except UserError as error:
     ],
     ids=str,
 )
-def test_impossible_launcher_variable_is_named(variables, message, launcher, tmp_path):
-    env = {**launcher_variables(2)[0], **variables}
-    assert launcher.run(*RUN, f"local_run_dir={tmp_path}/run", env=env) == 1
-    assert f"error: {message}" in launcher.output, launcher.output
-    assert "Traceback" not in launcher.output
+def test_impossible_launcher_variable_is_named(variables, message, refusal, monkeypatch, tmp_path):
+    for name, value in {**launcher_variables(2)[0], **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert refusal(*RUN, f"local_run_dir={tmp_path}/run").startswith(message)
     assert not (tmp_path / "run").exists()
 
 
@@ -116,9 +115,13 @@ def test_error_without_a_message_is_named_by_its_class(monkeypatch):
         connection._rendezvous()
 
 
-def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
+@pytest.mark.parametrize(
+    "names",
+    exhaustive_except(["nobody listens, no such host, too few", "no answer"], "nobody listens, no such host, too few"),
+)
+def test_workers_that_do_not_find_each_other_give_up_with_a_message(names, start):
     assert connection._RENDEZVOUS_TIMEOUT == 60
-    seconds = 4  # the scripts use this timeout instead
+    seconds = 2  # the scripts use this timeout instead
     ports = [reserve_port() for _ in range(3)]
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -130,8 +133,8 @@ def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
             "no answer": {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])},
         }
         processes = {}
-        for name, variables in cases.items():
-            env = {**variables, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        for name in names.split(", "):
+            env = {**cases[name], "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
             processes[name] = start(CONNECT, seconds, env=env)
         for name, process in processes.items():
             assert process.wait() == 0
@@ -139,7 +142,7 @@ def test_workers_that_do_not_find_each_other_give_up_with_a_message(start):
             address, port = cases[name]["MASTER_ADDR"], cases[name]["MASTER_PORT"]
             message = re.search(r"after (\S+) s: (MASTER_ADDR=(\S+) MASTER_PORT=(\S+), set by the launcher: .*)", log)
             assert message, log
-            assert seconds - 2 < float(message[1]) < seconds + 60
+            assert seconds - 1 < float(message[1]) < seconds + 60
             assert (message[3], message[4]) == (address, port)
             assert f"all WORLD_SIZE=2 workers must start within {seconds} seconds" in message[2]
             assert "Traceback" not in log
@@ -163,17 +166,17 @@ def test_ranks_alternating_between_machines_are_refused(start):
 @pytest.mark.parametrize("silent", exhaustive_except([0, 1], 1))
 def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
     run = launcher.start(
-        *RUN, "world_size=2", "worker_timeout=5", f"local_run_dir={tmp_path}/run", in_order=True, forks_workers=True
+        *RUN, "world_size=2", "worker_timeout=3", f"local_run_dir={tmp_path}/run", in_order=True, forks_workers=True
     )
     run.wait_for("First step: ")
     workers = children_of(*run.children)
     workers[silent].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     assert run.wait() == 1
-    assert 3 < time.monotonic() - stopped < 120
+    assert 1.5 < time.monotonic() - stopped < 120
     assert re.findall("error: .*", run.output) == [
         f"error: worker {silent} (process {workers[silent].pid} on {socket.gethostname()}) has given no sign of life "
-        "for 5 seconds (worker_timeout): the run ends. Resume it with resume=auto"
+        "for 3 seconds (worker_timeout): the run ends. Resume it with resume=auto"
     ]
     assert not any(worker.is_running() for worker in workers)
     assert ".lock" not in os.listdir(tmp_path / "run")
@@ -183,7 +186,7 @@ SLOW = """
 import hashlib, os, sys, time
 from distributed import collectives, connection
 rank, asleep, at_work = sys.argv[1:]
-with connection.process_group(worker_timeout=4):
+with connection.process_group(worker_timeout=2):
     print("connected", flush=True)
     if os.environ["RANK"] == rank:
         time.sleep(float(asleep))
@@ -196,7 +199,7 @@ with connection.process_group(worker_timeout=4):
 
 @pytest.mark.parametrize("slow", exhaustive_except([0, 1], 1))
 def test_slow_worker_is_waited_for(slow, start):
-    workers = [start(SLOW, slow, 6, 5, env=variables) for variables in launcher_variables(3)]
+    workers = [start(SLOW, slow, 3, 2.5, env=variables) for variables in launcher_variables(3)]
     assert [worker.wait() for worker in workers] == [0] * 3, workers[0].output
 
 
