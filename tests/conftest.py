@@ -1,4 +1,5 @@
 import functools
+import gc
 import itertools
 import json
 import os
@@ -7,29 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-import torch
-import transformers
 from hub_server import HubAddress
-from hydra import compose, initialize_config_dir
 from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, running_server, shrink_toy
-from omegaconf import OmegaConf
 from process_pool import ProcessPool
-from safetensors.torch import load_file
 
-from commands.command_line import for_hydra
-from config_checks.checks import check_config
-from config_checks.schema import CONFIG_DIR
-from models import load_policy, load_reference
-from train import compose_config, run
-from trainers import BasicTrainer
-from utils import UserError
+if TYPE_CHECKING:  # takes seconds, during which the tests' processes would wait to be started
+    from transformers import PretrainedConfig
+
+    from trainers import BasicTrainer
 
 os.environ["OMP_NUM_THREADS"] = ENVIRONMENT["OMP_NUM_THREADS"]  # for processes that tests start
-torch.set_num_threads(1)
-shrink_toy()
 
 ORACLE = REPOSITORY / "tests" / "oracle"
 
@@ -48,6 +40,16 @@ def pytest_collection_modifyitems(config, items):
         exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=exhaustive)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_process():
+    """Use one thread and little data; keep garbage collection from visiting the libraries' objects each time."""
+    import torch
+
+    torch.set_num_threads(1)
+    shrink_toy()
+    gc.freeze()
 
 
 def exhaustive_except(values: Iterable, *kept: object) -> list:
@@ -116,6 +118,9 @@ def refusal(tmp_path, monkeypatch):
 
     `train.py` prints that message after "error: "; test_config_values.py has it for messages of each kind.
     """
+
+    from train import compose_config, run
+    from utils import UserError
 
     def message(*overrides: str) -> str:
         monkeypatch.chdir(tmp_path)
@@ -209,13 +214,19 @@ def in_workers(request):
 def sft_archive(tmp_path_factory) -> Path:
     """Write the final weights of the recorded SFT run as the policy.pt that preference runs start from."""
     path = tmp_path_factory.mktemp("archive") / "policy.pt"
+    import torch
+    from safetensors.torch import load_file
+
     state = load_file(ORACLE / "figures" / "sft_weights.safetensors")
     torch.save({"step_idx": 96, "state": state, "metrics": {}}, path)
     return path
 
 
-def save_models(configs: dict[str, transformers.PretrainedConfig], directory: Path) -> dict[str, str]:
+def save_models(configs: "dict[str, PretrainedConfig]", directory: Path) -> dict[str, str]:
     """Save a model with random weights for each config, and the recorded runs' tokenizer; return their directories."""
+    import torch
+    import transformers
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(ORACLE / "model")
     torch.manual_seed(0)
     for name, config in configs.items():
@@ -237,11 +248,20 @@ def oracle_model() -> list[str]:
     ]
 
 
-def trainers_in(directory: Path) -> Callable[..., BasicTrainer]:
+def trainers_in(directory: Path) -> "Callable[..., BasicTrainer]":
     """Return a function that makes a trainer in this process, from overrides as on the command line.
 
     The function also precomputes the reference if the config says so. Caches and runs are in `directory`.
     """
+
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from commands.command_line import for_hydra
+    from config_checks.checks import check_config
+    from config_checks.schema import CONFIG_DIR
+    from models import load_policy, load_reference
+    from trainers import BasicTrainer
 
     def make(*overrides: str, purpose: str = "train") -> BasicTrainer:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-import torch
 from process_pool import launcher_variables
 
 REPOSITORY = Path(__file__).parent.parent
@@ -219,6 +218,8 @@ class Server:
         modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("")  # fills its cache
         modules["hydra.core.plugins"].Plugins.instance()  # discovers the plugins
         modules["config_checks.schema"].default_config()
+        # Hydra composes each config one more time to look for hydra.mode, which no test sets
+        modules["hydra._internal.hydra"].Hydra.get_mode = lambda *_, **__: None
         shrink_toy()
         for split in ("train", "test"):
             modules["data.toy"].get_toy(split)
@@ -288,6 +289,8 @@ def run_script(job: dict, env: dict[str, str], streams: list[int]) -> int:
     os.environ.update(env)
     sys.argv = job["command"]
     if job["forks_workers"]:
+        import torch
+
         torch.multiprocessing.start_processes = functools.partial(
             torch.multiprocessing.start_processes, start_method="fork"
         )

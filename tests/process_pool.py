@@ -8,10 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import wait
 
-import torch
-
-from distributed import connection
-
 TIMEOUT = 300  # seconds
 RESERVED: deque[socket.socket] = deque(maxlen=64)  # older sockets are closed, which frees their ports
 
@@ -35,7 +31,7 @@ class Workers:
 
     def __init__(self, n_workers: int, prepare: Callable | None):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["conftest", "peft"])
+        context.set_forkserver_preload(["conftest", "train", "trainers", "models", "launcher", "peft"])
         self.pipes, self.processes = [], []
         for variables in launcher_variables(n_workers):
             ours, theirs = context.Pipe()
@@ -64,8 +60,14 @@ class Workers:
 
 def work(pipe, variables: dict[str, str], prepare: Callable | None):
     """Run in a worker: answer each (function, args, kwargs) with (error, result)."""
+    import torch
+    from launcher import shrink_toy
+
+    from distributed import connection
+
     os.environ.update(variables)
     torch.set_num_threads(1)
+    shrink_toy()
     if prepare is not None:
         prepare()
     with connection.process_group():

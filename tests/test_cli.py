@@ -359,9 +359,13 @@ def test_model_that_cannot_share_prompts_trains_without_sharing_or_is_refused(tr
 
 @pytest.mark.parametrize(
     "word",
-    ["local_run_dir=~/run", "'local_run_dir=\"~/run\"'", "local_dirs=[~/cache]", "resume=~/missing",
-     "model.archive=~/p.pt", "chat_template=~/t.jinja", "datasets=[hh] dataset_paths.hh=~/hh",
-     "-m loss.beta=0.1 hydra.sweep.dir=~/sweep"],
+    exhaustive_except(
+        ["local_run_dir=~/run", "'local_run_dir=\"~/run\"'", "local_dirs=[~/cache]", "resume=~/missing",
+         "model.archive=~/p.pt", "chat_template=~/t.jinja", "datasets=[hh] dataset_paths.hh=~/hh",
+         "-m loss.beta=0.1 hydra.sweep.dir=~/sweep"],
+        "local_run_dir=~/run", "local_dirs=[~/cache]", "datasets=[hh] dataset_paths.hh=~/hh",
+        "-m loss.beta=0.1 hydra.sweep.dir=~/sweep",
+    ),
 )  # fmt: skip
 def test_tilde_is_the_home_directory_in_every_path(word, train, tmp_path):
     (tmp_path / "home").mkdir()

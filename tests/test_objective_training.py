@@ -215,8 +215,6 @@ def test_every_loss_has_a_formula():
     exhaustive_except(
         ALL,
         "aot",
-        "bco",
-        "beta_dpo",
         "sft_tokens",
         "dpo loss.wpo=true",
         lambda words: words.startswith(("hinge loss.f", "ipo loss.ld", "mix loss.parts.dpo")),

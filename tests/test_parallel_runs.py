@@ -1,6 +1,5 @@
 """Whole runs on several workers (`train.py` over gloo) equal runs on one worker."""
 
-import itertools
 import shutil
 
 import pytest
@@ -122,13 +121,9 @@ REFERENCES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("reference", "trainer"),
-    exhaustive_except(
-        itertools.product(REFERENCES, ("FSDPTrainer", "TensorParallelTrainer")),
-        ("adapter_copy", "FSDPTrainer"),
-    ),
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+@pytest.mark.parametrize("reference", REFERENCES)
 def test_adapters_train_on_several_workers_as_on_one(reference, trainer, run, models, adapter):
     overrides = REFERENCES[reference]
     overrides = [*RUN, "n_examples=8", *(word.format(adapter=adapter) for word in overrides)]

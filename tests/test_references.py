@@ -211,7 +211,7 @@ def cached(filled_cache, tmp_path):
             "local_run_dir=${local_dirs.0}/elsewhere", "n_examples=16", "max_length=300", "loss.beta=0.5",
             "loss.label_smoothing=0.1", "loss.average_log_prob=true",
         ],
-        ["loss=ipo", "shared_prompt=false"],
+        pytest.param(["loss=ipo", "shared_prompt=false"], marks=pytest.mark.exhaustive),
     ],
     ids=["many at once", "another loss and layout"],
 )  # fmt: skip

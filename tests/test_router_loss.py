@@ -121,6 +121,7 @@ def test_adapter_of_a_mixture_of_experts_trains_without_warnings(models, make_tr
     assert not [str(warning.message) for warning in recwarn if "_pattern" in str(warning.message)]
 
 
+@pytest.mark.exhaustive
 def test_workers_and_resumed_runs_add_the_same_loss(models, launcher, tmp_path):
     # each of two workers has the auxiliary loss of its half of a batch; the mean of both is nearly the whole's
     run = [*RUN, "lr=1e-6", "loss=dpo", f"model.name_or_path={models['mixtral']}", "model.router_aux_loss_coef=50"]

@@ -85,7 +85,12 @@ def test_mixture_of_experts_that_returns_router_logits_is_sampled():
 @pytest.mark.parametrize(
     ("name", "has_adapter"),
     exhaustive_except(
-        itertools.product(GENERATION_CONFIGS, [False, True]), lambda case: case == ("temperature", True) or not case[1]
+        itertools.product(GENERATION_CONFIGS, [False, True]),
+        ("nothing", False),
+        ("temperature", True),
+        ("suppress_tokens", False),
+        ("beams", False),
+        ("forced", False),
     ),
 )
 def test_first_tokens_follow_the_softmax(name, has_adapter):

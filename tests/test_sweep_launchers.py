@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import exhaustive_except, read_jsonl
+from conftest import read_jsonl
 from launcher import wait_until
 from test_sweeps import SHORT, run_printed, table
 
@@ -21,10 +21,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "trainer"),
-    exhaustive_except([("joblib", "BasicTrainer"), ("submitit", "FSDPTrainer")], ("joblib", "BasicTrainer")),
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("name", "trainer"), [("joblib", "BasicTrainer"), ("submitit", "FSDPTrainer")])
 def test_jobs_of_a_launcher_are_named_recorded_and_printed(name, trainer, launcher, tmp_path):
     words = [word for word in SHORT if "max_length=" not in word] + [f"trainer={trainer}"]
     words += ["world_size=2"] if trainer == "FSDPTrainer" else []
