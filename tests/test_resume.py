@@ -267,7 +267,7 @@ def test_longer_training_and_other_logging_are_reported_and_allowed_on_resume(la
     assert steps[-5:] == [("eval", 16), ("train", 20), ("eval", 20), ("train", 24), ("eval", 24)]
 
 
-def test_resume_anyway_takes_the_new_settings(launcher, run_dir):
+def test_resume_anyway_uses_the_new_settings(launcher, run_dir):
     overrides = [*FINISHED, "n_examples=20", "lr=2e-3", "warmup_steps=0", "resume_anyway=true"]
     assert launcher.run(*overrides, f"resume={run_dir}") == 0, launcher.output
     assert log_lines(run_dir)[-2]["lr"] == 2e-3
