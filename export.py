@@ -98,7 +98,6 @@ def merge_adapter(checkpoint: str, run_config: DictConfig, output: str, trust_re
     """Load the base that the run's config names, merge the adapter into it, and write the model.
 
     Args:
-        run_config: the run's config.
         trust_remote_code: allow the base's own code to run; the run's config can't allow it.
     """
     from models import end_at_turns, load_adapter, load_model, read_tokenizer  # takes seconds to import

@@ -38,9 +38,7 @@ class Activations:
     """Measured bytes that a training forward pass keeps on each device."""
 
     kept: dict[torch.device, float]  # for each token, from the forward to the backward pass
-    backward: dict[
-        torch.device, float
-    ]  # for each token, gradients inside a block, estimated as the bytes that it keeps
+    backward: dict[torch.device, float]  # for each token, gradients inside a block: as many bytes as the block keeps
     casts: dict[torch.device, int]  # copies of weights cast for computing; they don't grow with the tokens
 
 

@@ -112,7 +112,7 @@ def shadow_if_equal(
 ) -> bool:
     """Let a model keep 16-bit copies if that gives the same numbers on this device, bit for bit; True if it does.
 
-    `compute`: log-probabilities of a few examples as in training.
+    `compute`: returns log-probabilities of a few examples, computed as in training.
     """
     with torch.no_grad():
         expected = compute()
@@ -128,7 +128,7 @@ def round_if_equal(model: nn.Module, dtype: torch.dtype, compute: Callable[[], t
 
     Autocast would round them in every forward pass. Rounded once, they need half the memory.
 
-    `compute`: log-probabilities of a few examples under the model and autocast.
+    `compute`: returns log-probabilities of a few examples under the model and autocast.
 
     Returns: True if the weights are now rounded.
     """

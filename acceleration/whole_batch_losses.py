@@ -1,9 +1,9 @@
 """Losses that depend on a whole batch (KTO, BCO, AOT, ...), computed in microbatches and by several workers.
 
-A loss that sorts or averages the batch is computed first on the whole batch, of all microbatches and workers, from
-log-probabilities without a gradient. That gives each example's loss, and its derivative with respect to each
-log-probability. Then each microbatch computes its log-probabilities once more, with a gradient. Its losses are those of
-the first pass, and that derivative is their gradient.
+A loss that sorts or averages the batch is first computed on the whole batch, of all microbatches and workers, from
+log-probabilities without a gradient. The results are each example's loss and its derivative with respect to each
+log-probability. Then each microbatch computes its log-probabilities again, with a gradient. Its losses have the values
+of the first pass, and these derivatives as their gradient.
 """
 
 import functools
@@ -68,14 +68,14 @@ def estimate_kl(trainer, batch: dict) -> torch.Tensor:
         counted = trainer.counted(microbatch)
         logratios = (policy_logps - torch.stack(trainer.reference_logps(microbatch))).where(counted, 0)
         sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
-    if trainer.is_sharded:  # if several workers add the same shard, sum and count grow alike, and the mean stays right
+    if trainer.is_sharded:  # several workers may add the same shard: sum and count grow alike, so the mean is right
         sum_and_count = collectives.all_reduce_sum(sum_and_count)
     kl_estimate = (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
     return kl_estimate.to(torch.promote_types(trainer.policy.dtype, torch.float32))
 
 
 def _mean_length(trainer, batch: dict) -> torch.Tensor:
-    """Return the mean number of trained tokens of a batch's chosen responses, on all workers, shape ()."""
+    """Return the mean number of trained tokens of the whole batch's chosen responses, shape ()."""
     counted = trainer.counted(batch)
     lengths = response_lengths(batch["chosen_labels"]).to(counted.device)
     sum_and_count = torch.stack([(lengths * counted).sum(), counted.sum()]).to(torch.float32)
@@ -117,8 +117,8 @@ def _linearized(
 
 def _linear_loss(result: Result, slopes: dict[str, torch.Tensor], inputs: dict, _loss_config) -> Result:
     """Return the result of a microbatch, with a gradient: `slopes` holds the losses' derivatives by each input."""
-    zero = sum(slope * (inputs[name] - inputs[name].detach()) for name, slope in slopes.items())
-    return result._replace(losses=result.losses + zero)
+    zeros = sum(slope * (inputs[name] - inputs[name].detach()) for name, slope in slopes.items())
+    return result._replace(losses=result.losses + zeros)
 
 
 def _gathered(own: dict[str, torch.Tensor], strategy: SingleProcess) -> tuple[dict[str, torch.Tensor], int]:

@@ -193,7 +193,7 @@ class Frontier:
     """Reward against KL of the optimal policies π*(y) ∝ π_ref(y) exp(r(y) / β), with one β for all prompts."""
 
     def __init__(self, reference_logps: np.ndarray, rewards: np.ndarray, lengths: np.ndarray):
-        """Take the reference's log-probabilities (P, N), and the responses' rewards and lengths (N,)."""
+        """Make the frontier of a reference's log-probabilities (P, N), and the responses' rewards and lengths (N,)."""
         self.reference, self.rewards, self.lengths = conditioned(reference_logps), rewards, lengths
         self.reference_reward = self.at(0.0)[0]
 

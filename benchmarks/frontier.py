@@ -151,7 +151,7 @@ def learning_rate(run: Run, n_tokens: int) -> float:
 
 
 def tasks() -> dict[str, Task]:
-    """Return the two tasks, by the name of the dataset for SFT."""
+    """Return the two tasks, by the name of their SFT dataset."""
     words, clauses = toy_length.all_long_responses()
     long_texts = [toy_length.long_response_text(w, n) for w, n in zip(words, clauses, strict=True)]
     texts = [toy.response_text(words) for words in toy.ALL_RESPONSES]
@@ -226,7 +226,7 @@ class Bench:
         return self.starts["toy_length" if data == "toy_length" else "toy"]
 
     def train(self, directory: Path, *overrides: str):
-        """Run `python train.py ...` in this process, with its output in the directory's log."""
+        """Run the work of `python train.py ...` in this process; append its output to `DIRECTORY.log`."""
         places = [f"model.name_or_path={self.model}", f"local_dirs=[{self.out}]", f"local_run_dir={directory}"]
         config = compose_config(*COMMON, *places, *overrides)
         with open(f"{directory}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
@@ -278,7 +278,7 @@ class Bench:
 
 
 def sweep(objective: str, data: str = "toy", which: tuple[int, ...] = (0, 1, 2, 3, 4)) -> list[Run]:
-    """Return the runs of an objective at some of its five strengths."""
+    """Return the runs of an objective at its strengths with the indices `which`."""
     every = 1760 if data == "toy_scarce" else 3520
     return [Run(objective, strengths(objective)[index], data, every=every) for index in which]
 

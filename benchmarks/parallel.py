@@ -61,8 +61,8 @@ def bytes_to_send(trainer: str, n: int, keys: dict[str, int], counts: dict[str, 
     # step, gradient shards are all-reduced over the replicas.
     of_weights = weights * (counts["microbatches"] * 4 * _in_ring(n_shards) + 2 * _in_ring(n_replicas) / n_shards)
     # Workers that compute a layer together all-reduce hidden states twice per block, in three passes: both models'
-    # forward and the policy's backward. Each forward adds one after the embedding, the backward one at the head, of
-    # predicted tokens only. For each predicted token, each model also sends three numbers.
+    # forward and the policy's backward. Each forward pass has one more all-reduce, after the embedding; the backward
+    # pass has one more, at the head, for predicted tokens only. Each model sends three numbers per predicted token.
     per_token = counts["hidden_size"] * (3 * 2 * counts["blocks"] + 2)
     per_predicted_token = counts["hidden_size"] + 2 * 3
     n_numbers = counts["tokens"] * per_token + counts["predicted_tokens"] * per_predicted_token

@@ -180,7 +180,7 @@ def load_pretrained(
     missing = set(info["missing_keys"]) - buffers
     shapes = [(key, tuple(found), tuple(own)) for key, found, own in info["mismatched_keys"]]
     is_whole = not missing and not shapes
-    ignored = sorted(key for key in left_over if is_whole and not _belongs_to(model, key))
+    ignored = sorted(key for key in left_over if is_whole and not _belongs_to_model(key, model))
     _refuse_misfits(origin, missing, left_over - set(ignored), shapes)
     if ignored:
         shown = ", ".join(ignored[:5]) + (f" and {len(ignored) - 5} more" if len(ignored) > 5 else "")
@@ -188,7 +188,7 @@ def load_pretrained(
     return model
 
 
-def _belongs_to(model: nn.Module, key: str) -> bool:
+def _belongs_to_model(key: str, model: nn.Module) -> bool:
     """True if a weight's name begins with one of the model's own parts: embeddings, blocks, norms or head."""
     parts = {name for module in (model, model.base_model) for name, _ in module.named_children()}
     first = key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]

@@ -21,7 +21,7 @@ def record_evaluation(state: TrainState, config: DictConfig):
     """
     metric = config.keep_best or LOSS
     if metric not in state.metrics:
-        raise UserError(f"keep_best={metric}: the evaluation has none. It has: {', '.join(state.metrics)}")
+        raise UserError(f"keep_best={metric}: the evaluation lacks this metric. It has: {', '.join(state.metrics)}")
     value, best = state.metrics[metric], state.best.get(metric)
     is_better = best is None or (value > best if larger_is_better(metric) else value < best)
     if is_better:

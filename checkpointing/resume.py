@@ -97,7 +97,7 @@ def checkpoint_to_resume(config: DictConfig) -> str | None:
     recover_interrupted_saves(run_dir)
     if config.resume != "auto" and os.path.realpath(config.resume) != os.path.realpath(run_dir):
         return _given_checkpoint(config, os.path.realpath(config.resume))
-    checkpoint = _newest_whole(run_dir)
+    checkpoint = _newest_undamaged(run_dir)
     if checkpoint is None and config.resume != "auto":
         raise UserError(
             f"resume={config.resume}: there is no checkpoint in it yet; resume=auto starts from the beginning"
@@ -105,7 +105,7 @@ def checkpoint_to_resume(config: DictConfig) -> str | None:
     return checkpoint
 
 
-def _newest_whole(run_dir: str) -> str | None:
+def _newest_undamaged(run_dir: str) -> str | None:
     """Return the newest undamaged checkpoint; None if there are no checkpoints."""
     damaged = []
     for path in _newest_first(run_dir):
@@ -116,7 +116,7 @@ def _newest_whole(run_dir: str) -> str | None:
         rank0_print(f"WARNING: {path} can't be used: {reason}; trying the one before it")
     if damaged:
         raise UserError(
-            f"local_run_dir={run_dir}: none of its checkpoints is whole: {', '.join(damaged)}. Move them away to "
+            f"local_run_dir={run_dir}: all of its checkpoints are damaged: {', '.join(damaged)}. Move them away to "
             "start from the beginning"
         )
     return None
@@ -125,8 +125,8 @@ def _newest_whole(run_dir: str) -> str | None:
 def _given_checkpoint(config: DictConfig, path: str) -> str:
     if reason := find_corruption(path):
         raise UserError(
-            f"resume={config.resume} is no whole checkpoint: {reason}. resume={config.local_run_dir} resumes from the "
-            f"newest whole one; model.archive={config.resume} starts a new run from weights alone"
+            f"resume={config.resume} is damaged: {reason}. resume={config.local_run_dir} resumes from the newest "
+            f"undamaged checkpoint; model.archive={config.resume} starts a new run from weights alone"
         )
     others = _newest_first(config.local_run_dir)
     later = [other for other in others if _examples(other) > _examples(path) and find_corruption(other) is None]

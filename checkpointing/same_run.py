@@ -116,7 +116,7 @@ def _refuse_changed_keys(
         raise UserError(
             f"resume={config.resume}: under this config it would be another run:\n  " + "\n  ".join(refused) + "\n"
             "Give these keys their former values, start a new run (model.archive takes the weights along), or resume "
-            "nevertheless with resume_anyway=true"
+            "anyway with resume_anyway=true"
         )
 
 
@@ -171,10 +171,7 @@ def refuse_changed_inputs(config: DictConfig, changed: list[str]):
         return
     message = "these inputs have changed since the run began:\n  " + "\n  ".join(changed)
     if not config.resume_anyway:
-        raise UserError(
-            f"resume={config.resume}: {message}\nPut back what was there, start a new run, or resume nevertheless with "
-            "resume_anyway=true"
-        )
+        raise UserError(f"resume={config.resume}: {message}\nRestore them, start a new run, or give resume_anyway=true")
     rank0_print(f"WARNING: {message}")
 
 
@@ -195,5 +192,5 @@ def check_models_unchanged(
         if changed := _changed_lines(config, former, models):
             raise UserError(
                 f"{checkpoint}: these inputs have changed since its run began:\n  " + "\n  ".join(changed) + "\n"
-                "Put back what was there; a key given on the command line chooses another model"
+                "Restore them, or choose another model by a key on the command line"
             )

@@ -92,7 +92,7 @@ class BatchIterator:
         self.order = array("I", range(len(self.prompts)) if order is None else order)
         self.batch_size, self.shuffle, self.sft_mode, self.seed = batch_size, shuffle, sft_mode, seed
         self.mismatched = mismatched
-        self.is_unpaired = any(getattr(part, "others", None) is not None for part in parts)
+        self.is_unpaired = any(getattr(part, "undesirable_rows", None) is not None for part in parts)
 
         available = len(self.order) if sft_mode else int(self.n_pairs[self.order].sum())
         self.n_dropped = available % batch_size if drop_last else 0

@@ -47,7 +47,8 @@ class PreparedPrompts(Sequence):
         self._row_of_pair = np.repeat(np.arange(len(counts)), counts)
         self._first_pair = np.concatenate([[0], counts.cumsum()])
         self.file_rows = np.arange(len(counts))  # the row of each prompt in the file
-        self.others = None  # unpaired data: the rows of the undesirable responses; `file_rows` has the desirable ones
+        # unpaired data: the rows of the undesirable responses; `file_rows` then has those of the desirable ones
+        self.undesirable_rows: np.ndarray | None = None
         self.n_pairs = counts
         self.n_labelled: dict[str, int] = {}  # unpaired data: the number of responses by label
         labels = self.columns["label"]
@@ -70,7 +71,7 @@ class PreparedPrompts(Sequence):
                 "unpaired data need both kinds; add data, or hold out more with test_fraction"
             )
         n = max(len(desirable), len(undesirable))
-        self.file_rows, self.others = np.resize(desirable, n), np.resize(np.roll(undesirable, -1), n)
+        self.file_rows, self.undesirable_rows = np.resize(desirable, n), np.resize(np.roll(undesirable, -1), n)
         self.n_pairs = np.ones(n, dtype=np.int64)
 
     def _list_lengths(self, name: str) -> np.ndarray:
@@ -81,8 +82,8 @@ class PreparedPrompts(Sequence):
 
     def __getitem__(self, index: int) -> Prompt:
         prompt = self._prompt(int(self.file_rows[index]))
-        if self.others is not None:
-            prompt.other = other = self._prompt(int(self.others[index]))
+        if self.undesirable_rows is not None:
+            prompt.other = other = self._prompt(int(self.undesirable_rows[index]))
             prompt.responses = [*prompt.responses, *other.responses]
             prompt.response_ids = [*prompt.response_ids, *other.response_ids]
             prompt.trained = [*prompt.trained, *other.trained]
@@ -95,7 +96,7 @@ class PreparedPrompts(Sequence):
         responses, target = cells["responses"].as_py(), cells["target"].as_py()
         first, end = self._first_pair[file_row], self._first_pair[file_row + 1]
         pairs = self._all_pairs[first:end]
-        if self.others is None:
+        if self.undesirable_rows is None:
             pairs = pairs[self.kept[first:end]]
         return Prompt(
             cells["prompt"].as_py(),
@@ -128,8 +129,8 @@ class PreparedPrompts(Sequence):
                 response_lengths[first_response[self.file_rows] + targets],
                 np.arange(len(self)),
             )
-        if self.others is not None:
-            sides = (self.file_rows, self.others)
+        if self.undesirable_rows is not None:
+            sides = (self.file_rows, self.undesirable_rows)
             prompts = np.maximum(*(prompt_lengths[side] for side in sides))
             responses = np.maximum(*(response_lengths[first_response[side]] for side in sides))
             return prompts, responses, np.arange(len(self))
@@ -143,9 +144,10 @@ class PreparedPrompts(Sequence):
 
     def drop(self, unwanted: np.ndarray, sft_mode: bool):
         """Drop the examples that a mask of shape (n_examples,) selects."""
-        if sft_mode or self.others is not None:
+        if sft_mode or self.undesirable_rows is not None:
             self.file_rows = self.file_rows[~unwanted]
-            self.others = self.others[~unwanted] if self.others is not None else None
+            if self.undesirable_rows is not None:
+                self.undesirable_rows = self.undesirable_rows[~unwanted]
             self.n_pairs = self.n_pairs[~unwanted]
             return
         self.kept[np.flatnonzero(self.kept)[unwanted]] = False
@@ -153,7 +155,7 @@ class PreparedPrompts(Sequence):
 
     def are_identical_when_truncated(self, max_length: int, max_prompt_length: int, add_bos: bool) -> np.ndarray:
         """Return a mask of the pairs whose responses are the same tokens after truncation; see `make_element`."""
-        if self.others is not None:  # the responses of a pair have different prompts
+        if self.undesirable_rows is not None:  # the responses of a pair have different prompts
             return np.zeros(len(self), dtype=bool)
         prompts, responses, prompt_of_pair = self.lengths(sft_mode=False)
         if add_bos:

@@ -71,7 +71,7 @@ def count_empty_prompts(batches: BatchIterator) -> int:
 
 def _row_lines(part: PreparedPrompts, split: str) -> list[str]:
     """Return lines about a dataset: the rows that were read and dropped, and the columns that aren't used."""
-    labels = [_label_line(part, split)] if part.others is not None else []
+    labels = [_label_line(part, split)] if part.undesirable_rows is not None else []
     rows = part.info.get(f"{split}_rows")
     if rows is None:
         share = f"{len(part):,} prompts held out from the training data"

@@ -197,7 +197,7 @@ LATE = {  # refused only once the model is loaded
 
 
 @pytest.mark.parametrize("typed", REFUSED)
-def test_mistyped_override_is_refused_in_words(typed, refusal, tmp_path):
+def test_mistyped_override_is_refused_with_an_explanation(typed, refusal, tmp_path):
     message = refusal("model=tiny", "datasets=[toy]", f"local_run_dir={tmp_path}/run", *typed.split())
     assert all(part in message for part in REFUSED[typed]), message
     assert list(tmp_path.iterdir()) == []
@@ -209,7 +209,7 @@ TYPED = ["loss=null", "~lr", "exp_name=é", "learning_rate=1", "optimizer=adamw"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("typed", [*TYPED, *HYDRA_ERRORS, *LATE])
-def test_command_line_refuses_by_one_message(typed, launcher, tmp_path):
+def test_command_line_refuses_with_a_single_message(typed, launcher, tmp_path):
     assert launcher.run("model=tiny", "datasets=[toy]", f"local_run_dir={tmp_path}/run", *typed.split()) == 1
     output = launcher.output
     assert "Traceback" not in output

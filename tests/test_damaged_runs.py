@@ -122,7 +122,7 @@ def test_edited_values_in_config_yaml_are_reported_as_changes(assert_told, run_d
 )
 def test_malformed_checksums_are_named(content, assert_told, run_dir, capsys):
     (run_dir / "LATEST/SHA256SUMS").write_bytes(content.encode("latin-1"))
-    assert_told("none of its checkpoints is whole")
+    assert_told("all of its checkpoints are damaged")
     assert ("SHA256SUMS" in capsys.readouterr().out) or content == "\xff\xfe"  # not UTF-8
 
 

@@ -163,7 +163,7 @@ def test_equal_metric_is_not_better_and_a_new_metric_starts_over(make_trainer):
     best.record_evaluation(state, config)
     assert (state.best, state.best_at, state.worse) == ({"nll_eval/chosen": 2.0}, 24, 0)
     config.keep_best = "rewards_eval/accuracies"
-    with pytest.raises(UserError, match="the evaluation has none"):
+    with pytest.raises(UserError, match="the evaluation lacks this metric"):
         best.record_evaluation(state, config)
 
 

@@ -220,7 +220,7 @@ def test_resumed_run_on_a_smaller_gpu_uses_a_smaller_cap_and_warns():
     assert "8,000 tokens, the run began with 17,000" in warning
 
 
-def test_cap_is_in_the_train_state(make_trainer, tmp_path):
+def test_cap_is_saved_in_the_train_state(make_trainer, tmp_path):
     run = ["model=tiny", "datasets=[toy]", "loss=sft", "n_examples=8", "n_eval_examples=4", "batch_size=4"]
     first = make_trainer(*run)
     first.max_tokens = 640

@@ -423,7 +423,7 @@ def test_gemma_2_trains_the_model_that_it_exports(dtype, scale, lr, tolerance, m
     ("trainer", "loss"),
     [("FSDPTrainer", "dpo"), ("TensorParallelTrainer", "sft")],
 )
-def test_workers_choose_the_layout_that_one_process_does(trainer, loss, launcher, model_dir, tmp_path):
+def test_workers_choose_the_same_layout_as_one_process(trainer, loss, launcher, model_dir, tmp_path):
     path = model_dir(GEMMA2 if trainer == "FSDPTrainer" else GRANITE, scale=20.0)
     overrides = [
         *RUN, f"model.name_or_path={path}", f"loss={loss}", "model.policy_dtype=float64",

@@ -213,7 +213,7 @@ def test_order_follows_the_seed_and_shards_split_it(read, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_two_workers_train_on_own_data_as_one(launcher, tmp_path):
+def test_two_workers_train_on_own_data_like_one_worker(launcher, tmp_path):
     own = write(tmp_path / "rows.jsonl", numbered(24))
     scored = write(tmp_path / "scored.jsonl", [
         {"prompt": f"Scored {i}", "responses": [" a", f" b{i}", " c c"], "scores": [i % 3, 1, 2]} for i in range(8)

@@ -267,7 +267,7 @@ def test_longer_training_and_other_logging_are_reported_and_allowed_on_resume(la
     assert steps[-5:] == [("eval", 16), ("train", 20), ("eval", 20), ("train", 24), ("eval", 24)]
 
 
-def test_resume_anyway_takes_the_new_settings(launcher, run_dir):
+def test_resume_anyway_uses_the_new_settings(launcher, run_dir):
     overrides = [*FINISHED, "n_examples=20", "lr=2e-3", "warmup_steps=0", "resume_anyway=true"]
     assert launcher.run(*overrides, f"resume={run_dir}") == 0, launcher.output
     assert log_lines(run_dir)[-2]["lr"] == 2e-3
@@ -298,7 +298,7 @@ def test_damaged_checkpoint_is_named_and_the_previous_one_resumes(damaged, name,
     if damaged == "missing":
         path.unlink()
     assert launcher.run(*FINISHED, f"resume={run_dir}/LATEST") == 1
-    assert f"resume={run_dir}/LATEST is no whole checkpoint: " in launcher.output
+    assert f"resume={run_dir}/LATEST is damaged: " in launcher.output
     assert launcher.run(*FINISHED, "resume=auto", f"local_run_dir={run_dir}") == 0, launcher.output
     assert f"WARNING: {run_dir}/LATEST can't be used: " in launcher.output
     assert f"Resuming from {run_dir}/step-12" in launcher.output
@@ -309,7 +309,7 @@ def test_resume_without_a_whole_checkpoint_is_an_error(launcher, run_dir, tmp_pa
     for name in ("LATEST", "step-4", "step-8", "step-12"):
         (run_dir / name / "policy.pt").write_bytes(b"")
     assert launcher.run(*FINISHED, f"resume={run_dir}") == 1
-    assert "none of its checkpoints is whole" in launcher.output
+    assert "all of its checkpoints are damaged" in launcher.output
     assert launcher.run(*FINISHED, "resume=auto") == 1
     assert "resume=auto resumes the run in local_run_dir: give local_run_dir, too" in launcher.output
     assert launcher.run(*FINISHED, "resume=nowhere") == 1

@@ -12,7 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from acceleration.prefix_sharing import shared_rows
 from acceleration.response_head import response_logps
-from acceleration.shadow_weights import ShadowedLinear, round_if_equal, shadow_if_equal, shadow_linear_weights
+from acceleration.shadow_weights import (
+    ShadowedLinear,
+    round_if_equal,
+    shadow_if_equal,
+    shadow_linear_weights,
+    unshadow_linear_weights,
+)
 from losses import LOSSES
 
 BATCH = BATCHES["ordinary"]
@@ -189,6 +195,19 @@ def test_copies_that_give_other_numbers_are_not_kept(monkeypatch):
     assert shadow_if_equal(model, optimizer, logps)
     assert any(isinstance(module, ShadowedLinear) for module in model.modules())
     assert torch.equal(logps(), expected)
+
+
+def test_unshadowed_layers_are_plain_again_also_for_accelerate():
+    model = small_model()
+    layer = model.model.layers[0].mlp.up_proj
+    layer._old_forward = layer.forward  # accelerate's hooks between GPUs call this
+    shadow_linear_weights(model)
+    assert layer._old_forward.__func__ is ShadowedLinear.forward
+    computed(model)
+    unshadow_linear_weights(model)
+    assert layer._old_forward.__func__ is nn.Linear.forward
+    assert all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
+    assert "_copies" not in layer.__dict__
 
 
 def computed(model: nn.Module) -> torch.Tensor:

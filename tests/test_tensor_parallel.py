@@ -293,7 +293,7 @@ def test_outputs_and_gradients_equal_the_dense_models(n_workers, name, in_worker
 
 
 @pytest.mark.parametrize(("n_workers", "name"), MOST)
-def test_activation_checkpointing_changes_nothing(n_workers, name, in_workers):
+def test_activation_checkpointing_does_not_change_the_numbers(n_workers, name, in_workers):
     in_workers(n_workers, check_equals_dense, name, checkpointing=True)
 
 
@@ -324,7 +324,7 @@ def test_autocast_equals_the_dense_models(n_workers, name, in_workers):
 
 
 @pytest.mark.parametrize(("n_workers", "name"), SOME)
-def test_recomputed_head_chunks_change_nothing(n_workers, name, in_workers):
+def test_recomputed_head_chunks_do_not_change_the_numbers(n_workers, name, in_workers):
     in_workers(n_workers, check_chunks, name)
 
 
