@@ -295,6 +295,7 @@ from torch import nn
 compile = nn.Module.compile
 nn.Module.compile = lambda self, **options: compile(self, backend={backend!r}, **options)
 """
+SHORT_SFT = ["loss=sft", "n_examples=8", "n_eval_examples=4", "do_first_eval=false", "sample_during_eval=false"]
 
 
 @pytest.mark.slow
@@ -302,17 +303,16 @@ nn.Module.compile = lambda self, **options: compile(self, backend={backend!r}, *
     ("backend", "more"),
     exhaustive_except(
         [
-            (
-                "aot_eager",
-                ["loss=sft", "n_examples=8", "n_eval_examples=4", "do_first_eval=false", "sample_during_eval=false"],
-            ),
+            ("eager", SHORT_SFT),
+            ("aot_eager", SHORT_SFT),
             ("inductor", ["loss=dpo"]),
         ],
-        lambda case: case[0] == "aot_eager",
+        ("eager", SHORT_SFT),
     ),
 )
 def test_compiled_blocks_give_the_uncompiled_numbers(backend, more, launcher, tmp_path):
-    """Training uses `inductor`, which takes minutes to generate code; `aot_eager` runs the same graphs without that."""
+    """Training uses `inductor`, which takes minutes to generate code; `aot_eager` runs the same graphs, `eager` the forward
+    pass's."""
     script, lines = train_after(BACKEND.format(backend=backend), tmp_path), {}
     for setting in ("false", "true"):
         overrides = [*RUN, *more, "padding_free=true", f"compile={setting}", f"local_run_dir={tmp_path}/{setting}"]
