@@ -34,10 +34,10 @@ def remedies(config: DictConfig) -> str:
         ("model.policy_dtype=bfloat16", model.policy_dtype in ("float32", "float64")),
         ("model.load_in_4bit=true with lora={}", not model.load_in_4bit),
         ("model.reference_dtype=bfloat16", second_model and held_dtype in ("float32", "float64")),
-        ("optimizer=RMSprop, which keeps one number per weight", config.optimizer != "RMSprop" and trains_all),
+        ("optimizer=RMSprop, which has a smaller state", trains_all and config.optimizer not in ("RMSprop", "SGD")),
         ("trainer=FSDPTrainer on more GPUs", not strategy.starts_workers),
         ("fsdp_cpu_offload=true", "fsdp_cpu_offload" in strategy.config_keys and not config.fsdp_cpu_offload),
         ("max_tokens_per_microbatch=N", config.max_tokens_per_microbatch is None),
         (f"a smaller max_length (now {config.max_length})", True),
     ]
-    return f"To use less memory: {'; '.join(remedy for remedy, is_open in candidates if is_open)}"
+    return f"To use less memory: {'; '.join(remedy for remedy, applies in candidates if applies)}"

@@ -9,8 +9,8 @@ _MOST_CHARACTERS = 1_000_000
 def read_saved_config(path: str) -> DictConfig:
     """Read a run's config.yaml.
 
-    Runs write plain values only. An interpolation could read this process's environment, and aliases of aliases could
-    grow without end, so files with either are refused.
+    Runs write only plain values. Interpolations and YAML aliases are refused: an interpolation could read this
+    process's environment, and aliases of aliases can expand to any size.
 
     Raises: OSError; yaml.YAMLError; ValueError if it is refused or holds no keys.
     """

@@ -37,7 +37,7 @@ COLUMNS = ("waits", "total", "MB", "peak of rank 0", "peak of others", "load", "
 
 
 def measured(function: Callable[[], float | None]) -> tuple[float, float, float]:
-    """Call a function on all workers; return the seconds that it returns or, if None, takes, and the memory peaks."""
+    """Call a function on all workers; return the seconds (its result; if None, its duration) and memory peaks."""
     barrier()
     before, start_time = reset_peak_memory(), time.perf_counter()
     seconds = function()

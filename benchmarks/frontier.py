@@ -1,9 +1,9 @@
 """Reward against KL for every objective, and the most that any policy can reach: `python benchmarks/frontier.py`.
 
 This is the paper's controlled-sentiment experiment (Figure 2, left, of https://arxiv.org/abs/2305.18290) on `toy`, with
-known true reward and optimum. After one SFT run, it trains with each loss of `losses.LOSSES` at five strengths on
-10,000 pairs, by `train.run`, as `python train.py` would. It repeats this with a fifth of the labels flipped, with only
-300 pairs, and on `toy_length`, whose labels also favour length. Rewards and KL are exact: see `exact.py`.
+known true reward and optimum. After one SFT run, it trains with each loss of pairs at five strengths on 10,000 pairs,
+by `train.run`, as `python train.py` would. At the middle strength, it does so again with a fifth of the labels flipped,
+with only 300 pairs, and on `toy_length`, whose labels also favour length. Rewards and KL are exact: see `exact.py`.
 
 The model is a GPT-NeoX of 0.36 million parameters with the tiny model's tokenizer; `--model tiny` uses the tiny model
 itself and takes three times as long. All 198 runs take about two and a half hours of CPU time in two processes;
@@ -320,22 +320,22 @@ def length_runs(names: list[str]) -> list[Run]:
 def all_runs(quick: bool) -> list[Run]:
     """Return all runs, the most informative ones first."""
     # length_dpo and dpo_norm are DPO if all responses are equally long, as here
-    every = [name for name in objectives() if name not in ("length_dpo", "dpo_norm")]
+    names = [name for name in objectives() if name not in ("length_dpo", "dpo_norm")]
     if quick:
         return [*sweep("dpo", which=(0, 2, 4)), *sweep("ipo", which=(2,))]
     return [
         *sweep("dpo"),
         preferred_sft(),
-        *(run for name in every for run in sweep(name, which=(2,))),
+        *(run for name in names for run in sweep(name, which=(2,))),
         *(run for name in CORE for run in sweep(name, which=(0, 4))),
         *optimizer_runs(larger_rate=False),
         *(run for name in CORE for data in ("toy_flipped", "toy_scarce") for run in sweep(name, data, (2,))),
         *length_runs(["dpo", "ipo", "simpo"]),
-        *(run for name in every for data in ("toy_flipped", "toy_scarce") for run in sweep(name, data, (2,))),
-        *length_runs(every),
+        *(run for name in names for data in ("toy_flipped", "toy_scarce") for run in sweep(name, data, (2,))),
+        *length_runs(names),
         *optimizer_runs(larger_rate=True),
-        *(run for name in every for run in sweep(name, which=(0, 4))),
-        *(run for name in every for run in sweep(name, which=(1, 3))),
+        *(run for name in names for run in sweep(name, which=(0, 4))),
+        *(run for name in names for run in sweep(name, which=(1, 3))),
     ]
 
 
@@ -387,7 +387,7 @@ def summary(bench: Bench, run: Run) -> str:
     end = result["checkpoints"][-1]
     return (
         f"{run.name}: {end['fraction']:.1%} of the optimum's gain at {end['kl']:.2f} nats, "
-        f"{end['outside']:.2%} outside, {result['seconds']:.0f} s"
+        f"{end['outside']:.2%} outside the grammar, {result['seconds']:.0f} s"
     )
 
 

@@ -30,7 +30,7 @@ def load_optimizer_state(
             raise ValueError(f"it was saved with optimizer={saved['optimizer']}")
         scheduler_state = read_state_dict(os.path.join(checkpoint, "scheduler.pt"))
         if not all(isinstance(scheduler_state[name], int) for name in ("last_epoch", "_step_count")):
-            raise ValueError("its scheduler.pt counts no steps")
+            raise ValueError("its scheduler.pt has no step count")
         state = read_state_dict(path, mmap=True)
         if is_sharded(checkpoint):
             _add_saved_tensors(state, ShardedCheckpoint(checkpoint))

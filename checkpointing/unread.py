@@ -103,7 +103,7 @@ class _Placeholders:
         return placeholder
 
     def used_by(self, model: nn.Module) -> dict[str, SavedTensor] | None:
-        """Return each parameter's tensor in the files, by name; None if a part of the model's state is in no file."""
+        """Return each parameter's tensor in the files, by name; None if the model must be loaded in the usual way."""
         left_over, used = {address: saved for address, (_, saved) in self.tensors.items()}, {}
         for name, parameter in model.named_parameters():
             tensor = left_over.pop(parameter.data_ptr(), None)
@@ -111,7 +111,8 @@ class _Placeholders:
                 return None
             used[name] = tensor
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        both_in_files = len(names) > len(used) and left_over  # transformers compares the values of two tied weights
+        # if two tied weights are both in the files, transformers compares their values
+        both_in_files = len(names) > len(used) and left_over
         return None if both_in_files or model.state_dict().keys() != names else used
 
 

@@ -61,7 +61,7 @@ def _faults(path: str, name: str, columns: dict[str, str]) -> Iterator[Fault]:
     except FaultFound as found:
         yield found.fault
     except OSError as error:
-        yield Fault(f"can't be read: {error.strerror}", "Set the rights to read it")
+        yield Fault(f"can't be read: {error.strerror}", "Give yourself permission to read it")
 
 
 def _json_faults(path: str, name: str, columns: dict[str, str]) -> Iterator[Fault]:
@@ -149,7 +149,7 @@ def _parquet_faults(path: str, columns: dict[str, str]) -> Iterator[Fault]:
 
 
 def place_of_row(files: list[tuple[str, str]], row: int) -> str | None:
-    """Return 'FILE, line N' for a row of several files, counted from 0; None if they have fewer rows."""
+    """Return 'FILE, line N' (for Parquet, 'FILE, row N') for a row of several files, counted from 0; None if they have fewer rows."""
     for name, path in files:
         for place in _row_places(path, name):
             if row == 0:

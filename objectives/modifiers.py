@@ -1,9 +1,12 @@
-"""Modifiers: options that change the inputs of a loss. All are off by default; they are applied in this order:
+"""Modifiers: options that change the inputs of a loss, or weight its pairs. All are off by default.
+
+They are applied in this order:
 
 - `ld_alpha`, LD-DPO (https://arxiv.org/abs/2409.06411): tokens beyond the shorter response's length weigh α;
 - `average_log_prob`: log-probabilities are means over a response's tokens;
-- `wpo`, WPO (https://arxiv.org/abs/2406.11827): pairs that the policy itself would hardly generate count less;
-- `f_divergence`, f-DPO (https://arxiv.org/abs/2309.16240): regularizes by another divergence than the reverse KL.
+- `f_divergence`, f-DPO (https://arxiv.org/abs/2309.16240): regularizes by another divergence than the reverse KL;
+- `wpo`, WPO (https://arxiv.org/abs/2406.11827): multiplies the losses (`Loss.compute`), so that pairs which the policy
+  itself would hardly generate count less.
 """
 
 import math
@@ -24,15 +27,16 @@ UNLISTED = {**LENGTH_DESENSITIZED, **WEIGHTED, **F_DIVERGENCE}  # options that t
 _MAX_EXPONENT = 80  # larger ones overflow in float32
 
 
-def options(of_pairs: bool, of_batch: bool, of_margin: bool) -> dict[str, Option]:
-    """Return the modifiers that fit a loss of log-probabilities alone.
+def options(needs_pairs: bool, takes_whole_batch: bool, of_margin: bool) -> dict[str, Option]:
+    """Return the modifiers that fit a loss whose only inputs are log-probabilities.
 
     Args:
-        of_batch: the loss needs the whole batch, so its pairs can't be weighted one by one.
+        needs_pairs: the loss compares two responses.
+        takes_whole_batch: the loss needs the whole batch, so its pairs can't be weighted one by one.
         of_margin: the loss depends only on the difference of the two log-ratios.
     """
-    of_each_pair = WEIGHTED if of_pairs and not of_batch else {}
-    return MEAN | (LENGTH_DESENSITIZED if of_pairs else {}) | of_each_pair | (F_DIVERGENCE if of_margin else {})
+    weighted = WEIGHTED if needs_pairs and not takes_whole_batch else {}
+    return MEAN | (LENGTH_DESENSITIZED if needs_pairs else {}) | weighted | (F_DIVERGENCE if of_margin else {})
 
 
 def modified(inputs: dict, loss_config) -> dict:
@@ -41,7 +45,7 @@ def modified(inputs: dict, loss_config) -> dict:
     names = [name for name in inputs if name.endswith("_logps") and not name.endswith("_shared_logps")]
     for name in names:
         if loss_config.get("ld_alpha", 1.0) != 1.0:
-            # without a reference, its log-probabilities are zeros
+            # with `reference_free`, the reference has no shared ones; this keeps its zeros
             shared = inputs.get(name.replace("_logps", "_shared_logps"), inputs[name])
             inputs[name] = shared + loss_config["ld_alpha"] * (inputs[name] - shared)
         if loss_config.get("average_log_prob", False):

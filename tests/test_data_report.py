@@ -78,7 +78,7 @@ def test_pairs_that_are_identical_once_cut_are_refused_or_dropped(batches, capsy
 
 
 @pytest.mark.parametrize("max_length", exhaustive_except(range(20, 60, 7), 27, 48))
-def test_pairs_dropped_as_identical_once_cut_are_those_with_equal_token_ids(max_length, batches):
+def test_exactly_the_pairs_with_equal_tokens_after_truncation_are_dropped(max_length, batches):
     rows = [
         {"prompt": "Say" * n, "chosen": " same" * m + " good", "rejected": " same" * m}
         for n in (1, 9)
@@ -181,7 +181,7 @@ def test_report_says_that_the_template_is_not_applied_to_strings(report):
     applied = report(numbered(6), template, "apply_chat_template=true")
     assert note not in applied and re.search(r"\n\nHuman: Question \d\?\n\nAssistant:", applied)
     dialogues = [{side: f"\n\nHuman: {i}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for i in range(6)]
-    assert note not in report(dialogues, template)  # no dataset would use it
+    assert note not in report(dialogues, template)  # dialogues as text, which no template is applied to
 
 
 def test_report_counts_the_labels_and_says_that_the_rarer_is_repeated(report):

@@ -92,16 +92,16 @@ def se_files() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def bodies():
+def repository_files():
     return {"model": model_files(), "hh": hh_files(), "shp": shp_files(), "se": se_files()}
 
 
 @pytest.fixture
-def hub(bodies, hub_address):
+def hub(repository_files, hub_address):
     """A hub that holds pythia-2.8b and hh."""
     with Hub(hub_address) as hub:
-        hub.repository("models", PYTHIA).commit(bodies["model"])
-        hub.repository("datasets", HH, viewer_info=hh_viewer_info()).commit(bodies["hh"])
+        hub.repository("models", PYTHIA).commit(repository_files["model"])
+        hub.repository("datasets", HH, viewer_info=hh_viewer_info()).commit(repository_files["hh"])
         yield hub
 
 
@@ -146,8 +146,8 @@ def final_weights(tmp_path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "repo_id", "n_pairs"), [("shp", SHP, None), ("se", SE, 297 * 3)])
-def test_named_datasets_are_read_from_the_hub(name, repo_id, n_pairs, online_ok, hub, bodies):
-    hub.repository("datasets", repo_id).commit(bodies[name])
+def test_named_datasets_are_read_from_the_hub(name, repo_id, n_pairs, online_ok, hub, repository_files):
+    hub.repository("datasets", repo_id).commit(repository_files[name])
     output = online_ok(*DPO, f"datasets=[{name}]", "data_only=true")
     commit = hub.repository("datasets", repo_id).refs["main"][:7]
     assert f"of {repo_id} at commit {commit}\n" in output
@@ -155,7 +155,7 @@ def test_named_datasets_are_read_from_the_hub(name, repo_id, n_pairs, online_ok,
         assert f"Training data: {n_pairs - n_pairs % 4} examples per epoch" in output
     downloads = hub.downloads()
     assert set(downloads.values()) == {1}
-    assert files_of_data(bodies[name]) <= set(downloads)
+    assert files_of_data(repository_files[name]) <= set(downloads)
 
 
 def files_of_data(body: dict[str, bytes]) -> set[str]:
@@ -185,24 +185,26 @@ def pickled(files: dict[str, bytes], tmp_path) -> dict[str, bytes]:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("form", [sharded, pickled])
-def test_sharded_and_pickled_weights_train_the_same(form, online_ok, hub, bodies, tmp_path):
+def test_sharded_and_pickled_weights_train_the_same(form, online_ok, hub, repository_files, tmp_path):
     online_ok(*DPO, f"local_run_dir={tmp_path}/run")
     expected = final_weights(tmp_path)
     shutil.rmtree(tmp_path / "run")
-    hub.repository("models", PYTHIA).commit(form(bodies["model"], tmp_path))
+    hub.repository("models", PYTHIA).commit(form(repository_files["model"], tmp_path))
     online_ok(*DPO, f"local_run_dir={tmp_path}/run")
     ours = final_weights(tmp_path)
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
-def test_dpo_trains_on_hh_from_the_hub_and_later_runs_need_no_hub(online_ok, hub, bodies, tmp_path):
+def test_dpo_trains_on_hh_from_the_hub_and_later_runs_need_no_hub(online_ok, hub, repository_files, tmp_path):
     output = online_ok(*DPO, f"local_run_dir={tmp_path}/first")
     assert f"of {HH} at commit {hub.repository('datasets', HH).refs['main'][:7]}\n" in output
     assert "Training data: 240 examples per epoch" in output
     assert re.search(r"^ *4/\d+ ", output, re.MULTILINE)
     downloads = hub.downloads()
     assert set(downloads.values()) == {1}
-    assert files_of_data(bodies["hh"]) | {"model.safetensors", "tokenizer.json", "config.json"} <= set(downloads)
+    assert files_of_data(repository_files["hh"]) | {"model.safetensors", "tokenizer.json", "config.json"} <= set(
+        downloads
+    )
     assert not any("red-team" in file for file in downloads)
 
     n_requests = []
@@ -213,7 +215,7 @@ def test_dpo_trains_on_hh_from_the_hub_and_later_runs_need_no_hub(online_ok, hub
         n_requests.append(len(hub.requests))
     assert n_requests[0] == n_requests[1]
 
-    for name, content in bodies["hh"].items():
+    for name, content in repository_files["hh"].items():
         (tmp_path / "hh" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "hh" / name).write_bytes(content)
     online_ok(*DPO, f"dataset_paths.hh={tmp_path}/hh", f"local_run_dir={tmp_path}/folder")
@@ -277,18 +279,18 @@ REFUSALS = {  # overrides, the user's token, and the message
         "no such dataset for this token",
     ),
 )  # fmt: skip
-def test_gated_or_missing_repository_is_named_with_a_remedy(case, online, hub, bodies, tmp_path):
+def test_gated_or_missing_repository_is_named_with_a_remedy(case, online, hub, repository_files, tmp_path):
     overrides, token, parts = REFUSALS[case]
-    hub.repository("models", LLAMA, gated=True).commit(bodies["model"])
-    hub.repository("datasets", "a/gated", gated=True).commit(bodies["hh"])
+    hub.repository("models", LLAMA, gated=True).commit(repository_files["model"])
+    hub.repository("datasets", "a/gated", gated=True).commit(repository_files["hh"])
     refused = online("loss=dpo", "model=pythia28", *SHORT, *overrides, env={"HF_TOKEN": token})
     assert_refused(refused, tmp_path, *parts)
     message = refused.stderr[refused.stderr.index("error: ") :]
     assert message.count("\n") == 2  # cause and remedy
 
 
-def test_gated_model_trains_with_a_granted_token(online_ok, hub, bodies):
-    hub.repository("models", LLAMA, gated=True).commit(bodies["model"])
+def test_gated_model_trains_with_a_granted_token(online_ok, hub, repository_files):
+    hub.repository("models", LLAMA, gated=True).commit(repository_files["model"])
     online_ok("loss=dpo", "model=llama3-8b", "model.block_name=null", *SHORT, env={"HF_TOKEN": TOKEN})
 
 
@@ -331,14 +333,16 @@ def test_interrupted_download_resumes(online_ok, hub, tmp_path):
         lambda case: case[0].startswith("model"),
     ),
 )
-def test_restart_after_a_lost_hub_downloads_only_missing_files(file, part, impatient, bodies, hub_address, tmp_path):
-    files = sharded(bodies["model"], tmp_path)
+def test_restart_after_a_lost_hub_downloads_only_missing_files(
+    file, part, impatient, repository_files, hub_address, tmp_path
+):
+    files = sharded(repository_files["model"], tmp_path)
     assert "model-00003-of-00003.safetensors" in files
 
     def open_hub() -> Hub:
         hub = Hub(hub_address)
         hub.repository("models", PYTHIA).commit(files)
-        hub.repository("datasets", HH).commit(bodies["hh"])
+        hub.repository("datasets", HH).commit(repository_files["hh"])
         return hub
 
     with open_hub() as first:
@@ -363,8 +367,10 @@ def test_only_one_of_several_workers_downloads_each_file(online_ok, hub):
     assert {"model.safetensors", "tokenizer.json", "helpful-base/train.jsonl.gz"} <= set(hub.downloads())
 
 
-def test_damaged_hub_file_is_named_with_its_cached_copy(online, hub, bodies, tmp_path):
-    files = bodies["hh"] | {"helpful-base/train.jsonl.gz": bodies["hh"]["helpful-base/train.jsonl.gz"][:-20]}
+def test_damaged_hub_file_is_named_with_its_cached_copy(online, hub, repository_files, tmp_path):
+    files = repository_files["hh"] | {
+        "helpful-base/train.jsonl.gz": repository_files["hh"]["helpful-base/train.jsonl.gz"][:-20]
+    }
     commit = hub.repository("datasets", HH).commit(files)
     name = f"hf://datasets/{HH}@{commit}/helpful-base/train.jsonl.gz"
     refused = online(*DPO)

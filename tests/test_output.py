@@ -1,4 +1,4 @@
-"""Runs survive output that can't be displayed or isn't read, and caches that can't be written."""
+"""Runs survive output that can't be displayed or isn't read; a cache that can't be written is an error."""
 
 import functools
 import itertools

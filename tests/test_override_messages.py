@@ -9,7 +9,7 @@ from commands.command_line import compose_config, for_hydra
 from config_checks.overrides import explain_commas, explain_override, typed_string
 from utils import UserError
 
-CASES = {  # the words on the command line, and parts of the message
+CASES = {  # the words on the command line, separated by |, and parts of the message
     "lr=|1e-5": ["'1e-5': there is a space after '='; type lr=1e-5"],
     "lr|=|1e-5": ["'lr': there is a space before '='; type lr=1e-5"],
     "lr|=1e-5": ["'lr': there is a space before '='; type lr=1e-5"],

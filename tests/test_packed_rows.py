@@ -311,8 +311,9 @@ SHORT_SFT = ["loss=sft", "n_examples=8", "n_eval_examples=4", "do_first_eval=fal
     ),
 )
 def test_compiled_blocks_give_the_uncompiled_numbers(backend, more, launcher, tmp_path):
-    """Training uses `inductor`, which takes minutes to generate code. `aot_eager` runs the same graphs without,
-    and `eager` those of the forward pass alone.
+    """Training uses `inductor`, which takes minutes to generate code.
+
+    `aot_eager` runs the same graphs of forward and backward pass, `eager` only those of the forward pass.
     """
     script, lines = train_after(BACKEND.format(backend=backend), tmp_path), {}
     for setting in ("false", "true"):

@@ -31,12 +31,12 @@ CONFIGS = {
     "gpt2 as on the hub": transformers.GPT2Config(**GPT2),
     "gpt_neox": transformers.GPTNeoXConfig(**SIZES),
     "gpt_neox as on the hub": transformers.GPTNeoXConfig(**SIZES),
-    "mixtral with experts apart": transformers.MixtralConfig(**LLAMA, num_local_experts=2),
+    "mixtral with a tensor per expert": transformers.MixtralConfig(**LLAMA, num_local_experts=2),
     "qwen2 with both of two tied weights": transformers.Qwen2Config(**LLAMA, **TIED),
     "gpt2 in a pickle": transformers.GPT2Config(**GPT2),
 }
-DEFAULT = ("llama", "gpt2 as on the hub", "mixtral with experts apart")
-READ_WHOLE = ("mixtral with experts apart", "qwen2 with both of two tied weights", "gpt2 in a pickle")
+DEFAULT = ("llama", "gpt2 as on the hub", "mixtral with a tensor per expert")
+READ_WHOLE = ("mixtral with a tensor per expert", "qwen2 with both of two tied weights", "gpt2 in a pickle")
 FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
 
 
@@ -57,7 +57,7 @@ def edit(name: str, state: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Save a model for each of `CONFIGS`, in several files; return their directories."""
+    """Save a model for each of `CONFIGS`, most of them in several files; return their directories."""
     paths = save_models(CONFIGS, tmp_path_factory.mktemp("models"))
     for name, path in paths.items():
         file = os.path.join(path, "model.safetensors")
@@ -110,7 +110,7 @@ def whole(path: str, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
 def test_weights_read_in_parts_are_those_of_from_pretrained(name, models, in_workers):
     state, buffers = whole(models[name])
     n_in_files = sum(tensor.nbytes for tensor in state.values()) / (2 if name == "gpt_neox as on the hub" else 1)
-    splits = [[FSDP], [TENSOR]] if name != "mixtral with experts apart" else [[FSDP]]
+    splits = [[FSDP], [TENSOR]] if name != "mixtral with a tensor per expert" else [[FSDP]]
     for words in splits:
         results = in_workers(2, loaded_in_workers, models[name], words, True, state, buffers)
         assert results[0][0] == (name not in READ_WHOLE), words
@@ -127,7 +127,7 @@ def test_workers_of_a_mesh_read_their_parts(name, models, in_workers):
             assert n_bytes < 0.65 * sum(tensor.nbytes for tensor in state.values()), is_unread
 
 
-def test_reference_read_in_parts_is_rounded_through_the_policys_dtype_too(models, in_workers):
+def test_reference_read_in_parts_is_cast_to_policy_dtype_before_policy_mp(models, in_workers):
     state, buffers = whole(models["llama"], torch.float16)
     state = {name: tensor.bfloat16() for name, tensor in state.items()}
     words = [FSDP, "model.policy_dtype=float16", "model.policy_mp=bfloat16"]

@@ -1,4 +1,4 @@
-"""A run's config.yaml may come from a stranger: it is read as data, and can't allow anything."""
+"""A run's config.yaml may come from a stranger: it is read as plain data, and can't turn on remote code."""
 
 import pytest
 from omegaconf import OmegaConf
