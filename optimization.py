@@ -73,7 +73,7 @@ def rate_warning(config: DictConfig, n_steps: int) -> str | None:
     largest, parts = config.lr * share, []
     if share < 0.99:
         is_short = count_warmup_steps(config, n_steps) >= n_steps
-        because = f"; warmup_steps={config.warmup_steps} exceeds its {n_steps} steps" if is_short else ""
+        because = f"; the run has only {n_steps} steps, and warmup_steps={config.warmup_steps}" if is_short else ""
         parts.append(f"largest learning rate of this run: {largest:.2g}, {share:.0%} of lr={config.lr}{because}")
     rate, dtype = f"lr={config.lr}" if share >= 0.99 else f"{largest:.2g}", config.model.policy_dtype
     if config.lora is not None or config.model.adapter is not None:
@@ -81,7 +81,7 @@ def rate_warning(config: DictConfig, n_steps: int) -> str | None:
             parts.append(f"{rate} hardly moves an adapter: 1e-5 to 1e-4 is usual")
     elif dtype in ("bfloat16", "float16") and largest < _SMALL_IN_16_BITS:
         parts.append(
-            f"model.policy_dtype={dtype} rounds most updates of {rate} away (at 5e-7 0.1 % of the weights change): "
+            f"model.policy_dtype={dtype} rounds most updates away at {rate} (at 5e-7, only 0.1 % of the weights change): "
             "keep float32 weights and compute in 16 bits, model.policy_dtype=float32 model.policy_mp=bfloat16"
         )
     return f"WARNING: {'; '.join(parts)}" if parts else None

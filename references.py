@@ -48,8 +48,8 @@ def policy_source(config: DictConfig) -> Source:
 def reference_source(config: DictConfig) -> Source:
     """Return the source of a second model that serves as the reference: by default, the policy's.
 
-    If `reference_model` sets one of base, archive and adapter, those before it in this order are the policy's, and
-    those after it are left out, because they belong to another model.
+    Weights come in the order name_or_path, archive, adapter. Those before the first that `reference_model` sets are
+    the policy's; those after it are left out unless it sets them, too, because they belong to another model.
     """
     policy, names = policy_source(config), ("name_or_path", "archive", "adapter")
     values = {name: OmegaConf.select(config, f"reference_model.{name}") for name in names}
@@ -171,7 +171,7 @@ def make_reference(kind: str, policy: nn.Module, load: Callable[[], nn.Module]) 
     return Reference(policy, lambda: _adapter_switched(policy, REFERENCE_ADAPTER))
 
 
-def is_computed_as_policy(config: DictConfig) -> bool:
+def reference_has_policy_precision(config: DictConfig) -> bool:
     """True if the reference is computed in the policy's precision: `model.reference_dtype` isn't set."""
     return config.model.reference_dtype is None
 
@@ -186,7 +186,7 @@ def make_starting_reference(
 ) -> Reference:
     """Make the reference before training starts: the policy itself if it gives the same numbers, bit for bit."""
     same_dtype = reference_dtype(config) == config.model.policy_dtype
-    same_rounding = is_computed_as_policy(config) or (same_dtype and config.model.policy_mp is None)
+    same_rounding = reference_has_policy_precision(config) or (same_dtype and config.model.policy_mp is None)
     if kind == "model" and same_rounding and policy_has_reference_weights(policy, config):
         return Reference(policy.eval())
     return make_reference(kind, policy, load)

@@ -193,7 +193,7 @@ class BasicTrainer:
             references.check_reference_can_move(model, self.policy, config)
         if self.eval_iterator is not None and model.dtype == torch.float16:
             check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-        if is_another or (self.layout.is_packed and not references.is_computed_as_policy(config)):
+        if is_another or (self.layout.is_packed and not references.reference_has_policy_precision(config)):
             self.reference_layout = self._choose_layout(model)  # the dtype decides whether packed rows agree
         elif self.layout.is_packed:
             use_packed_attention(unwrap_adapter(model))
@@ -270,7 +270,9 @@ class BasicTrainer:
         FSDP also casts weights when it gathers them (`distributed.fsdp`); other trainers cast them once per step
         (`acceleration.shadow_weights`).
         """
-        if self.policy_mp is None or not (model is self.policy or references.is_computed_as_policy(self.config)):
+        if self.policy_mp is None or not (
+            model is self.policy or references.reference_has_policy_precision(self.config)
+        ):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 

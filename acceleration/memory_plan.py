@@ -24,7 +24,7 @@ class MemoryPlan:
     device: torch.device
     held: dict[str, int]  # bytes by kind, from the first step on
     total: int  # bytes of the GPU's memory
-    token: float  # peak bytes per token of a microbatch
+    bytes_per_token: float  # at the peak of a microbatch
     max_tokens: int  # in a microbatch; 0: the held bytes alone don't fit
     foreach_fits: bool  # there is room for an optimizer step over all weights at once, which copies the gradients
 
@@ -32,7 +32,8 @@ class MemoryPlan:
         parts = ", ".join(f"{name} {_gb(n_bytes)}" for name, n_bytes in self.held.items() if n_bytes)
         return (
             f"Memory of {self.device} (GB): {parts}; {_gb(sum(self.held.values()))} of {_gb(self.total)} held, "
-            f"activations {self.token / 1e6:.3g} MB per token: up to {self.max_tokens:,} tokens per microbatch"
+            f"activations {self.bytes_per_token / 1e6:.3g} MB per token: up to {self.max_tokens:,} tokens per "
+            "microbatch"
         )
 
 
@@ -49,7 +50,7 @@ def plan_memory(
     n_tokens: int,
     gathers_blocks: bool,
 ) -> int | None:
-    """Print each GPU's memory plan. If memory is short, let the optimizer update one tensor at a time.
+    """Print the memory plan of each GPU of rank 0. If memory is short, let the optimizer update one tensor at a time.
 
     `n_tokens`: tokens in an example of full length; for the other arguments see `memory_plans`.
 
@@ -127,7 +128,11 @@ def _local_bytes(parameter: torch.Tensor) -> int:
 
 
 def _gathered_bytes(policy: nn.Module, compute_dtype: torch.dtype) -> int:
-    """Return the bytes that FSDP gathers: weights outside the blocks, weights of two blocks, gradients of one part."""
+    """Return the bytes that FSDP gathers at once.
+
+    They are the weights outside the blocks, the weights of two blocks, and the float32 gradients of one block or of all
+    weights outside the blocks, whichever is larger.
+    """
 
     def size(modules: nn.Module) -> int:
         return sum(n_gathered(parameter) for parameter in modules.parameters())

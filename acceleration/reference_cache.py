@@ -20,10 +20,10 @@ from distributed.dtensor import full_tensor
 from references import (
     REFERENCE_ADAPTER,
     Reference,
-    is_computed_as_policy,
     make_starting_reference,
     policy_has_reference_weights,
     reference_dtype,
+    reference_has_policy_precision,
 )
 from reporting.terminal import Progress, progressing
 from utils import UserError, get_local_dir, on_rank0, rank0_print, select_examples
@@ -154,7 +154,7 @@ def fill_cache(trainer) -> LogpsCache:
     The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
     freed, unless it is the policy under another adapter.
 
-    Raises: Stopped after a signal; the cache then has all that was computed, except up to 1,024 pairs.
+    Raises: Stopped after a signal; the cache then lacks only the pairs computed last, fewer than 1,024 and a batch.
     """
     config, kind = trainer.config, trainer.config.reference
     make = functools.partial(make_starting_reference, kind, trainer.policy, config, trainer.load_reference)
@@ -209,7 +209,7 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
     """
     details: dict[str, object] = {}
     computed_in = config.model.policy_mp or config.model.policy_dtype
-    if (kind != "model" or is_computed_as_policy(config)) and computed_in not in ("float32", "float64"):
+    if (kind != "model" or reference_has_policy_precision(config)) and computed_in not in ("float32", "float64"):
         trainer = [config.trainer, *([config.tensor_parallel] if config.tensor_parallel > 1 else [])]
         details["computed"] = [computed_in, config.model.policy_dtype, *trainer]  # trainers differ in where they round
     model, cast_to, with_adapter = policy, None, kind != "adapter_off"

@@ -6,7 +6,7 @@ from acceleration.measurement import full_length_batch
 from acceleration.memory_plan import plan_memory
 from acceleration.shadow_weights import round_if_equal, shadow_if_equal
 from data.microbatches import CPU_OVERHEAD, computed_tokens
-from references import is_computed_as_policy
+from references import reference_has_policy_precision
 from utils import rank0_print
 
 
@@ -43,7 +43,7 @@ def _may_round_reference(trainer) -> bool:
     """True if the reference is a second, frozen model under autocast; False under FSDP, which rounds it anyway."""
     config, reference = trainer.config, trainer.reference
     is_second = reference is not None and reference.model is not trainer.policy
-    is_autocast = is_computed_as_policy(config) and not trainer.strategy.shards_batches
+    is_autocast = reference_has_policy_precision(config) and not trainer.strategy.shards_batches
     is_fixed = config.reference_update_every is None and not config.compile
     return is_second and is_autocast and is_fixed
 

@@ -35,7 +35,7 @@ class CannotWrite(OSError, UserError):
 
 
 def has_no_room(error: BaseException) -> bool:
-    """True if an error says that a disk is full."""
+    """True if an error says that a disk or quota is full, or that a file reaches a size limit."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
@@ -175,7 +175,7 @@ def sha256(path: str) -> str:
 class HashCache:
     """Caches SHA-256 hashes of files, which are identified by device, inode, size, mtime and ctime.
 
-    Programs can't set ctime, so a file restored by tar, rsync or a disk image is read again. The cache can't notice
+    Programs can't set ctime, so a file restored by tar or rsync is read again. The cache can't notice
     damage to the disk itself, so checksums of checkpoints are computed without it.
     """
 

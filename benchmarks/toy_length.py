@@ -12,7 +12,7 @@ from data import toy
 
 SHORT_TEMPLATE = " The plot was {} and the music {}."  # slots 1 and 2 of `toy`
 CLAUSES = [" It began at eight.", " The hall was small.", " It was a Tuesday."]  # 8 tokens each with the tiny tokenizer
-CLAUSE_COUNTS = [0.4, 0.3, 0.2, 0.1]  # probability of a response with the first 0, 1, 2 or 3 clauses
+CLAUSE_PROBABILITIES = [0.4, 0.3, 0.2, 0.1]  # probability of a response with the first 0, 1, 2 or 3 clauses
 LENGTH_BIAS = 0.8  # nats that each clause adds to the log-odds of being preferred
 
 
@@ -31,7 +31,7 @@ def all_long_responses() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def get_toy_length(split: str, silent: bool = False, cache_dir: str | None = None) -> list[tuple[str, dict]]:
-    """Return examples like `get_toy`, with responses that differ in length: two words, and up to three empty clauses.
+    """Return examples like `get_toy`, with responses that differ in length: two words and up to three idle clauses.
 
     The preference is biased towards length, P(a over b) = σ(r(a) - r(b) + LENGTH_BIAS · (clauses of a - clauses of b)).
     The true reward r, the sum of the words' weights, does not depend on length.
@@ -40,7 +40,7 @@ def get_toy_length(split: str, silent: bool = False, cache_dir: str | None = Non
     rng = np.random.RandomState(seed)
     prompts = rng.randint(len(toy.PROMPTS), size=n_examples)
     words = [toy.sample_words(rng, prompts)[:, 1:3] for _ in range(3)]  # both responses, and the SFT target
-    clauses = [rng.choice(4, size=n_examples, p=CLAUSE_COUNTS) for _ in range(3)]
+    clauses = [rng.choice(4, size=n_examples, p=CLAUSE_PROBABILITIES) for _ in range(3)]
     margins = toy.true_reward(words[0]) - toy.true_reward(words[1]) + LENGTH_BIAS * (clauses[0] - clauses[1])
     first_preferred = rng.random_sample(n_examples) < 1 / (1 + np.exp(-margins))
     data = []

@@ -1,4 +1,4 @@
-"""Fingerprints of the models that a run starts from: a resumed run notices changed weights, wherever they are now.
+"""Fingerprints of the models that a run starts from: a resumed run notices changed weights, even in moved files.
 
 They are in every checkpoint's state.json and, for a run that has no checkpoint yet, in the first line of its
 config.yaml.

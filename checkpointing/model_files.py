@@ -29,7 +29,7 @@ class ModelFiles:
     checkpoint: ShardedCheckpoint
     model: nn.Module  # tells transformers how tensors are named and shaped in files
     state: dict[str, SavedTensor]  # by their names in the model
-    names: dict[str, list[str]]  # the names of each file's tensors in the model
+    names: dict[str, list[str]]  # the model's names of each file's tensors
     index: dict  # the content of `MODEL_INDEX`
 
     def write(self, directory: str, file: str):

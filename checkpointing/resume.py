@@ -47,7 +47,9 @@ def locate_run(config: DictConfig, run_dir_given: bool):
     """
     if config.resume == "auto":
         if not run_dir_given:
-            raise UserError("resume=auto resumes the run in local_run_dir: give local_run_dir, too, always the same")
+            raise UserError(
+                "resume=auto resumes the run in local_run_dir: also give local_run_dir, the same one every time"
+            )
         return
     path = os.path.abspath(config.resume)
     if not os.path.isdir(path):
@@ -87,9 +89,9 @@ def check_restartable(config: DictConfig, run_dir_given: bool):
 
 
 def checkpoint_to_resume(config: DictConfig) -> str | None:
-    """Return the undamaged checkpoint to resume from; None to start from the beginning.
+    """Return the undamaged checkpoint to resume from; None if `resume=auto` finds no checkpoint yet.
 
-    Raises: UserError if there is no checkpoint, if it is damaged, or if the run has later ones.
+    Raises: UserError if another `resume` finds none, if all are damaged, or if the run has later ones.
     """
     run_dir = config.local_run_dir
     if not os.path.isdir(run_dir):
@@ -175,7 +177,7 @@ def is_last(checkpoint: str) -> bool:
 
 @contextlib.contextmanager
 def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
-    """Add a note on how to resume the run to errors of this class."""
+    """Add a note to errors of this class that says how to resume the run."""
     try:
         yield
     except error_class as error:

@@ -38,7 +38,7 @@ class TrainState:
     complete: bool = False  # trained to the end, and evaluated there
     best: dict[str, float] = field(default_factory=dict)  # the best value so far of the metric that `keep_best` names
     best_at: int | None = None  # `examples` at that evaluation
-    worse: int = 0  # number of evaluations since then
+    worse: int = 0  # number of evaluations since the best one
     max_tokens: int | None = None  # tokens in the largest microbatch; another value would change rounding
     loss_memory: dict[str, float] = field(default_factory=dict)  # moving averages of the loss, if it keeps any
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
@@ -162,7 +162,9 @@ def restore_rng_state(states: list[dict], shard: int, n_shards: int):
     """
     if states and len(states) != n_shards:
         saved = counted(len(states), "shard")
-        rank0_print(f"WARNING: saved with every batch in {saved}, resumed with {n_shards}: samples will differ")
+        rank0_print(
+            f"WARNING: the checkpoint's run divided batches into {saved}, this run into {n_shards}: samples will differ"
+        )
     if shard < len(states):
         set_rng_state(states[shard])
 

@@ -39,8 +39,8 @@ def _given_keys() -> list[str]:
     return [override.key_or_group for override in parse_overrides(HydraConfig.get().overrides.task)]
 
 
-def _config_without(config: DictConfig, own: dict) -> DictConfig:
-    """Return the training config without the command's own keys: with `run`, the run's with the given overrides.
+def _training_config(config: DictConfig, own: dict) -> DictConfig:
+    """Return the training config, without the command's own keys; with `run`, that run's config and the overrides.
 
     Raises: UserError if there is no such run, or its config can't be read.
     """
@@ -94,7 +94,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
     """
     given = _given_keys()
     own = expand_home({key: OmegaConf.to_container(config)[key] for key in own_keys(config_name)})
-    config = _config_without(config, own)
+    config = _training_config(config, own)
     is_launched = environment.is_launched()
     with connection.process_group(config.worker_timeout) if is_launched else contextlib.nullcontext():
         prepared = None

@@ -35,7 +35,7 @@ def checked(folder: str, name: str | None, hash_file: Callable[[str], str]) -> I
         folder: the library's cache directory.
         name: check only the files of this hub id, or of this local folder; None checks the whole cache.
 
-    Raises: UserError if files are damaged whose rows come from the hub, and the hub can't be reached.
+    Raises: UserError if damaged files must be rebuilt from the hub, and it can't be reached.
     """
     os.makedirs(folder, exist_ok=True)
     lock = "rows" if name is None else os.path.basename(name) if os.path.isdir(name) else name.replace("/", "___")

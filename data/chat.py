@@ -73,7 +73,7 @@ class Renderer:
         end = turn_end(tokenizer, self.template)
         self.end_token = _any_of({*special, *([end] if end else [])})
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
-        self.unopened: set[str] = set()  # endings of the generation prompt that rendered dialogues lack
+        self.missing_openings: set[str] = set()  # ends of the generation prompt that rendered dialogues lack
 
     # ---- rendering --------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Renderer:
             border = max(self._cuts(shared))
         prompt, opened = wholes[0][:border], dialogues[0].opened
         if dialogues[0].begins_with_assistant and not wholes[0].startswith(opened) and opened.startswith(prompt):
-            self.unopened.add(opened[border:])
+            self.missing_openings.add(opened[border:])
         responses = [whole[border : found[-1][1]] for whole, found in zip(wholes, spans, strict=True)]
         trained = [[(start - border, end - border) for start, end in found] for found in spans]
         return Rendered(prompt, responses, trained)
@@ -278,7 +278,7 @@ class Renderer:
         return ids, counts
 
     def _ends_turn(self, response: str) -> bool:
-        """True if a response ends with an end token, perhaps followed by white space."""
+        """True if a response ends with an end token and white space, or if the template marks turns by itself."""
         return self.marks_turns or any(
             not response[match.end() :].strip() for match in self.end_token.finditer(response)
         )

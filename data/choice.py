@@ -1,4 +1,4 @@
-"""Settings of datasets: `Choice` for one dataset, `Settings` for all of the user's own."""
+"""`Choice`: one entry of `datasets`, with its settings; `Settings`: those of all datasets that the user supplies."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ class Choice:
     truncation: str | None = None
     train_split: str | None = None
     test_split: str | None = None
-    fields: dict[str, str] = field(default_factory=dict)  # by a format's field: the data's column
+    fields: dict[str, str] = field(default_factory=dict)  # maps a field of the format to the column that holds it
     ignored_columns: tuple[str, ...] = ()  # columns that are left out, although they may belong to the prompt
 
 

@@ -1,4 +1,4 @@
-"""Tell fields of a dataset's format, metadata and further parts of the prompt apart by their columns.
+"""Classify a dataset's columns: fields of its format, metadata, or further parts of the prompt.
 
 An unread column that may belong to the prompt is an error, because the prompts would be incomplete without it.
 """
@@ -59,10 +59,12 @@ class Columns:
     """Columns in the first rows of a dataset, by their own names and by the formats' field names."""
 
     rows: list[dict]  # the first ones
-    fields: dict[str, str] = field(default_factory=dict)  # by a format's field: the data's column
+    fields: dict[str, str] = field(default_factory=dict)  # maps a field of the format to the column that holds it
     ignored: tuple[str, ...] = ()
-    kinds: dict[str, str] = field(init=False)  # by column: the kind of most values, as single rows may be bad
-    known: dict[str, str] = field(init=False)  # the same by field
+    kinds: dict[str, str] = field(
+        init=False
+    )  # maps a column to the kind of most of its values, as single rows may be bad
+    known: dict[str, str] = field(init=False)  # maps a field of the format to the kind of its column
 
     def __post_init__(self):
         counts: dict[str, Counter] = {}
@@ -202,7 +204,7 @@ def _column_may_belong_to_prompt(columns: Columns, name: str, read: list[str], h
 
 
 def _repeats_read_columns(value: object, row: dict, read: list[str]) -> bool:
-    """True if all strings in a value are in columns that are read, or if it contains all of those as one string."""
+    """True if every string in a value is in a column that is read, or if the value joins all their strings."""
     strings = list(_strings(value))
     known = {string for name in read for string in _strings(value_at(row, name))}
     if all(string in known for string in strings):

@@ -149,7 +149,7 @@ def _parquet_faults(path: str, columns: dict[str, str]) -> Iterator[Fault]:
 
 
 def place_of_row(files: list[tuple[str, str]], row: int) -> str | None:
-    """Return 'FILE, line N' (for Parquet, 'FILE, row N') for a row of several files, counted from 0; None if they have fewer rows."""
+    """Return the file and line (in Parquet: row) of a row of several files, counted from 0; None if they have fewer."""
     for name, path in files:
         for place in _row_places(path, name):
             if row == 0:

@@ -59,7 +59,7 @@ def locate(name: str, key: str = "datasets") -> Location:
     Args:
         key: the config key that holds the name, for messages.
 
-    Raises: UserError if there is neither, with similar names.
+    Raises: UserError, which suggests similar names, if there is neither.
     """
     path, where = os.path.expanduser(name), f"datasets=[{name}]" if key == "datasets" else f"{key}={name}"
     if os.path.isdir(path):
@@ -227,7 +227,7 @@ def _why_no_files(folder: str, split: str, other_splits: list[str]) -> str:
     """Return cause and remedy for a folder that has no files of a split."""
     entries = sorted(os.listdir(folder))
     remedy = f"Name a file or folder there after the split, e.g. {split}.jsonl; formats: {FORMATS}"
-    if scripts := [entry for entry in entries if entry.endswith(".py")]:
+    if not other_splits and (scripts := [entry for entry in entries if entry.endswith(".py")]):
         return (
             f"{folder} has no data files, only a loading script ({scripts[0]}), which is not run\n"
             f"Write the rows that it yields to {os.path.join(folder, split)}.jsonl; formats: {FORMATS}"

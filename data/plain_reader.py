@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 WRITE_AGAIN = "Write, copy or download the file again"
-ONE_OBJECT = "Correct or remove that line: each holds one JSON object"
+ONE_OBJECT = "Correct or remove that line: every line must hold one JSON object"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
 _OPENERS = {

@@ -154,13 +154,13 @@ def _write_files(
     """
     info, smallest = _write_splits(directory, sources, settings, renderer, data_format, limit=settings.test_fraction)
     if "test" not in sources and info["test"]["n_prompts"] == 0 and smallest < 1:
-        # with few prompts, none may have a hash below the limit: hold out one
+        # with few prompts, it can happen that no hash is below the limit: hold out the prompt with the smallest
         info, _ = _write_splits(directory, sources, settings, renderer, data_format, limit=smallest)
     info |= {
         "format": data_format.description,
         "unread": data_format.unread,
         "skips_template": data_format.could_be_chat and bool(renderer.template),
-        "unopened": sorted(renderer.unopened),
+        "missing_openings": sorted(renderer.missing_openings),
     }
     with open(os.path.join(directory, "info.json"), "w", encoding="utf-8") as file:
         json.dump(info, file)

@@ -94,11 +94,11 @@ def _row_lines(part: PreparedPrompts, split: str) -> list[str]:
             f"{part.dataset}: prompts and responses are plain strings, to which the chat template isn't applied; "
             "apply_chat_template=true applies it"
         )
-    if part.info["unopened"] and split == "train":
-        endings = " or ".join(map(repr, part.info["unopened"][:3]))
+    if part.info["missing_openings"] and split == "train":
+        endings = " or ".join(map(repr, part.info["missing_openings"][:3]))
         lines.append(
-            f"{part.dataset}: the chat template's generation prompt ends in {endings}, but rendered dialogues lack it, "
-            "and so do the trained prompts"
+            f"{part.dataset}: the chat template's generation prompt ends in {endings}, which is missing from rendered "
+            "dialogues, and so from the prompts that are trained on"
         )
     return lines + labels
 

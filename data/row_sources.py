@@ -99,7 +99,7 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
     def place(row: int) -> str:
         return reading.row_place(location, split, row, cache_dir)
 
-    # the library stores objects whose fields differ between rows as JSON, and must decode them
+    # objects whose fields vary from row to row are stored as JSON, which only the library can decode
     holds_json = "Json(" in str(rows.features)
     dataset = rows if holds_json else rows.with_format("arrow")
     adds_nulls = rows.builder_name not in ("json", "csv")

@@ -193,7 +193,7 @@ class Dialogue:
 
 
 def _missing_parts(messages: list[dict], n_prompt: int, text: str) -> Iterator[tuple[int, str]]:
-    """Yield the number of each message of which the rendered text lacks a part, and that part.
+    """For each message with a part that the rendered text lacks, yield the message's number and that part.
 
     White space around a content may be missing, and so may the reasoning in the prompt's earlier answers, which a model
     doesn't see again. Tools' outputs may be rendered as JSON.
@@ -245,7 +245,7 @@ def holds(text: str, part: str) -> bool:
 
 
 def _missing_words(part: str, text: str, position: int) -> str:
-    """Return a part without its longest prefix or suffix that the text holds after a position, in whole words."""
+    """Return the words of a part without its longest prefix, or suffix, that occurs in the text after a position."""
     sizes = range(1, len(part) + 1)
     n_start = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[:n], position) < 0)
     n_end = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[-n:], position) < 0)

@@ -90,7 +90,10 @@ def _allocate(model: nn.Module, parameter_device: torch.device, buffer_device: t
 
 
 def distribute_like(target: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """Shard a full tensor, which every worker has, like `target`; replicate it if its shape differs."""
+    """Shard a full tensor, which every worker has, like `target`; replicate it if its shape differs.
+
+    Scalars are returned as they are, and so is any tensor if `target` isn't a DTensor.
+    """
     if not isinstance(target, DTensor) or full.ndim == 0:
         return full
     has_same_shape = full.shape == target.shape
@@ -111,9 +114,9 @@ def n_gathered(parameter: torch.Tensor) -> int:
 
 
 def full_state_dict(state: dict) -> dict:
-    """Gather a state dict with full tensors in CPU memory on rank 0; all workers must call this.
+    """Gather a state dict's sharded tensors in CPU memory on rank 0; all workers must call this.
 
-    Other ranks get None in place of sharded tensors. A tensor listed under two names is gathered once.
+    Other ranks get None in their place. A tensor listed under two names is gathered once.
     """
     gathered: dict[int, torch.Tensor | None] = {}
 

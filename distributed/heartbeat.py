@@ -135,15 +135,15 @@ class Heartbeat:
             self.seconds_waited += min(time.monotonic() - before, 2 * tick)
             if self.seconds_waited > limit:
                 if self.rank == 0:
-                    self._name_to_others(self.awaited_rank)
+                    self._tell_others_who_is_silent(self.awaited_rank)
                 self._end_for_silence(self.awaited_rank)
 
-    def _name_to_others(self, silent_rank: int):
+    def _tell_others_who_is_silent(self, silent_rank: int):
         """Tell the other workers, which wait for rank 0's answer, which worker is silent."""
-        name = torch.tensor(-silent_rank)
+        message = torch.tensor(-silent_rank)
         others = (rank for rank in range(1, len(self.workers)) if rank != silent_rank)
         with contextlib.suppress(RuntimeError):  # another worker is gone, too
-            for sending in [dist.isend(name, rank, self.group) for rank in others]:
+            for sending in [dist.isend(message, rank, self.group) for rank in others]:
                 sending.wait(datetime.timedelta(seconds=1))
 
     def _end_for_silence(self, silent_rank: int):

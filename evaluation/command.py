@@ -1,4 +1,4 @@
-"""Let a command of the user's judge responses."""
+"""Judge responses with a command that the user provides."""
 
 import contextlib
 import json

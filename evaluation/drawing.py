@@ -17,7 +17,7 @@ from data.tokenization import decode_response, get_collate_fn
 from evaluation import vllm_engine
 from evaluation.sample_options import Options
 from evaluation.sample_prompts import Request
-from evaluation.sampling import end_tokens, generate_scorable, target_ids
+from evaluation.sampling import end_tokens, generate_as_targets, target_ids
 from utils import on_device, widest_dtype
 
 Item = tuple[Request, int]  # a prompt, and the number of a sample for it
@@ -104,13 +104,13 @@ def _scored_lines(trainer, items: list[Item], targets: dict, has_prompt: torch.T
 
 
 def _generate(trainer, items: list[Item], temperature: float, options: Options) -> tuple[dict, torch.Tensor]:
-    """Return samples as a batch of SFT targets, and which of them had a prompt; see `generate_scorable`."""
+    """Return samples as a batch of SFT targets, and which of them had a prompt; see `generate_as_targets`."""
     collate = get_collate_fn(trainer.tokenizer)
     batch = collate([{"prompt_input_ids": r.ids, "prompt_attention_mask": [1] * len(r.ids)} for r, _ in items])
     batch = on_device(batch, trainer.device)
     seeds = [sample_seed(trainer.config.seed, request.index, number) for request, number in items]
     with trainer.autocast(trainer.policy):
-        _, targets, has_prompt = generate_scorable(
+        _, targets, has_prompt = generate_as_targets(
             trainer.policy, trainer.tokenizer, batch, options.max_new_tokens + batch["prompt_input_ids"].shape[1],
             lambda: trainer.strategy.stops_sampling(trainer.stop.received is not None), synced=trainer.is_sharded,
             processors=logits_processors(temperature, options, seeds),

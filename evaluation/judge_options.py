@@ -18,7 +18,7 @@ from evaluation.verdicts import Judge
 from utils import UserError, closest_match, get_local_dir
 
 _REQUIRED = ("a", "judge", "output")
-_KEYS = {  # by judge: required keys, and other keys that not all judges have
+_KEYS = {  # for each judge: the keys that it requires, and optional keys that only some judges have
     "model": (("judge_model",), ("judge_batch_size", "chat_template")),
     "openai": (
         ("judge_url", "judge_model"),
@@ -48,7 +48,9 @@ def check_options(options: dict):
             example = "python judge.py a=FILE b=FILE judge=model judge_model=NAME output=FILE"
             raise UserError(f"{key} is required, e.g. {example}; config/judge.yaml lists all keys")
     if options["b"] is None and options["judge"] != "model":
-        raise UserError("b is required: the responses to compare those of a with; only judge=model works without b")
+        raise UserError(
+            "b is required: the file of responses to compare with those of a; only judge=model works without b"
+        )
     if options["b"] is None and options["allow_unmatched"]:
         raise UserError("allow_unmatched=true has no effect without b; leave it out")
     for key in (*_REQUIRED, "b", "judge_model", "judge_command", "judge_url", "judge_prompt", "chat_template"):
@@ -119,7 +121,7 @@ def settings_hash(options: dict, commit: str | None) -> str:
 
 
 def make_judge(options: dict, commit: str | None) -> Judge:
-    """Make the judge that the checked options name; `commit`: see `reward_model_commit`."""
+    """Make the judge that the options, which have been checked, select; `commit`: see `reward_model_commit`."""
     if options["judge"] == "command":
         return Command(options["judge_command"])
     if options["judge"] == "openai":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from utils import UserError
 
 Prompt = str | list[dict]  # text, or messages
-Place = tuple[int, int | None]  # prompt number and sample number of a response; None: its prompt has only this one
+Place = tuple[int, int | None]  # prompt number and sample number; None if the file has one response per prompt
 _FORMATS = (
     "give JSON Lines as sample.py writes them (prompt_index, sample, prompt, response) or evaluate.py as rows (prompt, "
     "chosen), or JSON as AlpacaEval has it (instruction, output)"

@@ -59,7 +59,7 @@ def sort_lines(path: str):
     """Sort a file by the numbers of prompts and samples: samples are drawn, and added, in the order of length."""
     lines = [line for line, _ in read_json_lines(path)]
     in_order = sorted(lines, key=_place)
-    if in_order != lines and os.name == "posix":  # Windows can't replace an open file, as a locked one is
+    if in_order != lines and os.name == "posix":  # Windows can't replace an open file, and the lock keeps this one open
         with atomic_file(path, binary=True) as file:
             file.writelines(map(json_line, in_order))
 

@@ -19,7 +19,7 @@ NOTABLE_SECONDS = 60.0  # shorter sampling gives no warning
 _WARNED: set[str] = set()  # run directories
 
 
-def generate_scorable(
+def generate_as_targets(
     model: nn.Module,
     tokenizer,
     batch: dict,
@@ -136,7 +136,8 @@ def sample_evaluation(trainer, evaluation_seconds: float = 0.0) -> tuple[list[di
     """Draw responses to the first `n_eval_model_samples` evaluation prompts; all workers must call it.
 
     Args:
-        evaluation_seconds: the duration of the evaluation; if sampling takes longer, the run warns once.
+        evaluation_seconds: the duration of the evaluation. If sharded workers sample for longer, and for more than
+            `NOTABLE_SECONDS`, the run warns once.
 
     Returns: samples, see `RunLog.log`; and the policy's KL divergence from the reference on them, if the reference is
         in memory.
@@ -178,8 +179,8 @@ def _warn_of_slow_sampling(trainer, seconds: float, evaluation_seconds: float):
 def sample_batch(trainer, batch: dict) -> tuple[list[str], list[str], list[tuple[float, int]]]:
     """Draw a response to each prompt of the batch from the policy, and from the reference if it is in memory.
 
-    Returns: the policy's responses; the reference's; and, for each of the policy's, log-ratio to the reference (nats)
-        and length (tokens).
+    Returns: the policy's responses; the reference's; and, for each of the policy's but those to empty prompts, the
+        log-ratio to the reference (nats) and the length (tokens).
     """
     policy_responses, targets, is_drawn = _generate(trainer, trainer.policy, batch)
     if trainer.reference is None:
@@ -197,7 +198,7 @@ def sample_batch(trainer, batch: dict) -> tuple[list[str], list[str], list[tuple
 
 def _generate(trainer, model: nn.Module, batch: dict) -> tuple[list[str], dict, torch.Tensor]:
     with trainer.autocast(model):  # the precision in which samples are scored
-        samples = generate_scorable(
+        samples = generate_as_targets(
             model, trainer.tokenizer, batch, trainer.config.max_length,
             lambda: trainer.strategy.stops_sampling(trainer.stop.received is not None), synced=trainer.is_sharded,
         )  # fmt: skip

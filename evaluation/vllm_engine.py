@@ -43,12 +43,12 @@ def check_installed():
 
 
 def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, seed: int, ends: list[int]) -> dict:
-    """Return the sampling parameters of one sample, which its seed makes independent of the others.
+    """Return the sampling parameters of one sample, whose own seed makes it independent of the others.
 
     Args:
         top_k: 0 for all tokens.
         n_new: the maximum number of tokens.
-        ends: token ids that end the sample, which includes the one that ended it.
+        ends: token ids that end the sample; the one that does is part of the sample.
     """
     return {
         "temperature": temperature, "top_p": top_p, "top_k": top_k or -1, "max_tokens": n_new, "seed": seed,
@@ -57,7 +57,7 @@ def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, se
 
 
 @contextlib.contextmanager
-def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[str]:
+def folder(config: DictConfig, checkpoint: str | None, temporary_in: str) -> Iterator[str]:
     """Yield the folder or hub id for vLLM to load.
 
     vLLM can't read an adapter, or a sharded checkpoint that isn't a run's last one: these are exported to a temporary
@@ -65,7 +65,7 @@ def folder(config: DictConfig, checkpoint: str | None, beside: str) -> Iterator[
 
     Args:
         checkpoint: a directory; None: the model of `model.name_or_path`.
-        beside: a directory with room for a merged model.
+        temporary_in: the directory in which a merged model is written temporarily.
 
     Raises: UserError if it can't be exported.
     """

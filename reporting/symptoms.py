@@ -111,7 +111,7 @@ class Symptoms:
         if fall <= 2 * max(gain, 0) or fall / metrics["lengths_eval/chosen"] < 0.1:
             return ""
         return (
-            f"chosen responses have lost {number(fall)} nats, and lead the rejected ones by only {number(gain)} more: both "
-            "become less likely, and responses outside the data likelier. Try a smaller lr, a larger loss.beta, SFT on the chosen "
-            "responses first, or loss=dpo_nll or loss=dpop"
+            f"chosen responses have lost {number(fall)} nats, while their lead over rejected ones has grown by only "
+            f"{number(gain)}: both become less likely, and responses outside the data likelier. Try a smaller lr, a "
+            "larger loss.beta, SFT on the chosen responses first, or loss=dpo_nll or loss=dpop"
         )

@@ -54,7 +54,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float, sign: str = "") -> str:
-    """Format a number in at most 6 characters, 7 with its sign: 0.6931, 12.346, 1234.6, 1e+07, 3e-05.
+    """Format a number in about 6 characters, and its sign: 0.6931, 12.346, 1234.6, 1e+07, 3e-05.
 
     `sign`: "+" to show the sign of positive numbers, too.
     """
@@ -166,11 +166,11 @@ class _Column(NamedTuple):
 _ACCURACY = _Column("rewards_{}/accuracies", 6, "{:.1%}".format, lambda change: f"{change * 100:+.1f}")
 _MARGIN = _Column("rewards_{}/margins", 7, partial(number, sign="+"))
 _TRAINING = {"grad": _Column("grad_norm", 6), "lr": _Column("lr", 7, "{:.1e}".format)}
-_OF_PAIRS = {
+_PAIR_COLUMNS = {
     "loss": _Column("loss/{}", 7), "acc.": _ACCURACY, "margin": _MARGIN, "chosen": _Column("logps_{}/chosen", 7),
     "rejected": _Column("logps_{}/rejected", 8), **_TRAINING, "pairs/s": _Column("examples_per_second", 7),
 }  # fmt: skip
-_OF_TARGETS = {  # in SFT
+_SFT_COLUMNS = {
     "loss": _Column("loss/{}", 7), "nll": _Column("nll_{}/chosen", 7), **_TRAINING,
     "ex./s": _Column("examples_per_second", 7),
 }  # fmt: skip
@@ -180,10 +180,10 @@ _EXPLANATION = (
     "docs/metrics.md"
 )
 _ABOUT_PAIRS = (
-    "acc.: pairs whose chosen response has the larger reward; margin: of the rewards; chosen, rejected: "
+    "acc.: pairs whose chosen response has the larger reward; margin: difference of the rewards; chosen, rejected: "
     "log-probabilities of responses (nats)"
 )
-_ABOUT_TARGETS = "nll: negative log-likelihood per token (nats)"
+_ABOUT_SFT = "nll: negative log-likelihood per token (nats)"
 
 
 class RunTable:
@@ -247,8 +247,8 @@ class RunTable:
         lines = []
         if not self.columns:
             is_of_pairs = f"rewards_{split}/margins" in metrics
-            self._choose_columns(_OF_PAIRS if is_of_pairs else _OF_TARGETS)
-            lines.append(wrapped(_EXPLANATION.format(_ABOUT_PAIRS if is_of_pairs else _ABOUT_TARGETS), _DIM))
+            self._choose_columns(_PAIR_COLUMNS if is_of_pairs else _SFT_COLUMNS)
+            lines.append(wrapped(_EXPLANATION.format(_ABOUT_PAIRS if is_of_pairs else _ABOUT_SFT), _DIM))
         if self.n_lines % _HEADER_EVERY == 0:
             lines.append(styled(self._line({name: name for name in self.widths}), _DIM))
         self.n_lines += 1

@@ -8,7 +8,7 @@ from torch import nn
 
 from utils import n_weights
 
-# Dense bfloat16 operations per second, without sparsity, by words in the GPU's name (NVIDIA's data sheets)
+# Dense bfloat16 (V100: float16) operations per second, by words in the GPU's name (NVIDIA's data sheets)
 _PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "A6000": 155e12, "A40": 150e12,

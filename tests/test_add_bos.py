@@ -67,7 +67,7 @@ def test_prompts_get_no_bos_token_without_add_bos():
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_rows_equal_the_models_forward_and_bos_predicts_the_first_token_after_an_empty_prompt(add_bos):
+def test_padded_and_shared_rows_give_the_plain_log_probabilities_with_and_without_bos(add_bos):
     texts = [("", "20 21", "30"), ("10 11", "20", "30 31 32"), ("10", "20 21 22", "33")]
     elements = tokenize_batch([(*text, "keep_end") for text in texts], Words(), 12, 6, add_bos)
     batch = get_collate_fn(Words())(elements)

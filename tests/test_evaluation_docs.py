@@ -1,4 +1,4 @@
-"""The commands in docs/evaluation.md run as written."""
+"""Commands in docs/evaluation.md that load a checkpoint elsewhere run as written."""
 
 import json
 import re

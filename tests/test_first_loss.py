@@ -34,24 +34,24 @@ REFERENCES = {
     "saved adapter, loaded again": ["model.adapter={adapter}", "reference=model"],
 }
 LAYOUTS = {
-    "chosen at the start": [],
+    "auto": [],
     "plain": ["shared_prompt=false"],
     "packed": ["padding_free=true"],
     "checkpointing": ["activation_checkpointing=true"],
 }
 BY_DEFAULT = [
-    ("float32", "second model", "chosen at the start"),
+    ("float32", "second model", "auto"),
     ("autocast", "second model", "plain"),
-    ("autocast", "precomputed", "chosen at the start"),
-    ("autocast", "same weights, named", "chosen at the start"),
+    ("autocast", "precomputed", "auto"),
+    ("autocast", "same weights, named", "auto"),
     ("bfloat16", "precomputed", "packed"),
     ("bfloat16", "adapter off", "checkpointing"),
-    ("float64", "saved adapter, its copy", "chosen at the start"),
+    ("float64", "saved adapter, its copy", "auto"),
 ]
 OTHERS = [  # pairwise
-    *itertools.product(["autocast"], REFERENCES, ["chosen at the start"]),
+    *itertools.product(["autocast"], REFERENCES, ["auto"]),
     *itertools.product(["autocast", "bfloat16"], ["second model", "precomputed", "adapter off"], LAYOUTS),
-    *itertools.product(["float64", "float32"], REFERENCES, ["chosen at the start"]),
+    *itertools.product(["float64", "float32"], REFERENCES, ["auto"]),
 ]
 
 

@@ -9,7 +9,7 @@ import transformers
 from conftest import REPOSITORY, exhaustive_except
 
 from data import toy
-from evaluation.sampling import generate_scorable
+from evaluation.sampling import generate_as_targets
 from losses import LOSSES
 from utils import disable_dropout, select_examples
 
@@ -162,7 +162,7 @@ def test_figures_of_a_trained_policy_agree_with_its_samples(make_trainer, tokeni
     batch = {"prompt_input_ids": ids, "prompt_attention_mask": torch.ones_like(ids)}
     torch.manual_seed(0)
     batch = select_examples(batch, torch.arange(10).repeat(120))
-    texts, *_ = generate_scorable(trainer.policy, trainer.tokenizer, batch, 64, lambda: False, synced=False)
+    texts, *_ = generate_as_targets(trainer.policy, trainer.tokenizer, batch, 64, lambda: False, synced=False)
     words = [toy.response_words(text) for text in texts]
     inside = np.array([w is not None for w in words])
     assert 1 - inside.mean() == pytest.approx(figures.outside, abs=4 * np.sqrt(figures.outside / len(texts)))
@@ -254,7 +254,7 @@ def test_labels_of_the_length_task_depend_on_reward_and_length(monkeypatch):
         longer.append(n_first - n_second)
         preferred.append(entry["pairs"] == [(0, 1)])
         counts[of_text[entry["sft_target"]][1]] += 1
-    np.testing.assert_allclose(counts / 20_000, toy_length.CLAUSE_COUNTS, atol=0.017)
+    np.testing.assert_allclose(counts / 20_000, toy_length.CLAUSE_PROBABILITIES, atol=0.017)
     margins, longer, preferred = np.array(margins), np.array(longer), np.array(preferred)
     for n in (-2, 0, 1):
         chosen = longer == n

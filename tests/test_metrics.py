@@ -90,8 +90,8 @@ def test_kl_is_measured_on_the_policys_own_samples(overrides, make_trainer, monk
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn_like(parameter)
     drawn = []
-    generate = sampling.generate_scorable
-    monkeypatch.setattr(sampling, "generate_scorable", lambda *a, **k: drawn.append(generate(*a, **k)) or drawn[-1])
+    generate = sampling.generate_as_targets
+    monkeypatch.setattr(sampling, "generate_as_targets", lambda *a, **k: drawn.append(generate(*a, **k)) or drawn[-1])
     samples, kl = sampling.sample_evaluation(trainer)
     logratios, n_tokens = [], 0
     targets = drawn[0][1]

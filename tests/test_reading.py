@@ -19,7 +19,7 @@ LINE = json.dumps(ROW).encode() + b"\n"
 GZ = gzip.compress(b"".join(LINE.replace(b" b", f" {i}".encode()) for i in range(2000)))
 CSV = b'chosen,rejected\n"\n\nAssistant: b","\n\nAssistant: c"\n'  # a header, and a record of five lines
 J = "train.jsonl"
-COPY, OBJECT = "Write, copy or download the file again", "each holds one JSON object"
+COPY, OBJECT = "Write, copy or download the file again", "every line must hold one JSON object"
 
 
 def lines(*rows: dict) -> bytes:
@@ -156,7 +156,7 @@ GOOD_FILES = {  # 3 rows each
     "objects over several lines": {J: (json.dumps(ROW, indent=1) + "\n").encode() * 3},
     "sharded": {f"data/train-0000{i}-of-00003.jsonl": LINE for i in range(3)},
     "folder of a split": {"train/a.jsonl": LINE * 2, "train/b.jsonl": LINE, "test/a.jsonl": LINE},
-    "twice in the patterns": {"train/my-train/train.jsonl": LINE * 3},
+    "file matched by two patterns": {"train/my-train/train.jsonl": LINE * 3},
     "no split in the name": {"data.jsonl": LINE * 3},
     "notes beside data": {"data.jsonl": LINE * 3, "NOTES.md": b"#\n", "X.md": b"#\n", "a.toml": b"\n", "a.txt": b"x"},
     "hidden files beside data": {"data.jsonl": LINE * 3, ".cache/data.jsonl": LINE, "__old__/data.jsonl": LINE},
@@ -181,7 +181,7 @@ GOOD_FILES = {  # 3 rows each
 
 @pytest.mark.parametrize("case", GOOD_FILES)
 def test_readable_files_give_all_their_rows(case, tmp_path):
-    name = "hh" if case == "card that names its files" else "hh [1]*"  # the library alone can't read such a folder
+    name = "hh" if case == "card that names its files" else "hh [1]*"  # the library can't read [1]*
     assert read(folder(tmp_path / name, GOOD_FILES[case]), tmp_path) == 3
 
 

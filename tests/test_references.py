@@ -54,7 +54,7 @@ def adapter(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def online_lines(tmp_path_factory):
-    """Return a function that trains a run with these overrides, if none has, and returns its training lines."""
+    """Return a function that trains a run with the given overrides, once, and returns its training lines."""
     make = trainers_in(tmp_path_factory.mktemp("online"))
     return functools.cache(lambda *overrides: train_lines(make(*overrides)))
 
@@ -102,7 +102,7 @@ PRECOMPUTABLE = {
 )
 def test_precomputed_reference_trains_as_the_online_one(reference, loss, make_trainer, online_lines):
     overrides = PRECOMPUTABLE[reference]
-    # with an adapter, against the second model, as the test above does
+    # with an adapter, the online run has a second model as its reference
     online = [*overrides, "reference=model"] if overrides == LORA else overrides
     expected = online_lines(*TOY, *online, f"loss={loss}")
     trainer = make_trainer(*TOY, *overrides, f"loss={loss}", "precompute_ref_log_probs=true")
@@ -145,7 +145,7 @@ def test_adapter_that_changes_the_base_has_a_second_model_as_reference(make_trai
 
 @pytest.fixture
 def edited_adapter(adapter, tmp_path):
-    """Return copies of the adapter with another adapter_config.json or other names of its weights."""
+    """Return a function that copies the adapter with other settings or other names of its weights."""
 
     def copy(settings: dict, rename: tuple[str, str] = ("", "")) -> str:
         target = tmp_path / f"adapter_{len(list(tmp_path.iterdir()))}"
@@ -346,6 +346,6 @@ def test_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(make_t
     ],
     ids=str,
 )
-def test_impossible_reference_is_refused_with_what_is_possible(overrides, message, make_trainer):
+def test_invalid_reference_and_lora_settings_are_refused_with_a_remedy(overrides, message, make_trainer):
     with pytest.raises(UserError, match=message):
         make_trainer(*TOY, "loss=dpo", *overrides)

@@ -19,13 +19,13 @@ RUN = ["loss=dpo", "model=pythia28", "datasets=[toy]", *SHORT, "lr=1e-3", "warmu
 NAMES = ("logps_train/chosen", "rewards_train/margins", "loss/train", "grad_norm")
 
 
-def version(scale: float, **merged: str) -> dict[str, bytes]:
-    """Return a model with scaled weights and `merged` in its tokenizer."""
+def version_files(scale: float, **tokenizer_entries: str) -> dict[str, bytes]:
+    """Return the files of a model with scaled weights and these entries in tokenizer.json."""
     files = model_files()
     state = {name: tensor * scale for name, tensor in load(files["model.safetensors"]).items()}
     files["model.safetensors"] = save(state, {"format": "pt"})
     tokenizer = json.loads(files["tokenizer.json"])
-    files["tokenizer.json"] = json.dumps(tokenizer | merged).encode()
+    files["tokenizer.json"] = json.dumps(tokenizer | tokenizer_entries).encode()
     return files
 
 
@@ -34,8 +34,8 @@ def hub(hub_address):
     """Start a hub with two versions of a model: the branch main, and the tag v1 with other weights and tokenizer."""
     with Hub(hub_address) as hub:
         repository = hub.repository("models", PYTHIA)
-        repository.commit(version(1.1, normalizer={"type": "Lowercase"}), "v1")
-        repository.commit(version(1.0))
+        repository.commit(version_files(1.1, normalizer={"type": "Lowercase"}), "v1")
+        repository.commit(version_files(1.0))
         yield hub
 
 
@@ -95,24 +95,24 @@ def test_run_of_a_tag_resumes_after_main_has_moved_but_not_after_the_tag_has(run
     run_ok("whole", "model.revision=v1", "n_examples=8")
     run_ok("run", "model.revision=v1")
     repository = hub.repository("models", PYTHIA)
-    repository.commit(version(0.5))
+    repository.commit(version_files(0.5))
     run_ok("run", "model.revision=v1", "n_examples=8", "resume=auto")
     assert steps(tmp_path / "run") == steps(tmp_path / "whole")
     ours, expected = weights(tmp_path / "run"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
-    repository.commit(version(0.5), "v1")
+    repository.commit(version_files(0.5), "v1")
     result = run("run", "model.revision=v1", "n_examples=12", "resume=auto")
     assert result.returncode == 1
     assert f"inputs have changed since the run began:\n  model.name_or_path={PYTHIA}\n" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_run_of_a_moved_main_resumes_with_the_named_commit(run, run_ok, hub, tmp_path):
+def test_after_main_has_moved_a_run_resumes_with_the_commit_that_the_error_names(run, run_ok, hub, tmp_path):
     run_ok("whole", "n_examples=8")
     run_ok("run")
     first_commit = hub.repository("models", PYTHIA).refs["main"]
-    hub.repository("models", PYTHIA).commit(version(0.5))
+    hub.repository("models", PYTHIA).commit(version_files(0.5))
     result = run("run", "n_examples=8", "resume=auto")
     assert result.returncode == 1
     remedy = re.search(

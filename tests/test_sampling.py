@@ -8,7 +8,7 @@ from conftest import ORACLE, exhaustive_except
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
-from evaluation.sampling import generate_scorable
+from evaluation.sampling import generate_as_targets
 
 N_SAMPLES, N_TOKENS = 4096, 8
 
@@ -62,7 +62,7 @@ class Ids:
 
 
 def generate(model, tokenizer, batch: dict, max_length: int) -> list[str]:
-    return generate_scorable(model, tokenizer, batch, max_length, stops=lambda: False, synced=False)[0]
+    return generate_as_targets(model, tokenizer, batch, max_length, stops=lambda: False, synced=False)[0]
 
 
 def generate_ids(model, batch: dict, max_length: int) -> list[list[int]]:

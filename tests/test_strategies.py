@@ -104,7 +104,7 @@ def test_model_without_known_blocks_is_refused(in_workers):
 
 
 def check_clipping(max_norm: float):
-    """Clip gradients that are sharded on two meshes or whole; compare with clipping all of them whole."""
+    """Clip gradients, some sharded on two meshes and some whole; compare with clipping whole copies of all."""
     torch.manual_seed(0)
     mesh, other_mesh = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     dense = [nn.Parameter(torch.randn(5, 6, dtype=torch.float64)) for _ in range(4)]
@@ -131,7 +131,8 @@ def test_clipping_uses_the_norm_of_the_whole_gradient(max_norm, in_workers):
 def optimizers() -> dict[str, type]:
     base = torch.optim.Optimizer
     found = {k: v for k, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, base)}
-    return {k: v for k, v in found.items() if k not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")}  # 2-D tensors only
+    # the base class; two that need another call or other gradients; one that takes 2-D tensors only
+    return {k: v for k, v in found.items() if k not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")}
 
 
 def failing_optimizers() -> list[str]:

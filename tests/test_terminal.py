@@ -186,7 +186,7 @@ def test_samples_of_a_single_model_show_prompts_without_the_lines_they_share(mon
 
 
 @pytest.mark.slow
-def test_log_file_shows_samples_and_their_kl_once(launcher, tmp_path):
+def test_log_file_shows_samples_and_their_kl_once_per_evaluation(launcher, tmp_path):
     assert launcher.run(*RUN, "n_examples=4", "eval_every=4", f"local_run_dir={tmp_path}/run") == 0, launcher.output
     output = launcher.output
     assert output.count("Samples: 2 of 2, drawn separately from each model") == 2
@@ -234,7 +234,7 @@ acceleration.model_check._SLOW_PARAMETERS = 0
 
 
 def test_run_into_a_pipe_prints_lines_within_every_long_stretch(train_ok, tmp_path):
-    """Each stretch is a single batch or a single call, so that its lines can only come from the clock."""
+    """Each stretch is a single batch or a single call, so only the timer's thread can have printed its lines."""
     output = train_ok(
         *TOY, "n_examples=8", "batch_size=8", "eval_every=16", "loss=dpo", "lora.r=2", "lr=1e-3",
         "precompute_ref_log_probs=true", "n_eval_examples=16", "eval_batch_size=16", "sample_during_eval=true",
