@@ -81,7 +81,7 @@ def rate_warning(config: DictConfig, n_steps: int) -> str | None:
             parts.append(f"{rate} hardly moves an adapter: 1e-5 to 1e-4 is usual")
     elif dtype in ("bfloat16", "float16") and largest < _SMALL_IN_16_BITS:
         parts.append(
-            f"model.policy_dtype={dtype} rounds most updates away at {rate} (at 5e-7, only 0.1 % of the weights change): "
+            f"model.policy_dtype={dtype} rounds most updates away at {rate} (at 5e-7, only 0.1 % of weights change): "
             "keep float32 weights and compute in 16 bits, model.policy_dtype=float32 model.policy_mp=bfloat16"
         )
     return f"WARNING: {'; '.join(parts)}" if parts else None

@@ -270,9 +270,8 @@ class BasicTrainer:
         FSDP also casts weights when it gathers them (`distributed.fsdp`); other trainers cast them once per step
         (`acceleration.shadow_weights`).
         """
-        if self.policy_mp is None or not (
-            model is self.policy or references.reference_has_policy_precision(self.config)
-        ):
+        has_own_dtype = model is not self.policy and not references.reference_has_policy_precision(self.config)
+        if self.policy_mp is None or has_own_dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.policy_mp)
 

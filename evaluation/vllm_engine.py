@@ -73,7 +73,7 @@ def folder(config: DictConfig, checkpoint: str | None, temporary_in: str) -> Ite
     if is_plain and (checkpoint is None or not is_sharded(checkpoint) or holds_model(checkpoint)):
         yield config.model.name_or_path if checkpoint is None else os.path.realpath(checkpoint)
         return
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".merged-") as directory:
+    with tempfile.TemporaryDirectory(dir=temporary_in, prefix=".merged-") as directory:
         merged = os.path.join(directory, "model")
         # in a separate process, which frees its GPU memory when it ends
         run_dir, name = os.path.split(os.path.abspath(checkpoint))

@@ -88,8 +88,8 @@ def _read(path: str) -> Summary:
         raise BadSummary(f"{path}: no summary of judge.py; give files that it wrote, *_summary.json")
     if "drawn" not in found:
         raise BadSummary(
-            f"{path}: an earlier version wrote it, without saying how the responses in a were drawn; run the same judge.py "
-            "command again, its verdicts are kept"
+            f"{path}: an earlier version wrote it, without saying how the responses in a were drawn; run the same "
+            "judge.py command again, its verdicts are kept"
         )
     try:
         return _parse(path, found)
@@ -164,7 +164,8 @@ def what_is_measured(summaries: list[Summary]) -> str:
 def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[str, str], path: str, shares: bool):
     """Draw a line with error bars for each group.
 
-    If no x has an interval, groups are shifted sideways by a few points (72nds of an inch), so that bars at the same x don't cover each other.
+    If no x has an interval, groups are shifted sideways by a few points (72nds of an inch), so that bars at the same x
+    don't cover each other.
 
     Args:
         groups: points (x, y), by label.

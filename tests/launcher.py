@@ -155,9 +155,9 @@ class Launcher:
         """Start a run, by default without wandb and curves; `n_workers`: start that many workers, as torchrun would.
 
         `in_order`: write stdout and stderr to one file. `of_training`: the script reads training's keys. `as_typed`:
-        add nothing to `overrides`. `terminal`: the device for all three streams. `printed_to`: a file for stdout and stderr
-        instead of the usual two. `forks_workers`: fork the workers that the script itself starts (world_size=N), which
-        saves them the imports.
+        add nothing to `overrides`. `terminal`: the device for all three streams. `printed_to`: a file for stdout and
+        stderr instead of the usual two. `forks_workers`: fork the workers that the script itself starts (world_size=N),
+        which saves them the imports.
         """
         directory = directory or self.directory
         words = [str(override) for override in overrides]
