@@ -257,13 +257,13 @@ def trainers_in(directory: Path) -> "Callable[..., BasicTrainer]":
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    import trainers
     from commands.command_line import for_hydra
     from config_checks.checks import check_config
     from config_checks.schema import CONFIG_DIR
     from models import load_policy, load_reference
-    from trainers import BasicTrainer
 
-    def make(*overrides: str, purpose: str = "train") -> BasicTrainer:
+    def make(*overrides: str, purpose: str = "train") -> "BasicTrainer":
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             names = [
                 f"exp_name={next(counter)}",
@@ -276,7 +276,7 @@ def trainers_in(directory: Path) -> "Callable[..., BasicTrainer]":
         check_config(config)
         policy = load_policy(config)
         load = functools.partial(load_reference, config, policy)
-        trainer = BasicTrainer(policy, config, config.seed, config.local_run_dir, load, purpose=purpose)
+        trainer = trainers.BasicTrainer(policy, config, config.seed, config.local_run_dir, load, purpose=purpose)
         trainer.precompute_reference()
         return trainer
 

@@ -128,7 +128,7 @@ def test_added_simpo_equals_the_papers_formula():
         "chosen_lengths": torch.tensor([3]),
         "rejected_lengths": torch.tensor([2]),
     }
-    values, chosen_rewards, rejected_rewards = loss(inputs, {"beta": 2.0, "gamma": 1.0})
+    values, (chosen_rewards, rejected_rewards), _ = loss.compute(inputs, {"beta": 2.0, "gamma": 1.0})
     # rewards 2 · -6/3 = -4 and 2 · -8/2 = -8; -log σ(-4 + 8 - 1) = log(1 + e⁻³)
     assert (chosen_rewards.item(), rejected_rewards.item()) == (-4, -8)
     assert values.item() == pytest.approx(math.log(1 + math.exp(-3)), rel=1e-6)

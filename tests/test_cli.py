@@ -73,7 +73,7 @@ CONFIG_ERRORS = {
     "evaluation within a batch": (["model=tiny", "eval_every=3"], ["eval_every=3", "below batch_size=4"]),
     "checkpoint within a batch": (["model=tiny", "save_every=3"], ["save_every=3", "below batch_size=4"]),
     "keep no checkpoint": (["model=tiny", "keep_checkpoints=0"], ["keep_checkpoints=0: must be a number above 0"]),
-    "resume without a directory": (["model=tiny", "resume=auto"], ["resume=auto", "give local_run_dir, too"]),
+    "resume without a directory": (["model=tiny", "resume=auto"], ["resume=auto", "also give local_run_dir"]),
     "resume from nowhere": (["model=tiny", "resume=nowhere"], ["resume=nowhere: no such directory"]),
     "no end of training": (["model=tiny", "n_epochs=null"], ["n_epochs and n_examples are both null"]),
     "string for a number": (["model=tiny", "lr=fast"], ["lr=fast: expected a number"]),

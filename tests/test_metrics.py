@@ -67,7 +67,7 @@ def test_standard_errors_are_those_of_the_mean(trainer):
 
 
 def test_small_split_is_evaluated_whole_and_once_whatever_the_batch_size(make_trainer):
-    data = ["test_fraction=0.5", f"datasets=[{ORACLE}/hh/test.jsonl]"]
+    data = ["test_fraction=0.5", f"datasets=[{ORACLE}/hh/test.jsonl]", "max_length=128", "max_prompt_length=64"]
     means = []
     for sizes in (["n_eval_examples=null", "eval_batch_size=64"], ["n_eval_examples=1000", "eval_batch_size=7"]):
         trainer = make_trainer(*DPO, *data, *sizes)

@@ -327,7 +327,7 @@ def test_subclass_that_edits_concatenated_forward_changes_what_is_trained(make_t
             return tuple(logps / 2 for logps in super().concatenated_forward(model, batch))
 
     expected = first_step(make_trainer(*EDITED, "loss=dpo"))
-    monkeypatch.setattr("conftest.BasicTrainer", Edited)
+    monkeypatch.setattr(trainers, "BasicTrainer", Edited)
     step = first_step(make_trainer(*EDITED, "loss=dpo"))
     assert "concatenated_forward is used instead" in capsys.readouterr().out
     assert step["logps_train/rejected"] == pytest.approx(expected["logps_train/rejected"] / 2, rel=1e-5)
