@@ -52,7 +52,7 @@ def quick_process():
     gc.freeze()
 
 
-def exhaustive_except(values: Iterable, *kept: object) -> list:
+def mark_exhaustive_except(values: Iterable, *kept: object) -> list:
     """Return `values` as parameters, all but the `kept` ones marked as exhaustive.
 
     `kept`: values, or functions that are true for the values to keep.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except, read_jsonl
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl
 from test_cli import SHORT, assert_refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +117,7 @@ def test_tokenizer_without_bos_is_refused(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", exhaustive_except(["sft", "dpo"], "sft"))
+@pytest.mark.parametrize("loss", mark_exhaustive_except(["sft", "dpo"], "sft"))
 def test_empty_prompts_without_bos_are_warned_about(loss, make_trainer, monkeypatch, capsys):
     entries = [(prompt, {"responses": [" a b", " c"], "pairs": [(0, 1)], "sft_target": " a"}) for prompt in ("", "Q")]
     monkeypatch.setitem(DATASETS, "own", Dataset(lambda split, silent=False, cache_dir=None: entries * 4))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import exhaustive_except
+from conftest import mark_exhaustive_except
 
 from acceleration.layout import Layout
 from benchmarks.architectures import batch_of, check_model, compare, tiny_model
@@ -50,8 +50,8 @@ BY_DEFAULT = [  # each decision, for one or two reasons
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exact", exhaustive_except([True, False], True), ids=["exact", "bfloat16"])
-@pytest.mark.parametrize("name", exhaustive_except(DECISIONS, *BY_DEFAULT))
+@pytest.mark.parametrize("exact", mark_exhaustive_except([True, False], True), ids=["exact", "bfloat16"])
+@pytest.mark.parametrize("name", mark_exhaustive_except(DECISIONS, *BY_DEFAULT))
 def test_each_architecture_gets_its_fastest_correct_layout(name, exact):
     model_type, overrides, decision = DECISIONS[name]
     model = tiny_model(model_type, **overrides)

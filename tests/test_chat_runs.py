@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from chat_templates import CHATML
-from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from conftest import REPOSITORY, mark_exhaustive_except, read_jsonl
 from test_trained_turns import IM, make_tokenizer, message
 
 
@@ -34,7 +34,7 @@ def chat_model(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", exhaustive_except([False, True], True), ids=["all weights", "lora"])
+@pytest.mark.parametrize("lora", mark_exhaustive_except([False, True], True), ids=["all weights", "lora"])
 def test_chat_run_saves_template_and_end_tokens_and_shows_responses(lora, chat_model, launcher, tmp_path):
     overrides = [
         "model=blank_model", f"model.name_or_path={chat_model}/model", f"chat_template={chat_model}/chatml.jinja",

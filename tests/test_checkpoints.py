@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except, trainers_in
+from conftest import ORACLE, mark_exhaustive_except, trainers_in
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing.archives import load_archive
@@ -94,7 +94,7 @@ def test_tied_weights_are_written_once_and_the_config_keeps_dropout_and_dtype(ma
     assert (run_dir / "LATEST/model.safetensors").stat().st_size == pytest.approx(n_bytes, rel=0.1)
 
 
-@pytest.mark.parametrize("model", exhaustive_except(["tiny", "gpt2"], "gpt2"))
+@pytest.mark.parametrize("model", mark_exhaustive_except(["tiny", "gpt2"], "gpt2"))
 def test_archive_loads_from_a_checkpoint_a_file_or_a_sharded_folder(model, make_trainer, gpt2_dir, tmp_path):
     overrides = [] if model == "tiny" else [f"model.name_or_path={gpt2_dir}"]
     trainer = make_trainer(*TOY, *overrides)
@@ -263,7 +263,7 @@ def mounted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "megabytes", exhaustive_except([16, 20, 26], 20), ids=["policy.pt", "optimizer.pt", "model.safetensors"]
+    "megabytes", mark_exhaustive_except([16, 20, 26], 20), ids=["policy.pt", "optimizer.pt", "model.safetensors"]
 )
 def test_full_disk_leaves_the_previous_checkpoint_intact(megabytes, launcher, mounted):
     disk = mounted(megabytes * 1_000_000)  # one checkpoint has 13.6 MB

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
+from conftest import ORACLE, REPOSITORY, mark_exhaustive_except, read_jsonl
 from launcher import train_after
 from safetensors.torch import load_file
 
@@ -228,7 +228,7 @@ def test_directory_of_another_run_is_refused(train, tmp_path):
     assert (tmp_path / "run" / "config.yaml").read_text() == config
 
 
-@pytest.mark.parametrize("loss", exhaustive_except(["sft", "dpo"], "dpo"))
+@pytest.mark.parametrize("loss", mark_exhaustive_except(["sft", "dpo"], "dpo"))
 def test_run_writes_its_files_and_nothing_else(loss, train_ok, tmp_path):
     output = train_ok(*SHORT, f"loss={loss}", "eval_every=5", "warmup_steps=1")
     assert "Setting eval_every to 4" in output
@@ -359,7 +359,7 @@ def test_model_that_cannot_share_prompts_trains_without_sharing_or_is_refused(tr
 
 @pytest.mark.parametrize(
     "word",
-    exhaustive_except(
+    mark_exhaustive_except(
         ["local_run_dir=~/run", "'local_run_dir=\"~/run\"'", "local_dirs=[~/cache]", "resume=~/missing",
          "model.archive=~/p.pt", "chat_template=~/t.jinja", "datasets=[hh] dataset_paths.hh=~/hh",
          "-m loss.beta=0.1 hydra.sweep.dir=~/sweep"],

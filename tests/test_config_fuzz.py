@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import exhaustive_except, read_jsonl
+from conftest import mark_exhaustive_except, read_jsonl
 from fuzzing import fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -135,7 +135,7 @@ def refusal(words: list[str], directory: Path) -> str | None:
     raise AssertionError(f"{words}: neither accepted nor refused")
 
 
-@pytest.mark.parametrize("n_examples", exhaustive_except([5, 100], 5))
+@pytest.mark.parametrize("n_examples", mark_exhaustive_except([5, 100], 5))
 def test_random_command_line_is_accepted_or_refused_before_anything_is_loaded(n_examples, tmp_path_factory):
     @fuzz(n_examples)
     @given(words=command_lines(nasty, removals, plausible))

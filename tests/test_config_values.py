@@ -4,7 +4,7 @@ import copy
 import math
 
 import pytest
-from conftest import REPOSITORY, exhaustive_except
+from conftest import REPOSITORY, mark_exhaustive_except
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -99,7 +99,7 @@ def same(value: object, other: object) -> bool:
     return type(value) is type(other) and repr(value) == repr(other)
 
 
-@pytest.mark.parametrize("values", exhaustive_except([SOME_VALUES, VALUES], SOME_VALUES), ids=["some", "all"])
+@pytest.mark.parametrize("values", mark_exhaustive_except([SOME_VALUES, VALUES], SOME_VALUES), ids=["some", "all"])
 @pytest.mark.parametrize("key", default_config())
 def test_every_value_of_every_key_is_accepted_or_refused_by_name(key, values, composed):
     default = default_config()[key]

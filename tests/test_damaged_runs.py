@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import exhaustive_except
+from conftest import mark_exhaustive_except
 
 from basics.locks import locked_directory
 from checkpointing.resume import find_checkpoints
@@ -76,7 +76,7 @@ STATES = {
 
 @pytest.mark.parametrize(
     "kind",
-    exhaustive_except(STATES, "truncated", "a list", "a string for a number", "other keys"),
+    mark_exhaustive_except(STATES, "truncated", "a list", "a string for a number", "other keys"),
 )
 def test_malformed_state_json_is_named(kind, assert_told, run_dir):
     path = run_dir / "LATEST/state.json"
@@ -101,7 +101,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(
-    "kind", exhaustive_except(CONFIGS, "truncated", "a list", "no model", "the first line, with fingerprints, cut")
+    "kind", mark_exhaustive_except(CONFIGS, "truncated", "a list", "no model", "the first line, with fingerprints, cut")
 )
 def test_malformed_config_yaml_is_named(kind, assert_told, run_dir):
     path = run_dir / "config.yaml"
@@ -145,7 +145,7 @@ CONTENTS = {
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    exhaustive_except(
+    mark_exhaustive_except(
         itertools.product(["rng.pt", "scheduler.pt", "optimizer.pt", "policy.pt"], CONTENTS),
         lambda case: (
             case in (("rng.pt", "other keys"), ("policy.pt", "other keys"), ("optimizer.pt", "strings for numbers"))

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import REPOSITORY, exhaustive_except
+from conftest import REPOSITORY, mark_exhaustive_except
 from test_formats import jsonl, parquet
 from test_own_data import RUN, numbered, pairs, write
 from transformers import AutoTokenizer
@@ -77,7 +77,7 @@ def test_pairs_that_are_identical_once_cut_are_refused_or_dropped(batches, capsy
         batches(long_pairs(3), max_length=24, max_prompt_length=8, settings={"skips_bad": True})
 
 
-@pytest.mark.parametrize("max_length", exhaustive_except(range(20, 60, 7), 27, 48))
+@pytest.mark.parametrize("max_length", mark_exhaustive_except(range(20, 60, 7), 27, 48))
 def test_exactly_the_pairs_with_equal_tokens_after_truncation_are_dropped(max_length, batches):
     rows = [
         {"prompt": "Say" * n, "chosen": " same" * m + " good", "rejected": " same" * m}

@@ -5,7 +5,7 @@ import math
 import os
 
 import pytest
-from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from conftest import REPOSITORY, mark_exhaustive_except, read_jsonl
 from omegaconf import OmegaConf
 from test_resume import SMALL
 
@@ -60,7 +60,7 @@ def figures(line: dict) -> dict:
     return {key: value for key, value in line.items() if "eval" in key and not key.endswith("_ci95")}
 
 
-@pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo", "a moving reference"))
+@pytest.mark.parametrize("kind", mark_exhaustive_except(KINDS, "dpo", "a moving reference"))
 def test_evaluating_the_last_checkpoint_repeats_trainings_last_evaluation(kind, launcher, trained):
     run_dir = trained(kind)
     output = evaluate(launcher, f"run={run_dir}", n_workers=workers_of(kind))

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
+from conftest import ORACLE, REPOSITORY, mark_exhaustive_except, read_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -69,7 +69,7 @@ def overrides_and_path(launcher, tmp_path, inputs, name):
 
 @pytest.mark.parametrize(
     ("name", "named"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [
             ("archive", "model.archive={}/policy.pt"),
             ("adapter", "model.adapter={}/adapter"),
@@ -177,7 +177,7 @@ def archive_fingerprint(path) -> str:
     return file_fingerprints(OmegaConf.create(config))["model.archive"]
 
 
-@pytest.mark.parametrize("megabytes", exhaustive_except([0.5, 63.5, 64, 100], 0.5, 100))
+@pytest.mark.parametrize("megabytes", mark_exhaustive_except([0.5, 63.5, 64, 100], 0.5, 100))
 def test_fingerprint_changes_with_a_files_ends_middle_and_size(megabytes, tmp_path):
     size, path = int(megabytes * 2**20), tmp_path / "weights.pt"
     block = os.urandom(2**20)
@@ -287,7 +287,7 @@ def test_run_that_replaced_another_of_the_same_name_is_not_mistaken_for_it(launc
 
 @pytest.mark.parametrize(
     "key",
-    exhaustive_except(
+    mark_exhaustive_except(
         ["model.adapter", "reference_model.adapter", "model.name_or_path", "model.archive"],
         "model.adapter",
         "model.name_or_path",

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except, read_jsonl, trainers_in
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl, trainers_in
 
 RUN = [
     "model=tiny", "datasets=[hh]", f"dataset_paths.hh={ORACLE}/hh", "loss=dpo", "n_examples=8", "n_eval_examples=8",
@@ -74,7 +74,7 @@ def saved(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("precision", "reference", "layout"),
-    exhaustive_except(dict.fromkeys([*BY_DEFAULT, *OTHERS]), *BY_DEFAULT),
+    mark_exhaustive_except(dict.fromkeys([*BY_DEFAULT, *OTHERS]), *BY_DEFAULT),
 )
 def test_first_loss_is_ln_2_and_every_pair_a_tie(precision, reference, layout, make_trainer, saved):
     trainer = make_trainer(

@@ -9,7 +9,7 @@ import zipfile
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from conftest import REPOSITORY, mark_exhaustive_except, read_jsonl
 from transformers import AutoTokenizer
 
 from data.choice import Choice, Settings
@@ -257,7 +257,7 @@ def test_every_kind_of_file_gives_the_same_examples(name, examples, tokenizer, t
     assert examples(f"{tmp_path}/{name}") == expected_ids(tokenizer, PAIRS)
 
 
-@pytest.mark.parametrize("loss", exhaustive_except(["dpo", "sft"], "dpo"))
+@pytest.mark.parametrize("loss", mark_exhaustive_except(["dpo", "sft"], "dpo"))
 def test_all_formats_at_once_train_from_the_command_line(loss, train_ok, tmp_path):
     descriptions, n_examples = {}, 0
     for number, (of_loss, rows, description, expected) in enumerate(FORMATS.values()):

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except, save_models
+from conftest import ORACLE, mark_exhaustive_except, save_models
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
@@ -99,7 +99,7 @@ def states(directory) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("case", "n_workers", "n_replicas"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [
             ("fused gpt2, divergence of a whole batch", 4, 1),
             ("qwen3's q and k norms, gradient of a whole batch", 4, 1),
@@ -150,7 +150,7 @@ FEW_IN_TURN = [*TRAINERS_IN_TURN[:2], TRAINERS_IN_TURN[-1]]
 
 @pytest.mark.parametrize(
     ("case", "in_turn"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [("adapter of the fused gpt2", FEW_IN_TURN), *((case, TRAINERS_IN_TURN) for case in list(CASES)[1:])],
         lambda case: case[1] is FEW_IN_TURN,
     ),

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except
+from conftest import ORACLE, mark_exhaustive_except
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,7 +78,7 @@ def expected(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("n_workers", "n_replicas", "n_microbatches", "n_all_reduces"),
-    exhaustive_except(
+    mark_exhaustive_except(
         # the gradients of each of the model's 3 blocks, and of the rest, are summed by themselves
         [(2, 1, 4, 0), (4, 2, 1, 4), (4, 2, 2, 4)],
         (4, 2, 2, 4),

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except, read_jsonl
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl
 from hub_server import TOKEN, Hub
 from launcher import train_after
 from test_cli import assert_refused
@@ -237,7 +237,7 @@ def test_offline_mode_uses_the_cache_without_mentioning_the_hub(online_ok, hub):
     assert "can't be reached" not in offline
 
 
-@pytest.mark.parametrize("env", exhaustive_except([{}, {"HF_HUB_OFFLINE": "1"}], {}))
+@pytest.mark.parametrize("env", mark_exhaustive_except([{}, {"HF_HUB_OFFLINE": "1"}], {}))
 def test_unreachable_hub_without_cache_names_what_is_missing(env, online, hub, tmp_path):
     hub.stop()
     assert_refused(
@@ -274,7 +274,7 @@ REFUSALS = {  # overrides, the user's token, and the message
 
 @pytest.mark.parametrize(
     "case",
-    exhaustive_except(
+    mark_exhaustive_except(
         REFUSALS, "gated model, no token", "no such archive", "gated dataset, another's token",
         "no such dataset for this token",
     ),
@@ -296,7 +296,7 @@ def test_gated_model_trains_with_a_granted_token(online_ok, hub, repository_file
 
 @pytest.mark.parametrize(
     ("word", "part"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [
             ("model.safetensors", f"model.name_or_path={PYTHIA}: the hub is overloaded or down (500 for "),
             ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub is overloaded or down (500 for "),
@@ -325,7 +325,7 @@ def test_interrupted_download_resumes(online_ok, hub, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "part"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [
             ("model-00002-of-00003.safetensors", f"model.name_or_path={PYTHIA}: the hub ("),
             ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub ("),

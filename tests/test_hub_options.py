@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except
+from conftest import ORACLE, mark_exhaustive_except
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -41,7 +41,7 @@ def hub_model(tmp_path, monkeypatch) -> str:
     return "someone/small"
 
 
-@pytest.mark.parametrize("dtype", exhaustive_except(["float32", "bfloat16"], "bfloat16"))
+@pytest.mark.parametrize("dtype", mark_exhaustive_except(["float32", "bfloat16"], "bfloat16"))
 def test_revision_applies_to_policy_reference_and_tokenizer(dtype, make_trainer, hub_model):
     overrides = [*TOY, f"model.name_or_path={hub_model}", f"model.reference_dtype={dtype}"]
     newest, tagged = make_trainer(*overrides), make_trainer(*overrides, "model.revision=v1")
@@ -70,7 +70,7 @@ def test_revision_applies_to_no_other_model(make_trainer, hub_model):
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reference", exhaustive_except(["float32", "bfloat16"], "float32"))
+@pytest.mark.parametrize("reference", mark_exhaustive_except(["float32", "bfloat16"], "float32"))
 def test_attn_implementation_is_used_and_changes_no_numbers(reference, make_trainer):
     losses = {}
     for name in ("eager", "sdpa"):
@@ -136,7 +136,7 @@ def own_code(tmp_path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
+@pytest.mark.parametrize("trainer", mark_exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
 def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_from_hub, hub_address, tmp_path):
     overrides = [*TOY, f"model.name_or_path={own_code}", f"trainer={trainer}", f"local_run_dir={tmp_path}/run"]
     n_workers = 2 if trainer == "FSDPTrainer" else 1
@@ -170,7 +170,7 @@ def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_f
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "status", "code"),
-    exhaustive_except(
+    mark_exhaustive_except(
         (
             (key, *refusal)
             for key in ("model.name_or_path", "model.archive", "model.tokenizer_name_or_path")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, exhaustive_except
+from conftest import REPOSITORY, mark_exhaustive_except
 
 STARTED_BY_OTHERS = {"evaluation/vllm_engine.py"}
 COMMANDS = [
@@ -17,7 +17,7 @@ COMMANDS = [
 LIBRARIES = ("omegaconf", "hydra", "numpy", "torch")  # each command imports at least one of them
 
 
-@pytest.mark.parametrize("number", exhaustive_except([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
+@pytest.mark.parametrize("number", mark_exhaustive_except([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - STARTED_BY_OTHERS))
 def test_signal_during_imports_ends_a_command_silently(command, number, tmp_path):
     for library in LIBRARIES:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
+from conftest import ORACLE, REPOSITORY, mark_exhaustive_except, read_jsonl
 from launcher import wait_until
 from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -548,7 +548,7 @@ def test_answer_in_an_unknown_charset_is_read_as_utf_8(judge, endpoint):
     assert judge(*endpoint.options)["n_judged"] == 8
 
 
-@pytest.mark.parametrize("number", exhaustive_except([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
+@pytest.mark.parametrize("number", mark_exhaustive_except([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_signal_ends_the_judge_command_with_all_its_processes(number, launcher, files, tmp_path):
     (tmp_path / "c.sh").write_text("sleep 1000 & echo $! > child; echo A; wait")
     words = [*files, "judge=command", "judge_command='sh c.sh'"]

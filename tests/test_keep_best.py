@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import exhaustive_except, read_jsonl
+from conftest import mark_exhaustive_except, read_jsonl
 from test_cli import CHECKPOINT_FILES, TOY
 from test_resume import assert_same_run
 
@@ -29,7 +29,7 @@ def evaluations(run_dir) -> dict[int, dict[str, float]]:
 
 @pytest.mark.parametrize(
     ("metric", "pick"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [("loss/eval", min), ("rewards_eval/accuracies", max), ("logps_eval/rejected", min)],
         ("rewards_eval/accuracies", max),
     ),
@@ -129,7 +129,7 @@ def test_unknown_metric_for_keep_best_is_refused(overrides, parts, refusal):
 
 @pytest.mark.parametrize(
     "overrides",
-    exhaustive_except(
+    mark_exhaustive_except(
         [["loss=sft"], ["loss=dpo"], ["loss=simpo"], ["loss=dpo", "sample_during_eval=true"]],
         ["loss=sft"],
         ["loss=dpo", "sample_during_eval=true"],

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, REPOSITORY, exhaustive_except, trainers_in
+from conftest import ORACLE, REPOSITORY, mark_exhaustive_except, trainers_in
 from safetensors.torch import load_file, save_file
 from test_checkpoints import CONFIGS, LAYER_BUFFERS
 from transformers import AutoModelForCausalLM
@@ -295,7 +295,7 @@ BROKEN_ADAPTERS = {
 
 
 @pytest.mark.parametrize("name", BROKEN_ADAPTERS)
-@pytest.mark.parametrize("loss", exhaustive_except(["sft", "dpo"], "dpo"))
+@pytest.mark.parametrize("loss", mark_exhaustive_except(["sft", "dpo"], "dpo"))
 def test_malformed_adapter_is_named(name, loss, make_oracle, adapter):
     file, text = BROKEN_ADAPTERS[name]
     (adapter / file).write_text(text)

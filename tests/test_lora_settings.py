@@ -1,7 +1,7 @@
 """Every kind of PEFT adapter trains, and its checkpoint restores what was trained."""
 
 import pytest
-from conftest import ORACLE, exhaustive_except
+from conftest import ORACLE, mark_exhaustive_except
 
 from checkpointing.checkpoints import load_policy_state
 
@@ -22,7 +22,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(
     "settings",
-    exhaustive_except(SETTINGS, "modules_to_save:[embed_in]"),
+    mark_exhaustive_except(SETTINGS, "modules_to_save:[embed_in]"),
 )
 def test_adapter_checkpoint_restores_everything_trained(settings, make_trainer, tmp_path):
     trainer = make_trainer(*MODEL, "loss=dpo", f"lora={{{settings}}}")

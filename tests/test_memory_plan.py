@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import exhaustive_except
+from conftest import mark_exhaustive_except
 from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
 
@@ -106,7 +106,7 @@ def test_weights_that_fsdp_gathers_do_not_count_as_activations(in_workers):
 
 @pytest.mark.parametrize(
     ("overrides", "n_tokens"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [
             (["loss=dpo"], 16 + 48 + 48),  # a prompt and two responses in one row
             (["loss=dpo", "shared_prompt=false", "padding_free=false"], 2 * 64),

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl
+from conftest import ORACLE, REPOSITORY, mark_exhaustive_except, read_jsonl
 from launcher import train_after
 from test_shared_prompt import BATCHES, CONFIGS, LLAMA_LIKE, SMALL, make_model
 
@@ -50,7 +50,7 @@ CAPPED_OR_SCALED = {
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    exhaustive_except(
+    mark_exhaustive_except(
         itertools.product(CAPPED_OR_SCALED, [torch.float32, torch.bfloat16, torch.float16]),
         lambda case: case[1] == torch.bfloat16,
     ),
@@ -92,7 +92,7 @@ def test_synthetic_examples_have_the_requested_lengths_and_tokens_of_the_data():
 
 
 @pytest.mark.parametrize(
-    "dtype", exhaustive_except([torch.float64, torch.float32, torch.bfloat16], torch.bfloat16), ids=str
+    "dtype", mark_exhaustive_except([torch.float64, torch.float32, torch.bfloat16], torch.bfloat16), ids=str
 )
 def test_attention_window_by_row_position_is_noticed(dtype):
     model = tiny_model("gpt_neo", window_size=32, max_position_embeddings=1024).to(dtype)
@@ -109,7 +109,7 @@ def test_attention_window_by_row_position_is_noticed(dtype):
 # For the last three, the difference is within rounding in bfloat16.
 @pytest.mark.parametrize(
     ("model_type", "why"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [
             ("mistral", "the model attends to a window of 128 tokens, max_length is 192"),
             ("deepseek_v4", "the model has recurrent layers"),
@@ -183,7 +183,7 @@ PLAIN_SETTINGS = {"shared_prompt": False, "padding_free": False}
 
 @pytest.mark.parametrize(
     ("model_type", "settings", "dtype"),
-    exhaustive_except(
+    mark_exhaustive_except(
         itertools.product(
             ["bert", "cpmant", "prophetnet"], [{}, {"shared_prompt": True}, PLAIN_SETTINGS],
             [torch.float32, torch.bfloat16],

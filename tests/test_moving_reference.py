@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from conftest import REPOSITORY, mark_exhaustive_except, read_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from checkpointing.restoring import resume_training
@@ -63,7 +63,7 @@ def test_reference_moves_every_n_steps_to_the_mixture(make_trainer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"], "BasicTrainer")
+    "trainer", mark_exhaustive_except(["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"], "BasicTrainer")
 )
 def test_resumed_run_restores_the_moved_reference(trainer, make_trainer, launcher, tmp_path):
     overrides = ["reference_update_every=2", "reference_update_alpha=0.5", "eval_every=16", "save_every=16"]

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except, read_jsonl, trainers_in
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl, trainers_in
 from omegaconf import OmegaConf
 from torch.nn.functional import logsigmoid
 
@@ -212,7 +212,7 @@ def test_every_loss_has_a_formula():
 
 @pytest.mark.parametrize(
     "words",
-    exhaustive_except(
+    mark_exhaustive_except(
         ALL,
         "aot",
         "sft_tokens",
@@ -248,7 +248,7 @@ SETUPS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", exhaustive_except(SETUPS, "FSDP"))
+@pytest.mark.parametrize("setup", mark_exhaustive_except(SETUPS, "FSDP"))
 def test_losses_of_whole_batches_depend_on_neither_microbatches_nor_workers(setup, launcher, tmp_path):
     lines = []
     for name, overrides in (("one", ["gradient_accumulation_steps=1"]), (setup, SETUPS[setup])):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except, figures, hydra_list, read_jsonl
+from conftest import ORACLE, figures, hydra_list, mark_exhaustive_except, read_jsonl
 
 from preference_datasets import get_hh
 
@@ -80,7 +80,7 @@ BY_DEFAULT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "n_workers", "variant"), exhaustive_except([*ALONE, *TOGETHER], *BY_DEFAULT))
+@pytest.mark.parametrize(("name", "n_workers", "variant"), mark_exhaustive_except([*ALONE, *TOGETHER], *BY_DEFAULT))
 def test_run_gives_the_numbers_of_the_original(name, n_workers, variant, launcher, oracle_model, sft_archive, tmp_path):
     run = figures(f"run_{name}")
     start = [] if name == "sft" else [f"model.archive={sft_archive}"]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TIMEOUT, exhaustive_except, read_jsonl
+from conftest import REPOSITORY, TIMEOUT, mark_exhaustive_except, read_jsonl
 from launcher import Run, train_after, wait_until
 from test_checkpoints import mounted  # noqa: F401 (a fixture)
 from test_cli import CHECKPOINT_FILES, SHORT, TOY
@@ -43,7 +43,7 @@ def words(*overrides: str) -> str:
 ASCII = "import sys\nfor stream in (sys.stdout, sys.stderr):\n    stream.reconfigure(encoding='ascii', errors='strict')"
 
 
-@pytest.fixture(params=exhaustive_except(["streams", "locale"], "streams"))
+@pytest.fixture(params=mark_exhaustive_except(["streams", "locale"], "streams"))
 def ascii_only(request) -> str:
     """Return what is limited to ASCII: the streams, as by PYTHONIOENCODING, or the locale, and so the whole process."""
     return request.param

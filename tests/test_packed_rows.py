@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except, read_jsonl
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl
 from launcher import train_after
 from test_shared_prompt import (
     BATCHES,
@@ -301,7 +301,7 @@ SHORT_SFT = ["loss=sft", "n_examples=8", "n_eval_examples=4", "do_first_eval=fal
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "more"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [
             ("eager", SHORT_SFT),
             ("aot_eager", SHORT_SFT),

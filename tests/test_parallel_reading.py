@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except, save_models
+from conftest import ORACLE, mark_exhaustive_except, save_models
 from safetensors.torch import load_file, save_file
 
 import checkpointing.unread  # noqa: F401 (in the process that workers are forked from)
@@ -106,7 +106,7 @@ def whole(path: str, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, dict(model.named_buffers())
 
 
-@pytest.mark.parametrize("name", exhaustive_except(CONFIGS, *DEFAULT))
+@pytest.mark.parametrize("name", mark_exhaustive_except(CONFIGS, *DEFAULT))
 def test_weights_read_in_parts_are_those_of_from_pretrained(name, models, in_workers):
     state, buffers = whole(models[name])
     n_in_files = sum(tensor.nbytes for tensor in state.values()) / (2 if name == "gpt_neox as on the hub" else 1)
@@ -119,7 +119,7 @@ def test_weights_read_in_parts_are_those_of_from_pretrained(name, models, in_wor
             assert low * n_in_files <= n_bytes <= high * n_in_files, words
 
 
-@pytest.mark.parametrize("name", exhaustive_except(["llama", "gpt2"], "gpt2"))
+@pytest.mark.parametrize("name", mark_exhaustive_except(["llama", "gpt2"], "gpt2"))
 def test_workers_of_a_mesh_read_their_parts(name, models, in_workers):
     state, buffers = whole(models[name])
     for words in ([FSDP, "tensor_parallel=2"], [FSDP, "fsdp_replicate=2"]):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except, read_jsonl, save_models
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl, save_models
 from safetensors.torch import load_file
 
 SIZES = {
@@ -93,7 +93,7 @@ ALL_TRAINERS = [*FEW_TRAINERS[:2], ("FSDPTrainer", 4), ("FSDPTrainer tensor_para
 
 @pytest.mark.parametrize(
     ("overrides", "trainers"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [
             (["loss=dpo", "optimizer=AdamW"], FEW_TRAINERS),
             (["loss=dpo", "lora.r=4", "model.name_or_path={qwen3}"], ALL_TRAINERS),
@@ -150,7 +150,7 @@ SAMPLING = [
 
 @pytest.mark.parametrize(
     ("trainer", "n_workers"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [("FSDPTrainer", 2), ("TensorParallelTrainer", 2), ("FSDPTrainer tensor_parallel=2", 4)], ("FSDPTrainer", 2)
     ),
 )
@@ -169,7 +169,7 @@ def test_several_workers_and_a_resumed_run_sample_the_same_prompts_as_one_worker
     assert read_jsonl(together / "samples.jsonl") == samples
 
 
-@pytest.mark.parametrize("trainer", exhaustive_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
+@pytest.mark.parametrize("trainer", mark_exhaustive_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
 def test_mixed_precision_leaves_the_reference_and_the_saved_weights_in_float32(trainer, run, models):
     overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=dpo", "n_examples=8", "eval_every=8"]
     overrides += ["model.policy_dtype=float32", "model.reference_dtype=float32"]

@@ -10,7 +10,7 @@ import pretend_gpu
 import pytest
 import torch
 import transformers
-from conftest import exhaustive_except
+from conftest import mark_exhaustive_except
 
 from acceleration import memory_plan
 from acceleration.capacity import measure_activations
@@ -221,7 +221,7 @@ def plan(family: str, n_gpus: int, free: int, weights: str = "mixed", lora: bool
 # ---- forward passes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", exhaustive_except(CONFIGS, "gpt2", "mixtral"))
+@pytest.mark.parametrize("family", mark_exhaustive_except(CONFIGS, "gpt2", "mixtral"))
 def test_plan_predicts_the_bytes_that_the_graph_saves(family, on_gpu):
     for name, layout in LAYOUTS.items():
         if family == "gptj" and layout.is_packed:  # GPT-J has its own attention

@@ -1,7 +1,7 @@
 """Training from Python on rows in memory, by the code in docs/data.md."""
 
 import pytest
-from conftest import exhaustive_except, read_jsonl
+from conftest import mark_exhaustive_except, read_jsonl
 
 import preference_datasets
 from data.row_sources import rows_of_list
@@ -22,7 +22,7 @@ print(metrics["rewards_eval/accuracies"], run_dir)
 """
 
 
-@pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
+@pytest.mark.parametrize("trainer", mark_exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
 def test_few_lines_train_on_rows_given_in_python(trainer, launcher, tmp_path):
     options = f'"wandb.enabled=false", "local_dirs=[{tmp_path}/cache]", "local_run_dir={tmp_path}/run", '
     options += f'"curves=false", "sample_during_eval=false", "trainer={trainer}", "world_size=2"'

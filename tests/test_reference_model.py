@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ORACLE, REPOSITORY, exhaustive_except, read_jsonl, trainers_in
+from conftest import ORACLE, REPOSITORY, mark_exhaustive_except, read_jsonl, trainers_in
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ def hand_losses(policy: str, reference: str, batch: dict, beta: float = 0.1) -> 
     return (-F.logsigmoid(beta * (ratios[0] - ratios[1]))).tolist()
 
 
-@pytest.mark.parametrize("precompute", exhaustive_except([False, True], False))
+@pytest.mark.parametrize("precompute", mark_exhaustive_except([False, True], False))
 def test_dpo_run_is_continued_against_its_sft_model(precompute, make_trainer, sft, dpo):
     overrides = [*TOY, f"model.archive={dpo}", f"precompute_ref_log_probs={precompute}"]
     trainer = make_trainer(*overrides, f"reference_model.archive={sft}")
@@ -165,7 +165,7 @@ def other(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("tokenizer", exhaustive_except([True, False], True))
+@pytest.mark.parametrize("tokenizer", mark_exhaustive_except([True, False], True))
 def test_reference_of_another_architecture_uses_its_own_layout(tokenizer, make_trainer, other):
     directory = other(tokenizer)
     trainer = make_trainer(*TOY, f"reference_model.name_or_path={directory}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except, read_jsonl, trainers_in
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl, trainers_in
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,7 +95,7 @@ PRECOMPUTABLE = {
 
 @pytest.mark.parametrize(
     ("reference", "loss"),
-    exhaustive_except(
+    mark_exhaustive_except(
         itertools.product(PRECOMPUTABLE, ("dpo", "ipo")),
         ("model, averages", "ipo"),
     ),
@@ -117,7 +117,7 @@ def test_precomputed_copied_adapter_equals_online(make_trainer, adapter, online_
     assert_same_training(train_lines(make_trainer(*overrides, "precompute_ref_log_probs=true")), expected)
 
 
-@pytest.mark.parametrize("kind", exhaustive_except(["adapter_off", "adapter_copy"], "adapter_copy"))
+@pytest.mark.parametrize("kind", mark_exhaustive_except(["adapter_off", "adapter_copy"], "adapter_copy"))
 def test_adapter_is_back_after_an_error_inside_the_reference(kind, make_trainer, adapter):
     trainer = make_trainer(*TOY, "loss=dpo", f"model.adapter={adapter}", f"reference={kind}")
     batch = trainer.eval_batches[0]
@@ -278,7 +278,7 @@ def cache_files(tmp_path):
     return list((tmp_path / "cache").glob("*/reference_logps/*/*"))
 
 
-@pytest.mark.parametrize("damage", exhaustive_except(["truncated", "bit flipped", "empty"], "bit flipped"))
+@pytest.mark.parametrize("damage", mark_exhaustive_except(["truncated", "bit flipped", "empty"], "bit flipped"))
 @pytest.mark.usefixtures("cached")
 def test_damaged_cache_file_is_recomputed(damage, make_trainer, capsys, tmp_path):
     (path, _) = sorted(cache_files(tmp_path), key=lambda path: -path.stat().st_size)  # of 24 and of 8 pairs

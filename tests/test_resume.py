@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except, read_jsonl
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl
 
 from checkpointing.stop_signal import EXIT_CODE
 from checkpointing.train_state import get_rng_state, set_rng_state
@@ -101,7 +101,7 @@ KINDS = {
 MOMENTS = {"dpo": ["saving", "training"]}
 
 
-@pytest.mark.parametrize("kind", exhaustive_except(KINDS, "dpo"))
+@pytest.mark.parametrize("kind", mark_exhaustive_except(KINDS, "dpo"))
 def test_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launcher, few_pairs, tmp_path, request):
     overrides = [*TOY, *KINDS[kind], few_pairs]
     if "model.adapter={adapter}" in overrides:
@@ -136,7 +136,7 @@ SIGNALLED = {  # time of the signal: overrides, the last line of the log before 
 
 @pytest.mark.parametrize(
     ("number", "where"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [(signal.SIGTERM, "evaluation"), (signal.SIGINT, "sampling"), (SIGUSR1, "training")],
         (signal.SIGTERM, "evaluation"),
     ),
@@ -284,7 +284,7 @@ def test_earlier_checkpoint_is_refused_while_later_ones_exist(launcher, run_dir,
 
 @pytest.mark.parametrize(
     ("name", "damaged"),
-    exhaustive_except(
+    mark_exhaustive_except(
         itertools.product(["policy.pt", "state.json", "SHA256SUMS"], ["truncated", "bit flipped", "missing"]),
         ("policy.pt", "bit flipped"),
         ("state.json", "missing"),

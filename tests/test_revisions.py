@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except, read_jsonl
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load, save
@@ -130,7 +130,8 @@ def test_after_main_has_moved_a_run_resumes_with_the_commit_that_the_error_names
 
 
 @pytest.mark.parametrize(
-    "key", exhaustive_except(["reference_model.archive", "reference_model.name_or_path"], "reference_model.archive")
+    "key",
+    mark_exhaustive_except(["reference_model.archive", "reference_model.name_or_path"], "reference_model.archive"),
 )
 def test_changed_reference_model_is_refused_on_resume(key, launcher, sft_archive, tmp_path):
     shutil.copytree(ORACLE / "model", tmp_path / "model")

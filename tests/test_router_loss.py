@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, exhaustive_except, read_jsonl
+from conftest import ORACLE, mark_exhaustive_except, read_jsonl
 
 from log_probabilities import concatenated_inputs
 from utils import UserError
@@ -47,7 +47,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "loss", "checkpointed"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [("mixtral", "dpo", False), ("mixtral", "dpo", True), ("qwen3_moe", "sft", True), ("olmoe", "orpo", False)],
         lambda case: case[0] == "mixtral",
     ),

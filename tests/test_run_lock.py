@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import exhaustive_except, read_jsonl
+from conftest import mark_exhaustive_except, read_jsonl
 from launcher import Run, wait_until
 from test_launch import children_of
 
@@ -41,7 +41,7 @@ def start(launcher, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", exhaustive_except(["at once", "while it trains"], "while it trains"))
+@pytest.mark.parametrize("when", mark_exhaustive_except(["at once", "while it trains"], "while it trains"))
 def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
     runs = [start()]
     if when == "while it trains":
@@ -65,7 +65,7 @@ def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", exhaustive_except(["starting", "training"], "training"))
+@pytest.mark.parametrize("when", mark_exhaustive_except(["starting", "training"], "training"))
 def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     run = start("trainer=FSDPTrainer", "world_size=2", forks_workers=when == "training")
     process = psutil.Process(*run.children)

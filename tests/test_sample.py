@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from conftest import REPOSITORY, mark_exhaustive_except, read_jsonl
 from launcher import wait_until
 from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,7 +90,7 @@ def drawn(launcher, trained, prompts, tmp_path_factory):  # noqa: F811
     return draw_with
 
 
-@pytest.mark.parametrize("setup", exhaustive_except([setup for setup in SETUPS if setup != "one"], "four"))
+@pytest.mark.parametrize("setup", mark_exhaustive_except([setup for setup in SETUPS if setup != "one"], "four"))
 def test_batch_size_and_workers_do_not_change_a_sample(setup, drawn):
     ours, alone = read_jsonl(drawn(setup)), read_jsonl(drawn("one"))
     assert {(line["prompt_index"], line["sample"]) for line in alone} == {(i, k) for i in range(9) for k in (0, 1)}

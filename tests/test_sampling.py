@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except
+from conftest import ORACLE, mark_exhaustive_except
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
@@ -84,7 +84,7 @@ def test_mixture_of_experts_that_returns_router_logits_is_sampled():
 
 @pytest.mark.parametrize(
     ("name", "has_adapter"),
-    exhaustive_except(
+    mark_exhaustive_except(
         itertools.product(GENERATION_CONFIGS, [False, True]),
         ("nothing", False),
         ("temperature", True),

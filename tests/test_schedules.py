@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import exhaustive_except, read_jsonl
+from conftest import mark_exhaustive_except, read_jsonl
 from test_cli import TOY
 from test_resume import assert_same_run
 from transformers import get_scheduler
@@ -57,7 +57,7 @@ def test_default_schedule_is_the_originals(make_trainer):
 
 @pytest.mark.parametrize(
     "name",
-    exhaustive_except(
+    mark_exhaustive_except(
         [name for name in schedules() if name != "constant_with_warmup"],
         "linear",
         "warmup_stable_decay",
@@ -85,7 +85,7 @@ def test_every_schedule_equals_transformers_shifted_by_one_step(name, make_train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
+@pytest.mark.parametrize("trainer", mark_exhaustive_except(["BasicTrainer", "FSDPTrainer"], "BasicTrainer"))
 def test_resumed_run_follows_the_schedule_exactly(trainer, launcher, tmp_path):
     run = [*RUN, "lr_scheduler=cosine", f"n_examples={4 * N_STEPS}", "eval_every=8", f"trainer={trainer}"]
     run.append("n_eval_examples=4")

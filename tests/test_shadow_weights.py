@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import exhaustive_except
+from conftest import mark_exhaustive_except
 from test_shared_prompt import BATCHES, CONFIGS, make_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,7 +69,9 @@ class CountCasts(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("architecture", "n_steps"),
-    exhaustive_except([("llama", 10), ("llama", 100), ("gpt_neox", 100), ("qwen3", 100), ("gpt2", 100)], ("llama", 10)),
+    mark_exhaustive_except(
+        [("llama", 10), ("llama", 100), ("gpt_neox", 100), ("qwen3", 100), ("gpt2", 100)], ("llama", 10)
+    ),
 )
 def test_steps_with_shadow_weights_equal_autocast(architecture, n_steps):
     model = small_model(architecture)
@@ -81,7 +83,7 @@ def test_steps_with_shadow_weights_equal_autocast(architecture, n_steps):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    exhaustive_except(
+    mark_exhaustive_except(
         itertools.product(["AdamW", "SGD"], [{"fused": True}, {"foreach": True}, {"foreach": False}]),
         ("AdamW", {"fused": True}),
         ("AdamW", {"foreach": True}),
@@ -215,7 +217,7 @@ def computed(model: nn.Module) -> torch.Tensor:
         return response_logps(model, shared_rows(BATCH))
 
 
-@pytest.mark.parametrize("architecture", exhaustive_except(["llama", "gpt_neox", "qwen3", "gpt2"], "llama"))
+@pytest.mark.parametrize("architecture", mark_exhaustive_except(["llama", "gpt_neox", "qwen3", "gpt2"], "llama"))
 def test_rounded_frozen_weights_equal_autocast_in_half_the_memory(architecture):
     model = small_model(architecture)
     with torch.no_grad():

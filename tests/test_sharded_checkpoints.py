@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import exhaustive_except, trainers_in
+from conftest import mark_exhaustive_except, trainers_in
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_resume import assert_same_run, half_saved
@@ -182,7 +182,7 @@ HOWS = ["fsdp", "hybrid", "tensor parallel", "2 x 2"]
 
 @pytest.mark.parametrize(
     ("name", "hows"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [("fused", ["fsdp", "2 x 2"]), ("tied", HOWS), ("fused", HOWS), ("lora", HOWS)], ("fused", ["fsdp", "2 x 2"])
     ),
     ids=str,

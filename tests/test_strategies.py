@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import exhaustive_except
+from conftest import mark_exhaustive_except
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -81,7 +81,7 @@ MESHES = [("fsdp", 2, 2), ("fsdp", 4, 4), ("hybrid", 4, 2), ("tensor parallel", 
 
 @pytest.mark.parametrize(
     ("name", "mesh_name", "n_workers", "n_shards"),
-    exhaustive_except(
+    mark_exhaustive_except(
         ((name, *mesh) for name in ("tied", "untied", "lora") for mesh in MESHES),
         lambda case: case[2] == 2 and case[0] != "untied",
     ),

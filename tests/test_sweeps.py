@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import exhaustive_except, read_jsonl
+from conftest import mark_exhaustive_except, read_jsonl
 from launcher import Run, wait_until
 from test_cli import TOY
 
@@ -167,7 +167,7 @@ NAMES = {  # overrides of a sweep: the directories of its jobs
 
 
 @pytest.mark.parametrize(
-    "name", exhaustive_except(NAMES, "lists and dicts", "long values", "slashes, spaces and letters")
+    "name", mark_exhaustive_except(NAMES, "lists and dicts", "long values", "slashes, spaces and letters")
 )
 def test_job_directories_have_typable_names(name, launcher, tmp_path):
     overrides, expected = NAMES[name]

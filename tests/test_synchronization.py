@@ -7,7 +7,7 @@ read is replaced. Copies to the device must not wait, either.
 
 import pytest
 import torch
-from conftest import ORACLE, exhaustive_except
+from conftest import ORACLE, mark_exhaustive_except
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainers
@@ -69,7 +69,7 @@ CACHED = "loss=dpo precompute_ref_log_probs=true optimizer=AdamW"
 # in padded rows without a mask, Transformers looks for packed sequences once per forward pass
 @pytest.mark.parametrize(
     "variant",
-    exhaustive_except(
+    mark_exhaustive_except(
         [f"{loss} padding_free={value}" for value in ("true", "false") for loss in ("loss=dpo", "loss=kto", CACHED)]
         + ["loss=sft padding_free=true"],
         "loss=dpo padding_free=true",

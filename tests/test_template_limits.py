@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from conftest import REPOSITORY, exhaustive_except
+from conftest import REPOSITORY, mark_exhaustive_except
 from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer
 
@@ -48,7 +48,7 @@ def messages(role: str, text: str) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("name", "in_thread"),
-    exhaustive_except(
+    mark_exhaustive_except(
         [*((name, False) for name in TEMPLATES), ("nested loops", True)],
         lambda case: case[0] not in ("loops in a marked turn", "loop inside a filter"),
     ),
@@ -89,7 +89,7 @@ def write_rows(path):
     return path
 
 
-@pytest.mark.parametrize("skips", exhaustive_except([False, True], True))
+@pytest.mark.parametrize("skips", mark_exhaustive_except([False, True], True))
 def test_row_of_an_endless_template_is_named(skips, tokenizer, tmp_path):
     tokenizer.chat_template = tokenizer.chat_template.replace("LOOPS", LOOPS)
     choice, settings = Choice(str(write_rows(tmp_path / "data.jsonl"))), Settings(skips_bad=skips)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import exhaustive_except
+from conftest import mark_exhaustive_except
 from peft import LoraConfig, get_peft_model
 from test_shared_prompt import SMALL, DoubleTorch, assert_same, make_batch, make_model
 from torch import nn
@@ -56,13 +56,13 @@ ODD_CONFIGS = {
 BATCH = make_batch((9, 4, 7), (3, 6, 2), (12, 1, 5))
 TOLERANCE = 1e-10
 FEW = [(2, name) for name in ("gpt2", "phi3", "qwen3")]  # fused weights; several in one; norms of heads
-ALL = exhaustive_except(((n, name) for n in (2, 4) for name in CONFIGS), lambda case: case in FEW)
-MOST = exhaustive_except(
+ALL = mark_exhaustive_except(((n, name) for n in (2, 4) for name in CONFIGS), lambda case: case in FEW)
+MOST = mark_exhaustive_except(
     [*((2, name) for name in ("gpt2", "gptj", "gpt_neox", "llama3", "qwen3", "phi3")), (4, "gpt2"), (4, "qwen3")],
     (2, "gpt2"),
     (2, "qwen3"),
 )
-SOME = exhaustive_except([(2, "qwen3"), (4, "gpt2")], (2, "qwen3"))
+SOME = mark_exhaustive_except([(2, "qwen3"), (4, "gpt2")], (2, "qwen3"))
 MODEL_MODULES = [  # most compute parts in float32, whatever their dtype
     f"transformers.models.{name}.modeling_{name}"
     for name in ("gpt2", "gptj", "gpt_neox", "llama", "qwen3", "qwen2", "mistral", "phi3")
@@ -312,7 +312,7 @@ def test_adapters_equal_the_dense_models(n_workers, name, in_workers):
     in_workers(n_workers, check_adapters, name)
 
 
-@pytest.mark.parametrize("optimizer", exhaustive_except(["RMSprop", "AdamW"], "RMSprop"))
+@pytest.mark.parametrize("optimizer", mark_exhaustive_except(["RMSprop", "AdamW"], "RMSprop"))
 @pytest.mark.parametrize(("n_workers", "name"), SOME)
 def test_training_equals_the_dense_models(n_workers, name, optimizer, in_workers):
     in_workers(n_workers, check_training, name, optimizer)

@@ -7,7 +7,7 @@ import textwrap
 import time
 
 import pytest
-from conftest import exhaustive_except, read_jsonl
+from conftest import mark_exhaustive_except, read_jsonl
 from launcher import train_after
 from terminals import run_on_terminal
 from test_cli import TOY
@@ -22,7 +22,7 @@ ESCAPE = re.compile(rb"\033\[[0-9;]*m")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", exhaustive_except([80, 120], 120))
+@pytest.mark.parametrize("columns", mark_exhaustive_except([80, 120], 120))
 def test_terminal_lines_are_aligned_and_never_mixed(columns, launcher, tmp_path):
     screen = run_on_terminal(launcher, *RUN, f"local_run_dir={tmp_path}/run", columns=columns)
     assert screen.code == 0, "\n".join(screen.lines)
@@ -52,7 +52,9 @@ def test_terminal_lines_are_aligned_and_never_mixed(columns, launcher, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env", exhaustive_except([{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], {}, {"NO_COLOR": "1"}))
+@pytest.mark.parametrize(
+    "env", mark_exhaustive_except([{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], {}, {"NO_COLOR": "1"})
+)
 def test_evaluations_are_bold_unless_colours_are_off(env, launcher, tmp_path):
     overrides = [*RUN, "n_examples=8", "eval_every=8", "sample_during_eval=false", f"local_run_dir={tmp_path}/run"]
     screen = run_on_terminal(launcher, *overrides, columns=120, env=env)

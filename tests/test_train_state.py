@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import exhaustive_except
+from conftest import mark_exhaustive_except
 from launcher import train_after, wait_until
 from omegaconf import OmegaConf
 from test_resume import FINISHED, TOY, log_lines
@@ -64,7 +64,7 @@ def test_resolved_reference_is_recorded(finished, make_trainer):
     assert make_trainer(*TOY, "loss=sft").config.reference == "auto"
 
 
-@pytest.mark.parametrize("n_workers", exhaustive_except([1, 2], 1))
+@pytest.mark.parametrize("n_workers", mark_exhaustive_except([1, 2], 1))
 def test_signal_during_precomputation_exits_with_75_and_keeps_the_cache(n_workers, launcher, tmp_path):
     overrides = [
         *TOY,

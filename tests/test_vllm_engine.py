@@ -6,7 +6,7 @@ vllm_stand_in.py replaces vLLM: it has the same names and arguments, and draws w
 import shutil
 
 import pytest
-from conftest import REPOSITORY, exhaustive_except, read_jsonl
+from conftest import REPOSITORY, mark_exhaustive_except, read_jsonl
 from launcher import train_after
 from test_evaluate import trained  # noqa: F401 (a fixture)
 from test_sample import prompts, texts  # noqa: F401 (a fixture)
@@ -31,7 +31,7 @@ def draw(launcher, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("kind", exhaustive_except(["dpo", "lora"], "dpo"))
+@pytest.mark.parametrize("kind", mark_exhaustive_except(["dpo", "lora"], "dpo"))
 def test_vllm_greedy_samples_equal_those_of_transformers(
     kind, draw, launcher, trained, prompts, tmp_path  # noqa: F811
 ):  # fmt: skip
