@@ -279,7 +279,7 @@ def test_cap_is_the_number_of_tokens_that_fit_into_the_remaining_memory(on_gpu):
     ((found,), _) = on_gpu(plan, "llama", n_gpus=1, free=free)
     to_come = sum(found.held[name] for name in ("gradients", "optimizer", "bfloat16 copies"))
     logits, largest_weight = 2**30 + 3 * 2**28, 4 * 160 * HIDDEN
-    expected = 0.9 * (free - to_come - logits - 2 * largest_weight) / found.token
+    expected = 0.9 * (free - to_come - logits - 2 * largest_weight) / found.bytes_per_token
     assert found.max_tokens == int(expected)
     assert found.foreach_fits
 
