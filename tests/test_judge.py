@@ -698,7 +698,7 @@ COMMAND = ["judge=command", "judge_command=x"]
 BAD = {
     "no judge": ([], "judge is required, e.g. python judge.py"),
     "another judge": (["judge=opennai"], "judge=opennai: no such judge. Did you mean openai? There are: model"),
-    "nothing to compare with": (["b=null", *OPENAI], "b is required: the responses to compare those of a with"),
+    "nothing to compare with": (["b=null", *OPENAI], "b is required: the file of responses to compare with those of a"),
     "no partners": (["b=null", "judge=model", "judge_model=m", "allow_unmatched=true"], "no effect without b"),
     "no model": (["judge=model"], "judge=model needs judge_model"),
     "no endpoint": (ASKS, "judge=openai needs judge_url"),

@@ -311,7 +311,7 @@ def test_resume_without_a_whole_checkpoint_is_an_error(launcher, run_dir, tmp_pa
     assert launcher.run(*FINISHED, f"resume={run_dir}") == 1
     assert "all of its checkpoints are damaged" in launcher.output
     assert launcher.run(*FINISHED, "resume=auto") == 1
-    assert "resume=auto resumes the run in local_run_dir: give local_run_dir, too" in launcher.output
+    assert "resume=auto resumes the run in local_run_dir: also give local_run_dir" in launcher.output
     assert launcher.run(*FINISHED, "resume=nowhere") == 1
     assert "resume=nowhere: no such directory" in launcher.output
     (tmp_path / "empty").mkdir()
