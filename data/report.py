@@ -82,10 +82,10 @@ def _row_lines(part: PreparedPrompts, split: str) -> list[str]:
     no_pair = f"; {without:,} prompts without a preference" if without and part.n_pairs.any() else ""
     identical = rows["n_identical_pairs"]
     no_pair += f"; dropped {identical:,} pairs of identical responses" if identical else ""
-    pairs = f" with {int(part.n_pairs.sum()):,} pairs" if part.n_pairs.any() else ""
+    pairs = f" with {counted(int(part.n_pairs.sum()), 'pair')}" if part.n_pairs.any() else ""
     lines = [
-        f"{part.dataset} ({split}): {part.info['format']}; {rows['n_read']:,} rows read, {len(part):,} prompts{pairs}"
-        f"{dropped}{no_pair}"
+        f"{part.dataset} ({split}): {part.info['format']}; {counted(rows['n_read'], 'row')} read, "
+        f"{counted(len(part), 'prompt')}{pairs}{dropped}{no_pair}"
     ]
     if unread := part.info["unread"]:
         lines.append(f"{part.dataset} ({split}): not used: {', '.join(unread)}")

@@ -144,7 +144,7 @@ BAD = {  # changes to the second of two files, and the message
     "several temperatures": ({"drawn": [DRAWN, COLD]}, "mixes responses of several temperatures (0.5, 1); sample them"),
     "several runs": ({"drawn": [COLD, COLD | {"run": "b"}]}, "mixes responses of several origins; sample them"),
     "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; sample them with sample.py"),
-    "an earlier version": ({"drawn": "absent"}, "as an earlier version wrote it; run the same judge.py command again"),
+    "an earlier version": ({"drawn": "absent"}, "an earlier version wrote it, without saying how"),
     "nothing judged": ({"win_rate": None}, "nothing could be judged (n = 0)"),
     "another judge": ({"settings": "t"}, "has another judge, or other settings of one, than"),
     "another opponent": ({"b_digest": "e"}, "has other responses b than"),

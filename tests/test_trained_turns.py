@@ -318,7 +318,7 @@ def test_report_names_the_row_and_then_the_difference_from_the_generation_prompt
     with pytest.raises(UserError, match=r"row 1 .*doesn't write '<think>"):
         batches(rows)
     print_report(batches(rows[:1]), batches(rows[:1]), tokenizer)
-    assert r"generation prompt ends in '<think>\n', but rendered dialogues lack it" in capfd.readouterr().out
+    assert r"generation prompt ends in '<think>\n', which is missing from rendered dialogues" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(("content", "written"), [("Yes ", "Yes"), ("Yes", "Yes")])
