@@ -275,7 +275,7 @@ def test_all_formats_at_once_train_from_the_command_line(loss, train_ok, tmp_pat
         *SHORT, f"loss={loss}", f"datasets=[{chosen}]", f"local_run_dir={tmp_path}/run", "n_examples=null", "n_epochs=1"
     )
     for name, description in descriptions.items():
-        assert re.search(rf"^{re.escape(name)} \(train\): .*{re.escape(description)}.* rows read", output, re.M), name
+        assert re.search(rf"^{re.escape(name)} \(train\): .*{re.escape(description)}.* rows? read", output, re.M), name
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["counters/examples"] == n_examples // 2 * 2
 
