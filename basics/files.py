@@ -49,14 +49,15 @@ def explain_failed_write(error: OSError) -> str:
 def write_errors_named(path: str) -> Iterator[None]:
     """Turn an OSError inside the block into `CannotWrite`, because the OSError of a write doesn't name its file.
 
-    An OSError that names another file is raised as it is.
+    An OSError that names another file, and no directory above this one, is raised as it is.
     """
     try:
         yield
     except CannotWrite:
         raise
     except OSError as error:
-        if error.filename is not None and not os.fspath(error.filename).startswith(path):
+        named = error.filename
+        if isinstance(named, str) and not named.startswith(path) and not path.startswith(named):
             raise
         raise CannotWrite(error.errno, error.strerror or str(error), path) from error
 

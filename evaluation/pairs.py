@@ -18,7 +18,7 @@ _FORMATS = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """How `sample.py` drew a response: names of run and checkpoint (None without a run), and sampling settings."""
+    """The origin of a response that `sample.py` drew: run and checkpoint (None without a run), sampling settings."""
 
     run: str | None
     checkpoint: str | None

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from test_evaluate import RUN, trained  # noqa: F401 (a fixture)
 
 from basics.errors import UserError
-from basics.files import CannotWrite, append_json_lines, atomic_file
+from basics.files import CannotWrite, append_json_lines, atomic_file, write_errors_named
 from checkpointing.atomic_directory import atomic_directory
 from checkpointing.checkpoints import point_to
 from checkpointing.resume import resume_hinted
@@ -158,6 +158,12 @@ def test_error_of_reading_another_file_is_not_reported_as_a_failed_write(tmp_pat
     with pytest.raises(CannotWrite, match="nowhere/new"), atomic_file(str(tmp_path / "nowhere/new")):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_error_of_a_directory_above_is_reported_as_a_failed_write(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWrite, match="file/above/run"), write_errors_named(f"{tmp_path}/file/above/run"):
+        os.makedirs(f"{tmp_path}/file/above/run")
 
 
 @pytest.mark.parametrize(
