@@ -140,7 +140,10 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
     rank0_print(f"Loading tokenizer {name}")
     tokenizer = read_tokenizer(name, config)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end")
+        raise UserError(
+            f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end; set eos_token in its "
+            "tokenizer_config.json, or name another one with model.tokenizer_name_or_path"
+        )
     if config.add_bos and tokenizer.bos_token_id is None:
         raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; leave it false")
     if tokenizer.pad_token_id is None:
@@ -245,8 +248,8 @@ def check_tokenizer_fits(policy: nn.Module, tokenizer, config: DictConfig):
     n_embeddings = policy.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > n_embeddings:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {n_embeddings}: "
-            "model.tokenizer_name_or_path belongs to another model"
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {n_embeddings}: name the model's own "
+            "with model.tokenizer_name_or_path, or resize the model's embeddings and save it again"
         )
     n_positions = getattr(policy.config, "max_position_embeddings", None)
     if n_positions is not None and config.max_length > n_positions:

@@ -129,11 +129,13 @@ class BadRows:
     def __init__(self, rows: Rows):
         self.rows, self.kinds, self.first = rows, Counter(), []
         self.n_read = 0  # rows checked, good or bad
+        self.remedy = ""  # for the first bad row
         self.n_identical_pairs = 0  # dropped from rows that keep other pairs
 
-    def add(self, number: int, place: str, kind: str, reason: str):
+    def add(self, number: int, place: str, kind: str, reason: str, remedy: str = "Correct them"):
         """Count a bad row."""
         self.kinds[kind] += 1
+        self.remedy = self.remedy or remedy
         if len(self.first) < _SHOWN:
             self.first.append((number, place, reason))
 
@@ -154,7 +156,7 @@ class BadRows:
             counted = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
             lines.append(f"  ... {share} of the first {self.n_read:,} rows ({counted})")
         raise UserError(
-            f"{self.rows.where}: rows that can't be used:\n" + "\n".join(lines) + "\nCorrect them, or drop and "
+            f"{self.rows.where}: rows that can't be used:\n" + "\n".join(lines) + f"\n{self.remedy}, or drop and "
             "count such rows with on_bad_example=skip"
         )
 

@@ -150,6 +150,18 @@ def test_reading_stops_after_enough_faults_for_an_error(batches):
         batches([{"prompt": f"Q {i}", "chosen": None, "rejected": "no"} for i in range(3000)])
 
 
+@pytest.mark.parametrize(("encoding", "n_good"), [("latin1", 0), ("latin1", 2), ("utf-16", 0)])
+def test_lines_in_another_encoding_are_counted_with_their_remedy(encoding, n_good, tokenizer, tmp_path):
+    lines = [f'{{"prompt": "Größe {i}?", "chosen": " yes", "rejected": " no"}}\n' for i in range(4)]
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(numbered(n_good)) + "".join(lines).encode(encoding))
+    with pytest.raises(UserError) as error:
+        get_batch_iterator([str(tmp_path / "rows.jsonl")], tokenizer, n_epochs=1, cache_dir=str(tmp_path / "cache"))
+    *_, share, remedy = str(error.value).splitlines()
+    expected = "4 of the first 6 rows" if n_good else r"all of the first \d rows"
+    assert re.search(rf"  \.\.\. {expected} \(\d broken row\)", share), share
+    assert "iconv" in remedy
+
+
 def test_error_for_text_ending_in_the_end_token_says_to_leave_it_out(batches):
     rows = [{"prompt": f"Colour {i}?", "chosen": " It is red.<|endoftext|>", "rejected": " No."} for i in range(2)]
     with pytest.raises(UserError, match="at its end; the end token is added to every response, so leave it out"):
