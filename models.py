@@ -63,10 +63,12 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
         raise
     except Exception as error:  # damaged files and the hub's HTTP library raise errors of any kind
         cause, remedy = hub.explain_failure(error, name, "model") or (
-            describe(error, 2000),
-            f"Give the id of a causal language model on the hub{_code_hint(error)}",
+            describe(error, 2000).partition("\nModel type should be one of")[0],  # and a list of all
+            "Copy or download the folder again, or name another model"
+            if os.path.isdir(name)
+            else "Give the id of a causal language model on the hub, or a local folder",
         )
-        raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
+        raise UserError(f"can't load {origin}: {cause}\n{remedy}{_code_hint(error)}") from error
     _check_on_gpus(model, origin, config, device_map)
     disable_dropout(model)
     if source.archive is not None:

@@ -23,7 +23,7 @@ from distributed import environment
 from distributed.strategies import STRATEGIES, trainers_with
 from losses import find_loss, needs_reference
 from optimization import DEFAULT_SCHEDULE
-from references import REFERENCES, reference_source, resolved_reference, sources
+from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
 from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir, rank0_print
 
@@ -346,7 +346,13 @@ def _check_sources(config: DictConfig):
         if name is not None and not os.path.exists(name) and not re.fullmatch(_HUB_ID, name, re.ASCII):
             raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
     for source in sources(config):
-        archive = source.archive
+        key, name, archive = source.key("name_or_path"), source.name_or_path, source.archive
+        if os.path.exists(os.path.join(name, "adapter_config.json")):  # transformers would load base and adapter
+            base = saved_settings(key, name).get("base_model_name_or_path")
+            raise UserError(
+                f"{key}={name} holds a LoRA adapter, not a model: give its base as {key}={base}, and "
+                f"{key.replace('name_or_path', 'adapter')}={name}"
+            )
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
             directory = os.path.dirname(archive)
             remedy = f" The checkpoint is sharded: give {directory}" if is_sharded(directory) else ""
