@@ -110,9 +110,12 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
 def rows_of_list(name: str, rows: list[dict]) -> Rows:
     """Open rows that are given in Python.
 
-    Raises: UserError if a row isn't a dict of JSON values.
+    Raises: UserError if they are no list, or a row isn't a dict of JSON values.
     """
     where = f"datasets=[{name}]"
+    if not isinstance(rows, list):
+        kinds = "list(DATASET) of a Dataset, FRAME.to_dict('records') of a DataFrame"
+        raise UserError(f"{where}: ROWS[{name!r}] is a {type(rows).__name__}, expected a list of dicts: {kinds}")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{where}, row {number}: {row!r:.60} isn't a dict of fields")
