@@ -345,6 +345,8 @@ def _check_sources(config: DictConfig):
     for key, name in folders_or_ids.items():
         if name is not None and not os.path.exists(name) and not re.fullmatch(_HUB_ID, name, re.ASCII):
             raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
+        if name is not None and os.path.isfile(name):
+            raise UserError(f"{key}={name} is a file: give the folder that holds it, {os.path.dirname(name) or '.'}")
     for source in sources(config):
         key, name, archive = source.key("name_or_path"), source.name_or_path, source.archive
         if os.path.exists(os.path.join(name, "adapter_config.json")):  # transformers would load base and adapter

@@ -152,6 +152,12 @@ def test_malformed_model_folder_is_named(name, make_oracle, model_dir):
         make_oracle()
 
 
+@pytest.mark.parametrize("key", ["model.name_or_path", "model.tokenizer_name_or_path"])
+def test_file_given_as_a_model_folder_is_refused_with_the_folder(key, make_oracle, model_dir):
+    with pytest.raises(UserError, match=rf"{key}={model_dir}/config.json is a file: .*, {model_dir}$"):
+        make_oracle(f"{key}={model_dir}/config.json")
+
+
 def test_remedy_for_a_damaged_model_folder_is_another_copy(make_oracle, model_dir):
     (model_dir / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(UserError, match="\nCopy or download the folder again, or name another model"):
