@@ -158,6 +158,14 @@ def test_file_given_as_a_model_folder_is_refused_with_the_folder(key, make_oracl
         make_oracle(f"{key}={model_dir}/config.json")
 
 
+@pytest.mark.parametrize("key", ["model.name_or_path", "model.archive", "model.adapter", "reference_model.archive"])
+def test_run_directory_given_for_its_checkpoint_is_refused(key, make_oracle, model_dir, tmp_path):
+    (tmp_path / "run" / "LATEST").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=rf"{key}={tmp_path}/run is a run directory: .*, {key}={tmp_path}/run/LATEST"):
+        make_oracle("loss=dpo", f"{key}={tmp_path}/run")
+
+
 def test_remedy_for_a_damaged_model_folder_is_another_copy(make_oracle, model_dir):
     (model_dir / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(UserError, match="\nCopy or download the folder again, or name another model"):
