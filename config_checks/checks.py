@@ -227,6 +227,12 @@ def _check_workers(config: DictConfig):
         for key, default in other.config_keys.items():
             if config[key] != default and key not in strategy.config_keys:
                 raise UserError(f"{key}={config[key]}: only trainer={name} uses it; leave it {default}")
+    n_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if n_tasks != "1" and not environment.is_launched():
+        rank0_print(
+            f"WARNING: srun has started this command {n_tasks} times, each as a run of its own; scripts/slurm.sh "
+            "starts one run on all tasks"
+        )
     if strategy.starts_workers:
         _check_division(config, world_size)
     n_gpus = torch.cuda.device_count()
