@@ -183,6 +183,8 @@ class BasicTrainer:
             raise UserError(
                 f"loss={config.loss.name} needs a reference_model: BasicTrainer(..., reference_model=MODEL)"
             )
+        if reference_model is self.policy:
+            raise UserError("reference_model is the policy itself, so it would learn nothing: copy.deepcopy(policy)")
         self._reference_model = reference_model
         rank0_print(f"Reference: {config.reference}{', precomputed' if config.precompute_ref_log_probs else ''}")
         if not config.precompute_ref_log_probs:

@@ -40,7 +40,7 @@ class RunLog:
         self.run_dir, self.batch_size = run_dir, config.batch_size
         log_path = os.path.join(run_dir, LOG_FILES[0])
         if config.resume is None and not state.log_bytes and os.path.exists(log_path):  # train.py checks this earlier
-            raise UserError(f"{log_path} is another run's: choose another run directory")
+            raise UserError(f"{log_path} is an earlier run's: choose another run directory")
         self._truncate(state.log_bytes, state.log_sha256)
         self.interval = config.minimum_log_interval_secs  # seconds
         self.last_train_log = -float("inf")

@@ -146,9 +146,11 @@ def test_adapter_made_by_hand_is_its_own_reference_when_off(train_by_hand, tmp_p
 def test_trainer_made_by_hand_refuses_what_it_cannot_do(train_by_hand, tmp_path):
     with pytest.raises(UserError, match=r"loss=dpo needs a reference_model: BasicTrainer\(\.\.\., reference_model="):
         train_by_hand(new_model())
+    with pytest.raises(UserError, match=r"reference_model is the policy itself.*: copy\.deepcopy\(policy\)"):
+        train_by_hand(policy := new_model(), reference_model=policy)
     train_by_hand(new_model(), "loss=sft")
     logged = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match=r"run/metrics\.jsonl is another run's: choose another run directory"):
+    with pytest.raises(UserError, match=r"run/metrics\.jsonl is an earlier run's: choose another run directory"):
         train_by_hand(new_model(), "loss=sft")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == logged
 
