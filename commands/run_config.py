@@ -54,6 +54,8 @@ def _training_config(config: DictConfig, own: dict) -> DictConfig:
             del config[key]
     if own["run"] is not None:
         config = _config_of_run(config, own["run"], own)
+    elif OmegaConf.is_missing(config.model, "name_or_path"):
+        raise UserError("no model to work on: give a run, run=RUN, or a model, model=NAME")
     else:
         OmegaConf.to_container(config, resolve=True)  # names the key of an interpolation that fails
         OmegaConf.resolve(config)

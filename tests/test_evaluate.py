@@ -152,6 +152,7 @@ def test_data_too_small_to_train_on_is_evaluated(launcher, trained, tmp_path):
 BAD = {
     "no run": (["run=nowhere"], "run=nowhere: no run there"),
     "no checkpoint": (["run={run}", "checkpoint=step-7"], "has no such checkpoint; it has LATEST"),
+    "no run and no model": ([], "no model to work on: give a run, run=RUN, or a model, model=NAME"),
     "a checkpoint without a run": (["checkpoint=step-8", *RUN], "checkpoint=step-8 requires run=DIR"),
     "rows of several": (["run={run}", "checkpoint=[step-8,LATEST]", "rows=r"], "give one checkpoint at a time"),
     "nowhere to write": (["run={run}", "output=/nowhere/o"], "output=/nowhere/o: there is no such directory"),
