@@ -128,6 +128,8 @@ def test_model_without_a_run_is_evaluated(launcher, trained, tmp_path):
     run_dir = trained("dpo")
     weights = [f"model.archive={run_dir}/LATEST", f"reference_model.archive={run_dir}/step-8"]
     evaluate(launcher, *RUN, *weights, f"output={tmp_path}/o")
+    output = evaluate(launcher, *RUN, *weights, f"output={tmp_path}/o")
+    assert "the model as it is loaded: already evaluated; showing the figures in" in output
     (result,) = read_jsonl(tmp_path / "o")
     assert result["checkpoint"] is None
     assert result["metrics"]["rewards_eval/margins"] != 0
