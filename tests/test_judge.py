@@ -156,7 +156,7 @@ def test_unmatched_responses_are_an_error_or_counted():
     pairs, n_unmatched = match(one, other, True)
     assert [pair.index for pair in pairs] == [1]
     assert n_unmatched == 3
-    with pytest.raises(UserError, match="prompt_index=0, sample=0 is in a and not in b"):
+    with pytest.raises(UserError, match=r"sample=0 is in a and not in b \(3 .*; draw both from the same prompts"):
         match({(0, 0): Response("p", "t")}, other, True)
 
 
@@ -516,7 +516,7 @@ def test_api_key_that_no_http_header_allows_is_refused_without_showing_it(launch
         env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": key}
         words = [*files, *endpoint.options]
         assert launcher.run(*words, script=JUDGE, directory=tmp_path, of_training=False, env=env, in_order=True) == 1
-        assert "OPENAI_API_KEY has a character that no HTTP header takes" in launcher.output
+        assert "OPENAI_API_KEY has a character that isn't allowed in an HTTP header" in launcher.output
         assert "Traceback" not in launcher.output
         assert "sk-0123" not in launcher.output
     assert endpoint.seen == []
@@ -705,7 +705,7 @@ BAD = {
     "no URL": ([*ASKS, "judge_url=localhost:8000"], "judge_url=localhost:8000: expected a URL"),
     "an impossible port": ([*ASKS, "judge_url=http://h:abc/v1"], "judge_url=http://h:abc/v1: its host or port"),
     "a label that is too long": (
-        [*ASKS, f"judge_url=http://{'a' * 64}.com/v1"], "aaa.com/v1: its host or port can't be one; expected a URL"
+        [*ASKS, f"judge_url=http://{'a' * 64}.com/v1"], "aaa.com/v1: its host or port isn't valid; expected a URL"
     ),
     "a password": (
         [*ASKS, "judge_url=http://me:secret@h/v1"], "judge_url=http://h/v1: leave out user and password; only the key"
