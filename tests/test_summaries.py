@@ -141,12 +141,12 @@ def test_win_rates_can_be_drawn_against_kl(tmp_path, drawn_points, capsys):
 HALF = rate(0.5, 0.4, 0.6)
 COLD = DRAWN | {"temperature": 0.5}
 BAD = {  # changes to the second of two files, and the message
-    "several temperatures": ({"drawn": [DRAWN, COLD]}, "mixes responses of several temperatures (0.5, 1); sample them"),
-    "several runs": ({"drawn": [COLD, COLD | {"run": "b"}]}, "mixes responses of several origins; sample them"),
-    "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; sample them with sample.py"),
+    "several temperatures": ({"drawn": [DRAWN, COLD]}, "mixes responses of several temperatures (0.5, 1); draw them"),
+    "several runs": ({"drawn": [COLD, COLD | {"run": "b"}]}, "mixes responses of several origins; draw them"),
+    "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; draw them with sample.py"),
     "an earlier version": ({"drawn": "absent"}, "an earlier version wrote it, without saying how"),
     "nothing judged": ({"win_rate": None}, "nothing could be judged (n = 0)"),
-    "another judge": ({"settings": "t"}, "has another judge, or other settings of one, than"),
+    "another judge": ({"settings": "t"}, "has another judge or judge's settings than"),
     "another opponent": ({"b_digest": "e"}, "has other responses b than"),
     "the same point": ({}, "are both of dpo, LATEST, at temperature 1: leave one out"),
     "no summary": ({"settings": "absent"}, "no summary of judge.py; give files that it wrote"),
