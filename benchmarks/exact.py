@@ -230,5 +230,5 @@ class Frontier:
 
     def fraction(self, figures: Figures) -> float:
         """Return the policy's gain in reward over the reference, as a fraction of the largest gain at its KL."""
-        best = self.reward_at(figures.kl) - self.reference_reward
-        return (figures.reward - self.reference_reward) / best if best > 1e-9 else 0.0
+        largest = self.reward_at(figures.kl) - self.reference_reward
+        return (figures.reward - self.reference_reward) / largest if largest > 1e-9 else 0.0
