@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ORACLE, REPOSITORY, mark_exhaustive_except, read_jsonl
+from judging import FILES, LONGER, A, B, Judging, write_samples
 from launcher import wait_until
 from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -27,54 +28,10 @@ from evaluation.prompts import PROMPTS, fill, load_template, read_verdict
 from evaluation.statistics import length_controlled, wilson_interval
 from utils import UserError, get_local_dir
 
-JUDGE = REPOSITORY / "judge.py"
-A = ["yes", "quite long an answer", "no", "it is so", "same", "b is longer here", "x", "the longest of all of them"]
-B = ["no, no", "short", "yes, yes", "it isn't", "same", "much, much longer is b", "yy", "not"]
-LONGER = ["b", "a", "b", "tie", "tie", "b", "b", "a"]  # the longer response: 2 wins, 2 ties, 4 losses
-
-
-def write_samples(path, responses: list[str]):
-    lines = [{"settings": "s", "prompt_index": i, "sample": 0, "prompt": f"\n\nHuman: say {i}\n\nAssistant:",
-              "response": text} for i, text in enumerate(responses)]  # fmt: skip
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
 
 @pytest.fixture
-def files(tmp_path) -> list[str]:
-    write_samples(tmp_path / "a.jsonl", A)
-    write_samples(tmp_path / "b.jsonl", B)
-    return ["a=a.jsonl", "b=b.jsonl", "output=v.jsonl"]
-
-
-@pytest.fixture
-def judge(launcher, files, tmp_path):
-    """Return a function that runs `judge.py` in a directory with the two files and returns the summary."""
-
-    def run(*overrides: str, files: list[str] = files, env: dict | None = None) -> dict:
-        env = {"NO_PROXY": "127.0.0.1", **(env or {})}
-        code = launcher.run(
-            *files, *overrides, script=JUDGE, directory=tmp_path, of_training=False, env=env, in_order=True
-        )
-        assert code == 0, launcher.output
-        return json.loads((tmp_path / "v_summary.json").read_text())
-
-    return run
-
-
-@pytest.fixture
-def refused(launcher, files, tmp_path):
-    """Return a function that runs `judge.py` with a mistake and returns its output."""
-
-    def run(*overrides: str, files: list[str] = files) -> str:
-        env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": ""}
-        code = launcher.run(
-            *files, *overrides, script=JUDGE, directory=tmp_path, of_training=False, env=env, in_order=True
-        )
-        assert code == 1, launcher.output
-        assert "Traceback" not in launcher.output
-        return launcher.output
-
-    return run
+def judge(launcher, tmp_path) -> Judging:
+    return Judging(launcher, tmp_path)
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
@@ -222,7 +179,7 @@ def command(tmp_path) -> str:
 
 
 def test_verdicts_of_a_command_are_counted(judge, command, tmp_path):
-    summary = judge("judge=command", command)
+    summary = judge.run("judge=command", command)
     lines = {line["prompt_index"]: line for line in read_jsonl(tmp_path / "v.jsonl")}
     assert {i: line["verdict"] for i, line in lines.items()} == {i: v for i, v in enumerate(LONGER) if i != 4}
     assert {line["first"] for line in lines.values()} == {"a", "b"}  # drawn
@@ -238,8 +195,8 @@ def test_verdicts_of_a_command_are_counted(judge, command, tmp_path):
 
 
 def test_both_orders_reuse_the_verdicts_of_one(judge, command, tmp_path, launcher):
-    judge("judge=command", command)
-    summary = judge("judge=command", command, "both_orders=true")
+    judge.run("judge=command", command)
+    summary = judge.run("judge=command", command, "both_orders=true")
     assert "7 verdicts in the file" in launcher.output
     assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 2, 4)
     assert len(read_jsonl(tmp_path / "v.jsonl")) == 14
@@ -256,14 +213,14 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_faulty_judge_command_is_reported_and_can_be_repeated(name, refused, judge, command, tmp_path):
+def test_faulty_judge_command_is_reported_and_can_be_repeated(name, judge, command, tmp_path):
     script, message = COMMANDS[name]
     (tmp_path / "c.sh").write_text(script)
-    assert message in refused("judge=command", "judge_command='sh c.sh'")
+    assert message in judge.refusal("judge=command", "judge_command='sh c.sh'")
     kept = (tmp_path / "v.jsonl").read_text().count("\n") if (tmp_path / "v.jsonl").exists() else 0
     assert kept == {"fails": 1, "prints too little": 2, "prints too much": 0, "prints something else": 1}[name]
     (tmp_path / "c.sh").write_text("exec python3 longer.py")
-    assert judge("judge=command", "judge_command='sh c.sh'")["n_judged"] == 8
+    assert judge.run("judge=command", "judge_command='sh c.sh'")["n_judged"] == 8
 
 
 # ---- an endpoint ----------------------------------------------------------------------------------------------------
@@ -350,7 +307,7 @@ def endpoint(tmp_path):
 def test_verdicts_of_an_endpoint_are_counted(judge, endpoint, launcher, tmp_path):
     prices = ["judge_input_price=10", "judge_output_price=1000"]
     key = {"OPENAI_API_KEY": "secret"}
-    summary = judge(*endpoint.options, *prices, "judge_args.max_tokens=50", "judge_concurrency=3", env=key)
+    summary = judge.run(*endpoint.options, *prices, "judge_args.max_tokens=50", "judge_concurrency=3", env=key)
     assert (summary["wins"], summary["ties"], summary["losses"], summary["n_failed"]) == (2, 2, 4, 0)
     assert (summary["input_tokens"], summary["output_tokens"]) == (700, 70)
     assert summary["cost"] == pytest.approx((700 * 10 + 70 * 1000) / 10**6)
@@ -364,20 +321,20 @@ def test_verdicts_of_an_endpoint_are_counted(judge, endpoint, launcher, tmp_path
     for line in read_jsonl(tmp_path / "v.jsonl"):
         i, texts = line["prompt_index"], (A[line["prompt_index"]], B[line["prompt_index"]])
         assert (i, *(texts if line["first"] == "a" else texts[::-1])) in endpoint.seen
-    judge(*endpoint.options, *prices, "judge_args.max_tokens=50")
+    judge.run(*endpoint.options, *prices, "judge_args.max_tokens=50")
     assert "7 verdicts in the file" in launcher.output
     assert len(endpoint.seen) == 7
 
 
 def test_judge_that_always_prefers_the_first_finds_no_winner(judge, endpoint, launcher, tmp_path):
     endpoint.answer = lambda *_: "More helpful: A"
-    both = judge(*endpoint.options, "both_orders=true", "judge_args.temperature=null")
+    both = judge.run(*endpoint.options, "both_orders=true", "judge_args.temperature=null")
     assert both["win_rate"] == 0.5
     assert both["length_controlled_win_rate"] == pytest.approx(0.5)
     assert (both["ties"], both["agreement"], both["first_wins"]) == (8, 0, 1)
     assert "temperature" not in endpoint.bodies[0]
     (tmp_path / "v.jsonl").unlink()
-    one = judge(*endpoint.options)
+    one = judge.run(*endpoint.options)
     n_first = sum(line["first"] == "a" for line in read_jsonl(tmp_path / "v.jsonl"))
     assert (one["wins"], one["losses"], one["first_wins"]) == (n_first, 7 - n_first, 1)
 
@@ -400,7 +357,7 @@ def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, lau
         return endpoint.longer(number, a, b)
 
     endpoint.answer, released = answer, threading.Event()
-    summary = judge(*endpoint.options, "judge_retries=1", "judge_timeout=1")
+    summary = judge.run(*endpoint.options, "judge_retries=1", "judge_timeout=1")
     released.set()
     first, again = (moment for moment, seen in zip(endpoint.moments, endpoint.seen, strict=True) if seen[0] == 0)
     assert again - first >= 2  # the Retry-After; the default is a second
@@ -412,7 +369,7 @@ def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, lau
     assert "4 pairs FAILED, not counted" in launcher.output
     assert summary["input_tokens"] == 100 * 5  # including the two answers without a verdict
     endpoint.answer = endpoint.longer
-    summary = judge(*endpoint.options, "judge_retries=1")
+    summary = judge.run(*endpoint.options, "judge_retries=1")
     assert (summary["wins"], summary["ties"], summary["losses"], summary["failures"]) == (2, 2, 4, {})
     assert [endpoint.times(number) for number in range(8)] == [2, 2, 3, 3, 0, 2, 3, 1]
 
@@ -421,7 +378,7 @@ def test_pair_with_one_order_failed_is_not_judged(judge, endpoint):
     endpoint.answer = lambda number, a, b: (
         (400, {}, "no") if (number, a) == (1, A[1]) else endpoint.longer(number, a, b)
     )
-    summary = judge(*endpoint.options, "both_orders=true")
+    summary = judge.run(*endpoint.options, "both_orders=true")
     assert (summary["wins"], summary["ties"], summary["losses"]) == (1, 2, 4)
     assert (summary["n_failed"], summary["failures"]) == (1, {"HTTP 400": 1})
 
@@ -436,8 +393,7 @@ def test_killed_judge_loses_no_verdict_and_repeats_none(judge, endpoint, launche
         return endpoint.longer(number, a, b)
 
     endpoint.answer = answer
-    run = ["a=a.jsonl", "b=b.jsonl", "output=v.jsonl", *endpoint.options, "judge_concurrency=2"]
-    launcher.start(*run, script=JUDGE, directory=tmp_path, of_training=False, env={"NO_PROXY": "127.0.0.1"})
+    judge.start(*endpoint.options, "judge_concurrency=2")
     verdicts = tmp_path / "v.jsonl"
     wait_until(lambda: verdicts.exists() and verdicts.read_text().count("\n") >= 8)
     launcher.kill(signal.SIGKILL)
@@ -449,7 +405,7 @@ def test_killed_judge_loses_no_verdict_and_repeats_none(judge, endpoint, launche
     assert n_asked <= len(kept) + 2 + 1  # two requests in flight, and one verdict about to be written
     with open(tmp_path / "v.jsonl", "a") as file:
         file.write(json.dumps({**kept[0], "verdict": "a"})[:-1])  # cut off by a crash
-    summary = judge(*endpoint.options, "judge_concurrency=2")
+    summary = judge.run(*endpoint.options, "judge_concurrency=2")
     assert len(endpoint.seen) - n_asked == n - len(kept)
     lines = read_jsonl(tmp_path / "v.jsonl")
     assert lines[: len(kept)] == kept
@@ -457,23 +413,25 @@ def test_killed_judge_loses_no_verdict_and_repeats_none(judge, endpoint, launche
     assert (summary["wins"], summary["ties"], summary["losses"]) == (20, 0, 20)  # 20 x at i = 19, and 21 y
 
 
-def test_refusing_endpoint_ends_the_command(refused, endpoint):
+def test_refusing_endpoint_ends_the_command(judge, endpoint):
     endpoint.answer = lambda *_: (401, {}, "bad key")
-    output = refused(*endpoint.options)
+    output = judge.refusal(*endpoint.options)
     assert "answers 401 for judge_model=m: bad key\ncheck OPENAI_API_KEY" in output
     assert len(endpoint.seen) <= 8
 
 
-def test_no_successful_verdict_is_an_error(refused, endpoint):
+def test_no_successful_verdict_is_an_error(judge, endpoint):
     endpoint.answer = lambda *_: (400, {}, "no")
-    assert "error: no pair could be judged: 7 HTTP 400" in refused(*endpoint.options)
+    assert "error: no pair could be judged: 7 HTTP 400" in judge.refusal(*endpoint.options)
 
 
-def test_verdicts_of_other_settings_or_texts_are_not_mixed(judge, refused, endpoint, tmp_path):
-    judge(*endpoint.options)
-    assert "v.jsonl has verdicts under other settings" in refused(*endpoint.options, "judge_args.temperature=1")
+def test_verdicts_of_other_settings_or_texts_are_not_mixed(judge, endpoint, tmp_path):
+    judge.run(*endpoint.options)
+    assert "v.jsonl has verdicts under other settings" in judge.refusal(*endpoint.options, "judge_args.temperature=1")
     write_samples(tmp_path / "a.jsonl", ["other", *A[1:]])
-    assert "v.jsonl has verdicts on other texts than those of a and b (prompt_index=0)" in refused(*endpoint.options)
+    assert "v.jsonl has verdicts on other texts than those of a and b (prompt_index=0)" in judge.refusal(
+        *endpoint.options
+    )
     assert len(endpoint.seen) == 7
 
 
@@ -483,11 +441,11 @@ SECRET = "sk-0123456789"
 def test_api_key_is_not_replaced_by_netrc(judge, endpoint, tmp_path):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hidden\n")
     env = {"NETRC": str(tmp_path / "netrc"), "OPENAI_API_KEY": f" {SECRET}\n"}
-    judge(*endpoint.options, env=env)
+    judge.run(*endpoint.options, env=env)
     assert endpoint.keys == {f"Bearer {SECRET}"}
     endpoint.keys.clear()
     (tmp_path / "v.jsonl").unlink()
-    judge(*endpoint.options, env=env | {"OPENAI_API_KEY": " "})
+    judge.run(*endpoint.options, env=env | {"OPENAI_API_KEY": " "})
     assert endpoint.keys == {None}
 
 
@@ -498,27 +456,22 @@ def test_secrets_that_an_endpoint_echoes_are_masked(judge, endpoint, launcher, t
         return f"{SECRET} says\nMore helpful: A"
 
     endpoint.answer = answer
-    summary = judge(*endpoint.options, "judge_retries=0", env={"OPENAI_API_KEY": SECRET})
+    summary = judge.run(*endpoint.options, "judge_retries=0", env={"OPENAI_API_KEY": SECRET})
     assert summary["failures"] == {"HTTP 400": 1}
     kept = (tmp_path / "v.jsonl").read_text() + (tmp_path / "v_summary.json").read_text() + launcher.output
     assert SECRET not in kept
     assert "bad request by Bearer ***" in kept and "*** says" in kept
     endpoint.answer = lambda *_: (401, {}, f"\x1b[2Jno such key: {SECRET}\x07")
     (tmp_path / "v.jsonl").unlink()
-    words = ["a=a.jsonl", "b=b.jsonl", "output=v.jsonl", *endpoint.options]
-    env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": SECRET}
-    assert launcher.run(*words, script=JUDGE, directory=tmp_path, of_training=False, env=env, in_order=True) == 1
-    assert "answers 401 for judge_model=m: \\x1b[2Jno such key: ***\\x07" in launcher.output
+    output = judge.refusal(*endpoint.options, env={"OPENAI_API_KEY": SECRET})
+    assert "answers 401 for judge_model=m: \\x1b[2Jno such key: ***\\x07" in output
 
 
-def test_api_key_that_no_http_header_allows_is_refused_without_showing_it(launcher, files, endpoint, tmp_path):
+def test_api_key_that_no_http_header_allows_is_refused_without_showing_it(judge, endpoint):
     for key in ("sk-0123\u20ac56789", "sk-0123\n456789"):
-        env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": key}
-        words = [*files, *endpoint.options]
-        assert launcher.run(*words, script=JUDGE, directory=tmp_path, of_training=False, env=env, in_order=True) == 1
-        assert "OPENAI_API_KEY has a character that isn't allowed in an HTTP header" in launcher.output
-        assert "Traceback" not in launcher.output
-        assert "sk-0123" not in launcher.output
+        output = judge.refusal(*endpoint.options, env={"OPENAI_API_KEY": key})
+        assert "OPENAI_API_KEY has a character that isn't allowed in an HTTP header" in output
+        assert "sk-0123" not in output
     assert endpoint.seen == []
 
 
@@ -529,15 +482,12 @@ NO_COMPLETIONS = {
 }  # fmt: skip
 
 
-def test_malformed_answer_is_a_failed_verdict(launcher, files, endpoint, tmp_path):
+def test_malformed_answer_is_a_failed_verdict(judge, endpoint):
     contents = list(NO_COMPLETIONS.values())
     headers = {"Content-Type": "text/html; charset=undefined"}
     endpoint.answer = lambda number, *_: (200, headers, contents[number % len(contents)])
-    words = [*files, *endpoint.options, "judge_retries=0"]
-    env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": ""}
-    assert launcher.run(*words, script=JUDGE, directory=tmp_path, of_training=False, env=env, in_order=True) == 1
-    assert "error: no pair could be judged: 7 no chat completion" in launcher.output
-    assert "Traceback" not in launcher.output
+    output = judge.refusal(*endpoint.options, "judge_retries=0")
+    assert "error: no pair could be judged: 7 no chat completion" in output
 
 
 def test_answer_in_an_unknown_charset_is_read_as_utf_8(judge, endpoint):
@@ -545,14 +495,13 @@ def test_answer_in_an_unknown_charset_is_read_as_utf_8(judge, endpoint):
         return 200, {"Content-Type": "application/json; charset=undefined"}, completion(endpoint.longer(number, a, b))
 
     endpoint.answer = answer
-    assert judge(*endpoint.options)["n_judged"] == 8
+    assert judge.run(*endpoint.options)["n_judged"] == 8
 
 
 @pytest.mark.parametrize("number", mark_exhaustive_except([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
-def test_signal_ends_the_judge_command_with_all_its_processes(number, launcher, files, tmp_path):
+def test_signal_ends_the_judge_command_with_all_its_processes(number, judge, launcher, tmp_path):
     (tmp_path / "c.sh").write_text("sleep 1000 & echo $! > child; echo A; wait")
-    words = [*files, "judge=command", "judge_command='sh c.sh'"]
-    launcher.start(*words, script=JUDGE, directory=tmp_path, of_training=False, in_order=True)
+    judge.start("judge=command", "judge_command='sh c.sh'")
     verdicts, child = tmp_path / "v.jsonl", tmp_path / "child"
     wait_until(lambda: child.exists() and child.read_text().strip() and verdicts.exists() and verdicts.stat().st_size)
     launcher.kill(number)
@@ -599,7 +548,7 @@ def expected_score(text: str) -> float:
 @pytest.mark.parametrize("kind", ["one score", "two classes", "no padding"])
 def test_higher_reward_wins(kind, judge, reward_model, tmp_path, launcher):
     path = reward_model(2 if kind == "two classes" else 1, kind != "no padding")
-    summary = judge("judge=model", f"judge_model={path}", "judge_batch_size=6")
+    summary = judge.run("judge=model", f"judge_model={path}", "judge_batch_size=6")
     lines = read_jsonl(tmp_path / "v.jsonl")
     scores = {i: (expected_score(A[i]), expected_score(B[i])) for i in range(8)}
     assert len(lines) == 7
@@ -612,22 +561,22 @@ def test_higher_reward_wins(kind, judge, reward_model, tmp_path, launcher):
     assert ("has no padding token" in launcher.output) == (kind == "no padding")
 
 
-def test_messages_are_scored_through_the_chat_template(judge, refused, reward_model, tmp_path):
+def test_messages_are_scored_through_the_chat_template(judge, reward_model, tmp_path):
     for name, responses in (("a.jsonl", A), ("b.jsonl", B)):
         rows = [{"instruction": f"say {i}", "output": text} for i, text in enumerate(responses)]
         (tmp_path / name).write_text(json.dumps(rows))
     template = "{% for m in messages %}{{ m.content + '!' }}{% endfor %}"  # all end in the same token
-    assert judge("judge=model", f"judge_model={reward_model(chat_template=template)}")["ties"] == 8
+    assert judge.run("judge=model", f"judge_model={reward_model(chat_template=template)}")["ties"] == 8
     (tmp_path / "v.jsonl").unlink()
     path = reward_model()
-    assert "messages need a chat template" in refused("judge=model", f"judge_model={path}")
+    assert "messages need a chat template" in judge.refusal("judge=model", f"judge_model={path}")
     template = f"chat_template={REPOSITORY}/assets/human_assistant.jinja"
-    assert judge("judge=model", f"judge_model={path}", template)["n_judged"] == 8
+    assert judge.run("judge=model", f"judge_model={path}", template)["n_judged"] == 8
 
 
 def test_texts_longer_than_the_reward_model_are_truncated_with_a_warning(judge, reward_model, tmp_path, launcher):
     write_samples(tmp_path / "a.jsonl", ["long " * 400 + A[0], *A[1:]])
-    judge("judge=model", f"judge_model={reward_model()}")
+    judge.run("judge=model", f"judge_model={reward_model()}")
     assert "truncated 1 of 14 texts (prompt + response) to their last 256 tokens" in launcher.output
     line = next(line for line in read_jsonl(tmp_path / "v.jsonl") if line["prompt_index"] == 0)
     assert line["scores"][0] == pytest.approx(expected_score("long " + A[0]), abs=1e-4)
@@ -636,7 +585,7 @@ def test_texts_longer_than_the_reward_model_are_truncated_with_a_warning(judge, 
 @pytest.mark.parametrize("pad", [True, False])
 def test_responses_without_opponents_are_scored_alone(pad, judge, reward_model, tmp_path, launcher):
     options = ["judge=model", f"judge_model={reward_model(pad=pad)}", "judge_batch_size=3"]
-    summary = judge(*options, files=["a=a.jsonl", "output=v.jsonl"])
+    summary = judge.run(*options, files=("a=a.jsonl", "output=v.jsonl"))
     scores = {line["prompt_index"]: line["scores"] for line in read_jsonl(tmp_path / "v.jsonl")}
     expected = [expected_score(text) for text in A]
     assert [scores[i] for i in range(8)] == [[pytest.approx(score, abs=1e-4)] for score in expected]
@@ -644,12 +593,13 @@ def test_responses_without_opponents_are_scored_alone(pad, judge, reward_model, 
     assert summary["score_se"] == pytest.approx(np.std(expected, ddof=1) / math.sqrt(8), abs=1e-4)
     assert (summary["n_scored"], summary["n_failed"], summary["b"], summary["drawn"]) == (8, 0, None, [])
     assert "8 responses scored, to 8 prompts" in launcher.output
-    judge(*options, files=["a=a.jsonl", "output=v.jsonl"])
+    judge.run(*options, files=("a=a.jsonl", "output=v.jsonl"))
     assert "8 scored already" in launcher.output
 
 
 @pytest.mark.parametrize("place", ["folder", "hub"])
-def test_verdicts_of_a_retrained_reward_model_are_not_mixed(place, reward_model, files, tmp_path, monkeypatch):
+def test_verdicts_of_a_retrained_reward_model_are_not_mixed(place, reward_model, tmp_path, monkeypatch):
+    write_samples(tmp_path / "a.jsonl", A)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     root = Path(get_local_dir([f"{tmp_path}/cache"])) / "models--someone--judge"
@@ -683,7 +633,7 @@ def test_summary_records_sampling_settings_and_kl(judge, command, tmp_path):
     lines = [{**line, **origin, "policy_logps": -5.0, "reference_logps": -5.0 - i % 2}
              for i, line in enumerate(read_jsonl(tmp_path / "a.jsonl"))]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = judge("judge=command", command)
+    summary = judge.run("judge=command", command)
     assert summary["drawn"] == [origin]
     assert (summary["kl"], summary["n_kl"]) == (0.5, 8)  # of log-ratios 0, 1, 0, 1, ...: variance 8/4/7
     assert summary["kl_se"] == pytest.approx(math.sqrt(2 / 7 / 8))
@@ -739,7 +689,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp_path):
+def test_bad_judge_input_is_refused_before_any_request(name, judge, tmp_path):
     overrides, message = BAD[name]
     lines = (tmp_path / "b.jsonl").read_text().splitlines(keepends=True)
     contents = {
@@ -754,12 +704,12 @@ def test_bad_judge_input_is_refused_before_any_request(name, refused, files, tmp
     for file, content in contents.items():
         (tmp_path / file).write_text(content)
     given = {word.split("=")[0] for word in overrides}
-    output = refused(*overrides, files=[word for word in files if word.split("=")[0] not in given])
+    output = judge.refusal(*overrides, files=tuple(word for word in FILES if word.split("=")[0] not in given))
     assert message in output
     assert "calls to" not in output
     assert not (tmp_path / "v.jsonl").exists()
     assert {file: (tmp_path / file).read_text() for file in contents} == contents  # unchanged
 
 
-def test_judge_sweep_is_refused(refused, files):
-    assert "only train.py supports sweeps with -m" in refused(*OPENAI, files=["-m", *files])
+def test_judge_sweep_is_refused(judge):
+    assert "only train.py supports sweeps with -m" in judge.refusal(*OPENAI, files=("-m", *FILES))
