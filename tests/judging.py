@@ -11,7 +11,6 @@ ENV = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": ""}
 FILES = ("a=a.jsonl", "b=b.jsonl", "output=v.jsonl")
 A = ["yes", "quite long an answer", "no", "it is so", "same", "b is longer here", "x", "the longest of all of them"]
 B = ["no, no", "short", "yes, yes", "it isn't", "same", "much, much longer is b", "yy", "not"]
-LONGER = ["b", "a", "b", "tie", "tie", "b", "b", "a"]  # the longer response: 2 wins, 2 ties, 4 losses
 
 
 def write_samples(path: Path, responses: list[str]):
