@@ -46,3 +46,27 @@ def test_unmatched_responses_are_an_error_or_counted():
     assert n_unmatched == 3
     with pytest.raises(UserError, match=r"sample=0 is in a and not in b \(3 .*; draw both from the same prompts"):
         match({(0, 0): Response("p", "t")}, other, True)
+
+
+def row(index: int, prompt: object = "p") -> str:
+    return json.dumps({"prompt_index": index, "sample": 0, "prompt": prompt, "response": "r"}) + "\n"
+
+
+BAD = {
+    "nothing": ("", "it has no responses; give JSON Lines as sample.py writes them"),
+    "something else": (row(0) + '{"x": 1}\n', "line 2: no response, its fields are x; give"),
+    "a cut-off line": (row(0) + row(1)[:-5], "line 2: no JSON: "),
+    "a response twice": (row(0) + row(1) + row(0), "line 3: prompt_index=0, sample=0 is listed twice"),
+    "a negative number": (row(0) + row(-1), "line 2: prompt_index and sample must be integers, 0 or more"),
+    "a number as a prompt": (row(0, 5), "line 1: the prompt is neither a string nor messages"),
+    "entries that are no objects": ("[1]", "entry 1: no JSON object; give"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_file_that_holds_no_responses_is_refused(name, tmp_path):
+    content, message = BAD[name]
+    (tmp_path / "b.jsonl").write_text(content)
+    with pytest.raises(UserError) as error:
+        read_responses("b", f"{tmp_path}/b.jsonl")
+    assert str(error.value).startswith(f"b={tmp_path}/b.jsonl") and message in str(error.value)
