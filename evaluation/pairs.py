@@ -17,7 +17,7 @@ _FORMATS = (
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Origin:
     """The origin of a response that `sample.py` drew: run and checkpoint (None without a run), sampling settings."""
 
     run: str | None
@@ -30,11 +30,11 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Response:
-    """A model's response to a prompt; if known, how it was drawn, and its log-ratio of policy to reference (nats)."""
+    """A model's response to a prompt; if known, its origin, and its log-ratio of policy to reference (nats)."""
 
     prompt: Prompt
     text: str
-    drawn: Drawn | None = None
+    origin: Origin | None = None
     logratio: float | None = None
 
 
@@ -98,7 +98,7 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
     for number, (where, row) in enumerate(_rows(f"{key}={path}", path)):
         if {"prompt_index", "sample", "prompt", "response"} <= row.keys():
             place = (row["prompt_index"], row["sample"])
-            response = Response(row["prompt"], row["response"], _drawn(row), _logratio(row))
+            response = Response(row["prompt"], row["response"], _origin(row), _logratio(row))
         elif {"instruction", "output"} <= row.keys():
             message = {"role": "user", "content": row["instruction"]}
             place, response = (number, None), Response([message], row["output"])
@@ -118,11 +118,11 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
     return found
 
 
-def _drawn(row: dict) -> Drawn | None:
-    fields = {field.name: row.get(field.name) for field in dataclasses.fields(Drawn)}
+def _origin(row: dict) -> Origin | None:
+    fields = {field.name: row.get(field.name) for field in dataclasses.fields(Origin)}
     names, numbers = list(fields.values())[:2], list(fields.values())[2:]
     is_known = all(isinstance(name, str | None) for name in names) and all(isinstance(n, int | float) for n in numbers)
-    return Drawn(**fields) if is_known else None
+    return Origin(**fields) if is_known else None
 
 
 def _logratio(row: dict) -> float | None:
