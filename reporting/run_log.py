@@ -61,7 +61,7 @@ class RunLog:
             elif size and log_sha256.get(name) not in (None, sha256(path)):
                 rank0_print(f"WARNING: {path} has changed since the checkpoint was written: lines are damaged")
 
-    def recorded(self) -> dict:
+    def train_state_fields(self) -> dict:
         """Flush the log files to the disk, and return the fields of `TrainState` that describe them."""
         sizes, digests = {}, {}
         for name in LOG_FILES:
