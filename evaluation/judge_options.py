@@ -65,7 +65,7 @@ def check_options(options: dict):
     if not isinstance(options["judge_args"], dict):
         raise UserError(f"judge_args={options['judge_args']}: expected fields, e.g. judge_args.max_tokens=300")
     _check_keys_of_judge(options)
-    get_local_dir(options["local_dirs"])
+    get_local_dir(options["local_dirs"])  # raises UserError if none can be used
     outputs = [
         Output("output", options["output"], _VERDICTS),
         Output("the summary of output", summary_path(options), _SUMMARY),
@@ -91,7 +91,7 @@ def _check_keys_of_judge(options: dict):
         for key in (*keys[0], *keys[1]):
             if key not in required + optional and options[key] != defaults[key]:
                 raise UserError(f"{key}={options[key]}: not used with judge={name}; leave it out")
-    if name == "openai":
+    if name == "openai":  # both raise UserError if their value can't be used
         Endpoint(options["judge_url"])
         load_template(options["judge_prompt"])
 

@@ -84,7 +84,7 @@ def first_shown(pair: Pair, seed: int) -> str:
 def read_responses(key: str, path: str) -> dict[Place, Response]:
     """Return the responses in a file, by their places.
 
-    Of the rows that `evaluate.py` wrote, only the first per prompt counts: its preferred response. The prompts are
+    A row of `evaluate.py` gives its preferred response; only the first row of each prompt counts, and prompts are
     numbered as by `sample.py`. These responses, and those in AlpacaEval's format, have no sample number: `match` pairs
     them with every sample of the other file.
 

@@ -89,7 +89,7 @@ def _missing_items(
 
 
 def _draw_by_vllm(config: DictConfig, options: Options) -> tuple[list[Request], dict[str, Tokens]]:
-    """Draw the samples that the files lack by vLLM; return all prompts, and each file's token ids by its path."""
+    """Draw the files' missing samples by vLLM; return all prompts, and each file's new token ids by its path."""
     tokenizer, eval_iterator = load_tokenizer(config), None
     if options.prompts is None:
         _, eval_iterator = open_batches(config, chosen_datasets(config), tokenizer, config.seed, trains=False)

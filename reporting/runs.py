@@ -21,7 +21,7 @@ _LONGEST_VALUE = 40
 
 
 class NoRuns(ValueError):
-    """There is no run to show, or not with what was asked for; the message says why."""
+    """No run can be shown; the message says why."""
 
 
 @dataclass

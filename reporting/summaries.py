@@ -62,7 +62,7 @@ def read_summaries(paths: list[str]) -> list[Summary]:
     summaries = [_read(path) for path in paths]
     first, places = summaries[0], {}
     for summary in summaries:
-        for i, what in enumerate(("another judge or judge's settings", "other responses b")):
+        for i, what in enumerate(("another judge or other judge settings", "other responses b")):
             if summary.judged_by[i] != first.judged_by[i]:
                 raise BadSummary(
                     f"{summary.path} has {what} than {first.path}, so they can't be compared: judge both the same way"

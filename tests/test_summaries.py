@@ -146,7 +146,7 @@ BAD = {  # changes to the second of two files, and the message
     "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; draw them with sample.py"),
     "an earlier version": ({"drawn": "absent"}, "an earlier version wrote it, without saying how"),
     "nothing judged": ({"win_rate": None}, "nothing could be judged (n = 0)"),
-    "another judge": ({"settings": "t"}, "has another judge or judge's settings than"),
+    "another judge": ({"settings": "t"}, "has another judge or other judge settings than"),
     "another opponent": ({"b_digest": "e"}, "has other responses b than"),
     "the same point": ({}, "are both of dpo, LATEST, at temperature 1: leave one out"),
     "no summary": ({"settings": "absent"}, "no summary of judge.py; give files that it wrote"),
