@@ -392,6 +392,7 @@ def test_adapter_is_saved_as_by_peft_and_its_optimizer_in_shards(make_trainer):
         assert torch.equal(parameter, expected), name
 
 
+@pytest.mark.exhaustive
 def test_moving_reference_is_saved_in_shards(make_trainer):
     overrides = [*ALONE, "reference_update_every=1", "reference_update_alpha=0.5", "model.reference_dtype=float32"]
     trainer, run_dir = train_and_save(make_trainer, *overrides)
@@ -484,6 +485,7 @@ def test_full_disk_in_the_thread_ends_the_run_and_leaves_the_previous_checkpoint
     assert not half_saved(run_dir)
 
 
+@pytest.mark.exhaustive
 def test_training_error_waits_for_the_checkpoint_being_written(make_trainer, monkeypatch):
     trainer, step = make_trainer(*ALONE, "checkpoint_async=true"), BasicTrainer.train_step
     create_run_dir(trainer.config)
