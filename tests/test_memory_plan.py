@@ -27,7 +27,7 @@ from distributed import environment
 from distributed.dtensor import distribute_model
 from distributed.fsdp import make_meshes, shard_model
 from distributed.strategies import FullySharded, SingleProcess
-from models import _check_on_gpus
+from models import _check_fits_on_gpus
 from reporting.metrics import check_finite
 from reporting.usage import n_parameters, peak_flops
 from utils import UserError
@@ -247,11 +247,11 @@ def llama_on_meta() -> nn.Module:
 def test_model_larger_than_the_gpu_is_refused(monkeypatch):
     model, config = llama_on_meta(), compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU: the model stays in CPU memory
+    _check_fits_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU: the model stays in CPU memory
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _check_on_gpus(model, "model.name_or_path=x", config, "cpu")  # loaded there to be divided between workers
+    _check_fits_on_gpus(model, "model.name_or_path=x", config, "cpu")  # loaded there to be divided between workers
     with pytest.raises(UserError, match=r"model.name_or_path=x has 0.4 GB of weights in float32") as error:
-        _check_on_gpus(model, "model.name_or_path=x", config, "balanced")
+        _check_fits_on_gpus(model, "model.name_or_path=x", config, "balanced")
     assert n_bytes / 1e9 == pytest.approx(0.4, abs=0.05)
     assert "lora={}" in str(error.value) and "trainer=FSDPTrainer" in str(error.value)
 
