@@ -18,7 +18,7 @@ class Layout:
     is_shared: bool = False  # each pair's prompt is computed once
     is_packed: bool = False  # all sequences are in one row, without padding
     whole_logits: bool = False  # take logits from the whole model, because it modifies its output head's result
-    is_plain: bool = False  # the trainer's own plain forward computes the model
+    is_plain: bool = False  # use the trainer's own plain forward
 
     def response_logps(
         self, model: nn.Module, batch: dict, strategy: type[SingleProcess], n_first: torch.Tensor | None = None

@@ -77,14 +77,14 @@ def find_layout(
         config: its `shared_prompt`, `padding_free` and `max_length` are read.
         strategy: where the model's tensors live.
         autocast: the context that the model is computed in.
-        is_unpaired: the two responses of an example have prompts of their own.
+        is_unpaired: the two responses of an example have different prompts.
         is_trained: check the model in training mode; a reference is computed in evaluation mode.
 
     Raises: UserError if the plain forward itself can't be trained, or if the model doesn't support `shared_prompt=true`
         or `padding_free=true`.
     """
     if is_unpaired and config.shared_prompt is True:
-        raise UserError("shared_prompt=true: the two responses of unpaired data have prompts of their own")
+        raise UserError("shared_prompt=true: in unpaired data, two responses don't share a prompt; use auto")
     check = ModelCheck(model, plain, batch, config.max_length, strategy, autocast)
     may_share = "rejected_labels" in batch and not is_unpaired and config.shared_prompt is not False
     with check.mode(is_trained):
@@ -122,7 +122,7 @@ def _allowed_layouts(config, may_share: bool, on_gpu: bool) -> list[Layout]:
 
 def _layout_message(layout: Layout, reasons: dict[Layout, str], may_share: bool, plain_name: str) -> str:
     """Return the line that names the chosen layout, and why no faster one is used; it may be empty."""
-    # of two layouts with shared prompts, or without padding, the slower one's reason is given
+    # if two layouts that share prompts (or have no padding) were tried, the later reason is given: the slower one's
     unshared = {tried.is_shared: reason for tried, reason in reasons.items()}.get(True)
     unpacked = {tried.is_packed: reason for tried, reason in reasons.items()}.get(True)
     parts = []
@@ -209,9 +209,9 @@ class ModelCheck:
         """Return why a layout can't be used; None if it agrees with the standard."""
         attention, reads_masks = self.base.config._attn_implementation, layout.is_shared and not layout.is_packed
         if layout.is_packed and not supports_packed_attention(self.base):
-            return f"attn_implementation={attention} doesn't support packed rows; sdpa does"
+            return f"model.attn_implementation={attention} doesn't support packed rows; sdpa does"
         if reads_masks and attention not in _DENSE_MASKS:
-            return f"attn_implementation={attention} doesn't support tree masks; {' and '.join(_DENSE_MASKS)} do"
+            return f"model.attn_implementation={attention} doesn't support tree masks; {' and '.join(_DENSE_MASKS)} do"
         if reason := _excluding_design(self.base, layout, self.max_length):
             return reason
         compute = functools.partial(layout.response_logps, strategy=self.strategy)
@@ -269,9 +269,8 @@ class ModelCheck:
     def _cannot_compute(self, error: Exception) -> UserError:
         return UserError(
             f"{_name(self.model)}: {self.plain_name} fails on sequences of up to {self.max_length} tokens, with "
-            f"{_shortened(error)}. If they are too long for the model, lower max_length; if it is the attention that "
-            "fails, name another in the model's config.json "
-            f"(attn_implementation={self.base.config._attn_implementation} now; sdpa and eager work everywhere)"
+            f"{_shortened(error)}. If they are too long for the model, lower max_length; if its attention fails, set "
+            f"model.attn_implementation to sdpa or eager (now {self.base.config._attn_implementation})"
         )
 
 

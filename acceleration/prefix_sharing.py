@@ -24,8 +24,8 @@ class Rows:
     """The input of one forward pass: B rows of T tokens, which hold S responses with N predicted tokens in total."""
 
     input_ids: torch.Tensor  # (B, T)
-    predictors: torch.Tensor  # (N,) index, among the B * T positions, of each response token's predictor
-    targets: torch.Tensor  # (N,) the token to predict there
+    predictors: torch.Tensor  # (N,) the position, of B * T, whose output predicts a response token
+    targets: torch.Tensor  # (N,) the token that it predicts
     sequences: torch.Tensor  # (N,) index of the token's response, below S
     offsets: torch.Tensor  # (N,) the token's index among the predicted tokens of its response
     n_sequences: int  # S
@@ -142,7 +142,7 @@ class _PackedRow:
         Args:
             is_target: (n,), True for trained tokens.
             sequence: the number of the response.
-            n_shared: number of first tokens that are the last sequence's, too, and aren't computed again.
+            n_shared: number of leading tokens shared with the sequence added before; they aren't computed again.
         """
         start, key_start = self.query_starts[-1], self.key_starts[-1]
         self.prompt_start = self.prompt_start if n_shared else start

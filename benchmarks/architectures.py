@@ -309,7 +309,8 @@ def row_of(model_type: str, results: Results) -> str:
         notes = notes[:1]
     cells += [""] * (2 - len(cells))
     cells.append(outcomes[0].without_padding if outcomes else "")
-    return f"| {model_type} | {results.class_name} | {' | '.join(cells)} | {'; bfloat16: '.join(notes)} |"
+    why = "; bfloat16: ".join(notes).removeprefix("; ")  # the first may be empty
+    return f"| {model_type} | {results.class_name} | {' | '.join(cells)} | {why} |"
 
 
 def note(why: str) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from acceleration import memory_plan, speed_up
 from acceleration.capacity import measure_activations
-from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
+from acceleration.optimizer_memory import state_bytes, step_one_by_one, uses_foreach_by_default
 from acceleration.out_of_memory import out_of_memory_explained
 from acceleration.prefix_sharing import packed_rows, shared_rows
 from acceleration.response_head import response_logps
@@ -178,10 +178,10 @@ def test_one_by_one_setting_survives_loading_and_gives_the_same_weights():
         ("AdamW", {"fused": True}, False), ("AdamW", {}, True),
     ],
 )  # fmt: skip
-def test_only_a_default_step_on_a_gpu_may_be_made_smaller(name, options, expected):
+def test_foreach_that_is_pytorchs_default_is_told_from_a_users_choice(name, options, expected):
     optimizer = getattr(torch.optim, name)([nn.Parameter(torch.zeros(2))], lr=1e-3, **options)
-    assert steps_by_foreach(optimizer, GPU) == expected
-    assert not steps_by_foreach(optimizer, CPU)
+    assert uses_foreach_by_default(optimizer, GPU) == expected
+    assert not uses_foreach_by_default(optimizer, CPU)
 
 
 def test_copies_of_trained_weights_are_freed_before_the_optimizer_steps():

@@ -461,6 +461,6 @@ def test_flex_attention_without_gradients_is_refused(launcher, model_dir, tmp_pa
     run = [*RUN, f"model.name_or_path={path}", "loss=sft", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run, script=script) == 1
     assert "error: LlamaForCausalLM: plain_logps fails" in launcher.output
-    assert "attn_implementation=flex_attention now; sdpa and eager" in launcher.output
+    assert "set model.attn_implementation to sdpa or eager (now flex_attention)" in launcher.output
     assert "Traceback" not in launcher.output
     assert not (tmp_path / "run").exists()

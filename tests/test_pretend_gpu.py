@@ -289,7 +289,7 @@ def test_each_gpu_has_its_own_plan(on_gpu):
     assert [plan.device for plan in plans] == [GPU, OTHER_GPU]
     n = sum(p.numel() for p in meta_model("llama", torch.float32, False).parameters())
     assert sum(plan.held["weights"] for plan in plans) == 4 * n
-    assert memory_plan.cap_of(plans) == min(plan.max_tokens for plan in plans) > 0
+    assert memory_plan.max_tokens_that_fit(plans) == min(plan.max_tokens for plan in plans) > 0
 
 
 def test_plan_of_an_adapter_holds_no_gradients_of_its_base(on_gpu):
