@@ -26,7 +26,7 @@ from utils import UserError, disable_dropout
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(pretend_gpu.why_not() is not None, reason=pretend_gpu.why_not() or ""),
+    pytest.mark.skipif(pretend_gpu.reason_unavailable() is not None, reason=pretend_gpu.reason_unavailable() or ""),
 ]
 
 N_LAYERS, HIDDEN, VOCAB, MAX_LENGTH = 2, 64, 97, 100
