@@ -424,7 +424,7 @@ class BasicTrainer:
             self.strategy.prepare_backward(self.policy, is_last=number == len(parts))
             # not divided by the number of workers, as FSDP averages their gradients
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
-            n_tokens = computed_tokens(microbatch, self.layout.is_shared).to(widest_dtype(self.device))
+            n_tokens = computed_tokens(microbatch, self.layout.shares_prompts).to(widest_dtype(self.device))
             all_metrics.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
 
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
@@ -469,7 +469,7 @@ class BasicTrainer:
         `group`: the process group in which workers agree on the number; None in the main thread.
         """
         return microbatches(
-            batch, min_microbatches, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed,
+            batch, min_microbatches, self.layout.shares_prompts, self.microbatch_overhead, self.layout.is_packed,
             self.max_tokens,
             functools.partial(collectives.all_reduce_max, group=group) if self.is_sharded else lambda n: n,
         )  # fmt: skip

@@ -173,8 +173,8 @@ class _PackedRow:
                                     (self.query_starts, self.key_starts))  # fmt: skip
         key_indices = {name: parts.pop(name) for name in ("key_tokens", "first_key", "second_key")}
         longest = int(query_starts.diff().max()), int(key_starts.diff().max())
-        is_shared = len(key_indices["second_key"]) > 0
-        packing = Packing(query_starts, key_starts, *longest, **(key_indices if is_shared else {}))
+        shares_prompts = len(key_indices["second_key"]) > 0
+        packing = Packing(query_starts, key_starts, *longest, **(key_indices if shares_prompts else {}))
         inputs = {name: parts.pop(name)[None] for name in ("input_ids", "position_ids")}
         order = parts["sequences"].argsort(stable=True)  # all chosen responses first, as in the other layouts
         predictions = {name: part[order] for name, part in parts.items()}

@@ -157,7 +157,7 @@ def test_packed_rows_hold_no_padding():
 def test_supported_models_get_packed_rows(architecture, dtype):
     model = make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32).to(dtype)
     chosen = check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free=True)
-    assert chosen == (Layout(is_shared=True, is_packed=True), "Prefix sharing: on; rows have no padding")
+    assert chosen == (Layout(shares_prompts=True, is_packed=True), "Prefix sharing: on; rows have no padding")
     chosen = check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=False, padding_free=True)
     assert chosen == (Layout(is_packed=True), "Rows have no padding")
 
@@ -166,7 +166,7 @@ def test_model_check_runs_under_autocast():
     model = make_model(copy.deepcopy(CONFIGS["qwen3"]), torch.float32)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     layout, _ = check_model(model, BATCHES["ordinary"], MAX_LENGTH, autocast, padding_free=True)
-    assert layout == Layout(is_shared=True, is_packed=True)
+    assert layout == Layout(shares_prompts=True, is_packed=True)
     with torch.no_grad(), autocast():
         ours = response_logps(model, packed_rows(BATCHES["ordinary"], shared=True))
         expected = response_logps(model, shared_rows(BATCHES["ordinary"]))
@@ -175,7 +175,7 @@ def test_model_check_runs_under_autocast():
 
 def test_rows_are_packed_on_a_cpu_only_on_request():
     model = make_model(CONFIGS["llama"])
-    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free="auto")[0] == Layout(is_shared=True)
+    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free="auto")[0] == Layout(shares_prompts=True)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -184,7 +184,7 @@ def test_models_with_windows_share_prompts_only_in_packed_rows():
     model = make_model(config)
     assert check_model(model, BATCHES["ordinary"], MAX_LENGTH)[0] == Layout()
     layout, _ = check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=True, padding_free=True)
-    assert layout == Layout(is_shared=True, is_packed=True)
+    assert layout == Layout(shares_prompts=True, is_packed=True)
 
 
 UNSUPPORTED = {

@@ -50,8 +50,8 @@ CONFIGS = {
     "mixtral": transformers.MixtralConfig(**TOKENS, **LLAMA_LIKE, num_local_experts=4),
 }  # fmt: skip
 LAYOUTS = {
-    "padded": Layout(), "shared": Layout(is_shared=True), "packed": Layout(is_packed=True),
-    "packed, shared": Layout(is_shared=True, is_packed=True),
+    "padded": Layout(), "shared": Layout(shares_prompts=True), "packed": Layout(is_packed=True),
+    "packed, shared": Layout(shares_prompts=True, is_packed=True),
 }  # fmt: skip
 WEIGHTS = {"mixed": (torch.float32, torch.bfloat16), "bfloat16": (torch.bfloat16, None)}
 GPU, OTHER_GPU = torch.device("cuda", 0), torch.device("cuda", 1)

@@ -170,7 +170,7 @@ def test_reference_of_another_architecture_uses_its_own_layout(tokenizer, make_t
     directory = other(tokenizer)
     trainer = make_trainer(*TOY, f"reference_model.name_or_path={directory}")
     # the policy shares prompts; the reference can't
-    assert trainer.layout.is_shared and not trainer.reference_layout.is_shared
+    assert trainer.layout.shares_prompts and not trainer.reference_layout.shares_prompts
     batch = trainer.eval_batches[0]
     for ours, side in zip(trainer.reference_logps(batch), ("chosen", "rejected"), strict=True):
         torch.testing.assert_close(ours, hand_logps(directory, batch, side), rtol=1e-6, atol=1e-6)
