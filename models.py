@@ -146,7 +146,7 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
             "model.tokenizer_name_or_path=..."
         )
     if config.add_bos and tokenizer.bos_token_id is None:
-        raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; leave it false")
+        raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; use add_bos=false")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     if config.chat_template is not None:
@@ -178,7 +178,7 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
 
 
 def set_end_tokens(model: nn.Module, tokenizer):
-    """Set the end tokens of the generation config, which is saved with the model, to those that end trained turns."""
+    """Set the generation config's end tokens, which are saved with the model, to those that end trained turns."""
     ends, generation_config = chat.end_token_ids(model.generation_config, tokenizer), model.generation_config
     known = generation_config.eos_token_id
     if ends != (known if isinstance(known, list) else [known]):
@@ -382,7 +382,7 @@ def _check_tied_weights(model: nn.Module, origin: str):
     if len(layers) == 2 and len(weights) == 1 and any(isinstance(layer, BaseTunerLayer) for layer in layers):
         raise UserError(
             f"{origin}: this model's output head is its input embedding (tied weights); an adapter on either can't be "
-            "merged: leave it out of target_modules, or train all of it by lora.modules_to_save"
+            "merged: leave both out of target_modules, or train the whole weight by lora.modules_to_save"
         )
 
 

@@ -157,6 +157,6 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
 main = functools.partial(command_line.main, run, can_sweep=True)
 
 if __name__ == "__main__":
-    from train import main  # not `__main__.main`: workers and a sweep's processes import its functions by their names
+    from train import main  # instead of `__main__.main`, whose functions workers and sweeps could not import by name
 
     main()

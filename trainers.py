@@ -331,7 +331,7 @@ class BasicTrainer:
         """Return the mean loss of a batch, and each metric for every example: tensors of shape (batch_size,).
 
         Args:
-            loss: the loss function of a microbatch (see `_loss_functions`); None if this is a whole batch.
+            loss: the loss function of a microbatch (see `_loss_functions`); None if `batch` is a whole batch.
         """
         split, router_coef = "train" if train else "eval", self.config.model.router_aux_loss_coef
         n_first = shared_lengths(batch) if self.loss.needs_shared_logps(loss_config) else None
@@ -522,7 +522,7 @@ class BasicTrainer:
         return policy, reference
 
     def evaluate_and_log(self):
-        """Evaluate, with `sample_during_eval` also sample, log the results, and keep them for the next checkpoint.
+        """Evaluate (with `sample_during_eval`, sample, too); log the results and keep them for the next checkpoint.
 
         Raises: Stopped after a signal; the state is then as if the evaluation had not begun.
         """
@@ -561,7 +561,7 @@ class FSDPTrainer(BasicTrainer):
 
 
 class TensorParallelTrainer(BasicTrainer):
-    """Trains in several processes that compute the same batches together, each its shard of every layer."""
+    """Trains in several processes, each of which computes its shard of every layer, for the same batches."""
 
     strategy_class = STRATEGIES["TensorParallelTrainer"]
 

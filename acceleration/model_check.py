@@ -80,8 +80,8 @@ def find_layout(
         is_unpaired: the two responses of an example have different prompts.
         is_trained: check the model in training mode; a reference is computed in evaluation mode.
 
-    Raises: UserError if the plain forward itself can't be trained, or if the model doesn't support `shared_prompt=true`
-        or `padding_free=true`.
+    Raises: UserError if the model can't be trained even by the plain forward, or if it doesn't support
+        `shared_prompt=true` or `padding_free=true`.
     """
     if is_unpaired and config.shared_prompt is True:
         raise UserError("shared_prompt=true: in unpaired data, two responses don't share a prompt; use auto")

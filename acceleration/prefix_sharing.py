@@ -141,7 +141,7 @@ class _PackedRow:
 
         Args:
             is_target: (n,), True for trained tokens.
-            sequence: the number of the response.
+            sequence: the index of the response, below S.
             n_shared: number of leading tokens shared with the sequence added before; they aren't computed again.
         """
         start, key_start = self.query_starts[-1], self.key_starts[-1]

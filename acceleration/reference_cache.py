@@ -184,7 +184,7 @@ def _missing_logps(
     """Compute the log-probabilities that the cache lacks for all workers' shards of a batch, by key.
 
     They are computed in the microbatches in which the policy will first compute them, so that both round alike. The
-    forward pass is collective: a worker that lacks fewer pairs than another one computes its first pair repeatedly.
+    forward pass is collective: a worker that lacks fewer pairs than another computes its batch's first pair again.
     """
     missing = [index for index, key in enumerate(pair_keys(batch)) if key not in cache.logps]
     missing += [0] * (collectives.all_reduce_max(len(missing)) - len(missing))

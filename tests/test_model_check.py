@@ -321,7 +321,7 @@ def test_edit_of_get_batch_logps_changes_what_is_trained(loss, metric, make_trai
 
 def test_subclass_that_edits_concatenated_forward_changes_what_is_trained(make_trainer, monkeypatch, capsys):
     class Edited(trainers.BasicTrainer):
-        """Trains on half of each log-probability."""
+        """Trains on log-probabilities divided by 2."""
 
         def concatenated_forward(self, model, batch):
             return tuple(logps / 2 for logps in super().concatenated_forward(model, batch))
