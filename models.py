@@ -277,7 +277,7 @@ def check_reference_fits(
     if n_positions is not None and config.max_length > n_positions:
         raise UserError(f"max_length={config.max_length}: {origin} has only {n_positions} positions")
     for place in (getattr(source, name) for name in sorted(source.given)):
-        place = os.path.dirname(place) if os.path.isfile(place) else place
+        place = os.path.dirname(os.path.abspath(place)) if os.path.isfile(place) else place
         try:
             vocabulary = read_tokenizer(place, config).get_vocab()
         except UserError:  # a file of weights, or a folder without a tokenizer

@@ -190,14 +190,29 @@ def test_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path):
     with pytest.raises(UserError, match=r"max_length=64: reference_model\.name_or_path=.* has only 48 positions"):
         make_trainer(*TOY, f"reference_model.name_or_path={other(max_position_embeddings=48)}")
     directory = other()
-    path = Path(directory) / "tokenizer.json"
+    swap_two_tokens(Path(directory))
+    with pytest.raises(UserError, match=r"reference_model\.name_or_path=.*: its tokenizer .* differ in 4 entries"):
+        make_trainer(*TOY, f"reference_model.name_or_path={directory}")
+
+
+def swap_two_tokens(directory: Path):
+    """Swap the ids of two tokens in a folder's tokenizer."""
+    path = directory / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     (first, a), (second, b) = list(vocabulary.items())[50:52]
     vocabulary[first], vocabulary[second] = b, a
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match=r"reference_model\.name_or_path=.*: its tokenizer .* differ in 4 entries"):
-        make_trainer(*TOY, f"reference_model.name_or_path={directory}")
+
+
+def test_tokenizer_beside_a_reference_archive_is_compared_in_the_current_directory_too(
+    make_trainer, sft, tmp_path, monkeypatch
+):
+    shutil.copytree(sft, tmp_path / "sft")
+    swap_two_tokens(tmp_path / "sft")
+    monkeypatch.chdir(tmp_path / "sft")
+    with pytest.raises(UserError, match=r"reference_model\.archive=policy\.pt: its tokenizer .* differ in 4 entries"):
+        make_trainer(*TOY, "reference_model.archive=policy.pt")
 
 
 # ---- which settings combine -----------------------------------------------------------------------------------------
