@@ -284,7 +284,7 @@ def test_gpus_are_known_by_the_words_of_their_names(name, flops):
     assert peak_flops(name) == flops
 
 
-def test_packed_4_bit_weights_count_whole():
+def test_packed_4_bit_weights_are_counted_one_by_one():
     packed = nn.Parameter(torch.zeros(48, 1, dtype=torch.uint8), requires_grad=False)  # of an 8 × 12 matrix
     packed.quant_state = types.SimpleNamespace(shape=torch.Size([8, 12]))
     model = nn.ParameterList([packed, nn.Parameter(torch.zeros(5))])
