@@ -100,7 +100,7 @@ def merge_adapter(checkpoint: str, run_config: DictConfig, output: str, trust_re
     Args:
         trust_remote_code: allow the base's own code to run; the run's config can't allow it.
     """
-    from models import end_at_turns, load_adapter, load_model, read_tokenizer  # takes seconds to import
+    from models import load_adapter, load_model, read_tokenizer, set_end_tokens  # takes seconds to import
 
     quiet_libraries()
     state = read_state_json(checkpoint)
@@ -121,7 +121,7 @@ def merge_adapter(checkpoint: str, run_config: DictConfig, output: str, trust_re
     tokenizer = read_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config)
     tokenizer.chat_template = read_tokenizer(checkpoint, config).chat_template or tokenizer.chat_template
     model = load_adapter(load_model(config, config.model.policy_dtype), source, is_trainable=False)
-    end_at_turns(model, tokenizer)
+    set_end_tokens(model, tokenizer)
     check_models_unchanged(run_config, [checkpoint], hub_revisions(config))
     with atomic_directory(output, _REMEDY) as partial:
         model.merge_and_unload().save_pretrained(partial)

@@ -404,11 +404,14 @@ def test_moving_reference_is_saved_in_shards(make_trainer):
         assert torch.equal(parameter, expected)
 
 
-def test_weights_of_a_sharded_checkpoint_start_a_new_run(finished, run_dir, make_trainer):
+def test_weights_of_a_sharded_checkpoint_start_a_new_run(finished, run_dir, make_trainer, monkeypatch):
     policy = make_trainer(*ALONE, f"model.archive={run_dir}/LATEST").policy
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), finished[0].policy.parameters(), strict=True))
     with pytest.raises(UserError, match=rf"no such file\. The checkpoint is sharded: give {run_dir}/LATEST"):
         make_trainer(*ALONE, f"model.archive={run_dir}/LATEST/policy.pt")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"The checkpoint is sharded: give \.$"):
+        patch.chdir(f"{run_dir}/LATEST")
+        make_trainer(*ALONE, "model.archive=policy.pt")
     policy = make_trainer(*ALONE, "model=blank_model", f"model.name_or_path={run_dir}/LATEST").policy
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), finished[0].policy.parameters(), strict=True))
     export_it = rf"python export\.py run={run_dir} checkpoint=step-8 output=DIR"
