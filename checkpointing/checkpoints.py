@@ -29,7 +29,15 @@ from torch import nn
 from basics.checksums import read_checksums
 from basics.links import followed, link_target, make_link
 from basics.outputs import is_sharded
-from checkpointing.archives import UNREADABLE, describe, fit_state, load_fitting, read_state_dict, write_tensors
+from checkpointing.archives import (
+    UNREADABLE,
+    describe,
+    export_command,
+    fit_state,
+    load_fitting,
+    read_state_dict,
+    write_tensors,
+)
 from checkpointing.atomic_directory import atomic_directory, remove_whole, replace_path, write_errors_explained
 from checkpointing.model_card import write_card
 from checkpointing.resume import is_last
@@ -201,8 +209,7 @@ def _add_model(
     """
     from checkpointing.model_files import add_model_files  # only some runs need it
 
-    run_dir, name = os.path.split(path)
-    remedy = f"python export.py run={run_dir} checkpoint={name} output=DIR writes one"
+    remedy = f"{export_command(path)} writes one"
     digests = add_model_files(directory, _as_loaded(contents.policy), group, remedy)
     if on_rank0() and digests:
         contents.write_card(directory)
