@@ -1,4 +1,4 @@
-"""Read and write files of tensors: checkpoints, and weights to start from, in the original's format, too."""
+"""Read and write files of tensors, also in the original's format: checkpoints, and weights to start from."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ def describe(error: Exception, n_characters: int = 300) -> str:
     text = str(error).strip()
     if "weights_only" in text:
         reason = re.search(r"WeightsUnpickler error: (.*?)(?:\. Please use|\n|$)", text)
-        text = reason[1] if reason else "it is no file of tensors"
+        text = reason[1] if reason else "it is not a file of tensors"
     return f"{type(error).__name__}: {text[:n_characters]}"
 
 
@@ -128,7 +128,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
             raise ValueError(f"its state is a {type(state).__name__}")
     except UserError:
         raise
-    except Exception as error:  # other kinds of files raise errors of any kind
+    except Exception as error:  # a file in another format can raise any error
         if explanation := hub.explain_failure(error, path, "model"):
             raise UserError(f"{key}={path}: {explanation[0]}\n{explanation[1]}") from error
         raise UserError(
@@ -248,7 +248,7 @@ def load_fitting(state: dict, model: nn.Module, path: str):
 
 
 def fit_state(state: dict, model: nn.Module, path: str) -> dict:
-    """Return a state dict with the names of the model's parameters. Raises: see `load_archive`."""
+    """Rename a state dict's tensors as the model's are, and check that they fit it. Raises: see `load_archive`."""
     expected = model.state_dict(keep_vars=True)
     fitted = {}
     _check_tensors(state, path)

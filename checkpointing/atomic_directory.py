@@ -17,7 +17,8 @@ from distributed.heartbeat import is_lost_connection
 from utils import UserError
 
 CARD = "README.md"  # has no checksum, as people edit it before they upload a checkpoint
-_INTERRUPTED = re.compile(  # names of files and directories that a killed run was writing or deleting
+# names of files and directories that a killed run, of this or an earlier version, was writing or deleting
+_INTERRUPTED = re.compile(
     rf"(?:step-[0-9]+|LATEST|BEST|config\.yaml|curves\.png){PARTIAL}|step-[0-9]+\.partial-deleted"
     r"|config\.yaml\.partial-new"
 )

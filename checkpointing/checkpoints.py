@@ -1,9 +1,10 @@
 """Checkpoint directories: write one, read a policy from one, delete old ones.
 
 A checkpoint is a directory that appears whole or not at all. It contains:
-- the original's files, `policy.pt`, `optimizer.pt` and `scheduler.pt`, each {'step_idx': training examples seen,
-  'state': a state dict, 'metrics': those of the last evaluation};
-- model and tokenizer for `from_pretrained` (of a policy with an adapter only the adapter, in PEFT's format);
+- the original's files, `policy.pt`, `optimizer.pt` and `scheduler.pt`, and `reference.pt` if the reference moves, each
+  {'step_idx': training examples seen, 'state': a state dict, 'metrics': those of the last evaluation};
+- model and tokenizer for `from_pretrained` (if the policy has an adapter, only the adapter, in PEFT's format, and no
+  `policy.pt`);
 - `README.md`, a model card;
 - `state.json` and `rng.pt`, the train state;
 - `SHA256SUMS`, to detect damage.
@@ -121,7 +122,7 @@ class Contents:
         self.train_state.save(directory, self.config)
 
     def write_card(self, directory: str):
-        """Write the model card; the train state must be there."""
+        """Write the model card; the train state must have been written."""
         write_card(directory, self.config, read_state_json(directory), self.has_adapter, self.n_eval_examples)
 
 

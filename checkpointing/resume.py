@@ -186,7 +186,7 @@ def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
 
 
 def find_checkpoints(run_dir: str | None, requested: str | list[str]) -> list[str | None]:
-    """Return the directories of a run's checkpoints, by name or `all` of them; without a run, [None].
+    """Return the directories of the requested checkpoints of a run: names, or `all`. Without a run, return [None].
 
     Raises: UserError if one doesn't exist or is damaged.
     """
