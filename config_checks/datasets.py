@@ -16,7 +16,7 @@ from utils import UserError, closest_match
 
 
 def check_data(config: DictConfig, reads_data: bool):
-    """Check that datasets are named and, if the command reads them, their names and settings; read no data."""
+    """Check that there are datasets and, if the command reads them, check their names and settings. Reads no data."""
     if isinstance(config.datasets, str):
         config.datasets = ListConfig([config.datasets])
     if not isinstance(config.datasets, ListConfig):
