@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import ORACLE, mark_exhaustive_except, trainers_in
+from test_cli import CHECKPOINT_FILES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing.archives import load_archive
@@ -23,10 +24,6 @@ from utils import UserError, disable_dropout
 TOY = [
     "model=tiny", "datasets=[toy]", "n_examples=8", "n_eval_examples=8", "eval_batch_size=8", "lr=1e-3",
     "sample_during_eval=false", "max_length=64", "max_prompt_length=32", "eval_every=4",
-]  # fmt: skip
-FILES = [
-    "README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "optimizer.pt",
-    "policy.pt", "rng.pt", "scheduler.pt", "state.json", "tokenizer.json", "tokenizer_config.json",
 ]  # fmt: skip
 IDS = torch.arange(1, 9)[None]
 
@@ -58,7 +55,7 @@ def run_dir(finished, tmp_path):
 def test_every_checkpoint_opens_with_from_pretrained_and_generates(finished):
     trainer, run_dir = finished
     for name in ("step-4", "LATEST"):
-        assert sorted(os.listdir(run_dir / name)) == FILES
+        assert sorted(os.listdir(run_dir / name)) == CHECKPOINT_FILES
         model = AutoModelForCausalLM.from_pretrained(run_dir / name).eval()
         tokenizer = AutoTokenizer.from_pretrained(run_dir / name)
         state = torch.load(run_dir / name / "policy.pt", weights_only=True)["state"]

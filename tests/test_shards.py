@@ -167,18 +167,19 @@ def reshard(name: str, meshes: list[str], directory: str):
                 assert torch.equal(value, expected[key]), (mesh, other, key)
 
 
-HOWS = ["fsdp", "hybrid", "tensor parallel", "2 x 2"]
+MESHES = ["fsdp", "hybrid", "tensor parallel", "2 x 2"]
 
 
 @pytest.mark.parametrize(
-    ("name", "hows"),
+    ("name", "meshes"),
     mark_exhaustive_except(
-        [("fused", ["fsdp", "2 x 2"]), ("tied", HOWS), ("fused", HOWS), ("lora", HOWS)], ("fused", ["fsdp", "2 x 2"])
+        [("fused", ["fsdp", "2 x 2"]), ("tied", MESHES), ("fused", MESHES), ("lora", MESHES)],
+        ("fused", ["fsdp", "2 x 2"]),
     ),
     ids=str,
 )
-def test_state_is_the_same_after_resharding(name, hows, in_workers, tmp_path):
-    in_workers(4, reshard, name, hows, str(tmp_path))
+def test_state_is_the_same_after_resharding(name, meshes, in_workers, tmp_path):
+    in_workers(4, reshard, name, meshes, str(tmp_path))
     model = make_model(name)
     expected = flat(model, optimizer := take_step(model))
     rest = without_tensors(optimizer.state_dict())
