@@ -7,6 +7,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -44,10 +45,11 @@ def atomic_directory(path: str, remedy: str = _REMEDY, known: Mapping[str, str] 
             os.makedirs(partial)
             yield partial
             write_checksums(partial, without=CARD, known=known)
-            files = [os.path.join(partial, name) for name in os.listdir(partial)]
-            for path_of_file in files:  # safetensors makes its files readable for their owner alone
-                os.chmod(path_of_file, os.stat(partial).st_mode & 0o666)
-            flush_to_disk(*files, partial)
+            contents = [*Path(partial).rglob("*")]
+            for file in contents:
+                if file.is_file():  # safetensors makes its files readable for their owner alone
+                    file.chmod(os.stat(partial).st_mode & 0o666)
+            flush_to_disk(*map(str, contents), partial)
             replace_path(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, mark_exhaustive_except, trainers_in
+from conftest import ORACLE, REPOSITORY, mark_exhaustive_except, trainers_in
+from omegaconf import OmegaConf
 from test_cli import CHECKPOINT_FILES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import export
 from checkpointing.archives import load_archive
 from checkpointing.atomic_directory import atomic_directory, recover_interrupted_saves
 from checkpointing.checkpoints import point_to
@@ -119,6 +121,20 @@ def test_unreachable_hub_id_is_named(make_trainer, monkeypatch):
         UserError, match=r"(?s)model\.archive=nobody/nothing: .*start once where the hub can be reached"
     ):
         make_trainer(*TOY, "model.archive=nobody/nothing")
+
+
+def test_tokenizer_with_several_chat_templates_is_saved_checked_and_exported(make_trainer, tmp_path):
+    shutil.copytree(REPOSITORY / "assets/tiny", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    _, run_dir = trained(make_trainer, f"model.name_or_path={tmp_path}/model")
+    assert find_corruption(run_dir / "LATEST") is None
+    export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": "LATEST", "output": f"{tmp_path}/exported"}))
+    for folder in (run_dir / "LATEST", tmp_path / "exported"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    (run_dir / "LATEST/additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
+    assert "additional_chat_templates/tool_use.jinja doesn't match" in find_corruption(run_dir / "LATEST")
 
 
 # ---- when checkpoints are written and deleted -----------------------------------------------------------------------
