@@ -152,8 +152,8 @@ def write_whole(path: str, contents: Contents, then: Callable[[TrainState], None
 def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], None]) -> Callable[[], None]:
     """Begin a sharded checkpoint, which replaces an earlier one; return the function that writes the tensors.
 
-    With `checkpoint_async`, the tensors are copied here: the returned function may run in another thread while they
-    change. All workers must call both functions. Arguments and errors: see `write_whole`.
+    With `checkpoint_async`, this function copies the tensors, so that the returned one may run in another thread while
+    training changes them. All workers must call both functions. Arguments and errors: see `write_whole`.
     """
     in_thread, train_state, digests = contents.config.checkpoint_async, contents.train_state, {}
     start_time = _print_start(path)

@@ -81,7 +81,7 @@ def _is_dataset_on_hub(source: str | None) -> bool:
 
 def _base_revision(config: DictConfig, state: dict) -> str | None:
     """Return the commit of the base model on the hub; None if it isn't from there."""
-    known = state.get("inputs", {}).get("model.name_or_path")  # for a local model a fingerprint, which is longer
+    known = state.get("inputs", {}).get("model.name_or_path")  # a commit, or a local model's longer fingerprint
     on_hub = not config.model.from_scratch and is_hub_id(config.model.name_or_path)
     return known if on_hub and known is not None and len(known) == 40 else None
 

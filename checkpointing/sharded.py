@@ -31,7 +31,7 @@ _FORMAT = 1  # of the index
 
 
 class Box(NamedTuple):
-    """A box of a tensor, whose values are in another tensor: a worker's local one, or one in a file."""
+    """A box-shaped part of a tensor. Its values are in another tensor: a worker's local one, or one in a file."""
 
     offset: tuple[int, ...]  # of the box in the whole tensor
     shape: tuple[int, ...]

@@ -117,7 +117,7 @@ def _check_choices(choices: list[Choice], paths: dict[str, str]):
 
 
 def hub_names(config: DictConfig, reads_data: bool = True) -> list[str]:
-    """Return the names of the models and datasets that a run loads by a hub id, or from a local path given instead."""
+    """Return the hub ids of the models and datasets that a run loads, or the local paths given instead of them."""
     model, reference = config.model, config.reference_model
     names = [model.name_or_path, model.tokenizer_name_or_path, model.archive, reference.name_or_path, reference.archive]
     for choice in chosen_datasets(config) if reads_data else []:
