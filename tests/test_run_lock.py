@@ -51,7 +51,7 @@ def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
     trains, refused = sorted(runs, key=lambda run: "error: " in run.output)
     assert refused.wait() == 1, refused.output
     assert f"error: local_run_dir={tmp_path}/run: another process is running this run" in refused.output
-    if when == "while it trains":  # at once, the other may not have written its name yet
+    if when == "while it trains":  # started at once, the other may not have written its process id yet
         assert f"this run: process {trains.children[0]} on {socket.gethostname()}" in refused.output
     assert "Traceback" not in refused.output
     trains.wait_for("wrote")
