@@ -121,7 +121,7 @@ def merge_adapter(checkpoint: str, run_config: DictConfig, output: str, trust_re
         files = file_fingerprints(run_config)
     except UserError:
         raise
-    except Exception as error:  # OmegaConf's are of many kinds
+    except Exception as error:  # OmegaConf raises errors of many kinds
         raise UserError(f"{run_config.get('local_run_dir')}: can't read its config.yaml: {error}") from error
     bases = {key: digest for key, digest in files.items() if key.startswith("model.") and key != "model.adapter"}
     check_models_unchanged(run_config, [checkpoint], bases)

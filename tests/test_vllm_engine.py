@@ -95,7 +95,7 @@ def test_unusable_engine_is_refused_before_models_are_loaded(name, launcher, tra
 BAD_WITH_VLLM = {
     "several workers": (
         ["trainer=FSDPTrainer"],
-        "trainer=FSDPTrainer starts several workers; give trainer=BasicTrainer",
+        "engine=vllm with trainer=FSDPTrainer: only a single process can use it; give trainer=BasicTrainer",
     ),
     "weights that no folder has": (["model=tiny", "output=o"], "engine=vllm: vLLM reads a folder or a hub id"),
 }
