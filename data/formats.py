@@ -18,12 +18,12 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Format:
-    """The format of a dataset: a reader of its rows, and the columns of the reader's fields."""
+    """The format of a dataset: the function that reads its rows, and the columns of the fields that it reads."""
 
     description: str
     read_row: Callable[[Row], Example]
-    columns: dict[str, str]  # by field: the data's column
-    kinds: dict[str, str] = field(default_factory=dict)  # by field: the kind of most values
+    columns: dict[str, str]  # maps a field to the column that holds it
+    kinds: dict[str, str] = field(default_factory=dict)  # maps a field to the kind of most of its values
     is_chat: bool = False  # prompt and responses are messages, or are turned into messages
     has_pairs: bool = True
     is_unpaired: bool = False
@@ -72,7 +72,7 @@ def recognize(
     """Return the format of a dataset, from the columns of its first rows.
 
     Args:
-        fields: the data's columns of fields that have another name there, such as {'prompt': 'question'}.
+        fields: maps fields to the columns that hold them under another name, such as {'prompt': 'question'}.
         where: the dataset, for error messages.
         ignored: columns not to read.
         texts_as_messages: turn plain prompts and responses into user and assistant messages.
@@ -172,7 +172,7 @@ def _make_format(
 
 
 def _prompt_column(found: Columns) -> str | None:
-    """Return a column with a prompt's name, or one of dialogues that don't end with an answer; None without either."""
+    """Return the column of the prompt: one with a prompt's name, or one whose dialogues mostly lack an answer."""
     if prompt := found.first(columns.PROMPT, "string", "messages") or found.first(columns.PROMPT):
         return prompt
     dialogue = found.first(columns.DIALOGUE, "messages")
@@ -201,7 +201,10 @@ def _context(found: Columns) -> dict[str, str]:
 
 
 def _prompt_fields(found: Columns, prompt: str | None) -> dict[str, str]:
-    """Return the prompt's column; also the column `input` if the prompt is an `instruction` or `fields` maps input."""
+    """Map the field 'prompt' to its column, and 'input' to its own, if there is one that continues the prompt.
+
+    A column `input` continues an `instruction`; for prompts of other names, `fields` must map it.
+    """
     if prompt is None:
         return {}
     may_have_input = prompt == "instruction" or "input" in found.fields
@@ -213,9 +216,9 @@ def _prompt_fields(found: Columns, prompt: str | None) -> dict[str, str]:
 
 
 def prompt_example(row: dict, texts_as_messages: bool = False) -> Example:
-    """Return an example without responses: the prompt in a row, with its context.
+    """Return the prompt in a row, with its context, as an example without responses.
 
-    Raises: BadExample if it has none.
+    Raises: BadExample if the row has no prompt.
     """
     found = Columns([row])
     prompt = found.first(columns.PROMPT) or found.first(columns.DIALOGUE)

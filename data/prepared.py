@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         "n_kept": pa.int32(),
         "prompt_ids": IDS,
         "response_ids": pa.list_(IDS),
-        "trained": pa.list_(IDS),  # by response: the runs of trained tokens, as start, end, start, end, ...
+        "trained": pa.list_(IDS),  # each response's runs of trained tokens, as start, end, start, end, ...
     }
 )
 
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
 class PreparedPrompts(Sequence):
     """The tokenized prompts of a split; each is read from the memory-mapped file when it is indexed.
 
-    Examples can be dropped, in memory alone.
+    `drop` drops examples in memory; the file stays as it is.
     """
 
     def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, accepted_kinds: Sequence[str]):
@@ -56,7 +56,7 @@ class PreparedPrompts(Sequence):
             self._pair_by_label(labels.to_numpy(), accepted_kinds)
 
     def _pair_by_label(self, labels: np.ndarray, accepted_kinds: Sequence[str]):
-        """Pair each desirable response with an undesirable one, repeating the rarer kind; for SFT drop the undesirable.
+        """Pair each desirable response with an undesirable one, repeating the rarer kind; for SFT, keep the desirable.
 
         Raises: UserError if all have the same label.
         """

@@ -19,7 +19,7 @@ _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 def example_lengths(
     part: Sequence[Prompt], sft_mode: bool, tokenizer, step: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each example's number of tokens in the prompt and in the longer response, and the index of its prompt.
+    """Return the number of tokens in each example's prompt and in its longer response, and the index of its prompt.
 
     All have shape (n_examples,). Responses are counted with their end token. Only every `step`-th prompt of a built-in
     dataset is measured.
@@ -106,13 +106,13 @@ def _row_lines(part: PreparedPrompts, split: str) -> list[str]:
 def _label_line(part: PreparedPrompts, split: str) -> str:
     """Return a line with the number of responses by label, and how often the rarer ones are repeated."""
     (rarer, n_rarer), (_, n) = sorted(part.n_labelled.items(), key=lambda item: item[1])
-    counted = ", ".join(f"{count:,} {label}" for label, count in part.n_labelled.items())
+    counts = ", ".join(f"{count:,} {label}" for label, count in part.n_labelled.items())
     repeated = f"; each {rarer} one is used {n / n_rarer:.3g} times per epoch" if n > n_rarer else ""
-    return f"{part.dataset} ({split}): {counted} responses{repeated}"
+    return f"{part.dataset} ({split}): {counts} responses{repeated}"
 
 
 def _truncation(prompts: np.ndarray, responses: np.ndarray, max_length: int, max_prompt_length: int, **_) -> str:
-    """Return how many examples are truncated, in words."""
+    """Return a phrase that says how many examples are truncated."""
     too_long = prompts + responses > max_length
     if not too_long.any():
         return f"no example is longer than max_length={max_length}"

@@ -1,4 +1,4 @@
-"""Select the examples of a dataset by length, by difference of their responses, by `n_examples` and by weight."""
+"""Select examples: drop those that are too long or have identical responses; apply `n_examples` and weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,7 +43,7 @@ def drop_overlong(
 def _without(
     part: Sequence[Prompt], prompt_of_example: np.ndarray, unwanted: np.ndarray, sft_mode: bool
 ) -> Sequence[Prompt]:
-    """Return the prompts without the unwanted examples, in place if they are `PreparedPrompts`.
+    """Return the prompts without the unwanted examples; `PreparedPrompts` are changed in place.
 
     Args:
         prompt_of_example: the index of each example's prompt, (n_examples,), in ascending order.

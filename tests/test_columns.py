@@ -164,7 +164,7 @@ BAD = {  # a good row, which decides the format; the bad row; the message
     "two system texts": (
         {"system": "A", "messages": [*ASKED, *ROSE]},
         {"system": "A", "messages": [turn("system", "B"), *ASKED, *ROSE]},
-        "a system message, but the row has",
+        "include a system message, but the row also has",
     ),
     "a system text that comes late": (
         {"system": "", "prompt": "a", **PAIR},

@@ -79,7 +79,7 @@ BAD_FILES = {  # (file, content, message after the folder's name, remedy)
     "Parquet cut": ("train.parquet", PARQUET[:-30], "damaged: Parquet magic bytes not found", COPY),
     "Parquet damaged": ("train.parquet", damaged(PARQUET, len(PARQUET) // 2), "rows 50 to 99 (row group 1): d", COPY),
     "Parquet suffix on plain text": ("train.parquet", b"hello", "damaged: Parquet file size is 5 bytes", COPY),
-    "CSV with too many fields": ("train.csv", CSV + b"a,b,c\n", "line 7: 3 fields, the header has 2", "in quotes"),
+    "CSV with too many fields": ("train.csv", CSV + b"a,b,c\n", "line 7: 3 fields, but the header has 2", "in quotes"),
     "CSV with an open quote": ("train.csv", CSV + b'"a,b\n', "line 7: not CSV: unexpected end", "close the quote"),
     "CSV in another encoding": ("train.csv", CSV + b"\xe9,x\n", "line 7: not UTF-8: byte 0xe9", "iconv"),
 }  # fmt: skip
