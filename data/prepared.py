@@ -56,7 +56,7 @@ class PreparedPrompts(Sequence):
             self._pair_by_label(labels.to_numpy(), accepted_kinds)
 
     def _pair_by_label(self, labels: np.ndarray, accepted_kinds: Sequence[str]):
-        """Pair each desirable response with an undesirable one, repeating the rarer kind; for SFT, keep the desirable.
+        """Pair each desirable response with an undesirable one, repeating the rarer kind; SFT uses only the desirable.
 
         Raises: UserError if all have the same label.
         """
@@ -116,12 +116,17 @@ class PreparedPrompts(Sequence):
 
     # ---- lengths ----------------------------------------------------------------------------------------------------
 
-    def lengths(self, sft_mode: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return each example's tokens in prompt and longer response, and its prompt's index: (n_examples,) each."""
+    def lengths(self, sft_mode: bool, add_bos: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the number of tokens in each example's prompt and in its longer response, and its prompt's index.
+
+        All have shape (n_examples,). Prompts are counted with the token that `add_bos` adds.
+        """
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])
         response_lengths = pc.list_value_length(pc.list_flatten(self.columns["response_ids"])).to_numpy()
         prompt_lengths = self._list_lengths("prompt_ids")
+        if add_bos:  # a prompt from a template may begin with the token already
+            prompt_lengths = prompt_lengths + (self.columns["n_kept"].to_numpy() == 0)
         if sft_mode:
             targets = self.columns["target"].to_numpy()[self.file_rows]
             return (
@@ -157,9 +162,7 @@ class PreparedPrompts(Sequence):
         """Return a mask of the pairs whose responses are the same tokens after truncation; see `make_element`."""
         if self.undesirable_rows is not None:  # the responses of a pair have different prompts
             return np.zeros(len(self), dtype=bool)
-        prompts, responses, prompt_of_pair = self.lengths(sft_mode=False)
-        if add_bos:
-            prompts = prompts + (self.columns["n_kept"].to_numpy()[prompt_of_pair] == 0)
+        prompts, responses, prompt_of_pair = self.lengths(sft_mode=False, add_bos=add_bos)
         is_cut = (prompts + responses > max_length) & (np.minimum(prompts, max_prompt_length) + responses > max_length)
         identical, pairs = np.zeros(len(is_cut), dtype=bool), self._all_pairs[self.kept]
         for index in np.flatnonzero(is_cut):

@@ -22,8 +22,8 @@ def drop_overlong(
 
     Raises: UserError also if no example is left.
     """
-    prompts, responses, prompt_of_example = report.example_lengths(part, sft_mode, tokenizer)
-    too_long = prompts + responses + int(add_bos) > max_length
+    prompts, responses, prompt_of_example = report.example_lengths(part, sft_mode, tokenizer, add_bos)
+    too_long = prompts + responses > max_length
     if not too_long.any():
         return part
     if choice.truncation == "error":
@@ -80,7 +80,7 @@ def drop_identical(
         return
     n, where = int(identical.sum()), split_name(choice.name, split)
     if not skips_bad:
-        prompt_of_example = part.lengths(sft_mode=False)[2]
+        prompt_of_example = part.lengths(sft_mode=False, add_bos=add_bos)[2]
         places = "\n".join(f"  {part[int(number)].place(0)}" for number in prompt_of_example[identical][:_SHOWN])
         counted = f"all {n:,}" if n == len(identical) else f"{n:,} of {len(identical):,}"
         raise UserError(

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR
-from data.choice import Settings
+from data.choice import Choice, Settings
+from data.report import split_report
 from preference_datasets import get_batch_iterator
 from utils import UserError
 
@@ -153,6 +154,19 @@ def test_truncated_prompt_keeps_bos_and_response_keeps_its_end(name, read):
         prompt, chosen, _ = read(tokenizer, row, max_length=48, max_prompt_length=16, add_bos=add_bos)
         assert prompt == [tokenizer.bos_token_id, *whole[0][-15:]]
         assert chosen == whole[1]
+
+
+def test_bos_token_of_the_template_is_counted_once_with_add_bos(read, tmp_path):
+    tokenizer = make_tokenizer("google/gemma-7b-it")
+    prompt, *responses = read(tokenizer, row_of(messages(("user", "Hi"))))
+    n_prompt, n_response = len(prompt), max(map(len, responses))
+    for add_bos in (False, True):
+        batches = get_batch_iterator(
+            [Choice(f"{tmp_path}/*.jsonl", truncation="error")], tokenizer, max_length=n_prompt + n_response,
+            cache_dir=str(tmp_path / "cache"), silent=True, n_epochs=1, add_bos=add_bos,
+        )  # fmt: skip
+        assert f"prompt {n_prompt}/" in split_report(batches, tokenizer, "train")[-1]
+        assert next(iter(batches))["prompt_input_ids"].tolist() == [prompt]
 
 
 def test_no_token_spans_prompt_and_response(read):
