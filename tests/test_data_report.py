@@ -160,6 +160,21 @@ def test_error_for_text_ending_in_the_end_token_says_to_leave_it_out(batches):
     assert "leave it out:" not in str(error.value)
 
 
+def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
+    rows = pairs("a") * 3 + pairs("b", "c", n_words=60) + [{"prompt": "d", "chosen": "same", "rejected": "same"}]
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", rows)
+    run = [*RUN, f"datasets=[{tmp_path}/data]", "on_bad_example=skip", "batch_size=1", "eval_every=1"]
+    make_trainer(*run)
+    output = capsys.readouterr().out
+    assert "6 rows read, 5 prompts with 5 pairs; dropped: 1 identical responses" in output
+    assert "2 of 5 (40.0%) are longer than max_length=64: 0 prompts are cut to max_prompt_length=32, 2 have " in output
+    make_trainer(*run, "truncation=drop")
+    output = capsys.readouterr().out
+    assert "dropped 2 examples longer than max_length" in output
+    assert "no example is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
+
+
 def test_report_lists_what_is_not_used(report):
     rows = [row | {"id": i, "source": "a site"} for i, row in enumerate(numbered(6))]
     assert "(train): not used: id, source\n" in report(rows)
