@@ -46,7 +46,10 @@ class Prompt:
 
     def place(self, pair: int) -> str:
         """Return the dataset, split and row of a pair for messages."""
-        row = f"row {self.rows[pair]}" if pair < len(self.rows) else f"prompt {self.text!r:.200}"
+        if self.other is not None:
+            row = f"rows {self.rows[0]} and {self.other.rows[0]}"
+        else:
+            row = f"row {self.rows[pair]}" if pair < len(self.rows) else f"prompt {self.text!r:.200}"
         return f"{split_name(self.dataset, self.split)}, {row}"
 
 

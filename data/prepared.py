@@ -119,7 +119,8 @@ class PreparedPrompts(Sequence):
     def lengths(self, sft_mode: bool, add_bos: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the number of tokens in each example's prompt and in its longer response, and its prompt's index.
 
-        All have shape (n_examples,). Prompts are counted with the token that `add_bos` adds.
+        All have shape (n_examples,). Prompts are counted with the token added by `add_bos`. In unpaired data, each
+        response has its own prompt; then both numbers are those of the longer sequence.
         """
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])
@@ -135,17 +136,19 @@ class PreparedPrompts(Sequence):
                 np.arange(len(self)),
             )
         if self.undesirable_rows is not None:
-            sides = (self.file_rows, self.undesirable_rows)
-            prompts = np.maximum(*(prompt_lengths[side] for side in sides))
-            responses = np.maximum(*(response_lengths[first_response[side]] for side in sides))
-            return prompts, responses, np.arange(len(self))
+            sides = np.stack([self.file_rows, self.undesirable_rows])  # (2, n_examples)
+            prompts, responses = prompt_lengths[sides], response_lengths[first_response[sides]]
+            longer, numbers = (prompts + responses).argmax(0), np.arange(len(self))
+            return prompts[longer, numbers], responses[longer, numbers], numbers
         prompt_of_pair, pairs = self._row_of_pair[self.kept], self._all_pairs[self.kept]
         both = response_lengths[first_response[prompt_of_pair][:, None] + pairs]
         return prompt_lengths[prompt_of_pair], both.max(1, initial=0), prompt_of_pair
 
     def count_empty_prompts(self) -> int:
         """Return the number of prompts without tokens."""
-        return int((self._list_lengths("prompt_ids")[self.file_rows] == 0).sum())
+        sides = [rows for rows in (self.file_rows, self.undesirable_rows) if rows is not None]
+        rows = np.unique(np.concatenate(sides))  # each once: the rarer label's prompts are repeated
+        return int((self._list_lengths("prompt_ids")[rows] == 0).sum())
 
     def drop(self, unwanted: np.ndarray, sft_mode: bool):
         """Drop the examples that a mask of shape (n_examples,) selects."""

@@ -2,14 +2,26 @@
 
 import pytest
 import torch
+from conftest import ORACLE
 from test_own_data import RUN, write
+from transformers import AutoTokenizer
 
 from data.batches import mismatched_batch
+from data.choice import Choice
+from data.report import count_empty_prompts
+from preference_datasets import get_batch_iterator
 from utils import UserError
 
 UNPAIRED = [
     {"prompt": f"Question {i}", "completion": f" answer {i % 4}", "label": i % 3 > 0} for i in range(12)
 ]  # fmt: skip
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(ORACLE / "model")
+    tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
 
 
 def test_kto_on_unpaired_data_equals_its_equation(make_trainer, tmp_path):
@@ -56,6 +68,36 @@ def test_kto_on_unpaired_data_equals_its_equation(make_trainer, tmp_path):
         trainer.policy.load_state_dict(after)
     loss, _ = trainer.get_batch_metrics(batch, trainer.config.loss)
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_pair_of_unpaired_responses_is_as_long_as_the_longer_of_its_two_sequences(tokenizer, tmp_path):
+    rows = [{"prompt": "10 11 12 13 14 15", "completion": "20", "label": True},
+            {"prompt": "10", "completion": "20 21 22 23 24", "label": False}]  # fmt: skip
+    n_tokens = [len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1 for row in rows]
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", rows)
+
+    def batches(max_length: int):
+        return get_batch_iterator(
+            [Choice(str(tmp_path / "data"), truncation="error")], tokenizer, n_epochs=1, unpaired=True, silent=True,
+            max_length=max_length, cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+
+    (batch,) = batches(max(n_tokens))
+    assert [int(batch[f"{side}_attention_mask"].sum()) for side in ("chosen", "rejected")] == n_tokens
+    with pytest.raises(UserError, match=r"truncation=error: 1 examples are longer .*\n.*train split, rows 0 and 1\n"):
+        batches(max(n_tokens) - 1)
+
+
+def test_empty_prompts_of_both_labels_are_counted_once(tokenizer, tmp_path):
+    rows = [{"prompt": prompt, "completion": " yes", "label": label} for prompt, label in
+            (("", True), ("Q", True), ("R", True), ("", False))]  # fmt: skip
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", rows)
+    batches = get_batch_iterator([str(tmp_path / "data")], tokenizer, n_epochs=1, unpaired=True, silent=True,
+                                 cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    assert batches.epoch_size == 3  # the undesirable response is repeated
+    assert count_empty_prompts(batches) == 2
 
 
 def test_unpaired_training_uses_every_response_and_repeats_the_rarer_label(make_trainer, tmp_path):
