@@ -218,10 +218,10 @@ def are_json_lines(files: list[tuple[str, str]]) -> bool:
         if file_format(name) not in JSON_SUFFIXES:
             return False
         try:
-            head = b"".join(itertools.islice(_byte_lines(path, name), 1))
+            first = next((line for line in _byte_lines(path, name) if line.strip()), b"")
         except (FaultFound, OSError):
             return False
-        if not _is_json_lines(head.decode("utf-8", errors="replace")):
+        if not _is_json_lines(first.decode("utf-8", errors="replace")):
             return False
     return True
 

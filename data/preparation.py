@@ -308,6 +308,7 @@ def _first_rows(rows: Rows) -> list[dict]:
     if good := [row for *_, row in first if isinstance(row, dict)]:
         return good
     bad = BadRows(rows)
+    bad.n_read = len(first)
     for number, place, fault in first:
         bad.add(number, place, "broken row", fault.reason)
     bad.raise_if_any()

@@ -1,5 +1,6 @@
 """The data report, pairs of identical responses, and the number of examples in use."""
 
+import json
 import re
 
 import pytest
@@ -30,7 +31,7 @@ def batches(tokenizer, tmp_path):
     def open_batches(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
         for name in ("train", "test"):
             write(tmp_path / "data" / f"{name}.jsonl", rows)
-        choice = Choice(str(tmp_path / "data"), **kwargs.pop("choice", {}))
+        choice = Choice(**({"name": str(tmp_path / "data")} | kwargs.pop("choice", {})))
         kwargs = {"n_epochs": 1, "drop_last": False, "cache_dir": str(tmp_path / "cache")} | kwargs
         given = Settings(**({"chat_template": TEMPLATE} | (settings or {})))
         return get_batch_iterator([choice], tokenizer, split, settings=given, **kwargs)
@@ -148,6 +149,18 @@ def test_faults_of_several_kinds_are_counted(batches):
 def test_reading_stops_after_enough_faults_for_an_error(batches):
     with pytest.raises(UserError, match=r"\.\.\. all of the first 1,024 rows \(1,024 missing field\)"):
         batches([{"prompt": f"Q {i}", "chosen": None, "rejected": "no"} for i in range(3000)])
+
+
+def test_file_of_broken_lines_is_refused_with_their_number(batches, tmp_path):
+    (tmp_path / "broken.jsonl").write_text("{oops\n" * 5)
+    with pytest.raises(UserError, match=r"line 3: not JSON.*\n  \.\.\. all of the first 5 rows \(5 broken row\)"):
+        batches([], choice={"name": str(tmp_path / "broken.jsonl")})
+
+
+def test_damaged_json_array_after_a_blank_line_is_not_read_line_by_line(batches, tmp_path):
+    (tmp_path / "rows.json").write_text("\n" + json.dumps(numbered(3), indent=1)[:-20])
+    with pytest.raises(UserError, match=r"rows\.json, line 16: not JSON: .*\nWrite, copy or download the file again"):
+        batches([], choice={"name": str(tmp_path / "rows.json")})
 
 
 def test_error_for_text_ending_in_the_end_token_says_to_leave_it_out(batches):
