@@ -66,10 +66,9 @@ class Renderer:
         self.last_turn_only = last_turn_only
         self.template = read_template(tokenizer, template_path)
         self.origin = _template_name(tokenizer, template_path)
-        added = tokenizer.added_tokens_decoder.items()
-        special = {str(token): number for number, token in added if token.special}
-        special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.is_special = _any_of(special)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= {*tokenizer.all_special_tokens}
+        self.special_token = _any_of(special)
         end = turn_end(tokenizer, self.template)
         self.end_token = _any_of({*special, *([end] if end else [])})
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
@@ -105,7 +104,7 @@ class Renderer:
 
     def _check_messages(self, messages: list[dict]):
         for message in messages:
-            if isinstance(message.get("content"), str) and (found := self.is_special.search(message["content"])):
+            if isinstance(message.get("content"), str) and (found := self.special_token.search(message["content"])):
                 _raise_special(message["content"], found[0], self.tokenizer.eos_token)
         if self.template is None:
             raise UserError(
@@ -211,7 +210,7 @@ class Renderer:
 
     def _cuts(self, text: str) -> list[int]:
         """Return where a prompt may end: at the start of a text, after its last line break or any special token."""
-        return [0, text.rfind("\n") + 1, *(match.end() for match in self.is_special.finditer(text))]
+        return [0, text.rfind("\n") + 1, *(match.end() for match in self.special_token.finditer(text))]
 
     # ---- tokenizing -------------------------------------------------------------------------------------------------
 
