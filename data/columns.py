@@ -236,7 +236,7 @@ def hint_for(columns: Columns) -> str | None:
     if other_case := [name for name in columns.kinds if name not in FIELDS and name.strip().lower() in FIELDS]:
         shown = (f"{name.strip().lower()}: {name if name == name.strip() else repr(name)}" for name in other_case)
         return f"field names are in lower case, without spaces: fields={{{', '.join(shown)}}}"
-    if prompt and columns.known[prompt] == "object" and any("messages" in value for value in columns.values(prompt)):
+    if prompt and columns.values(f"{prompt}.messages"):
         prompt = f"{prompt}.messages"
     start = f"prompt: {prompt}, " if prompt not in (None, "prompt") else ""
     for chosen, rejected in _RESPONSE_NAMES:

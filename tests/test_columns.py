@@ -252,6 +252,17 @@ def test_rows_of_prompts_alone_are_read_with_system_text_history_and_tools():
         prompt_example({"messages": [user("a"), assistant("b")]})
 
 
+@pytest.mark.parametrize("bad", [5, True, "x", {"a": 1}])
+def test_value_of_another_type_in_one_of_the_first_rows_is_a_bad_row(bad):
+    good = {"prompt": "a", "completions": ["x", "y"], "scores": [1, 2]}
+    found = recognize([good, good, {**good, "completions": bad}], {}, "datasets=[x]")
+    assert found.read(good).pairs == [(1, 0)]
+    with pytest.raises(BadExample, match="expected responses"):
+        found.read({**good, "completions": bad})
+    with pytest.raises(UserError, match=r"fields=\{prompt: input.messages, chosen: good, rejected: bad\}"):
+        read([{"input": value, "good": "x", "bad": "y"} for value in ({"messages": ASKED}, {"messages": ASKED}, bad)])
+
+
 def test_kind_of_a_column_is_that_of_most_rows():
     columns = Columns([{"a": "x"}, {"a": 1}, {"a": "y"}, {"a": None, "b": [{"from": "human", "value": "x"}]}])
     assert columns.kinds == {"a": "string", "b": "messages"}
