@@ -95,7 +95,8 @@ def recognize(
     return replace(data_format, unread=tuple(name for name in unread if name not in empty), empty=empty)
 
 
-# the fields by which each format is recognized, and the format; the first one whose fields are all found is taken
+# the fields by which each format is recognized, and the format; the first one whose fields are all found is taken, but
+# those with is_chat only if chosen or rejected holds messages
 _FORMATS = [
     ("prompt chosen rejected", Format("preferences{as_messages} ({columns})", rows.read_preferences)),
     ("chosen rejected", Format("preferences as messages ({columns}, their shared start is the prompt)",
@@ -120,10 +121,10 @@ _FORMATS = [
 def _format_of(found: Columns, texts_as_messages: bool) -> Format | str:
     """Return the format with these columns, or the reason why there is none."""
     fields, context = _recognized_fields(found), _context(found)
-    has_messages = "messages" in (found.known.get("chosen"), found.known.get("rejected"))
+    has_chat_sides = "messages" in (found.known.get("chosen"), found.known.get("rejected"))
     for words, data_format in _FORMATS:
         needed = words.split()
-        if not set(needed) <= fields.keys() or (data_format.is_chat and not has_messages):
+        if not set(needed) <= fields.keys() or (data_format.is_chat and not has_chat_sides):
             continue
         if data_format.is_ranked and "labels" in found.known:
             return "labelled steps (stepwise supervision) are for reward models, which aren't trained here"
@@ -132,7 +133,8 @@ def _format_of(found: Columns, texts_as_messages: bool) -> Format | str:
             return _with_columns(data_format, found, own, is_chat=False)
         before = context | (_prompt_fields(found, fields["prompt"]) if "prompt" in needed else {})
         lists = [value for value in found.values(own.get("completions", "")) if isinstance(value, list)]
-        is_chat = texts_as_messages or bool(context) or any(is_messages(item) for value in lists for item in value)
+        has_dialogues = any(is_messages(response) for responses in lists for response in responses)
+        is_chat = texts_as_messages or bool(context) or has_dialogues
         return _with_columns(data_format, found, before | own, is_chat)
     if hint := columns.hint_for(found):
         return f"unknown format: {hint}"
