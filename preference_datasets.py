@@ -381,7 +381,7 @@ def get_batch_iterator(
     mismatched: bool = False,
     unpaired: bool = False,
     add_bos: bool = False,
-    settings: Settings = Settings(),  # noqa: B008 (it can't be changed)
+    settings: Settings = Settings(),  # noqa: B008 (it is immutable)
     prepared: dict[str, dict[str, PreparedPrompts]] | None = None,
 ) -> BatchIterator:
     """Iterate over batches of a split, for `n_epochs` or `n_examples`, whichever ends first.
@@ -425,8 +425,8 @@ def get_batch_iterator(
         if split == "train" and choice.n_examples is not None:
             part = draw_examples(part, choice, sft_mode, seed)
         parts.append(part)
-    is_every_prompt_once = all(choice.weight == 1 and choice.n_examples is None for choice in choices)
-    order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, sft_mode, seed)
+    is_mixed = split == "train" and any(choice.weight != 1 or choice.n_examples is not None for choice in choices)
+    order = epoch_order(parts, choices, sft_mode, seed) if is_mixed else None
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:

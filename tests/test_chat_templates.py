@@ -46,7 +46,7 @@ def make_tokenizer(name: str, directory=REPOSITORY / "assets" / "tiny"):
     """Return the tiny byte-level tokenizer with a model's special tokens and template."""
     model = MODELS[name]
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    # most models list these among the added tokens alone, not among the tokenizer's named special tokens
+    # most models list these only among the added tokens, not among the tokenizer's named special tokens
     added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in model.special]
     tokenizer.add_tokens(added, special_tokens=True)
     tokenizer.add_special_tokens({"eos_token": model.eos, **({"bos_token": model.bos} if model.bos else {})})
@@ -54,8 +54,8 @@ def make_tokenizer(name: str, directory=REPOSITORY / "assets" / "tiny"):
         tokenizer.bos_token = None
     if "Llama-3" in name or "Qwen" in name:  # their tokenizers keep line ends together, even before a word
         split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
-        bytes_alone = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_alone])
+        bytes_only = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_only])
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = model.template
     return tokenizer
@@ -139,7 +139,7 @@ def test_tools_and_tool_calls_reach_the_template(name, read):
         )
         assert [*prompt, *chosen] == whole[:-1] and tokenizer.decode(whole[-1:]) == "\n"
         text = tokenizer.decode(whole)
-        assert '{"name": "weather", "arguments": {"city": "Rome"}}' in text  # no field that another call has
+        assert '{"name": "weather", "arguments": {"city": "Rome"}}' in text  # without the other call's fields, as nulls
         assert '"properties": {"zone": {"type": "string"}}}' in text
     answer = read(tokenizer, {"messages": CALLS[:2], "tools": TOOLS}, sft=True)[1]
     assert '<tool_call>\n{"name": "time", "arguments": {"zone": "CET", "precise": true}}' in tokenizer.decode(answer)
@@ -150,7 +150,7 @@ def test_truncated_prompt_keeps_bos_and_response_keeps_its_end(name, read):
     tokenizer = make_tokenizer(name)
     row = row_of(messages(("user", "word " * 100)))
     whole = read(tokenizer, row)
-    for add_bos in (False, True):  # the template adds it already
+    for add_bos in (False, True):  # the template has added BOS already
         prompt, chosen, _ = read(tokenizer, row, max_length=48, max_prompt_length=16, add_bos=add_bos)
         assert prompt == [tokenizer.bos_token_id, *whole[0][-15:]]
         assert chosen == whole[1]

@@ -146,17 +146,17 @@ BAD = {  # a good row, which decides the format; the bad row; the message
         {"conversations": [{"from": "oracle", "value": "a"}, {"from": "gpt", "value": "b"}]},
         "unknown role 'oracle'",
     ),
-    "call that is no JSON": (
+    "call that isn't JSON": (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "weather(Rome)"}]},
         "expected a list of calls",
     ),
-    "arguments that are no JSON": (
+    "arguments that aren't JSON": (
         {"messages": [*ASKED, *ROSE]},
         {"messages": [*ASKED, assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{oops"}}])]},
         "its arguments are '{oops'",
     ),
-    "tools that are no JSON": (
+    "tools that aren't JSON": (
         {"messages": [*ASKED, *ROSE], "tools": [TOOL]},
         {"messages": [*ASKED, *ROSE], "tools": "weather"},
         "a string that isn't JSON",
@@ -237,7 +237,7 @@ def test_columns_of_the_test_split_are_checked_too():
         found.check_columns([{"prompt": "a", "system": "Be kind.", **PAIR}], [], "test")
 
 
-def test_rows_of_prompts_alone_are_read_with_system_text_history_and_tools():
+def test_prompts_without_responses_are_read_with_input_system_text_and_tools():
     for row, expected in (
         ({"prompt": "a", "chosen": "x"}, "a"),
         ({"instruction": "Sum.", "input": "1+1"}, "Sum.\n1+1"),

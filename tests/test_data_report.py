@@ -26,7 +26,7 @@ def tokenizer():
 
 @pytest.fixture
 def batches(tokenizer, tmp_path):
-    """Return a function that writes rows as the train and the test split of a folder, and opens batches of one."""
+    """Return a function that writes rows as both splits of a folder, and opens the batches of one split."""
 
     def open_batches(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
         for name in ("train", "test"):
@@ -43,13 +43,13 @@ def batches(tokenizer, tmp_path):
 def report(make_trainer, tmp_path, capsys):
     """Return a function that writes rows as both splits of a folder, and returns a run's data report on them."""
 
-    def of(rows: list[dict], *overrides: str) -> str:
+    def report_on(rows: list[dict], *overrides: str) -> str:
         for split in ("train", "test"):
             write(tmp_path / "data" / f"{split}.jsonl", rows)
         make_trainer(*RUN, "batch_size=2", "eval_every=2", f"datasets=[{tmp_path}/data]", *overrides)
         return capsys.readouterr().out
 
-    return of
+    return report_on
 
 
 # ---- pairs of identical responses -----------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_ignored_columns_can_be_set_in_the_config_or_per_dataset(report, tmp_pat
             report(rows, wrong)
 
 
-# ---- how many -------------------------------------------------------------------------------------------------------
+# ---- number of examples ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_examples", [1, 4, 5, 7, 12])
