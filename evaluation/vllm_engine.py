@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from basics.outputs import holds_model, is_sharded
 from basics.printing import counted
-from checkpointing.resume import quoted
+from config_checks.overrides import quoted_path
 from config_checks.schema import REPOSITORY
 from data.chat import end_token_ids
 from utils import UserError, rank0_print
@@ -77,7 +77,7 @@ def folder(config: DictConfig, checkpoint: str | None, temporary_in: str) -> Ite
         exported = os.path.join(directory, "model")
         # in a separate process, which frees its GPU memory when it ends
         run_dir, name = os.path.split(os.path.abspath(checkpoint))
-        words = [f"run={quoted(run_dir)}", f"checkpoint={name}", f"output={quoted(exported)}"]
+        words = [f"run={quoted_path(run_dir)}", f"checkpoint={name}", f"output={quoted_path(exported)}"]
         words.append(f"trust_remote_code={str(config.model.trust_remote_code).lower()}")
         command = [sys.executable, str(REPOSITORY / "export.py"), *words]
         if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:

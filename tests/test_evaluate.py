@@ -189,6 +189,7 @@ def test_damaged_checkpoint_is_refused(launcher, trained, tmp_path):
     assert "LATEST can't be used" in launcher.output
 
 
+@pytest.mark.exhaustive
 def test_changed_model_or_data_is_evaluated_again(launcher, trained, tmp_path):
     rows = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -281,7 +281,7 @@ def test_all_formats_at_once_train_from_the_command_line(loss, train_ok, tmp_pat
 
 
 REFUSED = {  # loss, rows, parts of the message
-    "prompts alone": ("dpo", [{"prompt": "The sky is"}], "there are prompts but no responses to train on"),
+    "only prompts": ("dpo", [{"prompt": "The sky is"}], "there are prompts but no responses to train on"),
     "stepwise supervision": (
         "dpo", [{"prompt": "Which?", "completions": ["One.", "Two."], "labels": [True, False]}], "stepwise supervision",
     ),

@@ -220,6 +220,7 @@ def test_pair_with_one_order_failed_is_not_judged(judge, endpoint):
     assert (summary["n_failed"], summary["failures"]) == (1, {"HTTP 400": 1})
 
 
+@pytest.mark.exhaustive
 def test_killed_judge_loses_no_verdict_and_repeats_none(judge, endpoint, launcher, tmp_path):
     n = 40
     write_samples(tmp_path / "a.jsonl", ["x" * (i + 1) for i in range(n)])

@@ -47,6 +47,7 @@ def start_run(launcher, tmp_path):
     return start_train
 
 
+@pytest.mark.exhaustive
 def test_killed_worker_ends_the_run_and_resume_completes_it(start_run, tmp_path):
     run = start_run("n_examples=4000")
     run.wait_for(r"wrote .*/step-32 ")

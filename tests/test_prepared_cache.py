@@ -36,24 +36,24 @@ def write_pairs(path, chosen: str):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def change_under_the_same_size_and_time(path):
+def change_but_keep_size_and_time(path):
     stat = os.stat(path)
     path.write_text(path.read_text().replace("good", "nice"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as tar, rsync -t and images do
     assert os.stat(path).st_size == stat.st_size
 
 
-def test_data_that_changed_under_the_same_size_and_time_is_read_again(prepared, tmp_path):
+def test_data_that_changed_without_a_change_of_size_and_time_is_read_again(prepared, tmp_path):
     assert {row[1] for row in prepared()} == {"good"}
-    change_under_the_same_size_and_time(tmp_path / "data.jsonl")
+    change_but_keep_size_and_time(tmp_path / "data.jsonl")
     assert {row[1] for row in prepared()} == {"nice"}
 
 
-def test_named_dataset_that_changed_under_the_same_size_and_time_is_read_again(tmp_path):
+def test_built_in_dataset_that_changed_without_a_change_of_size_and_time_is_read_again(tmp_path):
     write_pairs(tmp_path / "train.jsonl", "good")
     read = lambda: set(read_split("hh", str(tmp_path), "train", f"{tmp_path}/cache", True)["chosen"])  # noqa: E731
     assert read() == {"good"}
-    change_under_the_same_size_and_time(tmp_path / "train.jsonl")
+    change_but_keep_size_and_time(tmp_path / "train.jsonl")
     assert read() == {"nice"}
 
 

@@ -67,6 +67,7 @@ def test_vllm_draws_each_temperature_into_its_own_file(draw, trained, prompts, t
     assert texts(tmp_path / "w_t1.jsonl") == texts(tmp_path / "one.jsonl") != texts(tmp_path / "w_t0.5.jsonl")
 
 
+@pytest.mark.exhaustive
 def test_failing_vllm_is_reported(draw, trained, prompts, tmp_path):  # noqa: F811
     output = draw(f"run={trained('dpo')}", prompts, "engine=vllm", "engine_args.nonsense=1", fails=True)
     assert "engine=vllm: vLLM ended with exit code 1; what it printed says why" in output
