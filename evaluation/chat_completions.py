@@ -76,7 +76,7 @@ def _checked_parts(url: str) -> SplitResult:
 
 
 class RateLimit:
-    """Spaces the requests of all threads evenly, at most `per_minute`; None: no limit."""
+    """Spaces the requests of all threads evenly, at most `per_minute`; None means no limit."""
 
     def __init__(self, per_minute: float | None):
         self.gap = 60 / per_minute if per_minute else 0.0

@@ -22,8 +22,8 @@ class RewardModel:
         Args:
             name: an id on the hub, or a local folder.
             batch_size: the number of responses to score at a time.
-            chat_template: a file; None: the tokenizer's own.
-            revision: the commit on the hub; None: the newest commit, or a local folder.
+            chat_template: a file; None means the tokenizer's own.
+            revision: the commit on the hub; None means the newest one, or that the model is a local folder.
 
         Raises: UserError if there is no such model, or if it gives no score.
         """

@@ -23,7 +23,7 @@ class SampleFile:
     """A file that gets the samples of one checkpoint at one temperature."""
 
     path: str
-    checkpoint: str | None  # a directory; None: the policy as it is loaded
+    checkpoint: str | None  # a directory; None means the policy as loaded
     temperature: float
 
 
@@ -48,7 +48,7 @@ def make_options(config: DictConfig, own: dict, checkpoints: list[str | None]) -
 
     Args:
         own: the values of `sample.py`'s own keys.
-        checkpoints: the directories that `own` names; None stands for the policy as it is loaded.
+        checkpoints: the directories that `own` names; None means the policy as loaded.
 
     Raises: UserError if a value can't be used, or a file can't be written.
     """

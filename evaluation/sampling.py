@@ -40,7 +40,7 @@ def generate_as_targets(
         stops: called at every token; if it returns True, all responses end there.
         synced: True if all workers gather the model for each token; then a worker whose responses have ended continues
             until those of all workers have.
-        processors: change the logits before the largest is taken; None: draw tokens from the softmax.
+        processors: change the logits, then the likeliest token is taken; None means to draw tokens from the softmax.
     """
     prompt_ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]  # (batch_size, longest prompt)
     is_empty = mask.sum(1) == 0

@@ -64,7 +64,7 @@ def folder(config: DictConfig, checkpoint: str | None, temporary_in: str) -> Ite
     a temporary folder.
 
     Args:
-        checkpoint: a directory; None: the model of `model.name_or_path`.
+        checkpoint: a directory; None means the model of `model.name_or_path`.
         temporary_in: the directory that gets the temporary folder.
 
     Raises: UserError if the checkpoint can't be exported.

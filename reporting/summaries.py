@@ -40,7 +40,7 @@ class Summary:
 
     path: str
     run: str
-    checkpoint: str | None  # its name; None: the model as it was loaded
+    checkpoint: str | None  # its name; None means the model as loaded
     examples: int
     temperature: float
     reward: Figure  # the win rate, or the mean score if there is no b
