@@ -222,7 +222,7 @@ def test_sft_rows_hold_the_sft_target(launcher, trained, tmp_path):
         assert "rejected" not in row
 
 
-def test_more_examples_than_the_split_has_mean_the_whole_split(launcher, trained, tmp_path):
+def test_n_eval_examples_above_the_split_size_evaluates_the_whole_split(launcher, trained, tmp_path):
     rows = tmp_path / "rows.jsonl"
     pair = {"prompt": "The story was", "chosen": " long.", "rejected": " short, and rather clever."}
     rows.write_text("".join(json.dumps(pair | {"prompt": f"Story {i} was"}) + "\n" for i in range(6)))

@@ -112,7 +112,7 @@ def toy_frontier() -> Frontier:
 
 
 @pytest.mark.parametrize("beta", [4.0, 1.0, 0.5, 0.2])
-def test_optimum_has_the_whole_gain_and_equals_the_tasks_own(beta):
+def test_optimum_has_the_whole_gain_and_equals_the_tasks_formula(beta):
     best = toy_frontier()
     optimum = best.optimum(1 / beta)
     slots = np.arange(4)

@@ -111,7 +111,7 @@ def test_verdicts_of_a_command_are_counted(judge, command, tmp_path):
     assert summary["first_wins"] == sum(firsts) / 6
 
 
-def test_both_orders_reuse_the_verdicts_of_one(judge, command, tmp_path, launcher):
+def test_both_orders_reuse_the_verdicts_on_one_order(judge, command, tmp_path, launcher):
     judge.run("judge=command", command)
     summary = judge.run("judge=command", command, "both_orders=true")
     assert "7 verdicts in the file" in launcher.output

@@ -154,7 +154,7 @@ BAD = {  # changes to the second of two files, and the message
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_summary_that_cannot_join_a_picture_is_named(name, tmp_path):
+def test_summary_that_cannot_be_compared_is_refused(name, tmp_path):
     change, message = BAD[name]
     first = write_summary(tmp_path / "1.json", **HALF)
     second = write_summary(tmp_path / "2.json", **HALF | change)
@@ -177,7 +177,7 @@ def test_summaries_of_the_wrong_kind_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("n", [4, 10, 51])
-def test_interval_of_an_all_won_comparison_ends_at_1(n, tmp_path, drawn_points):
+def test_win_rate_of_1_has_an_interval_that_ends_at_1(n, tmp_path, drawn_points):
     low, high = wilson_interval(1.0, n)
     assert high == 1.0
     assert wilson_interval(0.0, n)[0] == 0.0
@@ -193,7 +193,7 @@ TEXTS, OTHERS = ("judge", "a", "b"), ("n_judged", "win_rate_ci95", "kl", "kl_se"
     [(key, value) for key in (*TEXTS, *OTHERS) for value in (..., [1], {})] + [(key, "x") for key in OTHERS],
     ids=str,
 )
-def test_edited_summary_is_named(key, value, tmp_path):
+def test_edited_summary_is_refused(key, value, tmp_path):
     path = write_summary(tmp_path / "s_summary.json", **rate(0.5, 0.4, 0.6))
     found = json.loads((tmp_path / "s_summary.json").read_text())
     found.pop(key, None)

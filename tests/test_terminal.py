@@ -242,8 +242,8 @@ acceleration.model_check._SLOW_PARAMETERS = 0
 """
 
 
-def test_run_into_a_pipe_prints_lines_within_every_long_stretch(train_ok, tmp_path):
-    """Each stretch is a single batch or a single call, so only the timer's thread can have printed its lines."""
+def test_log_file_gets_progress_lines_during_every_long_stage(train_ok, tmp_path):
+    """Each stage is a single batch or a single call, so only the timer's thread can have printed its lines."""
     output = train_ok(
         *TOY, "n_examples=8", "batch_size=8", "eval_every=16", "loss=dpo", "lora.r=2", "lr=1e-3",
         "precompute_ref_log_probs=true", "n_eval_examples=16", "eval_batch_size=16", "sample_during_eval=true",
