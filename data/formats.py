@@ -118,7 +118,8 @@ def _format_of(found: Columns, texts_as_messages: bool) -> Format | str:
         description = (
             f"several responses to a prompt{{as_messages}} ({{columns}}{'' if scores else ' with their scores'})"
         )
-        has_messages = any(is_messages(one) for value in found.values(completions) for one in value or [])
+        lists = (value for value in found.values(completions) if isinstance(value, list))
+        has_messages = any(is_messages(one) for value in lists for one in value)
         return _make_format(found, prompt_fields, is_chat or has_messages, description, rows.read_ranked, fields)
     if prompt and completion:
         if label and (completion == "completion" or has_label):
