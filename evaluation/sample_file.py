@@ -60,7 +60,7 @@ def sort_lines(path: str):
     lines = [line for line, _ in read_json_lines(path)]
     in_order = sorted(lines, key=_place)
     if in_order != lines and os.name == "posix":  # Windows can't replace an open file, and the lock keeps this one open
-        with atomic_file(path, binary=True) as file:
+        with atomic_file(os.path.realpath(path), binary=True) as file:  # a link to the file stays a link
             file.writelines(map(json_line, in_order))
 
 

@@ -188,6 +188,15 @@ def test_config_that_does_not_fit_the_workers_is_refused(overrides, n_workers, m
         check_config(config)
 
 
+@pytest.mark.exhaustive
+def test_workers_that_refuse_the_model_end_without_a_traceback_or_a_run_directory(launcher, tmp_path):
+    run = [*RUN, "trainer=TensorParallelTrainer", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run, n_workers=3) == 1
+    assert re.search("error: .*num_attention_heads=4", launcher.output), launcher.output
+    assert "Traceback" not in launcher.output
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_launcher_variables_are_named(launcher):
     assert launcher.run(*RUN, "trainer=FSDPTrainer", env={"RANK": "0", "WORLD_SIZE": "2"}) == 1
     assert "error: RANK is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in launcher.output

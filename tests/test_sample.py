@@ -66,6 +66,15 @@ def test_complete_file_is_sorted_by_prompt_and_sample_once(tmp_path):
     assert os.path.samestat(path.stat(), sorted_file)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows sorts no file")
+def test_link_to_a_file_that_is_sorted_stays_a_link(tmp_path):
+    path, link = tmp_path / "elsewhere.jsonl", tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps({"prompt_index": n, "sample": 0}) + "\n" for n in (1, 0)))
+    link.symlink_to(path)
+    sort_lines(str(link))
+    assert link.is_symlink() and [line["prompt_index"] for line in read_jsonl(path)] == [0, 1]
+
+
 SETUPS = {  # overrides and number of workers
     "one": (["eval_batch_size=1"], 1),
     "four": (["eval_batch_size=4"], 1),
