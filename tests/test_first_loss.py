@@ -84,7 +84,7 @@ def test_first_loss_is_ln_2_and_every_pair_a_tie(precision, reference, layout, m
     for batches, is_training in ((trainer.train_iterator, True), (trainer.eval_batches, False)):
         trainer.policy.train(is_training)
         for batch in batches:
-            for microbatch in trainer.microbatches(batch, n_least=2 if is_training else 1):
+            for microbatch in trainer.microbatches(batch, min_microbatches=2 if is_training else 1):
                 loss, metrics = trainer.get_batch_metrics(microbatch, trainer.config.loss)
                 n = len(microbatch["prompt"])
                 assert loss.requires_grad
