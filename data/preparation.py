@@ -33,7 +33,7 @@ from data.template_limits import TemplateLimit
 from reporting.terminal import Progress
 from utils import UserError, get_local_dir, rank0_print
 
-VERSION = 4  # of the cache's format and of how rows are read; bump to rebuild
+VERSION = 5  # of the cache's format and of how rows are read; bump to rebuild
 _CHUNK = 1024  # rows read and tokenized at a time
 _INSPECTED = 100  # rows that decide the format
 _FILES = ("info.json", "train.arrow", "test.arrow")

@@ -325,6 +325,13 @@ def test_bad_first_row_does_not_decide_the_format(examples, tokenizer, tmp_path)
     assert found == sorted(2 * expected_ids(tokenizer, expected))
 
 
+def test_number_among_the_lists_of_responses_is_a_bad_row(examples, tmp_path):
+    rows = [{"prompt": "Which?", "completions": ["One.", "Two."], "scores": [1, 2]} for _ in range(3)]
+    (tmp_path / "rows.jsonl").write_bytes(jsonl([*rows, rows[0] | {"completions": 3}]))
+    with pytest.raises(UserError, match=r"row 3 .*'completions' is 3"):
+        examples(f"{tmp_path}/rows.jsonl")
+
+
 def test_prompt_of_text_dialogues_ends_between_words(examples, tokenizer, tmp_path):
     rows = [{"chosen": "The sky is blue.", "rejected": "The sky is black."},
             {"chosen": "The sky is blue.\nSo it is.", "rejected": "The sky is blue.\nSorry."}]  # fmt: skip

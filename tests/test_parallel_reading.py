@@ -119,7 +119,8 @@ def test_weights_read_in_parts_are_those_of_from_pretrained(name, models, in_wor
             assert low * n_in_files <= n_bytes <= high * n_in_files, words
 
 
-@pytest.mark.parametrize("name", mark_exhaustive_except(["llama", "gpt2"], "gpt2"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_workers_of_a_mesh_read_their_parts(name, models, in_workers):
     state, buffers = whole(models[name])
     for words in ([FSDP, "tensor_parallel=2"], [FSDP, "fsdp_replicate=2"]):
