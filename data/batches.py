@@ -77,7 +77,7 @@ class BatchIterator:
         n_pairs: the number of pairs of each prompt, (n_prompts,).
         n_batches, n_examples: totals over all epochs.
         epoch_size: examples per epoch, without the `n_dropped` that don't fill a batch.
-        n_distinct: distinct examples over all epochs.
+        n_distinct: examples in use, each counted once for all epochs (but as often as a weight repeats it in each).
         is_unpaired: some examples consist of two single responses, each with its own prompt.
     """
 

@@ -65,7 +65,7 @@ def file_format(name: str) -> str:
 
 def _byte_lines(path: str, name: str) -> Iterator[bytes]:
     """Yield the lines of a file, decompressed. Raises: FaultFound if the compressed data is damaged or incomplete."""
-    opener, number = _OPENERS.get(os.path.splitext(name)[1], open), 0
+    opener, number = _OPENERS.get(os.path.splitext(name.lower())[1], open), 0
     try:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):  # noqa: B007 (the last line read, for errors)

@@ -303,13 +303,16 @@ def _recognize(
 
 
 def _first_rows(rows: Rows) -> list[dict]:
-    """Return the rows that decide the format. Raises: UserError if there are none, or none can be read."""
-    first = next(rows.chunks(_INSPECTED), [])
-    if good := [row for *_, row in first if isinstance(row, dict)]:
-        return good
+    """Return the rows that decide the format, from the first chunk with any that can be read.
+
+    Raises: UserError if there are none.
+    """
     bad = BadRows(rows)
-    bad.n_read = len(first)
-    for number, place, fault in first:
-        bad.add(number, place, "broken row", fault.reason)
+    for chunk in rows.chunks(_INSPECTED):
+        if good := [row for *_, row in chunk if isinstance(row, dict)]:
+            return good
+        bad.n_read += len(chunk)
+        for number, place, fault in chunk:
+            bad.add(number, place, "broken row", fault.reason)
     bad.raise_if_any()
     raise UserError(f"{rows.where}: there are no rows")

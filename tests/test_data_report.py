@@ -157,6 +157,19 @@ def test_file_of_broken_lines_is_refused_with_their_number(batches, tmp_path):
         batches([], choice={"name": str(tmp_path / "broken.jsonl")})
 
 
+def test_broken_lines_before_the_first_good_one_are_skipped_however_many_they_are(batches, tmp_path):
+    for split in ("train", "test"):
+        path = write(tmp_path / "rows" / f"{split}.jsonl", [{"prompt": "a", "chosen": "yes", "rejected": "no"}] * 2)
+        with open(path, "r+b") as file:
+            content = b"{oops\n" * 150 + file.read()
+            file.seek(0)
+            file.write(content)
+    choice = {"name": str(tmp_path / "rows")}
+    assert batches([], choice=choice, settings={"skips_bad": True}).epoch_size == 2
+    with pytest.raises(UserError, match=r"150 of the first 152 rows \(150 broken row\)"):
+        batches([], choice=choice)
+
+
 def test_damaged_json_array_after_a_blank_line_is_not_read_line_by_line(batches, tmp_path):
     (tmp_path / "rows.json").write_text("\n" + json.dumps(numbered(3), indent=1)[:-20])
     with pytest.raises(UserError, match=r"rows\.json, line 16: not JSON: .*\nWrite, copy or download the file again"):

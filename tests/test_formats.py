@@ -189,6 +189,7 @@ FILES = {  # the same rows in every kind of file
     "rows.parquet": parquet(TEXTS),
     "rows.csv": separated(TEXTS, ","),
     "rows.csv.gz": gzip.compress(separated(TEXTS, ",")),
+    "ROWS.CSV.GZ": gzip.compress(separated(TEXTS, ";")),
     "rows.tsv": separated(TEXTS, "\t"),
 }
 
