@@ -107,7 +107,7 @@ def merge_adapter(checkpoint: str, run_config: DictConfig, output: str, trust_re
     Args:
         trust_remote_code: allow the base's own code to run; the run's config can't allow it.
     """
-    from models import end_at_turns, load_adapter, load_model, read_tokenizer  # takes seconds to import
+    from models import load_adapter, load_model, read_tokenizer, set_end_tokens  # takes seconds to import
 
     quiet_libraries()
     state = read_state_json(checkpoint)
@@ -121,14 +121,14 @@ def merge_adapter(checkpoint: str, run_config: DictConfig, output: str, trust_re
         files = file_fingerprints(run_config)
     except UserError:
         raise
-    except Exception as error:  # OmegaConf's are of many kinds
+    except Exception as error:  # OmegaConf raises errors of many kinds
         raise UserError(f"{run_config.get('local_run_dir')}: can't read its config.yaml: {error}") from error
     bases = {key: digest for key, digest in files.items() if key.startswith("model.") and key != "model.adapter"}
     check_models_unchanged(run_config, [checkpoint], bases)
     tokenizer = read_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config)
     tokenizer.chat_template = read_tokenizer(checkpoint, config).chat_template or tokenizer.chat_template
     model = load_adapter(load_model(config, config.model.policy_dtype), source, is_trainable=False)
-    end_at_turns(model, tokenizer)
+    set_end_tokens(model, tokenizer)
     check_models_unchanged(run_config, [checkpoint], hub_revisions(config))
     with atomic_directory(output, _REMEDY) as partial:
         model.merge_and_unload().save_pretrained(partial)

@@ -348,7 +348,7 @@ def _check_sources(config: DictConfig):
     for source in sources(config):
         archive = source.archive
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
-            directory = os.path.dirname(archive)
+            directory = os.path.dirname(archive) or "."
             remedy = f" The checkpoint is sharded: give {directory}" if is_sharded(directory) else ""
             raise UserError(f"{source.key('archive')}={archive}: no such file.{remedy or closest_sibling(archive)}")
 

@@ -240,6 +240,7 @@ def run_into(launcher, run_dir, *overrides):
     return launcher.run(*TOY, *overrides, f"local_run_dir={run_dir}")
 
 
+@pytest.mark.exhaustive
 def test_file_size_limit_leaves_the_previous_checkpoint_intact(launcher, tmp_path):
     assert run_into(launcher, tmp_path / "run", "eval_every=8", "save_every=8") == 0, launcher.output
     resource = pytest.importorskip("resource")

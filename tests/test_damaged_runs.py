@@ -170,6 +170,7 @@ def test_checkpoint_file_that_is_a_pipe_or_a_device_is_named(name, kind, run_dir
         find_checkpoints(str(run_dir), "LATEST")
 
 
+@pytest.mark.exhaustive
 def test_optimizer_state_with_other_shapes_is_named(launcher, assert_resume_refused, run_dir):
     path = run_dir / "LATEST/optimizer.pt"
     saved = torch.load(path, weights_only=True)

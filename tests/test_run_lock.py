@@ -64,8 +64,9 @@ def test_only_one_of_two_runs_trains_in_a_directory(when, start, tmp_path):
     assert ".lock" not in os.listdir(tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize("when", mark_exhaustive_except(["starting", "training"], "training"))
+@pytest.mark.parametrize("when", ["starting", "training"])
 def test_workers_and_lock_end_with_a_killed_parent(when, start, tmp_path):
     run = start("trainer=FSDPTrainer", "world_size=2", forks_workers=when == "training")
     process = psutil.Process(*run.children)

@@ -125,6 +125,7 @@ def test_adapter_is_saved_as_by_peft_and_its_optimizer_in_shards(make_trainer):
         assert torch.equal(parameter, expected), name
 
 
+@pytest.mark.exhaustive
 def test_moving_reference_is_saved_in_shards(make_trainer):
     overrides = [*ALONE, "reference_update_every=1", "reference_update_alpha=0.5", "model.reference_dtype=float32"]
     trainer, run_dir = train_and_save(make_trainer, *overrides)
@@ -136,11 +137,14 @@ def test_moving_reference_is_saved_in_shards(make_trainer):
         assert torch.equal(parameter, expected)
 
 
-def test_weights_of_a_sharded_checkpoint_start_a_new_run(finished, run_dir, make_trainer):
+def test_weights_of_a_sharded_checkpoint_start_a_new_run(finished, run_dir, make_trainer, monkeypatch):
     policy = make_trainer(*ALONE, f"model.archive={run_dir}/LATEST").policy
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), finished[0].policy.parameters(), strict=True))
     with pytest.raises(UserError, match=rf"no such file\. The checkpoint is sharded: give {run_dir}/LATEST"):
         make_trainer(*ALONE, f"model.archive={run_dir}/LATEST/policy.pt")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"The checkpoint is sharded: give \.$"):
+        patch.chdir(f"{run_dir}/LATEST")
+        make_trainer(*ALONE, "model.archive=policy.pt")
     policy = make_trainer(*ALONE, "model=blank_model", f"model.name_or_path={run_dir}/LATEST").policy
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), finished[0].policy.parameters(), strict=True))
     export_it = rf"python export\.py run={run_dir} checkpoint=step-8 output=DIR"
@@ -217,6 +221,7 @@ def test_full_disk_in_the_thread_ends_the_run_and_leaves_the_previous_checkpoint
     assert not half_saved(run_dir)
 
 
+@pytest.mark.exhaustive
 def test_training_error_waits_for_the_checkpoint_being_written(make_trainer, monkeypatch):
     trainer, step = make_trainer(*ALONE, "checkpoint_async=true"), BasicTrainer.train_step
     create_run_dir(trainer.config)
