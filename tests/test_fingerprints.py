@@ -212,6 +212,17 @@ def test_fingerprint_of_an_earlier_version_is_still_recognized(tmp_path):
     assert changed_models(config, earlier, file_fingerprints(config)) == ["model.archive"]
 
 
+def test_changed_chat_template_is_noticed_unless_an_earlier_version_left_it_out(tmp_path):
+    shutil.copytree(ORACLE / "model", tmp_path / "model")
+    keys = {"name_or_path": f"{tmp_path}/model", "tokenizer_name_or_path": None, "archive": None, "adapter": None}
+    config = OmegaConf.create({"model": {**keys, "from_scratch": False}, "local_dirs": [str(tmp_path)]})
+    (tmp_path / "model/chat_template.jinja").write_text("{{ messages }}")
+    former, earlier = file_fingerprints(config), file_fingerprints(config, templates=False)
+    (tmp_path / "model/chat_template.jinja").write_text("{{ messages }}!")
+    assert changed_models(config, former, file_fingerprints(config)) == ["model.name_or_path"]
+    assert changed_models(config, earlier, file_fingerprints(config)) == []
+
+
 def test_hash_is_cached_until_the_file_changes_even_with_the_same_mtime(tmp_path, monkeypatch):
     path, n_read = tmp_path / "data.jsonl", []
     path.write_text("a" * 10)

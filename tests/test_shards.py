@@ -76,7 +76,7 @@ def check_pieces():
             assert 0 < len(written) < 40  # replicas divide the work
 
 
-def test_overlap_of_boxes_has_its_place_in_each_holder():
+def test_overlap_of_boxes_keeps_its_position_in_each_tensor():
     held = Box(offset=(2, 0), shape=(4, 3), start=(1, 0))  # rows 2 to 5, from row 1 of the local tensor on
     saved = Box(offset=(4, 1), shape=(9, 1), start=(0, 0))  # rows 4 to 12 of column 1
     assert held.overlap(saved) == Box((4, 1), (2, 1), start=(3, 1))
