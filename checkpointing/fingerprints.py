@@ -21,7 +21,7 @@ _KEYS = (
 )  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin")  # endings of files that are read from a model's folder
 _SETTINGS = (".json", ".model", ".txt")  # its config and tokenizer
-_BLOCK, _MAX_BLOCKS = 2**20, 64  # bytes, and how many blocks of them `_sampled_sha256` reads
+_BLOCK, _MAX_BLOCKS = 2**20, 64  # bytes in a block, and the most blocks that `_sampled_sha256` reads
 _HEADER = "# SHA-256 of what the run started from, compared when it is resumed: "
 _HEADERS = (_HEADER, "# SHA-256 of what the run started from, compared when it goes on: ")  # and an earlier version's
 
@@ -32,7 +32,7 @@ def file_fingerprints(config: DictConfig, sampled: bool = False) -> dict[str, st
     It covers the content, and the names of files in a folder, but not the path.
 
     Args:
-        sampled: of files above 64 MiB read only 64 blocks, as earlier versions did.
+        sampled: read only 64 blocks of a file above 64 MiB, as earlier versions did.
 
     Raises: UserError if a file can't be read.
     """

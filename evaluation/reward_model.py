@@ -46,7 +46,8 @@ class RewardModel:
             )
             raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
         if self.model.config.num_labels not in (1, 2):
-            raise UserError(f"{origin} has {self.model.config.num_labels} classes; give one with a score, or with two")
+            n_classes = self.model.config.num_labels
+            raise UserError(f"{origin} has {n_classes} classes; give a model with one output (a score) or two classes")
         check_finite(self.model, origin)
         self.model.to(self.device).eval()
         self._choose_padding()

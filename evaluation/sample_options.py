@@ -99,8 +99,8 @@ def _check_engine(config: DictConfig, own: dict):
     vllm_engine.check_installed()
     if STRATEGIES[config.trainer].starts_workers or environment.is_launched():
         raise UserError(
-            f"engine=vllm: trainer={config.trainer} starts several workers; give trainer=BasicTrainer, and for several "
-            "GPUs engine_args.tensor_parallel_size=N"
+            f"engine=vllm with trainer={config.trainer}: only a single process can use it; give trainer=BasicTrainer, "
+            "start it without a launcher, and for several GPUs give engine_args.tensor_parallel_size=N"
         )
     model = config.model
     if own["run"] is None and (model.archive or model.adapter or model.from_scratch or config.lora is not None):
@@ -108,7 +108,7 @@ def _check_engine(config: DictConfig, own: dict):
 
 
 def _temperatures(given: object) -> list[tuple[float, str]]:
-    """Return each temperature with its suffix for file names, which is empty if there is no list.
+    """Return each temperature with its suffix for file names; the suffix is empty unless `given` is a list.
 
     Raises: UserError if one is out of range or given twice.
     """

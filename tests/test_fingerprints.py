@@ -159,6 +159,7 @@ def sha256(path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.exhaustive
 def test_workers_report_a_changed_input_once(launcher, inputs, tmp_path):
     run = [*inputs, f"local_run_dir={tmp_path}/run", "resume=auto"]
     assert launcher.run(*run) == 0, launcher.output
@@ -267,6 +268,7 @@ def test_every_command_refuses_a_run_whose_base_has_changed(command, launcher, l
     assert launcher.run(*words, **options) == 0, launcher.output
 
 
+@pytest.mark.exhaustive
 def test_run_that_replaced_another_of_the_same_name_is_not_mistaken_for_it(launcher, inputs, tmp_path):
     def use(command: str, *words: str) -> int:
         words = [f"run={tmp_path}/run", f"output={tmp_path}/{command}.jsonl", *words]

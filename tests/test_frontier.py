@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import REPOSITORY, mark_exhaustive_except
+from conftest import REPOSITORY
 
 from data import toy
 from evaluation.sampling import generate_as_targets
@@ -65,7 +65,8 @@ def plain_logps(model, prompt: list[int], responses: list[list[int]]) -> np.ndar
     return np.array(logps)
 
 
-@pytest.mark.parametrize("attention", mark_exhaustive_except(["sdpa", "eager"], "sdpa"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_logps_of_the_whole_grammar_equal_plain_forwards(attention, tokenizer, all_responses):
     model = make_model(torch.float64, attn_implementation=attention)
     prompts = token_ids(tokenizer, [toy.PROMPTS[0], toy.PROMPTS[7]], end=False)

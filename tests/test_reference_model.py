@@ -89,6 +89,7 @@ def test_new_adapter_trains_against_a_separate_reference_model(make_trainer, sft
     assert losses == pytest.approx(hand_losses(dpo, sft, batch), rel=1e-9)
 
 
+@pytest.mark.exhaustive
 def test_saved_adapter_trains_against_an_earlier_adapter(make_trainer):
     first = finished(make_trainer(*TOY, "loss=sft", "lora={r:4}", "lr=1e-2"))
     second = finished(make_trainer(*TOY, f"model.adapter={first}", "lr=1e-2"))

@@ -301,6 +301,7 @@ def test_half_written_cache_file_is_ignored(make_trainer, capsys, tmp_path):
     assert n_computed(capsys) == 32
 
 
+@pytest.mark.exhaustive
 def test_two_runs_that_start_together_leave_a_whole_cache(launcher, make_trainer, capsys, tmp_path):
     overrides = [*PRECOMPUTED, "debug=true"]
     runs = [launcher.start(*overrides, f"local_run_dir={tmp_path}/{name}", directory=tmp_path) for name in "ab"]

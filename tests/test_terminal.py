@@ -126,6 +126,13 @@ def test_evaluation_line_shows_changes_and_ties():
     assert resumed.evaluation(metrics(60_000, 0.4, 0.70))[-1].split()[:3] == ["change", "-0.2000", "+0.0"]
 
 
+def test_evaluation_line_after_resuming_with_another_loss_shows_the_common_changes():
+    """A run of pairs, all of them ties at its last evaluation, is resumed with loss=sft resume_anyway=true."""
+    resumed = RunTable(1000, 1000, 200, metrics(200, 0.69, 0.0, ties=1.0))
+    change = resumed.evaluation({"counters/examples": 300, "loss/eval": 20.0, "nll_eval/chosen": 2.0})[-1]
+    assert change.split() == ["change", "+19.310"]
+
+
 def test_table_header_is_repeated_every_few_lines():
     table = RunTable(1000, 1000)
     printed = [line for i in range(60) for line in table.evaluation(metrics(i, 0.5, 0.75))]
