@@ -84,7 +84,7 @@ def find_layout(
         `shared_prompt=true` or `padding_free=true`.
     """
     if is_unpaired and config.shared_prompt is True:
-        raise UserError("shared_prompt=true: in unpaired data, two responses don't share a prompt; use auto")
+        raise UserError("shared_prompt=true: in unpaired data, no two responses share a prompt; use shared_prompt=auto")
     check = ModelCheck(model, plain, batch, config.max_length, strategy, autocast)
     may_share = "rejected_labels" in batch and not is_unpaired and config.shared_prompt is not False
     with check.mode(is_trained):

@@ -174,7 +174,7 @@ def fill_cache(trainer) -> LogpsCache:
                 progress.update(n_pairs)
         cache.write()
     n_computed = len(cache.logps) - n_read
-    rank0_print(f"Reference log-probabilities: {n_computed} computed, the others read from {cache.directory}")
+    rank0_print(f"Reference log-probabilities: {n_computed} computed, all others found in {cache.directory}")
     return cache
 
 

@@ -135,6 +135,15 @@ def test_window_one_token_too_short_is_noticed(window, shares_prompts):
     assert check_model(model, SHORT)[0] == Layout(shares_prompts)
 
 
+def test_requested_sharing_of_unpaired_prompts_is_refused(make_trainer, tmp_path):
+    rows = [{"prompt": f"Name {i}.", "completion": f" {i}", "label": i % 2 == 0} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ["model=tiny", f"datasets=[{tmp_path}/rows.jsonl]", "loss=kto", "batch_size=4", "test_fraction=0.4"]
+    make_trainer(*run)
+    with pytest.raises(UserError, match="no two responses share a prompt; use shared_prompt=auto"):
+        make_trainer(*run, "shared_prompt=true")
+
+
 def test_rows_longer_than_a_model_can_compute_are_noticed():
     model = tiny_model("gpt_neo", window_size=1024, max_position_embeddings=2 * MAX_LENGTH - 1)
     layout, message = check_model(model, SHORT)
