@@ -11,6 +11,7 @@ if __name__ == "__main__":  # first, as the other imports take seconds
 
 import os
 import shutil
+from collections.abc import Iterable
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -70,8 +71,15 @@ def copy_model(checkpoint: str, output: str):
     if os.path.exists(os.path.join(checkpoint, CARD)):  # it has no checksum
         names.add(CARD)
     with atomic_directory(output, _REMEDY) as partial:
-        for name in names:
-            shutil.copyfile(os.path.join(checkpoint, name), os.path.join(partial, name))
+        copy_files(names, checkpoint, partial)
+
+
+def copy_files(names: Iterable[str], directory: str, output: str):
+    """Copy files of a directory, which may be in folders within it."""
+    for name in names:
+        path = os.path.join(output, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        shutil.copyfile(os.path.join(directory, name), path)
 
 
 def join_shards(checkpoint: str, run_config: DictConfig, output: str, trust_remote_code: bool):
@@ -88,9 +96,8 @@ def join_shards(checkpoint: str, run_config: DictConfig, output: str, trust_remo
             model.save_pretrained(partial)
         else:
             files.write_all(partial)
-        for name in set(read_checksums(checkpoint)) - _TRAINING_FILES - {MODEL_INDEX}:
-            if not name.endswith(".safetensors"):
-                shutil.copyfile(os.path.join(checkpoint, name), os.path.join(partial, name))
+        names = set(read_checksums(checkpoint)) - _TRAINING_FILES - {MODEL_INDEX}
+        copy_files({name for name in names if not name.endswith(".safetensors")}, checkpoint, partial)
         write_card(partial, run_config, read_state_json(checkpoint), is_adapter=False)
 
 
@@ -100,7 +107,7 @@ def merge_adapter(checkpoint: str, run_config: DictConfig, output: str, trust_re
     Args:
         trust_remote_code: allow the base's own code to run; the run's config can't allow it.
     """
-    from models import end_at_turns, load_adapter, load_model, read_tokenizer  # takes seconds to import
+    from models import load_adapter, load_model, read_tokenizer, set_end_tokens  # takes seconds to import
 
     quiet_libraries()
     state = read_state_json(checkpoint)
@@ -114,14 +121,14 @@ def merge_adapter(checkpoint: str, run_config: DictConfig, output: str, trust_re
         files = file_fingerprints(run_config)
     except UserError:
         raise
-    except Exception as error:  # OmegaConf's are of many kinds
+    except Exception as error:  # OmegaConf raises errors of many kinds
         raise UserError(f"{run_config.get('local_run_dir')}: can't read its config.yaml: {error}") from error
     bases = {key: digest for key, digest in files.items() if key.startswith("model.") and key != "model.adapter"}
     check_models_unchanged(run_config, [checkpoint], bases)
     tokenizer = read_tokenizer(config.model.tokenizer_name_or_path or config.model.name_or_path, config)
     tokenizer.chat_template = read_tokenizer(checkpoint, config).chat_template or tokenizer.chat_template
     model = load_adapter(load_model(config, config.model.policy_dtype), source, is_trainable=False)
-    end_at_turns(model, tokenizer)
+    set_end_tokens(model, tokenizer)
     check_models_unchanged(run_config, [checkpoint], hub_revisions(config))
     with atomic_directory(output, _REMEDY) as partial:
         model.merge_and_unload().save_pretrained(partial)

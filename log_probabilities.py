@@ -37,7 +37,10 @@ def response_lengths(labels: torch.Tensor) -> torch.Tensor:
 
 
 def shared_lengths(batch: dict) -> torch.Tensor:
-    """Return the length of the shorter response of each response's pair: (2 * batch_size,), chosen before rejected."""
+    """Return, for each response, the length of the shorter one of its pair.
+
+    Shape: (2 * batch_size,), first for all chosen responses, then for all rejected ones.
+    """
     lengths = [response_lengths(batch[f"{side}_labels"]) for side in ("chosen", "rejected")]
     return torch.minimum(*lengths).repeat(2)
 
@@ -54,9 +57,10 @@ def with_first_labels(batch: dict, n_first: torch.Tensor) -> dict:
 
 
 def on_policy_weights(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return exp of the mean over a response's tokens of log π(token) - log Σ_v π(v)², shape (batch_size,).
+    """Return the weight of each response in WPO, shape (batch_size,): large if the model is likely to sample it.
 
-    These are WPO's weights (https://arxiv.org/abs/2406.11827, Eq. 2): large for responses that the model would sample.
+    It is exp(mean_t [log π(y_t) - log Σ_v π(v)²]) over the response's tokens y_t (https://arxiv.org/abs/2406.11827,
+    Eq. 2).
     """
     log_collisions = (2 * logits[:, :-1].log_softmax(-1)).logsumexp(-1)  # (B, T-1)
     is_predicted = labels[:, 1:] != -100

@@ -64,12 +64,12 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
     except Exception as error:  # damaged files and the hub's HTTP library raise errors of any kind
         cause, remedy = hub.explain_failure(error, name, "model") or (
             describe(error, 2000).partition("\nModel type should be one of")[0],  # and a list of all
-            "Copy or download the folder again, or name another model"
-            if os.path.isdir(name)
-            else "Give the id of a causal language model on the hub, or a local folder",
+            "Give the id of a causal language model on the hub",
         )
-        raise UserError(f"can't load {origin}: {cause}\n{remedy}{_code_hint(error)}") from error
-    _check_on_gpus(model, origin, config, device_map)
+        is_local, hint = os.path.isdir(name), _remote_code_hint(error)
+        remedy = "Copy or download the folder again, or name another" if is_local else f"{remedy}, or give a local folder"
+        raise UserError(f"can't load {origin}: {cause}\n{remedy}{hint}") from error
+    _check_fits_on_gpus(model, origin, config, device_map)
     disable_dropout(model)
     if source.archive is not None:
         load_archive(source.archive, model, source.key("archive"), options["trust_remote_code"])
@@ -82,13 +82,13 @@ def _random_model(name: str, seed: int, options: dict) -> nn.Module:
     """Return a model with random weights, drawn in float32, so that after rounding they are the same in every dtype."""
     torch.manual_seed(seed)
     attention = {key: options[key] for key in ("attn_implementation", "trust_remote_code") if key in options}
-    to_find = {key: value for key, value in options.items() if key != "attn_implementation"}
-    model_config = transformers.AutoConfig.from_pretrained(name, **to_find)
+    config_options = {key: value for key, value in options.items() if key != "attn_implementation"}
+    model_config = transformers.AutoConfig.from_pretrained(name, **config_options)
     return transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, **attention)
 
 
-def _check_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map: str):
-    """Refuse a model of which accelerate left a part in CPU memory, because the GPUs are full.
+def _check_fits_on_gpus(model: nn.Module, origin: str, config: DictConfig, device_map: str):
+    """Refuse a model that accelerate left partly in CPU memory because the GPUs are full.
 
     Raises: UserError that states the memory needed and remedies.
     """
@@ -110,8 +110,8 @@ def _hub_options(config: DictConfig, source: Source) -> dict[str, object]:
     return options
 
 
-def allow_own_code():
-    """Let this process unpickle models, sent by a worker, whose class is defined on the hub (`trust_remote_code`)."""
+def make_remote_code_importable():
+    """Let this process unpickle models from another worker if their class comes from the hub (`trust_remote_code`)."""
     transformers.dynamic_module_utils.init_hf_modules()
 
 
@@ -123,7 +123,7 @@ def _announce_remote_code(name: str, options: dict):
         rank0_print(f"model.trust_remote_code=true: running the code of {name}: {', '.join(sorted(classes.values()))}")
 
 
-def _code_hint(error: Exception) -> str:
+def _remote_code_hint(error: Exception) -> str:
     if "trust_remote_code" not in str(error):
         return ""
     return "\nmodel.trust_remote_code=true runs the model's own code with your rights: read it first"
@@ -147,7 +147,7 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
             "tokenizer_config.json, or name another one with model.tokenizer_name_or_path"
         )
     if config.add_bos and tokenizer.bos_token_id is None:
-        raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; leave it false")
+        raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; use add_bos=false")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     if config.chat_template is not None:
@@ -166,19 +166,20 @@ def read_tokenizer(name: str, config: DictConfig) -> transformers.PreTrainedToke
     except Exception as error:  # the tokenizers library raises plain Exceptions
         cause, remedy = hub.explain_failure(error, name, "model") or (
             describe(error, 2000),
-            f"Name a model that has one{_code_hint(error)}",
+            "Name a model that has a tokenizer",
         )
         key = "model.tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "model.name_or_path"
         raise UserError(
-            f"can't load the tokenizer of {key}={name}: {cause}\n{remedy}; or give a local folder that has one"
+            f"can't load the tokenizer of {key}={name}: {cause}\n{remedy}, or give a local folder that has one"
+            f"{_remote_code_hint(error)}"
         ) from error
     if n_tokens == 0:
         raise UserError(f"the tokenizer {name!r} has no vocabulary; name one with model.tokenizer_name_or_path=...")
     return tokenizer
 
 
-def end_at_turns(model: nn.Module, tokenizer):
-    """Set the end tokens of the generation config, which is saved with the model, to those that end trained turns."""
+def set_end_tokens(model: nn.Module, tokenizer):
+    """Set the generation config's end tokens, which are saved with the model, to those that end trained turns."""
     ends, generation_config = chat.end_token_ids(model.generation_config, tokenizer), model.generation_config
     known = generation_config.eos_token_id
     if ends != (known if isinstance(known, list) else [known]):
@@ -200,7 +201,7 @@ def _quantization(config: DictConfig):
 def model_loaders(
     config: DictConfig, device_map: str
 ) -> tuple[Callable[[], nn.Module | None], Callable[[], nn.Module | None]]:
-    """Return functions that load the policy and the reference; they return None on all but a machine's first worker."""
+    """Return functions that load policy and reference; they return None on all but the first worker of each machine."""
     if not environment.is_local_rank0():
         return lambda: None, lambda: None
     policy = functools.partial(load_policy, config, device_map)
@@ -210,7 +211,7 @@ def model_loaders(
 
 
 def load_policy(config: DictConfig, device_map: str = "balanced") -> nn.Module:
-    """Load the model to train; with `lora`, it gets a new adapter, with `model.adapter`, a saved one."""
+    """Load the model to train; it gets a new adapter with `lora`, a saved one with `model.adapter`."""
     rank0_print("building policy")
     if device_map == "meta" and config.lora is not None:  # PEFT needs the weights that it adapts
         device_map = "cpu"
@@ -267,17 +268,17 @@ def check_reference_fits(
         with other tokens.
     """
     source = reference_source(config)
-    what = ", ".join(f"reference_model.{name}={getattr(source, name)}" for name in sorted(source.given))
+    origin = ", ".join(f"reference_model.{name}={getattr(source, name)}" for name in sorted(source.given))
     sizes = [model.get_input_embeddings().weight.shape[0] for model in (reference_model, policy)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"{what}: it embeds {sizes[0]} tokens, the policy {sizes[1]}; a reference needs the same tokens"
+            f"{origin}: it embeds {sizes[0]} tokens, the policy {sizes[1]}; a reference needs the same tokens"
         )
     n_positions = getattr(reference_model.config, "max_position_embeddings", None)
     if n_positions is not None and config.max_length > n_positions:
-        raise UserError(f"max_length={config.max_length}: {what} has only {n_positions} positions")
+        raise UserError(f"max_length={config.max_length}: {origin} has only {n_positions} positions")
     for place in (getattr(source, name) for name in sorted(source.given)):
-        place = os.path.dirname(place) if os.path.isfile(place) else place
+        place = os.path.dirname(os.path.abspath(place)) if os.path.isfile(place) else place
         try:
             vocabulary = read_tokenizer(place, config).get_vocab()
         except UserError:  # a file of weights, or a folder without a tokenizer
@@ -285,7 +286,7 @@ def check_reference_fits(
         differing = sorted(vocabulary.items() ^ tokenizer.get_vocab().items(), key=lambda item: item[1])
         if differing:
             shown = ", ".join(f"{token!r} ({number})" for token, number in differing[:5])
-            raise UserError(f"{what}: its tokenizer and the policy's differ in {len(differing)} entries: {shown}")
+            raise UserError(f"{origin}: its tokenizer and the policy's differ in {len(differing)} entries: {shown}")
 
 
 # ---- mixtures of experts --------------------------------------------------------------------------------------------
@@ -318,17 +319,17 @@ def check_has_router(model: nn.Module, coefficient: float):
     try:
         with torch.no_grad(), router_losses(model) as losses:
             model(token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:  # output_router_logits is unknown, or no layer
+    except (AttributeError, IndexError, TypeError, ValueError) as error:  # it has no router
         reason = f" ({describe(error, 200)})"
     if not losses or not isinstance(losses[0], torch.Tensor):
         raise UserError(
             f"model.router_aux_loss_coef={coefficient}: {type(unwrap_adapter(model)).__name__} gives no auxiliary loss "
-            f"of a router{reason}; that is for mixtures of experts like Mixtral or Qwen3-MoE. Leave it null"
+            f"of a router{reason}, unlike mixtures of experts such as Mixtral or Qwen3-MoE; leave the key null"
         )
 
 
 def _register_outputs(model: nn.Module):
-    """Let transformers record outputs of a model that a worker has unpickled: only constructors register it."""
+    """Let transformers record outputs of a model that a worker has unpickled, as its constructor would have done."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     for module in model.modules():
@@ -348,7 +349,7 @@ _IGNORED = (
 
 @contextlib.contextmanager
 def _peft_warnings(as_errors: list[str]) -> Iterator[None]:
-    """Raise PEFT's warnings that contain one of these texts as errors; silence those that users can't act on."""
+    """Turn PEFT's warnings that contain one of these strings into errors; silence those that users can't act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers deprecates
         warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # PEFT's own, for fused experts
@@ -382,7 +383,7 @@ def _check_tied_weights(model: nn.Module, origin: str):
     if len(layers) == 2 and len(weights) == 1 and any(isinstance(layer, BaseTunerLayer) for layer in layers):
         raise UserError(
             f"{origin}: this model's output head is its input embedding (tied weights); an adapter on either can't be "
-            "merged: leave it out of target_modules, or train all of it by lora.modules_to_save"
+            "merged: leave both out of target_modules, or train the whole weight by lora.modules_to_save"
         )
 
 

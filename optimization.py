@@ -22,8 +22,8 @@ def make_optimizer(
     """Make the optimizer of the policy's trainable weights.
 
     Args:
-        strategy_args: the strategy's default arguments; the config's `optimizer_args` override them, and an optimizer
-            gets only those that it has.
+        strategy_args: the strategy's default arguments, of which the optimizer gets those that it accepts; the config's
+            `optimizer_args` override them.
 
     Raises: UserError if no parameter is trained, or the optimizer refuses its settings.
     """

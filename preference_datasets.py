@@ -52,7 +52,7 @@ def load_rows(
     """Load one split of a dataset from the hub or from a local folder, and check that it has all `fields`.
 
     Args:
-        path: a hub id or folder; None: the hub id in `DATASETS`.
+        path: a hub id or folder; by default, the hub id in `DATASETS`.
 
     Raises: UserError naming dataset and split if the split can't be loaded or lacks a field.
     """
@@ -168,7 +168,7 @@ def get_shp(split: str, silent: bool = False, cache_dir: str | None = None, path
 def get_se(split: str, silent: bool = False, cache_dir: str | None = None, path: str | None = None) -> dict:
     """Load StackExchange answers, with all HTML tags stripped except <code>; see `get_hh` for the format.
 
-    Any two answers to a question with different scores are a preference pair. The test split is one percent of the
+    Two answers to the same question are a preference pair if their scores differ. The test split is one percent of the
     questions, drawn with a fixed seed.
     """
     fields = {"question": str, "answers": list}
@@ -271,7 +271,7 @@ def raise_unknown_dataset(name: str):
 def check_names(names: Sequence[str], paths: dict[str, str]):
     """Check the names of built-in datasets, and the config's `dataset_paths`.
 
-    Raises: UserError if a name isn't in `DATASETS`, if a dataset with a path takes none, or if the path of a dataset in
+    Raises: UserError if a name isn't in `DATASETS`, if a dataset with a path is made in code, or if the path of one in
         `names` is neither a folder nor a hub id.
     """
     for name in names:
@@ -293,10 +293,10 @@ def get_dataset(
     """Load a dataset by its name in `DATASETS`.
 
     Args:
-        path: a folder or hub id to load it from; None: its own hub id.
+        path: a folder or hub id to load it from; by default, its hub id in `DATASETS`.
 
     Returns: a dict from prompt to entry (see `get_hh`), or a list of (prompt, entry), which may repeat a prompt.
-    Raises: UserError for an unknown name, an empty split or an entry with other keys.
+    Raises: UserError for an unknown name, rows that can't be used, an empty split or an entry with other keys.
     """
     check_names([name], {} if path is None else {name: path})
     kwargs = {} if path is None else {"path": path}
@@ -387,7 +387,7 @@ def get_batch_iterator(
     mismatched: bool = False,
     unpaired: bool = False,
     add_bos: bool = False,
-    settings: Settings = Settings(),  # noqa: B008 (it can't be changed)
+    settings: Settings = Settings(),  # noqa: B008 (it is immutable)
     prepared: dict[str, dict[str, PreparedPrompts]] | None = None,
 ) -> BatchIterator:
     """Iterate over batches of a split, for `n_epochs` or `n_examples`, whichever ends first.
@@ -395,14 +395,14 @@ def get_batch_iterator(
     Prompts are shuffled; the pairs of one prompt stay together.
 
     Args:
-        names: datasets, each a name in `DATASETS`, a file, a folder, a pattern of files, a hub id or a `Choice`.
+        names: datasets: names in `DATASETS`, files, folders, patterns of files, hub ids, or any of them as a `Choice`.
         max_length: the maximum number of tokens in prompt and response together.
         max_prompt_length: the number of tokens to which the prompt is cut if prompt and response exceed `max_length`.
         sft_mode: yield one example per prompt, with the SFT target as 'chosen' and without 'rejected'.
         seed: the random seed for the order of the examples.
         paths: for built-in datasets, folders or hub ids to load instead of the default ones.
-        drop_last: True, as in training: every batch is full, the remainder of an epoch is dropped, and n_examples is
-            rounded up to full batches. False: the last batch may be smaller, and no example is repeated for n_examples.
+        drop_last: if True, as in training, every batch is full: the remainder of an epoch is dropped, and n_examples is
+            rounded up to full batches. If False, the last batch may be smaller, and n_examples repeats no example.
         shard: (index, count): divide each batch into `count` shards, and yield only this one.
         mismatched: add, under keys 'mismatched_...', each prompt with another prompt's responses, for KTO's estimate of
             the KL divergence.
@@ -431,8 +431,8 @@ def get_batch_iterator(
         if split == "train" and choice.n_examples is not None:
             part = draw_examples(part, choice, sft_mode, seed)
         parts.append(part)
-    is_every_prompt_once = all(choice.weight == 1 and choice.n_examples is None for choice in choices)
-    order = None if split != "train" or is_every_prompt_once else epoch_order(parts, choices, sft_mode, seed)
+    is_mixed = split == "train" and any(choice.weight != 1 or choice.n_examples is not None for choice in choices)
+    order = epoch_order(parts, choices, sft_mode, seed) if is_mixed else None
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
@@ -455,7 +455,7 @@ def open_batches(
     """Open a config's training and evaluation batches (see `get_batch_iterator`), and print a data report.
 
     Args:
-        trains: False: open no training batches, and return None in their place.
+        trains: if False, open no training batches, and return None in their place.
     """
     loss = find_loss(config.loss)
     open_split = functools.partial(

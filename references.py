@@ -2,7 +2,7 @@
 
 `reference=model` is a second, frozen model; `adapter_off` is the policy with its adapter disabled; `adapter_copy` is
 the policy with a frozen copy of the starting adapter in place of the trained one. With `precompute_ref_log_probs`, the
-reference computes every pair once, before training (`acceleration.reference_cache`).
+reference's log-probabilities of all pairs are computed once, before training (`acceleration.reference_cache`).
 """
 
 import contextlib
@@ -19,8 +19,6 @@ from losses import needs_reference
 from utils import UserError
 
 REFERENCE_ADAPTER = "reference"  # the name of the frozen adapter beside the trained one, "default"
-
-
 REFERENCES = ("model", "adapter_off", "adapter_copy")
 
 
@@ -48,8 +46,9 @@ def policy_source(config: DictConfig) -> Source:
 def reference_source(config: DictConfig) -> Source:
     """Return the source of a second model that serves as the reference: by default, the policy's.
 
-    Weights come in the order name_or_path, archive, adapter. Those before the first that `reference_model` sets are
-    the policy's; those after it are left out unless it sets them, too, because they belong to another model.
+    Weights are loaded in the order name_or_path, archive, adapter. Those before the first key that `reference_model`
+    sets are the policy's. Those after it are loaded only if `reference_model` sets them, too: the policy's belong to
+    another model.
     """
     policy, names = policy_source(config), ("name_or_path", "archive", "adapter")
     values = {name: OmegaConf.select(config, f"reference_model.{name}") for name in names}
@@ -71,7 +70,7 @@ def sources(config: DictConfig) -> list[Source]:
 def resolved_reference(config: DictConfig) -> str:
     """Return the config's `reference`, with auto replaced by a kind; 'auto' if the loss needs no reference.
 
-    Raises: UserError that names the possible kinds, if the policy can't have this one.
+    Raises: UserError that names the possible kinds, if the policy can't have the given one.
     """
     if not needs_reference(config.loss):
         return "auto"
@@ -91,7 +90,7 @@ def resolved_reference(config: DictConfig) -> str:
         return possible[0]
     if config.reference not in possible:
         policy = "a saved adapter" if has_adapter else "a new adapter" if config.lora is not None else "no adapter"
-        raise UserError(f"reference={config.reference}: the policy has {policy}; possible are: {', '.join(possible)}")
+        raise UserError(f"reference={config.reference}: the policy has {policy}; possible: {', '.join(possible)}")
     return config.reference
 
 
@@ -146,7 +145,7 @@ def move_reference(reference: Reference, policy: nn.Module, alpha: float):
 
 
 def check_reference_can_move(reference_model: nn.Module, policy: nn.Module, config: DictConfig):
-    """Refuse a reference whose weights have other names or shapes than the policy's, so that they can't follow it.
+    """Refuse a reference that can't follow the policy, because its weights have other names or shapes.
 
     Raises: UserError naming the key and the first weight that differs.
     """
@@ -157,7 +156,7 @@ def check_reference_can_move(reference_model: nn.Module, policy: nn.Module, conf
         found, own = (of_model.get(name, "absent") for of_model in shapes)
         raise UserError(
             f"reference_update_every={config.reference_update_every}: the reference has another architecture than the "
-            f"policy ({name}: {found}, the policy's is {own}), so it can't follow it; leave it null"
+            f"policy ({name}: {found}, the policy's is {own}), so it can't follow the policy; leave the key null"
         )
 
 

@@ -99,13 +99,13 @@ def check_and_lock(
 def report_data(config: DictConfig):
     """Read and check all data, and print the data report. Only rank 0 does this; no model is loaded."""
     from data import hub
-    from models import allow_own_code, load_tokenizer
+    from models import load_tokenizer, make_remote_code_importable
 
     if not on_rank0():
         return
     hub.use_cache_if_unreachable(hub_names(config))
     if config.model.trust_remote_code:
-        allow_own_code()
+        make_remote_code_importable()
     train_batches, _ = open_batches(config, chosen_datasets(config), load_tokenizer(config), config.seed)
     if warning := rate_warning(config, train_batches.n_batches):
         rank0_print(warning)
@@ -130,7 +130,7 @@ def train_from(config: DictConfig, checkpoint: str | None, file_hashes: dict[str
                 trainer.precompute_reference()
             if checkpoint is not None:
                 resume_training(trainer, checkpoint)
-        if trainer.state.complete and is_last(checkpoint):  # under today's settings, not the saved ones
+        if trainer.state.complete and is_last(checkpoint):  # under the current settings, not the saved ones
             rank0_print(f"This run is complete: {checkpoint}")
             return
         if on_rank0():
@@ -159,6 +159,6 @@ def check_loaded(config: DictConfig, checkpoint: str | None, trainer) -> dict[st
 main = functools.partial(command_line.main, run, can_sweep=True)
 
 if __name__ == "__main__":
-    from train import main  # not `__main__.main`: workers and a sweep's processes import its functions by their names
+    from train import main  # instead of `__main__.main`, whose functions workers and sweeps could not import by name
 
     main()

@@ -63,6 +63,7 @@ from utils import (
 )
 
 torch.backends.cuda.matmul.allow_tf32 = True
+ModelOrLoader = nn.Module | Callable[[], nn.Module | None]  # a model, or a function that loads it
 
 
 class BasicTrainer:
@@ -76,19 +77,19 @@ class BasicTrainer:
 
     def __init__(
         self,
-        policy: nn.Module | Callable[[], nn.Module | None] | None,
+        policy: ModelOrLoader,
         config: DictConfig | dict,
         seed: int,
         run_dir: str,
-        reference_model: nn.Module | Callable[[], nn.Module | None] | None = None,
+        reference_model: ModelOrLoader | None = None,
         rank: int = 0,
         world_size: int = 1,
         purpose: str = "train",
     ):
         """Load the data, then get the models and the optimizer ready.
 
-        On each machine, only the first worker passes `policy` and `reference_model`. The others pass None, or
-        functions that return None.
+        On each machine, only the first worker passes models, or functions that load them. The others pass functions
+        that return None.
 
         Args:
             policy: the model to train, or a function that loads it, which is called after the data have been read.
@@ -139,16 +140,18 @@ class BasicTrainer:
         ]
         self.n_eval_examples = n_examples = self.eval_iterator.n_examples
         if config.sample_during_eval and config.n_eval_model_samples > n_examples:
-            rank0_print(f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but there are only {n_examples}")
+            rank0_print(
+                f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but only {n_examples} examples are "
+                "evaluated"
+            )
 
-    def _set_up_policy(self, policy: nn.Module | Callable[[], nn.Module | None] | None):
+    def _set_up_policy(self, policy: ModelOrLoader):
         config = self.config
-        if not (policy is None or isinstance(policy, nn.Module)):
-            policy = policy()
+        policy = policy if isinstance(policy, nn.Module) else policy()
         if policy is not None and config.model.block_name is not None:  # sharding renames the blocks' classes
             get_block_class_from_model(policy, config.model.block_name)
         self.policy = self.strategy.distribute(policy, is_policy=True)
-        models.end_at_turns(self.policy, self.tokenizer)
+        models.set_end_tokens(self.policy, self.tokenizer)
         self.device = self.strategy.device(self.policy)
         # for checkpoints; read now, because the hub may be unreachable later
         self.dropout_rates = models.configured_dropout_rates(config) if self.rank == 0 else {}
@@ -169,7 +172,7 @@ class BasicTrainer:
             is_trained=model is self.policy,
         )  # fmt: skip
 
-    def _set_up_reference(self, reference_model: nn.Module | Callable[[], nn.Module | None] | None):
+    def _set_up_reference(self, reference_model: ModelOrLoader | None):
         """Make the reference, unless it is precomputed; then `precompute_reference` makes it."""
         self.reference: references.Reference | None = None
         self.reference_cache: LogpsCache | None = None
@@ -211,7 +214,7 @@ class BasicTrainer:
         return model
 
     def precompute_reference(self):
-        """With `precompute_ref_log_probs`, compute the reference's log-probabilities of all pairs, unless that is done.
+        """With `precompute_ref_log_probs`, compute all log-probabilities of the reference; later calls do nothing.
 
         Raises: Stopped after a signal.
         """
@@ -261,7 +264,7 @@ class BasicTrainer:
         return _get_batch_logps(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
     def response_logps(self, model: nn.Module, batch: dict, n_first: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the same as `plain_logps`, computed in the model's layout.
+        """Return the log-probabilities that `plain_logps` would return, (S,), computed in the model's layout.
 
         `n_first`: (S,); if given, also return the log-probability of each response's first `n_first` tokens: (2, S).
         """
@@ -301,7 +304,7 @@ class BasicTrainer:
     ) -> dict[str, torch.Tensor]:
         """Return the inputs of a loss, (batch_size,) each: log-probabilities (nats), lengths (tokens) and weights.
 
-        `policy_logps` and `n_first`: the result of `response_logps` for the policy, and its argument.
+        `policy_logps`: the policy's, as `response_logps` returns them for this `n_first`.
         """
         sides = ("chosen", "rejected") if self.loss.needs_pairs else ("chosen",)
         logps, inputs = {"policy": policy_logps}, {}
@@ -337,7 +340,7 @@ class BasicTrainer:
         """Return the mean loss of a batch, and each metric for every example: tensors of shape (batch_size,).
 
         Args:
-            loss: the loss function of a microbatch (see `_loss_functions`); None if this is a whole batch.
+            loss: the loss function of a microbatch (see `_loss_functions`); None if `batch` is a whole batch.
         """
         split, router_coef = "train" if train else "eval", self.config.model.router_aux_loss_coef
         n_first = shared_lengths(batch) if self.loss.needs_shared_logps(loss_config) else None
@@ -430,7 +433,7 @@ class BasicTrainer:
             self.strategy.prepare_backward(self.policy, is_last=number == len(parts))
             # not divided by the number of workers, as FSDP averages their gradients
             (loss * len(microbatch["prompt"]) / len(batch["prompt"])).backward()
-            n_tokens = computed_tokens(microbatch, self.layout.is_shared).to(widest_dtype(self.device))
+            n_tokens = computed_tokens(microbatch, self.layout.shares_prompts).to(widest_dtype(self.device))
             all_metrics.append(metrics | {"tokens": n_tokens.to(self.device, non_blocking=True)})
 
         grad_norm = self.strategy.clip_grad_norm(self.policy.parameters(), self.config.max_grad_norm)
@@ -469,13 +472,14 @@ class BasicTrainer:
             parts = [layout.prepare(part, pin_memory) for part in parts]
         return batch | {"microbatches": parts}
 
-    def microbatches(self, batch: dict, n_least: int, group: ProcessGroup | None = None) -> list[dict]:
+    def microbatches(self, batch: dict, min_microbatches: int, group: ProcessGroup | None = None) -> list[dict]:
         """Cut the batch into microbatches of similar length, the same number on all workers; see `data.microbatches`.
 
         `group`: the process group in which workers agree on the number; None in the main thread.
         """
         return microbatches(
-            batch, n_least, self.layout.is_shared, self.microbatch_overhead, self.layout.is_packed, self.max_tokens,
+            batch, min_microbatches, self.layout.shares_prompts, self.microbatch_overhead, self.layout.is_packed,
+            self.max_tokens,
             functools.partial(collectives.all_reduce_max, group=group) if self.is_sharded else lambda n: n,
         )  # fmt: skip
 
@@ -484,7 +488,7 @@ class BasicTrainer:
     def evaluate(self) -> dict[str, float]:
         """Return mean metrics over all evaluation batches.
 
-        Raises: UserError if the loss of one isn't finite.
+        Raises: UserError if the loss of a batch isn't finite.
         """
         return mean_metrics(self.evaluate_examples()[0], self.n_eval_examples)
 
@@ -498,7 +502,7 @@ class BasicTrainer:
         for batch in progressing(self.eval_batches, "Evaluating", "batches"):
             self.stop.check()
             batch_metrics = []
-            parts = self.microbatches(batch, n_least=1)
+            parts = self.microbatches(batch, min_microbatches=1)
             for microbatch, loss in zip(parts, self._loss_functions(batch, parts, train=False), strict=True):
                 with torch.no_grad():
                     metrics = self.get_batch_metrics(microbatch, loss_config, False, loss)[1]
@@ -527,7 +531,7 @@ class BasicTrainer:
         return policy, reference
 
     def evaluate_and_log(self):
-        """Evaluate, with `sample_during_eval` also sample, log the results, and keep them for the next checkpoint.
+        """Evaluate (with `sample_during_eval`, sample, too); log the results and keep them for the next checkpoint.
 
         Raises: Stopped after a signal; the state is then as if the evaluation had not begun.
         """
@@ -566,7 +570,7 @@ class FSDPTrainer(BasicTrainer):
 
 
 class TensorParallelTrainer(BasicTrainer):
-    """Trains in several processes that compute the same batches together, each its shard of every layer."""
+    """Trains in several processes, each of which computes its shard of every layer, for the same batches."""
 
     strategy_class = STRATEGIES["TensorParallelTrainer"]
 
@@ -578,7 +582,7 @@ def make_trainer(config: DictConfig, purpose: str = "train") -> BasicTrainer:
     use_deterministic_algorithms(config.deterministic)
     hub.use_cache_if_unreachable(hub_names(config, reads_data=purpose != "sample"))
     if config.model.trust_remote_code:
-        models.allow_own_code()
+        models.make_remote_code_importable()
     trainer_class = globals()[config.trainer]
     policy, reference_model = models.model_loaders(config, trainer_class.strategy_class.device_map)
     ranks = collectives.rank_and_world_size()

@@ -53,8 +53,8 @@ def closest_sibling(path: str) -> str:
 
 
 # signals that ask a run to stop; schedulers can send SIGUSR1 before they kill, and Windows has SIGBREAK
-_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
-SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
+SIGNALS = tuple(getattr(signal, name) for name in _SIGNAL_NAMES if hasattr(signal, name))
 
 
 @contextlib.contextmanager

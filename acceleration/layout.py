@@ -15,10 +15,10 @@ from utils import unwrap_adapter
 class Layout:
     """A layout of batches. `model_check.choose_layout` chooses it, after comparing it with the plain forward."""
 
-    is_shared: bool = False  # each pair's prompt is computed once
+    shares_prompts: bool = False  # each pair's prompt is computed once
     is_packed: bool = False  # all sequences are in one row, without padding
     whole_logits: bool = False  # take logits from the whole model, because it modifies its output head's result
-    is_plain: bool = False  # the trainer's own plain forward computes the model
+    is_plain: bool = False  # use the trainer's own plain forward
 
     def response_logps(
         self, model: nn.Module, batch: dict, strategy: type[SingleProcess], n_first: torch.Tensor | None = None
@@ -36,16 +36,16 @@ class Layout:
         if self.is_plain:
             return batch
         rows = self.rows(batch).pin_memory() if pin_memory else self.rows(batch)
-        return batch | {"rows": batch.get("rows", {}) | {(self.is_shared, self.is_packed): rows}}
+        return batch | {"rows": batch.get("rows", {}) | {(self.shares_prompts, self.is_packed): rows}}
 
     def rows(self, batch: dict) -> Rows:
         """Return the rows of a batch; make them unless `prepare` has made them already."""
-        if prepared := batch.get("rows", {}).get((self.is_shared, self.is_packed)):
+        if prepared := batch.get("rows", {}).get((self.shares_prompts, self.is_packed)):
             return prepared
-        is_shared = self.is_shared and "rejected_labels" in batch  # single sequences share nothing
+        shares_prompts = self.shares_prompts and "rejected_labels" in batch  # single sequences share nothing
         if self.is_packed:
-            return packed_rows(batch, is_shared)
-        return shared_rows(batch) if is_shared else padded_rows(batch)
+            return packed_rows(batch, shares_prompts)
+        return shared_rows(batch) if shares_prompts else padded_rows(batch)
 
 
 PLAIN = Layout(is_plain=True)

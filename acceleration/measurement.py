@@ -141,7 +141,7 @@ class Standard:
 
         Args:
             numbers: the standard.
-            perturbed: numbers of the short examples inside `perturbed_by_rounding`.
+            perturbed: numbers of the short examples, computed inside `perturbed_by_rounding`.
             batches: all examples.
         """
         self.numbers = numbers

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from acceleration.capacity import Activations, microbatch_bytes
-from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
+from acceleration.optimizer_memory import state_bytes, step_one_by_one, uses_foreach_by_default
 from acceleration.out_of_memory import remedies
 from distributed import collectives
 from distributed.dtensor import n_gathered
@@ -63,11 +63,11 @@ def plan_memory(
         rank0_print(plan)
     if warning := check_fits(plans, config, n_tokens):
         rank0_print(warning)
-    if plans and steps_by_foreach(optimizer, plans[0].device) and not all(plan.foreach_fits for plan in plans):
+    if plans and uses_foreach_by_default(optimizer, plans[0].device) and not all(p.foreach_fits for p in plans):
         rank0_print("Optimizer: updating one weight tensor at a time, because memory is short")
         step_one_by_one(optimizer)
-    cap = cap_of(plans)
-    return cap and -collectives.all_reduce_max(-cap)
+    max_tokens = max_tokens_that_fit(plans)
+    return max_tokens and -collectives.all_reduce_max(-max_tokens)  # the minimum over all workers
 
 
 def memory_plans(
@@ -110,10 +110,10 @@ def memory_plans(
         free, total = free_and_total_bytes(device)
         # weights and reference are allocated already
         left = free - sum(held.values()) + held["weights"] + held["reference"]
-        constant, token = microbatch_bytes(policy, activations, device)
-        n_tokens = max(1, int(_SHARE_FOR_ACTIVATIONS * (left - constant) / token)) if left > 0 else 0
+        constant, per_token = microbatch_bytes(policy, activations, device)
+        n_tokens = max(1, int(_SHARE_FOR_ACTIVATIONS * (left - constant) / per_token)) if left > 0 else 0
         copies = activations.casts.get(device, 0)  # freed before the step
-        plans.append(MemoryPlan(device, held, total, token, n_tokens, left + copies >= gradients[device]))
+        plans.append(MemoryPlan(device, held, total, per_token, n_tokens, left + copies >= gradients[device]))
     return plans
 
 
@@ -166,6 +166,6 @@ def _needs(plan: MemoryPlan) -> str:
     return f"{plan.device} has {_gb(plan.total)} GB and would hold {_gb(sum(plan.held.values()))} GB: {parts}"
 
 
-def cap_of(plans: list[MemoryPlan]) -> int | None:
+def max_tokens_that_fit(plans: list[MemoryPlan]) -> int | None:
     """Return the largest number of tokens in a microbatch that fits on every GPU; None without a GPU."""
     return min((plan.max_tokens for plan in plans), default=None)

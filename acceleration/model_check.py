@@ -77,14 +77,14 @@ def find_layout(
         config: its `shared_prompt`, `padding_free` and `max_length` are read.
         strategy: where the model's tensors live.
         autocast: the context that the model is computed in.
-        is_unpaired: the two responses of an example have prompts of their own.
+        is_unpaired: the two responses of an example have different prompts.
         is_trained: check the model in training mode; a reference is computed in evaluation mode.
 
-    Raises: UserError if the plain forward itself can't be trained, or if the model doesn't support `shared_prompt=true`
-        or `padding_free=true`.
+    Raises: UserError if the model can't be trained even by the plain forward, or if it doesn't support
+        `shared_prompt=true` or `padding_free=true`.
     """
     if is_unpaired and config.shared_prompt is True:
-        raise UserError("shared_prompt=true: the two responses of unpaired data have prompts of their own")
+        raise UserError("shared_prompt=true: in unpaired data, no two responses share a prompt; use shared_prompt=auto")
     check = ModelCheck(model, plain, batch, config.max_length, strategy, autocast)
     may_share = "rejected_labels" in batch and not is_unpaired and config.shared_prompt is not False
     with check.mode(is_trained):
@@ -117,17 +117,17 @@ def _allowed_layouts(config, may_share: bool, on_gpu: bool) -> list[Layout]:
         return []
     sharing = {True: [True], "auto": [True, False], False: [False]}[config.shared_prompt] if may_share else [False]
     packing = {True: [True], "auto": [True, False] if on_gpu else [False], False: [False]}[config.padding_free]
-    return [Layout(is_shared, is_packed) for is_shared in sharing for is_packed in packing]
+    return [Layout(shares_prompts, is_packed) for shares_prompts in sharing for is_packed in packing]
 
 
 def _layout_message(layout: Layout, reasons: dict[Layout, str], may_share: bool, plain_name: str) -> str:
     """Return the line that names the chosen layout, and why no faster one is used; it may be empty."""
-    # of two layouts with shared prompts, or without padding, the slower one's reason is given
-    unshared = {tried.is_shared: reason for tried, reason in reasons.items()}.get(True)
+    # if two layouts that share prompts (or have no padding) were tried, the later reason is given: the slower one's
+    unshared = {tried.shares_prompts: reason for tried, reason in reasons.items()}.get(True)
     unpacked = {tried.is_packed: reason for tried, reason in reasons.items()}.get(True)
     parts = []
     if may_share:
-        parts.append("Prefix sharing: on" if layout.is_shared else f"Prefix sharing: off; {unshared}")
+        parts.append("Prefix sharing: on" if layout.shares_prompts else f"Prefix sharing: off; {unshared}")
     elif layout.is_plain and reasons:
         parts.append(f"Output head at responses only: off; {list(reasons.values())[-1]}")
     if layout.is_plain and reasons:
@@ -207,11 +207,11 @@ class ModelCheck:
 
     def why_not(self, layout: Layout) -> str | None:
         """Return why a layout can't be used; None if it agrees with the standard."""
-        attention, reads_masks = self.base.config._attn_implementation, layout.is_shared and not layout.is_packed
+        attention, reads_masks = self.base.config._attn_implementation, layout.shares_prompts and not layout.is_packed
         if layout.is_packed and not supports_packed_attention(self.base):
-            return f"attn_implementation={attention} doesn't support packed rows; sdpa does"
+            return f"model.attn_implementation={attention} doesn't support packed rows; sdpa does"
         if reads_masks and attention not in _DENSE_MASKS:
-            return f"attn_implementation={attention} doesn't support tree masks; {' and '.join(_DENSE_MASKS)} do"
+            return f"model.attn_implementation={attention} doesn't support tree masks; {' and '.join(_DENSE_MASKS)} do"
         if reason := _excluding_design(self.base, layout, self.max_length):
             return reason
         compute = functools.partial(layout.response_logps, strategy=self.strategy)
@@ -269,9 +269,8 @@ class ModelCheck:
     def _cannot_compute(self, error: Exception) -> UserError:
         return UserError(
             f"{_name(self.model)}: {self.plain_name} fails on sequences of up to {self.max_length} tokens, with "
-            f"{_shortened(error)}. If they are too long for the model, lower max_length; if it is the attention that "
-            "fails, name another in the model's config.json "
-            f"(attn_implementation={self.base.config._attn_implementation} now; sdpa and eager work everywhere)"
+            f"{_shortened(error)}. If they are too long for the model, lower max_length; if its attention fails, set "
+            f"model.attn_implementation to sdpa or eager (now {self.base.config._attn_implementation})"
         )
 
 
@@ -282,7 +281,7 @@ def _excluding_design(model: nn.Module, layout: Layout, max_length: int) -> str 
     tree mask, in which the rejected response lies behind the chosen one; packed attention applies windows itself. A
     window of max_length - 1 tokens is long enough, because the output of a sequence's last token is never used.
     """
-    if not (layout.is_shared or layout.is_packed):
+    if not (layout.shares_prompts or layout.is_packed):
         return None
     config = model.config.get_text_config()
     kinds, is_stateful = set(getattr(config, "layer_types", None) or ()), getattr(model, "_is_stateful", False)

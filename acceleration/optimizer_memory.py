@@ -43,8 +43,8 @@ def step_one_by_one(optimizer: torch.optim.Optimizer):
         settings["foreach"] = False
 
 
-def steps_by_foreach(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """True if an optimizer updates all weights at once, as PyTorch's optimizers do by default on a GPU."""
+def uses_foreach_by_default(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """True if an optimizer updates all weights at once (foreach) only because that is PyTorch's default on a GPU."""
     settings = optimizer.defaults
     is_default = settings.get("foreach", False) is None and not settings.get("fused") and device.type == "cuda"
     return is_default and not settings.get("differentiable")

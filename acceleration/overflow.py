@@ -1,4 +1,4 @@
-"""Check at the start whether a float16 reference overflows; in training it would look like a large learning rate."""
+"""Check at the start that a float16 reference doesn't overflow: later, it would look like too high a learning rate."""
 
 from collections.abc import Callable
 

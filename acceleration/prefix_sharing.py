@@ -24,8 +24,8 @@ class Rows:
     """The input of one forward pass: B rows of T tokens, which hold S responses with N predicted tokens in total."""
 
     input_ids: torch.Tensor  # (B, T)
-    predictors: torch.Tensor  # (N,) index, among the B * T positions, of each response token's predictor
-    targets: torch.Tensor  # (N,) the token to predict there
+    predictors: torch.Tensor  # (N,) the position, of B * T, whose output predicts a response token
+    targets: torch.Tensor  # (N,) the token that it predicts
     sequences: torch.Tensor  # (N,) index of the token's response, below S
     offsets: torch.Tensor  # (N,) the token's index among the predicted tokens of its response
     n_sequences: int  # S
@@ -141,8 +141,8 @@ class _PackedRow:
 
         Args:
             is_target: (n,), True for trained tokens.
-            sequence: the number of the response.
-            n_shared: number of first tokens that are the last sequence's, too, and aren't computed again.
+            sequence: the index of the response, below S.
+            n_shared: number of leading tokens shared with the sequence added before; they aren't computed again.
         """
         start, key_start = self.query_starts[-1], self.key_starts[-1]
         self.prompt_start = self.prompt_start if n_shared else start
@@ -173,8 +173,8 @@ class _PackedRow:
                                     (self.query_starts, self.key_starts))  # fmt: skip
         key_indices = {name: parts.pop(name) for name in ("key_tokens", "first_key", "second_key")}
         longest = int(query_starts.diff().max()), int(key_starts.diff().max())
-        is_shared = len(key_indices["second_key"]) > 0
-        packing = Packing(query_starts, key_starts, *longest, **(key_indices if is_shared else {}))
+        shares_prompts = len(key_indices["second_key"]) > 0
+        packing = Packing(query_starts, key_starts, *longest, **(key_indices if shares_prompts else {}))
         inputs = {name: parts.pop(name)[None] for name in ("input_ids", "position_ids")}
         order = parts["sequences"].argsort(stable=True)  # all chosen responses first, as in the other layouts
         predictions = {name: part[order] for name, part in parts.items()}

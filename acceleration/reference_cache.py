@@ -154,12 +154,13 @@ def fill_cache(trainer) -> LogpsCache:
     The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
     freed, unless it is the policy under another adapter.
 
-    Raises: Stopped after a signal; the cache then lacks only the pairs computed last, fewer than 1,024 and a batch.
+    Raises: Stopped after a signal. Of the pairs computed so far, only those not yet written are then lost: fewer than
+        1,024, and those of the current batch.
     """
     config, kind = trainer.config, trainer.config.reference
     make = functools.partial(make_starting_reference, kind, trainer.policy, config, trainer.load_reference)
-    reference = functools.cache(make)
-    cache = open_cache(trainer.policy, kind, config, reference)
+    get_reference = functools.cache(make)
+    cache = open_cache(trainer.policy, kind, config, get_reference)
     n_read = len(cache.logps)
     for name, iterator, min_microbatches in (
         ("training", trainer.train_iterator, config.gradient_accumulation_steps),
@@ -169,21 +170,21 @@ def fill_cache(trainer) -> LogpsCache:
             continue
         with Progress(f"Precomputing the reference, {name} data", iterator.n_distinct, "pairs") as progress:
             for batch, n_pairs in iterator.distinct_examples():
-                cache.add(_missing_logps(trainer, cache, reference, batch, min_microbatches))
+                cache.add(_missing_logps(trainer, cache, get_reference, batch, min_microbatches))
                 progress.update(n_pairs)
         cache.write()
     n_computed = len(cache.logps) - n_read
-    rank0_print(f"Reference log-probabilities: {n_computed} computed, the others read from {cache.directory}")
+    rank0_print(f"Reference log-probabilities: {n_computed} computed, all others found in {cache.directory}")
     return cache
 
 
 def _missing_logps(
-    trainer, cache: LogpsCache, reference: Callable[[], Reference], batch: dict, min_microbatches: int
+    trainer, cache: LogpsCache, get_reference: Callable[[], Reference], batch: dict, min_microbatches: int
 ) -> dict[bytes, tuple[float, float]]:
     """Compute the log-probabilities that the cache lacks for all workers' shards of a batch, by key.
 
     They are computed in the microbatches in which the policy will first compute them, so that both round alike. The
-    forward pass is collective: a worker that lacks fewer pairs than another one computes its first pair repeatedly.
+    forward pass is collective: a worker that lacks fewer pairs than another computes its batch's first pair again.
     """
     missing = [index for index, key in enumerate(pair_keys(batch)) if key not in cache.logps]
     missing += [0] * (collectives.all_reduce_max(len(missing)) - len(missing))
@@ -192,20 +193,20 @@ def _missing_logps(
     examples, logps = select_examples(batch, torch.tensor(missing)), {}
     for microbatch in trainer.microbatches(examples, min(min_microbatches, len(missing))):
         trainer.stop.check()
-        with reference().active() as model:
+        with get_reference().active() as model:
             pairs = trainer.response_logps(model, microbatch).view(2, -1).T  # (batch_size, 2)
         logps |= zip(pair_keys(microbatch), map(tuple, pairs.tolist()), strict=True)
     return {key: pair for of_worker in collectives.all_gather_object(logps) for key, pair in of_worker.items()}
 
 
-def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Callable[[], Reference]) -> LogpsCache:
+def open_cache(policy: nn.Module, kind: str, config: DictConfig, get_reference: Callable[[], Reference]) -> LogpsCache:
     """Open the cache of this reference's log-probabilities, in the local directory.
 
     Args:
         policy: the policy before its first update.
         kind: the kind of reference, see `references`.
-        reference: loads the reference. It is only called if the policy doesn't have the reference's weights: with a
-            complete cache, most runs needn't load a second model.
+        get_reference: loads the reference. It is only called if the policy doesn't have the reference's weights: with
+            a complete cache, most runs needn't load a second model.
     """
     details: dict[str, object] = {}
     computed_in = config.model.policy_mp or config.model.policy_dtype
@@ -216,7 +217,7 @@ def open_cache(policy: nn.Module, kind: str, config: DictConfig, reference: Call
     if kind == "model" and policy_has_reference_weights(policy, config):
         cast_to = getattr(torch, reference_dtype(config))
     elif kind == "model":
-        model = reference().model
+        model = get_reference().model
     if with_adapter and hasattr(model, "peft_config"):
         details["adapter"] = _adapter_scaling(model)
     fingerprint = _fingerprint(model, with_adapter, cast_to, details)

@@ -63,9 +63,9 @@ class ShadowedLinear(nn.Linear):
 def shadow_linear_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
     """Let a model's plain linear layers keep 16-bit copies, except those that share their weight with an embedding.
 
-    `optimizer`: the optimizer that trains the model. Before each of its steps, the copies of trained weights are freed:
-    the step can use their memory, and a fused optimizer doesn't raise a weight's `_version`, by which a copy is
-    known to be old.
+    `optimizer`: the optimizer that trains the model. Before each of its steps, the copies of trained weights are freed,
+    so that the step can use their memory. Besides, a fused optimizer changes weights without raising their `_version`,
+    so outdated copies would not be noticed.
     """
     for module in _linear_layers(model):
         _set_class(module, ShadowedLinear)

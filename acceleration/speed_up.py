@@ -51,7 +51,7 @@ def _may_round_reference(trainer) -> bool:
 def _fitting_tokens(trainer) -> int | None:
     """Measure the activations of a pair of full length, and plan the GPU's memory; see `plan_memory`."""
     pair = full_length_batch(trainer.eval_iterator.first_examples(2), trainer.config.max_length)
-    n_tokens = int(computed_tokens(pair, trainer.layout.is_shared, padded=not trainer.layout.is_packed))
+    n_tokens = int(computed_tokens(pair, trainer.layout.shares_prompts, padded=not trainer.layout.is_packed))
     activations = measure_activations(
         trainer.policy,
         lambda: trainer.response_logps(trainer.policy, pair),

@@ -62,7 +62,7 @@ def estimate_kl(trainer, batch: dict) -> torch.Tensor:
     gradient (Section 4.1 of https://arxiv.org/abs/2402.01306).
     """
     sum_and_count = torch.zeros(2, dtype=widest_dtype(trainer.device), device=trainer.device)
-    for microbatch in trainer.microbatches(mismatched_batch(batch), n_least=1):
+    for microbatch in trainer.microbatches(mismatched_batch(batch), min_microbatches=1):
         with torch.no_grad():
             policy_logps = trainer.response_logps(trainer.policy, microbatch).view(2, -1)  # (2, B)
         counted = trainer.counted(microbatch)

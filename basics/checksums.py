@@ -3,14 +3,19 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from basics.files import open_regular, sha256
 from basics.outputs import CHECKSUMS
 
+# a relative path without `..`: tokenizers write a folder, additional_chat_templates
+_LINE = re.compile(r"([0-9a-f]{64})  ((?:(?!\.\.?/)[^/\0]+/)*(?!\.\.?$)[^/\0]+)")
+
 
 def write_checksums(directory: str, without: str | None = None, known: Mapping[str, str] | None = None):
     """Write the SHA-256 of every file in a directory except `without`; files whose SHA-256 is `known` aren't read."""
-    names, known = sorted(name for name in os.listdir(directory) if name != without), known or {}
+    paths, known = [path for path in Path(directory).rglob("*") if path.is_file()], known or {}
+    names = sorted({path.relative_to(directory).as_posix() for path in paths} - {without})
     lines = [f"{known.get(name) or sha256(os.path.join(directory, name))}  {name}\n" for name in names]
     with open(os.path.join(directory, CHECKSUMS), "w", encoding="utf-8") as file:
         file.writelines(lines)
@@ -23,7 +28,7 @@ def read_checksums(directory: str) -> dict[str, str]:
     """
     with open_regular(os.path.join(directory, CHECKSUMS)) as file:
         lines = file.read().decode().splitlines()
-    matches = [re.fullmatch(r"([0-9a-f]{64})  ([^/\0]+)", line) for line in lines]
+    matches = [_LINE.fullmatch(line) for line in lines]
     if None in matches:
         raise ValueError(f"line {matches.index(None) + 1} of {CHECKSUMS} is not a SHA-256 and a file's name")
     return {match[2]: match[1] for match in matches}

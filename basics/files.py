@@ -50,7 +50,7 @@ def explain_failed_write(error: OSError) -> str:
 def write_errors_named(path: str) -> Iterator[None]:
     """Turn an OSError inside the block into `CannotWrite`, because the OSError of a write doesn't name its file.
 
-    An OSError that names another file, and no directory above this one, is raised as it is.
+    An OSError that names another file is raised as it is, unless it names a directory above `path`.
     """
     try:
         yield

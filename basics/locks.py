@@ -93,7 +93,7 @@ def _busy(path: str, origin: str, busy: str) -> UserError:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         holder = file.read(200).decode(errors="replace").strip()
     who = f": {holder}" if holder.startswith("process ") else ""
-    return UserError(f"{origin}: {busy}{who}; wait for its end, or give another place")
+    return UserError(f"{origin}: {busy}{who}; wait until that has ended, or give another place")
 
 
 @contextlib.contextmanager
@@ -129,7 +129,7 @@ def locked_directory(directory: str, origin: str, busy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_turn(path: str) -> Iterator[None]:
-    """Let one process at a time run the block, which changes a file, if the file system has locks; others wait.
+    """Let one process at a time run the block, which changes a file; others wait, if the file system has locks.
 
     Raises: OSError if it can't be opened.
     """

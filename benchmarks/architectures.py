@@ -192,13 +192,13 @@ class Outcome:
     def __str__(self) -> str:
         if self.layout is None:
             return "refused"
-        kind = "plain" if self.layout.is_plain else "shared" if self.layout.is_shared else "padded"
+        kind = "plain" if self.layout.is_plain else "shared" if self.layout.shares_prompts else "padded"
         return f"{kind}, whole logits" if self.layout.whole_logits else kind
 
     @property
     def speed(self) -> int:
         """The rank of the chosen layout among all, slowest first."""
-        return 0 if self.layout is None else 1 if self.layout.is_plain else 2 + self.layout.is_shared
+        return 0 if self.layout is None else 1 if self.layout.is_plain else 2 + self.layout.shares_prompts
 
 
 @dataclass
@@ -228,7 +228,7 @@ def try_model(model: nn.Module) -> Outcome:
         layout, _ = check_model(model, short, padding_free=True)
     except UserError:
         return outcome
-    kind = "shared" if layout.is_shared else "by itself"
+    kind = "shared" if layout.shares_prompts else "by itself"
     outcome.without_padding = f"{kind}: {_in_table(**compare(model, layout))}"
     model.config._attn_implementation = attention
     return outcome
@@ -309,7 +309,8 @@ def row_of(model_type: str, results: Results) -> str:
         notes = notes[:1]
     cells += [""] * (2 - len(cells))
     cells.append(outcomes[0].without_padding if outcomes else "")
-    return f"| {model_type} | {results.class_name} | {' | '.join(cells)} | {'; bfloat16: '.join(notes)} |"
+    why = "; bfloat16: ".join(notes).removeprefix("; ")  # the first may be empty
+    return f"| {model_type} | {results.class_name} | {' | '.join(cells)} | {why} |"
 
 
 def note(why: str) -> str:

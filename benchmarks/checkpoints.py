@@ -37,7 +37,10 @@ COLUMNS = ("waits", "total", "MB", "peak of rank 0", "peak of others", "load", "
 
 
 def measured(function: Callable[[], float | None]) -> tuple[float, float, float]:
-    """Call a function on all workers; return the seconds (its result; if None, its duration) and memory peaks."""
+    """Call a function on all workers; return the seconds, rank 0's memory peak and the highest of the others (MB).
+
+    The seconds are the function's result or, if that is None, its duration.
+    """
     barrier()
     before, start_time = reset_peak_memory(), time.perf_counter()
     seconds = function()

@@ -8,6 +8,7 @@ exp(r(y) / β) (Eq. 4 of https://arxiv.org/abs/2305.18290).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,34 +33,36 @@ class ResponseTree:
     def __init__(self, sequences: list[list[int]], max_row: int = 192):
         """Build the tree. Node 0 is the end of the prompt.
 
-        `tokens` and `parents` hold each node's token and parent; parents come before their children. `paths`,
+        `tokens`, `parents` and `children` are lists over the nodes; parents come before their children. `paths`,
         (N, longest), holds the nodes of each sequence, padded with node 0.
 
         Args:
             sequences: token ids, each with the end-of-sequence token.
             max_row: approximate limit on the tokens in a row.
         """
-        self.tokens, self.parents, children = [-1], [-1], [{}]
+        self.tokens, self.parents, child_of_token = [-1], [-1], [{}]
         paths = []
         for sequence in sequences:
             path, node = [], 0
             for token in sequence:
-                if token not in children[node]:
-                    children[node][token] = len(self.tokens)
+                if token not in child_of_token[node]:
+                    child_of_token[node][token] = len(self.tokens)
                     self.tokens.append(token)
                     self.parents.append(node)
-                    children.append({})
-                node = children[node][token]
+                    child_of_token.append({})
+                node = child_of_token[node][token]
                 path.append(node)
             paths.append(path)
+        self.children = [list(nodes.values()) for nodes in child_of_token]
         self.lengths = np.array([len(path) for path in paths])
         self.paths = np.zeros((len(paths), self.lengths.max()), dtype=np.int64)
         for row, path in zip(self.paths, paths, strict=True):
             row[: len(path)] = path
-        self.rows = self._pack_rows([list(node_children.values()) for node_children in children], max_row)
+        self.rows = self._pack_rows(max_row)
 
-    def _pack_rows(self, children: list[list[int]], max_row: int) -> list[list[int]]:
+    def _pack_rows(self, max_row: int) -> list[list[int]]:
         """Divide the inner nodes into rows: a path from the prompt, then the subtree at its end, parents first."""
+        children = self.children
         sizes = [int(bool(nodes)) for nodes in children]  # inner nodes in each subtree; leaves predict nothing
         for node in range(len(children) - 1, 0, -1):
             sizes[self.parents[node]] += sizes[node]
@@ -86,14 +89,22 @@ class ResponseTree:
         return mask
 
 
+class _Batch(NamedTuple):
+    """Rows of a tree, padded, and the M children of their nodes. A row's nodes follow the prompt's last token."""
+
+    tokens: np.ndarray  # (B, T)
+    depths: np.ndarray  # (B, T)
+    masks: np.ndarray  # (B, T, T)
+    children: np.ndarray  # (M,) nodes
+    predictors: np.ndarray  # (M,) the place of each child's parent among the B * (1 + T) outputs, which predicts it
+
+
 @torch.no_grad()
 def response_logps(
     model: nn.Module, tree: ResponseTree, prompts: list[list[int]], tokens_per_batch: int = 3000
 ) -> np.ndarray:
     """Return log π(y|x) of the tree's N sequences after each of P prompts (token ids): (P, N), in nats, float64."""
     model.eval()
-    device = model.get_input_embeddings().weight.device
-    children = _children(tree)
     logps = np.zeros((len(prompts), len(tree.paths)))
     batches, longest = [], 0
     for row in tree.rows:
@@ -101,71 +112,56 @@ def response_logps(
             batches.append([])
         batches[-1].append(row)
         longest = max(len(row) for row in batches[-1])
-    prepared = [_prepare(tree, children, rows) for rows in batches]
+    prepared = [_prepare(tree, rows) for rows in batches]
     for number, prompt in enumerate(prompts):
-        node_logps = np.zeros(len(tree.tokens))
-        for tokens, depths, masks, predictors, nodes in prepared:
-            values = _child_logps(model, prompt, tokens, depths, masks, predictors, nodes, tree, device)
-            node_logps[nodes] = values
-        node_logps[0] = 0.0  # paths are padded with node 0
+        node_logps = np.zeros(len(tree.tokens))  # paths are padded with node 0, whose value stays 0
+        for batch in prepared:
+            node_logps[batch.children] = _child_logps(model, tree, prompt, batch)
         logps[number] = node_logps[tree.paths].sum(1)
     return logps
 
 
-def _children(tree: ResponseTree) -> list[list[int]]:
-    """Return the children of each node."""
-    children: list[list[int]] = [[] for _ in tree.tokens]
-    for node, parent in enumerate(tree.parents[1:], 1):
-        children[parent].append(node)
-    return children
-
-
-def _prepare(tree: ResponseTree, children: list[list[int]], rows: list[list[int]]):
-    """Pad the rows of a batch.
-
-    Returns: tokens and depths (B, T), masks (B, T, T), and for the M children of the rows' nodes, predictors (M,) and
-        nodes (M,): the position of the child's parent, whose output predicts it, and the child. Positions count through
-        all rows, each of 1 + T: the end of the prompt, then the row.
-    """
+def _prepare(tree: ResponseTree, rows: list[list[int]]) -> _Batch:
     length = max(map(len, rows))
     tokens, depths = (np.zeros((len(rows), length), dtype=np.int64) for _ in range(2))
     masks = np.zeros((len(rows), length, length), dtype=bool)
-    masks[:, np.arange(length), np.arange(length)] = True
-    predictors, nodes = [], []
+    masks[:, np.arange(length), np.arange(length)] = True  # padding attends to itself, so that softmax is finite
+    children, predictors = [], []
     for index, row in enumerate(rows):
         mask = tree.row_mask(row)
         tokens[index, : len(row)] = [tree.tokens[node] for node in row]
         masks[index, : len(row), : len(row)] = mask
         depths[index, : len(row)] = mask.sum(1) - 1
         for place, node in enumerate([0, *row]):
-            predictors += [index * (length + 1) + place] * len(children[node])
-            nodes += children[node]
-    return tokens, depths, masks, np.array(predictors), np.array(nodes)
+            predictors += [index * (1 + length) + place] * len(tree.children[node])
+            children += tree.children[node]
+    return _Batch(tokens, depths, masks, np.array(children), np.array(predictors))
 
 
-def _child_logps(model, prompt, tokens, depths, masks, predictors, nodes, tree, device) -> np.ndarray:
-    """Return log π(node | its path) of each of `nodes`, (M,), in float64; see `_prepare` for the arguments."""
-    n_rows, length = tokens.shape
+def _child_logps(model: nn.Module, tree: ResponseTree, prompt: list[int], batch: _Batch) -> np.ndarray:
+    """Return log π(child | prompt and path to its parent) of each of the batch's children: (M,), in float64."""
+    device = model.get_input_embeddings().weight.device
+    n_rows, length = batch.tokens.shape
     n_prompt = len(prompt)
-    ids = torch.cat([torch.tensor(prompt).expand(n_rows, -1), torch.from_numpy(tokens)], dim=1).to(device)
-    positions = torch.cat([torch.arange(n_prompt).expand(n_rows, -1), n_prompt + torch.from_numpy(depths)], dim=1).to(
-        device
-    )
+    ids = torch.cat([torch.tensor(prompt).expand(n_rows, -1), torch.from_numpy(batch.tokens)], dim=1)
+    depths = n_prompt + torch.from_numpy(batch.depths)
+    positions = torch.cat([torch.arange(n_prompt).expand(n_rows, -1), depths], dim=1)
     mask = torch.zeros(n_rows, n_prompt + length, n_prompt + length, dtype=torch.bool)
     mask[:, :n_prompt, :n_prompt] = torch.ones(n_prompt, n_prompt, dtype=torch.bool).tril()
     mask[:, n_prompt:, :n_prompt] = True
-    mask[:, n_prompt:, n_prompt:] = torch.from_numpy(masks)
+    mask[:, n_prompt:, n_prompt:] = torch.from_numpy(batch.masks)
     mask = mask[:, None].to(device)
     if model.config._attn_implementation == "eager":  # eager attention adds the mask; SDPA takes booleans
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=device).masked_fill(
             ~mask, torch.finfo(model.dtype).min
         )
+    ids, positions = ids.to(device), positions.to(device)
     output = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0]
     hidden = output[:, n_prompt - 1 :].flatten(0, 1)  # (B * (1 + T), H)
-    places, inverse = np.unique(predictors, return_inverse=True)
+    places, inverse = np.unique(batch.predictors, return_inverse=True)
     logits = model.get_output_embeddings()(hidden[torch.from_numpy(places).to(device)])  # (places, V)
     normalizers = logits.logsumexp(-1).double()
-    targets = torch.tensor([tree.tokens[node] for node in nodes], device=device)
+    targets = torch.tensor([tree.tokens[node] for node in batch.children], device=device)
     inverse = torch.from_numpy(inverse).to(device)
     return (logits[inverse, targets].double() - normalizers[inverse]).cpu().numpy()
 
@@ -230,5 +226,5 @@ class Frontier:
 
     def fraction(self, figures: Figures) -> float:
         """Return the policy's gain in reward over the reference, as a fraction of the largest gain at its KL."""
-        best = self.reward_at(figures.kl) - self.reference_reward
-        return (figures.reward - self.reference_reward) / best if best > 1e-9 else 0.0
+        largest = self.reward_at(figures.kl) - self.reference_reward
+        return (figures.reward - self.reference_reward) / largest if largest > 1e-9 else 0.0

@@ -126,13 +126,12 @@ def objectives() -> list[str]:
 def learning_rate(run: Run, n_tokens: int) -> float:
     """Return step_size / |∂ loss / ∂ log π| at the reference, for two responses of equal likelihood.
 
-    There is a derivative with respect to the preferred and one to the dispreferred response; the larger one counts.
-
-    This makes SGD's steps independent of an objective's scale and strength; for DPO the result is 2 · step_size / β.
-    Other optimizers don't need it. DPOP's loss has a kink at the reference; the slope is that of the steeper side,
-    where the preferred response is less likely than under the reference.
+    The derivative is the larger of those with respect to the two responses' log-probabilities. This makes SGD's steps
+    independent of an objective's scale and strength; for DPO the result is 2 · step_size / β. Other optimizers don't
+    need it. DPOP's loss has a kink at the reference; the slope is that of the steeper side, where the preferred
+    response is less likely than under the reference.
     """
-    if not any(word == "optimizer=SGD" for word in run.optimizer):
+    if "optimizer=SGD" not in run.optimizer:
         return run.step_size
     loss = LOSSES[run.loss]
     given = OmegaConf.from_dotlist([word for word in run.overrides() if word.startswith("loss.")]).get("loss", {})

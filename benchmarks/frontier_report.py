@@ -1,6 +1,6 @@
 """Tables and a picture of the results of `frontier.py`.
 
-In the tables, a policy *leaked* the probability of all responses outside the task's grammar (`exact.Figures.outside`).
+The tables' column *leaked* has the probability of all responses outside the task's grammar (`exact.Figures.outside`).
 """
 
 import json
@@ -20,7 +20,7 @@ def select(results: list[dict], **settings: object) -> list[dict]:
 def best_checkpoint(results: list[dict]) -> dict | None:
     """Return the checkpoint with the largest fraction of the optimum's gain.
 
-    If any checkpoint has a KL above 0.1 nats and writes less than 5 % outside the grammar, only such ones count.
+    If any checkpoint has a KL above 0.1 nats and has leaked less than 5 %, only such checkpoints count.
     """
     checkpoints = [c for r in results for c in r["checkpoints"]]
     moved = [c for c in checkpoints if c["kl"] > 0.1 and c["outside"] < 0.05] or checkpoints
@@ -161,6 +161,7 @@ def _label(axes, labels: list[tuple[float, float, str, str]]):
         while any(abs(left - x) < 75 and abs(height - below - y) < 13 for x, y in taken):
             below += 4
         taken.append((left, height - below))
+        # the offset is in points; a pixel has 0.72 at 100 dpi
         axes.annotate(
             name, (x, y), (7, -0.72 * below), textcoords="offset points", va="center", fontsize=9,
             color="0.45" if colour == GREY else colour, path_effects=[withStroke(linewidth=3, foreground="white")],

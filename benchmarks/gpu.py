@@ -93,13 +93,13 @@ def correctness():
             policy = copy.deepcopy(model).to(dtype)
             if autocast:
                 shadow_linear_weights(policy)
-            for is_packed, is_shared in itertools.product((False, True), (False, True)):
-                result = {"model": name, "precision": precision, "is_packed": is_packed, "is_shared": is_shared}
+            for is_packed, shares_prompts in itertools.product((False, True), (False, True)):
+                result = {"model": name, "precision": precision, "packed": is_packed, "shared": shares_prompts}
                 is_prepared = is_packed and supports_packed_attention(policy)
                 try:
                     with packed_attention_used(policy) if is_prepared else nullcontext():
                         found, ours = logps_and_gradients(
-                            policy, Layout(is_shared, is_packed), batch, reference_logps, autocast
+                            policy, Layout(shares_prompts, is_packed), batch, reference_logps, autocast
                         )
                     off = [(a - b).norm() for a, b in zip(ours, expected, strict=True)]
                     result["logps_differ_by_nats"] = float((found - expected_logps).abs().max())

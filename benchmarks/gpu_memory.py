@@ -80,7 +80,7 @@ def measure(name: str, setting: str, n_pairs: int) -> list[float]:
     """Predict and, on a GPU, measure the memory of a microbatch of random pairs; return the figures of `COLUMNS`."""
     dtype, autocast_dtype, checkpointing = SETTINGS[setting]
     model = build(name, dtype, autocast_dtype, checkpointing)
-    layout = Layout(is_shared=True, is_packed=MODELS[name][0] != "gptj")
+    layout = Layout(shares_prompts=True, is_packed=MODELS[name][0] != "gptj")
     batch = collate(random_pairs(n_pairs, model.config.vocab_size, MAX_LENGTH, MAX_LENGTH // 2))
     rows, full = layout.rows(batch), layout.rows(full_length_batch(batch, MAX_LENGTH))
     autocast = partial(torch.autocast, DEVICE.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext

@@ -61,9 +61,11 @@ def peak_memory():
 
     before, thread = process_memory("RssAnon"), threading.Thread(target=sample)
     thread.start()
-    yield values
-    is_over.set()
-    thread.join()
+    try:
+        yield values
+    finally:  # also after an error, which would otherwise leave the process waiting for its thread
+        is_over.set()
+        thread.join()
     values.append(max(values) - before)
 
 

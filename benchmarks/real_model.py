@@ -52,7 +52,7 @@ def our_keys(args: argparse.Namespace, data: str, directory: str) -> list[str]:
 
 
 def write_data(args: argparse.Namespace, directory: str) -> tuple[str, str]:
-    """Write the first pairs that fit: in their order for this program, which shuffles them, and so shuffled for TRL.
+    """Write the first pairs that fit: in their order for this program, and in the order of its shuffling for TRL.
 
     Returns: this program's folder, which has one more pair as its test split, and TRL's file.
     """

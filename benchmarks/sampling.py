@@ -54,7 +54,11 @@ def generate(trainer: BasicTrainer, items: list[Item], n_new: int, **settings):
 
 
 def ways(trainer: BasicTrainer, n_new: int) -> dict[str, Callable[[list[Item]], object]]:
-    options = Options(None, [], None, 1, 1.0, 0, n_new, None, "transformers", {})
+    """Return the functions to compare, by the names of their rows; each draws answers to a batch of prompts."""
+    options = Options(
+        run=None, files=[], prompts=None, n=1, top_p=1.0, top_k=0, max_new_tokens=n_new, alpaca_eval=None,
+        engine="transformers", engine_args={},
+    )  # fmt: skip
     return {
         "generate": lambda items: generate(trainer, items, n_new),
         "generate, static": lambda items: generate(trainer, items, n_new, cache_implementation="static"),

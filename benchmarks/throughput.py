@@ -173,7 +173,7 @@ def planned_microbatches(batch: dict, models: Models, args: Namespace, layout: L
     """Split a batch as `trainers.py` does, and prepare the rows of each part."""
     min_parts = 1 if layout.is_packed and args.max_tokens else args.n_microbatches
     overhead = CPU_OVERHEAD if models.device.type == "cpu" else microbatch_overhead(models.policy)
-    parts = microbatches(batch, min_parts, layout.is_shared, overhead, layout.is_packed, args.max_tokens)
+    parts = microbatches(batch, min_parts, layout.shares_prompts, overhead, layout.is_packed, args.max_tokens)
     return [layout.prepare(part, pin_memory=models.device.type == "cuda") for part in parts]
 
 
@@ -308,12 +308,12 @@ def train_with_trl(
 WAYS = {  # name in the table, function that trains on (models, recorder, batches, args), its further arguments
     "original": ("original", train_by_loop, {"split": original_microbatches, "logps": original_logps}),
     "padded": ("padded, response-only head", train_in_layout, {"layout": Layout()}),
-    "shared": ("shared prompt", train_in_layout, {"layout": Layout(is_shared=True)}),
-    "packed": ("shared prompt, packed", train_in_layout, {"layout": Layout(is_shared=True, is_packed=True)}),
+    "shared": ("shared prompt", train_in_layout, {"layout": Layout(shares_prompts=True)}),
+    "packed": ("shared prompt, packed", train_in_layout, {"layout": Layout(shares_prompts=True, is_packed=True)}),
     "cached": ("shared prompt, cached reference", train_in_layout,
-               {"layout": Layout(is_shared=True), "cached_reference": True}),
+               {"layout": Layout(shares_prompts=True), "cached_reference": True}),
     "packed-cached": ("shared prompt, packed, cached reference", train_in_layout,
-                      {"layout": Layout(is_shared=True, is_packed=True), "cached_reference": True}),
+                      {"layout": Layout(shares_prompts=True, is_packed=True), "cached_reference": True}),
     "trl-default": ("TRL, its defaults", train_with_trl, {"tuned": False}),
     "trl": ("TRL, tuned", train_with_trl, {"tuned": True}),
     "trl-cached": ("TRL, tuned, cached reference", train_with_trl, {"tuned": True, "cached_reference": True}),

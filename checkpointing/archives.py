@@ -1,4 +1,4 @@
-"""Read and write files of tensors: checkpoints, and weights to start from, in the original's format, too."""
+"""Read and write files of tensors, also in the original's format: checkpoints, and weights to start from."""
 
 import contextlib
 import glob
@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 
 import safetensors.torch
@@ -21,6 +22,7 @@ from basics.checksums import read_checksums, verify_checksum
 from basics.files import LFS_POINTER, open_regular
 from basics.outputs import CHECKSUMS, SHARDS, holds_model, is_sharded
 from checkpointing.sharded import SavedTensor, ShardedCheckpoint, is_tensor, placed_like
+from config_checks.overrides import quoted_path
 from data import hub
 from utils import UserError, rank0_print
 
@@ -69,7 +71,7 @@ def describe(error: Exception, n_characters: int = 300) -> str:
     text = str(error).strip()
     if "weights_only" in text:
         reason = re.search(r"WeightsUnpickler error: (.*?)(?:\. Please use|\n|$)", text)
-        text = reason[1] if reason else "it is no file of tensors"
+        text = reason[1] if reason else "it is not a file of tensors"
     return f"{type(error).__name__}: {text[:n_characters]}"
 
 
@@ -131,7 +133,7 @@ def load_archive(path: str, model: nn.Module, key: str = "model.archive", trust_
             raise ValueError(f"its state is a {type(state).__name__}")
     except UserError:
         raise
-    except Exception as error:  # other kinds of files raise errors of any kind
+    except Exception as error:  # a file in another format can raise any error
         if explanation := hub.explain_failure(error, path, "model"):
             raise UserError(f"{key}={path}: {explanation[0]}\n{explanation[1]}") from error
         raise UserError(
@@ -171,11 +173,7 @@ def load_pretrained(
     """
     has_config = os.path.exists(os.path.join(name, "config.json"))  # an adapter's checkpoint has none
     if is_sharded(name) and has_config and not holds_model(name):
-        run_dir, checkpoint = os.path.split(os.path.abspath(name))
-        raise UserError(
-            f"{origin} is a sharded checkpoint. Make a model of it first: python export.py run={run_dir} "
-            f"checkpoint={checkpoint} output=DIR"
-        )
+        raise UserError(f"{origin} is a sharded checkpoint. Make a model of it first: {export_command(name)}")
     with _without_report():
         model, info = auto_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -191,6 +189,12 @@ def load_pretrained(
         shown = ", ".join(ignored[:5]) + (f" and {len(ignored) - 5} more" if len(ignored) > 5 else "")
         rank0_print(f"{origin}: ignored weights of parts that {type(model).__name__} lacks: {shown}")
     return model
+
+
+def export_command(checkpoint: str) -> str:
+    """Return the command that makes a model for `from_pretrained` of a checkpoint."""
+    run_dir, name = os.path.split(os.path.abspath(checkpoint))
+    return shlex.join(["python", "export.py", f"run={quoted_path(run_dir)}", f"checkpoint={name}", "output=DIR"])
 
 
 def _belongs_to_model(key: str, model: nn.Module) -> bool:
@@ -249,7 +253,7 @@ def load_fitting(state: dict, model: nn.Module, path: str):
 
 
 def fit_state(state: dict, model: nn.Module, path: str) -> dict:
-    """Return a state dict with the names of the model's parameters. Raises: see `load_archive`."""
+    """Rename a state dict's tensors as the model's are, and check that they fit it. Raises: see `load_archive`."""
     expected = model.state_dict(keep_vars=True)
     fitted = {}
     _check_tensors(state, path)

@@ -7,6 +7,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -17,7 +18,8 @@ from distributed.heartbeat import is_lost_connection
 from utils import UserError
 
 CARD = "README.md"  # has no checksum, as people edit it before they upload a checkpoint
-_INTERRUPTED = re.compile(  # names of files and directories that a killed run was writing or deleting
+# names of files and directories that a killed run, of this or an earlier version, was writing or deleting
+_INTERRUPTED = re.compile(
     rf"(?:step-[0-9]+|LATEST|BEST|config\.yaml|curves\.png){PARTIAL}|step-[0-9]+\.partial-deleted"
     r"|config\.yaml\.partial-new"
 )
@@ -43,10 +45,11 @@ def atomic_directory(path: str, remedy: str = _REMEDY, known: Mapping[str, str] 
             os.makedirs(partial)
             yield partial
             write_checksums(partial, without=CARD, known=known)
-            files = [os.path.join(partial, name) for name in os.listdir(partial)]
-            for path_of_file in files:  # safetensors makes its files readable for their owner alone
-                os.chmod(path_of_file, os.stat(partial).st_mode & 0o666)
-            flush_to_disk(*files, partial)
+            contents = [*Path(partial).rglob("*")]
+            for file in contents:
+                if file.is_file():  # safetensors makes its files readable for their owner alone
+                    file.chmod(os.stat(partial).st_mode & 0o666)
+            flush_to_disk(*map(str, contents), partial)
             replace_path(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -9,7 +9,7 @@ class Background(contextlib.AbstractContextManager):
     """Runs one function at a time in a thread; the end of its `with` block waits for the last one."""
 
     threads: ThreadPoolExecutor | None = None
-    last: Future | None = None  # the running function
+    last: Future | None = None  # of the function started last, until `wait`
 
     def start(self, function: Callable[[], None]):
         """Run a function in the thread; call `wait` before starting another."""

@@ -1,9 +1,10 @@
 """Checkpoint directories: write one, read a policy from one, delete old ones.
 
 A checkpoint is a directory that appears whole or not at all. It contains:
-- the original's files, `policy.pt`, `optimizer.pt` and `scheduler.pt`, each {'step_idx': training examples seen,
-  'state': a state dict, 'metrics': those of the last evaluation};
-- model and tokenizer for `from_pretrained` (of a policy with an adapter only the adapter, in PEFT's format);
+- the original's files, `policy.pt`, `optimizer.pt` and `scheduler.pt`, and `reference.pt` if the reference moves, each
+  {'step_idx': training examples seen, 'state': a state dict, 'metrics': those of the last evaluation};
+- model and tokenizer for `from_pretrained` (if the policy has an adapter, only the adapter, in PEFT's format, and no
+  `policy.pt`);
 - `README.md`, a model card;
 - `state.json` and `rng.pt`, the train state;
 - `SHA256SUMS`, to detect damage.
@@ -29,7 +30,15 @@ from torch import nn
 from basics.checksums import read_checksums
 from basics.links import followed, link_target, make_link
 from basics.outputs import is_sharded
-from checkpointing.archives import UNREADABLE, describe, fit_state, load_fitting, read_state_dict, write_tensors
+from checkpointing.archives import (
+    UNREADABLE,
+    describe,
+    export_command,
+    fit_state,
+    load_fitting,
+    read_state_dict,
+    write_tensors,
+)
 from checkpointing.atomic_directory import atomic_directory, remove_whole, replace_path, write_errors_explained
 from checkpointing.model_card import write_card
 from checkpointing.resume import is_last
@@ -113,7 +122,7 @@ class Contents:
         self.train_state.save(directory, self.config)
 
     def write_card(self, directory: str):
-        """Write the model card; the train state must be there."""
+        """Write the model card; the train state must have been written."""
         write_card(directory, self.config, read_state_json(directory), self.has_adapter, self.n_eval_examples)
 
 
@@ -143,8 +152,8 @@ def write_whole(path: str, contents: Contents, then: Callable[[TrainState], None
 def begin_sharded(path: str, contents: Contents, then: Callable[[TrainState], None]) -> Callable[[], None]:
     """Begin a sharded checkpoint, which replaces an earlier one; return the function that writes the tensors.
 
-    With `checkpoint_async`, the tensors are copied here: the returned function may run in another thread while they
-    change. All workers must call both functions. Arguments and errors: see `write_whole`.
+    With `checkpoint_async`, this function copies the tensors, so that the returned one may run in another thread while
+    training changes them. All workers must call both functions. Arguments and errors: see `write_whole`.
     """
     in_thread, train_state, digests = contents.config.checkpoint_async, contents.train_state, {}
     start_time = _print_start(path)
@@ -201,8 +210,7 @@ def _add_model(
     """
     from checkpointing.model_files import add_model_files  # only some runs need it
 
-    run_dir, name = os.path.split(path)
-    remedy = f"python export.py run={run_dir} checkpoint={name} output=DIR writes one"
+    remedy = f"{export_command(path)} writes one"
     digests = add_model_files(directory, _as_loaded(contents.policy), group, remedy)
     if on_rank0() and digests:
         contents.write_card(directory)

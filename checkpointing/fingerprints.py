@@ -21,18 +21,20 @@ _KEYS = (
 )  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin")  # endings of files that are read from a model's folder
 _SETTINGS = (".json", ".model", ".txt")  # its config and tokenizer
-_BLOCK, _MAX_BLOCKS = 2**20, 64  # bytes, and how many blocks of them `_sampled_sha256` reads
+_TEMPLATE = (".jinja",)  # the tokenizer's chat template
+_BLOCK, _MAX_BLOCKS = 2**20, 64  # bytes in a block, and the most blocks that `_sampled_sha256` reads
 _HEADER = "# SHA-256 of what the run started from, compared when it is resumed: "
 _HEADERS = (_HEADER, "# SHA-256 of what the run started from, compared when it goes on: ")  # and an earlier version's
 
 
-def file_fingerprints(config: DictConfig, sampled: bool = False) -> dict[str, str]:
+def file_fingerprints(config: DictConfig, sampled: bool = False, templates: bool = True) -> dict[str, str]:
     """Return a SHA-256 of each local file or folder that weights and tokenizer come from, by config key.
 
     It covers the content, and the names of files in a folder, but not the path.
 
     Args:
-        sampled: of files above 64 MiB read only 64 blocks, as earlier versions did.
+        sampled: read only 64 blocks of a file above 64 MiB, as earlier versions did.
+        templates: cover chat templates in folders, which earlier versions left out.
 
     Raises: UserError if a file can't be read.
     """
@@ -47,7 +49,8 @@ def file_fingerprints(config: DictConfig, sampled: bool = False) -> dict[str, st
             path = os.path.join(path, "policy.pt")
         reads_weights = "tokenizer" not in key and not (key == "model.name_or_path" and config.model.from_scratch)
         try:
-            fingerprints[key] = _fingerprint(path, _SETTINGS + (_WEIGHTS if reads_weights else ()), hash_large)
+            endings = _SETTINGS + (_WEIGHTS if reads_weights else ()) + (_TEMPLATE if templates else ())
+            fingerprints[key] = _fingerprint(path, endings, hash_large)
         except OSError as error:
             raise UserError(f"{key}={path}: can't read it: {error}") from error
     return fingerprints
@@ -55,7 +58,7 @@ def file_fingerprints(config: DictConfig, sampled: bool = False) -> dict[str, st
 
 def folder_fingerprint(path: str, local_dirs: list[str]) -> str:
     """Return a SHA-256 of a model's folder: weights, config and tokenizer."""
-    return _fingerprint(path, _SETTINGS + _WEIGHTS, HashCache(get_local_dir(local_dirs)).sha256)
+    return _fingerprint(path, _SETTINGS + _WEIGHTS + _TEMPLATE, HashCache(get_local_dir(local_dirs)).sha256)
 
 
 def _fingerprint(path: str, endings: tuple[str, ...], hash_large: Callable[[str], str]) -> str:
@@ -107,8 +110,9 @@ def changed_models(config: DictConfig, former: dict[str, str], now: dict[str, st
     changed = [key for key, digest in now.items() if former.get(key, digest) != digest]
     if not any(is_of_model(key) for key in changed):
         return changed
-    sampled = file_fingerprints(config, sampled=True)  # an earlier version may have written `former`
-    return [key for key in changed if former[key] != sampled.get(key)]
+    # an earlier version may have written `former`
+    earlier = [file_fingerprints(config, sampled, templates=False) for sampled in (False, True)]
+    return [key for key in changed if former[key] not in {digests.get(key) for digests in earlier}]
 
 
 def is_of_model(name: str) -> bool:

@@ -45,7 +45,7 @@ def write_card(directory: str, config: DictConfig, state: dict, is_adapter: bool
         config: the run's config.
         state: the checkpoint's state.json.
         is_adapter: the directory holds an adapter, not a model.
-        n_eval_examples: the number of examples in an evaluation; None: the config's.
+        n_eval_examples: the number of examples in an evaluation; by default the config's.
     """
     on_hub = _base_revision(config, state) is not None
     data = huggingface_hub.ModelCardData(
@@ -81,7 +81,7 @@ def _is_dataset_on_hub(source: str | None) -> bool:
 
 def _base_revision(config: DictConfig, state: dict) -> str | None:
     """Return the commit of the base model on the hub; None if it isn't from there."""
-    known = state.get("inputs", {}).get("model.name_or_path")  # for a local model a fingerprint, which is longer
+    known = state.get("inputs", {}).get("model.name_or_path")  # a commit, or a local model's longer fingerprint
     on_hub = not config.model.from_scratch and is_hub_id(config.model.name_or_path)
     return known if on_hub and known is not None and len(known) == 40 else None
 
@@ -115,7 +115,7 @@ def _introduction(config: DictConfig, state: dict, is_adapter: bool) -> str:
         start += f" with the adapter {markdown_code(source.adapter)}"
     name = os.path.basename(os.path.normpath(source.name_or_path))
     what = "A LoRA adapter, trained" if is_adapter else "A language model, trained"
-    unfinished = "" if state.get("complete", True) else " Training was not over."
+    unfinished = "" if state.get("complete", True) else " Training had not finished."
     examples, steps = counted(state.get("examples", 0), "example"), counted(state.get("updates", 0), "optimizer step")
     return (
         f"# {markdown(name)}, trained with {config.loss.name.upper()}\n\n"
@@ -169,7 +169,7 @@ def _evaluation(n: int | None, state: dict) -> str:
     metrics, examples = state.get("metrics") or {}, state.get("evaluated_at")
     found = [name for name in _METRICS if name in metrics]
     if not found:
-        return "## Evaluation\n\nNone in training."
+        return "## Evaluation\n\nThe model was not evaluated during training."
     on = "all evaluation examples" if n is None else counted(n, "evaluation example")
     after = f", after {counted(examples, 'training example')}" if examples is not None else ""
     lines = ["## Evaluation", "", f"On {on}{after}:", "", "| metric | mean | standard error |", "|---|---|---|"]

@@ -98,11 +98,11 @@ def add_model_files(
     Returns: the SHA-256 of each file but the index.
     """
     rank, world_size = collectives.rank_and_world_size()
-    collectives.all_gather_object(None, group)  # rank 0 has written the shards' index now
+    collectives.all_gather_object(None, group)  # waits until rank 0 has written the shards' index
     files, digests, problem = None, {}, None
     try:
         if (files := model_files(directory, model)) is None:
-            raise ValueError(f"transformers joins tensors of {type(model).__name__} in its files")
+            raise ValueError(f"transformers joins several tensors of {type(model).__name__} into one in its files")
         for file in list(files.names)[rank::world_size]:
             files.write(directory, file)
             path = os.path.join(directory, file)

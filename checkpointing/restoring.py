@@ -19,7 +19,7 @@ def resume_training(trainer, checkpoint: str):
     Raises: UserError if it doesn't fit the model, is beyond the end of training, or has no optimizer state.
     """
     config, state, n_batches = trainer.config, TrainState.load(checkpoint), trainer.train_iterator.n_batches
-    trainer.precompute_reference()  # before the weights change: it starts from the same ones
+    trainer.precompute_reference()  # while the policy has its first weights, which the reference may share
     if state.batches > n_batches:
         raise UserError(
             f"{checkpoint} is after step {state.batches}, but n_epochs={config.n_epochs} "

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from basics.outputs import CHECKSUMS, is_checkpoint_name, is_run
 from checkpointing.atomic_directory import recover_interrupted_saves
 from checkpointing.integrity import find_corruption
 from checkpointing.train_state import read_state_json, training_settings
+from config_checks.overrides import quoted_path
 from distributed import environment
 from utils import UserError, rank0_print
 
@@ -143,14 +143,9 @@ def _given_checkpoint(config: DictConfig, path: str) -> str:
 def resume_command(keys: dict[str, str | None]) -> str:
     """Return this process's command line with these keys set, or removed where the value is None."""
     words = [word for word in sys.argv[1:] if word.lstrip("+").split("=")[0] not in keys]
-    words += [f"{key}={quoted(value)}" for key, value in keys.items() if value is not None]
+    words += [f"{key}={quoted_path(value)}" for key, value in keys.items() if value is not None]
     command = shlex.join([sys.argv[0], *words])
     return f"{'the launcher with' if environment.is_launched_by_user() else 'python'} {command}"
-
-
-def quoted(path: str) -> str:
-    """Quote a path for an override, if Hydra's grammar requires it."""
-    return path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def resume_hint(run_dir: str) -> str:
@@ -191,7 +186,7 @@ def resume_hinted(run_dir: str, error_class: type[Exception]) -> Iterator[None]:
 
 
 def find_checkpoints(run_dir: str | None, requested: str | list[str]) -> list[str | None]:
-    """Return the directories of a run's checkpoints, by name or `all` of them; without a run, [None].
+    """Return the directories of the requested checkpoints of a run: names, or `all`. Without a run, return [None].
 
     Raises: UserError if one doesn't exist or is damaged.
     """

@@ -33,7 +33,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YA
 
 
 def _former_config(config: DictConfig, checkpoint: str | None) -> dict[str, object] | None:
-    """Return the flat config under which a checkpoint was written, else the one in the run directory, if any."""
+    """Return the run's earlier config, flat: from the checkpoint, or else from config.yaml; None for a new run."""
     saved = read_state_json(checkpoint) if checkpoint is not None else {}
     if "config" in saved:
         return saved["config"]
@@ -86,7 +86,9 @@ def check_same_run(config: DictConfig, checkpoint: str | None, files: dict[str, 
     refuse_changed_inputs(config, changed_inputs(config, checkpoint, files))
     former_versions = read_state_json(checkpoint).get("versions") if checkpoint else versions()
     if former_versions != versions():
-        rank0_print(f"WARNING: begun with {former_versions}, now {versions()}: the numbers may differ a little")
+        rank0_print(
+            f"WARNING: the run began with {former_versions}, now it has {versions()}: the numbers may differ a little"
+        )
 
 
 def _refuse_changed_keys(
@@ -94,7 +96,7 @@ def _refuse_changed_keys(
 ):
     """Print the keys that have changed; raise UserError if one of them makes it a different run.
 
-    A key may always change if it names a model or data by another path, or a commit by another name.
+    A key that names a model, data or a commit may change as long as what it names is the same.
     """
     now, defaults = training_settings(config), default_config(config.loss.name)
     former = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **former}  # keys added since then
@@ -121,7 +123,7 @@ def _refuse_changed_keys(
 
 
 def _check_kind(config: DictConfig, checkpoint: str):
-    """Refuse, even with `resume_anyway`, a checkpoint of another kind: an adapter or all weights, or no reference.
+    """Refuse, even with `resume_anyway`, a checkpoint that lacks what this config needs: adapter, weights or reference.
 
     Raises: UserError naming the key and the remedy.
     """

@@ -55,7 +55,7 @@ def _current_state(trainer) -> TrainState:
         max_tokens=trainer.max_tokens,
         loss_memory={name: float(average) for name, average in trainer.loss_memory.averages.items()},
         rng_states=trainer.strategy.gather_shards(get_rng_state()),
-        **(trainer.run_log.recorded() if trainer.run_log else {}),
+        **(trainer.run_log.train_state_fields() if trainer.run_log else {}),
     )
 
 

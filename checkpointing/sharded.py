@@ -31,7 +31,7 @@ _FORMAT = 1  # of the index
 
 
 class Box(NamedTuple):
-    """A box of a tensor, whose values are in another tensor: a worker's local one, or one in a file."""
+    """A box-shaped part of a tensor. Its values are in another tensor: a worker's local one, or one in a file."""
 
     offset: tuple[int, ...]  # of the box in the whole tensor
     shape: tuple[int, ...]
@@ -63,9 +63,9 @@ def held_boxes(tensor: torch.Tensor) -> list[Box]:
 
 
 def boxes_to_write(tensor: torch.Tensor) -> list[Box]:
-    """Return the boxes that this worker writes: those of all workers are the tensor, once.
+    """Return the boxes that this worker writes; together, the workers write each value of the tensor once.
 
-    Workers that hold the same rows divide them between them; rank 0 writes tensors that aren't distributed.
+    Workers that hold the same rows divide them among themselves; rank 0 writes tensors that aren't distributed.
     """
     rank = collectives.rank_and_world_size()[0]
     if not isinstance(tensor, DTensor) or tensor.ndim == 0:
@@ -177,7 +177,7 @@ def write_shard(directory: str, shard: WorkerShard, group: torch.distributed.Pro
     """Write this worker's file and wait until all have written theirs; rank 0 then writes the index.
 
     Args:
-        group: the process group of the thread that calls this; None: the main thread's.
+        group: the process group of the thread that calls this; None for the main thread's.
 
     Returns: the SHA-256 of each worker's file.
     Raises: OSError, on all workers, if one of them can't write.
@@ -321,7 +321,7 @@ class SavedTensor:
                 n_read += values.numel()
         if n_read != local.numel():
             path = os.path.join(self.files.directory, SHARDS)
-            raise UserError(f"{path}: of {self.name} it lists {n_read} of {local.numel()} values that are needed")
+            raise UserError(f"{path}: it lists {n_read} of {local.numel()} values that are needed of {self.name}")
         return local
 
 
@@ -331,5 +331,5 @@ def is_tensor(value: object) -> bool:
 
 
 def placed_like(target: torch.Tensor, tensor: torch.Tensor | SavedTensor) -> torch.Tensor:
-    """Return a tensor distributed as `target` is; of a tensor in files, this worker reads only its part."""
+    """Return a tensor distributed as `target` is; if it is in files, this worker reads only its part."""
     return tensor.read_like(target) if isinstance(tensor, SavedTensor) else distribute_like(target, tensor)

@@ -111,7 +111,7 @@ class _Placeholders:
                 return None
             used[name] = tensor
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        # if two tied weights are both in the files, transformers compares their values
+        # transformers compares tied weights that are both in the files, but placeholders have no values
         both_in_files = len(names) > len(used) and left_over
         return None if both_in_files or model.state_dict().keys() != names else used
 

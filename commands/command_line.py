@@ -100,7 +100,7 @@ def main(run: Callable[[DictConfig], None], config_name: str = "config", can_swe
             if not can_sweep:
                 sys.exit("error: only train.py supports sweeps with -m")
             return sweeps.run_job(run, config)
-        # in here, because Hydra prints a line of its own above any error that a job raises
+        # inside the job, because Hydra prints a line of its own above any error that a job raises
         with errors_reported(EXIT_CODE if can_sweep else INTERRUPTED):
             run(config)
 

@@ -2,10 +2,9 @@
 
 import os
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
 from basics.printing import one_line
 from basics.saved_config import read_saved_config
+from config_checks.overrides import override_value
 from config_checks.schema import changed_keys
 from utils import UserError
 
@@ -36,7 +35,7 @@ def with_config_of_run(words: list[str]) -> list[str]:
     groups = {"model": "blank_model", "loss": settings.pop("loss.name")}
     settings = {key: value for key, value in settings.items() if key.split(".")[0] not in given & groups.keys()}
     overrides = [f"{group}={name}" for group, name in groups.items() if group not in given]
-    overrides += [f"{key}={as_typed(value)}" for key, value in settings.items()]
+    overrides += [f"{key}={override_value(value)}" for key, value in settings.items()]
     first = next((n for n, word in enumerate(rest) if "=" in word and not word.startswith("-")), len(rest))
     return rest[:first] + overrides + rest[first:]  # after Hydra's options
 
@@ -55,14 +54,3 @@ def _config_options(words: list[str]) -> tuple[str, str, list[str]]:
         value = value if is_joined else next(ahead, "")
         path, name = (value, name) if option in _PATH else (path, value)
     return path, name, rest
-
-
-def as_typed(value: object) -> str:
-    """Format a value for an override."""
-    if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{as_typed(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(as_typed, value)) + "]"
-    return "null" if value is None else str(value).lower()

@@ -46,7 +46,7 @@ _LONGEST_NAME = 150  # characters; file systems take 255 bytes
 
 
 class SweepLog:
-    """Records how each job of a sweep ended, across resumes: `sweep.jsonl`, whose last line on a job counts."""
+    """Records in `sweep.jsonl` how each job of a sweep ended, also when resumed: the last line of a job counts."""
 
     def __init__(self, directory: str):
         self.path = os.path.join(directory, "sweep.jsonl")
@@ -79,7 +79,7 @@ class SweepLog:
 def result_of(run_dir: str, keep_best: str | None) -> float | None:
     """Return the value that a sweeper optimizes: the best of `keep_best`'s metric or, by default, the last loss/eval.
 
-    As for `keep_best`, the evaluation before training doesn't count. None: there is no other.
+    As for `keep_best`, the evaluation before training doesn't count. If there is no other, return None.
     """
     metric = keep_best or LOSS
     trained = [line for line in evaluations(run_dir) if line["counters/examples"] > 0]
@@ -127,7 +127,7 @@ def _run_and_record(
     run_dir, status, result, exit_code = HydraConfig.get().runtime.output_dir, "failed", None, None
     try:
         with signals, errors_reported():
-            run_dir = _claimed_dir(config, overrides, log)
+            run_dir = _checked_run_dir(config, overrides, log)
             run(config)
         status, result = "complete", result_of(run_dir, config.keep_best)
     except SystemExit as ended:
@@ -146,7 +146,7 @@ def _run_and_record(
     return result, status, exit_code
 
 
-def _claimed_dir(config: DictConfig, overrides: str, log: SweepLog) -> str:
+def _checked_run_dir(config: DictConfig, overrides: str, log: SweepLog) -> str:
     """Return a job's directory.
 
     A sweeper may try the same values again. If this sweep has completed them, `resume` is set, so that nothing is left
@@ -273,7 +273,7 @@ def report():
 
 
 def _check_sweeper(config: DictConfig, metric: str):
-    """Refuse a sweeper that would optimize in the wrong direction, or under torchrun or Slurm give workers other jobs.
+    """Refuse a sweeper that optimizes in the wrong direction or, under torchrun or Slurm, gives workers different jobs.
 
     Raises: UserError naming the key and the remedy.
     """

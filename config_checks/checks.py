@@ -96,8 +96,8 @@ def _check_optimizer_argument(key: str, value: object, parameter: inspect.Parame
     if value is None and default is None:
         return
     if isinstance(default, tuple):
-        numbers = value if isinstance(value, list) and len(value) == len(default) else [""]
-        if not all(number is None or is_number(number) for number in numbers):
+        has_length = isinstance(value, list) and len(value) == len(default)
+        if not (has_length and all(number is None or is_number(number) for number in value)):
             raise UserError(f"{key}={value}: expected {len(default)} numbers, e.g. {list(default)}")
     elif isinstance(default, bool) or (default is None and "bool" in annotation):
         if not isinstance(value, bool):
@@ -138,7 +138,7 @@ def _check_model(config: DictConfig):
     compilers = [os.environ.get(name) for name in ("CC", "CXX")] + ["gcc", "cc", "clang"]
     if config.compile and not any(shutil.which(compiler) for compiler in compilers if compiler):
         raise UserError(
-            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave it out"
+            "compile=true: torch.compile needs a C compiler, and there is none; install gcc, or leave compile out"
         )
 
 
@@ -311,7 +311,7 @@ def _check_reference(config: DictConfig):
 
 
 def _check_kl_estimate(config: DictConfig):
-    """Check that every batch has two prompts, to estimate the KL divergence from prompts with others' responses."""
+    """Check that every batch has two or more prompts: the KL estimate pairs each prompt with another one's response."""
     loss = f"loss={config.loss.name}"
     if config.precompute_ref_log_probs:
         raise UserError(
@@ -366,7 +366,7 @@ def _check_sources(config: DictConfig):
                 f"{key.replace('name_or_path', 'adapter')}={name}"
             )
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
-            directory = os.path.dirname(archive)
+            directory = os.path.dirname(archive) or "."
             remedy = f" The checkpoint is sharded: give {directory}" if is_sharded(directory) else ""
             raise UserError(f"{source.key('archive')}={archive}: no such file.{remedy or closest_sibling(archive)}")
 
@@ -395,7 +395,7 @@ def _check_output(config: DictConfig):
     outputs = {f"local_run_dir={config.local_run_dir}": config.local_run_dir}
     if config.precompute_ref_log_probs:
         directory = os.path.join(get_local_dir(config.local_dirs), "reference_logps")
-        outputs[f"precompute_ref_log_probs=true keeps them in {directory} (local_dirs)"] = directory
+        outputs[f"precompute_ref_log_probs=true needs a cache in {directory} (local_dirs)"] = directory
     for name, directory in outputs.items():
         if reason := why_not_writable(directory):
             raise UserError(f"{name}: {reason}")

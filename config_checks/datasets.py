@@ -16,7 +16,7 @@ from utils import UserError, closest_match
 
 
 def check_data(config: DictConfig, reads_data: bool):
-    """Check that datasets are named and, if the command reads them, their names and settings; read no data."""
+    """Check that there are datasets and, if the command reads them, check their names and settings. Reads no data."""
     if isinstance(config.datasets, str):
         config.datasets = ListConfig([config.datasets])
     if not isinstance(config.datasets, ListConfig):
@@ -117,7 +117,7 @@ def _check_choices(choices: list[Choice], paths: dict[str, str]):
 
 
 def hub_names(config: DictConfig, reads_data: bool = True) -> list[str]:
-    """Return the names of the models and datasets that a run loads by a hub id, or from a local path given instead."""
+    """Return the hub ids of the models and datasets that a run loads, or the local paths given instead of them."""
     model, reference = config.model, config.reference_model
     names = [model.name_or_path, model.tokenizer_name_or_path, model.archive, reference.name_or_path, reference.archive]
     for choice in chosen_datasets(config) if reads_data else []:

@@ -70,7 +70,7 @@ def explain_hydra_error(error: Exception, config_name: str = "config", words: li
 
     Args:
         config_name: the config's file.
-        words: the overrides; None: the command line's.
+        words: the overrides; by default the command line's.
     """
     words = sys.argv[1:] if words is None else words
     lines = f"{error}\n{error.__cause__ or ''}".strip().splitlines()
@@ -104,7 +104,8 @@ def _explain_missing_file(error: MissingConfigException) -> str:
     group, _, name = str(error.missing_cfg_file).rpartition("/")
     options = ", ".join(error.options)
     if group == "loss" and name in LOSSES:
-        return f"loss={name}: LOSSES has it, but no config folder has loss/{name}.yaml, with its name and options"
+        file = f"loss/{name}.yaml"
+        return f"loss={name}: LOSSES has it, but no config folder has {file}; write it, with its name and options"
     if group == "loss" and (other := other_loss(name)):
         return f"no loss={name}{other} There are: {options}"
     others = "; or give a folder, or an id on the hub, OWNER/NAME" if group == "model" else ""

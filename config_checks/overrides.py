@@ -1,4 +1,4 @@
-"""Explain command-line words that Hydra's grammar can't read."""
+"""Write command-line words in Hydra's grammar, and explain those that it can't read."""
 
 import re
 import shlex
@@ -7,6 +7,28 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 _PAIRS = {"[": "]", "{": "}", "(": ")"}
 _UNQUOTED = re.compile(r"[\w/\-%+.$:*@?|\\ \t,\[\]{}()=]", re.ASCII)  # allowed without quotes by Hydra's grammar
+
+
+def override_value(value: object) -> str:
+    """Format a value for an override."""
+    if isinstance(value, str):
+        return QuotedString(value, Quote.single).with_quotes()
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{override_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(override_value, value)) + "]"
+    return "null" if value is None else str(value).lower()
+
+
+def quoted_path(path: str) -> str:
+    """Quote a path for an override, if Hydra's grammar requires it."""
+    return path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else override_value(path)
+
+
+def typed_string(key: str, value: str) -> str:
+    """Return an override with a string value as it is typed: quoted for Hydra, and once more for the shell."""
+    word = f"{key}={override_value(value)}"
+    return shlex.quote(word) if re.search(r'[$`\\!"]', word) else f'"{word}"'
 
 
 def explain_override(word: str, words: list[str]) -> str:
@@ -26,12 +48,6 @@ def explain_override(word: str, words: list[str]) -> str:
         return f"can't read {word!r}: there are two '='; type {shlex.quote(key + value)}"
     remedy = "" if value.lstrip()[:1] in _PAIRS else f". As a string it is typed {typed_string(key, value.strip())}"
     return f"can't read {word!r}: {_reason(value)}{remedy}"
-
-
-def typed_string(key: str, value: str) -> str:
-    """Return an override with a string value as it is typed: quoted for Hydra, and once more for the shell."""
-    word = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
-    return shlex.quote(word) if re.search(r'[$`\\!"]', word) else f'"{word}"'
 
 
 def _explain_without_sign(word: str, words: list[str]) -> str:

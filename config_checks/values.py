@@ -99,7 +99,7 @@ def check_one_of(key: str, value: object, options: Iterable[str | None], note: s
 
 
 def is_number(value: object, kind: type = float) -> bool:
-    """True for an integer and, unless `kind` is int, for a float; false for true and false, which Python counts too."""
+    """True for an integer and, unless `kind` is int, for a float; False for booleans, which are integers in Python."""
     return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Make batches of tokenized examples: in which order, over how many epochs, and which shard for each worker."""
+"""Make batches of tokenized examples, in shuffled order, for several epochs, each worker with its own shard."""
 
 import hashlib
 import itertools
@@ -39,14 +39,17 @@ class Prompt:
     rows: list[int] = field(default_factory=list)  # the row of each pair
     prompt_ids: list[int] | None = None  # None: not tokenized yet
     response_ids: list[list[int]] = field(default_factory=list)  # with the end token
-    trained: list[list[int]] = field(default_factory=list)  # runs of trained tokens by response; see `make_element`
+    trained: list[list[int]] = field(default_factory=list)  # each response's runs of trained tokens; see `make_element`
     target: int = 0  # index of sft_target in responses
     n_kept: int = 0  # leading tokens (such as BOS) that truncation never removes
     other: "Prompt | None" = None  # unpaired data: the prompt of the dispreferred response
 
     def place(self, pair: int) -> str:
         """Return the dataset, split and row of a pair for messages."""
-        row = f"row {self.rows[pair]}" if pair < len(self.rows) else f"prompt {self.text!r:.200}"
+        if self.other is not None:
+            row = f"rows {self.rows[0]} and {self.other.rows[0]}"
+        else:
+            row = f"row {self.rows[pair]}" if pair < len(self.rows) else f"prompt {self.text!r:.200}"
         return f"{split_name(self.dataset, self.split)}, {row}"
 
 
@@ -74,7 +77,7 @@ class BatchIterator:
         n_pairs: the number of pairs of each prompt, (n_prompts,).
         n_batches, n_examples: totals over all epochs.
         epoch_size: examples per epoch, without the `n_dropped` that don't fill a batch.
-        n_distinct: distinct examples over all epochs.
+        n_distinct: examples in use, each counted once for all epochs (but as often as a weight repeats it in each).
         is_unpaired: some examples consist of two single responses, each with its own prompt.
     """
 
@@ -105,7 +108,7 @@ class BatchIterator:
         self.n_distinct = available if self.n_examples >= self.epoch_size else self.n_examples
 
     def fingerprints(self) -> dict[str, str]:
-        """Return a SHA-256 (hexadecimal) of each dataset's texts and pairs, by `split_name`."""
+        """Map the `split_name` of each dataset to a SHA-256 (hexadecimal) of its texts and pairs."""
         digests = {}
         for part in self.prompts.datasets:
             if (known := getattr(part, "fingerprint", None)) is not None:
@@ -128,10 +131,11 @@ class BatchIterator:
         self, examples: list[tuple[Prompt, int]], partners: list[tuple[Prompt, int]] | None = None
     ) -> list[dict]:
         """Tokenize each example's prompt with its own responses or, if there are partners, with its partner's."""
-        whole = [(prompt, *partner) for (prompt, _), partner in zip(examples, partners or examples, strict=True)]
+        # prompt, the prompt whose responses it gets, and the index of their pair
+        triples = [(prompt, *partner) for (prompt, _), partner in zip(examples, partners or examples, strict=True)]
         texts = [
             (prompt.text, *chosen_and_rejected(partner, index, self.sft_mode)[0], prompt.truncation_mode)
-            for prompt, partner, index in whole
+            for prompt, partner, index in triples
             if prompt.prompt_ids is None
         ]
         try:
@@ -140,7 +144,8 @@ class BatchIterator:
             places = "\n".join(f"  {prompt.place(index)}" for prompt, index in examples)
             raise UserError(f"{error}\nThe text is in one of:\n{places}") from error
         elements = [
-            next(tokenized) if example[0].prompt_ids is None else self._element_of_ids(*example) for example in whole
+            next(tokenized) if prompt.prompt_ids is None else self._element_of_ids(prompt, partner, index)
+            for prompt, partner, index in triples
         ]
         if self.sft_mode:
             elements = [{k: v for k, v in element.items() if "rejected" not in k} for element in elements]
@@ -175,15 +180,15 @@ class BatchIterator:
             yield order
 
     def distinct_examples(self) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """Yield every distinct example once, in batches: this worker's shard and the size of the whole batch."""
+        """Yield batches with every distinct example once, as this worker's shard and the size of the whole batch."""
         examples = itertools.islice(self._epoch_examples(next(self._epoch_orders())), self.n_distinct)
         while batch := list(itertools.islice(examples, self.batch_size)):
             yield self._collate(batch, self.shard), len(batch)
 
     def indices(self, batch_index: int) -> list[int | None]:
-        """Return the examples in this shard of a batch, counted from the first batch's first example.
+        """Return the numbers of the examples in this shard of a batch, counted from the first batch's first example.
 
-        None means a repetition; see `shard_indices`.
+        None stands for a repetition; see `shard_indices`.
         """
         start = batch_index * self.batch_size
         indices = shard_indices(min(self.batch_size, self.n_examples - start), self.shard)

@@ -30,7 +30,7 @@ class Rendered:
 
     prompt: str
     responses: list[str]
-    trained: list[list[Span]] | None = None  # the assistant's parts of each response; None: all, without a template
+    trained: list[list[Span]] | None = None  # each response's trained parts; None without a template: all is trained
 
     @property
     def is_templated(self) -> bool:
@@ -44,7 +44,7 @@ class Tokenized:
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
-    trained: list[list[int]]  # by response: the runs of trained tokens, as start, end, start, end, ...
+    trained: list[list[int]]  # each response's runs of trained tokens, as start, end, start, end, ...
 
 
 class Renderer:
@@ -58,8 +58,8 @@ class Renderer:
         last_turn_only: bool = False,
     ):
         """Args:
-        template_path: a file with the chat template; None: the tokenizer's own template.
-        verbatim_responses: write responses verbatim if the template alters them; False: refuse them.
+        template_path: a file with the chat template; by default, the tokenizer's own template.
+        verbatim_responses: write responses verbatim if the template alters them, rather than refuse them.
         last_turn_only: train only the last of the assistant's turns in a response.
 
         Raises: UserError if the file can't be read or isn't a template.
@@ -68,10 +68,9 @@ class Renderer:
         self.last_turn_only = last_turn_only
         self.template = read_template(tokenizer, template_path)
         self.origin = _template_name(tokenizer, template_path)
-        added = tokenizer.added_tokens_decoder.items()
-        special = {str(token): number for number, token in added if token.special}
-        special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.is_special = _any_of(special)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= {*tokenizer.all_special_tokens}
+        self.special_token = _any_of(special)
         end = turn_end(tokenizer, self.template)
         self.end_token = _any_of({*special, *([end] if end else [])})
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
@@ -107,7 +106,7 @@ class Renderer:
 
     def _check_messages(self, messages: list[dict]):
         for message in messages:
-            if isinstance(message.get("content"), str) and (found := self.is_special.search(message["content"])):
+            if isinstance(message.get("content"), str) and (found := self.special_token.search(message["content"])):
                 _raise_special(message["content"], found[0], self.tokenizer.eos_token)
         if self.template is None:
             raise UserError(
@@ -133,7 +132,7 @@ class Renderer:
         return text, spans
 
     def _dialogue(self, prompt: list[dict], response: list[dict], tools: list | None) -> Dialogue:
-        """Return a rendered prompt and response. Raises: BadExample if the template leaves something out."""
+        """Render a prompt and a response. Raises: BadExample if the template leaves something out."""
         apply = functools.partial(self._apply, tools)
         dialogue = Dialogue(apply, prompt, response, self.end_token, self.marks_turns)
         missing = dialogue.missing_parts()
@@ -170,7 +169,7 @@ class Renderer:
             yield f"the tool calls of message {ignored[0]}", ""
 
     def _divide_dialogues(self, dialogues: list[Dialogue]) -> Rendered:
-        """Split dialogues with the same prompt into this prompt and the responses."""
+        """Split rendered dialogues that share a prompt into the prompt and the responses."""
         wholes = [dialogue.text for dialogue in dialogues]
         opening = None if self.marks_turns else self._opening(dialogues)
         spans = [dialogue.spans(opening) for dialogue in dialogues]
@@ -187,10 +186,12 @@ class Renderer:
         return Rendered(prompt, responses, trained)
 
     def _opening(self, dialogues: list[Dialogue]) -> int | None:
-        """Return where the responses begin, after the opening of the assistant's turn; None: search each dialogue.
+        """Return where the responses begin, after the opening of the assistant's turn.
 
         Some templates open a turn differently in a prompt than in a dialogue. Then the responses begin after the last
         line or special token that both have in common.
+
+        Returns: None if the responses may begin at different places, so that each dialogue must be searched.
         """
         if not all(dialogue.begins_with_assistant for dialogue in dialogues):
             return None
@@ -211,7 +212,7 @@ class Renderer:
 
     def _cuts(self, text: str) -> list[int]:
         """Return where a prompt may end: at the start of a text, after its last line break or any special token."""
-        return [0, text.rfind("\n") + 1, *(match.end() for match in self.is_special.finditer(text))]
+        return [0, text.rfind("\n") + 1, *(match.end() for match in self.special_token.finditer(text))]
 
     # ---- tokenizing -------------------------------------------------------------------------------------------------
 
@@ -221,7 +222,7 @@ class Renderer:
         Without a template, prompt and response are tokenized separately, as in the original, and the end-of-sequence
         token is added to the response. With a template, they are tokenized together, and split at the borders of turns;
         if a token crosses a border, both sides are tokenized separately. The end-of-sequence token is added only if the
-        template doesn't end the response with a special token.
+        template neither ends the response with a special token nor marks the assistant's turns.
         """
         borders = [_borders(one) for one in rendered]
         texts = []
@@ -280,19 +281,19 @@ class Renderer:
         return ids, counts
 
     def _ends_turn(self, response: str) -> bool:
-        """True if a response ends with an end token and white space, or if the template marks turns by itself."""
+        """True if a response ends with an end token (before white space), or if the template marks where turns end."""
         return self.marks_turns or any(
             not response[match.end() :].strip() for match in self.end_token.finditer(response)
         )
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern:
-    """Return a pattern that matches any of the tokens, longer ones first, because one may be the prefix of another."""
+    """Return a pattern for any of the tokens; it tries longer ones first, because one may be the prefix of another."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _with_shared_start(prompt: list[dict], responses: list[list[dict]]) -> tuple[list[dict], list[list[dict]]]:
-    """Move the first turns of all responses to the prompt, if they are equal and not the assistant's.
+    """Move the turns that all responses begin with to the prompt, if they aren't the assistant's.
 
     Such a turn is, for example, the output of a tool.
     """

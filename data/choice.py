@@ -1,4 +1,4 @@
-"""`Choice`: one entry of `datasets`, with its settings; `Settings`: those of all datasets that the user supplies."""
+"""Settings of the data: `Choice` for one entry of `datasets`, `Settings` for all datasets that the user supplies."""
 
 from dataclasses import dataclass, field
 
@@ -25,8 +25,8 @@ class Settings:
     """Settings for reading the user's own datasets, i.e. all that aren't in `DATASETS`."""
 
     test_fraction: float = 0.05  # the fraction of the prompts to hold out if there is no test split
-    skips_bad: bool = False  # skip examples that can't be used; False: raise an error
-    chat_template: str | None = None  # a file; None means the tokenizer's own template
+    skips_bad: bool = False  # skip examples that can't be used, rather than raise an error
+    chat_template: str | None = None  # a file; by default the tokenizer's own template
     texts_as_messages: bool = False  # render plain prompts and responses with the chat template, too
     trained_turns: str = "all"  # which of the assistant's turns in a response are trained: all, or last
     verbatim_responses: bool = False  # write responses verbatim if the chat template would alter them

@@ -56,14 +56,13 @@ def kind_of(value: object) -> str:
 
 @dataclass
 class Columns:
-    """Columns in the first rows of a dataset, by their own names and by the formats' field names."""
+    """The columns of a dataset's first rows, and the fields of the formats that they hold."""
 
-    rows: list[dict]  # the first ones
+    rows: list[dict]  # the first rows of the dataset
     fields: dict[str, str] = field(default_factory=dict)  # maps a field of the format to the column that holds it
     ignored: tuple[str, ...] = ()
-    kinds: dict[str, str] = field(
-        init=False
-    )  # maps a column to the kind of most of its values, as single rows may be bad
+    # maps a column to the kind of most of its values, as single rows may be bad
+    kinds: dict[str, str] = field(init=False)
     known: dict[str, str] = field(init=False)  # maps a field of the format to the kind of its column
 
     def __post_init__(self):
@@ -84,7 +83,7 @@ class Columns:
         return [value for value in values if value is not None]
 
     def first(self, names: tuple[str, ...], *kinds: str) -> str | None:
-        """Return the first of these names that has a column, of one of the kinds if any are given."""
+        """Return the first of these names that is the name of a column (of one of the kinds, if any are given)."""
         return next((name for name in names if name in self.known and (not kinds or self.known[name] in kinds)), None)
 
     def is_empty(self, name: str) -> bool:
@@ -166,7 +165,7 @@ def _ignoring(columns: Columns, names: list[str]) -> str:
 
 
 def _holds_media(columns: Columns, name: str) -> bool:
-    """True if a column is named after media, or holds them in the library's form: {"bytes": ..., "path": ...}."""
+    """True if a column is named after media, or holds media in the library's form: {"bytes": ..., "path": ...}."""
     if set(_snake_case(name).split("_")) & set(MEDIA) and columns.kinds[name] not in ("number", "boolean"):
         return True
     items = [item for value in columns.values(name) for item in (value if isinstance(value, list) else [value])]
@@ -237,7 +236,7 @@ def hint_for(columns: Columns) -> str | None:
     if other_case := [name for name in columns.kinds if name not in FIELDS and name.strip().lower() in FIELDS]:
         shown = (f"{name.strip().lower()}: {name if name == name.strip() else repr(name)}" for name in other_case)
         return f"field names are in lower case, without spaces: fields={{{', '.join(shown)}}}"
-    if prompt and columns.known[prompt] == "object" and any("messages" in value for value in columns.values(prompt)):
+    if prompt and columns.values(f"{prompt}.messages"):
         prompt = f"{prompt}.messages"
     start = f"prompt: {prompt}, " if prompt not in (None, "prompt") else ""
     for chosen, rejected in _RESPONSE_NAMES:

@@ -1,7 +1,7 @@
 """Find the bad line after the `datasets` library failed to load a file.
 
-That is the first line that can't be read. If all can be read, it is the first one whose columns or types differ from
-earlier lines.
+The bad line is the first one that can't be read or, if all lines can be read, the first one whose columns or types
+differ from those of earlier lines.
 """
 
 import itertools
@@ -29,7 +29,11 @@ _INFERENCE_CHUNK = 10 << 20  # bytes; the library infers the columns of a JSON f
 
 
 def first_fault(files: list[tuple[str, str]]) -> Fault | None:
-    """Return the first unreadable line of files, given by name and local path, or else the first difference."""
+    """Return the first line that can't be read, or else the first one that differs from earlier lines.
+
+    Args:
+        files: the name (for messages) and the local path of each file.
+    """
     columns: dict[str, str] = {}
     difference = None
     for name, path in files:
@@ -113,7 +117,7 @@ def _csv_faults(path: str, name: str, columns: dict[str, str]) -> Iterator[Fault
             columns.update(dict.fromkeys(header, "string"))
         elif len(record) > len(header):
             yield Fault(
-                f"{len(record)} fields, the header has {len(header)}",
+                f"{len(record)} fields, but the header has {len(header)}",
                 'Put fields that hold a comma in quotes, and double each quote in them ("")',
                 line,
             )
@@ -149,7 +153,13 @@ def _parquet_faults(path: str, columns: dict[str, str]) -> Iterator[Fault]:
 
 
 def place_of_row(files: list[tuple[str, str]], row: int) -> str | None:
-    """Return the file and line (in Parquet: row) of a row of several files, counted from 0; None if they have fewer."""
+    """Return the file and line (in Parquet: the file's row) of a row, counted from 0 through all files.
+
+    Args:
+        files: the name (for messages) and the local path of each file.
+
+    Returns: None if the files have fewer rows.
+    """
     for name, path in files:
         for place in _row_places(path, name):
             if row == 0:

@@ -5,7 +5,6 @@ dialogues as one string each, like Anthropic's. Strings may be replaced by messa
 ...}, or anything that `data.messages` turns into such lists. `data.rows` reads the rows of each format.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,12 +17,12 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Format:
-    """The format of a dataset: a reader of its rows, and the columns of the reader's fields."""
+    """The format of a dataset: the function that reads its rows, and the columns of the fields that it reads."""
 
-    description: str
+    description: str  # for the log
     read_row: Callable[[Row], Example]
-    columns: dict[str, str]  # by field: the data's column
-    kinds: dict[str, str] = field(default_factory=dict)  # by field: the kind of most values
+    columns: dict[str, str] = field(default_factory=dict)  # maps a field to the column that holds it
+    kinds: dict[str, str] = field(default_factory=dict)  # maps a field to the kind of most of its values
     is_chat: bool = False  # prompt and responses are messages, or are turned into messages
     has_pairs: bool = True
     is_unpaired: bool = False
@@ -57,6 +56,11 @@ class Format:
         return self.read_row is rows.read_ranked
 
     @property
+    def takes_context(self) -> bool:
+        """True if rows are read with their system text, history and tools."""
+        return self.read_row not in (rows.read_transcripts, rows.read_text)
+
+    @property
     def has_prompt(self) -> bool:
         """False if the prompt is the shared start of chosen and rejected strings."""
         return self.read_row is not rows.read_transcripts
@@ -72,7 +76,7 @@ def recognize(
     """Return the format of a dataset, from the columns of its first rows.
 
     Args:
-        fields: the data's columns of fields that have another name there, such as {'prompt': 'question'}.
+        fields: maps fields to the columns that hold them under another name, such as {'prompt': 'question'}.
         where: the dataset, for error messages.
         ignored: columns not to read.
         texts_as_messages: turn plain prompts and responses into user and assistant messages.
@@ -91,55 +95,50 @@ def recognize(
     return replace(data_format, unread=tuple(name for name in unread if name not in empty), empty=empty)
 
 
+# the fields by which each format is recognized, and the format; the first one whose fields are all found is taken, but
+# those with is_chat only if chosen or rejected holds messages
+_FORMATS = [
+    ("prompt chosen rejected", Format("preferences{as_messages} ({columns})", rows.read_preferences)),
+    ("chosen rejected", Format("preferences as messages ({columns}, their shared start is the prompt)",
+                               rows.read_preferences, is_chat=True)),
+    ("chosen rejected", Format("preferences as whole dialogues ({columns}, their shared start is the prompt)",
+                               rows.read_transcripts)),
+    ("prompt completions scores", Format("several responses to a prompt{as_messages} ({columns})", rows.read_ranked)),
+    ("prompt completions ranks", Format("several responses to a prompt{as_messages} ({columns})", rows.read_ranked)),
+    ("prompt completions", Format("several responses to a prompt{as_messages} ({columns} with their scores)",
+                                  rows.read_ranked)),
+    ("prompt completion label", Format("single responses with a label{as_messages} ({columns})", rows.read_single,
+                                       has_pairs=False, is_unpaired=True)),
+    ("prompt completion", Format("a response to each prompt{as_messages} ({columns}, for loss=sft)", rows.read_single,
+                                 has_pairs=False)),
+    ("dialogue label", Format("dialogues as messages with a label ({columns})", rows.read_dialogue, has_pairs=False,
+                              is_unpaired=True)),
+    ("dialogue", Format("dialogues as messages ({columns}, for loss=sft)", rows.read_dialogue, has_pairs=False)),
+    ("text", Format("texts without a prompt ({columns}, for loss=sft)", rows.read_text, has_pairs=False)),
+]  # fmt: skip
+
+
 def _format_of(found: Columns, texts_as_messages: bool) -> Format | str:
     """Return the format with these columns, or the reason why there is none."""
-    known, prompt, context = found.known, _prompt_column(found), _context(found)
-    completions, completion = found.first(columns.COMPLETIONS), found.first(columns.COMPLETION)
-    label, dialogue = found.first(columns.LABEL), found.first(columns.DIALOGUE, "messages")
-    has_label = label and (known[label] == "boolean" or label != "label")  # a 'label' may also be a class or a score
-    prompt_fields, is_chat = context | _prompt_fields(found, prompt), texts_as_messages or bool(context)
-    make = functools.partial(_make_format, found, prompt_fields, is_chat)
-    make_of_dialogues = functools.partial(_make_format, found, context, is_chat, has_pairs=False)
-    make_of_texts = functools.partial(_make_format, found, {}, False)
-    if "chosen" in known and "rejected" in known:
-        sides = {"chosen": "chosen", "rejected": "rejected"}
-        if prompt:
-            return make("preferences{as_messages} ({columns})", rows.read_preferences, sides)
-        if "messages" in (known["chosen"], known["rejected"]):
-            description = "preferences{as_messages} ({columns}, their shared start is the prompt)"
-            return make(description, rows.read_preferences, sides)
-        description = "preferences as whole dialogues ({columns}, their shared start is the prompt)"
-        return make_of_texts(description, rows.read_transcripts, sides)
-    if prompt and completions and known[completions].startswith(("list", "messages")):
-        if "labels" in known:
+    fields, context = _recognized_fields(found), _context(found)
+    has_chat_sides = "messages" in (found.known.get("chosen"), found.known.get("rejected"))
+    for words, data_format in _FORMATS:
+        needed = words.split()
+        if not set(needed) <= fields.keys() or (data_format.is_chat and not has_chat_sides):
+            continue
+        if data_format.is_ranked and "labels" in found.known:
             return "labelled steps (stepwise supervision) are for reward models, which aren't trained here"
-        scores = found.first((columns.SCORES, columns.RANKS))
-        fields = {"completions": completions} | ({scores: scores} if scores else {})
-        description = (
-            f"several responses to a prompt{{as_messages}} ({{columns}}{'' if scores else ' with their scores'})"
-        )
-        has_messages = any(is_messages(one) for value in found.values(completions) for one in value or [])
-        return _make_format(found, prompt_fields, is_chat or has_messages, description, rows.read_ranked, fields)
-    if prompt and completion:
-        if label and (completion == "completion" or has_label):
-            fields = {"completion": completion, "label": label}
-            description = "single responses with a label{as_messages} ({columns})"
-            return make(description, rows.read_single, fields, has_pairs=False, is_unpaired=True)
-        description = "a response to each prompt{as_messages} ({columns}, for loss=sft)"
-        return make(description, rows.read_single, {"completion": completion}, has_pairs=False)
-    if dialogue and has_label:
-        fields = {"dialogue": dialogue, "label": label}
-        description = "dialogues as messages with a label ({columns})"
-        return make_of_dialogues(description, rows.read_dialogue, fields, is_unpaired=True)
-    if dialogue and dialogue != prompt:
-        description = "dialogues as messages ({columns}, for loss=sft)"
-        return make_of_dialogues(description, rows.read_dialogue, {"dialogue": dialogue})
-    if "text" in known:
-        description = "texts without a prompt ({columns}, for loss=sft)"
-        return make_of_texts(description, rows.read_text, {"text": "text"}, has_pairs=False)
+        own = {name: fields[name] for name in needed}
+        if not data_format.takes_context:
+            return _with_columns(data_format, found, own, is_chat=False)
+        before = context | (_prompt_fields(found, fields["prompt"]) if "prompt" in needed else {})
+        lists = [value for value in found.values(own.get("completions", "")) if isinstance(value, list)]
+        has_dialogues = any(is_messages(response) for responses in lists for response in responses)
+        is_chat = texts_as_messages or bool(context) or has_dialogues
+        return _with_columns(data_format, found, before | own, is_chat)
     if hint := columns.hint_for(found):
         return f"unknown format: {hint}"
-    if prompt:
+    if "prompt" in fields:
         return "there are prompts but no responses to train on; add responses"
     return (
         "unknown format: expected e.g. prompt, chosen and rejected; map other names with fields={prompt: ..., "
@@ -147,32 +146,44 @@ def _format_of(found: Columns, texts_as_messages: bool) -> Format | str:
     )
 
 
-def _make_format(
-    found: Columns,
-    prompt_fields: dict[str, str],
-    is_chat: bool,
-    description: str,
-    read_row: Callable[[Row], Example],
-    fields: dict[str, str],
-    **flags: bool,
-) -> Format:
-    """Make a format.
+def _recognized_fields(found: Columns) -> dict[str, str]:
+    """Map the fields that decide the format to their columns; fields without a column are left out."""
+    prompt, completion = _prompt_column(found), found.first(columns.COMPLETION)
+    label, dialogue = found.first(columns.LABEL), found.first(columns.DIALOGUE, "messages")
+    is_single = prompt and completion == "completion"
+    if label == "label" and found.known[label] != "boolean" and not is_single:
+        label = None  # it may be a class or a score
+    fields = {
+        "prompt": prompt,
+        "completions": found.first(columns.COMPLETIONS, "list", "list of strings", "list of objects", "messages"),
+        "completion": completion,
+        "label": label,
+        "dialogue": dialogue if label or dialogue != prompt else None,
+    }
+    fields |= {name: found.first((name,)) for name in ("chosen", "rejected", columns.SCORES, columns.RANKS, "text")}
+    return {name: column for name, column in fields.items() if column}
+
+
+def _with_columns(data_format: Format, found: Columns, fields: dict[str, str], is_chat: bool) -> Format:
+    """Complete a format by its columns.
 
     Args:
-        prompt_fields: the fields of the prompt and its context, each with its name among the columns found.
-        description: a format string with {columns} and {as_messages}, which is ' as messages' in a chat.
-        fields: all other fields.
+        fields: maps the format's fields to the columns found.
     """
-    fields = prompt_fields | fields
     kinds = {name: found.known[column] for name, column in fields.items()}
     is_chat = is_chat or "messages" in kinds.values()
-    described = description.format(columns=", ".join(fields.values()), as_messages=" as messages" if is_chat else "")
-    data_columns = {name: found.fields.get(column, column) for name, column in fields.items()}
-    return Format(described, read_row, data_columns, kinds, is_chat, **flags)
+    words = {"columns": ", ".join(fields.values()), "as_messages": " as messages" if is_chat else ""}
+    return replace(
+        data_format,
+        description=data_format.description.format(**words),
+        columns={name: found.fields.get(column, column) for name, column in fields.items()},
+        kinds=kinds,
+        is_chat=is_chat,
+    )
 
 
 def _prompt_column(found: Columns) -> str | None:
-    """Return a column with a prompt's name, or one of dialogues that don't end with an answer; None without either."""
+    """Return the column of the prompt: one with a prompt's name, or one whose dialogues mostly lack an answer."""
     if prompt := found.first(columns.PROMPT, "string", "messages") or found.first(columns.PROMPT):
         return prompt
     dialogue = found.first(columns.DIALOGUE, "messages")
@@ -201,7 +212,10 @@ def _context(found: Columns) -> dict[str, str]:
 
 
 def _prompt_fields(found: Columns, prompt: str | None) -> dict[str, str]:
-    """Return the prompt's column; also the column `input` if the prompt is an `instruction` or `fields` maps input."""
+    """Map the field 'prompt' to its column, and 'input' to its own, if there is one that continues the prompt.
+
+    A column `input` continues an `instruction`; for prompts of other names, `fields` must map it.
+    """
     if prompt is None:
         return {}
     may_have_input = prompt == "instruction" or "input" in found.fields
@@ -213,9 +227,9 @@ def _prompt_fields(found: Columns, prompt: str | None) -> dict[str, str]:
 
 
 def prompt_example(row: dict, texts_as_messages: bool = False) -> Example:
-    """Return an example without responses: the prompt in a row, with its context.
+    """Return the prompt in a row, with its context, as an example without responses.
 
-    Raises: BadExample if it has none.
+    Raises: BadExample if the row has no prompt.
     """
     found = Columns([row])
     prompt = found.first(columns.PROMPT) or found.first(columns.DIALOGUE)
@@ -223,7 +237,7 @@ def prompt_example(row: dict, texts_as_messages: bool = False) -> Example:
         raise BadExample("missing field", f"it has no field {', '.join(columns.PROMPT)} or messages")
     context = _context(found)
     prompt_fields, is_chat = context | _prompt_fields(found, prompt), texts_as_messages or bool(context)
-    data_format = _make_format(found, prompt_fields, is_chat, "", rows.read_prompt, {})
+    data_format = _with_columns(Format("", rows.read_prompt), found, prompt_fields, is_chat)
     values = Row(row, data_format.columns, data_format.kinds, data_format.is_chat)
     example = Example(rows.read_prompt(values), [], tools=values.tools())
     if isinstance(example.prompt, str):

@@ -1,7 +1,7 @@
 """Find out why the Hugging Face hub can't be reached, or refuses a repository.
 
-The libraries that load models and datasets hide some of the hub's answers, so after they have failed, the hub is asked
-again directly.
+The libraries that load models and datasets hide some of the hub's answers. So once they have failed, this module asks
+the hub again directly.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def explain_failure(failure: Exception, repo_id: str, repo_type: str) -> tuple[s
 
 
 def _explain_answer(error: Exception, repo_id: str, repo_type: str) -> tuple[str, str]:
-    """Return cause and remedy for an error that the hub answered with."""
+    """Return the cause and the remedy of an error that came from asking the hub."""
     from huggingface_hub import constants, errors
 
     page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"

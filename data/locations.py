@@ -29,11 +29,11 @@ class Location:
     name: str  # of the dataset, as the user wrote it
     path: str  # a local path or a hub id
     config: str | None = None  # the configuration of a hub dataset that has several
-    files: dict[str, list[str]] | None = None  # absolute paths by split; None: the library finds them
+    files: dict[str, list[str]] | None = None  # the absolute paths of each split; None if the library finds the files
     is_built_in: bool = False  # the dataset is in `preference_datasets.DATASETS`
 
     def split_files(self, split: str) -> list[str] | None:
-        """Return the files of a split, or of a slice of one, such as train[:80%]; None: the library finds them."""
+        """Return the files of a split or of a slice such as train[:80%]; None if the library finds the files."""
         return None if self.files is None else self.files[split.partition("[")[0]]
 
     @property
@@ -175,7 +175,7 @@ def find_problem(files: list[str]) -> str | None:
 
 
 def _matches(pattern: str) -> list[str]:
-    """Return the paths that match a pattern; `**` doesn't match those in caches and runs."""
+    """Return the paths that match a pattern; `**` doesn't match directories of caches and runs."""
     paths = glob.glob(pattern, recursive=True)
     if "**" not in pattern:
         return paths

@@ -10,7 +10,7 @@ import json
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values")
 _MEDIA_PARTS = (*MEDIA, "image_url", "input_image", "input_audio", "video_url", "file")
 _CALL = "function call"  # the role of an assistant turn that only calls functions
-_ROLES = {  # by name: the role in chat templates; the first line has these roles themselves
+_ROLES = {  # maps names of roles to the roles of chat templates, which are on the first line
     "user": "user", "assistant": "assistant", "system": "system", "tool": "tool", "developer": "developer",
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "chatbot": "assistant",
     "ai": "assistant", "model": "assistant", "bing": "assistant", "bard": "assistant",
@@ -72,7 +72,7 @@ def as_turn(text: str, role: str) -> list[dict]:
 
 
 def message_list(value: object, column: str) -> list[dict]:
-    """Return messages, or a single one as a list, with the roles of chat templates and without keys that hold null.
+    """Return messages (or a single one, as a list) with the roles of chat templates, without keys that hold null.
 
     Raises: BadExample if the value isn't messages, or a content isn't a string.
     """
@@ -183,7 +183,7 @@ def tool_list(value: object, column: str) -> list | None:
 
 
 def system_messages(value: object, column: str) -> list[dict]:
-    """Return messages, given as such or as a system text; an empty list if there are none."""
+    """Return a system text, or messages, as messages; an empty list if there are none."""
     if is_blank(value):
         return []
     if isinstance(value, str) and not is_messages(decoded(value)):
@@ -192,7 +192,7 @@ def system_messages(value: object, column: str) -> list[dict]:
 
 
 def history_messages(value: object, column: str) -> list[dict]:
-    """Return earlier turns, given as messages or as pairs of user and assistant texts, as messages.
+    """Return a history (messages, or pairs of user and assistant texts) as messages.
 
     Raises: BadExample if they are neither.
     """

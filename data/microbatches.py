@@ -1,4 +1,4 @@
-"""Cut a batch into microbatches, which are computed one after the other while their gradients add up."""
+"""Cut a batch into microbatches, which are computed one after the other, with their gradients summed."""
 
 from collections.abc import Callable
 
@@ -64,7 +64,7 @@ def microbatches(
         shared: a pair's prompt is computed once.
         overhead: cost of one more microbatch, in tokens.
         packed: there is no padding.
-        max_tokens: the maximum number of tokens in a microbatch, with padding; a longer example is a microbatch alone.
+        max_tokens: the maximum number of tokens in a microbatch, with padding; a longer example gets one of its own.
         agree: returns the maximum of a number over all workers, if all must make the same number of microbatches.
     """
     lengths = computed_tokens(batch, shared, padded=not packed)

@@ -1,6 +1,6 @@
-"""Read JSON, JSON Lines and CSV files line by line, with errors that name the line, if the `datasets` library fails.
+"""Read JSON, JSON Lines and CSV files line by line, after the `datasets` library has failed to.
 
-`data.diagnosis` uses this module to find the bad line; `readable_rows` reads JSON Lines despite bad lines.
+Errors name the line: `data.diagnosis` finds the bad line by them. `readable_rows` reads JSON Lines despite bad lines.
 """
 
 import bz2
@@ -67,7 +67,7 @@ def file_format(name: str) -> str:
 
 def _byte_lines(path: str, name: str) -> Iterator[bytes]:
     """Yield the lines of a file, decompressed. Raises: FaultFound if the compressed data is damaged or incomplete."""
-    opener, number = _OPENERS.get(os.path.splitext(name)[1], open), 0
+    opener, number = _OPENERS.get(os.path.splitext(name.lower())[1], open), 0
     try:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):  # noqa: B007 (the last line read, for errors)
@@ -220,10 +220,10 @@ def are_json_lines(files: list[tuple[str, str]]) -> bool:
         if file_format(name) not in JSON_SUFFIXES:
             return False
         try:
-            head = b"".join(itertools.islice(_byte_lines(path, name), 1))
+            first = next((line for line in _byte_lines(path, name) if line.strip()), b"")
         except (FaultFound, OSError):
             return False
-        if not _is_json_lines(head.decode("utf-8", errors="replace")):
+        if not _is_json_lines(first.decode("utf-8", errors="replace")):
             return False
     return True
 
@@ -252,7 +252,7 @@ def _row_or_fault(line: bytes, number: int) -> dict | Fault:
 
 
 def csv_delimiter(path: str, name: str) -> str:
-    """Return the delimiter: a tab in TSV; in CSV a comma, unless the header has only semicolons or tabs."""
+    """Return the delimiter: in TSV a tab; in CSV a comma or, if the header has no comma, a semicolon or a tab."""
     if file_format(name) == ".tsv":
         return "\t"
     try:

@@ -33,7 +33,7 @@ from data.template_limits import TemplateLimit
 from reporting.terminal import Progress
 from utils import UserError, get_local_dir, rank0_print
 
-VERSION = 4  # of the cache's format and of how rows are read; bump to rebuild
+VERSION = 5  # of the cache's format and of how rows are read; bump to rebuild
 _CHUNK = 1024  # rows read and tokenized at a time
 _INSPECTED = 100  # rows that decide the format
 _FILES = ("info.json", "train.arrow", "test.arrow")
@@ -68,7 +68,7 @@ class _Writer:
 
 
 def _array(values: list, kind: pa.DataType) -> pa.Array:
-    """Do the same as `pa.array`, but much faster for lists of numbers."""
+    """Return the same as `pa.array`, but much faster for lists of numbers."""
     if not pa.types.is_list(kind) or kind == TEXTS:
         return np.fromiter(values, np.int32, len(values)) if kind == pa.int32() else pa.array(values, kind)
     ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
@@ -79,7 +79,7 @@ def _array(values: list, kind: pa.DataType) -> pa.Array:
 
 
 def _prompt_hash(example: Example) -> float:
-    """Hash a prompt, or the text of an example without one, into [0, 1); it doesn't depend on the tokenizer."""
+    """Hash a prompt, or the text of an example without one, into [0, 1), independently of the tokenizer."""
     identity = json.dumps(example.prompt or example.responses, sort_keys=True)
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
 
@@ -98,7 +98,7 @@ def _usable(
             usable.append((number, place, example, renderer.render(example)))
         except BadExample as error:
             bad.add(number, place, error.kind, str(error))
-        except TemplateLimit as error:  # it isn't skipped, because every other row may take as long
+        except TemplateLimit as error:  # not skipped like a bad row, because every other row may take as long
             raise UserError(f"{bad.rows.where}, {bad.place(number, place)}: {error}") from error
     return usable
 
@@ -151,7 +151,7 @@ def _write_files(
 ):
     """Write the files of both splits, and `info.json` about them, into a directory.
 
-    Without a source for 'test', the training prompts with the smallest hashes are held out for it.
+    Without a source for 'test', that split gets the training prompts with the smallest hashes.
     """
     info, smallest = _write_splits(directory, sources, settings, renderer, data_format, limit=settings.test_fraction)
     if "test" not in sources and info["test"]["n_prompts"] == 0 and smallest < 1:
@@ -178,7 +178,7 @@ def _write_splits(
     """Write both splits; return their counts, and the smallest hash of a training prompt.
 
     Args:
-        limit: without a source for 'test', training prompts with hashes up to this are held out for it.
+        limit: without a source for 'test', that split gets the training prompts with hashes up to this.
     """
     writers = {role: _Writer(os.path.join(directory, f"{role}.arrow")) for role in ("train", "test")}
     info, smallest = {}, 1.0
@@ -261,7 +261,7 @@ def prepare(
 
 
 def _write_once(directory: str, hashes: HashCache, write: Callable[[str], None]):
-    """Let `write` fill a directory, unless it is there already; if it is damaged, write it again.
+    """Let `write` fill a directory, unless it exists and is undamaged.
 
     Raises: OSError.
     """
@@ -304,13 +304,16 @@ def _recognize(
 
 
 def _first_rows(rows: Rows) -> list[dict]:
-    """Return the rows that decide the format. Raises: UserError if there are none, or none can be read."""
-    first = next(rows.chunks(_INSPECTED), [])
-    if good := [row for *_, row in first if isinstance(row, dict)]:
-        return good
+    """Return the rows that decide the format, from the first chunk with any that can be read.
+
+    Raises: UserError if there are none.
+    """
     bad = BadRows(rows)
-    bad.n_read = len(first)
-    for number, place, fault in first:
-        bad.add(number, place, "broken row", fault.reason, fault.remedy)
+    for chunk in rows.chunks(_INSPECTED):
+        if good := [row for *_, row in chunk if isinstance(row, dict)]:
+            return good
+        bad.n_read += len(chunk)
+        for number, place, fault in chunk:
+            bad.add(number, place, "broken row", fault.reason, fault.remedy)
     bad.raise_if_any()
     raise UserError(f"{rows.where}: there are no rows")

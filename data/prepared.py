@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         "n_kept": pa.int32(),
         "prompt_ids": IDS,
         "response_ids": pa.list_(IDS),
-        "trained": pa.list_(IDS),  # by response: the runs of trained tokens, as start, end, start, end, ...
+        "trained": pa.list_(IDS),  # each response's runs of trained tokens, as start, end, start, end, ...
     }
 )
 
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
 class PreparedPrompts(Sequence):
     """The tokenized prompts of a split; each is read from the memory-mapped file when it is indexed.
 
-    Examples can be dropped, in memory alone.
+    `drop` drops examples in memory; the file stays as it is.
     """
 
     def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, accepted_kinds: Sequence[str]):
@@ -56,7 +56,7 @@ class PreparedPrompts(Sequence):
             self._pair_by_label(labels.to_numpy(), accepted_kinds)
 
     def _pair_by_label(self, labels: np.ndarray, accepted_kinds: Sequence[str]):
-        """Pair each desirable response with an undesirable one, repeating the rarer kind; for SFT drop the undesirable.
+        """Pair each desirable response with an undesirable one, repeating the rarer kind; SFT uses only the desirable.
 
         Raises: UserError if all have the same label.
         """
@@ -116,12 +116,18 @@ class PreparedPrompts(Sequence):
 
     # ---- lengths ----------------------------------------------------------------------------------------------------
 
-    def lengths(self, sft_mode: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return each example's tokens in prompt and longer response, and its prompt's index: (n_examples,) each."""
+    def lengths(self, sft_mode: bool, add_bos: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the number of tokens in each example's prompt and in its longer response, and its prompt's index.
+
+        All have shape (n_examples,). Prompts are counted with the token added by `add_bos`. In unpaired data, each
+        response has its own prompt; then both numbers are those of the longer sequence.
+        """
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])
         response_lengths = pc.list_value_length(pc.list_flatten(self.columns["response_ids"])).to_numpy()
         prompt_lengths = self._list_lengths("prompt_ids")
+        if add_bos:  # a prompt from a template may begin with the token already
+            prompt_lengths = prompt_lengths + (self.columns["n_kept"].to_numpy() == 0)
         if sft_mode:
             targets = self.columns["target"].to_numpy()[self.file_rows]
             return (
@@ -130,17 +136,19 @@ class PreparedPrompts(Sequence):
                 np.arange(len(self)),
             )
         if self.undesirable_rows is not None:
-            sides = (self.file_rows, self.undesirable_rows)
-            prompts = np.maximum(*(prompt_lengths[side] for side in sides))
-            responses = np.maximum(*(response_lengths[first_response[side]] for side in sides))
-            return prompts, responses, np.arange(len(self))
+            sides = np.stack([self.file_rows, self.undesirable_rows])  # (2, n_examples)
+            prompts, responses = prompt_lengths[sides], response_lengths[first_response[sides]]
+            longer, numbers = (prompts + responses).argmax(0), np.arange(len(self))
+            return prompts[longer, numbers], responses[longer, numbers], numbers
         prompt_of_pair, pairs = self._row_of_pair[self.kept], self._all_pairs[self.kept]
         both = response_lengths[first_response[prompt_of_pair][:, None] + pairs]
         return prompt_lengths[prompt_of_pair], both.max(1, initial=0), prompt_of_pair
 
     def count_empty_prompts(self) -> int:
         """Return the number of prompts without tokens."""
-        return int((self._list_lengths("prompt_ids")[self.file_rows] == 0).sum())
+        sides = [rows for rows in (self.file_rows, self.undesirable_rows) if rows is not None]
+        rows = np.unique(np.concatenate(sides))  # each once: the rarer label's prompts are repeated
+        return int((self._list_lengths("prompt_ids")[rows] == 0).sum())
 
     def drop(self, unwanted: np.ndarray, sft_mode: bool):
         """Drop the examples that a mask of shape (n_examples,) selects."""
@@ -157,9 +165,7 @@ class PreparedPrompts(Sequence):
         """Return a mask of the pairs whose responses are the same tokens after truncation; see `make_element`."""
         if self.undesirable_rows is not None:  # the responses of a pair have different prompts
             return np.zeros(len(self), dtype=bool)
-        prompts, responses, prompt_of_pair = self.lengths(sft_mode=False)
-        if add_bos:
-            prompts = prompts + (self.columns["n_kept"].to_numpy()[prompt_of_pair] == 0)
+        prompts, responses, prompt_of_pair = self.lengths(sft_mode=False, add_bos=add_bos)
         is_cut = (prompts + responses > max_length) & (np.minimum(prompts, max_prompt_length) + responses > max_length)
         identical, pairs = np.zeros(len(is_cut), dtype=bool), self._all_pairs[self.kept]
         for index in np.flatnonzero(is_cut):

@@ -54,7 +54,7 @@ def read_rows(location: Location, split: str, cache_dir: str | None, silent: boo
         module, folder, kwargs = path, cache_dir, {"name": location.config}
         if files is not None:
             module, kwargs = _reader(path, files, whole_split, csv_as_strings=not location.is_built_in)
-            if cache_dir is not None:  # the library identifies files by their times, which tar and rsync restore
+            if cache_dir is not None:  # the library identifies files by their times, which tar and rsync preserve
                 folder = os.path.join(cache_dir, "rows", content_hash(files, cache_dir)[:32])
         with _checked_cache(cache_dir, folder, path if files is None else None):
             builder = datasets.load_dataset_builder(module, cache_dir=folder, **kwargs)
@@ -143,7 +143,7 @@ def row_place(location: Location, split: str, row: int, cache_dir: str | None) -
     """Return ' (FILE, line N)' for a row of a split, counted from 0; an empty string if it isn't found."""
     import datasets
 
-    if not re.fullmatch(r"[^\[]+(\[:[^\]]*\])?", split):  # such a slice needn't begin at the first row
+    if not re.fullmatch(r"[^\[]+(\[:[^\]]*\])?", split):  # a slice that may begin after the split's first row
         return ""
     try:
         files = location.split_files(split)
@@ -191,9 +191,9 @@ def _cause_and_remedy(error: Exception, location: Location, files: list[str], ca
         is_refused = isinstance(link, OSError) and link.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
         if is_refused or has_no_room(link):
             if has_no_room(link) or _is_inside(link.filename, cache_dir):
-                place, remedy = cache_dir or "the cache", "Make room or set rights there, or choose other local_dirs"
-                return f"can't keep the rows of {path} in {place}: {one_line(link)}", remedy
-            return f"can't read {path}: {one_line(link)}", "Set rights there"
+                remedy = "Make room there or correct the permissions, or choose other local_dirs"
+                return f"can't keep the rows of {path} in {cache_dir or 'the cache'}: {one_line(link)}", remedy
+            return f"can't read {path}: {one_line(link)}", "Correct its permissions"
     is_local = os.path.isdir(path) or (bool(files) and not any(map(hub.is_url, files)))
     fault = diagnosis.first_fault(_local_copies(files))
     if fault is not None:

@@ -17,15 +17,15 @@ _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 
 
 def example_lengths(
-    part: Sequence[Prompt], sft_mode: bool, tokenizer, step: int = 1
+    part: Sequence[Prompt], sft_mode: bool, tokenizer, add_bos: bool, step: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each example's number of tokens in the prompt and in the longer response, and the index of its prompt.
+    """Return the number of tokens in each example's prompt and in its longer response, and the index of its prompt.
 
-    All have shape (n_examples,). Responses are counted with their end token. Only every `step`-th prompt of a built-in
-    dataset is measured.
+    All have shape (n_examples,). Responses are counted with their end token, prompts with the token added by `add_bos`.
+    Only every `step`-th prompt of a built-in dataset is measured.
     """
     if isinstance(part, PreparedPrompts):
-        return part.lengths(sft_mode)
+        return part.lengths(sft_mode, add_bos)
     texts, numbers = [], []
     for number in range(0, len(part), step):
         prompt = part[number]
@@ -35,7 +35,7 @@ def example_lengths(
     distinct = list(dict.fromkeys(texts))  # a prompt recurs with each of its pairs
     n_tokens = dict(zip(distinct, map(len, chat.token_ids(distinct, tokenizer)), strict=True))
     counts = np.array([n_tokens[text] for text in texts], dtype=np.int64).reshape(-1, 3)
-    return counts[:, 0], counts[:, 1:].max(1, initial=0) + 1, np.array(numbers, dtype=np.int64)
+    return counts[:, 0] + int(add_bos), counts[:, 1:].max(1, initial=0) + 1, np.array(numbers, dtype=np.int64)
 
 
 def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
@@ -46,9 +46,8 @@ def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
     for part in batches.prompts.datasets:
         step = 1 if isinstance(part, PreparedPrompts) else -(-len(part) // _MEASURED)
         note = note or (f", one prompt in {step}" if step > 1 else "")
-        measured.append(example_lengths(part, batches.sft_mode, tokenizer, step)[:2])
+        measured.append(example_lengths(part, batches.sft_mode, tokenizer, batches.lengths["add_bos"], step)[:2])
     prompts, responses = (np.concatenate(values) for values in zip(*measured, strict=True))
-    prompts = prompts + int(batches.lengths["add_bos"])
     quantiles = "/".join(f"{q:.0%}" for q in _QUANTILES[:-1])
     prompt_lengths, response_lengths = (
         "/".join(str(int(n)) for n in np.quantile(values, _QUANTILES, method="higher"))
@@ -106,13 +105,13 @@ def _row_lines(part: PreparedPrompts, split: str) -> list[str]:
 def _label_line(part: PreparedPrompts, split: str) -> str:
     """Return a line with the number of responses by label, and how often the rarer ones are repeated."""
     (rarer, n_rarer), (_, n) = sorted(part.n_labelled.items(), key=lambda item: item[1])
-    counted = ", ".join(f"{count:,} {label}" for label, count in part.n_labelled.items())
+    counts = ", ".join(f"{count:,} {label}" for label, count in part.n_labelled.items())
     repeated = f"; each {rarer} one is used {n / n_rarer:.3g} times per epoch" if n > n_rarer else ""
-    return f"{part.dataset} ({split}): {counted} responses{repeated}"
+    return f"{part.dataset} ({split}): {counts} responses{repeated}"
 
 
 def _truncation(prompts: np.ndarray, responses: np.ndarray, max_length: int, max_prompt_length: int, **_) -> str:
-    """Return how many examples are truncated, in words."""
+    """Return a phrase that says how many examples are truncated."""
     too_long = prompts + responses > max_length
     if not too_long.any():
         return f"no example is longer than max_length={max_length}"

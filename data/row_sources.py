@@ -59,7 +59,7 @@ def _row_dicts(rows: list[dict] | pa.Table | dict[str, list]) -> list[dict]:
 
 
 def _without_added_nulls(row: dict) -> dict:
-    """Drop the keys that hold null from the objects inside a row; a column that is null stays."""
+    """Drop the keys that hold null from the objects inside a row, but keep the columns that are null."""
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -164,5 +164,5 @@ class BadRows:
         )
 
     def place(self, number: int, place: str) -> str:
-        """Return the place of a row for messages: its file and line, or its number and, if known, file and line."""
+        """Return the place of a row for messages: `place` if given, or else its number and, if known, file and line."""
         return place or f"row {number}{self.rows.place(number) if self.rows.place else ''}"

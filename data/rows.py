@@ -45,11 +45,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Row:
-    """The fields of a row, by the formats' field names."""
+    """A row, whose values are read by the names of the format's fields."""
 
     values: dict
-    columns: Mapping[str, str]  # by field: the data's column
-    kinds: Mapping[str, str]  # by field: the kind of most rows' values
+    columns: Mapping[str, str]  # maps a field to the column that holds it
+    kinds: Mapping[str, str]  # maps a field to the kind of its values in most rows
     is_chat: bool  # prompt and responses are messages, or are turned into messages
 
     def name(self, field: str) -> str:
@@ -80,8 +80,8 @@ class Row:
         if isinstance(whole, dict) and (found := [key for key, item in whole.items() if is_messages(item)]):
             raise BadExample(
                 "messages within JSON",
-                f"field {self.name(field)!r} is JSON of an object whose {found[0]!r} holds messages: make the messages "
-                "the field, and the object's other values columns",
+                f"field {self.name(field)!r} is JSON of an object whose {found[0]!r} holds messages: store only the "
+                "messages in the field, and the object's other values in columns of their own",
             )
         return value
 
@@ -101,7 +101,7 @@ class Row:
 
 
 def read_prompt(row: Row) -> Text:
-    """Return the prompt, followed by its input; in a chat, preceded by system message and history."""
+    """Return the prompt with its input appended; in a chat, as messages, after system message and history."""
     if not row.is_chat:
         return _with_input(row, row.text("prompt", may_be_empty=True))
     value = row.value("prompt")
@@ -113,7 +113,7 @@ def read_prompt(row: Row) -> Text:
 
 
 def _with_input(row: Row, prompt: str) -> str:
-    """Return Alpaca's prompt: the instruction and, on a new line, its input."""
+    """Return the prompt and, on a new line, its input if it has one (Alpaca)."""
     return prompt if is_blank(row.get("input")) else f"{prompt}\n{row.text('input')}"
 
 
@@ -125,7 +125,7 @@ def _in_context(row: Row, messages: list[dict]) -> list[dict]:
         system = []  # the messages already begin with it
     if any(message["role"] == "system" for message in messages) and (system or history):
         raise BadExample(
-            "two system texts", "the messages have a system message, but the row has system or history, too"
+            "two system texts", "the messages include a system message, but the row also has a system text or a history"
         )
     return system + history + messages
 
@@ -178,7 +178,7 @@ def read_transcripts(row: Row) -> Example:
 
 
 def _word_border(shared: str, *texts: str) -> int:
-    """Return where the shared start's last whole word ends; the next word keeps its leading space, as tokens do."""
+    """Return where the last whole word of the shared start ends, before a space, which belongs to the next token."""
     border = len(shared)
     if any(_is_word_character(text[border : border + 1]) for text in texts):
         while border > 0 and _is_word_character(shared[border - 1]):
@@ -320,7 +320,7 @@ def read_single(row: Row) -> Example:
 
 
 def _label(row: Row) -> bool | None:
-    """Return True for a desirable response, False for an undesirable one, None without a label."""
+    """Return True for a desirable response, False for an undesirable one; None if rows have no label."""
     if "label" not in row.columns:
         return None
     label = row.value("label")

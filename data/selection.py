@@ -1,4 +1,4 @@
-"""Select the examples of a dataset by length, by difference of their responses, by `n_examples` and by weight."""
+"""Select examples: drop those that are too long or have identical responses; apply `n_examples` and weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +22,8 @@ def drop_overlong(
 
     Raises: UserError also if no example is left.
     """
-    prompts, responses, prompt_of_example = report.example_lengths(part, sft_mode, tokenizer)
-    too_long = prompts + responses + int(add_bos) > max_length
+    prompts, responses, prompt_of_example = report.example_lengths(part, sft_mode, tokenizer, add_bos)
+    too_long = prompts + responses > max_length
     if not too_long.any():
         return part
     if choice.truncation == "error":
@@ -43,7 +43,7 @@ def drop_overlong(
 def _without(
     part: Sequence[Prompt], prompt_of_example: np.ndarray, unwanted: np.ndarray, sft_mode: bool
 ) -> Sequence[Prompt]:
-    """Return the prompts without the unwanted examples, in place if they are `PreparedPrompts`.
+    """Return the prompts without the unwanted examples; `PreparedPrompts` are changed in place.
 
     Args:
         prompt_of_example: the index of each example's prompt, (n_examples,), in ascending order.
@@ -80,7 +80,7 @@ def drop_identical(
         return
     n, where = int(identical.sum()), split_name(choice.name, split)
     if not skips_bad:
-        prompt_of_example = part.lengths(sft_mode=False)[2]
+        prompt_of_example = part.lengths(sft_mode=False, add_bos=add_bos)[2]
         places = "\n".join(f"  {part[int(number)].place(0)}" for number in prompt_of_example[identical][:_SHOWN])
         counted = f"all {n:,}" if n == len(identical) else f"{n:,} of {len(identical):,}"
         raise UserError(

@@ -35,7 +35,7 @@ class MappedPrompts(Sequence):
 
 
 def share_text(iterators: list[BatchIterator | None], directory: str):
-    """Replace the text that each worker holds by a file that a machine's workers share; all workers must call this.
+    """Replace the text in each worker's memory by a file that a machine's workers share; all workers must call this.
 
     Args:
         directory: a directory for the file, which is deleted once all workers have opened it.

@@ -59,8 +59,8 @@ class _TooLong(BaseException):
 class _Watch:
     """Raises `_TooLong` in threads that render for too long.
 
-    A signal would reach only the main thread. The watching thread counts its own ticks, so that time during which the
-    process is stopped doesn't count; it ends when no thread renders. A call of a C function can't be interrupted.
+    A signal would reach only the main thread. The watching thread counts its own ticks, so that time in which the
+    process is stopped doesn't count, and ends when no thread renders. A call of a C function can't be interrupted.
     """
 
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -43,13 +43,13 @@ def tokenize_batch(
     max_prompt_length: int,
     add_bos: bool = False,
 ) -> list[dict]:
-    """Tokenize several (prompt, chosen, rejected, truncation_mode), all in one call of the tokenizer.
+    """Tokenize several examples (prompt, chosen, rejected, truncation_mode) in one call of the tokenizer.
 
     An example's longer sequence decides how both are cut. If it exceeds `max_length` tokens, the prompt is cut to
-    `max_prompt_length` tokens, at its start or end as `truncation_mode` says. If it is still too long, the responses
-    are cut to `max_length - max_prompt_length` tokens. A response ends with the end-of-sequence token unless it was
-    cut. Labels are the sequence's ids, with -100 over the prompt. With `add_bos`, every prompt begins with the
-    beginning-of-sequence token, even after a cut; both lengths count it.
+    `max_prompt_length` tokens: `truncation_mode` says whether its start or its end is kept. If the sequence is still
+    too long, the responses are cut to `max_length - max_prompt_length` tokens. A response ends with the end-of-sequence
+    token unless it was cut. Labels are the sequence's ids, with -100 in place of the prompt. With `add_bos`, every
+    prompt begins with the beginning-of-sequence token, even after a cut; both lengths count it.
 
     Raises: UserError if a string contains the end-of-sequence token.
     """

@@ -62,8 +62,8 @@ def true_reward(words: np.ndarray) -> np.ndarray:
 def word_distribution(beta: float | None = None) -> np.ndarray:
     """Return the probability of each word, shape (10 prompts, 4 slots, 8 words).
 
-    Without `beta` it is p ∝ exp(N(0, 0.6) + N(0, 0.4)), drawn from a fixed seed; the second term differs by prompt.
-    With `beta` it is the optimum of the KL-constrained reward, π* ∝ p · exp(r / β).
+    Without `beta`, the distribution is p ∝ exp(N(0, 0.6) + N(0, 0.4)), drawn with a fixed seed; the second term differs
+    by prompt. With `beta`, it is the optimum of the KL-constrained reward, π* ∝ p · exp(r / β).
     """
     rng = np.random.RandomState(0)
     logits = rng.normal(0, 0.6, (1, N_SLOTS, N_WORDS)) + rng.normal(0, 0.4, (len(PROMPTS), N_SLOTS, N_WORDS))
@@ -94,7 +94,7 @@ def get_toy(
 
     Args:
         flipped: the probability that a preference label is flipped.
-        n_train: the number of training examples to return, the first ones; None: all.
+        n_train: return only this many training examples, from the first.
         imitates_preferred: take the pair's preferred response as the SFT target.
     """
     return _make_toy(split, flipped, imitates_preferred)[: n_train if split == "train" else None]
@@ -130,7 +130,7 @@ def report(run_dir: Path, n_shown: int = 4) -> str:
     if {sample["model"] for sample in samples} != {"policy", "reference"}:
         return f"{run_dir} has no samples of both policy and reference; train with loss=dpo sample_during_eval=true"
     if "response" not in samples[-1]:
-        return f"{run_dir}: its samples are those of an earlier version; train again"
+        return f"{run_dir}: an earlier version of this program wrote its samples; train again"
     last = max(sample["counters/examples"] for sample in samples)
     lines = []
     for model, title in (("reference", "before (the reference)"), ("policy", f"after {last:,} pairs (the policy)")):

@@ -1,4 +1,4 @@
-"""Find, in a rendered dialogue, the characters that the assistant wrote, and parts of messages that are missing.
+"""Find the characters that the assistant wrote in a rendered dialogue, and the parts of messages that it lacks.
 
 A chat template doesn't show who wrote what, unless it marks the assistant's turns by `{% generation %}`. So each turn
 is found by rendering the dialogue up to it. Some templates write an unfinished dialogue differently (Qwen 3 drops
@@ -46,7 +46,7 @@ class Dialogue:
         """
         self.apply, self.end_token, self.is_marked = apply, end_token, is_marked
         self.messages, self.n_prompt = prompt + response, len(prompt)
-        self._stand_ins: dict[int, str] = {}  # by message `id`: placeholders of contents to keep unaltered
+        self._stand_ins: dict[int, str] = {}  # maps a message's `id` to the placeholder of a content to keep unaltered
         self.text = self.render(self.messages)
 
     def render(self, messages: list[dict], **kwargs) -> str:
@@ -94,7 +94,7 @@ class Dialogue:
         return self.render(self.messages[: self.n_prompt], add_generation_prompt=True)
 
     def missing_parts(self) -> dict[int, str]:
-        """Return the parts of messages that the template left out, by the message's number."""
+        """Map the number of each message that isn't rendered whole to the first part that is missing."""
         return dict(_missing_parts(self.messages, self.n_prompt, self.text))
 
     def ignored_calls(self) -> list[int]:
@@ -112,20 +112,20 @@ class Dialogue:
         """Return the parts of the response that the assistant wrote, each turn with its end token.
 
         Args:
-            opening: the start of the response, if its first message is the assistant's; None: search for it.
+            opening: the start of the response, if its first message is the assistant's; None if it must be found.
 
         Raises: BadExample if the turns can't be found, or the assistant wrote nothing.
         """
-        found = self._marked() if self.is_marked else self._found(opening)
+        found = self._marked_spans() if self.is_marked else self._unmarked_spans(opening)
         if not found:
             raise BadExample("no response", "the assistant wrote nothing in a response")
         return found
 
-    def _marked(self) -> list[Span]:
+    def _marked_spans(self) -> list[Span]:
         n_before = len(self._render(self.messages[: self.n_prompt])[1]) if self.n_prompt else 0
         return [(start, end) for start, end in self._render(self.messages)[1][n_before:] if start < end]
 
-    def _found(self, opening: int | None) -> list[Span]:
+    def _unmarked_spans(self, opening: int | None) -> list[Span]:
         found, position = [], 0
         for number in range(self.n_prompt, len(self.messages)):
             if is_assistants(self.messages[number]):
@@ -195,8 +195,8 @@ class Dialogue:
 def _missing_parts(messages: list[dict], n_prompt: int, text: str) -> Iterator[tuple[int, str]]:
     """For each message with a part that the rendered text lacks, yield the message's number and that part.
 
-    White space around a content may be missing, and so may the reasoning in the prompt's earlier answers, which a model
-    doesn't see again. Tools' outputs may be rendered as JSON.
+    White space around a content may be missing, and so may the reasoning in the prompt's earlier answers, because a
+    model in use doesn't see it again. Tools' outputs may be rendered as JSON.
     """
     position = 0  # each message is searched for after the previous one, so that it isn't found inside that one
     for number, message in enumerate(messages):
@@ -232,7 +232,7 @@ def _strings(value: object) -> Iterator[str]:
 
 def _find(part: str, text: str, position: int, may_lack_reasoning: bool) -> int | None:
     """Return where the first occurrence of a part at or after a position ends in the text; None if there is none."""
-    forms = [part, *(json.dumps(part, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (False, True))]
+    forms = [part, *(json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))]
     if may_lack_reasoning:
         forms.append(part.rpartition("</think>")[2])
     found = [(at, form) for form in map(str.strip, forms) if (at := text.find(form, position)) >= 0]

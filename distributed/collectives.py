@@ -1,6 +1,6 @@
 """Collective operations: all processes of a run must call them, in the same order.
 
-In a run of one process, they return their arguments.
+In a run of one process, they communicate nothing.
 """
 
 import functools

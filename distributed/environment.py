@@ -30,7 +30,7 @@ def uses_agent_store() -> bool:
 
 
 def max_restarts() -> int:
-    """Return how often the launcher restarts the command after a failure."""
+    """Return how many times the launcher may restart the command after a failure."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) if is_launched_by_user() else 0
 
 

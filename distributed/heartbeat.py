@@ -149,7 +149,7 @@ class Heartbeat:
     def _end_for_silence(self, silent_rank: int):
         """Report the silent worker and end this process.
 
-        A launcher would wait for the silent process, so kill that, too, if it is on this machine.
+        A launcher would wait for the silent process, so kill that process, too, if it is on this machine.
         """
         silent = self.workers[silent_rank]
         if self.rank <= 1 or environment.is_local_rank0():

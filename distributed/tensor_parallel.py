@@ -261,7 +261,7 @@ _PLANS = {  # for models without a plan in transformers
         "transformer.h.*.mlp.fc_out": "rowwise",
     },
 }
-# The attribute of these models' attention to divide by the number of workers; others read sizes from the tensors.
+# The size in these models' attention that must be divided by the number of workers; others read it from the tensors.
 _SIZES_IN_ATTENTION = {"gpt2": "split_size", "gptj": "num_attention_heads"}
 
 

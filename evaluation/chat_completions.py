@@ -19,10 +19,10 @@ from evaluation.verdicts import Verdict
 from utils import UserError, is_short_of_files
 
 _KEY = "OPENAI_API_KEY"  # the environment variable
-_TEMPORARY = (408, 409, 425, 429)  # statuses after which a request is repeated, as after all from 500 on
+_TEMPORARY = (408, 409, 425, 429)  # HTTP statuses after which a request is retried, like all from 500 on
 _LONGEST_ANSWER = 1 << 22  # bytes
 _LONGEST_PAUSE = 600  # seconds
-_SHOWN = 300  # characters of an answer
+_SHOWN = 300  # characters of a failed request's answer
 
 
 class Endpoint:
@@ -31,9 +31,9 @@ class Endpoint:
     def __init__(self, url: str):
         """
         Args:
-            url: the base, which ends in /v1 or the like.
+            url: the base URL, such as http://localhost:8000/v1.
 
-        Raises: UserError if `url` is no URL, if the key can't be sent, or if OpenAI's own endpoint has no key.
+        Raises: UserError if `url` isn't valid, if the key can't be sent, or if OpenAI's own endpoint lacks a key.
         """
         parts = _checked_parts(url)
         path = parts.path.rstrip("/").removesuffix("/chat/completions")
@@ -41,7 +41,7 @@ class Endpoint:
         self.completions_url = urlunsplit((parts.scheme, parts.netloc, f"{path}/chat/completions", parts.query, ""))
         self.key = os.environ.get(_KEY, "").strip() or None
         if not all("!" <= character <= "~" for character in self.key or ""):
-            raise UserError(f"{_KEY} has a character that no HTTP header takes; copy the key once more")
+            raise UserError(f"{_KEY} has a character that isn't allowed in an HTTP header; copy the key again")
         if parts.hostname == "api.openai.com" and self.key is None:
             raise UserError(f"judge_url={self.url} needs a key; set the variable {_KEY}")
 
@@ -64,19 +64,19 @@ def _checked_parts(url: str) -> SplitResult:
         parts = urlsplit(url)
         port = parts.port  # raises ValueError for a port that isn't a number, or is too large
         host = (parts.hostname or "").encode("idna").decode()  # raises for labels over 63 characters
-    except ValueError:  # its text may show a part of the password
-        raise UserError(f"judge_url={shown}: its host or port can't be one; {expected}") from None
+    except ValueError:  # its message may contain part of the password
+        raise UserError(f"judge_url={shown}: its host or port isn't valid; {expected}") from None
     if parts.scheme not in ("http", "https") or not host or port == 0 or any(not "!" <= c <= "~" for c in host):
         raise UserError(f"judge_url={shown}: {expected}")
     if "@" in parts.netloc:
         raise UserError(f"judge_url={shown}: leave out user and password; only the key in {_KEY} is sent")
     if parts.fragment:
-        raise UserError(f"judge_url={shown}: leave out what follows #; {expected}")
+        raise UserError(f"judge_url={shown}: leave out # and what follows it; {expected}")
     return parts
 
 
 class RateLimit:
-    """Spaces the requests of all threads evenly, at most `per_minute`; None: no limit."""
+    """Spaces the requests of all threads evenly, at most `per_minute`; None means no limit."""
 
     def __init__(self, per_minute: float | None):
         self.gap = 60 / per_minute if per_minute else 0.0
@@ -111,9 +111,9 @@ class ChatCompletions:
     ):
         """
         Args:
-            template: with {prompt}, {a} and {b}.
+            template: the judge's prompt, with {prompt}, {a} and {b}.
             arguments: further fields of a request.
-            retries: how often a failed request is repeated, after pauses that double from a second on.
+            retries: how often to retry a failed request; the pauses start at one second and double.
             timeout: of a request (seconds).
         """
         self.endpoint, self.model, self.template, self.arguments = endpoint, model, template, arguments
@@ -165,16 +165,16 @@ class ChatCompletions:
             if attempt:
                 time.sleep(min(2 ** (attempt - 1), 60) * random.uniform(0.75, 1.25))  # threads retry at different times
             self.limit.wait()
-            verdict, may_be_repeated = self._request(content)
+            verdict, is_worth_retrying = self._request(content)
             for name in tokens:  # an answer without a verdict costs money, too
                 tokens[name] += verdict.details.pop(name, 0)
-            if not may_be_repeated:
+            if not is_worth_retrying:
                 break
         verdict.details |= tokens
         return verdict
 
     def _request(self, content: str) -> tuple[Verdict, bool]:
-        """Return a verdict or a failure, and True if the request is worth repeating."""
+        """Send a request; return a verdict or a failure, and True if the request is worth retrying."""
         import requests
         import urllib3
 
@@ -205,10 +205,10 @@ class ChatCompletions:
                 f"{self.endpoint.url} answers {response.status_code} for judge_model={self.model}: {shown}\n{remedy}"
             )
         if response.status_code != 200:
-            may_be_repeated = response.status_code in _TEMPORARY or response.status_code >= 500
-            if may_be_repeated:
+            is_temporary = response.status_code in _TEMPORARY or response.status_code >= 500
+            if is_temporary:
                 self.limit.pause(retry_after(response.headers.get("Retry-After")))
-            return Verdict(failure=f"HTTP {response.status_code}", details={"answer": shown}), may_be_repeated
+            return Verdict(failure=f"HTTP {response.status_code}", details={"answer": shown}), is_temporary
         try:
             answer, tokens = _content(json.loads(text))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -219,7 +219,7 @@ class ChatCompletions:
 
 
 def _first_bytes(response) -> bytes:
-    """Return an answer, cut at about `_LONGEST_ANSWER` bytes: the rest of a longer one isn't read."""
+    """Return an answer; stop reading after about `_LONGEST_ANSWER` bytes."""
     content = b""
     for chunk in response.iter_content(1 << 16):
         content += chunk
@@ -237,7 +237,7 @@ def _content(body: dict) -> tuple[str, dict[str, int]]:
 
 
 def retry_after(value: str | None) -> float:
-    """Return the seconds to wait, at most ten minutes, by a Retry-After header, which has seconds or a date."""
+    """Return how long a Retry-After header, a number of seconds or a date, asks to wait: seconds, at most 600."""
     seconds = 0.0
     try:
         seconds = float(value or 0)

@@ -31,7 +31,7 @@ class Command:
             threading.Thread(target=_write_tasks, args=(process, tasks), daemon=True).start()
             for line in process.stdout:
                 if (winner := read_verdict(line)) is None:
-                    raise UserError(f"{name} printed {line[:200]!r}: expected A, B or tie, a line for each pair")
+                    raise UserError(f"{name} printed {line[:200]!r}: expected A, B or tie, one line per pair")
                 if not missing:
                     raise MisassignedVerdicts(f"{name} printed more verdicts than there are pairs; none is kept")
                 yield missing.pop(), Verdict(winner)
@@ -63,16 +63,16 @@ def _kill_group(process: subprocess.Popen):
     if hasattr(os, "killpg"):
         os.killpg(process.pid, signal.SIGKILL)
         return
-    import psutil
+    import psutil  # on Windows, which has no process groups
 
-    with contextlib.suppress(psutil.NoSuchProcess):  # Windows has no process groups
+    with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
     process.kill()
 
 
 def _write_tasks(process: subprocess.Popen, tasks: list[Task]):
-    """Write the tasks, in a thread: the command may print verdicts before it has read all of them."""
+    """Write the tasks; runs in a thread, as the command may print verdicts before it has read all tasks."""
     with contextlib.suppress(OSError, ValueError), process.stdin:  # the exit code shows if the command has failed
         for task in tasks:
             texts = dict(zip(("a", "b"), task.texts, strict=True))

@@ -25,12 +25,12 @@ Tokens = dict[tuple[int, int], list[int]]  # token ids of responses, by prompt i
 
 
 def sample_seed(seed: int, prompt_index: int, number: int) -> int:
-    """Return the seed of a sample, which is the same under all models."""
+    """Return the seed of a sample; it is the same for all models."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_index}/{number}".encode()).digest()[:8], "big") >> 1
 
 
 class SeededDraws(LogitsProcessor):
-    """Samples one token per row from the softmax, by the row's own generator, and masks all others.
+    """Samples one token per row from the softmax with the row's own generator, and masks all other tokens.
 
     So greedy decoding picks the sampled token, and a row's tokens don't depend on the other rows of the batch. The
     token is the first whose cumulative probability exceeds a uniform random number (inverse transform sampling).
@@ -42,8 +42,8 @@ class SeededDraws(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniform = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in self.generators]
         cumulative = scores.softmax(-1, dtype=widest_dtype(scores.device)).cumsum(-1)  # (B, V)
-        below = torch.stack(uniform).to(cumulative) * cumulative[:, -1:]  # rounding: the sum isn't quite 1
-        tokens = torch.searchsorted(cumulative, below, right=True).clamp(max=scores.shape[1] - 1)
+        threshold = torch.stack(uniform).to(cumulative) * cumulative[:, -1:]  # rounding: the sum isn't quite 1
+        tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
@@ -81,7 +81,10 @@ def draw(trainer, items: list[Item], temperature: float, options: Options, token
 
 
 def _scored_lines(trainer, items: list[Item], targets: dict, has_prompt: torch.Tensor) -> list[dict]:
-    """Return the items' lines, with log-probabilities under policy and reference; `targets` may have more rows."""
+    """Return a line per item, with log-probabilities under policy and reference.
+
+    Without items there are no lines, but `targets` still has a row: see `draw`.
+    """
     n_rows = len(has_prompt)
     with torch.no_grad():
         policy_logps = trainer.response_logps(trainer.policy, targets).tolist()
@@ -120,7 +123,7 @@ def _generate(trainer, items: list[Item], temperature: float, options: Options) 
 
 
 def _as_sft_targets(trainer, items: list[Item], tokens: Tokens) -> tuple[dict, torch.Tensor]:
-    """Return drawn responses in the form of `_generate`'s; an empty prompt is replaced by the end token."""
+    """Return responses drawn earlier in the form that `_generate` returns; the end token replaces an empty prompt."""
     examples, end = [], trainer.tokenizer.eos_token_id
     for request, number in items:
         prompt, response = request.ids or [end], tokens.get((request.index, number), [])

@@ -68,7 +68,8 @@ def evaluate_checkpoints(trainer, options: Options):
             if result is None or options.rows is not None:
                 _evaluate(trainer, key, checkpoint, options)
             else:
-                rank0_print(f"{checkpoint}: already evaluated; showing the figures in {options.output}{table(result)}")
+                name = _model_name(checkpoint)
+                rank0_print(f"{name}: already evaluated; showing the figures in {options.output}{table(result)}")
 
 
 def _settings_hash(config: DictConfig, checkpoint: str | None, trainer) -> str:
@@ -119,7 +120,7 @@ def _evaluate(trainer, key: str, checkpoint: str | None, options: Options):
     rank0_print(table(result))  # first, so that a full disk doesn't lose it
     if options.output is not None:
         _record(options.output, result)
-    if options.rows is not None:  # last, as the same command would refuse an existing file
+    if options.rows is not None:  # last, because once this file exists, the same command is refused
         _write_rows(options.rows, rows, examples, trainer.eval_iterator.sft_mode)
 
 
@@ -177,12 +178,15 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, object]:
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 
+def _model_name(checkpoint: str | None) -> str:
+    return checkpoint or "the model as it is loaded"
+
+
 def table(result: dict) -> str:
     """Return the lines to print: means and 95 % intervals over all examples, and means of each group."""
     names = [name for name in _IN_TABLE if name in result["metrics"]]
-    where = result["checkpoint"] or "the model as it is loaded"
     after, n = counted(result["examples"], "example"), counted(result["n_eval_examples"], "evaluation example")
-    lines = [f"\n{where}, after {after}; {n}"]
+    lines = [f"\n{_model_name(result['checkpoint'])}, after {after}; {n}"]
     for name in names:
         interval = result["metrics"][f"{name}_ci95"]
         shown = f"   95 % {interval[0]:.4f} to {interval[1]:.4f}" if interval is not None else ""
@@ -196,11 +200,11 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _write_rows(path: str, rows: dict[int, dict[str, float]], places: list, sft_mode: bool):
+def _write_rows(path: str, rows: dict[int, dict[str, float]], examples: list, sft_mode: bool):
     """Write a line per example: its place in the data, its texts, its metrics."""
     with atomic_file(path, binary=True) as file:
         for index, metrics in rows.items():
-            prompt, pair = places[index]
+            prompt, pair = examples[index]
             chosen, rejected = chosen_and_rejected(prompt, pair, sft_mode)[0]
             texts = {"prompt": prompt.text, "chosen": chosen} | ({} if sft_mode else {"rejected": rejected})
             row = prompt.rows[pair] if pair < len(prompt.rows) else None

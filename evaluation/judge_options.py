@@ -65,7 +65,7 @@ def check_options(options: dict):
     if not isinstance(options["judge_args"], dict):
         raise UserError(f"judge_args={options['judge_args']}: expected fields, e.g. judge_args.max_tokens=300")
     _check_keys_of_judge(options)
-    get_local_dir(options["local_dirs"])
+    get_local_dir(options["local_dirs"])  # raises UserError if none can be used
     outputs = [
         Output("output", options["output"], _VERDICTS),
         Output("the summary of output", summary_path(options), _SUMMARY),
@@ -84,13 +84,14 @@ def _check_keys_of_judge(options: dict):
         raise UserError(unknown_key(unknown[0], "judge"))
     if name not in _KEYS:
         raise UserError(f"judge={name}: no such judge.{closest_match(name, _KEYS)} There are: {', '.join(_KEYS)}")
-    needed, others = _KEYS[name]
-    if missing := [key for key in needed if not options[key]]:
+    required, optional = _KEYS[name]
+    if missing := [key for key in required if not options[key]]:
         raise UserError(f"judge={name} needs {missing[0]}; config/judge.yaml says what it is")
-    for key in dict.fromkeys(key for keys in _KEYS.values() for part in keys for key in part):
-        if key not in needed + others and options[key] != defaults[key]:
-            raise UserError(f"{key}={options[key]}: not used with judge={name}; leave it out")
-    if name == "openai":
+    for keys in _KEYS.values():
+        for key in (*keys[0], *keys[1]):
+            if key not in required + optional and options[key] != defaults[key]:
+                raise UserError(f"{key}={options[key]}: not used with judge={name}; leave it out")
+    if name == "openai":  # both raise UserError if their value can't be used
         Endpoint(options["judge_url"])
         load_template(options["judge_prompt"])
 
@@ -103,7 +104,7 @@ def reward_model_commit(options: dict) -> str | None:
 
 
 def settings_hash(options: dict, commit: str | None) -> str:
-    """Return a short hash of the settings that decide a verdict on given texts in a given order.
+    """Return a short hash of the settings that, besides the texts and their order, decide a verdict.
 
     Args:
         commit: see `reward_model_commit`.
@@ -121,7 +122,7 @@ def settings_hash(options: dict, commit: str | None) -> str:
 
 
 def make_judge(options: dict, commit: str | None) -> Judge:
-    """Make the judge that the options, which have been checked, select; `commit`: see `reward_model_commit`."""
+    """Make the judge that the checked options select; `commit`: see `reward_model_commit`."""
     if options["judge"] == "command":
         return Command(options["judge_command"])
     if options["judge"] == "openai":

@@ -13,7 +13,7 @@ def read_kept_lines(
 
     Args:
         what: the kind of content, for messages.
-        settings: the hash of today's settings.
+        settings: the hash of the current settings.
         key_of: returns a line's key; raises ValueError, KeyError or TypeError for a line of another kind.
 
     Returns: the last line with each key; and the size of the file (bytes) without a line that a crash cut off.

@@ -16,8 +16,8 @@ def digest(responses: dict[Place, Response]) -> str:
 
 def origins(responses: dict[Place, Response]) -> list[dict]:
     """Return the distinct origins of the responses; an empty list if the origin of any is unknown."""
-    found = dict.fromkeys(response.drawn for response in responses.values())
-    return [] if None in found else [dataclasses.asdict(drawn) for drawn in found]
+    found = dict.fromkeys(response.origin for response in responses.values())
+    return [] if None in found else [dataclasses.asdict(origin) for origin in found]
 
 
 def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:
@@ -27,11 +27,11 @@ def kl_from_reference(responses: dict[Place, Response]) -> dict[str, object]:
     None, and `kl_unknown` says why.
     """
     unknown = {"kl": None, "kl_se": None, "n_kl": 0}
-    if any(response.drawn is None for response in responses.values()):
+    if any(response.origin is None for response in responses.values()):
         return {**unknown, "kl_unknown": "nothing says how its responses were drawn"}
-    for drawn in (response.drawn for response in responses.values()):
-        if (drawn.temperature, drawn.top_p, drawn.top_k) != (1, 1, 0):
-            how = f"temperature={drawn.temperature:g} top_p={drawn.top_p:g} top_k={drawn.top_k}"
+    for origin in (response.origin for response in responses.values()):
+        if (origin.temperature, origin.top_p, origin.top_k) != (1, 1, 0):
+            how = f"temperature={origin.temperature:g} top_p={origin.top_p:g} top_k={origin.top_k}"
             return {**unknown, "kl_unknown": f"its responses were drawn with {how}, not from the policy's own softmax"}
     # an empty prompt has an empty response without a log-ratio
     scored = {place: r.logratio for place, r in responses.items() if r.text or r.logratio is not None}

@@ -17,7 +17,7 @@ _FORMATS = (
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Origin:
     """The origin of a response that `sample.py` drew: run and checkpoint (None without a run), sampling settings."""
 
     run: str | None
@@ -30,11 +30,11 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Response:
-    """A model's response to a prompt; if known, how it was drawn, and its log-ratio of policy to reference (nats)."""
+    """A model's response to a prompt; if known, its origin, and its log-ratio of policy to reference (nats)."""
 
     prompt: Prompt
     text: str
-    drawn: Drawn | None = None
+    origin: Origin | None = None
     logratio: float | None = None
 
 
@@ -84,20 +84,21 @@ def first_shown(pair: Pair, seed: int) -> str:
 def read_responses(key: str, path: str) -> dict[Place, Response]:
     """Return the responses in a file, by their places.
 
-    Rows of `evaluate.py` give each prompt's first preferred response; prompts are numbered as by `sample.py`. Such a
-    response, and one of AlpacaEval's, is the only one to its prompt: it is matched with every sample of the other file.
+    A row of `evaluate.py` gives its preferred response; only the first row of each prompt counts, and prompts are
+    numbered as by `sample.py`. These responses, and those in AlpacaEval's format, have no sample number: `match` pairs
+    them with every sample of the other file.
 
     Args:
         key: the config's key for the file, for messages.
 
-    Raises: UserError if the file can't be read, or if a row is no response, naming the first one.
+    Raises: UserError if the file can't be read; or for the first row that is no response.
     """
     found: dict[Place, Response] = {}
     prompt_numbers: dict[str, int] = {}  # by the prompt as JSON, for rows of evaluate.py
     for number, (where, row) in enumerate(_rows(f"{key}={path}", path)):
         if {"prompt_index", "sample", "prompt", "response"} <= row.keys():
             place = (row["prompt_index"], row["sample"])
-            response = Response(row["prompt"], row["response"], _drawn(row), _logratio(row))
+            response = Response(row["prompt"], row["response"], _origin(row), _logratio(row))
         elif {"instruction", "output"} <= row.keys():
             message = {"role": "user", "content": row["instruction"]}
             place, response = (number, None), Response([message], row["output"])
@@ -117,11 +118,11 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
     return found
 
 
-def _drawn(row: dict) -> Drawn | None:
-    fields = {field.name: row.get(field.name) for field in dataclasses.fields(Drawn)}
+def _origin(row: dict) -> Origin | None:
+    fields = {field.name: row.get(field.name) for field in dataclasses.fields(Origin)}
     names, numbers = list(fields.values())[:2], list(fields.values())[2:]
     is_known = all(isinstance(name, str | None) for name in names) and all(isinstance(n, int | float) for n in numbers)
-    return Drawn(**fields) if is_known else None
+    return Origin(**fields) if is_known else None
 
 
 def _logratio(row: dict) -> float | None:
@@ -163,7 +164,7 @@ def _check(where: str, place: tuple, response: Response):
     if not isinstance(response.text, str):
         raise UserError(f"{where}: the response is no string: {json.dumps(response.text)[:100]}")
     if not all(number is None or (isinstance(number, int) and number >= 0) for number in place):
-        raise UserError(f"{where}: prompt_index and sample must be integers")
+        raise UserError(f"{where}: prompt_index and sample must be integers, 0 or more")
 
 
 # ---- matching -------------------------------------------------------------------------------------------------------
@@ -206,8 +207,8 @@ def match(a: dict[Place, Response], b: dict[Place, Response], allow_unmatched: b
         other = "b" if side == "a" else "a"
         which = f"prompt_index={index}" + (f", sample={sample}" if sample is not None else "")
         more = f" ({len(unmatched)} responses are without a partner)" if len(unmatched) > 1 else ""
-        remedy = "; allow_unmatched=true compares what both have" if pairs else ""
-        raise UserError(f"{which} is in {side} and not in {other}{more}{remedy}")
+        remedy = "allow_unmatched=true compares what both have" if pairs else "draw both from the same prompts"
+        raise UserError(f"{which} is in {side} and not in {other}{more}; {remedy}")
     return sorted(pairs, key=lambda pair: (pair.index, pair.sample)), len(unmatched)
 
 

@@ -1,4 +1,4 @@
-"""Ask a language model for a verdict: the prompts, and parsing the answer."""
+"""Prompts that ask a language model for a verdict, and parsing its answer."""
 
 import os
 import re
@@ -91,9 +91,9 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def read_verdict(answer: str) -> str | None:
-    """Return 'first', 'second' or 'tie' by the last line that consists of A, B or tie, optionally after a label.
+    """Return the verdict in an answer: 'first', 'second' or 'tie'; None if there is none.
 
-    None: there is no such line.
+    It is the last line that consists of A, B or tie, optionally after a label such as "Preferred:".
     """
     for line in reversed(answer.splitlines()):
         if (found := _VERDICT.fullmatch(line)) is not None:

@@ -22,8 +22,8 @@ class RewardModel:
         Args:
             name: an id on the hub, or a local folder.
             batch_size: the number of responses to score at a time.
-            chat_template: a file; None: the tokenizer's own.
-            revision: the commit on the hub; None: the newest commit, or a local folder.
+            chat_template: a file; None means the tokenizer's own.
+            revision: the commit on the hub; None means the newest one, or that the model is a local folder.
 
         Raises: UserError if there is no such model, or if it gives no score.
         """
@@ -46,7 +46,8 @@ class RewardModel:
             )
             raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder") from error
         if self.model.config.num_labels not in (1, 2):
-            raise UserError(f"{origin} has {self.model.config.num_labels} classes; give one with a score, or with two")
+            n_classes = self.model.config.num_labels
+            raise UserError(f"{origin} has {n_classes} classes; give a model with one output (a score) or two classes")
         check_finite(self.model, origin)
         self.model.to(self.device).eval()
         self._choose_padding()

@@ -22,7 +22,7 @@ from utils import UserError, on_rank0, rank0_print
 
 
 def sample_checkpoints(make_trainer: Callable[[], object], config: DictConfig, options: Options):
-    """Fill each file with its samples; after a signal, those already written stay.
+    """Fill each file with its samples; samples written before a signal stay.
 
     Args:
         make_trainer: loads the models; called after vLLM has finished, because vLLM needs the GPU for itself.
@@ -32,8 +32,8 @@ def sample_checkpoints(make_trainer: Callable[[], object], config: DictConfig, o
     n_positions = getattr(trainer.policy.config, "max_position_embeddings", None)
     if n_positions is not None and config.max_prompt_length + options.max_new_tokens > n_positions:
         raise UserError(
-            f"max_new_tokens={options.max_new_tokens} after max_prompt_length={config.max_prompt_length}: the model "
-            f"has only {n_positions} positions"
+            f"max_prompt_length={config.max_prompt_length} + max_new_tokens={options.max_new_tokens}: the model has "
+            f"only {n_positions} positions; give smaller ones"
         )
     if requests is None:
         requests = read_requests(config, trainer.tokenizer, trainer.eval_iterator, options.prompts)
@@ -56,7 +56,7 @@ def _fill_file(trainer, requests: list[Request], file: SampleFile, options: Opti
         if on_rank0():
             stack.enter_context(locked(file.path, f"output={file.path}", "another process is drawing into it"))
         settings, items = _missing_items(trainer.config, requests, file, options)
-        about = {"settings": settings, **sample_file.origin(trainer.state.examples, file, options)}
+        common = {"settings": settings, **sample_file.origin(trainer.state.examples, file, options)}
         size = trainer.config.eval_batch_size
         with Progress("Drawing samples", len(items), "samples") as progress:
             for start in range(0, len(items), size):
@@ -64,7 +64,7 @@ def _fill_file(trainer, requests: list[Request], file: SampleFile, options: Opti
                 batch = items[start : start + size]
                 lines = draw(trainer, batch, file.temperature, options, tokens)
                 if on_rank0():
-                    append_json_lines(file.path, [{**about, **line} for line in lines])
+                    append_json_lines(file.path, [{**common, **line} for line in lines])
                 progress.update(len(batch))
         if on_rank0():
             sample_file.sort_lines(file.path)
@@ -89,7 +89,7 @@ def _missing_items(
 
 
 def _draw_by_vllm(config: DictConfig, options: Options) -> tuple[list[Request], dict[str, Tokens]]:
-    """Return all prompts, and the token ids of the samples that each file lacks, by the file's path."""
+    """Draw the files' missing samples by vLLM; return all prompts, and each file's new token ids by its path."""
     tokenizer, eval_iterator = load_tokenizer(config), None
     if options.prompts is None:
         _, eval_iterator = open_batches(config, chosen_datasets(config), tokenizer, config.seed, trains=False)

@@ -56,11 +56,11 @@ def drawn_samples(path: str, settings: str) -> set[tuple[int, int]]:
 
 
 def sort_lines(path: str):
-    """Sort a file by the numbers of prompts and samples: samples are drawn, and added, in the order of length."""
+    """Sort a file's lines by prompt and sample number; they were added in the order of the prompts' lengths."""
     lines = [line for line, _ in read_json_lines(path)]
     in_order = sorted(lines, key=_place)
     if in_order != lines and os.name == "posix":  # Windows can't replace an open file, and the lock keeps this one open
-        with atomic_file(path, binary=True) as file:
+        with atomic_file(os.path.realpath(path), binary=True) as file:  # a link to the file stays a link
             file.writelines(map(json_line, in_order))
 
 

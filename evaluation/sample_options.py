@@ -23,7 +23,7 @@ class SampleFile:
     """A file that gets the samples of one checkpoint at one temperature."""
 
     path: str
-    checkpoint: str | None  # a directory; None: the policy as it is loaded
+    checkpoint: str | None  # a directory; None means the policy as loaded
     temperature: float
 
 
@@ -48,7 +48,7 @@ def make_options(config: DictConfig, own: dict, checkpoints: list[str | None]) -
 
     Args:
         own: the values of `sample.py`'s own keys.
-        checkpoints: the directories that `own` names; None stands for the policy as it is loaded.
+        checkpoints: the directories that `own` names; None means the policy as loaded.
 
     Raises: UserError if a value can't be used, or a file can't be written.
     """
@@ -99,8 +99,8 @@ def _check_engine(config: DictConfig, own: dict):
     vllm_engine.check_installed()
     if STRATEGIES[config.trainer].starts_workers or environment.is_launched():
         raise UserError(
-            f"engine=vllm: trainer={config.trainer} starts several workers; give trainer=BasicTrainer, and for several "
-            "GPUs engine_args.tensor_parallel_size=N"
+            f"engine=vllm with trainer={config.trainer}: only a single process can use it; give trainer=BasicTrainer, "
+            "start it without a launcher, and for several GPUs give engine_args.tensor_parallel_size=N"
         )
     model = config.model
     if own["run"] is None and (model.archive or model.adapter or model.from_scratch or config.lora is not None):
@@ -108,7 +108,7 @@ def _check_engine(config: DictConfig, own: dict):
 
 
 def _temperatures(given: object) -> list[tuple[float, str]]:
-    """Return each temperature with its suffix for file names, which is empty if there is no list.
+    """Return each temperature with its suffix for file names; the suffix is empty unless `given` is a list.
 
     Raises: UserError if one is out of range or given twice.
     """

@@ -38,9 +38,9 @@ def generate_as_targets(
     Args:
         max_length: of prompt and response, in tokens.
         stops: called at every token; if it returns True, all responses end there.
-        synced: all workers gather the model for each token; so a worker whose responses have ended continues until
-            all workers' have.
-        processors: change the logits before the largest is taken; None: draw tokens from the softmax.
+        synced: True if all workers gather the model for each token; then a worker whose responses have ended continues
+            until those of all workers have.
+        processors: change the logits, then the likeliest token is taken; None means to draw tokens from the softmax.
     """
     prompt_ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]  # (batch_size, longest prompt)
     is_empty = mask.sum(1) == 0
@@ -179,8 +179,8 @@ def _warn_of_slow_sampling(trainer, seconds: float, evaluation_seconds: float):
 def sample_batch(trainer, batch: dict) -> tuple[list[str], list[str], list[tuple[float, int]]]:
     """Draw a response to each prompt of the batch from the policy, and from the reference if it is in memory.
 
-    Returns: the policy's responses; the reference's; and, for each of the policy's but those to empty prompts, the
-        log-ratio to the reference (nats) and the length (tokens).
+    Returns: the policy's responses; the reference's; and, for each response of the policy to a prompt that isn't empty,
+        the log-ratio of policy to reference (nats) and the length (tokens).
     """
     policy_responses, targets, is_drawn = _generate(trainer, trainer.policy, batch)
     if trainer.reference is None:

@@ -7,8 +7,8 @@ import numpy as np
 
 from reporting.intervals import Z
 
-# Inverse variances of normal priors on θ and φ. Without them the fit is infinite if a won every pair, or every pair
-# where it wrote more. φ's prior is wider, so that length explains verdicts that both could explain.
+# Inverse variances of normal priors on θ and φ. Without priors the fit is infinite if a wins every pair, or exactly the
+# pairs where its response is longer. φ's prior is wider: where θ and φ could both explain the verdicts, length does.
 _PRECISIONS = np.array([0.1, 0.001])
 
 

@@ -44,8 +44,8 @@ class VerdictFile:
         Args:
             settings: a short hash of the settings that decide a verdict.
 
-        Raises: UserError if another process is writing to it, or if it holds something else, or verdicts under other
-            settings.
+        Raises: UserError if another process is writing to the file, or if it holds something other than verdicts, or
+            verdicts under other settings.
         """
         self.path, self.settings = path, settings
         self.stack = contextlib.ExitStack()
@@ -102,9 +102,9 @@ class VerdictFile:
 
 
 def _checked_key(line: dict) -> tuple[int, int, str]:
-    """Return the key of a verdict's task; if the line is no verdict, raise an error of any kind."""
+    """Return the key of a verdict's task; raise ValueError, KeyError or TypeError if the line is no verdict."""
     key = (line["prompt_index"], line["sample"], line["first"])
-    line["texts"], line["failure"]
+    line["texts"], line["failure"]  # raise KeyError if missing
     hash(key)
     if line["verdict"] not in ("a", "b", "tie", "scored", None):
         raise ValueError("no verdict")

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from basics.outputs import holds_model, is_sharded
 from basics.printing import counted
-from checkpointing.resume import quoted
+from config_checks.overrides import quoted_path
 from config_checks.schema import REPOSITORY
 from data.chat import end_token_ids
 from utils import UserError, rank0_print
@@ -60,29 +60,29 @@ def sampling_params(temperature: float, top_p: float, top_k: int, n_new: int, se
 def folder(config: DictConfig, checkpoint: str | None, temporary_in: str) -> Iterator[str]:
     """Yield the folder or hub id for vLLM to load.
 
-    vLLM can't read an adapter, or a sharded checkpoint that isn't a run's last one: these are exported to a temporary
-    folder first.
+    vLLM can't read an adapter, or a sharded checkpoint that isn't a run's last one: `export.py` first turns these into
+    a temporary folder.
 
     Args:
-        checkpoint: a directory; None: the model of `model.name_or_path`.
-        temporary_in: the directory in which a merged model is written temporarily.
+        checkpoint: a directory; None means the model of `model.name_or_path`.
+        temporary_in: the directory that gets the temporary folder.
 
-    Raises: UserError if it can't be exported.
+    Raises: UserError if the checkpoint can't be exported.
     """
     is_plain = checkpoint is None or not os.path.exists(os.path.join(checkpoint, "adapter_config.json"))
     if is_plain and (checkpoint is None or not is_sharded(checkpoint) or holds_model(checkpoint)):
         yield config.model.name_or_path if checkpoint is None else os.path.realpath(checkpoint)
         return
     with tempfile.TemporaryDirectory(dir=temporary_in, prefix=".merged-") as directory:
-        merged = os.path.join(directory, "model")
+        exported = os.path.join(directory, "model")
         # in a separate process, which frees its GPU memory when it ends
         run_dir, name = os.path.split(os.path.abspath(checkpoint))
-        words = [f"run={quoted(run_dir)}", f"checkpoint={name}", f"output={quoted(merged)}"]
+        words = [f"run={quoted_path(run_dir)}", f"checkpoint={name}", f"output={quoted_path(exported)}"]
         words.append(f"trust_remote_code={str(config.model.trust_remote_code).lower()}")
         command = [sys.executable, str(REPOSITORY / "export.py"), *words]
         if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
-            raise UserError(f"engine=vllm: the model of {checkpoint} can't be exported; what was printed says why")
-        yield merged
+            raise UserError(f"engine=vllm: the model of {checkpoint} can't be exported; see the error above")
+        yield exported
 
 
 def end_tokens(name: str, tokenizer) -> list[int]:
@@ -97,7 +97,7 @@ def end_tokens(name: str, tokenizer) -> list[int]:
 
 
 def arguments(config: DictConfig, name: str, longest: int) -> dict:
-    """Return the arguments of `vllm.LLM`; `longest`: tokens of prompt and response."""
+    """Return the arguments of `vllm.LLM`; `longest`: the most tokens that prompt and response have together."""
     revision = {"revision": config.model.revision} if name == config.model.name_or_path else {}
     return {
         "model": name, **revision, "dtype": config.model.policy_mp or config.model.policy_dtype,
@@ -106,9 +106,9 @@ def arguments(config: DictConfig, name: str, longest: int) -> dict:
 
 
 def generate(job: Job) -> list[list[int]]:
-    """Return the token ids of a response to each prompt; vLLM's memory is freed.
+    """Return the token ids of a response to each prompt, drawn in a separate process.
 
-    Raises: UserError if vLLM fails; what it printed says why.
+    Raises: UserError if vLLM fails.
     """
     with tempfile.TemporaryDirectory() as directory:
         paths = [os.path.join(directory, name) for name in ("job.json", "output.jsonl")]

@@ -56,15 +56,15 @@ class Loss:
 
     - inputs, tensors of shape (batch_size,): `policy_chosen_logps`, `policy_rejected_logps`, `reference_chosen_logps`,
       `reference_rejected_logps` (log-probabilities of whole responses, in nats) and `chosen_lengths`,
-      `rejected_lengths` (predicted tokens in the responses). A name with `rejected` makes it a loss of pairs; otherwise
-      it trains on SFT targets. A name with `reference` makes it need a reference. Inputs annotated as `WholeBatch` hold
-      the whole batch, of all microbatches and workers, for losses that sort or average it;
+      `rejected_lengths` (predicted tokens in the responses). If a name contains `rejected`, the loss trains on pairs;
+      otherwise on SFT targets. If a name contains `reference`, the loss needs a reference. Inputs annotated as
+      `WholeBatch` hold the whole batch, of all microbatches and workers, for losses that sort or average it;
     - inputs of shape (), for the whole batch: `kl_estimate`, the policy's KL divergence from the reference (nats, at
       least 0), and `mean_chosen_length`, the mean of `chosen_lengths`;
-    - `memory`, a `Memory` of moving averages; it needs the whole batch;
+    - `memory`, a `Memory` of moving averages; only for losses with an input annotated as `WholeBatch`;
     - all others are options: `loss.NAME` in the config, with the type and range (`Range`, `OneOf`) of the annotation
-      and the parameter's default. If an option `reference_free` is true, no reference is loaded, and its
-      log-probabilities are zeros.
+      and the parameter's default. If an option `reference_free` is true, no reference is loaded, and the inputs hold
+      zeros for its log-probabilities.
 
     Every loss also has the options of those modifiers (`objectives.modifiers`) that fit it.
 
@@ -103,8 +103,8 @@ class Loss:
         self.needs_batch = self.takes_kl_estimate or self.takes_mean_length or self.takes_whole_batch
         takes_lengths = self.takes_mean_length or any(name in LENGTHS for name in self.inputs)
         self.needs_pairs = any("rejected" in name for name in self.inputs)
-        self._compares = any(name.startswith("reference_") for name in self.inputs)
-        if self._compares and not self.needs_pairs:
+        self._takes_reference = any(name.startswith("reference_") for name in self.inputs)
+        if self._takes_reference and not self.needs_pairs:
             raise TypeError(f"{self._name}: a loss with a reference needs pairs: take policy_rejected_logps, too")
         if MEMORY in self.inputs and not self.takes_whole_batch:
             raise TypeError(f"{self._name}: memory holds averages over whole batches; annotate inputs with WholeBatch")
@@ -113,7 +113,7 @@ class Loss:
 
     def needs_reference(self, loss_config) -> bool:
         """True if the loss compares the policy with a reference under these options."""
-        return self._compares and not loss_config.get("reference_free", False)
+        return self._takes_reference and not loss_config.get("reference_free", False)
 
     def needs_shared_logps(self, loss_config) -> bool:
         """True if a modifier needs the log-probabilities of each response up to the length of the shorter one."""
@@ -124,12 +124,12 @@ class Loss:
         return loss_config.get("wpo", False)
 
     def compute(self, inputs: dict, loss_config) -> Result:
-        """Return the losses of a batch, and rewards if there are any; `inputs` may hold more than it declares."""
+        """Return the losses of a batch, and rewards if there are any; `inputs` may hold more than the loss declares."""
         inputs = modifiers.modified(inputs, loss_config)
         arguments = {name: inputs[name] for name in self.inputs}
         output = self.function(**arguments, **self._given_options(loss_config))
         losses, *rewards = output if isinstance(output, tuple) else (output,)
-        if self.needs_weights(loss_config):  # by how likely both responses of a pair are on-policy (WPO, Eq. 2)
+        if self.needs_weights(loss_config):  # weigh a pair by how likely both responses are on-policy (WPO, Eq. 2)
             losses = losses * inputs["chosen_weights"] * inputs["rejected_weights"]
         return Result(losses, tuple(reward.detach() for reward in rewards))
 

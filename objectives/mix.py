@@ -32,11 +32,11 @@ class Mix:
         return any(loss.needs_reference(loss_config[name]) for name, loss in self.parts.items())
 
     def needs_shared_logps(self, loss_config) -> bool:
-        """True if a part needs them under its options."""
+        """True if a part needs, under its options, log-probabilities up to the length of the shorter response."""
         return any(loss.needs_shared_logps(loss_config[name]) for name, loss in self.parts.items())
 
     def needs_weights(self, loss_config) -> bool:
-        """True if a part needs them under its options."""
+        """True if a part needs the weights of the responses (WPO) under its options."""
         return any(loss.needs_weights(loss_config[name]) for name, loss in self.parts.items())
 
     def compute(self, inputs: dict, loss_config) -> Result:

@@ -45,7 +45,7 @@ def modified(inputs: dict, loss_config) -> dict:
     names = [name for name in inputs if name.endswith("_logps") and not name.endswith("_shared_logps")]
     for name in names:
         if loss_config.get("ld_alpha", 1.0) != 1.0:
-            # with `reference_free`, the reference has no shared ones; this keeps its zeros
+            # with `reference_free`, there are no shared log-probabilities of the reference; this keeps its zeros
             shared = inputs.get(name.replace("_logps", "_shared_logps"), inputs[name])
             inputs[name] = shared + loss_config["ld_alpha"] * (inputs[name] - shared)
         if loss_config.get("average_log_prob", False):

@@ -20,7 +20,7 @@ class Range:
         if self.above is not None and not value > self.above:
             return f"must be a number above {self.above}"
         if self.at_least is not None and not value >= self.at_least:
-            return f"must be a number {self.at_least} or more"
+            return f"must be a number, {self.at_least} or more"
         if self.below is not None and not value < self.below:
             return f"must be below {self.below}"
         if self.at_most is not None and not value <= self.at_most:

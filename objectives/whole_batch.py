@@ -22,7 +22,7 @@ def aot_loss(
     reference_rejected_logps: WholeBatch,
     beta: Positive = 0.1,
 ) -> Outputs:
-    """AOT on pairs (https://arxiv.org/abs/2406.05882): the distribution of margins shall dominate the reference's.
+    """AOT on pairs (https://arxiv.org/abs/2406.05882): the distribution of margins should dominate the reference's.
 
     -log σ(β (m₍ᵢ₎ - m_ref₍ᵢ₎)), where m₍ᵢ₎ is the batch's i-th smallest margin log π(chosen) - log π(rejected).
     """
@@ -41,7 +41,7 @@ def aot_unpaired_loss(
     reference_rejected_logps: WholeBatch,
     beta: Positive = 0.1,
 ) -> Outputs:
-    """AOT on single responses (https://arxiv.org/abs/2406.05882): chosen log-ratios shall dominate the rejected ones.
+    """AOT on single responses (https://arxiv.org/abs/2406.05882): chosen log-ratios should dominate rejected ones.
 
     -log σ(β (r(chosen)₍ᵢ₎ - r(rejected)₍ᵢ₎)), where r(chosen)₍ᵢ₎ is the i-th smallest log-ratio of chosen responses.
     """

@@ -100,7 +100,7 @@ def length_dpo_loss(
     beta: Positive = 0.1,
     length_penalty: NonNegative = 0.01,
 ) -> Outputs:
-    """Length-regularised DPO, R-DPO (https://arxiv.org/abs/2403.19159): each token costs a reward of α.
+    """Length-regularized DPO, R-DPO (https://arxiv.org/abs/2403.19159): each token costs a reward of α.
 
     -log σ(βh + α (|chosen| - |rejected|)), where α is `length_penalty`. The policy then doesn't learn the part of a
     preference that length explains.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from basics.interrupts import interrupts_reported
 from basics.printing import markdown, printable
 from reporting.metric_names import ACCURACY, KL, LOSS, MARGIN, larger_is_better
-from reporting.runs import NoRuns, Run, differing_keys, find_runs, short_values, telling_keys
+from reporting.runs import NoRuns, Run, differing_keys, distinguishing_keys, find_runs, short_values
 from reporting.terminal import LOG_FILE_WIDTH, aligned, width, wrapped
 
 METRICS = (ACCURACY, LOSS, MARGIN, "nll_eval/chosen", "logratios_eval/chosen", KL)  # shown if measured
@@ -62,8 +62,8 @@ class Comparison:
     def notes(self) -> list[str]:
         """Return the notes below the table."""
         notes = []
-        if others := [key for key in self.keys if key not in telling_keys(self.runs)]:
-            notes.append(f"These keys differ, too, along with the ones shown: {', '.join(others)}")
+        if others := [key for key in self.keys if key not in distinguishing_keys(self.runs)]:
+            notes.append(f"Keys that differ along with those shown: {', '.join(others)}")
         if any(key.startswith(_EVALUATION_KEYS) for key in self.keys):
             notes.append("* the runs were evaluated on different examples: none of their metrics can be compared")
         elif any(map(self.incomparable, self.metrics)):
@@ -100,7 +100,7 @@ def columns(comparison: Comparison, metrics: list[str]) -> dict[str, list[str]]:
     """Return the table's columns by their headings; of the last evaluations only these metrics."""
     runs, sort = comparison.runs, comparison.sorted_by
     table = {"run": [_cut(os.path.basename(os.path.abspath(run.directory))) for run in runs]}
-    table |= {key: short_values([run.config.get(key) for run in runs]) for key in telling_keys(runs)}
+    table |= {key: short_values([run.config.get(key) for run in runs]) for key in distinguishing_keys(runs)}
     table["examples"] = [str(run.eval[-1]["counters/examples"]) for run in runs]
     table |= {comparison.heading(name): [_mean_and_error(run.eval[-1], name) for run in runs] for name in metrics}
     best = [comparison.best(run) for run in runs]
@@ -159,8 +159,8 @@ def as_csv(comparison: Comparison) -> str:
     The columns of numbers are named `final/` or `best/` and the metric's name in metrics.jsonl.
     """
     file, measured = io.StringIO(), comparison.measured
-    columns = ["run", *comparison.keys, *(f"{which}/{name}" for which in ("final", "best") for name in measured)]
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    header = ["run", *comparison.keys, *(f"{which}/{name}" for which in ("final", "best") for name in measured)]
+    writer = csv.DictWriter(file, header, lineterminator="\n")
     writer.writeheader()
     for run in comparison.runs:
         row = {"run": run.directory, **{key: run.config.get(key) for key in comparison.keys}}

@@ -145,7 +145,7 @@ def _draw_panel(axis, panel: tuple, runs: list[Run]):
     if lines[0][0] == "grad_norm":
         for limit in {run.config.get("max_grad_norm") for run in runs} - {None}:
             if isinstance(limit, int | float) and limit < axis.get_ylim()[1]:
-                axis.axhline(limit, color="gray", linewidth=0.8, linestyle=":", label="max_grad_norm")
+                axis.axhline(limit, color="gray", linewidth=0.8, linestyle=":")
 
 
 def colors(n: int) -> list:

@@ -14,7 +14,7 @@ from reporting.terminal import warning
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SHARE = 0.02  # of the run's time that drawing may take
-_FIRST_AFTER = 100.0  # seconds of the run
+_FIRST_AFTER = 100.0  # seconds of training before the first picture
 _LONGEST, _LONGEST_AFTER_FAILURE = 60, 5  # seconds to wait for the last picture; a stopped job may be killed soon
 
 

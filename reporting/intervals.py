@@ -1,6 +1,6 @@
 """Confidence intervals of means."""
 
-Z = 1.959964  # standard errors on either side of the mean that a normal distribution's central 95 % spans
+Z = 1.959964  # 95 % of a normal distribution lie within Z standard deviations of its mean
 
 
 def mean_interval(mean: float, error: float | None) -> tuple[float, float] | None:

@@ -23,8 +23,8 @@ class RunLog:
     """Writes every step and evaluation to the run directory.
 
     At most every `minimum_log_interval_secs`, it prints a line with means over the steps since the line before, and
-    passes the last step's numbers to the trackers. At the end of its `with` block the trackers' runs end, as failed
-    ones after an exception.
+    passes the last step's numbers to the trackers. At the end of its `with` block the trackers' runs end; after an
+    exception they are marked as failed.
     """
 
     def __init__(self, config: DictConfig, run_dir: str, n_examples: int, epoch_size: int, state):
@@ -64,7 +64,7 @@ class RunLog:
             elif size and log_sha256.get(name) not in (None, sha256(path)):
                 rank0_print(f"WARNING: {path} has changed since the checkpoint was written: lines are damaged")
 
-    def recorded(self) -> dict:
+    def train_state_fields(self) -> dict:
         """Flush the log files to the disk, and return the fields of `TrainState` that describe them."""
         sizes, digests = {}, {}
         for name in LOG_FILES:
@@ -101,7 +101,7 @@ class RunLog:
             self.curves.notice(is_evaluation=split == "eval")
 
     def _training_lines(self, metrics: dict[str, float]) -> list[str]:
-        """Return the lines to print after a step: within the interval none, except after the first step."""
+        """Return the lines to print after a step; there are none within the interval, except after the first step."""
         seconds = self.batch_size / metrics["examples_per_second"]
         n_tokens = metrics["tokens_per_second"] * seconds
         self.n_steps, self.n_tokens, self.seconds = self.n_steps + 1, self.n_tokens + n_tokens, self.seconds + seconds

@@ -21,7 +21,7 @@ _LONGEST_VALUE = 40
 
 
 class NoRuns(ValueError):
-    """A path names no run; the message says which."""
+    """No run can be shown; the message says why."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ def read_run(directory: str) -> Run:
     except OSError as error:
         raise NoRuns(f"{directory}: no run that has logged anything: {error}") from error
     config = {}
-    with contextlib.suppress(Exception):  # it is missing or damaged, or not allowed, as it holds more than values
+    with contextlib.suppress(Exception):  # the config is missing or damaged, or refused as it holds more than values
         flat = flatten(read_saved_config(os.path.join(directory, "config.yaml")))
         config = {key: value for key, value in flat.items() if value != {}}
     name = os.path.basename(os.path.normpath(os.path.abspath(directory)))
@@ -79,7 +79,7 @@ def find_runs(paths: list[str]) -> list[Run]:
         matches = [given] if os.path.exists(given) else sorted(glob.glob(given))
         found = [directory for match in matches for directory in _run_dirs(match)]
         if not found:
-            raise NoRuns(f"{given}: no run directory, nor a directory or pattern of some: none has a metrics.jsonl")
+            raise NoRuns(f"{given}: no run there; give a run directory (with a metrics.jsonl), a sweep's or a pattern")
         directories |= dict.fromkeys(map(os.path.normpath, found))
     runs = [read_run(directory) for directory in directories]
     _label(runs)
@@ -88,7 +88,7 @@ def find_runs(paths: list[str]) -> list[Run]:
 
 def _label(runs: list[Run]):
     """Label runs by the keys that tell them apart; if these labels are too long, keep the names of directories."""
-    keys = telling_keys(runs)
+    keys = distinguishing_keys(runs)
     if len(runs) < 2 or not keys:
         return
     columns = [short_values([run.config.get(key) for run in runs]) for key in keys]
@@ -115,25 +115,25 @@ def differing_keys(runs: list[Run]) -> list[str]:
     return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
 
 
-def telling_keys(runs: list[Run]) -> list[str]:
+def distinguishing_keys(runs: list[Run]) -> list[str]:
     """Return enough keys to tell the runs apart, the shortest first; other keys may differ along with these.
 
     The seed explains nothing: it is included only if the other keys don't tell all runs apart.
     """
     columns = {key: short_values([run.config.get(key) for run in runs]) for key in differing_keys(runs)}
-    telling: list[str] = []
-    groups = [()] * len(runs)  # each run's values of the telling keys
+    chosen: list[str] = []
+    groups = [()] * len(runs)  # each run's values of the chosen keys
     for key in sorted(columns, key=lambda key: (key == "seed", len(key) + max(map(len, columns[key])))):
         finer = [(*group, value) for group, value in zip(groups, columns[key], strict=True)]
         if len(set(finer)) > len(set(groups)):
-            telling.append(key)
+            chosen.append(key)
             groups = finer
-    return telling
+    return chosen
 
 
 def short_values(values: list[object]) -> list[str]:
     """Format values for a table: paths are cut to the parts that differ, other long values to their end."""
-    texts = [printable(_as_typed(value)) for value in values]
+    texts = [printable(_as_on_command_line(value)) for value in values]
     paths = {text: text.split("/") for text in texts if text != "null"}
     if all(len(parts) > 1 for parts in paths.values()):
         for _ in range(2):  # cut off equal beginnings, then equal ends
@@ -149,5 +149,5 @@ def _n_equal_parts(paths: list[list[str]]) -> int:
     return min([n_equal, *(len(parts) - 1 for parts in paths)])
 
 
-def _as_typed(value: object) -> str:
+def _as_on_command_line(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

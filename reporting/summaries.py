@@ -14,7 +14,7 @@ from reporting.curves import colors, escaped, save_figure
 from reporting.intervals import mean_interval
 from reporting.terminal import aligned
 
-_DRAW = "sample them with sample.py, each checkpoint and temperature into a new file, and run judge.py on it again"
+_REMEDY = "draw them with sample.py, each checkpoint and temperature into a new file, and run judge.py on it again"
 
 
 class BadSummary(ValueError):
@@ -40,7 +40,7 @@ class Summary:
 
     path: str
     run: str
-    checkpoint: str | None  # its name; None: the model as it was loaded
+    checkpoint: str | None  # its name; None means the model as loaded
     examples: int
     temperature: float
     reward: Figure  # the win rate, or the mean score if there is no b
@@ -62,7 +62,7 @@ def read_summaries(paths: list[str]) -> list[Summary]:
     summaries = [_read(path) for path in paths]
     first, places = summaries[0], {}
     for summary in summaries:
-        for i, what in enumerate(("another judge, or other settings of one,", "other responses b")):
+        for i, what in enumerate(("another judge or other judge settings", "other responses b")):
             if summary.judged_by[i] != first.judged_by[i]:
                 raise BadSummary(
                     f"{summary.path} has {what} than {first.path}, so they can't be compared: judge both the same way"
@@ -104,15 +104,15 @@ def _parse(path: str, found: dict) -> Summary:
     """Return a summary read from JSON; raises an error of any kind if something is missing or of another type."""
     drawn, a = found["drawn"], _string(found["a"])
     if not drawn:
-        raise BadSummary(f"{path}: nothing says how the responses of {a} were drawn; {_DRAW}")
+        raise BadSummary(f"{path}: nothing says how the responses of {a} were drawn; {_REMEDY}")
     if len(drawn) > 1:
         temperatures = sorted({one["temperature"] for one in drawn})
         mixed = f"temperatures ({', '.join(f'{t:g}' for t in temperatures)})" if len(temperatures) > 1 else "origins"
-        raise BadSummary(f"{path}: {a} mixes responses of several {mixed}; {_DRAW}")
-    compares = "win_rate" in found
-    if (found["win_rate"] if compares else found["score"]) is None:
+        raise BadSummary(f"{path}: {a} mixes responses of several {mixed}; {_REMEDY}")
+    has_b = "win_rate" in found
+    if found["win_rate" if has_b else "score"] is None:
         raise BadSummary(f"{path}: nothing could be judged (n = 0); run the same judge.py command again")
-    if compares:
+    if has_b:
         low, high = found["win_rate_ci95"]
         reward = Figure(float(found["win_rate"]), float(low), float(high))
     else:
@@ -125,9 +125,9 @@ def _parse(path: str, found: dict) -> Summary:
         examples=int(origin["examples"]),
         temperature=float(origin["temperature"]),
         reward=reward,
-        n=int(found["n_judged"] if compares else found["n_scored"]),
+        n=int(found["n_judged" if has_b else "n_scored"]),
         a=a,
-        b=_string(found["b"]) if compares else None,
+        b=_string(found["b"]) if has_b else None,
         judge=os.path.basename(os.path.normpath(_string(found["judge_model"] or judge))),
         judged_by=(found["settings"], found.get("b_digest")),
         kl=None if found["kl"] is None else _mean(found, "kl"),
@@ -193,7 +193,7 @@ def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[st
             x, y, xerr=x_bars, yerr=y_bars, fmt="o-", markersize=5, color=color, linewidth=1.3, elinewidth=0.9,
             capsize=2, label=escaped(label), transform=place,
         )  # fmt: skip
-        for point in points:  # the axes' limits ignore what is shifted
+        for point in points:  # the axes' limits would ignore points that are shifted
             for i in (1, 2):
                 axis.update_datalim([[figure.value if figure[i] is None else figure[i] for figure in point]])
     axis.autoscale_view()

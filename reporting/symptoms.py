@@ -87,7 +87,7 @@ class Symptoms:
             return ""
         return (
             f"the evaluation loss ({number(loss)} now) has been above {number(start)}, the loss of the reference "
-            f"itself, for {N_EVALUATIONS} evaluations: what is learned doesn't hold for other pairs. Try a "
+            f"itself, for {N_EVALUATIONS} evaluations: what is learned doesn't generalize. Try a "
             "smaller lr, fewer epochs or a larger loss.beta; keep_best=loss/eval keeps the best checkpoint"
         )
 

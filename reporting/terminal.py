@@ -22,7 +22,7 @@ _BOLD, _DIM, _MAGENTA = "1", "2", "35"  # readable on light and on dark
 
 
 def width() -> int:
-    """Return the length of the longest line: a terminal's width less one, as some terminals break a full line."""
+    """Return how many characters fit on a line: a terminal's width less one, as some terminals wrap a full line."""
     return shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else LOG_FILE_WIDTH
 
 
@@ -222,7 +222,7 @@ class RunTable:
         if self.former:
             change = {key: value - self.former[key] for key, value in metrics.items() if key in self.former}
             if self.former.get("rewards_eval/ties", 0) > 0.5:
-                del change["rewards_eval/accuracies"]
+                change.pop("rewards_eval/accuracies", None)  # absent if the loss has changed
             rows.append(self._cells("eval", change, is_change=True) | {"examples": "change"})
         self.former = dict(metrics)
         return lines + [styled(self._line(cells), _BOLD) for cells in rows]
@@ -243,7 +243,7 @@ class RunTable:
         return "  ".join(cells.get(name, "").rjust(width) for name, width in self.widths.items()).rstrip()
 
     def _header(self, split: str, metrics: dict[str, float]) -> list[str]:
-        """Return the lines to print above the next one: every 20 lines the columns' names, the first time explained."""
+        """Return the lines to print above the next one: the columns' names every 20 lines, explained the first time."""
         lines = []
         if not self.columns:
             is_of_pairs = f"rewards_{split}/margins" in metrics

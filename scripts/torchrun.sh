@@ -11,9 +11,9 @@ set -euo pipefail
 
 # One worker per GPU, or NPROC_PER_NODE workers, e.g. to try this on CPUs. Signals that stop the run are passed on to the
 # workers, which get ten minutes to write a checkpoint. (By default torchrun doesn't handle USR1, and gives 30 seconds.)
-# With c10d rendezvous, unlike the static one, every machine notices that another restarts its workers. The variable
-# makes torchrun create a new store for each attempt: it tells the address of a store that all attempts share only to the
-# machines of the first attempt, so that a restarted machine couldn't join.
+# With c10d rendezvous, unlike the static one, every machine notices that another restarts its workers. By default, all
+# attempts share a store whose address torchrun tells only to the machines of the first attempt, so a restarted machine
+# couldn't join. The variable makes torchrun create a new store for each attempt.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun \
     --nnodes="$NNODES" --nproc-per-node="${NPROC_PER_NODE:-gpu}" --max-restarts="${MAX_RESTARTS:-3}" \

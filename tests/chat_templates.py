@@ -1,13 +1,13 @@
-"""Chat templates as models are published with them, by the model's name, with the tokens that they use."""
+"""The chat templates of published models, by the model's name, and the tokens that they use."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A model's template, and its tokenizer's names for beginning and end.
+    """A model's template, its tokenizer's special tokens, and expected renderings.
 
-    `prompt`, `response`, `system`: the expected renderings of 'Hi', the answer 'Yes', and 'Be brief.' before 'Hi'.
+    `prompt` is the rendering of 'Hi', `response` of the answer 'Yes', `system` of 'Be brief.' followed by 'Hi'.
     """
 
     template: str
@@ -244,7 +244,7 @@ MISTRAL_V3 = """\
 {%- set messages = messages[1:] %}{%- endif %}
 {%- set questions = messages | selectattr("role", "equalto", "user") | list %}{{- bos_token }}
 {%- for message in messages %}
-    {%- if message.role == "user" %}{#- tools and system text stand in the last question #}
+    {%- if message.role == "user" %}{#- the last question holds tools and system text #}
         {%- if tools and message == questions[-1] %}
             {{- "[AVAILABLE_TOOLS] " + tools | tojson + "[/AVAILABLE_TOOLS]" }}
         {%- endif %}

@@ -76,11 +76,6 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def hydra_list(value: object) -> str:
-    """Format a value as it is typed in an override."""
-    return json.dumps(value).replace('"', "").replace(" ", "")
-
-
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Run `train.py` and other scripts in processes that are forked from a server, which has imported everything already.
+"""Run `train.py` and other scripts in processes forked from a server that has already imported everything.
 
 Run as a script, this file is the server.
 """
@@ -26,7 +26,7 @@ import psutil
 from process_pool import launcher_variables
 
 REPOSITORY = Path(__file__).parent.parent
-# no network, no GPU; one thread a process, as the models are small, and two processes run at a time
+# no network, no GPU; one thread per process, as the models are small and two processes run at a time
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 600  # seconds
 PRELOADED = (  # imports of scripts and their libraries, many of them lazy

@@ -1,7 +1,7 @@
 """Run commands as on a system that lacks what Windows lacks: `python portable.py '[["train.py", "key=value"], ...]'`.
 
 Imports of Unix's modules fail in this repository's own code, and the Unix functions of `os` and `signal` are deleted.
-Other packages may import those modules (except pwd): by the system's name they take their code for Unix.
+Other packages may import Unix's modules (except pwd), because they choose their code by the system's name.
 """
 
 import builtins
@@ -14,14 +14,14 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODULES = {"fcntl", "resource", "termios", "pwd", "grp", "pty", "tty", "syslog"}
-OF_OS = (
+OS_FUNCTIONS = (
     "fork", "forkpty", "register_at_fork", "killpg", "setpgrp", "setsid", "getpgid", "getuid", "geteuid", "pread",
     "pwrite", "statvfs", "mkfifo", "setpriority", "nice", "wait3", "wait4", "ST_RDONLY",
 )  # fmt: skip
 SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGPIPE")  # subprocess itself needs SIGKILL
 
 
-def hide():
+def hide_unix():
     import_module = builtins.__import__
 
     def import_unless_hidden(name, globals=None, locals=None, fromlist=(), level=0):
@@ -34,7 +34,7 @@ def hide():
         raise OSError("symbolic links need a privilege")
 
     builtins.__import__ = import_unless_hidden
-    for name in OF_OS:
+    for name in OS_FUNCTIONS:
         delattr(os, name)
     os.symlink = symlink
     for name in SIGNALS:
@@ -46,8 +46,8 @@ if __name__ == "__main__":
     import peft  # noqa: F401
     import torch.distributed.checkpoint  # noqa: F401
 
-    hide()
-    for name, module in list(sys.modules.items()):  # of the process that was forked
+    hide_unix()
+    for name, module in list(sys.modules.items()):  # imported before this process was forked
         if name != "__main__" and Path(getattr(module, "__file__", None) or "/").is_relative_to(REPOSITORY):
             del sys.modules[name]
     sys.path[0] = str(REPOSITORY)

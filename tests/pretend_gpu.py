@@ -20,7 +20,7 @@ from transformers.integrations import moe
 SOURCE = Path(__file__).with_name("pretend_guard.cpp")
 
 
-def why_not() -> str | None:
+def reason_unavailable() -> str | None:
     """Return why pretend GPUs don't work here; None if they do."""
     if torch.cuda.is_available():
         return "there is a real GPU"
@@ -57,7 +57,7 @@ def pretend_gpus() -> Iterator[FakeTensorMode]:
 
 @contextlib.contextmanager
 def autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """`torch.autocast("cuda", dtype)`, which refuses to work where CUDA isn't compiled in; None: no autocast."""
+    """Cast as `torch.autocast("cuda", dtype)`, which itself refuses to work without CUDA; with None, don't cast."""
     if dtype is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""A terminal of a given size for tests: what a command leaves on it, line by line."""
+"""Run a command on a terminal of a given size, and return the lines that the terminal shows."""
 
 import fcntl
 import os

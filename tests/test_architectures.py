@@ -16,8 +16,8 @@ from utils import UserError
 SHORT = batch_of(((9, 4, 7), (3, 6, 2)))
 IN_FLOAT32 = ("mixtral", "gpt_oss", "granitemoehybrid", "qwen3_next", "deepseek_v3")  # experts have no float64
 
-SHARED, PADDED = Layout(is_shared=True), Layout()
-SHARED_WHOLE, PADDED_WHOLE = Layout(is_shared=True, whole_logits=True), Layout(whole_logits=True)
+SHARED, PADDED = Layout(shares_prompts=True), Layout()
+SHARED_WHOLE, PADDED_WHOLE = Layout(shares_prompts=True, whole_logits=True), Layout(whole_logits=True)
 DECISIONS = {
     "a cap on logits": ("gemma2", {}, SHARED_WHOLE),
     "two rotary embeddings": ("gemma3_text", {}, SHARED),

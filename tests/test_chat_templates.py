@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 
 from config_checks.checks import check_config
 from config_checks.schema import CONFIG_DIR
-from data.choice import Settings
+from data.choice import Choice, Settings
+from data.report import split_report
 from preference_datasets import get_batch_iterator
 from utils import UserError
 
@@ -45,7 +46,7 @@ def make_tokenizer(name: str, directory=REPOSITORY / "assets" / "tiny"):
     """Return the tiny byte-level tokenizer with a model's special tokens and template."""
     model = MODELS[name]
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    # most models list these among the added tokens alone, not among the tokenizer's named special tokens
+    # most models list these only among the added tokens, not among the tokenizer's named special tokens
     added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in model.special]
     tokenizer.add_tokens(added, special_tokens=True)
     tokenizer.add_special_tokens({"eos_token": model.eos, **({"bos_token": model.bos} if model.bos else {})})
@@ -53,8 +54,8 @@ def make_tokenizer(name: str, directory=REPOSITORY / "assets" / "tiny"):
         tokenizer.bos_token = None
     if "Llama-3" in name or "Qwen" in name:  # their tokenizers keep line ends together, even before a word
         split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
-        bytes_alone = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_alone])
+        bytes_only = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_only])
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = model.template
     return tokenizer
@@ -138,7 +139,7 @@ def test_tools_and_tool_calls_reach_the_template(name, read):
         )
         assert [*prompt, *chosen] == whole[:-1] and tokenizer.decode(whole[-1:]) == "\n"
         text = tokenizer.decode(whole)
-        assert '{"name": "weather", "arguments": {"city": "Rome"}}' in text  # no field that another call has
+        assert '{"name": "weather", "arguments": {"city": "Rome"}}' in text  # without the other call's fields, as nulls
         assert '"properties": {"zone": {"type": "string"}}}' in text
     answer = read(tokenizer, {"messages": CALLS[:2], "tools": TOOLS}, sft=True)[1]
     assert '<tool_call>\n{"name": "time", "arguments": {"zone": "CET", "precise": true}}' in tokenizer.decode(answer)
@@ -149,10 +150,23 @@ def test_truncated_prompt_keeps_bos_and_response_keeps_its_end(name, read):
     tokenizer = make_tokenizer(name)
     row = row_of(messages(("user", "word " * 100)))
     whole = read(tokenizer, row)
-    for add_bos in (False, True):  # the template adds it already
+    for add_bos in (False, True):  # the template has added BOS already
         prompt, chosen, _ = read(tokenizer, row, max_length=48, max_prompt_length=16, add_bos=add_bos)
         assert prompt == [tokenizer.bos_token_id, *whole[0][-15:]]
         assert chosen == whole[1]
+
+
+def test_bos_token_of_the_template_is_counted_once_with_add_bos(read, tmp_path):
+    tokenizer = make_tokenizer("google/gemma-7b-it")
+    prompt, *responses = read(tokenizer, row_of(messages(("user", "Hi"))))
+    n_prompt, n_response = len(prompt), max(map(len, responses))
+    for add_bos in (False, True):
+        batches = get_batch_iterator(
+            [Choice(f"{tmp_path}/*.jsonl", truncation="error")], tokenizer, max_length=n_prompt + n_response,
+            cache_dir=str(tmp_path / "cache"), silent=True, n_epochs=1, add_bos=add_bos,
+        )  # fmt: skip
+        assert f"prompt {n_prompt}/" in split_report(batches, tokenizer, "train")[-1]
+        assert next(iter(batches))["prompt_input_ids"].tolist() == [prompt]
 
 
 def test_no_token_spans_prompt_and_response(read):

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, mark_exhaustive_except, trainers_in
+from conftest import ORACLE, REPOSITORY, mark_exhaustive_except, trainers_in
+from omegaconf import OmegaConf
+from test_cli import CHECKPOINT_FILES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import export
 from checkpointing.archives import load_archive
 from checkpointing.atomic_directory import atomic_directory, recover_interrupted_saves
 from checkpointing.checkpoints import point_to
@@ -23,10 +26,6 @@ from utils import UserError, disable_dropout
 TOY = [
     "model=tiny", "datasets=[toy]", "n_examples=8", "n_eval_examples=8", "eval_batch_size=8", "lr=1e-3",
     "sample_during_eval=false", "max_length=64", "max_prompt_length=32", "eval_every=4",
-]  # fmt: skip
-FILES = [
-    "README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "optimizer.pt",
-    "policy.pt", "rng.pt", "scheduler.pt", "state.json", "tokenizer.json", "tokenizer_config.json",
 ]  # fmt: skip
 IDS = torch.arange(1, 9)[None]
 
@@ -58,7 +57,7 @@ def run_dir(finished, tmp_path):
 def test_every_checkpoint_opens_with_from_pretrained_and_generates(finished):
     trainer, run_dir = finished
     for name in ("step-4", "LATEST"):
-        assert sorted(os.listdir(run_dir / name)) == FILES
+        assert sorted(os.listdir(run_dir / name)) == CHECKPOINT_FILES
         model = AutoModelForCausalLM.from_pretrained(run_dir / name).eval()
         tokenizer = AutoTokenizer.from_pretrained(run_dir / name)
         state = torch.load(run_dir / name / "policy.pt", weights_only=True)["state"]
@@ -122,6 +121,20 @@ def test_unreachable_hub_id_is_named(make_trainer, monkeypatch):
         UserError, match=r"(?s)model\.archive=nobody/nothing: .*start once where the hub can be reached"
     ):
         make_trainer(*TOY, "model.archive=nobody/nothing")
+
+
+def test_tokenizer_with_several_chat_templates_is_saved_checked_and_exported(make_trainer, tmp_path):
+    shutil.copytree(REPOSITORY / "assets/tiny", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    _, run_dir = trained(make_trainer, f"model.name_or_path={tmp_path}/model")
+    assert find_corruption(run_dir / "LATEST") is None
+    export.run(OmegaConf.create({"run": str(run_dir), "checkpoint": "LATEST", "output": f"{tmp_path}/exported"}))
+    for folder in (run_dir / "LATEST", tmp_path / "exported"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    (run_dir / "LATEST/additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
+    assert "additional_chat_templates/tool_use.jinja doesn't match" in find_corruption(run_dir / "LATEST")
 
 
 # ---- when checkpoints are written and deleted -----------------------------------------------------------------------
@@ -227,6 +240,7 @@ def run_into(launcher, run_dir, *overrides):
     return launcher.run(*TOY, *overrides, f"local_run_dir={run_dir}")
 
 
+@pytest.mark.exhaustive
 def test_file_size_limit_leaves_the_previous_checkpoint_intact(launcher, tmp_path):
     assert run_into(launcher, tmp_path / "run", "eval_every=8", "save_every=8") == 0, launcher.output
     resource = pytest.importorskip("resource")

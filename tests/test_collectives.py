@@ -70,7 +70,7 @@ def groups_made() -> int:
     return len(made)
 
 
-def test_groups_are_made_once(in_workers):
+def test_process_groups_are_made_once(in_workers):
     assert all(made <= 2 for made in in_workers(2, groups_made))
 
 

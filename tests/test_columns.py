@@ -146,17 +146,17 @@ BAD = {  # a good row, which decides the format; the bad row; the message
         {"conversations": [{"from": "oracle", "value": "a"}, {"from": "gpt", "value": "b"}]},
         "unknown role 'oracle'",
     ),
-    "call that is no JSON": (
+    "call that isn't JSON": (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "weather(Rome)"}]},
         "expected a list of calls",
     ),
-    "arguments that are no JSON": (
+    "arguments that aren't JSON": (
         {"messages": [*ASKED, *ROSE]},
         {"messages": [*ASKED, assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{oops"}}])]},
         "its arguments are '{oops'",
     ),
-    "tools that are no JSON": (
+    "tools that aren't JSON": (
         {"messages": [*ASKED, *ROSE], "tools": [TOOL]},
         {"messages": [*ASKED, *ROSE], "tools": "weather"},
         "a string that isn't JSON",
@@ -164,7 +164,7 @@ BAD = {  # a good row, which decides the format; the bad row; the message
     "two system texts": (
         {"system": "A", "messages": [*ASKED, *ROSE]},
         {"system": "A", "messages": [turn("system", "B"), *ASKED, *ROSE]},
-        "a system message, but the row has",
+        "include a system message, but the row also has",
     ),
     "a system text that comes late": (
         {"system": "", "prompt": "a", **PAIR},
@@ -237,7 +237,7 @@ def test_columns_of_the_test_split_are_checked_too():
         found.check_columns([{"prompt": "a", "system": "Be kind.", **PAIR}], [], "test")
 
 
-def test_rows_of_prompts_alone_are_read_with_system_text_history_and_tools():
+def test_prompts_without_responses_are_read_with_input_system_text_and_tools():
     for row, expected in (
         ({"prompt": "a", "chosen": "x"}, "a"),
         ({"instruction": "Sum.", "input": "1+1"}, "Sum.\n1+1"),
@@ -250,6 +250,17 @@ def test_rows_of_prompts_alone_are_read_with_system_text_history_and_tools():
     assert prompt_example({"prompt": [user("a")], "tools": json.dumps([TOOL])}).tools == [TOOL]
     with pytest.raises(BadExample, match="its last turn is the assistant's"):
         prompt_example({"messages": [user("a"), assistant("b")]})
+
+
+@pytest.mark.parametrize("bad", [5, True, "x", {"a": 1}])
+def test_value_of_another_type_in_one_of_the_first_rows_is_a_bad_row(bad):
+    good = {"prompt": "a", "completions": ["x", "y"], "scores": [1, 2]}
+    found = recognize([good, good, {**good, "completions": bad}], {}, "datasets=[x]")
+    assert found.read(good).pairs == [(1, 0)]
+    with pytest.raises(BadExample, match="expected responses"):
+        found.read({**good, "completions": bad})
+    with pytest.raises(UserError, match=r"fields=\{prompt: input.messages, chosen: good, rejected: bad\}"):
+        read([{"input": value, "good": "x", "bad": "y"} for value in ({"messages": ASKED}, {"messages": ASKED}, bad)])
 
 
 def test_kind_of_a_column_is_that_of_most_rows():

@@ -76,7 +76,7 @@ def test_only_keys_that_tell_runs_apart_have_columns(tmp_path):
     assert [run.label for run in runs] == [f"lr={lr}, loss.beta={b}" for b in (0.1, 0.5) for lr in (1e-06, 2e-06)]
     text = as_text(compare(runs))
     assert text.splitlines()[0].split()[:4] == ["run", "lr", "loss.beta", "examples"]
-    assert "These keys differ, too, along with the ones shown: model.archive, seed" in text
+    assert "Keys that differ along with those shown: model.archive, seed" in text
     assert max(map(len, text.splitlines())) <= 120
     header = as_csv(compare(runs)).splitlines()[0]
     assert {"model.archive", "seed"} <= set(header.split(","))  # the CSV has every key

@@ -94,7 +94,7 @@ def test_runs_are_labelled_by_the_settings_that_differ(tmp_path):
     assert [run.label for run in find_runs([f"{tmp_path}/sweep/b0.1"])] == ["b0.1"]
     (tmp_path / "empty").mkdir()
     for nothing in ("nowhere", "empty", "no*"):
-        with pytest.raises(NoRuns, match="no run directory"):
+        with pytest.raises(NoRuns, match="no run there; give a run directory"):
             find_runs([str(tmp_path / nothing)])
 
 
@@ -109,7 +109,7 @@ def test_curves_command_draws_one_run_or_several(run_python, tmp_path):
     assert (result.returncode, result.stdout) == (0, "curves.png\n"), result.stderr
     assert png_size(tmp_path / "a/curves.png")[0] == png_size(tmp_path / "curves.png")[0] == 1200
     result = run_python("-m", "reporting.curves", "nowhere", env=env)
-    assert result.returncode == 1 and result.stderr.startswith("error: nowhere: no run directory")
+    assert result.returncode == 1 and result.stderr.startswith("error: nowhere: no run there")
 
 
 @pytest.mark.slow

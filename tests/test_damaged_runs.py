@@ -46,8 +46,8 @@ def write_sums(checkpoint):
 
 
 @pytest.fixture
-def assert_told(refusal, run_dir):
-    """Return a function that resumes the run and checks that the message of the refusal has these parts."""
+def assert_resume_refused(refusal, run_dir):
+    """Return a function that resumes the run, which must be refused with a message that has these parts."""
 
     def check(*parts: str):
         message = refusal(*RUN, "n_examples=12", f"local_run_dir={run_dir}", "resume=auto")
@@ -78,11 +78,11 @@ STATES = {
     "kind",
     mark_exhaustive_except(STATES, "truncated", "a list", "a string for a number", "other keys"),
 )
-def test_malformed_state_json_is_named(kind, assert_told, run_dir):
+def test_malformed_state_json_is_named(kind, assert_resume_refused, run_dir):
     path = run_dir / "LATEST/state.json"
     path.write_bytes(STATES[kind](json.loads(path.read_text())))
     write_sums(run_dir / "LATEST")
-    assert_told(f"{run_dir}/LATEST")
+    assert_resume_refused(f"{run_dir}/LATEST")
 
 
 CONFIGS = {
@@ -103,26 +103,26 @@ CONFIGS = {
 @pytest.mark.parametrize(
     "kind", mark_exhaustive_except(CONFIGS, "truncated", "a list", "no model", "the first line, with fingerprints, cut")
 )
-def test_malformed_config_yaml_is_named(kind, assert_told, run_dir):
+def test_malformed_config_yaml_is_named(kind, assert_resume_refused, run_dir):
     path = run_dir / "config.yaml"
     path.write_text(CONFIGS[kind](path.read_text()))
     shutil.rmtree(run_dir / "LATEST")  # its state.json has the config, too
-    assert_told(f"{path}")
+    assert_resume_refused(f"{path}")
 
 
-def test_edited_values_in_config_yaml_are_reported_as_changes(assert_told, run_dir):
+def test_edited_values_in_config_yaml_are_reported_as_changes(assert_resume_refused, run_dir):
     path = run_dir / "config.yaml"
     path.write_text(path.read_text().replace("lr: 0.001", "lr: [fast]").replace("seed: 0\n", ""))
     shutil.rmtree(run_dir / "LATEST")
-    assert_told("lr: ['fast'] → 0.001")
+    assert_resume_refused("lr: ['fast'] → 0.001")
 
 
 @pytest.mark.parametrize(
     "content", ["garbage", "x" * 64 + "  state.json\n", "", "0" * 64 + "  ../config.yaml\n", "\0", "\xff\xfe"]
 )
-def test_malformed_checksums_are_named(content, assert_told, run_dir, capsys):
+def test_malformed_checksums_are_named(content, assert_resume_refused, run_dir, capsys):
     (run_dir / "LATEST/SHA256SUMS").write_bytes(content.encode("latin-1"))
-    assert_told("all of its checkpoints are damaged")
+    assert_resume_refused("all of its checkpoints are damaged")
     assert ("SHA256SUMS" in capsys.readouterr().out) or content == "\xff\xfe"  # not UTF-8
 
 
@@ -152,11 +152,11 @@ CONTENTS = {
         ),
     ),
 )
-def test_checkpoint_file_with_other_content_is_named(name, kind, assert_told, run_dir):
+def test_checkpoint_file_with_other_content_is_named(name, kind, assert_resume_refused, run_dir):
     torch.save(CONTENTS[kind], run_dir / "LATEST" / name)
     write_sums(run_dir / "LATEST")
     config = (run_dir / "config.yaml").read_bytes()
-    assert_told(f"{run_dir}/LATEST")
+    assert_resume_refused(f"{run_dir}/LATEST")
     assert (run_dir / "config.yaml").read_bytes() == config
 
 
@@ -170,13 +170,14 @@ def test_checkpoint_file_that_is_a_pipe_or_a_device_is_named(name, kind, run_dir
         find_checkpoints(str(run_dir), "LATEST")
 
 
-def test_optimizer_state_with_other_shapes_is_named(launcher, assert_told, run_dir):
+@pytest.mark.exhaustive
+def test_optimizer_state_with_other_shapes_is_named(launcher, assert_resume_refused, run_dir):
     path = run_dir / "LATEST/optimizer.pt"
     saved = torch.load(path, weights_only=True)
     saved["state"]["state"][0]["square_avg"] = torch.zeros(5, 7)
     torch.save(saved, path)
     write_sums(run_dir / "LATEST")
-    assert_told("square_avg of parameter 0 has the shape (5, 7), not (2048, 128)")
+    assert_resume_refused("square_avg of parameter 0 has the shape (5, 7), not (2048, 128)")
     code = launcher.run(*RUN, "n_examples=12", f"local_run_dir={run_dir}", "resume=auto", "resume_anyway=true")
     assert code == 0, launcher.output
 

@@ -69,7 +69,10 @@ broken_lines = st.one_of(
 
 
 def check(name: str, content: bytes, n_rows: int | None):
-    """Prepare the file for each kind of loss, with bad rows skipped and refused; `n_rows`: number of rows, if known."""
+    """Prepare a file for each kind of loss, with bad rows skipped and with bad rows refused, and check the outcomes.
+
+    `n_rows`: the number of rows in the file, if it is known.
+    """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / name
         path.write_bytes(content)

@@ -1,5 +1,6 @@
 """The data report, pairs of identical responses, and the number of examples in use."""
 
+import json
 import re
 
 import pytest
@@ -25,12 +26,12 @@ def tokenizer():
 
 @pytest.fixture
 def batches(tokenizer, tmp_path):
-    """Return a function that writes rows as the train and the test split of a folder, and opens batches of one."""
+    """Return a function that writes rows as both splits of a folder, and opens the batches of one split."""
 
     def open_batches(rows: list[dict], split: str = "train", settings: dict | None = None, **kwargs):
         for name in ("train", "test"):
             write(tmp_path / "data" / f"{name}.jsonl", rows)
-        choice = Choice(str(tmp_path / "data"), **kwargs.pop("choice", {}))
+        choice = Choice(**({"name": str(tmp_path / "data")} | kwargs.pop("choice", {})))
         kwargs = {"n_epochs": 1, "drop_last": False, "cache_dir": str(tmp_path / "cache")} | kwargs
         given = Settings(**({"chat_template": TEMPLATE} | (settings or {})))
         return get_batch_iterator([choice], tokenizer, split, settings=given, **kwargs)
@@ -42,13 +43,13 @@ def batches(tokenizer, tmp_path):
 def report(make_trainer, tmp_path, capsys):
     """Return a function that writes rows as both splits of a folder, and returns a run's data report on them."""
 
-    def of(rows: list[dict], *overrides: str) -> str:
+    def report_on(rows: list[dict], *overrides: str) -> str:
         for split in ("train", "test"):
             write(tmp_path / "data" / f"{split}.jsonl", rows)
         make_trainer(*RUN, "batch_size=2", "eval_every=2", f"datasets=[{tmp_path}/data]", *overrides)
         return capsys.readouterr().out
 
-    return of
+    return report_on
 
 
 # ---- pairs of identical responses -----------------------------------------------------------------------------------
@@ -162,6 +163,31 @@ def test_lines_in_another_encoding_are_counted_with_their_remedy(encoding, n_goo
     assert "iconv" in remedy
 
 
+def test_file_of_broken_lines_is_refused_with_their_number(batches, tmp_path):
+    (tmp_path / "broken.jsonl").write_text("{oops\n" * 5)
+    with pytest.raises(UserError, match=r"line 3: not JSON.*\n  \.\.\. all of the first 5 rows \(5 broken row\)"):
+        batches([], choice={"name": str(tmp_path / "broken.jsonl")})
+
+
+def test_broken_lines_before_the_first_good_one_are_skipped_however_many_they_are(batches, tmp_path):
+    for split in ("train", "test"):
+        path = write(tmp_path / "rows" / f"{split}.jsonl", [{"prompt": "a", "chosen": "yes", "rejected": "no"}] * 2)
+        with open(path, "r+b") as file:
+            content = b"{oops\n" * 150 + file.read()
+            file.seek(0)
+            file.write(content)
+    choice = {"name": str(tmp_path / "rows")}
+    assert batches([], choice=choice, settings={"skips_bad": True}).epoch_size == 2
+    with pytest.raises(UserError, match=r"150 of the first 152 rows \(150 broken row\)"):
+        batches([], choice=choice)
+
+
+def test_damaged_json_array_after_a_blank_line_is_not_read_line_by_line(batches, tmp_path):
+    (tmp_path / "rows.json").write_text("\n" + json.dumps(numbered(3), indent=1)[:-20])
+    with pytest.raises(UserError, match=r"rows\.json, line 16: not JSON: .*\nWrite, copy or download the file again"):
+        batches([], choice={"name": str(tmp_path / "rows.json")})
+
+
 def test_error_for_text_ending_in_the_end_token_says_to_leave_it_out(batches):
     rows = [{"prompt": f"Colour {i}?", "chosen": " It is red.<|endoftext|>", "rejected": " No."} for i in range(2)]
     with pytest.raises(UserError, match="at its end; the end token is added to every response, so leave it out"):
@@ -170,6 +196,21 @@ def test_error_for_text_ending_in_the_end_token_says_to_leave_it_out(batches):
     with pytest.raises(UserError) as error:
         batches(rows)
     assert "leave it out:" not in str(error.value)
+
+
+def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
+    rows = pairs("a") * 3 + pairs("b", "c", n_words=60) + [{"prompt": "d", "chosen": "same", "rejected": "same"}]
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}.jsonl", rows)
+    run = [*RUN, f"datasets=[{tmp_path}/data]", "on_bad_example=skip", "batch_size=1", "eval_every=1"]
+    make_trainer(*run)
+    output = capsys.readouterr().out
+    assert "6 rows read, 5 prompts with 5 pairs; dropped: 1 identical responses" in output
+    assert "2 of 5 (40.0%) are longer than max_length=64: 0 prompts are cut to max_prompt_length=32, 2 have " in output
+    make_trainer(*run, "truncation=drop")
+    output = capsys.readouterr().out
+    assert "dropped 2 examples longer than max_length" in output
+    assert "no example is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
 
 
 def test_report_lists_what_is_not_used(report):
@@ -216,7 +257,7 @@ def test_ignored_columns_can_be_set_in_the_config_or_per_dataset(report, tmp_pat
             report(rows, wrong)
 
 
-# ---- how many -------------------------------------------------------------------------------------------------------
+# ---- number of examples ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_examples", [1, 4, 5, 7, 12])

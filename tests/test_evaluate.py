@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 
 import pytest
 from conftest import REPOSITORY, mark_exhaustive_except, read_jsonl
@@ -11,7 +12,8 @@ from test_resume import SMALL
 
 from commands.command_line import compose_config
 from config_checks.checks import check_config
-from evaluation.evaluate import _record
+from evaluation.evaluate import _interval, _length_buckets, _record
+from evaluation.statistics import wilson_interval
 from reporting.metrics import mean_metrics
 from trainers import make_trainer
 
@@ -106,8 +108,6 @@ def test_rows_and_groups_add_up_to_the_means(launcher, trained):
 
 
 def test_accuracy_has_a_wilson_interval():
-    from evaluation.evaluate import _interval
-
     # 8 of 10; worked out from the formula (0.8 + z²/20 ± z √(0.016 + z²/400)) / (1 + z²/10)
     assert _interval("rewards_eval/accuracies", [1.0] * 8 + [0.0] * 2) == pytest.approx([0.490162, 0.943318], abs=1e-5)
     low, high = _interval("rewards_eval/accuracies", [1.0] * 10)
@@ -128,6 +128,8 @@ def test_model_without_a_run_is_evaluated(launcher, trained, tmp_path):
     run_dir = trained("dpo")
     weights = [f"model.archive={run_dir}/LATEST", f"reference_model.archive={run_dir}/step-8"]
     evaluate(launcher, *RUN, *weights, f"output={tmp_path}/o")
+    output = evaluate(launcher, *RUN, *weights, f"output={tmp_path}/o")
+    assert "the model as it is loaded: already evaluated; showing the figures in" in output
     (result,) = read_jsonl(tmp_path / "o")
     assert result["checkpoint"] is None
     assert result["metrics"]["rewards_eval/margins"] != 0
@@ -149,6 +151,12 @@ def test_data_too_small_to_train_on_is_evaluated(launcher, trained, tmp_path):
     assert "1 evaluation example" in output
 
 
+def test_evaluation_that_another_process_recorded_meanwhile_is_not_recorded_again(tmp_path):
+    for key in ("a", "a", "b"):
+        _record(f"{tmp_path}/e.jsonl", {"key": key, "metrics": {}})
+    assert [line["key"] for line in read_jsonl(tmp_path / "e.jsonl")] == ["a", "b"]
+
+
 BAD = {
     "no run": (["run=nowhere"], "run=nowhere: no run there"),
     "no checkpoint": (["run={run}", "checkpoint=step-7"], "has no such checkpoint; it has LATEST"),
@@ -159,12 +167,6 @@ BAD = {
     "an unknown key": (["run={run}", "beta=1"], "no config key 'beta'"),
     "a sweep": (["-m", "run={run}", "seed=1,2"], "only train.py supports sweeps with -m"),
 }
-
-
-def test_evaluation_that_another_process_recorded_meanwhile_is_not_recorded_again(tmp_path):
-    for key in ("a", "a", "b"):
-        _record(f"{tmp_path}/e.jsonl", {"key": key, "metrics": {}})
-    assert [line["key"] for line in read_jsonl(tmp_path / "e.jsonl")] == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -181,8 +183,6 @@ def test_impossible_evaluation_is_refused_before_a_model_is_loaded(name, launche
 
 
 def test_damaged_checkpoint_is_refused(launcher, trained, tmp_path):
-    import shutil
-
     shutil.copytree(trained("sft"), tmp_path / "run")
     with open(tmp_path / "run/LATEST/policy.pt", "r+b") as file:
         file.truncate(1000)
@@ -190,6 +190,7 @@ def test_damaged_checkpoint_is_refused(launcher, trained, tmp_path):
     assert "LATEST can't be used" in launcher.output
 
 
+@pytest.mark.exhaustive
 def test_changed_model_or_data_is_evaluated_again(launcher, trained, tmp_path):
     rows = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -222,7 +223,7 @@ def test_sft_rows_hold_the_sft_target(launcher, trained, tmp_path):
         assert "rejected" not in row
 
 
-def test_more_examples_than_the_split_has_mean_the_whole_split(launcher, trained, tmp_path):
+def test_n_eval_examples_above_the_split_size_evaluates_the_whole_split(launcher, trained, tmp_path):
     rows = tmp_path / "rows.jsonl"
     pair = {"prompt": "The story was", "chosen": " long.", "rejected": " short, and rather clever."}
     rows.write_text("".join(json.dumps(pair | {"prompt": f"Story {i} was"}) + "\n" for i in range(6)))
@@ -246,16 +247,12 @@ def test_more_examples_than_the_split_has_mean_the_whole_split(launcher, trained
     ],
 )
 def test_length_groups_partition_the_examples(lengths, expected):
-    from evaluation import evaluate as module
-
-    groups = module._length_buckets({i: {"lengths_eval/chosen": n} for i, n in enumerate(lengths)})
+    groups = _length_buckets({i: {"lengths_eval/chosen": n} for i, n in enumerate(lengths)})
     assert {name.split(" of ")[1].removesuffix(" tokens"): len(group) for name, group in groups.items()} == expected
     assert sorted(i for group in groups.values() for i in group) == list(range(len(lengths)))
 
 
 def test_equal_values_have_an_interval_of_zero_width():
-    from evaluation import evaluate as module
-
-    assert module._interval("rewards_eval/margins", [0.0, 0.0, 0.0]) == [0, 0]
-    assert module._interval("rewards_eval/accuracies", [1.0, 1.0]) == module.wilson_interval(1.0, 2)
-    assert module._interval("loss/eval", [2.0]) is None
+    assert _interval("rewards_eval/margins", [0.0, 0.0, 0.0]) == [0, 0]
+    assert _interval("rewards_eval/accuracies", [1.0, 1.0]) == wilson_interval(1.0, 2)
+    assert _interval("loss/eval", [2.0]) is None

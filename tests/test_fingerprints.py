@@ -159,6 +159,7 @@ def sha256(path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.exhaustive
 def test_workers_report_a_changed_input_once(launcher, inputs, tmp_path):
     run = [*inputs, f"local_run_dir={tmp_path}/run", "resume=auto"]
     assert launcher.run(*run) == 0, launcher.output
@@ -209,6 +210,17 @@ def test_fingerprint_of_an_earlier_version_is_still_recognized(tmp_path):
     assert changed_models(config, earlier, now) == changed_models(config, now, now) == []
     path.write_bytes(os.urandom(2**20) * 80)
     assert changed_models(config, earlier, file_fingerprints(config)) == ["model.archive"]
+
+
+def test_changed_chat_template_is_noticed_unless_an_earlier_version_left_it_out(tmp_path):
+    shutil.copytree(ORACLE / "model", tmp_path / "model")
+    keys = {"name_or_path": f"{tmp_path}/model", "tokenizer_name_or_path": None, "archive": None, "adapter": None}
+    config = OmegaConf.create({"model": {**keys, "from_scratch": False}, "local_dirs": [str(tmp_path)]})
+    (tmp_path / "model/chat_template.jinja").write_text("{{ messages }}")
+    former, earlier = file_fingerprints(config), file_fingerprints(config, templates=False)
+    (tmp_path / "model/chat_template.jinja").write_text("{{ messages }}!")
+    assert changed_models(config, former, file_fingerprints(config)) == ["model.name_or_path"]
+    assert changed_models(config, earlier, file_fingerprints(config)) == []
 
 
 def test_hash_is_cached_until_the_file_changes_even_with_the_same_mtime(tmp_path, monkeypatch):
@@ -267,6 +279,7 @@ def test_every_command_refuses_a_run_whose_base_has_changed(command, launcher, l
     assert launcher.run(*words, **options) == 0, launcher.output
 
 
+@pytest.mark.exhaustive
 def test_run_that_replaced_another_of_the_same_name_is_not_mistaken_for_it(launcher, inputs, tmp_path):
     def use(command: str, *words: str) -> int:
         words = [f"run={tmp_path}/run", f"output={tmp_path}/{command}.jsonl", *words]

@@ -80,18 +80,19 @@ def test_first_loss_is_ln_2_and_every_pair_a_tie(precision, reference, layout, m
     trainer = make_trainer(
         *RUN, *PRECISIONS[precision], *(word.format(**saved) for word in REFERENCES[reference]), *LAYOUTS[layout]
     )
-    batches = itertools.chain(trainer.train_iterator, trainer.eval_batches)
     n_pairs = 0
-    for batch, n_least in itertools.zip_longest(batches, [2], fillvalue=1):
-        trainer.policy.train(n_least == 2)
-        for microbatch in trainer.microbatches(batch, n_least):
-            loss, metrics = trainer.get_batch_metrics(microbatch, trainer.config.loss)
-            assert loss.requires_grad
-            assert metrics["rewards_train/margins"].tolist() == [0] * len(microbatch["prompt"])
-            assert metrics["rewards_train/ties"].tolist() == [1] * len(microbatch["prompt"])
-            ln_2 = torch.tensor(LN_2, dtype=metrics["loss/train"].dtype)
-            assert torch.equal(metrics["loss/train"], ln_2.expand(len(microbatch["prompt"])))
-            n_pairs += len(microbatch["prompt"])
+    for batches, is_training in ((trainer.train_iterator, True), (trainer.eval_batches, False)):
+        trainer.policy.train(is_training)
+        for batch in batches:
+            for microbatch in trainer.microbatches(batch, min_microbatches=2 if is_training else 1):
+                loss, metrics = trainer.get_batch_metrics(microbatch, trainer.config.loss)
+                n = len(microbatch["prompt"])
+                assert loss.requires_grad
+                assert metrics["rewards_train/margins"].tolist() == [0] * n
+                assert metrics["rewards_train/ties"].tolist() == [1] * n
+                ln_2 = torch.tensor(LN_2, dtype=metrics["loss/train"].dtype)
+                assert torch.equal(metrics["loss/train"], ln_2.expand(n))
+                n_pairs += n
     assert n_pairs == 16
 
 

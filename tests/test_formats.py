@@ -189,6 +189,7 @@ FILES = {  # the same rows in every kind of file
     "rows.parquet": parquet(TEXTS),
     "rows.csv": separated(TEXTS, ","),
     "rows.csv.gz": gzip.compress(separated(TEXTS, ",")),
+    "ROWS.CSV.GZ": gzip.compress(separated(TEXTS, ";")),
     "rows.tsv": separated(TEXTS, "\t"),
 }
 
@@ -281,7 +282,7 @@ def test_all_formats_at_once_train_from_the_command_line(loss, train_ok, tmp_pat
 
 
 REFUSED = {  # loss, rows, parts of the message
-    "prompts alone": ("dpo", [{"prompt": "The sky is"}], "there are prompts but no responses to train on"),
+    "only prompts": ("dpo", [{"prompt": "The sky is"}], "there are prompts but no responses to train on"),
     "stepwise supervision": (
         "dpo", [{"prompt": "Which?", "completions": ["One.", "Two."], "labels": [True, False]}], "stepwise supervision",
     ),
@@ -322,6 +323,13 @@ def test_bad_first_row_does_not_decide_the_format(examples, tokenizer, tmp_path)
     (tmp_path / "rows.jsonl").write_bytes(jsonl([*bad, *rows, *rows]))
     found = examples(f"{tmp_path}/rows.jsonl", skips_bad=True)
     assert found == sorted(2 * expected_ids(tokenizer, expected))
+
+
+def test_number_among_the_lists_of_responses_is_a_bad_row(examples, tmp_path):
+    rows = [{"prompt": "Which?", "completions": ["One.", "Two."], "scores": [1, 2]} for _ in range(3)]
+    (tmp_path / "rows.jsonl").write_bytes(jsonl([*rows, rows[0] | {"completions": 3}]))
+    with pytest.raises(UserError, match=r"row 3 .*'completions' is 3"):
+        examples(f"{tmp_path}/rows.jsonl")
 
 
 def test_prompt_of_text_dialogues_ends_between_words(examples, tokenizer, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import REPOSITORY, mark_exhaustive_except
+from conftest import REPOSITORY
 
 from data import toy
 from evaluation.sampling import generate_as_targets
@@ -65,7 +65,8 @@ def plain_logps(model, prompt: list[int], responses: list[list[int]]) -> np.ndar
     return np.array(logps)
 
 
-@pytest.mark.parametrize("attention", mark_exhaustive_except(["sdpa", "eager"], "sdpa"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_logps_of_the_whole_grammar_equal_plain_forwards(attention, tokenizer, all_responses):
     model = make_model(torch.float64, attn_implementation=attention)
     prompts = token_ids(tokenizer, [toy.PROMPTS[0], toy.PROMPTS[7]], end=False)
@@ -111,7 +112,7 @@ def toy_frontier() -> Frontier:
 
 
 @pytest.mark.parametrize("beta", [4.0, 1.0, 0.5, 0.2])
-def test_optimum_has_the_whole_gain_and_equals_the_tasks_own(beta):
+def test_optimum_has_the_whole_gain_and_equals_the_tasks_formula(beta):
     best = toy_frontier()
     optimum = best.optimum(1 / beta)
     slots = np.arange(4)

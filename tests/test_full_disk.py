@@ -111,7 +111,7 @@ def test_lines_are_appended_all_or_none(tmp_path):
 # ---- commands and libraries -----------------------------------------------------------------------------------------
 
 
-def test_figures_are_shown_before_a_full_disk_loses_them(trained, launcher, tmp_path):  # noqa: F811
+def test_figures_are_printed_even_if_a_full_disk_loses_their_file(trained, launcher, tmp_path):  # noqa: F811
     code = """
 import errno, os
 write = os.write
@@ -121,10 +121,8 @@ def full(descriptor, data):
     return write(descriptor, data)
 os.write = full
 """
-    script, words = (
-        train_after(code, tmp_path, "evaluate.py"),
-        [f"run={trained('dpo')}", "output=e.jsonl", "rows=r.jsonl"],
-    )
+    script = train_after(code, tmp_path, "evaluate.py")
+    words = [f"run={trained('dpo')}", "output=e.jsonl", "rows=r.jsonl"]
     assert launcher.run(*words, script=script, directory=tmp_path, as_typed=True) == 1
     assert "evaluation examples\n  loss/eval " in launcher.output and "Traceback" not in launcher.output
     assert "error: can't write to e.jsonl: No space left on device; make room" in launcher.output

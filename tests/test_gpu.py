@@ -38,7 +38,7 @@ def test_kernel_gives_the_gradients_of_attention_segment_by_segment(architecture
 def test_rows_are_packed_if_the_kernel_supports_the_dtype(architecture):
     for dtype, is_packed in ((torch.bfloat16, True), (torch.float32, False)):
         layout, message = check_model(on_gpu(architecture, dtype), BATCH, MAX_LENGTH, padding_free="auto")
-        assert layout == Layout(is_shared=True, is_packed=is_packed), message
+        assert layout == Layout(shares_prompts=True, is_packed=is_packed), message
 
 
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer"])

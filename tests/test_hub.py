@@ -3,12 +3,9 @@
 import functools
 import gzip
 import io
-import json
 import re
 import shutil
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -16,6 +13,8 @@ from conftest import ORACLE, mark_exhaustive_except, read_jsonl
 from hub_server import TOKEN, Hub
 from launcher import train_after
 from test_cli import assert_refused
+from test_formats import jsonl, parquet
+from test_own_data import RUN, pairs
 
 pytestmark = pytest.mark.slow
 
@@ -33,10 +32,6 @@ CARD = b"---\nlicense: mit\ntags:\n- human-feedback\n---\n# A dataset\n"
 def model_files() -> dict[str, bytes]:
     """Return a small GPT-NeoX and its tokenizer as the files of a hub repository."""
     return {path.name: path.read_bytes() for path in (ORACLE / "model").iterdir()}
-
-
-def jsonl(rows: list) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def hh_files() -> dict[str, bytes]:
@@ -85,9 +80,7 @@ def se_files() -> dict[str, bytes]:
             answers = [{"answer_id": j, "pm_score": j, "text": text, **answer} for j, text in enumerate(texts)]
             row = {"qid": i, "question": f"<p>{site} {i}?</p>", "answers": answers}
             rows.append({**row, "date": "2013/1/1", "metadata": [""]})
-        buffer = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-        files[f"data/{site}.stackexchange.com.parquet"] = buffer.getvalue()
+        files[f"data/{site}.stackexchange.com.parquet"] = parquet(rows)
     return files
 
 
@@ -145,7 +138,10 @@ def final_weights(tmp_path) -> dict[str, torch.Tensor]:
     return torch.load(tmp_path / "run/LATEST/policy.pt", weights_only=True)["state"]
 
 
-@pytest.mark.parametrize(("name", "repo_id", "n_pairs"), [("shp", SHP, None), ("se", SE, 297 * 3)])
+@pytest.mark.parametrize(
+    ("name", "repo_id", "n_pairs"),
+    mark_exhaustive_except([("shp", SHP, None), ("se", SE, 297 * 3)], ("se", SE, 297 * 3)),
+)
 def test_named_datasets_are_read_from_the_hub(name, repo_id, n_pairs, online_ok, hub, repository_files):
     hub.repository("datasets", repo_id).commit(repository_files[name])
     output = online_ok(*DPO, f"datasets=[{name}]", "data_only=true")
@@ -155,11 +151,11 @@ def test_named_datasets_are_read_from_the_hub(name, repo_id, n_pairs, online_ok,
         assert f"Training data: {n_pairs - n_pairs % 4} examples per epoch" in output
     downloads = hub.downloads()
     assert set(downloads.values()) == {1}
-    assert files_of_data(repository_files[name]) <= set(downloads)
+    assert data_files(repository_files[name]) <= set(downloads)
 
 
-def files_of_data(body: dict[str, bytes]) -> set[str]:
-    return {file for file in body if file.endswith((".gz", ".json", ".parquet")) and "red-team" not in file}
+def data_files(files: dict[str, bytes]) -> set[str]:
+    return {file for file in files if file.endswith((".gz", ".json", ".parquet")) and "red-team" not in file}
 
 
 def first_chosen_logps(run_dir) -> float:
@@ -202,9 +198,7 @@ def test_dpo_trains_on_hh_from_the_hub_and_later_runs_need_no_hub(online_ok, hub
     assert re.search(r"^ *4/\d+ ", output, re.MULTILINE)
     downloads = hub.downloads()
     assert set(downloads.values()) == {1}
-    assert files_of_data(repository_files["hh"]) | {"model.safetensors", "tokenizer.json", "config.json"} <= set(
-        downloads
-    )
+    assert data_files(repository_files["hh"]) | {"model.safetensors", "tokenizer.json", "config.json"} <= set(downloads)
     assert not any("red-team" in file for file in downloads)
 
     n_requests = []
@@ -310,6 +304,7 @@ def test_server_error_is_not_reported_as_a_missing_file(word, part, online, hub,
     assert_refused(refused, tmp_path, part, f"/{word})", "Start again later; downloaded files are kept")
 
 
+@pytest.mark.exhaustive
 def test_interrupted_download_resumes(online_ok, hub, tmp_path):
     config = transformers.AutoConfig.from_pretrained(ORACLE / "model", hidden_size=384, intermediate_size=2048)
     torch.manual_seed(0)
@@ -323,15 +318,13 @@ def test_interrupted_download_resumes(online_ok, hub, tmp_path):
     assert ("GET", f"{PYTHIA}#model.safetensors", f"bytes={10 << 20}-") in hub.requests
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("file", "part"),
-    mark_exhaustive_except(
-        [
-            ("model-00002-of-00003.safetensors", f"model.name_or_path={PYTHIA}: the hub ("),
-            ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub ("),
-        ],
-        lambda case: case[0].startswith("model"),
-    ),
+    [
+        ("model-00002-of-00003.safetensors", f"model.name_or_path={PYTHIA}: the hub ("),
+        ("helpful-base/train.jsonl.gz", f"can't load '{HH}': the hub ("),
+    ],
 )
 def test_restart_after_a_lost_hub_downloads_only_missing_files(
     file, part, impatient, repository_files, hub_address, tmp_path
@@ -361,6 +354,7 @@ def test_restart_after_a_lost_hub_downloads_only_missing_files(
     assert file in after and not after.keys() & kept and set(after.values()) == {1}
 
 
+@pytest.mark.exhaustive
 def test_only_one_of_several_workers_downloads_each_file(online_ok, hub):
     online_ok(*DPO, "trainer=FSDPTrainer", "world_size=2", forks_workers=True)
     assert set(hub.downloads().values()) == {1}
@@ -384,6 +378,7 @@ def test_damaged_hub_file_is_named_with_its_cached_copy(online, hub, repository_
     assert f"snapshots/{commit}/helpful-base/train.jsonl.gz" in refused.stderr
 
 
+@pytest.mark.exhaustive
 def test_damaged_arrow_files_of_a_hub_dataset_are_read_again(online, online_ok, hub, tmp_path):
     only_data = [*DPO, "datasets=[hh]", "data_only=true"]
     online_ok(*only_data)
@@ -417,3 +412,45 @@ def test_current_commit_comes_from_the_hub_or_else_from_the_cache(train_from_hub
     (folder.parents[1] / "refs/main").write_text(first)
     hub.stop()
     assert commit() == first
+
+
+def test_hub_dataset_is_chosen_by_id_config_and_splits(train_from_hub, hub_address, tmp_path):
+    card = """---
+configs:
+- config_name: helpful
+  data_files:
+  - split: train_prefs
+    path: helpful/train.parquet
+  - split: test_prefs
+    path: helpful/test.parquet
+- config_name: honest
+  data_files: honest/rows.parquet
+---
+"""
+    files = {
+        "README.md": card.encode(),
+        "helpful/train.parquet": parquet(pairs(*(f"helpful {i}" for i in range(12)))),
+        "helpful/test.parquet": parquet(pairs(*(f"test {i}" for i in range(5)))),
+        "honest/rows.parquet": parquet(pairs(*(f"honest {i}" for i in range(10)))),
+    }
+    with Hub(hub_address) as hub:
+        hub.repository("datasets", "lab/prefs").commit(files)
+
+        def run(dataset: str, *overrides: str):
+            return train_from_hub(*RUN, f"datasets=['{dataset}']", *overrides)
+
+        splits = ["train_split=train_prefs", "test_split=test_prefs"]
+        result = run("lab/prefs:helpful", *splits, "data_only=true")
+        assert result.returncode == 0, result.stdout + result.stderr
+        for text in ("12 rows read, 12 prompts", "5 rows read, 5 prompts", "Training data: 12 examples"):
+            assert text in result.stdout
+        result = run("lab/prefs:honest", "data_only=true")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "10 rows read" in result.stdout and "held out from the training data" in result.stdout
+        assert_refused(
+            run("lab/prefs:helpful"), tmp_path / "none", "no split 'train'; its splits are train_prefs, test"
+        )
+        assert_refused(
+            run("lab/prefs:helpful", "train_split=x"), tmp_path / "none", "train_split=x: it has no such split"
+        )
+        assert_refused(run("lab/prefs"), tmp_path / "none", "lab/prefs", "helpful", "honest")

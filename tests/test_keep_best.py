@@ -65,6 +65,7 @@ def test_stop_when_worse_ends_and_completes_the_run(launcher, tmp_path):
     assert max(evaluations(tmp_path / "run")) == 40
 
 
+@pytest.mark.exhaustive
 def test_best_checkpoint_and_early_stopping_survive_a_kill(launcher, tmp_path):
     run = [*RUN, "n_examples=24", "keep_best=loss/eval", "stop_when_worse=3", "keep_checkpoints=1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -78,6 +79,7 @@ def test_best_checkpoint_and_early_stopping_survive_a_kill(launcher, tmp_path):
     assert os.readlink(cut / "BEST") == os.readlink(whole / "BEST")
 
 
+@pytest.mark.exhaustive
 def test_best_link_is_repaired_after_a_crash_and_kept_without_keep_best(launcher, tmp_path):
     run = [*RUN, "keep_checkpoints=1", "save_every=8", f"local_run_dir={tmp_path}/run"]
     keep = "keep_best=lengths_eval/chosen"  # the lengths of the data never change: the first evaluation is the best
@@ -167,6 +169,7 @@ def test_equal_metric_is_not_better_and_a_new_metric_starts_over(make_trainer):
         best.record_evaluation(state, config)
 
 
+@pytest.mark.exhaustive
 def test_run_killed_before_the_final_latest_writes_it_on_resume(launcher, tmp_path):
     run = [*RUN, "n_examples=8", "keep_best=loss/eval", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run) == 0, launcher.output

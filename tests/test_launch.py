@@ -47,6 +47,7 @@ def start_run(launcher, tmp_path):
     return start_train
 
 
+@pytest.mark.exhaustive
 def test_killed_worker_ends_the_run_and_resume_completes_it(start_run, tmp_path):
     run = start_run("n_examples=4000")
     run.wait_for(r"wrote .*/step-32 ")
@@ -185,6 +186,15 @@ def test_config_that_does_not_fit_the_workers_is_refused(overrides, n_workers, m
     OmegaConf.resolve(config)
     with pytest.raises(UserError, match=message):
         check_config(config)
+
+
+@pytest.mark.exhaustive
+def test_workers_that_refuse_the_model_end_without_a_traceback_or_a_run_directory(launcher, tmp_path):
+    run = [*RUN, "trainer=TensorParallelTrainer", f"local_run_dir={tmp_path}/run"]
+    assert launcher.run(*run, n_workers=3) == 1
+    assert re.search("error: .*num_attention_heads=4", launcher.output), launcher.output
+    assert "Traceback" not in launcher.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_launcher_variables_are_named(launcher):

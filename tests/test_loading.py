@@ -126,7 +126,7 @@ BROKEN_MODELS = {  # a file of the model's folder, and its new content
     "config.json: empty": ("config.json", ""),
     "config.json: a list": ("config.json", "[1]"),
     "config.json: null": ("config.json", "null"),
-    "config.json: a text for a number": ("config.json", '{"model_type": "gpt_neox", "hidden_size": "wide"}'),
+    "config.json: a string for a number": ("config.json", '{"model_type": "gpt_neox", "hidden_size": "wide"}'),
     "config.json: a negative number": ("config.json", '{"model_type": "gpt_neox", "hidden_size": -64}'),
     "config.json: unknown architecture": ("config.json", '{"model_type": "gpt_nex"}'),
     "config.json: no architecture": ("config.json", "{}"),
@@ -168,7 +168,7 @@ def test_run_directory_given_for_its_checkpoint_is_refused(key, make_oracle, mod
 
 def test_remedy_for_a_damaged_model_folder_is_another_copy(make_oracle, model_dir):
     (model_dir / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(UserError, match="\nCopy or download the folder again, or name another model"):
+    with pytest.raises(UserError, match="\nCopy or download the folder again, or name another"):
         make_oracle()
 
 
@@ -315,7 +315,7 @@ BROKEN_ADAPTERS = {
     "config: another method": ("adapter_config.json", '{"peft_type": "IA3"}'),
     "config: no method": ("adapter_config.json", "{}"),
     "config: rank 0": ("adapter_config.json", '{"peft_type": "LORA", "r": 0, "target_modules": ["dense"]}'),
-    "config: a text as rank": ("adapter_config.json", '{"peft_type": "LORA", "r": "x", "target_modules": ["dense"]}'),
+    "config: a string as rank": ("adapter_config.json", '{"peft_type": "LORA", "r": "x", "target_modules": ["dense"]}'),
     "config: no targets": ("adapter_config.json", '{"peft_type": "LORA", "target_modules": 5}'),
     "weights: empty": ("adapter_model.safetensors", ""),
     "weights: text": ("adapter_model.safetensors", "hello" * 99),

@@ -16,7 +16,7 @@ from torch import nn
 
 from acceleration import memory_plan, speed_up
 from acceleration.capacity import measure_activations
-from acceleration.optimizer_memory import state_bytes, step_one_by_one, steps_by_foreach
+from acceleration.optimizer_memory import state_bytes, step_one_by_one, uses_foreach_by_default
 from acceleration.out_of_memory import out_of_memory_explained
 from acceleration.prefix_sharing import packed_rows, shared_rows
 from acceleration.response_head import response_logps
@@ -27,7 +27,7 @@ from distributed import environment
 from distributed.dtensor import distribute_model
 from distributed.fsdp import make_meshes, shard_model
 from distributed.strategies import FullySharded, SingleProcess
-from models import _check_on_gpus
+from models import _check_fits_on_gpus
 from reporting.metrics import check_finite
 from reporting.usage import n_parameters, peak_flops
 from utils import UserError
@@ -178,10 +178,10 @@ def test_one_by_one_setting_survives_loading_and_gives_the_same_weights():
         ("AdamW", {"fused": True}, False), ("AdamW", {}, True),
     ],
 )  # fmt: skip
-def test_only_a_default_step_on_a_gpu_may_be_made_smaller(name, options, expected):
+def test_foreach_that_is_pytorchs_default_is_told_from_a_users_choice(name, options, expected):
     optimizer = getattr(torch.optim, name)([nn.Parameter(torch.zeros(2))], lr=1e-3, **options)
-    assert steps_by_foreach(optimizer, GPU) == expected
-    assert not steps_by_foreach(optimizer, CPU)
+    assert uses_foreach_by_default(optimizer, GPU) == expected
+    assert not uses_foreach_by_default(optimizer, CPU)
 
 
 def test_copies_of_trained_weights_are_freed_before_the_optimizer_steps():
@@ -247,11 +247,11 @@ def llama_on_meta() -> nn.Module:
 def test_model_larger_than_the_gpu_is_refused(monkeypatch):
     model, config = llama_on_meta(), compose_config("model=tiny", "loss=dpo", "model.reference_dtype=float16")
     n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    _check_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU: the model stays in CPU memory
+    _check_fits_on_gpus(model, "model.name_or_path=x", config, "balanced")  # no GPU: the model stays in CPU memory
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _check_on_gpus(model, "model.name_or_path=x", config, "cpu")  # loaded there to be divided between workers
+    _check_fits_on_gpus(model, "model.name_or_path=x", config, "cpu")  # loaded there to be divided between workers
     with pytest.raises(UserError, match=r"model.name_or_path=x has 0.4 GB of weights in float32") as error:
-        _check_on_gpus(model, "model.name_or_path=x", config, "balanced")
+        _check_fits_on_gpus(model, "model.name_or_path=x", config, "balanced")
     assert n_bytes / 1e9 == pytest.approx(0.4, abs=0.05)
     assert "lora={}" in str(error.value) and "trainer=FSDPTrainer" in str(error.value)
 
@@ -284,7 +284,7 @@ def test_gpus_are_known_by_the_words_of_their_names(name, flops):
     assert peak_flops(name) == flops
 
 
-def test_packed_4_bit_weights_count_whole():
+def test_packed_4_bit_weights_are_counted_one_by_one():
     packed = nn.Parameter(torch.zeros(48, 1, dtype=torch.uint8), requires_grad=False)  # of an 8 × 12 matrix
     packed.quant_state = types.SimpleNamespace(shape=torch.Size([8, 12]))
     model = nn.ParameterList([packed, nn.Parameter(torch.zeros(5))])

@@ -68,7 +68,7 @@ def test_neutral_settings_leave_logits_to_the_output_head(dtype):
         transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=1.0),
     ]
     for config in configs:
-        assert check_model(as_initialized(config, dtype), BATCHES["ordinary"], 24)[0] == Layout(is_shared=True)
+        assert check_model(as_initialized(config, dtype), BATCHES["ordinary"], 24)[0] == Layout(shares_prompts=True)
 
 
 # ---- synthetic examples ---------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_synthetic_examples_have_the_requested_lengths_and_tokens_of_the_data():
 )
 def test_attention_window_by_row_position_is_noticed(dtype):
     model = tiny_model("gpt_neo", window_size=32, max_position_embeddings=1024).to(dtype)
-    assert check_model(model, SHORT, 16, shared_prompt=True)[0].is_shared  # rows are within the window
+    assert check_model(model, SHORT, 16, shared_prompt=True)[0].shares_prompts  # rows are within the window
     layout, message = check_model(model, SHORT)
     assert layout == Layout()
     assert "Prefix sharing: off; the model's local attention (window of 32) ignores position_ids" in message
@@ -128,11 +128,20 @@ def test_design_that_excludes_prompt_sharing_is_noticed_in_16_bits(model_type, w
     assert message.startswith(f"Prefix sharing: off; {why}")
 
 
-@pytest.mark.parametrize(("window", "is_shared"), [(MAX_LENGTH - 2, False), (MAX_LENGTH - 1, True)])
-def test_window_one_token_too_short_is_noticed(window, is_shared):
+@pytest.mark.parametrize(("window", "shares_prompts"), [(MAX_LENGTH - 2, False), (MAX_LENGTH - 1, True)])
+def test_window_one_token_too_short_is_noticed(window, shares_prompts):
     """MAX_LENGTH - 2 tokens precede the last token that predicts another one."""
     model = tiny_model("mistral", sliding_window=window).double()
-    assert check_model(model, SHORT)[0] == Layout(is_shared)
+    assert check_model(model, SHORT)[0] == Layout(shares_prompts)
+
+
+def test_requested_sharing_of_unpaired_prompts_is_refused(make_trainer, tmp_path):
+    rows = [{"prompt": f"Name {i}.", "completion": f" {i}", "label": i % 2 == 0} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ["model=tiny", f"datasets=[{tmp_path}/rows.jsonl]", "loss=kto", "batch_size=4", "test_fraction=0.4"]
+    make_trainer(*run)
+    with pytest.raises(UserError, match="no two responses share a prompt; use shared_prompt=auto"):
+        make_trainer(*run, "shared_prompt=true")
 
 
 def test_rows_longer_than_a_model_can_compute_are_noticed():
@@ -225,7 +234,7 @@ def test_model_that_routes_at_random_in_training_is_refused(settings, dtype):
 )
 def test_training_noise_is_turned_off_with_dropout(model_type, noise):
     model = tiny_model(model_type, **noise)
-    assert check_model(model, SHORT)[0].is_shared
+    assert check_model(model, SHORT)[0].shares_prompts
     model.train()
     assert torch.equal(*(own_logps(model, SHORT) for _ in range(2)))
 
@@ -321,7 +330,7 @@ def test_edit_of_get_batch_logps_changes_what_is_trained(loss, metric, make_trai
 
 def test_subclass_that_edits_concatenated_forward_changes_what_is_trained(make_trainer, monkeypatch, capsys):
     class Edited(trainers.BasicTrainer):
-        """Trains on half of each log-probability."""
+        """Trains on log-probabilities divided by 2."""
 
         def concatenated_forward(self, model, batch):
             return tuple(logps / 2 for logps in super().concatenated_forward(model, batch))
@@ -461,6 +470,6 @@ def test_flex_attention_without_gradients_is_refused(launcher, model_dir, tmp_pa
     run = [*RUN, f"model.name_or_path={path}", "loss=sft", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run, script=script) == 1
     assert "error: LlamaForCausalLM: plain_logps fails" in launcher.output
-    assert "attn_implementation=flex_attention now; sdpa and eager" in launcher.output
+    assert "set model.attn_implementation to sdpa or eager (now flex_attention)" in launcher.output
     assert "Traceback" not in launcher.output
     assert not (tmp_path / "run").exists()

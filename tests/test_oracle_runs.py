@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ORACLE, figures, hydra_list, mark_exhaustive_except, read_jsonl
+from conftest import ORACLE, figures, mark_exhaustive_except, read_jsonl
 
+from config_checks.overrides import override_value
 from preference_datasets import get_hh
 
 RUNS = ["sft", "sft_adamw_two_epochs", "dpo", "dpo_conservative", "dpo_clipped", "dpo_reference_free", "ipo"]
@@ -31,8 +32,8 @@ def overrides_of(run: dict) -> list[str]:
     """Return overrides that set a recorded run's settings."""
     config = run["config"] | {"n_eval_examples": n_evaluated_once(run)}
     loss = dict(config["loss"])
-    overrides = [f"{key}={hydra_list(config[key])}" for key in SETTINGS]
-    return [*overrides, f"loss={loss.pop('name')}", *(f"loss.{key}={hydra_list(loss[key])}" for key in loss)]
+    overrides = [f"{key}={override_value(config[key])}" for key in SETTINGS]
+    return [*overrides, f"loss={loss.pop('name')}", *(f"loss.{key}={override_value(loss[key])}" for key in loss)]
 
 
 def batch_means(microbatches: list[dict], n_examples: int | None = None) -> dict[int, dict[str, float]]:

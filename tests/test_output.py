@@ -109,6 +109,7 @@ def assert_only_warned(errors: str):
 BROKEN = "import os\nread, write = os.pipe()\nos.dup2(write, 1), os.close(write), os.close(read)"
 
 
+@pytest.mark.exhaustive
 def test_closed_stdout_pipe_does_not_stop_training(launcher, tmp_path):
     run = [*SHORT, "sample_during_eval=false", f"local_run_dir={tmp_path}/run"]
     assert launcher.run(*run, script=train_after(BROKEN, tmp_path)) == 0, launcher.output
@@ -141,6 +142,7 @@ def test_full_disk_under_both_streams_does_not_stop_training(launcher, tmp_path)
     assert_complete(tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 def test_workers_train_on_after_their_pipe_is_closed(start_piped, launcher, tmp_path):
     start_piped(5, "trainer=FSDPTrainer", "world_size=2", "minimum_log_interval_secs=1e-9")
     assert launcher.wait() == 0

@@ -5,8 +5,9 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from checkpointing.archives import export_command
 from commands.command_line import compose_config, for_hydra
-from config_checks.overrides import explain_commas, explain_override, typed_string
+from config_checks.overrides import explain_commas, explain_override, quoted_path, typed_string
 from utils import UserError
 
 CASES = {  # the words on the command line, separated by |, and parts of the message
@@ -48,6 +49,19 @@ def test_unreadable_words_are_explained(words):
 def test_suggested_word_is_parsed_as_the_string(text):
     (word,) = shlex.split(typed_string("exp_name", text))
     assert OverridesParser.create().parse_override(word).value() == text
+
+
+@pytest.mark.parametrize("path", ["/runs/a-1", "/it's a=b", "/home/josé/run", "/run\\step", "/it\\'s", "/run\\"])
+def test_path_in_a_printed_command_is_parsed_as_the_path(path):
+    assert OverridesParser.create().parse_override(f"resume={quoted_path(path)}").value() == path
+
+
+def test_printed_export_command_can_be_typed_for_any_run_directory():
+    python, script, *words = shlex.split(export_command("/it's a=b/step-8"))
+    overrides = OverridesParser.create().parse_overrides(words)
+    values = {override.key_or_group: override.value() for override in overrides}
+    assert (python, script) == ("python", "export.py")
+    assert values == {"run": "/it's a=b", "checkpoint": "step-8", "output": "DIR"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Training on files, folders and hub ids: selection, order and truncation of the rows."""
+"""Training on files and folders: which rows are read, in which order, and how long ones are truncated."""
 
 import json
 import random
@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ORACLE, REPOSITORY, read_jsonl
-from hub_server import Hub
 from test_cli import assert_refused
-from test_formats import jsonl, parquet
+from test_formats import jsonl
 from transformers import AutoTokenizer
 
-from data.batches import mismatched_batch
 from data.choice import Choice, Settings
 from preference_datasets import get_batch_iterator
 from utils import UserError
@@ -259,10 +257,6 @@ def test_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, 
 # ---- truncation -----------------------------------------------------------------------------------------------------
 
 
-def lengths_of(batches) -> list[int]:
-    return [int(n) for batch in batches for n in batch["chosen_attention_mask"].sum(1)]
-
-
 @pytest.mark.parametrize("is_named", [False, True], ids=["file", "hh"])
 def test_truncation_cuts_drops_or_refuses_long_examples(is_named, tokenizer, tmp_path, capsys):
     long = "start " * 20 + "end"
@@ -301,21 +295,6 @@ def test_truncation_cuts_drops_or_refuses_long_examples(is_named, tokenizer, tmp
     assert f"  datasets=[{name}], train split, row 1\n" in str(error.value)
 
 
-def test_data_report_counts_what_is_trained_on(make_trainer, tmp_path, capsys):
-    rows = pairs("a") * 3 + pairs("b", "c", n_words=60) + [{"prompt": "d", "chosen": "same", "rejected": "same"}]
-    for split in ("train", "test"):
-        write(tmp_path / "data" / f"{split}.jsonl", rows)
-    run = [*RUN, f"datasets=[{tmp_path}/data]", "on_bad_example=skip", "batch_size=1", "eval_every=1"]
-    make_trainer(*run)
-    output = capsys.readouterr().out
-    assert "6 rows read, 5 prompts with 5 pairs; dropped: 1 identical responses" in output
-    assert "2 of 5 (40.0%) are longer than max_length=64: 0 prompts are cut to max_prompt_length=32, 2 have " in output
-    make_trainer(*run, "truncation=drop")
-    output = capsys.readouterr().out
-    assert "dropped 2 examples longer than max_length" in output
-    assert "no example is longer than max_length=64" in output and "Training data: 3 examples per epoch" in output
-
-
 @pytest.mark.parametrize("datasets", ["[toy]", "[toy,{}]"])
 def test_dataset_emptied_by_truncation_is_an_error(datasets, make_trainer, tmp_path):
     path = write(tmp_path / "rows.jsonl", pairs(*"abcdefgh"))
@@ -347,136 +326,6 @@ def test_unusable_rows_are_reported_at_the_command_line(train, tmp_path):
     result = train(*RUN, f"datasets=[{path}]", "on_bad_example=skip", "n_examples=null", "batch_size=1", "eval_every=1")
     assert result.returncode == 0, result.stderr
     assert "4 rows read, 2 prompts with 2 pairs; dropped: 1 wrong type" in result.stdout
-
-
-# ---- the hub --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_hub_dataset_is_chosen_by_id_config_and_splits(train_from_hub, hub_address, tmp_path):
-    card = """---
-configs:
-- config_name: helpful
-  data_files:
-  - split: train_prefs
-    path: helpful/train.parquet
-  - split: test_prefs
-    path: helpful/test.parquet
-- config_name: honest
-  data_files: honest/rows.parquet
----
-"""
-    files = {
-        "README.md": card.encode(),
-        "helpful/train.parquet": parquet(pairs(*(f"helpful {i}" for i in range(12)))),
-        "helpful/test.parquet": parquet(pairs(*(f"test {i}" for i in range(5)))),
-        "honest/rows.parquet": parquet(pairs(*(f"honest {i}" for i in range(10)))),
-    }
-    with Hub(hub_address) as hub:
-        hub.repository("datasets", "lab/prefs").commit(files)
-
-        def run(dataset: str, *overrides: str):
-            return train_from_hub(*RUN, f"datasets=['{dataset}']", *overrides)
-
-        splits = ["train_split=train_prefs", "test_split=test_prefs"]
-        result = run("lab/prefs:helpful", *splits, "data_only=true")
-        assert result.returncode == 0, result.stdout + result.stderr
-        for text in ("12 rows read, 12 prompts", "5 rows read, 5 prompts", "Training data: 12 examples"):
-            assert text in result.stdout
-        result = run("lab/prefs:honest", "data_only=true")
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "10 rows read" in result.stdout and "held out from the training data" in result.stdout
-        assert_refused(
-            run("lab/prefs:helpful"), tmp_path / "none", "no split 'train'; its splits are train_prefs, test"
-        )
-        assert_refused(
-            run("lab/prefs:helpful", "train_split=x"), tmp_path / "none", "train_split=x: it has no such split"
-        )
-        assert_refused(run("lab/prefs"), tmp_path / "none", "lab/prefs", "helpful", "honest")
-
-
-# ---- unpaired and ranked --------------------------------------------------------------------------------------------
-
-UNPAIRED = [
-    {"prompt": f"Question {i}", "completion": f" answer {i % 4}", "label": i % 3 > 0} for i in range(12)
-]  # fmt: skip
-
-
-def test_kto_on_unpaired_data_equals_its_equation(make_trainer, tmp_path):
-    """Eq. 8 of https://arxiv.org/abs/2402.01306 with log-probabilities of each single response, computed one by one."""
-    for split in ("train", "test"):
-        write(tmp_path / "data" / f"{split}.jsonl", UNPAIRED)
-    trainer = make_trainer(*RUN, "loss=kto", f"datasets=[{tmp_path}/data]", "loss.beta=0.3",
-                           "loss.undesirable_weight=2", "model.policy_dtype=float64",
-                           "model.reference_dtype=float64")  # fmt: skip
-    before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
-
-    def logp(weights: dict, prompt: str, response: str) -> torch.Tensor:
-        trainer.policy.load_state_dict(weights)
-        tokenizer = trainer.tokenizer
-        prompt_ids, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response))
-        whole = torch.tensor([[*prompt_ids, *ids, tokenizer.eos_token_id]])
-        logps = trainer.policy(whole).logits[0, :-1].log_softmax(-1)
-        return logps.gather(1, whole[0, 1:, None])[len(prompt_ids) - 1 :].sum()
-
-    with torch.no_grad():
-        after = {name: tensor * (1.05 if tensor.is_floating_point() else 1) for name, tensor in before.items()}
-
-        def ratio(prompt: str, response: str) -> torch.Tensor:
-            return logp(after, prompt, response) - logp(before, prompt, response)
-
-        batch = next(iter(trainer.train_iterator))
-        labels = {(row["prompt"], row["completion"]): row["label"] for row in UNPAIRED}
-        singles, others = [], []
-        for source, found in ((batch, singles), (mismatched_batch(batch), others)):
-            for side in ("chosen", "rejected"):
-                for ids, mask, y in zip(source[f"{side}_input_ids"], source[f"{side}_attention_mask"],
-                                        source[f"{side}_labels"], strict=True):  # fmt: skip
-                    start = int((y != -100).int().argmax())
-                    texts = [trainer.tokenizer.decode(part) for part in (ids[:start], ids[start : int(mask.sum())])]
-                    found.append((texts[0], texts[1].removesuffix("<|endoftext|>"), side))
-        assert all(labels[prompt, response] == (side == "chosen") for prompt, response, side in singles)
-        assert not any((prompt, response) in [single[:2] for single in singles] for prompt, response, _ in others)
-        kl = max(0.0, float(sum(ratio(p, r) for p, r, _ in others)) / len(others))
-        losses = []
-        for prompt, response, side in singles:
-            r = float(ratio(prompt, response))
-            sigmoid = torch.tensor(0.3 * (r - kl) if side == "chosen" else 0.3 * (kl - r)).sigmoid().item()
-            losses.append((1 if side == "chosen" else 2) * (1 - sigmoid))
-        trainer.policy.load_state_dict(after)
-    loss, _ = trainer.get_batch_metrics(batch, trainer.config.loss)
-    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
-
-
-def test_unpaired_training_uses_every_response_and_repeats_the_rarer_label(make_trainer, tmp_path):
-    for split in ("train", "test"):
-        write(tmp_path / "data" / f"{split}.jsonl", UNPAIRED)
-    trainer = make_trainer(*RUN, "loss=kto", f"datasets=[{tmp_path}/data]")
-    prompts = trainer.train_iterator.prompts
-    desirable = [row["prompt"] for row in UNPAIRED if row["label"]]
-    undesirable = [row["prompt"] for row in UNPAIRED if not row["label"]]
-    assert sorted(p.text for p in prompts) == sorted(desirable)
-    others = [p.other.text for p in prompts]
-    assert {p: others.count(p) for p in undesirable} == dict.fromkeys(undesirable, 2)
-
-
-@pytest.mark.parametrize("kind", ["ranked", "unpaired"])
-def test_reference_is_precomputed_for_ranked_data_and_refused_for_unpaired(kind, make_trainer, tmp_path):
-    rows = UNPAIRED
-    if kind == "ranked":
-        rows = [{"prompt": f"Q {i}", "responses": [" a", f" b{i}", " c c"], "ranks": [2, 1, 2]} for i in range(8)]
-    for split in ("train", "test"):
-        write(tmp_path / "data" / f"{split}.jsonl", rows)
-    run = [*RUN, f"datasets=[{tmp_path}/data]"]
-    if kind == "unpaired":
-        with pytest.raises(UserError, match="loss=kto forms new pairs of prompts and responses in every batch"):
-            make_trainer(*run, "loss=kto", "precompute_ref_log_probs=true")
-        return
-    online, precomputed = (make_trainer(*run, f"precompute_ref_log_probs={value}") for value in ("false", "true"))
-    assert precomputed.reference is None
-    for batch in online.train_iterator:
-        expected = torch.stack(online.reference_logps(batch))
-        assert torch.allclose(torch.stack(precomputed.reference_logps(batch)), expected, rtol=1e-5)
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------

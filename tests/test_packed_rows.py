@@ -31,7 +31,7 @@ from distributed.strategies import SingleProcess
 from log_probabilities import _get_batch_logps
 from utils import UserError
 
-TAKE_PACKED = [name for name in CONFIGS if name != "gptj"]  # GPT-J has its own attention
+SUPPORT_PACKED_ROWS = [name for name in CONFIGS if name != "gptj"]  # GPT-J has its own attention
 
 
 def model_for_packed_rows(architecture: str, dtype=torch.float64, **changes) -> torch.nn.Module:
@@ -48,7 +48,7 @@ def model_for_packed_rows(architecture: str, dtype=torch.float64, **changes) -> 
 
 @pytest.mark.parametrize("loss_name", ["dpo", "ipo"])
 @pytest.mark.parametrize("batch_name", BATCHES)
-@pytest.mark.parametrize("architecture", TAKE_PACKED)
+@pytest.mark.parametrize("architecture", SUPPORT_PACKED_ROWS)
 @pytest.mark.usefixtures("all_in_float64")
 def test_packed_row_gives_the_gradients_of_the_original(architecture, batch_name, loss_name):
     model, batch = model_for_packed_rows(architecture), BATCHES[batch_name]
@@ -58,7 +58,7 @@ def test_packed_row_gives_the_gradients_of_the_original(architecture, batch_name
 
 
 @pytest.mark.parametrize("batch_name", BATCHES)
-@pytest.mark.parametrize("architecture", TAKE_PACKED)
+@pytest.mark.parametrize("architecture", SUPPORT_PACKED_ROWS)
 @pytest.mark.usefixtures("all_in_float64")
 def test_sft_in_a_packed_row_gives_the_gradients_of_the_original(architecture, batch_name):
     model = model_for_packed_rows(architecture)
@@ -68,7 +68,7 @@ def test_sft_in_a_packed_row_gives_the_gradients_of_the_original(architecture, b
     assert_same(loss_and_gradients(model, response_logps(model, packed_rows(batch)), "sft"), expected, 1e-9)
 
 
-@pytest.mark.parametrize("architecture", TAKE_PACKED)
+@pytest.mark.parametrize("architecture", SUPPORT_PACKED_ROWS)
 def test_packed_rows_in_float32_differ_by_rounding_only(architecture):
     model, batch = model_for_packed_rows(architecture, torch.float32), BATCHES["ordinary"]
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
@@ -76,7 +76,7 @@ def test_packed_rows_in_float32_differ_by_rounding_only(architecture):
     assert_same(loss_and_gradients(model, logps, "dpo"), expected, 1e-5)
 
 
-@pytest.mark.parametrize("architecture", TAKE_PACKED)
+@pytest.mark.parametrize("architecture", SUPPORT_PACKED_ROWS)
 @pytest.mark.usefixtures("all_in_float64")
 def test_recomputed_activations_give_the_same_gradients(architecture):
     model, rows = model_for_packed_rows(architecture), packed_rows(BATCHES["ordinary"], shared=True)
@@ -153,11 +153,11 @@ def test_packed_rows_hold_no_padding():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", TAKE_PACKED)
+@pytest.mark.parametrize("architecture", SUPPORT_PACKED_ROWS)
 def test_supported_models_get_packed_rows(architecture, dtype):
     model = make_model(copy.deepcopy(CONFIGS[architecture]), torch.float32).to(dtype)
     chosen = check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free=True)
-    assert chosen == (Layout(is_shared=True, is_packed=True), "Prefix sharing: on; rows have no padding")
+    assert chosen == (Layout(shares_prompts=True, is_packed=True), "Prefix sharing: on; rows have no padding")
     chosen = check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=False, padding_free=True)
     assert chosen == (Layout(is_packed=True), "Rows have no padding")
 
@@ -166,7 +166,7 @@ def test_model_check_runs_under_autocast():
     model = make_model(copy.deepcopy(CONFIGS["qwen3"]), torch.float32)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     layout, _ = check_model(model, BATCHES["ordinary"], MAX_LENGTH, autocast, padding_free=True)
-    assert layout == Layout(is_shared=True, is_packed=True)
+    assert layout == Layout(shares_prompts=True, is_packed=True)
     with torch.no_grad(), autocast():
         ours = response_logps(model, packed_rows(BATCHES["ordinary"], shared=True))
         expected = response_logps(model, shared_rows(BATCHES["ordinary"]))
@@ -175,7 +175,7 @@ def test_model_check_runs_under_autocast():
 
 def test_rows_are_packed_on_a_cpu_only_on_request():
     model = make_model(CONFIGS["llama"])
-    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free="auto")[0] == Layout(is_shared=True)
+    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, padding_free="auto")[0] == Layout(shares_prompts=True)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -184,10 +184,10 @@ def test_models_with_windows_share_prompts_only_in_packed_rows():
     model = make_model(config)
     assert check_model(model, BATCHES["ordinary"], MAX_LENGTH)[0] == Layout()
     layout, _ = check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=True, padding_free=True)
-    assert layout == Layout(is_shared=True, is_packed=True)
+    assert layout == Layout(shares_prompts=True, is_packed=True)
 
 
-CANNOT = {
+UNSUPPORTED = {
     "its own attention code": (CONFIGS["gptj"], "attn_implementation=eager doesn't support packed rows"),
     "its own attention class": (
         transformers.StableLmConfig(**SMALL, **LLAMA_LIKE), "it changes log-probabilities"
@@ -207,9 +207,9 @@ CANNOT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CANNOT)
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_models_are_refused_or_fall_back(name):
-    config, reason = CANNOT[name]
+    config, reason = UNSUPPORTED[name]
     model, batch = make_model(config, torch.float32), BATCHES["ordinary"]
     before = model.config._attn_implementation
     with pytest.raises(UserError, match=rf"padding_free=true, but the model .* can't: .*({reason}).*padding_free=auto"):

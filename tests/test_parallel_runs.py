@@ -148,11 +148,10 @@ SAMPLING = [
 ]  # fmt: skip
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("trainer", "n_workers"),
-    mark_exhaustive_except(
-        [("FSDPTrainer", 2), ("TensorParallelTrainer", 2), ("FSDPTrainer tensor_parallel=2", 4)], ("FSDPTrainer", 2)
-    ),
+    [("FSDPTrainer", 2), ("TensorParallelTrainer", 2), ("FSDPTrainer tensor_parallel=2", 4)],
 )
 def test_several_workers_and_a_resumed_run_sample_the_same_prompts_as_one_worker(trainer, n_workers, run, models):
     overrides = [*RUN, f"model.name_or_path={models['pythia']}", *SAMPLING, "save_every=8", "eval_every=8"]
@@ -169,7 +168,8 @@ def test_several_workers_and_a_resumed_run_sample_the_same_prompts_as_one_worker
     assert read_jsonl(together / "samples.jsonl") == samples
 
 
-@pytest.mark.parametrize("trainer", mark_exhaustive_except(["FSDPTrainer", "TensorParallelTrainer"], "FSDPTrainer"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
 def test_mixed_precision_leaves_the_reference_and_the_saved_weights_in_float32(trainer, run, models):
     overrides = [*RUN, f"model.name_or_path={models['llama3']}", "loss=dpo", "n_examples=8", "eval_every=8"]
     overrides += ["model.policy_dtype=float32", "model.reference_dtype=float32"]

@@ -25,6 +25,7 @@ PORTABLE = REPOSITORY / "tests/portable.py"
 SOURCES = [*REPOSITORY.glob("*.py"), *(path for folder in FOLDERS for path in folder.glob("**/*.py"))]
 
 
+@pytest.mark.exhaustive
 def test_all_commands_run_without_what_windows_lacks(launcher, tmp_path):
     """One process runs all commands, one after the other."""
     run = [

@@ -26,7 +26,7 @@ from utils import UserError, disable_dropout
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(pretend_gpu.why_not() is not None, reason=pretend_gpu.why_not() or ""),
+    pytest.mark.skipif(pretend_gpu.reason_unavailable() is not None, reason=pretend_gpu.reason_unavailable() or ""),
 ]
 
 N_LAYERS, HIDDEN, VOCAB, MAX_LENGTH = 2, 64, 97, 100
@@ -50,8 +50,8 @@ CONFIGS = {
     "mixtral": transformers.MixtralConfig(**TOKENS, **LLAMA_LIKE, num_local_experts=4),
 }  # fmt: skip
 LAYOUTS = {
-    "padded": Layout(), "shared": Layout(is_shared=True), "packed": Layout(is_packed=True),
-    "packed, shared": Layout(is_shared=True, is_packed=True),
+    "padded": Layout(), "shared": Layout(shares_prompts=True), "packed": Layout(is_packed=True),
+    "packed, shared": Layout(shares_prompts=True, is_packed=True),
 }  # fmt: skip
 WEIGHTS = {"mixed": (torch.float32, torch.bfloat16), "bfloat16": (torch.bfloat16, None)}
 GPU, OTHER_GPU = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -289,7 +289,7 @@ def test_each_gpu_has_its_own_plan(on_gpu):
     assert [plan.device for plan in plans] == [GPU, OTHER_GPU]
     n = sum(p.numel() for p in meta_model("llama", torch.float32, False).parameters())
     assert sum(plan.held["weights"] for plan in plans) == 4 * n
-    assert memory_plan.cap_of(plans) == min(plan.max_tokens for plan in plans) > 0
+    assert memory_plan.max_tokens_that_fit(plans) == min(plan.max_tokens for plan in plans) > 0
 
 
 def test_plan_of_an_adapter_holds_no_gradients_of_its_base(on_gpu):

@@ -70,7 +70,7 @@ BAD_FILES = {  # (file, content, message after the folder's name, remedy)
     "gzip suffix on plain text": ("train.jsonl.gz", LINE * 3, "it isn't compressed", "take the suffix off"),
     "gzip with a bad line": ("train.jsonl.gz", gzip.compress(LINE * 3 + b"{oops\n"), "line 4: not JSON", OBJECT),
     "empty": (J, b"", "the file is empty", "Fill it, or remove it"),
-    "blank lines alone": (J, b"\n\n", "the file has no rows", "Fill it, or remove it"),
+    "only blank lines": (J, b"\n\n", "the file has no rows", "Fill it, or remove it"),
     "other encoding": (J, LINE + LINE.replace(b" a", b" \xe9"), "line 2: not UTF-8: byte 0xe9", "iconv"),
     "UTF-16": (J, (LINE * 3).decode().encode("utf-16"), "line 1: it is UTF-16, not UTF-8", "iconv"),
     "Python dicts": (J, b"{'prompt': 'a', 'chosen': 'b'}\n" * 3, "a Python dict: write rows by json", OBJECT),
@@ -79,7 +79,7 @@ BAD_FILES = {  # (file, content, message after the folder's name, remedy)
     "Parquet cut": ("train.parquet", PARQUET[:-30], "damaged: Parquet magic bytes not found", COPY),
     "Parquet damaged": ("train.parquet", damaged(PARQUET, len(PARQUET) // 2), "rows 50 to 99 (row group 1): d", COPY),
     "Parquet suffix on plain text": ("train.parquet", b"hello", "damaged: Parquet file size is 5 bytes", COPY),
-    "CSV with too many fields": ("train.csv", CSV + b"a,b,c\n", "line 7: 3 fields, the header has 2", "in quotes"),
+    "CSV with too many fields": ("train.csv", CSV + b"a,b,c\n", "line 7: 3 fields, but the header has 2", "in quotes"),
     "CSV with an open quote": ("train.csv", CSV + b'"a,b\n', "line 7: not CSV: unexpected end", "close the quote"),
     "CSV in another encoding": ("train.csv", CSV + b"\xe9,x\n", "line 7: not UTF-8: byte 0xe9", "iconv"),
 }  # fmt: skip

@@ -67,6 +67,7 @@ def test_cache_of_another_precision_is_not_used(precompute, make_trainer):
     assert precompute("model.reference_dtype=float32", "model.policy_mp=bfloat16")[1] == 0
 
 
+@pytest.mark.exhaustive
 def test_archives_that_differ_only_in_float32_have_separate_caches(precompute, archives):
     """A bfloat16 policy can't tell the two archives apart; a float32 reference can."""
     overrides = ["model.policy_dtype=bfloat16"]

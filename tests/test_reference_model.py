@@ -89,6 +89,7 @@ def test_new_adapter_trains_against_a_separate_reference_model(make_trainer, sft
     assert losses == pytest.approx(hand_losses(dpo, sft, batch), rel=1e-9)
 
 
+@pytest.mark.exhaustive
 def test_saved_adapter_trains_against_an_earlier_adapter(make_trainer):
     first = finished(make_trainer(*TOY, "loss=sft", "lora={r:4}", "lr=1e-2"))
     second = finished(make_trainer(*TOY, f"model.adapter={first}", "lr=1e-2"))
@@ -170,7 +171,7 @@ def test_reference_of_another_architecture_uses_its_own_layout(tokenizer, make_t
     directory = other(tokenizer)
     trainer = make_trainer(*TOY, f"reference_model.name_or_path={directory}")
     # the policy shares prompts; the reference can't
-    assert trainer.layout.is_shared and not trainer.reference_layout.is_shared
+    assert trainer.layout.shares_prompts and not trainer.reference_layout.shares_prompts
     batch = trainer.eval_batches[0]
     for ours, side in zip(trainer.reference_logps(batch), ("chosen", "rejected"), strict=True):
         torch.testing.assert_close(ours, hand_logps(directory, batch, side), rtol=1e-6, atol=1e-6)
@@ -190,14 +191,29 @@ def test_reference_with_other_tokens_is_refused(make_trainer, other, tmp_path):
     with pytest.raises(UserError, match=r"max_length=64: reference_model\.name_or_path=.* has only 48 positions"):
         make_trainer(*TOY, f"reference_model.name_or_path={other(max_position_embeddings=48)}")
     directory = other()
-    path = Path(directory) / "tokenizer.json"
+    swap_two_tokens(Path(directory))
+    with pytest.raises(UserError, match=r"reference_model\.name_or_path=.*: its tokenizer .* differ in 4 entries"):
+        make_trainer(*TOY, f"reference_model.name_or_path={directory}")
+
+
+def swap_two_tokens(directory: Path):
+    """Swap the ids of two tokens in a folder's tokenizer."""
+    path = directory / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     (first, a), (second, b) = list(vocabulary.items())[50:52]
     vocabulary[first], vocabulary[second] = b, a
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match=r"reference_model\.name_or_path=.*: its tokenizer .* differ in 4 entries"):
-        make_trainer(*TOY, f"reference_model.name_or_path={directory}")
+
+
+def test_tokenizer_beside_a_reference_archive_is_compared_in_the_current_directory_too(
+    make_trainer, sft, tmp_path, monkeypatch
+):
+    shutil.copytree(sft, tmp_path / "sft")
+    swap_two_tokens(tmp_path / "sft")
+    monkeypatch.chdir(tmp_path / "sft")
+    with pytest.raises(UserError, match=r"reference_model\.archive=policy\.pt: its tokenizer .* differ in 4 entries"):
+        make_trainer(*TOY, "reference_model.archive=policy.pt")
 
 
 # ---- which settings combine -----------------------------------------------------------------------------------------

@@ -301,6 +301,7 @@ def test_half_written_cache_file_is_ignored(make_trainer, capsys, tmp_path):
     assert n_computed(capsys) == 32
 
 
+@pytest.mark.exhaustive
 def test_two_runs_that_start_together_leave_a_whole_cache(launcher, make_trainer, capsys, tmp_path):
     overrides = [*PRECOMPUTED, "debug=true"]
     runs = [launcher.start(*overrides, f"local_run_dir={tmp_path}/{name}", directory=tmp_path) for name in "ab"]
@@ -330,8 +331,8 @@ def test_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(make_t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["reference=adapter_off"], "the policy has no adapter; possible are: model"),
-        ([*LORA, "reference=adapter_copy"], "a new adapter; possible are: adapter_off, model"),
+        (["reference=adapter_off"], "the policy has no adapter; possible: model"),
+        ([*LORA, "reference=adapter_copy"], "a new adapter; possible: adapter_off, model"),
         (["reference=modle"], "must be one of auto, model, adapter_off, adapter_copy. Did you mean model?"),
         (["loss=sft", "reference=model"], "loss=sft uses no reference"),
         (["loss.reference_free=true", "precompute_ref_log_probs=true"], "reference_free uses no reference"),
@@ -340,8 +341,8 @@ def test_adapter_opens_in_peft_and_merges_to_a_model_with_the_same_logits(make_t
         (["lora={target_modules:[nothing]}"], "lora=.*nothing"),
         (["model.adapter=/nowhere"], "no adapter_config.json there"),
         (["lora={lora_dropout:0.1}"], "lora_dropout=0.1: all dropout is off"),
-        (["lora={bias:all}", "reference=adapter_off"], "possible are: model"),
-        (["lora={init_lora_weights:pissa}", "reference=adapter_off"], "possible are: model"),
+        (["lora={bias:all}", "reference=adapter_off"], "possible: model"),
+        (["lora={init_lora_weights:pissa}", "reference=adapter_off"], "possible: model"),
         ([*LORA, "model.load_in_4bit=true"], "needs a GPU and bitsandbytes"),
     ],
     ids=str,

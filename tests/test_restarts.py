@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, mark_exhaustive_except
+from conftest import REPOSITORY
 from launcher import wait_until
 from process_pool import launcher_variables, reserve_port
 from test_launch import RUN, children_of, updates
@@ -97,9 +97,10 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("fail", "rendezvous", "n_machines", "n_workers"),
-    mark_exhaustive_except(CASES, (kill, "static", 1, 1)),
+    CASES,
 )
 def test_failure_is_followed_by_a_restart_that_resumes(fail, rendezvous, n_machines, n_workers, start, tmp_path):
     agents = Agents(start, tmp_path, rendezvous, n_machines, n_workers)

@@ -91,6 +91,7 @@ def test_run_trains_its_revision_and_records_the_commit(run_ok, hub, tmp_path):
         assert (tokenizer.encode("WHAT").ids == tokenizer.encode("what").ids) == is_lower_case
 
 
+@pytest.mark.exhaustive
 def test_run_of_a_tag_resumes_after_main_has_moved_but_not_after_the_tag_has(run, run_ok, hub, tmp_path):
     run_ok("whole", "model.revision=v1", "n_examples=8")
     run_ok("run", "model.revision=v1")
@@ -108,6 +109,7 @@ def test_run_of_a_tag_resumes_after_main_has_moved_but_not_after_the_tag_has(run
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.exhaustive
 def test_after_main_has_moved_a_run_resumes_with_the_commit_that_the_error_names(run, run_ok, hub, tmp_path):
     run_ok("whole", "n_examples=8")
     run_ok("run")

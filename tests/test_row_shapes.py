@@ -20,7 +20,7 @@ def assistant(content: str, **more) -> dict:
 
 
 def read(rows: list[dict], **settings) -> list[tuple]:
-    """Return, for each prompt in the rows, its responses, preferred first, and its tools if any."""
+    """Return a tuple for each row: its prompt, its responses (the preferred one first), and its tools if it has any."""
     found = recognize(rows, settings.pop("fields", {}), "datasets=[x]", **settings)
     examples = []
     for row in rows:

@@ -90,11 +90,8 @@ def of_file(name: str, damage: Callable, fraction: float) -> Callable[[Path], li
 @st.composite
 def damages(draw):
     """Draw a function that damages one file of a run directory, or swaps two, and returns their names."""
-    places, damage, fraction = (
-        draw(st.tuples(fractions, fractions)),
-        draw(st.sampled_from([*DAMAGES, None])),
-        draw(fractions),
-    )
+    places, damage = draw(st.tuples(fractions, fractions)), draw(st.sampled_from([*DAMAGES, None]))
+    fraction = draw(fractions)
 
     def apply(run_dir: Path) -> list[str]:
         files = files_in(run_dir)

@@ -196,7 +196,7 @@ def test_supported_models_share_prompts(architecture):
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(CONFIGS[architecture], torch.float32).to(dtype)
         layout, message = check_model(model, BATCHES["ordinary"], MAX_LENGTH)
-        assert layout == Layout(is_shared=True)
+        assert layout == Layout(shares_prompts=True)
         assert message == "Prefix sharing: on"
 
 
@@ -216,7 +216,7 @@ def test_models_that_cannot_share_prompts_fall_back_with_the_reason(name):
     config, reason = FALLBACKS[name]
     model, batch = make_model(config), BATCHES["ordinary"]
     layout, message = check_model(model, batch, MAX_LENGTH)
-    assert not (layout.is_shared or layout.is_plain)
+    assert not (layout.shares_prompts or layout.is_plain)
     assert message.startswith("Prefix sharing: off; ")
     with pytest.raises(
         UserError, match=f"shared_prompt=true, but the model {type(model).__name__} can't: .*({reason})"
@@ -228,7 +228,7 @@ def test_models_that_cannot_share_prompts_fall_back_with_the_reason(name):
 
 def test_window_as_long_as_the_sequences_allows_sharing():
     model = make_model(transformers.MistralConfig(**SMALL, **LLAMA_LIKE, sliding_window=MAX_LENGTH))
-    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=True)[0].is_shared
+    assert check_model(model, BATCHES["ordinary"], MAX_LENGTH, shared_prompt=True)[0].shares_prompts
 
 
 @pytest.mark.usefixtures("all_in_float64")
@@ -236,7 +236,7 @@ def test_model_that_scales_its_logits_computes_them_whole():
     config = transformers.GraniteConfig(**SMALL, **LLAMA_LIKE, logits_scaling=4.0)
     model, batch = make_model(config), BATCHES["ordinary"]
     layout, _ = check_model(model, batch, MAX_LENGTH)
-    assert layout == Layout(is_shared=True, whole_logits=True)
+    assert layout == Layout(shares_prompts=True, whole_logits=True)
     expected = loss_and_gradients(model, original_logps(model, batch), "dpo")
     ours = layout.response_logps(model, batch, SingleProcess)
     assert_same(loss_and_gradients(model, ours, "dpo"), expected, 1e-9)

@@ -35,6 +35,7 @@ def printed(directory: str, trainer_name: str, *evaluation_seconds: float) -> li
     return outputs
 
 
+@pytest.mark.exhaustive
 def test_sampling_that_took_longer_than_the_evaluation_warns_once(in_workers, tmp_path):
     (first, quick), of_second_worker = in_workers(2, printed, str(tmp_path), "FSDPTrainer", 0.0, 1e6)
     assert first.count("WARNING: drawing samples took") == 1

@@ -8,7 +8,7 @@ import pytest
 from test_curves import png_size
 
 from evaluation.origins import kl_from_reference, origins
-from evaluation.pairs import Drawn, Response
+from evaluation.pairs import Origin, Response
 from evaluation.statistics import mean_and_error, wilson_interval
 from reporting import frontier, win_rates
 
@@ -64,16 +64,16 @@ def test_standard_error_counts_prompts_not_samples():
 
 
 def test_kl_is_the_mean_log_ratio_of_samples_from_the_policy_itself():
-    drawn = Drawn(**DRAWN)
-    responses = {(0, 0): Response("p", "x", drawn, 1.0), (1, 0): Response("q", "y", drawn, 3.0)}
+    origin = Origin(**DRAWN)
+    responses = {(0, 0): Response("p", "x", origin, 1.0), (1, 0): Response("q", "y", origin, 3.0)}
     assert kl_from_reference(responses) == {"kl": 2.0, "kl_se": 1.0, "n_kl": 2}
     assert origins(responses) == [DRAWN]
-    cold = {(0, 0): Response("p", "x", Drawn(**DRAWN | {"temperature": 0.5}), 1.0)}
+    cold = {(0, 0): Response("p", "x", Origin(**DRAWN | {"temperature": 0.5}), 1.0)}
     assert "temperature=0.5 top_p=1 top_k=0" in kl_from_reference(cold)["kl_unknown"]
     assert origins(responses | {(2, 0): Response("r", "z")}) == []
-    without = responses | {(2, 0): Response("r", "z", drawn, None)}
+    without = responses | {(2, 0): Response("r", "z", origin, None)}
     assert "without the reference's log-probabilities" in kl_from_reference(without)["kl_unknown"]
-    empty = {(3, 0): Response("", "", drawn, None)}  # nothing is drawn after an empty prompt
+    empty = {(3, 0): Response("", "", origin, None)}  # nothing is drawn after an empty prompt
     assert kl_from_reference(responses | empty) == {"kl": 2.0, "kl_se": 1.0, "n_kl": 2}
     assert kl_from_reference(empty)["kl"] is None
     assert "nothing says how" in kl_from_reference({(0, None): Response("p", "x")})["kl_unknown"]
@@ -141,12 +141,12 @@ def test_win_rates_can_be_drawn_against_kl(tmp_path, drawn_points, capsys):
 HALF = rate(0.5, 0.4, 0.6)
 COLD = DRAWN | {"temperature": 0.5}
 BAD = {  # changes to the second of two files, and the message
-    "several temperatures": ({"drawn": [DRAWN, COLD]}, "mixes responses of several temperatures (0.5, 1); sample them"),
-    "several runs": ({"drawn": [COLD, COLD | {"run": "b"}]}, "mixes responses of several origins; sample them"),
-    "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; sample them with sample.py"),
+    "several temperatures": ({"drawn": [DRAWN, COLD]}, "mixes responses of several temperatures (0.5, 1); draw them"),
+    "several runs": ({"drawn": [COLD, COLD | {"run": "b"}]}, "mixes responses of several origins; draw them"),
+    "no origin": ({"drawn": []}, "nothing says how the responses of 2.jsonl were drawn; draw them with sample.py"),
     "an earlier version": ({"drawn": "absent"}, "an earlier version wrote it, without saying how"),
     "nothing judged": ({"win_rate": None}, "nothing could be judged (n = 0)"),
-    "another judge": ({"settings": "t"}, "has another judge, or other settings of one, than"),
+    "another judge": ({"settings": "t"}, "has another judge or other judge settings than"),
     "another opponent": ({"b_digest": "e"}, "has other responses b than"),
     "the same point": ({}, "are both of dpo, LATEST, at temperature 1: leave one out"),
     "no summary": ({"settings": "absent"}, "no summary of judge.py; give files that it wrote"),
@@ -154,7 +154,7 @@ BAD = {  # changes to the second of two files, and the message
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_summary_that_cannot_join_a_picture_is_named(name, tmp_path):
+def test_summary_that_cannot_be_compared_is_refused(name, tmp_path):
     change, message = BAD[name]
     first = write_summary(tmp_path / "1.json", **HALF)
     second = write_summary(tmp_path / "2.json", **HALF | change)
@@ -177,7 +177,7 @@ def test_summaries_of_the_wrong_kind_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("n", [4, 10, 51])
-def test_interval_of_an_all_won_comparison_ends_at_1(n, tmp_path, drawn_points):
+def test_win_rate_of_1_has_an_interval_that_ends_at_1(n, tmp_path, drawn_points):
     low, high = wilson_interval(1.0, n)
     assert high == 1.0
     assert wilson_interval(0.0, n)[0] == 0.0
@@ -193,7 +193,7 @@ TEXTS, OTHERS = ("judge", "a", "b"), ("n_judged", "win_rate_ci95", "kl", "kl_se"
     [(key, value) for key in (*TEXTS, *OTHERS) for value in (..., [1], {})] + [(key, "x") for key in OTHERS],
     ids=str,
 )
-def test_edited_summary_is_named(key, value, tmp_path):
+def test_edited_summary_is_refused(key, value, tmp_path):
     path = write_summary(tmp_path / "s_summary.json", **rate(0.5, 0.4, 0.6))
     found = json.loads((tmp_path / "s_summary.json").read_text())
     found.pop(key, None)

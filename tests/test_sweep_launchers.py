@@ -58,6 +58,7 @@ def test_signal_stops_the_jobs_of_a_pool_and_the_printed_command_resumes_them(la
 OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=1"]
 
 
+@pytest.mark.exhaustive
 def test_optuna_minimizes_the_loss_and_gets_the_result_of_a_repeated_trial(launcher, tmp_path):
     overrides = ["loss.beta=choice(0.1,0.5)", *OPTUNA, "hydra.sweeper.n_trials=4", f"hydra.sweep.dir={tmp_path}/sweep"]
     assert launcher.run("-m", *SHORT, *overrides) == 0, launcher.output

@@ -93,6 +93,7 @@ def test_failing_job_is_reported_and_the_others_run(launcher, tmp_path):
     assert [row[2] for row in table(again.output)[1:]] == ["failed", "failed", "complete"]
 
 
+@pytest.mark.exhaustive
 def test_signal_ends_the_sweep_and_the_printed_command_resumes_it(launcher, tmp_path):
     overrides = [*SHORT, "n_examples=80", "loss.beta=0.1,0.2,0.3", "do_first_eval=false", "keep_checkpoints=1"]
     launcher.start("-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep")
@@ -146,6 +147,7 @@ def test_signal_ends_a_sweep_of_jobs_with_workers(launcher, tmp_path):
     assert words[-2:] == [f"hydra.sweep.dir={tmp_path}/sweep", "resume=auto"]
 
 
+@pytest.mark.exhaustive
 def test_sweep_jobs_may_not_share_a_run_directory(launcher, tmp_path):
     sweep = [*SHORT, "debug=true", "n_epochs=1,2", f"hydra.sweep.dir={tmp_path}/sweep"]
     assert launcher.run("-m", *sweep, f"local_run_dir={tmp_path}/one", in_order=True) == 1
@@ -195,6 +197,7 @@ def test_sweep_refuses_resume_of_one_run(launcher, tmp_path):
     assert "a sweep resumes all its jobs by resume=auto and hydra.sweep.dir=DIR" in launcher.output
 
 
+@pytest.mark.exhaustive
 def test_printed_resume_command_quotes_the_run_directory(launcher, tmp_path):
     run_dir = tmp_path / "it's a=b"
     typed = str(run_dir).replace("'", "\\'")

@@ -126,6 +126,13 @@ def test_evaluation_line_shows_changes_and_ties():
     assert resumed.evaluation(metrics(60_000, 0.4, 0.70))[-1].split()[:3] == ["change", "-0.2000", "+0.0"]
 
 
+def test_evaluation_line_after_resuming_with_another_loss_shows_the_common_changes():
+    """A run of pairs, all of them ties at its last evaluation, is resumed with loss=sft resume_anyway=true."""
+    resumed = RunTable(1000, 1000, 200, metrics(200, 0.69, 0.0, ties=1.0))
+    change = resumed.evaluation({"counters/examples": 300, "loss/eval": 20.0, "nll_eval/chosen": 2.0})[-1]
+    assert change.split() == ["change", "+19.310"]
+
+
 def test_table_header_is_repeated_every_few_lines():
     table = RunTable(1000, 1000)
     printed = [line for i in range(60) for line in table.evaluation(metrics(i, 0.5, 0.75))]
@@ -235,8 +242,8 @@ acceleration.model_check._SLOW_PARAMETERS = 0
 """
 
 
-def test_run_into_a_pipe_prints_lines_within_every_long_stretch(train_ok, tmp_path):
-    """Each stretch is a single batch or a single call, so only the timer's thread can have printed its lines."""
+def test_log_file_gets_progress_lines_during_every_long_stage(train_ok, tmp_path):
+    """Each stage is a single batch or a single call, so only the timer's thread can have printed its lines."""
     output = train_ok(
         *TOY, "n_examples=8", "batch_size=8", "eval_every=16", "loss=dpo", "lora.r=2", "lr=1e-3",
         "precompute_ref_log_probs=true", "n_eval_examples=16", "eval_batch_size=16", "sample_during_eval=true",

@@ -8,7 +8,7 @@ import tokenizers
 import torch
 import transformers
 from chat_templates import CHATML, GEMMA_3, LLAMA_3, LLAMA_3_1, MISTRAL_V3, QWEN_3, SMOLLM_2
-from conftest import REPOSITORY
+from conftest import REPOSITORY, mark_exhaustive_except
 from test_shared_prompt import CONFIGS, make_model, original_logps
 
 from acceleration.prefix_sharing import packed_rows, padded_rows, shared_rows
@@ -108,15 +108,10 @@ WITH_TOOLS = {  # prompt [user], response [assistant's call, tool, assistant]
     '[{"name": "warmth", "arguments": {"in": "Rome"}}]</s>⟧[TOOL_RESULTS] {"content": 30 "C"}[/TOOL_RESULTS]'
     "⟦ Warm.</s>⟧",
 }
-QUICK = ("llama 3.1", "qwen 3", "mistral")
+THREE_TURN_NAMES = mark_exhaustive_except(THREE_TURNS, "llama 3.1", "qwen 3", "mistral")
 
 
-def named(names):
-    """Return the names as parameters, those outside `QUICK` marked as exhaustive."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.exhaustive) for name in names]
-
-
-@pytest.mark.parametrize("name", named(THREE_TURNS))
+@pytest.mark.parametrize("name", THREE_TURN_NAMES)
 def test_users_turn_in_a_response_is_not_trained(name):
     tokenizer = make_tokenizer(*SPECIAL[name])
     prompt = [HI] if name == "mistral" else [SYSTEM, HI]
@@ -174,7 +169,7 @@ def test_template_without_tools_refuses_them(name):
 
 
 def test_dialogue_is_divided_at_turns_even_if_the_template_moves_the_system_text():
-    """The template writes it into the last question, as Mistral's: into the prompt, or later in a whole dialogue."""
+    """As Mistral's, the template writes it into the last question: the prompt's, or a later one in a whole dialogue."""
     tokenizer = make_tokenizer(*SPECIAL["mistral"])
     dialogue = "<s>[INST] Hi[/INST]|⟦ Yes</s>⟧[INST] Be brief.\n\nAnd you?[/INST]⟦ Fine.</s>⟧"
     tokenizer.chat_template = MISTRAL_V3.replace("loop.last and system", "message == questions[-1] and system")
@@ -183,8 +178,8 @@ def test_dialogue_is_divided_at_turns_even_if_the_template_moves_the_system_text
     assert marked(tokenizer, Example([SYSTEM, HI], [[YES, AND, FINE]]), last_turn_only=True) == [last]
 
 
-@pytest.mark.parametrize("name", named(THREE_TURNS))
-def test_last_turn_alone_is_trained_on_request(name):
+@pytest.mark.parametrize("name", THREE_TURN_NAMES)
+def test_only_the_last_turn_is_trained_on_request(name):
     tokenizer = make_tokenizer(*SPECIAL[name])
     prompt = [HI] if name == "mistral" else [SYSTEM, HI]
     text = marked(tokenizer, Example(prompt, [[YES, AND, FINE]]), last_turn_only=True)[0]
@@ -275,7 +270,7 @@ ALTERED = {
     "calls whose name is in the text": (
         CHATML, Example([HI], [[{**CALL, "content": "I ask warmth in Rome."}, RESULT, WARM]]),
         "the tool calls of message 1"),
-    "calls with numbers alone, in the prompt": (
+    "calls with only numbers, in the prompt": (
         CHATML, Example([message("user", "warmth?"), message("assistant", "warmth", tool_calls=[
             {"type": "function", "function": {"name": "warmth", "arguments": {"n": 3}}}]), RESULT], [[WARM]]),
         "the tool calls of message 1"),

@@ -67,6 +67,7 @@ def test_vllm_draws_each_temperature_into_its_own_file(draw, trained, prompts, t
     assert texts(tmp_path / "w_t1.jsonl") == texts(tmp_path / "one.jsonl") != texts(tmp_path / "w_t0.5.jsonl")
 
 
+@pytest.mark.exhaustive
 def test_failing_vllm_is_reported(draw, trained, prompts, tmp_path):  # noqa: F811
     output = draw(f"run={trained('dpo')}", prompts, "engine=vllm", "engine_args.nonsense=1", fails=True)
     assert "engine=vllm: vLLM ended with exit code 1; what it printed says why" in output
@@ -94,7 +95,7 @@ def test_unusable_engine_is_refused_before_models_are_loaded(name, launcher, tra
 BAD_WITH_VLLM = {
     "several workers": (
         ["trainer=FSDPTrainer"],
-        "trainer=FSDPTrainer starts several workers; give trainer=BasicTrainer",
+        "engine=vllm with trainer=FSDPTrainer: only a single process can use it; give trainer=BasicTrainer",
     ),
     "weights that no folder has": (["model=tiny", "output=o"], "engine=vllm: vLLM reads a folder or a hub id"),
 }

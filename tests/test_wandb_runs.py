@@ -94,6 +94,7 @@ def test_wandb_records_name_config_and_every_value(train_ok, tmp_path, no_accoun
             assert table["data"] == [[step, s["prompt"], s["sample"]] for s in of_step]
 
 
+@pytest.mark.exhaustive
 def test_wandb_records_a_failed_run_with_its_values(train, tmp_path, no_account):
     overrides = ["lr=1e30", "optimizer=SGD", "max_grad_norm=1e30", "warmup_steps=0", "sample_during_eval=false"]
     result = train(*RUN, *overrides, f"local_run_dir={tmp_path}/run", env=no_account)

@@ -7,7 +7,6 @@ import socket
 import time
 
 import pytest
-from conftest import mark_exhaustive_except
 from launcher import Run
 from process_pool import launcher_variables, reserve_port
 from test_launch import children_of
@@ -115,11 +114,10 @@ def test_error_without_a_message_is_named_by_its_class(monkeypatch):
         connection._rendezvous()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "names",
-    mark_exhaustive_except(
-        ["nobody listens, no such host, too few", "no answer"], "nobody listens, no such host, too few"
-    ),
+    ["nobody listens, no such host, too few", "no answer"],
 )
 def test_workers_that_do_not_find_each_other_give_up_with_a_message(names, start):
     assert connection._RENDEZVOUS_TIMEOUT == 60
@@ -165,7 +163,8 @@ def test_ranks_alternating_between_machines_are_refused(start):
 # ---- falling silent -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("silent", mark_exhaustive_except([0, 1], 1))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("silent", [0, 1])
 def test_silent_worker_is_named_and_ends_the_run(silent, launcher, tmp_path):
     run = launcher.start(
         *RUN, "world_size=2", "worker_timeout=3", f"local_run_dir={tmp_path}/run", in_order=True, forks_workers=True
@@ -199,7 +198,8 @@ with connection.process_group(worker_timeout=2):
 """
 
 
-@pytest.mark.parametrize("slow", mark_exhaustive_except([0, 1], 1))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("slow", [0, 1])
 def test_slow_worker_is_waited_for(slow, start):
     workers = [start(SLOW, slow, 3, 2.5, env=variables) for variables in launcher_variables(3)]
     assert [worker.wait() for worker in workers] == [0] * 3, workers[0].output
