@@ -66,9 +66,9 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
             describe(error, 2000).partition("\nModel type should be one of")[0],  # and a list of all
             "Give the id of a causal language model on the hub",
         )
-        is_local, hint = os.path.isdir(name), _remote_code_hint(error)
-        remedy = "Copy or download the folder again, or name another" if is_local else f"{remedy}, or give a local folder"
-        raise UserError(f"can't load {origin}: {cause}\n{remedy}{hint}") from error
+        is_local, again = os.path.isdir(name), "Copy or download the folder again, or name another"
+        remedy = again if is_local else f"{remedy}, or give a local folder"
+        raise UserError(f"can't load {origin}: {cause}\n{remedy}{_remote_code_hint(error)}") from error
     _check_fits_on_gpus(model, origin, config, device_map)
     disable_dropout(model)
     if source.archive is not None:
