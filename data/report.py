@@ -50,7 +50,7 @@ def split_report(batches: BatchIterator, tokenizer, split: str) -> list[str]:
     prompts, responses = (np.concatenate(values) for values in zip(*measured, strict=True))
     quantiles = "/".join(f"{q:.0%}" for q in _QUANTILES[:-1])
     prompt_lengths, response_lengths = (
-        "/".join(str(int(n)) for n in np.quantile(values, _QUANTILES, method="higher"))
+        "/".join(str(int(n)) for n in np.quantile(values, _QUANTILES, method="inverted_cdf"))
         for values in (prompts, responses)
     )
     lines.append(

@@ -150,7 +150,7 @@ LOADING_ERRORS = {  # the model is tiny unless one is named
     "row without a field": (["datasets=[hh]", "dataset_paths.hh=no_field"], ["[hh], train split, row 0", "'rejected'"]),
     "row with an empty field": (["datasets=[hh]", "dataset_paths.hh=no_value"], ["[hh], train split, row 2", "empty"]),
     "row with the end token": (["datasets=[hh]", "dataset_paths.hh=eos"], ["train split, row 2", "<|endoftext|>"]),
-    "less than one batch": (["datasets=[toy]", "batch_size=30000", "eval_every=30000"], ["2000 ", "batch_size"]),
+    "less than one batch": (["datasets=[toy]", "batch_size=30000", "eval_every=30000"], ["2,000 ", "batch_size"]),
     "unreadable archive": (["datasets=[toy]", "model.archive=garbage.pt"], ["garbage.pt", "can't read it"]),
     "archive without a state": (["datasets=[toy]", "model.archive=bare_state.pt"], ["bare_state.pt", "can't read it"]),
     "archive with code": (["datasets=[toy]", "model.archive=code.pt"], ["code.pt", "can't read it"]),
@@ -178,7 +178,7 @@ LOADING_ERRORS = {  # the model is tiny unless one is named
     "tokenizer of another model": (
         ["datasets=[toy]", "model=blank_model", f"model.name_or_path={ORACLE}/model", "max_length=128",
          "max_prompt_length=64", "model.tokenizer_name_or_path=${repository:}/assets/tiny"],
-        ["2048 tokens", "embeds 512", "model.tokenizer_name_or_path"],
+        ["2048 tokens", "embeds only 512", "model.tokenizer_name_or_path"],
     ),
     "block of another model": (["datasets=[toy]", "model.block_name=GPTNeoXLayr"], ["Did you mean GPTNeoXLayer?"]),
     "longer than the model": (["datasets=[toy]", "max_length=2000"], ["max_length=2000", "1024 positions"]),

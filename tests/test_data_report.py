@@ -132,6 +132,13 @@ def test_every_run_of_a_process_prints_each_split_once(report, monkeypatch):
     assert opened == ["train", "test"] * 2
 
 
+def test_quantiles_of_two_prompts_are_the_lengths_of_the_shorter_and_the_longer(report):
+    output = report([{"prompt": prompt, "chosen": " yes", "rejected": " no"} for prompt in ("one", "one two three")])
+    (found,) = re.findall(r"Tokens \(train, 10%/50%/90%/longest\): prompt (\d+)/(\d+)/(\d+)/(\d+),", output)
+    tenth, half, nine_tenths, longest = map(int, found)
+    assert tenth == half < nine_tenths == longest
+
+
 def test_same_fault_in_all_rows_is_reported_once(batches):
     with pytest.raises(UserError) as error:
         batches([{"prompt": f"Q {i}", "chosen": "", "rejected": "no"} for i in range(80)])
