@@ -257,7 +257,7 @@ class ModelCheck:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a forward of another form, or a compiler, may raise anything
-            reason = f"its forward fails with {_shortened(error)}"
+            reason = f"the forward pass fails with {_shortened(error)}"
         return self._agreed(reason)
 
     @staticmethod
