@@ -254,7 +254,9 @@ def test_model_whose_padding_changes_what_it_computes_is_refused(settings):
     with torch.no_grad():
         model.transformer.wpe.weight.normal_(0, 0.3)
     disable_dropout(model)
-    with pytest.raises(UserError, match=r"CountsFromTheEnd is wrong on padded batches: log-probabilities change .*padding_free=true"):
+    with pytest.raises(
+        UserError, match=r"CountsFromTheEnd is wrong on padded batches: log-probabilities change .*padding_free=true"
+    ):
         check_model(model, SHORT, **settings)
 
 
