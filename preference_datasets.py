@@ -346,17 +346,16 @@ def _load_prompts(
     accepted_kinds: Sequence[str],
     cache_dir: str | None,
     silent: bool,
-    prepared: dict[str, dict[str, PreparedPrompts]],
+    prepared: dict[str, PreparedPrompts],
 ) -> Sequence[Prompt]:
     """Load the prompts of one split; see `get_batch_iterator`, `prepare` and, for `path`, `get_dataset`."""
     built_in = DATASETS.get(choice.name)
     mode = choice.truncation if choice.truncation in KEPT_ENDS else built_in.truncation_mode if built_in else "keep_end"
     if built_in:
         return _built_in_prompts(choice.name, split, mode, tokenizer.eos_token, silent, cache_dir, path)
-    if choice.name not in prepared:
-        prepared[choice.name] = prepare(choice, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
-    prompts = prepared[choice.name][split]
-    if len(prompts) == 0:
+    if not prepared:
+        prepared |= prepare(choice, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
+    if len(prompts := prepared[split]) == 0:
         raise UserError(f"{split_name(choice.name, split)}: no rows are left; add data, or change test_fraction")
     return prompts
 
@@ -382,7 +381,7 @@ def get_batch_iterator(
     unpaired: bool = False,
     add_bos: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (it is immutable)
-    prepared: dict[str, dict[str, PreparedPrompts]] | None = None,
+    prepared: dict[int, dict[str, PreparedPrompts]] | None = None,
 ) -> BatchIterator:
     """Iterate over batches of a split, for `n_epochs` or `n_examples`, whichever ends first.
 
@@ -403,8 +402,8 @@ def get_batch_iterator(
         unpaired: also accept unpaired data: single responses, each marked good or bad.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
         settings: how to read the user's own data.
-        prepared: prompts of the user's own datasets, by name and split. Both splits of a dataset are prepared together
-            and added here, so that the iterator over the other split finds them.
+        prepared: prompts of the user's own datasets, by position in `names` and by split. Both splits of a dataset are
+            prepared together and added here, so that the iterator over the other split finds them.
 
     Raises: UserError if a dataset can't be used or has less than one batch.
     """
@@ -415,9 +414,9 @@ def get_batch_iterator(
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     prepared = {} if prepared is None else prepared
     parts: list[Sequence[Prompt]] = []
-    for choice in choices:
-        path = (paths or {}).get(choice.name)
-        part = _load_prompts(choice, split, path, settings, tokenizer, accepted_kinds, cache_dir, silent, prepared)
+    for position, choice in enumerate(choices):
+        path, splits = (paths or {}).get(choice.name), prepared.setdefault(position, {})
+        part = _load_prompts(choice, split, path, settings, tokenizer, accepted_kinds, cache_dir, silent, splits)
         if choice.truncation in ("drop", "error"):
             part = drop_overlong(part, choice, split, sft_mode, tokenizer, max_length, add_bos)
         if choice.name not in DATASETS and not sft_mode:  # the original keeps identical responses in its datasets

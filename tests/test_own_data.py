@@ -195,6 +195,13 @@ def test_weight_and_n_examples_set_how_often_each_dataset_is_seen(read, tmp_path
     assert len(read(Choice(other, weight=0.5), split="test")) == 1  # weights don't affect evaluation
 
 
+def test_file_listed_twice_is_read_by_the_settings_of_each_entry(read, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row | {"other": f"other {row['prompt']}"} for row in numbered(40)])
+    other = Choice(path, n_examples=7, fields={"prompt": "other"}, ignored_columns=("prompt",))
+    found = read(Choice(path, n_examples=5, ignored_columns=("other",)), other)
+    assert sum(prompt.startswith("other ") for prompt in found) == 7 and len(found) == 12
+
+
 def test_order_follows_the_seed_and_shards_split_it(read, tmp_path):
     path = write(tmp_path / "rows.jsonl", numbered(40))
     whole = read(path, batch_size=8)
