@@ -395,7 +395,8 @@ def get_batch_iterator(
         seed: the random seed for the order of the examples.
         paths: for built-in datasets, folders or hub ids to load instead of the default ones.
         drop_last: if True, as in training, every batch is full: the remainder of an epoch is dropped, and n_examples is
-            rounded up to full batches. If False, the last batch may be smaller, and n_examples repeats no example.
+            rounded up to full batches. If False, the last batch may be smaller; without n_epochs, no example is
+            repeated, even if n_examples is larger than the split.
         shard: (index, count): divide each batch into `count` shards, and yield only this one.
         mismatched: add, under keys 'mismatched_...', each prompt with another prompt's responses, for KTO's estimate of
             the KL divergence.

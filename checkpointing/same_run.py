@@ -117,8 +117,8 @@ def _refuse_changed_keys(
     if refused and not config.resume_anyway:
         raise UserError(
             f"resume={config.resume}: under this config it would be another run:\n  " + "\n  ".join(refused) + "\n"
-            "Give these keys their former values, start a new run (from these weights: model.archive=CHECKPOINT), or resume "
-            "anyway with resume_anyway=true"
+            "Give these keys their former values, start a new run (from these weights: model.archive=CHECKPOINT), or "
+            "resume anyway with resume_anyway=true"
         )
 
 

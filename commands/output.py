@@ -59,7 +59,7 @@ def keep_output_going():
 
 
 def _report_failed_thread(failed: threading.ExceptHookArgs):
-    """Print a failed thread's traceback, but only a line if the disk is full: whoever waits for it raises the error again."""
+    """Print a failed thread's traceback. If the disk is full, print one line: the error is raised again elsewhere."""
     if has_no_room(failed.exc_value):
         print(printable(f"WARNING: {failed.exc_value}"), file=sys.stderr)
     else:

@@ -281,8 +281,8 @@ def _check_split_tensors(config: DictConfig):
         raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {others}")
     if config.optimizer in NOT_FOR_DTENSORS:
         raise UserError(
-            f"optimizer={config.optimizer}: PyTorch's {config.optimizer} can't train tensors that are spread over workers, "
-            f"as trainer={trainer} does; use {others} or another optimizer"
+            f"optimizer={config.optimizer}: PyTorch's {config.optimizer} can't train tensors that are spread over "
+            f"workers, as trainer={trainer} does; use {others} or another optimizer"
         )
 
 
@@ -358,7 +358,7 @@ def _check_sources(config: DictConfig):
 
 
 def _may_be_hub_id(name: str) -> bool:
-    """True for OWNER/MODEL, unless it names a file: one in an existing directory, or a name that ends like one."""
+    """True for OWNER/MODEL, unless it is in an existing directory or ends like a file's name."""
     owner, _, model = name.partition("/")
     is_file = os.path.exists(owner) or model.endswith((".pt", ".safetensors", ".bin"))
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not is_file

@@ -4,10 +4,10 @@ RUN is a run or sweep directory, or a pattern. The default of FILE is `curves.pn
 in the current directory for several.
 """
 
-if __name__ == "__main__":  # first, as the other imports take seconds
-    from basics.interrupts import end_at_once
+if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
+    from basics.interrupts import let_interrupts_end_at_once
 
-    end_at_once()
+    let_interrupts_end_at_once()
 
 import argparse
 import os

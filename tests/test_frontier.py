@@ -243,10 +243,8 @@ def test_frontier_benchmark_trains_evaluates_and_reports_once(tmp_path, monkeypa
 
 def test_labels_of_the_length_task_depend_on_reward_and_length(monkeypatch):
     monkeypatch.setitem(toy.SPLITS, "train", (20_000, 1))  # other tests have fewer
-    words, clauses = toy_length.all_long_responses()
-    of_text = {
-        toy_length.long_response_text(w, n): (toy.true_reward(w), n) for w, n in zip(words, clauses, strict=True)
-    }
+    words, clauses = toy_length.all_responses()
+    of_text = {toy_length.response_text(w, n): (toy.true_reward(w), n) for w, n in zip(words, clauses, strict=True)}
     assert len(of_text) == 256
     margins, longer, preferred, counts = [], [], [], np.zeros(4)
     for _, entry in toy_length.get_toy_length("train"):

@@ -126,8 +126,8 @@ def test_packed_row_with_shared_prompts_has_the_expected_layout():
     assert packing.key_starts.tolist() == [0, 4, 9, 11, 14]
     assert packing.key_tokens.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 7, 9, 10]
     assert (packing.longest_query, packing.longest_key) == (4, 5)
-    assert packing.first_key.tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 10, 12, 13]
-    assert packing.second_key.tolist() == [4, 5, 11]
+    assert packing.own_keys.tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 10, 12, 13]
+    assert packing.repeated_keys.tolist() == [4, 5, 11]
     assert rows.sequences.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]  # chosen responses, then the rejected
     assert rows.predictors.tolist() == [1, 2, 7, 1, 4, 5, 7, 9]  # a prompt's last token predicts the first of both
     assert rows.targets.tolist() == [*c[2:], *d[1:], *r[2:], *s[1:]]
