@@ -63,11 +63,12 @@ def load_model(config: DictConfig, dtype: str, device_map: str = "balanced", sou
         raise
     except Exception as error:  # damaged files and the hub's HTTP library raise errors of any kind
         cause, remedy = hub.explain_failure(error, name, "model") or (
-            describe(error, 2000),
+            describe(error, 2000).partition("\nModel type should be one of")[0],  # and a list of all
             "Give the id of a causal language model on the hub",
         )
-        hint = _remote_code_hint(error)
-        raise UserError(f"can't load {origin}: {cause}\n{remedy}, or give a local folder{hint}") from error
+        is_local, again = os.path.isdir(name), "Copy or download the folder again, or name another"
+        remedy = again if is_local else f"{remedy}, or give a local folder"
+        raise UserError(f"can't load {origin}: {cause}\n{remedy}{_remote_code_hint(error)}") from error
     _check_fits_on_gpus(model, origin, config, device_map)
     disable_dropout(model)
     if source.archive is not None:
@@ -142,8 +143,8 @@ def load_tokenizer(config: DictConfig) -> transformers.PreTrainedTokenizerBase:
     tokenizer = read_tokenizer(name, config)
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end; name another with "
-            "model.tokenizer_name_or_path=..."
+            f"the tokenizer {name!r} has no end-of-sequence token, so a response could not end; set eos_token in its "
+            "tokenizer_config.json, or name another one with model.tokenizer_name_or_path"
         )
     if config.add_bos and tokenizer.bos_token_id is None:
         raise UserError(f"add_bos=true: the tokenizer {name!r} has no beginning-of-sequence token; use add_bos=false")
@@ -250,8 +251,8 @@ def check_tokenizer_fits(policy: nn.Module, tokenizer, config: DictConfig):
     n_embeddings = policy.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > n_embeddings:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {n_embeddings}: "
-            "model.tokenizer_name_or_path belongs to another model"
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {n_embeddings}: name the model's own "
+            "with model.tokenizer_name_or_path, or resize the model's embeddings and save it again"
         )
     n_positions = getattr(policy.config, "max_position_embeddings", None)
     if n_positions is not None and config.max_length > n_positions:

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from basics.printing import counted
 from utils import UserError, rank0_print
 
 DEFAULT_SCHEDULE = "constant_with_warmup"
@@ -73,7 +74,8 @@ def rate_warning(config: DictConfig, n_steps: int) -> str | None:
     largest, parts = config.lr * share, []
     if share < 0.99:
         is_short = count_warmup_steps(config, n_steps) >= n_steps
-        because = f"; the run has only {n_steps} steps, and warmup_steps={config.warmup_steps}" if is_short else ""
+        steps = counted(n_steps, "step")
+        because = f"; the run has only {steps}, and warmup_steps={config.warmup_steps}" if is_short else ""
         parts.append(f"largest learning rate of this run: {largest:.2g}, {share:.0%} of lr={config.lr}{because}")
     rate, dtype = f"lr={config.lr}" if share >= 0.99 else f"{largest:.2g}", config.model.policy_dtype
     if config.lora is not None or config.model.adapter is not None:

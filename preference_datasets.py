@@ -18,6 +18,7 @@ from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.element import PreformattedString
 from omegaconf import DictConfig
 
+from basics.printing import counted
 from data.batches import BatchIterator, Prompt, split_name
 from data.choice import KEPT_ENDS, Choice, Settings
 from data.locations import check_path, locate_built_in
@@ -356,7 +357,12 @@ def _load_prompts(
     if not prepared:
         prepared |= prepare(choice, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
     if len(prompts := prepared[split]) == 0:
-        raise UserError(f"{split_name(choice.name, split)}: no rows are left; add data, or change test_fraction")
+        is_held_out = "test_rows" not in prompts.info
+        reason = (
+            "all prompts are held out for evaluation; add other prompts, make test_fraction smaller, or give a folder "
+            "with train.jsonl and test.jsonl"
+        )
+        raise UserError(f"{split_name(choice.name, split)}: {reason if is_held_out else 'no usable rows; add some'}")
     return prompts
 
 
@@ -430,9 +436,10 @@ def get_batch_iterator(
     batches = BatchIterator(parts, tokenizer, batch_size, shuffle, sft_mode, seed, n_epochs, n_examples, drop_last,
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
+        where = split_name(", ".join(choice.name for choice in choices), split)
+        n_examples = counted(batches.n_dropped, "example")
         raise UserError(
-            f"datasets={[choice.name for choice in choices]}, {split} split: {batches.n_dropped} examples are too few "
-            f"for one batch of {batch_size}; make batch_size smaller or add data"
+            f"{where}: {n_examples}, fewer than one batch of {batch_size}; make batch_size smaller or add data"
         )
     return batches
 

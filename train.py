@@ -46,6 +46,8 @@ def run(config: DictConfig) -> tuple[dict[str, float], str]:
     Returns: the metrics of the run's last evaluation, and the run directory.
     Raises: UserError with the message that the command line prints.
     """
+    if not isinstance(config, DictConfig):
+        raise UserError(f"run() got a {type(config).__name__}: give it compose_config('model=NAME', 'loss=dpo', ...)")
     run_dir_given = is_run_dir_given(config)
     OmegaConf.to_container(config, resolve=True)  # if an interpolation fails, this names its key
     OmegaConf.resolve(config)

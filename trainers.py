@@ -53,6 +53,7 @@ from reporting.run_log import RunLog
 from reporting.terminal import progressing, training_bar
 from reporting.usage import Throughput, n_parameters, parameters_in_words
 from utils import (
+    UserError,
     get_block_class_from_model,
     get_local_dir,
     on_device,
@@ -77,7 +78,7 @@ class BasicTrainer:
     def __init__(
         self,
         policy: ModelOrLoader,
-        config: DictConfig,
+        config: DictConfig | dict,
         seed: int,
         run_dir: str,
         reference_model: ModelOrLoader | None = None,
@@ -92,11 +93,12 @@ class BasicTrainer:
 
         Args:
             policy: the model to train, or a function that loads it, which is called after the data have been read.
-            config: must have passed `check_config`.
+            config: all keys, as `compose_config` returns them.
             reference_model: the model to compare with, or a function that loads it, which is called only if needed.
             purpose: "sample" loads only the models; "evaluate" loads evaluation data, too; "train" loads all data and
                 makes an optimizer.
         """
+        config = OmegaConf.create(config) if isinstance(config, dict) else config
         self.config, self.seed, self.run_dir = config, seed, run_dir
         self.rank, self.world_size = rank, world_size
         self.loss, self.loss_memory = find_loss(config.loss), Memory()
@@ -177,8 +179,15 @@ class BasicTrainer:
         config = self.config
         if not self.loss.needs_reference(config.loss):
             return
-        if reference_model is None:
-            raise ValueError(f"loss={config.loss.name} needs a reference_model")
+        if config.reference == "auto":  # the config hasn't passed `check_config`
+            is_model = isinstance(reference_model, nn.Module)
+            config.reference = "model" if is_model else references.resolved_reference(config)
+        if reference_model is None and config.reference == "model":
+            raise UserError(
+                f"loss={config.loss.name} needs a reference_model: BasicTrainer(..., reference_model=MODEL)"
+            )
+        if reference_model is self.policy:
+            raise UserError("reference_model is the policy itself, so it would learn nothing: copy.deepcopy(policy)")
         self._reference_model = reference_model
         rank0_print(f"Reference: {config.reference}{', precomputed' if config.precompute_ref_log_probs else ''}")
         if not config.precompute_ref_log_probs:

@@ -1,6 +1,7 @@
 """Read and write files of tensors, also in the original's format: checkpoints, and weights to start from."""
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from basics.checksums import read_checksums, verify_checksum
-from basics.files import open_regular
+from basics.files import LFS_POINTER, open_regular
 from basics.outputs import CHECKSUMS, SHARDS, holds_model, is_sharded
 from checkpointing.sharded import SavedTensor, ShardedCheckpoint, is_tensor, placed_like
 from config_checks.overrides import quoted_path
@@ -77,8 +78,12 @@ def describe(error: Exception, n_characters: int = 300) -> str:
 def verify_weights(directory: str):
     """Compare a folder's files of weights with its SHA256SUMS, if there is one.
 
-    Raises: ValueError if a file is damaged.
+    Raises: ValueError if a file is damaged, or only points to one.
     """
+    for path in glob.glob(os.path.join(glob.escape(directory), "*.safetensors")):
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{path} is a Git LFS pointer, not the weights: get them with git lfs pull")
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         with open_regular(os.path.join(directory, CHECKSUMS)) as file:
             text = file.read().decode(errors="replace")

@@ -27,7 +27,12 @@ def read_run_config(run_dir: str) -> DictConfig:
     """
     path = os.path.join(run_dir, "config.yaml")
     if not os.path.isfile(path):
-        raise UserError(f"run={run_dir}: no run there, as it has no config.yaml.{closest_sibling(run_dir)}")
+        parent, name = os.path.split(os.path.normpath(run_dir))
+        if os.path.isfile(os.path.join(parent, "config.yaml")):
+            hint = f" To use a checkpoint, give its run and its name: run={parent or '.'} checkpoint={name}"
+        else:
+            hint = "" if os.path.exists(run_dir) else closest_sibling(run_dir)
+        raise UserError(f"run={run_dir}: no run there, as it has no config.yaml.{hint}")
     try:
         return read_saved_config(path)
     except Exception as error:  # the YAML library raises errors of any kind
@@ -49,6 +54,8 @@ def _training_config(config: DictConfig, own: dict) -> DictConfig:
             del config[key]
     if own["run"] is not None:
         config = _config_of_run(config, own["run"], own)
+    elif OmegaConf.is_missing(config.model, "name_or_path"):
+        raise UserError("no model to work on: give a run, run=RUN, or a model, model=NAME")
     else:
         OmegaConf.to_container(config, resolve=True)  # names the key of an interpolation that fails
         OmegaConf.resolve(config)

@@ -23,7 +23,7 @@ from distributed import environment
 from distributed.strategies import STRATEGIES, trainers_with
 from losses import find_loss, needs_reference
 from optimization import DEFAULT_SCHEDULE
-from references import REFERENCES, reference_source, resolved_reference, sources
+from references import REFERENCES, reference_source, resolved_reference, saved_settings, sources
 from reporting.metric_names import evaluation_metrics
 from utils import UserError, closest_match, closest_sibling, default_device, get_local_dir, rank0_print
 
@@ -230,6 +230,12 @@ def _check_workers(config: DictConfig):
         for key, default in other.config_keys.items():
             if config[key] != default and key not in strategy.config_keys:
                 raise UserError(f"{key}={config[key]}: only trainer={name} uses it; leave it {default}")
+    n_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if n_tasks != "1" and not environment.is_launched():
+        rank0_print(
+            f"WARNING: srun has started this command {n_tasks} times, each as a run of its own; scripts/slurm.sh "
+            "starts one run on all tasks"
+        )
     if strategy.starts_workers:
         _check_division(config, world_size)
     n_gpus = torch.cuda.device_count()
@@ -349,8 +355,20 @@ def _check_sources(config: DictConfig):
     for key, name in folders_or_ids.items():
         if name is not None and not os.path.exists(name) and not re.fullmatch(_HUB_ID, name, re.ASCII):
             raise UserError(f"{key}={name}: no such folder, and no id on the hub.{closest_sibling(name)}")
+        if name is not None and os.path.isfile(name):
+            raise UserError(f"{key}={name} is a file: give the folder that holds it, {os.path.dirname(name) or '.'}")
     for source in sources(config):
-        archive = source.archive
+        for field in ("name_or_path", "archive", "adapter"):
+            key, path = source.key(field), getattr(source, field) or ""
+            if os.path.isfile(os.path.join(path, "config.yaml")) and os.path.isdir(os.path.join(path, "LATEST")):
+                raise UserError(f"{key}={path} is a run directory: give a checkpoint in it, {key}={path}/LATEST")
+        key, name, archive = source.key("name_or_path"), source.name_or_path, source.archive
+        if os.path.exists(os.path.join(name, "adapter_config.json")):  # transformers would load base and adapter
+            base = saved_settings(key, name).get("base_model_name_or_path")
+            raise UserError(
+                f"{key}={name} holds a LoRA adapter, not a model: give its base as {key}={base}, and "
+                f"{key.replace('name_or_path', 'adapter')}={name}"
+            )
         if archive is not None and not os.path.exists(archive) and not _may_be_hub_id(archive):
             directory = os.path.dirname(archive) or "."
             remedy = f" The checkpoint is sharded: give {directory}" if is_sharded(directory) else ""

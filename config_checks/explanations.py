@@ -108,7 +108,8 @@ def _explain_missing_file(error: MissingConfigException) -> str:
         return f"loss={name}: LOSSES has it, but no config folder has {file}; write it, with its name and options"
     if group == "loss" and (other := other_loss(name)):
         return f"no loss={name}{other} There are: {options}"
-    return f"no {group}={name}.{closest_match(name, error.options)} There are: {options}"
+    others = "; or give a folder, or an id on the hub, OWNER/NAME" if group == "model" else ""
+    return f"no {group}={name}.{closest_match(name, error.options)} There are: {options}{others}"
 
 
 def _explain_refused_key(key: str, config_name: str) -> str:

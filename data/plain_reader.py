@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from basics.files import LFS_POINTER
+
 WRITE_AGAIN = "Write, copy or download the file again"
 ONE_OBJECT = "Correct or remove that line: every line must hold one JSON object"
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -103,7 +105,7 @@ def _decoded(line: bytes, number: int) -> str:
 
 def check_is_data(first_line: bytes):
     """Raise FaultFound if a file begins like a Git LFS pointer, UTF-16 or a web page."""
-    if first_line.startswith(b"version https://git-lfs"):
+    if first_line.startswith(LFS_POINTER):
         raise FaultFound("it is a Git LFS pointer, not the data", "Get the data: git lfs pull", 1)
     if first_line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise FaultFound("it is UTF-16, not UTF-8", "Convert it: iconv -f UTF-16 -t UTF-8", 1)

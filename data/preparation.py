@@ -92,7 +92,8 @@ def _usable(
     for number, place, row in chunk:
         try:
             if isinstance(row, Fault):
-                raise BadExample("broken row", row.reason)
+                bad.add(number, place, "broken row", row.reason, row.remedy)
+                continue
             example = data_format.read(row)
             usable.append((number, place, example, renderer.render(example)))
         except BadExample as error:
@@ -313,6 +314,6 @@ def _first_rows(rows: Rows) -> list[dict]:
             return good
         bad.n_read += len(chunk)
         for number, place, fault in chunk:
-            bad.add(number, place, "broken row", fault.reason)
+            bad.add(number, place, "broken row", fault.reason, fault.remedy)
     bad.raise_if_any()
     raise UserError(f"{rows.where}: there are no rows")

@@ -73,8 +73,8 @@ def _row_lines(part: PreparedPrompts, split: str) -> list[str]:
     labels = [_label_line(part, split)] if part.undesirable_rows is not None else []
     rows = part.info.get(f"{split}_rows")
     if rows is None:
-        share = f"{len(part):,} prompts held out from the training data"
-        return [f"{part.dataset} ({split}): {share}, the same ones in every run", *labels]
+        share = f"{counted(len(part), 'prompt')} held out from the training data"
+        return [f"{part.dataset} ({split}): {share}, the same in every run", *labels]
     bad = ", ".join(f"{count:,} {kind}" for kind, count in rows["bad"].items())
     dropped = f"; dropped: {bad}" if bad else ""
     without = int((part.n_pairs == 0).sum())
@@ -175,9 +175,10 @@ def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):
             rank0_print(
                 "loss=sft imitates the chosen responses; the rejected ones are not used (loss=dpo trains on both)"
             )
-        dropped = f"; dropped {train.n_dropped} examples that don't fill a batch" if train.n_dropped else ""
+        dropped = f"; dropped {counted(train.n_dropped, 'leftover example')}" if train.n_dropped else ""
+        n_examples = counted(train.epoch_size, "example")
         rank0_print(
-            f"Training data: {train.epoch_size} examples per epoch in batches of {train.batch_size}{dropped}; "
+            f"Training data: {n_examples} per epoch in batches of {train.batch_size}{dropped}; "
             f"{counted(train.n_batches, 'step')} in total"
         )
     n_batches = counted(test.n_batches, "batch", "batches")

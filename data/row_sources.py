@@ -110,9 +110,12 @@ def open_rows(location: Location, split: str, cache_dir: str | None, silent: boo
 def rows_of_list(name: str, rows: list[dict]) -> Rows:
     """Open rows that are given in Python.
 
-    Raises: UserError if a row isn't a dict of JSON values.
+    Raises: UserError if they are no list, or a row isn't a dict of JSON values.
     """
     where = f"datasets=[{name}]"
+    if not isinstance(rows, list):
+        kinds = "list(DATASET) of a Dataset, FRAME.to_dict('records') of a DataFrame"
+        raise UserError(f"{where}: ROWS[{name!r}] is a {type(rows).__name__}, expected a list of dicts: {kinds}")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{where}, row {number}: {row!r:.60} isn't a dict of fields")
@@ -129,11 +132,13 @@ class BadRows:
     def __init__(self, rows: Rows):
         self.rows, self.kinds, self.first = rows, Counter(), []
         self.n_read = 0  # rows checked, good or bad
+        self.remedy = ""  # for the first bad row
         self.n_identical_pairs = 0  # dropped from rows that keep other pairs
 
-    def add(self, number: int, place: str, kind: str, reason: str):
+    def add(self, number: int, place: str, kind: str, reason: str, remedy: str = "Correct them"):
         """Count a bad row."""
         self.kinds[kind] += 1
+        self.remedy = self.remedy or remedy
         if len(self.first) < _SHOWN:
             self.first.append((number, place, reason))
 
@@ -154,7 +159,7 @@ class BadRows:
             counted = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
             lines.append(f"  ... {share} of the first {self.n_read:,} rows ({counted})")
         raise UserError(
-            f"{self.rows.where}: rows that can't be used:\n" + "\n".join(lines) + "\nCorrect them, or drop and "
+            f"{self.rows.where}: rows that can't be used:\n" + "\n".join(lines) + f"\n{self.remedy}, or drop and "
             "count such rows with on_bad_example=skip"
         )
 

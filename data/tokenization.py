@@ -13,7 +13,11 @@ def get_collate_fn(tokenizer) -> Callable[[list[dict]], dict[str, list | torch.T
 
     Ids, masks and labels become tensors of shape (batch_size, longest): prompts are padded on the left (for sampling),
     everything else on the right. Strings become lists of strings.
+
+    Raises: UserError if the tokenizer has no padding token.
     """
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no padding token: set tokenizer.pad_token_id = tokenizer.eos_token_id")
     pad_values = {"_input_ids": tokenizer.pad_token_id, "_attention_mask": 0, "_labels": -100}
 
     def collate_fn(examples: list[dict]) -> dict[str, list | torch.Tensor]:

@@ -14,7 +14,7 @@ from reporting.symptoms import Symptoms
 from reporting.terminal import RunTable, duration, number, sample_lines, warning, wrapped
 from reporting.trackers import Trackers
 from reporting.usage import peak_memory
-from utils import rank0_print
+from utils import UserError, rank0_print
 
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 
@@ -38,6 +38,9 @@ class RunLog:
         os.makedirs(run_dir, exist_ok=True)
         self.table = RunTable(n_examples, epoch_size, state.examples, state.metrics)
         self.run_dir, self.batch_size = run_dir, config.batch_size
+        log_path = os.path.join(run_dir, LOG_FILES[0])
+        if config.resume is None and not state.log_bytes and os.path.exists(log_path):  # train.py checks this earlier
+            raise UserError(f"{log_path} is an earlier run's: choose another run directory")
         self._truncate(state.log_bytes, state.log_sha256)
         self.interval = config.minimum_log_interval_secs  # seconds
         self.last_train_log = -float("inf")

@@ -235,8 +235,9 @@ def test_response_gets_the_end_token_if_the_template_adds_none(read):
 def test_missing_or_unusable_chat_template_is_an_error(read, tmp_path):
     tokenizer = make_tokenizer("HuggingFaceH4/zephyr-7b-beta")
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="messages need a chat template, and the tokenizer has none"):
+    with pytest.raises(UserError, match="messages need a chat template, and the tokenizer has none") as refused:
         read(tokenizer, row_of(messages(("user", "Hi"))))
+    assert f"chat_template={REPOSITORY}/assets/human_assistant.jinja" in str(refused.value)  # from any directory
     (tmp_path / "bad.jinja").write_text("{% for message in messages %}{{ message.content }}")
     with pytest.raises(UserError, match=r"chat_template=.*bad\.jinja: .*give a file with a Jinja chat template"):
         read(tokenizer, row_of(messages(("user", "Hi"))), settings=Settings(chat_template=str(tmp_path / "bad.jinja")))

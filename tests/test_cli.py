@@ -45,7 +45,7 @@ def assert_no_run(tmp_path):
 
 CONFIG_ERRORS = {
     "no model": ([], ["missing keys", "model.name_or_path", "model=NAME", "pythia28"]),
-    "unknown model": (["model=pythia2.8"], ["no model=pythia2.8", "Did you mean pythia28?", "gpt2-xl"]),
+    "unknown model": (["model=pythia2.8"], ["no model=pythia2.8", "Did you mean pythia28?", "or give a folder"]),
     "unknown loss": (["model=tiny", "loss=dbo"], ["no loss=dbo", "Did you mean dpo?", "ipo", "sft"]),
     "unknown key": (["model=tiny", "batchsize=4"], ["no config key 'batchsize'", "Did you mean batch_size?"]),
     "key without its group": (

@@ -255,3 +255,11 @@ def test_model_may_be_a_path_or_a_hub_id(place, tmp_path, monkeypatch):
     config = compose_config(f"model={place}", "model.revision=main")
     assert (config.model.name_or_path, config.model.revision) == (place, "main")
     assert compose_config("model=pythia28").model.name_or_path == "EleutherAI/pythia-2.8b"
+
+
+def test_several_tasks_of_srun_without_ranks_are_warned_of(monkeypatch, capsys, tmp_path):
+    warning = "WARNING: srun has started this command 4 times, each as a run of its own"
+    for n_tasks, is_expected in (("4", True), ("1", False)):
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", n_tasks)
+        check_config(compose_config("model=tiny", "datasets=[toy]", f"local_run_dir={tmp_path}/run"))
+        assert (warning in capsys.readouterr().out) == is_expected

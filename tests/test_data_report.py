@@ -151,6 +151,18 @@ def test_reading_stops_after_enough_faults_for_an_error(batches):
         batches([{"prompt": f"Q {i}", "chosen": None, "rejected": "no"} for i in range(3000)])
 
 
+@pytest.mark.parametrize(("encoding", "n_good"), [("latin1", 0), ("latin1", 2), ("utf-16", 0)])
+def test_lines_in_another_encoding_are_counted_with_their_remedy(encoding, n_good, tokenizer, tmp_path):
+    lines = [f'{{"prompt": "Größe {i}?", "chosen": " yes", "rejected": " no"}}\n' for i in range(4)]
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(numbered(n_good)) + "".join(lines).encode(encoding))
+    with pytest.raises(UserError) as error:
+        get_batch_iterator([str(tmp_path / "rows.jsonl")], tokenizer, n_epochs=1, cache_dir=str(tmp_path / "cache"))
+    *_, share, remedy = str(error.value).splitlines()
+    expected = "4 of the first 6 rows" if n_good else r"all of the first \d rows"
+    assert re.search(rf"  \.\.\. {expected} \(\d broken row\)", share), share
+    assert "iconv" in remedy
+
+
 def test_file_of_broken_lines_is_refused_with_their_number(batches, tmp_path):
     (tmp_path / "broken.jsonl").write_text("{oops\n" * 5)
     with pytest.raises(UserError, match=r"line 3: not JSON.*\n  \.\.\. all of the first 5 rows \(5 broken row\)"):

@@ -160,6 +160,7 @@ def test_evaluation_that_another_process_recorded_meanwhile_is_not_recorded_agai
 BAD = {
     "no run": (["run=nowhere"], "run=nowhere: no run there"),
     "no checkpoint": (["run={run}", "checkpoint=step-7"], "has no such checkpoint; it has LATEST"),
+    "no run and no model": ([], "no model to work on: give a run, run=RUN, or a model, model=NAME"),
     "a checkpoint without a run": (["checkpoint=step-8", *RUN], "checkpoint=step-8 requires run=DIR"),
     "rows of several": (["run={run}", "checkpoint=[step-8,LATEST]", "rows=r"], "give one checkpoint at a time"),
     "nowhere to write": (["run={run}", "output=/nowhere/o"], "output=/nowhere/o: there is no such directory"),

@@ -122,6 +122,12 @@ def test_unusable_checkpoint_is_refused_and_nothing_is_written(edit, checkpoint,
     assert sorted(os.listdir(copied)) == ["base", "run"]
 
 
+def test_checkpoint_given_for_its_run_is_refused_with_the_keys_to_set(copied):
+    message = rf"run={copied}/run/LATEST: no run there.* its name: run={copied}/run checkpoint=LATEST$"
+    with pytest.raises(UserError, match=message):
+        run_export(copied / "run" / "LATEST", copied / "plain")
+
+
 def test_adapter_is_not_merged_into_a_base_that_has_changed(finished, copied):
     change_base(copied)
     is_adapter = hasattr(finished[0].policy, "peft_config")

@@ -152,6 +152,34 @@ def test_malformed_model_folder_is_named(name, make_oracle, model_dir):
         make_oracle()
 
 
+@pytest.mark.parametrize("key", ["model.name_or_path", "model.tokenizer_name_or_path"])
+def test_file_given_as_a_model_folder_is_refused_with_the_folder(key, make_oracle, model_dir):
+    with pytest.raises(UserError, match=rf"{key}={model_dir}/config.json is a file: .*, {model_dir}$"):
+        make_oracle(f"{key}={model_dir}/config.json")
+
+
+@pytest.mark.parametrize("key", ["model.name_or_path", "model.archive", "model.adapter", "reference_model.archive"])
+def test_run_directory_given_for_its_checkpoint_is_refused(key, make_oracle, model_dir, tmp_path):
+    (tmp_path / "run" / "LATEST").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=rf"{key}={tmp_path}/run is a run directory: .*, {key}={tmp_path}/run/LATEST"):
+        make_oracle("loss=dpo", f"{key}={tmp_path}/run")
+
+
+def test_remedy_for_a_damaged_model_folder_is_another_copy(make_oracle, model_dir):
+    (model_dir / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(UserError, match="\nCopy or download the folder again, or name another"):
+        make_oracle()
+
+
+@pytest.mark.parametrize("key", ["model.name_or_path", "model.archive"])
+def test_git_lfs_pointer_in_place_of_weights_is_named(key, make_oracle, model_dir, tmp_path):
+    pointing = shutil.copytree(model_dir, tmp_path / "pointing")
+    (pointing / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    with pytest.raises(UserError, match=r"model\.safetensors is a Git LFS pointer.*: get them with git lfs pull"):
+        make_oracle(f"{key}={pointing}")
+
+
 def test_pickle_that_is_no_model_is_refused_without_advice_to_run_it(make_oracle, model_dir):
     (model_dir / "model.safetensors").unlink()
     for value in (print, [1], {"x": print}, {"gpt_neox.embed_in.weight": 3}):
@@ -301,6 +329,12 @@ def test_malformed_adapter_is_named(name, loss, make_oracle, adapter):
     (adapter / file).write_text(text)
     with pytest.raises(UserError, match=rf"model\.adapter={adapter}: "):
         make_oracle(f"model.adapter={adapter}", f"loss={loss}")
+
+
+def test_adapter_given_as_the_model_is_refused_with_the_keys_to_set(make_oracle, adapter):
+    message = rf"model.name_or_path={adapter} holds a LoRA adapter, not a model: give its base as model.name_or_path="
+    with pytest.raises(UserError, match=f"{message}{ORACLE}/model, and model.adapter={adapter}"):
+        make_oracle(f"model.name_or_path={adapter}")
 
 
 def test_pickle_that_is_no_adapter_is_refused_without_advice_to_run_it(make_oracle, adapter):

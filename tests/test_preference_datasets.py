@@ -152,7 +152,7 @@ def test_epoch_in_one_pass_holds_every_example_once(tokenizer, paths):
 
 
 def test_less_than_one_batch_is_an_error(tokenizer, paths):
-    with pytest.raises(UserError, match="240 examples are too few for one batch of 300"):
+    with pytest.raises(UserError, match="240 examples, fewer than one batch of 300"):
         iterate(tokenizer, paths, n_epochs=1, batch_size=300)
 
 
